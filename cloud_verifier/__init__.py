@@ -1,0 +1,1 @@
+"""The HTTP verifier: it says what the target itself would have said."""

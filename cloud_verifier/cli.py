@@ -1,0 +1,159 @@
+"""`cloud-verifier`: serve a target over HTTP, or let it write by itself."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+
+from edge_runtime.contract.errors import FlexSpecError, InputError
+
+DESCRIPTION = """\
+The cloud half of FlexSpec: checks the tokens that boards draft, with a PyTorch target.
+
+examples:
+  cloud-verifier serve export/family/target-v1
+  cloud-verifier serve /models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
+      --certificate server.pem --key server.key
+  cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return int(options.run(options))
+    except FlexSpecError as error:
+        print(f"cloud-verifier: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cloud-verifier", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="default: %(default)s"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("target", type=Path, help="directory of a Hugging Face checkpoint or a PEFT adapter")
+    model.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
+    model.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
+    )
+    model.add_argument("--max-context", type=int, metavar="TOKENS", help="default: what the model was trained for")
+    model.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
+
+    serve = commands.add_parser("serve", parents=[model], help="serve a target over HTTP")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8500, help="0 picks a free one (default: %(default)s)")
+    serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
+    serve.add_argument("--certificate", type=Path, help="PEM certificate chain: serve over TLS")
+    serve.add_argument("--key", type=Path, help="PEM private key of the certificate")
+    serve.add_argument("--max-sessions", type=int, default=256, help="default: %(default)s")
+    serve.add_argument(
+        "--max-tokens", type=int, default=262_144, help="tokens of all sessions together (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--idle-seconds", type=float, default=600.0, help="drop sessions unused for longer (default: %(default)s)"
+    )
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser(
+        "generate", parents=[model], help="let the target write by itself, without a board: the text to compare with"
+    )
+    generate.add_argument("prompt", nargs="*", help="one text per prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    generate.add_argument(
+        "--jobs",
+        type=Path,
+        help='"-" or a file of JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, '
+        "answered by JSON lines of new ids",
+    )
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import uvloop
+
+    from cloud_verifier.server import Listening, serve
+    from cloud_verifier.service import Limits, Service
+
+    if bool(options.certificate) != bool(options.key):
+        raise InputError("--certificate and --key go together")
+    limits = Limits(max_sessions=options.max_sessions, max_tokens=options.max_tokens, idle_seconds=options.idle_seconds)
+    listening = Listening(options.host, options.port, options.certificate, options.key, options.http)
+    # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
+    service = Service(lambda: _load(options), limits)
+
+    def announce(url: str) -> None:
+        assert service.engine.target is not None
+        print(f"cloud-verifier: {service.engine.target.version} on {url}", flush=True)
+
+    uvloop.run(serve(service, listening, announce))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import msgspec
+    from tokenizers import Tokenizer
+
+    from cloud_verifier.reference import decode_alone
+    from cloud_verifier.target import load_model
+    from edge_runtime.contract.coupling import Sampling, check_prompt
+
+    model, base, end_ids = load_model(options.target, options.device, options.dtype)
+    size = model.config.vocab_size
+    if options.jobs:
+        lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()
+        for line in lines:
+            try:
+                job = msgspec.json.decode(line)
+                sampling = msgspec.convert(job.get("sampling", {}), Sampling)
+                check_prompt(job["ids"], size)
+                wanted = int(job["max_new_tokens"])
+            except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
+                raise InputError(f"not a job: {line.strip()[:80]} ({error})") from None
+            print(json.dumps(decode_alone(model, job["ids"], sampling, wanted, end_ids)), flush=True)
+        return 0
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    try:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for prompt in options.prompt or [sys.stdin.read()]:
+        ids = tokenizer.encode(prompt).ids
+        check_prompt(ids, size)
+        new = decode_alone(model, ids, sampling, options.max_new_tokens, end_ids)
+        print(prompt + tokenizer.decode(new))
+    return 0
+
+
+def _load(options: argparse.Namespace) -> object:
+    import torch
+
+    from cloud_verifier.target import Target
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return Target(
+        options.target, device=options.device, dtype=getattr(torch, options.dtype), context=options.max_context
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""Sessions: the text and the cache of one request, found again by id, evicted when there are too many."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+
+from transformers import DynamicCache
+
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.contract.errors import VerifierRefused
+from edge_runtime.contract.wire import ErrorCode, Frame, RoundRequest
+
+
+class Answer:
+    """The frames of one round, as the engine produces them; any number of readers, at any time, see all of them.
+
+    The engine's thread calls `push` and `fail` through the event loop; a reader that is cut off can come back.
+    """
+
+    def __init__(self, request: RoundRequest) -> None:
+        self.request = request
+        self.done = False
+        self._frames: list[Frame] = []
+        self._error: VerifierRefused | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, frame: Frame) -> None:
+        self._frames.append(frame)
+        self.done = not frame.more
+        self._wake()
+
+    def fail(self, error: VerifierRefused) -> None:
+        if not self.done:
+            self._error = error
+            self.done = True
+            self._wake()
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """All frames from the first, as they come. Raises VerifierRefused if the round failed."""
+        index = 0
+        while True:
+            while index < len(self._frames):
+                yield self._frames[index]
+                index += 1
+            if self._error:
+                raise self._error
+            if self.done:
+                return
+            changed = self._changed
+            await changed.wait()
+
+    async def whole(self) -> Frame:
+        """The round as a single frame. Raises VerifierRefused if it failed."""
+        frames = [frame async for frame in self.frames()]
+        last = frames[-1]
+        return Frame(
+            last.v,
+            last.round,
+            accepted=frames[0].accepted,
+            tokens=[token for frame in frames for token in frame.tokens],
+            queue_us=last.queue_us,
+            forward_us=last.forward_us,
+            load=last.load,
+            finish=last.finish,
+            close_calls=[call for frame in frames for call in frame.close_calls],
+        )
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Session:
+    """One request's text and cache. Belongs to the event loop, except `ids` and `cache`, which belong to the engine
+    while a round is running.
+
+    Attributes:
+        id: unguessable name in URLs.
+        ids: all token ids, prompt included.
+        cache: keys and values of all ids but the last.
+        answer: the latest round; a repeated request gets it again.
+        finish: why the text has ended, or empty.
+        closed: nobody will read what a running round still produces.
+    """
+
+    def __init__(self, prompt: list[int], sampling: Sampling, cache: DynamicCache, answer: Answer) -> None:
+        self.id = secrets.token_urlsafe(9)
+        self.ids = prompt
+        self.sampling = sampling
+        self.cache = cache
+        self.answer = answer
+        self.finish = ""
+        self.closed = False
+        self.used_at = time.monotonic()
+
+    def next_round(self, request: RoundRequest) -> Answer | None:
+        """The recorded answer if `request` repeats the latest round; None if it is the next one, now to be played.
+
+        Raises:
+            VerifierRefused: it is neither, and the session stays as it was.
+        """
+        self.used_at = time.monotonic()
+        latest = self.answer.request
+        if request.round == latest.round:
+            # A reader that was cut off may ask again without streaming; that is still the same round.
+            if _contents(request) == _contents(latest):
+                return self.answer
+            raise VerifierRefused(
+                ErrorCode.ROUND_CONFLICT, f"round {request.round} was already played with other contents", 409
+            )
+        if request.round != latest.round + 1 or not self.answer.done:
+            expected = latest.round + self.answer.done
+            raise VerifierRefused(
+                ErrorCode.ROUND_OUT_OF_ORDER,
+                f"round {request.round} is not the next one; send round {expected}",
+                409,
+                {"expected": expected},
+            )
+        if self.finish:
+            raise VerifierRefused(ErrorCode.SESSION_FINISHED, f"the text has ended ({self.finish})", 409)
+        if request.position != len(self.ids):
+            raise VerifierRefused(
+                ErrorCode.WRONG_POSITION,
+                f"position {request.position} is not where the text ends; the next token's is {len(self.ids)}",
+                409,
+                {"expected": len(self.ids)},
+            )
+        return None
+
+
+class SessionStore:
+    """Sessions by id and by opening key, least recently used first.
+
+    Args:
+        max_sessions: more than this and the least recently used is evicted.
+        max_tokens: bound on the tokens of all sessions together, which is what their caches' memory grows with.
+        idle_seconds: sessions unused for longer are evicted.
+    """
+
+    def __init__(self, max_sessions: int, max_tokens: int, idle_seconds: float) -> None:
+        self._max_sessions = max_sessions
+        self._max_tokens = max_tokens
+        self._idle_seconds = idle_seconds
+        self._by_id: OrderedDict[str, Session] = OrderedDict()
+        self._by_key: dict[str, Session] = {}
+        self._key_of: dict[str, str] = {}
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def load(self) -> int:
+        """Share of the session slots in use, percent."""
+        return 100 * len(self._by_id) // self._max_sessions
+
+    def by_key(self, key: str) -> Session | None:
+        """The session that was opened with `key`, if it is still here."""
+        return self._by_key.get(key)
+
+    def get(self, session_id: str) -> Session:
+        """Raises VerifierRefused (`session_lost`) if there is no such session any more."""
+        session = self._by_id.get(session_id)
+        if session is None or session.closed:
+            self.remove(session_id)
+            raise VerifierRefused(
+                ErrorCode.SESSION_LOST, "no such session here (any more); open one with all ids so far", 404
+            )
+        self._by_id.move_to_end(session_id)
+        return session
+
+    def add(self, key: str, session: Session) -> None:
+        """Adds a session, evicting others if there are too many.
+
+        Raises:
+            VerifierRefused: `overloaded`: every other session is in the middle of a round.
+        """
+        self.make_room(1, len(session.ids))
+        self._by_id[session.id] = session
+        self._by_key[key] = session
+        self._key_of[session.id] = key
+
+    def remove(self, session_id: str) -> None:
+        """Forgets a session, if it is here; a running round of it stops at its next step."""
+        session = self._by_id.pop(session_id, None)
+        if session is not None:
+            session.closed = True
+            session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+            del self._by_key[self._key_of.pop(session_id)]
+
+    def make_room(self, sessions: int, tokens: int) -> None:
+        """Evicts idle sessions, then least recently used ones, until so many more fit."""
+        now = time.monotonic()
+        held = sum(len(session.ids) for session in self._by_id.values())
+        for session in list(self._by_id.values()):
+            full = len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens
+            if not session.answer.done:
+                continue
+            if full or now - session.used_at > self._idle_seconds:
+                held -= len(session.ids)
+                self.remove(session.id)
+                self.evictions += 1
+        if len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens:
+            raise VerifierRefused(
+                ErrorCode.OVERLOADED, "every session slot is in the middle of a round; try again shortly", 503
+            )
+
+
+def _contents(request: RoundRequest) -> tuple[object, ...]:
+    return (request.position, request.draft, request.n, request.siblings)

@@ -1,0 +1,278 @@
+"""One target model: a Hugging Face directory, loaded by transformers, that scores a token tree in one forward."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from cloud_verifier.tree import Tree
+from edge_runtime.contract.bundle import (
+    READ_SIZE,
+    fingerprint,
+    shared_identity,
+    shared_names,
+    vocabulary_hash,
+)
+from edge_runtime.contract.coupling import Chooser
+from edge_runtime.contract.errors import TargetError
+
+log = logging.getLogger(__name__)
+
+# Forwards are padded to one of these widths, so that few shapes occur. Rounds use the first that holds their tree.
+TREE_WIDTHS = (1, 8, 24, 72)
+PREFILL_WIDTH = 256
+
+# The cache must forget rejected tokens, so every layer must keep plain keys and values. These layer types do.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Largest difference of a logit, relative to the largest, that the self-test takes for rounding.
+SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class Target:
+    """A loaded target.
+
+    Attributes:
+        name: the directory's name.
+        version: `name@hash`, the hash covering every file that can change an answer.
+        vocabulary: hash of the tokenizer's vocabulary, comparable with a bundle's.
+        vocabulary_size: number of logits.
+        end_ids: tokens that end a text.
+        context: longest text in tokens.
+    """
+
+    def __init__(self, path: Path, *, device: str, dtype: torch.dtype, context: int | None = None) -> None:
+        """Loads the checkpoint or PEFT adapter at `path`.
+
+        Args:
+            device: a torch device.
+            dtype: type to compute in.
+            context: longest text to serve; None for what the model was trained for.
+
+        Raises:
+            TargetError: not a loadable checkpoint, or its cache cannot roll back.
+        """
+        path = path.resolve()
+        base = _base_of(path)
+        try:
+            config = AutoConfig.from_pretrained(base)
+        except (OSError, ValueError) as error:
+            raise TargetError(f"{base} is not a Hugging Face model directory: {error}") from None
+        self._path, self._base = path, base
+        self.name = path.name
+        self.version = f"{path.name}@{_version_hash(path, base)}"
+        self.context = _usable_context(config, context, path)
+        self.vocabulary_size = config.vocab_size
+        self.vocabulary = _vocabulary(path, base)
+        self.dtype, self.device = dtype, torch.device(device)
+        self._layers = config.num_hidden_layers
+        self._model, _, self.end_ids = load_model(path, device, dtype)
+        self.chooser = Chooser(self.vocabulary_size)
+        self._self_test()
+
+    @functools.cache  # noqa: B019 - a process holds few targets, each for its whole life
+    def shared_identity(self, layout: str, blocks: int) -> str:
+        """What a draft that shares these of our tensors presents (see `SharedTensors.identity`).
+
+        Read from the checkpoint's files, so that it does not depend on the type we compute in. A tensor that an
+        adapter changes counts as different.
+        """
+        adapted = _adapted_prefixes(self._path)
+        files = sorted(self._base.glob("*.safetensors"))
+        fingerprints: dict[str, str] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in shared_names(layout, blocks, self._layers, list(tensors.keys())):
+                    value = fingerprint(tensors.get_tensor(name).float().numpy())
+                    fingerprints[name] = value + "+adapter" * name.startswith(adapted)
+        return shared_identity(layout, blocks, fingerprints)
+
+    def new_cache(self) -> DynamicCache:
+        """Keys and values of an empty text."""
+        return DynamicCache()
+
+    @torch.inference_mode()
+    def score(self, tree: Tree, cache: DynamicCache) -> torch.Tensor:
+        """Logits behind every node of `tree`, given the text in `cache`.
+
+        Returns (len(tree), V) float32 on the target's device. The cache then holds all nodes, padding included;
+        `keep` decides which stay.
+        """
+        width = next(w for w in TREE_WIDTHS if w >= len(tree))
+        visible = torch.from_numpy(tree.visibility(width)).to(self.device)
+        return self._forward(tree.ids, tree.positions, visible, cache)[: len(tree)].float()
+
+    def prefill(self, ids: list[int], cache: DynamicCache) -> Iterator[None]:
+        """Puts `ids` behind the text in `cache`, one piece of at most PREFILL_WIDTH tokens per step."""
+        for start in range(0, len(ids), PREFILL_WIDTH):
+            piece = ids[start : start + PREFILL_WIDTH]
+            past = cache.get_seq_length()
+            # Short pieces, such as the end of a prompt, take a tree's width rather than the whole one.
+            width = next((w for w in TREE_WIDTHS if w >= len(piece)), PREFILL_WIDTH)
+            visible = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+            with torch.inference_mode():  # as a decorator it would end at the generator's first yield
+                self._forward(piece, list(range(past, past + len(piece))), visible, cache, rows=1)
+            self.keep(cache, past, list(range(len(piece))))
+            yield
+
+    def keep(self, cache: DynamicCache, length: int, rows: list[int]) -> None:
+        """Rolls back: of the entries behind the first `length`, keeps `rows`, in that order."""
+        straight = rows == list(range(len(rows)))
+        for layer in cache.layers:
+            if straight:
+                layer.keys = layer.keys[:, :, : length + len(rows)]
+                layer.values = layer.values[:, :, : length + len(rows)]
+            else:
+                index = torch.tensor([*range(length), *(length + row for row in rows)], device=self.device)
+                layer.keys = layer.keys.index_select(2, index)
+                layer.values = layer.values.index_select(2, index)
+
+    def _forward(
+        self,
+        ids: list[int],
+        positions: list[int],
+        visible: torch.Tensor,
+        cache: DynamicCache,
+        rows: int = 0,
+    ) -> torch.Tensor:
+        """Runs `ids`, padded to the width of `visible`, behind `cache`; logits of the last `rows` (0: all)."""
+        width, past = visible.shape[0], cache.get_seq_length()
+        padding = width - len(ids)
+        mask = torch.zeros(width, past + width, dtype=self.dtype, device=self.device)
+        mask[:, past:].masked_fill_(~visible, torch.finfo(self.dtype).min)
+        output = self._model(
+            input_ids=torch.tensor([ids + [0] * padding], device=self.device),
+            position_ids=torch.tensor([positions + [positions[-1]] * padding], device=self.device),
+            attention_mask=mask[None, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=rows,
+        )
+        return output.logits[0]
+
+    def _self_test(self) -> None:
+        """Scores a small tree in one forward and token by token, and demands the same logits.
+
+        This is what tells whether the architecture honours our masks, our positions and our roll-back.
+        """
+        text = [(7 * i + 3) % self.vocabulary_size for i in range(8)]
+        tree = Tree(text[3], 4, text[4:6], {1: [text[6]]})
+        cache = self.new_cache()
+        list(self.prefill(text[:3], cache))
+        together = self.score(tree, cache)
+        if any(layer.keys.shape[2] != 3 + TREE_WIDTHS[1] for layer in cache.layers):
+            raise TargetError(f"{self._path}: its cache drops entries by itself, so rounds cannot be rolled back")
+        self.keep(cache, 3, [0, 1, 3])
+        after = self.score(Tree(text[7], 7, [], {}), cache)
+        expected = []
+        alone = self.new_cache()
+        for position, token in enumerate([*text[:5], text[6], text[7]]):
+            expected.append(self.score(Tree(token, position + 1, [], {}), alone)[0])
+        scale = float(torch.stack(expected).abs().max())
+        worst = max(
+            float((a - b).abs().max())
+            for a, b in zip([together[0], together[1], together[3], after[0]], expected[3:], strict=True)
+        )
+        if not worst <= SELF_TEST_TOLERANCE[self.dtype] * scale:
+            raise TargetError(
+                f"{self._path}: logits of a token tree differ by {worst:.3g} from those of the same tokens one by one; "
+                "this architecture does not take our attention mask or its cache does not roll back"
+            )
+        log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
+
+
+def _base_of(path: Path) -> Path:
+    """The base checkpoint's directory: `path` itself unless it holds a PEFT adapter."""
+    if not path.is_dir():
+        raise TargetError(f"no target at {path}: give the directory of a Hugging Face checkpoint or PEFT adapter")
+    adapter = path / "adapter_config.json"
+    if not adapter.exists():
+        return path
+    name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    for base in (path / name, Path(name)):
+        if base.is_dir():
+            return base.resolve()
+    raise TargetError(f"{adapter} names the base model {name!r}, which is not a directory beside it")
+
+
+def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
+    strange = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if strange:
+        raise TargetError(
+            f"{path} has layers of type {', '.join(sorted(strange))}, whose state cannot roll back rejected tokens; "
+            "serve a model with plain attention"
+        )
+    context: int = wanted or config.max_position_embeddings
+    if context > config.max_position_embeddings:
+        raise TargetError(f"{path} was trained for {config.max_position_embeddings} tokens, not {context}")
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if slides and window and window < context:
+        raise TargetError(
+            f"{path} attends over a sliding window of {window} tokens, whose cache cannot roll back; "
+            f"serve it with --max-context {window}, within which its attention is plain"
+        )
+    return context
+
+
+def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, Path, frozenset[int]]:
+    """The model at `path`, an adapter merged into its base; the base's directory; and the tokens that end a text.
+
+    Raises:
+        TargetError: not a loadable checkpoint.
+    """
+    base = _base_of(path)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
+        if path != base:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        model = model.to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TargetError(f"{path} does not load on {device}: {error}") from None
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return model, base, frozenset()
+    return model, base, frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _vocabulary(path: Path, base: Path) -> str:
+    for directory in (path, base):
+        file = directory / "tokenizer.json"
+        if file.exists():
+            return vocabulary_hash(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+    raise TargetError(f"{base} has no tokenizer.json, so no draft can be checked against it; save its fast tokenizer")
+
+
+def _version_hash(path: Path, base: Path) -> str:
+    """12 hex digits over the contents of every weight and configuration file."""
+    digest = hashlib.sha256()
+    for directory in dict.fromkeys((base, path)):
+        for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
+            digest.update(file.name.encode())
+            with file.open("rb") as contents:
+                while piece := contents.read(READ_SIZE):
+                    digest.update(piece)
+    return digest.hexdigest()[:12]
+
+
+def _adapted_prefixes(path: Path) -> tuple[str, ...]:
+    """Names of the modules that the adapter at `path` changes, as prefixes of tensor names; none for a checkpoint."""
+    prefixes: set[str] = set()
+    for file in path.glob("adapter_model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name.removeprefix("base_model.model.") for name in tensors.keys()]
+        prefixes |= {name.split(".lora_")[0].split(".modules_to_save")[0] for name in names}
+    return tuple(prefixes)

@@ -1,0 +1,1 @@
+"""Everything that runs on the board. Never imports torch, transformers or optimum."""

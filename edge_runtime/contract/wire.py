@@ -1,0 +1,321 @@
+"""Protocol version 1: the messages of the board and the verifier, and their two encodings.
+
+    POST   /v1/sessions               OpenRequest  -> OpenReply [, Frame ...]
+    POST   /v1/sessions/{id}/rounds   RoundRequest -> Frame [, Frame ...]
+    DELETE /v1/sessions/{id}                       -> 204
+    GET    /v1/models                              -> ModelList
+
+JSON (`application/json`) is the struct as declared, for people with curl. msgpack (`application/msgpack`) is what
+boards speak: the same fields by position instead of by name, defaults at the end dropped, and every list of token ids
+as LEB128 varints in one bin. A round of five drafted ids costs 19 bytes up and about as many down.
+
+A streamed reply is a sequence of messages: in msgpack each preceded by its length as a varint, in JSON one a line.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.contract.errors import InputError
+
+VERSION = 1
+MSGPACK = "application/msgpack"
+JSON = "application/json"
+# The media types of a streamed reply, by the encoding of its frames.
+STREAMS = {MSGPACK: "application/msgpack-seq", JSON: "application/x-ndjson"}
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class ErrorCode(enum.StrEnum):
+    """Why a request was refused; each travels with an HTTP status, a sentence and sometimes details."""
+
+    MALFORMED = "malformed"  # 400: the body does not parse, or a field has the wrong type or range
+    UNSUPPORTED_VERSION = "unsupported_version"  # 400: not this protocol version
+    INVALID_TOKEN = "invalid_token"  # 400: a token id outside the vocabulary
+    INVALID_SAMPLING = "invalid_sampling"  # 400
+    DRAFT_TOO_LONG = "draft_too_long"  # 400: detail: limit
+    UNKNOWN_ROUTE = "unknown_route"  # 404, and 405 for a method that the route does not have
+    UNKNOWN_MODEL = "unknown_model"  # 404: detail: available
+    SESSION_LOST = "session_lost"  # 404: evicted, closed or from before a restart; open again with all ids
+    WRONG_POSITION = "wrong_position"  # 409: detail: expected
+    ROUND_OUT_OF_ORDER = "round_out_of_order"  # 409: replayed too late or skipped; detail: expected
+    ROUND_CONFLICT = "round_conflict"  # 409: the same number as an answered round, but other contents
+    SESSION_FINISHED = "session_finished"  # 409: the text has ended
+    VOCABULARY_MISMATCH = "vocabulary_mismatch"  # 409: the draft was made for another tokenizer
+    DRAFT_MISMATCH = "draft_mismatch"  # 409: the target's shared tensors are not the draft's
+    TOO_LARGE = "too_large"  # 413: body over the limit; detail: limit
+    CONTEXT_OVERFLOW = "context_overflow"  # 413: prompt over the target's context; detail: limit
+    OVERLOADED = "overloaded"  # 503: try again after `Retry-After`
+    STARTING = "starting"  # 503: the target is still loading
+    INTERNAL = "internal"  # 500: a fault of the verifier; its log says more
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of all messages. The protocol version comes first and is always written."""
+
+
+class RoundRequest(Message, frozen=True):
+    """One round: verify `draft`, then say `n` tokens of the target's own.
+
+    Attributes:
+        round: 0 for the round inside the opening request, then 1, 2, ...
+        position: absolute position of the first draft token, equal to the number of ids known to both ends.
+        draft: K token ids, drafted for positions `position` .. `position + K - 1`.
+        n: tokens that the target produces itself after the accepted ones, at least 1.
+        siblings: for a draft index, alternatives to the draft token there (not extended by the board).
+        stream: answer in several frames, as tokens come.
+        v: protocol version.
+    """
+
+    v: int
+    round: Count
+    position: Count
+    draft: list[TokenId] = []
+    n: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1
+    siblings: dict[Annotated[int, msgspec.Meta(ge=0)], list[TokenId]] = {}
+    stream: bool = False
+
+
+class OpenRequest(Message, frozen=True):
+    """Opens a session and plays its first round.
+
+    Attributes:
+        key: chosen by the client at random; the same key opens the same session, so that a repeated request is safe.
+        model: a model id of `GET /v1/models`, or an exact version `id@hash`; empty for the default.
+        prompt: all token ids so far, at least one.
+        vocabulary: hash of the draft's vocabulary (`bundle.vocabulary_hash`); empty when there is no draft.
+        draft: identity of the draft (`bundle.SharedTensors.identity`); empty when there is no draft.
+    """
+
+    v: int
+    key: Annotated[str, msgspec.Meta(min_length=8, max_length=64)]
+    prompt: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    first: RoundRequest
+    sampling: Sampling = Sampling()
+    model: str = ""
+    vocabulary: str = ""
+    draft: str = ""
+
+
+class Frame(Message, frozen=True):
+    """The answer to a round, or a part of it when streamed.
+
+    Attributes:
+        round: the round it answers.
+        accepted: how many leading draft tokens the target accepted; in the first frame only, 0 in later ones.
+        tokens: the target's own tokens that follow them.
+        queue_us: time spent waiting for the engine, microseconds, so far.
+        forward_us: time spent in target forwards, microseconds, so far.
+        load: share of the engine's session slots in use, percent.
+        finish: empty, or why the text ended: `stop` (end-of-text token) or `length` (context full).
+        more: further frames of this round follow.
+        close_calls: (position, margin) where the two best coupled scores were so close that other arithmetic (another
+            GPU, another batch shape) might have chosen differently.
+    """
+
+    v: int
+    round: Count
+    accepted: Count = 0
+    tokens: list[TokenId] = []
+    queue_us: Count = 0
+    forward_us: Count = 0
+    load: Count = 0
+    finish: str = ""
+    more: bool = False
+    close_calls: list[tuple[Count, float]] = []
+
+
+class OpenReply(Message, frozen=True):
+    """A session, pinned to one exact target version. `context` is the longest text it can hold, in tokens."""
+
+    v: int
+    session: str
+    version: str
+    context: Count
+    first: Frame
+
+
+class Refusal(Message, frozen=True):
+    """The body of every 4xx and 5xx answer."""
+
+    v: int
+    code: str
+    message: str
+    detail: dict[str, Any] = {}
+
+
+class Model(Message, frozen=True):
+    """One target in the list of models, in the manner of OpenAI's `/v1/models`."""
+
+    id: str
+    version: str
+    vocabulary: str
+    vocabulary_size: int
+    context: int
+    max_draft: int
+    max_nodes: int
+    object: str = "model"
+
+
+class ModelList(Message, frozen=True):
+    """The answer to `GET /v1/models`."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message, media_type: str) -> bytes:
+    """The body of one message. `media_type` is MSGPACK or JSON."""
+    if media_type == JSON:
+        return msgspec.json.encode(message)
+    return msgspec.msgpack.encode(_by_position(message))
+
+
+def decode(body: bytes, kind: type[M], media_type: str) -> M:
+    """Parses one message.
+
+    Raises:
+        InputError: the body is not `kind` in this encoding; the message says which field is wrong.
+    """
+    try:
+        if media_type == JSON:
+            return msgspec.json.decode(body, type=kind)
+        return msgspec.convert(_by_name(msgspec.msgpack.decode(body), kind), kind)
+    # RecursionError: a bomb of nested arrays; the decoder itself stops at a depth, our walk at the struct's shape.
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"not a {kind.__name__} in {media_type}: {error}") from None
+
+
+def encode_frame(message: Message, media_type: str) -> bytes:
+    """One message of a streamed reply, delimited."""
+    body = encode(message, media_type)
+    return body + b"\n" if media_type == JSON else pack_varints([len(body)]) + body
+
+
+class FrameSplitter:
+    """Cuts a streamed reply into message bodies, whatever the pieces in which it arrives."""
+
+    def __init__(self, media_type: str) -> None:
+        self._json = media_type == JSON
+        self._buffer = bytearray()
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Adds received bytes and yields each body that is now complete."""
+        self._buffer += piece
+        while (cut := self._cut()) is not None:
+            start, stop, rest = cut
+            body = bytes(self._buffer[start:stop])
+            del self._buffer[:rest]
+            yield body
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the reply ended, if it ended here, in mid-message."""
+        return bool(self._buffer)
+
+    def _cut(self) -> tuple[int, int, int] | None:
+        if self._json:
+            end = self._buffer.find(b"\n")
+            return None if end < 0 else (0, end, end + 1)
+        length = shift = 0
+        for index, byte in enumerate(self._buffer[:5]):
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                start = index + 1
+                return (start, start + length, start + length) if len(self._buffer) >= start + length else None
+        return None
+
+
+def pack_varints(numbers: list[int]) -> bytes:
+    """LEB128: seven bits a byte, least significant first, the top bit set on all but the last byte of a number."""
+    out = bytearray()
+    for number in numbers:
+        while number > 0x7F:
+            out.append(number & 0x7F | 0x80)
+            number >>= 7
+        out.append(number)
+    return bytes(out)
+
+
+def unpack_varints(packed: bytes) -> list[int]:
+    """Inverse of `pack_varints`. Raises ValueError on a number over 35 bits or one that the bytes cut short."""
+    numbers: list[int] = []
+    number = shift = 0
+    for byte in packed:
+        number |= (byte & 0x7F) << shift
+        if byte & 0x80:
+            shift += 7
+            if shift > 28:
+                raise ValueError("a token id is longer than five bytes")
+        else:
+            numbers.append(number)
+            number = shift = 0
+    if shift:
+        raise ValueError("the last token id is cut short")
+    return numbers
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
+
+
+def _by_position(message: msgspec.Struct) -> list[Any]:
+    """Field values in declared order, defaults at the end dropped, lists of ids packed."""
+    values = list(msgspec.structs.astuple(message))
+    defaults = [default for _, _, default in _shape(type(message))]
+    while values and values[-1] == defaults[len(values) - 1]:
+        values.pop()
+    return [_packed(value) for value in values]
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return _by_position(value)
+    if _is_ids(value):
+        return pack_varints(value)
+    if isinstance(value, dict):
+        return {key: _packed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_packed(item) for item in value]
+    return value
+
+
+def _by_name(value: Any, kind: Any) -> Any:
+    """Inverse of `_by_position` as far as a struct's shape says; everything else is left for msgspec to judge."""
+    if isinstance(value, bytes):
+        return unpack_varints(value)
+    if isinstance(value, dict):
+        return {key: _by_name(item, None) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        shape = _shape(kind)
+        if len(value) > len(shape):
+            raise ValueError(f"{len(value)} fields where {kind.__name__} has {len(shape)}")
+        return {name: _by_name(item, type_) for (name, type_, _), item in zip(shape, value, strict=False)}
+    if isinstance(value, list) and getattr(kind, "__origin__", None) is list:
+        return [_by_name(item, kind.__args__[0]) for item in value]
+    return value
+
+
+@functools.cache
+def _shape(kind: type[msgspec.Struct]) -> list[tuple[str, Any, Any]]:
+    """(name, type, default) of each field in declared order; without a default, one that equals nothing."""
+    return [
+        (
+            field.name,
+            field.type,
+            field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default,
+        )
+        for field in msgspec.structs.fields(kind)
+    ]

@@ -1,0 +1,1 @@
+"""How much to draft, and how much to leave to the cloud, round by round."""
