@@ -273,6 +273,6 @@ def _adapted_prefixes(path: Path) -> tuple[str, ...]:
     prefixes: set[str] = set()
     for file in path.glob("adapter_model*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names = [name.removeprefix("base_model.model.") for name in tensors.keys()]
+            names = [name.removeprefix("base_model.model.") for name in tensors.keys()]  # noqa: SIM118 - no iterator
         prefixes |= {name.split(".lora_")[0].split(".modules_to_save")[0] for name in names}
     return tuple(prefixes)

@@ -1,0 +1,1 @@
+"""What a board is: profiles, later also calibration and images."""

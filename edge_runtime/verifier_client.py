@@ -160,7 +160,7 @@ class VerifierClient:
         except (httpx.TransportError, TimeoutError, BrokenAnswer) as error:
             cause = str(error) or type(error).__name__
             raise VerifierUnreachable(
-                f"no usable answer from {self.url} within {self.deadline:g} s ({cause}); is it running, and the link up?"
+                f"no usable answer from {self.url} within {self.deadline:g} s ({cause}); is it running, is the link up?"
             ) from error
         raise AssertionError("tenacity ends by returning or raising")
 

@@ -1,0 +1,151 @@
+"""`edge-runtime`: generate text from this board's draft and a verifier."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from edge_runtime.contract.errors import FlexSpecError, InputError
+
+FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
+
+DESCRIPTION = """\
+The board's half of FlexSpec: drafts with a small frozen model, and lets a verifier in the cloud have the last word.
+
+examples:
+  edge-runtime demo
+  edge-runtime generate "import os" --verifier http://127.0.0.1:8500 --max-new-tokens 64
+  edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
+  git log -1 | edge-runtime generate --num-assistant-tokens 8
+
+exit codes: 0 fine, 2 bad input, 3 the draft bundle is unusable, 4 the verifier refused or cannot be reached
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(asyncio.run(options.run(options)))
+    except FlexSpecError as error:
+        print(f"edge-runtime: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; so have we. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-runtime", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    draft = argparse.ArgumentParser(add_help=False)
+    draft.add_argument(
+        "--bundle",
+        type=Path,
+        default=Path(os.environ.get("FLEXSPEC_BUNDLE", FAMILY / "bundle")),
+        metavar="DIR",
+        help="draft bundle (default: $FLEXSPEC_BUNDLE, else the one shipped with the source)",
+    )
+    draft.add_argument("--threads", type=int, default=0, help="CPU threads for the draft (default: one per core, to 4)")
+    draft.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    draft.add_argument(
+        "--num-assistant-tokens",
+        type=int,
+        default=5,
+        metavar="K",
+        help="tokens drafted per round (default: %(default)s)",
+    )
+    draft.add_argument(
+        "--assistant-confidence-threshold",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="stop drafting behind a token of less than this probability (default: %(default)s)",
+    )
+    draft.add_argument(
+        "--siblings", type=int, default=3, metavar="B", help="alternatives per drafted token (default: %(default)s)"
+    )
+    draft.add_argument(
+        "--cloud-tokens",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tokens that the target says itself per round; with 0 assistant tokens it streams (default: %(default)s)",
+    )
+
+    generate = commands.add_parser("generate", parents=[draft], help="continue a prompt")
+    generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
+    generate.add_argument("--file", type=Path, help="read the prompt from a file")
+    generate.add_argument(
+        "--verifier",
+        default=os.environ.get("FLEXSPEC_VERIFIER", "http://127.0.0.1:8500"),
+        metavar="URL",
+        help="default: $FLEXSPEC_VERIFIER, else http://127.0.0.1:8500",
+    )
+    generate.add_argument("--model", default="", help="which target (default: the verifier's choice)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text, for measurements")
+    generate.add_argument(
+        "--deadline", type=float, default=30.0, help="seconds that one round may take, repeats included"
+    )
+    generate.add_argument("--no-http2", action="store_true", help="do not try HTTP/2")
+    generate.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    generate.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
+    generate.add_argument("--quiet", action="store_true", help="no line of statistics on standard error")
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser(
+        "demo", parents=[draft], help="start a verifier here, generate with it, and prove that the text is exact"
+    )
+    demo.add_argument("--family", type=Path, default=FAMILY, metavar="DIR", help="model family (default: the shipped)")
+    demo.add_argument(
+        "--target",
+        action="append",
+        dest="targets",
+        metavar="NAME",
+        help="target in the family, may repeat (default: target-v1, then target-v2: the same board, a newer target)",
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+async def _generate(options: argparse.Namespace) -> int:
+    from edge_runtime import generating
+
+    return await generating.generate(options, _prompt(options))
+
+
+async def _demo(options: argparse.Namespace) -> int:
+    from edge_runtime import demo
+
+    return await demo.demo(options)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt is not None and options.file is not None:
+        raise InputError("give a prompt or --file, not both")
+    if options.file is not None:
+        try:
+            text: str = options.file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt: {error}") from None
+        return text
+    if options.prompt is not None:
+        return str(options.prompt)
+    return sys.stdin.read()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

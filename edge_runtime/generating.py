@@ -1,0 +1,110 @@
+"""`edge-runtime generate`: one answer on a terminal, into a pipe, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+import psutil
+
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.contract.errors import InputError
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.rendering import TextStream
+from edge_runtime.statistics import Statistics
+from edge_runtime.verifier_client import VerifierClient
+
+
+class Report(msgspec.Struct):
+    """What `--json` prints. `memory_bytes` is the process's resident memory at the end."""
+
+    text: str
+    ids: list[int]
+    finish: str
+    version: str
+    acceptance: float | None
+    memory_bytes: int
+    statistics: Statistics
+
+
+def sampling_of(temperature: float, top_k: int, top_p: float, seed: int, ignore_eos: bool = False) -> Sampling:
+    """Sampling from a user's numbers. Raises InputError."""
+    try:
+        return Sampling(temperature, top_k, top_p, seed, ignore_eos)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The fixed plan that the options ask for. Raises InputError."""
+    counts = {
+        "--num-assistant-tokens": (options.num_assistant_tokens, 0),
+        "--siblings": (options.siblings, 0),
+        "--cloud-tokens": (options.cloud_tokens, 1),
+    }
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise InputError(f"{name} {value}: must be at least {least}")
+    return Plan(
+        options.num_assistant_tokens,
+        options.cloud_tokens,
+        options.siblings,
+        options.assistant_confidence_threshold,
+        reason="fixed by the command line",
+    )
+
+
+def summary(statistics: Statistics) -> str:
+    """The statistics in one line."""
+    tokens = max(1, statistics.tokens)
+    acceptance = "nothing drafted" if statistics.acceptance is None else f"{statistics.acceptance:.0%} accepted"
+    return (
+        f"{statistics.tokens} tokens in {statistics.rounds} rounds, {acceptance}, "
+        f"{statistics.bytes_total / tokens:.0f} bytes and {1e3 * statistics.seconds / tokens:.1f} ms per token "
+        f"(draft {1e3 * statistics.draft_seconds / tokens:.1f}, link {1e3 * statistics.link_seconds / tokens:.1f}, "
+        f"verifier {1e3 * statistics.verifier_seconds / tokens:.1f})"
+    )
+
+
+async def generate(options: argparse.Namespace, prompt: str) -> int:
+    """Runs the command. Returns the exit code; raises FlexSpecError."""
+    sampling = sampling_of(options.temperature, options.top_k, options.top_p, options.seed, options.ignore_eos)
+    plan = plan_of(options)
+    draft = OnnxDraft.load(options.bundle, threads=options.threads)
+    ids: list[int] = draft.tokenizer.encode(prompt).ids
+    async with VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2) as client:
+        generation = Generation(
+            draft,
+            client,
+            ids,
+            sampling,
+            max_new_tokens=options.max_new_tokens,
+            planner=FixedPlanner(plan),
+            model=options.model,
+        )
+        text = TextStream(draft.tokenizer, sys.stdout)
+        if options.echo and not options.json:
+            text.prompt(prompt)
+        async for piece in generation:
+            if not options.json:
+                text.piece(piece)
+    if options.json:
+        new = generation.ids[len(ids) :]
+        report = Report(
+            draft.tokenizer.decode(new),
+            new,
+            generation.finish,
+            generation.version,
+            generation.statistics.acceptance,
+            psutil.Process().memory_info().rss,
+            generation.statistics,
+        )
+        print(msgspec.json.encode(report).decode())
+    else:
+        text.end()
+        if not options.quiet:
+            print(f"{generation.version}: {summary(generation.statistics)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,55 @@
+"""Shows verified tokens as text, as they come, told apart by where they come from."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from edge_runtime.decoding import Piece
+
+ACCEPTED = "\x1b[32m"  # green: the board drafted it and the target agreed
+OWN = "\x1b[33m"  # yellow: the target said it itself
+PROMPT = "\x1b[2m"
+RESET = "\x1b[0m"
+
+LEGEND = ("drafted on the board and accepted", "the target's own")
+
+
+class TextStream:
+    """Writes pieces to a stream; characters that span tokens come out when they are complete.
+
+    Args:
+        colour: None for yes on a terminal, unless NO_COLOR is set.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stream: TextIO, colour: bool | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._stream = stream
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._colour = stream.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
+
+    def prompt(self, text: str) -> None:
+        """Writes what the text continues."""
+        self._write(text, PROMPT)
+
+    def legend(self) -> None:
+        """Writes what the colours mean, where there are colours."""
+        if self._colour:
+            self._write(f"{ACCEPTED}{LEGEND[0]}{RESET}, {OWN}{LEGEND[1]}{RESET}\n", "")
+
+    def piece(self, piece: Piece) -> None:
+        """Writes verified tokens."""
+        for ids, colour in ((piece.accepted, ACCEPTED), (piece.own, OWN)):
+            self._write("".join(self._decode.step(self._tokenizer, token) or "" for token in ids), colour)
+
+    def end(self) -> None:
+        """Ends the line."""
+        self._write("\n", "")
+
+    def _write(self, text: str, colour: str) -> None:
+        if text:
+            self._stream.write(f"{colour}{text}{RESET}" if colour and self._colour else text)
+            self._stream.flush()

@@ -1,0 +1,1 @@
+"""From a target checkpoint to a draft bundle: layouts, training, distillation, ONNX, quantisation, evaluation."""

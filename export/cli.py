@@ -1,0 +1,109 @@
+"""`draft-export`: from a target checkpoint to the bundle that a board keeps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edge_runtime.contract.bundle import Manifest
+from edge_runtime.contract.errors import FlexSpecError, InputError
+
+DESCRIPTION = """\
+Makes the frozen draft: trains it against a target, exports it to ONNX, and packs it for the board.
+
+examples:
+  draft-export onnx export/family/target-v1 export/family/draft-anchor --output /tmp/bundle
+  draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
+  draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
+"""
+
+ONNX_DESCRIPTION = """\
+Exports a draft and packs it into a bundle. DRAFT is a directory of `draft-export family` (the draft's own tensors; what
+it shares comes from TARGET), or a whole Hugging Face model with TARGET's tokenizer, which is then a standalone draft.
+Parity with PyTorch, and acceptance by TARGET, are measured on a text and written into the manifest.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    from export import recipe
+
+    parser = argparse.ArgumentParser(
+        prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    onnx = commands.add_parser("onnx", help="export a draft into a bundle", description=ONNX_DESCRIPTION)
+    onnx.add_argument("target", type=Path, help="Hugging Face directory of the target")
+    onnx.add_argument("draft", type=Path, help="directory of the draft")
+    onnx.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle; must not exist")
+    onnx.add_argument(
+        "--graph", default="fused", choices=["fused", "concat"], help="fused: fast; concat: optimum's (default: fused)"
+    )
+    onnx.add_argument("--weights", choices=["mixed", "int4", "int8", "fp32"], help="default: mixed; concat: fp32")
+    onnx.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
+    onnx.add_argument("--text", type=Path, help="what to measure on (default: FlexSpec's own sources)")
+    onnx.add_argument("--positions", type=int, default=2000, help="how many tokens of it (default: %(default)s)")
+    onnx.set_defaults(run=_onnx)
+    family = commands.add_parser(
+        "family",
+        help="train the example family from nothing",
+        description=recipe.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe.add_arguments(family)
+    family.set_defaults(run=recipe.run_with)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except FlexSpecError as error:
+        print(f"draft-export: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _onnx(options: argparse.Namespace) -> int:
+    from export.bundling import STEPS, BundleOrder, make_bundle
+    from export.progress import Progress
+
+    order = BundleOrder(
+        options.target,
+        options.draft,
+        options.graph,
+        options.weights or ("fp32" if options.graph == "concat" else "mixed"),
+        _text(options.text),
+        options.context,
+        options.positions,
+    )
+    with Progress("bundle", len(STEPS)) as progress:
+        manifest = make_bundle(order, options.output, lambda step: progress.update(STEPS.index(step), step))
+        progress.update(len(STEPS), "done")
+    _print(manifest, options.output)
+    return 0
+
+
+def _print(manifest: Manifest, output: Path) -> None:
+    size = sum(record.bytes for record in manifest.files.values())
+    parity = manifest.parity
+    print(f"{output}: {manifest.graph.kind} {manifest.graph.weights}, {size / 1e6:.1f} MB, {manifest.shared.identity}")
+    print(
+        f"parity with PyTorch over {parity.positions} positions: {parity.greedy_agreement:.1%} same argmax, "
+        f"largest logit difference {parity.max_logit_difference:g}"
+    )
+    accepted = ", ".join(f"{share:.1%} at {name}" for name, share in manifest.acceptance.items())
+    print(f"acceptance by the target on given text: {accepted}")
+
+
+def _text(path: Path | None) -> str:
+    if path is None:
+        sources = sorted((Path(__file__).parent.parent / "edge_runtime").rglob("*.py"))
+        return "\n".join(source.read_text() for source in sources)
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --text: {error}") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

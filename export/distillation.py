@@ -1,0 +1,83 @@
+"""Teaching a draft what its target would say.
+
+The losses compare two distributions over the next token, the target's p and the draft's q, at every position:
+
+    kl      sum p (log p - log q): every token that the target might say counts
+    lk      1 - sum min(p, q): the share of tokens that a verifier would reject; bounded, but flat where q is far off
+    mixed   kl first, then more and more lk
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from edge_runtime.contract.errors import InputError
+from export.target import Text
+from export.training import Curve, Plan, Step, fit
+
+Objective = Literal["kl", "lk", "mixed"]
+# Where `mixed` starts to leave kl; at the end of training it is all lk.
+MIXED_FROM = 0.5
+
+
+def kl_divergence(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats by position; (..., vocabulary) each -> (...)."""
+    log_p = target_logits.float().log_softmax(-1)
+    log_q = draft_logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def overlap(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """sum min(p, q) by position, in [0, 1]: the best acceptance that any rule can reach; (..., vocabulary) -> (...)."""
+    return torch.minimum(target_logits.float().softmax(-1), draft_logits.float().softmax(-1)).sum(-1)
+
+
+def lk_weight(objective: Objective, done: float) -> float:
+    """Share of the lk loss when `done` of the training, in [0, 1], is over.
+
+    Raises:
+        InputError: no such objective.
+    """
+    if objective not in get_args(Objective):
+        raise InputError(f"no objective {objective!r}: choose one of {', '.join(get_args(Objective))}")
+    if objective == "mixed":
+        return max(0.0, (done - MIXED_FROM) / (1 - MIXED_FROM))
+    return 1.0 if objective == "lk" else 0.0
+
+
+def distillation_loss(
+    target_logits: torch.Tensor, draft_logits: torch.Tensor, objective: Objective, done: float
+) -> torch.Tensor:
+    """The objective, mean over all positions, `done` of the way through training."""
+    weight = lk_weight(objective, done)
+    loss = torch.zeros((), device=draft_logits.device)
+    if weight < 1:
+        loss = loss + (1 - weight) * kl_divergence(target_logits, draft_logits).mean()
+    if weight > 0:
+        loss = loss + weight * (1 - overlap(target_logits, draft_logits).mean())
+    return loss
+
+
+def distil(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    text: Text,
+    plan: Plan,
+    *,
+    objective: Objective = "mixed",
+    checkpoint: Path | None = None,
+) -> Curve:
+    """Trains the unfrozen parameters of `draft`, in place, to say what `target` says on `text`."""
+    torch.manual_seed(plan.seed)
+
+    def loss(step: Step) -> torch.Tensor:
+        ids = text.windows(step.rows, step.length, step.random)
+        with torch.no_grad():
+            wanted = target(input_ids=ids, use_cache=False).logits
+        return distillation_loss(wanted, draft(input_ids=ids, use_cache=False).logits, objective, step.done)
+
+    return fit(draft, loss, plan, label=f"draft ({objective})", checkpoint=checkpoint)

@@ -1,0 +1,71 @@
+"""How far a long run is: a bar on a terminal with rich, one line now and then everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Self
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """Shows steps done, a note such as the loss, and the time left.
+
+    Args:
+        label: what is going on.
+        total: steps in all.
+        done: steps that an earlier run has done.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self._label, self._total, self._first = label, total, done
+        self._started = self._printed = time.monotonic()
+        self._bar: Callable[[int, str], None] | None = None
+        self._close: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._open_bar()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def update(self, done: int, note: str) -> None:
+        """Reports that `done` steps are done."""
+        if self._bar is not None:
+            self._bar(done, note)
+            return
+        now = time.monotonic()
+        if done < self._total and now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        elapsed = now - self._started
+        left = elapsed / max(1, done - self._first) * (self._total - done)
+        print(f"{self._label}: {done}/{self._total}  {note}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
+
+    def _open_bar(self) -> None:
+        try:
+            from rich import progress
+        except ImportError:
+            return
+        columns = (
+            "{task.description}",
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            "{task.fields[note]}",
+            progress.TimeElapsedColumn(),
+            "left",
+            progress.TimeRemainingColumn(),
+        )
+        display = progress.Progress(*columns)
+        task = display.add_task(self._label, total=self._total, completed=self._first, note="")
+        display.start()
+        self._bar = lambda done, note: display.update(task, completed=done, note=note)
+        self._close = display.stop

@@ -1,0 +1,61 @@
+"""How big a run of the recipe is: the real one, and one small enough for a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.samples import SamplePlan
+from export.target import Shape
+from export.training import Plan
+
+
+@dataclass(frozen=True)
+class Size:
+    """Everything that differs between a trial run and the real one.
+
+    Attributes:
+        corpus_bytes: most text by domain name, None for all of it.
+        tokenizer_bytes: text that the vocabulary is learnt from.
+        new_blocks, shared_blocks: of the anchor draft.
+        windows: of held-out text, per domain, in the evaluation.
+        parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
+    """
+
+    shape: Shape
+    corpus_bytes: dict[str, float | None]
+    tokenizer_bytes: int
+    target: Plan
+    evolve: Plan
+    rank: int
+    distill: Plan
+    samples: SamplePlan
+    new_blocks: int = 2
+    shared_blocks: int = 1
+    windows: int = 128
+    parity_tokens: int = 2000
+
+
+SIZES = {
+    "smoke": Size(
+        shape=Shape(512, 64, 4, 128, heads=2, kv_heads=1, head_dim=32, context=128),
+        corpus_bytes={"python": 1_500_000, "cpp": 500_000},
+        tokenizer_bytes=400_000,
+        target=Plan(40, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        evolve=Plan(10, 1e-3, 8, 64, warm_up=2),
+        rank=4,
+        distill=Plan(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        samples=SamplePlan(1, 16, prompt=16, length=64),
+        windows=8,
+        parity_tokens=100,
+    ),
+    "full": Size(
+        shape=Shape(8192, 384, 8, 960, heads=6, kv_heads=2, head_dim=64, context=2048),
+        corpus_bytes={"python": None, "cpp": None},
+        tokenizer_bytes=40_000_000,
+        target=Plan(6000, 1.5e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200),
+        evolve=Plan(600, 1e-3, 96, 512, warm_up=50, weight_decay=0.0),
+        rank=8,
+        distill=Plan(3000, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        samples=SamplePlan(4, 1024, prompt=64, length=512),
+    ),
+}
