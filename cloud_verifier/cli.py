@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
-    model.add_argument("--max-context", type=int, metavar="TOKENS", help="default: what the model was trained for")
+    model.add_argument(
+        "--max-context", type=_positive, metavar="TOKENS", help="default: what the model was trained for"
+    )
     model.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
 
     serve = commands.add_parser("serve", parents=[model], help="serve a target over HTTP")
@@ -58,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
     serve.add_argument("--certificate", type=Path, help="PEM certificate chain: serve over TLS")
     serve.add_argument("--key", type=Path, help="PEM private key of the certificate")
-    serve.add_argument("--max-sessions", type=int, default=256, help="default: %(default)s")
+    serve.add_argument("--max-sessions", type=_positive, default=256, help="default: %(default)s")
     serve.add_argument(
-        "--max-tokens", type=int, default=262_144, help="tokens of all sessions together (default: %(default)s)"
+        "--max-tokens", type=_positive, default=262_144, help="tokens of all sessions together (default: %(default)s)"
     )
     serve.add_argument(
         "--idle-seconds", type=float, default=600.0, help="drop sessions unused for longer (default: %(default)s)"
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate", parents=[model], help="let the target write by itself, without a board: the text to compare with"
     )
     generate.add_argument("prompt", nargs="*", help="one text per prompt")
-    generate.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default: %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
@@ -84,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -118,7 +127,10 @@ def _generate(options: argparse.Namespace) -> int:
     model, base, end_ids = load_model(options.target, options.device, options.dtype)
     size = model.config.vocab_size
     if options.jobs:
-        lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()
+        try:
+            lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()
+        except OSError as error:
+            raise InputError(f"cannot read {options.jobs}: {error.strerror}") from None
         for line in lines:
             try:
                 job = msgspec.json.decode(line)

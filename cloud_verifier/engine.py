@@ -115,7 +115,11 @@ class _Playing:
             error = VerifierRefused(ErrorCode.INTERNAL, "the round failed; the verifier's log says why", 500)
             self._loop.call_soon_threadsafe(self._answer.fail, error)
             return False
-        return not self._session.closed
+        if self._session.closed:
+            error = VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404)
+            self._loop.call_soon_threadsafe(self._answer.fail, error)
+            return False
+        return True
 
     def _play(self) -> Iterator[None]:
         session, target, request = self._session, self._target, self._answer.request
@@ -182,8 +186,8 @@ class _Playing:
             request.round,
             accepted=accepted,
             tokens=self._tokens,
-            queue_us=round(1e6 * max(0.0, now - self._submitted - self._forward_seconds)),
-            forward_us=round(1e6 * self._forward_seconds),
+            queue_100us=round(1e4 * max(0.0, now - self._submitted - self._forward_seconds)),
+            forward_100us=round(1e4 * self._forward_seconds),
             load=self._session_load(),
             finish=self._session.finish,
             more=more,

@@ -79,8 +79,8 @@ def excluded_mask(logits: torch.Tensor, scaled: torch.Tensor, sampling: Sampling
     if sampling.top_p < 1.0:
         left = scaled.masked_fill(excluded, -torch.inf)
         ordered, order = torch.sort(left, dim=-1, descending=True, stable=True)
-        tail_from_here = ordered.softmax(-1).flip(-1).cumsum(-1).flip(-1)
-        dropped = tail_from_here <= 1.0 - sampling.top_p
+        mass = ordered.softmax(-1)
+        dropped = mass.cumsum(-1) - mass >= sampling.top_p - 1e-12
         dropped[..., 0] = False
         excluded |= torch.zeros_like(excluded).scatter(-1, order, dropped)
     return excluded

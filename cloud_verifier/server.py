@@ -44,25 +44,34 @@ class Server:
         port = listening.port or _free_port(listening.host)
         scheme = "https" if listening.certificate else "http"
         self.url = f"{scheme}://{listening.host}:{port}"
-        self._granian = Granian(
-            service.app,
-            address=listening.host,
-            port=port,
-            interface=Interfaces.ASGI,
-            http=HTTPModes(listening.http),
-            websockets=False,
-            ssl_cert=listening.certificate,
-            ssl_key=listening.key,
-            log_enabled=False,
-            # Windows wide enough that no round ever waits for, or pays for, a window update.
-            http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
-        )
+        try:
+            self._granian = Granian(
+                service.app,
+                address=listening.host,
+                port=port,
+                interface=Interfaces.ASGI,
+                http=HTTPModes(listening.http),
+                websockets=False,
+                ssl_cert=listening.certificate,
+                ssl_key=listening.key,
+                log_enabled=False,
+                # Windows wide enough that no round ever waits for, or pays for, a window update.
+                http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
+            )
+        except OSError as error:
+            raise FlexSpecError(f"cannot use the certificate {listening.certificate}: {error}") from None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts listening, and waits until connections are accepted."""
-        self._task = asyncio.create_task(self._granian.serve())
         host, port = self.url.rsplit("/", 1)[1].rsplit(":", 1)
+        try:
+            socket.create_server((host, int(port))).close()
+        except OSError:
+            raise FlexSpecError(
+                f"could not listen on {host} port {port}: is the port in use? choose another --port"
+            ) from None
+        self._task = asyncio.create_task(self._granian.serve())
         for _ in range(200):
             if self._task.done():
                 break

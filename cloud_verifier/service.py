@@ -5,6 +5,7 @@ Every answer but 2xx is a `Refusal` with a typed code (see `wire.ErrorCode`), in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -68,12 +69,17 @@ class Service:
             exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False
 
     async def open(self, request: Request) -> Response:
         """POST /v1/sessions: a session, and its first round."""
         opening = await self._message(request, OpenRequest)
         session = self.sessions.by_key(opening.key)
         if session is not None and not session.closed:
+            if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
+                raise VerifierRefused(
+                    ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt", 409
+                )
             answer = session.next_round(opening.first)
             if answer is None:
                 raise VerifierRefused(
@@ -83,7 +89,7 @@ class Service:
                     {"expected": session.answer.request.round + 1},
                 )
         else:
-            target = self._check_opening(opening)
+            target = await self._check_opening(opening)
             answer = Answer(opening.first)
             session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer)
             self.sessions.add(opening.key, session)
@@ -103,7 +109,7 @@ class Service:
         answer = session.next_round(playing)
         if answer is None:
             self._check_round(playing, self._target())
-            self.sessions.make_room(0, len(playing.draft) + playing.n)
+            self.sessions.make_room(0, len(playing.draft) + playing.n, session)
             answer = session.answer = Answer(playing)
             self.engine.submit(session, answer)
         return await _reply(request, answer, playing.stream)
@@ -143,33 +149,30 @@ class Service:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
         return self.engine.target
 
-    def _check_opening(self, opening: OpenRequest) -> Target:
+    async def _check_opening(self, opening: OpenRequest) -> Target:
         target = self._target()
         if opening.model not in ("", target.name, target.version):
             raise VerifierRefused(
                 ErrorCode.UNKNOWN_MODEL,
-                f"no model {opening.model!r} here; there is {target.version}",
+                f"no model {opening.model[:80]!r} here; there is {target.version}",
                 404,
                 {"available": [target.version]},
             )
         if opening.vocabulary not in ("", target.vocabulary):
             raise VerifierRefused(
                 ErrorCode.VOCABULARY_MISMATCH,
-                f"the draft's vocabulary {opening.vocabulary} is not {target.version}'s {target.vocabulary}; "
+                f"the draft's vocabulary {opening.vocabulary[:80]} is not {target.version}'s {target.vocabulary}; "
                 "export a draft from this target",
                 409,
             )
-        if opening.draft:
-            layout, _, rest = opening.draft.partition("/")
-            blocks = rest.partition("/")[0]
-            known = layout in ("anchor", "prefix", "standalone") and blocks.isascii() and blocks.isdigit()
-            if not known or target.shared_identity(layout, int(blocks[:4])) != opening.draft:
-                raise VerifierRefused(
-                    ErrorCode.DRAFT_MISMATCH,
-                    f"the tensors that the draft shares ({opening.draft}) are not those of {target.version}; "
-                    "ask for a version that kept them, or export a draft from this one",
-                    409,
-                )
+        # Hashing tensors takes a while the first time; others go on being served.
+        if opening.draft and opening.draft != await asyncio.to_thread(target.identity_like, opening.draft):
+            raise VerifierRefused(
+                ErrorCode.DRAFT_MISMATCH,
+                f"the tensors that the draft shares ({opening.draft[:80]}) are not those of {target.version}; "
+                "ask for a version that kept them, or export a draft from this one",
+                409,
+            )
         limit = target.context - 1
         if len(opening.prompt) > limit:
             raise VerifierRefused(
@@ -213,22 +216,31 @@ class Service:
         try:
             message = wire.decode(body, kind, _media_type(request))
         except InputError as error:
-            raise VerifierRefused(ErrorCode.MALFORMED, str(error), 400) from None
-        if message.v != wire.VERSION:  # type: ignore[attr-defined]
+            self._check_version(wire.version_of(body, _media_type(request)))
+            code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
+            raise VerifierRefused(code, str(error), 400) from None
+        self._check_version(message.v)
+        return message
+
+    def _check_version(self, version: int | None) -> None:
+        if version not in (None, wire.VERSION):
             raise VerifierRefused(
                 ErrorCode.UNSUPPORTED_VERSION,
                 f"this verifier speaks protocol {wire.VERSION}; upgrade the older of the two ends",
                 400,
             )
-        return message
 
     async def _body(self, request: Request) -> bytes:
         limit = self.limits.max_body
         body = bytearray()
+        size = 0
+        # Read to the end even so: a client that is still writing would not read our answer.
         async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is over {limit} bytes", 413, {"limit": limit})
+            size += len(piece)
+            if size <= limit:
+                body += piece
+        if size > limit:
+            raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is over {limit} bytes", 413, {"limit": limit})
         return bytes(body)
 
     def _answering(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

@@ -62,8 +62,8 @@ class Answer:
             last.round,
             accepted=frames[0].accepted,
             tokens=[token for frame in frames for token in frame.tokens],
-            queue_us=last.queue_us,
-            forward_us=last.forward_us,
+            queue_100us=last.queue_100us,
+            forward_100us=last.forward_100us,
             load=last.load,
             finish=last.finish,
             close_calls=[call for frame in frames for call in frame.close_calls],
@@ -190,24 +190,27 @@ class SessionStore:
         if session is not None:
             session.closed = True
             session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
-            del self._by_key[self._key_of.pop(session_id)]
+            key = self._key_of.pop(session_id)
+            if self._by_key.get(key) is session:
+                del self._by_key[key]
 
-    def make_room(self, sessions: int, tokens: int) -> None:
+    def make_room(self, sessions: int, tokens: int, spare: Session | None = None) -> None:
         """Evicts idle sessions, then least recently used ones, until so many more fit."""
         now = time.monotonic()
+        fixed = [s for s in self._by_id.values() if s is spare or not s.answer.done]
+        if len(fixed) + sessions > self._max_sessions or sum(len(s.ids) for s in fixed) + tokens > self._max_tokens:
+            raise VerifierRefused(
+                ErrorCode.OVERLOADED, "every session slot is in the middle of a round; try again shortly", 503
+            )
         held = sum(len(session.ids) for session in self._by_id.values())
         for session in list(self._by_id.values()):
             full = len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens
-            if not session.answer.done:
+            if session is spare or not session.answer.done:
                 continue
             if full or now - session.used_at > self._idle_seconds:
                 held -= len(session.ids)
                 self.remove(session.id)
                 self.evictions += 1
-        if len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens:
-            raise VerifierRefused(
-                ErrorCode.OVERLOADED, "every session slot is in the middle of a round; try again shortly", 503
-            )
 
 
 def _contents(request: RoundRequest) -> tuple[object, ...]:

@@ -64,9 +64,13 @@ class Target:
         path = path.resolve()
         base = _base_of(path)
         try:
+            if not (base / "config.json").is_file():
+                raise OSError("it has no config.json")
             config = AutoConfig.from_pretrained(base)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise TargetError(f"{base} is not a Hugging Face model directory: {error}") from None
+        if not list(base.glob("*.safetensors")):
+            raise TargetError(f"{base} has no safetensors weights; save the model again with safe_serialization=True")
         self._path, self._base = path, base
         self.name = path.name
         self.version = f"{path.name}@{_version_hash(path, base)}"
@@ -77,7 +81,22 @@ class Target:
         self._layers = config.num_hidden_layers
         self._model, _, self.end_ids = load_model(path, device, dtype)
         self.chooser = Chooser(self.vocabulary_size)
-        self._self_test()
+        try:
+            self._self_test()
+        except TargetError:
+            raise
+        except Exception as error:
+            raise TargetError(f"{path}: this architecture does not run with our cache and masks: {error!r}") from None
+
+    def identity_like(self, identity: str) -> str:
+        """What a draft of the same layout as `identity` presents if it fits; empty if there is no such layout here."""
+        layout, _, rest = identity.partition("/")
+        blocks = rest.partition("/")[0]
+        # Checked before anything is read: whoever asks chooses these words.
+        known = (
+            layout in ("anchor", "prefix", "standalone") and blocks.isascii() and blocks.isdigit() and len(blocks) < 4
+        )
+        return self.shared_identity(layout, int(blocks)) if known and int(blocks) <= self._layers else ""
 
     @functools.cache  # noqa: B019 - a process holds few targets, each for its whole life
     def shared_identity(self, layout: str, blocks: int) -> str:
@@ -93,7 +112,9 @@ class Target:
             with safe_open(file, framework="pt") as tensors:
                 for name in shared_names(layout, blocks, self._layers, list(tensors.keys())):
                     value = fingerprint(tensors.get_tensor(name).float().numpy())
-                    fingerprints[name] = value + "+adapter" * name.startswith(adapted)
+                    fingerprints[name] = value + "+adapter" * any(
+                        key.startswith(name.rpartition(".")[0] + ".") for key in adapted
+                    )
         return shared_identity(layout, blocks, fingerprints)
 
     def new_cache(self) -> DynamicCache:
@@ -197,7 +218,11 @@ def _base_of(path: Path) -> Path:
     adapter = path / "adapter_config.json"
     if not adapter.exists():
         return path
-    name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    try:
+        name = json.loads(adapter.read_text())["base_model_name_or_path"]
+        path / name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"{adapter} does not name a base model: {error!r}") from None
     for base in (path / name, Path(name)):
         if base.is_dir():
             return base.resolve()
@@ -234,13 +259,17 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
         if path != base:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
         model = model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise TargetError(f"{path} does not load on {device}: {error}") from None
     ids = model.generation_config.eos_token_id
     if ids is None:
@@ -252,7 +281,10 @@ def _vocabulary(path: Path, base: Path) -> str:
     for directory in (path, base):
         file = directory / "tokenizer.json"
         if file.exists():
-            return vocabulary_hash(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+            try:
+                return vocabulary_hash(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+            except Exception as error:  # tokenizers raises bare Exception
+                raise TargetError(f"{file} is not a tokenizer: {error}") from None
     raise TargetError(f"{base} has no tokenizer.json, so no draft can be checked against it; save its fast tokenizer")
 
 
@@ -273,6 +305,5 @@ def _adapted_prefixes(path: Path) -> tuple[str, ...]:
     prefixes: set[str] = set()
     for file in path.glob("adapter_model*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names = [name.removeprefix("base_model.model.") for name in tensors.keys()]  # noqa: SIM118 - no iterator
-        prefixes |= {name.split(".lora_")[0].split(".modules_to_save")[0] for name in names}
+            prefixes |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
     return tuple(prefixes)

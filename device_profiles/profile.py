@@ -9,7 +9,7 @@ import msgspec
 
 BOARDS = Path(__file__).parent / "boards"
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -81,4 +81,4 @@ class Statistics(msgspec.Struct):
 
 def verifier_seconds(frame: Frame) -> float:
     """What the verifier reports for the round so far: queue and forwards."""
-    return (frame.queue_us + frame.forward_us) / 1e6
+    return (frame.queue_100us + frame.forward_100us) / 1e4

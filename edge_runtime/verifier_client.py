@@ -364,7 +364,11 @@ async def _bodies(response: httpx.Response) -> AsyncIterator[bytes]:
         return
     splitter = wire.FrameSplitter(wire.MSGPACK)
     async for piece in response.aiter_bytes():
-        for body in splitter.feed(piece):
+        try:
+            bodies = list(splitter.feed(piece))
+        except InputError as error:
+            raise BrokenAnswer(str(error)) from None
+        for body in bodies:
             yield body
     if splitter.incomplete:
         raise BrokenAnswer("the answer ended in mid-message")

@@ -33,7 +33,7 @@ from edge_runtime.contract.errors import InputError
 from edge_runtime.graphs import Runner, make_runner
 from export.checkpoints import read_tensors, tensor_files
 from export.drafts import DESCRIPTION, load_draft, read_description
-from export.graphs import GRAPH_FILE, WEIGHTS_FILE, export_graph
+from export.graphs import GRAPH_FILE, export_graph
 from export.layouts import DraftPlan
 
 # Packages whose release can change the bytes of a bundle.

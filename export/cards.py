@@ -26,7 +26,7 @@ Training text: packages that were installed on the machine that made it, by lice
 
 {sources}
 
-Made by `python -m export.recipe`.
+Made by `draft-export family --size full`.
 """
 
 ADAPTER = """

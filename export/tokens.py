@@ -49,7 +49,7 @@ def read_ids(path: Path) -> Ids:
         with lzma.open(path, "rb") as file:
             return np.frombuffer(file.read(), dtype="<u2").astype(np.uint16)
     except FileNotFoundError:
-        raise InputError(f"no token stream at {path}: run `python -m export.recipe --stage corpus` first") from None
+        raise InputError(f"no token stream at {path}: run `draft-export family --stage corpus` first") from None
     except (EOFError, lzma.LZMAError, ValueError) as error:
         raise InputError(f"{path} is not a whole token stream ({error}): make or copy it again") from None
 

@@ -79,5 +79,5 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: run `python -m export.recipe --stage corpus` first")
+        raise InputError(f"no tokenizer at {path}: run `draft-export family --stage corpus` first")
     return Tokenizer.from_file(str(path))

@@ -145,6 +145,8 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
             f"no draft bundle at {path}: it has no {MANIFEST}; make one with `draft-export onnx`, "
             "or point --bundle at one"
         ) from None
+    except OSError as error:
+        raise BundleMissing(f"cannot read {path / MANIFEST}: {error.strerror}") from None
     try:
         version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
         if version != FORMAT_VERSION:
@@ -153,7 +155,7 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
                 "upgrade flexspec, or export the bundle again"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleCorrupt(f"{path / MANIFEST} is not a bundle manifest ({error}): copy the bundle again") from None
     bundle = Bundle(path, manifest)
     for name in {manifest.graph.file, bundle.tokenizer_path.name} - manifest.files.keys():

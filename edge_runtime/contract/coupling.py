@@ -153,7 +153,7 @@ def _nucleus(mass: Floats, top_p: float) -> Ids:
 def _nucleus_of_few(mass: Floats, top_p: float) -> Ids:
     order = np.argsort(-mass, kind="stable")
     before = mass[order].cumsum() - mass[order]
-    keep = 1.0 - before > 1.0 - top_p
+    keep = before < top_p - 1e-12
     keep[0] = True
     nucleus: Ids = order[keep]
     return nucleus
@@ -239,6 +239,6 @@ def check_prompt(prompt: list[int], vocabulary_size: int) -> None:
     """Raises InputError unless `prompt` is a non-empty list of ids below `vocabulary_size`."""
     if not prompt:
         raise InputError("the prompt is empty: give at least one token")
-    worst = max(prompt)
-    if worst >= vocabulary_size or min(prompt) < 0:
-        raise InputError(f"token id {worst} is outside the vocabulary of {vocabulary_size}")
+    wrong = [token for token in prompt if not 0 <= token < vocabulary_size]
+    if wrong:
+        raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocabulary_size}")

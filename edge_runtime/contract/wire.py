@@ -112,8 +112,8 @@ class Frame(Message, frozen=True):
         round: the round it answers.
         accepted: how many leading draft tokens the target accepted; in the first frame only, 0 in later ones.
         tokens: the target's own tokens that follow them.
-        queue_us: time spent waiting for the engine, microseconds, so far.
-        forward_us: time spent in target forwards, microseconds, so far.
+        queue_100us: time spent waiting for the engine so far, in units of 100 microseconds.
+        forward_100us: time spent in target forwards so far, likewise: three bytes hold 6.5 seconds.
         load: share of the engine's session slots in use, percent.
         finish: empty, or why the text ended: `stop` (end-of-text token) or `length` (context full).
         more: further frames of this round follow.
@@ -125,8 +125,8 @@ class Frame(Message, frozen=True):
     round: Count
     accepted: Count = 0
     tokens: list[TokenId] = []
-    queue_us: Count = 0
-    forward_us: Count = 0
+    queue_100us: Count = 0
+    forward_100us: Count = 0
     load: Count = 0
     finish: str = ""
     more: bool = False
@@ -152,7 +152,7 @@ class Refusal(Message, frozen=True):
     detail: dict[str, Any] = {}
 
 
-class Model(Message, frozen=True):
+class Model(Message, frozen=True, omit_defaults=False):
     """One target in the list of models, in the manner of OpenAI's `/v1/models`."""
 
     id: str
@@ -165,7 +165,7 @@ class Model(Message, frozen=True):
     object: str = "model"
 
 
-class ModelList(Message, frozen=True):
+class ModelList(Message, frozen=True, omit_defaults=False):
     """The answer to `GET /v1/models`."""
 
     data: list[Model]
@@ -195,6 +195,21 @@ def decode(body: bytes, kind: type[M], media_type: str) -> M:
     # RecursionError: a bomb of nested arrays; the decoder itself stops at a depth, our walk at the struct's shape.
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"not a {kind.__name__} in {media_type}: {error}") from None
+
+
+class _Versioned(msgspec.Struct):
+    v: int
+
+
+def version_of(body: bytes, media_type: str) -> int | None:
+    """The protocol version that a message claims, whatever the rest of it; None where there is none."""
+    try:
+        if media_type == JSON:
+            return msgspec.json.decode(body, type=_Versioned).v
+        fields = msgspec.msgpack.decode(body)
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    return fields[0] if isinstance(fields, list) and fields and type(fields[0]) is int else None
 
 
 def encode_frame(message: Message, media_type: str) -> bytes:
@@ -235,6 +250,8 @@ class FrameSplitter:
             if byte < 0x80:
                 start = index + 1
                 return (start, start + length, start + length) if len(self._buffer) >= start + length else None
+        if shift == 35:
+            raise InputError("a frame's length is longer than five bytes: this is no stream of frames")
         return None
 
 

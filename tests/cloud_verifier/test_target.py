@@ -1,0 +1,337 @@
+"""Targets of several architectures: trees, roll-back, versions, adapters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from cloud_verifier.target import PREFILL_WIDTH, Target, load_model
+from cloud_verifier.tree import Tree
+from edge_runtime.contract.errors import TargetError
+from tests.models import VOCABULARY_SIZE, save_target
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
+TEXT = [17, 30, 205, 9, 77, 150, 3]
+
+
+def load(path: Path, **options: Any) -> Target:
+    return Target(path, **{"device": "cpu", "dtype": torch.float32, **options})
+
+
+class Loaded(NamedTuple):
+    """A target, and the same model as transformers alone runs it."""
+
+    target: Target
+    model: Any
+
+    def logits_alone(self, ids: list[int]) -> torch.Tensor:
+        """(V,) behind `ids`, in one plain causal forward."""
+        with torch.inference_mode():
+            return self.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+
+    def prefilled(self, ids: list[int]) -> DynamicCache:
+        cache = self.target.new_cache()
+        list(self.target.prefill(ids, cache))
+        return cache
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    path = save_target(tmp_path_factory.mktemp("models") / request.param, request.param)
+    return Loaded(load(path), load_model(path, "cpu", "float32")[0])
+
+
+def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("draft", "siblings"),
+    [
+        ([], {}),
+        ([11, 12, 13], {}),
+        ([11, 12, 13, 14], {0: [40, 41], 1: [42], 3: [11, 12, 43]}),
+        ([5] * 20, {index: [60 + index, 90 + index] for index in range(20)}),
+    ],
+    ids=["empty", "chain", "tree", "large"],
+)
+def test_a_tree_in_one_forward_equals_its_paths_alone(
+    loaded: Loaded, draft: list[int], siblings: dict[int, list[int]]
+) -> None:
+    tree = Tree(TEXT[-1], len(TEXT), draft, siblings)
+    logits = loaded.target.score(tree, loaded.prefilled(TEXT[:-1]))
+    assert logits.shape == (len(tree), VOCABULARY_SIZE)
+    before = TEXT[:-1]
+    chain = [TEXT[-1], *draft]
+    for row in range(len(chain)):
+        assert_same(logits[row], loaded.logits_alone([*before, *chain[: row + 1]]))
+    row = len(chain)
+    for index, alternatives in sorted(siblings.items()):
+        for token in alternatives:
+            assert_same(logits[row], loaded.logits_alone([*before, *chain[: index + 1], token]))
+            row += 1
+    assert row == len(tree)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2], [0, 1, 5], [0, 4]], ids=str)
+def test_keep_leaves_what_the_kept_tokens_alone_would_have_left(loaded: Loaded, rows: list[int]) -> None:
+    tree = Tree(TEXT[-1], len(TEXT), [11, 12, 13], {0: [40], 1: [42]})
+    cache = loaded.prefilled(TEXT[:-1])
+    loaded.target.score(tree, cache)
+    loaded.target.keep(cache, len(TEXT) - 1, rows)
+    ids = TEXT[:-1] + [tree.ids[row] for row in rows]
+    straight = loaded.prefilled(ids)
+    assert cache.get_seq_length() == straight.get_seq_length() == len(ids)
+    for kept, expected in zip(cache.layers, straight.layers, strict=True):
+        assert_same(kept.keys, expected.keys)
+        assert_same(kept.values, expected.values)
+    # And what follows is the same text's.
+    again = loaded.target.score(Tree(99, len(ids) + 1, [98], {}), cache)
+    assert_same(again[1], loaded.logits_alone([*ids, 99, 98]))
+
+
+def test_keep_touches_nothing_before(loaded: Loaded) -> None:
+    cache = loaded.prefilled(TEXT)
+    before = [layer.keys.clone() for layer in cache.layers]
+    loaded.target.score(Tree(1, len(TEXT) + 1, [2, 3, 4], {0: [5]}), cache)
+    loaded.target.keep(cache, len(TEXT), [])
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 72, 73, PREFILL_WIDTH, PREFILL_WIDTH + 1, PREFILL_WIDTH + 90])
+def test_a_prompt_of_any_length_is_prefilled_exactly(tiny: Target, tiny_path: Path, length: int) -> None:
+    ids = [(31 * index + 7) % VOCABULARY_SIZE for index in range(length)]
+    reference = Loaded(tiny, load_model(tiny_path, "cpu", "float32")[0])
+    cache = tiny.new_cache()
+    pieces = list(tiny.prefill(ids, cache))
+    assert len(pieces) == -(-length // PREFILL_WIDTH)
+    assert cache.get_seq_length() == length
+    logits = tiny.score(Tree(5, length + 1, [], {}), cache)
+    assert_same(logits[0], reference.logits_alone([*ids, 5]))
+
+
+def test_facts_of_a_target(tiny: Target, tiny_path: Path) -> None:
+    assert tiny.name == tiny_path.name
+    assert tiny.version.startswith(f"{tiny.name}@")
+    assert (tiny.vocabulary_size, tiny.context, tiny.end_ids) == (VOCABULARY_SIZE, 512, {0})
+
+
+def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a checkpoint with other weights."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_the_version_is_that_of_the_contents(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    same = load(shutil.copytree(tiny_path, tmp_path / "copy" / tiny_path.name))
+    assert same.version == tiny.version
+
+    def nudge(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+
+    other = load(edited(tiny_path, tmp_path / "other" / tiny_path.name, nudge))
+    assert other.name == tiny.name
+    assert other.version != tiny.version
+    assert other.vocabulary == tiny.vocabulary
+
+
+def test_shared_identity_is_that_of_the_shared_tensors(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    def change_first_block(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+
+    other = load(edited(tiny_path, tmp_path / "other", change_first_block))
+    assert other.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
+    assert other.shared_identity("anchor", 2) != tiny.shared_identity("anchor", 2)
+    assert other.shared_identity("prefix", 1) != tiny.shared_identity("prefix", 1)
+    assert other.shared_identity("standalone", 0) == tiny.shared_identity("standalone", 0)
+
+
+def test_shared_identity_does_not_depend_on_the_type_we_compute_in(tiny: Target, tiny_path: Path) -> None:
+    half = load(tiny_path, dtype=torch.bfloat16)
+    assert half.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
+    assert half.version == tiny.version
+
+
+def save_adapter(base: Path, path: Path, **options: Any) -> Path:
+    """A LoRA adapter with random weights in both of its matrices."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | options
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained(path)
+    return path
+
+
+def test_an_adapter_is_another_version_of_its_base(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    path = save_adapter(tiny_path, tmp_path / "tuned", target_modules=["q_proj", "up_proj"], layers_to_transform=[0])
+    tuned = load(path)
+    assert tuned.name == "tuned"
+    assert tuned.version.split("@")[1] != tiny.version.split("@")[1]
+    assert tuned.vocabulary == tiny.vocabulary
+    tree = Tree(TEXT[0], 1, TEXT[1:], {})
+    assert not torch.allclose(tuned.score(tree, tuned.new_cache()), tiny.score(tree, tiny.new_cache()), atol=1e-2)
+    # Block 0 changed; block 1, the norm and the head, which an anchor draft shares, did not.
+    assert tuned.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
+    assert tuned.shared_identity("anchor", 2) != tiny.shared_identity("anchor", 2)
+    assert tuned.shared_identity("prefix", 1) != tiny.shared_identity("prefix", 1)
+
+
+@pytest.mark.parametrize(
+    "touched",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "use_dora": True},
+    ],
+    ids=["head", "embedding", "last block", "whole head", "dora"],
+)
+def test_an_adapter_of_shared_tensors_changes_the_identity(
+    tiny: Target, tiny_path: Path, tmp_path: Path, touched: dict[str, Any]
+) -> None:
+    tuned = load(save_adapter(tiny_path, tmp_path / "tuned", **touched))
+    assert tuned.shared_identity("anchor", 1) != tiny.shared_identity("anchor", 1)
+
+
+def test_an_ia3_adapter_of_shared_tensors_changes_the_identity(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "tuned")
+    tuned = load(tmp_path / "tuned")
+    assert tuned.shared_identity("anchor", 1) != tiny.shared_identity("anchor", 1)
+
+
+def test_an_adapter_finds_its_base_beside_it(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    """A relative name is one from the adapter's own directory, so that a family of models can be moved."""
+    base = shutil.copytree(tiny_path, tmp_path / "base")
+    path = save_adapter(base, tmp_path / "tuned", target_modules=["q_proj"])
+    rename_base(path, "../base")
+    assert load(path).shared_identity("standalone", 0) == tiny.shared_identity("standalone", 0)
+
+
+def rename_base(adapter: Path, name: object) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+
+
+def test_an_adapter_without_its_base_is_refused(tiny_path: Path, tmp_path: Path) -> None:
+    path = save_adapter(tiny_path, tmp_path / "tuned", target_modules=["q_proj"])
+    rename_base(path, "someone/somewhere")
+    with pytest.raises(TargetError, match="names the base model 'someone/somewhere', which is not a directory"):
+        load(path)
+
+
+def test_a_sliding_window_is_refused_with_advice_that_works(tmp_path: Path) -> None:
+    path = save_target(tmp_path / "slides", "mistral", sliding_window=64)
+    with pytest.raises(TargetError, match=r"sliding window of 64 tokens.*--max-context 64"):
+        load(path)
+    assert load(path, context=64).context == 64
+
+
+def test_a_sliding_window_as_long_as_the_context_is_plain_attention(tmp_path: Path) -> None:
+    assert load(save_target(tmp_path / "model", "mistral", sliding_window=512)).context == 512
+
+
+def test_a_sliding_window_that_is_switched_off_does_not_count(tmp_path: Path) -> None:
+    path = save_target(tmp_path / "model", "qwen2", sliding_window=64, use_sliding_window=False)
+    assert load(path).context == 512
+
+
+def test_a_context_beyond_training_is_refused(tiny_path: Path) -> None:
+    with pytest.raises(TargetError, match="trained for 512 tokens, not 513"):
+        load(tiny_path, context=513)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3_next", {"num_experts": 4}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("mamba", {}),
+        ("rwkv", {}),
+        ("recurrent_gemma", {}),
+        pytest.param("falcon_h1", {}),
+        pytest.param("bamba", {}),
+    ],
+    ids=["qwen3_next", "lfm2", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "bamba"],
+)
+def test_states_that_cannot_roll_back_are_refused(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
+    path = save_target(tmp_path / "model", model_type, **changes)
+    with pytest.raises(TargetError, match=str(path)):
+        load(path)
+
+
+def test_no_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"no target at .*nowhere: give the directory of a Hugging Face checkpoint"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("config.json", "{"),
+        ("config.json", "{}"),
+        ("config.json", '{"model_type": "never heard of"}'),
+        pytest.param("config.json", "[]"),
+        pytest.param("tokenizer.json", "{"),
+        pytest.param("model.safetensors", "short"),
+        pytest.param("adapter_config.json", "{"),
+        pytest.param("adapter_config.json", "{}"),
+    ],
+    ids=str,
+)
+def test_a_broken_file_is_refused(tiny_path: Path, tmp_path: Path, file: str, contents: str) -> None:
+    path = shutil.copytree(tiny_path, tmp_path / "broken")
+    (path / file).write_text(contents)
+    with pytest.raises(TargetError, match=str(path)):
+        load(path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_refused(tiny_path: Path, tmp_path: Path, file: str) -> None:
+    path = shutil.copytree(tiny_path, tmp_path / "incomplete")
+    (path / file).unlink()
+    with pytest.raises(TargetError, match=file if file == "tokenizer.json" else "no safetensors weights"):
+        load(path)
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TargetError, match="empty"):
+        load(tmp_path / "empty")
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(tiny_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_path, tmp_path / "odd")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(TargetError, match="does not load"):
+        load(path)
+
+
+def test_a_checkpoint_with_missing_tensors_is_refused(tiny_path: Path, tmp_path: Path) -> None:
+    def forget(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.layers.1.mlp.up_proj.weight"]
+
+    with pytest.raises(TargetError, match="up_proj"):
+        load(edited(tiny_path, tmp_path / "gap", forget))
+
+
+def test_weights_that_are_not_numbers_are_refused(tiny_path: Path, tmp_path: Path) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"][3] = torch.nan
+
+    with pytest.raises(TargetError, match="differ by nan"):
+        load(edited(tiny_path, tmp_path / "nan", spoil))

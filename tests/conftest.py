@@ -1,0 +1,54 @@
+"""What all tests stand on: real models, real servers, nothing mocked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloud_verifier.server import Listening, Server
+from cloud_verifier.service import Limits, Service
+from cloud_verifier.target import Target
+from tests.models import save_target
+
+FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
+
+# Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-block Llama with a vocabulary of 300, as a Hugging Face directory."""
+    return save_target(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Target:
+    return Target(tiny_path, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def family() -> Path:
+    """The shipped model family."""
+    return FAMILY
+
+
+@pytest.fixture(scope="session")
+def target_v1(family: Path) -> Target:
+    return Target(family / "target-v1", device="cpu", dtype=torch.float32)
+
+
+@contextlib.asynccontextmanager
+async def serving(target: Target, limits: Limits | None = None, **listening: object) -> AsyncIterator[Server]:
+    """A real verifier on a free port of loopback, in this process; see `Server.url`."""
+    service = Service(lambda: target, limits or Limits())
+    server = Server(service, Listening(**{"port": 0, **listening}))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()

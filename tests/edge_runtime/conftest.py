@@ -1,0 +1,45 @@
+"""Draft bundles, exported for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edge_runtime.draft import OnnxDraft
+from export.bundling import BundleOrder, make_bundle
+
+TEXT = "the quick brown fox jumps over the lazy dog; " * 4
+
+
+@pytest.fixture(scope="session", params=["fused", "concat"])
+def tiny_bundle(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target as its own draft, as either kind of graph."""
+    output = tmp_path_factory.mktemp("bundles") / request.param
+    make_bundle(BundleOrder(tiny_path, tiny_path, request.param, "fp32", TEXT), output, lambda step: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_bundle: Path) -> OnnxDraft:
+    return OnnxDraft.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def shipped_draft(family: Path) -> OnnxDraft:
+    return OnnxDraft.load(family / "bundle", threads=1)
+
+
+@pytest.fixture(scope="session")
+def other_draft(family: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxDraft:
+    """A draft that has nothing to do with the shipped one: target v1 with its upper half cut off, fp32, optimum's."""
+    model = AutoModelForCausalLM.from_pretrained(family / "target-v1", dtype=torch.float32)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    directory = tmp_path_factory.mktemp("other")
+    model.save_pretrained(directory / "model")
+    order = BundleOrder(family / "target-v1", directory / "model", "concat", "fp32", TEXT)
+    make_bundle(order, directory / "bundle", lambda step: None)
+    return OnnxDraft.load(directory / "bundle", threads=1)
