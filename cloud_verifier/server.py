@@ -19,6 +19,8 @@ from edge_runtime.contract.errors import FlexSpecError
 
 log = logging.getLogger(__name__)
 
+GRACE_SECONDS = 3.0
+
 
 class Listening(msgspec.Struct, frozen=True):
     """Where and how to listen.
@@ -85,10 +87,18 @@ class Server:
         raise FlexSpecError(f"could not listen on {host} port {port}: is the port in use? choose another --port")
 
     async def stop(self) -> None:
-        """Finishes the requests in progress and stops."""
+        """Finishes the requests in progress, for GRACE_SECONDS at most, and stops.
+
+        Without a bound, one board with an idle HTTP/2 connection would keep the process alive for ever.
+        """
         assert self._task is not None
         self._granian.stop()
-        await self._task
+        _, unfinished = await asyncio.wait({self._task}, timeout=GRACE_SECONDS)
+        if unfinished:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            # Granian ends the application's lifespan only where it ends in peace.
+            self._service.engine.stop()
 
 
 async def serve(service: Service, listening: Listening, announce: Callable[[str], None]) -> None:

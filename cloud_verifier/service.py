@@ -74,6 +74,8 @@ class Service:
     async def open(self, request: Request) -> Response:
         """POST /v1/sessions: a session, and its first round."""
         opening = await self._message(request, OpenRequest)
+        target = await self._check_opening(opening)
+        # From here to `add` nothing waits, so that two requests with one key cannot both open a session.
         session = self.sessions.by_key(opening.key)
         if session is not None and not session.closed:
             if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
@@ -89,12 +91,10 @@ class Service:
                     {"expected": session.answer.request.round + 1},
                 )
         else:
-            target = await self._check_opening(opening)
             answer = Answer(opening.first)
             session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer)
             self.sessions.add(opening.key, session)
             self.engine.submit(session, answer)
-        target = self._target()
         opened = session.id
 
         def introduce(frame: Frame) -> OpenReply:

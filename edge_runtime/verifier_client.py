@@ -90,8 +90,9 @@ class VerifierClient:
         self.deadline = deadline
         self.meter = ByteMeter()
         self.retries = 0
-        # Without TLS nobody negotiates, so HTTP/2 is tried first and given up when the server does not understand.
+        # Without TLS nobody negotiates the version of HTTP: it is guessed until the first answer.
         self._guessing = http2 and parsed.scheme == "http" and transport is None
+        self._clear_http2 = self._guessing
         self._http = _http_client(transport or httpx.AsyncHTTPTransport(http1=not self._guessing, http2=http2))
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -195,18 +196,20 @@ class VerifierClient:
             method,
             self.url + path,
             content=content,
-            headers={"content-type": wire.MSGPACK} if content else None,
+            headers={"content-type" if content else "accept": wire.MSGPACK},
             extensions={"trace": self.meter.trace},
         )
         try:
             response = await self._http.send(request, stream=True)
-        except httpx.RemoteProtocolError:
-            if not self._guessing:
-                raise
-            self._guessing = False
-            await self._http.aclose()
-            self._http = _http_client(httpx.AsyncHTTPTransport())
-            return await self._send(method, path, content)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            if self._guessing:
+                # Somebody is there and does not understand us: the next attempt speaks the other version.
+                self._clear_http2 = not self._clear_http2
+                await self._http.aclose()
+                self._http = _http_client(
+                    httpx.AsyncHTTPTransport(http1=not self._clear_http2, http2=self._clear_http2)
+                )
+            raise
         self._guessing = False
         return response
 
@@ -395,10 +398,9 @@ def _may_pass(error: BaseException) -> bool:
 def _http_client(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
     client = httpx.AsyncClient(
         transport=transport,
-        headers={"accept": wire.MSGPACK},
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
     )
     # Every byte counts on a metered link, and nobody reads these.
-    for name in ("accept-encoding", "connection", "user-agent"):
+    for name in ("accept", "accept-encoding", "connection", "user-agent"):
         del client.headers[name]
     return client

@@ -241,3 +241,13 @@ def test_generate_with_bad_arguments_ends_with_a_sentence(
 ) -> None:
     assert cli.main(["generate", str(tiny_path), *arguments]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
+
+
+def test_an_idle_connection_does_not_keep_the_process_alive(tiny_path: Path) -> None:
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[-1]
+        with httpx.Client(http1=False, http2=True) as client:
+            assert client.get(f"{url}/readyz").status_code == 200
+            process.terminate()
+            assert process.wait(timeout=20) == 0

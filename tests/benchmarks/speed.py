@@ -1,0 +1,194 @@
+"""What FlexSpec itself costs, as ratios and overheads within one run: `python -m tests.benchmarks.speed`.
+
+    draft step      fp32 fused graph, one thread, against reading its weights once at the measured bandwidth
+    loop            Python per round outside onnxruntime and the HTTP client
+    client          CPU time of the HTTP client per round
+    verifier        HTTP and scheduling over the verifier's own forward, by a bare socket on loopback
+    cold start      process start to first drafted token
+
+Machines differ and are noisy: medians, and a column that says what was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from edge_runtime.contract import wire
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.graphs import make_runner
+from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan
+from edge_runtime.verifier_client import VerifierClient
+from export.bundling import BundleOrder, make_bundle
+from tests.models import save_target
+
+FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "family"
+PROMPT = "class Connection:\n    def __init__(self, host, port"
+COLD_START = """
+import time
+from pathlib import Path
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.draft import OnnxDraft
+context = OnnxDraft.load(Path({bundle!r})).context()
+context.prefill([5, 6, 7])
+context.propose(1, Sampling())
+"""
+
+
+def read_bandwidth(size: int = 256 << 20) -> float:
+    """Bytes per second at which one thread reads memory, the best of several ways and tries."""
+    data = np.ones(size // 4, np.float32)
+    ways: tuple[Callable[[], object], ...] = (data.sum, data.max, lambda: data.view(np.uint64).max())
+    return max(size / seconds(way) for way in ways for _ in range(4))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def draft_step(directory: Path) -> tuple[float, float]:
+    """Seconds of a decode step of a 60M draft, and of reading its weights; a draft that no cache can hold."""
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = save_target(directory / "model", **shape, **heads, initializer_range=0.02)
+    make_bundle(BundleOrder(model, model, "fused", "fp32", "speed " * 20), directory / "bundle", lambda step: None)
+    draft = OnnxDraft.load(directory / "bundle", threads=1)
+    runner = make_runner(draft.session, draft.manifest.architecture)
+    runner.append(list(range(100)))
+    times = [seconds(lambda: runner.append([7])) for _ in range(200)]
+    return statistics.median(times), draft.manifest.files["model.onnx.data"].bytes / read_bandwidth()
+
+
+@contextmanager
+def verifier(target: Path, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(target), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+
+
+class Listener(FixedPlanner):
+    """Keeps what the loop reports of its rounds."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.outcomes: list[Outcome] = []
+
+    def observe(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+
+async def loop_costs(url: str, draft: OnnxDraft, sampling: Sampling) -> tuple[float, float]:
+    """Median seconds per round of (the loop's own Python, CPU of the client)."""
+    own, client_cpu = [], []
+    ids = draft.tokenizer.encode(PROMPT).ids
+    async with VerifierClient(url) as client:
+        for seed in range(12):
+            listener = Listener(Plan(5, siblings=3))
+            run, cpu, started = draft.run_seconds, time.process_time(), time.perf_counter()
+            generation = Generation(
+                draft,
+                client,
+                ids,
+                Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed, ignore_eos=True),
+                max_new_tokens=64,
+                planner=listener,
+            )
+            async for _ in generation:
+                pass
+            rounds = len(listener.outcomes)
+            wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+            run = draft.run_seconds - run
+            exchange = sum(outcome.exchange_seconds for outcome in listener.outcomes)
+            python = wall - exchange - run
+            own.append(python / rounds)
+            client_cpu.append((cpu - run - python) / rounds)
+    return statistics.median(own), statistics.median(client_cpu)
+
+
+def verifier_overhead(url: str) -> float:
+    """Median seconds of a round over what the verifier reports for its forward, by a bare HTTP/1.1 socket."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def post(path: str, message: wire.Message) -> bytes:
+            body = wire.encode(message, wire.MSGPACK)
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {wire.MSGPACK}\r\n"
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            received = b""
+            while b"\r\n\r\n" not in received:
+                received += connection.recv(65536)
+            head_bytes, _, answer = received.partition(b"\r\n\r\n")
+            lines = head_bytes.lower().split(b"\r\n")
+            length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
+            while len(answer) < length:
+                answer += connection.recv(65536)
+            return answer
+
+        first = wire.RoundRequest(wire.VERSION, 0, 100)
+        key, prompt = f"speed-{time.time_ns()}", list(range(100, 200))
+        opening = wire.OpenRequest(wire.VERSION, key, prompt, first, Sampling(ignore_eos=True))
+        opened = wire.decode(post("/v1/sessions", opening), wire.OpenReply, wire.MSGPACK)
+        position, overheads = 100 + len(opened.first.tokens), []
+        for number in range(1, 300):
+            request = wire.RoundRequest(wire.VERSION, number, position, [5, 6, 7, 8])
+            started = time.perf_counter()
+            frame = wire.decode(post(f"/v1/sessions/{opened.session}/rounds", request), wire.Frame, wire.MSGPACK)
+            overheads.append(time.perf_counter() - started - frame.forward_100us / 1e4)
+            position += frame.accepted + len(frame.tokens)
+    return statistics.median(overheads)
+
+
+def cold_start() -> float:
+    program = COLD_START.format(bundle=str(FAMILY / "bundle"))
+    return statistics.median(
+        seconds(lambda: subprocess.run([sys.executable, "-c", program], check=True)) for _ in range(5)
+    )
+
+
+def main() -> None:
+    table = Table("what", "measured", "asked for", title=f"{os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as scratch:
+        step, floor = draft_step(Path(scratch))
+    table.add_row(
+        "draft step / reading its weights",
+        f"{step / floor:.2f}  ({1e3 * step:.2f} ms / {1e3 * floor:.2f} ms)",
+        "at most 1.25",
+    )
+    draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
+    with verifier(FAMILY / "target-v1", "--threads", "1") as url:
+        for name, sampling in (
+            ("greedy", Sampling()),
+            ("T=1", Sampling(temperature=1.0)),
+            ("T=0.7, top-p 0.9", Sampling(temperature=0.7, top_p=0.9)),
+        ):
+            own, client = asyncio.run(loop_costs(url, draft, sampling))
+            table.add_row(f"loop's Python per round (K=5, 3 siblings), {name}", f"{1e3 * own:.2f} ms", "at most 0.5 ms")
+            table.add_row(f"HTTP client's CPU per round, {name}", f"{1e3 * client:.2f} ms", "-")
+        overhead = verifier_overhead(url)
+    table.add_row("verifier's HTTP and scheduling per round", f"{1e3 * overhead:.2f} ms", "at most 1.5 ms")
+    table.add_row("cold start to first drafted token", f"{cold_start():.2f} s", "under 2 s")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What an answer costs on the wire: `python -m tests.benchmarks.wire`.
+
+Bytes are the kernel's own count of TCP payload in both directions, HTTP framing included, for 100-token answers of
+target v1 with the shipped draft. Rounds differ with the text, so several prompts are averaged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import rich
+from rich.table import Table
+
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.verifier_client import VerifierClient
+from tests.benchmarks.speed import FAMILY, verifier
+
+PROMPTS = ["import argparse\n", "class Stack:\n", "def main():\n", "async def fetch(url", "for line in file:\n"]
+TOKENS = 100
+
+
+async def measure(url: str, http2: bool, plan: Plan, temperature: float) -> tuple[float, float, float]:
+    """Means per answer: (rounds, bytes, largest bytes)."""
+    draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
+    rounds, totals = [], []
+    for seed, prompt in enumerate(PROMPTS):
+        # A client of its own, so that opening the connection is counted too.
+        async with VerifierClient(url, http2=http2) as client:
+            generation = Generation(
+                draft,
+                client,
+                draft.tokenizer.encode(prompt).ids,
+                Sampling(temperature, seed=seed, ignore_eos=True),
+                max_new_tokens=TOKENS,
+                planner=FixedPlanner(plan),
+            )
+            async for _ in generation:
+                pass
+        rounds.append(generation.statistics.rounds)
+        totals.append(generation.statistics.bytes_total)
+    return sum(rounds) / len(rounds), sum(totals) / len(totals), max(totals)
+
+
+def main() -> None:
+    table = Table("HTTP", "plan", "T", "rounds", "bytes per 100-token answer", "worst", "asked for")
+    with verifier(FAMILY / "target-v1", "--threads", "1") as url:
+        for http2 in (True, False):
+            for name, plan in (
+                ("K=5, 3 siblings", Plan(5, siblings=3)),
+                ("K=4", Plan(4)),
+                ("K=0, n=32 streamed", Plan(0, own=32)),
+            ):
+                for temperature in (0.0, 1.0):
+                    rounds, mean, worst = asyncio.run(measure(url, http2, plan, temperature))
+                    table.add_row(
+                        "2" if http2 else "1.1",
+                        name,
+                        f"{temperature:g}",
+                        f"{rounds:.0f}",
+                        f"{mean:.0f}",
+                        f"{worst:.0f}",
+                        "5000" if http2 else "10000",
+                    )
+    rich.print(table)
+
+
+if __name__ == "__main__":
+    main()

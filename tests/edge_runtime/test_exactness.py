@@ -1,0 +1,314 @@
+"""The property that everything leans on: the text is a function of target, prompt, sampling and seed alone.
+
+Every prompt is continued by the target alone, token by token (`cloud_verifier.reference`), and then through a real
+verifier under every draft, plan and fault below; the ids must be the same. So that this takes minutes, every plan and
+fault meets every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of K,
+siblings and n. FLEXSPEC_EXACT=full plays all plans of drafts x K x siblings x n, and all faults, under all samplings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import sysconfig
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cloud_verifier.reference import decode_alone
+from cloud_verifier.service import Limits
+from cloud_verifier.target import Target, load_model
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
+from edge_runtime.verifier_client import VerifierClient
+from tests.conftest import serving
+
+PROMPTS = 40
+CHUNK = 10
+PROMPT_TOKENS = 40
+NEW_TOKENS = 128
+
+SAMPLINGS = {
+    "greedy": Sampling(seed=11),
+    "T=0.7": Sampling(temperature=0.7, seed=12),
+    "T=1, top-p": Sampling(temperature=1.0, top_p=0.95, seed=13),
+}
+
+FULL = os.environ.get("FLEXSPEC_EXACT") == "full"
+ALL_PLANS = [
+    (draft, Plan(k, own=n, siblings=b))
+    for draft, k, b, n in itertools.product(["shipped", "other"], [0, 1, 4, 8, 16], [0, 3], [1, 4, 32])
+]
+COVERING_PLANS = [
+    ("shipped", Plan(0, own=32)),
+    ("shipped", Plan(1, own=4, siblings=3)),
+    ("shipped", Plan(4, own=1)),
+    ("other", Plan(4, own=4, siblings=3)),
+    ("shipped", Plan(8, own=1, siblings=3)),
+    ("other", Plan(8, own=32)),
+    ("shipped", Plan(16, own=1)),
+]
+PLANS = ALL_PLANS if FULL else COVERING_PLANS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prompts(family: Path) -> list[list[int]]:
+    """The first tokens of forty modules of the standard library."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(family / "target-v1" / "tokenizer.json"))
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text() for path in sorted(library.glob("[a-z]*.py"))]
+    ids = [tokenizer.encode(text[:600])[:PROMPT_TOKENS] for text in texts if len(text) > 600]
+    assert len(ids) >= PROMPTS
+    return ids[:: len(ids) // PROMPTS][:PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def alone(family: Path) -> Alone:
+    return Alone(load_model(family / "target-v1", "cpu", "float32")[0])
+
+
+class Alone:
+    """What the target writes by itself, computed once per prompt and sampling."""
+
+    def __init__(self, model) -> None:
+        self._model = model
+        self._known: dict[tuple[object, ...], list[int]] = {}
+
+    def __call__(self, prompt: list[int], sampling: Sampling) -> list[int]:
+        key = (*prompt, sampling)
+        if key not in self._known:
+            self._known[key] = decode_alone(self._model, prompt, sampling, NEW_TOKENS, frozenset([0]))
+        return self._known[key]
+
+
+def samplings_for(prompt: int, case: int) -> list[Sampling]:
+    """Under which samplings a prompt meets a plan or fault."""
+    samplings = list(SAMPLINGS.values())
+    return samplings if FULL else [samplings[(prompt + case) % len(samplings)]]
+
+
+async def through(
+    client: VerifierClient,
+    draft: OnnxDraft | None,
+    prompt: list[int],
+    sampling: Sampling,
+    planner: Planner,
+    new_tokens: int = NEW_TOKENS,
+) -> Generation:
+    generation = Generation(draft, client, prompt, sampling, max_new_tokens=new_tokens, planner=planner)
+    async for _ in generation:
+        pass
+    return generation
+
+
+@pytest.mark.parametrize("first", range(0, PROMPTS, CHUNK))
+async def test_every_draft_and_plan_writes_what_the_target_writes(
+    first: int,
+    alone: Alone,
+    target_v1: Target,
+    prompts: list[list[int]],
+    shipped_draft: OnnxDraft,
+    other_draft: OnnxDraft,
+) -> None:
+    drafts = {"shipped": shipped_draft, "other": other_draft}
+    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+        for index in range(first, first + CHUNK):
+            prompt = prompts[index]
+            for case, (draft, plan) in enumerate(PLANS):
+                for sampling in samplings_for(index, case):
+                    expected = alone(prompt, sampling)
+                    generation = await through(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
+                    assert generation.ids[len(prompt) :] == expected, (draft, plan, sampling)
+                    assert generation.finish == ("stop" if expected[-1] == 0 else "length")
+
+
+class Fault:
+    """What goes wrong in the middle of one answer."""
+
+    def __init__(self, server: Ingress, client: VerifierClient) -> None:
+        self.server, self.client, self.pieces = server, client, 0
+
+    async def after_piece(self) -> None:
+        """Called behind every piece of the answer."""
+        self.pieces += 1
+
+
+class Restart(Fault):
+    """The verifier goes away, sessions and all, and comes back at the same address."""
+
+    async def after_piece(self) -> None:
+        await super().after_piece()
+        if self.pieces == 3:
+            await self.server.restart()
+
+
+class Evict(Fault):
+    """Somebody else's session takes the only slot."""
+
+    async def after_piece(self) -> None:
+        await super().after_piece()
+        if self.pieces in (2, 5):
+            async for _ in self.client.session([5, 6, 7], Sampling()).play([]):
+                pass
+
+
+class Twice(httpx.AsyncBaseTransport):
+    """Delivers every request twice and hands over the second reply."""
+
+    def __init__(self) -> None:
+        self._inner = httpx.AsyncHTTPTransport(http1=False, http2=True)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        first = await self._inner.handle_async_request(request)
+        await first.aread()
+        return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class Ingress:
+    """One address in front of verifiers that come and go: a restart cuts every connection and loses every session.
+
+    What the board sees is what it would see of a process that was killed and started again.
+    """
+
+    def __init__(self, target: Target, limits: Limits | None = None) -> None:
+        self._target, self._limits = target, limits
+        self._running = contextlib.AsyncExitStack()
+        self._connections: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Ingress:
+        self._backend = await self._running.enter_async_context(serving(self._target, self._limits))
+        self._listener = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._cut()
+        self._listener.close()
+        await self._running.aclose()
+
+    async def restart(self) -> None:
+        self._cut()
+        await self._running.aclose()
+        self._backend = await self._running.enter_async_context(serving(self._target, self._limits))
+
+    def _cut(self) -> None:
+        for writer in self._connections:
+            writer.transport.abort()
+        self._connections.clear()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = self._backend.url.removeprefix("http://").split(":")
+        backend_reader, backend_writer = await asyncio.open_connection(host, int(port))
+        self._connections |= {writer, backend_writer}
+        await asyncio.gather(_copy(reader, backend_writer), _copy(backend_reader, writer))
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(65536):
+            writer.write(piece)
+            await writer.drain()
+    writer.close()
+
+
+FAULTS = {
+    "restart": (Restart, Plan(4, own=4, siblings=3)),
+    "evict": (Evict, Plan(8, own=1, siblings=3)),
+    "twice": (Fault, Plan(4, own=4, siblings=3)),
+}
+
+
+@pytest.mark.parametrize("first", range(0, PROMPTS, CHUNK))
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_no_fault_changes_the_text(
+    fault: str,
+    first: int,
+    alone: Alone,
+    target_v1: Target,
+    prompts: list[list[int]],
+    shipped_draft: OnnxDraft,
+) -> None:
+    kind, plan = FAULTS[fault]
+    limits = Limits(max_sessions=1) if fault == "evict" else None
+    recoveries = 0
+    async with Ingress(target_v1, limits) as server:
+        transport = Twice() if fault == "twice" else None
+        async with VerifierClient(server.url, transport=transport) as client:
+            for index in range(first, first + CHUNK):
+                prompt = prompts[index]
+                for sampling in samplings_for(index, list(FAULTS).index(fault)):
+                    generation = Generation(
+                        shipped_draft,
+                        client,
+                        prompt,
+                        sampling,
+                        max_new_tokens=NEW_TOKENS,
+                        planner=FixedPlanner(plan),
+                    )
+                    faults = kind(server, client)
+                    async for _ in generation:
+                        await faults.after_piece()
+                    assert generation.ids[len(prompt) :] == alone(prompt, sampling)
+                    recoveries += generation.statistics.recoveries
+    # Texts can end before the fault strikes, but not all of them.
+    assert (recoveries > 0) == (fault != "twice")
+
+
+class RandomPlanner:
+    """Plays anything at any time."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def plan(self) -> Plan:
+        pick = self._random
+        return Plan(pick.choice([0, 1, 3, 9, 17]), pick.choice([1, 2, 7, 40]), pick.randrange(4), pick.random() * 0.5)
+
+    def observe(self, outcome: Outcome) -> None: ...
+
+
+async def test_a_planner_that_plays_at_random_and_many_texts_at_once(
+    alone: Alone, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
+) -> None:
+    jobs = list(itertools.product(prompts[:4], SAMPLINGS.values()))
+    async with serving(target_v1, Limits(max_sessions=6)) as server, VerifierClient(server.url) as client:
+        texts = await asyncio.gather(
+            *(
+                through(client, shipped_draft, prompt, sampling, RandomPlanner(seed), new_tokens=64)
+                for seed, (prompt, sampling) in enumerate(jobs)
+            )
+        )
+    for (prompt, sampling), generation in zip(jobs, texts, strict=True):
+        assert generation.ids[len(prompt) :] == alone(prompt, sampling)[:64]
+
+
+async def test_leaving_early_closes_the_session(
+    target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
+) -> None:
+    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+        generation = Generation(shipped_draft, client, prompts[0], Sampling(ignore_eos=True), max_new_tokens=NEW_TOKENS)
+        pieces: AsyncIterator[object] = aiter(generation)
+        await anext(pieces)
+        task = asyncio.create_task(anext(pieces))
+        await asyncio.sleep(0.002)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await client.aclose()
+        assert generation.statistics.rounds >= 1
+        async with VerifierClient(server.url) as another:
+            again = await through(another, shipped_draft, prompts[0], Sampling(), FixedPlanner(Plan(4)), 8)
+            assert again.finish == "length"
