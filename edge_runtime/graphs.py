@@ -4,7 +4,7 @@
              in place, and rolling back changes a number
     concat   optimum's graph: every step returns the whole cache, longer by one; rolling back slices it
 
-A graph that takes `position_ids` is of the second kind.
+The names of the graph's inputs and of their axes tell which it is (see `graph_kind`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,13 @@ def make_runner(session: ort.InferenceSession, architecture: Architecture) -> Ru
 
 
 def graph_kind(session: ort.InferenceSession) -> str:
-    """`fused` or `concat`, by the graph's input names."""
-    return "concat" if "position_ids" in {node.name for node in session.get_inputs()} else "fused"
+    """`fused` or `concat`: the fused graph takes no positions, and counts them by the length of its mask.
+
+    Optimum's graph takes `position_ids`, except for Gemma; its mask's axis is a sum by name.
+    """
+    axes = {node.name: node.shape for node in session.get_inputs()}
+    counts_by_mask = axes["attention_mask"][1] == "total_sequence_length"
+    return "fused" if counts_by_mask and "position_ids" not in axes else "concat"
 
 
 class FusedRunner:
@@ -105,7 +110,9 @@ class ConcatRunner:
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
         self.length = 0
         self._session = session
-        self._past_names = [n.name for n in session.get_inputs() if n.name.startswith("past_key_values.")]
+        names = [node.name for node in session.get_inputs()]
+        self._past_names = [name for name in names if name.startswith("past_key_values.")]
+        self._takes_positions = "position_ids" in names
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._past_names)]
         empty = np.empty((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
         self._past = [empty] * len(self._past_names)
@@ -124,7 +131,8 @@ class ConcatRunner:
         feeds = dict(zip(self._past_names, self._past, strict=True))
         feeds["input_ids"] = np.array([ids], np.int64)
         feeds["attention_mask"] = np.ones((1, total), np.int64)
-        feeds["position_ids"] = np.arange(self.length, total, dtype=np.int64)[None]
+        if self._takes_positions:
+            feeds["position_ids"] = np.arange(self.length, total, dtype=np.int64)[None]
         logits, *self._past = self._session.run(self._outputs, feeds)
         self.length = total
         row: Logits = logits[0, -1]

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cloud_verifier.target import Target
+from edge_runtime.contract.bundle import read_bundle
+from edge_runtime.contract.errors import InputError
+from edge_runtime.draft import OnnxDraft
+from export import cli
+from export.bundling import STEPS, BundleOrder, make_bundle
+from export.drafts import save_draft
+from export.layouts import FAMILIES, build_draft
+from tests.models import save_target
+
+TEXT = "for index in range(10):\n    print(index)\n" * 3
+
+
+def make(target: Path, draft: Path, output: Path, kind: str = "fused", weights: str = "fp32") -> OnnxDraft:
+    steps: list[str] = []
+    make_bundle(BundleOrder(target, draft, kind, weights, TEXT), output, steps.append)
+    assert tuple(steps) == STEPS
+    return OnnxDraft.load(output, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["fused", "concat"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_architecture_matches_pytorch(model_type: str, kind: str, tmp_path: Path) -> None:
+    """Logits, with roll-backs on the way: see `bundling._onnx_logits`."""
+    target = save_target(tmp_path / "target", model_type)
+    manifest = make(target, target, tmp_path / "bundle", kind).manifest
+    assert manifest.parity.positions > 50
+    assert manifest.parity.greedy_agreement == 1.0
+    assert manifest.parity.max_logit_difference < 1e-3
+    # A draft that is its target agrees with it everywhere, sampled too: board and cloud draw the same noise.
+    assert manifest.acceptance == {"T=0": 1.0, "T=0.7": 1.0, "T=1": 1.0}
+    assert manifest.shared.identity.startswith("standalone/0/")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_anchor_draft_presents_what_its_target_expects(tied: bool, tmp_path: Path) -> None:
+    path = save_target(tmp_path / "target", num_hidden_layers=4, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    draft, plan = build_draft(model, "anchor", new_blocks=1, shared_blocks=1)
+    save_draft(draft, plan, path, tmp_path / "draft")
+    manifest = make(path, tmp_path / "draft", tmp_path / "bundle").manifest
+    target = Target(path, device="cpu", dtype=torch.float32)
+    assert manifest.shared.identity == target.identity_like(manifest.shared.identity)
+    assert manifest.vocabulary.hash == target.vocabulary
+    assert ("lm_head.weight" in manifest.shared.fingerprints) is not tied
+    assert "model.layers.3.mlp.up_proj.weight" in manifest.shared.fingerprints
+
+
+@pytest.mark.parametrize("weights", ["int4", "mixed", "int8"])
+def test_quantised_weights_are_smaller_and_close(weights: str, tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target", hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    exact = make(target, target, tmp_path / "fp32").manifest
+    small = make(target, target, tmp_path / weights, weights=weights).manifest
+    # Random weights forgive less than trained ones: on the shipped draft int4 agrees at 86 %.
+    bits, agreement = {"int4": (4, 0.15), "mixed": (8, 0.5), "int8": (8, 0.8)}[weights]
+    share = small.files["model.onnx.data"].bytes / exact.files["model.onnx.data"].bytes
+    # The rotary tables stay as they are, and a block of 32 has a scale of its own.
+    assert share < (bits + 2) / 32 + 0.15
+    assert small.parity.greedy_agreement > agreement
+
+
+def test_the_same_inputs_give_the_same_bytes(tiny_path: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make(tiny_path, tiny_path, tmp_path / name / "bundle", weights="mixed")
+    for path in (tmp_path / "one" / "bundle").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "bundle" / path.name).read_bytes(), path.name
+
+
+def test_a_bundle_appears_whole_or_not_at_all(tiny_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no concat graph with int4 weights"):
+        make(tiny_path, tiny_path, tmp_path / "bundle", "concat", "int4")
+    with pytest.raises(InputError, match="positions end at 512"):
+        make_bundle(
+            BundleOrder(tiny_path, tiny_path, "fused", "fp32", TEXT, context=9999), tmp_path / "bundle", lambda _: None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tiny_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists already"):
+        make(tiny_path, tiny_path, tmp_path)
+
+
+def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bundle"
+    (tmp_path / "text").write_text(TEXT)
+    arguments = ["onnx", str(tiny_path), str(tiny_path), "--weights", "fp32", "--text", str(tmp_path / "text")]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "100.0% same argmax" in said
+    assert "100.0% at T=1" in said
+    made = json.loads((output / "manifest.json").read_text())["made"]
+    assert made["onnxruntime-genai"]
+    assert read_bundle(output).manifest.graph.weights == "fp32"
+    assert cli.main([*arguments, "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["onnx", str(tiny_path), str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
+
+
+def test_the_shipped_bundle_is_what_its_manifest_says(family: Path) -> None:
+    bundle = read_bundle(family / "bundle")
+    target = Target(family / "target-v1", device="cpu", dtype=torch.float32)
+    evolved = Target(family / "target-v2", device="cpu", dtype=torch.float32)
+    identity = bundle.manifest.shared.identity
+    assert identity.startswith("anchor/1/")
+    assert target.identity_like(identity) == evolved.identity_like(identity) == identity
+    assert target.vocabulary == evolved.vocabulary == bundle.manifest.vocabulary.hash
+    assert target.version != evolved.version
+
+
+def test_the_shipped_weights_fit_their_budget(family: Path) -> None:
+    sizes = [path.stat().st_size for path in family.rglob("*") if path.is_file()]
+    assert max(sizes) < 16_000_000
+    assert sum(sizes) < 48_000_000
