@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     onnx.add_argument(
         "--graph", default="fused", choices=["fused", "concat"], help="fused: fast; concat: optimum's (default: fused)"
     )
-    onnx.add_argument("--weights", choices=["mixed", "int4", "int8", "fp32"], help="default: mixed; concat: fp32")
+    onnx.add_argument("--weights", choices=["int8", "mixed", "int4", "fp32"], help="default: int8; concat: fp32")
     onnx.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
     onnx.add_argument("--text", type=Path, help="what to measure on (default: FlexSpec's own sources)")
     onnx.add_argument("--positions", type=int, default=2000, help="how many tokens of it (default: %(default)s)")
@@ -71,7 +71,7 @@ def _onnx(options: argparse.Namespace) -> int:
         options.target,
         options.draft,
         options.graph,
-        options.weights or ("fp32" if options.graph == "concat" else "mixed"),
+        options.weights or ("fp32" if options.graph == "concat" else "int8"),
         _text(options.text),
         options.context,
         options.positions,
