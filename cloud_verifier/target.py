@@ -6,11 +6,13 @@ import functools
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -256,6 +258,8 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
         TargetError: not a loadable checkpoint.
     """
     base = _base_of(path)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     try:
