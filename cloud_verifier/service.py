@@ -282,13 +282,13 @@ def _media_type(request: Request) -> str:
 
 
 def _answer_type(request: Request) -> str:
-    """What the client wants to read: what it says, else what it writes, else (a browser, curl) JSON."""
+    """What the client wants to read: what it says, else what it writes; a browser's or curl's GET gets JSON."""
     accepts = request.headers.get("accept", "")
-    if "json" in accepts:
+    if "json" in accepts or "msgpack" in accepts:
+        return wire.JSON if "json" in accepts else wire.MSGPACK
+    if request.method == "GET" and "content-type" not in request.headers:
         return wire.JSON
-    if "msgpack" in accepts or "content-type" in request.headers:
-        return _media_type(request) if "msgpack" not in accepts else wire.MSGPACK
-    return wire.JSON
+    return _media_type(request)
 
 
 async def _reply(
@@ -317,7 +317,9 @@ async def _reply(
 
 def _response(request: Request, message: Message, status: int = 200) -> Response:
     media_type = _answer_type(request)
-    return Response(wire.encode(message, media_type), status, media_type=media_type)
+    # Who names no type, as boards do not, expects msgpack (see `wire`): they pay for every header.
+    said = media_type if {"accept", "content-type"} & set(request.headers.keys()) else None
+    return Response(wire.encode(message, media_type), status, media_type=said)
 
 
 def _refusal(request: Request, error: VerifierRefused) -> Response:

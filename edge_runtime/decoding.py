@@ -148,7 +148,13 @@ class Generation:
 
         def draft() -> Proposal:
             context.follow(self.ids)
-            return context.propose(count, self._sampling, siblings=plan.siblings, min_confidence=plan.min_confidence)
+            return context.propose(
+                count,
+                self._sampling,
+                siblings=plan.siblings,
+                sibling_confidence=plan.sibling_confidence,
+                min_confidence=plan.min_confidence,
+            )
 
         return await asyncio.to_thread(draft)
 

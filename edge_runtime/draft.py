@@ -140,20 +140,31 @@ class DraftContext:
 
     def follow(self, ids: list[int]) -> None:
         """Makes the context hold exactly `ids`, by rolling back to what is common and prefilling the rest."""
-        common = 0
-        for mine, theirs in zip(self._ids, ids, strict=False):
-            if mine != theirs:
-                break
-            common += 1
+        common, most = 0, min(len(self._ids), len(ids))
+        while common < most:
+            middle = (common + most + 1) // 2
+            if self._ids[common:middle] == ids[common:middle]:
+                common = middle
+            else:
+                most = middle - 1
         self.rollback(common)
         self.prefill(ids[common:])
 
-    def propose(self, count: int, sampling: Sampling, *, siblings: int = 0, min_confidence: float = 0.0) -> Proposal:
+    def propose(
+        self,
+        count: int,
+        sampling: Sampling,
+        *,
+        siblings: int = 0,
+        sibling_confidence: float = 1.0,
+        min_confidence: float = 0.0,
+    ) -> Proposal:
         """Guesses up to `count` tokens behind the text; the context then holds all of them but the last.
 
         Args:
             sampling: as the target will be sampled: the draft draws with the same noise.
-            siblings: how many alternatives to name beside every token.
+            siblings: how many alternatives to name beside a token.
+            sibling_confidence: name them beside tokens of at most this probability.
             min_confidence: stop behind a token whose probability is below this.
 
         Raises:
@@ -175,9 +186,9 @@ class DraftContext:
             assert self._logits is not None
             token, *others = self._chooser.rank(self._logits, sampling, len(self._ids), 1 + siblings).ids
             tokens.append(token)
-            if others:
-                beside[index] = others
             confidences.append(confidence(self._logits, token, sampling.temperature))
+            if others and confidences[-1] <= sibling_confidence:
+                beside[index] = others
             if confidences[-1] < min_confidence:
                 break
         return Proposal(tokens, beside, confidences)

@@ -52,7 +52,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         options.num_assistant_tokens,
         options.cloud_tokens,
         options.siblings,
-        options.assistant_confidence_threshold,
+        min_confidence=options.assistant_confidence_threshold,
         reason="fixed by the command line",
     )
 

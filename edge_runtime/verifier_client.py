@@ -196,7 +196,7 @@ class VerifierClient:
             method,
             self.url + path,
             content=content,
-            headers={"content-type" if content else "accept": wire.MSGPACK},
+            headers=None if content else {"accept": wire.MSGPACK},
             extensions={"trace": self.meter.trace},
         )
         try:

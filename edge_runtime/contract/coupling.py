@@ -180,35 +180,43 @@ class Chooser:
         key = position_key(sampling.seed, position)
         if sampling.top_k or sampling.top_p < 1.0:
             kept = candidates(logits, sampling)
+            scores = self._scores(logits, kept, sampling.temperature, key)
         else:
-            kept = self._contenders(logits, sampling.temperature, key, count)
-        scores = logits[kept].astype(np.float64) / sampling.temperature + self._noise(key, kept)
-        best = _largest(scores, count)
-        return Ranked([int(kept[i]) for i in best], [float(scores[i]) for i in best])
+            kept, scores = self._contenders(logits, sampling.temperature, key, count)
+        best = np.lexsort((kept, -scores))[:count]
+        return Ranked(kept[best].tolist(), scores[best].tolist())
 
-    def _noise(self, key: int, ids: Ids) -> Floats:
-        return gumbel((noise_bits(key, self._counters[ids]).astype(np.float64) + 0.5) * 2.0**-52)
+    def _scores(self, logits: npt.NDArray[np.float32], ids: Ids, temperature: float, key: int) -> Floats:
+        """Coupled scores of `ids` (m,)."""
+        u = (noise_bits(key, self._counters[ids]).astype(np.float64) + 0.5) * 2.0**-52
+        scores: Floats = logits[ids].astype(np.float64) / temperature + gumbel(u)
+        return scores
 
-    def _contenders(self, logits: npt.NDArray[np.float32], temperature: float, key: int, count: int) -> Ids:
-        """Every id that can be among the `count` best, ascending: exact, and far fewer logarithms than V.
+    def _contenders(
+        self, logits: npt.NDArray[np.float32], temperature: float, key: int, count: int
+    ) -> tuple[Ids, Floats]:
+        """Every id that can be among the `count` best, and their scores: exact, and far fewer logarithms than V.
 
         The `count`-th best score within the HEAD largest logits is a bar. An id outside the head has a logit of at
         most `edge`, so it passes the bar only if g > bar - edge / T, that is u > exp(-exp(-(bar - edge / T))): one
         integer comparison on the hash's bits.
         """
-        size = logits.size
-        if size <= 2 * HEAD + count:
-            return np.arange(size)
-        head_size = HEAD + count
-        parted = np.argpartition(logits, size - head_size)
-        head = parted[size - head_size :]
-        edge = float(logits[head].min()) / temperature
-        scores = logits[head].astype(np.float64) / temperature + self._noise(key, head)
+        size, head_size = logits.size, HEAD + count
+        if size <= 2 * head_size:
+            everything = np.arange(size)
+            return everything, self._scores(logits, everything, temperature, key)
+        head = np.argpartition(logits, size - head_size)[size - head_size :]
+        scores = self._scores(logits, head, temperature, key)
+        edge = float(logits[head].min())
         bar = float(np.partition(scores, head_size - count)[head_size - count])
         # A bit of slack, so that rounding in the threshold can only add contenders.
-        least = math.exp(-math.exp(min(edge - bar, 700.0))) * (1.0 - 1e-9)
+        least = math.exp(-math.exp(min(edge / temperature - bar, 700.0))) * (1.0 - 1e-9)
         passing = np.flatnonzero(noise_bits(key, self._counters) >= np.uint64(max(0.0, least * 2.0**52 - 1.0)))
-        return np.union1d(head, passing)
+        passing = passing[logits[passing] <= edge]
+        if not passing.size:
+            return head, scores
+        others = np.setdiff1d(passing, head, assume_unique=True)
+        return np.concatenate([head, others]), np.concatenate([scores, self._scores(logits, others, temperature, key)])
 
 
 def _largest(scores: npt.NDArray[np.floating], count: int) -> list[int]:

@@ -9,6 +9,8 @@ JSON (`application/json`) is the struct as declared, for people with curl. msgpa
 boards speak: the same fields by position instead of by name, defaults at the end dropped, and every list of token ids
 as LEB128 varints in one bin. A round of five drafted ids costs 19 bytes up and about as many down.
 
+Where no content type is given, a body is msgpack: on HTTP/1.1 the header would cost more than most bodies.
+
 A streamed reply is a sequence of messages: in msgpack each preceded by its length as a varint, in JSON one a line.
 """
 

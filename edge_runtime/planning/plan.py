@@ -13,7 +13,9 @@ class Plan(msgspec.Struct, frozen=True):
     Attributes:
         draft: K, tokens to draft on the board; 0 leaves the round to the cloud.
         own: n, tokens that the target says by itself behind the accepted ones, at least 1.
-        siblings: alternatives to name beside every draft token.
+        siblings: alternatives to name beside a draft token.
+        sibling_confidence: name them beside tokens of at most this probability: a token that the draft is sure of is
+            accepted nearly always, and ids cost bytes and verifier width.
         min_confidence: stop drafting behind a token whose probability is below this.
         reason: why, in a few words.
     """
@@ -21,6 +23,7 @@ class Plan(msgspec.Struct, frozen=True):
     draft: int
     own: int = 1
     siblings: int = 0
+    sibling_confidence: float = 0.8
     min_confidence: float = 0.0
     reason: str = ""
 

@@ -32,7 +32,7 @@ from edge_runtime.verifier_client import VerifierClient
 from tests.conftest import serving
 
 PROMPTS = 40
-CHUNK = 10
+CHUNK = 5
 PROMPT_TOKENS = 40
 NEW_TOKENS = 128
 
@@ -275,7 +275,8 @@ class RandomPlanner:
 
     def plan(self) -> Plan:
         pick = self._random
-        return Plan(pick.choice([0, 1, 3, 9, 17]), pick.choice([1, 2, 7, 40]), pick.randrange(4), pick.random() * 0.5)
+        draft, own = pick.choice([0, 1, 3, 9, 17]), pick.choice([1, 2, 7, 40])
+        return Plan(draft, own, pick.randrange(4), pick.random(), min_confidence=pick.random() * 0.5)
 
     def observe(self, outcome: Outcome) -> None: ...
 

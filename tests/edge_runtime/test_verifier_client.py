@@ -137,7 +137,7 @@ class Faulty(httpx.AsyncBaseTransport):
                     raise piece
                 yield piece
 
-        headers = {"content-type": response.headers["content-type"]}
+        headers = {name: value for name, value in response.headers.items() if name == "content-type"}
         return httpx.Response(response.status_code, headers=headers, content=stream(), request=request)
 
     async def aclose(self) -> None:
