@@ -72,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         help="stop drafting behind a token of less than this probability (default: %(default)s)",
     )
     draft.add_argument(
-        "--siblings", type=int, default=3, metavar="B", help="alternatives per drafted token (default: %(default)s)"
+        "--siblings",
+        type=int,
+        default=2,
+        metavar="B",
+        help="alternatives beside a doubtful drafted token (default: %(default)s)",
     )
     draft.add_argument(
         "--cloud-tokens",

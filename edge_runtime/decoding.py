@@ -24,7 +24,7 @@ from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.statistics import Statistics, verifier_seconds
 from edge_runtime.verifier_client import Said, VerifierClient, VerifierSession
 
-DEFAULT_PLAN = Plan(draft=5, own=1, siblings=3, reason="fixed")
+DEFAULT_PLAN = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
 class Piece(msgspec.Struct, frozen=True):
