@@ -205,17 +205,16 @@ class Chooser:
         if size <= 2 * head_size:
             everything = np.arange(size)
             return everything, self._scores(logits, everything, temperature, key)
-        head = np.argpartition(logits, size - head_size)[size - head_size :]
+        edge = np.partition(logits, size - head_size)[size - head_size]
+        head = np.flatnonzero(logits >= edge)
         scores = self._scores(logits, head, temperature, key)
-        edge = float(logits[head].min())
-        bar = float(np.partition(scores, head_size - count)[head_size - count])
+        bar = float(scores.max() if count == 1 else np.partition(scores, head.size - count)[head.size - count])
         # A bit of slack, so that rounding in the threshold can only add contenders.
-        least = math.exp(-math.exp(min(edge / temperature - bar, 700.0))) * (1.0 - 1e-9)
+        least = math.exp(-math.exp(min(float(edge) / temperature - bar, 700.0))) * (1.0 - 1e-9)
         passing = np.flatnonzero(noise_bits(key, self._counters) >= np.uint64(max(0.0, least * 2.0**52 - 1.0)))
-        passing = passing[logits[passing] <= edge]
-        if not passing.size:
+        others = passing[logits[passing] < edge]
+        if not others.size:
             return head, scores
-        others = np.setdiff1d(passing, head, assume_unique=True)
         return np.concatenate([head, others]), np.concatenate([scores, self._scores(logits, others, temperature, key)])
 
 
