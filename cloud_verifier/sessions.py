@@ -80,6 +80,7 @@ class Session:
 
     Attributes:
         id: unguessable name in URLs.
+        key: what it was opened with, once it is in a store.
         ids: all token ids, prompt included.
         cache: keys and values of all ids but the last.
         answer: the latest round; a repeated request gets it again.
@@ -89,6 +90,7 @@ class Session:
 
     def __init__(self, prompt: list[int], sampling: Sampling, cache: DynamicCache, answer: Answer) -> None:
         self.id = secrets.token_urlsafe(9)
+        self.key = ""
         self.ids = prompt
         self.sampling = sampling
         self.cache = cache
@@ -147,7 +149,6 @@ class SessionStore:
         self._idle_seconds = idle_seconds
         self._by_id: OrderedDict[str, Session] = OrderedDict()
         self._by_key: dict[str, Session] = {}
-        self._key_of: dict[str, str] = {}
         self.evictions = 0
 
     def __len__(self) -> int:
@@ -182,7 +183,7 @@ class SessionStore:
         self.make_room(1, len(session.ids))
         self._by_id[session.id] = session
         self._by_key[key] = session
-        self._key_of[session.id] = key
+        session.key = key
 
     def remove(self, session_id: str) -> None:
         """Forgets a session, if it is here; a running round of it stops at its next step."""
@@ -190,9 +191,8 @@ class SessionStore:
         if session is not None:
             session.closed = True
             session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
-            key = self._key_of.pop(session_id)
-            if self._by_key.get(key) is session:
-                del self._by_key[key]
+            if self._by_key.get(session.key) is session:
+                del self._by_key[session.key]
 
     def make_room(self, sessions: int, tokens: int, spare: Session | None = None) -> None:
         """Evicts idle sessions, then least recently used ones, until so many more fit."""

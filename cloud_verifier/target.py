@@ -107,7 +107,7 @@ class Target:
         Read from the checkpoint's files, so that it does not depend on the type we compute in. A tensor that an
         adapter changes counts as different.
         """
-        adapted = _adapted_prefixes(self._path)
+        adapted = _adapter_keys(self._path)
         files = sorted(self._base.glob("*.safetensors"))
         fingerprints: dict[str, str] = {}
         for file in files:
@@ -304,10 +304,10 @@ def _version_hash(path: Path, base: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _adapted_prefixes(path: Path) -> tuple[str, ...]:
-    """Names of the modules that the adapter at `path` changes, as prefixes of tensor names; none for a checkpoint."""
-    prefixes: set[str] = set()
+def _adapter_keys(path: Path) -> set[str]:
+    """Names of the adapter's own tensors, each beginning with the module that it changes; none for a checkpoint."""
+    keys: set[str] = set()
     for file in path.glob("adapter_model*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            prefixes |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
-    return tuple(prefixes)
+            keys |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
+    return keys

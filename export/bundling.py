@@ -23,7 +23,6 @@ from edge_runtime.contract.bundle import (
     Parity,
     SharedTensors,
     Vocabulary,
-    fingerprint,
     record_file,
     vocabulary_hash,
     write_manifest,
@@ -34,7 +33,7 @@ from edge_runtime.graphs import Runner, make_runner
 from export.checkpoints import read_tensors, tensor_files
 from export.drafts import DESCRIPTION, load_draft, read_description
 from export.graphs import GRAPH_FILE, export_graph
-from export.layouts import DraftPlan
+from export.layouts import DraftPlan, describe_shared
 
 # Packages whose release can change the bytes of a bundle.
 MAKERS = ("flexspec", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum")
@@ -163,8 +162,7 @@ def _shared(target: Path, plan: DraftPlan | None) -> SharedTensors:
     if plan is None:
         return SharedTensors("standalone", 0, {})
     names = set(plan.shared_tensors(tensor_files(target)).values())
-    prints = {name: fingerprint(tensor.float().numpy()) for name, tensor in read_tensors(target, names).items()}
-    return SharedTensors(plan.layout, plan.shared_blocks, dict(sorted(prints.items())))
+    return describe_shared(read_tensors(target, names), plan)
 
 
 def _onnx_logits(graph: Path, architecture: Architecture, ids: list[int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edge_runtime.contract.errors import DraftError, InputError
 from export.checkpoints import read_tensors, tensor_files
-from export.layouts import DraftPlan, draft_config, freeze_shared, target_identity
+from export.layouts import DraftPlan, describe_shared, draft_config, freeze_shared
 
 FORMAT_VERSION = 1
 WEIGHTS = "draft.safetensors"
@@ -131,7 +131,7 @@ def read_shared(target_directory: Path, plan: DraftPlan) -> dict[str, torch.Tens
 
 def _identity(shared: dict[str, torch.Tensor], plan: DraftPlan) -> str:
     """Identity of the shared tensors, which is over their names in the target."""
-    return target_identity({plan.origin_of(name): tensor for name, tensor in shared.items()}, plan)
+    return describe_shared({plan.origin_of(name): tensor for name, tensor in shared.items()}, plan).identity
 
 
 def _fill(draft: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from edge_runtime.contract.bundle import fingerprint, shared_identity, shared_names
+from edge_runtime.contract.bundle import SharedTensors, fingerprint, shared_names
 from edge_runtime.contract.errors import InputError
 
 # Model types whose tensors are named alike: `model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`.
@@ -171,14 +171,14 @@ def parameter_names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def target_identity(tensors: Mapping[str, torch.Tensor], plan: DraftPlan) -> str:
-    """What `edge_runtime.contract.bundle` calls the identity of the shared tensors.
+def describe_shared(tensors: Mapping[str, torch.Tensor], plan: DraftPlan) -> SharedTensors:
+    """What a bundle records of the shared tensors, and what their identity follows from.
 
     Args:
         tensors: the shared tensors by their names in the target.
     """
-    prints = {name: fingerprint(tensor.float().cpu().numpy()) for name, tensor in tensors.items()}
-    return shared_identity(plan.layout, plan.shared_blocks, prints)
+    prints = {name: fingerprint(tensors[name].float().cpu().numpy()) for name in sorted(tensors)}
+    return SharedTensors(plan.layout, plan.shared_blocks, prints)
 
 
 def _spread(first: int, last: int, count: int) -> tuple[int, ...]:
