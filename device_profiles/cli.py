@@ -58,8 +58,8 @@ def _show(options: argparse.Namespace) -> int:
             size = options.weights.stat().st_size
         except OSError as error:
             raise ProfileError(f"cannot read {options.weights}: {error.strerror}") from None
-        facts["modelled_draft_milliseconds"] = round(profile.draft_milliseconds(size), 3)
-        facts["modelled_draft_joules"] = round(profile.draft_joules(size), 5)
+        facts["modelled_draft_milliseconds"] = round(1e3 * profile.draft_seconds(size), 3)
+        facts["modelled_draft_joules"] = profile.draft_joules(size)
     if options.json:
         print(msgspec.json.encode(facts).decode())
         return 0
