@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TypeVar
 
 import msgspec
@@ -106,6 +106,11 @@ class Service:
         """POST /v1/sessions/{id}/rounds: verify a draft, continue."""
         playing = await self._message(request, RoundRequest)
         session = self.sessions.get(request.path_params["session"])
+        running = session.ahead_of(playing)
+        if running is not None:
+            await _while_connected(request, running.over())
+            session = self.sessions.get(session.id)
+        # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
         answer = session.next_round(playing)
         if answer is None:
             self._check_round(playing, self._target())
@@ -191,6 +196,10 @@ class Service:
                 409,
                 {"expected": len(opening.prompt)},
             )
+        if opening.first.expects not in ([], opening.prompt[-1:]):
+            raise VerifierRefused(
+                ErrorCode.ROUND_VOID, f"the prompt does not end with token {opening.first.expects[0]}", 409
+            )
         self._check_round(opening.first, target)
         return target
 
@@ -265,6 +274,18 @@ class Service:
         self.engine.start()
         yield
         self.engine.stop()
+
+
+async def _while_connected(request: Request, waiting: Coroutine[None, None, None]) -> None:
+    """Awaits `waiting`, but no longer than the client does. Raises ClientDisconnect."""
+    over, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({over, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not over.done():
+            raise ClientDisconnect
+    finally:
+        over.cancel()
+        gone.cancel()
 
 
 def _check_ids(ids: list[int], target: Target) -> None:

@@ -53,6 +53,11 @@ class Answer:
             changed = self._changed
             await changed.wait()
 
+    async def over(self) -> None:
+        """Returns when the round is, well or badly."""
+        while not self.done:
+            await self._changed.wait()
+
     async def whole(self) -> Frame:
         """The round as a single frame. Raises VerifierRefused if it failed."""
         frames = [frame async for frame in self.frames()]
@@ -99,15 +104,22 @@ class Session:
         self.closed = False
         self.used_at = time.monotonic()
 
+    def ahead_of(self, request: RoundRequest) -> Answer | None:
+        """The latest round, if it is not over and `request` is the one behind it, sent ahead of its answer."""
+        follows = bool(request.expects) and request.round == self.answer.request.round + 1
+        return self.answer if follows and not self.answer.done else None
+
     def next_round(self, request: RoundRequest) -> Answer | None:
         """The recorded answer if `request` repeats the latest round; None if it is the next one, now to be played.
 
         Raises:
-            VerifierRefused: it is neither, and the session stays as it was.
+            VerifierRefused: it is neither, or was sent ahead on a wrong guess; the session stays as it was.
         """
         self.used_at = time.monotonic()
         latest = self.answer.request
         if request.round == latest.round:
+            # One that was sent ahead may come late, when the round that was right is known or even played.
+            self._check_expected(request, latest.position)
             # A reader that was cut off may ask again without streaming; that is still the same round.
             if _contents(request) == _contents(latest):
                 return self.answer
@@ -122,8 +134,11 @@ class Session:
                 409,
                 {"expected": expected},
             )
+        if self.finish and request.expects:
+            raise _void(request, f"the text has ended ({self.finish})")
         if self.finish:
             raise VerifierRefused(ErrorCode.SESSION_FINISHED, f"the text has ended ({self.finish})", 409)
+        self._check_expected(request, len(self.ids))
         if request.position != len(self.ids):
             raise VerifierRefused(
                 ErrorCode.WRONG_POSITION,
@@ -132,6 +147,13 @@ class Session:
                 {"expected": len(self.ids)},
             )
         return None
+
+    def _check_expected(self, request: RoundRequest, position: int) -> None:
+        """Raises VerifierRefused (`round_void`) unless `request` stands at `position`, behind what it expects there."""
+        if request.expects and request.position != position:
+            raise _void(request, f"the text goes on at {position}, not {request.position}")
+        if request.expects and request.expects != self.ids[position - 1 : position]:
+            raise _void(request, f"token {position - 1} is {self.ids[position - 1]}, not {request.expects[0]}")
 
 
 class SessionStore:
@@ -213,5 +235,10 @@ class SessionStore:
                 self.evictions += 1
 
 
+def _void(request: RoundRequest, why: str) -> VerifierRefused:
+    return VerifierRefused(ErrorCode.ROUND_VOID, f"round {request.round} was sent ahead of another text: {why}", 409)
+
+
 def _contents(request: RoundRequest) -> tuple[object, ...]:
+    """What makes two requests the same round. Not `expects`: it was true of both, or one of them is void."""
     return (request.position, request.draft, request.n, request.siblings)

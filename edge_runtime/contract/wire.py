@@ -50,6 +50,7 @@ class ErrorCode(enum.StrEnum):
     WRONG_POSITION = "wrong_position"  # 409: detail: expected
     ROUND_OUT_OF_ORDER = "round_out_of_order"  # 409: replayed too late or skipped; detail: expected
     ROUND_CONFLICT = "round_conflict"  # 409: the same number as an answered round, but other contents
+    ROUND_VOID = "round_void"  # 409: sent ahead on a guess that did not come true; nothing was played
     SESSION_FINISHED = "session_finished"  # 409: the text has ended
     VOCABULARY_MISMATCH = "vocabulary_mismatch"  # 409: the draft was made for another tokenizer
     DRAFT_MISMATCH = "draft_mismatch"  # 409: the target's shared tensors are not the draft's
@@ -74,6 +75,9 @@ class RoundRequest(Message, frozen=True):
         n: tokens that the target produces itself after the accepted ones, at least 1.
         siblings: for a draft index, alternatives to the draft token there (not extended by the board).
         stream: answer in several frames, as tokens come.
+        expects: nothing, or the token that must stand right before `position`; without it, the round is void. For a
+            round that is sent before the last one was answered: it waits for that one to be over, and is then played
+            as any other or refused as `round_void`.
         v: protocol version.
     """
 
@@ -84,6 +88,7 @@ class RoundRequest(Message, frozen=True):
     n: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1
     siblings: dict[Annotated[int, msgspec.Meta(ge=0)], list[TokenId]] = {}
     stream: bool = False
+    expects: Annotated[list[TokenId], msgspec.Meta(max_length=1)] = []
 
 
 class OpenRequest(Message, frozen=True):
@@ -155,7 +160,12 @@ class Refusal(Message, frozen=True):
 
 
 class Model(Message, frozen=True, omit_defaults=False):
-    """One target in the list of models, in the manner of OpenAI's `/v1/models`."""
+    """One target in the list of models, in the manner of OpenAI's `/v1/models`.
+
+    Attributes:
+        speculates: the verifier drafts the target's own tokens itself, so that those of a round with n > 1 cost fewer
+            forwards than one each.
+    """
 
     id: str
     version: str
@@ -165,6 +175,7 @@ class Model(Message, frozen=True, omit_defaults=False):
     max_draft: int
     max_nodes: int
     object: str = "model"
+    speculates: bool = False
 
 
 class ModelList(Message, frozen=True, omit_defaults=False):

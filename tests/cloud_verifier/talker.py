@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import httpx
+import torch
 from anyio.from_thread import start_blocking_portal
+from transformers import DynamicCache
 
 from cloud_verifier.service import Limits
 from cloud_verifier.target import Target
+from cloud_verifier.tree import Tree
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import Frame, Message, OpenReply, OpenRequest, Refusal, RoundRequest
@@ -43,6 +47,36 @@ def opening(prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: 
     return OpenRequest(prompt=prompt, sampling=sampling, **settled)
 
 
+class Watched(Target):
+    """A target, loaded already, that counts its forwards and can be held up before the next one.
+
+    Attributes:
+        forwards: calls of `score` so far.
+        reached: a forward is held up.
+    """
+
+    def __init__(self, target: Target) -> None:
+        vars(self).update(vars(target))
+        self.forwards = 0
+        self.reached = threading.Event()
+        self._released = threading.Event()
+        self._released.set()
+
+    def hold(self) -> None:
+        self.reached.clear()
+        self._released.clear()
+
+    def release(self) -> None:
+        self._released.set()
+
+    def score(self, tree: Tree, cache: DynamicCache) -> torch.Tensor:
+        if not self._released.is_set():
+            self.reached.set()
+            self._released.wait(20)
+        self.forwards += 1
+        return super().score(tree, cache)
+
+
 class Session:
     """An open session and its text, as the client knows it."""
 
@@ -52,8 +86,7 @@ class Session:
         self.reply = reply
         self.number = 0
         self.ids = list(request.prompt)
-        self.frame = reply.first
-        self._take(request.first)
+        self.take(request.first, reply.first)
 
     @property
     def path(self) -> str:
@@ -66,13 +99,13 @@ class Session:
     def play(self, **changes: Any) -> Frame:
         """Plays the next round and takes its tokens."""
         request = self.next(**changes)
-        self.frame = self._talker.told(self._talker.post(self.path, request), Frame)
-        self.number += 1
-        self._take(request)
+        self.take(request, self._talker.told(self._talker.post(self.path, request), Frame))
         return self.frame
 
-    def _take(self, request: RoundRequest) -> None:
-        self.ids += request.draft[: self.frame.accepted] + self.frame.tokens
+    def take(self, request: RoundRequest, frame: Frame) -> None:
+        """Believes what the verifier answered to `request`."""
+        self.frame, self.number = frame, request.round
+        self.ids += request.draft[: frame.accepted] + frame.tokens
 
 
 class Talker:

@@ -78,6 +78,7 @@ any_round = st.builds(
     n=st.integers(1, 10),
     siblings=st.dictionaries(st.integers(0, 6), token_lists, max_size=3),
     stream=st.booleans(),
+    expects=st.lists(st.integers(0, 310), max_size=2),
 )
 any_opening = st.builds(
     OpenRequest,

@@ -47,6 +47,7 @@ rounds = st.builds(
     n=st.integers(1, 1 << 16),
     siblings=st.dictionaries(st.integers(0, 40), id_lists, max_size=4),
     stream=st.booleans(),
+    expects=st.lists(ids, max_size=1),
 )
 samplings = st.builds(
     Sampling,
@@ -92,6 +93,7 @@ models = st.builds(
     context=counts,
     max_draft=counts,
     max_nodes=counts,
+    speculates=st.booleans(),
 )
 messages = st.one_of(
     rounds, openings, frames, replies, refusals, models, st.builds(ModelList, data=st.lists(models, max_size=3))
@@ -128,6 +130,13 @@ def test_trailing_defaults_cost_nothing() -> None:
     assert wire.encode(RoundRequest(VERSION, 0, 5, n=9), MSGPACK) == b"\x95\x01\x00\x05\x90\x09"
     assert wire.encode(Frame(VERSION, 1, 2), MSGPACK) == b"\x93\x01\x01\x02"
     assert wire.encode(RoundRequest(VERSION, 0, 5), JSON) == b'{"v":1,"round":0,"position":5}'
+
+
+def test_a_round_that_is_sent_ahead_costs_its_guess_and_four_bytes_more() -> None:
+    """The defaults before the last field are written where that one is: n, siblings, stream."""
+    usual = RoundRequest(VERSION, 3, 700, [8191] * 5)
+    ahead = msgspec.structs.replace(usual, expects=[8191])
+    assert len(wire.encode(ahead, MSGPACK)) - len(wire.encode(usual, MSGPACK)) == 3 + 2 + 2
 
 
 def test_the_round_of_the_manual_costs_what_it_says() -> None:
@@ -302,6 +311,9 @@ WRONG = [
     {"v": 1, "round": 0, "position": 1, "siblings": {"a": [1]}},
     {"v": 1, "round": 0, "position": 1, "siblings": {"-1": [1]}},
     {"v": 1, "round": 0, "position": 1, "stream": 1},
+    {"v": 1, "round": 0, "position": 1, "expects": 5},
+    {"v": 1, "round": 0, "position": 1, "expects": [5, 6]},
+    {"v": 1, "round": 0, "position": 1, "expects": [-1]},
     {"v": 1, "round": 0, "position": 1, "surprise": 1},
     [],
     None,
@@ -317,7 +329,7 @@ def test_wrong_fields_are_refused_in_json(fields: Any) -> None:
 @pytest.mark.parametrize("fields", WRONG[2:-3], ids=str)
 def test_wrong_fields_are_refused_in_msgpack(fields: dict[str, Any]) -> None:
     order = RoundRequest.__struct_fields__
-    values: list[Any] = [1, 0, 1, [], 1, {}, False]
+    values: list[Any] = [1, 0, 1, [], 1, {}, False, []]
     for name, value in fields.items():
         values[order.index(name)] = value
     with pytest.raises(InputError, match="not a RoundRequest in application/msgpack"):
@@ -325,8 +337,8 @@ def test_wrong_fields_are_refused_in_msgpack(fields: dict[str, Any]) -> None:
 
 
 def test_more_fields_than_the_struct_has_are_refused() -> None:
-    with pytest.raises(InputError, match="8 fields where RoundRequest has 7"):
-        wire.decode(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, 0]), RoundRequest, MSGPACK)
+    with pytest.raises(InputError, match="9 fields where RoundRequest has 8"):
+        wire.decode(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, [], 0]), RoundRequest, MSGPACK)
 
 
 def test_bytes_behind_the_message_are_refused() -> None:
