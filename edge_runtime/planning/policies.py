@@ -1,0 +1,39 @@
+"""The policies by name: who decides how much to draft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.budget import Budget
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.objective import Objective
+from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
+
+DEFAULT = "fixed"
+NAMES = ("fixed",)
+FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
+
+
+def make_planner(
+    name: str,
+    objective: Objective,
+    device: Device,
+    *,
+    acceptance: Mapping[str, float] | None = None,
+    budget: Budget | None = None,
+) -> Planner:
+    """The planner called `name`, one of `NAMES`.
+
+    Args:
+        objective: what a token should cost least of; only `analytic` heeds the prices of joules and bytes.
+        device: what is known of the board beforehand.
+        acceptance: share of draft tokens accepted by what it was measured on, as the bundle's manifest says.
+        budget: of energy; only `analytic` holds one.
+
+    Raises:
+        InputError: no policy has this name.
+    """
+    if name == "fixed":
+        return FixedPlanner(FIXED)
+    raise InputError(f"{name!r} is no policy; there are {', '.join(NAMES)}")
