@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import Any, NamedTuple
 
 # Offsets in struct tcp_info of linux/tcp.h; the struct only ever grows at its end.
 RTT_OFFSET = 68
+RTT_VARIATION_OFFSET = 72
+RETRANSMITS_OFFSET = 100
+BYTES_ACKED_OFFSET = 120
 BYTES_RECEIVED_OFFSET = 128
+MIN_RTT_OFFSET = 148
+DELIVERY_RATE_OFFSET = 160
+BUSY_OFFSET = 168
 BYTES_SENT_OFFSET = 200
 INFO_SIZE = 208
 
+# What the kernel says of the minimum round-trip time before the first sample.
+NO_RTT = 0xFFFFFFFF
+
 
 class TcpInfo(NamedTuple):
-    """Payload bytes of a connection, TLS and HTTP framing included, and its smoothed round-trip time in seconds."""
+    """One connection, as the kernel sees it.
+
+    Attributes:
+        bytes_sent, bytes_received: payload, TLS and HTTP framing included; what was sent again counts again.
+        rtt_seconds: smoothed round-trip time.
+        min_rtt_seconds: the shortest of late; None before the first sample.
+        rtt_variation_seconds: mean deviation of the round-trip time.
+        retransmits: segments that were sent again, over the connection's life.
+        delivery_rate: bytes per second at which the kernel saw data arrive, None before it did. Up to a hundred times
+            too high where writes are small, as rounds are: see `goodput`.
+        bytes_acked: payload that the peer has acknowledged. The kernel counts the opening segment as one byte.
+        busy_seconds: time in which something sent was not yet acknowledged.
+    """
 
     bytes_sent: int
     bytes_received: int
     rtt_seconds: float
+    min_rtt_seconds: float | None = None
+    rtt_variation_seconds: float = 0.0
+    retransmits: int = 0
+    delivery_rate: float | None = None
+    bytes_acked: int = 0
+    busy_seconds: float = 0.0
 
 
 def tcp_info(connection: Any) -> TcpInfo | None:
@@ -32,10 +60,33 @@ def tcp_info(connection: Any) -> TcpInfo | None:
         return None
     if len(info) < INFO_SIZE:
         return None
-    (rtt_us,) = struct.unpack_from("=I", info, RTT_OFFSET)
-    (received,) = struct.unpack_from("=Q", info, BYTES_RECEIVED_OFFSET)
+    rtt_us, variation_us = struct.unpack_from("=II", info, RTT_OFFSET)
+    (retransmits,) = struct.unpack_from("=I", info, RETRANSMITS_OFFSET)
+    acked, received = struct.unpack_from("=QQ", info, BYTES_ACKED_OFFSET)
+    (min_rtt_us,) = struct.unpack_from("=I", info, MIN_RTT_OFFSET)
+    delivery_rate, busy_us = struct.unpack_from("=QQ", info, DELIVERY_RATE_OFFSET)
     (sent,) = struct.unpack_from("=Q", info, BYTES_SENT_OFFSET)
-    return TcpInfo(sent, received, rtt_us / 1e6)
+    return TcpInfo(
+        sent,
+        received,
+        rtt_us / 1e6,
+        None if min_rtt_us == NO_RTT else min_rtt_us / 1e6,
+        variation_us / 1e6,
+        retransmits,
+        float(delivery_rate) or None,
+        acked,
+        busy_us / 1e6,
+    )
+
+
+def goodput(before: TcpInfo, after: TcpInfo) -> float | None:
+    """Bytes per second that the peer acknowledged between two readings, over the time that any were on their way.
+
+    Small writes spend that time waiting for a round trip, so this is what the link gave, not the most it could give.
+    None if nothing was on its way.
+    """
+    seconds = after.busy_seconds - before.busy_seconds
+    return (after.bytes_acked - before.bytes_acked) / seconds if seconds > 0 else None
 
 
 class ByteMeter:
@@ -57,10 +108,24 @@ class ByteMeter:
             self._sockets.append((info["return_value"].get_extra_info("socket"), TcpInfo(0, 0, 0.0)))
 
     @property
+    def info(self) -> TcpInfo | None:
+        """The newest connection; None if all are closed."""
+        self._read()
+        return self._sockets[-1][1] if self._sockets else None
+
+    @property
     def rtt_seconds(self) -> float | None:
         """Smoothed round-trip time of the newest connection."""
+        info = self.info
+        return None if info is None else info.rtt_seconds
+
+    @property
+    def peer(self) -> str | None:
+        """IP address at the other end of the newest connection; None if all are closed."""
         self._read()
-        return self._sockets[-1][1].rtt_seconds if self._sockets else None
+        with contextlib.suppress(OSError, IndexError):
+            return str(self._sockets[-1][0].getpeername()[0])
+        return None
 
     def take(self) -> tuple[int, int]:
         """Bytes (sent, received) since the last call."""

@@ -1,0 +1,125 @@
+"""Batteries and mains, from /sys/class/power_supply, whatever they are called.
+
+psutil reads the same directory, but only below /sys, only of entries called BAT*, and raises FileNotFoundError where
+the directory is missing; fuel gauges on UPS hats are called after their chip.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from edge_runtime.probes.roots import Reader
+
+JOULES_PER_MICROWATT_HOUR = 3600e-6
+
+STATES = {"Charging": "charging", "Discharging": "discharging", "Not charging": "idle", "Full": "full"}
+
+
+class Battery(msgspec.Struct, frozen=True):
+    """One battery; None where its gauge does not say.
+
+    Attributes:
+        state: `charging`, `discharging`, `idle` (neither), `full` or `unknown`.
+        percent: charge.
+        joules_left: what is in it, at its voltage of now where the gauge counts charge and not energy.
+        joules_full: what is in it when full.
+        watts: into it or out of it, by `state`.
+    """
+
+    name: str
+    state: str
+    percent: float | None = None
+    joules_left: float | None = None
+    joules_full: float | None = None
+    watts: float | None = None
+
+
+class Supply(msgspec.Struct, frozen=True):
+    """What the board lives on.
+
+    Attributes:
+        batteries: those that feed the board, not those of mice and headsets.
+        mains: whether any other source is plugged in; None if there is no sensor for it.
+    """
+
+    batteries: list[Battery]
+    mains: bool | None
+
+    @property
+    def on_battery(self) -> bool | None:
+        """Whether the board lives on what is in its batteries; None if that cannot be told."""
+        states = {battery.state for battery in self.batteries}
+        if "discharging" in states:
+            return True
+        if "charging" in states:
+            return False
+        if self.mains is not None:
+            return bool(states) and not self.mains
+        # What is full, or waits to be charged, without falling is fed from outside.
+        return False if states & {"full", "idle"} else None
+
+    @property
+    def joules_left(self) -> float | None:
+        """In all batteries; None if a gauge does not say."""
+        return _sum([battery.joules_left for battery in self.batteries])
+
+    @property
+    def watts(self) -> float | None:
+        """What comes out of the batteries together, so what the whole board draws; None unless it lives on them."""
+        discharging = [battery.watts for battery in self.batteries if battery.state == "discharging"]
+        return _sum(discharging) if self.on_battery else None
+
+
+def read_supply(reader: Reader) -> Supply | None:
+    """None if the kernel knows of no power supply."""
+    classes = f"{reader.sysfs}/class/power_supply"
+    names = reader.names(classes)
+    batteries: list[Battery] = []
+    online: list[bool] = []
+    for name in names:
+        path = f"{classes}/{name}"
+        # A supply of scope Device feeds a mouse, not the board.
+        if reader.text(f"{path}/scope") == "Device":
+            continue
+        if reader.text(f"{path}/type") in ("Battery", "UPS"):
+            if reader.integer(f"{path}/present") != 0:
+                batteries.append(_battery(reader, path, name))
+        elif (state := reader.integer(f"{path}/online")) is not None:
+            # USB-C ports say 1 for a fixed and 2 for a programmable supply.
+            online.append(state > 0)
+    return Supply(batteries, any(online) if online else None) if batteries or online else None
+
+
+def _battery(reader: Reader, path: str, name: str) -> Battery:
+    percent = reader.integer(f"{path}/capacity")
+    volts = _micro(reader.integer(f"{path}/voltage_now"))
+    full = _joules(reader, path, "full", volts)
+    left = _joules(reader, path, "now", volts)
+    if left is None and full is not None and percent is not None:
+        left = full * percent / 100
+    watts = _micro(reader.integer(f"{path}/power_now"))
+    if watts is None:
+        amperes = _micro(reader.integer(f"{path}/current_now"))
+        watts = None if amperes is None or volts is None else amperes * volts
+    state = STATES.get(reader.text(f"{path}/status") or "", "unknown")
+    # Drivers disagree on the sign of what flows out; the state says which way it flows.
+    return Battery(
+        name, state, None if percent is None else float(percent), left, full, None if watts is None else abs(watts)
+    )
+
+
+def _joules(reader: Reader, path: str, what: str, volts: float | None) -> float | None:
+    energy = reader.integer(f"{path}/energy_{what}")
+    if energy is not None:
+        return energy * JOULES_PER_MICROWATT_HOUR
+    charge = reader.integer(f"{path}/charge_{what}")
+    return None if charge is None or volts is None else charge * volts * JOULES_PER_MICROWATT_HOUR
+
+
+def _micro(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None

@@ -1,0 +1,95 @@
+"""Network interfaces: what they are, how fast, and what went through them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.route import Address, read_route
+
+KINDS = {"wlan": "wifi", "wwan": "modem"}
+
+
+class Interface(msgspec.Struct, frozen=True):
+    """One interface. Counters are since it came up; rates are since the last reading, None at the first.
+
+    Attributes:
+        kind: `ethernet`, `wifi`, `modem`, `virtual`, or what else the kernel calls it: `bridge`, `wireguard`, `ppp`.
+        up: whether it has a link; None where the driver does not say, as for tunnels.
+        bits_per_second: negotiated speed of the wire; None for radio and virtual ones.
+        lost: packets that were dropped or broken, both ways.
+    """
+
+    name: str
+    kind: str
+    up: bool | None
+    bits_per_second: float | None
+    received_bytes: int | None
+    sent_bytes: int | None
+    lost: int
+    received_bytes_per_second: float | None = None
+    sent_bytes_per_second: float | None = None
+
+
+class Interfaces:
+    """Those with hardware behind them, and the one that the route takes. psutil counts the same, of all interfaces of
+    this machine only, at a system call each."""
+
+    def __init__(self, host: Address | None = None) -> None:
+        """
+        Args:
+            host: whose route counts; None for the default route.
+        """
+        self._host = host
+        self._last: dict[str, tuple[float, Interface]] = {}
+
+    def read(self, reader: Reader) -> list[Interface] | None:
+        """None if this machine has no network."""
+        classes = f"{reader.sysfs}/class/net"
+        route = read_route(Reader(reader.roots, reader.now), self._host)
+        routed = "" if route is None else route.interface
+        interfaces = [
+            self._with_rates(_interface(reader, f"{classes}/{name}", name), reader.now)
+            for name in reader.names(classes)
+            if name == routed or reader.exists(f"{classes}/{name}/device")
+        ]
+        self._last = {interface.name: (reader.now, interface) for interface in interfaces}
+        return interfaces or None
+
+    def _with_rates(self, interface: Interface, now: float) -> Interface:
+        then, last = self._last.get(interface.name, (now, interface))
+        return msgspec.structs.replace(
+            interface,
+            received_bytes_per_second=_rate(last.received_bytes, interface.received_bytes, now - then),
+            sent_bytes_per_second=_rate(last.sent_bytes, interface.sent_bytes, now - then),
+        )
+
+
+def _interface(reader: Reader, path: str, name: str) -> Interface:
+    event = reader.text(f"{path}/uevent") or ""
+    kind = next((line[8:] for line in event.splitlines() if line.startswith("DEVTYPE=")), "")
+    if not kind:
+        kind = "ethernet" if reader.exists(f"{path}/device") else "virtual"
+    state = reader.text(f"{path}/operstate")
+    # Speed is -1 where the driver knows none.
+    speed = reader.integer(f"{path}/speed") or 0
+    counters = {
+        counter: reader.integer(f"{path}/statistics/{counter}")
+        for counter in ("rx_bytes", "tx_bytes", "rx_errors", "tx_errors", "rx_dropped", "tx_dropped")
+    }
+    return Interface(
+        name,
+        KINDS.get(kind, kind),
+        {"up": True, "down": False, "lowerlayerdown": False, "dormant": False, "notpresent": False}.get(state or ""),
+        speed * 1e6 if speed > 0 else None,
+        counters.pop("rx_bytes"),
+        counters.pop("tx_bytes"),
+        sum(count or 0 for count in counters.values()),
+    )
+
+
+def _rate(before: int | None, after: int | None, seconds: float) -> float | None:
+    # An interface that went away and came back counts from zero again.
+    if before is None or after is None or seconds <= 0 or after < before:
+        return None
+    return (after - before) / seconds

@@ -1,0 +1,53 @@
+"""What an x86 processor draws, from its energy counters (RAPL, /sys/class/powercap).
+
+Processor packages and memory, not the machine: disks, displays, fans and losses come on top. Since 2020 kernels let
+only root read the counters.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edge_runtime.probes.power import Power, Rail
+from edge_runtime.probes.roots import Reader
+
+_ZONE = re.compile(r"intel-rapl:[0-9]+(:[0-9]+)?", re.ASCII)
+
+
+class Rapl:
+    """Remembers the counters of the last reading: watts are joules between two."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def read(self, reader: Reader) -> Power | None:
+        """None without counters, and at the first reading."""
+        classes = f"{reader.sysfs}/class/powercap"
+        rails = []
+        for zone in reader.names(classes, "intel-rapl:"):
+            if not _ZONE.fullmatch(zone):
+                continue
+            name = reader.text(f"{classes}/{zone}/name") or ""
+            # Cores and graphics are part of their package; memory is not.
+            if name.startswith("package") or name == "dram":
+                watts = self._watts(reader, f"{classes}/{zone}")
+                if watts is not None:
+                    rails.append(Rail("rapl", name, watts))
+        return Power(sum(rail.watts for rail in rails), False, "rapl", rails) if rails else None
+
+    def _watts(self, reader: Reader, path: str) -> float | None:
+        counter = reader.integer(f"{path}/energy_uj")
+        if counter is None:
+            self._last.pop(path, None)
+            return None
+        then, last = self._last.get(path, (reader.now, counter))
+        self._last[path] = reader.now, counter
+        if reader.now <= then:
+            return None
+        if counter < last:
+            # Once round: at 100 W a counter of 262 kJ does so every 44 minutes.
+            most = reader.integer(f"{path}/max_energy_range_uj")
+            if most is None or most < last:
+                return None
+            counter += most
+        return (counter - last) / 1e6 / (reader.now - then)

@@ -1,0 +1,151 @@
+"""Which network interface packets take, from the kernel's main routing tables, and whether its bytes are paid for.
+
+Rules that pick other tables (`ip rule`, as some VPNs set them) are not followed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+import msgspec
+
+from edge_runtime.probes.roots import ProbeError, Reader, shown
+
+# Routes of at most so many bits count as the default: a VPN that must not touch the real one sets two of one bit, and
+# 2000::/3 is all of the Internet that speaks IPv6.
+DEFAULT_PREFIX = 3
+
+UP = 0x1
+REJECT = 0x200
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Entry(NamedTuple):
+    """One line of a routing table; addresses as numbers of 32 or 128 bits."""
+
+    interface: str
+    destination: int
+    prefix: int
+    gateway: int
+    metric: int
+
+
+class Route(msgspec.Struct, frozen=True):
+    """The way to a host.
+
+    Attributes:
+        interface: that packets leave by.
+        gateway: next address on the way; None if the host is on the interface's own network.
+        version: of IP, 4 or 6.
+    """
+
+    interface: str
+    gateway: str | None
+    version: int
+
+
+class Metering(msgspec.Struct, frozen=True):
+    """Whether bytes on `interface` are paid for, as NetworkManager knows or guesses; None if it does neither."""
+
+    interface: str
+    metered: bool | None
+
+
+def parse_ipv4(text: str) -> list[Entry]:
+    """/proc/net/route: the routes that are up and lead somewhere. Raises ProbeError."""
+    header, *lines = text.splitlines() or [""]
+    if not header.startswith("Iface"):
+        raise ProbeError(f"not a routing table: {shown(header)}")
+    entries = []
+    for line in lines:
+        try:
+            interface, destination, gateway, flags, _, _, metric, mask, *_ = line.split()
+            prefix = _little_endian(mask).bit_count()
+            entry = Entry(interface, _little_endian(destination), prefix, _little_endian(gateway), int(metric))
+            if int(flags, 16) & (UP | REJECT) == UP:
+                entries.append(entry)
+        except ValueError:
+            raise ProbeError(f"not a route: {shown(line)}") from None
+    return entries
+
+
+def parse_ipv6(text: str) -> list[Entry]:
+    """/proc/net/ipv6_route: the routes that are up and lead somewhere. Raises ProbeError."""
+    entries = []
+    for line in text.splitlines():
+        try:
+            destination, length, _, _, gateway, metric, _, _, flags, interface = line.split()
+            prefix = min(128, _number(length, 1))
+            entry = Entry(interface, _number(destination, 16), prefix, _number(gateway, 16), int(metric, 16))
+            if int(flags, 16) & (UP | REJECT) == UP:
+                entries.append(entry)
+        except ValueError:
+            raise ProbeError(f"not a route: {shown(line)}") from None
+    return entries
+
+
+def parse_metered(text: str) -> bool | None:
+    """`nmcli -g GENERAL.METERED device show`. Raises ProbeError."""
+    word = text.partition(" ")[0]
+    if word in ("", "--", "unknown"):
+        return None
+    if word not in ("yes", "no"):
+        raise ProbeError(f"neither yes nor no: {shown(text)}")
+    return word == "yes"
+
+
+def read_route(reader: Reader, host: Address | None = None) -> Route | None:
+    """The way to `host`, by default the way to anywhere: IPv4's if there is one. None if there is none."""
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
+        host = host.ipv4_mapped
+    if host is not None and host.is_loopback:
+        return Route("lo", None, host.version)
+    route = None
+    if host is None or host.version == 4:
+        entries = reader.parsed(f"{reader.procfs}/net/route", parse_ipv4) or []
+        route = _best(entries, ipaddress.IPv4Address, host)
+    if route is None and (host is None or host.version == 6):
+        entries = reader.parsed(f"{reader.procfs}/net/ipv6_route", parse_ipv6) or []
+        route = _best(entries, ipaddress.IPv6Address, host)
+    return route
+
+
+def read_metering(reader: Reader, host: Address | None = None) -> Metering | None:
+    """Asks NetworkManager about the interface that the way to `host` takes; None if there is no way."""
+    route = read_route(reader, host)
+    if route is None:
+        return None
+    arguments = ("nmcli", "-g", "GENERAL.METERED", "device", "show", route.interface)
+    return Metering(route.interface, reader.program(parse_metered, *arguments))
+
+
+def _best(
+    entries: list[Entry], kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], host: Address | None
+) -> Route | None:
+    """The longest prefix that fits, and of several the lowest metric."""
+    if host is None:
+        fitting = [entry for entry in entries if entry.prefix <= DEFAULT_PREFIX]
+    else:
+        width, number = host.max_prefixlen, int(host)
+        fitting = [entry for entry in entries if (entry.destination ^ number) >> (width - entry.prefix) == 0]
+    if not fitting:
+        return None
+    entry = max(fitting, key=lambda entry: (entry.prefix, -entry.metric))
+    gateway = kind(entry.gateway) if entry.gateway else None
+    return Route(entry.interface, str(gateway) if gateway else None, kind(0).version)
+
+
+def _little_endian(text: str) -> int:
+    # The kernel prints network order as if it were a number of its own; all boards that matter are little-endian.
+    return int.from_bytes(_number(text, 4).to_bytes(4, "little"), "big")
+
+
+def _number(text: str, size: int) -> int:
+    # Exactly `size` bytes in hexadecimal: int() alone would take "0x1", "+1" and "1_0".
+    content = bytes.fromhex(text)
+    if len(content) != size:
+        raise ValueError(text)
+    return int.from_bytes(content, "big")

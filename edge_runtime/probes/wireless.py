@@ -1,0 +1,104 @@
+"""Wifi: signal from /proc/net/wireless at every reading, bit rates from nl80211 (through `iw`) now and then."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, shown
+
+# Wireless extensions know no None; this is what they say instead.
+NO_NOISE = -256.0
+
+_SIGNAL = re.compile(r"signal: (\S+) dBm")
+_RATE = re.compile(r"([rt]x) bitrate: (\S+) MBit/s")
+_FREQUENCY = re.compile(r"freq: (\S+)")
+
+
+class Wireless(msgspec.Struct, frozen=True):
+    """Of one wifi interface, as /proc/net/wireless has it.
+
+    Attributes:
+        quality: the driver's own scale, usually 0 to 70.
+        signal_dbm, noise_dbm: None where the driver does not give dBm.
+        retries: packets that were given up after too many of them, since the interface came up.
+        missed_beacons: since the interface came up.
+    """
+
+    interface: str
+    quality: float
+    signal_dbm: float | None
+    noise_dbm: float | None
+    retries: int
+    missed_beacons: int
+
+
+class Station(msgspec.Struct, frozen=True):
+    """Of one wifi interface, as nl80211 has it: rates are those of the last frame, before any overhead."""
+
+    interface: str
+    connected: bool
+    signal_dbm: float | None = None
+    receive_bits_per_second: float | None = None
+    send_bits_per_second: float | None = None
+    hertz: float | None = None
+
+
+def parse_wireless(text: str) -> list[Wireless]:
+    """/proc/net/wireless. Raises ProbeError."""
+    if not text.startswith("Inter-|"):
+        raise ProbeError(f"not a table of wireless interfaces: {shown(text)}")
+    return [_wireless(line) for line in text.splitlines()[2:]]
+
+
+def parse_link(interface: str, text: str) -> Station:
+    """`iw dev INTERFACE link`. Raises ProbeError."""
+    if text.startswith("Not connected"):
+        return Station(interface, False)
+    if not text.startswith("Connected to"):
+        raise ProbeError(f"not the state of a wifi link: {shown(text)}")
+    signal, frequency, rates = _SIGNAL.search(text), _FREQUENCY.search(text), dict(_RATE.findall(text))
+    return Station(
+        interface,
+        True,
+        decimal(signal[1]) if signal else None,
+        decimal(rates["rx"]) * 1e6 if "rx" in rates else None,
+        decimal(rates["tx"]) * 1e6 if "tx" in rates else None,
+        decimal(frequency[1]) * 1e6 if frequency else None,
+    )
+
+
+def read_wireless(reader: Reader) -> list[Wireless] | None:
+    """All wifi interfaces that are up; None if there is none."""
+    return reader.parsed(f"{reader.procfs}/net/wireless", parse_wireless) or None
+
+
+def read_stations(reader: Reader) -> list[Station] | None:
+    """Runs `iw` for each wifi interface; None if there is none, or no `iw`."""
+    classes = f"{reader.sysfs}/class/net"
+    stations = [
+        reader.program(lambda text, name=name: parse_link(name, text), "iw", "dev", name, "link")  # type: ignore[misc]
+        for name in reader.names(classes)
+        if reader.exists(f"{classes}/{name}/phy80211")
+    ]
+    return [station for station in stations if station is not None] or None
+
+
+def _wireless(line: str) -> Wireless:
+    interface, _, rest = line.strip().partition(":")
+    try:
+        # A dot behind a value says that it is new.
+        _, quality, level, noise, _, _, _, retries, _, beacons, *_ = [word.rstrip(".") for word in rest.split()]
+        signal_dbm, noise_dbm = decimal(level), decimal(noise)
+        return Wireless(
+            interface,
+            decimal(quality),
+            # Old drivers give a level of their own scale, which is not negative.
+            signal_dbm if signal_dbm < 0 else None,
+            noise_dbm if NO_NOISE < noise_dbm < 0 else None,
+            int(decimal(retries)),
+            int(decimal(beacons)),
+        )
+    except ValueError:
+        raise ProbeError(f"not a wireless interface: {shown(line)}") from None
