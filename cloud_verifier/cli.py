@@ -7,8 +7,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_runtime.contract.errors import FlexSpecError, InputError
+
+if TYPE_CHECKING:
+    from cloud_verifier.speculation import Speculation
+    from cloud_verifier.target import Target
 
 DESCRIPTION = """\
 The cloud half of FlexSpec: checks the tokens that boards draft, with a PyTorch target.
@@ -17,6 +22,7 @@ examples:
   cloud-verifier serve export/family/target-v1
   cloud-verifier serve /models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
       --certificate server.pem --key server.key
+  cloud-verifier serve export/family/target-v1 --draft export/family/bundle
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
 """
 
@@ -67,6 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--idle-seconds", type=float, default=600.0, help="drop sessions unused for longer (default: %(default)s)"
     )
+    serve.add_argument(
+        "--draft", type=Path, metavar="BUNDLE", help="draft bundle, to say the target's own tokens several to a forward"
+    )
+    serve.add_argument(
+        "--draft-tokens",
+        type=_positive,
+        default=5,
+        metavar="K",
+        help="tokens to draft for one forward (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--draft-threads", type=int, default=0, help="CPU threads for the draft (default: one per core, at most 4)"
+    )
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser(
@@ -106,7 +125,7 @@ def _serve(options: argparse.Namespace) -> int:
     limits = Limits(max_sessions=options.max_sessions, max_tokens=options.max_tokens, idle_seconds=options.idle_seconds)
     listening = Listening(options.host, options.port, options.certificate, options.key, options.http)
     # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
-    service = Service(lambda: _load(options), limits)
+    service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target))
 
     def announce(url: str) -> None:
         assert service.engine.target is not None
@@ -154,7 +173,7 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> object:
+def _load(options: argparse.Namespace) -> Target:
     import torch
 
     from cloud_verifier.target import Target
@@ -164,6 +183,14 @@ def _load(options: argparse.Namespace) -> object:
     return Target(
         options.target, device=options.device, dtype=getattr(torch, options.dtype), context=options.max_context
     )
+
+
+def _speculate(options: argparse.Namespace, target: Target) -> Speculation | None:
+    from cloud_verifier.speculation import Speculation
+
+    if options.draft is None:
+        return None
+    return Speculation(options.draft, target, options.draft_tokens, options.draft_threads)
 
 
 if __name__ == "__main__":

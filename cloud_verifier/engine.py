@@ -1,7 +1,8 @@
 """The engine: one thread that owns the target and plays the sessions' rounds, a forward at a time, in turn.
 
 A round is a generator that yields after every forward, so a long continuation or prompt does not stall the others:
-the thread goes round the rounds in progress. Everything else of the verifier lives on the event loop.
+the thread goes round the rounds in progress. Where there is a draft beside the target, a step drafts before its
+forward. Everything else of the verifier lives on the event loop.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from cloud_verifier.sampling import Choices
 from cloud_verifier.sessions import Answer, Session
+from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import Target
 from cloud_verifier.tree import CLOSE_CALL, Tree, Verdict
 from edge_runtime.contract.errors import VerifierRefused
@@ -34,17 +36,25 @@ class Engine:
 
     Args:
         load: makes the target; called once, in the engine's thread.
+        speculate: makes the draft beside it, or None; called likewise.
         session_load: percent of session slots in use, told to clients in every frame.
     """
 
-    def __init__(self, load: Callable[[], Target], session_load: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Target],
+        speculate: Callable[[Target], Speculation | None],
+        session_load: Callable[[], int],
+    ) -> None:
         self._load = load
+        self._speculate = speculate
         self._session_load = session_load
         self._waiting: deque[_Playing] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.target: Target | None = None
+        self.speculation: Speculation | None = None
         self.failure: BaseException | None = None
 
     def start(self) -> None:
@@ -59,7 +69,7 @@ class Engine:
 
     def submit(self, session: Session, answer: Answer) -> None:
         """Queues the round of `answer`; its frames appear there. Call from the event loop."""
-        playing = _Playing(self._require_target(), session, answer, self._session_load)
+        playing = _Playing(self._require_target(), self.speculation, session, answer, self._session_load)
         with self._wake:
             self._waiting.append(playing)
             self._wake.notify()
@@ -71,7 +81,10 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self.target = self._load()
+            target = self._load()
+            self.speculation = self._speculate(target)
+            # Last, because with it the verifier is ready.
+            self.target = target
         except BaseException as error:
             self.failure = error
             return
@@ -89,8 +102,16 @@ class Engine:
 class _Playing:
     """One round in progress."""
 
-    def __init__(self, target: Target, session: Session, answer: Answer, session_load: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        speculation: Speculation | None,
+        session: Session,
+        answer: Answer,
+        session_load: Callable[[], int],
+    ) -> None:
         self._target = target
+        self._speculation = speculation
         self._session = session
         self._answer = answer
         self._session_load = session_load
@@ -124,25 +145,43 @@ class _Playing:
     def _play(self) -> Iterator[None]:
         session, target, request = self._session, self._target, self._answer.request
         cached = session.cache.get_seq_length()
-        prefill = target.prefill(session.ids[cached:-1], session.cache)
-        while self._timed(lambda: next(prefill, StopIteration)) is not StopIteration:
-            yield
-        # A text that is nearly full has no room for the whole draft.
-        draft = request.draft[: target.context - len(session.ids) - 1]
+        yield from self._counted(target.prefill(session.ids[cached:-1], session.cache))
+        draft = request.draft[: self._room()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
-        verdict = self._score(draft, siblings)
-        produced = len(verdict.tokens)
-        self._tell(verdict.accepted, more=not session.finish and produced < request.n)
-        while not session.finish and produced < request.n:
+        accepted, own = self._score(draft, siblings)
+        left = request.n - len(own)
+        self._tell(accepted, own, more=not session.finish and left > 0)
+        while not session.finish and left > 0:
             yield
-            self._score([], {})
-            produced += 1
-            self._tell(0, more=not session.finish and produced < request.n)
+            guesses = yield from self._guess(min(left - 1, self._room()))
+            accepted, own = self._score(guesses, {})
+            own = guesses[:accepted] + own
+            left -= len(own)
+            self._tell(0, own, more=not session.finish and left > 0)
 
-    def _score(self, draft: list[int], siblings: dict[int, list[int]]) -> Verdict:
-        """One forward: scores the draft, extends the text by what the target says, rolls the rest back."""
+    def _room(self) -> int:
+        """How long a draft may be: a text that is nearly full has no room for the whole, and the target's own token."""
+        return self._target.context - len(self._session.ids) - 1
+
+    def _guess(self, count: int) -> Generator[None, None, list[int]]:
+        """Up to `count` tokens drafted beside the target; none where there is no draft, or nothing worth drafting."""
         session = self._session
-        verdict = self._timed(lambda: self._decide(draft, siblings))
+        if self._speculation is None or count < 1:
+            return []
+        if session.guesses is None:
+            session.guesses = self._speculation.guesses()
+        count = min(count, self._speculation.tokens)
+        return (yield from self._counted(session.guesses.behind(session.ids, count, session.sampling)))
+
+    def _score(self, draft: list[int], siblings: dict[int, list[int]]) -> tuple[int, list[int]]:
+        """One forward: scores the draft, extends the text by what the target says, rolls the rest back.
+
+        Returns how many draft tokens the target accepted, and its own tokens behind them.
+        """
+        session = self._session
+        started = time.perf_counter()
+        verdict = self._decide(draft, siblings)
+        self._forward_seconds += time.perf_counter() - started
         session.ids += draft[: verdict.accepted] + verdict.tokens
         # The one token that may not fit is a sibling's bonus.
         excess = max(0, len(session.ids) - self._target.context)
@@ -152,10 +191,9 @@ class _Playing:
             session.finish = "stop"
         elif len(session.ids) == self._target.context:
             session.finish = "length"
-        self._tokens += verdict.tokens[: len(verdict.tokens) - excess]
         threshold = CLOSE_CALL[str(self._target.dtype).removeprefix("torch.")]
         self._close_calls += [(p, round(margin, 9)) for p, margin in verdict.margins if margin < threshold]
-        return verdict
+        return verdict.accepted, verdict.tokens[: len(verdict.tokens) - excess]
 
     def _decide(self, draft: list[int], siblings: dict[int, list[int]]) -> Verdict:
         session, target = self._session, self._target
@@ -167,15 +205,22 @@ class _Playing:
         target.keep(session.cache, length, verdict.rows)
         return verdict
 
-    def _timed(self, work: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self._forward_seconds += time.perf_counter() - started
+    def _counted(self, steps: Generator[None, None, T]) -> Generator[None, None, T]:
+        """`steps`, and what they return, their time counted as the forwards' is."""
+        while True:
+            started = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration as end:
+                returned: T = end.value
+                return returned
+            finally:
+                self._forward_seconds += time.perf_counter() - started
+            yield
 
-    def _tell(self, accepted: int, more: bool) -> None:
+    def _tell(self, accepted: int, own: list[int], more: bool) -> None:
         """Hands the tokens so far to the answer: at once the first and the last time, else now and then."""
+        self._tokens += own
         now = time.perf_counter()
         if more and self._told and now - self._told < FRAME_SECONDS:
             return

@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from cloud_verifier.engine import Engine
 from cloud_verifier.sessions import Answer, Session, SessionStore
+from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import TREE_WIDTHS, Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import InputError, VerifierRefused
@@ -51,12 +52,22 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Service:
-    """Handlers over one engine. `app` is the ASGI application; it owns the engine's life."""
+    """Handlers over one engine. `app` is the ASGI application; it owns the engine's life.
 
-    def __init__(self, load: Callable[[], Target], limits: Limits) -> None:
+    Args:
+        load: makes the target, in the engine's thread.
+        speculate: makes the draft beside it, likewise; None goes without.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Target],
+        limits: Limits,
+        speculate: Callable[[Target], Speculation | None] = lambda target: None,
+    ) -> None:
         self.limits = limits
         self.sessions = SessionStore(limits.max_sessions, limits.max_tokens, limits.idle_seconds)
-        self.engine = Engine(load, lambda: self.sessions.load)
+        self.engine = Engine(load, speculate, lambda: self.sessions.load)
         self.app = Starlette(
             routes=[
                 Route("/v1/sessions", self._answering(self.open), methods=["POST"]),
@@ -135,6 +146,7 @@ class Service:
             target.context,
             self.limits.max_draft,
             TREE_WIDTHS[-1] - 1,
+            speculates=self.engine.speculation is not None,
         )
         return _response(request, wire.ModelList([model]))
 

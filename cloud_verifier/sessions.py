@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 from transformers import DynamicCache
 
+from cloud_verifier.speculation import Guesses
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Frame, RoundRequest
@@ -80,14 +81,15 @@ class Answer:
 
 
 class Session:
-    """One request's text and cache. Belongs to the event loop, except `ids` and `cache`, which belong to the engine
-    while a round is running.
+    """One request's text and cache. Belongs to the event loop, except `ids`, `cache` and `guesses`, which belong to the
+    engine while a round is running.
 
     Attributes:
         id: unguessable name in URLs.
         key: what it was opened with, once it is in a store.
         ids: all token ids, prompt included.
         cache: keys and values of all ids but the last.
+        guesses: of the draft beside the target, once it had something to draft.
         answer: the latest round; a repeated request gets it again.
         finish: why the text has ended, or empty.
         closed: nobody will read what a running round still produces.
@@ -99,6 +101,7 @@ class Session:
         self.ids = prompt
         self.sampling = sampling
         self.cache = cache
+        self.guesses: Guesses | None = None
         self.answer = answer
         self.finish = ""
         self.closed = False

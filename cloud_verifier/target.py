@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class Target:
         visible = torch.from_numpy(tree.visibility(width)).to(self.device)
         return self._forward(tree.ids, tree.positions, visible, cache)[: len(tree)].float()
 
-    def prefill(self, ids: list[int], cache: DynamicCache) -> Iterator[None]:
+    def prefill(self, ids: list[int], cache: DynamicCache) -> Generator[None, None, None]:
         """Puts `ids` behind the text in `cache`, one piece of at most PREFILL_WIDTH tokens per step."""
         for start in range(0, len(ids), PREFILL_WIDTH):
             piece = ids[start : start + PREFILL_WIDTH]

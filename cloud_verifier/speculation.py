@@ -1,0 +1,84 @@
+"""Speculation beside the target: the verifier drafts the target's own tokens itself, several to a forward.
+
+Of a round's n tokens, those behind the first forward cost a forward each; a draft beside the target guesses the next K
+with the same noise, and one forward verifies them all. The rule is the board's, so the text is the same.
+
+The draft is a board's bundle, run by the board's own runner on the CPU: `edge_runtime.draft` is the one thing beyond
+`edge_runtime.contract` that the verifier imports of the board's, because a second runner of the same graph would be a
+second definition of what it says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from pathlib import Path
+
+from cloud_verifier.target import TREE_WIDTHS, Target
+from edge_runtime.contract.bundle import read_bundle
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.contract.errors import DraftError, InputError, TargetError
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.graphs import PREFILL_PIECE
+
+log = logging.getLogger(__name__)
+
+
+class Speculation:
+    """A draft beside the target, shared by all sessions.
+
+    Attributes:
+        tokens: K, the most tokens to draft for one forward.
+    """
+
+    def __init__(self, bundle: Path, target: Target, tokens: int, threads: int = 0) -> None:
+        """Loads the bundle.
+
+        Args:
+            threads: CPU threads of a draft step; 0 leaves it to `OnnxDraft`.
+
+        Raises:
+            InputError: `tokens` is not what one forward can verify.
+            TargetError: the draft was made for another vocabulary.
+            BundleError, DraftError: the bundle is not whole or does not load.
+        """
+        if not 1 <= tokens < TREE_WIDTHS[-1]:
+            raise InputError(f"{tokens} draft tokens for one forward; give 1 to {TREE_WIDTHS[-1] - 1}")
+        found = read_bundle(bundle)
+        vocabulary, size = found.manifest.vocabulary.hash, found.manifest.architecture.vocabulary_size
+        if vocabulary != target.vocabulary or size > target.vocabulary_size:
+            raise TargetError(
+                f"the draft in {bundle} has the vocabulary {vocabulary} of {size} tokens, {target.version} has "
+                f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
+            )
+        self.tokens = tokens
+        self._draft = OnnxDraft(found, threads)
+
+    def guesses(self) -> Guesses:
+        """For one text, of which the draft has read nothing yet."""
+        return Guesses(self._draft)
+
+
+class Guesses:
+    """The draft's view of one session's text. Belongs to the engine's thread."""
+
+    def __init__(self, draft: OnnxDraft) -> None:
+        self._context = draft.context()
+        self._failed = False
+
+    def behind(self, ids: list[int], count: int, sampling: Sampling) -> Generator[None, None, list[int]]:
+        """Drafts up to `count` tokens behind `ids`, and returns them; yields after every piece of a long text it reads.
+
+        Returns nothing where the draft's context is full or the draft has failed: the target goes on alone.
+        """
+        if self._failed or len(ids) > self._context.limit:
+            return []
+        try:
+            while (unread := self._context.unread(ids)) > PREFILL_PIECE:
+                self._context.follow(ids[: len(ids) - unread + PREFILL_PIECE])
+                yield
+            return self._context.propose(ids, count, sampling).tokens
+        except DraftError:
+            log.exception("the target goes on alone in this session")
+            self._failed = True
+            return []
