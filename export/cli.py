@@ -16,12 +16,22 @@ examples:
   draft-export onnx export/family/target-v1 export/family/draft-anchor --output /tmp/bundle
   draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
+  draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
 """
 
 ONNX_DESCRIPTION = """\
 Exports a draft and packs it into a bundle. DRAFT is a directory of `draft-export family` (the draft's own tensors; what
 it shares comes from TARGET), or a whole Hugging Face model with TARGET's tokenizer, which is then a standalone draft.
 Parity with PyTorch, and acceptance by TARGET, are measured on a text and written into the manifest.
+"""
+
+RECORD_DESCRIPTION = """\
+Records how often, and how surely, the draft in BUNDLE guesses what targets write: an acceptance trace, on which
+`edge-runtime simulate` plays plans without running a model. Every target continues every prompt at every temperature.
+
+examples:
+  draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
+  draft-export record bundle --target /models/Llama-3.1-8B --text prompts.txt --prompts 8 --temperature 0 --output a.npz
 """
 
 
@@ -53,6 +63,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     recipe.add_arguments(family)
     family.set_defaults(run=recipe.run_with)
+    record = commands.add_parser(
+        "record",
+        help="record how a draft is accepted, for simulations",
+        description=RECORD_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    record.add_argument("bundle", type=Path, help="bundle of the draft")
+    record.add_argument(
+        "--target", type=Path, action="append", required=True, metavar="DIR", help="directory of a target, may repeat"
+    )
+    record.add_argument("--output", type=Path, required=True, metavar="FILE", help="the trace, .npz; replaced if there")
+    record.add_argument(
+        "--temperature", type=float, action="append", metavar="T", help="may repeat (default: 0, 0.7 and 1)"
+    )
+    record.add_argument("--top-p", type=float, default=1.0, help="at temperatures above 0 (default: %(default)s)")
+    record.add_argument("--prompts", type=int, default=24, help="default: %(default)s")
+    record.add_argument("--tokens", type=int, default=128, help="of each text (default: %(default)s)")
+    record.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default: %(default)s)")
+    record.add_argument("--text", type=Path, help="what prompts are cut from (default: the family's held-out files)")
+    record.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    record.set_defaults(run=_record)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -80,6 +111,29 @@ def _onnx(options: argparse.Namespace) -> int:
         manifest = make_bundle(order, options.output, lambda step: progress.update(STEPS.index(step), step))
         progress.update(len(STEPS), "done")
     _print(manifest, options.output)
+    return 0
+
+
+def _record(options: argparse.Namespace) -> int:
+    from export.acceptance import Recording, record
+
+    order = Recording(
+        options.bundle,
+        tuple(options.target),
+        tuple(options.temperature or (0.0, 0.7, 1.0)),
+        top_p=options.top_p,
+        prompts=options.prompts,
+        tokens=options.tokens,
+        seed=options.seed,
+        text=options.text,
+        threads=options.threads,
+    )
+    texts = record(order, options.output)
+    print(f"{options.output}: {len(texts)} texts, {options.output.stat().st_size / 1e3:.0f} kB")
+    for target, temperature in dict.fromkeys((text.target, text.temperature) for text in texts):
+        some = [text for text in texts if (text.target, text.temperature) == (target, temperature)]
+        share = sum(text.acceptance for text in some) / len(some)
+        print(f"  {target} T={temperature:g}: {share:.1%} of {sum(map(len, some))} guesses are the target's token")
     return 0
 
 

@@ -1,0 +1,182 @@
+"""What planners are measured against: the best that hindsight, and second sight, could have done in the same world.
+
+    hindsight     the best single Plan for all rounds of all texts, the true calibration given; chosen afterwards
+    best_fixed    the same over plain draft lengths: K tokens, n = 1, nothing else
+    clairvoyant   a lower bound that knows every token's fate: no plan whatsoever costs less
+
+Without ahead-of-time drafting, how a static plan's rounds fall does not depend on link, board or verifier. So every
+plan is played once for its `Footprint`, which prices it for any world from mean delays; only the best few are then
+played in the world itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.objective import Objective
+from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.simulation.acceptance import Text
+from edge_runtime.simulation.links import CONDUCTS, Steady
+from edge_runtime.simulation.simulator import Result, simulate
+from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifier
+from edge_runtime.simulation.world import ROUND_BYTES, World
+
+BINS = 10
+WHOLE_TEXT = 1 << 20
+FIXED = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
+# How many plans, the cheapest by their footprints, are played in the world itself; and how many of them with drafting
+# ahead.
+PLAYED, PLAYED_AHEAD = 6, 2
+AHEAD = (2, 4, 8, 16)
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """What a static plan does to a set of texts in any world.
+
+    Attributes:
+        plan: which.
+        rounds, tokens: how many.
+        steps: of the draft.
+        read: tokens that the draft read in its first step of a round, less one step's each.
+        position: mean of tokens in front of a step.
+        widths: (WIDEST + 1,) verifying forwards by their nodes.
+        own: forwards for the target's own tokens, of a verifier that does not speculate, and of one that does.
+        sent, received: bytes.
+    """
+
+    plan: Plan
+    rounds: int
+    tokens: int
+    steps: int
+    read: int
+    position: float
+    widths: list[int]
+    own: tuple[int, int]
+    sent: int
+    received: int
+
+
+def calibration(texts: list[Text]) -> tuple[float, ...]:
+    """How often guesses of each tenth of confidence are right; its middle where there was none."""
+    right, seen = [0] * BINS, [0] * BINS
+    for text in texts:
+        for confidence, rank in zip(text.confidences, text.ranks, strict=True):
+            index = min(int(confidence * BINS), BINS - 1)
+            seen[index] += 1
+            right[index] += rank == 0
+    return tuple((r + (i + 0.5) / BINS) / (s + 1) for i, (r, s) in enumerate(zip(right, seen, strict=True)))
+
+
+def static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
+    """The plan space, coarsely: lengths, stopping, siblings, own tokens."""
+    plans = [Plan(0, own) for own in (1, 2, 4, 8, 16, 32, WHOLE_TEXT)]
+    lengths = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24)
+    stops = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+    beside = ((0, 0.0), (1, 0.8), (3, 0.8), (7, 0.6), (7, 0.9))
+    for length, stop, (siblings, doubt) in product(lengths, stops, beside):
+        # A single guess is stopped by nothing.
+        if length > 1 or not stop:
+            plans.append(
+                Plan(
+                    length,
+                    siblings=siblings,
+                    sibling_confidence=doubt,
+                    min_survival=stop,
+                    calibration=true_calibration,
+                )
+            )
+    for length, stop, own in product((2, 4, 8), (0.0, 0.3, 0.6), (2, 4, 8, 16)):
+        plans.append(Plan(length, own, min_survival=stop, calibration=true_calibration))
+    return plans
+
+
+class Footprints:
+    """Footprints of many plans on one set of texts, priced for any world at once."""
+
+    def __init__(self, texts: list[Text], plans: list[Plan]) -> None:
+        self.plans = plans
+        self._texts = texts
+        marks = [footprint(texts, plan) for plan in plans]
+        self._rows = {name: np.array([getattr(mark, name) for mark in marks], float) for name in _COLUMNS}
+
+    def costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
+        """(plans,) expected costs per token."""
+        rows, device, verifier = self._rows, world.device, world.verifier
+        step = device.step_seconds + device.step_seconds_per_token * rows["position"]
+        drafting = step * rows["steps"] + device.prefill_seconds * rows["read"]
+        own = rows["own"][:, 1 if verifier.speculated else 0]
+        forwards = rows["widths"] @ np.array(verifier.forward) + own * verifier.own_forward
+        rounds = rows["rounds"]
+        exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
+        latency = drafting + exchanges + forwards
+        carried = rows["sent"] + rows["received"]
+        joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
+        joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * carried
+        cost: npt.NDArray[np.float64] = (
+            objective.latency * latency
+            + objective.verifier * forwards
+            + objective.joule * joules
+            + objective.byte * carried
+        ) / rows["tokens"]
+        return cost
+
+    def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, Result]:
+        """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
+        world = make()
+        order = np.argsort(self.costs(world, objective), kind="stable")
+        played = [(plan, simulate(self._texts, FixedPlanner(plan), make())) for plan in map(self._plan, order[:PLAYED])]
+        played.sort(key=lambda pair: pair[1].cost(objective))
+        if ahead:
+            drafting = [plan for plan in map(self._plan, order) if plan.draft and plan.own == 1][:PLAYED_AHEAD]
+            for plan, count, in_flight in product(drafting, AHEAD, (1, 2)):
+                further = msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
+                played.append((further, simulate(self._texts, FixedPlanner(further), make())))
+        return min(played, key=lambda pair: pair[1].cost(objective))
+
+    def _plan(self, index: np.intp) -> Plan:
+        return self.plans[int(index)]
+
+
+_COLUMNS = tuple(name for name in Footprint.__struct_fields__ if name != "plan")
+
+
+def footprint(texts: list[Text], plan: Plan) -> Footprint:
+    """Plays `plan`, which drafts nothing ahead, for what it does in any world."""
+    plain, speculating = (_played(texts, plan, name) for name in ("7b", "7b+spec"))
+    widths = [0] * (WIDEST + 1)
+    read = 0
+    places = []
+    for outcome in plain.log:
+        widths[min(WIDEST, 1 + outcome.drafted + sum(outcome.offered))] += 1
+        if outcome.drafted:
+            read += max(0, outcome.conditions.unread - 4)
+            places.append(outcome.conditions.position)
+    own = (plain.forwards - plain.rounds, speculating.forwards - speculating.rounds)
+    position = sum(places) / len(places) if places else 0.0
+    return Footprint(
+        plan,
+        plain.rounds,
+        plain.tokens,
+        plain.drafted,
+        read,
+        position,
+        widths,
+        own,
+        plain.sent,
+        plain.received,
+    )
+
+
+def _played(texts: list[Text], plan: Plan, verifier: str) -> Result:
+    neutral = World("any", Device(), Steady(CONDUCTS["lan"], 0), SimulatedVerifier(VERIFIERS[verifier], 0))
+    return simulate(texts, FixedPlanner(plan), neutral, log=True)
+
+
+def _mean_delay(world: World) -> float:
+    return world.link.mean(ROUND_BYTES, ROUND_BYTES)

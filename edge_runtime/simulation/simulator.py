@@ -1,0 +1,380 @@
+"""Plays recorded texts round by round: the planners that boards run, on a simulated clock.
+
+The rounds are those of `edge_runtime.decoding`, its order of calls included, and the verifier's answers those that the
+recorded acceptance implies. All times are modelled.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import msgspec
+
+from edge_runtime.planning.objective import Objective
+from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
+from edge_runtime.simulation.acceptance import Text
+from edge_runtime.simulation.verifiers import WIDEST
+from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
+
+# Tokens that the draft reads at once (`edge_runtime.graphs.PREFILL_PIECE`).
+PIECE = 128
+
+
+class Result(msgspec.Struct):
+    """What texts cost. Grows while they are played.
+
+    Attributes:
+        tokens, rounds: of all texts.
+        drafted, accepted: tokens by the board.
+        sibling_hits: rounds in which a sibling saved a token.
+        early: rounds that were sent before the last one was answered, and stood.
+        void: those that did not stand.
+        latency_seconds: from each text's start to its end, in all.
+        first_token_seconds: from each text's start to its first tokens, in all.
+        verifier_seconds: the verifier's forwards and its own drafting.
+        forwards: of the target.
+        draft_seconds: the board's draft at work, ahead of time included.
+        joules: of the board while texts were played.
+        sent, received: payload bytes.
+        log: for each round when it was planned and what it came to, if asked for.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    sibling_hits: int = 0
+    early: int = 0
+    void: int = 0
+    latency_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    verifier_seconds: float = 0.0
+    forwards: int = 0
+    draft_seconds: float = 0.0
+    joules: float = 0.0
+    sent: int = 0
+    received: int = 0
+    log: list[Outcome] = []
+
+    def cost(self, objective: Objective) -> float:
+        """Cost per token."""
+        carried = self.sent + self.received
+        return objective.cost(self.latency_seconds, self.verifier_seconds, self.joules, carried) / self.tokens
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.latency_seconds / self.tokens
+
+    def __add__(self, other: Result) -> Result:
+        names = self.__struct_fields__
+        return Result(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+class Early(msgspec.Struct, frozen=True):
+    """A round on its way before the last one is answered: its tokens, its bytes, and when it reaches the verifier."""
+
+    plan: Plan
+    conditions: Conditions
+    drafted: int
+    offered: list[int]
+    size: int
+    arrival: float
+
+
+class Simulator:
+    """A board that answers one text after the other with one planner.
+
+    Attributes:
+        now: seconds on the simulated clock.
+        world: the board's surroundings.
+    """
+
+    def __init__(self, world: World, planner: Planner, *, log: bool = False) -> None:
+        self.world = world
+        self.now = 0.0
+        self._planner = planner
+        self._log = log
+
+    def play(self, text: Text) -> Result:
+        """Plays one text to its end."""
+        return _Play(self.world, self._planner, text, self.now, self._log).run(self)
+
+    def play_all(self, texts: list[Text]) -> list[Result]:
+        """One after the other, without a pause."""
+        return [self.play(text) for text in texts]
+
+
+def simulate(texts: list[Text], planner: Planner, world: World, *, log: bool = False) -> Result:
+    """All of `texts`, at least one, as one result."""
+    first, *others = Simulator(world, planner, log=log).play_all(texts)
+    return sum(others, first)
+
+
+class _Play:
+    """One text being played. Indices count from the text's first token; `_run[i]` right guesses begin at i."""
+
+    def __init__(self, world: World, planner: Planner, text: Text, now: float, log: bool) -> None:
+        self._world, self._planner, self._log = world, planner, log
+        self._text = text
+        self._now = now
+        self._result = Result(log=[])
+        self._run = runs(text.ranks)
+        # Tokens of prompt and text that the draft holds; guesses for the next positions that it has made.
+        self._read = 0
+        self._made = 0
+        self._version = ""
+
+    def run(self, simulator: Simulator) -> Result:
+        """Plays, and moves the simulator's clock."""
+        started = self._now
+        done, length = 0, len(self._text)
+        early: Early | None = None
+        ended = 0.0
+        while done < length:
+            done, early, ended = self._round(done, early, ended)
+        result = self._result
+        result.tokens = length
+        result.latency_seconds = self._now - started
+        device = self._world.device
+        result.joules += device.idle_watts * result.latency_seconds
+        result.joules += (device.busy_watts - device.idle_watts) * result.draft_seconds
+        result.joules += device.joules_per_byte * (result.sent + result.received)
+        simulator.now = self._now
+        return result
+
+    def _round(self, done: int, early: Early | None, ended: float) -> tuple[int, Early | None, float]:
+        """Plays the round that begins behind `done` tokens; `ended` is when the verifier was done with the last one.
+
+        Returns the tokens then done, the next round if it is on its way and stands, and when the verifier was done.
+        """
+        world, text, result = self._world, self._text, self._result
+        verifier = world.verifier
+        left = len(text) - done
+        run = self._run[done]
+        began = self._now
+        if early is None:
+            conditions = self._conditions(left, done, self._made)
+            plan = self._planner.plan(conditions)
+            cap = min(plan.draft, left - 1)
+            ready = min(self._made, cap)
+            path = self._path(done, run, cap)
+            drafted, survival = _stopped(path, plan, 0, cap, 1.0)
+            ready = min(ready, drafted)
+            seconds = self._extend(done, drafted)
+            offered = _offered(path, plan, drafted)
+            sent = began + seconds
+            out = int(ROUND_BYTES + ID_BYTES * (drafted + sum(offered)))
+            arrival, repeated = world.up(sent + world.device.overhead_seconds, out)
+        else:
+            plan, conditions, drafted, offered = early.plan, early.conditions, early.drafted, early.offered
+            path = self._path(done, run, drafted)
+            survival = _survival(path, plan, drafted)
+            ready, seconds, sent, out = drafted, 0.0, began, 0
+            arrival, repeated = max(early.arrival, ended), True
+            result.early += 1
+        n = max(1, min(plan.own, left - drafted))
+        accepted = min(drafted, run)
+        queue = verifier.wait()
+        forward = verifier.forward[min(WIDEST, 1 + drafted + sum(offered))]
+        own, sibling = 1, 0
+        if accepted < drafted and text.ranks[done + accepted] <= offered[accepted]:
+            own, sibling = 2, text.ranks[done + accepted]
+            result.sibling_hits += 1
+        first_done = arrival + queue + forward
+        forwards, busy = 1, forward
+        if n > 1:
+            own = min(own, n)
+            more, extra = self._own(done + accepted + own, n - own)
+            own, forwards, busy = n, forwards + more, busy + extra
+        ended = arrival + queue + busy
+        received = int(ROUND_BYTES + ID_BYTES * own)
+        answered, again = world.down(ended, received)
+        if n > 1:
+            received += FRAME_BYTES * min(forwards, 1 + int(busy / FRAME_SECONDS))
+        # A stream's first tokens leave as soon as they are known.
+        first = answered - (ended - first_done)
+        following = None
+        finished = answered
+        if plan.ahead:
+            finished, following = self._go_ahead(done, drafted, plan, survival, sent, answered)
+        if following:
+            out += following.size
+            if run < drafted + 1:
+                following = None
+                received += ROUND_BYTES
+                result.void += 1
+        outcome = Outcome(
+            plan,
+            conditions,
+            accepted,
+            own,
+            path[:drafted],
+            offered,
+            sibling,
+            ready,
+            seconds,
+            max(0.0, first - sent),
+            max(0.0, finished - sent),
+            round(queue, 4),
+            round(busy, 4),
+            out,
+            received,
+            repeated or again,
+        )
+        if not result.rounds:
+            result.first_token_seconds = first - began
+        result.rounds += 1
+        result.drafted += drafted
+        result.accepted += accepted
+        result.sent += out
+        result.received += received
+        result.verifier_seconds += busy
+        result.forwards += forwards
+        result.joules += world.device.radio_watts * (answered - sent)
+        if self._log:
+            result.log.append(outcome)
+        self._settle(done, run, accepted + own)
+        self._now = finished
+        self._version = text.target
+        self._planner.observe(outcome)
+        return done + accepted + own, following, ended
+
+    def _conditions(self, left: int, done: int, ready: int) -> Conditions:
+        position = self._text.prompt + done
+        return Conditions(
+            left,
+            position,
+            0 if ready else max(0, position - self._read),
+            ready,
+            self._now,
+            self._version,
+            self._text.temperature,
+            Surroundings(rtt_seconds=self._world.rtt_seconds),
+        )
+
+    def _path(self, done: int, run: int, count: int) -> list[float]:
+        """Confidences of the first `count` guesses behind `done` tokens, `run` of which are right."""
+        text = self._text
+        if count <= run + 1:
+            return text.confidences[done : done + count]
+        behind = text.behind[done + run]
+        further = count - run - 1
+        path = text.confidences[done : done + run + 1] + behind[:further]
+        return path + behind[-1:] * (count - len(path))
+
+    def _extend(self, done: int, count: int) -> float:
+        """Makes guesses until there are `count`; the seconds that it takes."""
+        device = self._world.device
+        position = self._text.prompt + done
+        seconds = 0.0
+        if count > self._made:
+            step = device.step_seconds + device.step_seconds_per_token * position
+            if not self._made:
+                seconds = max(0.0, device.prefill_seconds * (position - self._read) - step)
+                self._read = position
+            seconds += step * (count - self._made)
+            self._made = count
+        self._result.draft_seconds += seconds
+        return seconds
+
+    def _own(self, start: int, count: int) -> tuple[int, float]:
+        """Forwards, and their seconds, for `count` tokens of the target's own from `start` on."""
+        verifier = self._world.verifier
+        if not verifier.speculated:
+            return count, count * verifier.own_forward
+        forwards, seconds = 0, 0.0
+        while count > 0:
+            guessed = min(verifier.speculated, count - 1)
+            seconds += verifier.forward[1 + guessed] + guessed * verifier.cost.draft_seconds
+            said = 1 + min(guessed, self._run[start])
+            forwards, start, count = forwards + 1, start + said, count - said
+        return forwards, seconds
+
+    def _go_ahead(
+        self, done: int, drafted: int, plan: Plan, survival: float, sent: float, answered: float
+    ) -> tuple[float, Early | None]:
+        """What the board does while a round is in flight.
+
+        Returns when the round is over, a step under way included, and the next round if it could be sent.
+        """
+        device, result = self._world.device, self._result
+        position = self._text.prompt + done
+        step = device.step_seconds + device.step_seconds_per_token * position
+        now = sent
+        if not plan.draft:
+            while self._read < position and now < answered and not self._made:
+                piece = min(PIECE, position - self._read)
+                seconds = max(step, piece * device.prefill_seconds)
+                now += seconds
+                result.draft_seconds += seconds
+                self._read += piece
+            return max(answered, now), None
+        if plan.own > 1 or not drafted:
+            return answered, None
+        left = len(self._text) - done
+        most = drafted + min(1 + plan.ahead, left - drafted)
+        path = self._path(done, self._run[done], most)
+        wanted, _ = _stopped(path, plan, drafted, most, survival)
+        while self._made < wanted and now < answered:
+            now += step
+            result.draft_seconds += step
+            self._made += 1
+        # The verifier cannot tie a round to a session that it has yet to open.
+        if self._made < wanted or now >= answered or plan.in_flight < 2 or not self._version:
+            return max(answered, now), None
+        behind = wanted - drafted - 1
+        if behind < 1:
+            return answered, None
+        over, self._now = self._now, now
+        conditions = self._conditions(left - drafted - 1, done + drafted + 1, behind)
+        self._now = over
+        following = self._planner.plan(conditions)
+        count = min(following.draft, left - drafted - 2, behind)
+        if count < 1 or following.own > 1:
+            return answered, None
+        offered = _offered(path[drafted + 1 :], plan, count)
+        size = int(ROUND_BYTES + ID_BYTES * (count + sum(offered)))
+        arrival, _ = self._world.up(now + device.overhead_seconds, size)
+        return answered, Early(following, conditions, count, offered, size, arrival)
+
+    def _settle(self, done: int, run: int, grown: int) -> None:
+        """What the draft still knows behind `grown` more tokens."""
+        position = self._text.prompt + done
+        if self._made:
+            self._read = position + min(run, grown, self._made - 1)
+        self._made = max(0, self._made - grown) if run >= grown else 0
+
+
+def runs(ranks: list[int]) -> list[int]:
+    """For each position, and for the one behind the last, how many right guesses begin there."""
+    run = [0] * (len(ranks) + 1)
+    for index in range(len(ranks) - 1, -1, -1):
+        run[index] = 0 if ranks[index] else run[index + 1] + 1
+    return run
+
+
+def _stopped(path: list[float], plan: Plan, start: int, most: int, survival: float) -> tuple[int, float]:
+    """How many of at most `most` guesses the stop rule leaves, going on from `start`; the chance that all survive."""
+    least, bound, calibration = plan.min_confidence, plan.min_survival, plan.calibration
+    if not bound and not least:
+        return most, survival
+    bins = len(calibration)
+    count = start
+    for confidence in islice(path, start, most):
+        count += 1
+        survival *= calibration[min(int(confidence * bins), bins - 1)] if bins else confidence
+        if confidence < least or survival < bound:
+            break
+    return count, survival
+
+
+def _survival(path: list[float], plan: Plan, count: int) -> float:
+    return _stopped(path, msgspec.structs.replace(plan, min_confidence=0.0), 0, count, 1.0)[1]
+
+
+def _offered(path: list[float], plan: Plan, count: int) -> list[int]:
+    """How many siblings are named beside each of the first `count` guesses."""
+    if not plan.siblings:
+        return [0] * count
+    doubt = plan.sibling_confidence
+    return [plan.siblings if confidence <= doubt else 0 for confidence in islice(path, count)]
