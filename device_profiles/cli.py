@@ -1,81 +1,234 @@
-"""`device-profile`: what boards are, and what a draft would cost on them."""
+"""`device-profile`: what boards are, what a draft costs on them, and measuring the one at hand."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from device_profiles.profile import Profile, ProfileError, read_profile, shipped_profiles
+from device_profiles.profile import Profile, ProfileError, cache_bytes, read_profile, shipped_profiles
+from edge_runtime.contract.bundle import read_bundle
+from edge_runtime.contract.errors import FlexSpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from device_profiles.calibration import Tick
+    from device_profiles.costs import Draft
 
 DESCRIPTION = """\
-What a board is: speed, power, and where the figures come from.
+What a board is: speed, power, radios, and where the figures come from.
 
 examples:
   device-profile list
-  device-profile show raspberry-pi-5 --weights export/family/bundle/model.onnx.data
+  device-profile show raspberry-pi-5 --bundle export/family/bundle
+  device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle export/family/bundle
+  device-profile calibrate --bundle export/family/bundle --like raspberry-pi-5 --output my-board.toml
   device-profile validate my-board.toml
 """
+CALIBRATE = """\
+Measures this board: memory, the draft over context lengths and threads, power where a sensor is, and the link to a
+verifier. Writes a profile and, beside it, a picture (.svg). Stop it with Ctrl-C: then nothing is written.
+Nothing else should run meanwhile.
+
+examples:
+  device-profile calibrate --bundle bundle
+  device-profile calibrate --bundle bundle --verifier https://verifier.example --output my-board.toml --seconds 120
+"""
+LEAST_SECONDS, MOST_SECONDS = 1.0, 150.0
+PIPE_WIDTH = 160
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="device-profile", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="the shipped profiles")
-    listing.set_defaults(run=_list)
-    show = commands.add_parser("show", help="one profile")
-    show.add_argument("profile", help="name of a shipped profile, or a TOML file")
-    show.add_argument("--weights", type=Path, help="a draft's weight file: adds its modelled cost per token")
-    show.add_argument("--json", action="store_true")
-    show.set_defaults(run=_show)
-    validate = commands.add_parser("validate", help="check TOML files")
-    validate.add_argument("files", nargs="+", type=Path)
-    validate.set_defaults(run=_validate)
-    options = parser.parse_args(arguments)
+    """Entry point. Returns the exit code: 0, or 2 for a wrong profile or argument, else as `edge-runtime`."""
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except ProfileError as error:
         print(f"device-profile: {error}", file=sys.stderr)
         return 2
+    except FlexSpecError as error:
+        print(f"device-profile: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("device-profile: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="device-profile", description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="for programs")
+    draft = argparse.ArgumentParser(add_help=False)
+    which = draft.add_mutually_exclusive_group()
+    which.add_argument("--bundle", type=Path, metavar="DIR", help="a draft bundle: adds what it costs")
+    which.add_argument("--weights", type=Path, metavar="FILE", help="the same from the size of a weight file")
+    draft.add_argument("--context", type=int, default=512, metavar="N", help="behind N tokens (default: %(default)s)")
+
+    listing = commands.add_parser("list", parents=[output], help="the shipped profiles")
+    listing.set_defaults(run=_list)
+
+    show = commands.add_parser("show", parents=[output, draft], help="one profile, with all its sources")
+    show.add_argument("profile", help="name of a shipped profile, or a TOML file")
+    show.set_defaults(run=_show)
+
+    compare = commands.add_parser("compare", parents=[output, draft], help="profiles side by side")
+    compare.add_argument("profiles", nargs="+", metavar="PROFILE", help="names of shipped profiles, or TOML files")
+    compare.set_defaults(run=_compare)
+
+    validate = commands.add_parser("validate", parents=[output], help="check TOML files")
+    validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    validate.set_defaults(run=_validate)
+
+    calibrate = commands.add_parser(
+        "calibrate", parents=[output], help="measure this board", description=CALIBRATE, formatter_class=raw
+    )
+    bundle = os.environ.get("FLEXSPEC_BUNDLE")
+    calibrate.add_argument(
+        "--bundle",
+        type=Path,
+        default=bundle and Path(bundle),
+        required=not bundle,
+        metavar="DIR",
+        help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE)",
+    )
+    calibrate.add_argument("--verifier", default="", metavar="URL", help="measure the link to it, too")
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.toml, here")
+    calibrate.add_argument("--name", help="short name, that of the file (default: that of --output, else the host's)")
+    calibrate.add_argument("--title", default="", help="name for people (default: the board's own)")
+    calibrate.add_argument(
+        "--like",
+        metavar="PROFILE",
+        help="take power, radios and sensors from this profile as far as they cannot be measured",
+    )
+    calibrate.add_argument(
+        "--seconds", type=float, default=60.0, help="how long it may take, at most 150 (default: %(default)g)"
+    )
+    calibrate.add_argument("--force", action="store_true", help="replace files of that name")
+    calibrate.set_defaults(run=_calibrate)
+    return parser
 
 
 def _list(options: argparse.Namespace) -> int:
-    for profile in shipped_profiles():
-        print(f"{profile.name:20} {profile.title:28} {profile.origin}")
+    profiles = shipped_profiles()
+    if options.json:
+        _print_json([{"name": p.name, "title": p.title, "origin": p.origin} for p in profiles])
+        return 0
+    for profile in profiles:
+        print(f"{profile.name:22} {profile.title:52} {profile.origin}")
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    profile = _find(options.profile)
-    facts = msgspec.to_builtins(profile)
-    if options.weights:
-        try:
-            size = options.weights.stat().st_size
-        except OSError as error:
-            raise ProfileError(f"cannot read {options.weights}: {error.strerror}") from None
-        facts["modelled_draft_milliseconds"] = round(1e3 * profile.draft_seconds(size), 3)
-        facts["modelled_draft_joules"] = profile.draft_joules(size)
+    from device_profiles.costs import Cost, description
+
+    profile, draft = _find(options.profile), _draft(options)
+    cost = Cost.of(profile, draft, options.context) if draft else None
     if options.json:
-        print(msgspec.json.encode(facts).decode())
+        _print_json(msgspec.to_builtins(profile) | ({"cost": msgspec.to_builtins(cost)} if cost else {}))
         return 0
-    for name, value in facts.items():
-        lines = value if isinstance(value, list) else [value]
-        print(f"{name:28} {lines[0]}")
-        for line in lines[1:]:
-            print(f"{'':28} {line}")
+    print("\n".join(description(profile)))
+    if cost and draft:
+        print(f"\ncost of {draft.name}, {draft.weight_bytes} bytes")
+        for name, value in msgspec.to_builtins(cost).items():
+            print(f"  {name:28} {value:.6g}" if isinstance(value, float) else f"  {name:28} {value}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from device_profiles.costs import Cost, comparison
+
+    profiles, draft = [_find(name) for name in options.profiles], _draft(options)
+    if options.json:
+        costs = [{"cost": msgspec.to_builtins(Cost.of(p, draft, options.context))} if draft else {} for p in profiles]
+        _print_json([msgspec.to_builtins(profile) | cost for profile, cost in zip(profiles, costs, strict=True)])
+        return 0
+    _console().print(comparison(profiles, draft, options.context))
     return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
+    results = []
     for file in options.files:
-        read_profile(file)
-        print(f"{file}: fine")
+        try:
+            read_profile(file)
+            results.append({"file": str(file), "error": None})
+        except ProfileError as error:
+            results.append({"file": str(file), "error": str(error)})
+    if options.json:
+        _print_json(results)
+    for result in results:
+        if result["error"]:
+            print(f"device-profile: {result['error']}", file=sys.stderr)
+        elif not options.json:
+            print(f"{result['file']}: fine")
+    return 2 if any(result["error"] for result in results) else 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from device_profiles import saving
+    from device_profiles.calibration import Order, calibrate
+    from device_profiles.costs import description
+
+    name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
+    path: Path = options.output or Path(f"{name}.toml")
+    if path.stem != name:
+        raise ProfileError(f"a profile is named as its file: --name {name} and --output {path} differ; leave one out")
+    if name != _slug(name):
+        raise ProfileError(f"{name!r} is no name for a profile: use small letters, digits, dots and dashes")
+    if not LEAST_SECONDS <= options.seconds <= MOST_SECONDS:
+        raise ProfileError(f"--seconds {options.seconds:g} is not from {LEAST_SECONDS:g} to {MOST_SECONDS:g}")
+    saving.check_free(path, options.force)
+    like = _find(options.like) if options.like else None
+    order = Order(options.bundle, name, options.title, options.seconds, options.verifier, like)
+    with _progress(options.seconds) as tick:
+        profile = calibrate(order, _no_sensor, tick)
+    manifest = read_bundle(options.bundle, verify=False).manifest
+    saving.save(path, profile, saving.draft_chart(profile, cache_bytes(manifest)))
+    if options.json:
+        _print_json(msgspec.to_builtins(profile))
+    else:
+        print("\n".join(description(profile)))
+        print(f"\nwrote {path} and {path.with_suffix('.svg')}")
     return 0
+
+
+def _no_sensor() -> float | None:
+    return None
+
+
+@contextmanager
+def _progress(seconds: float) -> Iterator[Tick]:
+    """A bar with the time left on a terminal, nothing elsewhere. It is drawn only when told, between measurements."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress
+
+    started = shown = time.monotonic()
+    console = Console(stderr=True)
+    columns = (BarColumn(), "{task.fields[left]:.0f} s left ", "{task.description}")
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=seconds, left=seconds)
+
+        def tick(note: str) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= 0.2:
+                shown, elapsed = now, now - started
+                bar.update(task, completed=elapsed, left=max(0.0, seconds - elapsed), description=note, refresh=True)
+
+        yield tick
 
 
 def _find(name: str) -> Profile:
@@ -85,6 +238,30 @@ def _find(name: str) -> Profile:
     if name.endswith(".toml"):
         return read_profile(Path(name))
     raise ProfileError(f"no shipped profile {name!r}: there are {', '.join(shipped)}; or give a .toml file")
+
+
+def _draft(options: argparse.Namespace) -> Draft | None:
+    from device_profiles.costs import Draft
+
+    if options.context < 0:
+        raise ProfileError(f"--context {options.context} is negative; give the tokens before the drafted one")
+    if options.bundle:
+        return Draft.of_bundle(options.bundle)
+    return Draft.of_weights(options.weights) if options.weights else None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "board"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.encode(value).decode())
 
 
 if __name__ == "__main__":

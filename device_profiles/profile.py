@@ -16,9 +16,9 @@ costs no more than msgspec: planners import it on the board.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import re
 from bisect import bisect_right
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -132,22 +132,15 @@ class Sensors(Table, frozen=True):
     pmic: bool = False
 
 
-class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Milliseconds per drafted token behind a text of `context` tokens; `[context, milliseconds]` in TOML."""
-
-    context: Count
-    milliseconds: Positive
-
-
 class DraftSpeed(Table, frozen=True):
     """One draft with one number of threads, measured.
 
     Attributes:
         bundle: the bundle's name.
-        sha256: of its graph file, which tells one export from another.
+        sha256: see `draft_sha256`.
         weight_bytes: see `weight_bytes`.
         threads: CPU threads of a step.
-        points: by growing context.
+        milliseconds: per drafted token, its choice included, by the tokens before it.
         prefill_tokens_per_second: of a long prompt.
         watts: what the whole board drew meanwhile; None without a sensor.
     """
@@ -156,23 +149,18 @@ class DraftSpeed(Table, frozen=True):
     sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     weight_bytes: Count
     threads: Count
-    points: Annotated[list[Point], msgspec.Meta(min_length=1)]
+    milliseconds: Annotated[dict[Count, Positive], msgspec.Meta(min_length=1)]
     prefill_tokens_per_second: Positive
     watts: Positive | None = None
 
-    def __post_init__(self) -> None:
-        if any(before.context >= after.context for before, after in pairwise(self.points)):
-            raise ValueError("points must be in order of growing context, each context once")
-
     def seconds(self, context: int) -> float:
-        """Per token: between two points on the line through them, outside them as at the nearest."""
-        index = bisect_right(self.points, context, key=lambda point: point.context)
-        before, after = self.points[max(0, index - 1)], self.points[min(index, len(self.points) - 1)]
-        if before.context >= after.context:
-            return before.milliseconds / 1e3
-        share = (context - before.context) / (after.context - before.context)
-        # Weighted like this, rounding cannot leave the two points' range by more than one unit in the last place.
-        return (before.milliseconds * (1 - share) + after.milliseconds * share) / 1e3
+        """Per token: between two measured contexts on the line through them, outside them as at the nearest."""
+        contexts = sorted(self.milliseconds)
+        index = bisect_right(contexts, context)
+        before, after = contexts[max(0, index - 1)], contexts[min(index, len(contexts) - 1)]
+        low, high = self.milliseconds[before] / 1e3, self.milliseconds[after] / 1e3
+        share = min(1.0, max(0.0, (context - before) / (after - before))) if before < after else 0.0
+        return low + share * (high - low)
 
 
 class Link(Table, frozen=True):
@@ -180,13 +168,13 @@ class Link(Table, frozen=True):
 
     Attributes:
         verifier: its URL.
-        rtt_seconds: smoothed round-trip time of the connection, as the kernel measures it.
-        request_seconds: median of a small request over that connection, the verifier's own work included.
+        request_seconds: median of a small request over one connection, the verifier's own work included.
+        rtt_seconds: smoothed round-trip time of that connection, as the kernel measures it; None where it does not.
     """
 
     verifier: Text
-    rtt_seconds: NotNegative
     request_seconds: Positive
+    rtt_seconds: NotNegative | None = None
 
 
 class Calibration(Table, frozen=True):
@@ -323,6 +311,18 @@ class ProfileError(Exception):
 def weight_bytes(manifest: Manifest) -> int:
     """The size by which profiles know a draft: all files of its bundle but the tokenizer."""
     return sum(record.bytes for name, record in manifest.files.items() if name != "tokenizer.json")
+
+
+def cache_bytes(manifest: Manifest) -> int:
+    """Keys and values of one token in all layers of a draft, in float32 as the runner holds them."""
+    shape = manifest.architecture
+    return 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def draft_sha256(manifest: Manifest) -> str:
+    """Tells one export of a draft from another: the hash of the hashes of all files but the tokenizer."""
+    records = sorted((name, record.sha256) for name, record in manifest.files.items() if name != "tokenizer.json")
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in records).encode()).hexdigest()
 
 
 def read_profile(path: Path) -> Profile:
