@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 
-DEFAULT = "fixed"
-NAMES = ("fixed",)
+DEFAULT = "analytic"
+NAMES = ("analytic", "fixed")
 FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
@@ -34,6 +35,8 @@ def make_planner(
     Raises:
         InputError: no policy has this name.
     """
+    if name == "analytic":
+        return AnalyticPlanner(objective, device, acceptance=acceptance)
     if name == "fixed":
         return FixedPlanner(FIXED)
     raise InputError(f"{name!r} is no policy; there are {', '.join(NAMES)}")

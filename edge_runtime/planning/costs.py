@@ -1,0 +1,161 @@
+"""What the parts of a round cost, learned from every round: drafting, the link, the verifier, joules.
+
+All times are in seconds. Before anything was observed, figures come from the `Device` or are mild guesses; each part
+then follows what rounds report, within a few rounds even after a step change.
+"""
+
+from __future__ import annotations
+
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.levels import Level, Line, Recent
+from edge_runtime.planning.plan import Conditions, Outcome
+
+# Guesses before the first answer.
+LINK_SECONDS = 0.05
+FORWARD_SECONDS = 0.03
+# Share by which a forward grows with each node; measured: 1.5 % for a session alone, more in full batches.
+RISE = 0.02
+# A round's bytes, and each id's; a stream carries FRAME_BYTES more every FRAME_SECONDS at most.
+ROUND_BYTES = 150.0
+ID_BYTES = 1.3
+FRAME_BYTES = 15.0
+FRAME_SECONDS = 0.05
+# A verifier that speculates by itself produces its own tokens up to so many times faster than one per forward.
+SPECULATION = 0.35
+# Own tokens after which what they cost is taken as it is.
+OWN_KNOWN = 12.0
+
+
+class Costs:
+    """Running estimates.
+
+    Attributes:
+        link: a round's time on the link: both ways, everything but the verifier and the board.
+        queue: waiting at the verifier.
+        forward: the verifier's forward by its number of nodes.
+        own: the verifier's time for each further token of its own.
+        pace: how many times longer drafting takes than the device's figures say.
+        round_bytes: of a round without ids.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.link = Level(LINK_SECONDS)
+        self.queue = Level(0.001)
+        self.forward = Line(FORWARD_SECONDS, RISE)
+        self.own = Level(FORWARD_SECONDS, memory=300.0, patience=16.0, trust=0.5)
+        self.single = Level(FORWARD_SECONDS)
+        self.pace = Level(1.0, trust=0.9)
+        self.round_bytes = Level(ROUND_BYTES)
+        self._links = Recent()
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from a round."""
+        self._observe_draft(outcome)
+        if outcome.forward_seconds > 0.0:
+            self._observe_verifier(outcome)
+        if not outcome.repeated and outcome.exchange_seconds > 0.0:
+            self._observe_link(outcome)
+
+    def listen(self, conditions: Conditions) -> None:
+        """Before a round was observed, the kernel's round-trip time is the best figure of the link."""
+        if not self.link.known and conditions.surroundings.rtt_seconds is not None:
+            self.link.value = conditions.surroundings.rtt_seconds
+
+    def step_seconds(self, position: int) -> float:
+        """One draft step behind `position` tokens."""
+        return self.pace.value * self._modelled_step(position)
+
+    def prefill_seconds(self, unread: int) -> float:
+        """What reading `unread` tokens adds to the first draft step."""
+        return self.pace.value * self.device.prefill_seconds * max(0, unread - 1)
+
+    def forward_seconds(self, nodes: float) -> float:
+        """The verifier's forward over `nodes`."""
+        return self.forward.at(nodes)
+
+    def single_seconds(self) -> float:
+        """A forward over one node, as far as it is known."""
+        return self.single.value if self.single.known else self.forward.at(1.0)
+
+    def own_seconds(self) -> float:
+        """The verifier's time for each further token of its own, as far as it is known."""
+        return self.own.value if self.own.known else self.single_seconds()
+
+    def own_hoped(self) -> float:
+        """The least that it could turn out to be."""
+        doubt = max(0.0, 1.0 - (self.own.weight if self.own.known else 0.0) / OWN_KNOWN)
+        value = self.own_seconds()
+        return value + doubt * (min(value, SPECULATION * self.single_seconds()) - value)
+
+    def link_quantile(self, share: float) -> float:
+        """The time on the link that `share` of the last rounds did not exceed."""
+        return self._links.quantile(share, self.link.value)
+
+    def joules(self, seconds: float, drafting: float, exchange: float, carried: float) -> float:
+        """Modelled joules of the board in `seconds`, of which it spends `drafting` in the draft and `exchange` on air.
+
+        Args:
+            carried: bytes sent and received.
+        """
+        device = self.device
+        return (
+            device.idle_watts * seconds
+            + (device.busy_watts - device.idle_watts) * drafting
+            + device.radio_watts * exchange
+            + device.joules_per_byte * carried
+        )
+
+    def _modelled_step(self, position: int) -> float:
+        return self.device.step_seconds + self.device.step_seconds_per_token * position
+
+    def _observe_draft(self, outcome: Outcome) -> None:
+        steps = outcome.drafted - outcome.ready
+        if steps < 1 or outcome.draft_seconds <= 0.0:
+            return
+        conditions = outcome.conditions
+        modelled = steps * self._modelled_step(conditions.position)
+        modelled += self.device.prefill_seconds * max(0, conditions.unread - 1)
+        self.pace.observe(outcome.draft_seconds / modelled)
+
+    def _observe_verifier(self, outcome: Outcome) -> None:
+        self.queue.observe(outcome.queue_seconds)
+        nodes = 1 + outcome.drafted + sum(outcome.offered)
+        # A text may end before what was asked for, so the count of own tokens tells how many forwards there were.
+        further = outcome.own - 1 if outcome.plan.own > 1 else 0
+        changes = self.forward.changes
+        if not further:
+            before = self.forward.at(nodes)
+            self.forward.observe(nodes, outcome.forward_seconds)
+            if nodes == 1:
+                self.single.observe(outcome.forward_seconds)
+            if self.forward.changes > changes:
+                # The verifier's load has changed, and its own tokens' cost with it.
+                factor = outcome.forward_seconds / before
+                self.own.scale(factor)
+                self.single.scale(factor)
+            return
+        streamed = outcome.exchange_seconds - outcome.first_seconds
+        rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streamed
+        longest = outcome.forward_seconds * further / outcome.own
+        each = min(max(rest, 0.1 * longest), outcome.forward_seconds) / further
+        self.own.observe(each, float(further))
+        if not self.forward.known:
+            self.forward.observe(nodes, max(outcome.forward_seconds - rest, outcome.forward_seconds / outcome.own))
+
+    def _observe_link(self, outcome: Outcome) -> None:
+        verifier = outcome.queue_seconds + outcome.forward_seconds
+        seconds = outcome.exchange_seconds - verifier
+        if outcome.plan.own > 1 and outcome.own > 1:
+            # Only a stream's first tokens are one exchange; what they took of the verifier is as good as known.
+            nodes = 1 + outcome.drafted + sum(outcome.offered)
+            seconds = outcome.first_seconds - outcome.queue_seconds - self.forward.at(nodes)
+        seconds = max(seconds, 1e-4)
+        changes = self.link.changes
+        self.link.observe(seconds)
+        if self.link.changes > changes:
+            self._links.forget(2)
+        self._links.observe(seconds)
+        if outcome.sent + outcome.received > 0:
+            ids = outcome.drafted + sum(outcome.offered) + outcome.own
+            self.round_bytes.observe(max(0.0, outcome.sent + outcome.received - ID_BYTES * ids))

@@ -1,0 +1,281 @@
+"""What the draft's guesses are worth: how sure it is, how often it is right then, and how far a draft gets.
+
+Every judged token (all accepted ones and the first rejected) teaches, whatever was drafted: full information, so that
+nothing needs to be tried out. What is learned is kept per target version and temperature class and slowly forgotten.
+
+How far a draft gets under the stop rule follows from two learned curves. Let c be a confidence, p(c) its chance of
+being accepted and M_k = p(c_1) ... p(c_k) the chance that the first k tokens all are. A draft that stops behind a
+token with M < s has a (k+1)-th token iff M_k >= s, since M only falls. So the distributions of M_0, M_1, ... answer
+for every draft length and every threshold at once; they are the convolutions of that of log p(c), confidences of
+neighbouring tokens being nearly independent (on the shipped family, a plan chosen so is within 1 to 2 % of the best
+in hindsight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.planning.plan import Outcome
+
+Floats = npt.NDArray[np.float64]
+
+BINS = 20
+# Longest draft that is considered, and the most siblings beside a token.
+LONGEST = 24
+MOST_SIBLINGS = 7
+# Thresholds of survival are exp(-GRAIN * level): from 1 down to 0.03.
+GRAIN = 0.1
+LEVELS = 36
+THRESHOLDS: Floats = np.exp(-GRAIN * np.arange(LEVELS))
+
+# Share kept of old evidence per judged token, so that about the last 400 tokens count.
+KEPT = 0.9975
+# Judged tokens that a prior is worth: of how sure the draft is, of how right it is in each bin, of a sibling's rank.
+PRIOR_TOKENS = 24.0
+PRIOR_PER_BIN = 5.0
+PRIOR_MISSES = 12.0
+# What another version of the target taught counts for at most so many tokens of a new one.
+INHERITED = 120.0
+
+# (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
+# recorded on both versions of the shipped family.
+FIFTHS = (
+    ((0.22, 0.40), (0.53, 0.70), (0.78, 0.85), (0.94, 0.97), (0.995, 0.99)),
+    ((0.08, 0.37), (0.44, 0.46), (0.80, 0.62), (0.97, 0.85), (0.998, 0.97)),
+    ((0.005, 0.50), (0.03, 0.47), (0.20, 0.53), (0.60, 0.66), (0.95, 0.94)),
+)
+TEMPERATURES = (0.0, 0.7, 1.0)
+# Of the misses that no better sibling hit, the share that the r-th one hits; recorded likewise.
+SIBLING_HAZARDS = (0.36, 0.26, 0.19, 0.17, 0.15, 0.14, 0.13)
+
+
+def temperature_class(temperature: float) -> int:
+    """0 for greedy, 1 for mild sampling, 2 for sampling at about the model's own distribution."""
+    return 0 if temperature == 0.0 else 1 if temperature < 0.85 else 2
+
+
+class Table:
+    """How far drafts get; a snapshot of what was known when it was made.
+
+    Attributes:
+        calibration: chance of being accepted by confidence bin, never falling.
+        acceptance: chance that a token is accepted if all before it were.
+        drafted: (LONGEST + 1, LEVELS): expected tokens of a draft of at most K under each threshold.
+        accepted: the same of accepted tokens.
+        going: chance that more tokens than K would be drafted, were K no bound.
+        intact: chance of that and that all K are accepted.
+        sureness: share of tokens whose confidence is in each bin.
+        missed: chance of not being accepted by confidence bin.
+        first_missed: the product of the two.
+        sibling_hits: (MOST_SIBLINGS + 1,): chance that one of the first s siblings is what a missed token should have
+            been.
+    """
+
+    def __init__(self, sureness: Floats, calibration: Floats, sibling_hits: Floats) -> None:
+        self.calibration: tuple[float, ...] = tuple(calibration.tolist())
+        self.acceptance = float(sureness @ calibration)
+        self.sureness = sureness
+        self.missed: Floats = 1.0 - calibration
+        self.first_missed: Floats = sureness * self.missed
+        self.sibling_hits = sibling_hits
+        # Each bin moves a draft's mass down the levels; between two levels it is split so that the mean is right.
+        fall = -np.log(calibration) / GRAIN
+        low = np.minimum(fall.astype(np.intp), LEVELS - 1)
+        part = np.minimum(fall - low, 1.0)
+        kernels = np.zeros((2, LEVELS + 1))
+        for row, mass in enumerate((sureness, sureness * calibration)):
+            kernels[row] += np.bincount(low, mass * (1.0 - part), LEVELS + 1)
+            kernels[row] += np.bincount(low + 1, mass * part, LEVELS + 1)
+        # _SHIFTS[i, j] = j - i where a mass at level i can fall to level j.
+        masses = np.zeros((2, LONGEST + 1, LEVELS))
+        masses[:, 0, 0] = 1.0
+        for mass, kernel in zip(masses, kernels, strict=True):
+            step = kernel[_SHIFTS] * _FALLING
+            for k in range(LONGEST):
+                np.dot(mass[k], step, out=mass[k + 1])
+        self.going, self.intact = masses.cumsum(axis=2)
+        self.drafted = np.zeros((LONGEST + 1, LEVELS))
+        self.drafted[1:] = self.going[:-1].cumsum(axis=0)
+        self.accepted = np.zeros((LONGEST + 1, LEVELS))
+        self.accepted[1:] = self.acceptance * self.intact[:-1].cumsum(axis=0)
+
+
+_SHIFTS = np.maximum(0, np.arange(LEVELS)[None, :] - np.arange(LEVELS)[:, None])
+_FALLING = (np.arange(LEVELS)[None, :] >= np.arange(LEVELS)[:, None]).astype(np.float64)
+
+
+class Survival:
+    """What is known of the draft against one target version at one temperature class.
+
+    Attributes:
+        judged: evidence so far, in tokens, old ones counting less.
+        reached, survived: for each draft index, how often there was a token whose forerunners were all accepted, and
+            how often it was accepted too; old ones counting less.
+    """
+
+    def __init__(self, kind: int, acceptance: float | None = None) -> None:
+        """The prior.
+
+        Args:
+            kind: see `temperature_class`.
+            acceptance: share of draft tokens accepted, from the bundle's evaluation; None where there is none.
+        """
+        sure, right = _prior(kind)
+        if acceptance is not None:
+            # The evaluation says how often, the shipped family how sure: Bayes' rule joins them.
+            acceptance = min(max(acceptance, 0.05), 0.98)
+            of_hits, of_misses = sure * right, sure * (1.0 - right)
+            hits = acceptance * of_hits / of_hits.sum()
+            sure = hits + (1.0 - acceptance) * of_misses / of_misses.sum()
+            right = hits / sure
+        self._prior_sure: list[float] = sure.tolist()
+        self._prior_right: list[float] = right.tolist()
+        self._seen = [0.0] * BINS
+        self._hits = [0.0] * BINS
+        self._offered = [0.0] * MOST_SIBLINGS
+        self._sibling_hits = [0.0] * MOST_SIBLINGS
+        self.reached = [0.0] * LONGEST
+        self.survived = [0.0] * LONGEST
+        self.judged = 0.0
+        self._fresh = 0
+        self._table: Table | None = None
+        # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
+        self._weight = 1.0
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from a round's judged tokens."""
+        accepted = outcome.accepted
+        judged = min(accepted + 1, outcome.drafted)
+        if not judged:
+            return
+        seen, hits, weight = self._seen, self._hits, self._weight
+        for index in range(judged):
+            weight /= KEPT
+            bin_ = int(outcome.confidences[index] * BINS)
+            if bin_ >= BINS:
+                bin_ = BINS - 1
+            seen[bin_] += weight
+            if index < LONGEST:
+                self.reached[index] += weight
+            if index < accepted:
+                hits[bin_] += weight
+                if index < LONGEST:
+                    self.survived[index] += weight
+        self.judged = self.judged * KEPT**judged + judged
+        if accepted < outcome.drafted and accepted < len(outcome.offered):
+            rank = outcome.sibling
+            for index in range(min(rank or outcome.offered[accepted], MOST_SIBLINGS)):
+                self._offered[index] += weight
+            if 0 < rank <= MOST_SIBLINGS:
+                self._sibling_hits[rank - 1] += weight
+        self._weight = weight
+        self._fresh += judged
+        if weight > 1e100:
+            self._rescale(1.0 / weight)
+
+    def table(self) -> Table:
+        """How far drafts get, made anew once evidence has grown enough to matter."""
+        if self._table is None or self._fresh > 6.0 + 0.12 * self.judged:
+            self._fresh = 0
+            self._table = Table(*self._curves())
+        return self._table
+
+    def curve(self) -> list[float]:
+        """S(1), S(2), ...: how often the first k tokens of a draft were all accepted, as far as there is evidence."""
+        curve: list[float] = []
+        alive = 1.0
+        for reached, survived in zip(self.reached, self.survived, strict=True):
+            if reached <= 0.0:
+                break
+            alive *= survived / reached
+            curve.append(alive)
+        return curve
+
+    def inherit(self) -> Survival:
+        """What a new target version starts with: all of this, worth `INHERITED` tokens at most."""
+        heir = Survival.__new__(Survival)
+        heir.__dict__.update({k: list(v) if isinstance(v, list) else v for k, v in self.__dict__.items()})
+        if heir.judged > INHERITED:
+            heir._rescale(INHERITED / heir.judged / heir._weight)
+            heir._weight = 1.0
+            heir.judged = INHERITED
+        heir._table = None
+        return heir
+
+    def _rescale(self, factor: float) -> None:
+        for counts in (self._seen, self._hits, self._offered, self._sibling_hits, self.reached, self.survived):
+            counts[:] = [count * factor for count in counts]
+        self._weight *= factor
+
+    def _curves(self) -> tuple[Floats, Floats, Floats]:
+        """How sure the draft is (BINS,), how right it is then (BINS,), and `Table.sibling_hits`."""
+        unit = 1.0 / self._weight
+        seen = [count * unit for count in self._seen]
+        right = [
+            (hits * unit + PRIOR_PER_BIN * prior) / (count + PRIOR_PER_BIN)
+            for hits, count, prior in zip(self._hits, seen, self._prior_right, strict=True)
+        ]
+        right = _never_falling(right, [count + PRIOR_PER_BIN for count in seen])
+        total = sum(seen) + PRIOR_TOKENS
+        sure = [(count + PRIOR_TOKENS * p) / total for count, p in zip(seen, self._prior_sure, strict=True)]
+        missed, hits_by_rank = 1.0, [0.0]
+        for hits, offered, prior in zip(self._sibling_hits, self._offered, SIBLING_HAZARDS, strict=True):
+            missed *= 1.0 - (hits * unit + PRIOR_MISSES * prior) / (offered * unit + PRIOR_MISSES)
+            hits_by_rank.append(1.0 - missed)
+        return np.array(sure), np.clip(right, 0.01, 0.999), np.array(hits_by_rank)
+
+
+class Survivals:
+    """`Survival` by target version and temperature class."""
+
+    def __init__(self, acceptance: Mapping[str, float]) -> None:
+        """
+        Args:
+            acceptance: as in the bundle's manifest, by `T=0`, `T=0.7` and `T=1`; may lack any.
+        """
+        self._acceptance = acceptance
+        self._known: dict[tuple[str, int], Survival] = {}
+        self._latest: dict[int, Survival] = {}
+
+    def of(self, version: str, temperature: float) -> Survival:
+        """What is known; of a version without a name, what is known of the latest."""
+        kind = temperature_class(temperature)
+        known = self._known.get((version, kind)) if version else self._latest.get(kind)
+        if known is None:
+            latest = self._latest.get(kind)
+            if latest is None:
+                known = Survival(kind, self._acceptance.get(f"T={TEMPERATURES[kind]:g}"))
+            else:
+                known = latest.inherit()
+            self._latest[kind] = known
+            if version:
+                self._known[version, kind] = known
+        return known
+
+
+def _prior(kind: int) -> tuple[Floats, Floats]:
+    """How sure a draft is, and how right it is then, by bin, from `FIFTHS`."""
+    centres = (np.arange(BINS) + 0.5) / BINS
+    sure, right = (np.array(column) for column in zip(*FIFTHS[kind], strict=True))
+    calibrated = np.interp(centres, sure, right)
+    # Each fifth is spread halfway to its neighbours.
+    edges = np.concatenate([[0.0], (sure[1:] + sure[:-1]) / 2, [1.0]])
+    cumulated = np.interp(np.arange(BINS + 1) / BINS, edges, np.linspace(0.0, 1.0, len(edges)))
+    return np.diff(cumulated) * 0.98 + 0.02 / BINS, calibrated
+
+
+def _never_falling(values: list[float], weights: list[float]) -> list[float]:
+    """The closest never-falling sequence in weighted least squares: neighbours that fall are pooled."""
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        size = 1
+        while pools and pools[-1][0] > value:
+            before, before_weight, before_size = pools.pop()
+            value = (before * before_weight + value * weight) / (before_weight + weight)
+            weight += before_weight
+            size += before_size
+        pools.append((value, weight, size))
+    return [value for value, _, size in pools for _ in range(size)]
