@@ -68,6 +68,7 @@ class Order(msgspec.Struct, frozen=True):
         seconds: how long all of it may take; slow boards need a little more.
         verifier: URL; empty leaves the link out.
         like: a profile to take [power], [radio] and [sensors] from, as far as they cannot be measured.
+        sensor: what measures the watts, in words.
     """
 
     bundle: Path
@@ -76,6 +77,7 @@ class Order(msgspec.Struct, frozen=True):
     seconds: float = 60.0
     verifier: str = ""
     like: Profile | None = None
+    sensor: str = "a sensor"
 
 
 def calibrate(order: Order, watts: Watts, tick: Tick) -> Profile:
@@ -91,6 +93,7 @@ def calibrate(order: Order, watts: Watts, tick: Tick) -> Profile:
     """
     started = time.monotonic()
     until = started + order.seconds
+    load = machine.load()
     tick("reading the bundle")
     bundle = read_bundle(order.bundle)
     link = asyncio.run(_link(order.verifier, LINK_SHARE * order.seconds, tick)) if order.verifier else None
@@ -119,13 +122,14 @@ def calibrate(order: Order, watts: Watts, tick: Tick) -> Profile:
             runtime=f"onnxruntime {ort.__version__}",
             one_thread_bytes_per_second=_digits(one),
             read_bytes_per_second=_digits(memory),
+            load=_digits(load),
             governor=machine.governor(),
         ),
     )
     if like is not None:
         profile = msgspec.structs.replace(profile, power=like.power, radio=like.radio, sensors=like.sensors)
     if idle is not None and loaded is not None:
-        profile = msgspec.structs.replace(profile, power=_power(idle, loaded, date))
+        profile = msgspec.structs.replace(profile, power=_power(idle, loaded, f"this board on {date}, {order.sensor}"))
     return profile
 
 
@@ -274,10 +278,14 @@ def _processor(speeds: list[DraftSpeed], memory: float, date: datetime.date) -> 
     )
 
 
-def _power(idle: float, loaded: float, date: datetime.date) -> Power:
-    source = f"the sensor of this board on {date}: medians, idle and with all cores busy"
+def _power(idle: float, loaded: float, source: str) -> Power:
     # A sensor that sees little of the processor may read less under load, by chance.
-    return Power(origin="measured", sources=[source], idle_watts=_digits(idle), busy_watts=_digits(max(idle, loaded)))
+    return Power(
+        origin="measured",
+        sources=[f"{source}: medians, idle and with all cores busy"],
+        idle_watts=_digits(idle),
+        busy_watts=_digits(max(idle, loaded)),
+    )
 
 
 def _digits(value: float) -> float:

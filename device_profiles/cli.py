@@ -46,6 +46,8 @@ examples:
 """
 LEAST_SECONDS, MOST_SECONDS = 1.0, 150.0
 PIPE_WIDTH = 160
+# Above this share of the cores, other programs are in the way of a calibration.
+LOAD = 0.25
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,6 +183,8 @@ def _calibrate(options: argparse.Namespace) -> int:
     from device_profiles import saving
     from device_profiles.calibration import Order, calibrate
     from device_profiles.costs import description
+    from device_profiles.machine import cores, load
+    from device_profiles.wattmeter import Wattmeter
 
     name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
     path: Path = options.output or Path(f"{name}.toml")
@@ -192,9 +196,12 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ProfileError(f"--seconds {options.seconds:g} is not from {LEAST_SECONDS:g} to {MOST_SECONDS:g}")
     saving.check_free(path, options.force)
     like = _find(options.like) if options.like else None
-    order = Order(options.bundle, name, options.title, options.seconds, options.verifier, like)
+    if load() > LOAD * cores():
+        print(f"device-profile: other programs are running (load {load():.2g}); figures may be low", file=sys.stderr)
+    meter = Wattmeter()
+    order = Order(options.bundle, name, options.title, options.seconds, options.verifier, like, meter.source)
     with _progress(options.seconds) as tick:
-        profile = calibrate(order, _no_sensor, tick)
+        profile = calibrate(order, meter, tick)
     manifest = read_bundle(options.bundle, verify=False).manifest
     saving.save(path, profile, saving.draft_chart(profile, cache_bytes(manifest)))
     if options.json:
@@ -203,10 +210,6 @@ def _calibrate(options: argparse.Namespace) -> int:
         print("\n".join(description(profile)))
         print(f"\nwrote {path} and {path.with_suffix('.svg')}")
     return 0
-
-
-def _no_sensor() -> float | None:
-    return None
 
 
 @contextmanager

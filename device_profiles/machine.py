@@ -38,6 +38,11 @@ def governor(root: Path = Path("/")) -> str:
     return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip()
 
 
+def load() -> float:
+    """Programs that wanted to run during the last minute, on average."""
+    return psutil.getloadavg()[0]
+
+
 def kernel() -> str:
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 

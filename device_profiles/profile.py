@@ -186,6 +186,7 @@ class Calibration(Table, frozen=True):
         kernel: name and release.
         runtime: onnxruntime's version.
         one_thread_bytes_per_second, read_bytes_per_second: memory reading by one thread and by all cores.
+        load: programs that wanted to run in the minute before, on average; above 0, they disturbed.
         governor: of CPU frequency; empty where the kernel has none.
     """
 
@@ -195,6 +196,7 @@ class Calibration(Table, frozen=True):
     runtime: Text
     one_thread_bytes_per_second: Positive
     read_bytes_per_second: Positive
+    load: NotNegative = 0.0
     governor: str = ""
 
 
