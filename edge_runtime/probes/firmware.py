@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
@@ -58,7 +59,7 @@ def parse_pmic(text: str) -> Power:
     ]
     if not rails:
         raise ProbeError(f"no rail of the power chip: {shown(text)}")
-    return Power(sum(rail.watts for rail in rails), False, "pmic", rails)
+    return Power(math.fsum(rail.watts for rail in rails), False, "pmic", rails)
 
 
 def flags_file(reader: Reader) -> str | None:
@@ -79,10 +80,10 @@ def reasons(flags: int) -> list[str]:
 
 
 def read_firmware(reader: Reader) -> Firmware | None:
-    """Runs `vcgencmd` for what nothing else tells; None if this is no Raspberry Pi."""
+    """Runs `vcgencmd` for what nothing else tells; None if this is no Raspberry Pi, or it tells nothing."""
     model = read_model(reader) or ""
     if not model.startswith("Raspberry Pi"):
         return None
     flags = None if flags_file(reader) else reader.program(parse_throttled, "vcgencmd", "get_throttled")
     power = reader.program(parse_pmic, "vcgencmd", "pmic_read_adc") if model.startswith(PMIC_BOARDS) else None
-    return Firmware(flags, power)
+    return None if flags is None and power is None else Firmware(flags, power)

@@ -3,6 +3,7 @@ and the power meters of servers."""
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
@@ -13,6 +14,9 @@ from edge_runtime.probes.roots import Reader
 WHOLE_BOARD = {"VDD_IN", "VIN", "VIN_SYS_5V0", "POM_5V_IN", "SYS_VIN", "TOTAL"}
 # The ACPI power meter stands between the wall and the whole machine.
 WHOLE_MACHINE = "power_meter"
+
+# An INA3221 has three rails; its further channels are shunt voltages, and sums of currents.
+RAILS = {"ina3221": 3}
 
 _SENSOR = re.compile(r"(power|curr|in)([0-9]+)_(input|average)", re.ASCII)
 
@@ -57,7 +61,7 @@ def read_sensors(reader: Reader) -> Power | None:
         # Who wires a single sensor to a board wires it into the board's supply.
         whole = rails
     # Without labels, rails may feed one another: adding them up might count the same watt twice.
-    watts = sum(rail.watts for rail in whole) if whole else None
+    watts = math.fsum(rail.watts for rail in whole) if whole else None
     source = " + ".join(f"{rail.chip} {rail.label}".strip() for rail in whole)
     return Power(watts, bool(whole), source, rails)
 
@@ -66,7 +70,7 @@ def _rails(reader: Reader, path: str, chip: str) -> list[Rail]:
     values: dict[tuple[str, int], int] = {}
     for name in reader.names(path):
         match = _SENSOR.fullmatch(name)
-        if match is not None:
+        if match is not None and int(match[2]) <= RAILS.get(chip, 99):
             value = reader.integer(f"{path}/{name}")
             if value is not None:
                 values[match[1], int(match[2])] = value

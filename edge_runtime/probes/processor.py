@@ -38,11 +38,11 @@ class Times(msgspec.Struct, frozen=True):
 def parse_times(text: str) -> Times:
     """/proc/stat. Raises ProbeError."""
     total, *others = text.splitlines() or [""]
-    word, *fields = total.split()
-    if word != "cpu" or len(fields) < 5:
+    fields = total.split()
+    if len(fields) < 6 or fields[0] != "cpu":
         raise ProbeError(f"not the times of the processor: {shown(total)}")
     # Guest time is part of user time; waiting for a disk is idle.
-    user, nice, system, idle, waiting, *interrupts = [integer(field) for field in fields[:8]]
+    user, nice, system, idle, waiting, *interrupts = [integer(field) for field in fields[1:9]]
     cores = sum(line.startswith("cpu") for line in others)
     return Times(user + nice + system + sum(interrupts), idle + waiting, cores)
 

@@ -6,6 +6,7 @@ only root read the counters.
 
 from __future__ import annotations
 
+import math
 import re
 
 from edge_runtime.probes.power import Power, Rail
@@ -33,7 +34,7 @@ class Rapl:
                 watts = self._watts(reader, f"{classes}/{zone}")
                 if watts is not None:
                     rails.append(Rail("rapl", name, watts))
-        return Power(sum(rail.watts for rail in rails), False, "rapl", rails) if rails else None
+        return Power(math.fsum(rail.watts for rail in rails), False, "rapl", rails) if rails else None
 
     def _watts(self, reader: Reader, path: str) -> float | None:
         counter = reader.integer(f"{path}/energy_uj")

@@ -22,7 +22,7 @@ from edge_runtime.probes.roots import Reader, Roots
 from edge_runtime.probes.route import Address, Metering, Route, read_metering, read_route
 from edge_runtime.probes.tcp import TcpInfo
 from edge_runtime.probes.thermal import Thermal, read_thermal
-from edge_runtime.probes.throttling import Throttles, Throttling, throttling_of
+from edge_runtime.probes.throttling import Throttles, Throttling, merged, throttling_of
 from edge_runtime.probes.wireless import Station, Wireless, read_stations, read_wireless
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     Attributes:
         at: Unix time of the readings.
+        throttling: of all sources, `firmware` included.
         power: the best there is of `sensors`, the battery's discharge, the firmware's rails and `rapl`.
         probes: how each did, by name.
     """
@@ -87,18 +88,11 @@ class Snapshot(msgspec.Struct, frozen=True):
             joules_left=supply.joules_left if supply is not None else None,
             watts=self.power.watts if self.power is not None else None,
             on_battery=supply.on_battery if supply is not None else None,
-            throttled=self._throttled(),
+            throttled=self.throttling.now if self.throttling is not None else None,
             celsius=self.thermal.celsius if self.thermal is not None else None,
             # The route may have moved to another interface since NetworkManager was asked.
             metered=metering.metered if metering is not None and same_way else None,
         )
-
-    def _throttled(self) -> bool | None:
-        flags = self.firmware.throttled if self.firmware is not None else None
-        known = [self.throttling] if self.throttling is not None else []
-        if flags is not None:
-            known.append(throttling_of(flags))
-        return any(throttling.now for throttling in known) if known else None
 
 
 class Prober:
@@ -154,11 +148,12 @@ class Prober:
             sensors = self._sensors.read(now)
             rapl = self._rapl.read(now)
             firmware = self._firmware.read(now)
+            flags = None if firmware is None or firmware.throttled is None else throttling_of(firmware.throttled)
             self.latest = Snapshot(
                 at=time.time(),
                 processor=self._processor.read(now),
                 thermal=self._thermal.read(now),
-                throttling=self._throttling.read(now),
+                throttling=merged([self._throttling.read(now), flags]),
                 supply=supply,
                 power=best_power(sensors, supply, firmware, rapl),
                 sensors=sensors,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from edge_runtime.probes.firmware import SINCE_BOOT, UNDER_VOLTAGE, flags_file, parse_throttled, reasons
@@ -13,13 +15,15 @@ SLOWING = ("cpufreq-", "thermal-cpufreq-", "Processor")
 
 
 class Throttling(msgspec.Struct, frozen=True):
-    """Attributes:
-    now: whether the processor is held back.
-    reasons: by what, and low voltage even where it does not slow anything yet.
-    since_boot: what of this has been so since boot, where the firmware remembers.
+    """Whether and why the processor is held back.
+
+    Attributes:
+        now: None where only low voltage can be told, which slows nothing by itself.
+        reasons: by what, and low voltage.
+        since_boot: what of this has been so since boot, where the board remembers.
     """
 
-    now: bool
+    now: bool | None
     reasons: list[str]
     since_boot: list[str]
 
@@ -32,18 +36,7 @@ class Throttles:
 
     def read(self, reader: Reader) -> Throttling | None:
         """None if nothing tells."""
-        known = [
-            throttling
-            for throttling in (self._firmware(reader), self._cooling(reader), self._counters(reader))
-            if throttling is not None
-        ]
-        if not known:
-            return None
-        return Throttling(
-            any(throttling.now for throttling in known),
-            [reason for throttling in known for reason in throttling.reasons],
-            [reason for throttling in known for reason in throttling.since_boot],
-        )
+        return merged([self._firmware(reader), self._cooling(reader), self._counters(reader)])
 
     def _firmware(self, reader: Reader) -> Throttling | None:
         path = flags_file(reader)
@@ -56,7 +49,7 @@ class Throttles:
             if reader.text(f"{classes}/{name}/name") == "rpi_volt":
                 alarm = reader.integer(f"{classes}/{name}/in0_lcrit_alarm")
                 if alarm is not None:
-                    return throttling_of(UNDER_VOLTAGE if alarm else 0)
+                    return Throttling(None, reasons(UNDER_VOLTAGE if alarm else 0), [])
         return None
 
     def _cooling(self, reader: Reader) -> Throttling | None:
@@ -90,3 +83,16 @@ class Throttles:
 def throttling_of(flags: int) -> Throttling:
     """What the firmware's flags mean."""
     return Throttling(bool(flags & ~UNDER_VOLTAGE & 0xF), reasons(flags & 0xF), reasons(flags >> SINCE_BOOT & 0xF))
+
+
+def merged(several: Iterable[Throttling | None]) -> Throttling | None:
+    """What several sources know together; None if none knows anything."""
+    known = [throttling for throttling in several if throttling is not None]
+    if not known:
+        return None
+    answers = {throttling.now for throttling in known}
+    return Throttling(
+        True if True in answers else False if False in answers else None,
+        list(dict.fromkeys(reason for throttling in known for reason in throttling.reasons)),
+        list(dict.fromkeys(reason for throttling in known for reason in throttling.since_boot)),
+    )
