@@ -126,7 +126,7 @@ class Service:
         if answer is None:
             self._check_round(playing, self._target())
             self.sessions.make_room(0, len(playing.draft) + playing.n, session)
-            answer = session.answer = Answer(playing)
+            answer = session.begin(playing)
             self.engine.submit(session, answer)
         return await _reply(request, answer, playing.stream)
 

@@ -91,6 +91,7 @@ class Session:
         cache: keys and values of all ids but the last.
         guesses: of the draft beside the target, once it had something to draft.
         answer: the latest round; a repeated request gets it again.
+        before: the one before, while the latest was sent ahead of its answer, which may yet be asked for again.
         finish: why the text has ended, or empty.
         closed: nobody will read what a running round still produces.
     """
@@ -103,9 +104,16 @@ class Session:
         self.cache = cache
         self.guesses: Guesses | None = None
         self.answer = answer
+        self.before: Answer | None = None
         self.finish = ""
         self.closed = False
         self.used_at = time.monotonic()
+
+    def begin(self, request: RoundRequest) -> Answer:
+        """Records `request` as the latest round, to be played now."""
+        self.before = self.answer if request.expects else None
+        self.answer = Answer(request)
+        return self.answer
 
     def ahead_of(self, request: RoundRequest) -> Answer | None:
         """The latest round, if it is not over and `request` is the one behind it, sent ahead of its answer."""
@@ -119,16 +127,17 @@ class Session:
             VerifierRefused: it is neither, or was sent ahead on a wrong guess; the session stays as it was.
         """
         self.used_at = time.monotonic()
+        for played in (self.answer, self.before):
+            if played and request.round == played.request.round:
+                # One that was sent ahead may come late, when the round that was right is known or even played.
+                self._check_expected(request, played.request.position)
+                # A reader that was cut off may ask again without streaming; that is still the same round.
+                if _contents(request) == _contents(played.request):
+                    return played
+                raise VerifierRefused(
+                    ErrorCode.ROUND_CONFLICT, f"round {request.round} was already played with other contents", 409
+                )
         latest = self.answer.request
-        if request.round == latest.round:
-            # One that was sent ahead may come late, when the round that was right is known or even played.
-            self._check_expected(request, latest.position)
-            # A reader that was cut off may ask again without streaming; that is still the same round.
-            if _contents(request) == _contents(latest):
-                return self.answer
-            raise VerifierRefused(
-                ErrorCode.ROUND_CONFLICT, f"round {request.round} was already played with other contents", 409
-            )
         if request.round != latest.round + 1 or not self.answer.done:
             expected = latest.round + self.answer.done
             raise VerifierRefused(

@@ -3,7 +3,8 @@
     while the text is not done:
         plan (K, n)
         draft K tokens, with the same noise that the target will be sampled with
-        the verifier accepts those that are its own choice, and says n tokens more
+        the verifier accepts those that are its own choice, and says n tokens more;
+            meanwhile the draft may run ahead, and the next round may be on its way before this one is answered
 
 The text is a function of target version, prompt and sampling alone; the draft, the plans and the link decide only how
 soon it comes. Nothing here changes a token.
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from edge_runtime.contract.coupling import Sampling, check_prompt
 from edge_runtime.contract.errors import InputError
-from edge_runtime.draft import NOTHING, DraftContext, OnnxDraft, Proposal
-from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
-from edge_runtime.statistics import Statistics, verifier_seconds
-from edge_runtime.verifier_client import Said, VerifierClient, VerifierSession
+from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
+from edge_runtime.drafting import Drafter
+from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner, Surroundings
+from edge_runtime.statistics import Statistics
+from edge_runtime.verifier_client import EarlyRound, Said, VerifierClient, VerifierSession
 
 DEFAULT_PLAN = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
@@ -37,6 +39,28 @@ class Piece(msgspec.Struct, frozen=True):
 
     accepted: list[int]
     own: list[int]
+
+
+class Round(msgspec.Struct):
+    """One round, from its plan to its request.
+
+    Attributes:
+        plan, conditions: what was decided, and for what.
+        proposal: what was drafted.
+        draft_seconds: what drafting took, apart from what was ready.
+        sent: when the request went out, by `time.perf_counter`.
+        early: the request, where it was sent before the last round was answered.
+        position, expected: where the text must end then, and with which token: what the verifier goes by, too.
+    """
+
+    plan: Plan
+    conditions: Conditions
+    proposal: Proposal
+    draft_seconds: float
+    sent: float
+    early: EarlyRound | None = None
+    position: int = 0
+    expected: int = -1
 
 
 class Generation:
@@ -59,6 +83,7 @@ class Generation:
         max_new_tokens: int,
         planner: Planner | None = None,
         model: str = "",
+        surroundings: Callable[[], Surroundings] = Surroundings,
     ) -> None:
         """
         Args:
@@ -66,6 +91,7 @@ class Generation:
             prompt: at least one id.
             planner: None for a fixed plan.
             model: which target; empty for the verifier's default.
+            surroundings: what the probes know now; asked before every round, so it must be quick.
 
         Raises:
             InputError: an empty prompt, an id outside the draft's vocabulary, or nothing to generate.
@@ -78,10 +104,13 @@ class Generation:
         self.statistics = Statistics()
         self.finish = ""
         self._left = max_new_tokens
-        self._sampling = sampling
+        self._temperature = sampling.temperature
         self._planner = planner or FixedPlanner(DEFAULT_PLAN)
+        self._surroundings = surroundings
         self._client = client
-        self._context: DraftContext | None = draft.context() if draft else None
+        self._drafter = Drafter(draft, sampling) if draft else None
+        # Sent before the round in flight was answered.
+        self._next: Round | None = None
         self._session: VerifierSession = client.session(
             prompt,
             sampling,
@@ -101,13 +130,17 @@ class Generation:
         self._client.meter.take()
         try:
             while not self.finish:
-                async for piece in self._round():
+                async for piece in self._play(await self._prepare()):
                     statistics = self.statistics
                     if not statistics.tokens:
                         statistics.first_token_seconds = time.perf_counter() - started
                     statistics.tokens += len(piece.accepted) + len(piece.own)
                     yield piece
         finally:
+            if self._drafter:
+                self._drafter.close()
+            if self._next and self._next.early:
+                self._next.early.drop()
             self._session.close()
             self._count_bytes()
             self.statistics.retries = self._client.retries - retries
@@ -115,48 +148,107 @@ class Generation:
             known = self.statistics.seconds - self.statistics.loop_seconds
             self.statistics.loop_seconds = time.perf_counter() - started - known
 
-    async def _round(self) -> AsyncIterator[Piece]:
-        """Plays one round; yields its pieces."""
-        plan = self._planner.plan()
+    async def _prepare(self) -> Round:
+        """The next round, ready to be played: the one that is on its way already if the text came out as it assumed."""
+        early, self._next = self._next, None
+        if early and early.early:
+            if (early.position, early.expected) == (len(self.ids), self.ids[-1]):
+                early.sent = time.perf_counter()
+                return early
+            early.early.drop()
+        conditions = self._conditions(self.ids, self._left)
+        plan = self._planner.plan(conditions)
+        if not self._drafter:
+            return Round(plan, conditions, NOTHING, 0.0, time.perf_counter())
         started = time.perf_counter()
         # With K tokens accepted there are K + 1 at least, so a longer draft could only be thrown away.
-        proposal = await self._propose(plan, min(plan.draft, self._left - 1))
-        drafted = len(proposal.tokens)
+        proposal = await self._drafter.propose(self.ids, plan, min(plan.draft, self._left - 1))
         sent = time.perf_counter()
-        accepted = own = 0
+        return Round(plan, conditions, proposal, sent - started, sent)
+
+    async def _play(self, round: Round) -> AsyncIterator[Piece]:
+        """Plays one round; yields its pieces."""
+        plan, proposal = round.plan, round.proposal
+        drafted, repeats = len(proposal.tokens), self._client.retries
+        accepted = own = sibling = 0
+        first_seconds = 0.0
         n = max(1, min(plan.own, self._left - drafted))
-        async for said in self._session.play(proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1):
-            if said.own and not own and said.own[0] in proposal.siblings.get(accepted + len(said.accepted), ()):
-                self.statistics.sibling_hits += 1
-            accepted += len(said.accepted)
-            own += len(said.own)
-            piece = self._commit(said)
-            if piece.accepted or piece.own:
-                yield piece
+        running = self._run_ahead(self._drafter, plan, proposal) if self._drafter and plan.ahead else None
+        ahead = asyncio.ensure_future(running) if running else None
+        try:
+            async for said in self._session.play(
+                proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.early
+            ):
+                first_seconds = first_seconds or time.perf_counter() - round.sent
+                accepted += len(said.accepted)
+                if said.own and not own:
+                    beside = proposal.siblings.get(accepted, [])
+                    sibling = beside.index(said.own[0]) + 1 if said.own[0] in beside else 0
+                own += len(said.own)
+                piece = self._commit(said)
+                if piece.accepted or piece.own:
+                    yield piece
+        finally:
+            if self._drafter and ahead:
+                self._drafter.halted = True
+                await ahead
+        seconds = time.perf_counter() - round.sent
+        sent, received = self._count_bytes()
         frame = said.frame
-        outcome = Outcome(drafted, accepted, own, sent - started, time.perf_counter() - sent, verifier_seconds(frame))
+        outcome = Outcome(
+            plan,
+            round.conditions,
+            accepted,
+            own,
+            proposal.confidences,
+            [len(proposal.siblings.get(index, ())) for index in range(drafted)],
+            sibling,
+            proposal.ready,
+            round.draft_seconds,
+            first_seconds,
+            seconds,
+            frame.queue_100us / 1e4,
+            frame.forward_100us / 1e4,
+            sent,
+            received,
+            repeated=round.early is not None or self._client.retries > repeats,
+        )
         self.statistics.add_round(outcome)
+        self.statistics.early += round.early is not None
         self.statistics.close_calls += frame.close_calls
-        self._count_bytes()
         self._planner.observe(outcome)
         self.finish = self.finish or self._session.finish
 
-    async def _propose(self, plan: Plan, count: int) -> Proposal:
-        context = self._context
-        if context is None or count < 1 or len(self.ids) >= context.limit:
-            return NOTHING
+    async def _run_ahead(self, drafter: Drafter, plan: Plan, proposal: Proposal) -> None:
+        """While a round is in flight: drafts on, and sends the next round if that is ready first."""
+        before = list(self.ids)
+        left = self._left - len(proposal.tokens)
+        ahead = await drafter.run_ahead(before, plan, proposal, left)
+        if ahead is None or plan.in_flight < 2 or drafter.halted or len(self.ids) > len(before):
+            return
+        after = [*proposal.tokens, ahead.guess]
+        conditions = self._conditions(before + after, left - 1)
+        following = self._planner.plan(conditions)
+        drafted = ahead.proposal.first(min(following.draft, left - 2))
+        if not drafted.tokens or following.own > 1:
+            return
+        early = self._session.play_early(after, drafted.tokens, drafted.siblings)
+        if early:
+            position = len(before) + len(after)
+            self._next = Round(following, conditions, drafted, 0.0, time.perf_counter(), early, position, ahead.guess)
 
-        def draft() -> Proposal:
-            context.follow(self.ids)
-            return context.propose(
-                count,
-                self._sampling,
-                siblings=plan.siblings,
-                sibling_confidence=plan.sibling_confidence,
-                min_confidence=plan.min_confidence,
-            )
-
-        return await asyncio.to_thread(draft)
+    def _conditions(self, text: list[int], left: int) -> Conditions:
+        drafter = self._drafter
+        return Conditions(
+            left,
+            len(text),
+            drafter.unread(text) if drafter else len(text),
+            drafter.ready(text) if drafter else 0,
+            time.monotonic(),
+            self.version,
+            self._temperature,
+            self._surroundings(),
+        )
 
     def _commit(self, said: Said) -> Piece:
         """Adds what fits to the text."""
@@ -170,7 +262,8 @@ class Generation:
             self.finish = said.frame.finish if whole and said.frame.finish else "length"
         return Piece(accepted, own)
 
-    def _count_bytes(self) -> None:
+    def _count_bytes(self) -> tuple[int, int]:
         sent, received = self._client.meter.take()
         self.statistics.bytes_sent += sent
         self.statistics.bytes_received += received
+        return sent, received

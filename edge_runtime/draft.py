@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import onnxruntime as ort
@@ -13,7 +15,21 @@ from tokenizers import Tokenizer
 from edge_runtime.contract.bundle import Bundle, Manifest, read_bundle
 from edge_runtime.contract.coupling import Chooser, Sampling, confidence
 from edge_runtime.contract.errors import BundleCorrupt, ContextOverflow, DraftError
-from edge_runtime.graphs import Logits, graph_kind, make_runner
+from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, make_runner
+
+
+class Guess(NamedTuple):
+    """The draft's token for one position, as its text stood before it.
+
+    Attributes:
+        token: its choice, drawn with the shared noise.
+        siblings: the next best ids by coupled score, best first.
+        confidence: the draft's probability of `token`.
+    """
+
+    token: int
+    siblings: list[int]
+    confidence: float
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -21,13 +37,23 @@ class Proposal(msgspec.Struct, frozen=True):
 
     Attributes:
         tokens: at most K ids; fewer where the draft stopped early or its context ended.
-        siblings: for each index, the next best ids by coupled score, best first.
+        siblings: for each index, the ids named beside the token there.
         confidences: the draft's probability of each token.
+        ready: how many of them were known before, drafted ahead.
+        survival: chance that all of them are accepted, by the plan's calibration.
     """
 
     tokens: list[int]
     siblings: dict[int, list[int]]
     confidences: list[float]
+    ready: int = 0
+    survival: float = 1.0
+
+    def first(self, count: int) -> Proposal:
+        """Its first `count` tokens."""
+        siblings = {index: ids for index, ids in self.siblings.items() if index < count}
+        ready = min(self.ready, count)
+        return Proposal(self.tokens[:count], siblings, self.confidences[:count], ready, self.survival)
 
 
 NOTHING = Proposal([], {}, [])
@@ -84,7 +110,9 @@ class OnnxDraft:
 
 
 class DraftContext:
-    """The draft's view of one text: its ids, and keys and values for all of them. Not for concurrent use.
+    """The draft's view of one text: its ids, keys and values for them, and what it guessed. Not for concurrent use.
+
+    It may run ahead of the text on its own guesses: a guess whose ids then came true is not made again.
 
     Attributes:
         limit: longest text in tokens.
@@ -98,6 +126,9 @@ class DraftContext:
         self._ids: list[int] = []
         # Logits behind the last id; None after a roll-back.
         self._logits: Logits | None = None
+        # Guesses for consecutive positions from `_first`; each was made behind `_ids` up to its position.
+        self._first = 0
+        self._guesses: list[Guess] = []
 
     @property
     def ids(self) -> list[int]:
@@ -105,19 +136,19 @@ class DraftContext:
         return list(self._ids)
 
     def prefill(self, ids: list[int]) -> None:
-        """Puts `ids` behind the text.
+        """Puts `ids` behind what the context holds.
 
         Raises:
             ContextOverflow: the text would be longer than the draft's context; it stays as it was.
             DraftError: onnxruntime failed.
         """
-        if not ids:
-            return
-        if len(self._ids) + len(ids) > self.limit:
-            raise ContextOverflow(
-                f"{len(self._ids) + len(ids)} tokens are more than the draft's context of {self.limit}; "
-                "shorten the prompt, or let the cloud go on alone (--num-assistant-tokens 0)"
-            )
+        if ids:
+            self._read(ids)
+            # What was guessed for these positions is settled now.
+            self._keep_guesses(len(self._ids))
+
+    def _read(self, ids: list[int]) -> None:
+        self._check_room(len(self._ids) + len(ids))
         started = time.perf_counter()
         try:
             self._logits = self._runner.append(ids)
@@ -137,9 +168,114 @@ class DraftContext:
             self._runner.truncate(length)
             del self._ids[length:]
             self._logits = None
+            del self._guesses[max(0, length + 1 - self._first) :]
 
-    def follow(self, ids: list[int]) -> None:
-        """Makes the context hold exactly `ids`, by rolling back to what is common and prefilling the rest."""
+    def follow(self, ids: list[int], stopped: Callable[[], bool] = bool) -> None:
+        """Makes the context begin with `ids`, by rolling back to what is common and prefilling the rest.
+
+        Where `ids` ends before the context does, the context has run ahead, and what it holds behind stays. `stopped`
+        is asked before every piece; true leaves the rest unread.
+        """
+        self._check_room(len(ids))
+        common = self._common(ids)
+        if common < len(ids):
+            self.rollback(common)
+        while len(self._ids) < len(ids) and not stopped():
+            self.prefill(ids[len(self._ids) :][:PREFILL_PIECE])
+
+    def unread(self, ids: list[int]) -> int:
+        """How many of `ids` the context would have to read to begin with them."""
+        return len(ids) - self._common(ids)
+
+    def ready(self, ids: list[int]) -> int:
+        """How many tokens behind `ids` are guessed already."""
+        known = len(self._guesses) - (len(ids) - self._first)
+        return known if 0 < known <= len(self._guesses) and self._common(ids) == len(ids) else 0
+
+    def propose(
+        self,
+        ids: list[int],
+        count: int,
+        sampling: Sampling,
+        *,
+        siblings: int = 0,
+        sibling_confidence: float = 1.0,
+        min_confidence: float = 0.0,
+        min_survival: float = 0.0,
+        calibration: tuple[float, ...] = (),
+        survival: float = 1.0,
+        stopped: Callable[[], bool] = bool,
+    ) -> Proposal:
+        """Guesses up to `count` tokens behind `ids`; the context then holds all of them but the last.
+
+        Args:
+            ids: at least one; read first, as `follow` does.
+            sampling: as the target will be sampled: the draft draws with the same noise.
+            siblings: how many alternatives to name beside a token.
+            sibling_confidence: name them beside tokens of at most this probability.
+            min_confidence: stop behind a token whose probability is below this.
+            min_survival, calibration: see `Plan`.
+            survival: chance that the text is what `ids` says, where it ends in guesses.
+            stopped: asked before every step of the draft; true ends the proposal there.
+
+        Raises:
+            ContextOverflow: `ids` is longer than the draft's context.
+            DraftError: the text is empty, or onnxruntime failed.
+        """
+        if not ids:
+            raise DraftError("nothing to continue: the text is empty")
+        self.follow(ids)
+        tokens: list[int] = []
+        beside: dict[int, list[int]] = {}
+        confidences: list[float] = []
+        ready = 0
+        self._keep_guesses(len(ids))
+        # The guess behind the last token that the context can hold is the last one that can be made.
+        for position in range(len(ids), min(len(ids) + count, self.limit + 1)):
+            index = position - len(ids)
+            if index < len(self._guesses):
+                ready += 1
+            elif stopped():
+                break
+            else:
+                self._guesses.append(self._guess(position, tokens, sampling, siblings))
+            guess = self._guesses[index]
+            tokens.append(guess.token)
+            confidences.append(guess.confidence)
+            if siblings and guess.siblings and guess.confidence <= sibling_confidence:
+                beside[index] = guess.siblings[:siblings]
+            survival *= _calibrated(guess.confidence, calibration)
+            if guess.confidence < min_confidence or survival < min_survival:
+                break
+        return Proposal(tokens, beside, confidences, ready, survival)
+
+    def _guess(self, position: int, tokens: list[int], sampling: Sampling, siblings: int) -> Guess:
+        """Makes the guess for `position`; `tokens` are the guesses before it."""
+        if len(self._ids) < position:
+            self._read(tokens[len(self._ids) - position :])
+        elif len(self._ids) > position or self._logits is None:
+            last = self._ids[position - 1]
+            self.rollback(position - 1)
+            self._read([last])
+        assert self._logits is not None
+        token, *others = self._chooser.rank(self._logits, sampling, position, 1 + siblings).ids
+        return Guess(token, others, confidence(self._logits, token, sampling.temperature))
+
+    def _keep_guesses(self, position: int) -> None:
+        """Drops the guesses that are not for `position` or behind it."""
+        passed = position - self._first
+        self._guesses = self._guesses[passed:] if 0 <= passed <= len(self._guesses) else []
+        self._first = position
+
+    def _check_room(self, length: int) -> None:
+        if length > self.limit:
+            raise ContextOverflow(
+                f"{length} tokens are more than the draft's context of {self.limit}; "
+                "shorten the prompt, or let the cloud go on alone (--num-assistant-tokens 0)"
+            )
+
+    def _common(self, ids: list[int]) -> int:
+        """How many leading ids the context and `ids` share."""
         common, most = 0, min(len(self._ids), len(ids))
         while common < most:
             middle = (common + most + 1) // 2
@@ -147,48 +283,11 @@ class DraftContext:
                 common = middle
             else:
                 most = middle - 1
-        self.rollback(common)
-        self.prefill(ids[common:])
+        return common
 
-    def propose(
-        self,
-        count: int,
-        sampling: Sampling,
-        *,
-        siblings: int = 0,
-        sibling_confidence: float = 1.0,
-        min_confidence: float = 0.0,
-    ) -> Proposal:
-        """Guesses up to `count` tokens behind the text; the context then holds all of them but the last.
 
-        Args:
-            sampling: as the target will be sampled: the draft draws with the same noise.
-            siblings: how many alternatives to name beside a token.
-            sibling_confidence: name them beside tokens of at most this probability.
-            min_confidence: stop behind a token whose probability is below this.
-
-        Raises:
-            DraftError: the text is empty, or onnxruntime failed.
-        """
-        if not self._ids:
-            raise DraftError("nothing to continue: prefill the prompt first")
-        tokens: list[int] = []
-        beside: dict[int, list[int]] = {}
-        confidences: list[float] = []
-        # The guess behind the last token that the context can hold is the last one that can be made.
-        for index in range(min(count, self.limit - len(self._ids) + 1)):
-            if index:
-                self.prefill([tokens[-1]])
-            elif self._logits is None:
-                last = self._ids[-1]
-                self.rollback(len(self._ids) - 1)
-                self.prefill([last])
-            assert self._logits is not None
-            token, *others = self._chooser.rank(self._logits, sampling, len(self._ids), 1 + siblings).ids
-            tokens.append(token)
-            confidences.append(confidence(self._logits, token, sampling.temperature))
-            if others and confidences[-1] <= sibling_confidence:
-                beside[index] = others
-            if confidences[-1] < min_confidence:
-                break
-        return Proposal(tokens, beside, confidences)
+def _calibrated(confidence: float, calibration: tuple[float, ...]) -> float:
+    """The chance that a token of this confidence is accepted (see `Plan.calibration`)."""
+    if not calibration:
+        return confidence
+    return calibration[min(int(confidence * len(calibration)), len(calibration) - 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.contract.wire import Frame
 from edge_runtime.planning.plan import Outcome
 
 
@@ -18,6 +17,8 @@ class Statistics(msgspec.Struct):
         accepted: how many of them the target accepted.
         accepted_at: for each draft index, how often the token there was accepted.
         drafted_at: for each draft index, how often there was one.
+        ready: drafted tokens that had been drafted ahead.
+        early: rounds that were sent before the last one was answered, and held.
         sibling_hits: rounds in which a sibling saved a token.
         bytes_sent, bytes_received: payload of the TCP connections, all framing included; None where the kernel does
             not tell.
@@ -37,6 +38,8 @@ class Statistics(msgspec.Struct):
     accepted: int = 0
     accepted_at: list[int] = msgspec.field(default_factory=list)
     drafted_at: list[int] = msgspec.field(default_factory=list)
+    ready: int = 0
+    early: int = 0
     sibling_hits: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -68,6 +71,7 @@ class Statistics(msgspec.Struct):
         self.rounds += 1
         self.drafted += outcome.drafted
         self.accepted += outcome.accepted
+        self.ready += outcome.ready
         grow = outcome.drafted - len(self.drafted_at)
         self.drafted_at += [0] * grow
         self.accepted_at += [0] * grow
@@ -75,10 +79,6 @@ class Statistics(msgspec.Struct):
             self.drafted_at[index] += 1
             self.accepted_at[index] += index < outcome.accepted
         self.draft_seconds += outcome.draft_seconds
+        self.sibling_hits += outcome.sibling > 0
         self.verifier_seconds += outcome.verifier_seconds
         self.link_seconds += max(0.0, outcome.exchange_seconds - outcome.verifier_seconds)
-
-
-def verifier_seconds(frame: Frame) -> float:
-    """What the verifier reports for the round so far: queue and forwards."""
-    return (frame.queue_100us + frame.forward_100us) / 1e4

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import TypeVar
 
@@ -187,7 +187,11 @@ class VerifierClient:
                 async with asyncio.timeout(CLOSE_SECONDS), self.exchange("DELETE", f"/v1/sessions/{session_id}", None):
                     pass
 
-        task = asyncio.get_running_loop().create_task(close())
+        self.in_background(close())
+
+    def in_background(self, work: Coroutine[None, None, None]) -> None:
+        """Runs `work`, which raises nothing and is brief, beside everything else; `aclose` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -234,26 +238,61 @@ class VerifierSession:
         self._id = ""
         self._round = 0
 
+    def play_early(
+        self, after: list[int], draft: list[int], siblings: dict[int, list[int]] | None = None
+    ) -> EarlyRound | None:
+        """Sends the next round before the one in flight is answered; to be handed to `play`, or dropped.
+
+        Args:
+            after: what the round in flight must add to `ids` exactly; otherwise this one is void, and costs nothing.
+            draft, siblings: see `wire.RoundRequest`.
+
+        Returns:
+            None while the session is not open yet.
+        """
+        if not self._id:
+            return None
+        position = len(self.ids) + len(after)
+        request = RoundRequest(
+            wire.VERSION, self._round + 1, position, draft, siblings=siblings or {}, expects=after[-1:]
+        )
+        return EarlyRound(self._client, _Playing(self, request), self._id)
+
     async def play(
-        self, draft: list[int], *, siblings: dict[int, list[int]] | None = None, n: int = 1, stream: bool = False
+        self,
+        draft: list[int],
+        *,
+        siblings: dict[int, list[int]] | None = None,
+        n: int = 1,
+        stream: bool = False,
+        early: EarlyRound | None = None,
     ) -> AsyncIterator[Said]:
         """Plays one round; yields what the verifier says, as it comes, each token once and already part of `ids`.
 
         Args:
             draft, siblings, n, stream: see `wire.RoundRequest`.
+            early: this very round, if it was sent before the last one was answered, and that one came out as it says.
 
         Raises:
             VerifierRefused: the verifier will not play this round.
             VerifierUnreachable: it cannot be reached within the client's deadline.
         """
         until = time.monotonic() + self._client.deadline
-        playing = self._start(draft, siblings or {}, n, stream)
+        # A session that was lost in between knows nothing of the early round.
+        if early and early.session != self._id:
+            early.drop()
+            early = None
+        playing = early.playing if early else self._start(draft, siblings or {}, n, stream)
         while True:
             try:
                 said = await self._client.persist(playing.listen, until)
             except VerifierRefused as refused:
                 if refused.code != ErrorCode.SESSION_LOST:
-                    raise
+                    if early is None:
+                        raise
+                    # It overtook the round before it, for instance: nothing was played, so it can be asked anew.
+                    early, playing = None, self._start(draft, siblings or {}, n, stream)
+                    continue
                 self._id = ""
                 self.recoveries += 1
                 # What was told already is part of the new session's prompt; the rest of the round is played again.
@@ -313,8 +352,39 @@ class VerifierSession:
         return _Playing(self, RoundRequest(wire.VERSION, self._round, len(self.ids), draft, n, siblings, stream))
 
 
+class EarlyRound:
+    """A round that was sent before the last one was answered.
+
+    Attributes:
+        session: the id of the session that it was sent to.
+        playing: the round itself.
+    """
+
+    def __init__(self, client: VerifierClient, playing: _Playing, session: str) -> None:
+        self.session = session
+        self.playing = playing
+        self._client = client
+        self._first = playing.first = asyncio.get_running_loop().create_task(playing.listen())
+
+    def drop(self) -> None:
+        """The last round came out otherwise: the verifier will say that this one is void, and nobody listens."""
+
+        async def await_end() -> None:
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._first
+
+        self._client.in_background(await_end())
+
+
 class _Playing:
-    """One round, asked for as often as it takes; remembers what was told."""
+    """One round, asked for as often as it takes; remembers what was told.
+
+    Attributes:
+        first: the first call of `listen`, where it was made already.
+    """
+
+    first: asyncio.Task[Said] | None = None
 
     def __init__(self, session: VerifierSession, request: RoundRequest) -> None:
         self.told = 0
@@ -327,6 +397,10 @@ class _Playing:
 
     async def listen(self) -> Said:
         """The next news. After any failure, the next call asks for the whole round again and skips what was told."""
+        first = self.first
+        if first and first is not asyncio.current_task():
+            self.first = None
+            return await first
         try:
             while True:
                 if self._frames is None:

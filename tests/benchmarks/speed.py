@@ -45,8 +45,7 @@ from pathlib import Path
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.draft import OnnxDraft
 context = OnnxDraft.load(Path({bundle!r})).context()
-context.prefill([5, 6, 7])
-context.propose(1, Sampling())
+context.propose([5, 6, 7], 1, Sampling())
 """
 
 

@@ -93,6 +93,22 @@ def test_next_round() -> None:
     assert session.next_round(request(stream=True)) is session.answer
 
 
+def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again() -> None:
+    session = session_of()
+    first = session.answer
+    ahead = session.begin(request(1, 4, expects=[7]))
+    ahead.done = True
+    assert session.next_round(request()) is first
+    assert session.next_round(request(1, 4, expects=[7])) is ahead
+    with pytest.raises(VerifierRefused) as caught:
+        session.next_round(request(0, 3, n=2))
+    assert caught.value.code == ErrorCode.ROUND_CONFLICT
+    session.begin(request(2, 4))
+    with pytest.raises(VerifierRefused) as caught:
+        session.next_round(request(1, 4, expects=[7]))
+    assert caught.value.code == ErrorCode.ROUND_OUT_OF_ORDER
+
+
 @pytest.mark.parametrize(
     ("round_request", "code", "detail"),
     [

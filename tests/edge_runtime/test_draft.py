@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -39,8 +40,7 @@ def expected_tokens(model: torch.nn.Module, ids: list[int], sampling: Sampling, 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_proposes_what_pytorch_would(tiny_draft: OnnxDraft, model: torch.nn.Module, sampling: Sampling) -> None:
     context = tiny_draft.context()
-    context.prefill(PROMPT)
-    proposal = context.propose(8, sampling)
+    proposal = context.propose(PROMPT, 8, sampling)
     assert proposal.tokens == expected_tokens(model, PROMPT, sampling, 8)
     assert len(proposal.confidences) == 8
     assert all(0.0 < confidence <= 1.0 for confidence in proposal.confidences)
@@ -63,19 +63,46 @@ def test_any_walk_of_prefills_and_rollbacks_ends_where_a_fresh_context_does(
         elif step == "rollback":
             context.rollback(data.draw(st.integers(1, len(ids))))
         elif step == "propose":
-            context.propose(data.draw(st.integers(0, 5)), sampling, siblings=data.draw(st.integers(0, 3)))
+            context.propose(ids, data.draw(st.integers(0, 5)), sampling, siblings=data.draw(st.integers(0, 3)))
         else:
             context.follow([*ids[: data.draw(st.integers(1, len(ids)))], 7, 8])
+    ids = context.ids[: data.draw(st.integers(1, len(context.ids)))]
     fresh = tiny_draft.context()
-    fresh.prefill(context.ids)
-    assert context.propose(4, sampling, siblings=2).tokens == fresh.propose(4, sampling, siblings=2).tokens
+    assert context.propose(ids, 4, sampling).tokens == fresh.propose(ids, 4, sampling).tokens
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_was_drafted_ahead_is_ready_if_it_came_true(tiny_draft: OnnxDraft, right: bool) -> None:
+    sampling = Sampling(temperature=1.0, seed=4)
+    context, fresh = tiny_draft.context(), tiny_draft.context()
+    proposal = context.propose(PROMPT, 3, sampling, siblings=1)
+    ahead = context.propose(PROMPT + proposal.tokens, 4, sampling, siblings=1, survival=proposal.survival)
+    assert ahead.survival == pytest.approx(math.prod(proposal.confidences + ahead.confidences))
+    guess = ahead.tokens[0]
+    text = PROMPT + proposal.tokens + [guess if right else guess + 1]
+    assert context.unread(text) == (0 if right else 1)
+    assert context.ready(text) == (3 if right else 0)
+    runs = tiny_draft.run_seconds
+    proposal = context.propose(text, 3, sampling, siblings=1)
+    assert proposal.ready == (3 if right else 0)
+    assert (tiny_draft.run_seconds == runs) == right
+    again = fresh.propose(text, 3, sampling, siblings=1)
+    assert (proposal.tokens, proposal.siblings) == (again.tokens, again.siblings)
+
+
+def test_stops_when_told_and_where_the_rest_would_not_survive(tiny_draft: OnnxDraft) -> None:
+    context = tiny_draft.context()
+    asked = iter([False, False, True])
+    assert len(context.propose(PROMPT, 8, Sampling(), stopped=lambda: next(asked)).tokens) == 2
+    assert len(context.propose(PROMPT, 8, Sampling(), calibration=(0.5,), min_survival=0.2).tokens) == 3
+    proposal = context.propose(PROMPT, 8, Sampling(), calibration=(0.5, 0.5), min_survival=0.2, survival=0.5)
+    assert (len(proposal.tokens), proposal.survival) == (2, 0.125)
 
 
 def test_siblings_are_the_next_best_by_coupled_score(tiny_draft: OnnxDraft, model: torch.nn.Module) -> None:
     sampling = Sampling(temperature=1.0, seed=5)
     context = tiny_draft.context()
-    context.prefill(PROMPT)
-    proposal = context.propose(3, sampling, siblings=3)
+    proposal = context.propose(PROMPT, 3, sampling, siblings=3)
     ids = list(PROMPT)
     for index, token in enumerate(proposal.tokens):
         with torch.inference_mode():
@@ -86,11 +113,9 @@ def test_siblings_are_the_next_best_by_coupled_score(tiny_draft: OnnxDraft, mode
 
 def test_stops_behind_a_doubtful_token(tiny_draft: OnnxDraft) -> None:
     context = tiny_draft.context()
-    context.prefill(PROMPT)
-    sure = context.propose(8, Sampling(), min_confidence=0.0).confidences
+    sure = context.propose(PROMPT, 8, Sampling(), min_confidence=0.0).confidences
     threshold = sorted(sure)[4]
-    context.follow(PROMPT)
-    stopped = context.propose(8, Sampling(), min_confidence=threshold).confidences
+    stopped = context.propose(PROMPT, 8, Sampling(), min_confidence=threshold).confidences
     first = next(index for index, confidence in enumerate(sure) if confidence < threshold)
     assert len(stopped) == first + 1
 
@@ -115,7 +140,7 @@ def test_a_long_text_grows_the_buffers_and_changes_nothing(shipped_draft: OnnxDr
     for start in range(0, 700, 9):
         one_by_one.prefill(ids[start : start + 9])
     sampling = Sampling(temperature=1.0, seed=1)
-    assert at_once.propose(5, sampling).tokens == one_by_one.propose(5, sampling).tokens
+    assert at_once.propose(ids, 5, sampling).tokens == one_by_one.propose(ids, 5, sampling).tokens
 
 
 def test_context_overflow_is_told_and_leaves_the_text(tiny_draft: OnnxDraft) -> None:
@@ -125,12 +150,12 @@ def test_context_overflow_is_told_and_leaves_the_text(tiny_draft: OnnxDraft) -> 
         context.prefill([5] * 3)
     assert len(context.ids) == 510
     # 510 known, 2 to hold, and one more guess behind them.
-    assert len(context.propose(8, Sampling()).tokens) == 3
+    assert len(context.propose([5] * 510, 8, Sampling()).tokens) == 3
 
 
 def test_nothing_to_continue(tiny_draft: OnnxDraft) -> None:
-    with pytest.raises(DraftError, match="prefill"):
-        tiny_draft.context().propose(1, Sampling())
+    with pytest.raises(DraftError, match="empty"):
+        tiny_draft.context().propose([], 1, Sampling())
 
 
 @pytest.fixture

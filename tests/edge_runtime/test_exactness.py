@@ -27,7 +27,7 @@ from cloud_verifier.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
+from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.verifier_client import VerifierClient
 from tests.conftest import serving
 
@@ -47,6 +47,8 @@ ALL_PLANS = [
     (draft, Plan(k, own=n, siblings=b))
     for draft, k, b, n in itertools.product(["shipped", "other"], [0, 1, 4, 8, 16], [0, 3], [1, 4, 32])
 ]
+AHEAD = Plan(2, siblings=2, ahead=3, in_flight=2)
+ALL_PLANS += [("shipped", AHEAD), ("other", AHEAD), ("shipped", Plan(0, own=4, ahead=1))]
 COVERING_PLANS = [
     ("shipped", Plan(0, own=32)),
     ("shipped", Plan(1, own=4, siblings=3)),
@@ -55,6 +57,7 @@ COVERING_PLANS = [
     ("shipped", Plan(8, own=1, siblings=3)),
     ("other", Plan(8, own=32)),
     ("shipped", Plan(16, own=1)),
+    ("shipped", AHEAD),
 ]
 PLANS = ALL_PLANS if FULL else COVERING_PLANS
 
@@ -130,6 +133,7 @@ async def test_every_draft_and_plan_writes_what_the_target_writes(
                     generation = await through(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
                     assert generation.ids[len(prompt) :] == expected, (draft, plan, sampling)
                     assert generation.finish == ("stop" if expected[-1] == 0 else "length")
+                    assert generation.statistics.ready > 0 or not plan.ahead or not plan.draft
 
 
 class Fault:
@@ -228,6 +232,8 @@ FAULTS = {
     "restart": (Restart, Plan(4, own=4, siblings=3)),
     "evict": (Evict, Plan(8, own=1, siblings=3)),
     "twice": (Fault, Plan(4, own=4, siblings=3)),
+    "restart, rounds ahead": (Restart, AHEAD),
+    "twice, rounds ahead": (Fault, AHEAD),
 }
 
 
@@ -245,7 +251,7 @@ async def test_no_fault_changes_the_text(
     limits = Limits(max_sessions=1) if fault == "evict" else None
     recoveries = 0
     async with Ingress(target_v1, limits) as server:
-        transport = Twice() if fault == "twice" else None
+        transport = Twice() if fault.startswith("twice") else None
         async with VerifierClient(server.url, transport=transport) as client:
             for index in range(first, first + CHUNK):
                 prompt = prompts[index]
@@ -264,7 +270,7 @@ async def test_no_fault_changes_the_text(
                     assert generation.ids[len(prompt) :] == alone(prompt, sampling)
                     recoveries += generation.statistics.recoveries
     # Texts can end before the fault strikes, but not all of them.
-    assert (recoveries > 0) == (fault != "twice")
+    assert (recoveries > 0) == (not fault.startswith("twice"))
 
 
 class RandomPlanner:
@@ -273,10 +279,19 @@ class RandomPlanner:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def plan(self) -> Plan:
+    def plan(self, conditions: Conditions) -> Plan:
         pick = self._random
-        draft, own = pick.choice([0, 1, 3, 9, 17]), pick.choice([1, 2, 7, 40])
-        return Plan(draft, own, pick.randrange(4), pick.random(), min_confidence=pick.random() * 0.5)
+        return Plan(
+            draft=pick.choice([0, 1, 3, 9, 17]),
+            own=pick.choice([1, 1, 2, 7, 40]),
+            siblings=pick.randrange(4),
+            sibling_confidence=pick.random(),
+            min_confidence=pick.random() * 0.5,
+            min_survival=pick.random() * 0.5,
+            calibration=tuple(pick.random() for _ in range(pick.randrange(4))),
+            ahead=pick.choice([0, 0, 1, 5]),
+            in_flight=pick.choice([1, 2]),
+        )
 
     def observe(self, outcome: Outcome) -> None: ...
 
