@@ -74,7 +74,7 @@ class Text(msgspec.Struct, frozen=True):
 def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
     """Writes `texts`, at least one, compressed; `made` says where they are from."""
     columns: dict[str, npt.NDArray[Any]] = {
-        "format": np.int32(FORMAT),
+        "format": np.array(FORMAT, np.int32),
         "made": np.array(json.dumps(made, sort_keys=True)),
         "target": np.array([text.target for text in texts]),
         "temperature": np.array([text.temperature for text in texts], np.float32),
@@ -88,7 +88,7 @@ def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
     }
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, **columns)
+        np.savez_compressed(file, allow_pickle=False, **columns)
     partial.replace(path)
 
 

@@ -305,7 +305,7 @@ def parse_link(text: str, seed: int) -> Link:
     for index, item in enumerate(text.split(",")):
         name, _, seconds = item.strip().partition(":")
         last = index == text.count(",")
-        if (not last and not _is_positive(seconds)) or (last and seconds):
+        if bool(seconds) == last or not (last or _is_positive(seconds)):
             raise InputError(
                 f"--link {text!r}: every link but the last takes its seconds, as in wifi:20,offline:5,wifi"
             )
@@ -315,7 +315,7 @@ def parse_link(text: str, seed: int) -> Link:
         raise InputError(
             f"--link {text!r} ends offline, where no text is ever done: let it come back, as in offline:5,4g"
         )
-    return Schedule(parts) if len(parts) > 1 else parts[0].link  # type: ignore[return-value]
+    return Schedule(parts) if len(parts) > 1 else parts[-1].link
 
 
 def _parse_recording(text: str, seed: int) -> Link:

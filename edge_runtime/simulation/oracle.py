@@ -1,8 +1,9 @@
 """What planners are measured against: the best that hindsight, and second sight, could have done in the same world.
 
     hindsight     the best single Plan for all rounds of all texts, the true calibration given; chosen afterwards
-    best_fixed    the same over plain draft lengths: K tokens, n = 1, nothing else
-    clairvoyant   a lower bound that knows every token's fate: no plan whatsoever costs less
+    fixed K       the same over plain draft lengths: K tokens, n = 1, nothing else
+
+`clairvoyance` has the lower bound that no plan whatsoever reaches.
 
 Without ahead-of-time drafting, how a static plan's rounds fall does not depend on link, board or verifier. So every
 plan is played once for its `Footprint`, which prices it for any world from mean delays; only the best few are then
@@ -28,6 +29,8 @@ from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifi
 from edge_runtime.simulation.world import ROUND_BYTES, World
 
 BINS = 10
+# Reading this many tokens costs no more than the step that it saves.
+STEPS_WORTH = 4
 WHOLE_TEXT = 1 << 20
 FIXED = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
 # How many plans, the cheapest by their footprints, are played in the world itself; and how many of them with drafting
@@ -102,29 +105,19 @@ class Footprints:
     def __init__(self, texts: list[Text], plans: list[Plan]) -> None:
         self.plans = plans
         self._texts = texts
-        marks = [footprint(texts, plan) for plan in plans]
-        self._rows = {name: np.array([getattr(mark, name) for mark in marks], float) for name in _COLUMNS}
+        self._marks = {plan: footprint(texts, plan) for plan in plans}
+        self._rows = _columns(list(self._marks.values()))
 
     def costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
         """(plans,) expected costs per token."""
-        rows, device, verifier = self._rows, world.device, world.verifier
-        step = device.step_seconds + device.step_seconds_per_token * rows["position"]
-        drafting = step * rows["steps"] + device.prefill_seconds * rows["read"]
-        own = rows["own"][:, 1 if verifier.speculated else 0]
-        forwards = rows["widths"] @ np.array(verifier.forward) + own * verifier.own_forward
-        rounds = rows["rounds"]
-        exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
-        latency = drafting + exchanges + forwards
-        carried = rows["sent"] + rows["received"]
-        joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
-        joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * carried
-        cost: npt.NDArray[np.float64] = (
-            objective.latency * latency
-            + objective.verifier * forwards
-            + objective.joule * joules
-            + objective.byte * carried
-        ) / rows["tokens"]
-        return cost
+        return _costs(self._rows, world, objective)
+
+    def cost_of(self, plan: Plan, world: World, objective: Objective) -> float:
+        """Expected cost per token of any one plan, its drafting ahead apart."""
+        key = msgspec.structs.replace(plan, ahead=0, in_flight=1, reason="")
+        if key not in self._marks:
+            self._marks[key] = footprint(self._texts, key)
+        return float(_costs(_columns([self._marks[key]]), world, objective)[0])
 
     def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, Result]:
         """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
@@ -143,19 +136,45 @@ class Footprints:
         return self.plans[int(index)]
 
 
-_COLUMNS = tuple(name for name in Footprint.__struct_fields__ if name != "plan")
+def _columns(marks: list[Footprint]) -> dict[str, npt.NDArray[np.float64]]:
+    names = [name for name in Footprint.__struct_fields__ if name != "plan"]
+    return {name: np.array([getattr(mark, name) for mark in marks], float) for name in names}
+
+
+def _costs(rows: dict[str, npt.NDArray[np.float64]], world: World, objective: Objective) -> npt.NDArray[np.float64]:
+    """(plans,) costs per token, from mean delays."""
+    device, verifier = world.device, world.verifier
+    step = device.step_seconds + device.step_seconds_per_token * rows["position"]
+    drafting = step * rows["steps"] + device.prefill_seconds * rows["read"]
+    own = rows["own"][:, 1 if verifier.speculated else 0]
+    forwards = rows["widths"] @ np.array(verifier.forward) + own * verifier.own_forward
+    rounds = rows["rounds"]
+    exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
+    latency = drafting + exchanges + forwards
+    carried = rows["sent"] + rows["received"]
+    joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
+    joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * carried
+    cost: npt.NDArray[np.float64] = (
+        objective.latency * latency
+        + objective.verifier * forwards
+        + objective.joule * joules
+        + objective.byte * carried
+    ) / rows["tokens"]
+    return cost
 
 
 def footprint(texts: list[Text], plan: Plan) -> Footprint:
     """Plays `plan`, which drafts nothing ahead, for what it does in any world."""
-    plain, speculating = (_played(texts, plan, name) for name in ("7b", "7b+spec"))
+    plain = _played(texts, plan, "7b")
+    # With n = 1 the target says no token by itself that a speculating verifier could draft.
+    speculating = _played(texts, plan, "7b+spec") if plan.own > 1 else plain
     widths = [0] * (WIDEST + 1)
     read = 0
-    places = []
+    places: list[int] = []
     for outcome in plain.log:
         widths[min(WIDEST, 1 + outcome.drafted + sum(outcome.offered))] += 1
         if outcome.drafted:
-            read += max(0, outcome.conditions.unread - 4)
+            read += max(0, outcome.conditions.unread - STEPS_WORTH)
             places.append(outcome.conditions.position)
     own = (plain.forwards - plain.rounds, speculating.forwards - speculating.rounds)
     position = sum(places) / len(places) if places else 0.0

@@ -60,9 +60,8 @@ class SimulatedVerifier:
 
 
 def _interpolated(points: tuple[tuple[int, float], ...], width: int) -> float:
-    for (left, low), (right, high) in pairwise(points):
-        if width <= right:
-            break
+    lines = list(pairwise(points))
+    (left, low), (right, high) = next((line for line in lines if width <= line[1][0]), lines[-1])
     return low + (high - low) * (width - left) / (right - left)
 
 

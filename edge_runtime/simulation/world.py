@@ -58,7 +58,7 @@ class World:
         return there + seconds, there > now
 
     def down(self, now: float, count: int) -> tuple[float, bool]:
-        """When `count` bytes that the verifier sends at `now` are here; an answer lost in an outage is asked for again."""
+        """When `count` bytes that the verifier sends at `now` are here; what an outage loses is asked for again."""
         there = self._retried(now)
         if there > now:
             # The recorded answer comes to a repeated request.
@@ -84,7 +84,13 @@ class World:
 
 
 def make_world(
-    link: str, profile: str | Path, verifier_name: str, *, weight_bytes: int = SMALL_DRAFT, seed: int = 0
+    link: str,
+    profile: str | Path,
+    verifier_name: str,
+    *,
+    weight_bytes: int = SMALL_DRAFT,
+    slower: float = 1.0,
+    seed: int = 0,
 ) -> World:
     """A world by the names of its parts.
 
@@ -93,6 +99,7 @@ def make_world(
         profile: a shipped profile's name, or a profile's file.
         verifier_name: see `verifiers.VERIFIERS`.
         weight_bytes: of the draft.
+        slower: the board takes this many times as long as its profile says.
         seed: of all that is random.
 
     Raises:
@@ -100,7 +107,7 @@ def make_world(
     """
     way = parse_link(link, seed)
     board = find_profile(profile)
-    device = Device.of(board, weight_bytes, radio=way.radio)
+    device = Device.of(board, int(weight_bytes * slower), radio=way.radio)
     name = f"{link}, {board.name} with {weight_bytes / 1e6:.0f} MB, {verifier_name}"
     return World(name, device, way, verifier(verifier_name, seed + 1), seed + 2)
 
