@@ -49,6 +49,8 @@ ROUNDS = 3
 LONG_PROMPT = 64
 SAMPLE_SECONDS = 0.2
 REQUESTS = 5
+# How long a verifier may take to answer at all.
+VERIFIER_SECONDS = 10.0
 FIRST_CONTEXTS = (16, 128, 512)
 MOST_THREADS = 8
 # Shares of the time, by stage; the draft has what is left.
@@ -241,7 +243,7 @@ def _watching(watts: Watts) -> Iterator[list[float]]:
 
 
 async def _link(url: str, seconds: float, tick: Tick) -> Link:
-    async with VerifierClient(url, deadline=10.0) as client:
+    async with VerifierClient(url, deadline=VERIFIER_SECONDS) as client:
         tick(f"asking {url}")
         await client.models()
         until = time.monotonic() + seconds
