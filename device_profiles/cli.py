@@ -220,8 +220,10 @@ def _progress(seconds: float) -> Iterator[Tick]:
 
     started = shown = time.monotonic()
     console = Console(stderr=True)
-    columns = (BarColumn(), "{task.fields[left]:.0f} s left ", "{task.description}")
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+    columns = (BarColumn(24), "{task.fields[left]:.0f} s left ", "{task.description}")
+    with Progress(
+        *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=seconds, left=seconds)
 
         def tick(note: str) -> None:
