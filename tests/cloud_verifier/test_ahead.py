@@ -165,6 +165,18 @@ async def test_a_wrong_guess_is_void_costs_no_forward_and_leaves_no_trace(board:
     assert code_of(await board.post(late)) == (409, ErrorCode.ROUND_VOID)
 
 
+async def test_a_text_that_came_about_otherwise_is_right_too(board: Board) -> None:
+    """The last draft token fails, its sibling does not, and what follows it is what was expected behind the draft."""
+    truth = board.truth
+    now, ahead = await board.in_flight(
+        board.round(1, 1, [*truth[1:3], wrong(truth[3])], siblings={2: [truth[3]]}),
+        board.round(2, 5, truth[5:8], expects=[truth[4]]),
+    )
+    board.target.release()
+    assert (frame_of(await now).accepted, frame_of(await now).tokens) == (2, truth[3:5])
+    assert (frame_of(await ahead).accepted, frame_of(await ahead).tokens) == (3, truth[8:9])
+
+
 async def test_repeated_rounds_get_the_recorded_answer(board: Board) -> None:
     truth = board.truth
     first = board.round(1, 1, truth[1:4])
