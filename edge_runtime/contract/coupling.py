@@ -29,10 +29,13 @@ GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB
 MASK = (1 << 64) - 1
+FACTORS = (np.uint64(MULTIPLIER_1), np.uint64(MULTIPLIER_2))
+SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(12))
 
-# Tokens outside the HEAD largest logits win only with extraordinary noise, so their exact scores are computed only
-# where the noise passes the bar that the head sets (see `rank`).
+# The most probable tokens that are looked at first: the rest is looked at only where these do not settle the matter.
 HEAD = 64
+# Tokens more than this below the largest logit / T win only with extraordinary noise (see `_contenders`).
+HEAD_NATS = 3.0
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -93,10 +96,13 @@ def position_key(seed: int, position: int) -> int:
 def noise_bits(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The 52 random bits of each id. `counters`: (m,) uint64, (id + 1) * GOLDEN modulo 2^64. Returns (m,) uint64."""
     z = counters + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(MULTIPLIER_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(MULTIPLIER_2)
-    z ^= z >> np.uint64(31)
-    return z >> np.uint64(12)
+    z ^= z >> SHIFTS[0]
+    z *= FACTORS[0]
+    z ^= z >> SHIFTS[1]
+    z *= FACTORS[1]
+    z ^= z >> SHIFTS[2]
+    z >>= SHIFTS[3]
+    return z
 
 
 def counters(ids: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
@@ -183,6 +189,10 @@ class Chooser:
             scores = self._scores(logits, kept, sampling.temperature, key)
         else:
             kept, scores = self._contenders(logits, sampling.temperature, key, count)
+        if scores.size > count:
+            # Sorting is for the few that can be among the best.
+            fit = np.flatnonzero(scores >= np.partition(scores, scores.size - count)[scores.size - count])
+            kept, scores = kept[fit], scores[fit]
         best = np.lexsort((kept, -scores))[:count]
         return Ranked(kept[best].tolist(), scores[best].tolist())
 
@@ -197,20 +207,18 @@ class Chooser:
     ) -> tuple[Ids, Floats]:
         """Every id that can be among the `count` best, and their scores: exact, and far fewer logarithms than V.
 
-        The `count`-th best score within the HEAD largest logits is a bar. An id outside the head has a logit of at
-        most `edge`, so it passes the bar only if g > bar - edge / T, that is u > exp(-exp(-(bar - edge / T))): one
+        The `count`-th best score among the most probable ids, the head, is a bar. An id outside the head has a logit
+        below `edge`, so it passes the bar only if g > bar - edge / T, that is u > exp(-exp(-(bar - edge / T))): one
         integer comparison on the hash's bits.
         """
-        size, head_size = logits.size, HEAD + count
-        if size <= 2 * head_size:
-            everything = np.arange(size)
-            return everything, self._scores(logits, everything, temperature, key)
-        edge = np.partition(logits, size - head_size)[size - head_size]
+        edge = float(logits.max()) - HEAD_NATS * temperature
         head = np.flatnonzero(logits >= edge)
+        if head.size < count:
+            edge, head = -math.inf, np.arange(logits.size)
         scores = self._scores(logits, head, temperature, key)
         bar = float(scores.max() if count == 1 else np.partition(scores, head.size - count)[head.size - count])
         # A bit of slack, so that rounding in the threshold can only add contenders.
-        least = math.exp(-math.exp(min(float(edge) / temperature - bar, 700.0))) * (1.0 - 1e-9)
+        least = math.exp(-math.exp(min(edge / temperature - bar, 700.0))) * (1.0 - 1e-9)
         passing = np.flatnonzero(noise_bits(key, self._counters) >= np.uint64(max(0.0, least * 2.0**52 - 1.0)))
         others = passing[logits[passing] < edge]
         if not others.size:
@@ -221,17 +229,24 @@ class Chooser:
 def _largest(scores: npt.NDArray[np.floating], count: int) -> list[int]:
     """Indices of the `count` largest, best first, ties to the lower index."""
     if count == 1:
-        return [int(np.argmax(scores))]
-    count = min(count, scores.size)
-    kth = np.partition(scores, scores.size - count)[scores.size - count]
-    top = np.flatnonzero(scores >= kth)
-    return [int(i) for i in top[np.argsort(-scores[top], kind="stable")[:count]]]
+        return [int(scores.argmax())]
+    # A search for each is quicker than sorting, for the few that are asked for.
+    rest = scores.copy()
+    best = []
+    for _ in range(min(count, scores.size)):
+        best.append(int(rest.argmax()))
+        rest[best[-1]] = -np.inf
+    return best
 
 
 def confidence(logits: npt.NDArray[np.float32], token: int, temperature: float) -> float:
     """softmax(logits / T)[token] over the whole vocabulary (V,); at temperature 0 as at 1."""
-    mass = np.exp((logits - logits.max()) * np.float32(1.0 / (temperature or 1.0)))
-    return float(mass[token] / mass.sum())
+    mass = logits - logits[token]
+    if temperature not in (0.0, 1.0):
+        mass *= np.float32(1.0 / temperature)
+    # What overflows is infinitely more probable than the token.
+    with np.errstate(over="ignore"):
+        return float(1.0 / np.exp(mass, out=mass).sum())
 
 
 def accepted_length(draft: list[int], chosen: list[int]) -> int:
