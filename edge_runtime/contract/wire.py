@@ -120,7 +120,8 @@ class Frame(Message, frozen=True):
         accepted: how many leading draft tokens the target accepted; in the first frame only, 0 in later ones.
         tokens: the target's own tokens that follow them.
         queue_100us: time spent waiting for the engine so far, in units of 100 microseconds.
-        forward_100us: time spent in target forwards so far, likewise: three bytes hold 6.5 seconds.
+        forward_100us: time spent in target forwards so far, and in drafting beside the target, likewise: three bytes
+            hold 6.5 seconds.
         load: share of the engine's session slots in use, percent.
         finish: empty, or why the text ended: `stop` (end-of-text token) or `length` (context full).
         more: further frames of this round follow.
