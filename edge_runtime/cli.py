@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from edge_runtime import probing
 from edge_runtime.contract.errors import FlexSpecError, InputError
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         help="target in the family, may repeat (default: target-v1, then target-v2: the same board, a newer target)",
     )
     demo.set_defaults(run=_demo)
+
+    probing.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,169 @@
+"""Snapshots as tables in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from edge_runtime.planning.plan import Surroundings
+from edge_runtime.probes.snapshot import Snapshot
+from edge_runtime.probes.tcp import TcpInfo
+
+Line = tuple[str, str]
+
+
+def tables(snapshot: Snapshot, tcp: TcpInfo | None) -> Group:
+    """The snapshot for people: a table of what is known, one of what is broken, and what the planner is told."""
+    known = Table(box=None, show_header=False, pad_edge=False)
+    for title, lines in (
+        ("board", _board(snapshot)),
+        ("energy", _energy(snapshot)),
+        ("link", _link(snapshot, tcp)),
+        ("planner", _planner(snapshot.surroundings(tcp))),
+    ):
+        for index, (name, value) in enumerate(lines):
+            known.add_row(Text("" if index else title, style="bold"), Text(name, style="dim"), value)
+    broken = Table("probe", "failed", "what is broken", box=None, pad_edge=False, header_style="bold red")
+    for name, report in snapshot.probes.items():
+        for error in report.errors:
+            broken.add_row(name, f"{report.failures} of {report.readings}", error)
+    seconds = sum(report.seconds for report in snapshot.probes.values())
+    failing = sum(bool(report.errors) for report in snapshot.probes.values())
+    summary = f"{len(snapshot.probes)} probes, {failing} with errors, {1e3 * seconds:.1f} ms at their last readings"
+    return Group(known, *([broken] if broken.row_count else []), Text(summary, style="dim"))
+
+
+def _board(snapshot: Snapshot) -> Iterator[Line]:
+    processor, thermal, throttling = snapshot.processor, snapshot.thermal, snapshot.throttling
+    if processor is not None:
+        if processor.model is not None:
+            yield "model", processor.model
+        yield (
+            "processor",
+            _join(
+                _unit(processor.cores, "cores"),
+                _unit(processor.hertz, "Hz"),
+                _unit(processor.most_hertz, "Hz at most"),
+                None if processor.busy is None else f"{processor.busy:.0%} busy",
+                None if processor.load is None else f"load {processor.load:g}",
+            ),
+        )
+    if thermal is not None:
+        yield "temperature", _join(*(f"{zone.name} {zone.celsius:.1f} °C" for zone in thermal.zones))
+    if throttling is not None:
+        now = {True: "yes", False: "no", None: "unknown"}[throttling.now]
+        since = f"since boot: {', '.join(throttling.since_boot)}" if throttling.since_boot else None
+        yield "throttled", _join(now, *throttling.reasons, since)
+
+
+def _energy(snapshot: Snapshot) -> Iterator[Line]:
+    if snapshot.power is not None:
+        power = snapshot.power
+        part = "whole board" if power.whole_board else "a part of it: the board draws more"
+        yield "power", _join(_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
+        for rail in power.rails if len(power.rails) > 1 else []:
+            yield "", f"{_unit(rail.watts, 'W')} {rail.chip} {rail.label}"
+    if snapshot.supply is not None:
+        for battery in snapshot.supply.batteries:
+            yield (
+                battery.name,
+                _join(
+                    battery.state,
+                    None if battery.percent is None else f"{battery.percent:.0f} %",
+                    _unit(battery.joules_left, "J left"),
+                    _unit(battery.joules_full, "J when full"),
+                    _unit(battery.watts, "W"),
+                ),
+            )
+        if snapshot.supply.mains is not None:
+            yield "mains", "yes" if snapshot.supply.mains else "no"
+
+
+def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
+    route, metering = snapshot.route, snapshot.metering
+    if tcp is not None:
+        yield (
+            "connection",
+            _join(
+                f"RTT {_unit(tcp.rtt_seconds, 's')} ± {_unit(tcp.rtt_variation_seconds, 's')}",
+                None if tcp.min_rtt_seconds is None else f"at least {_unit(tcp.min_rtt_seconds, 's')}",
+                f"{tcp.bytes_sent} bytes sent, {tcp.bytes_acked} acknowledged, {tcp.bytes_received} received",
+                f"{tcp.retransmits} retransmits",
+            ),
+        )
+    if route is not None:
+        metered = None if metering is None else {True: "metered", False: "not metered", None: None}[metering.metered]
+        yield "route", _join(route.interface, None if route.gateway is None else f"through {route.gateway}", metered)
+    for interface in snapshot.interfaces or []:
+        up = {True: "up", False: "down", None: None}[interface.up]
+        yield (
+            interface.name,
+            _join(
+                interface.kind,
+                up,
+                _unit(interface.bits_per_second, "bit/s"),
+                f"received {_unit(interface.received_bytes, 'B')}, {_unit(interface.received_bytes_per_second, 'B/s')}",
+                f"sent {_unit(interface.sent_bytes, 'B')}, {_unit(interface.sent_bytes_per_second, 'B/s')}",
+                f"{interface.lost} lost",
+            ),
+        )
+    for wireless in snapshot.wireless or []:
+        yield (
+            f"{wireless.interface} signal",
+            _join(_unit(wireless.signal_dbm, "dBm"), f"quality {wireless.quality:g}", f"{wireless.retries} given up"),
+        )
+    for station in snapshot.stations or []:
+        if station.connected:
+            rates = (station.receive_bits_per_second, station.send_bits_per_second)
+            yield (
+                f"{station.interface} nl80211",
+                _join(
+                    _unit(station.signal_dbm, "dBm"),
+                    *(f"{way} {_unit(rate, 'bit/s')}" for way, rate in zip(("down", "up"), rates, strict=True)),
+                    _unit(station.hertz, "Hz"),
+                ),
+            )
+    if snapshot.modem is not None:
+        modem = snapshot.modem
+        roaming = {True: "roaming", False: "at home", None: None}[modem.roaming]
+        quality = None if modem.quality_percent is None else f"quality {modem.quality_percent:.0f} %"
+        yield "modem", _join(modem.state, *modem.technologies, roaming, quality)
+        if modem.radio is not None:
+            radio = modem.radio
+            values = {"RSRP": (radio.rsrp_dbm, "dBm"), "RSRQ": (radio.rsrq_db, "dB"), "SINR": (radio.sinr_db, "dB")}
+            yield (
+                "",
+                _join(
+                    radio.technology,
+                    *(f"{name} {_unit(*value)}" for name, value in values.items() if value[0] is not None),
+                ),
+            )
+
+
+def _planner(surroundings: Surroundings) -> Iterator[Line]:
+    known = {name: value for name, value in msgspec.structs.asdict(surroundings).items() if value is not None}
+    for name, value in known.items():
+        yield name, f"{value:.4g}" if isinstance(value, float) else ("yes" if value else "no")
+    unknown = [name for name in surroundings.__struct_fields__ if name not in known]
+    if unknown:
+        yield "unknown", ", ".join(unknown)
+
+
+def _join(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _unit(value: float | None, unit: str) -> str | None:
+    """With a prefix, to four digits, such as 1.2 GHz, 300 µs."""
+    if value is None:
+        return None
+    if unit.startswith(("dB", "cores")) or value == 0:
+        return f"{value:g} {unit}"
+    for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6)):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}"

@@ -1,0 +1,84 @@
+"""Files and programs that are there, absent, or broken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.probes import roots as module
+from edge_runtime.probes.roots import ProbeError, Reader, Recorded, Roots, decimal, integer, read_bytes, run_program
+
+
+@given(st.integers(-(10**19), 10**19))
+def test_integers(number: int) -> None:
+    assert integer(str(number)) == number
+    assert decimal(str(number)) == float(number)
+
+
+def test_a_program_that_is_not_there_or_fails_says_nothing() -> None:
+    assert run_program(("no-such-program-anywhere",)) is None
+    assert run_program((sys.executable, "-c", "print('no'); raise SystemExit(3)")) is None
+
+
+def test_a_program_speaks_untranslated() -> None:
+    said = run_program((sys.executable, "-c", "import os; print(os.environ['LC_ALL'])"))
+    assert said == b"C\n"
+
+
+def test_a_program_that_hangs_is_ended_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROGRAM_SECONDS", 0.1)
+    reader = Reader(Roots(), 0.0)
+    assert reader.program(str, sys.executable, "-c", "import time; time.sleep(60)") is None
+    assert "no answer within 0.1 s" in reader.errors[0]
+
+
+def test_a_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    with pytest.raises(ProbeError, match="cannot be started"):
+        run_program((str(broken),))
+
+
+def test_recorded_programs(tmp_path: Path) -> None:
+    (tmp_path / "iw_dev_wlan0_link").write_text("Not connected.\n")
+    run = Recorded(tmp_path)
+    assert run(("iw", "dev", "wlan0", "link")) == b"Not connected.\n"
+    assert run(("iw", "dev", "wlan1", "link")) is None
+
+
+def test_long_files_come_whole_and_endless_ones_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long"
+    path.write_bytes(b"x" * 300_000)
+    assert read_bytes(str(path)) == b"x" * 300_000
+    with pytest.raises(ProbeError, match="longer than"):
+        read_bytes("/dev/zero")
+
+
+def test_a_pipe_nobody_writes_to_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert read_bytes(str(tmp_path / "pipe")) == b""
+
+
+def test_names_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("hwmon10", "hwmon2", "other"):
+        (tmp_path / name).mkdir()
+    reader = Reader(Roots(), 0.0)
+    assert reader.names(str(tmp_path), "hwmon") == ["hwmon2", "hwmon10"]
+    assert reader.names(str(tmp_path / "none")) == [] and reader.errors == []
+
+
+def test_a_file_that_may_not_be_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(module.os, "open", refuse)
+    reader = Reader(Roots(), 0.0)
+    assert reader.integer("/sys/class/powercap/intel-rapl:0/energy_uj") is None
+    assert "energy_uj: Permission denied; run as root" in reader.errors[0]
