@@ -1,10 +1,10 @@
 """A lower bound that nobody reaches: what a text would cost somebody who knows every token's fate beforehand.
 
 Dynamic programming backwards over the text's positions, for a link and a verifier that always take their mean times.
-The clairvoyant drafts only what will be accepted, names a sibling only where it is the target's token, reads prompts for
-nothing, and may draft ahead and have two rounds in flight as far as physics allows. Where rounds follow each other in
-flight, two limits hold and either alone gives a bound: the board makes every guess one step after the other (`BOARD`),
-and no more than two rounds are on their way at once (`FLIGHT`). The larger of both is taken.
+The clairvoyant drafts only what will be accepted, names a sibling only where it is the target's token, reads prompts
+for nothing, and may draft ahead and have two rounds in flight as far as physics allows. Where rounds follow each other
+in flight, two limits hold and either alone gives a bound: the board makes every guess one step after the other
+(`BOARD`), and no more than two rounds are on their way at once (`FLIGHT`). The larger of both is taken.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
             whole = (prices.second + prices.flight) * (exchange + forward)
             guessed = not siblings and run[position] > drafted and after < length
             for state in best:
+                if state == "chained" and not drafted:
+                    # Only drafted rounds are sent before the last one is answered.
+                    continue
                 extra = prices.step * (drafting if state == "alone" else drafting + step)
                 ended = whole
                 if state == "alone":
@@ -96,7 +99,9 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
                 if state == "chained" and limit == FLIGHT:
                     ended = prices.second * between
                 go_on = ended + min(alone[after], streamed[after] if state != "chained" else far)
-                if guessed:
+                if guessed and state == "hidden":
+                    go_on = min(go_on, ended + hidden[after])
+                if guessed and drafted:
                     leaving = prices.second * between if limit == FLIGHT else 0.0
                     go_on = min(go_on, ended + hidden[after], leaving + chained[after])
                 best[state] = min(best[state], paid + extra + start + go_on)

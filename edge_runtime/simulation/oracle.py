@@ -49,7 +49,8 @@ class Footprint(msgspec.Struct, frozen=True):
         read: tokens that the draft read in its first step of a round, less one step's each.
         position: mean of tokens in front of a step.
         widths: (WIDEST + 1,) verifying forwards by their nodes.
-        own: forwards for the target's own tokens, of a verifier that does not speculate, and of one that does.
+        own: forwards for the target's own tokens, of a verifier that does not speculate; and of one that does, where
+            those that draft less count as less.
         sent, received: bytes.
     """
 
@@ -60,7 +61,7 @@ class Footprint(msgspec.Struct, frozen=True):
     read: int
     position: float
     widths: list[int]
-    own: tuple[int, int]
+    own: tuple[float, float]
     sent: int
     received: int
 
@@ -176,7 +177,9 @@ def footprint(texts: list[Text], plan: Plan) -> Footprint:
         if outcome.drafted:
             read += max(0, outcome.conditions.unread - STEPS_WORTH)
             places.append(outcome.conditions.position)
-    own = (plain.forwards - plain.rounds, speculating.forwards - speculating.rounds)
+    verifier = SimulatedVerifier(VERIFIERS["7b+spec"], 0)
+    verifying = sum(count * seconds for count, seconds in zip(widths, verifier.forward, strict=True))
+    own = (plain.forwards - plain.rounds, (speculating.verifier_seconds - verifying) / verifier.own_forward)
     position = sum(places) / len(places) if places else 0.0
     return Footprint(
         plan,

@@ -1,0 +1,84 @@
+"""Oracles: nobody beats the clairvoyant, and hindsight is what its footprints say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.planning.objective import Objective
+from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.simulation.clairvoyance import clairvoyant
+from edge_runtime.simulation.oracle import FIXED, Footprints, calibration, static_plans
+from edge_runtime.simulation.simulator import simulate
+from edge_runtime.simulation.world import World
+from tests.conftest import FAMILY
+from tests.edge_runtime.simulation.worlds import Wandering, make_text, make_world, plans, texts
+
+objectives = st.sampled_from(
+    (Objective(), Objective(verifier=2.0), Objective(joule=0.3), Objective(latency=0.0, joule=1.0, byte=0.01))
+)
+worlds = st.builds(
+    make_world,
+    step=st.sampled_from((0.0005, 0.01, 0.1)),
+    half_trip=st.sampled_from((0.001, 0.05, 0.2)),
+    speculates=st.booleans(),
+    overhead=st.sampled_from((0.0, 0.003)),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(texts, min_size=1, max_size=2), st.lists(plans, min_size=1, max_size=4), worlds, objectives)
+def test_no_plans_beat_the_clairvoyant(
+    texts: list[Text], plans: list[Plan], world: World, objective: Objective
+) -> None:
+    cost = simulate(texts, Wandering(plans), world).cost(objective)
+    assert clairvoyant(texts, world, objective) <= cost * (1 + 1e-9)
+
+
+def test_the_clairvoyant_by_hand() -> None:
+    world = make_world()
+    # Streaming: a round trip and a forward for each token; drafting everything but the last token is cheaper here.
+    assert clairvoyant([make_text("...")], world, Objective()) * 3 == pytest.approx(0.1 + 0.02 + 2 * 0.011)
+    assert clairvoyant([make_text("xxx")], world, Objective()) * 3 == pytest.approx(0.1 + 3 * 0.02)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[Text]:
+    return read_texts(FAMILY / "acceptance.npz", target="target-v2", temperature=0.7)[:3]
+
+
+@pytest.fixture(scope="module")
+def footprints(recorded: list[Text]) -> Footprints:
+    # Every ninth of the coarse space will do here.
+    return Footprints(recorded, static_plans(calibration(recorded))[::9] + list(FIXED))
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_footprints_price_what_the_simulator_plays(
+    recorded: list[Text], footprints: Footprints, speculates: bool
+) -> None:
+    objective = Objective(verifier=0.5, joule=0.02, byte=1e-5)
+    costs = footprints.costs(make_world(speculates=speculates, overhead=0.003), objective)
+    for plan, expected in zip(footprints.plans, costs, strict=True):
+        result = simulate(recorded, FixedPlanner(plan), make_world(speculates=speculates, overhead=0.003))
+        # What a speculating verifier's shorter forwards cost beside whole ones differs between verifiers.
+        assert result.cost(objective) == pytest.approx(expected, rel=0.03 if speculates and plan.own > 1 else 0.01)
+
+
+def test_hindsight_is_no_dearer_than_any_static_plan(recorded: list[Text], footprints: Footprints) -> None:
+    objective = Objective()
+    for step in (0.001, 0.03):
+        best, result = footprints.best(lambda step=step: make_world(step=step), objective, ahead=True)  # type: ignore[misc]
+        assert result.cost(objective) == simulate(recorded, FixedPlanner(best), make_world(step=step)).cost(objective)
+        for plan in footprints.plans:
+            other = simulate(recorded, FixedPlanner(plan), make_world(step=step)).cost(objective)
+            assert result.cost(objective) <= other * 1.001
+        assert clairvoyant(recorded, make_world(step=step), objective) <= result.cost(objective)
+
+
+def test_calibration_is_how_often_guesses_are_right() -> None:
+    right, wrong = make_text("." * 40, confidence=0.95), make_text("x" * 40, confidence=0.05)
+    found = calibration([right, wrong])
+    assert found[0] < 0.02 and found[-1] > 0.98 and found[5] == pytest.approx(0.55)

@@ -1,0 +1,76 @@
+"""Small worlds whose times can be computed by hand, and texts made up for them."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.simulation.acceptance import BEHIND, NONE, Text
+from edge_runtime.simulation.links import Conduct, Steady
+from edge_runtime.simulation.verifiers import SimulatedVerifier, VerifierCost
+from edge_runtime.simulation.world import World
+
+# A step takes 10 ms, half a round trip 50 ms, a forward 20 ms and 1 ms for each node beyond the first.
+STEP, HALF_TRIP, FORWARD, NODE = 0.010, 0.050, 0.020, 0.001
+PROMPT = 8
+
+
+def make_world(
+    *,
+    step: float = STEP,
+    half_trip: float = HALF_TRIP,
+    queue: float = 0.0,
+    speculates: bool = False,
+    overhead: float = 0.0,
+) -> World:
+    """Constant delays; bytes take no time."""
+    device = Device(
+        step_seconds=step, prefill_seconds=0.0, overhead_seconds=overhead, idle_watts=2.0, busy_watts=7.0,
+        radio_watts=1.0, joules_per_byte=0.001,
+    )  # fmt: skip
+    link = Steady(Conduct("constant", "wifi", 2 * half_trip, 0.0, 1e15, 1e15), 0)
+    cost = VerifierCost("constant", ((1, FORWARD), (2, FORWARD + NODE)), queue, 0.001, speculates)
+    return World("constant", device, link, SimulatedVerifier(cost, 0))
+
+
+def make_text(ranks: str, confidence: float = 0.9, behind: float = 0.5) -> Text:
+    """A text by its ranks: `.` a right guess, a digit the place of the right sibling, `x` none of them."""
+    places = [0 if mark == "." else NONE if mark == "x" else int(mark) for mark in ranks]
+    return Text(
+        "made-up", 0.0, 1.0, 0, PROMPT, [confidence] * len(places), places,
+        [[behind] * BEHIND if place else [] for place in places],
+    )  # fmt: skip
+
+
+texts = st.builds(make_text, st.text(".......12x", min_size=1, max_size=40), st.floats(0, 1), st.floats(0, 1))
+plans = st.builds(
+    Plan,
+    draft=st.integers(0, 12),
+    own=st.sampled_from((1, 1, 1, 2, 3, 7, 100)),
+    siblings=st.integers(0, 3),
+    sibling_confidence=st.floats(0, 1),
+    min_confidence=st.sampled_from((0.0, 0.0, 0.5)),
+    min_survival=st.floats(0, 1),
+    calibration=st.sampled_from(((), (0.1, 0.9), (0.3, 0.5, 0.8, 0.95))),
+    ahead=st.integers(0, 6),
+    in_flight=st.integers(1, 2),
+)
+
+
+class Wandering:
+    """Goes through its plans, and keeps what it is told."""
+
+    def __init__(self, plans: list[Plan]) -> None:
+        self._plans = plans
+        self._index = 0
+        self.conditions: list[Conditions] = []
+        self.outcomes: list[Outcome] = []
+
+    def plan(self, conditions: Conditions) -> Plan:
+        self.conditions.append(conditions)
+        self._index += 1
+        return self._plans[self._index % len(self._plans)]
+
+    def observe(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
