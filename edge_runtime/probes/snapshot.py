@@ -101,6 +101,7 @@ class Prober:
     Attributes:
         latest: the last snapshot; None before the first.
         period: seconds between two snapshots of `run`.
+        slots: the probes, by name.
     """
 
     def __init__(
@@ -125,20 +126,20 @@ class Prober:
         # `take` may be called from several threads, and probes remember things.
         self._lock = threading.Lock()
         self._roots = roots or Roots()
-        self._slots: dict[str, _Slot[Any]] = {}
-        self._processor = self._slot("processor", Processors().read)
-        self._thermal = self._slot("thermal", read_thermal)
-        self._throttling = self._slot("throttling", Throttles().read)
-        self._supply = self._slot("supply", read_supply)
-        self._sensors = self._slot("sensors", read_sensors)
-        self._rapl = self._slot("rapl", Rapl().read)
-        self._route = self._slot("route", lambda reader: read_route(reader, host))
-        self._interfaces = self._slot("interfaces", Interfaces(host).read)
-        self._wireless = self._slot("wireless", read_wireless)
-        self._firmware = self._slot("firmware", read_firmware, program_period)
-        self._stations = self._slot("stations", read_stations, program_period)
-        self._modem = self._slot("modem", read_modem, program_period)
-        self._metering = self._slot("metering", lambda reader: read_metering(reader, host), program_period)
+        self.slots: dict[str, Slot[Any]] = {}
+        self._processor = self._add("processor", Processors().read)
+        self._thermal = self._add("thermal", read_thermal)
+        self._throttling = self._add("throttling", Throttles().read)
+        self._supply = self._add("supply", read_supply)
+        self._sensors = self._add("sensors", read_sensors)
+        self._rapl = self._add("rapl", Rapl().read)
+        self._route = self._add("route", lambda reader: read_route(reader, host))
+        self._interfaces = self._add("interfaces", Interfaces(host).read)
+        self._wireless = self._add("wireless", read_wireless)
+        self._firmware = self._add("firmware", read_firmware, program_period)
+        self._stations = self._add("stations", read_stations, program_period)
+        self._modem = self._add("modem", read_modem, program_period)
+        self._metering = self._add("metering", lambda reader: read_metering(reader, host), program_period)
 
     def take(self) -> Snapshot:
         """Reads what is due, here and now: milliseconds without programs, up to seconds with them."""
@@ -165,7 +166,7 @@ class Prober:
                 stations=self._stations.read(now),
                 modem=self._modem.read(now),
                 metering=self._metering.read(now),
-                probes={name: slot.report for name, slot in self._slots.items()},
+                probes={name: slot.report for name, slot in self.slots.items()},
             )
             return self.latest
 
@@ -175,8 +176,8 @@ class Prober:
             await asyncio.to_thread(self.take)
             await asyncio.sleep(self.period)
 
-    def _slot(self, name: str, probe: Callable[[Reader], T | None], period: float = 0.0) -> _Slot[T]:
-        self._slots[name] = slot = _Slot(self._roots, period, probe)
+    def _add(self, name: str, probe: Callable[[Reader], T | None], period: float = 0.0) -> Slot[T]:
+        self.slots[name] = slot = Slot(self._roots, period, probe)
         return slot
 
 
@@ -193,14 +194,20 @@ def best_power(
     return rapl
 
 
-class _Slot(Generic[T]):
-    """A probe, what it said last, and how it does."""
+class Slot(Generic[T]):
+    """A probe, what it said last, and how it does.
+
+    Attributes:
+        probe: reads what it measures; None where there is nothing to measure.
+        period: seconds for which a reading is good; 0 reads every time.
+        report: how it does.
+    """
 
     def __init__(self, roots: Roots, period: float, probe: Callable[[Reader], T | None]) -> None:
         self.report = ProbeReport()
         self._roots = roots
-        self._period = period
-        self._probe = probe
+        self.period = period
+        self.probe = probe
         self._due = float("-inf")
         self._value: T | None = None
 
@@ -208,11 +215,11 @@ class _Slot(Generic[T]):
         """Reads the probe if it is due; else what it said last."""
         if now < self._due:
             return self._value
-        self._due = now + self._period
+        self._due = now + self.period
         reader = Reader(self._roots, now)
         started = time.perf_counter()
         try:
-            self._value = self._probe(reader)
+            self._value = self.probe(reader)
         except Exception as error:
             # No sensor is worth the service: a mistake of ours is counted like one of the board's.
             self._value = None

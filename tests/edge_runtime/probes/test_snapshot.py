@@ -16,7 +16,7 @@ from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.battery import Supply
 from edge_runtime.probes.roots import ProbeError, Reader, Roots
 from edge_runtime.probes.route import Metering, Route
-from edge_runtime.probes.snapshot import Prober, Snapshot, _Slot
+from edge_runtime.probes.snapshot import Prober, Slot, Snapshot
 from edge_runtime.probes.tcp import TcpInfo
 from tests.edge_runtime.probes.conftest import BOARDS, Tree, roots_of
 
@@ -55,7 +55,7 @@ def test_a_mistake_in_a_probe_is_counted_and_survived() -> None:
     def wrong(reader: Reader) -> int:
         raise KeyError("oops")
 
-    slot = _Slot(Roots(), 0.0, wrong)
+    slot = Slot(Roots(), 0.0, wrong)
     assert slot.read(0.0) is None and slot.read(1.0) is None
     assert (slot.report.readings, slot.report.failures) == (2, 2)
     assert slot.report.errors == ["unexpected KeyError: 'oops'; please report it"]
