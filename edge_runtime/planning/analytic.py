@@ -1,14 +1,17 @@
 """The analytic planner: knows what each part of a round costs and what drafts are worth, and takes the cheapest plan.
 
 Before each round it compares two ways to finish the text: leaving it to the cloud (K = 0, n = all that is left), or
-drafted rounds at their best cost per token (`search`). Whichever is used teaches what it costs itself; the other one is
-tried now and then, as far as the expected loss stays within SPARED of all that was spent.
+drafted rounds at their best cost per token (`search`). Whichever is used teaches what it costs itself. The other one is
+tried as long as it could yet turn out to be the cheaper one, and now and then later, as far as the expected loss stays
+within what exploring may cost.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+
+import msgspec
 
 from edge_runtime.planning.costs import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
 from edge_runtime.planning.device import Device
@@ -19,14 +22,51 @@ from edge_runtime.planning.survival import Survivals, Table
 
 log = logging.getLogger("edge_runtime.planning")
 
-# Own tokens of the very first round, which shows what the link and the verifier cost.
+# Own tokens of the very first round, which shows what the link and the verifier cost; and of later trials.
 FIRST = 5
-# Share of all cost that may be spent on trying out what looks dearer.
+TRIAL = 10
+# What exploring may cost: so many tokens at first, and this share of everything else.
+SPARED_TOKENS = 8.0
 SPARED = 0.004
+# No trial of what looks so many times dearer.
+HOPELESS = 3.0
+# Rounds between two trials of streaming.
+PAUSE = 24
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
 # Prices that moved by less than this share leave the last search's result in force.
-MOVED = 0.04
+MOVED = 0.06
+# Share of rounds that are faster than what is counted on for drafting ahead.
+QUICK = 0.3
+# A verifier's forward that nobody has seen is at most this long.
+SLOWEST_FORWARD = 0.1
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Two ways to finish a text and what they cost, in the objective's seconds.
+
+    Attributes:
+        left: tokens to go.
+        draft: the best drafted round.
+        prefill: of the draft, once.
+        drafted: all tokens in drafted rounds.
+        first: a streaming round of one token.
+        each: every further token of it.
+        hoped: the least that this could turn out to be.
+    """
+
+    left: int
+    draft: Draft
+    prefill: float
+    drafted: float
+    first: float
+    each: float
+    hoped: float
+
+    @property
+    def streamed(self) -> float:
+        """All tokens in one streaming round."""
+        return self.first + (self.left - 1) * self.each
 
 
 class AnalyticPlanner:
@@ -43,109 +83,130 @@ class AnalyticPlanner:
         self._device = device
         self._costs = Costs(device)
         self._survivals = Survivals(acceptance or {})
-        self._credit = 0.0
+        # What exploring may cost by now, in the objective's seconds; unknown before anything is.
+        self._credit: float | None = None
+        self._since_trial = 0
         self._table: Table | None = None
-        self._prices = Prices(0.0, 0.0, 0.0)
-        self._draft = Draft(0.0, 1, 1.0, 0, 0, 0.0, 1.0, 0.0, 1.0)
+        self._prices: Prices | None = None
+        self._draft = Draft(0.0, 1, 1.0)
 
     def plan(self, conditions: Conditions) -> Plan:
         """The cheapest plan for the rest of the text, as far as anybody knows."""
-        costs, left = self._costs, conditions.left
-        costs.listen(conditions)
-        if not costs.forward.known:
-            return Plan(0, own=min(FIRST, left), reason="nothing is known of link and verifier yet")
-        table = self._survivals.of(conditions.version, conditions.temperature).table()
-        objective = self._objective
-        device = self._device
+        self._costs.listen(conditions)
+        survival = self._survivals.of(conditions.version, conditions.temperature)
+        table = survival.table()
+        choice = self._choose(conditions, table)
+        plan = self._decide(conditions, choice, table, survival.doubt)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "K=%d n=%d: %.1f ms a token drafted, %.1f streamed, %d left: %s",
+                plan.draft, plan.own, 1e3 * choice.draft.cost, 1e3 * choice.streamed / choice.left, choice.left,
+                plan.reason,
+            )  # fmt: skip
+        return plan
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from a round."""
+        self._costs.observe(outcome)
+        conditions = outcome.conditions
+        self._survivals.of(conditions.version, conditions.temperature).observe(outcome)
+        self._since_trial += 1
+        if self._credit is not None:
+            self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
+
+    def _choose(self, conditions: Conditions, table: Table) -> Choice:
+        """Both ways to go on, at today's prices."""
+        costs, device, objective = self._costs, self._device, self._objective
         second = objective.latency + objective.joule * device.idle_watts
         on_air = second + objective.joule * device.radio_watts
         drafting = second + objective.joule * (device.busy_watts - device.idle_watts)
         worked = on_air + objective.verifier
         byte = objective.byte + objective.joule * device.joules_per_byte
-        identity = ID_BYTES * byte + ID_SECONDS * second
-        fixed = (costs.link.value + costs.queue.value) * on_air + device.overhead_seconds * second
-        fixed += costs.round_bytes.value * byte
-        node = costs.forward.slope * worked + identity
+        forward = costs.forward_seconds(1.0) if costs.forward.known else SLOWEST_FORWARD
+        link = costs.link.at(conditions.now)
+        exchange = (link + costs.queue.value) * on_air + device.overhead_seconds * second
+        exchange += costs.round_bytes.value * byte
+        node = costs.forward.slope * worked + ID_BYTES * byte + ID_SECONDS * second
+        step = costs.step_seconds(conditions.position)
         prices = Prices(
-            fixed + costs.forward_seconds(1.0) * worked,
-            costs.step_seconds(conditions.position) * drafting + node,
-            node,
+            base=exchange + forward * worked,
+            step=step * drafting + node,
+            node=node,
+            second=on_air,
+            ahead=step * (drafting - second),
+            forward=worked - on_air,
+            void=costs.round_bytes.value * byte,
+            step_seconds=step,
+            flight_seconds=min(costs.link_quantile(QUICK), link) + forward,
+            forward_seconds=forward,
+            node_seconds=costs.forward.slope,
+            overhead_seconds=device.overhead_seconds,
         )
         draft = self._search(table, prices)
-        streamed = fixed + costs.single_seconds() * worked
-        frame = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / costs.own_seconds())
-        each = costs.own_seconds() * worked + frame + ID_BYTES * byte
-        hoped = costs.own_hoped() * worked + frame + ID_BYTES * byte
+        own = costs.own_seconds() if costs.forward.known else SLOWEST_FORWARD
+        framed = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / own) + ID_BYTES * byte
         prefill = costs.prefill_seconds(conditions.unread) * drafting
+        # Most of the rounds will come later, when the link may be what it usually is.
+        left = conditions.left
+        later = costs.link.at(conditions.now + 0.5 * left * min(draft.cost, own * worked))
+        each = draft.cost + (later - link) * on_air / draft.tokens
         # A text's last round yields more than is left, by half a round on average.
-        drafted = prefill + draft.cost * (left + 0.5 * (draft.tokens - 1.0))
-        if left < 2 or streamed + (left - 1) * each <= drafted:
-            return self._stream(conditions, draft, streamed, each, drafted, table)
-        if streamed + (left - 1) * hoped < drafted:
-            return Plan(0, own=min(left, 2 * FIRST), reason="finding out how fast the cloud is by itself")
-        return self._drafted(conditions, draft, streamed, each, drafted, table)
-
-    def observe(self, outcome: Outcome) -> None:
-        """Learns from a round."""
-        costs = self._costs
-        costs.observe(outcome)
-        conditions = outcome.conditions
-        self._survivals.of(conditions.version, conditions.temperature).observe(outcome)
-        self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
+        drafted = prefill + each * (left + 0.5 * (draft.tokens - 1.0))
+        single = costs.single_seconds() if costs.forward.known else SLOWEST_FORWARD
+        return Choice(
+            left=left,
+            draft=draft,
+            prefill=prefill,
+            drafted=drafted,
+            first=exchange + single * worked,
+            each=own * worked + framed,
+            hoped=costs.own_hoped() * worked + framed,
+        )
 
     def _search(self, table: Table, prices: Prices) -> Draft:
         """The best drafted round, from the last search where nothing has moved."""
-        last = self._prices
-        if (
-            table is not self._table
-            or abs(prices.base - last.base) > MOVED * last.base
-            or abs(prices.step - last.step) > MOVED * last.step
-            or abs(prices.node - last.node) > 3 * MOVED * last.node
-        ):
+        if table is not self._table or self._prices is None or not prices.near(self._prices, MOVED):
             self._draft = best_draft(table, prices)
             self._table, self._prices = table, prices
         return self._draft
 
-    def _stream(
-        self, conditions: Conditions, draft: Draft, streamed: float, each: float, drafted: float, table: Table
-    ) -> Plan:
-        left = conditions.left
-        whole = streamed + (left - 1) * each
-        loss = drafted - whole
-        if left > 2 * draft.tokens:
-            # One drafted round, and the rest streamed.
-            loss = drafted - draft.cost * left + draft.cost * draft.tokens - draft.tokens * each
-            if 0.0 < loss < self._credit:
-                self._credit -= loss
-                return self._plan(draft, table, f"trying a draft: {1e3 * draft.cost:.0f} ms a token, it seems")
-        return Plan(
-            0,
-            own=left,
-            reason=f"the cloud alone: {1e3 * whole / left:.0f} ms a token, drafting would be {1e3 * drafted / left:.0f}",
-        )
+    def _decide(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> Plan:
+        left, draft = choice.left, choice.draft
+        streamed, drafted = choice.streamed, choice.drafted
+        told = f"{1e3 * draft.cost:.0f} ms a token drafted, {1e3 * streamed / left:.0f} streamed"
+        if not self._costs.forward.known:
+            if left <= FIRST or streamed < drafted:
+                return Plan(0, own=left, reason="drafting would not pay with any verifier")
+            return Plan(0, own=FIRST, reason="nothing is known of link and verifier yet")
+        if self._credit is None:
+            self._credit = SPARED_TOKENS * min(draft.cost, choice.each)
+        if left < 2 or streamed <= drafted:
+            hoped = choice.prefill + (drafted - choice.prefill) * (1.0 - doubt)
+            loss = choice.prefill + draft.tokens * (draft.cost - choice.each)
+            if left > 2 * draft.tokens and drafted < HOPELESS * streamed and hoped < streamed and loss < self._credit:
+                self._credit -= max(0.0, loss)
+                return self._plan(conditions, draft, table, f"trying a draft: {told}")
+            return Plan(0, own=left, reason=f"the cloud alone: {told}")
+        if not conditions.ready and left > TRIAL:
+            loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * draft.cost
+            hoped = choice.first + (left - 1) * choice.hoped
+            hopeful = hoped < drafted or (self._since_trial > PAUSE and streamed < HOPELESS * drafted)
+            if hopeful and loss < self._credit:
+                self._credit -= max(0.0, loss)
+                self._since_trial = 0
+                return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
+        beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
+        ahead = f", {draft.ahead} ahead" if draft.ahead else ""
+        return self._plan(conditions, draft, table, f"{draft.length} tokens{beside}{ahead}: {told}")
 
-    def _drafted(
-        self, conditions: Conditions, draft: Draft, streamed: float, each: float, drafted: float, table: Table
-    ) -> Plan:
-        left = conditions.left
-        loss = streamed + (FIRST - 1) * each - FIRST * draft.cost
-        if left > FIRST and loss < self._credit:
-            self._credit -= loss
-            return Plan(0, own=FIRST, reason="trying the cloud alone")
-        whole = streamed + (left - 1) * each
-        beside = f", {draft.siblings} siblings where unsure" if draft.siblings else ""
-        return self._plan(
-            draft,
-            table,
-            f"{draft.length} tokens{beside}: {1e3 * draft.cost:.0f} ms a token, streaming would be {1e3 * whole / left:.0f}",
-        )
-
-    def _plan(self, draft: Draft, table: Table, reason: str) -> Plan:
+    def _plan(self, conditions: Conditions, draft: Draft, table: Table, reason: str) -> Plan:
         return Plan(
-            draft.length,
+            max(draft.length, conditions.ready),
             siblings=draft.siblings,
             sibling_confidence=draft.sibling_confidence,
             min_survival=draft.survival,
             calibration=table.calibration,
+            ahead=draft.ahead,
+            in_flight=draft.in_flight,
             reason=reason,
         )

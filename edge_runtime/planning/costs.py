@@ -6,8 +6,10 @@ then follows what rounds report, within a few rounds even after a step change.
 
 from __future__ import annotations
 
+import math
+
 from edge_runtime.planning.device import Device
-from edge_runtime.planning.levels import Level, Line, Recent
+from edge_runtime.planning.levels import Level, Line, Recent, Wandering
 from edge_runtime.planning.plan import Conditions, Outcome
 
 # Guesses before the first answer.
@@ -22,8 +24,8 @@ FRAME_BYTES = 15.0
 FRAME_SECONDS = 0.05
 # A verifier that speculates by itself produces its own tokens up to so many times faster than one per forward.
 SPECULATION = 0.35
-# Own tokens after which what they cost is taken as it is.
-OWN_KNOWN = 12.0
+# A verifier whose own tokens cost one forward each, give or take this share, does not speculate.
+PLAIN = 0.06
 
 
 class Costs:
@@ -40,10 +42,10 @@ class Costs:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.link = Level(LINK_SECONDS)
+        self.link = Wandering(LINK_SECONDS)
         self.queue = Level(0.001)
         self.forward = Line(FORWARD_SECONDS, RISE)
-        self.own = Level(FORWARD_SECONDS, memory=300.0, patience=16.0, trust=0.5)
+        self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0, trust=0.5)
         self.single = Level(FORWARD_SECONDS)
         self.pace = Level(1.0, trust=0.9)
         self.round_bytes = Level(ROUND_BYTES)
@@ -59,8 +61,8 @@ class Costs:
 
     def listen(self, conditions: Conditions) -> None:
         """Before a round was observed, the kernel's round-trip time is the best figure of the link."""
-        if not self.link.known and conditions.surroundings.rtt_seconds is not None:
-            self.link.value = conditions.surroundings.rtt_seconds
+        if not self.link.now.known and conditions.surroundings.rtt_seconds is not None:
+            self.link.now.value = conditions.surroundings.rtt_seconds
 
     def step_seconds(self, position: int) -> float:
         """One draft step behind `position` tokens."""
@@ -83,14 +85,17 @@ class Costs:
         return self.own.value if self.own.known else self.single_seconds()
 
     def own_hoped(self) -> float:
-        """The least that it could turn out to be."""
-        doubt = max(0.0, 1.0 - (self.own.weight if self.own.known else 0.0) / OWN_KNOWN)
-        value = self.own_seconds()
-        return value + doubt * (min(value, SPECULATION * self.single_seconds()) - value)
+        """The least that `own_seconds` could yet turn out to be."""
+        single, value = self.single_seconds(), self.own_seconds()
+        if not self.own.known:
+            return SPECULATION * single
+        if self.forward.known and abs(value / single - 1.0) < PLAIN:
+            return value
+        return max(SPECULATION * single, value * (1.0 - min(1.0, 1.0 / math.sqrt(self.own.weight))))
 
     def link_quantile(self, share: float) -> float:
         """The time on the link that `share` of the last rounds did not exceed."""
-        return self._links.quantile(share, self.link.value)
+        return self._links.quantile(share, self.link.now.value)
 
     def joules(self, seconds: float, drafting: float, exchange: float, carried: float) -> float:
         """Modelled joules of the board in `seconds`, of which it spends `drafting` in the draft and `exchange` on air.
@@ -144,16 +149,15 @@ class Costs:
             self.forward.observe(nodes, max(outcome.forward_seconds - rest, outcome.forward_seconds / outcome.own))
 
     def _observe_link(self, outcome: Outcome) -> None:
-        verifier = outcome.queue_seconds + outcome.forward_seconds
-        seconds = outcome.exchange_seconds - verifier
+        # The first tokens' time is that of one exchange, whatever came after them, and whatever the draft did ahead.
+        verifier = outcome.forward_seconds
         if outcome.plan.own > 1 and outcome.own > 1:
-            # Only a stream's first tokens are one exchange; what they took of the verifier is as good as known.
-            nodes = 1 + outcome.drafted + sum(outcome.offered)
-            seconds = outcome.first_seconds - outcome.queue_seconds - self.forward.at(nodes)
+            verifier = self.forward.at(1 + outcome.drafted + sum(outcome.offered))
+        seconds = outcome.first_seconds - outcome.queue_seconds - verifier - self.device.overhead_seconds
         seconds = max(seconds, 1e-4)
-        changes = self.link.changes
-        self.link.observe(seconds)
-        if self.link.changes > changes:
+        changes = self.link.now.changes
+        self.link.observe(seconds, outcome.conditions.now + outcome.draft_seconds + outcome.first_seconds)
+        if self.link.now.changes > changes:
             self._links.forget(2)
         self._links.observe(seconds)
         if outcome.sent + outcome.received > 0:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+
+# An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
+DEVIATIONS = 3.0
+SHARE = 0.12
+# How long what is usual reaches back.
+USUAL_SECONDS = 120.0
+# After so long without an observation a level may have changed unseen.
+UNSEEN_SECONDS = 3.0
 
 
 class Level:
     """A slowly forgetting mean with its mean absolute deviation.
 
-    An observation far from the mean is clipped; when `patience` observations in a row lie far off on the same side,
-    the level has changed, and the mean starts anew from them.
+    Observations that lie far off wait for the next: if that lies off on the same side, the level has changed, and the
+    mean starts anew from them; if not, they were outliers and count for no more than what is not odd.
 
     Attributes:
         value: the mean.
@@ -23,11 +32,11 @@ class Level:
         Args:
             guess: the value before anything was observed.
             memory: how many observations the mean may rest on.
-            patience: see above.
+            patience: how many odd observations in a row are a change.
             trust: what the guess weighs, in observations.
         """
         self.value = guess
-        self.deviation = 0.25 * abs(guess)
+        self.deviation = SHARE * abs(guess)
         self.weight = trust
         self.changes = 0
         self._memory = memory
@@ -43,37 +52,110 @@ class Level:
     def observe(self, value: float, weight: float = 1.0) -> None:
         """Takes in `value`, the mean of `weight` observations."""
         if self.weight < 1.0:
-            share = weight / (weight + self.weight)
-            self.value += share * (value - self.value)
-            self.deviation = 0.15 * abs(self.value)
+            self.value += weight / (weight + self.weight) * (value - self.value)
+            self.deviation = SHARE * abs(self.value)
             self.weight = max(1.0, weight)
             return
         error = value - self.value
-        limit = 4.0 * self.deviation + 0.12 * abs(self.value)
-        if abs(error) > limit:
-            if self._odd_sum * error < 0.0:
-                self._odd_sum = self._odd_weight = 0.0
-            self._odd_sum += weight * error
-            self._odd_weight += weight
-            if self._odd_weight >= self._patience:
-                self.value += self._odd_sum / self._odd_weight
-                self.deviation = 0.15 * abs(self.value)
-                self.weight = self._odd_weight
-                self._odd_sum = self._odd_weight = 0.0
-                self.changes += 1
-                return
-            error = limit if error > 0.0 else -limit
-        else:
+        limit = DEVIATIONS * self.deviation + SHARE * abs(self.value)
+        if abs(error) <= limit:
+            self._settle(limit)
+            self._take(error, weight)
+            return
+        if self._odd_sum * error < 0.0:
+            self._settle(limit)
+        self._odd_sum += weight * error
+        self._odd_weight += weight
+        if self._odd_weight >= self._patience:
+            self.value += self._odd_sum / self._odd_weight
+            self.deviation = SHARE * abs(self.value)
+            self.weight = self._odd_weight
+            self.changes += 1
             self._odd_sum = self._odd_weight = 0.0
-        self.weight = min(self.weight + weight, self._memory)
-        share = min(1.0, weight / self.weight)
-        self.value += share * error
-        self.deviation += share * (abs(error) - self.deviation)
+
+    def believe(self, value: float) -> None:
+        """Takes the next observation as it is, should it be odd: `value` is what it will be."""
+        if abs(value - self.value) > DEVIATIONS * self.deviation + SHARE * abs(self.value):
+            self._odd_sum = self._odd_weight = 0.0
+            self.value = value
+            self.deviation = SHARE * abs(value)
+            self.weight = 1.0
 
     def scale(self, factor: float) -> None:
         """Moves the level where something else that was observed says it must be by now."""
         self.value *= factor
         self.deviation *= factor
+
+    def _settle(self, limit: float) -> None:
+        """Outliers count, as far as they are not odd."""
+        if self._odd_weight:
+            self._take(math.copysign(limit, self._odd_sum), self._odd_weight)
+            self._odd_sum = self._odd_weight = 0.0
+
+    def _take(self, error: float, weight: float) -> None:
+        self.weight = min(self.weight + weight, self._memory)
+        share = min(1.0, weight / self.weight)
+        self.value += share * error
+        self.deviation += share * (abs(error) - self.deviation)
+
+
+class Wandering:
+    """A level that changes now and then, and comes back: what it is now, and what it will be after a while.
+
+    Attributes:
+        now: the level now.
+        usual: mean over the last minutes of observation.
+    """
+
+    def __init__(self, guess: float) -> None:
+        self.now = Level(guess)
+        self.usual = guess
+        self._seconds = 0.0
+        self._last = self._since = math.nan
+        # How long it stayed above and below what is usual, on average, infinite if it was not seen to leave; and where.
+        self._stays = {True: math.inf, False: math.inf}
+        self._levels = {True: guess, False: guess}
+
+    def observe(self, value: float, time: float) -> None:
+        """Takes in `value`, observed at `time` in seconds."""
+        now = self.now
+        if not now.known:
+            self._last = self._since = time
+            self.usual = value
+        gap = max(0.0, time - self._last)
+        self._levels[now.value > self.usual] = now.value
+        before, changes, above = now.value, now.changes, now.value > self.usual
+        if gap > UNSEEN_SECONDS:
+            # Nobody saw what was meanwhile, so one observation is as good as many old ones.
+            now.believe(value)
+        now.observe(value)
+        if now.changes > changes:
+            if gap <= UNSEEN_SECONDS and self._last > self._since:
+                stayed, known = self._last - self._since, self._stays[above]
+                self._stays[above] = stayed if math.isinf(known) else known + 0.4 * (stayed - known)
+            self._since = time
+        elif abs(now.value - before) > SHARE * before and gap > UNSEEN_SECONDS:
+            self._since = time
+        # What was observed last held for as long as nobody looked, but for no longer than a second.
+        seconds = min(max(gap, 0.02), 1.0)
+        self._seconds = min(self._seconds + seconds, USUAL_SECONDS)
+        self.usual += seconds / self._seconds * (value - self.usual)
+        self._last = max(time, self._last)
+
+    def at(self, time: float) -> float:
+        """The level to expect at `time`: the further away, the more what is usual, unless it never came back."""
+        now = self.now
+        above = now.value > self.usual
+        stays = self._stays[above]
+        if math.isinf(stays) and now.known:
+            # What is usual lies between both sides as time is shared between them.
+            other = self._levels[not above]
+            share = min(max((self.usual - other) / (now.value - other), 0.05), 0.95) if now.value != other else 0.5
+            stays = self._stays[not above] * share / (1.0 - share)
+        if math.isinf(stays):
+            return now.value
+        still = math.exp(-max(0.0, time - self._last) / max(stays, 0.1))
+        return still * now.value + (1.0 - still) * self.usual
 
 
 class Recent:

@@ -8,34 +8,70 @@ few array operations.
 At the optimum, the threshold is where one more step costs what it brings: with lambda the cost per token, draft on iff
 (chance that all so far are accepted) * (chance that the next is) * lambda > cost of a step. Siblings are named where
 (chance that this token is the first missed) * (chance that one of them is right) * lambda > cost of their width.
+
+Drafting ahead makes a renewal of several rounds: one from scratch, and with the chance that the guess stands, others
+whose drafts are there already or whose requests are on their way already.
 """
 
 from __future__ import annotations
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from edge_runtime.planning.survival import BINS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
+from edge_runtime.planning.survival import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
 
-# Nodes that a verifier's widest forward holds; drafts and siblings stay well below on average.
-MOST_NODES = 48.0
-# Counts of siblings to choose from.
+Floats = npt.NDArray[np.float64]
+
+# Counts of siblings, and of tokens to draft ahead, to choose from.
 SIBLINGS = tuple(range(1, MOST_SIBLINGS + 1))
+AHEAD = (1, 2, 3, 4, 6, 8, 12, 16)
+# Drafting ahead is searched over every GRAIN-th threshold only.
+COARSE = 2
+# What drafting ahead must save at least: it works the board, and its gain is the least certain.
+LEAST_GAIN = 0.02
 
 
 class Prices(msgspec.Struct, frozen=True):
-    """What a drafted round costs, in the objective's seconds.
+    """What a drafted round costs, in the objective's seconds unless it says seconds.
 
     Attributes:
         base: of a round that drafts nothing and gets one token.
         step: of each drafted token: the draft's step and one node of the verifier's forward.
         node: of each sibling.
+        second: of the time in which nothing else is paid for.
+        ahead: of a step while a round is in flight: energy alone.
+        forward: of a second of the verifier's.
+        void: of a round that was sent early in vain.
+        step_seconds: of the draft.
+        flight_seconds: from sending a round to its answer; quick ones, for whether something fits.
+        forward_seconds, node_seconds: the verifier's forward over one node, and what each further one adds.
+        overhead_seconds: of the board, per round.
         longest: most tokens to draft.
     """
 
     base: float
     step: float
     node: float
+    second: float
+    ahead: float
+    forward: float
+    void: float
+    step_seconds: float
+    flight_seconds: float
+    forward_seconds: float
+    node_seconds: float
+    overhead_seconds: float
     longest: int = LONGEST
+
+    def near(self, other: Prices, share: float) -> bool:
+        """Whether all that a search depends on much differs by at most `share`."""
+        return (
+            abs(self.base - other.base) <= share * other.base
+            and abs(self.step - other.step) <= share * other.step
+            and abs(self.flight_seconds - other.flight_seconds) <= 2 * share * other.flight_seconds
+            and abs(self.node - other.node) <= 4 * share * other.node
+        )
 
 
 class Draft(msgspec.Struct, frozen=True):
@@ -45,20 +81,28 @@ class Draft(msgspec.Struct, frozen=True):
         cost: per token.
         length: K.
         survival: threshold of the stop rule.
-        level: its index in `THRESHOLDS`.
-        siblings, sibling_confidence: as in `Plan`.
-        drafted, accepted, tokens: expected, per round.
+        siblings, sibling_confidence, ahead, in_flight: as in `Plan`.
+        tokens: expected, per round.
     """
 
     cost: float
     length: int
     survival: float
-    level: int
-    siblings: int
-    sibling_confidence: float
-    drafted: float
-    accepted: float
-    tokens: float
+    siblings: int = 0
+    sibling_confidence: float = 0.0
+    ahead: int = 0
+    in_flight: int = 1
+    tokens: float = 1.0
+
+
+class _Beside(msgspec.Struct, frozen=True):
+    """Siblings: how many, up to which confidence, how many per drafted token, and hits per token whose forerunners are
+    all accepted."""
+
+    count: int = 0
+    confidence: float = 0.0
+    named: float = 0.0
+    hits: float = 0.0
 
 
 def best_draft(table: Table, prices: Prices) -> Draft:
@@ -66,33 +110,28 @@ def best_draft(table: Table, prices: Prices) -> Draft:
     bound = max(1, min(prices.longest, LONGEST)) + 1
     drafted, accepted = table.drafted[1:bound], table.accepted[1:bound]
     costs = (prices.base + prices.step * drafted) / (1.0 + accepted)
-    index = int(costs.argmin())
-    row, level = divmod(index, costs.shape[1])
-    siblings, confidence, share, hits = _siblings(
-        table, prices, float(costs[row, level]), float(accepted[row, level] / drafted[row, level])
-    )
-    if siblings:
-        # Per drafted token `share` siblings are named; per token whose forerunners are right, `hits` bring one more.
-        width = prices.step + share * prices.node
-        costs = (prices.base + width * drafted) / (1.0 + (1.0 + hits / table.acceptance) * accepted)
-        index = int(costs.argmin())
-        row, level = divmod(index, costs.shape[1])
-    taken = float(accepted[row, level])
-    return Draft(
-        cost=float(costs[row, level]),
+    row, level = divmod(int(costs.argmin()), LEVELS)
+    beside = _siblings(table, prices, float(costs[row, level]), float(accepted[row, level] / drafted[row, level]))
+    # Per drafted token siblings are named, and per token whose forerunners are right some bring one token more.
+    step = prices.step + beside.named * prices.node
+    yield_ = 1.0 + beside.hits / table.acceptance
+    if beside.count:
+        costs = (prices.base + step * drafted) / (1.0 + yield_ * accepted)
+        row, level = divmod(int(costs.argmin()), LEVELS)
+    cost = float(costs[row, level])
+    best = Draft(
+        cost=cost,
         length=row + 1,
         survival=float(THRESHOLDS[level]),
-        level=level,
-        siblings=siblings,
-        sibling_confidence=confidence,
-        drafted=float(drafted[row, level]),
-        accepted=taken,
-        tokens=1.0 + taken * (1.0 + hits / table.acceptance),
+        siblings=beside.count,
+        sibling_confidence=beside.confidence,
+        tokens=1.0 + yield_ * float(accepted[row, level]),
     )
+    return _ahead(table, prices, best, step, yield_)
 
 
-def _siblings(table: Table, prices: Prices, cost: float, accepted: float) -> tuple[int, float, float, float]:
-    """How many siblings, up to which confidence, how many that are per drafted token, and how many of these hit.
+def _siblings(table: Table, prices: Prices, cost: float, accepted: float) -> _Beside:
+    """The siblings worth naming.
 
     Args:
         cost: what a token is worth.
@@ -100,26 +139,71 @@ def _siblings(table: Table, prices: Prices, cost: float, accepted: float) -> tup
     """
     # Chance that all before a drafted token are accepted, on average.
     alive = min(1.0, accepted / table.acceptance)
-    best, chosen = 0.0, (0, 0.0, 0.0, 0.0)
+    best, chosen = 0.0, _Beside()
     for count in SIBLINGS:
         hit = float(table.sibling_hits[count])
         # Misses are rarer the surer the draft is, so the bins that are worth it are the lowest ones.
         worth = alive * table.missed * hit * cost > count * prices.node
         bins = BINS if worth.all() else int(worth.argmin())
-        if not bins:
-            continue
         named = float(table.sureness[:bins].sum())
         hits = float(table.first_missed[:bins].sum()) * hit
         gain = alive * hits * cost - named * count * prices.node
         if gain > best:
-            best, chosen = gain, (count, bins / BINS, named * count, hits)
+            best, chosen = gain, _Beside(count, bins / BINS, named * count, hits)
     return chosen
 
 
-def best_lead(table: Table, step: float, own: float, longest: int) -> tuple[int, float, float]:
-    """What to draft in front of a stream whose tokens cost `own` each: K, threshold, and what it saves."""
-    bound = max(1, min(longest, LONGEST)) + 1
-    saved = own * table.accepted[:bound] - step * table.drafted[:bound]
-    index = int(saved.argmax())
-    row, level = divmod(index, saved.shape[1])
-    return row, float(THRESHOLDS[level]), float(saved[row, level])
+def _ahead(table: Table, prices: Prices, best: Draft, step: float, yield_: float) -> Draft:
+    """`best`, or what drafting ahead makes cheaper than that."""
+    seconds, flight = prices.step_seconds, prices.flight_seconds
+    fitting = flight / seconds - 1.0
+    if fitting < 1.0:
+        return best
+    least = best.cost * (1.0 - LEAST_GAIN)
+    bound = max(1, min(prices.longest, LONGEST - 1)) + 1
+    rows, levels = slice(1, bound), slice(None, None, COARSE)
+    drafted, accepted = table.drafted[rows, levels], table.accepted[rows, levels]
+    fresh = prices.base + step * drafted
+    tokens = 1.0 + yield_ * accepted
+    # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
+    going, standing = table.going[rows, levels], table.intact[2 : bound + 1, levels]
+    for ahead in AHEAD:
+        if ahead > fitting:
+            break
+        steps = (1 + ahead) * seconds
+        worked = fresh + prices.ahead * (1 + ahead) * going
+        # One round in flight: after a guess that stands, drafting begins with `ahead` tokens.
+        costs = (worked - standing * np.minimum(ahead, drafted) * seconds * prices.second) / tokens
+        index = int(costs.argmin())
+        if costs.flat[index] < least:
+            least = float(costs.flat[index])
+            best = _with_ahead(best, costs, index, ahead, 1, tokens)
+        # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight.
+        chain = table.intact[ahead + 1, levels] if ahead < LONGEST else standing[-1]
+        forward = prices.forward_seconds + ahead * prices.node_seconds
+        second = max(forward, steps + prices.overhead_seconds)
+        third = max(forward, steps + prices.overhead_seconds + flight - second)
+        others = max(forward, (steps + prices.overhead_seconds + flight) / 2)
+        each = prices.forward * forward + ahead * (step - prices.second * seconds - prices.ahead)
+        each += prices.ahead * (1 + ahead)
+        more = prices.second * (second + chain * third + chain**2 / (1.0 - chain) * others) + each / (1.0 - chain)
+        costs = worked + prices.void * going + standing * more
+        costs /= tokens + standing / (1.0 - chain) * (1.0 + yield_ * table.accepted[ahead, levels])
+        index = int(costs.argmin())
+        if costs.flat[index] < least:
+            least = float(costs.flat[index])
+            best = _with_ahead(best, costs, index, ahead, 2, tokens)
+    return best
+
+
+def _with_ahead(best: Draft, costs: Floats, index: int, ahead: int, in_flight: int, tokens: Floats) -> Draft:
+    row, level = divmod(index, costs.shape[1])
+    return msgspec.structs.replace(
+        best,
+        cost=float(costs.flat[index]),
+        length=row + 1,
+        survival=float(THRESHOLDS[level * COARSE]),
+        ahead=ahead,
+        in_flight=in_flight,
+        tokens=float(tokens[row, level]),
+    )

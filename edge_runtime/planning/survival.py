@@ -13,6 +13,7 @@ in hindsight).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,14 +32,16 @@ GRAIN = 0.1
 LEVELS = 36
 THRESHOLDS: Floats = np.exp(-GRAIN * np.arange(LEVELS))
 
-# Share kept of old evidence per judged token, so that about the last 400 tokens count.
-KEPT = 0.9975
+# Share kept of old evidence per judged token, so that about the last 700 tokens count.
+KEPT = 0.9985
 # Judged tokens that a prior is worth: of how sure the draft is, of how right it is in each bin, of a sibling's rank.
 PRIOR_TOKENS = 24.0
 PRIOR_PER_BIN = 5.0
 PRIOR_MISSES = 12.0
 # What another version of the target taught counts for at most so many tokens of a new one.
 INHERITED = 120.0
+# Share by which a prior may be wrong about what a drafted token costs.
+DOUBT = 0.25
 
 # (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
 # recorded on both versions of the shipped family.
@@ -182,6 +185,11 @@ class Survival:
             self._fresh = 0
             self._table = Table(*self._curves())
         return self._table
+
+    @property
+    def doubt(self) -> float:
+        """Share by which drafted tokens could yet turn out to be cheaper than the table says."""
+        return DOUBT * math.sqrt(PRIOR_TOKENS / (PRIOR_TOKENS + self.judged))
 
     def curve(self) -> list[float]:
         """S(1), S(2), ...: how often the first k tokens of a draft were all accepted, as far as there is evidence."""
