@@ -309,12 +309,14 @@ class _Play:
                 result.draft_seconds += seconds
                 self._read += piece
             return max(answered, now), None
-        if plan.own > 1 or not drafted:
+        if plan.own > 1:
             return answered, None
         left = len(self._text) - done
         most = drafted + min(1 + plan.ahead, left - drafted)
         path = self._path(done, self._run[done], most)
         wanted, _ = _stopped(path, plan, drafted, most, survival)
+        if not self._made:
+            self._read = position
         while self._made < wanted and now < answered:
             now += step
             result.draft_seconds += step
