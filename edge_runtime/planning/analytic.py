@@ -25,13 +25,12 @@ log = logging.getLogger("edge_runtime.planning")
 # Own tokens of the very first round, which shows what the link and the verifier cost; and of later trials.
 FIRST = 5
 TRIAL = 10
-# What exploring may cost: so many tokens at first, and this share of everything else.
-SPARED_TOKENS = 8.0
+# A trial may cost what it could gain on so many tokens.
+HORIZON = 50.0
+# Share of all time that may be spent on trials without much hope, every so many rounds, of what is not much dearer.
 SPARED = 0.004
-# No trial of what looks so many times dearer.
-HOPELESS = 3.0
-# Rounds between two trials of streaming.
 PAUSE = 24
+HOPELESS = 3.0
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
 # Prices that moved by less than this share leave the last search's result in force.
@@ -83,8 +82,7 @@ class AnalyticPlanner:
         self._device = device
         self._costs = Costs(device)
         self._survivals = Survivals(acceptance or {})
-        # What exploring may cost by now, in the objective's seconds; unknown before anything is.
-        self._credit: float | None = None
+        self._credit = 0.0
         self._since_trial = 0
         self._table: Table | None = None
         self._prices: Prices | None = None
@@ -111,8 +109,7 @@ class AnalyticPlanner:
         conditions = outcome.conditions
         self._survivals.of(conditions.version, conditions.temperature).observe(outcome)
         self._since_trial += 1
-        if self._credit is not None:
-            self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
+        self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
 
     def _choose(self, conditions: Conditions, table: Table) -> Choice:
         """Both ways to go on, at today's prices."""
@@ -178,26 +175,38 @@ class AnalyticPlanner:
             if left <= FIRST or streamed < drafted:
                 return Plan(0, own=left, reason="drafting would not pay with any verifier")
             return Plan(0, own=FIRST, reason="nothing is known of link and verifier yet")
-        if self._credit is None:
-            self._credit = SPARED_TOKENS * min(draft.cost, choice.each)
         if left < 2 or streamed <= drafted:
-            hoped = choice.prefill + (drafted - choice.prefill) * (1.0 - doubt)
-            loss = choice.prefill + draft.tokens * (draft.cost - choice.each)
-            if left > 2 * draft.tokens and drafted < HOPELESS * streamed and hoped < streamed and loss < self._credit:
-                self._credit -= max(0.0, loss)
+            if left > 2 * draft.tokens and self._worth_drafting(choice, doubt):
                 return self._plan(conditions, draft, table, f"trying a draft: {told}")
             return Plan(0, own=left, reason=f"the cloud alone: {told}")
-        if not conditions.ready and left > TRIAL:
-            loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * draft.cost
-            hoped = choice.first + (left - 1) * choice.hoped
-            hopeful = hoped < drafted or (self._since_trial > PAUSE and streamed < HOPELESS * drafted)
-            if hopeful and loss < self._credit:
-                self._credit -= max(0.0, loss)
-                self._since_trial = 0
-                return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
+        if left > TRIAL and not conditions.ready and self._worth_streaming(choice):
+            return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
         beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
         ahead = f", {draft.ahead} ahead" if draft.ahead else ""
         return self._plan(conditions, draft, table, f"{draft.length} tokens{beside}{ahead}: {told}")
+
+    def _worth_drafting(self, choice: Choice, doubt: float) -> bool:
+        """Whether to draft a round although streaming seems cheaper."""
+        draft, left = choice.draft, choice.left
+        hoped = choice.prefill + (choice.drafted - choice.prefill) * (1.0 - doubt)
+        loss = choice.prefill + draft.tokens * (draft.cost - choice.each)
+        return self._worth(loss, (choice.streamed - hoped) / left, choice.drafted < HOPELESS * choice.streamed)
+
+    def _worth_streaming(self, choice: Choice) -> bool:
+        """Whether to stream a few tokens although drafting seems cheaper."""
+        loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * choice.draft.cost
+        hoped = choice.first + (choice.left - 1) * choice.hoped
+        return self._worth(loss, (choice.drafted - hoped) / choice.left, choice.streamed < HOPELESS * choice.drafted)
+
+    def _worth(self, loss: float, gain: float, thinkable: bool) -> bool:
+        """Whether to try what would cost `loss`, if it could gain `gain` a token; or for once in a while."""
+        if loss < HORIZON * gain:
+            return True
+        if thinkable and self._since_trial > PAUSE and loss < self._credit:
+            self._since_trial = 0
+            self._credit -= max(0.0, loss)
+            return True
+        return False
 
     def _plan(self, conditions: Conditions, draft: Draft, table: Table, reason: str) -> Plan:
         return Plan(
