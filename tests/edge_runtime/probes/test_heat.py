@@ -105,5 +105,6 @@ def test_psutil_counts_the_same_times_here() -> None:
     times = Reader(Roots(), 0.0).parsed("/proc/stat", parse_times)
     after = psutil.cpu_times()
     assert times is not None and times.cores == psutil.cpu_count()
-    tick = 1 / 100
+    # Waiting for a disk is known to go back a little.
+    tick = 5 / 100
     assert before.idle + before.iowait - tick <= times.idle / 100 <= after.idle + after.iowait + tick
