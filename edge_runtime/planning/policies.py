@@ -8,11 +8,12 @@ from edge_runtime.contract.errors import InputError
 from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
+from edge_runtime.planning.heuristics import BanditPlanner, HuggingFacePlanner, ThroughputPlanner
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 
 DEFAULT = "analytic"
-NAMES = ("analytic", "fixed")
+NAMES = ("analytic", "fixed", "hf-dynamic", "genai-ewma", "ucb")
 FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
@@ -39,4 +40,10 @@ def make_planner(
         return AnalyticPlanner(objective, device, acceptance=acceptance)
     if name == "fixed":
         return FixedPlanner(FIXED)
+    if name == "hf-dynamic":
+        return HuggingFacePlanner()
+    if name == "genai-ewma":
+        return ThroughputPlanner()
+    if name == "ucb":
+        return BanditPlanner(objective)
     raise InputError(f"{name!r} is no policy; there are {', '.join(NAMES)}")
