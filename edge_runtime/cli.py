@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime import probing
 from edge_runtime.contract.errors import FlexSpecError, InputError
+from edge_runtime.simulation import command
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
 
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     probing.add_parser(commands)
+    command.add_parser(commands)
     return parser
 
 

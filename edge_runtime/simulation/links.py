@@ -47,7 +47,7 @@ class Link(Protocol):
         """The first time from `now` on at which the link is there; infinite if it never is again."""
 
     def mean(self, sent: int, received: int) -> float:
-        """Expected seconds of both directions together, over all of the link's time at which it is there."""
+        """Expected seconds of both directions together, in the long run, while the link is there."""
 
     @property
     def radio(self) -> str:
@@ -157,6 +157,9 @@ class Schedule:
         return link.available(now)
 
     def mean(self, sent: int, received: int) -> float:
+        last = self._links[-1]
+        if not self._repeat and last:
+            return last.mean(sent, received)
         lengths = [end - start for start, end in zip([0.0, *self._ends], self._ends, strict=False)]
         there = [(seconds, link) for seconds, link in zip(lengths, self._links, strict=True) if link]
         whole = sum(seconds for seconds, _ in there)

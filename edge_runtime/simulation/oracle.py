@@ -100,6 +100,19 @@ def static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
     return plans
 
 
+def describe(plan: Plan) -> str:
+    """The plan in a few words."""
+    own = "all" if plan.own >= WHOLE_TEXT else plan.own
+    text = f"K={plan.draft} n={own}"
+    if plan.min_survival:
+        text += f", stop below {plan.min_survival:g}"
+    if plan.siblings:
+        text += f", {plan.siblings} siblings below {plan.sibling_confidence:g}"
+    if plan.ahead:
+        text += f", {plan.ahead} ahead, {plan.in_flight} in flight"
+    return text
+
+
 class Footprints:
     """Footprints of many plans on one set of texts, priced for any world at once."""
 
@@ -124,17 +137,18 @@ class Footprints:
         """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
         world = make()
         order = np.argsort(self.costs(world, objective), kind="stable")
-        played = [(plan, simulate(self._texts, FixedPlanner(plan), make())) for plan in map(self._plan, order[:PLAYED])]
-        played.sort(key=lambda pair: pair[1].cost(objective))
+        ranked = [self.plans[int(index)] for index in order]
+        drafting = [plan for plan in ranked if plan.draft and plan.own == 1]
+        # Where a link's mean says little, the cheapest of each kind is worth a try.
+        candidates = [*ranked[:PLAYED], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
         if ahead:
-            drafting = [plan for plan in map(self._plan, order) if plan.draft and plan.own == 1][:PLAYED_AHEAD]
-            for plan, count, in_flight in product(drafting, AHEAD, (1, 2)):
-                further = msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
-                played.append((further, simulate(self._texts, FixedPlanner(further), make())))
-        return min(played, key=lambda pair: pair[1].cost(objective))
-
-    def _plan(self, index: np.intp) -> Plan:
-        return self.plans[int(index)]
+            candidates += [
+                msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
+                for plan, count, in_flight in product(drafting[:PLAYED_AHEAD], AHEAD, (1, 2))
+            ]
+        played = {plan: simulate(self._texts, FixedPlanner(plan), make()) for plan in candidates}
+        best = min(candidates, key=lambda plan: played[plan].cost(objective))
+        return best, played[best]
 
 
 def _columns(marks: list[Footprint]) -> dict[str, npt.NDArray[np.float64]]:

@@ -159,7 +159,7 @@ class Bench:
             rows.append(self._row(cell, prints[cell.kind]))
             if self.options.each:
                 costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in rows[-1].costs.items())
-                self.console.print(f"{cell.name}: {costs}  ({_short(rows[-1].best)})")
+                self.console.print(f"{cell.name}: {costs}  ({oracle.describe(rows[-1].best)})")
         self._print_cells(rows)
         self.console.print(f"{len(rows)} cells in {time.perf_counter() - started:.0f} s")
 
@@ -202,7 +202,7 @@ class Bench:
                 f"{sum(ratio <= 1.03 for ratio in ratios) / len(rows):.0%}",
                 f"{sum(ratio <= 1.08 for ratio in ratios) / len(rows):.0%}",
                 f"{max(ratios):.3f}",
-                f"{worst.cell.name} ({_short(worst.best)})",
+                f"{worst.cell.name} ({oracle.describe(worst.best)})",
             )
         self.console.print(table)
         table = Table("policy", "against", "mean", "more than 2 % dearer", "worst", "in the cell", box=None)
@@ -326,14 +326,6 @@ def _sum(results: list[Result]) -> Result:
 
 def _joules(result: Result) -> str:
     return f"{100 * result.joules / result.tokens:.1f}"
-
-
-def _short(plan: Plan) -> str:
-    own = "all" if plan.own >= oracle.WHOLE_TEXT else plan.own
-    text = f"K={plan.draft} n={own}"
-    if plan.draft:
-        text += f" stop {plan.min_survival:g} siblings {plan.siblings}<{plan.sibling_confidence:g}"
-    return text + (f" ahead {plan.ahead} in flight {plan.in_flight}" if plan.ahead else "")
 
 
 def main() -> None:

@@ -59,7 +59,9 @@ def test_schedules_change_at_their_times() -> None:
     assert once.up(once.available(2.5), 0).seconds == pytest.approx(0.1)
     for_ever = Schedule([Part(2.0, links[0]), Part(1.0, None)], repeat=True)
     assert [for_ever.available(now) for now in (2.5, 4.5, 5.5)] == [3.0, 4.5, 6.0]
-    assert once.mean(0, 0) == pytest.approx((2 * 0.1 + 3 * 0.2) / 5)
+    assert once.mean(0, 0) == pytest.approx(0.2)
+    both = Schedule([Part(2.0, links[0]), Part(1.0, None), Part(3.0, links[1])], repeat=True)
+    assert both.mean(0, 0) == pytest.approx((2 * 0.1 + 3 * 0.2) / 5)
 
 
 def test_bursts_come_every_ten_seconds() -> None:
