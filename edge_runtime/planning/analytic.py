@@ -13,10 +13,11 @@ from collections.abc import Mapping
 
 import msgspec
 
+from edge_runtime.planning.budget import Budget, EnergyQueue
 from edge_runtime.planning.costs import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
 from edge_runtime.planning.search import Draft, Prices, best_draft
 from edge_runtime.planning.survival import Survivals, Table
 
@@ -37,6 +38,9 @@ ID_SECONDS = 2e-5
 MOVED = 0.06
 # Share of rounds that are faster than what is counted on for drafting ahead.
 QUICK = 0.3
+# A hot board drafts less: from this on, drafting counts double every ten degrees, and as much where it is throttled.
+HOT_CELSIUS = 75.0
+THROTTLED = 2.0
 # A verifier's forward that nobody has seen is at most this long.
 SLOWEST_FORWARD = 0.1
 
@@ -71,13 +75,22 @@ class Choice(msgspec.Struct, frozen=True):
 class AnalyticPlanner:
     """Plans by expected cost. One serves all texts of a process."""
 
-    def __init__(self, objective: Objective, device: Device, *, acceptance: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        device: Device,
+        *,
+        acceptance: Mapping[str, float] | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         """
         Args:
             objective: prices.
             device: the board, as far as it is known.
             acceptance: as in the bundle's manifest.
+            budget: of energy.
         """
+        self._queue = EnergyQueue(budget, device) if budget else None
         self._objective = objective
         self._device = device
         self._costs = Costs(device)
@@ -91,6 +104,8 @@ class AnalyticPlanner:
     def plan(self, conditions: Conditions) -> Plan:
         """The cheapest plan for the rest of the text, as far as anybody knows."""
         self._costs.listen(conditions)
+        if self._queue:
+            self._queue.advance(conditions.now, conditions.surroundings)
         survival = self._survivals.of(conditions.version, conditions.temperature)
         table = survival.table()
         choice = self._choose(conditions, table)
@@ -106,6 +121,8 @@ class AnalyticPlanner:
     def observe(self, outcome: Outcome) -> None:
         """Learns from a round."""
         self._costs.observe(outcome)
+        if self._queue:
+            self._queue.observe(outcome, self._costs.joules_of(outcome))
         conditions = outcome.conditions
         self._survivals.of(conditions.version, conditions.temperature).observe(outcome)
         self._since_trial += 1
@@ -115,10 +132,14 @@ class AnalyticPlanner:
         """Both ways to go on, at today's prices."""
         costs, device, objective = self._costs, self._device, self._objective
         second = objective.latency + objective.joule * device.idle_watts
-        on_air = second + objective.joule * device.radio_watts
-        drafting = second + objective.joule * (device.busy_watts - device.idle_watts)
+        joule = objective.joule
+        if self._queue:
+            second, scarce = self._queue.waiting(second)
+            joule += scarce
+        on_air = second + joule * device.radio_watts
+        drafting = second + joule * (device.busy_watts - device.idle_watts) * _heat(conditions.surroundings)
         worked = on_air + objective.verifier
-        byte = objective.byte + objective.joule * device.joules_per_byte
+        byte = objective.byte + joule * device.joules_per_byte
         forward = costs.forward_seconds(1.0) if costs.forward.known else SLOWEST_FORWARD
         link = costs.link.at(conditions.now)
         exchange = (link + costs.queue.value) * on_air + device.overhead_seconds * second
@@ -219,3 +240,11 @@ class AnalyticPlanner:
             in_flight=draft.in_flight,
             reason=reason,
         )
+
+
+def _heat(surroundings: Surroundings) -> float:
+    """How many times dearer a joule of drafting is on a board that is hot or throttled: heat is what it makes."""
+    factor = THROTTLED if surroundings.throttled else 1.0
+    if surroundings.celsius is not None:
+        factor *= 1.0 + max(0.0, surroundings.celsius - HOT_CELSIUS) / 10.0
+    return factor

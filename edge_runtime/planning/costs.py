@@ -97,18 +97,18 @@ class Costs:
         """The time on the link that `share` of the last rounds did not exceed."""
         return self._links.quantile(share, self.link.now.value)
 
-    def joules(self, seconds: float, drafting: float, exchange: float, carried: float) -> float:
-        """Modelled joules of the board in `seconds`, of which it spends `drafting` in the draft and `exchange` on air.
-
-        Args:
-            carried: bytes sent and received.
-        """
-        device = self.device
+    def joules_of(self, outcome: Outcome) -> float:
+        """Modelled joules of the board in a round, above idle, drafting ahead included."""
+        device, plan = self.device, outcome.plan
+        drafting = outcome.draft_seconds
+        if plan.ahead and outcome.drafted and plan.own == 1:
+            # A draft that stopped by itself goes on with the guess alone.
+            steps = 1 + (plan.ahead if outcome.drafted >= plan.draft else 0)
+            drafting += min(steps * self.step_seconds(outcome.conditions.position), outcome.exchange_seconds)
         return (
-            device.idle_watts * seconds
-            + (device.busy_watts - device.idle_watts) * drafting
-            + device.radio_watts * exchange
-            + device.joules_per_byte * carried
+            (device.busy_watts - device.idle_watts) * drafting
+            + device.radio_watts * outcome.exchange_seconds
+            + device.joules_per_byte * (outcome.sent + outcome.received)
         )
 
     def _modelled_step(self, position: int) -> float:

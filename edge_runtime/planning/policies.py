@@ -37,7 +37,7 @@ def make_planner(
         InputError: no policy has this name.
     """
     if name == "analytic":
-        return AnalyticPlanner(objective, device, acceptance=acceptance)
+        return AnalyticPlanner(objective, device, acceptance=acceptance, budget=budget)
     if name == "fixed":
         return FixedPlanner(FIXED)
     if name == "hf-dynamic":
