@@ -10,6 +10,7 @@ of max(200 ms, 2 RTT), which doubles if it is lost again.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
 from itertools import accumulate
@@ -262,6 +263,10 @@ def read_opportunities(path: Path) -> list[int]:
     return times
 
 
+# Simulations make the same link over and over, each time from its start.
+_read_once = functools.lru_cache(maxsize=8)(read_opportunities)
+
+
 def packets(count: int) -> int:
     """How many packets carry `count` bytes."""
     return max(1, -(-count // PACKET))
@@ -325,7 +330,7 @@ def _parse_recording(text: str, seed: int) -> Link:
     fields = text.split(":")
     if len(fields) != 4 or not _is_positive(fields[3]):
         raise InputError(f"--link {text!r} is not mahimahi:UP:DOWN:MS, two trace files and a round-trip time in ms")
-    up, down = read_opportunities(Path(fields[1])), read_opportunities(Path(fields[2]))
+    up, down = _read_once(Path(fields[1])), _read_once(Path(fields[2]))
     start = Random(seed).uniform(0, up[-1] / 1e3)
     return Recorded(up, down, propagation_seconds=float(fields[3]) / 2e3, start=start)
 

@@ -6,8 +6,8 @@
 `clairvoyance` has the lower bound that no plan whatsoever reaches.
 
 Without ahead-of-time drafting, how a static plan's rounds fall does not depend on link, board or verifier. So every
-plan is played once for its `Footprint`, which prices it for any world from mean delays; only the best few are then
-played in the world itself.
+plan of a coarse space is played once for its `Footprint`, which prices it for any world from mean delays; only the best
+few, these with drafting ahead, and then their neighbours are played in the world itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.acceptance import Text
+from edge_runtime.simulation.acceptance import SIBLINGS, Text
 from edge_runtime.simulation.links import CONDUCTS, Steady
 from edge_runtime.simulation.simulator import Result, simulate
 from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifier
@@ -37,6 +37,8 @@ FIXED = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
 # ahead.
 PLAYED, PLAYED_AHEAD = 6, 2
 AHEAD = (2, 4, 8, 16)
+# How often the best of the coarse space is then refined.
+PASSES = 2
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -78,7 +80,7 @@ def calibration(texts: list[Text]) -> tuple[float, ...]:
 
 
 def static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
-    """The plan space, coarsely: lengths, stopping, siblings, own tokens."""
+    """The coarse plan space: lengths, stopping, siblings, own tokens."""
     plans = [Plan(0, own) for own in (1, 2, 4, 8, 16, 32, WHOLE_TEXT)]
     lengths = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24)
     stops = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
@@ -98,6 +100,24 @@ def static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
     for length, stop, own in product((2, 4, 8), (0.0, 0.3, 0.6), (2, 4, 8, 16)):
         plans.append(Plan(length, own, min_survival=stop, calibration=true_calibration))
     return plans
+
+
+def _neighbours(plan: Plan) -> list[Plan]:
+    """Plans between this one and the next of the coarse space, in every direction that matters to it."""
+    if not plan.draft:
+        return []
+    changes: list[dict[str, float | int]] = [
+        {"draft": max(1, plan.draft - 1 - plan.draft // 6)},
+        {"draft": plan.draft + 1 + plan.draft // 6},
+        {"min_survival": max(0.0, plan.min_survival - 0.05)},
+        {"min_survival": plan.min_survival + 0.05},
+    ]
+    if plan.siblings:
+        changes += [{"siblings": max(1, plan.siblings - 2)}, {"siblings": min(SIBLINGS, plan.siblings + 2)}]
+        changes += [{"sibling_confidence": plan.sibling_confidence + step} for step in (-0.1, 0.05)]
+    if plan.ahead:
+        changes += [{"ahead": max(1, plan.ahead * 3 // 4)}, {"ahead": plan.ahead * 3 // 2}]
+    return [msgspec.structs.replace(plan, **change) for change in changes]
 
 
 def describe(plan: Plan) -> str:
@@ -146,8 +166,18 @@ class Footprints:
                 msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
                 for plan, count, in_flight in product(drafting[:PLAYED_AHEAD], AHEAD, (1, 2))
             ]
-        played = {plan: simulate(self._texts, FixedPlanner(plan), make()) for plan in candidates}
-        best = min(candidates, key=lambda plan: played[plan].cost(objective))
+        played: dict[Plan, Result] = {}
+
+        def cheapest(plans: list[Plan]) -> Plan:
+            for plan in plans:
+                if plan not in played:
+                    played[plan] = simulate(self._texts, FixedPlanner(plan), make())
+            return min(played, key=lambda plan: played[plan].cost(objective))
+
+        best = cheapest(candidates)
+        if ahead:
+            for _ in range(PASSES):
+                best = cheapest(_neighbours(best))
         return best, played[best]
 
 

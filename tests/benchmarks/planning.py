@@ -102,9 +102,9 @@ class Cell(NamedTuple):
         return self._replace(slower=1.0).world().device
 
 
-def cells(every: int, slower: float) -> Iterator[Cell]:
+def cells(links: list[str], every: int, slower: float) -> Iterator[Cell]:
     """Every so-many-th cell of the table, each with one kind of text, so that all kinds come with all parts."""
-    for i, link in enumerate(LINKS):
+    for i, link in enumerate(links):
         for j, board in enumerate(BOARDS):
             for k, name in enumerate(VERIFIERS):
                 if ((i * len(BOARDS) + j) * len(VERIFIERS) + k) % every == 0:
@@ -155,7 +155,7 @@ class Bench:
         started = time.perf_counter()
         prints = {kind: Prints.of(kind, self.options.texts, self.options.traces) for kind in KINDS}
         rows = []
-        for cell in cells(7 if self.options.quick else 1, self.options.slower):
+        for cell in cells(self.options.links, 7 if self.options.quick else 1, self.options.slower):
             rows.append(self._row(cell, prints[cell.kind]))
             if self.options.each:
                 costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in rows[-1].costs.items())
@@ -332,6 +332,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="latency", help=f"{', '.join(PRESETS)}, or prices (default: latency)")
     parser.add_argument("--policies", nargs="*", default=list(NAMES), metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--links",
+        nargs="*",
+        default=list(LINKS),
+        metavar="LINK",
+        help="of the cells; schedules and mahimahi:UP:DOWN:MS too (default: all presets)",
+    )
     parser.add_argument("--texts", type=int, default=8, help="in each cell (default: %(default)s)")
     parser.add_argument("--traces", type=Path, default=FAMILY / "acceptance.npz", help="default: the family's")
     parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
