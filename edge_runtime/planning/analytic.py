@@ -16,6 +16,7 @@ import msgspec
 from edge_runtime.planning.budget import Budget, EnergyQueue
 from edge_runtime.planning.costs import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
 from edge_runtime.planning.device import Device
+from edge_runtime.planning.levels import WIDEST
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
 from edge_runtime.planning.search import Draft, Prices, best_draft
@@ -140,25 +141,25 @@ class AnalyticPlanner:
         drafting = second + joule * (device.busy_watts - device.idle_watts) * _heat(conditions.surroundings)
         worked = on_air + objective.verifier
         byte = objective.byte + joule * device.joules_per_byte
-        forward = costs.forward_seconds(1.0) if costs.forward.known else SLOWEST_FORWARD
+        single = costs.forward.at(1.0) if costs.forward.known else SLOWEST_FORWARD
         link = costs.link.at(conditions.now)
         exchange = (link + costs.queue.value) * on_air + device.overhead_seconds * second
         exchange += costs.round_bytes.value * byte
-        node = costs.forward.slope * worked + ID_BYTES * byte + ID_SECONDS * second
         step = costs.step_seconds(conditions.position)
+        widths, forwards = costs.forward.knots if costs.forward.known else ([1.0, WIDEST], [single, 2.0 * single])
         prices = Prices(
-            base=exchange + forward * worked,
-            step=step * drafting + node,
-            node=node,
+            exchange=exchange,
+            step=step * drafting,
+            identity=ID_BYTES * byte + ID_SECONDS * second,
             second=on_air,
+            worked=worked,
             ahead=step * (drafting - second),
-            forward=worked - on_air,
             void=costs.round_bytes.value * byte,
             step_seconds=step,
-            flight_seconds=min(costs.link_quantile(QUICK), link) + forward,
-            forward_seconds=forward,
-            node_seconds=costs.forward.slope,
+            flight_seconds=min(costs.link_quantile(QUICK), link) + single,
             overhead_seconds=device.overhead_seconds,
+            widths=widths,
+            forwards=forwards,
         )
         draft = self._search(table, prices)
         own = costs.own_seconds() if costs.forward.known else SLOWEST_FORWARD
@@ -170,7 +171,6 @@ class AnalyticPlanner:
         each = draft.cost + (later - link) * on_air / draft.tokens
         # A text's last round yields more than is left, by half a round on average.
         drafted = prefill + each * (left + 0.5 * (draft.tokens - 1.0))
-        single = costs.single_seconds() if costs.forward.known else SLOWEST_FORWARD
         return Choice(
             left=left,
             draft=draft,

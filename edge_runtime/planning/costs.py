@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from edge_runtime.planning.device import Device
-from edge_runtime.planning.levels import Level, Line, Recent, Wandering
+from edge_runtime.planning.levels import Curve, Level, Recent, Wandering
 from edge_runtime.planning.plan import Conditions, Outcome
 
 # Guesses before the first answer.
@@ -44,9 +44,8 @@ class Costs:
         self.device = device
         self.link = Wandering(LINK_SECONDS)
         self.queue = Level(0.001)
-        self.forward = Line(FORWARD_SECONDS, RISE)
+        self.forward = Curve(FORWARD_SECONDS, RISE)
         self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0, trust=0.5)
-        self.single = Level(FORWARD_SECONDS)
         self.pace = Level(1.0, trust=0.9)
         self.round_bytes = Level(ROUND_BYTES)
         self._links = Recent()
@@ -72,21 +71,13 @@ class Costs:
         """What reading `unread` tokens adds to the first draft step."""
         return self.pace.value * self.device.prefill_seconds * max(0, unread - 1)
 
-    def forward_seconds(self, nodes: float) -> float:
-        """The verifier's forward over `nodes`."""
-        return self.forward.at(nodes)
-
-    def single_seconds(self) -> float:
-        """A forward over one node, as far as it is known."""
-        return self.single.value if self.single.known else self.forward.at(1.0)
-
     def own_seconds(self) -> float:
         """The verifier's time for each further token of its own, as far as it is known."""
-        return self.own.value if self.own.known else self.single_seconds()
+        return self.own.value if self.own.known else self.forward.at(1.0)
 
     def own_hoped(self) -> float:
         """The least that `own_seconds` could yet turn out to be."""
-        single, value = self.single_seconds(), self.own_seconds()
+        single, value = self.forward.at(1.0), self.own_seconds()
         if not self.own.known:
             return SPECULATION * single
         if self.forward.known and abs(value / single - 1.0) < PLAIN:
@@ -130,15 +121,10 @@ class Costs:
         further = outcome.own - 1 if outcome.plan.own > 1 else 0
         changes = self.forward.changes
         if not further:
-            before = self.forward.at(nodes)
             self.forward.observe(nodes, outcome.forward_seconds)
-            if nodes == 1:
-                self.single.observe(outcome.forward_seconds)
             if self.forward.changes > changes:
                 # The verifier's load has changed, and its own tokens' cost with it.
-                factor = outcome.forward_seconds / before
-                self.own.scale(factor)
-                self.single.scale(factor)
+                self.own.scale(self.forward.factor)
             return
         streamed = outcome.exchange_seconds - outcome.first_seconds
         rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streamed

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
+from itertools import accumulate
 
+# Where a curve's pieces end, and their middles.
+EDGES = (1.0, 3.0, 6.0, 10.0, 16.0, 28.0, 72.0)
+CENTRES = (1.0, 2.5, 5.0, 8.0, 13.0, 22.0, 44.0)
+WIDEST = EDGES[-1]
 # An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
 DEVIATIONS = 3.0
 SHARE = 0.12
@@ -180,83 +186,69 @@ class Recent:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-class Line:
-    """A line through noisy points, leaning towards a slope that is a share of its height; old points count less.
+class Curve:
+    """A never-falling curve through noisy points, piecewise straight between `CENTRES`; old points count less.
 
-    A step change of the height is noticed as by `Level`, and then only what came since counts.
+    Each piece has a level of its own. A step change of one of them moves all: what has changed is the load.
 
     Attributes:
         known: whether a point was seen.
-        changes: how often the height has changed.
+        changes: how often a level has changed, and `factor`, by how much it last did.
+        knots: (x, y) of the pieces that were seen, and of both ends.
     """
 
-    def __init__(self, guess: float, rise: float, *, kept: float = 0.96) -> None:
+    def __init__(self, guess: float, rise: float) -> None:
         """
         Args:
             guess: the height before a point was seen.
-            rise: the slope to lean towards, as a share of the height.
-            kept: share kept of old points' weight per point.
+            rise: how much the curve rises for each unit of x where nobody has seen it, as a share of its height.
         """
         self._rise = rise
-        self._kept = kept
-        self._guess = guess
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
-        self._off: list[tuple[float, float]] = []
+        self._levels = [Level(guess, trust=0.1) for _ in CENTRES]
+        self.known = False
         self.changes = 0
-        self._fitted: tuple[float, float] = (guess, guess * rise)
-
-    @property
-    def known(self) -> bool:
-        return self._n > 0.0
+        self.factor = 1.0
+        self.knots: tuple[list[float], list[float]] = ([], [])
+        self._draw()
 
     def at(self, x: float) -> float:
-        """The line's height at `x`; never less than a quarter of that at the middle of what was seen."""
-        height, slope = self._fitted
-        return height + slope * (x - self.middle)
-
-    @property
-    def middle(self) -> float:
-        """Mean x of what was seen."""
-        return self._x / self._n if self._n else 1.0
-
-    @property
-    def slope(self) -> float:
-        return self._fitted[1]
+        """The curve's height at `x`, from 1 to `WIDEST`."""
+        xs, ys = self.knots
+        index = min(bisect_right(xs, x), len(xs) - 1)
+        left, low = xs[index - 1], ys[index - 1]
+        return low + (ys[index] - low) * (x - left) / (xs[index] - left)
 
     def observe(self, x: float, y: float) -> None:
         """Takes in a point; `y` must be positive."""
-        if self._n:
-            expected = self.at(x)
-            if abs(y - expected) > 0.4 * expected:
-                self._off.append((x, y))
-                if len(self._off) < 2:
-                    return
-                self._n = self._x = self._y = self._xx = self._xy = 0.0
-                self.changes += 1
-                for point in self._off:
-                    self._add(*point)
-                self._off.clear()
-                self._fit()
-                return
-            self._off.clear()
-        self._add(x, y)
-        self._fit()
+        piece = bisect_left(EDGES, min(x, WIDEST))
+        level = self._levels[piece]
+        before, changes = level.value, level.changes
+        level.observe(y * self.at(CENTRES[piece]) / self.at(x) if level.known else y)
+        self.known = True
+        if level.changes > changes:
+            self.changes += 1
+            self.factor = level.value / before
+            for other in self._levels:
+                if other is not level:
+                    other.scale(self.factor)
+        self._draw()
 
-    def _add(self, x: float, y: float) -> None:
-        kept = self._kept
-        self._n = self._n * kept + 1.0
-        self._x = self._x * kept + x
-        self._y = self._y * kept + y
-        self._xx = self._xx * kept + x * x
-        self._xy = self._xy * kept + x * y
-
-    def _fit(self) -> None:
-        x, y = self._x / self._n, self._y / self._n
-        spread = self._xx / self._n - x * x
-        together = self._xy / self._n - x * y
-        # The leaning weighs as much as a few points two nodes apart.
-        lean = 8.0 / self._n
-        slope = (together + lean * self._rise * y) / (spread + lean)
-        # A wider forward is never cheaper, and never so much dearer that a narrow one would cost nothing.
-        slope = min(max(slope, 0.0), 0.9 * y / max(x, 1.0))
-        self._fitted = (y, slope)
+    def _draw(self) -> None:
+        seen = [(x, level.value) for x, level in zip(CENTRES, self._levels, strict=True) if level.known]
+        if not seen:
+            seen = [(1.0, self._levels[0].value)]
+        xs, ys = [x for x, _ in seen], list(accumulate((y for _, y in seen), max))
+        if xs[0] > 1.0:
+            # Towards a single node: straight on, leaning towards the usual rise, and never down to nothing.
+            slope = self._rise * ys[0]
+            if len(xs) > 1:
+                slope = max(slope, 0.7 * (ys[1] - ys[0]) / (xs[1] - xs[0]))
+            ys.insert(0, max(ys[0] - slope * (xs[0] - 1.0), 0.3 * ys[0]))
+            xs.insert(0, 1.0)
+        if xs[-1] < WIDEST:
+            slope = self._rise * ys[-1]
+            if len(xs) > 1:
+                slope = max(slope, 0.4 * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+            ys.append(ys[-1] + slope * (WIDEST - xs[-1]))
+            xs.append(WIDEST)
+        self.knots = (xs, ys)

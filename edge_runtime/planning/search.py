@@ -36,41 +36,46 @@ class Prices(msgspec.Struct, frozen=True):
     """What a drafted round costs, in the objective's seconds unless it says seconds.
 
     Attributes:
-        base: of a round that drafts nothing and gets one token.
-        step: of each drafted token: the draft's step and one node of the verifier's forward.
-        node: of each sibling.
-        second: of the time in which nothing else is paid for.
+        exchange: of a round, whatever it carries.
+        step: of a step of the draft.
+        identity: of each id on its way.
+        second: of time in flight.
+        worked: of a second of the verifier's forward, the waiting for it included.
         ahead: of a step while a round is in flight: energy alone.
-        forward: of a second of the verifier's.
         void: of a round that was sent early in vain.
         step_seconds: of the draft.
         flight_seconds: from sending a round to its answer; quick ones, for whether something fits.
-        forward_seconds, node_seconds: the verifier's forward over one node, and what each further one adds.
         overhead_seconds: of the board, per round.
+        widths, forwards: seconds of the verifier's forward by its nodes, on straight lines between these.
         longest: most tokens to draft.
     """
 
-    base: float
+    exchange: float
     step: float
-    node: float
+    identity: float
     second: float
+    worked: float
     ahead: float
-    forward: float
     void: float
     step_seconds: float
     flight_seconds: float
-    forward_seconds: float
-    node_seconds: float
     overhead_seconds: float
+    widths: list[float]
+    forwards: list[float]
     longest: int = LONGEST
 
     def near(self, other: Prices, share: float) -> bool:
         """Whether all that a search depends on much differs by at most `share`."""
+        if self.widths != other.widths:
+            return False
+        forwards = sum(other.forwards)
+        moved = sum(abs(a - b) for a, b in zip(self.forwards, other.forwards, strict=True))
         return (
-            abs(self.base - other.base) <= share * other.base
-            and abs(self.step - other.step) <= share * other.step
+            abs(self.step - other.step) <= share * other.step
+            and abs(self.exchange - other.exchange) <= share * (other.exchange + other.worked * other.forwards[0])
             and abs(self.flight_seconds - other.flight_seconds) <= 2 * share * other.flight_seconds
-            and abs(self.node - other.node) <= 4 * share * other.node
+            and moved <= share * forwards
+            and abs(self.worked - other.worked) <= share * other.worked
         )
 
 
@@ -109,51 +114,62 @@ def best_draft(table: Table, prices: Prices) -> Draft:
     """The drafted round of at least one token that is cheapest per token."""
     bound = max(1, min(prices.longest, LONGEST)) + 1
     drafted, accepted = table.drafted[1:bound], table.accepted[1:bound]
-    costs = (prices.base + prices.step * drafted) / (1.0 + accepted)
+    costs = _round(prices, drafted, 0.0) / (1.0 + accepted)
     row, level = divmod(int(costs.argmin()), LEVELS)
-    beside = _siblings(table, prices, float(costs[row, level]), float(accepted[row, level] / drafted[row, level]))
-    # Per drafted token siblings are named, and per token whose forerunners are right some bring one token more.
-    step = prices.step + beside.named * prices.node
+    beside = _siblings(table, prices, float(costs[row, level]), float(drafted[row, level]), float(accepted[row, level]))
+    # Per token whose forerunners are right, some siblings bring one token more.
     yield_ = 1.0 + beside.hits / table.acceptance
     if beside.count:
-        costs = (prices.base + step * drafted) / (1.0 + yield_ * accepted)
+        costs = _round(prices, drafted, beside.named) / (1.0 + yield_ * accepted)
         row, level = divmod(int(costs.argmin()), LEVELS)
-    cost = float(costs[row, level])
     best = Draft(
-        cost=cost,
+        cost=float(costs[row, level]),
         length=row + 1,
         survival=float(THRESHOLDS[level]),
         siblings=beside.count,
         sibling_confidence=beside.confidence,
         tokens=1.0 + yield_ * float(accepted[row, level]),
     )
-    return _ahead(table, prices, best, step, yield_)
+    return _ahead(table, prices, best, beside.named, yield_)
 
 
-def _siblings(table: Table, prices: Prices, cost: float, accepted: float) -> _Beside:
+def _round(prices: Prices, drafted: Floats, named: float) -> Floats:
+    """Expected cost of a round that drafts so many tokens and names `named` siblings beside each."""
+    ids = drafted * (1.0 + named)
+    return prices.exchange + prices.step * drafted + prices.identity * ids + prices.worked * _forward(prices, 1.0 + ids)
+
+
+def _forward(prices: Prices, nodes: Floats) -> Floats:
+    return np.interp(nodes, prices.widths, prices.forwards)
+
+
+def _siblings(table: Table, prices: Prices, cost: float, drafted: float, accepted: float) -> _Beside:
     """The siblings worth naming.
 
     Args:
         cost: what a token is worth.
-        accepted: share of drafted tokens that are accepted.
+        drafted, accepted: tokens in a round.
     """
     # Chance that all before a drafted token are accepted, on average.
-    alive = min(1.0, accepted / table.acceptance)
+    alive = min(1.0, accepted / drafted / table.acceptance)
+    # What one more node costs where siblings would come.
+    low, high = np.interp((1.0 + drafted, 2.0 + 2.0 * drafted), prices.widths, prices.forwards).tolist()
+    node = prices.identity + prices.worked * (high - low) / (1.0 + drafted)
     best, chosen = 0.0, _Beside()
     for count in SIBLINGS:
         hit = float(table.sibling_hits[count])
         # Misses are rarer the surer the draft is, so the bins that are worth it are the lowest ones.
-        worth = alive * table.missed * hit * cost > count * prices.node
+        worth = alive * table.missed * hit * cost > count * node
         bins = BINS if worth.all() else int(worth.argmin())
         named = float(table.sureness[:bins].sum())
         hits = float(table.first_missed[:bins].sum()) * hit
-        gain = alive * hits * cost - named * count * prices.node
+        gain = alive * hits * cost - named * count * node
         if gain > best:
             best, chosen = gain, _Beside(count, bins / BINS, named * count, hits)
     return chosen
 
 
-def _ahead(table: Table, prices: Prices, best: Draft, step: float, yield_: float) -> Draft:
+def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: float) -> Draft:
     """`best`, or what drafting ahead makes cheaper than that."""
     seconds, flight = prices.step_seconds, prices.flight_seconds
     fitting = flight / seconds - 1.0
@@ -163,7 +179,7 @@ def _ahead(table: Table, prices: Prices, best: Draft, step: float, yield_: float
     bound = max(1, min(prices.longest, LONGEST - 1)) + 1
     rows, levels = slice(1, bound), slice(None, None, COARSE)
     drafted, accepted = table.drafted[rows, levels], table.accepted[rows, levels]
-    fresh = prices.base + step * drafted
+    fresh = _round(prices, drafted, named)
     tokens = 1.0 + yield_ * accepted
     # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
     going, standing = table.going[rows, levels], table.intact[2 : bound + 1, levels]
@@ -180,12 +196,12 @@ def _ahead(table: Table, prices: Prices, best: Draft, step: float, yield_: float
             best = _with_ahead(best, costs, index, ahead, 1, tokens)
         # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight.
         chain = table.intact[ahead + 1, levels] if ahead < LONGEST else standing[-1]
-        forward = prices.forward_seconds + ahead * prices.node_seconds
+        ids = ahead * (1.0 + named)
+        forward = float(np.interp(1.0 + ids, prices.widths, prices.forwards))
         second = max(forward, steps + prices.overhead_seconds)
         third = max(forward, steps + prices.overhead_seconds + flight - second)
         others = max(forward, (steps + prices.overhead_seconds + flight) / 2)
-        each = prices.forward * forward + ahead * (step - prices.second * seconds - prices.ahead)
-        each += prices.ahead * (1 + ahead)
+        each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + ahead)
         more = prices.second * (second + chain * third + chain**2 / (1.0 - chain) * others) + each / (1.0 - chain)
         costs = worked + prices.void * going + standing * more
         costs /= tokens + standing / (1.0 - chain) * (1.0 + yield_ * table.accepted[ahead, levels])
