@@ -14,7 +14,7 @@ from typing import NamedTuple
 from edge_runtime.planning.objective import Objective
 from edge_runtime.simulation.acceptance import NONE, Text
 from edge_runtime.simulation.simulator import runs
-from edge_runtime.simulation.verifiers import WIDEST
+from edge_runtime.simulation.verifiers import LONGEST_DRAFT
 from edge_runtime.simulation.world import ID_BYTES, ROUND_BYTES, World
 
 BOARD, FLIGHT = "board", "flight"
@@ -78,7 +78,7 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
         left = length - position
         best = {"alone": far, "hidden": far, "chained": far}
         for drafted, siblings, said in _rounds(text.ranks, run, position, left):
-            forward = verifier.forward[min(WIDEST, 1 + drafted + siblings)]
+            forward = verifier.forward[1 + drafted + siblings]
             after = position + said
             paid = prices.forward * forward + fixed_bytes + prices.byte * ID_BYTES * (drafted + siblings)
             drafting = drafted * step
@@ -117,10 +117,10 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
 
 def _rounds(ranks: list[int], run: list[int], position: int, left: int) -> list[tuple[int, int, int]]:
     """(tokens drafted, siblings named, tokens said) of every round worth playing."""
-    right = min(run[position], left - 1)
+    right = min(run[position], left - 1, LONGEST_DRAFT)
     rounds = [(drafted, 0, drafted + 1) for drafted in range(right + 1)]
     missed = position + run[position]
     # One wrong guess more, whose sibling is right, and what follows it.
-    if run[position] + 2 <= left and ranks[missed] != NONE:
+    if run[position] + 2 <= left and run[position] < LONGEST_DRAFT and ranks[missed] != NONE:
         rounds.append((run[position] + 1, ranks[missed], run[position] + 2))
     return rounds

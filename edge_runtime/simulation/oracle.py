@@ -217,7 +217,7 @@ def footprint(texts: list[Text], plan: Plan) -> Footprint:
     read = 0
     places: list[int] = []
     for outcome in plain.log:
-        widths[min(WIDEST, 1 + outcome.drafted + sum(outcome.offered))] += 1
+        widths[1 + outcome.drafted + sum(outcome.offered)] += 1
         if outcome.drafted:
             read += max(0, outcome.conditions.unread - STEPS_WORTH)
             places.append(outcome.conditions.position)

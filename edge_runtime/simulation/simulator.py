@@ -13,7 +13,7 @@ import msgspec
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.simulation.acceptance import Text
-from edge_runtime.simulation.verifiers import WIDEST
+from edge_runtime.simulation.verifiers import LONGEST_DRAFT, WIDEST
 from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
 
 # Tokens that the draft reads at once (`edge_runtime.graphs.PREFILL_PIECE`).
@@ -36,7 +36,7 @@ class Result(msgspec.Struct):
         draft_seconds: the board's draft at work, ahead of time included.
         joules: of the board while texts were played.
         sent, received: payload bytes.
-        log: for each round when it was planned and what it came to, if asked for.
+        log: what each round came to, if asked for.
     """
 
     tokens: int = 0
@@ -155,11 +155,10 @@ class _Play:
         if early is None:
             conditions = self._conditions(left, done, self._made)
             plan = self._planner.plan(conditions)
-            cap = min(plan.draft, left - 1)
-            ready = min(self._made, cap)
+            cap = min(plan.draft, left - 1, LONGEST_DRAFT)
             path = self._path(done, run, cap)
             drafted, survival = _stopped(path, plan, 0, cap, 1.0)
-            ready = min(ready, drafted)
+            ready = min(self._made, drafted)
             seconds = self._extend(done, drafted)
             offered = _offered(path, plan, drafted)
             sent = began + seconds
@@ -175,7 +174,7 @@ class _Play:
         n = max(1, min(plan.own, left - drafted))
         accepted = min(drafted, run)
         queue = verifier.wait()
-        forward = verifier.forward[min(WIDEST, 1 + drafted + sum(offered))]
+        forward = verifier.forward[1 + drafted + sum(offered)]
         own, sibling = 1, 0
         if accepted < drafted and text.ranks[done + accepted] <= offered[accepted]:
             own, sibling = 2, text.ranks[done + accepted]
@@ -331,7 +330,7 @@ class _Play:
         conditions = self._conditions(left - drafted - 1, done + drafted + 1, behind)
         self._now = over
         following = self._planner.plan(conditions)
-        count = min(following.draft, left - drafted - 2, behind)
+        count = min(following.draft, left - drafted - 2, behind, LONGEST_DRAFT)
         if count < 1 or following.own > 1:
             return answered, None
         offered = _offered(path[drafted + 1 :], plan, count)
@@ -371,12 +370,14 @@ def _stopped(path: list[float], plan: Plan, start: int, most: int, survival: flo
 
 
 def _survival(path: list[float], plan: Plan, count: int) -> float:
+    """The chance that `count` guesses, made already, all survive."""
     return _stopped(path, msgspec.structs.replace(plan, min_confidence=0.0), 0, count, 1.0)[1]
 
 
 def _offered(path: list[float], plan: Plan, count: int) -> list[int]:
-    """How many siblings are named beside each of the first `count` guesses."""
+    """How many siblings are named beside each of the first `count` guesses, as long as a forward has room for them."""
     if not plan.siblings:
         return [0] * count
-    doubt = plan.sibling_confidence
-    return [plan.siblings if confidence <= doubt else 0 for confidence in islice(path, count)]
+    doubt, room = plan.sibling_confidence, WIDEST - 1 - count
+    offered = [plan.siblings if confidence <= doubt else 0 for confidence in islice(path, count)]
+    return offered if sum(offered) <= room else [max(0, min(n, room - sum(offered[:i]))) for i, n in enumerate(offered)]

@@ -15,7 +15,9 @@ import msgspec
 
 from edge_runtime.contract.errors import InputError
 
+# What the verifier takes by default: nodes of a forward, and drafted tokens of a round.
 WIDEST = 72
+LONGEST_DRAFT = 32
 SPECULATED = 5
 
 

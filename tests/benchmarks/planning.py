@@ -28,7 +28,7 @@ from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import PRESETS, Objective, parse_objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
-from edge_runtime.planning.policies import NAMES, make_planner
+from edge_runtime.planning.policies import DEFAULT, NAMES, make_planner
 from edge_runtime.simulation import oracle
 from edge_runtime.simulation.acceptance import Text, read_texts
 from edge_runtime.simulation.clairvoyance import clairvoyant
@@ -207,7 +207,8 @@ class Bench:
         self.console.print(table)
         table = Table("policy", "against", "mean", "more than 2 % dearer", "worst", "in the cell", box=None)
         for name in self.names:
-            for other in ["fixed K", *BASELINES, *(n for n in self.names if n != name)]:
+            rivals = [other for other in self.names if other != name] if name == DEFAULT else []
+            for other in ["fixed K", *BASELINES, *rivals]:
                 ratios = [row.costs[name] / row.costs[other] for row in rows]
                 worst = rows[ratios.index(max(ratios))]
                 dearer = sum(ratio > 1.02 for ratio in ratios)
@@ -236,7 +237,9 @@ class Bench:
                 best = footprints.costs(then.world(), self.objective).min()
                 final = _mean_cost(plans[len(plans) // 2 :], footprints, then.world(), self.objective)
                 settled.append(rounds)
-                table.add_row(name, f"{before} to {after}", f"{board}, {verifier}", str(rounds), f"{final / best:.3f}")
+                if name == DEFAULT:
+                    change = f"{before} to {after}"
+                    table.add_row(name, change, f"{board}, {verifier}", str(rounds), f"{final / best:.3f}")
             table.add_row(name, "all", "", f"worst {max(settled)}, median {median(settled):g}", "")
         self.console.print(table)
 

@@ -166,6 +166,13 @@ def test_drafting_stops_where_survival_is_too_small() -> None:
         assert result.log[0].drafted == drafted
 
 
+def test_no_more_is_sent_than_a_verifier_takes() -> None:
+    result = play("." * 80, Plan(60, siblings=3, sibling_confidence=1.0))
+    assert result.log[0].drafted == 32
+    assert result.log[0].offered == [3] * 13 + [0] * 19
+    assert result.log[0].forward_seconds == pytest.approx(FORWARD + 71 * NODE)
+
+
 def test_drafting_ahead_hides_steps() -> None:
     # While the first round is in flight (100 + 22 ms) the board guesses its own token and the 2 behind it.
     result = play("." * 6, Plan(2, ahead=2))
