@@ -25,8 +25,8 @@ from edge_runtime.planning.survival import Survivals, Table
 log = logging.getLogger("edge_runtime.planning")
 
 # Own tokens of the very first round, which shows what the link and the verifier cost; and of later trials.
-FIRST = 5
-TRIAL = 10
+FIRST = 7
+TRIAL = 16
 # A trial may cost what it could gain on so many tokens.
 HORIZON = 50.0
 # Share of all time that may be spent on trials without much hope, every so many rounds, of what is not much dearer.

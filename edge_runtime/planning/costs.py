@@ -25,7 +25,8 @@ FRAME_SECONDS = 0.05
 # A verifier that speculates by itself produces its own tokens up to so many times faster than one per forward.
 SPECULATION = 0.35
 # A verifier whose own tokens cost one forward each, give or take this share, does not speculate.
-PLAIN = 0.06
+PLAIN = 0.05
+PLAIN_TOKENS = 16.0
 
 
 class Costs:
@@ -45,7 +46,7 @@ class Costs:
         self.link = Wandering(LINK_SECONDS)
         self.queue = Level(0.001)
         self.forward = Curve(FORWARD_SECONDS, RISE)
-        self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0, trust=0.5)
+        self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0)
         self.pace = Level(1.0, trust=0.9)
         self.round_bytes = Level(ROUND_BYTES)
         self._links = Recent()
@@ -80,9 +81,11 @@ class Costs:
         single, value = self.forward.at(1.0), self.own_seconds()
         if not self.own.known:
             return SPECULATION * single
-        if self.forward.known and abs(value / single - 1.0) < PLAIN:
-            return value
-        return max(SPECULATION * single, value * (1.0 - min(1.0, 1.0 / math.sqrt(self.own.weight))))
+        doubt = 1.0 / math.sqrt(self.own.weight)
+        if abs(value / single - 1.0) < PLAIN:
+            # As good as certainly one forward each; by chance a verifier that speculates may look like that at first.
+            doubt = 0.3 * doubt if self.own.weight < PLAIN_TOKENS else 0.0
+        return max(SPECULATION * single, value * (1.0 - min(1.0, doubt)))
 
     def link_quantile(self, share: float) -> float:
         """The time on the link that `share` of the last rounds did not exceed."""
@@ -132,7 +135,7 @@ class Costs:
         each = min(max(rest, 0.1 * longest), outcome.forward_seconds) / further
         self.own.observe(each, float(further))
         if not self.forward.known:
-            self.forward.observe(nodes, max(outcome.forward_seconds - rest, outcome.forward_seconds / outcome.own))
+            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * longest))
 
     def _observe_link(self, outcome: Outcome) -> None:
         # The first tokens' time is that of one exchange, whatever came after them, and whatever the draft did ahead.

@@ -33,13 +33,13 @@ class Level:
         changes: how often the level has changed.
     """
 
-    def __init__(self, guess: float, *, memory: float = 16.0, patience: float = 2.0, trust: float = 0.5) -> None:
+    def __init__(self, guess: float, *, memory: float = 16.0, patience: float = 2.0, trust: float = 0.0) -> None:
         """
         Args:
             guess: the value before anything was observed.
             memory: how many observations the mean may rest on.
             patience: how many odd observations in a row are a change.
-            trust: what the guess weighs, in observations.
+            trust: what the guess weighs, in observations, below 1.
         """
         self.value = guess
         self.deviation = SHARE * abs(guess)
@@ -204,7 +204,7 @@ class Curve:
             rise: how much the curve rises for each unit of x where nobody has seen it, as a share of its height.
         """
         self._rise = rise
-        self._levels = [Level(guess, trust=0.1) for _ in CENTRES]
+        self._levels = [Level(guess) for _ in CENTRES]
         self.known = False
         self.changes = 0
         self.factor = 1.0
