@@ -28,13 +28,20 @@ log = logging.getLogger("edge_runtime.planning")
 FIRST = 7
 TRIAL = 16
 # A trial may cost what it could gain on so many tokens.
-HORIZON = 50.0
+HORIZON = 100.0
+# Share of the doubt about drafts that does not concern a verifier's own as well.
+SHARED_DOUBT = 0.3
 # Share of all time that may be spent on trials without much hope, every so many rounds, of what is not much dearer.
 SPARED = 0.004
 PAUSE = 24
 HOPELESS = 3.0
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
+# Drafted rounds cost more than told, since texts differ more than tokens of a text do: by so much at first, and then by
+# what the last hundred rounds or so came to.
+BIAS = 1.04
+BIAS_KEPT = 0.99
+BIAS_ROUNDS = 25.0
 # Prices that moved by less than this share leave the last search's result in force.
 MOVED = 0.06
 # Share of rounds that are faster than what is counted on for drafting ahead.
@@ -54,6 +61,9 @@ class Choice(msgspec.Struct, frozen=True):
         draft: the best drafted round.
         prefill: of the draft, once.
         drafted: all tokens in drafted rounds.
+        better: the same once the link is on its better side.
+        leaving: the chance that it is there by now.
+        stays: how many seconds the link stays as it is.
         first: a streaming round of one token.
         each: every further token of it.
         hoped: the least that this could turn out to be.
@@ -63,6 +73,9 @@ class Choice(msgspec.Struct, frozen=True):
     draft: Draft
     prefill: float
     drafted: float
+    better: float
+    leaving: float
+    stays: float
     first: float
     each: float
     hoped: float
@@ -98,6 +111,8 @@ class AnalyticPlanner:
         self._survivals = Survivals(acceptance or {})
         self._credit = 0.0
         self._since_trial = 0
+        # What drafted rounds cost and what they were to cost, in all.
+        self._real = self._told = self._rounds = 0.0
         self._table: Table | None = None
         self._prices: Prices | None = None
         self._draft = Draft(0.0, 1, 1.0)
@@ -121,12 +136,15 @@ class AnalyticPlanner:
 
     def observe(self, outcome: Outcome) -> None:
         """Learns from a round."""
-        self._costs.observe(outcome)
+        conditions = outcome.conditions
+        survival = self._survivals.of(conditions.version, conditions.temperature)
+        self._costs.observe(outcome, survival.table().speculated)
         if self._queue:
             self._queue.observe(outcome, self._costs.joules_of(outcome))
-        conditions = outcome.conditions
-        self._survivals.of(conditions.version, conditions.temperature).observe(outcome)
+        survival.observe(outcome)
         self._since_trial += 1
+        if outcome.drafted and not outcome.repeated:
+            self._observe_bias(outcome)
         self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
 
     def _choose(self, conditions: Conditions, table: Table) -> Choice:
@@ -162,24 +180,49 @@ class AnalyticPlanner:
             forwards=forwards,
         )
         draft = self._search(table, prices)
-        own = costs.own_seconds() if costs.forward.known else SLOWEST_FORWARD
+        own = costs.own_seconds(table.speculated) if costs.forward.known else SLOWEST_FORWARD
         framed = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / own) + ID_BYTES * byte
         prefill = costs.prefill_seconds(conditions.unread) * drafting
         # Most of the rounds will come later, when the link may be what it usually is.
         left = conditions.left
         later = costs.link.at(conditions.now + 0.5 * left * min(draft.cost, own * worked))
-        each = draft.cost + (later - link) * on_air / draft.tokens
+        each = draft.cost * self._bias + (later - link) * on_air / draft.tokens
         # A text's last round yields more than is left, by half a round on average.
-        drafted = prefill + each * (left + 0.5 * (draft.tokens - 1.0))
+        rounds = left + 0.5 * (draft.tokens - 1.0)
+        better = each - max(0.0, later - costs.link.other) * on_air / draft.tokens
         return Choice(
             left=left,
             draft=draft,
             prefill=prefill,
-            drafted=drafted,
+            drafted=prefill + each * rounds,
+            better=prefill + better * rounds,
+            leaving=1.0 - costs.link.still(conditions.now),
+            stays=costs.link.stays,
             first=exchange + single * worked,
             each=own * worked + framed,
-            hoped=costs.own_hoped() * worked + framed,
+            hoped=costs.own_hoped(table.speculated) * worked + framed,
         )
+
+    def _observe_bias(self, outcome: Outcome) -> None:
+        """Compares what drafted rounds cost with what they were to cost."""
+        prices = self._prices
+        if prices is None:
+            return
+        conditions = outcome.conditions
+        drafting = outcome.draft_seconds - self._costs.prefill_seconds(conditions.unread)
+        cost = prices.second * outcome.exchange_seconds + (prices.worked - prices.second) * outcome.forward_seconds
+        cost += max(0.0, drafting) * prices.step / prices.step_seconds
+        self._real = self._real * BIAS_KEPT + cost
+        self._rounds = self._rounds * BIAS_KEPT + 1.0
+        self._told = self._told * BIAS_KEPT + self._draft.cost * outcome.tokens
+
+    @property
+    def _bias(self) -> float:
+        """How many times more drafted rounds cost than was told; between 1 and 1.3."""
+        if not self._told:
+            return BIAS
+        weight = BIAS_ROUNDS * self._told / self._rounds
+        return min(max((self._real + BIAS * weight) / (self._told + weight), 1.0), 1.3)
 
     def _search(self, table: Table, prices: Prices) -> Draft:
         """The best drafted round, from the last search where nothing has moved."""
@@ -199,7 +242,7 @@ class AnalyticPlanner:
         if left < 2 or streamed <= drafted:
             if left > 2 * draft.tokens and self._worth_drafting(choice, doubt):
                 return self._plan(conditions, draft, table, f"trying a draft: {told}")
-            return Plan(0, own=left, reason=f"the cloud alone: {told}")
+            return Plan(0, own=self._stretch(choice), reason=f"the cloud alone: {told}")
         if left > TRIAL and not conditions.ready and self._worth_streaming(choice):
             return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
         beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
@@ -209,9 +252,25 @@ class AnalyticPlanner:
     def _worth_drafting(self, choice: Choice, doubt: float) -> bool:
         """Whether to draft a round although streaming seems cheaper."""
         draft, left = choice.draft, choice.left
+        if not self._costs.plain:
+            # An easier text than expected is easier for a verifier that speculates, too.
+            doubt *= SHARED_DOUBT
         hoped = choice.prefill + (choice.drafted - choice.prefill) * (1.0 - doubt)
         loss = choice.prefill + draft.tokens * (draft.cost - choice.each)
+        if loss < choice.leaving * (choice.streamed - choice.better):
+            return True
         return self._worth(loss, (choice.streamed - hoped) / left, choice.drafted < HOPELESS * choice.streamed)
+
+    def _stretch(self, choice: Choice) -> int:
+        """How many tokens to stream: all, or until the link is likely to be better again."""
+        left, draft = choice.left, choice.draft
+        count = choice.stays * choice.left / max(choice.streamed, 1e-4)
+        if choice.better < choice.streamed and count < left - 2 * draft.tokens:
+            gain = (choice.streamed - choice.better) / left * (left - count)
+            # Two in three that it is by then; coming back costs an exchange.
+            if 0.63 * gain > choice.first + choice.prefill:
+                return max(2, int(count))
+        return left
 
     def _worth_streaming(self, choice: Choice) -> bool:
         """Whether to stream a few tokens although drafting seems cheaper."""

@@ -37,6 +37,8 @@ class Costs:
         queue: waiting at the verifier.
         forward: the verifier's forward by its number of nodes.
         own: the verifier's time for each further token of its own.
+        stretch: the same times the tokens that a speculated forward brings, by the draft's acceptance at that time: a
+            verifier that speculates is faster on easy texts, as the board is.
         pace: how many times longer drafting takes than the device's figures say.
         round_bytes: of a round without ids.
     """
@@ -47,15 +49,20 @@ class Costs:
         self.queue = Level(0.001)
         self.forward = Curve(FORWARD_SECONDS, RISE)
         self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0)
+        self.stretch = Level(FORWARD_SECONDS, memory=1500.0, patience=48.0)
         self.pace = Level(1.0, trust=0.9)
         self.round_bytes = Level(ROUND_BYTES)
         self._links = Recent()
 
-    def observe(self, outcome: Outcome) -> None:
-        """Learns from a round."""
+    def observe(self, outcome: Outcome, bringing: float) -> None:
+        """Learns from a round.
+
+        Args:
+            bringing: tokens that a speculated forward brings.
+        """
         self._observe_draft(outcome)
         if outcome.forward_seconds > 0.0:
-            self._observe_verifier(outcome)
+            self._observe_verifier(outcome, bringing)
         if not outcome.repeated and outcome.exchange_seconds > 0.0:
             self._observe_link(outcome)
 
@@ -72,20 +79,31 @@ class Costs:
         """What reading `unread` tokens adds to the first draft step."""
         return self.pace.value * self.device.prefill_seconds * max(0, unread - 1)
 
-    def own_seconds(self) -> float:
-        """The verifier's time for each further token of its own, as far as it is known."""
-        return self.own.value if self.own.known else self.forward.at(1.0)
+    def own_seconds(self, bringing: float) -> float:
+        """The verifier's time for each further token of its own, as far as it is known.
 
-    def own_hoped(self) -> float:
+        Args:
+            bringing: tokens that a speculated forward brings.
+        """
+        if not self.own.known:
+            return self.forward.at(1.0)
+        return self.own.value if self.plain else self.stretch.value / bringing
+
+    def own_hoped(self, bringing: float) -> float:
         """The least that `own_seconds` could yet turn out to be."""
-        single, value = self.forward.at(1.0), self.own_seconds()
+        single, value = self.forward.at(1.0), self.own_seconds(bringing)
         if not self.own.known:
             return SPECULATION * single
         doubt = 1.0 / math.sqrt(self.own.weight)
-        if abs(value / single - 1.0) < PLAIN:
+        if self.plain:
             # As good as certainly one forward each; by chance a verifier that speculates may look like that at first.
             doubt = 0.3 * doubt if self.own.weight < PLAIN_TOKENS else 0.0
         return max(SPECULATION * single, value * (1.0 - min(1.0, doubt)))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the verifier's own tokens cost it one forward each."""
+        return abs(self.own.value / self.forward.at(1.0) - 1.0) < PLAIN
 
     def link_quantile(self, share: float) -> float:
         """The time on the link that `share` of the last rounds did not exceed."""
@@ -117,7 +135,7 @@ class Costs:
         modelled += self.device.prefill_seconds * max(0, conditions.unread - 1)
         self.pace.observe(outcome.draft_seconds / modelled)
 
-    def _observe_verifier(self, outcome: Outcome) -> None:
+    def _observe_verifier(self, outcome: Outcome, bringing: float) -> None:
         self.queue.observe(outcome.queue_seconds)
         nodes = 1 + outcome.drafted + sum(outcome.offered)
         # A text may end before what was asked for, so the count of own tokens tells how many forwards there were.
@@ -128,12 +146,14 @@ class Costs:
             if self.forward.changes > changes:
                 # The verifier's load has changed, and its own tokens' cost with it.
                 self.own.scale(self.forward.factor)
+                self.stretch.scale(self.forward.factor)
             return
         streamed = outcome.exchange_seconds - outcome.first_seconds
         rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streamed
         longest = outcome.forward_seconds * further / outcome.own
         each = min(max(rest, 0.1 * longest), outcome.forward_seconds) / further
         self.own.observe(each, float(further))
+        self.stretch.observe(each * bringing, float(further))
         if not self.forward.known:
             self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * longest))
 

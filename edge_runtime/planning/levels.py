@@ -16,8 +16,6 @@ DEVIATIONS = 3.0
 SHARE = 0.12
 # How long what is usual reaches back.
 USUAL_SECONDS = 120.0
-# After so long without an observation a level may have changed unseen.
-UNSEEN_SECONDS = 3.0
 
 
 class Level:
@@ -55,6 +53,15 @@ class Level:
         """Whether anything was observed."""
         return self.weight >= 1.0
 
+    @property
+    def reach(self) -> float:
+        """How far from the mean an observation may be without being odd."""
+        return DEVIATIONS * self.deviation + SHARE * abs(self.value)
+
+    def clipped(self, value: float) -> float:
+        """`value`, or the nearest that is not odd."""
+        return min(max(value, self.value - self.reach), self.value + self.reach)
+
     def observe(self, value: float, weight: float = 1.0) -> None:
         """Takes in `value`, the mean of `weight` observations."""
         if self.weight < 1.0:
@@ -63,7 +70,7 @@ class Level:
             self.weight = max(1.0, weight)
             return
         error = value - self.value
-        limit = DEVIATIONS * self.deviation + SHARE * abs(self.value)
+        limit = self.reach
         if abs(error) <= limit:
             self._settle(limit)
             self._take(error, weight)
@@ -78,14 +85,6 @@ class Level:
             self.weight = self._odd_weight
             self.changes += 1
             self._odd_sum = self._odd_weight = 0.0
-
-    def believe(self, value: float) -> None:
-        """Takes the next observation as it is, should it be odd: `value` is what it will be."""
-        if abs(value - self.value) > DEVIATIONS * self.deviation + SHARE * abs(self.value):
-            self._odd_sum = self._odd_weight = 0.0
-            self.value = value
-            self.deviation = SHARE * abs(value)
-            self.weight = 1.0
 
     def scale(self, factor: float) -> None:
         """Moves the level where something else that was observed says it must be by now."""
@@ -130,26 +129,32 @@ class Wandering:
             self.usual = value
         gap = max(0.0, time - self._last)
         self._levels[now.value > self.usual] = now.value
-        before, changes, above = now.value, now.changes, now.value > self.usual
-        if gap > UNSEEN_SECONDS:
-            # Nobody saw what was meanwhile, so one observation is as good as many old ones.
-            now.believe(value)
+        changes, above = now.changes, now.value > self.usual
         now.observe(value)
         if now.changes > changes:
-            if gap <= UNSEEN_SECONDS and self._last > self._since:
-                stayed, known = self._last - self._since, self._stays[above]
-                self._stays[above] = stayed if math.isinf(known) else known + 0.4 * (stayed - known)
-            self._since = time
-        elif abs(now.value - before) > SHARE * before and gap > UNSEEN_SECONDS:
+            # It changed at some time between the last observation and this one.
+            stayed, known = (self._last + time) / 2 - self._since, self._stays[above]
+            self._stays[above] = stayed if math.isinf(known) else known + 0.4 * (stayed - known)
             self._since = time
         # What was observed last held for as long as nobody looked, but for no longer than a second.
         seconds = min(max(gap, 0.02), 1.0)
         self._seconds = min(self._seconds + seconds, USUAL_SECONDS)
-        self.usual += seconds / self._seconds * (value - self.usual)
+        self.usual += seconds / self._seconds * (now.clipped(value) - self.usual)
         self._last = max(time, self._last)
 
     def at(self, time: float) -> float:
         """The level to expect at `time`: the further away, the more what is usual, unless it never came back."""
+        still = self.still(time)
+        return still * self.now.value + (1.0 - still) * self.usual
+
+    def still(self, time: float) -> float:
+        """The chance that the level will not have changed until `time`."""
+        stays = self.stays
+        return 1.0 if math.isinf(stays) else math.exp(-max(0.0, time - self._last) / stays)
+
+    @property
+    def stays(self) -> float:
+        """Seconds for which the level stays what it is, on average; infinite if it was never seen to change."""
         now = self.now
         above = now.value > self.usual
         stays = self._stays[above]
@@ -158,10 +163,12 @@ class Wandering:
             other = self._levels[not above]
             share = min(max((self.usual - other) / (now.value - other), 0.05), 0.95) if now.value != other else 0.5
             stays = self._stays[not above] * share / (1.0 - share)
-        if math.isinf(stays):
-            return now.value
-        still = math.exp(-max(0.0, time - self._last) / max(stays, 0.1))
-        return still * now.value + (1.0 - still) * self.usual
+        return max(stays, 0.1)
+
+    @property
+    def other(self) -> float:
+        """The level on the other side of what is usual, when it was last there."""
+        return self._levels[self.now.value <= self.usual]
 
 
 class Recent:

@@ -179,6 +179,7 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     bound = max(1, min(prices.longest, LONGEST - 1)) + 1
     rows, levels = slice(1, bound), slice(None, None, COARSE)
     drafted, accepted = table.drafted[rows, levels], table.accepted[rows, levels]
+    forwards = _forward(prices, 1.0 + drafted * (1.0 + named))
     fresh = _round(prices, drafted, named)
     tokens = 1.0 + yield_ * accepted
     # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
@@ -198,9 +199,11 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
         chain = table.intact[ahead + 1, levels] if ahead < LONGEST else standing[-1]
         ids = ahead * (1.0 + named)
         forward = float(np.interp(1.0 + ids, prices.widths, prices.forwards))
-        second = max(forward, steps + prices.overhead_seconds)
-        third = max(forward, steps + prices.overhead_seconds + flight - second)
-        others = max(forward, (steps + prices.overhead_seconds + flight) / 2)
+        sent = steps + prices.overhead_seconds
+        arriving = sent + flight - prices.forwards[0] + forward
+        second = np.maximum(forward, sent + forward - forwards)
+        third = np.maximum(forward, arriving - second)
+        others = max(forward, arriving / 2)
         each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + ahead)
         more = prices.second * (second + chain * third + chain**2 / (1.0 - chain) * others) + each / (1.0 - chain)
         costs = worked + prices.void * going + standing * more

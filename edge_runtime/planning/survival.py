@@ -27,13 +27,16 @@ BINS = 20
 # Longest draft that is considered, and the most siblings beside a token.
 LONGEST = 24
 MOST_SIBLINGS = 7
+# Tokens that a verifier speculating by itself is taken to draft for a forward.
+SPECULATED = 5
 # Thresholds of survival are exp(-GRAIN * level): from 1 down to 0.03.
 GRAIN = 0.1
 LEVELS = 36
 THRESHOLDS: Floats = np.exp(-GRAIN * np.arange(LEVELS))
 
-# Share kept of old evidence per judged token, so that about the last 700 tokens count.
-KEPT = 0.9985
+# Share kept of old evidence per judged token, so that about the last 140 tokens count: texts differ more than a longer
+# memory gains in certainty.
+KEPT = 0.993
 # Judged tokens that a prior is worth: of how sure the draft is, of how right it is in each bin, of a sibling's rank.
 PRIOR_TOKENS = 24.0
 PRIOR_PER_BIN = 5.0
@@ -41,7 +44,7 @@ PRIOR_MISSES = 12.0
 # What another version of the target taught counts for at most so many tokens of a new one.
 INHERITED = 120.0
 # Share by which a prior may be wrong about what a drafted token costs.
-DOUBT = 0.25
+DOUBT = 0.15
 
 # (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
 # recorded on both versions of the shipped family.
@@ -51,6 +54,8 @@ FIFTHS = (
     ((0.005, 0.50), (0.03, 0.47), (0.20, 0.53), (0.60, 0.66), (0.95, 0.94)),
 )
 TEMPERATURES = (0.0, 0.7, 1.0)
+# Share accepted in the evaluation of the same bundle, on text that people wrote.
+EVALUATED = (0.58, 0.56, 0.547)
 # Of the misses that no better sibling hit, the share that the r-th one hits; recorded likewise.
 SIBLING_HAZARDS = (0.36, 0.26, 0.19, 0.17, 0.15, 0.14, 0.13)
 
@@ -75,6 +80,7 @@ class Table:
         first_missed: the product of the two.
         sibling_hits: (MOST_SIBLINGS + 1,): chance that one of the first s siblings is what a missed token should have
             been.
+        speculated: tokens that a forward over SPECULATED drafted ones brings.
     """
 
     def __init__(self, sureness: Floats, calibration: Floats, sibling_hits: Floats) -> None:
@@ -104,6 +110,7 @@ class Table:
         self.drafted[1:] = self.going[:-1].cumsum(axis=0)
         self.accepted = np.zeros((LONGEST + 1, LEVELS))
         self.accepted[1:] = self.acceptance * self.intact[:-1].cumsum(axis=0)
+        self.speculated = 1.0 + float(self.accepted[SPECULATED, -1])
 
 
 _SHIFTS = np.maximum(0, np.arange(LEVELS)[None, :] - np.arange(LEVELS)[:, None])
@@ -128,9 +135,11 @@ class Survival:
         """
         sure, right = _prior(kind)
         if acceptance is not None:
-            # The evaluation says how often, the shipped family how sure: Bayes' rule joins them. What a target writes is
-            # easier to guess than what people wrote, on which drafts are evaluated; the family's figures are of that.
-            acceptance = min(max((acceptance + float(sure @ right)) / 2, 0.05), 0.98)
+            # The evaluation says how often, and Bayes' rule how sure the draft is then. What a target writes is easier
+            # to guess than what people wrote, on which drafts are evaluated: by as much as for the shipped family.
+            easier = _odds(float(sure @ right)) / _odds(EVALUATED[kind])
+            odds = easier * _odds(min(max(acceptance, 0.05), 0.95))
+            acceptance = odds / (1.0 + odds)
             of_hits, of_misses = sure * right, sure * (1.0 - right)
             hits = acceptance * of_hits / of_hits.sum()
             sure = hits + (1.0 - acceptance) * of_misses / of_misses.sum()
@@ -154,6 +163,8 @@ class Survival:
         accepted = outcome.accepted
         judged = min(accepted + 1, outcome.drafted)
         if not judged:
+            # What nobody judged makes what was judged old all the same.
+            self.judged *= KEPT**outcome.own
             return
         seen, hits, weight = self._seen, self._hits, self._weight
         for index in range(judged):
@@ -274,6 +285,10 @@ def _prior(kind: int) -> tuple[Floats, Floats]:
     edges = np.concatenate([[0.0], (sure[1:] + sure[:-1]) / 2, [1.0]])
     cumulated = np.interp(np.arange(BINS + 1) / BINS, edges, np.linspace(0.0, 1.0, len(edges)))
     return np.diff(cumulated) * 0.98 + 0.02 / BINS, calibrated
+
+
+def _odds(share: float) -> float:
+    return share / (1.0 - share)
 
 
 def _never_falling(values: list[float], weights: list[float]) -> list[float]:
