@@ -7,6 +7,8 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from itertools import accumulate
 
+# A side that was never left will be stayed on for so many times as long as it has been.
+LINGERS = 2.0
 # Where a curve's pieces end, and their middles.
 EDGES = (1.0, 3.0, 6.0, 10.0, 16.0, 28.0, 72.0)
 CENTRES = (1.0, 2.5, 5.0, 8.0, 13.0, 22.0, 44.0)
@@ -162,7 +164,8 @@ class Wandering:
             # What is usual lies between both sides as time is shared between them.
             other = self._levels[not above]
             share = min(max((self.usual - other) / (now.value - other), 0.05), 0.95) if now.value != other else 0.5
-            stays = self._stays[not above] * share / (1.0 - share)
+            # The longer it has stayed already, the longer it will.
+            stays = max(self._stays[not above] * share / (1.0 - share), LINGERS * (self._last - self._since))
         return max(stays, 0.1)
 
     @property

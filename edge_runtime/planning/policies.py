@@ -10,11 +10,10 @@ from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.heuristics import BanditPlanner, HuggingFacePlanner, ThroughputPlanner
 from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
+from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner
 
 DEFAULT = "analytic"
 NAMES = ("analytic", "fixed", "hf-dynamic", "genai-ewma", "ucb")
-FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
 def make_planner(

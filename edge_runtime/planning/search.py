@@ -15,6 +15,8 @@ whose drafts are there already or whose requests are on their way already.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +25,12 @@ from edge_runtime.planning.survival import BINS, LEVELS, LONGEST, MOST_SIBLINGS,
 
 Floats = npt.NDArray[np.float64]
 
-# Counts of siblings, and of tokens to draft ahead, to choose from.
-SIBLINGS = tuple(range(1, MOST_SIBLINGS + 1))
+# Tokens to draft ahead to choose from.
 AHEAD = (1, 2, 3, 4, 6, 8, 12, 16)
-# Drafting ahead is searched over every GRAIN-th threshold only.
-COARSE = 2
+_AHEAD = np.array(AHEAD)
+_COUNTS = np.arange(1.0, MOST_SIBLINGS + 1)[:, None]
+# Drafting ahead is searched over every so-many-th threshold only.
+COARSE = 3
 # What drafting ahead must save at least: it works the board, and its gain is the least certain.
 LEAST_GAIN = 0.02
 
@@ -155,74 +158,71 @@ def _siblings(table: Table, prices: Prices, cost: float, drafted: float, accepte
     # What one more node costs where siblings would come.
     low, high = np.interp((1.0 + drafted, 2.0 + 2.0 * drafted), prices.widths, prices.forwards).tolist()
     node = prices.identity + prices.worked * (high - low) / (1.0 + drafted)
-    best, chosen = 0.0, _Beside()
-    for count in SIBLINGS:
-        hit = float(table.sibling_hits[count])
-        # Misses are rarer the surer the draft is, so the bins that are worth it are the lowest ones.
-        worth = alive * table.missed * hit * cost > count * node
-        bins = BINS if worth.all() else int(worth.argmin())
-        named = float(table.sureness[:bins].sum())
-        hits = float(table.first_missed[:bins].sum()) * hit
-        gain = alive * hits * cost - named * count * node
-        if gain > best:
-            best, chosen = gain, _Beside(count, bins / BINS, named * count, hits)
-    return chosen
+    # Misses are rarer the surer the draft is, so the bins that are worth it are the lowest ones: (siblings, bins).
+    gains = (alive * cost * table.first_missed * table.sibling_hits[1:, None] - node * _COUNTS * table.sureness).cumsum(
+        1
+    )
+    row, last = divmod(int(gains.argmax()), BINS)
+    if gains[row, last] <= 0.0:
+        return _Beside()
+    count = row + 1
+    return _Beside(
+        count,
+        (last + 1) / BINS,
+        count * float(table.sureness[: last + 1].sum()),
+        float(table.first_missed[: last + 1].sum() * table.sibling_hits[count]),
+    )
 
 
 def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: float) -> Draft:
-    """`best`, or what drafting ahead makes cheaper than that."""
+    """`best`, or what drafting ahead makes cheaper than that; arrays are (tokens ahead, K, threshold)."""
     seconds, flight = prices.step_seconds, prices.flight_seconds
-    fitting = flight / seconds - 1.0
-    if fitting < 1.0:
+    # Only what is there before the answer is of use.
+    fitting = bisect_right(AHEAD, flight / seconds - 1.0)
+    if not fitting:
         return best
-    least = best.cost * (1.0 - LEAST_GAIN)
+    ahead = _AHEAD[:fitting]
+    counts = ahead[:, None, None]
     bound = max(1, min(prices.longest, LONGEST - 1)) + 1
     rows, levels = slice(1, bound), slice(None, None, COARSE)
-    drafted, accepted = table.drafted[rows, levels], table.accepted[rows, levels]
+    drafted = table.drafted[rows, levels]
     forwards = _forward(prices, 1.0 + drafted * (1.0 + named))
-    fresh = _round(prices, drafted, named)
-    tokens = 1.0 + yield_ * accepted
+    tokens = 1.0 + yield_ * table.accepted[rows, levels]
     # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
     going, standing = table.going[rows, levels], table.intact[2 : bound + 1, levels]
-    for ahead in AHEAD:
-        if ahead > fitting:
-            break
-        steps = (1 + ahead) * seconds
-        worked = fresh + prices.ahead * (1 + ahead) * going
-        # One round in flight: after a guess that stands, drafting begins with `ahead` tokens.
-        costs = (worked - standing * np.minimum(ahead, drafted) * seconds * prices.second) / tokens
-        index = int(costs.argmin())
-        if costs.flat[index] < least:
-            least = float(costs.flat[index])
-            best = _with_ahead(best, costs, index, ahead, 1, tokens)
-        # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight.
-        chain = table.intact[ahead + 1, levels] if ahead < LONGEST else standing[-1]
-        ids = ahead * (1.0 + named)
-        forward = float(np.interp(1.0 + ids, prices.widths, prices.forwards))
-        sent = steps + prices.overhead_seconds
-        arriving = sent + flight - prices.forwards[0] + forward
-        second = np.maximum(forward, sent + forward - forwards)
-        third = np.maximum(forward, arriving - second)
-        others = max(forward, arriving / 2)
-        each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + ahead)
-        more = prices.second * (second + chain * third + chain**2 / (1.0 - chain) * others) + each / (1.0 - chain)
-        costs = worked + prices.void * going + standing * more
-        costs /= tokens + standing / (1.0 - chain) * (1.0 + yield_ * table.accepted[ahead, levels])
-        index = int(costs.argmin())
-        if costs.flat[index] < least:
-            least = float(costs.flat[index])
-            best = _with_ahead(best, costs, index, ahead, 2, tokens)
-    return best
-
-
-def _with_ahead(best: Draft, costs: Floats, index: int, ahead: int, in_flight: int, tokens: Floats) -> Draft:
-    row, level = divmod(index, costs.shape[1])
+    worked = _round(prices, drafted, named) + prices.ahead * (1 + counts) * going
+    # One round in flight: after a guess that stands, drafting begins with what was drafted ahead.
+    waiting = worked - standing * np.minimum(counts, drafted) * (seconds * prices.second)
+    # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight. The
+    # second, the third and all others of a chain, by when they come after the one before.
+    chain = table.intact[ahead + 1, levels][:, None]
+    ids = counts * (1.0 + named)
+    forward = _forward(prices, 1.0 + ids)
+    sent = (1 + counts) * seconds + prices.overhead_seconds
+    arriving = sent + forward + (flight - prices.forwards[0])
+    second = np.maximum(forward, sent + forward - forwards)
+    third = np.maximum(forward, arriving - second)
+    others = np.maximum(forward, arriving / 2)
+    each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + counts)
+    more = prices.second * (second + chain * third) + (prices.second * chain**2 * others + each) / (1.0 - chain)
+    chained = worked + prices.void * going + standing * more
+    rounds = standing / (1.0 - chain)
+    costs = np.stack(
+        [
+            waiting / tokens,
+            chained / (tokens + rounds * (1.0 + yield_ * table.accepted[ahead, levels][:, None])),
+        ]
+    )
+    index = int(costs.argmin())
+    if costs.flat[index] >= best.cost * (1.0 - LEAST_GAIN):
+        return best
+    in_flight, which, row, level = np.unravel_index(index, costs.shape)
     return msgspec.structs.replace(
         best,
         cost=float(costs.flat[index]),
-        length=row + 1,
+        length=int(row) + 1,
         survival=float(THRESHOLDS[level * COARSE]),
-        ahead=ahead,
-        in_flight=in_flight,
+        ahead=AHEAD[which],
+        in_flight=int(in_flight) + 1,
         tokens=float(tokens[row, level]),
     )
