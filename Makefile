@@ -23,6 +23,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.wire
+	$(BIN)/python -m tests.benchmarks.probes
+	$(BIN)/python -m tests.benchmarks.planning
 
 setup: $(STAMP)
 

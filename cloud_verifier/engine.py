@@ -118,6 +118,7 @@ class _Playing:
         self._loop = asyncio.get_running_loop()
         self._submitted = time.perf_counter()
         self._told = 0.0
+        self._prefill_seconds = 0.0
         self._forward_seconds = 0.0
         self._tokens: list[int] = []
         self._close_calls: list[tuple[int, float]] = []
@@ -146,6 +147,7 @@ class _Playing:
         session, target, request = self._session, self._target, self._answer.request
         cached = session.cache.get_seq_length()
         yield from self._counted(target.prefill(session.ids[cached:-1], session.cache))
+        self._prefill_seconds, self._forward_seconds = self._forward_seconds, 0.0
         draft = request.draft[: self._room()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
         accepted, own = self._score(draft, siblings)
@@ -231,12 +233,13 @@ class _Playing:
             request.round,
             accepted=accepted,
             tokens=self._tokens,
-            queue_100us=round(1e4 * max(0.0, now - self._submitted - self._forward_seconds)),
+            queue_100us=round(1e4 * max(0.0, now - self._submitted - self._prefill_seconds - self._forward_seconds)),
             forward_100us=round(1e4 * self._forward_seconds),
             load=self._session_load(),
             finish=self._session.finish,
             more=more,
             close_calls=self._close_calls,
+            prefill_100us=round(1e4 * self._prefill_seconds),
         )
         self._tokens, self._close_calls = [], []
         self._loop.call_soon_threadsafe(self._answer.push, frame)

@@ -73,6 +73,7 @@ class Answer:
             load=last.load,
             finish=last.finish,
             close_calls=[call for frame in frames for call in frame.close_calls],
+            prefill_100us=last.prefill_100us,
         )
 
     def _wake(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from device_profiles.profile import Profile, ProfileError, cache_bytes, read_profile, shipped_profiles
+from device_profiles.profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
 from edge_runtime.contract.bundle import read_bundle
 from edge_runtime.contract.errors import FlexSpecError
 
@@ -136,7 +136,7 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from device_profiles.costs import Cost, description
 
-    profile, draft = _find(options.profile), _draft(options)
+    profile, draft = find_profile(options.profile), _draft(options)
     cost = Cost.of(profile, draft, options.context) if draft else None
     if options.json:
         _print_json(msgspec.to_builtins(profile) | ({"cost": msgspec.to_builtins(cost)} if cost else {}))
@@ -152,7 +152,7 @@ def _show(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from device_profiles.costs import Cost, comparison
 
-    profiles, draft = [_find(name) for name in options.profiles], _draft(options)
+    profiles, draft = [find_profile(name) for name in options.profiles], _draft(options)
     if options.json:
         costs = [{"cost": msgspec.to_builtins(Cost.of(p, draft, options.context))} if draft else {} for p in profiles]
         _print_json([msgspec.to_builtins(profile) | cost for profile, cost in zip(profiles, costs, strict=True)])
@@ -195,7 +195,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     if not LEAST_SECONDS <= options.seconds <= MOST_SECONDS:
         raise ProfileError(f"--seconds {options.seconds:g} is not from {LEAST_SECONDS:g} to {MOST_SECONDS:g}")
     saving.check_free(path, options.force)
-    like = _find(options.like) if options.like else None
+    like = find_profile(options.like) if options.like else None
     if load() > LOAD * cores():
         print(f"device-profile: other programs are running (load {load():.2g}); figures may be low", file=sys.stderr)
     meter = Wattmeter()
@@ -234,15 +234,6 @@ def _progress(seconds: float) -> Iterator[Tick]:
                 bar.update(task, completed=elapsed, left=max(0.0, seconds - elapsed), description=note, refresh=True)
 
         yield tick
-
-
-def _find(name: str) -> Profile:
-    shipped = {profile.name: profile for profile in shipped_profiles()}
-    if name in shipped:
-        return shipped[name]
-    if name.endswith(".toml"):
-        return read_profile(Path(name))
-    raise ProfileError(f"no shipped profile {name!r}: there are {', '.join(shipped)}; or give a .toml file")
 
 
 def _draft(options: argparse.Namespace) -> Draft | None:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from edge_runtime.contract.errors import InputError
+
 if TYPE_CHECKING:
     from edge_runtime.contract.bundle import Manifest
 
@@ -306,7 +308,7 @@ class Profile(Table, frozen=True):
         return None if figures is None else figures.tail_watts * min(seconds, figures.tail_seconds)
 
 
-class ProfileError(Exception):
+class ProfileError(InputError):
     """A profile that does not exist or does not parse, or a calibration that cannot be made; says what to do."""
 
 
@@ -349,6 +351,16 @@ def read_profile(path: Path) -> Profile:
 def shipped_profiles() -> list[Profile]:
     """The profiles that come with FlexSpec, by name."""
     return [read_profile(path) for path in sorted(BOARDS.glob("*.toml"))]
+
+
+def find_profile(name: str) -> Profile:
+    """A shipped profile by its name, or the one in a .toml file. Raises ProfileError."""
+    if name.endswith(".toml"):
+        return read_profile(Path(name))
+    shipped = {profile.name: profile for profile in shipped_profiles()}
+    if name in shipped:
+        return shipped[name]
+    raise ProfileError(f"no shipped profile {name!r}: there are {', '.join(shipped)}; or give a .toml file")
 
 
 def _located(message: str) -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from edge_runtime import probing
+from edge_runtime import pilot, probing
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.simulation import command
 
@@ -21,7 +21,10 @@ examples:
   edge-runtime demo
   edge-runtime generate "import os" --verifier http://127.0.0.1:8500 --max-new-tokens 64
   edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
-  git log -1 | edge-runtime generate --num-assistant-tokens 8
+  git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
+  edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
+  edge-runtime probe --once
+  edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier 32b
 
 exit codes: 0 fine, 2 bad input, 3 the draft bundle is unusable, 4 the verifier refused or cannot be reached
 """
@@ -59,34 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     draft.add_argument("--threads", type=int, default=0, help="CPU threads for the draft (default: one per core, to 4)")
     draft.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    draft.add_argument(
-        "--num-assistant-tokens",
-        type=int,
-        default=5,
-        metavar="K",
-        help="tokens drafted per round (default: %(default)s)",
-    )
-    draft.add_argument(
-        "--assistant-confidence-threshold",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="stop drafting behind a token of less than this probability (default: %(default)s)",
-    )
-    draft.add_argument(
-        "--siblings",
-        type=int,
-        default=2,
-        metavar="B",
-        help="alternatives beside a doubtful drafted token (default: %(default)s)",
-    )
-    draft.add_argument(
-        "--cloud-tokens",
-        type=int,
-        default=1,
-        metavar="N",
-        help="tokens that the target says itself per round; with 0 assistant tokens it streams (default: %(default)s)",
-    )
+    pilot.add_options(draft)
 
     generate = commands.add_parser("generate", parents=[draft], help="continue a prompt")
     generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")

@@ -13,6 +13,7 @@ soon it comes. Nothing here changes a token.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -22,11 +23,11 @@ from edge_runtime.contract.coupling import Sampling, check_prompt
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
 from edge_runtime.drafting import Drafter
-from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner, Surroundings
+from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, Outcome, Plan, Planner, Surroundings
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import EarlyRound, Said, VerifierClient, VerifierSession
 
-DEFAULT_PLAN = Plan(draft=5, own=1, siblings=2, reason="fixed")
+log = logging.getLogger(__name__)
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ class Generation:
         max_new_tokens: int,
         planner: Planner | None = None,
         model: str = "",
-        surroundings: Callable[[], Surroundings] = Surroundings,
+        surroundings: Callable[[], Surroundings] | None = None,
     ) -> None:
         """
         Args:
@@ -91,7 +92,8 @@ class Generation:
             prompt: at least one id.
             planner: None for a fixed plan.
             model: which target; empty for the verifier's default.
-            surroundings: what the probes know now; asked before every round, so it must be quick.
+            surroundings: what the probes know now; asked before every round, so it must be quick. None for what the
+                connection alone tells.
 
         Raises:
             InputError: an empty prompt, an id outside the draft's vocabulary, or nothing to generate.
@@ -105,8 +107,8 @@ class Generation:
         self.finish = ""
         self._left = max_new_tokens
         self._temperature = sampling.temperature
-        self._planner = planner or FixedPlanner(DEFAULT_PLAN)
-        self._surroundings = surroundings
+        self._planner = planner or FixedPlanner(FIXED)
+        self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
         self._drafter = Drafter(draft, sampling) if draft else None
         # Sent before the round in flight was answered.
@@ -157,7 +159,7 @@ class Generation:
                 return early
             early.early.drop()
         conditions = self._conditions(self.ids, self._left)
-        plan = self._planner.plan(conditions)
+        plan = self._decide(conditions)
         if not self._drafter:
             return Round(plan, conditions, NOTHING, 0.0, time.perf_counter())
         started = time.perf_counter()
@@ -169,7 +171,7 @@ class Generation:
     async def _play(self, round: Round) -> AsyncIterator[Piece]:
         """Plays one round; yields its pieces."""
         plan, proposal = round.plan, round.proposal
-        drafted, repeats = len(proposal.tokens), self._client.retries
+        drafted, attempts = len(proposal.tokens), self._attempts()
         accepted = own = sibling = 0
         first_seconds = 0.0
         n = max(1, min(plan.own, self._left - drafted))
@@ -211,7 +213,8 @@ class Generation:
             frame.forward_100us / 1e4,
             sent,
             received,
-            repeated=round.early is not None or self._client.retries > repeats,
+            repeated=round.early is not None or self._attempts() > attempts,
+            prefill_seconds=frame.prefill_100us / 1e4,
         )
         self.statistics.add_round(outcome)
         self.statistics.early += round.early is not None
@@ -228,7 +231,7 @@ class Generation:
             return
         after = [*proposal.tokens, ahead.guess]
         conditions = self._conditions(before + after, left - 1)
-        following = self._planner.plan(conditions)
+        following = self._decide(conditions)
         drafted = ahead.proposal.first(min(following.draft, left - 2))
         if not drafted.tokens or following.own > 1:
             return
@@ -236,6 +239,11 @@ class Generation:
         if early:
             position = len(before) + len(after)
             self._next = Round(following, conditions, drafted, 0.0, time.perf_counter(), early, position, ahead.guess)
+
+    def _decide(self, conditions: Conditions) -> Plan:
+        plan = self._planner.plan(conditions)
+        log.debug("position %d: K=%d n=%d, %s", conditions.position, plan.draft, plan.own, plan.reason)
+        return plan
 
     def _conditions(self, text: list[int], left: int) -> Conditions:
         drafter = self._drafter
@@ -261,6 +269,10 @@ class Generation:
             whole = len(accepted) + len(own) == len(said.accepted) + len(said.own)
             self.finish = said.frame.finish if whole and said.frame.finish else "length"
         return Piece(accepted, own)
+
+    def _attempts(self) -> int:
+        """Grows with every connection and every repetition, of other texts over the same client too."""
+        return self._client.retries + self._client.meter.opened
 
     def _count_bytes(self) -> tuple[int, int]:
         sent, received = self._client.meter.take()

@@ -19,8 +19,7 @@ from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, VerifierUnreachable
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.generating import plan_of
-from edge_runtime.planning.plan import FixedPlanner
+from edge_runtime.pilot import planner_of
 from edge_runtime.rendering import TextStream
 from edge_runtime.verifier_client import VerifierClient
 
@@ -49,8 +48,8 @@ async def demo(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("cloud_verifier") is None:
         raise InputError('the demo runs the verifier here too: pip install "flexspec[cloud]", or use `make demo`')
     console = Console(highlight=False)
-    plan = plan_of(options)
     draft = OnnxDraft.load(options.bundle, threads=options.threads)
+    planner = planner_of(options, draft)
     exact = True
     table = Table("target", "sampling", "tokens", "rounds", "accepted", "bytes/token", "ms/token", "exact", box=None)
     for name in options.targets or ["target-v1", "target-v2"]:
@@ -62,7 +61,7 @@ async def demo(options: argparse.Namespace) -> int:
             for label, sampling, prompt in PROMPTS:
                 ids = draft.tokenizer.encode(prompt).ids
                 generation = Generation(
-                    draft, client, ids, sampling, max_new_tokens=options.max_new_tokens, planner=FixedPlanner(plan)
+                    draft, client, ids, sampling, max_new_tokens=options.max_new_tokens, planner=planner
                 )
                 text = TextStream(draft.tokenizer, sys.stdout)
                 console.rule(f"{name}, {label}", align="left")

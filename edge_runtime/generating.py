@@ -12,7 +12,7 @@ from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.pilot import planner_of, watching
 from edge_runtime.rendering import TextStream
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
@@ -38,25 +38,6 @@ def sampling_of(temperature: float, top_k: int, top_p: float, seed: int, ignore_
         raise InputError(str(error)) from None
 
 
-def plan_of(options: argparse.Namespace) -> Plan:
-    """The fixed plan that the options ask for. Raises InputError."""
-    counts = {
-        "--num-assistant-tokens": (options.num_assistant_tokens, 0),
-        "--siblings": (options.siblings, 0),
-        "--cloud-tokens": (options.cloud_tokens, 1),
-    }
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
-    return Plan(
-        options.num_assistant_tokens,
-        options.cloud_tokens,
-        options.siblings,
-        min_confidence=options.assistant_confidence_threshold,
-        reason="fixed by the command line",
-    )
-
-
 def summary(statistics: Statistics) -> str:
     """The statistics in one line."""
     tokens = max(1, statistics.tokens)
@@ -72,18 +53,22 @@ def summary(statistics: Statistics) -> str:
 async def generate(options: argparse.Namespace, prompt: str) -> int:
     """Runs the command. Returns the exit code; raises FlexSpecError."""
     sampling = sampling_of(options.temperature, options.top_k, options.top_p, options.seed, options.ignore_eos)
-    plan = plan_of(options)
     draft = OnnxDraft.load(options.bundle, threads=options.threads)
     ids: list[int] = draft.tokenizer.encode(prompt).ids
-    async with VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2) as client:
+    planner = planner_of(options, draft)
+    async with (
+        VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2) as client,
+        watching(client.meter) as surroundings,
+    ):
         generation = Generation(
             draft,
             client,
             ids,
             sampling,
             max_new_tokens=options.max_new_tokens,
-            planner=FixedPlanner(plan),
+            planner=planner,
             model=options.model,
+            surroundings=surroundings,
         )
         text = TextStream(draft.tokenizer, sys.stdout)
         if options.echo and not options.json:

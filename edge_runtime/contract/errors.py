@@ -2,6 +2,8 @@
 
     FlexSpecError
     ├── InputError              the caller asked for something impossible: empty prompt, bad sampling, bad file
+    │   └── ProfileError            a device profile that does not exist or does not parse (`device_profiles.profile`)
+    ├── ProbeError              a sensor's file that makes no sense (`probes.roots`); counted, never raised to callers
     ├── BundleError             the draft bundle on disk
     │   ├── BundleMissing           no such directory, or a file of it is gone
     │   └── BundleCorrupt           a hash, a length or the manifest is wrong

@@ -127,6 +127,7 @@ class Frame(Message, frozen=True):
         more: further frames of this round follow.
         close_calls: (position, margin) where the two best coupled scores were so close that other arithmetic (another
             GPU, another batch shape) might have chosen differently.
+        prefill_100us: time spent reading ids that the session's cache did not hold, likewise: only when it opens.
     """
 
     v: int
@@ -139,6 +140,7 @@ class Frame(Message, frozen=True):
     finish: str = ""
     more: bool = False
     close_calls: list[tuple[Count, float]] = []
+    prefill_100us: Count = 0
 
 
 class OpenReply(Message, frozen=True):

@@ -98,7 +98,7 @@ class Costs:
         if self.plain:
             # As good as certainly one forward each; by chance a verifier that speculates may look like that at first.
             doubt = 0.3 * doubt if self.own.weight < PLAIN_TOKENS else 0.0
-        return max(SPECULATION * single, value * (1.0 - min(1.0, doubt)))
+        return min(value, max(SPECULATION * single, value * (1.0 - min(1.0, doubt))))
 
     @property
     def plain(self) -> bool:
@@ -162,7 +162,8 @@ class Costs:
         verifier = outcome.forward_seconds
         if outcome.plan.own > 1 and outcome.own > 1:
             verifier = self.forward.at(1 + outcome.drafted + sum(outcome.offered))
-        seconds = outcome.first_seconds - outcome.queue_seconds - verifier - self.device.overhead_seconds
+        verifier += outcome.queue_seconds + outcome.prefill_seconds
+        seconds = outcome.first_seconds - verifier - self.device.overhead_seconds
         seconds = max(seconds, 1e-4)
         changes = self.link.now.changes
         self.link.observe(seconds, outcome.conditions.now + outcome.draft_seconds + outcome.first_seconds)

@@ -102,9 +102,10 @@ class Outcome(msgspec.Struct, frozen=True):
         first_seconds: from sending the round to its first tokens.
         exchange_seconds: from sending the round to its last.
         queue_seconds, forward_seconds: of these, what the verifier reports for waiting and for its forwards.
+        prefill_seconds: and for reading the text, when the session was opened.
         sent, received: TCP payload bytes.
-        repeated: whether the round was sent more than once, or before the last one was answered, so that its times
-            say nothing of the link.
+        repeated: whether the round was sent more than once, or over a new connection, or before the last one was
+            answered, so that its times say nothing of the link.
     """
 
     plan: Plan
@@ -123,6 +124,7 @@ class Outcome(msgspec.Struct, frozen=True):
     sent: int = 0
     received: int = 0
     repeated: bool = False
+    prefill_seconds: float = 0.0
 
     @property
     def drafted(self) -> int:
@@ -136,8 +138,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @property
     def verifier_seconds(self) -> float:
-        """Queue and forwards, as the verifier reports them."""
-        return self.queue_seconds + self.forward_seconds
+        """Queue, prefill and forwards, as the verifier reports them."""
+        return self.queue_seconds + self.prefill_seconds + self.forward_seconds
 
 
 class Planner(Protocol):
@@ -152,6 +154,9 @@ class Planner(Protocol):
 
     def observe(self, outcome: Outcome) -> None:
         """What a plan came to."""
+
+
+FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
 class FixedPlanner:

@@ -94,9 +94,13 @@ class ByteMeter:
 
     `trace` goes into the `trace` extension of httpx requests. Where several requests share the connections, a byte
     counts for the request that calls `take` first after it.
+
+    Attributes:
+        opened: connections so far.
     """
 
     def __init__(self) -> None:
+        self.opened = 0
         self._sockets: list[tuple[Any, TcpInfo]] = []
         self._closed_sent = 0
         self._closed_received = 0
@@ -105,6 +109,7 @@ class ByteMeter:
     async def trace(self, event: str, info: dict[str, Any]) -> None:
         """Notes new connections."""
         if event == "connection.connect_tcp.complete":
+            self.opened += 1
             self._sockets.append((info["return_value"].get_extra_info("socket"), TcpInfo(0, 0, 0.0)))
 
     @property

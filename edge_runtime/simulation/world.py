@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from device_profiles.profile import Profile, ProfileError, read_profile, shipped_profiles
-from edge_runtime.contract.errors import InputError
+from device_profiles.profile import find_profile
 from edge_runtime.planning.device import Device
 from edge_runtime.simulation.links import Link, parse_link
 from edge_runtime.simulation.verifiers import SimulatedVerifier, verifier
@@ -106,20 +105,7 @@ def make_world(
         InputError: there is no such part.
     """
     way = parse_link(link, seed)
-    board = find_profile(profile)
+    board = find_profile(str(profile))
     device = Device.of(board, int(weight_bytes * slower), radio=way.radio)
     name = f"{link}, {board.name} with {weight_bytes / 1e6:.0f} MB, {verifier_name}"
     return World(name, device, way, verifier(verifier_name, seed + 1), seed + 2)
-
-
-def find_profile(name: str | Path) -> Profile:
-    """A shipped profile by its name, or the one in a file. Raises InputError."""
-    shipped = {profile.name: profile for profile in shipped_profiles()}
-    if name in shipped:
-        return shipped[str(name)]
-    if not str(name).endswith(".toml"):
-        raise InputError(f"no device profile {str(name)!r}; there are {', '.join(shipped)}, or give a .toml file")
-    try:
-        return read_profile(Path(name))
-    except ProfileError as error:
-        raise InputError(str(error)) from None

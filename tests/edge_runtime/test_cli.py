@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,11 @@ def test_the_board_stays_small(verifier: str) -> None:
         (["generate", "x", "--top-p", "0"], 2, "top_p"),
         (["generate", "x", "--max-new-tokens", "0"], 2, "nothing to generate"),
         (["generate", "x", "--siblings", "-1"], 2, "--siblings -1"),
+        (["generate", "x", "--siblings", "1", "--policy", "ucb"], 2, "--siblings is part of a fixed plan"),
+        (["generate", "x", "--objective", "cheap"], 2, "is no objective: name one of latency"),
+        (["generate", "x", "--profile", "toaster"], 2, "no shipped profile 'toaster': there are"),
+        (["generate", "x", "--profile", "/nowhere.toml"], 2, "cannot read the profile /nowhere.toml"),
+        (["generate", "x", "--energy-budget", "plenty"], 2, "is no energy budget"),
         (["generate", "x", "--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
         (["generate", "x", "--verifier", "nonsense"], 2, "is not the URL of a verifier"),
         (["generate", "x", "--verifier", "http://127.0.0.1:9", "--deadline", "0.3"], 4, "is it running"),
@@ -105,6 +111,17 @@ def test_errors_are_a_sentence_and_an_exit_code(arguments: list[str], code: int,
     assert result.stderr.startswith("edge-runtime: ")
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("policy", ["analytic", "hf-dynamic", "genai-ewma", "ucb"])
+def test_every_policy_writes_the_same_text_and_says_why(verifier: str, policy: str) -> None:
+    shared = ("generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos")
+    options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
+    answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
+    assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
+    decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding: position ")]
+    assert len(decisions) == int(re.search(r"in (\d+) rounds", answer.stderr)[1])
+    assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
 
 
 def test_a_refusal_names_its_code(verifier: str) -> None:

@@ -80,6 +80,7 @@ frames = st.builds(
     finish=st.sampled_from(["", "stop", "length"]),
     more=st.booleans(),
     close_calls=st.lists(st.tuples(counts, floats), max_size=3),
+    prefill_100us=counts,
 )
 replies = st.builds(OpenReply, v=st.just(VERSION), session=names, version=names, context=counts, first=frames)
 details = st.dictionaries(names, st.one_of(counts, names, st.lists(names, max_size=3)), max_size=3)
