@@ -117,8 +117,9 @@ def _positive(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
-    from cloud_verifier.server import Listening, serve
+    from cloud_verifier.server import serve
     from cloud_verifier.service import Limits, Service
+    from edge_runtime.listening import Listening
 
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")

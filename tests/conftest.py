@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_verifier.server import Listening, Server
+from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
 from cloud_verifier.target import Target
+from edge_runtime.listening import Listening
 from tests.models import save_target
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"

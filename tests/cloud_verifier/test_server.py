@@ -16,12 +16,13 @@ import msgspec
 import pytest
 
 from cloud_verifier import cli
-from cloud_verifier.server import Listening, Server
+from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
 from cloud_verifier.target import Target
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import FlexSpecError, TargetError
 from edge_runtime.contract.wire import ErrorCode
+from edge_runtime.listening import Listening
 from tests.cloud_verifier.conftest import Alone
 from tests.cloud_verifier.talker import PROMPT, Talker, refusal_of, running
 from tests.conftest import serving

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from cloud_verifier.server import Listening, Server
+from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
 from cloud_verifier.target import TREE_WIDTHS, Target
 from edge_runtime.contract import wire
@@ -26,6 +26,7 @@ from edge_runtime.contract.wire import (
     OpenReply,
     RoundRequest,
 )
+from edge_runtime.listening import Listening
 from tests.cloud_verifier.conftest import Alone
 from tests.cloud_verifier.talker import PROMPT, Session, Talker, opening, refusal_of, running
 from tests.conftest import serving

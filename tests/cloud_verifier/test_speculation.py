@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from cloud_verifier import cli
 from cloud_verifier.reference import decode_alone
-from cloud_verifier.server import Listening, Server
+from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import Target, load_model
@@ -28,6 +28,7 @@ from edge_runtime.contract.bundle import MANIFEST, Manifest
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import BundleMissing, FlexSpecError, InputError, TargetError
 from edge_runtime.contract.wire import MSGPACK, Frame, FrameSplitter, ModelList, RoundRequest
+from edge_runtime.listening import Listening
 from export.bundling import BundleOrder, make_bundle
 from tests.cloud_verifier.conftest import Alone
 from tests.cloud_verifier.talker import PROMPT, Session, Talker, Watched

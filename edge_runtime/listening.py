@@ -1,0 +1,138 @@
+"""Listens with an ASGI application on granian: HTTP/1.1 and HTTP/2, in clear and over TLS.
+
+The board's service and the verifier share it, so `cloud_verifier` imports this besides `edge_runtime.contract`: a wider
+arrow than the house's rule, and cheaper than two servers to keep right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP2Settings
+from granian.server.embed import Server as Granian
+
+from edge_runtime.contract.errors import FlexSpecError
+
+GRACE_SECONDS = 3.0
+
+
+class Listening(msgspec.Struct, frozen=True):
+    """Where and how to listen.
+
+    Attributes:
+        port: 0 picks a free one.
+        certificate, key: PEM files; both or none.
+        http: `auto`, `1` or `2`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8500
+    certificate: Path | None = None
+    key: Path | None = None
+    http: str = "auto"
+
+
+class Server:
+    """One listening application, inside a running event loop.
+
+    Attributes:
+        url: base URL, with the port that was picked.
+    """
+
+    def __init__(self, app: Any, listening: Listening) -> None:
+        """
+        Args:
+            app: an ASGI application; its lifespan is entered by `start`.
+
+        Raises:
+            FlexSpecError: the host is no address of this machine, or the certificate is unusable.
+        """
+        self._host = listening.host
+        self._port = listening.port or _free_port(listening.host)
+        scheme = "https" if listening.certificate else "http"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{scheme}://{host}:{self._port}"
+        try:
+            # Its own methods have no annotations.
+            self._granian: Any = Granian(
+                app,
+                address=listening.host,
+                port=self._port,
+                interface=Interfaces.ASGI,
+                http=HTTPModes(listening.http),
+                websockets=False,
+                ssl_cert=listening.certificate,
+                ssl_key=listening.key,
+                log_enabled=False,
+                # Windows wide enough that no round ever waits for, or pays for, a window update.
+                http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
+            )
+        except OSError as error:
+            raise FlexSpecError(f"cannot use the certificate {listening.certificate}: {error}") from None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts listening, and waits until connections are accepted. Raises FlexSpecError if the port is taken."""
+        taken = FlexSpecError(
+            f"could not listen on {self._host} port {self._port}: is the port in use? choose another --port"
+        )
+        try:
+            socket.create_server((self._host, self._port), family=_family(self._host)).close()
+        except OSError:
+            raise taken from None
+        self._task = asyncio.create_task(self._granian.serve())
+        for _ in range(200):
+            if self._task.done():
+                break
+            try:
+                _, writer = await asyncio.open_connection(self._host, self._port)
+            except OSError:
+                await asyncio.sleep(0.02)
+            else:
+                writer.close()
+                return
+        raise taken
+
+    async def stop(self) -> bool:
+        """Finishes the requests in progress, for GRACE_SECONDS at most, and stops.
+
+        Without a bound, one client with an idle HTTP/2 connection would keep the process alive for ever.
+
+        Returns:
+            Whether it ended in peace; if not, the application's lifespan has not been left.
+        """
+        assert self._task is not None
+        self._granian.stop()
+        _, unfinished = await asyncio.wait({self._task}, timeout=GRACE_SECONDS)
+        if unfinished:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        return not unfinished
+
+
+def stop_requested() -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set, from now on, instead of ending the process."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(_family(host)) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise FlexSpecError(f"could not listen on {host}: {error.strerror}; choose another --host") from None
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
