@@ -23,6 +23,8 @@ FULL_SECONDS = 5.0
 LEAST_WAITING = 0.02
 # What is saved counts for so many seconds of the budget at most.
 SAVED_SECONDS = 5.0
+# What an empty battery still allows, so that there is a price.
+LEAST_WATTS = 1e-3
 # Share of a new reading of the power sensor in how far it is from what is modelled.
 SENSED = 0.1
 
@@ -50,7 +52,7 @@ class Budget(msgspec.Struct, frozen=True):
             return self.watts
         if surroundings.joules_left is None or self.until is None:
             return None
-        return surroundings.joules_left / max(self.until - now, 1.0)
+        return max(surroundings.joules_left / max(self.until - now, 1.0), LEAST_WATTS)
 
 
 def parse_budget(text: str, wall: datetime.datetime, clock: float) -> Budget:

@@ -86,7 +86,7 @@ class ThroughputPlanner:
             self._climb()
 
     def _climb(self) -> None:
-        best = self._rates.get(self._count, 0.0)
+        best = max(self._rates.values())
         if not self._probe:
             if self._rounds >= self.SETTLED_ROUNDS:
                 step = 1 if self._upwards or self._count == 1 else -1

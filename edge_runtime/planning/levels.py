@@ -13,6 +13,10 @@ LINGERS = 2.0
 EDGES = (1.0, 3.0, 6.0, 10.0, 16.0, 28.0, 72.0)
 CENTRES = (1.0, 2.5, 5.0, 8.0, 13.0, 22.0, 44.0)
 WIDEST = EDGES[-1]
+# The least height of a curve, so that heights can be compared.
+LEAST = 1e-6
+# No load makes a forward so many times slower.
+MOST_LOAD = 100.0
 # An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
 DEVIATIONS = 3.0
 SHARE = 0.12
@@ -67,22 +71,23 @@ class Level:
     def observe(self, value: float, weight: float = 1.0) -> None:
         """Takes in `value`, the mean of `weight` observations."""
         if self.weight < 1.0:
-            self.value += weight / (weight + self.weight) * (value - self.value)
+            share = weight / (weight + self.weight)
+            self.value = share * value + (1.0 - share) * self.value
             self.deviation = SHARE * abs(self.value)
             self.weight = max(1.0, weight)
             return
-        error = value - self.value
         limit = self.reach
+        error = value - self.value
         if abs(error) <= limit:
             self._settle(limit)
-            self._take(error, weight)
+            self._take(value - self.value, weight)
             return
-        if self._odd_sum * error < 0.0:
+        if self._odd_weight and (self._odd_sum / self._odd_weight > self.value) != (error > 0.0):
             self._settle(limit)
-        self._odd_sum += weight * error
+        self._odd_sum += weight * value
         self._odd_weight += weight
         if self._odd_weight >= self._patience:
-            self.value += self._odd_sum / self._odd_weight
+            self.value = self._odd_sum / self._odd_weight
             self.deviation = SHARE * abs(self.value)
             self.weight = self._odd_weight
             self.changes += 1
@@ -96,13 +101,14 @@ class Level:
     def _settle(self, limit: float) -> None:
         """Outliers count, as far as they are not odd."""
         if self._odd_weight:
-            self._take(math.copysign(limit, self._odd_sum), self._odd_weight)
+            error = self._odd_sum / self._odd_weight - self.value
+            self._take(min(max(error, -limit), limit), self._odd_weight)
             self._odd_sum = self._odd_weight = 0.0
 
     def _take(self, error: float, weight: float) -> None:
         self.weight = min(self.weight + weight, self._memory)
         share = min(1.0, weight / self.weight)
-        self.value += share * error
+        self.value = share * (self.value + error) + (1.0 - share) * self.value
         self.deviation += share * (abs(error) - self.deviation)
 
 
@@ -229,7 +235,8 @@ class Curve:
         return low + (ys[index] - low) * (x - left) / (xs[index] - left)
 
     def observe(self, x: float, y: float) -> None:
-        """Takes in a point; `y` must be positive."""
+        """Takes in a point; what is below LEAST counts as that."""
+        y = max(y, LEAST)
         piece = bisect_left(EDGES, min(x, WIDEST))
         level = self._levels[piece]
         before, changes = level.value, level.changes
@@ -237,7 +244,7 @@ class Curve:
         self.known = True
         if level.changes > changes:
             self.changes += 1
-            self.factor = level.value / before
+            self.factor = min(max(level.value / before, 1.0 / MOST_LOAD), MOST_LOAD)
             for other in self._levels:
                 if other is not level:
                     other.scale(self.factor)

@@ -42,7 +42,7 @@ PRIOR_TOKENS = 24.0
 PRIOR_PER_BIN = 5.0
 PRIOR_MISSES = 12.0
 # What another version of the target taught counts for at most so many tokens of a new one.
-INHERITED = 120.0
+INHERITED = 50.0
 # Share by which a prior may be wrong about what a drafted token costs.
 DOUBT = 0.15
 

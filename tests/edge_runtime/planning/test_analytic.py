@@ -1,0 +1,213 @@
+"""The analytic planner: valid plans whatever comes, the right side of streaming and drafting, budgets, step changes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.planning.analytic import AnalyticPlanner
+from edge_runtime.planning.budget import Budget
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.objective import PRESETS, Objective
+from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Surroundings
+from edge_runtime.planning.survival import LONGEST, MOST_SIBLINGS
+from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.simulation.simulator import Simulator, simulate
+from edge_runtime.simulation.world import World, make_world
+from tests.edge_runtime.planning.rounds import conditions, make_outcome, outcomes
+
+ACCEPTANCE = {"T=0": 0.58, "T=0.7": 0.56, "T=1": 0.547}
+TRACES = Path(__file__).parents[3] / "export" / "family" / "acceptance.npz"
+WHOLE = Plan(0, 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return read_texts(TRACES, target="target-v1", temperature=0.7)[:8]
+
+
+def planner_for(world: World, objective: Objective | None = None, budget: Budget | None = None) -> AnalyticPlanner:
+    return AnalyticPlanner(objective or Objective(), world.device, acceptance=ACCEPTANCE, budget=budget)
+
+
+def check(plan: Plan, told: Conditions) -> None:
+    assert 0 <= plan.draft <= max(LONGEST, told.ready)
+    assert 1 <= plan.own <= told.left
+    assert plan.in_flight in (1, 2)
+    assert 0 <= plan.ahead <= LONGEST
+    assert not plan.ahead or (plan.own == 1 and plan.draft)
+    assert 0 <= plan.siblings <= MOST_SIBLINGS
+    assert 0.0 <= plan.min_survival <= 1.0 and 0.0 <= plan.sibling_confidence <= 1.0
+    assert all(0.0 < chance < 1.0 for chance in plan.calibration)
+    assert plan.reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(conditions(), outcomes(), st.booleans()), max_size=30),
+    st.sampled_from([*PRESETS.values(), Objective(latency=0.0, byte=1e-4)]),
+    st.sampled_from([None, Budget(watts=0.1), Budget(watts=5.0), Budget(until=5e5)]),
+)
+def test_plans_are_valid_whatever_comes(rounds: list, objective: Objective, budget: Budget | None) -> None:
+    planner = AnalyticPlanner(objective, Device(radio_watts=1.0, joules_per_byte=1e-6), budget=budget)
+    for told, outcome, heard in rounds:
+        plan = planner.plan(told)
+        check(plan, told)
+        if heard:
+            planner.observe(msgspec.structs.replace(outcome, plan=plan, conditions=told))
+        else:
+            planner.observe(outcome)
+
+
+def test_same_rounds_same_plans(texts: list[Text]) -> None:
+    logs = []
+    for _ in range(2):
+        world = make_world("4g", "laptop", "32b", seed=3)
+        logs.append(simulate(texts[:3], planner_for(world), world, log=True).log)
+    assert logs[0] == logs[1]
+
+
+def cost(link: str, board: str, verifier: str, texts: list[Text], plan: Plan | None = None) -> float:
+    world = make_world(link, board, verifier, seed=1)
+    planner = planner_for(world) if plan is None else FixedPlanner(plan)
+    return simulate(texts, planner, world).seconds_per_token
+
+
+@pytest.mark.parametrize(
+    ("link", "board", "verifier"),
+    [
+        ("wifi", "raspberry-pi-4", "7b"),
+        ("4g", "raspberry-pi-5", "32b+spec"),
+        ("weak-4g", "laptop", "7b-64+spec"),
+        ("lan", "raspberry-pi-zero-2w", "loaded"),
+    ],
+)
+def test_where_drafting_does_not_pay_it_steps_aside(link: str, board: str, verifier: str, texts: list[Text]) -> None:
+    assert cost(link, board, verifier, texts) <= 1.04 * cost(link, board, verifier, texts, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("link", "board", "verifier"),
+    [
+        ("lan", "laptop", "loaded"),
+        ("wifi", "raspberry-pi-5", "loaded"),
+        ("5g", "laptop", "32b"),
+        ("lan", "server", "32b"),
+    ],
+)
+def test_where_drafting_pays_it_beats_streaming_and_every_fixed_length(
+    link: str, board: str, verifier: str, texts: list[Text]
+) -> None:
+    planned = cost(link, board, verifier, texts)
+    assert planned < 0.85 * cost(link, board, verifier, texts, WHOLE)
+    fixed = [cost(link, board, verifier, texts, Plan(count)) for count in (1, 2, 3, 4, 5, 6, 8, 12)]
+    assert planned < min(fixed)
+
+
+def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
+    planner = AnalyticPlanner(Objective(), Device(step_seconds=0.005, overhead_seconds=0.0))
+    now = 0.0
+
+    def play(rounds: int, link: float) -> Plan:
+        nonlocal now
+        for index in range(rounds):
+            told = Conditions(60, 100, 1, now=now, version="v1")
+            plan = planner.plan(told)
+            heard = make_outcome(
+                [0.72] * min(plan.draft, 6),
+                (3, 1, 5, 0)[index % 4] if plan.draft >= 5 else min(plan.draft, 2),
+                own=plan.own,
+                asked=plan.own,
+                link=link,
+                forward=0.03,
+                each=0.03,
+                step=0.005,
+                overhead=0.0,
+            )
+            planner.observe(msgspec.structs.replace(heard, plan=plan, conditions=told))
+            now += heard.draft_seconds + heard.exchange_seconds
+        return planner.plan(Conditions(60, 100, 1, now=now, version="v1"))
+
+    assert play(40, 0.005).draft
+    assert not play(5, 0.4).draft
+    assert not play(10, 0.4).draft
+    assert play(5, 0.005).draft
+
+
+def test_prices_of_the_verifier_move_work_to_the_board(texts: list[Text]) -> None:
+    spent = {}
+    for name in ("latency", "cloud"):
+        world = make_world("wifi", "laptop", "7b", seed=1)
+        result = simulate(texts, planner_for(world, PRESETS[name]), world)
+        spent[name] = result.verifier_seconds / result.tokens
+    assert spent["cloud"] < 0.7 * spent["latency"]
+
+
+def test_prices_of_joules_spare_them(texts: list[Text]) -> None:
+    spent = {}
+    for name in ("latency", "energy"):
+        world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
+        result = simulate(texts, planner_for(world, PRESETS[name]), world)
+        spent[name] = result.joules / result.tokens
+    assert spent["energy"] < 0.8 * spent["latency"]
+
+
+def test_a_budget_is_held(texts: list[Text]) -> None:
+    many = texts * 3
+    world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
+    free = simulate(many, planner_for(world), world)
+    watts = 0.7 * free.joules / free.latency_seconds
+    world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
+    held = simulate(many, planner_for(world, budget=Budget(watts=watts)), world)
+    assert held.joules / held.latency_seconds == pytest.approx(watts, rel=0.03)
+
+
+def test_hot_boards_draft_less(texts: list[Text]) -> None:
+    def drafted(surroundings: Surroundings) -> float:
+        world = make_world("wifi", "raspberry-pi-5", "loaded", seed=1)
+        planner = planner_for(world, Objective(joule=0.02))
+        simulate(texts, planner, world)
+        plan = planner.plan(
+            Conditions(60, 100, 1, now=1e3, version="target-v1", temperature=0.7, surroundings=surroundings)
+        )
+        return plan.draft and 1.0 - plan.min_survival
+
+    assert drafted(Surroundings(celsius=84.0, throttled=True)) < drafted(Surroundings(celsius=50.0))
+
+
+def test_what_one_version_taught_is_kept_apart() -> None:
+    planner = AnalyticPlanner(Objective(), Device())
+    for version, accepted in (("v1", 6), ("v2", 0)) * 30:
+        outcome = make_outcome([0.7] * 6, accepted, version=version, forward=0.08)
+        planner.observe(outcome)
+    tables = [planner._survivals.of(version, 0.0).table().acceptance for version in ("v1", "v2")]
+    assert tables[0] > tables[1] + 0.3
+
+
+def test_every_decision_is_logged_as_value_and_reason(caplog: pytest.LogCaptureFixture, texts: list[Text]) -> None:
+    world = make_world("wifi", "laptop", "loaded", seed=1)
+    with caplog.at_level(logging.DEBUG, "edge_runtime.planning"):
+        result = simulate(texts[:1], planner_for(world), world, log=True)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= result.rounds
+    assert any("ms a token drafted" in line and "siblings" in line for line in lines)
+    assert all(outcome.plan.reason in "\n".join(lines) for outcome in result.log)
+
+
+def test_an_outage_is_no_step_change(texts: list[Text]) -> None:
+    """Rounds repeated through an outage say nothing of the link, and the plans go on as before."""
+    world = make_world("wifi:3,offline:4,wifi", "laptop", "loaded", seed=1)
+    simulator = Simulator(world, planner_for(world), log=True)
+    log: list[Outcome] = []
+    for text in texts:
+        log += simulator.play(text).log
+    repeated = [index for index, outcome in enumerate(log) if outcome.repeated and outcome.exchange_seconds > 1]
+    assert repeated
+    back = repeated[-1] + 1
+    drafting = [outcome.plan.draft > 0 for outcome in log[back : back + 10]]
+    assert sum(drafting) >= 8

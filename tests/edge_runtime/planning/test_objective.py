@@ -1,0 +1,47 @@
+"""Objectives: prices, presets and their text form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.objective import PRESETS, Objective, parse_objective
+
+
+def test_presets_are_known_by_name() -> None:
+    for name, objective in PRESETS.items():
+        assert parse_objective(name) == objective
+    assert parse_objective("latency") == Objective()
+
+
+def test_prices_are_parsed() -> None:
+    assert parse_objective("verifier=2,joule=0.05") == Objective(verifier=2.0, joule=0.05)
+    assert parse_objective(" latency = 0 , byte=1e-6") == Objective(latency=0.0, byte=1e-6)
+
+
+def test_cost_adds_up() -> None:
+    objective = Objective(latency=1.0, verifier=2.0, joule=0.5, byte=0.01)
+    assert objective.cost(3.0, 1.0, 4.0, 100) == pytest.approx(3.0 + 2.0 + 2.0 + 1.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "speed", "verifier", "verifier=", "verifier=-1", "verifier=nan", "joule=inf", "latency=0", "a=1,=2"]
+)
+def test_nonsense_is_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_objective(text)
+
+
+@given(st.text(max_size=60) | st.from_regex(r"\A(latency|verifier|joule|byte|x)=[-0-9.e]{0,8}(,[a-z]*=[0-9.]*)?\Z"))
+def test_any_text_is_an_objective_or_an_input_error(text: str) -> None:
+    try:
+        objective = parse_objective(text)
+    except InputError:
+        return
+    assert all(
+        math.isfinite(price) and price >= 0 for price in (objective.latency, objective.verifier, objective.joule)
+    )
