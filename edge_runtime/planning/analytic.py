@@ -39,7 +39,7 @@ HOPELESS = 3.0
 ID_SECONDS = 2e-5
 # Drafted rounds cost more than told, since texts differ more than tokens of a text do: by so much at first, and then by
 # what the last hundred rounds or so came to.
-BIAS = 1.04
+BIAS = 1.03
 BIAS_KEPT = 0.99
 BIAS_ROUNDS = 25.0
 # Prices that moved by less than this share leave the last search's result in force.
@@ -112,7 +112,7 @@ class AnalyticPlanner:
         self._credit = 0.0
         self._since_trial = 0
         # What drafted rounds cost and what they were to cost, in all.
-        self._real = self._told = self._rounds = 0.0
+        self._real = self._told = 0.0
         self._table: Table | None = None
         self._prices: Prices | None = None
         self._draft = Draft(0.0, 1, 1.0)
@@ -213,7 +213,6 @@ class AnalyticPlanner:
         cost = prices.second * outcome.exchange_seconds + (prices.worked - prices.second) * outcome.forward_seconds
         cost += max(0.0, drafting) * prices.step / prices.step_seconds
         self._real = self._real * BIAS_KEPT + cost
-        self._rounds = self._rounds * BIAS_KEPT + 1.0
         self._told = self._told * BIAS_KEPT + self._draft.cost * outcome.tokens
 
     @property
@@ -221,7 +220,7 @@ class AnalyticPlanner:
         """How many times more drafted rounds cost than was told; between 1 and 1.3."""
         if not self._told:
             return BIAS
-        weight = BIAS_ROUNDS * self._told / self._rounds
+        weight = BIAS_ROUNDS * self._draft.cost * self._draft.tokens
         return min(max((self._real + BIAS * weight) / (self._told + weight), 1.0), 1.3)
 
     def _search(self, table: Table, prices: Prices) -> Draft:

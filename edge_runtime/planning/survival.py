@@ -44,7 +44,7 @@ PRIOR_MISSES = 12.0
 # What another version of the target taught counts for at most so many tokens of a new one.
 INHERITED = 50.0
 # Share by which a prior may be wrong about what a drafted token costs.
-DOUBT = 0.15
+DOUBT = 0.2
 
 # (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
 # recorded on both versions of the shipped family.
