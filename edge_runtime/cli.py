@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="target in the family, may repeat (default: target-v1, then target-v2: the same board, a newer target)",
     )
-    demo.set_defaults(run=_demo)
+    # What there is to see is drafting; a planner may well find that a verifier next door needs none.
+    demo.set_defaults(run=_demo, policy="fixed")
 
     probing.add_parser(commands)
     command.add_parser(commands)
