@@ -17,6 +17,7 @@ examples:
   draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
   draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
+  draft-export policy --output /tmp/policy
 """
 
 ONNX_DESCRIPTION = """\
@@ -32,6 +33,17 @@ Records how often, and how surely, the draft in BUNDLE guesses what targets writ
 examples:
   draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
   draft-export record bundle --target /models/Llama-3.1-8B --text prompts.txt --prompts 8 --temperature 0 --output a.npz
+"""
+
+POLICY_DESCRIPTION = """\
+Trains the policy of the learned planner (`edge-runtime --policy learned`) on simulated rounds: recorded acceptance, and
+links, boards and verifiers at random around the shipped presets. Writes learned.onnx, learned.json with what it was
+trained on and what it came to on texts that it has not seen, and learned.png with its learning curve.
+
+examples:
+  draft-export policy --steps 20000 --settings 50 --output /tmp/policy     # to see it work, seconds
+  draft-export policy --output /tmp/policy                                 # ten minutes on one CPU core
+  draft-export policy --objective cloud --seed 1 --output /tmp/policy
 """
 
 
@@ -84,6 +96,20 @@ def main(arguments: list[str] | None = None) -> int:
     record.add_argument("--text", type=Path, help="what prompts are cut from (default: the family's held-out files)")
     record.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     record.set_defaults(run=_record)
+    policy = commands.add_parser(
+        "policy",
+        help="train the learned planner's policy",
+        description=POLICY_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    policy.add_argument("--output", type=Path, required=True, metavar="DIR", help="files of its names are replaced")
+    policy.add_argument("--steps", type=int, default=1_200_000, help="simulated rounds (default: %(default)s)")
+    policy.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    policy.add_argument(
+        "--objective", default="latency", help="latency, cloud, energy, balanced, or prices (default: %(default)s)"
+    )
+    policy.add_argument("--settings", type=int, default=1000, help="to evaluate on (default: %(default)s)")
+    policy.set_defaults(run=_policy)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -134,6 +160,18 @@ def _record(options: argparse.Namespace) -> int:
         some = [text for text in texts if (text.target, text.temperature) == (target, temperature)]
         share = sum(text.acceptance for text in some) / len(some)
         print(f"  {target} T={temperature:g}: {share:.1%} of {sum(map(len, some))} guesses are the target's token")
+    return 0
+
+
+def _policy(options: argparse.Namespace) -> int:
+    from edge_runtime.planning.objective import parse_objective
+    from export.policy import Lesson, make_policy
+
+    lesson = Lesson(parse_objective(options.objective), options.steps, options.seed, options.settings)
+    training = make_policy(lesson, options.output)
+    evaluation = training.trained["evaluation"]
+    print(f"{options.output}: cost on texts not learned from, as a multiple of the analytic planner's, modelled:")
+    print("  " + ", ".join(f"{name} {value:g}" for name, value in evaluation.items()))
     return 0
 
 

@@ -13,7 +13,7 @@ from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner
 
 DEFAULT = "analytic"
-NAMES = ("analytic", "fixed", "hf-dynamic", "genai-ewma", "ucb")
+NAMES = ("analytic", "learned", "fixed", "hf-dynamic", "genai-ewma", "ucb")
 
 
 def make_planner(
@@ -27,16 +27,22 @@ def make_planner(
     """The planner called `name`, one of `NAMES`.
 
     Args:
-        objective: what a token should cost least of; only `analytic` heeds the prices of joules and bytes.
+        objective: what a token should cost least of; only `analytic` heeds the prices of joules and bytes, and `learned`
+            where it leaves the decision to that.
         device: what is known of the board beforehand.
         acceptance: share of draft tokens accepted by what it was measured on, as the bundle's manifest says.
-        budget: of energy; only `analytic` holds one.
+        budget: of energy; only `analytic` holds one, and `learned` leaves it to that.
 
     Raises:
         InputError: no policy has this name.
     """
     if name == "analytic":
         return AnalyticPlanner(objective, device, acceptance=acceptance, budget=budget)
+    if name == "learned":
+        # Only this policy needs onnxruntime, which takes longer to load than all the rest.
+        from edge_runtime.planning.learned import LearnedPlanner
+
+        return LearnedPlanner(objective, device, acceptance=acceptance, budget=budget)
     if name == "fixed":
         return FixedPlanner(FIXED)
     if name == "hf-dynamic":

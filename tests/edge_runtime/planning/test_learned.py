@@ -1,0 +1,212 @@
+"""The learned planner: the shipped policy is sound, hands over where it should, and never plans what cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.analytic import AnalyticPlanner
+from edge_runtime.planning.budget import Budget
+from edge_runtime.planning.device import Device
+from edge_runtime.planning.learned import (
+    CORRECTIONS,
+    MODEL,
+    OBSERVATIONS,
+    CorrectedPlanner,
+    Correction,
+    Floats,
+    LearnedPlanner,
+    Policy,
+)
+from edge_runtime.planning.objective import PRESETS, Objective
+from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.planning.policies import NAMES, make_planner
+from edge_runtime.planning.survival import LONGEST, MOST_SIBLINGS
+from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.simulation.simulator import simulate
+from edge_runtime.simulation.world import make_world
+
+TRACES = Path(__file__).parents[3] / "export" / "family" / "acceptance.npz"
+LATENCY = PRESETS["latency"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return read_texts(TRACES, target="target-v1", temperature=0.7)[:2]
+
+
+class Chosen(CorrectedPlanner):
+    """Always the same correction, or one at random; keeps what it observed."""
+
+    def __init__(self, correction: Correction | None) -> None:
+        super().__init__(LATENCY, Device())
+        self._correction = correction
+        self._random = random.Random(0)
+        self.observations: list[Floats] = []
+
+    def correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
+        self.observations.append(observation)
+        return self._correction or self._random.choice(CORRECTIONS), "chosen"
+
+
+def check(plan: Plan, conditions: Conditions) -> None:
+    """That a loop can play `plan`."""
+    assert 0 <= plan.draft <= max(LONGEST, conditions.ready)
+    assert 1 <= plan.own <= conditions.left
+    assert 0 <= plan.siblings <= MOST_SIBLINGS
+    assert 0.0 <= plan.sibling_confidence <= 1.0
+    assert 0.0 <= plan.min_survival <= 1.0
+    assert 0 <= plan.ahead <= 2 * LONGEST
+    assert plan.in_flight in (1, 2)
+    assert plan.ahead == 0 or plan.own == 1 or plan.draft == 0
+    assert plan.reason
+
+
+def test_the_shipped_policy_is_small_and_the_one_that_its_training_made() -> None:
+    policy = Policy()
+    assert policy.training.sha256 == hashlib.sha256(MODEL.read_bytes()).hexdigest()
+    assert policy.training.objective == LATENCY
+    assert MODEL.stat().st_size + MODEL.with_suffix(".json").stat().st_size < 100_000
+    middle = (np.array(policy.training.low, np.float32) + np.array(policy.training.high, np.float32)) / 2
+    scores = policy.scores(middle)
+    assert scores.shape == (len(CORRECTIONS),)
+    assert np.isfinite(scores).all()
+
+
+def test_the_policy_decides_where_it_knows_its_way(texts: list[Text]) -> None:
+    planner = make_planner("learned", LATENCY, make_world("4g", "raspberry-pi-5", "loaded").device)
+    log = simulate(texts, planner, make_world("4g", "raspberry-pi-5", "loaded"), log=True).log
+    decided = [outcome.plan.reason.endswith("(learned)") for outcome in log]
+    assert sum(decided) > 0.9 * len(decided)
+    for outcome in log:
+        check(outcome.plan, outcome.conditions)
+
+
+def test_without_corrections_it_is_the_analytic_planner(texts: list[Text]) -> None:
+    for link, board, verifier in (("4g", "raspberry-pi-5", "32b"), ("lan", "server", "loaded")):
+        corrected = simulate(texts, Chosen(CORRECTIONS[0]), make_world(link, board, verifier), log=True)
+        analytic = simulate(texts, AnalyticPlanner(LATENCY, Device()), make_world(link, board, verifier), log=True)
+        assert [msgspec.structs.replace(outcome.plan, reason="") for outcome in corrected.log] == [
+            msgspec.structs.replace(outcome.plan, reason="") for outcome in analytic.log
+        ]
+
+
+@pytest.mark.parametrize("correction", [None, *CORRECTIONS], ids=lambda correction: getattr(correction, "name", "any"))
+def test_every_correction_can_be_played(texts: list[Text], correction: Correction | None) -> None:
+    planner = Chosen(correction)
+    result = simulate(texts, planner, make_world("lan", "laptop", "loaded"), log=True)
+    assert result.tokens == sum(map(len, texts))
+    for outcome in result.log:
+        check(outcome.plan, outcome.conditions)
+    observations = np.array(planner.observations)
+    assert observations.shape[1] == len(OBSERVATIONS)
+    assert np.isfinite(observations).all() and np.abs(observations).max() <= 5.0
+
+
+def _another_objective() -> LearnedPlanner:
+    return LearnedPlanner(Objective(verifier=4.0), Device())
+
+
+def _a_budget() -> LearnedPlanner:
+    return LearnedPlanner(LATENCY, Device(), budget=Budget(5.0))
+
+
+def _no_model() -> LearnedPlanner:
+    return LearnedPlanner(LATENCY, Device(), model=Path("nowhere.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(_another_objective, "another objective"), (_a_budget, "budgeted"), (_no_model, "no learned policy")],
+)
+def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[Text]) -> None:
+    world = make_world("4g", "raspberry-pi-5", "loaded")
+    log = simulate(texts[:1], make(), world, log=True).log
+    assert all(
+        f"(analytic: {outcome.plan.reason.rpartition('(analytic: ')[2]}" in outcome.plan.reason for outcome in log
+    )
+    assert all(why in outcome.plan.reason for outcome in log)
+
+
+def test_it_hands_over_what_nobody_has_seen() -> None:
+    policy = Policy()
+    low, high = (np.array(bound, np.float32) for bound in (policy.training.low, policy.training.high))
+    inside = (low + high) / 2
+    assert policy.strange(inside) == ""
+    for index, name in enumerate(OBSERVATIONS):
+        for value in (low[index] - (high[index] - low[index]) - 1.0, high[index] * 2 + 1.0, np.nan):
+            outside = inside.copy()
+            outside[index] = value
+            assert policy.strange(outside) == name
+    planner, alone = LearnedPlanner(LATENCY, Device(step_seconds=40.0)), AnalyticPlanner(LATENCY, Device(40.0))
+    conditions = Conditions(left=100, position=50, unread=50, temperature=0.0)
+    plan = planner.plan(conditions)
+    assert "outside of what was learned" in plan.reason
+    assert (plan.draft, plan.own) == (alone.plan(conditions).draft, alone.plan(conditions).own)
+
+
+def test_a_model_that_was_altered_is_not_used(tmp_path: Path) -> None:
+    for suffix in (".onnx", ".json"):
+        shutil.copy(MODEL.with_suffix(suffix), tmp_path)
+    altered = tmp_path / MODEL.name
+    Policy(altered)
+    altered.write_bytes(altered.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="hash differs"):
+        Policy(altered)
+    altered.with_suffix(".json").write_bytes(b"{}")
+    with pytest.raises(InputError, match="training"):
+        Policy(altered)
+    assert "no learned policy" in LearnedPlanner(LATENCY, Device(), model=altered).plan(Conditions(9, 9, 9)).reason
+
+
+def test_it_has_a_name() -> None:
+    assert "learned" in NAMES
+    assert isinstance(make_planner("learned", LATENCY, Device()), LearnedPlanner)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_plan_is_ever_impossible(data: st.DataObject) -> None:
+    seconds = st.floats(0.0, 10.0)
+    device = Device(step_seconds=data.draw(st.floats(1e-5, 2.0)), prefill_seconds=data.draw(st.floats(0.0, 0.1)))
+    planner = LearnedPlanner(LATENCY, device)
+    now = 0.0
+    for _ in range(data.draw(st.integers(1, 12))):
+        left = data.draw(st.integers(1, 300))
+        conditions = Conditions(
+            left,
+            position=data.draw(st.integers(1, 4000)),
+            unread=data.draw(st.integers(0, 200)),
+            ready=data.draw(st.integers(0, min(20, left - 1))),
+            now=now,
+            temperature=data.draw(st.sampled_from([0.0, 0.7, 1.0])),
+        )
+        plan = planner.plan(conditions)
+        check(plan, conditions)
+        drafted = min(plan.draft, left - 1)
+        accepted = data.draw(st.integers(0, drafted))
+        outcome = Outcome(
+            plan,
+            conditions,
+            accepted,
+            min(plan.own, left - accepted),
+            data.draw(st.lists(st.floats(0.0, 1.0), min_size=drafted, max_size=drafted)),
+            [plan.siblings] * drafted,
+            draft_seconds=data.draw(seconds),
+            first_seconds=data.draw(seconds),
+            exchange_seconds=data.draw(seconds),
+            forward_seconds=data.draw(seconds),
+            sent=100,
+            received=100,
+        )
+        planner.observe(outcome)
+        now += outcome.draft_seconds + outcome.exchange_seconds
