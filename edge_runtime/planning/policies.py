@@ -27,11 +27,11 @@ def make_planner(
     """The planner called `name`, one of `NAMES`.
 
     Args:
-        objective: what a token should cost least of; only `analytic` heeds the prices of joules and bytes, and `learned`
-            where it leaves the decision to that.
+        objective: what a token should cost least of; only `analytic`, and `learned` where it hands over to that, heed
+            the prices of joules and bytes.
         device: what is known of the board beforehand.
         acceptance: share of draft tokens accepted by what it was measured on, as the bundle's manifest says.
-        budget: of energy; only `analytic` holds one, and `learned` leaves it to that.
+        budget: of energy; only `analytic` holds one, and `learned`, which then hands over to that.
 
     Raises:
         InputError: no policy has this name.
