@@ -49,6 +49,8 @@ QUICK = 0.3
 # A hot board drafts less: from this on, drafting counts double every ten degrees, and as much where it is throttled.
 HOT_CELSIUS = 75.0
 THROTTLED = 2.0
+# Reading that takes less than this is not worth a round of its own.
+LEAST_READING = 0.02
 # A verifier's forward that nobody has seen is at most this long.
 SLOWEST_FORWARD = 0.1
 
@@ -60,6 +62,7 @@ class Choice(msgspec.Struct, frozen=True):
         left: tokens to go.
         draft: the best drafted round.
         prefill: of the draft, once.
+        reading: tokens to stream while the draft reads, so that nobody waits for it; 0 where it had better read first.
         drafted: all tokens in drafted rounds.
         better: the same once the link is on its better side.
         leaving: the chance that it is there by now.
@@ -72,6 +75,7 @@ class Choice(msgspec.Struct, frozen=True):
     left: int
     draft: Draft
     prefill: float
+    reading: int
     drafted: float
     better: float
     leaving: float
@@ -190,16 +194,26 @@ class AnalyticPlanner:
         # A text's last round yields more than is left, by half a round on average.
         rounds = left + 0.5 * (draft.tokens - 1.0)
         better = each - max(0.0, later - costs.link.other) * on_air / draft.tokens
+        first, further = exchange + single * worked, own * worked + framed
+        drafted, reading = prefill + each * rounds, 0
+        if not conditions.ready and costs.prefill_seconds(conditions.unread) > LEAST_READING:
+            # What the board reads during a stream it need not read later, but for the tokens that are streamed.
+            count = 1 + int(max(0.0, prefill - first) / further)
+            later = costs.prefill_seconds(count + 1) * drafting
+            beside = first + (count - 1) * further + later + each * (rounds - count)
+            if count < left // 2 and beside < 0.99 * drafted:
+                drafted, reading = beside, count
         return Choice(
             left=left,
             draft=draft,
             prefill=prefill,
-            drafted=prefill + each * rounds,
-            better=prefill + better * rounds,
+            reading=reading,
+            drafted=drafted,
+            better=drafted + (better - each) * rounds,
             leaving=1.0 - costs.link.still(conditions.now),
             stays=costs.link.stays,
-            first=exchange + single * worked,
-            each=own * worked + framed,
+            first=first,
+            each=further,
             hoped=costs.own_hoped(table.speculated) * worked + framed,
         )
 
@@ -244,6 +258,8 @@ class AnalyticPlanner:
             return Plan(0, own=self._stretch(choice), reason=f"the cloud alone: {told}")
         if left > TRIAL and not conditions.ready and self._worth_streaming(choice):
             return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
+        if choice.reading:
+            return Plan(0, own=choice.reading, ahead=1, reason=f"the cloud alone while the draft reads: {told}")
         beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
         ahead = f", {draft.ahead} ahead" if draft.ahead else ""
         return self._plan(conditions, draft, table, f"{draft.length} tokens{beside}{ahead}: {told}")

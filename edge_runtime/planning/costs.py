@@ -113,7 +113,9 @@ class Costs:
         """Modelled joules of the board in a round, above idle, drafting ahead included."""
         device, plan = self.device, outcome.plan
         drafting = outcome.draft_seconds
-        if plan.ahead and outcome.drafted and plan.own == 1:
+        if plan.ahead and not plan.draft:
+            drafting += min(self.prefill_seconds(outcome.conditions.unread), outcome.exchange_seconds)
+        elif plan.ahead and outcome.drafted and plan.own == 1:
             # A draft that stopped by itself goes on with the guess alone.
             steps = 1 + (plan.ahead if outcome.drafted >= plan.draft else 0)
             drafting += min(steps * self.step_seconds(outcome.conditions.position), outcome.exchange_seconds)
