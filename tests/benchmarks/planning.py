@@ -4,6 +4,7 @@
                 hindsight, against fixed K, and against streaming, edge-drafted and per-token decoding
     steps       rounds until the plan has settled after the link has changed
     energy      a budget of 70 % of what the unconstrained planner draws: how well it is held, and what that costs
+    siblings    tokens per round, with siblings beside every drafted token or where the draft is unsure
     decisions   microseconds per decision
 
 Everything is modelled but the acceptance, which was recorded. The hindsight plan is chosen for each cell after playing
@@ -272,6 +273,26 @@ class Bench:
         self.console.print(table)
         self.console.print("the paper's line to beat: 8 J per 100 tokens, against 12 for others on its board")
 
+    def siblings(self) -> None:
+        """What siblings bring, in tokens per round; no time, so any world will do."""
+        counts, unsure = (0, 1, 3, 7), 0.8
+        table = Table(
+            "target, sampling, K", *(f"+{count}" for count in counts), "+3 where unsure", "ids sent", box=None
+        )
+        world = Cell("wifi", "raspberry-pi-5", SMALL_DRAFT, "loaded").world()
+        for target, temperature in KINDS:
+            texts = self.texts((target, temperature))
+            for length in (4, 8):
+                plans = [Plan(length, siblings=count, sibling_confidence=1.0) for count in counts]
+                plans.append(Plan(length, siblings=3, sibling_confidence=unsure))
+                results = [simulate(texts, FixedPlanner(plan), world, log=True) for plan in plans]
+                rates = [result.tokens / result.rounds for result in results]
+                shown = [f"{rate:.2f} ({rate / rates[0] - 1:+.0%})" for rate in rates[1:]]
+                offered = [sum(sum(round.offered) for round in result.log) for result in results]
+                few = f"{offered[-1] / offered[2]:.0%} of +3"
+                table.add_row(f"{target} T={temperature:g} K={length}", f"{rates[0]:.2f}", *shown, few)
+        self.console.print(table)
+
     def decisions(self) -> None:
         """What a decision costs."""
         table = Table("policy", "decision, microseconds: median", "mean", "slowest 1 %", "learning: median", box=None)
@@ -347,7 +368,7 @@ def main() -> None:
     parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
     parser.add_argument("--quick", action="store_true", help="every seventh cell")
     parser.add_argument("--each", action="store_true", help="a line for every cell")
-    tables = ("cells", "steps", "energy", "decisions")
+    tables = ("cells", "steps", "energy", "siblings", "decisions")
     parser.add_argument("--tables", nargs="*", default=tables, choices=tables, help="default: all")
     options = parser.parse_args()
     bench = Bench(options)
