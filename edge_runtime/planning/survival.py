@@ -193,7 +193,7 @@ class Survival:
 
     def table(self) -> Table:
         """How far drafts get, made anew once evidence has grown enough to matter."""
-        if self._table is None or self._fresh > 6.0 + 0.12 * self.judged:
+        if self._table is None or self._fresh > 8.0 + 0.2 * self.judged:
             self._fresh = 0
             self._table = Table(*self._curves())
         return self._table
