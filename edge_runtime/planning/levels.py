@@ -20,6 +20,8 @@ MOST_LOAD = 100.0
 # An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
 DEVIATIONS = 3.0
 SHARE = 0.12
+# So many observations in a row on one side, by a mean deviation on average, are a change, too.
+RUN = 4
 # How long what is usual reaches back.
 USUAL_SECONDS = 120.0
 
@@ -53,6 +55,10 @@ class Level:
         self._patience = patience
         self._odd_sum = 0.0
         self._odd_weight = 0.0
+        # Observations in a row on one side of the mean: how many, above or below, and their sum.
+        self._run = 0
+        self._run_above = False
+        self._run_sum = 0.0
 
     @property
     def known(self) -> bool:
@@ -81,6 +87,7 @@ class Level:
         if abs(error) <= limit:
             self._settle(limit)
             self._take(value - self.value, weight)
+            self._drift(value)
             return
         if self._odd_weight and (self._odd_sum / self._odd_weight > self.value) != (error > 0.0):
             self._settle(limit)
@@ -91,12 +98,27 @@ class Level:
             self.deviation = SHARE * abs(self.value)
             self.weight = self._odd_weight
             self.changes += 1
-            self._odd_sum = self._odd_weight = 0.0
+            self._odd_sum = self._odd_weight = self._run_sum = 0.0
+            self._run = 0
 
     def scale(self, factor: float) -> None:
         """Moves the level where something else that was observed says it must be by now."""
         self.value *= factor
         self.deviation *= factor
+        self._odd_sum *= factor
+        self._run_sum *= factor
+
+    def _drift(self, value: float) -> None:
+        """Starts anew from a long run on one side: the level has changed by less than what is odd."""
+        above = value > self.value
+        if above != self._run_above:
+            self._run, self._run_above, self._run_sum = 0, above, 0.0
+        self._run += 1
+        self._run_sum += value
+        mean = self._run_sum / self._run
+        if self._run >= RUN and abs(mean - self.value) > self.deviation:
+            self.value, self.weight = mean, float(self._run)
+            self._run, self._run_sum = 0, 0.0
 
     def _settle(self, limit: float) -> None:
         """Outliers count, as far as they are not odd."""
