@@ -46,9 +46,11 @@ BIAS_ROUNDS = 25.0
 MOVED = 0.06
 # Share of rounds that are faster than what is counted on for drafting ahead.
 QUICK = 0.3
-# A hot board drafts less: from this on, drafting counts double every ten degrees, and as much where it is throttled.
+# A hot board drafts less: from this on, joules of drafting count double in ten degrees, and as much where it is throttled
+# already; and its seconds by a share of that, because it will be slower soon.
 HOT_CELSIUS = 75.0
 THROTTLED = 2.0
+HEAT_SECONDS = 0.25
 # Reading that takes less than this is not worth a round of its own.
 LEAST_READING = 0.02
 # A verifier's forward that nobody has seen is at most this long.
@@ -160,7 +162,8 @@ class AnalyticPlanner:
             second, scarce = self._queue.waiting(second)
             joule += scarce
         on_air = second + joule * device.radio_watts
-        drafting = second + joule * (device.busy_watts - device.idle_watts) * _heat(conditions.surroundings)
+        heat = _heat(conditions.surroundings)
+        drafting = second * (1.0 + HEAT_SECONDS * (heat - 1.0)) + joule * (device.busy_watts - device.idle_watts) * heat
         worked = on_air + objective.verifier
         byte = objective.byte + joule * device.joules_per_byte
         single = costs.forward.at(1.0) if costs.forward.known else SLOWEST_FORWARD

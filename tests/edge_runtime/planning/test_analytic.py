@@ -180,10 +180,11 @@ def test_a_budget_is_held(texts: list[Text]) -> None:
     assert held.joules / held.latency_seconds == pytest.approx(watts, rel=0.03)
 
 
-def test_hot_boards_draft_less(texts: list[Text]) -> None:
+@pytest.mark.parametrize("objective", [Objective(), Objective(joule=0.02)])
+def test_hot_boards_draft_less(objective: Objective, texts: list[Text]) -> None:
     def drafted(surroundings: Surroundings) -> float:
         world = make_world("wifi", "raspberry-pi-5", "loaded", seed=1)
-        planner = planner_for(world, Objective(joule=0.02))
+        planner = planner_for(world, objective)
         simulate(texts, planner, world)
         plan = planner.plan(
             Conditions(60, 100, 1, now=1e3, version="target-v1", temperature=0.7, surroundings=surroundings)
