@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime import config_command, pilot, probing
 from edge_runtime.contract.errors import FlexSpecError, InputError
+from edge_runtime.service import serving
 from edge_runtime.simulation import command
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     config_command.add_parser(commands)
     probing.add_parser(commands)
     command.add_parser(commands)
+    serving.add_parser(commands, draft.get_default("bundle"))
     return parser
 
 

@@ -1,0 +1,447 @@
+"""The routes of the local service, from a request's body to the last event of its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from edge_runtime.contract import wire
+from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.planning.plan import Plan, Planner, Surroundings
+from edge_runtime.service import openai
+from edge_runtime.service.answers import Answer, Order
+from edge_runtime.service.chat import Chat
+from edge_runtime.service.metrics import MOST_OWN, Metrics, Watched
+from edge_runtime.service.openapi import document
+from edge_runtime.service.queue import Queue
+from edge_runtime.service.refusals import MOMENT_SECONDS, SERVER, Refusal, refusal_of
+from edge_runtime.service.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse,
+    prompt_of,
+    sampling_of,
+    stops_of,
+)
+from edge_runtime.verifier_client import VerifierClient
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+ALONE = Plan(draft=0, own=MOST_OWN, reason="the request wants no speculation")
+# Seconds that a list of models may take, and a body to arrive.
+MODELS_SECONDS = 5.0
+BODY_SECONDS = 30.0
+DONE = b"data: [DONE]\n\n"
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the service grants.
+
+    Attributes:
+        max_concurrent: answers that are written at once.
+        max_waiting: requests that wait for that.
+        max_new_tokens: of an answer; also what a request gets that does not say.
+        max_body: bytes of a request body.
+    """
+
+    max_concurrent: int = 2
+    max_waiting: int = 8
+    max_new_tokens: int = 1024
+    max_body: int = 1 << 20
+
+
+class Board(msgspec.Struct, frozen=True):
+    """What answers are made with, once it is loaded; one for the whole process.
+
+    Attributes:
+        surroundings: what the probes know now.
+    """
+
+    draft: OnnxDraft
+    chat: Chat
+    planner: Planner
+    surroundings: Callable[[], Surroundings]
+
+
+class Service:
+    """Handlers over one verifier and one draft. `app` is the ASGI application.
+
+    Attributes:
+        metrics: what Prometheus is told.
+    """
+
+    def __init__(self, client: VerifierClient, limits: Limits, keys: frozenset[str], *, local: bool = True) -> None:
+        """
+        Args:
+            keys: one of them must come as bearer token; none: everybody is served.
+            local: only loopback is listened on, so that a request for another host's name comes from a web page that
+                has no business here. Not checked where there are keys.
+        """
+        self._client = client
+        self._limits = limits
+        self._keys = [key.encode() for key in keys]
+        self._local = local and not keys
+        self._queue = Queue(limits.max_concurrent, limits.max_waiting)
+        self.metrics = Metrics(self._queue, client)
+        self._board: Board | None = None
+        self._models: openai.ModelList | None = None
+        self._stopping = False
+        self._writing: set[asyncio.Task[None]] = set()
+        self._document = msgspec.json.encode(document(limits.max_body, bool(keys)))
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self._answering(self.complete), methods=["POST"]),
+                Route("/v1/chat/completions", self._answering(self.chat), methods=["POST"]),
+                Route("/v1/models", self._answering(self.models)),
+                Route("/v1/models/{model:path}", self._answering(self.model)),
+                Route("/healthz", self._answering(self.health)),
+                Route("/readyz", self._answering(self.ready)),
+                Route("/metrics", self._answering(self.show_metrics)),
+                Route("/openapi.json", self._answering(self.openapi)),
+            ],
+            exception_handlers={HTTPException: _no_such_route},
+        )
+        self.app.router.redirect_slashes = False
+
+    def open(self, board: Board) -> None:
+        """From now on there are answers."""
+        self.metrics.surroundings = board.surroundings
+        self._board = board
+
+    async def drain(self, seconds: float) -> None:
+        """From now on no answer begins; those that are being written have `seconds` to end."""
+        self._stopping = True
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=seconds)
+        for task in list(self._writing):
+            task.cancel()
+        await asyncio.gather(*self._writing, return_exceptions=True)
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions: continues a text."""
+        board = self._ready_board()
+        asked = parse(await self._body(request), CompletionRequest)
+        prompt = prompt_of(asked)
+        ids = prompt if isinstance(prompt, list) else await _encode(board, prompt, True)
+        echo = ""
+        if asked.echo:
+            echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
+        form = openai.CompletionForm(echo, _wants_usage(asked))
+        return await self._answer(request, asked, self._order(asked, ids, [], asked.max_tokens), form)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions: the next message of a conversation."""
+        board = self._ready_board()
+        asked = parse(await self._body(request), ChatRequest)
+        text = board.chat.text([{"role": message.role, "content": message.text} for message in asked.messages])
+        # The template writes the special tokens itself.
+        ids = await _encode(board, text, False)
+        wanted = asked.max_completion_tokens or asked.max_tokens
+        return await self._answer(
+            request, asked, self._order(asked, ids, board.chat.stops, wanted), openai.ChatForm(_wants_usage(asked))
+        )
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: what the verifier serves, or served when it was last heard of."""
+        return _json(await self._model_list())
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{model}: one of them, by its id or exact version."""
+        wanted = request.path_params["model"]
+        for model in (await self._model_list()).data:
+            if wanted in (model.id, model.version):
+                return _json(model)
+        raise Refusal(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
+
+    async def health(self, request: Request) -> Response:
+        """GET /healthz: the process lives."""
+        return Response("ok\n", media_type="text/plain")
+
+    async def ready(self, request: Request) -> Response:
+        """GET /readyz: the draft is loaded, and answers can begin."""
+        self._ready_board()
+        return Response("ready\n", media_type="text/plain")
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: for Prometheus."""
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: this service, described."""
+        return Response(self._document, media_type="application/json")
+
+    def _ready_board(self) -> Board:
+        if self._stopping or self._board is None:
+            raise Refusal(
+                503,
+                "the service is stopping" if self._stopping else "the draft is still loading; try again shortly",
+                kind=SERVER,
+                code="stopping" if self._stopping else "starting",
+                retry_after=MOMENT_SECONDS,
+            )
+        return self._board
+
+    def _order(self, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None) -> Order:
+        most = self._limits.max_new_tokens
+        return Order(
+            ids,
+            sampling_of(asked, secrets.randbits(63)),
+            min(max_tokens or most, most),
+            stops + stops_of(asked),
+            asked.model or "",
+            asked.speculation is not False,
+        )
+
+    async def _answer(self, request: Request, asked: GenerationRequest, order: Order, form: openai.Form) -> Response:
+        """Has `order` written, as long as somebody listens."""
+        board = self._ready_board()
+        answer = Answer(order, board.draft.tokenizer)
+        # The answer goes on whether or not it is read: a slow reader holds neither a place nor a session.
+        writing = asyncio.create_task(self._write(answer, board))
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+        gone = asyncio.create_task(_gone(request))
+        gone.add_done_callback(lambda _: writing.cancel())
+        try:
+            if asked.stream:
+                # Awaited here, so that a refusal still has its own status.
+                return EventStream(_events(answer, await answer.news(), form, _wants_usage(asked)), gone)
+            return _json(form.whole(answer, await answer.whole()))
+        finally:
+            if answer.error or not asked.stream:
+                gone.cancel()
+
+    async def _write(self, answer: Answer, board: Board) -> None:
+        """Writes `answer` when its turn comes. Never raises: what goes wrong is the answer's."""
+        outcome = "cancelled"
+        error: Exception | None = ClientDisconnect()
+        try:
+            async with self._queue.place():
+                await self._play(answer, board)
+            outcome, error = answer.finish, None
+        except asyncio.CancelledError:
+            if self._stopping:
+                error = Refusal(503, "the service was stopped", kind=SERVER, code="stopping")
+        except Exception as problem:
+            if not isinstance(problem, (FlexSpecError, Refusal)):
+                log.exception("an answer failed")
+            error = problem
+            outcome = refusal_of(problem).body.error.code or "invalid_request"
+        finally:
+            answer.end(error)
+            self.metrics.add_answer(answer, outcome)
+
+    async def _play(self, answer: Answer, board: Board) -> None:
+        order = answer.order
+        generation = self._generation(order, board)
+        try:
+            await answer.write(generation)
+        except DraftError as error:
+            # The text does not depend on who drafts it, so the cloud can finish it.
+            log.warning("the cloud goes on alone: %s", error)
+            left = order.max_new_tokens - (len(generation.ids) - len(order.prompt))
+            model = generation.version or order.model
+            rest = Order(generation.ids, order.sampling, left, order.stops, model, speculation=False)
+            await answer.write(self._generation(rest, board))
+
+    def _generation(self, order: Order, board: Board) -> Generation:
+        return Generation(
+            board.draft if order.speculation else None,
+            self._client,
+            order.prompt,
+            order.sampling,
+            max_new_tokens=order.max_new_tokens,
+            planner=Watched(board.planner, self.metrics, None if order.speculation else ALONE),
+            model=order.model,
+            surroundings=board.surroundings,
+        )
+
+    async def _model_list(self) -> openai.ModelList:
+        try:
+            async with asyncio.timeout(MODELS_SECONDS):
+                listed = await self._client.models()
+        except (VerifierUnreachable, TimeoutError):
+            if self._models is None:
+                raise VerifierUnreachable(
+                    f"no answer from {self._client.url} within {MODELS_SECONDS:g} s; is it running, is the link up?"
+                ) from None
+        else:
+            self._models = _models(listed)
+        return self._models
+
+    async def _body(self, request: Request) -> bytes:
+        """The body. Raises Refusal: it is no JSON by its type, too long, or too slow."""
+        # A web page elsewhere may send anything but this type without asking first.
+        if "json" not in request.headers.get("content-type", ""):
+            raise Refusal(415, "send the body as JSON, with the header content-type: application/json")
+        limit, body, size = self._limits.max_body, bytearray(), 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                # Read to the end even so: a client that is still writing would not read our answer.
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size <= limit:
+                        body += piece
+        except TimeoutError:
+            raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+        if size > limit:
+            raise Refusal(413, f"the body is over {limit} bytes", code="body_too_large")
+        return bytes(body)
+
+    def _check_caller(self, request: Request) -> None:
+        """Raises Refusal unless the request may be served."""
+        host = _host(request.headers.get("host", ""))
+        if self._local and not _is_loopback(host):
+            raise Refusal(403, f"this service is local, and no host of the name {host[:80]!r}")
+        if not self._keys or not request.scope["path"].startswith("/v1/"):
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, known) for known in self._keys):
+            raise Refusal(
+                401,
+                "this service wants one of its API keys: Authorization: Bearer KEY",
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+
+    def _answering(self, handler: Handler) -> Handler:
+        """Turns errors into OpenAI's."""
+
+        async def answering(request: Request) -> Response:
+            try:
+                self._check_caller(request)
+                return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                if not isinstance(error, (FlexSpecError, Refusal)):
+                    log.exception("%s %s failed", request.method, request.scope["path"])
+                return _refused(refusal_of(error))
+
+        return answering
+
+
+class EventStream(Response):
+    """Server-sent events, until they end or the client has gone.
+
+    Args:
+        gone: ends when the client goes; cancelled when the events have ended.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], gone: asyncio.Task[None]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._gone = gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._gone.cancel()
+
+
+async def _events(answer: Answer, text: str, form: openai.Form, usage: bool) -> AsyncIterator[bytes]:
+    """The events of a stream whose first text is `text`. An error ends it, without `[DONE]`."""
+    try:
+        first = True
+        while text or first:
+            yield _event(form.chunk(answer, text, first=first))
+            first = False
+            text = await answer.news()
+    except ClientDisconnect:
+        return
+    except Exception as error:
+        yield b"event: error\n" + _event(refusal_of(error).body)
+        return
+    yield _event(form.last(answer))
+    if usage:
+        yield _event(form.usage(answer))
+    yield DONE
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _encode(board: Board, text: str, special: bool) -> list[int]:
+    # A long text takes a while, and the library lets others work meanwhile.
+    encoding = await asyncio.to_thread(board.draft.tokenizer.encode, text, add_special_tokens=special)
+    ids: list[int] = encoding.ids
+    return ids
+
+
+def _wants_usage(asked: GenerationRequest) -> bool:
+    return bool(asked.stream_options and asked.stream_options.include_usage)
+
+
+def _models(listed: wire.ModelList) -> openai.ModelList:
+    created = int(time.time())
+    return openai.ModelList([openai.Model(model.id, created, model.version, model.context) for model in listed.data])
+
+
+def _host(header: str) -> str:
+    """The name or address in a Host header, without its port."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("", "localhost") or host.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _event(message: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(message) + b"\n\n"
+
+
+def _json(message: msgspec.Struct, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(message), status, media_type="application/json")
+
+
+def _refused(refusal: Refusal) -> Response:
+    response = _json(refusal.body, refusal.status)
+    if refusal.retry_after is not None:
+        response.headers["retry-after"] = str(refusal.retry_after)
+    if refusal.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    sentence = f"no {request.method} {request.scope['path'][:80]} here; see /openapi.json"
+    response = _refused(Refusal(error.status_code, sentence, code="unknown_route"))
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,120 @@
+"""The service, described in OpenAPI 3.1; the schemas are those of the structs that are read and written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import msgspec
+
+from edge_runtime.service import openai, requests
+from edge_runtime.service.refusals import ErrorBody
+
+REF = "#/components/schemas/{name}"
+JSON = "application/json"
+TEXT = "text/plain"
+EVENTS = "text/event-stream"
+
+TOKEN_IDS = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1 << 31},
+    "minItems": 1,
+    "description": "Token ids; those outside the target's vocabulary are refused.",
+}
+REFUSED = {
+    "400": "The request is malformed, asks for what is not done here, or does not fit the model.",
+    "401": "No API key, or a wrong one.",
+    "403": "The service is local, and the request is for another host's name.",
+    "404": "No such model.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too long.",
+    "415": "The body is not JSON by its content type.",
+    "429": "Too many wait already; come back after Retry-After.",
+    "500": "A fault of the service.",
+    "502": "The verifier refuses this board.",
+    "503": "The draft is still loading, the service is stopping, or the verifier cannot be reached.",
+}
+ASKING = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
+LISTING = ("401", "403", "404", "500", "502", "503")
+
+
+def document(max_body: int, keys: bool) -> dict[str, Any]:
+    """The description of a service that takes bodies of `max_body` bytes, and wants API keys or not."""
+    kinds = [
+        requests.CompletionRequest,
+        requests.ChatRequest,
+        openai.Completion,
+        openai.CompletionChunk,
+        openai.ChatCompletion,
+        openai.ChatChunk,
+        openai.Model,
+        openai.ModelList,
+        ErrorBody,
+    ]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
+    for name, neutral in (
+        ("CompletionRequest", requests.NEUTRAL),
+        ("ChatRequest", requests.NEUTRAL),
+        ("ChatMessage", requests.MESSAGE_NEUTRAL),
+    ):
+        properties = schemas[name]["properties"]
+        for field in properties.keys() & neutral.keys():
+            properties[field] = {"enum": neutral[field]}
+    schemas["TokenIds"] = TOKEN_IDS
+    schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
+    chunks = "Events of `data: {}`s, then `data: [DONE]`; an event `error` instead ends a stream that failed."
+    paths: dict[str, Any] = {
+        "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", chunks)},
+        "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", chunks)},
+        "/v1/models": {"get": _operation("What the verifier serves", {JSON: _of("ModelList")}, LISTING)},
+        "/v1/models/{model}": {
+            "get": _operation("One of them", {JSON: _of("Model")}, LISTING),
+            "parameters": [
+                {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            ],
+        },
+        "/healthz": {"get": _operation("Whether the process lives", {TEXT: {"type": "string"}}, ("403",))},
+        "/readyz": {"get": _operation("Whether answers can begin", {TEXT: {"type": "string"}}, ("403", "503"))},
+        "/metrics": {"get": _operation("For Prometheus", {TEXT: {"type": "string"}}, ("403",))},
+        "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403",))},
+    }
+    components: dict[str, Any] = {"schemas": schemas}
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, item in paths.items():
+            if path.startswith("/v1/"):
+                item["post" if "post" in item else "get"]["security"] = [{"key": []}]
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "FlexSpec on this board",
+            "version": importlib.metadata.version("flexspec"),
+            "summary": "OpenAI's surface over a local draft and a verifier in the cloud.",
+            "description": f"Bodies have at most {max_body} bytes.",
+        },
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _asking(summary: str, body: str, answer: str, chunks: str) -> dict[str, Any]:
+    content = {JSON: _of(answer), EVENTS: {"type": "string", "description": chunks}}
+    operation = _operation(summary, content, ASKING)
+    operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _of(body)}}}
+    return operation
+
+
+def _operation(summary: str, content: dict[str, Any], refused: tuple[str, ...]) -> dict[str, Any]:
+    responses: dict[str, Any] = {
+        "200": {"description": summary, "content": {kind: {"schema": schema} for kind, schema in content.items()}}
+    }
+    for status in refused:
+        responses[status] = {"description": REFUSED[status], "content": {JSON: {"schema": _of("ErrorBody")}}}
+        if status in ("429", "503"):
+            seconds = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+            responses[status]["headers"] = {"Retry-After": seconds}
+    return {"summary": summary, "responses": responses}
+
+
+def _of(name: str) -> dict[str, str]:
+    return {"$ref": REF.format(name=name)}

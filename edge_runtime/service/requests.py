@@ -1,0 +1,238 @@
+"""The bodies that OpenAI's clients send, read strictly: what is not done here is refused, not ignored.
+
+Beyond OpenAI's fields there are `top_k`, `ignore_eos` and `speculation`; false lets the cloud write alone.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from edge_runtime.contract.coupling import MASK, Sampling
+from edge_runtime.service.refusals import Refusal
+
+# Fields that clients may send, with the values that change nothing. Any other value asks for what is not done here.
+NEUTRAL: dict[str, list[Any]] = {
+    "audio": [None],
+    "best_of": [None, 1],
+    "frequency_penalty": [None, 0],
+    "function_call": [None, "none", "auto"],
+    "functions": [None, []],
+    "logit_bias": [None, {}],
+    "logprobs": [None, False],
+    "modalities": [None, ["text"]],
+    "n": [None, 1],
+    "prediction": [None],
+    "presence_penalty": [None, 0],
+    "response_format": [None, {"type": "text"}],
+    "service_tier": [None, "auto", "default"],
+    "store": [None, False],
+    "suffix": [None, ""],
+    "tool_choice": [None, "none", "auto"],
+    "tools": [None, []],
+    "top_logprobs": [None, 0],
+}
+MESSAGE_NEUTRAL: dict[str, list[Any]] = {
+    "annotations": [None, []],
+    "audio": [None],
+    "function_call": [None],
+    "refusal": [None],
+    "tool_calls": [None, []],
+}
+
+Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+# Exactly what `prompt_of` takes: the decoder cannot tell lists apart by what is in them.
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1},
+        {"$ref": "#/components/schemas/TokenIds"},
+        {"type": "array", "items": {"$ref": "#/components/schemas/TokenIds"}, "minItems": 1, "maxItems": 1},
+    ]
+}
+SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK}
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to stream.
+
+    Attributes:
+        include_usage: a last chunk says how many tokens it was.
+        include_obfuscation: taken and not done: what it would hide travels over loopback.
+    """
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What both endpoints take.
+
+    Attributes:
+        model: which target; absent or empty for the verifier's default.
+        max_tokens: the answer is no longer; the service has a limit of its own, which is also the default.
+        temperature, top_p, top_k: see `Sampling`; absent as OpenAI defaults them: 1, 1 and all.
+        seed: same seed, same text; absent: drawn at random, and returned.
+        stop: the text ends before the first of these.
+        stream: as server-sent events.
+        ignore_eos: go on past the end of the text, for measurements.
+        speculation: false lets the cloud write alone; otherwise the planner decides, round by round.
+    """
+
+    model: str | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
+    seed: Annotated[int, msgspec.Meta(extra_json_schema=SEED_SCHEMA)] | None = None
+    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    speculation: bool | None = None
+    user: str | None = None
+    n: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+
+
+class CompletionRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of `POST /v1/completions`. The prompt is one text, or its token ids. `echo` repeats it."""
+
+    prompt: Annotated[str | list[str | int | list[int]], msgspec.Meta(extra_json_schema=PROMPT_SCHEMA)]
+    echo: bool | None = None
+    best_of: Any = None
+    suffix: Any = None
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of `POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
+
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    response_format: Any = None
+    service_tier: Any = None
+    store: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+
+
+R = TypeVar("R", bound=GenerationRequest)
+
+
+def parse(body: bytes, kind: type[R]) -> R:
+    """The request in `body`. Raises Refusal (400), naming the field that is wrong or not done here."""
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(error) from None
+    _check_neutral(request, NEUTRAL, "")
+    if isinstance(request, ChatRequest):
+        for index, message in enumerate(request.messages):
+            _check_neutral(message, MESSAGE_NEUTRAL, f"messages[{index}].")
+    if request.stream_options is not None and not request.stream:
+        raise Refusal(400, "stream_options is for streams: send stream = true, or leave it out", param="stream_options")
+    if request.seed is not None and not SEED_SCHEMA["minimum"] <= request.seed <= SEED_SCHEMA["maximum"]:
+        raise Refusal(400, "seed is no 64-bit integer", param="seed")
+    return request
+
+
+def prompt_of(request: CompletionRequest) -> str | list[int]:
+    """The text to continue, or its ids. Raises Refusal (400): it is none, or more than one."""
+    prompt = request.prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]  # type: ignore[assignment]
+    if not prompt:
+        raise Refusal(400, "the prompt is empty: give at least one token", param="prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
+        return prompt  # type: ignore[return-value]
+    raise Refusal(400, "one prompt a request: a text, or a list of token ids", param="prompt")
+
+
+def sampling_of(request: GenerationRequest, seed: int) -> Sampling:
+    """How to sample, with `seed` where the request has none. Raises Refusal (400)."""
+    try:
+        return Sampling(
+            1.0 if request.temperature is None else request.temperature,
+            request.top_k or 0,
+            1.0 if request.top_p is None else request.top_p,
+            # OpenAI's seeds are signed.
+            (seed if request.seed is None else request.seed) & MASK,
+            bool(request.ignore_eos),
+        )
+    except ValueError as error:
+        raise Refusal(400, str(error), param="temperature") from None
+
+
+def stops_of(request: GenerationRequest) -> list[str]:
+    """Where to end the text."""
+    return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+
+
+def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], where: str) -> None:
+    for field in struct.__struct_fields__:
+        value = getattr(struct, field)
+        if value is None or field not in neutral:
+            continue
+        # In Python, though not in JSON, true is 1.
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[field]):
+            known = " or ".join(msgspec.json.encode(value).decode() for value in neutral[field] if value is not None)
+            raise Refusal(
+                400,
+                f"{where}{field} is not supported: leave it out{f', or send {known}' if known else ''}",
+                param=where + field,
+                code="unsupported_parameter",
+            )
+
+
+def _malformed(error: Exception) -> Refusal:
+    sentence, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    unknown = re.search(r"(?:unknown|missing required) field `(.+)`", sentence)
+    if unknown:
+        path = f"{path}.{unknown[1]}" if path else unknown[1]
+    if not path:
+        return Refusal(400, f"the body is not such a request in JSON: {sentence}", code="invalid_json")
+    return Refusal(400, f"{path}: {sentence}", param=path, code="unknown_parameter" if "unknown" in sentence else None)

@@ -1,0 +1,185 @@
+"""`edge-runtime serve`: any OpenAI client on or beside the board can ask the target."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime import pilot
+from edge_runtime.contract.errors import InputError
+
+# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+if TYPE_CHECKING:
+    from edge_runtime.contract.bundle import Manifest
+    from edge_runtime.service.app import Service
+    from edge_runtime.verifier_client import VerifierClient
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Serves OpenAI's HTTP interface on this board: /v1/completions, /v1/chat/completions and /v1/models, with streaming. The
+draft runs here, the target in the cloud. Prometheus finds /metrics, programs /openapi.json, watchdogs /readyz.
+
+examples:
+  edge-runtime serve --verifier https://verifier.example
+  edge-runtime serve --host 0.0.0.0 --api-key-file keys --certificate board.pem --key board.key
+  curl http://127.0.0.1:8400/v1/completions -H 'content-type: application/json' \\
+      -d '{"prompt": "import os", "max_tokens": 32, "stream": true}'
+  python -c 'import openai; c = openai.OpenAI(base_url="http://127.0.0.1:8400/v1", api_key="none"); \\
+      print(c.completions.create(model="", prompt="import os", extra_body={"speculation": False}).choices[0].text)'
+"""
+
+
+def add_parser(commands: Any, bundle: Path) -> None:
+    """Adds `serve` to argparse's sub-parsers; `bundle` is the draft where none is named."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="serve OpenAI's HTTP interface on this board",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--verifier",
+        default=os.environ.get("FLEXSPEC_VERIFIER", "http://127.0.0.1:8500"),
+        metavar="URL",
+        help="default: $FLEXSPEC_VERIFIER, else http://127.0.0.1:8500",
+    )
+    parser.add_argument("--bundle", type=Path, default=bundle, metavar="DIR", help="draft (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the draft (default: one per core, to 4)")
+    parser.add_argument(
+        "--deadline", type=float, default=30.0, help="seconds that one round may take, repeats included (%(default)g)"
+    )
+    parser.add_argument("--no-http2", action="store_true", help="do not try HTTP/2 with the verifier")
+
+    listening = parser.add_argument_group("listening")
+    listening.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    listening.add_argument("--port", type=int, default=8400, help="0 picks a free one (default: %(default)s)")
+    listening.add_argument("--certificate", type=Path, metavar="FILE", help="PEM certificate chain: serve over TLS")
+    listening.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the certificate")
+    listening.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="serve only who presents one of these keys, one a line"
+    )
+
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-concurrent",
+        type=int,
+        default=2,
+        metavar="N",
+        help="answers that are written at once; each takes memory (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-waiting",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that wait for that; more are told to come back (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of an answer; also what a request gets that names no max_tokens (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="for answers to end at SIGTERM (default: %(default)g)",
+    )
+    pilot.add_options(parser)
+    parser.set_defaults(run=serve)
+
+
+async def serve(options: argparse.Namespace) -> int:
+    """Runs the command until SIGINT or SIGTERM. Returns the exit code; raises FlexSpecError."""
+    from edge_runtime.listening import Listening, Server, stop_requested
+    from edge_runtime.service.app import Limits, Service
+    from edge_runtime.verifier_client import VerifierClient
+
+    for name, least in (("max_concurrent", 1), ("max_waiting", 0), ("max_new_tokens", 1), ("threads", 0), ("grace", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    if not 0 <= options.port < 1 << 16:
+        raise InputError(f"--port {options.port}: must be in [0, 65535]")
+    if bool(options.certificate) != bool(options.key):
+        raise InputError("--certificate and --key go together")
+    limits = Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens)
+    keys = _read_keys(options.api_key_file) if options.api_key_file else frozenset()
+    local = _is_local(options.host)
+    if not local and not keys:
+        log.warning("everybody who reaches %s can use this service: --api-key-file asks for keys", options.host)
+    stopping = stop_requested()
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2)
+        )
+        service = Service(client, limits, keys, local=local)
+        server = Server(service.app, Listening(options.host, options.port, options.certificate, options.key))
+        await server.start()
+        stack.push_async_callback(server.stop)
+        # Loading takes a while: requests meanwhile are told so, rather than refused a connection.
+        await _load(options, service, client, stack)
+        if not stopping.is_set():
+            print(f"edge-runtime: serving {options.verifier} on {server.url}", flush=True)
+        await stopping.wait()
+        await service.drain(options.grace)
+    return 0
+
+
+async def _load(
+    options: argparse.Namespace, service: Service, client: VerifierClient, stack: contextlib.AsyncExitStack
+) -> None:
+    """Loads the draft, and opens the service."""
+    from edge_runtime.draft import OnnxDraft
+    from edge_runtime.service.app import Board
+    from edge_runtime.service.chat import read_chat
+
+    draft = await asyncio.to_thread(OnnxDraft.load, options.bundle, threads=options.threads)
+    _check_memory(draft.manifest, options.max_concurrent)
+    chat = read_chat(options.bundle)
+    planner = await asyncio.to_thread(pilot.planner_of, options, draft)
+    surroundings = await stack.enter_async_context(pilot.watching(client.meter))
+    service.open(Board(draft, chat, planner, surroundings))
+
+
+def _check_memory(manifest: Manifest, answers: int) -> None:
+    """Raises InputError if the draft's keys and values of so many full contexts would not fit into memory now."""
+    import psutil
+
+    from device_profiles.profile import cache_bytes
+
+    needed = answers * cache_bytes(manifest) * manifest.architecture.context
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise InputError(
+            f"--max-concurrent {answers}: so many texts of {manifest.architecture.context} tokens take "
+            f"{needed >> 20} MB in the draft, and {available >> 20} MB are available; lower it"
+        )
+
+
+def _read_keys(path: Path) -> frozenset[str]:
+    """The keys in a file, one a line; empty lines and lines that begin with # are none. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the API keys in {path}: {error}") from None
+    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise InputError(f"{path} has no API key: write one a line")
+    return keys
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
