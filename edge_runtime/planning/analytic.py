@@ -46,7 +46,7 @@ BIAS_ROUNDS = 25.0
 MOVED = 0.06
 # Share of rounds that are faster than what is counted on for drafting ahead.
 QUICK = 0.3
-# A hot board drafts less: from this on, joules of drafting count double in ten degrees, and as much where it is throttled
+# A hot board drafts less: joules of drafting count double ten degrees above this, and double where it is throttled
 # already; and its seconds by a share of that, because it will be slower soon.
 HOT_CELSIUS = 75.0
 THROTTLED = 2.0
