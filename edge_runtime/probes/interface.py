@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import psutil
 
 from edge_runtime.probes.roots import Reader
 from edge_runtime.probes.route import Address, read_route
@@ -32,8 +35,10 @@ class Interface(msgspec.Struct, frozen=True):
 
 
 class Interfaces:
-    """Those with hardware behind them, and the one that the route takes. psutil counts the same, of all interfaces of
-    this machine only, at a system call each."""
+    """Those with hardware behind them, and the one that the route takes.
+
+    This machine's are counted by psutil: its counters go on where those of a 32-bit kernel wrap after 4 GB.
+    """
 
     def __init__(self, host: Address | None = None) -> None:
         """
@@ -49,10 +54,14 @@ class Interfaces:
         route = read_route(Reader(reader.roots, reader.now), self._host)
         routed = "" if route is None else route.interface
         interfaces = [
-            self._with_rates(_interface(reader, f"{classes}/{name}", name), reader.now)
+            _interface(reader, f"{classes}/{name}", name)
             for name in reader.names(classes)
             if name == routed or reader.exists(f"{classes}/{name}/device")
         ]
+        if reader.roots.here:
+            counted = psutil.net_io_counters(pernic=True, nowrap=True)
+            interfaces = [_counted(found, counted[found.name]) for found in interfaces if found.name in counted]
+        interfaces = [self._with_rates(found, reader.now) for found in interfaces]
         self._last = {interface.name: (reader.now, interface) for interface in interfaces}
         return interfaces or None
 
@@ -85,6 +94,16 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
         counters.pop("rx_bytes"),
         counters.pop("tx_bytes"),
         sum(count or 0 for count in counters.values()),
+    )
+
+
+def _counted(interface: Interface, counters: Any) -> Interface:
+    """`interface` with psutil's counters; the rates stay."""
+    return msgspec.structs.replace(
+        interface,
+        received_bytes=counters.bytes_recv,
+        sent_bytes=counters.bytes_sent,
+        lost=counters.errin + counters.errout + counters.dropin + counters.dropout,
     )
 
 

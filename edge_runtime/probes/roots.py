@@ -94,6 +94,11 @@ class Roots(msgspec.Struct, frozen=True):
     procfs: Path = Path("/proc")
     run: Run = run_program
 
+    @property
+    def here(self) -> bool:
+        """Whether these are this machine's own, so that a library may be asked that knows no other."""
+        return (self.sysfs, self.procfs) == (Path("/sys"), Path("/proc"))
+
 
 class Reader:
     """Reads for one probe, once. What is absent is None; what is broken is None too, and noted in `errors`.
