@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from edge_runtime import config_command, pilot, probing
+from edge_runtime import bundle_command, config_command, pilot, probing
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.service import serving
 from edge_runtime.simulation import command
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     # What there is to see is drafting; a planner may well find that a verifier next door needs none.
     demo.set_defaults(run=_demo, policy="fixed")
 
+    bundle_command.add_parser(commands)
     config_command.add_parser(commands)
     probing.add_parser(commands)
     command.add_parser(commands)

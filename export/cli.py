@@ -18,6 +18,8 @@ examples:
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
   draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
   draft-export policy --output /tmp/policy
+  draft-export keygen --output maker
+  draft-export sign /tmp/bundle --key maker.key
 """
 
 ONNX_DESCRIPTION = """\
@@ -49,7 +51,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    from export import recipe
+    from export import recipe, signing
 
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     record.add_argument("--text", type=Path, help="what prompts are cut from (default: the family's held-out files)")
     record.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     record.set_defaults(run=_record)
+    signing.add_parsers(commands)
     policy = commands.add_parser(
         "policy",
         help="train the learned planner's policy",
