@@ -45,8 +45,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     max_sessions: int = 256
     max_tokens: int = 262_144
-    max_draft: int = 32
-    max_own: int = 512
+    max_draft: int = wire.MOST_DRAFT
+    max_own: int = wire.MOST_OWN
     max_body: int = 1 << 20
     idle_seconds: float = 600.0
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling, check_prompt
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
@@ -90,7 +91,7 @@ class Generation:
         Args:
             draft: None leaves everything to the cloud.
             prompt: at least one id.
-            planner: None for a fixed plan.
+            planner: None for a fixed plan; not asked where there is no draft.
             model: which target; empty for the verifier's default.
             surroundings: what the probes know now; asked before every round, so it must be quick. None for what the
                 connection alone tells.
@@ -107,7 +108,8 @@ class Generation:
         self.finish = ""
         self._left = max_new_tokens
         self._temperature = sampling.temperature
-        self._planner = planner or FixedPlanner(FIXED)
+        alone = FixedPlanner(Plan(0, own=max_new_tokens, reason="there is no draft"))
+        self._planner = (planner or FixedPlanner(FIXED)) if draft else alone
         self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
         self._drafter = Drafter(draft, sampling) if draft else None
@@ -164,7 +166,8 @@ class Generation:
             return Round(plan, conditions, NOTHING, 0.0, time.perf_counter())
         started = time.perf_counter()
         # With K tokens accepted there are K + 1 at least, so a longer draft could only be thrown away.
-        proposal = await self._drafter.propose(self.ids, plan, min(plan.draft, self._left - 1))
+        proposal = await self._drafter.propose(self.ids, plan, min(plan.draft, self._left - 1, wire.MOST_DRAFT))
+        proposal = proposal.within(wire.MOST_NODES - 1)
         sent = time.perf_counter()
         return Round(plan, conditions, proposal, sent - started, sent)
 
@@ -174,7 +177,7 @@ class Generation:
         drafted, attempts = len(proposal.tokens), self._attempts()
         accepted = own = sibling = 0
         first_seconds = 0.0
-        n = max(1, min(plan.own, self._left - drafted))
+        n = max(1, min(plan.own, self._left - drafted, wire.MOST_OWN))
         running = self._run_ahead(self._drafter, plan, proposal) if self._drafter and plan.ahead else None
         ahead = asyncio.ensure_future(running) if running else None
         try:
@@ -232,7 +235,7 @@ class Generation:
         after = [*proposal.tokens, ahead.guess]
         conditions = self._conditions(before + after, left - 1)
         following = self._decide(conditions)
-        drafted = ahead.proposal.first(min(following.draft, left - 2))
+        drafted = ahead.proposal.first(min(following.draft, left - 2, wire.MOST_DRAFT)).within(wire.MOST_NODES - 1)
         if not drafted.tokens or following.own > 1:
             return
         early = self._session.play_early(after, drafted.tokens, drafted.siblings)

@@ -56,6 +56,16 @@ class Proposal(msgspec.Struct, frozen=True):
         ready = min(self.ready, count)
         return Proposal(self.tokens[:count], siblings, self.confidences[:count], ready, self.survival)
 
+    def within(self, nodes: int) -> Proposal:
+        """Without the last siblings, where there are more than `nodes` tokens and siblings."""
+        left = nodes - len(self.tokens)
+        siblings = {}
+        for index, ids in self.siblings.items():
+            left -= len(ids)
+            if left >= 0:
+                siblings[index] = ids
+        return msgspec.structs.replace(self, siblings=siblings)
+
 
 NOTHING = Proposal([], {}, [])
 # What `OnnxDraft.measure` reads at once, and then token by token.

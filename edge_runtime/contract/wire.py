@@ -32,6 +32,12 @@ JSON = "application/json"
 # The media types of a streamed reply, by the encoding of its frames.
 STREAMS = {MSGPACK: "application/msgpack-seq", JSON: "application/x-ndjson"}
 
+# What every verifier takes in one round: draft tokens, tokens of its own, and nodes of the tree: the last known token,
+# draft tokens and siblings.
+MOST_DRAFT = 32
+MOST_OWN = 512
+MOST_NODES = 72
+
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 

@@ -363,7 +363,7 @@ def main() -> None:
         metavar="LINK",
         help="of the cells; schedules and mahimahi:UP:DOWN:MS too (default: all presets)",
     )
-    parser.add_argument("--texts", type=int, default=8, help="in each cell (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=24, help="in each cell (default: %(default)s, which is all)")
     parser.add_argument("--traces", type=Path, default=FAMILY / "acceptance.npz", help="default: the family's")
     parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
     parser.add_argument("--quick", action="store_true", help="every seventh cell")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from edge_runtime.contract.bundle import Bundle, read_bundle, record_file, write_manifest
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.contract.errors import BundleCorrupt, BundleMissing, ContextOverflow, DraftError
-from edge_runtime.draft import OnnxDraft
+from edge_runtime.draft import OnnxDraft, Proposal
 from edge_runtime.graphs import FusedRunner, make_runner
 
 PROMPT = [40, 41, 42, 50, 60]
@@ -88,6 +88,14 @@ def test_what_was_drafted_ahead_is_ready_if_it_came_true(tiny_draft: OnnxDraft, 
     assert (tiny_draft.run_seconds == runs) == right
     again = fresh.propose(text, 3, sampling, siblings=1)
     assert (proposal.tokens, proposal.siblings) == (again.tokens, again.siblings)
+
+
+def test_a_proposal_is_cut_to_what_a_verifier_takes() -> None:
+    proposal = Proposal([1, 2, 3], {0: [4, 5], 1: [6], 2: [7, 8]}, [0.5, 0.4, 0.3], ready=3)
+    assert proposal.first(2) == Proposal([1, 2], {0: [4, 5], 1: [6]}, [0.5, 0.4], ready=2)
+    assert proposal.within(8) == proposal
+    assert proposal.within(7).siblings == {0: [4, 5], 1: [6]}
+    assert proposal.within(3).siblings == {}
 
 
 def test_stops_when_told_and_where_the_rest_would_not_survive(tiny_draft: OnnxDraft) -> None:

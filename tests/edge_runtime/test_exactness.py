@@ -281,9 +281,9 @@ class RandomPlanner:
     def plan(self, conditions: Conditions) -> Plan:
         pick = self._random
         return Plan(
-            draft=pick.choice([0, 1, 3, 9, 17]),
-            own=pick.choice([1, 1, 2, 7, 40]),
-            siblings=pick.randrange(4),
+            draft=pick.choice([0, 1, 3, 9, 17, 40]),
+            own=pick.choice([1, 1, 2, 7, 40, 5000]),
+            siblings=pick.randrange(6),
             sibling_confidence=pick.random(),
             min_confidence=pick.random() * 0.5,
             min_survival=pick.random() * 0.5,
