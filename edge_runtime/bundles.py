@@ -189,12 +189,14 @@ class BundleStore:
             raise StoreError(f"cannot read the bundle store {self.path}: {error.strerror}") from None
 
     def link(self, which: str) -> str | None:
-        """The full name of the `current` or `previous` bundle; None where there is none."""
+        """The full name of the `current` or `previous` bundle; None where there is none. Raises StoreError."""
         try:
             name = (self.path / which).readlink().name
-        except OSError:
+            return name if (self.path / name).is_dir() else None
+        except FileNotFoundError:
             return None
-        return name if (self.path / name).is_dir() else None
+        except OSError as error:
+            raise StoreError(f"cannot read the bundle store {self.path}: {error.strerror}") from None
 
     def entries(self) -> list[Entry]:
         """All bundles, the newest first. Raises StoreError."""
@@ -226,7 +228,7 @@ class BundleStore:
         return entries
 
     def _signature(self, path: Path) -> Signature:
-        if not (path / SIGNATURE).exists():
+        if not os.path.lexists(path / SIGNATURE):
             return "none"
         if not self._keys:
             return "unchecked"

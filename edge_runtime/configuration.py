@@ -241,7 +241,7 @@ def read_effective(path: Path | None = None, environ: Mapping[str, str] = os.env
     given: dict[Field, _Given] = {}
     for field, name in CREDENTIALS.items():
         credential = Path(environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), name)
-        if credential.exists():
+        if os.path.lexists(credential):
             given[field] = _Given(str(credential), Origin("credential", name), Path())
     if file is not None:
         given |= _from_file(file, problems)

@@ -7,10 +7,12 @@ InputError, whose message goes behind the field's name.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,7 +90,9 @@ def path(value: Path, folder: Path) -> Path:
 def directory(value: Path, folder: Path) -> Path:
     """A directory that exists."""
     place = path(value, folder)
-    if not place.is_dir():
+    with _reading(place):
+        is_there = place.is_dir()
+    if not is_there:
         raise InputError(f"there is no directory {place}; create it, or correct the path")
     return place
 
@@ -103,7 +107,9 @@ def file(value: Path, folder: Path) -> Path:
 def secret_file(value: Path, folder: Path) -> Path:
     """A file that holds a secret."""
     place = path(value, folder)
-    if not place.is_file():
+    with _reading(place):
+        is_there = place.is_file()
+    if not is_there:
         # Its name is not repeated: this happens to those who write the secret itself.
         raise InputError("the file that it names does not exist; name a file, and put the secret into it")
     read_secret(place)
@@ -212,9 +218,15 @@ def is_private(url: str) -> bool:
 
 def _read(place: Path, most: int = 1) -> bytes:
     """The first bytes of a file. Raises InputError."""
+    with _reading(place), place.open("rb") as opened:
+        return opened.read(most)
+
+
+@contextlib.contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """Makes what the system says of a path an InputError."""
     try:
-        with place.open("rb") as opened:
-            return opened.read(most)
+        yield
     except OSError as error:
         raise InputError(f"cannot read {place}: {error.strerror}; correct the path, or its permissions") from None
     except ValueError as error:

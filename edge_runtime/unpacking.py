@@ -50,21 +50,23 @@ def fetch(source: Path, scratch: Path) -> tuple[Path, list[str]]:
         StoreError: there is not enough room.
         OSError: writing failed.
     """
-    if not source.exists():
-        raise BundleMissing(f"there is nothing at {source}; give a bundle's directory, or a tar archive of one")
-    root = source if source.is_dir() else _unpack(source, scratch / "unpacked")
+    with _reading(source):
+        if not source.exists():
+            raise BundleMissing(f"there is nothing at {source}; give a bundle's directory, or a tar archive of one")
+        is_directory = source.is_dir()
+    root = source if is_directory else _unpack(source, scratch / "unpacked")
     manifest = read_bundle(root, verify=False).manifest
-    names = {MANIFEST, *manifest.files}
-    if (root / SIGNATURE).is_file():
-        names.add(SIGNATURE)
+    with _reading(source):
+        there = {path.name for path in root.iterdir()}
+    names = {MANIFEST, *manifest.files} | ({SIGNATURE} & there)
     work = scratch / "bundle"
     work.mkdir()
     for name in sorted(names):
-        if root == source:
+        if is_directory:
             _copy(root / name, work / name)
         else:
             (root / name).rename(work / name)
-    return work, sorted({path.name for path in root.iterdir()} - names)
+    return work, sorted(there - names)
 
 
 def _copy(source: Path, target: Path) -> None:
