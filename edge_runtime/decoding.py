@@ -26,7 +26,8 @@ from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
 from edge_runtime.drafting import Drafter
 from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, Outcome, Plan, Planner, Surroundings
 from edge_runtime.statistics import Statistics
-from edge_runtime.verifier_client import EarlyRound, Said, VerifierClient, VerifierSession
+from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.verifier_session import EarlyRound, Said, VerifierSession
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class Generation:
         self._drafter = Drafter(draft, sampling) if draft else None
         # Sent before the round in flight was answered.
         self._next: Round | None = None
-        self._session: VerifierSession = client.session(
+        self._session = VerifierSession(
+            client,
             prompt,
             sampling,
             model=model,

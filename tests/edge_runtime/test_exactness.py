@@ -29,6 +29,7 @@ from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.verifier_session import VerifierSession
 from tests.conftest import serving
 
 PROMPTS = 40
@@ -161,7 +162,7 @@ class Evict(Fault):
     async def after_piece(self) -> None:
         await super().after_piece()
         if self.pieces in (2, 5):
-            async for _ in self.client.session([5, 6, 7], Sampling()).play([]):
+            async for _ in VerifierSession(self.client, [5, 6, 7], Sampling()).play([]):
                 pass
 
 

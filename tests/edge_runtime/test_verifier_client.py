@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cloud_verifier.target import Target
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, VerifierRefused, VerifierUnreachable
-from edge_runtime.verifier_client import BrokenAnswer, VerifierClient, VerifierSession
+from edge_runtime.verifier_client import BrokenAnswer, VerifierClient
+from edge_runtime.verifier_session import VerifierSession
 from tests.conftest import serving
 
 PROMPT = [40, 41, 42, 43]
@@ -28,7 +29,7 @@ async def text_of(session: VerifierSession, rounds: int = 6, **plan: object) -> 
 
 async def expected(target: Target, rounds: int = 6, n: int = 1) -> list[int]:
     async with serving(target) as server, VerifierClient(server.url) as client:
-        return await text_of(client.session(PROMPT, Sampling(ignore_eos=True)), rounds, n=n)
+        return await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True)), rounds, n=n)
 
 
 @pytest.mark.parametrize("url", ["", "verifier", "ftp://verifier", "http://", "http://[::1"])
@@ -43,7 +44,7 @@ async def test_nobody_there() -> None:
         started = time.monotonic()
         async with VerifierClient(f"http://127.0.0.1:{bound.getsockname()[1]}", deadline=0.5) as client:
             with pytest.raises(VerifierUnreachable, match=r"within 0\.5 s .*is it running"):
-                await text_of(client.session(PROMPT, Sampling()))
+                await text_of(VerifierSession(client, PROMPT, Sampling()))
             assert client.retries > 0
         assert time.monotonic() - started < 3
 
@@ -57,7 +58,7 @@ async def test_somebody_who_never_answers_cannot_hold_us_beyond_the_deadline() -
     started = time.monotonic()
     async with VerifierClient(f"http://127.0.0.1:{port}", deadline=0.5) as client:
         with pytest.raises(VerifierUnreachable):
-            await text_of(client.session(PROMPT, Sampling()))
+            await text_of(VerifierSession(client, PROMPT, Sampling()))
     assert time.monotonic() - started < 3
     server.close()
 
@@ -73,7 +74,7 @@ async def test_a_captive_portal_is_no_verifier() -> None:
     port = server.sockets[0].getsockname()[1]
     async with VerifierClient(f"http://127.0.0.1:{port}", deadline=5) as client:
         with pytest.raises(VerifierRefused, match="captive portal"):
-            await text_of(client.session(PROMPT, Sampling()))
+            await text_of(VerifierSession(client, PROMPT, Sampling()))
     server.close()
 
 
@@ -84,9 +85,9 @@ async def test_every_version_of_http(tiny: Target, http: str, http2: bool) -> No
     async with serving(tiny, http=http) as server, VerifierClient(server.url, http2=http2, deadline=5) as client:
         if http == "2" and not http2:
             with pytest.raises(VerifierUnreachable):
-                await text_of(client.session(PROMPT, Sampling(ignore_eos=True)))
+                await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True)))
             return
-        assert await text_of(client.session(PROMPT, Sampling(ignore_eos=True))) == wanted
+        assert await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True))) == wanted
         sent, received = client.meter.take()
         assert 300 < sent < 6000
         assert 300 < received < 6000
@@ -101,13 +102,13 @@ async def test_an_unknown_model_and_a_foreign_draft_are_refused(tiny: Target) ->
             ({"draft": "anchor/1/" + "0" * 16}, "draft_mismatch"),
         ):
             with pytest.raises(VerifierRefused) as refused:
-                await text_of(client.session(PROMPT, Sampling(), **wrong))
+                await text_of(VerifierSession(client, PROMPT, Sampling(), **wrong))
             assert refused.value.code == code
 
 
 async def test_pinned_to_the_version_it_opened_with(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
-        session = client.session(PROMPT, Sampling(), model="tiny")
+        session = VerifierSession(client, PROMPT, Sampling(), model="tiny")
         await text_of(session, 1)
         assert session.version == tiny.version
         session.close()
@@ -168,9 +169,9 @@ def test_answers_cut_or_corrupted_anywhere_are_asked_for_again(tiny: Target, dat
 
     async def play() -> tuple[list[int], list[int]]:
         async with serving(tiny) as server, VerifierClient(server.url, deadline=20) as good:
-            wanted = await text_of(good.session(PROMPT, Sampling(ignore_eos=True)), 3, n=n, stream=n > 1)
+            wanted = await text_of(VerifierSession(good, PROMPT, Sampling(ignore_eos=True)), 3, n=n, stream=n > 1)
             async with VerifierClient(server.url, transport=Faulty(spoil), deadline=20) as client:
-                session = client.session(PROMPT, Sampling(ignore_eos=True))
+                session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
                 return wanted, await text_of(session, 3, n=n, stream=n > 1)
 
     wanted, got = asyncio.run(play())
@@ -183,7 +184,7 @@ async def test_an_answer_to_another_round_is_not_taken(tiny: Target) -> None:
         return [body[:2] + b"\x05" + body[3:]] if number == 2 else [body]
 
     async with serving(tiny) as server, VerifierClient(server.url, transport=Faulty(spoil)) as client:
-        assert await text_of(client.session(PROMPT, Sampling(ignore_eos=True))) == await expected(tiny)
+        assert await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True))) == await expected(tiny)
         assert client.retries == 1
 
 
@@ -191,7 +192,7 @@ async def test_a_lost_session_is_opened_again_in_mid_round(tiny: Target) -> None
     """The connection breaks behind the first frames of a stream, and the session is gone when it is back."""
     wanted = await expected(tiny, rounds=1, n=20)
     async with serving(tiny) as server, VerifierClient(server.url) as client:
-        session = client.session(PROMPT, Sampling(ignore_eos=True))
+        session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
         got = []
         async for said in session.play([], n=20, stream=True):
             got += said.own
@@ -204,7 +205,7 @@ async def test_a_lost_session_is_opened_again_in_mid_round(tiny: Target) -> None
 async def test_closing_frees_the_session(tiny: Target) -> None:
     async with serving(tiny) as server:
         async with VerifierClient(server.url) as client:
-            session = client.session(PROMPT, Sampling())
+            session = VerifierSession(client, PROMPT, Sampling())
             await text_of(session, 1)
             assert len(server._service.sessions) == 1
             session.close()
@@ -223,7 +224,7 @@ async def test_a_listener_gives_up_only_what_it_has_not_told() -> None:
     server = await asyncio.start_server(portal, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with VerifierClient(url, http2=False, deadline=0.3) as client:
-        session = client.session(PROMPT, Sampling())
+        session = VerifierSession(client, PROMPT, Sampling())
         with pytest.raises(BrokenAnswer):
             await session._start([], {}, 1, False).listen()
         with pytest.raises(VerifierUnreachable):
