@@ -8,10 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-from edge_runtime import bundle_command, config_command, pilot, probing
+from edge_runtime import pilot, probing
+from edge_runtime.bundles import command as bundles
+from edge_runtime.configuration import command as configuration
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.service import serving
-from edge_runtime.simulation import command
+from edge_runtime.simulation import command as simulation
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
 
@@ -103,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     # What there is to see is drafting; a planner may well find that a verifier next door needs none.
     demo.set_defaults(run=_demo, policy="fixed")
 
-    bundle_command.add_parser(commands)
-    config_command.add_parser(commands)
+    bundles.add_parser(commands)
+    configuration.add_parser(commands)
     probing.add_parser(commands)
-    command.add_parser(commands)
+    simulation.add_parser(commands)
     serving.add_parser(commands, draft.get_default("bundle"))
     return parser
 

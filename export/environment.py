@@ -271,12 +271,16 @@ class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
         """Begins an episode in another setting."""
         super().reset(seed=seed)
         self.close()
-        setting = self._settings.draw(int(self.np_random.integers(1 << 31)))
+        # Where drafting would not pay with any verifier, there is nothing to correct.
+        while True:
+            setting = self._settings.draw(int(self.np_random.integers(1 << 31)))
+            self._player = Player(setting, self._objective)
+            request = self._player.go_on(None)
+            if request.observation is not None:
+                break
+            self.close()
         self._reference = Reference(setting, self._objective)
-        self._player = Player(setting, self._objective)
-        self._saved = 0.0
-        request = self._player.go_on(None)
-        assert request.observation is not None, "a text has at least one round"
+        self._saved = self._reference.at(request.done) - request.spent / self._reference.each
         return request.observation, {"setting": setting.name}
 
     def step(self, action: np.int64) -> tuple[Floats, float, bool, bool, dict[str, Any]]:

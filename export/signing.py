@@ -1,6 +1,6 @@
 """Signs bundles, so that boards can tell whose they are: `draft-export keygen` and `sign`.
 
-The private key stays with whoever exports; boards get the public one. `edge_runtime.signatures` says what a
+The private key stays with whoever exports; boards get the public one. `edge_runtime.bundles.signatures` says what a
 signature is.
 """
 
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from edge_runtime.contract.bundle import MANIFEST, read_bundle
 from edge_runtime.contract.errors import InputError
-from edge_runtime.signatures import SIGNATURE, check_signature
+from edge_runtime.bundles.signatures import SIGNATURE, check_signature
 
 
 def make_key(output: Path) -> tuple[Path, Path]:

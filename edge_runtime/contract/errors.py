@@ -2,11 +2,15 @@
 
     FlexSpecError
     ├── InputError              the caller asked for something impossible: empty prompt, bad sampling, bad file
-    │   └── ProfileError            a device profile that does not exist or does not parse (`device_profiles.profile`)
+    │   ├── ProfileError            a device profile that does not exist or does not parse (`device_profiles.profile`)
+    │   └── ConfigurationError      the configuration file or the environment (`configuration.reading`)
     ├── ProbeError              a sensor's file that makes no sense (`probes.roots`); counted, never raised to callers
     ├── BundleError             the draft bundle on disk
     │   ├── BundleMissing           no such directory, or a file of it is gone
-    │   └── BundleCorrupt           a hash, a length or the manifest is wrong
+    │   ├── BundleCorrupt           a hash, a length or the manifest is wrong
+    │   ├── BundleUntrusted         no signature, or not the configured key's (`bundles.signatures`)
+    │   ├── BundleUnfit             its self-test failed (`bundles.selftest`)
+    │   └── StoreError              it cannot be put into the store (`bundles.unpacking`)
     ├── DraftError              the draft model at work
     │   └── ContextOverflow         more tokens than the draft's context holds
     ├── TargetError             the verifier cannot serve this checkpoint

@@ -27,13 +27,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.bundles import BundleStore, configured_bundle, current_bundle
-from edge_runtime.configuration import Draft
+from edge_runtime.bundles.selftest import BundleUnfit, examine
+from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, read_public_keys
+from edge_runtime.bundles.store import BundleStore, configured_bundle, current_bundle
+from edge_runtime.bundles.unpacking import StoreError, fetch
+from edge_runtime.configuration.reading import Draft
 from edge_runtime.contract.bundle import MANIFEST, Manifest, read_bundle, record_file, write_manifest
 from edge_runtime.contract.errors import BundleCorrupt, BundleError, BundleMissing, InputError
-from edge_runtime.selftest import BundleUnfit, examine
-from edge_runtime.signatures import SIGNATURE, BundleUntrusted, read_public_keys
-from edge_runtime.unpacking import StoreError, fetch
 from export import cli as export
 from export.signing import make_key, sign
 
@@ -225,7 +225,7 @@ def test_a_self_test_that_is_killed_or_hangs_takes_nobody_along(store: BundleSto
     while child is None and installing.poll() is None:
         for process in psutil.Process(installing.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "edge_runtime.selftest" in process.cmdline():
+                if "edge_runtime.bundles.selftest" in process.cmdline():
                     child = process
     assert child is not None
     child.kill()

@@ -16,9 +16,11 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime import configuration, pilot, toml_places
-from edge_runtime.configuration import Configuration, ConfigurationError, read_configuration, read_effective
-from edge_runtime.settings import read_secret
+from edge_runtime import pilot
+from edge_runtime.configuration import reading as configuration
+from edge_runtime.configuration import toml_places
+from edge_runtime.configuration.reading import Configuration, ConfigurationError, read_configuration, read_effective
+from edge_runtime.configuration.settings import read_secret
 
 EVERYTHING = """\
 [draft]

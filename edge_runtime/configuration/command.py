@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
-    from edge_runtime.configuration import Effective
+    from edge_runtime.configuration.reading import Effective
 
 DESCRIPTION = """\
 The configuration is one TOML file: the one given, else $FLEXSPEC_CONFIG, else flexspec/config.toml below
@@ -61,7 +61,7 @@ async def _show(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace) -> Effective:
     """The effective configuration, its warnings on standard error. Raises ConfigurationError."""
-    from edge_runtime.configuration import read_effective
+    from edge_runtime.configuration.reading import read_effective
 
     effective = read_effective(options.file, os.environ)
     for warning in effective.warnings:

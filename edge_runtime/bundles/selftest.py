@@ -55,7 +55,7 @@ def examine(bundle: Path, timeout: float = SECONDS) -> Examination:
     """
     # Started where this very package is, so that a module of the same name in the user's folder is not found first.
     home = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "edge_runtime.selftest", str(bundle.absolute())]
+    command = [sys.executable, "-m", "edge_runtime.bundles.selftest", str(bundle.absolute())]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, cwd=home, timeout=timeout, check=False
@@ -114,7 +114,7 @@ def run(path: Path) -> Examination:
 
 
 def main() -> int:
-    """`python -m edge_runtime.selftest BUNDLE`: prints the examination as JSON. Returns the exit code."""
+    """`python -m edge_runtime.bundles.selftest BUNDLE`: prints the examination as JSON. Returns the exit code."""
     # Not every container lets a process offer itself.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from edge_runtime.bundles.signatures import SIGNATURE
 from edge_runtime.contract.bundle import MANIFEST, READ_SIZE, read_bundle
 from edge_runtime.contract.errors import BundleCorrupt, BundleError, BundleMissing
-from edge_runtime.signatures import SIGNATURE
 
 # A bundle has four files; an archive of very many is none.
 MOST_MEMBERS = 1000

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from edge_runtime.bundles.selftest import Examination, examine
+from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, check_signature, read_public_keys
+from edge_runtime.bundles.unpacking import StoreError, fetch
 from edge_runtime.contract.bundle import MANIFEST, Bundle, Manifest, read_bundle
 from edge_runtime.contract.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
-from edge_runtime.selftest import Examination, examine
-from edge_runtime.signatures import SIGNATURE, BundleUntrusted, check_signature, read_public_keys
-from edge_runtime.unpacking import StoreError, fetch
 
 if TYPE_CHECKING:
-    from edge_runtime.configuration import Draft
+    from edge_runtime.configuration.reading import Draft
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from edge_runtime import settings, toml_places
+from edge_runtime.configuration import settings, toml_places
 from edge_runtime.contract.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
-    from edge_runtime.bundles import BundleStore, Entry
-    from edge_runtime.selftest import Examination
+    from edge_runtime.bundles.selftest import Examination
+    from edge_runtime.bundles.store import BundleStore, Entry
 
 DESCRIPTION = """\
 Keeps draft bundles in a store. A new one is copied, checked (hashes, signature where a key is configured, a self-test
@@ -132,8 +132,8 @@ async def _remove(options: argparse.Namespace) -> int:
 
 def _store(options: argparse.Namespace) -> BundleStore:
     """The store that the options, or else the configuration, name. Raises InputError."""
-    from edge_runtime.bundles import BundleStore
-    from edge_runtime.configuration import read_configuration
+    from edge_runtime.bundles.store import BundleStore
+    from edge_runtime.configuration.reading import read_configuration
 
     # asyncio leaves ^C to tasks that wait, and none does here.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,1 @@
+"""Bundles on the board: installed, checked, switched to, fallen back from."""
