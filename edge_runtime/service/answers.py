@@ -32,6 +32,10 @@ class Order(msgspec.Struct, frozen=True):
     speculation: bool = True
 
 
+class Unwanted(Exception):
+    """Nobody wants the answer any more."""
+
+
 class Answer:
     """The text of one order while it is written, and afterwards.
 
@@ -42,6 +46,7 @@ class Answer:
         queued_seconds, first_seconds, seconds: from the order to its place, to its first text, and to its end.
         error: why it ended before its end.
         done: nothing more comes.
+        unwanted: it is to end at the next piece.
     """
 
     def __init__(self, order: Order, tokenizer: Tokenizer) -> None:
@@ -50,7 +55,7 @@ class Answer:
         self.finish = ""
         self.queued_seconds = self.first_seconds = self.seconds = 0.0
         self.error: Exception | None = None
-        self.done = False
+        self.done = self.unwanted = False
         # More than one where a draft failed and the cloud went on.
         self._generations: list[Generation] = []
         self._text = Detokeniser(tokenizer)
@@ -58,6 +63,11 @@ class Answer:
         self._unread: list[str] = []
         self._changed = asyncio.Event()
         self._started = time.perf_counter()
+
+    @property
+    def opening(self) -> bool:
+        """Whether a session may be open whose name is still on its way here."""
+        return bool(self._generations) and not self._generations[-1].version
 
     @property
     def version(self) -> str:
@@ -80,11 +90,13 @@ class Answer:
         return sum(generation.statistics.rounds for generation in self._generations)
 
     async def write(self, generation: Generation) -> None:
-        """Plays `generation` to its end or to a stop string. Raises what it raises."""
+        """Plays `generation` to its end or to a stop string. Raises what it raises, and Unwanted."""
         self.queued_seconds = self.queued_seconds or self._elapsed()
         self._generations.append(generation)
         async with aclosing(generation.__aiter__()) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
+                if self.unwanted:
+                    raise Unwanted
                 for token in piece.accepted + piece.own:
                     self.tokens += 1
                     self._show(self._stops.feed(self._text.step(token)))

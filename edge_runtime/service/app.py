@@ -23,11 +23,11 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.planning.plan import Plan, Planner, Surroundings
+from edge_runtime.planning.plan import Planner, Surroundings
 from edge_runtime.service import openai
-from edge_runtime.service.answers import Answer, Order
+from edge_runtime.service.answers import Answer, Order, Unwanted
 from edge_runtime.service.chat import Chat
-from edge_runtime.service.metrics import MOST_OWN, Metrics, Watched
+from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
 from edge_runtime.service.openapi import document
 from edge_runtime.service.queue import Queue
 from edge_runtime.service.refusals import MOMENT_SECONDS, SERVER, Refusal, refusal_of
@@ -46,10 +46,11 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-ALONE = Plan(draft=0, own=MOST_OWN, reason="the request wants no speculation")
 # Seconds that a list of models may take, and a body to arrive.
 MODELS_SECONDS = 5.0
 BODY_SECONDS = 30.0
+# Seconds that an answer which nobody wants may take to learn its session's name, so that it can be closed.
+OPENING_SECONDS = 5.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -106,7 +107,6 @@ class Service:
         self._models: openai.ModelList | None = None
         self._stopping = False
         self._writing: set[asyncio.Task[None]] = set()
-        self._document = msgspec.json.encode(document(limits.max_body, bool(keys)))
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._answering(self.complete), methods=["POST"]),
@@ -187,7 +187,9 @@ class Service:
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json: this service, described."""
-        return Response(self._document, media_type="application/json")
+        size = self._board.draft.manifest.architecture.vocabulary_size if self._board else 1 << 31
+        described = document(self._limits.max_body, bool(self._keys), size)
+        return Response(msgspec.json.encode(described), media_type="application/json")
 
     def _ready_board(self) -> Board:
         if self._stopping or self._board is None:
@@ -220,7 +222,7 @@ class Service:
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
         gone = asyncio.create_task(_gone(request))
-        gone.add_done_callback(lambda _: writing.cancel())
+        gone.add_done_callback(lambda _: _abandon(answer, writing))
         try:
             if asked.stream:
                 # Awaited here, so that a refusal still has its own status.
@@ -238,7 +240,7 @@ class Service:
             async with self._queue.place():
                 await self._play(answer, board)
             outcome, error = answer.finish, None
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Unwanted):
             if self._stopping:
                 error = Refusal(503, "the service was stopped", kind=SERVER, code="stopping")
         except Exception as problem:
@@ -251,26 +253,31 @@ class Service:
             self.metrics.add_answer(answer, outcome)
 
     async def _play(self, answer: Answer, board: Board) -> None:
-        order = answer.order
-        generation = self._generation(order, board)
+        order, alone = answer.order, SWITCHED_OFF
+        if order.speculation:
+            generation = self._generation(order, board, board.draft)
+            try:
+                return await answer.write(generation)
+            except DraftError as error:
+                # The text does not depend on who drafts it, so the cloud can finish it.
+                log.warning("the cloud goes on alone: %s", error)
+                left = order.max_new_tokens - (len(generation.ids) - len(order.prompt))
+                model = generation.version or order.model
+                order, alone = Order(generation.ids, order.sampling, left, order.stops, model), DRAFT_FAILED
+        generation = self._generation(order, board, None)
         try:
-            await answer.write(generation)
-        except DraftError as error:
-            # The text does not depend on who drafts it, so the cloud can finish it.
-            log.warning("the cloud goes on alone: %s", error)
-            left = order.max_new_tokens - (len(generation.ids) - len(order.prompt))
-            model = generation.version or order.model
-            rest = Order(generation.ids, order.sampling, left, order.stops, model, speculation=False)
-            await answer.write(self._generation(rest, board))
+            return await answer.write(generation)
+        finally:
+            self.metrics.add_alone(generation.statistics, alone)
 
-    def _generation(self, order: Order, board: Board) -> Generation:
+    def _generation(self, order: Order, board: Board, draft: OnnxDraft | None) -> Generation:
         return Generation(
-            board.draft if order.speculation else None,
+            draft,
             self._client,
             order.prompt,
             order.sampling,
             max_new_tokens=order.max_new_tokens,
-            planner=Watched(board.planner, self.metrics, None if order.speculation else ALONE),
+            planner=Watched(board.planner, self.metrics),
             model=order.model,
             surroundings=board.surroundings,
         )
@@ -385,6 +392,15 @@ async def _events(answer: Answer, text: str, form: openai.Form, usage: bool) -> 
     yield DONE
 
 
+def _abandon(answer: Answer, writing: asyncio.Task[None]) -> None:
+    """Ends `answer`, if it has not ended; its session is closed, too."""
+    if answer.opening and not answer.done:
+        answer.unwanted = True
+        asyncio.get_running_loop().call_later(OPENING_SECONDS, writing.cancel)
+    else:
+        writing.cancel()
+
+
 async def _gone(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -399,7 +415,7 @@ async def _encode(board: Board, text: str, special: bool) -> list[int]:
 
 
 def _wants_usage(asked: GenerationRequest) -> bool:
-    return bool(asked.stream_options and asked.stream_options.include_usage)
+    return bool(asked.stream and asked.stream_options and asked.stream_options.include_usage)
 
 
 def _models(listed: wire.ModelList) -> openai.ModelList:

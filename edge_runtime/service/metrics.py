@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import msgspec
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -20,6 +19,7 @@ from prometheus_client.registry import Collector
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.service.answers import Answer
 from edge_runtime.service.queue import Queue
+from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
 
 FIRST_TEXT_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -35,12 +35,10 @@ BOARD_GAUGES = {
     "metered": ("flexspec_link_metered", "1 where bytes on the link are paid for."),
 }
 
-# Tokens of the target's own in one round: half of what a verifier grants, and far more than a round trip is worth.
-MOST_OWN = 256
-
 # Why a round went without the board's draft.
 PLANNED = "planned"  # the planner found that the cloud alone is better
 SWITCHED_OFF = "switched_off"  # the request said so
+DRAFT_FAILED = "draft_failed"  # and the cloud went on alone
 NO_ROOM = "no_room"  # the text is over the draft's context, or has one token left
 
 
@@ -51,8 +49,7 @@ class Metrics:
         # When a counter began is of no use here, and would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
-        self._bytes = {True: 0, False: 0}
-        self._accepted_total = 0
+        self._drafted_bytes = self._accepted_total = 0
         self.surroundings: Callable[[], Surroundings] | None = None
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -94,7 +91,7 @@ class Metrics:
         gauge(
             "link_bytes_per_accepted_token",
             "TCP payload of rounds with a draft, both ways, per accepted token; NaN before there was one.",
-            lambda: self._bytes[True] / self._accepted_total if self._accepted_total else float("nan"),
+            lambda: self._drafted_bytes / self._accepted_total if self._accepted_total else float("nan"),
         )
         self._draft_seconds = counter("draft_seconds", "Time spent drafting, prefilling included.")
         self._verifier_seconds = counter("verifier_seconds", "Time in the verifier, by its own report.")
@@ -109,8 +106,8 @@ class Metrics:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def add_outcome(self, outcome: Outcome, speculation: bool) -> None:
-        """Counts one round; `speculation` is what its request said."""
+    def add_outcome(self, outcome: Outcome) -> None:
+        """Counts one planned round."""
         if outcome.drafted:
             self._drafts.inc()
             self._draft_tokens.inc(outcome.drafted)
@@ -120,15 +117,22 @@ class Metrics:
             self._ready.inc(outcome.ready)
             self._siblings.inc(outcome.sibling > 0)
         else:
-            planned = NO_ROOM if outcome.plan.draft else PLANNED
-            self._cloud_rounds.labels(planned if speculation else SWITCHED_OFF).inc()
+            self._cloud_rounds.labels(NO_ROOM if outcome.plan.draft else PLANNED).inc()
         self._accepted_total += outcome.accepted
-        self._bytes[outcome.drafted > 0] += outcome.sent + outcome.received
+        self._drafted_bytes += (outcome.sent + outcome.received) * (outcome.drafted > 0)
         self._sent.inc(outcome.sent)
         self._received.inc(outcome.received)
         self._draft_seconds.inc(outcome.draft_seconds)
         self._verifier_seconds.inc(outcome.verifier_seconds)
         self._link_seconds.inc(max(0.0, outcome.exchange_seconds - outcome.verifier_seconds))
+
+    def add_alone(self, statistics: Statistics, reason: str) -> None:
+        """Counts what the cloud wrote without a draft, or without one any more: no planner hears of such rounds."""
+        self._cloud_rounds.labels(reason).inc(statistics.rounds)
+        self._sent.inc(statistics.bytes_sent)
+        self._received.inc(statistics.bytes_received)
+        self._verifier_seconds.inc(statistics.verifier_seconds)
+        self._link_seconds.inc(statistics.link_seconds)
 
     def add_answer(self, answer: Answer, outcome: str) -> None:
         """Counts one answer, however it ended."""
@@ -141,23 +145,17 @@ class Metrics:
 
 
 class Watched:
-    """A planner whose rounds are counted; or, without speculation, the cloud's own rounds, which it learns from too."""
+    """A planner whose rounds are counted."""
 
-    def __init__(self, planner: Planner, metrics: Metrics, alone: Plan | None) -> None:
-        """
-        Args:
-            alone: every round's plan, instead of the planner's.
-        """
+    def __init__(self, planner: Planner, metrics: Metrics) -> None:
         self._planner = planner
         self._metrics = metrics
-        self._alone = alone
 
     def plan(self, conditions: Conditions) -> Plan:
-        plan = self._alone or self._planner.plan(conditions)
-        return plan if plan.own <= MOST_OWN else msgspec.structs.replace(plan, own=MOST_OWN)
+        return self._planner.plan(conditions)
 
     def observe(self, outcome: Outcome) -> None:
-        self._metrics.add_outcome(outcome, self._alone is None)
+        self._metrics.add_outcome(outcome)
         self._planner.observe(outcome)
 
 

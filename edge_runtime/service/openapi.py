@@ -15,12 +15,6 @@ JSON = "application/json"
 TEXT = "text/plain"
 EVENTS = "text/event-stream"
 
-TOKEN_IDS = {
-    "type": "array",
-    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1 << 31},
-    "minItems": 1,
-    "description": "Token ids; those outside the target's vocabulary are refused.",
-}
 REFUSED = {
     "400": "The request is malformed, asks for what is not done here, or does not fit the model.",
     "401": "No API key, or a wrong one.",
@@ -38,7 +32,7 @@ ASKING = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", 
 LISTING = ("401", "403", "404", "500", "502", "503")
 
 
-def document(max_body: int, keys: bool) -> dict[str, Any]:
+def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     """The description of a service that takes bodies of `max_body` bytes, and wants API keys or not."""
     kinds = [
         requests.CompletionRequest,
@@ -60,12 +54,12 @@ def document(max_body: int, keys: bool) -> dict[str, Any]:
         properties = schemas[name]["properties"]
         for field in properties.keys() & neutral.keys():
             properties[field] = {"enum": neutral[field]}
-    schemas["TokenIds"] = TOKEN_IDS
+    token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
+    schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
-    chunks = "Events of `data: {}`s, then `data: [DONE]`; an event `error` instead ends a stream that failed."
     paths: dict[str, Any] = {
-        "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", chunks)},
-        "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", chunks)},
+        "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")},
+        "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", "ChatChunk")},
         "/v1/models": {"get": _operation("What the verifier serves", {JSON: _of("ModelList")}, LISTING)},
         "/v1/models/{model}": {
             "get": _operation("One of them", {JSON: _of("Model")}, LISTING),
@@ -97,8 +91,15 @@ def document(max_body: int, keys: bool) -> dict[str, Any]:
     }
 
 
-def _asking(summary: str, body: str, answer: str, chunks: str) -> dict[str, Any]:
-    content = {JSON: _of(answer), EVENTS: {"type": "string", "description": chunks}}
+def _asking(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
+    data = f"A {chunk} in JSON; an ErrorBody in the event `error`, which ends the stream; at its other end, [DONE]."
+    event = {
+        "type": "object",
+        "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string", "description": data}},
+        "required": ["data"],
+        "description": "One event of the stream.",
+    }
+    content = {JSON: _of(answer), EVENTS: event}
     operation = _operation(summary, content, ASKING)
     operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _of(body)}}}
     return operation

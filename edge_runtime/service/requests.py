@@ -42,6 +42,7 @@ MESSAGE_NEUTRAL: dict[str, list[Any]] = {
     "tool_calls": [None, []],
 }
 
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 # Exactly what `prompt_of` takes: the decoder cannot tell lists apart by what is in them.
 PROMPT_SCHEMA = {
@@ -52,11 +53,13 @@ PROMPT_SCHEMA = {
         {"type": "array", "items": {"$ref": "#/components/schemas/TokenIds"}, "minItems": 1, "maxItems": 1},
     ]
 }
+# What lies between would be greedy but for rounding (see `Sampling`).
+TEMPERATURE_SCHEMA = {"anyOf": [{"const": 0}, {"minimum": 0.001}]}
 SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to stream.
+    """How to stream; without a stream, this changes nothing.
 
     Attributes:
         include_usage: a last chunk says how many tokens it was.
@@ -82,8 +85,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     """
 
     model: str | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2, extra_json_schema=TEMPERATURE_SCHEMA)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
     seed: Annotated[int, msgspec.Meta(extra_json_schema=SEED_SCHEMA)] | None = None
@@ -139,7 +142,7 @@ class ChatRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw
     """The body of `POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Tokens | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
@@ -170,8 +173,6 @@ def parse(body: bytes, kind: type[R]) -> R:
     if isinstance(request, ChatRequest):
         for index, message in enumerate(request.messages):
             _check_neutral(message, MESSAGE_NEUTRAL, f"messages[{index}].")
-    if request.stream_options is not None and not request.stream:
-        raise Refusal(400, "stream_options is for streams: send stream = true, or leave it out", param="stream_options")
     if request.seed is not None and not SEED_SCHEMA["minimum"] <= request.seed <= SEED_SCHEMA["maximum"]:
         raise Refusal(400, "seed is no 64-bit integer", param="seed")
     return request

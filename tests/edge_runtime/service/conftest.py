@@ -1,0 +1,145 @@
+"""A verifier of the shipped target, the service in a process of its own, and both in one event loop for faults."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import openai
+import pytest
+import torch
+
+from cloud_verifier import service as cloud
+from cloud_verifier.server import Server as Verifier
+from cloud_verifier.target import Target
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.listening import Listening, Server
+from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings
+from edge_runtime.service.app import Board, Limits, Service
+from edge_runtime.service.chat import Chat, read_chat
+from edge_runtime.verifier_client import VerifierClient
+from tests.cloud_verifier.talker import running
+from tests.conftest import FAMILY
+
+BUNDLE = FAMILY / "bundle"
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    return Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def draft() -> OnnxDraft:
+    return OnnxDraft.load(BUNDLE, threads=1)
+
+
+@pytest.fixture(scope="session")
+def verifier(target: Target) -> Iterator[str]:
+    """The URL of a verifier, for all tests that do it no harm."""
+    with running(target) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`edge-runtime serve` on a free port; its process and URL."""
+    command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", verifier, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="session")
+def url(verifier: str) -> Iterator[str]:
+    """A board in a process of its own, with a plan that drafts."""
+    with board_process(verifier, "--policy", "fixed", "--threads", "1", "--max-new-tokens", "32") as (_, address):
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as talking:
+        yield talking
+
+
+class Cloud:
+    """A verifier that can be stopped, and started again at the same address."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._port = 0
+        self._server: Verifier | None = None
+
+    async def start(self) -> None:
+        self._service = cloud.Service(lambda: self._target, cloud.Limits())
+        self._server = Verifier(self._service, Listening(port=self._port))
+        await self._server.start()
+        self.url = self._server.url
+        self._port = int(self.url.rsplit(":", 1)[1])
+
+    async def stop(self) -> None:
+        server, self._server = self._server, None
+        if server:
+            await server.stop()
+
+    @property
+    def sessions(self) -> int:
+        """How many there are."""
+        return len(self._service.sessions)
+
+
+class Both(msgspec.Struct):
+    """A board and its verifier."""
+
+    url: str
+    service: Service
+    cloud: Cloud
+    client: openai.AsyncOpenAI
+
+
+@contextlib.asynccontextmanager
+async def both(
+    target: Target,
+    draft: OnnxDraft,
+    limits: Limits | None = None,
+    *,
+    keys: frozenset[str] = frozenset(),
+    key: str = "none",
+    deadline: float = 30.0,
+    planner: Planner | None = None,
+    chat: Chat | None = None,
+) -> AsyncIterator[Both]:
+    """A board and its verifier in this event loop, for whoever wants to look inside or break something."""
+    verifier = Cloud(target)
+    await verifier.start()
+    try:
+        async with VerifierClient(verifier.url, deadline=deadline) as client:
+            service = Service(client, limits or Limits(), keys)
+            server = Server(service.app, Listening(port=0))
+            await server.start()
+            try:
+                board = Board(draft, chat or read_chat(BUNDLE), planner or FixedPlanner(FIXED), Surroundings)
+                service.open(board)
+                async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as talking:
+                    yield Both(server.url, service, verifier, talking)
+                await service.drain(0.0)
+            finally:
+                await server.stop()
+    finally:
+        await verifier.stop()
+
+
+def bundle_with(directory: Path, **files: str) -> Path:
+    """A directory with these files, named as in a bundle."""
+    names = {"template": "chat_template.jinja", "config": "tokenizer_config.json"}
+    for name, text in files.items():
+        (directory / names[name]).write_text(text)
+    return directory

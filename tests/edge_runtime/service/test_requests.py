@@ -1,0 +1,165 @@
+"""What is taken and what is refused, by field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.service.refusals import Refusal
+from edge_runtime.service.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse,
+    prompt_of,
+    sampling_of,
+    stops_of,
+)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse(json.dumps({"prompt": "x"} | fields).encode(), CompletionRequest)
+
+
+def chat(*messages: Any, **fields: Any) -> ChatRequest:
+    return parse(json.dumps({"messages": list(messages)} | fields).encode(), ChatRequest)
+
+
+HELLO = {"role": "user", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"suffix": "end"}, "suffix"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e-5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"seed": -(1 << 63) - 1}, "seed"),
+        ({"stream": True, "stream_options": {"exclude": 1}}, "stream_options.exclude"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": [1, "b"]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1 << 40]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompts": "x"}, "prompts"),
+        ({"speculation": "no"}, "speculation"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        asked = completion(**fields)
+        prompt_of(asked)
+        sampling_of(asked, 0)
+    error = caught.value.body.error
+    assert (caught.value.status, error.type, error.param) == (400, "invalid_request_error", param)
+    assert error.message
+
+
+@pytest.mark.parametrize(
+    ("request_body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [HELLO, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [HELLO | {"tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [HELLO], "tools": [{}]}, "tools"),
+        ({"messages": [HELLO], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [HELLO], "prompt": "x"}, "prompt"),
+    ],
+)
+def test_conversations_that_are_not_done(request_body: Any, param: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse(json.dumps(request_body).encode(), ChatRequest)
+    assert (caught.value.status, caught.value.body.error.param) == (400, param)
+
+
+def test_what_clients_send_along_is_taken() -> None:
+    asked = completion(n=1, best_of=1, logprobs=None, frequency_penalty=0.0, logit_bias={}, user="me", echo=False)
+    assert (asked.user, prompt_of(asked)) == ("me", "x")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    reply = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": []}
+    asked_chat = chat(
+        {"role": "user", "content": parts, "name": "me"},
+        reply,
+        tools=[],
+        tool_choice="auto",
+        response_format={"type": "text"},
+        modalities=["text"],
+        store=False,
+        metadata={"a": "b"},
+    )
+    assert [message.text for message in asked_chat.messages] == ["ab", "yes"]
+
+
+def test_prompts_in_their_four_forms() -> None:
+    assert [prompt_of(completion(prompt=prompt)) for prompt in ("a", ["a"], [1, 2], [[1, 2]], [5])] == [
+        "a",
+        "a",
+        [1, 2],
+        [1, 2],
+        [5],
+    ]
+
+
+def test_sampling_defaults_are_openais_and_seeds_are_signed() -> None:
+    assert sampling_of(completion(), 7) == Sampling(1.0, 0, 1.0, 7)
+    asked = completion(temperature=0, top_p=0.5, top_k=3, seed=-1, ignore_eos=True)
+    assert sampling_of(asked, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
+    assert sampling_of(completion(seed=0), 7).seed == 0
+    assert (stops_of(completion()), stops_of(completion(stop="a")), stops_of(completion(stop=["a", "b"]))) == (
+        [],
+        ["a"],
+        ["a", "b"],
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from([*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, "else"])
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+@given(body=st.binary(max_size=60) | st.dictionaries(FIELDS, JSON, max_size=4).map(lambda v: json.dumps(v).encode()))
+@example(body=b'{"prompt":' * 100_000)
+@example(body=b'{"prompt":"\\ud800"}')
+@example(body=b'{"prompt":"x","temperature":1e999}')
+@example(body=b'{"prompt":"x","seed":' + b"9" * 5000 + b"}")
+def test_garbage_is_parsed_or_refused(kind: type[GenerationRequest], body: bytes) -> None:
+    try:
+        request = parse(body, kind)
+        sampling_of(request, 0)
+        if isinstance(request, CompletionRequest):
+            assert prompt_of(request)
+    except Refusal as refusal:
+        assert refusal.status == 400
+        assert msgspec.json.encode(refusal.body)
