@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from edge_runtime.bundles.signatures import SIGNATURE, check_signature
 from edge_runtime.contract.bundle import MANIFEST, read_bundle
 from edge_runtime.contract.errors import InputError
-from edge_runtime.bundles.signatures import SIGNATURE, check_signature
 
 
 def make_key(output: Path) -> tuple[Path, Path]:
