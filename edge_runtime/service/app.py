@@ -75,12 +75,14 @@ class Board(msgspec.Struct, frozen=True):
 
     Attributes:
         surroundings: what the probes know now.
+        model: which target, where a request names none; empty for the verifier's default.
     """
 
     draft: OnnxDraft
     chat: Chat
     planner: Planner
     surroundings: Callable[[], Surroundings]
+    model: str = ""
 
 
 class Service:
@@ -146,7 +148,7 @@ class Service:
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
         form = openai.CompletionForm(echo, _wants_usage(asked))
-        return await self._answer(request, asked, self._order(asked, ids, [], asked.max_tokens), form)
+        return await self._answer(request, asked, self._order(board, asked, ids, [], asked.max_tokens), form)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: the next message of a conversation."""
@@ -155,10 +157,8 @@ class Service:
         text = board.chat.text([{"role": message.role, "content": message.text} for message in asked.messages])
         # The template writes the special tokens itself.
         ids = await _encode(board, text, False)
-        wanted = asked.max_completion_tokens or asked.max_tokens
-        return await self._answer(
-            request, asked, self._order(asked, ids, board.chat.stops, wanted), openai.ChatForm(_wants_usage(asked))
-        )
+        order = self._order(board, asked, ids, board.chat.stops, asked.max_completion_tokens or asked.max_tokens)
+        return await self._answer(request, asked, order, openai.ChatForm(_wants_usage(asked)))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: what the verifier serves, or served when it was last heard of."""
@@ -202,14 +202,16 @@ class Service:
             )
         return self._board
 
-    def _order(self, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None) -> Order:
+    def _order(
+        self, board: Board, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None
+    ) -> Order:
         most = self._limits.max_new_tokens
         return Order(
             ids,
             sampling_of(asked, secrets.randbits(63)),
             min(max_tokens or most, most),
             stops + stops_of(asked),
-            asked.model or "",
+            asked.model or board.model,
             asked.speculation is not False,
         )
 

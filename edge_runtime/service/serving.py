@@ -50,6 +50,7 @@ def add_parser(commands: Any, bundle: Path) -> None:
         metavar="URL",
         help="default: $FLEXSPEC_VERIFIER, else http://127.0.0.1:8500",
     )
+    parser.add_argument("--model", default="", help="target where a request names none (default: the verifier's)")
     parser.add_argument("--bundle", type=Path, default=bundle, metavar="DIR", help="draft (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the draft (default: one per core, to 4)")
     parser.add_argument(
@@ -148,7 +149,7 @@ async def _load(
     chat = read_chat(options.bundle)
     planner = await asyncio.to_thread(pilot.planner_of, options, draft)
     surroundings = await stack.enter_async_context(pilot.watching(client.meter))
-    service.open(Board(draft, chat, planner, surroundings))
+    service.open(Board(draft, chat, planner, surroundings, options.model))
 
 
 def _check_memory(manifest: Manifest, answers: int) -> None:
