@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
-import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
@@ -26,7 +22,9 @@ from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Planner, Surroundings
 from edge_runtime.service import openai
 from edge_runtime.service.answers import Answer, Order, Unwanted
+from edge_runtime.service.callers import Callers
 from edge_runtime.service.chat import Chat
+from edge_runtime.service.events import EventStream, events, gone_from
 from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
 from edge_runtime.service.openapi import document
 from edge_runtime.service.queue import Queue
@@ -51,7 +49,6 @@ MODELS_SECONDS = 5.0
 BODY_SECONDS = 30.0
 # Seconds that an answer which nobody wants may take to learn its session's name, so that it can be closed.
 OPENING_SECONDS = 5.0
-DONE = b"data: [DONE]\n\n"
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -95,14 +92,12 @@ class Service:
     def __init__(self, client: VerifierClient, limits: Limits, keys: frozenset[str], *, local: bool = True) -> None:
         """
         Args:
-            keys: one of them must come as bearer token; none: everybody is served.
-            local: only loopback is listened on, so that a request for another host's name comes from a web page that
-                has no business here. Not checked where there are keys.
+            keys, local: see `Callers`.
         """
         self._client = client
         self._limits = limits
-        self._keys = [key.encode() for key in keys]
-        self._local = local and not keys
+        self._keys = bool(keys)
+        self._callers = Callers(keys, local)
         self._queue = Queue(limits.max_concurrent, limits.max_waiting)
         self.metrics = Metrics(self._queue, client)
         self._board: Board | None = None
@@ -188,7 +183,7 @@ class Service:
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json: this service, described."""
         size = self._board.draft.manifest.architecture.vocabulary_size if self._board else 1 << 31
-        described = document(self._limits.max_body, bool(self._keys), size)
+        described = document(self._limits.max_body, self._keys, size)
         return Response(msgspec.json.encode(described), media_type="application/json")
 
     def _ready_board(self) -> Board:
@@ -223,12 +218,12 @@ class Service:
         writing = asyncio.create_task(self._write(answer, board))
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
-        gone = asyncio.create_task(_gone(request))
+        gone = asyncio.create_task(gone_from(request))
         gone.add_done_callback(lambda _: _abandon(answer, writing))
         try:
             if asked.stream:
                 # Awaited here, so that a refusal still has its own status.
-                return EventStream(_events(answer, await answer.news(), form, _wants_usage(asked)), gone)
+                return EventStream(events(answer, await answer.news(), form, _wants_usage(asked)), gone)
             return _json(form.whole(answer, await answer.whole()))
         finally:
             if answer.error or not asked.stream:
@@ -300,7 +295,7 @@ class Service:
     async def _body(self, request: Request) -> bytes:
         """The body. Raises Refusal: it is no JSON by its type, too long, or too slow."""
         # A web page elsewhere may send anything but this type without asking first.
-        if "json" not in request.headers.get("content-type", ""):
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "send the body as JSON, with the header content-type: application/json")
         limit, body, size = self._limits.max_body, bytearray(), 0
         try:
@@ -316,29 +311,12 @@ class Service:
             raise Refusal(413, f"the body is over {limit} bytes", code="body_too_large")
         return bytes(body)
 
-    def _check_caller(self, request: Request) -> None:
-        """Raises Refusal unless the request may be served."""
-        host = _host(request.headers.get("host", ""))
-        if self._local and not _is_loopback(host):
-            raise Refusal(403, f"this service is local, and no host of the name {host[:80]!r}")
-        if not self._keys or not request.scope["path"].startswith("/v1/"):
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")
-        if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, known) for known in self._keys):
-            raise Refusal(
-                401,
-                "this service wants one of its API keys: Authorization: Bearer KEY",
-                kind="authentication_error",
-                code="invalid_api_key",
-            )
-
     def _answering(self, handler: Handler) -> Handler:
         """Turns errors into OpenAI's."""
 
         async def answering(request: Request) -> Response:
             try:
-                self._check_caller(request)
+                self._callers.check(request)
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)
@@ -350,50 +328,6 @@ class Service:
         return answering
 
 
-class EventStream(Response):
-    """Server-sent events, until they end or the client has gone.
-
-    Args:
-        gone: ends when the client goes; cancelled when the events have ended.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[bytes], gone: asyncio.Task[None]) -> None:
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
-        self._gone = gone
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._gone.cancel()
-
-
-async def _events(answer: Answer, text: str, form: openai.Form, usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream whose first text is `text`. An error ends it, without `[DONE]`."""
-    try:
-        first = True
-        while text or first:
-            yield _event(form.chunk(answer, text, first=first))
-            first = False
-            text = await answer.news()
-    except ClientDisconnect:
-        return
-    except Exception as error:
-        yield b"event: error\n" + _event(refusal_of(error).body)
-        return
-    yield _event(form.last(answer))
-    if usage:
-        yield _event(form.usage(answer))
-    yield DONE
-
-
 def _abandon(answer: Answer, writing: asyncio.Task[None]) -> None:
     """Ends `answer`, if it has not ended; its session is closed, too."""
     if answer.opening and not answer.done:
@@ -401,12 +335,6 @@ def _abandon(answer: Answer, writing: asyncio.Task[None]) -> None:
         asyncio.get_running_loop().call_later(OPENING_SECONDS, writing.cancel)
     else:
         writing.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _encode(board: Board, text: str, special: bool) -> list[int]:
@@ -423,25 +351,6 @@ def _wants_usage(asked: GenerationRequest) -> bool:
 def _models(listed: wire.ModelList) -> openai.ModelList:
     created = int(time.time())
     return openai.ModelList([openai.Model(model.id, created, model.version, model.context) for model in listed.data])
-
-
-def _host(header: str) -> str:
-    """The name or address in a Host header, without its port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
-
-
-def _is_loopback(host: str) -> bool:
-    if host in ("", "localhost") or host.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
-
-
-def _event(message: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(message) + b"\n\n"
 
 
 def _json(message: msgspec.Struct, status: int = 200) -> Response:

@@ -137,6 +137,9 @@ class Metrics:
     def add_answer(self, answer: Answer, outcome: str) -> None:
         """Counts one answer, however it ended."""
         self._requests.labels(outcome).inc()
+        if not answer.queued_seconds:
+            # It never had its turn.
+            return
         self._prompt_tokens.inc(len(answer.order.prompt))
         self._tokens.inc(answer.tokens)
         if answer.first_seconds:

@@ -31,7 +31,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not come about"
@@ -174,6 +174,9 @@ async def test_draining_cuts_what_takes_too_long(target: Target, draft: OnnxDraf
         chunks = aiter(stream)
         await anext(chunks)
         draining = asyncio.create_task(pair.service.drain(0.2))
+        with pytest.raises(openai.InternalServerError) as caught:
+            await pair.client.completions.create(**LONG)
+        assert (caught.value.status_code, caught.value.code) == (503, "stopping")
         with pytest.raises(openai.APIError, match="the service was stopped"):
             async for _ in chunks:
                 pass

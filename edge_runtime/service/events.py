@@ -1,0 +1,72 @@
+"""An answer as server-sent events, for as long as its reader is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from edge_runtime.service.answers import Answer
+from edge_runtime.service.openai import Form
+from edge_runtime.service.refusals import refusal_of
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events, until they end or the client has gone.
+
+    Args:
+        stream: the events, as bytes.
+        gone: ends when the client goes; cancelled when the events have ended.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: AsyncIterator[bytes], gone: asyncio.Task[None]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._stream = stream
+        self._gone = gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self._stream:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._gone.cancel()
+
+
+async def events(answer: Answer, text: str, form: Form, usage: bool) -> AsyncIterator[bytes]:
+    """The events of a stream whose first text is `text`. An error ends it, without `[DONE]`."""
+    try:
+        first = True
+        while text or first:
+            yield _event(form.chunk(answer, text, first=first))
+            first = False
+            text = await answer.news()
+    except ClientDisconnect:
+        return
+    except Exception as error:
+        yield b"event: error\n" + _event(refusal_of(error).body)
+        return
+    yield _event(form.last(answer))
+    if usage:
+        yield _event(form.usage(answer))
+    yield DONE
+
+
+async def gone_from(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(message: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(message) + b"\n\n"
