@@ -21,7 +21,7 @@ CHECKS = [
     checks.negative_data_rejection,
 ]
 QUICK = settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
