@@ -7,6 +7,7 @@ arrow than the house's rule, and cheaper than two servers to keep right.
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -14,12 +15,18 @@ from typing import Any
 
 import msgspec
 from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP2Settings
+from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server as Granian
 
 from edge_runtime.contract.errors import FlexSpecError
 
 GRACE_SECONDS = 3.0
+# For a request's headers: whoever sends none holds a connection.
+HEADER_MILLISECONDS = 10_000
+BACKLOG = 1024
+# Files that a process needs beside its connections, about.
+OTHER_FILES = 100
+MOST_CONNECTIONS = 10_000
 
 
 class Listening(msgspec.Struct, frozen=True):
@@ -70,6 +77,10 @@ class Server:
                 ssl_cert=listening.certificate,
                 ssl_key=listening.key,
                 log_enabled=False,
+                # Granian counts connections, idle ones too: with its own default, the 129th would wait for ever.
+                backlog=BACKLOG,
+                backpressure=_most_connections(),
+                http1_settings=HTTP1Settings(header_read_timeout=HEADER_MILLISECONDS),
                 # Windows wide enough that no round ever waits for, or pays for, a window update.
                 http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
             )
@@ -122,6 +133,12 @@ def stop_requested() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     return stopping
+
+
+def _most_connections() -> int:
+    """How many connections there may be at once, by how many files this process may open."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(files - OTHER_FILES, MOST_CONNECTIONS))
 
 
 def _free_port(host: str) -> int:

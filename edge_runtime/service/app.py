@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from starlette.applications import Starlette
@@ -58,13 +59,13 @@ class Limits(msgspec.Struct, frozen=True):
         max_concurrent: answers that are written at once.
         max_waiting: requests that wait for that.
         max_new_tokens: of an answer; also what a request gets that does not say.
-        max_body: bytes of a request body.
+        max_body: bytes of a request body; to tokenise such a text takes up to 250 times as much memory for a moment.
     """
 
     max_concurrent: int = 2
     max_waiting: int = 8
     max_new_tokens: int = 1024
-    max_body: int = 1 << 20
+    max_body: int = 1 << 18
 
 
 class Board(msgspec.Struct, frozen=True):
@@ -100,6 +101,8 @@ class Service:
         self._callers = Callers(keys, local)
         self._queue = Queue(limits.max_concurrent, limits.max_waiting)
         self.metrics = Metrics(self._queue, client)
+        # One text at a time, in one thread: each would keep memory of its own.
+        self._tokenising = ThreadPoolExecutor(1, "tokenising")
         self._board: Board | None = None
         self._models: openai.ModelList | None = None
         self._stopping = False
@@ -138,7 +141,7 @@ class Service:
         board = self._ready_board()
         asked = parse(await self._body(request), CompletionRequest)
         prompt = prompt_of(asked)
-        ids = prompt if isinstance(prompt, list) else await _encode(board, prompt, True)
+        ids = prompt if isinstance(prompt, list) else await self._encode(board, prompt, True)
         echo = ""
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
@@ -151,7 +154,7 @@ class Service:
         asked = parse(await self._body(request), ChatRequest)
         text = board.chat.text([{"role": message.role, "content": message.text} for message in asked.messages])
         # The template writes the special tokens itself.
-        ids = await _encode(board, text, False)
+        ids = await self._encode(board, text, False)
         order = self._order(board, asked, ids, board.chat.stops, asked.max_completion_tokens or asked.max_tokens)
         return await self._answer(request, asked, order, openai.ChatForm(_wants_usage(asked)))
 
@@ -196,6 +199,13 @@ class Service:
                 retry_after=MOMENT_SECONDS,
             )
         return self._board
+
+    async def _encode(self, board: Board, text: str, special: bool) -> list[int]:
+        def encode() -> list[int]:
+            ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=special).ids
+            return ids
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
 
     def _order(
         self, board: Board, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None
@@ -335,13 +345,6 @@ def _abandon(answer: Answer, writing: asyncio.Task[None]) -> None:
         asyncio.get_running_loop().call_later(OPENING_SECONDS, writing.cancel)
     else:
         writing.cancel()
-
-
-async def _encode(board: Board, text: str, special: bool) -> list[int]:
-    # A long text takes a while, and the library lets others work meanwhile.
-    encoding = await asyncio.to_thread(board.draft.tokenizer.encode, text, add_special_tokens=special)
-    ids: list[int] = encoding.ids
-    return ids
 
 
 def _wants_usage(asked: GenerationRequest) -> bool:

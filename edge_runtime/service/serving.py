@@ -90,6 +90,9 @@ def add_parser(commands: Any, bundle: Path) -> None:
         help="tokens of an answer; also what a request gets that names no max_tokens (default: %(default)s)",
     )
     limits.add_argument(
+        "--max-body", type=int, default=1 << 18, metavar="BYTES", help="of a request (default: %(default)s)"
+    )
+    limits.add_argument(
         "--grace",
         type=float,
         default=10.0,
@@ -106,14 +109,15 @@ async def serve(options: argparse.Namespace) -> int:
     from edge_runtime.service.app import Limits, Service
     from edge_runtime.verifier_client import VerifierClient
 
-    for name, least in (("max_concurrent", 1), ("max_waiting", 0), ("max_new_tokens", 1), ("threads", 0), ("grace", 0)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {bound}")
     if not 0 <= options.port < 1 << 16:
         raise InputError(f"--port {options.port}: must be in [0, 65535]")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
-    limits = Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens)
+    limits = Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
     keys = _read_keys(options.api_key_file) if options.api_key_file else frozenset()
     local = _is_local(options.host)
     if not local and not keys:

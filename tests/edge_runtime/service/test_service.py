@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import shutil
 import signal
@@ -348,3 +349,13 @@ def test_errors_at_start_are_a_sentence_and_an_exit_code(
     assert out == ""
     assert sentence in err
     assert err.splitlines()[-1].startswith("edge-runtime: ")
+
+
+def test_idle_connections_keep_nobody_out(url: str) -> None:
+    """More than granian admits by itself: half of them silent, half of them in the middle of a request."""
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for index in range(200):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(HEAD + b"content-length: 10\r\n\r\n{" if index % 2 else HEAD[:20])
+        assert httpx.get(f"{url}/readyz").text == "ready\n"
