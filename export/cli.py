@@ -43,8 +43,8 @@ links, boards and verifiers at random around the shipped presets. Writes learned
 trained on and what it came to on texts that it has not seen, and learned.png with its learning curve.
 
 examples:
-  draft-export policy --steps 20000 --settings 50 --output /tmp/policy     # to see it work, seconds
-  draft-export policy --output /tmp/policy                                 # ten minutes on one CPU core
+  draft-export policy --steps 20000 --drills 100 --settings 50 --output /tmp/policy    # to see it work, seconds
+  draft-export policy --output /tmp/policy                                               # five minutes on one CPU core
   draft-export policy --objective cloud --seed 1 --output /tmp/policy
 """
 
@@ -106,10 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     policy.add_argument("--output", type=Path, required=True, metavar="DIR", help="files of its names are replaced")
-    policy.add_argument("--steps", type=int, default=1_200_000, help="simulated rounds (default: %(default)s)")
+    policy.add_argument("--steps", type=int, default=200_000, help="simulated rounds (default: %(default)s)")
     policy.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     policy.add_argument(
         "--objective", default="latency", help="latency, cloud, energy, balanced, or prices (default: %(default)s)"
+    )
+    policy.add_argument(
+        "--drills", type=int, default=6000, help="settings to try each correction in first (default: %(default)s)"
     )
     policy.add_argument("--settings", type=int, default=1000, help="to evaluate on (default: %(default)s)")
     policy.set_defaults(run=_policy)
@@ -170,7 +173,7 @@ def _policy(options: argparse.Namespace) -> int:
     from edge_runtime.planning.objective import parse_objective
     from export.policy import Lesson, make_policy
 
-    lesson = Lesson(parse_objective(options.objective), options.steps, options.seed, options.settings)
+    lesson = Lesson(parse_objective(options.objective), options.steps, options.seed, options.settings, options.drills)
     training = make_policy(lesson, options.output)
     evaluation = training.trained["evaluation"]
     print(f"{options.output}: cost on texts not learned from, as a multiple of the analytic planner's, modelled:")

@@ -1,13 +1,14 @@
 """A Gymnasium environment in which policies learn to correct the analytic planner's plans: the simulated round.
 
 An episode is a few recorded texts, one after the other, on a board, a link and a verifier drawn at random around the
-shipped presets; a step is one plan. Every episode is first played by the analytic planner alone, and what that cost at
-every position of every text is what an action's reward is measured against, so that easy texts and cheap worlds bring
-no reward by themselves:
+shipped presets; a step is one drafted round's plan. Every episode is first played by the analytic planner alone, and
+what that cost at every position of every text is what an action's reward is measured against, so that easy texts and
+cheap worlds bring no reward by themselves:
 
     reward = (what the analytic planner paid for the tokens of this step - what was paid now) / its cost per token
 
-The rewards of an episode add up to the tokens that were saved, in tokens at the analytic planner's cost.
+The rewards of an episode add up to the tokens that were saved, in tokens at the analytic planner's cost. What a round
+that is sent early in vain seems to bring, the next one takes back.
 """
 
 from __future__ import annotations
@@ -219,10 +220,12 @@ class Reference:
     Attributes:
         spent: cost of all texts.
         each: cost per token.
+        observations: before each plan that could be corrected.
     """
 
     def __init__(self, setting: Setting, objective: Objective) -> None:
         self._done, self._spent = [0], [0.0]
+        self.observations: list[Floats] = []
         self.spent = play(setting, objective, self._note)
         self._take(sum(map(len, setting.texts)), self.spent)
         self.each = self.spent / self._done[-1]
@@ -232,6 +235,7 @@ class Reference:
         return float(np.interp(done, self._done, self._spent)) / self.each
 
     def _note(self, observation: Floats, done: int, spent: float) -> int:
+        self.observations.append(observation)
         self._take(done, spent)
         return 0
 
@@ -271,7 +275,7 @@ class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
         """Begins an episode in another setting."""
         super().reset(seed=seed)
         self.close()
-        # Where drafting would not pay with any verifier, there is nothing to correct.
+        # Where drafting never pays, there is nothing to correct.
         while True:
             setting = self._settings.draw(int(self.np_random.integers(1 << 31)))
             self._player = Player(setting, self._objective)

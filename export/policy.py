@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import msgspec
@@ -42,13 +43,17 @@ HIDDEN = 48
 # What a token that is saved a round later is worth: most corrections show at once.
 GAMMA = 0.95
 # What correcting nothing is ahead of every other action at first, in logits.
-HEAD_START = 3.0
+HEAD_START = 1.0
 # Largest magnitude of a normalised observation.
 CLIP = 8.0
 # Shares of observations that may lie below and above the range that counts as seen.
 LOW, HIGH = 0.0002, 0.9998
-# Seeds of the settings for evaluation; training draws smaller ones.
-EVALUATION = 1 << 31
+# Seeds of the settings for evaluation, and for drills; PPO's environments draw smaller ones.
+EVALUATION, DRILLS = 1 << 31, 1 << 32
+# Drills: most observations of a setting, the largest share of the cost that counts, and how often all are gone through.
+SAMPLES = 12
+MOST_SAVED = 0.5
+EPOCHS = 25
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,10 @@ class Lesson:
     """
 
     objective: Objective = PRESETS["latency"]
-    steps: int = 1_000_000
+    steps: int = 200_000
     seed: int = 0
     settings: int = 1000
+    drills: int = 6000
     drills: int = 4000
 
 
@@ -150,15 +156,19 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
         InputError: a number of the lesson makes no sense.
         RuntimeError: the exported model does not compute what PyTorch does.
     """
-    if lesson.steps < 1 or lesson.settings < 1:
-        raise InputError(f"{lesson.steps} steps and {lesson.settings} settings: both must be at least 1")
+    if min(lesson.steps, lesson.settings, lesson.drills) < 1:
+        raise InputError(
+            f"{lesson.steps} steps, {lesson.drills} drills, {lesson.settings} settings: all must be above 0"
+        )
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     learnt, held_out = split_texts(read_texts(FAMILY / "acceptance.npz"))
+    torch.set_num_threads(1)
+    drills = drill(lesson, Settings(learnt))
     with Progress("policy", lesson.steps) as progress:
         diary = Diary(progress, lesson.steps)
-        actor = train(lesson, diary, [lambda: RoundEnvironment(lesson.objective, learnt)] * ENVIRONMENTS)
-    seen = np.concatenate(diary.seen)
+        actor = train(lesson, diary, [lambda: RoundEnvironment(lesson.objective, learnt)] * ENVIRONMENTS, drills)
+    seen = np.concatenate([*diary.seen, drills.observations.numpy()])
     path = output / MODEL.name
     onnx.save(to_onnx(actor), path)
     low, high = (np.quantile(seen, share, axis=0).astype(float).round(6).tolist() for share in (LOW, HIGH))
@@ -180,7 +190,8 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
         )
     verdict = evaluate(Policy(path), lesson, Settings(held_out))
     trained = {
-        "algorithm": "PPO",
+        "algorithm": "policy gradient on whole settings, then PPO",
+        "drills": lesson.drills,
         "steps": lesson.steps,
         "episodes": len(diary.ratios),
         "seed": lesson.seed,
@@ -196,9 +207,65 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
     return training
 
 
-def train(lesson: Lesson, diary: Diary, makers: list[Any]) -> Actor:
-    """Trains with PPO in the environments that `makers` make."""
-    torch.set_num_threads(1)
+class Drills(NamedTuple):
+    """Settings in which each correction was made throughout.
+
+    Attributes:
+        observations: (count, len(OBSERVATIONS)), a few of each setting.
+        saved: (count, len(CORRECTIONS)) share of the setting's cost that each correction saved.
+        weights: (count,) such that settings count alike.
+    """
+
+    observations: torch.Tensor
+    saved: torch.Tensor
+    weights: torch.Tensor
+
+
+def drill(lesson: Lesson, settings: Settings) -> Drills:
+    """Plays `lesson.drills` settings with each correction."""
+    random = Random(lesson.seed)
+    rows: list[tuple[Floats, list[float], float]] = []
+    with Progress("drills", lesson.drills) as progress:
+        for index in range(lesson.drills):
+            setting = settings.draw(DRILLS + (lesson.seed << 24) + index)
+            reference = Reference(setting, lesson.objective)
+            progress.update(index + 1, setting.name)
+            if not reference.observations:
+                continue
+            saved = [0.0]
+            for action in range(1, len(CORRECTIONS)):
+                spent = play(setting, lesson.objective, lambda observation, done, spent, action=action: action)
+                saved.append(min(max(1.0 - spent / reference.spent, -MOST_SAVED), MOST_SAVED))
+            some = random.sample(reference.observations, min(SAMPLES, len(reference.observations)))
+            rows += [(observation, saved, 1.0 / len(some)) for observation in some]
+    if not rows:
+        raise InputError(f"{lesson.drills} drills came to nothing to correct: take more")
+    observations, saved_, weights = (torch.tensor(np.array(c, np.float32)) for c in zip(*rows, strict=True))
+    return Drills(observations, saved_, weights)
+
+
+def practise(model: PPO, environment: VecNormalize, drills: Drills) -> None:
+    """Ascends the gradient of what the policy would save in `drills`; sets the normalisation of observations too."""
+    observations = drills.observations.numpy()
+    environment.obs_rms.mean = observations.mean(axis=0).astype(np.float64)
+    environment.obs_rms.var = observations.var(axis=0).astype(np.float64)
+    environment.obs_rms.count = len(observations)
+    actor = Actor(model, environment)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, weight_decay=1.0)
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(observations)).split(512):
+            chances = torch.softmax(actor(drills.observations[batch]), dim=-1)
+            weights = drills.weights[batch] / drills.weights[batch].sum()
+            saved = weights @ (chances * drills.saved[batch]).sum(dim=-1)
+            entropy = -(chances * (chances + 1e-9).log()).sum(dim=-1).mean()
+            loss = -100.0 * saved - 0.2 * entropy
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def train(lesson: Lesson, diary: Diary, makers: list[Any], drills: Drills) -> Actor:
+    """Trains from `drills`, and with PPO in the environments that `makers` make."""
     environment = VecNormalize(DummyVecEnv(makers), clip_obs=CLIP, gamma=GAMMA)
     rounds = min(ROUNDS, max(8, lesson.steps // len(makers)))
     try:
@@ -210,9 +277,8 @@ def train(lesson: Lesson, diary: Diary, makers: list[Any]) -> Actor:
             n_epochs=6,
             gamma=GAMMA,
             gae_lambda=0.95,
-            learning_rate=lambda left: 4e-4 * left,
-            clip_range=0.2,
-            ent_coef=0.005,
+            learning_rate=lambda left: 1e-4 * left,
+            clip_range=0.1,
             policy_kwargs={
                 "net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [2 * HIDDEN, 2 * HIDDEN]},
                 "activation_fn": torch.nn.Tanh,
@@ -222,6 +288,7 @@ def train(lesson: Lesson, diary: Diary, makers: list[Any]) -> Actor:
         )
         with torch.no_grad():
             model.policy.action_net.bias[0] = HEAD_START
+        practise(model, environment, drills)
         model.learn(lesson.steps, callback=diary)
     finally:
         environment.close()
@@ -274,7 +341,7 @@ def evaluate(policy: Policy, lesson: Lesson, settings: Settings) -> Verdict:
 
     def ask(observation: Floats, done: int, spent: float) -> int:
         known.append(not policy.strange(observation))
-        return int(policy.scores(observation).argmax()) if known[-1] else 0
+        return policy.choice(observation) if known[-1] else 0
 
     ratios = []
     with Progress("evaluation", lesson.settings) as progress:

@@ -1,10 +1,10 @@
-"""The learned planner: corrects the analytic one where a small network, trained on simulated rounds, says so.
+"""The learned planner: the analytic one decides whether to draft, and a small network how, where it knows its way.
 
-The analytic planner works out what both ways to finish a text cost; from the same figures a policy of a few thousand
-weights chooses one of `CORRECTIONS` to its plan, of which the first is none at all. `draft-export policy` trains it
-with reinforcement learning on this project's own simulator, and ships it as `learned.onnx` with a `learned.json` that
-says what it was trained for and which values it has seen. Where the model is missing or altered, the objective is
-another, energy is budgeted, or an observation lies outside of what was seen, the analytic plan stands.
+From the figures with which the analytic planner finds the best drafted round, a policy of a few thousand weights
+chooses one of `CORRECTIONS` to it, of which the first is none at all. `draft-export policy` trains it with
+reinforcement learning on this project's own simulator, and ships it as `learned.onnx` with a `learned.json` that says
+what it was trained for and which values it has seen. Where the model is missing or altered, the objective is another,
+energy is budgeted, or an observation lies outside of what was seen, the analytic plan stands.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 MODEL = Path(__file__).with_name("learned.onnx")
 FORMAT = 1
-# What is observed before every plan; `to` is the logarithm of a ratio, everything else a share or a small number.
+# What is observed before every drafted round; `to` is the logarithm of a ratio, all else a share or a small number.
 OBSERVATIONS = (
     "drafted to streamed",  # costs of the rest of the text
     "better to streamed",  # the same once the link is on its better side
@@ -57,14 +57,12 @@ OBSERVATIONS = (
     "doubt",  # of the draft's worth, 1 at first
     "own known",
     "own doubt",  # of the cost of the verifier's own tokens, 1 at first
-    "forward known",
     "bias to one",  # what drafted rounds cost more than was told
     "length",  # of the draft that was found best
     "survival",
     "siblings",
     "ahead",
     "in flight",
-    "drafts",  # whether the analytic plan drafts
     "left to hundred",  # tokens to go
     "unread to hundred",  # and tokens that the draft has yet to read, one more than there are
     "ready",
@@ -76,26 +74,24 @@ OBSERVATIONS = (
 FAR = 5.0
 # Share kept of what the last rounds came to.
 LATELY = 0.75
+# A correction's score must be ahead of that of none by so much: by a little, it is as likely to cost as to save.
+SURE = 2.0
 # An observation may lie outside of what was seen by so large a share of its width, and by so much in any case.
 MARGIN = 0.1
 SLACK = 0.02
 
 
 class Correction(msgspec.Struct, frozen=True):
-    """One change of a plan.
+    """One change of a drafted round.
 
     Attributes:
         name: for people.
-        cloud: the cloud says the rest of the text alone; otherwise, rounds are drafted.
-        reading: the cloud speaks alone only for as long as the draft needs to read what it has not.
         longer: factor of the draft's length; its threshold of survival moves with it.
         ahead: factor of the tokens drafted ahead; above 1 at least two are, with two rounds in flight.
         wider: name as many siblings as there are, beside surer tokens too.
     """
 
     name: str
-    cloud: bool = False
-    reading: bool = False
     longer: float = 1.0
     ahead: float = 1.0
     wider: bool = False
@@ -103,13 +99,12 @@ class Correction(msgspec.Struct, frozen=True):
 
 CORRECTIONS = (
     Correction("as computed"),
-    Correction("the cloud alone", cloud=True),
-    Correction("the cloud alone while the draft reads", cloud=True, reading=True),
-    Correction("drafts"),
-    Correction("shorter drafts", longer=0.7),
-    Correction("longer drafts", longer=1.5),
+    Correction("shorter", longer=0.7),
+    Correction("longer", longer=1.5),
     Correction("more ahead", ahead=1.7),
     Correction("more siblings", wider=True),
+    Correction("more ahead, more siblings", ahead=1.7, wider=True),
+    Correction("longer, more siblings", longer=1.5, wider=True),
 )
 
 
@@ -150,17 +145,17 @@ class CorrectedPlanner(AnalyticPlanner):
 
     def _decide(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> Plan:
         plan = super()._decide(conditions, choice, table, doubt)
-        observation = np.array(self._observation(conditions, choice, table, doubt, plan), np.float32)
-        correction, chosen = self.correction(conditions, observation)
-        if correction is not CORRECTIONS[0]:
-            plan = self._corrected(correction, conditions, choice, table)
+        chosen = "analytic"
+        if plan.draft:
+            observation = np.array(self._observation(conditions, choice, table, doubt), np.float32)
+            correction, chosen = self.correction(conditions, observation)
+            if correction is not CORRECTIONS[0]:
+                plan = self._corrected(correction, conditions, choice, table)
         own = plan.own
         self._promised = choice.draft.cost if plan.draft else (choice.first + (own - 1) * choice.each) / own
         return msgspec.structs.replace(plan, reason=f"{plan.reason} ({chosen})")
 
-    def _observation(
-        self, conditions: Conditions, choice: Choice, table: Table, doubt: float, plan: Plan
-    ) -> list[float]:
+    def _observation(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> list[float]:
         """In the order of `OBSERVATIONS`."""
         costs, draft, left = self._costs, choice.draft, choice.left
         forward, link, step = costs.forward.at(1.0), costs.link.now.value, costs.step_seconds(conditions.position)
@@ -186,14 +181,12 @@ class CorrectedPlanner(AnalyticPlanner):
             doubt / DOUBT,
             float(costs.own.known),
             1.0 / math.sqrt(1.0 + costs.own.weight),
-            float(costs.forward.known),
             _log(self._bias, 1.0),
             draft.length / LONGEST,
             draft.survival,
             draft.siblings / MOST_SIBLINGS,
             draft.ahead / LONGEST,
             draft.in_flight - 1.0,
-            float(plan.draft > 0),
             _log(left, 100.0),
             _log(1 + conditions.unread, 100.0),
             conditions.ready / LONGEST,
@@ -203,13 +196,6 @@ class CorrectedPlanner(AnalyticPlanner):
         ]
 
     def _corrected(self, correction: Correction, conditions: Conditions, choice: Choice, table: Table) -> Plan:
-        costs, left = self._costs, choice.left
-        if correction.reading:
-            read = costs.prefill_seconds(conditions.unread) + costs.step_seconds(conditions.position)
-            own = 1 + int(read / costs.own_seconds(table.speculated))
-            return Plan(0, own=min(own, left), ahead=1, reason=correction.name)
-        if correction.cloud:
-            return Plan(0, own=left, reason=correction.name)
         draft = choice.draft
         ahead, in_flight = round(correction.ahead * draft.ahead), draft.in_flight
         if correction.ahead > 1.0:
@@ -226,7 +212,8 @@ class CorrectedPlanner(AnalyticPlanner):
         if correction.wider:
             surer = min(1.0, max(draft.sibling_confidence, 0.8) + 0.1)
             draft = msgspec.structs.replace(draft, siblings=MOST_SIBLINGS, sibling_confidence=surer)
-        return self._plan(conditions, draft, table, correction.name)
+        told = f"{draft.length} tokens, {draft.siblings} siblings, {draft.ahead} ahead: {correction.name} than computed"
+        return self._plan(conditions, draft, table, told)
 
 
 class Training(msgspec.Struct, frozen=True):
@@ -295,10 +282,16 @@ class Policy:
         return "" if within.all() else OBSERVATIONS[int(within.argmin())]
 
     def scores(self, observation: Floats) -> Floats:
-        """(len(CORRECTIONS),) scores for (len(OBSERVATIONS),) observations: the highest is the choice."""
+        """(len(CORRECTIONS),) scores, the higher the better, for (len(OBSERVATIONS),) observations."""
         (scores,) = self._session.run(None, {"observation": observation[None]})
         result: Floats = scores[0]
         return result
+
+    def choice(self, observation: Floats) -> int:
+        """Index of the best correction; 0, which is none, where it is not `SURE`."""
+        scores = self.scores(observation)
+        best = int(scores.argmax())
+        return best if scores[best] > scores[0] + SURE else 0
 
 
 class LearnedPlanner(CorrectedPlanner):
@@ -340,11 +333,11 @@ class LearnedPlanner(CorrectedPlanner):
         strange = self._policy.strange(observation)
         if strange:
             return CORRECTIONS[0], f"analytic: {strange!r} is outside of what was learned"
-        return CORRECTIONS[int(self._policy.scores(observation).argmax())], "learned"
+        return CORRECTIONS[self._policy.choice(observation)], "learned"
 
 
 def _log(value: float, unit: float) -> float:
     """Logarithm of value / unit, within `FAR`."""
     if value <= 0.0 or unit <= 0.0:
         return 0.0 if value == unit else -FAR if value <= 0.0 else FAR
-    return min(max(math.log(value / unit), -FAR), FAR)
+    return min(max(math.log(value) - math.log(unit), -FAR), FAR)
