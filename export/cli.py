@@ -43,8 +43,8 @@ links, boards and verifiers at random around the shipped presets. Writes learned
 trained on and what it came to on texts that it has not seen, and learned.png with its learning curve.
 
 examples:
-  draft-export policy --steps 20000 --drills 100 --settings 50 --output /tmp/policy    # to see it work, seconds
-  draft-export policy --output /tmp/policy                                               # five minutes on one CPU core
+  draft-export policy --steps 20000 --drills 100 --settings 50 --output /tmp/policy  # to see it work, seconds
+  draft-export policy --output /tmp/policy                                             # five minutes on one CPU core
   draft-export policy --objective cloud --seed 1 --output /tmp/policy
 """
 
