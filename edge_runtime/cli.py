@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from edge_runtime import pilot, probing
+from edge_runtime import calling, pilot, probing
 from edge_runtime.bundles import command as bundles
 from edge_runtime.configuration import command as configuration
 from edge_runtime.contract.errors import FlexSpecError, InputError
@@ -35,8 +35,12 @@ exit codes: 0 fine, 2 bad input, 3 the draft bundle is unusable, 4 the verifier 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
+        if hasattr(options, "configured"):
+            calling.configure(options)
+            options = parser.parse_args(arguments)
         return int(asyncio.run(options.run(options)))
     except FlexSpecError as error:
         print(f"edge-runtime: {error}", file=sys.stderr)
@@ -55,45 +59,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    draft = argparse.ArgumentParser(add_help=False)
-    draft.add_argument(
-        "--bundle",
-        type=Path,
-        default=Path(os.environ.get("FLEXSPEC_BUNDLE", FAMILY / "bundle")),
-        metavar="DIR",
-        help="draft bundle (default: $FLEXSPEC_BUNDLE, else the one shipped with the source)",
-    )
-    draft.add_argument("--threads", type=int, default=0, help="CPU threads for the draft (default: one per core, to 4)")
-    draft.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    pilot.add_options(draft)
-
-    generate = commands.add_parser("generate", parents=[draft], help="continue a prompt")
+    generate = commands.add_parser("generate", help="continue a prompt")
+    _add_draft_options(generate)
     generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
     generate.add_argument("--file", type=Path, help="read the prompt from a file")
-    generate.add_argument(
-        "--verifier",
-        default=os.environ.get("FLEXSPEC_VERIFIER", "http://127.0.0.1:8500"),
-        metavar="URL",
-        help="default: $FLEXSPEC_VERIFIER, else http://127.0.0.1:8500",
-    )
-    generate.add_argument("--model", default="", help="which target (default: the verifier's choice)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default: %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text, for measurements")
-    generate.add_argument(
-        "--deadline", type=float, default=30.0, help="seconds that one round may take, repeats included"
-    )
-    generate.add_argument("--no-http2", action="store_true", help="do not try HTTP/2")
+    calling.add_options(generate)
     generate.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     generate.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
     generate.add_argument("--quiet", action="store_true", help="no line of statistics on standard error")
     generate.set_defaults(run=_generate)
 
-    demo = commands.add_parser(
-        "demo", parents=[draft], help="start a verifier here, generate with it, and prove that the text is exact"
-    )
+    demo = commands.add_parser("demo", help="start a verifier here, generate with it, and prove that the text is exact")
+    _add_draft_options(demo)
     demo.add_argument("--family", type=Path, default=FAMILY, metavar="DIR", help="model family (default: the shipped)")
     demo.add_argument(
         "--target",
@@ -109,8 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     configuration.add_parser(commands)
     probing.add_parser(commands)
     simulation.add_parser(commands)
-    serving.add_parser(commands, draft.get_default("bundle"))
+    serving.add_parser(commands, generate.get_default("bundle"))
     return parser
+
+
+def _add_draft_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        default=Path(os.environ.get("FLEXSPEC_BUNDLE", FAMILY / "bundle")),
+        metavar="DIR",
+        help="draft bundle (default: $FLEXSPEC_BUNDLE, else the one shipped with the source)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads for the draft (default: one per core, to 4)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    pilot.add_options(parser)
 
 
 async def _generate(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import sys
 import msgspec
 import psutil
 
+from edge_runtime.calling import client_arguments
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.decoding import Generation
@@ -57,7 +58,7 @@ async def generate(options: argparse.Namespace, prompt: str) -> int:
     ids: list[int] = draft.tokenizer.encode(prompt).ids
     planner = planner_of(options, draft)
     async with (
-        VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2) as client,
+        VerifierClient(**client_arguments(options)) as client,
         watching(client.meter) as surroundings,
     ):
         generation = Generation(

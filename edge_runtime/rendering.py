@@ -6,9 +6,9 @@ import os
 from typing import TextIO
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from edge_runtime.decoding import Piece
+from edge_runtime.detokenising import Detokeniser
 
 ACCEPTED = "\x1b[32m"  # green: the board drafted it and the target agreed
 OWN = "\x1b[33m"  # yellow: the target said it itself
@@ -26,9 +26,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stream: TextIO, colour: bool | None = None) -> None:
-        self._tokenizer = tokenizer
         self._stream = stream
-        self._decode = DecodeStream(skip_special_tokens=True)
+        self._text = Detokeniser(tokenizer)
         self._colour = stream.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
 
     def prompt(self, text: str) -> None:
@@ -43,7 +42,7 @@ class TextStream:
     def piece(self, piece: Piece) -> None:
         """Writes verified tokens."""
         for ids, colour in ((piece.accepted, ACCEPTED), (piece.own, OWN)):
-            self._write("".join(self._decode.step(self._tokenizer, token) or "" for token in ids), colour)
+            self._write("".join(map(self._text.step, ids)), colour)
 
     def end(self) -> None:
         """Ends the line."""

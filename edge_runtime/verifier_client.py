@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -49,11 +51,15 @@ class VerifierClient:
         *,
         deadline: float = 30.0,
         http2: bool = True,
+        token: str = "",
+        authorities: Path | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
         Args:
             http2: use HTTP/2 where the verifier offers it.
+            token: shown to the verifier, or to what stands in front of it, as bearer token; empty shows none.
+            authorities: PEM file of those to trust for TLS, instead of the system's.
             transport: instead of the network, for tests.
 
         Raises:
@@ -72,7 +78,14 @@ class VerifierClient:
         # Without TLS nobody negotiates the version of HTTP: it is guessed until the first answer.
         self._guessing = http2 and parsed.scheme == "http" and transport is None
         self._clear_http2 = self._guessing
-        self._http = _http_client(transport or httpx.AsyncHTTPTransport(http1=not self._guessing, http2=http2))
+        self._token = token
+        self._trust: ssl.SSLContext | bool = True
+        if authorities is not None:
+            try:
+                self._trust = ssl.create_default_context(cafile=authorities)
+            except OSError as error:
+                raise InputError(f"cannot trust the authorities in {authorities}: {error}") from None
+        self._http = self._connections(transport, http1=not self._guessing, http2=http2)
         self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> VerifierClient:
@@ -167,12 +180,24 @@ class VerifierClient:
                 # Somebody is there and does not understand us: the next attempt speaks the other version.
                 self._clear_http2 = not self._clear_http2
                 await self._http.aclose()
-                self._http = _http_client(
-                    httpx.AsyncHTTPTransport(http1=not self._clear_http2, http2=self._clear_http2)
-                )
+                self._http = self._connections(None, http1=not self._clear_http2, http2=self._clear_http2)
             raise
         self._guessing = False
         return response
+
+    def _connections(
+        self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
+    ) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            transport=transport or httpx.AsyncHTTPTransport(verify=self._trust, http1=http1, http2=http2),
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        )
+        # Every byte counts on a metered link, and nobody reads these.
+        for name in ("accept", "accept-encoding", "connection", "user-agent"):
+            del client.headers[name]
+        if self._token:
+            client.headers["authorization"] = f"Bearer {self._token}"
+        return client
 
 
 def parsed(body: bytes, kind: type[M]) -> M:
@@ -200,14 +225,3 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, VerifierRefused):
         return error.code in PASSING_CODES
     return isinstance(error, (httpx.TransportError, BrokenAnswer))
-
-
-def _http_client(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
-    client = httpx.AsyncClient(
-        transport=transport,
-        timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-    )
-    # Every byte counts on a metered link, and nobody reads these.
-    for name in ("accept", "accept-encoding", "connection", "user-agent"):
-        del client.headers[name]
-    return client

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation
-from edge_runtime.service.text import Detokeniser, StopFinder
+from edge_runtime.detokenising import Detokeniser
+from edge_runtime.service.text import StopFinder
 
 
 class Order(msgspec.Struct, frozen=True):

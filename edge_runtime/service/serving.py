@@ -7,11 +7,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime import pilot
+from edge_runtime import calling, pilot
 from edge_runtime.contract.errors import InputError
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
@@ -44,19 +43,9 @@ def add_parser(commands: Any, bundle: Path) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--verifier",
-        default=os.environ.get("FLEXSPEC_VERIFIER", "http://127.0.0.1:8500"),
-        metavar="URL",
-        help="default: $FLEXSPEC_VERIFIER, else http://127.0.0.1:8500",
-    )
-    parser.add_argument("--model", default="", help="target where a request names none (default: the verifier's)")
     parser.add_argument("--bundle", type=Path, default=bundle, metavar="DIR", help="draft (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the draft (default: one per core, to 4)")
-    parser.add_argument(
-        "--deadline", type=float, default=30.0, help="seconds that one round may take, repeats included (%(default)g)"
-    )
-    parser.add_argument("--no-http2", action="store_true", help="do not try HTTP/2 with the verifier")
+    calling.add_options(parser)
 
     listening = parser.add_argument_group("listening")
     listening.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -124,9 +113,7 @@ async def serve(options: argparse.Namespace) -> int:
         log.warning("everybody who reaches %s can use this service: --api-key-file asks for keys", options.host)
     stopping = stop_requested()
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(
-            VerifierClient(options.verifier, deadline=options.deadline, http2=not options.no_http2)
-        )
+        client = await stack.enter_async_context(VerifierClient(**calling.client_arguments(options)))
         service = Service(client, limits, keys, local=local)
         server = Server(service.app, Listening(options.host, options.port, options.certificate, options.key))
         await server.start()

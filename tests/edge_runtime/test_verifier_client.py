@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud_verifier.target import Target
+from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.verifier_client import BrokenAnswer, VerifierClient
@@ -36,6 +38,25 @@ async def expected(target: Target, rounds: int = 6, n: int = 1) -> list[int]:
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(InputError, match=r"http://127\.0\.0\.1:8500|is not a URL"):
         VerifierClient(url)
+
+
+async def test_a_token_is_shown_and_nothing_else_is_said() -> None:
+    heard: list[httpx.Headers] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        heard.append(request.headers)
+        return httpx.Response(200, content=wire.encode(wire.ModelList([]), wire.MSGPACK))
+
+    for token in ("", "s3cret"):
+        async with VerifierClient("http://x", token=token, transport=httpx.MockTransport(answer)) as client:
+            await client.models()
+    assert [headers.get("authorization") for headers in heard] == [None, "Bearer s3cret"]
+    assert set(heard[0]) <= {"host", "accept"}
+
+
+def test_authorities_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot trust the authorities in"):
+        VerifierClient("https://x", authorities=tmp_path / "none.pem")
 
 
 async def test_nobody_there() -> None:

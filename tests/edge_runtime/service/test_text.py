@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from edge_runtime.detokenising import Detokeniser
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.service.text import Detokeniser, StopFinder
+from edge_runtime.service.text import StopFinder
 
 TEXT = st.text("ab\n", max_size=24)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)

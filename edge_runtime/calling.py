@@ -1,0 +1,101 @@
+"""Which verifier a user's answers come from: options, and the configuration where they are silent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.contract.errors import InputError
+
+DEFAULT_URL = "http://127.0.0.1:8500"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `client_of` reads, and `--config` (see `configure`)."""
+    verifier = parser.add_argument_group("verifier")
+    verifier.add_argument(
+        "--verifier",
+        default=os.environ.get("FLEXSPEC_VERIFIER", DEFAULT_URL),
+        metavar="URL",
+        help=f"default: $FLEXSPEC_VERIFIER, else {DEFAULT_URL}",
+    )
+    verifier.add_argument("--model", default="", help="which target, where nobody says (default: the verifier's)")
+    verifier.add_argument(
+        "--deadline",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="that one round may take, repeats included (default: %(default)g)",
+    )
+    verifier.add_argument("--no-http2", action="store_true", help="do not try HTTP/2")
+    verifier.add_argument("--token-file", type=Path, metavar="FILE", help="of the token that the verifier asks for")
+    verifier.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="PEM authorities to trust instead of the system's"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration that speaks where no option does (default: see `edge-runtime config --help`)",
+    )
+    parser.set_defaults(configured=parser)
+
+
+def configure(options: argparse.Namespace) -> None:
+    """Makes what the configuration says the defaults of the command's options; for a second parsing.
+
+    Raises:
+        InputError: the configuration has errors.
+        BundleError: the bundle that it names, or that the store holds, cannot be used.
+    """
+    from edge_runtime.bundles.store import configured_bundle
+    from edge_runtime.configuration.reading import read_configuration
+
+    configuration = read_configuration(options.config)
+    draft, verifier, planner, service = (
+        configuration.draft,
+        configuration.verifier,
+        configuration.planner,
+        configuration.service,
+    )
+    defaults: dict[str, Any] = {
+        "threads": draft.threads,
+        "verifier": verifier.urls[0],
+        "model": verifier.model,
+        "deadline": verifier.deadline_seconds,
+        "no_http2": not verifier.http2,
+        "token_file": verifier.token_file,
+        "ca_file": verifier.ca_file,
+        "policy": planner.policy,
+        "objective": planner.objective,
+        "profile": planner.profile or None,
+        "radio": planner.radio,
+        "energy_budget": planner.energy_budget or None,
+        "host": service.host,
+        "port": service.port,
+        "max_concurrent": service.max_concurrent,
+        "max_waiting": service.max_waiting,
+        "api_key_file": service.api_key_file,
+    }
+    parser: argparse.ArgumentParser = options.configured
+    named = options.bundle != parser.get_default("bundle")
+    if not named and (draft.bundle is not None or os.path.lexists(draft.store / "current")):
+        defaults["bundle"] = configured_bundle(draft).path
+    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(options, name)})
+
+
+def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `VerifierClient`. Raises InputError: the token cannot be read."""
+    from edge_runtime.configuration.settings import read_secret
+
+    if options.deadline <= 0:
+        raise InputError(f"--deadline {options.deadline:g}: must be more than 0 seconds")
+    return {
+        "url": options.verifier,
+        "deadline": options.deadline,
+        "http2": not options.no_http2,
+        "token": read_secret(options.token_file) if options.token_file else "",
+        "authorities": options.ca_file,
+    }
