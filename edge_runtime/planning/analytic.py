@@ -55,6 +55,8 @@ HEAT_SECONDS = 0.25
 LEAST_READING = 0.02
 # A verifier's forward that nobody has seen is at most this long.
 SLOWEST_FORWARD = 0.1
+# None takes less, whatever a clock says.
+SHORTEST_FORWARD = 1e-6
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -187,7 +189,7 @@ class AnalyticPlanner:
             forwards=forwards,
         )
         draft = self._search(table, prices)
-        own = costs.own_seconds(table.speculated) if costs.forward.known else SLOWEST_FORWARD
+        own = max(costs.own_seconds(table.speculated), SHORTEST_FORWARD) if costs.forward.known else SLOWEST_FORWARD
         framed = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / own) + ID_BYTES * byte
         prefill = costs.prefill_seconds(conditions.unread) * drafting
         # Most of the rounds will come later, when the link may be what it usually is.
