@@ -24,6 +24,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.wire
 	$(BIN)/python -m tests.benchmarks.probes
+	$(BIN)/python -m tests.benchmarks.service
+	$(BIN)/python -m tests.benchmarks.reality
 	$(BIN)/python -m tests.benchmarks.planning
 
 setup: $(STAMP)
