@@ -182,6 +182,9 @@ class Generation:
         n = max(1, min(plan.own, self._left - drafted, wire.MOST_OWN))
         running = self._run_ahead(self._drafter, plan, proposal) if self._drafter and plan.ahead else None
         ahead = asyncio.ensure_future(running) if running else None
+        if self._drafter and drafted and not ahead:
+            # The next round begins behind at least one token, and guesses as many as this one, if all are accepted.
+            self._drafter.prepare(len(self.ids) + 1, 2 * plan.draft + 1)
         try:
             async for said in self._session.play(
                 proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.early

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import onnxruntime as ort
 import psutil
 from tokenizers import Tokenizer
 
 from edge_runtime.contract.bundle import Bundle, Manifest, read_bundle
-from edge_runtime.contract.coupling import Chooser, Sampling, confidence
+from edge_runtime.contract.coupling import Sampling, counters
 from edge_runtime.contract.errors import BundleCorrupt, ContextOverflow, DraftError
 from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, make_runner
+from edge_runtime.guessing import Guesser
 
 
 class Guess(NamedTuple):
@@ -111,7 +113,7 @@ class OnnxDraft:
             )
         self.manifest: Manifest = bundle.manifest
         self.run_seconds = 0.0
-        self._chooser = Chooser(bundle.manifest.architecture.vocabulary_size)
+        self._counters = counters(np.arange(bundle.manifest.architecture.vocabulary_size))
 
     @classmethod
     def load(cls, path: Path, *, threads: int = 0, verify: bool = True) -> OnnxDraft:
@@ -134,7 +136,7 @@ class OnnxDraft:
 
     def context(self) -> DraftContext:
         """A context for one text, empty at first."""
-        return DraftContext(self, self._chooser)
+        return DraftContext(self, Guesser(self._counters))
 
 
 class DraftContext:
@@ -146,9 +148,9 @@ class DraftContext:
         limit: longest text in tokens.
     """
 
-    def __init__(self, draft: OnnxDraft, chooser: Chooser) -> None:
+    def __init__(self, draft: OnnxDraft, guesser: Guesser) -> None:
         self._draft = draft
-        self._chooser = chooser
+        self._guesser = guesser
         self.limit = draft.manifest.architecture.context
         self._runner = make_runner(draft.session, draft.manifest.architecture)
         self._ids: list[int] = []
@@ -286,8 +288,12 @@ class DraftContext:
             self.rollback(position - 1)
             self._read([last])
         assert self._logits is not None
-        token, *others = self._chooser.rank(self._logits, sampling, position, 1 + siblings).ids
-        return Guess(token, others, confidence(self._logits, token, sampling.temperature))
+        (token, *others), confidence = self._guesser.guess(self._logits, sampling, position, 1 + siblings)
+        return Guess(token, others, confidence)
+
+    def prepare(self, start: int, count: int, sampling: Sampling) -> None:
+        """Does what guesses for `count` positions from `start` on will need and does not depend on the text."""
+        self._guesser.prepare(sampling, range(start, start + count))
 
     def _keep_guesses(self, position: int) -> None:
         """Drops the guesses that are not for `position` or behind it."""

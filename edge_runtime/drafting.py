@@ -83,6 +83,11 @@ class Drafter:
 
         return await self._run(draft)
 
+    def prepare(self, start: int, count: int) -> None:
+        """Uses the time in which a round is in flight for what the next guesses need."""
+        if self._sampling.temperature > 0.0:
+            self._thread.submit(self._context.prepare, start, count, self._sampling)
+
     def close(self) -> None:
         """Ends the thread, at its next step."""
         self.halted = True

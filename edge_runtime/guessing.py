@@ -1,0 +1,98 @@
+"""The draft's choice of tokens: that of `contract.coupling` in float32, with its noise made beforehand.
+
+The verifier's choice must be exact; the draft's is a guess. Where two scores differ by less than a thousandth or so
+this may take the other token than `Chooser` would, which costs an acceptance now and then, and no correctness. In
+exchange, with `prepare`, no hash and no logarithm stands between two steps of the draft.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.contract.coupling import Sampling, noise_bits, position_key
+
+Row = npt.NDArray[np.float32]
+
+# Noise is kept for so many positions.
+KEPT = 48
+# How many candidates that top-p excludes are passed over for the first, and for all others.
+FIRST_PATIENCE = 64
+PATIENCE = 4
+
+
+class Guesser:
+    """Guesses tokens of one text."""
+
+    def __init__(self, counters: npt.NDArray[np.uint64]) -> None:
+        """
+        Args:
+            counters: of all ids, as `coupling.counters` makes them.
+        """
+        self._counters = counters
+        # By position, for `_seed`.
+        self._noise: dict[int, Row] = {}
+        self._seed = -1
+
+    def prepare(self, sampling: Sampling, positions: range) -> None:
+        """Makes the noise for `positions` beforehand, for when there is time."""
+        if sampling.temperature > 0.0:
+            for position in positions:
+                self._noise_at(sampling.seed, position)
+
+    def guess(self, logits: Row, sampling: Sampling, position: int, count: int) -> tuple[list[int], float]:
+        """The `count` best candidates by coupled score, best first, and the probability of the first.
+
+        Args:
+            logits: (V,) float32, finite.
+            position: of the token to guess, 0 being the first prompt token.
+            count: at least 1; fewer candidates may come where top-k and top-p exclude the others.
+        """
+        scale = np.float32(1.0 / (sampling.temperature or 1.0))
+        scores = logits * scale
+        mass = np.exp(scores - scores.max())
+        total = float(mass.sum())
+        left, top_k, top_p = total, sampling.top_k, sampling.top_p
+        if sampling.temperature > 0.0:
+            scores += self._noise_at(sampling.seed, position)
+        else:
+            top_k, top_p = 0, 1.0
+        ids: list[int] = []
+        if 0 < top_k < logits.size:
+            out = logits < np.partition(logits, -top_k)[-top_k]
+            scores[out] = -np.inf
+            left -= float(mass[out].sum())
+        if top_p < 1.0 and top_p * left <= 1.0:
+            # The most probable token, of mass 1 here, is all that top-p keeps.
+            return [int(mass.argmax())], 1.0 / total
+        passed = 0
+        while len(ids) < count and passed < (PATIENCE if ids else FIRST_PATIENCE):
+            token = int(scores.argmax())
+            if scores[token] == -np.inf:
+                break
+            # A token stays iff those more probable do not reach top_p without it.
+            if top_p >= 1.0 or float(mass[mass > mass[token]].sum()) < top_p * left:
+                ids.append(token)
+            else:
+                passed += 1
+            scores[token] = -np.inf
+        # Something must be guessed.
+        ids = ids or [int(mass.argmax())]
+        return ids, float(mass[ids[0]]) / total
+
+    def _noise_at(self, seed: int, position: int) -> Row:
+        if seed != self._seed:
+            self._noise, self._seed = {}, seed
+        noise = self._noise.get(position)
+        if noise is None:
+            if len(self._noise) >= KEPT:
+                for old in sorted(self._noise)[: KEPT // 2]:
+                    del self._noise[old]
+            u = noise_bits(position_key(seed, position), self._counters).astype(np.float32)
+            # float32 would round the largest to 1, and its noise to infinity.
+            u = np.minimum(u * np.float32(2.0**-52) + np.float32(2.0**-54), np.float32(1.0 - 2.0**-24))
+            np.log(u, out=u)
+            np.negative(u, out=u)
+            np.log(u, out=u)
+            noise = self._noise[position] = np.negative(u, out=u)
+        return noise
