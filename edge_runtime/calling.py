@@ -34,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     verifier.add_argument(
         "--ca-file", type=Path, metavar="FILE", help="PEM authorities to trust instead of the system's"
     )
+    verifier.add_argument(
+        "--insecure",
+        action="store_true",
+        help="let prompts and answers travel in clear to an http:// verifier on another machine; never a token",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -68,6 +73,7 @@ def configure(options: argparse.Namespace) -> None:
         "no_http2": not verifier.http2,
         "token_file": verifier.token_file,
         "ca_file": verifier.ca_file,
+        "insecure": verifier.insecure,
         "policy": planner.policy,
         "objective": planner.objective,
         "profile": planner.profile or None,
@@ -87,11 +93,12 @@ def configure(options: argparse.Namespace) -> None:
 
 
 def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for `VerifierClient`. Raises InputError: the token cannot be read."""
+    """Arguments for `VerifierClient`. Raises InputError: the token cannot be read, or the way there is not private."""
     from edge_runtime.configuration.settings import read_secret
 
     if options.deadline <= 0:
         raise InputError(f"--deadline {options.deadline:g}: must be more than 0 seconds")
+    check_private([options.verifier], bool(options.token_file), options.insecure)
     return {
         "url": options.verifier,
         "deadline": options.deadline,
@@ -99,3 +106,25 @@ def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "token": read_secret(options.token_file) if options.token_file else "",
         "authorities": options.ca_file,
     }
+
+
+def check_private(urls: list[str], token: bool, insecure: bool) -> None:
+    """Raises InputError where prompts would go unencrypted to another machine and nobody allowed it, or a token would.
+
+    Args:
+        token: whether a bearer token goes with every request: nothing allows that to travel in clear.
+        insecure: whether prompts and answers may.
+    """
+    from edge_runtime.configuration.settings import is_in_clear
+
+    for url in filter(is_in_clear, urls):
+        if token:
+            raise InputError(
+                f"the token would go to {url} unencrypted, for everybody on the way to use: give the verifier's "
+                "https:// URL, or leave the token out; --insecure does not allow this"
+            )
+        if not insecure:
+            raise InputError(
+                f"prompts and answers would go to {url} unencrypted: give the verifier's https:// URL; on a network "
+                "that is yours alone, allow it with --insecure, or verifier.insecure = true in the configuration"
+            )

@@ -89,6 +89,7 @@ class Verifier(Table, frozen=True):
         ca_file: PEM file of the authorities to trust instead of the system's.
         deadline_seconds: within which a round must succeed, repeats included.
         http2: use HTTP/2 where the verifier offers it.
+        insecure: prompts and answers may travel in clear to another machine; the token never does.
     """
 
     urls: Urls = msgspec.field(default_factory=lambda: ["http://127.0.0.1:8500"])
@@ -97,6 +98,7 @@ class Verifier(Table, frozen=True):
     ca_file: Authorities = None
     deadline_seconds: Seconds = 30.0
     http2: bool = True
+    insecure: bool = False
 
 
 class Planner(Table, frozen=True):
@@ -382,8 +384,10 @@ def _warnings(configuration: Configuration) -> Iterator[str]:
         if file is not None and file.stat().st_mode & 0o004:
             yield f"{name}: everybody on this machine can read {file}; `chmod o-r` it"
     for url in verifier.urls:
-        if verifier.token_file is not None and not settings.is_private(url):
-            yield f"verifier.urls: the token would go to {url} unencrypted; use https"
+        if settings.is_in_clear(url) and verifier.token_file is not None:
+            yield f"verifier.urls: the token would go to {url} unencrypted, which no command does; use https"
+        elif settings.is_in_clear(url) and not verifier.insecure:
+            yield f"verifier.urls: prompts would go to {url} unencrypted, which is refused; use https, or say insecure"
     if service.api_key_file is None and not settings.is_loopback(service.host):
         yield f"service.host: whoever reaches {service.host} can use the service; set service.api_key_file"
 

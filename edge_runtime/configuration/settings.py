@@ -210,10 +210,13 @@ def is_loopback(name: str) -> bool:
         return name == "localhost"
 
 
-def is_private(url: str) -> bool:
-    """Whether nobody on the way can read what goes to `url`."""
-    parts = urlsplit(url)
-    return parts.scheme == "https" or is_loopback(parts.hostname or "")
+def is_in_clear(url: str) -> bool:
+    """Whether people on the way can read what goes to `url`; false also for what is no http URL."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and not is_loopback(parts.hostname or "")
+    except ValueError:
+        return False
 
 
 def _read(place: Path, most: int = 1) -> bytes:

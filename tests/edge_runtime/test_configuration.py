@@ -35,6 +35,7 @@ model = "target-v2"
 token_file = "token"
 deadline_seconds = 7
 http2 = false
+insecure = true
 
 [planner]
 policy = "ucb"
