@@ -237,6 +237,8 @@ class Service:
         try:
             message = wire.decode(body, kind, _media_type(request))
         except InputError as error:
+            if isinstance(error, wire.Damaged):
+                raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
             self._check_version(wire.version_of(body, _media_type(request)))
             code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
             raise VerifierRefused(code, str(error), 400) from None

@@ -7,7 +7,8 @@
 
 JSON (`application/json`) is the struct as declared, for people with curl. msgpack (`application/msgpack`) is what
 boards speak: the same fields by position instead of by name, defaults at the end dropped, and every list of token ids
-as LEB128 varints in one bin. A round of five drafted ids costs 19 bytes up and about as many down.
+as LEB128 varints in one bin, and the CRC-32 of it all behind it: where no TLS does, something must notice a flipped
+bit, which might be a token. A round of five drafted ids costs 23 bytes up and about as many down.
 
 Where no content type is given, a body is msgpack: on HTTP/1.1 the header would cost more than most bodies.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import zlib
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -38,6 +40,9 @@ MOST_DRAFT = 32
 MOST_OWN = 512
 MOST_NODES = 72
 
+# Of the checksum behind a message in msgpack: CRC-32, little-endian.
+CHECK_BYTES = 4
+
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
@@ -46,6 +51,7 @@ class ErrorCode(enum.StrEnum):
     """Why a request was refused; each travels with an HTTP status, a sentence and sometimes details."""
 
     MALFORMED = "malformed"  # 400: the body does not parse, or a field has the wrong type or range
+    DAMAGED = "damaged"  # 400: the body is not what was sent; send it again
     UNSUPPORTED_VERSION = "unsupported_version"  # 400: not this protocol version
     INVALID_TOKEN = "invalid_token"  # 400: a token id outside the vocabulary
     INVALID_SAMPLING = "invalid_sampling"  # 400
@@ -201,15 +207,29 @@ def encode(message: Message, media_type: str) -> bytes:
     """The body of one message. `media_type` is MSGPACK or JSON."""
     if media_type == JSON:
         return msgspec.json.encode(message)
-    return msgspec.msgpack.encode(_by_position(message))
+    return sealed(msgspec.msgpack.encode(_by_position(message)))
+
+
+def sealed(body: bytes) -> bytes:
+    """`body` with its checksum behind it."""
+    return body + zlib.crc32(body).to_bytes(CHECK_BYTES, "little")
+
+
+class Damaged(InputError):
+    """A body that is not what was sent."""
 
 
 def decode(body: bytes, kind: type[M], media_type: str) -> M:
     """Parses one message.
 
     Raises:
+        Damaged: its checksum is not that of its bytes.
         InputError: the body is not `kind` in this encoding; the message says which field is wrong.
     """
+    if media_type != JSON:
+        whole, body = body, body[:-CHECK_BYTES]
+        if whole != sealed(body):
+            raise Damaged(f"not a {kind.__name__} in {media_type}: the CRC-32 behind it is wrong, or missing")
     try:
         if media_type == JSON:
             return msgspec.json.decode(body, type=kind)
@@ -228,7 +248,7 @@ def version_of(body: bytes, media_type: str) -> int | None:
     try:
         if media_type == JSON:
             return msgspec.json.decode(body, type=_Versioned).v
-        fields = msgspec.msgpack.decode(body)
+        fields = msgspec.msgpack.decode(body[:-CHECK_BYTES])
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return None
     return fields[0] if isinstance(fields, list) and fields and type(fields[0]) is int else None
