@@ -105,7 +105,7 @@ def test_damaged_messages(
         body[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
     path = "FUZZED" if isinstance(message, RoundRequest) else "/v1/sessions"
     besieged.fire(
-        "POST", path, wire.sealed(body) if media_type == MSGPACK else bytes(body), {"content-type": media_type}
+        "POST", path, wire.sealed(bytes(body)) if media_type == MSGPACK else bytes(body), {"content-type": media_type}
     )
 
 
