@@ -51,6 +51,7 @@ class Surroundings(msgspec.Struct, frozen=True):
         throttled: whether the board runs slower than it could, for heat or voltage.
         celsius: temperature of the processor.
         metered: whether bytes on this link are paid for.
+        battery_percent: charge of the batteries; nothing is planned by it.
     """
 
     rtt_seconds: float | None = None
@@ -60,6 +61,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     throttled: bool | None = None
     celsius: float | None = None
     metered: bool | None = None
+    battery_percent: float | None = None
 
 
 class Conditions(msgspec.Struct, frozen=True):

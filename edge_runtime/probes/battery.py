@@ -64,6 +64,12 @@ class Supply(msgspec.Struct, frozen=True):
         return _sum([battery.joules_left for battery in self.batteries])
 
     @property
+    def percent(self) -> float | None:
+        """Mean charge of the batteries; None if a gauge does not say."""
+        total = _sum([battery.percent for battery in self.batteries])
+        return None if total is None else total / len(self.batteries)
+
+    @property
     def watts(self) -> float | None:
         """What comes out of the batteries together, so what the whole board draws; None unless it lives on them."""
         discharging = [battery.watts for battery in self.batteries if battery.state == "discharging"]

@@ -92,6 +92,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             celsius=self.thermal.celsius if self.thermal is not None else None,
             # The route may have moved to another interface since NetworkManager was asked.
             metered=metering.metered if metering is not None and same_way else None,
+            battery_percent=supply.percent if supply is not None else None,
         )
 
 

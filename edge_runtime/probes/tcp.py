@@ -132,13 +132,18 @@ class ByteMeter:
             return str(self._sockets[-1][0].getpeername()[0])
         return None
 
-    def take(self) -> tuple[int, int]:
-        """Bytes (sent, received) since the last call."""
+    @property
+    def total(self) -> tuple[int, int]:
+        """Bytes (sent, received) of all connections so far."""
         self._read()
         sent = self._closed_sent + sum(info.bytes_sent for _, info in self._sockets)
         received = self._closed_received + sum(info.bytes_received for _, info in self._sockets)
-        taken, self._taken = self._taken, (sent, received)
-        return sent - taken[0], received - taken[1]
+        return sent, received
+
+    def take(self) -> tuple[int, int]:
+        """Bytes (sent, received) since the last call."""
+        before, self._taken = self._taken, self.total
+        return self._taken[0] - before[0], self._taken[1] - before[1]
 
     def _read(self) -> None:
         still_open = []

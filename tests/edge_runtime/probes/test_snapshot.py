@@ -88,6 +88,7 @@ def test_surroundings_of_a_board() -> None:
         throttled=False,
         celsius=48.199,
         metered=None,
+        battery_percent=63.0,
     )
     assert snapshot.surroundings().rtt_seconds is None
 
