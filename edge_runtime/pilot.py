@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from device_profiles.profile import cache_bytes, find_profile, weight_bytes
+from device_profiles.profile import Power, cache_bytes, find_profile, weight_bytes
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.budget import parse_budget
@@ -100,6 +100,11 @@ def planner_of(options: argparse.Namespace, draft: OnnxDraft) -> Planner:
         acceptance=manifest.acceptance,
         budget=budget,
     )
+
+
+def power_of(options: argparse.Namespace) -> Power | None:
+    """What the board draws by its profile; None if there is no profile, or it does not say. Raises InputError."""
+    return find_profile(options.profile).power if options.profile else None
 
 
 @contextlib.asynccontextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 
 import msgspec
 from tokenizers import Tokenizer
 
 from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
+from edge_runtime.decoding import Generation, Piece
 from edge_runtime.detokenising import Detokeniser
 from edge_runtime.service.text import StopFinder
 
@@ -90,14 +91,18 @@ class Answer:
         """Requests that the verifier answered."""
         return sum(generation.statistics.rounds for generation in self._generations)
 
-    async def write(self, generation: Generation) -> None:
-        """Plays `generation` to its end or to a stop string. Raises what it raises, and Unwanted."""
+    async def write(self, generation: Generation, hear: Callable[[Piece], None]) -> None:
+        """Plays `generation` to its end or to a stop string; `hear` is told every piece.
+
+        Raises what the generation raises, and Unwanted.
+        """
         self.queued_seconds = self.queued_seconds or self._elapsed()
         self._generations.append(generation)
         async with aclosing(generation.__aiter__()) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if self.unwanted:
                     raise Unwanted
+                hear(piece)
                 for token in piece.accepted + piece.own:
                     self.tokens += 1
                     self._show(self._stops.feed(self._text.step(token)))

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from device_profiles.profile import Power
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.decoding import Generation
@@ -30,6 +31,7 @@ from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Wa
 from edge_runtime.service.openapi import document
 from edge_runtime.service.queue import Queue
 from edge_runtime.service.refusals import MOMENT_SECONDS, SERVER, Refusal, refusal_of
+from edge_runtime.service.reporting import Reporter
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
@@ -39,11 +41,18 @@ from edge_runtime.service.requests import (
     sampling_of,
     stops_of,
 )
+from edge_runtime.service.telling import Telling
 from edge_runtime.verifier_client import VerifierClient
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+# What is told of answers that the cloud writes by itself.
+ALONE = {
+    SWITCHED_OFF: "the request switched speculation off",
+    DRAFT_FAILED: "the draft failed, and the cloud goes on alone",
+}
 
 # Seconds that a list of models may take, and a body to arrive.
 MODELS_SECONDS = 5.0
@@ -74,6 +83,7 @@ class Board(msgspec.Struct, frozen=True):
     Attributes:
         surroundings: what the probes know now.
         model: which target, where a request names none; empty for the verifier's default.
+        power: what a board of its profile draws; None if nobody knows.
     """
 
     draft: OnnxDraft
@@ -81,6 +91,7 @@ class Board(msgspec.Struct, frozen=True):
     planner: Planner
     surroundings: Callable[[], Surroundings]
     model: str = ""
+    power: Power | None = None
 
 
 class Service:
@@ -100,7 +111,8 @@ class Service:
         self._keys = bool(keys)
         self._callers = Callers(keys, local)
         self._queue = Queue(limits.max_concurrent, limits.max_waiting)
-        self.metrics = Metrics(self._queue, client)
+        self._telling = Telling(self._queue, client, limits.max_new_tokens)
+        self.metrics = Metrics(self._queue, client, self._telling.pulse)
         # One text at a time, in one thread: each would keep memory of its own.
         self._tokenising = ThreadPoolExecutor(1, "tokenising")
         self._board: Board | None = None
@@ -117,6 +129,7 @@ class Service:
                 Route("/readyz", self._answering(self.ready)),
                 Route("/metrics", self._answering(self.show_metrics)),
                 Route("/openapi.json", self._answering(self.openapi)),
+                Route("/events", self._answering(self.watch)),
             ],
             exception_handlers={HTTPException: _no_such_route},
         )
@@ -124,8 +137,8 @@ class Service:
 
     def open(self, board: Board) -> None:
         """From now on there are answers."""
-        self.metrics.surroundings = board.surroundings
         self._board = board
+        self._telling.open(board.surroundings, board.power)
 
     async def drain(self, seconds: float) -> None:
         """From now on no answer begins; those that are being written have `seconds` to end."""
@@ -135,6 +148,7 @@ class Service:
         for task in list(self._writing):
             task.cancel()
         await asyncio.gather(*self._writing, return_exceptions=True)
+        self._telling.close()
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions: continues a text."""
@@ -188,6 +202,10 @@ class Service:
         size = self._board.draft.manifest.architecture.vocabulary_size if self._board else 1 << 31
         described = document(self._limits.max_body, self._keys, size)
         return Response(msgspec.json.encode(described), media_type="application/json")
+
+    async def watch(self, request: Request) -> Response:
+        """GET /events: what the board did of late, and does."""
+        return self._telling.respond(request)
 
     def _ready_board(self) -> Board:
         if self._stopping or self._board is None:
@@ -243,9 +261,11 @@ class Service:
         """Writes `answer` when its turn comes. Never raises: what goes wrong is the answer's."""
         outcome = "cancelled"
         error: Exception | None = ClientDisconnect()
+        reporter = self._telling.reporter(answer, board.draft.tokenizer)
         try:
             async with self._queue.place():
-                await self._play(answer, board)
+                reporter.begin()
+                await self._play(answer, board, reporter)
             outcome, error = answer.finish, None
         except (asyncio.CancelledError, Unwanted):
             if self._stopping:
@@ -258,33 +278,35 @@ class Service:
         finally:
             answer.end(error)
             self.metrics.add_answer(answer, outcome)
+            reporter.end(outcome)
 
-    async def _play(self, answer: Answer, board: Board) -> None:
+    async def _play(self, answer: Answer, board: Board, reporter: Reporter) -> None:
         order, alone = answer.order, SWITCHED_OFF
         if order.speculation:
-            generation = self._generation(order, board, board.draft)
+            generation = self._generation(order, board, board.draft, reporter)
             try:
-                return await answer.write(generation)
+                return await answer.write(generation, reporter.hear)
             except DraftError as error:
                 # The text does not depend on who drafts it, so the cloud can finish it.
                 log.warning("the cloud goes on alone: %s", error)
                 left = order.max_new_tokens - (len(generation.ids) - len(order.prompt))
                 model = generation.version or order.model
                 order, alone = Order(generation.ids, order.sampling, left, order.stops, model), DRAFT_FAILED
-        generation = self._generation(order, board, None)
+        reporter.alone(ALONE[alone], order.max_new_tokens)
+        generation = self._generation(order, board, None, reporter)
         try:
-            return await answer.write(generation)
+            return await answer.write(generation, reporter.hear)
         finally:
             self.metrics.add_alone(generation.statistics, alone)
 
-    def _generation(self, order: Order, board: Board, draft: OnnxDraft | None) -> Generation:
+    def _generation(self, order: Order, board: Board, draft: OnnxDraft | None, reporter: Reporter) -> Generation:
         return Generation(
             draft,
             self._client,
             order.prompt,
             order.sampling,
             max_new_tokens=order.max_new_tokens,
-            planner=Watched(board.planner, self.metrics),
+            planner=Watched(board.planner, self.metrics, reporter),
             model=order.model,
             surroundings=board.surroundings,
         )

@@ -11,6 +11,9 @@ from starlette.requests import Request
 
 from edge_runtime.service.refusals import Refusal
 
+# Paths below which prompts and answers pass by: who has no key reads none.
+GUARDED = ("/v1/", "/events")
+
 
 class Callers:
     """Decides by a request's headers."""
@@ -18,7 +21,7 @@ class Callers:
     def __init__(self, keys: Collection[str], local: bool) -> None:
         """
         Args:
-            keys: one of them must come as bearer token with requests below `/v1/`; none: everybody is served.
+            keys: one of them must come as bearer token with requests below `GUARDED`; none: everybody is served.
             local: only loopback is listened on, so that a request for another host's name comes from a web page that
                 has no business here. Not checked where there are keys.
         """
@@ -30,7 +33,7 @@ class Callers:
         host = _host(request.headers.get("host", ""))
         if self._local and not _is_loopback(host):
             raise Refusal(403, f"this service is local, and no host of the name {host[:80]!r}")
-        if not self._keys or not request.scope["path"].startswith("/v1/"):
+        if not self._keys or not request.scope["path"].startswith(GUARDED):
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")

@@ -23,22 +23,28 @@ class EventStream(Response):
     Args:
         stream: the events, as bytes.
         gone: ends when the client goes; cancelled when the events have ended.
+        patience: seconds that the client may take nothing; None bears with it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: AsyncIterator[bytes], gone: asyncio.Task[None]) -> None:
+    def __init__(self, stream: AsyncIterator[bytes], gone: asyncio.Task[None], patience: float | None = None) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._stream = stream
         self._gone = gone
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._stream:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                async with asyncio.timeout(self._patience):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            # Without its end, the answer counts as broken off.
+            return
         finally:
             self._gone.cancel()
 

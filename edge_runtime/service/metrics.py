@@ -18,7 +18,9 @@ from prometheus_client.registry import Collector
 
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.service.answers import Answer
+from edge_runtime.service.pulse import Pulse
 from edge_runtime.service.queue import Queue
+from edge_runtime.service.reporting import Reporter
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
 
@@ -29,6 +31,7 @@ DURATION_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 BOARD_GAUGES = {
     "watts": ("flexspec_board_power_watts", "What the board draws, by its own sensors."),
     "joules_left": ("flexspec_board_battery_joules", "In the battery."),
+    "battery_percent": ("flexspec_board_battery_percent", "Charge of the battery."),
     "on_battery": ("flexspec_board_on_battery", "1 where it lives on the battery."),
     "celsius": ("flexspec_board_temperature_celsius", "Of the processor."),
     "throttled": ("flexspec_board_throttled", "1 where heat or voltage slow it down."),
@@ -45,12 +48,11 @@ NO_ROOM = "no_room"  # the text is over the draft's context, or has one token le
 class Metrics:
     """Counts, from the start of the process. Everything on the event loop."""
 
-    def __init__(self, queue: Queue, client: VerifierClient) -> None:
+    def __init__(self, queue: Queue, client: VerifierClient, pulse: Pulse) -> None:
         # When a counter began is of no use here, and would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
         self._drafted_bytes = self._accepted_total = 0
-        self.surroundings: Callable[[], Surroundings] | None = None
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"flexspec_{name}", text, labels, registry=registry)
@@ -99,7 +101,7 @@ class Metrics:
             "link_seconds", "The rest of the time between sending rounds and their last frame."
         )
         registry.register(_Link(client))
-        registry.register(_Board(self))
+        registry.register(_Board(pulse))
         ProcessCollector(registry=registry)
 
     def page(self) -> bytes:
@@ -148,17 +150,21 @@ class Metrics:
 
 
 class Watched:
-    """A planner whose rounds are counted."""
+    """A planner whose rounds are counted, and told."""
 
-    def __init__(self, planner: Planner, metrics: Metrics) -> None:
+    def __init__(self, planner: Planner, metrics: Metrics, reporter: Reporter) -> None:
         self._planner = planner
         self._metrics = metrics
+        self._reporter = reporter
 
     def plan(self, conditions: Conditions) -> Plan:
-        return self._planner.plan(conditions)
+        plan = self._planner.plan(conditions)
+        self._reporter.plan(plan)
+        return plan
 
     def observe(self, outcome: Outcome) -> None:
         self._metrics.add_outcome(outcome)
+        self._reporter.observe(outcome)
         self._planner.observe(outcome)
 
 
@@ -179,13 +185,22 @@ class _Link(Collector):
 
 
 class _Board(Collector):
-    """What the probes know; a sensor that the board does not have has no metric."""
+    """What the probes know, and what it drew; a sensor that the board does not have has no metric."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
 
     def collect(self) -> Iterable[Metric]:
-        known = self._metrics.surroundings() if self._metrics.surroundings else Surroundings()
+        if self._pulse.joules:
+            energy = CounterMetricFamily(
+                "flexspec_board_energy_joules",
+                "Drawn since the start, by sensors, or as modelled from the board's profile.",
+                labels=["source"],
+            )
+            for source, joules in self._pulse.joules.items():
+                energy.add_metric([source], joules)
+            yield energy
+        known = self._pulse.surroundings() if self._pulse.surroundings else Surroundings()
         for field, (name, text) in BOARD_GAUGES.items():
             value = getattr(known, field)
             if value is not None:

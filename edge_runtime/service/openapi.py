@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.service import openai, requests
+from edge_runtime.service import news, openai, requests
+from edge_runtime.service.callers import GUARDED
 from edge_runtime.service.refusals import ErrorBody
 
 REF = "#/components/schemas/{name}"
@@ -23,10 +24,22 @@ REFUSED = {
     "408": "The body did not arrive in time.",
     "413": "The body is too long.",
     "415": "The body is not JSON by its content type.",
-    "429": "Too many wait already; come back after Retry-After.",
+    "429": "Too many wait or watch already; come back after Retry-After.",
     "500": "A fault of the service.",
     "502": "The verifier refuses this board.",
     "503": "The draft is still loading, the service is stopping, or the verifier cannot be reached.",
+}
+NEWS = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "Sent back as Last-Event-ID, the stream goes on behind it."},
+        "data": {
+            "type": "string",
+            "description": "A Board, Begun, Planned, Tokens, Round, Ended or Gauges.",
+        },
+    },
+    "required": ["data"],
+    "description": "One event of the stream.",
 }
 ASKING = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
 LISTING = ("401", "403", "404", "500", "502", "503")
@@ -43,6 +56,7 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
         openai.ChatChunk,
         openai.Model,
         openai.ModelList,
+        news.AnyNews,
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
@@ -70,13 +84,14 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
         "/healthz": {"get": _operation("Whether the process lives", {TEXT: {"type": "string"}}, ("403",))},
         "/readyz": {"get": _operation("Whether answers can begin", {TEXT: {"type": "string"}}, ("403", "503"))},
         "/metrics": {"get": _operation("For Prometheus", {TEXT: {"type": "string"}}, ("403",))},
+        "/events": {"get": _operation("What the board did of late, and does", {EVENTS: NEWS}, ("401", "403", "429"))},
         "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403",))},
     }
     components: dict[str, Any] = {"schemas": schemas}
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, item in paths.items():
-            if path.startswith("/v1/"):
+            if path.startswith(GUARDED):
                 item["post" if "post" in item else "get"]["security"] = [{"key": []}]
     return {
         "openapi": "3.1.0",

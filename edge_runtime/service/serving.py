@@ -140,7 +140,7 @@ async def _load(
     chat = read_chat(options.bundle)
     planner = await asyncio.to_thread(pilot.planner_of, options, draft)
     surroundings = await stack.enter_async_context(pilot.watching(client.meter))
-    service.open(Board(draft, chat, planner, surroundings, options.model))
+    service.open(Board(draft, chat, planner, surroundings, options.model, pilot.power_of(options)))
 
 
 def _check_memory(manifest: Manifest, answers: int) -> None:

@@ -1,0 +1,195 @@
+"""What the feed hears of answers: their tokens as text, plans, rounds, and ends."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from tokenizers import Tokenizer
+
+from edge_runtime.contract.errors import VerifierUnreachable
+from edge_runtime.decoding import Piece
+from edge_runtime.detokenising import Detokeniser
+from edge_runtime.planning.plan import Outcome, Plan
+from edge_runtime.service import news
+from edge_runtime.service.answers import Answer
+from edge_runtime.service.feed import Feed
+
+# Tokens at the end of a prompt that are shown.
+PROMPT_TOKENS = 300
+# Verified tokens that say how unverified ones behind them begin.
+CONTEXT = 8
+
+
+class Totals(msgspec.Struct):
+    """What is told of all answers together, from the start of the process; see `news.Gauges`."""
+
+    answers: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    fault: str = ""
+
+
+class Reporter:
+    """Tells the feed of one answer."""
+
+    def __init__(self, feed: Feed, totals: Totals, answer: Answer, tokenizer: Tokenizer) -> None:
+        # Given when it begins: some never do.
+        self._number = 0
+        self._asked = time.perf_counter()
+        self._feed = feed
+        self._totals = totals
+        self._answer = answer
+        self._text = Transcript(tokenizer)
+        self._unverified: list[int] = []
+        # Index of the first token of the target's own in the round that is being told.
+        self._first_own: int | None = None
+
+    def begin(self) -> None:
+        """It has its place."""
+        self._totals.answers += 1
+        self._number = self._totals.answers
+        order, at, tokenizer = self._answer.order, time.time(), self._text.tokenizer
+        queued_seconds = round(time.perf_counter() - self._asked, 4)
+        end, count = order.prompt[-PROMPT_TOKENS:], len(order.prompt)
+        self._feed.add(
+            lambda: news.Begun(
+                at=at,
+                answer=self._number,
+                prompt=("… " if count > len(end) else "") + tokenizer.decode(end),
+                prompt_tokens=count,
+                max_new_tokens=order.max_new_tokens,
+                temperature=order.sampling.temperature,
+                seed=order.sampling.seed,
+                speculation=order.speculation,
+                queued_seconds=queued_seconds,
+            )
+        )
+
+    def hear(self, piece: Piece) -> None:
+        """It grew."""
+        self._totals.fault = ""
+        text, at, tail = self._text, time.time(), self._unverified
+        start, middle = len(text.ids), len(text.ids) + len(piece.accepted)
+        text.ids += piece.accepted + piece.own
+        end = len(text.ids)
+        self._totals.tokens += end - start
+        if piece.own and self._first_own is None:
+            self._first_own = middle
+        self._unverified = list(getattr(piece, "unverified", ()))
+        withdrawn = tail[_common(tail, text.ids[start:] + self._unverified) :]
+        unverified = self._unverified
+        self._feed.add(
+            lambda: news.Tokens(
+                at=at,
+                answer=self._number,
+                accepted=text.between(start, middle),
+                own=text.between(middle, end),
+                # What they look like depends on what was before them then.
+                withdrawn=text.behind(start + len(tail) - len(withdrawn), withdrawn),
+                unverified=text.behind(end, unverified),
+            )
+        )
+
+    def plan(self, plan: Plan) -> None:
+        """A round was planned."""
+        planned = news.Planned(
+            at=time.time(),
+            answer=self._number,
+            draft=plan.draft,
+            own=plan.own,
+            reason=plan.reason,
+            siblings=plan.siblings,
+            ahead=plan.ahead,
+        )
+        self._feed.add(lambda: planned)
+
+    def observe(self, outcome: Outcome) -> None:
+        """A round is over; its tokens have been told."""
+        totals = self._totals
+        totals.rounds += 1
+        totals.drafts += outcome.drafted > 0
+        totals.drafted += outcome.drafted
+        totals.accepted += outcome.accepted
+        totals.draft_seconds += outcome.draft_seconds
+        corrected = self._first_own if outcome.accepted < outcome.drafted else None
+        self._first_own = None
+        round_ = news.Round(
+            at=time.time(),
+            answer=self._number,
+            planned=outcome.plan.draft,
+            drafted=outcome.drafted,
+            accepted=outcome.accepted,
+            own=outcome.own,
+            draft_seconds=round(outcome.draft_seconds, 5),
+            link_seconds=round(max(0.0, outcome.exchange_seconds - outcome.verifier_seconds), 5),
+            verifier_seconds=round(outcome.verifier_seconds, 5),
+            sent=outcome.sent,
+            received=outcome.received,
+            sibling=outcome.sibling,
+            ready=outcome.ready,
+            corrected=corrected,
+        )
+        self._feed.add(lambda: round_)
+
+    def alone(self, reason: str, tokens: int) -> None:
+        """The cloud writes by itself, without planning."""
+        self.plan(Plan(0, own=tokens, reason=reason))
+
+    def end(self, outcome: str) -> None:
+        """It is over, if it ever began."""
+        answer = self._answer
+        if isinstance(answer.error, VerifierUnreachable):
+            self._totals.fault = str(answer.error)
+        if not self._number:
+            return
+        ended = news.Ended(
+            at=time.time(),
+            answer=self._number,
+            outcome=outcome,
+            tokens=answer.tokens,
+            drafted=answer.drafted,
+            accepted=answer.accepted,
+            rounds=answer.rounds,
+            seconds=round(answer.seconds, 4),
+            message=str(answer.error) if answer.error else "",
+        )
+        self._feed.add(lambda: ended)
+
+
+class Transcript:
+    """A text whose tokens become text when somebody reads them.
+
+    Attributes:
+        ids: all tokens; grows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._detokeniser = Detokeniser(tokenizer)
+        self._texts: list[str] = []
+
+    def between(self, start: int, end: int) -> list[str]:
+        """What each of these tokens adds."""
+        for token in self.ids[len(self._texts) : end]:
+            self._texts.append(self._detokeniser.step(token))
+        return self._texts[start:end]
+
+    def behind(self, end: int, tail: list[int]) -> list[str]:
+        """What each token of `tail` would add behind the first `end` tokens."""
+        if not tail:
+            return []
+        detokeniser = Detokeniser(self.tokenizer)
+        for token in self.ids[max(0, end - CONTEXT) : end]:
+            detokeniser.step(token)
+        return [detokeniser.step(token) for token in tail]
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
