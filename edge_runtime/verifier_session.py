@@ -1,7 +1,8 @@
 """One text on a verifier: its session, and its rounds.
 
 A round is idempotent, so whatever goes wrong below HTTP is repeated until the deadline. A lost session is opened again
-with all ids so far on the same target version; the text goes on as if nothing had happened.
+with all ids so far on the same target version, and elsewhere where its verifier is gone and there is another; the text
+goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
-from edge_runtime.verifier_client import CLOSE_SECONDS, BrokenAnswer, VerifierClient, parsed
+from edge_runtime.endpoint import Endpoint
+from edge_runtime.link_faults import BrokenAnswer
+from edge_runtime.verifier_client import CLOSE_SECONDS, VerifierClient, parsed
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -55,8 +58,13 @@ class VerifierSession:
         model: str = "",
         vocabulary: str = "",
         draft: str = "",
+        patient: bool = True,
     ) -> None:
-        """To be opened by its first round; see `wire.OpenRequest` for the arguments."""
+        """To be opened by its first round; see `wire.OpenRequest` for the arguments.
+
+        Args:
+            patient: wait for a verifier that is gone, to the client's deadline; otherwise fail at once.
+        """
         self.ids = list(prompt)
         self.version = ""
         self.finish = ""
@@ -72,7 +80,11 @@ class VerifierSession:
             vocabulary=vocabulary,
             draft=draft,
         )
+        self._patient = patient
         self._id = ""
+        self._at = client.pick()
+        # Verifiers that do not have this text's target.
+        self._strangers: set[Endpoint] = set()
         self._round = 0
 
     def play_early(
@@ -122,8 +134,11 @@ class VerifierSession:
         playing = early.playing if early else self._start(draft, siblings or {}, n, stream)
         while True:
             try:
-                said = await self._client.persist(playing.listen, until)
+                said = await self._client.persist(playing.listen, until, patient=self._patient)
             except VerifierRefused as refused:
+                if refused.code == ErrorCode.UNKNOWN_MODEL and not self._id and self._others():
+                    self._strangers.add(self._at)
+                    continue
                 if refused.code != ErrorCode.SESSION_LOST:
                     if early is None:
                         raise
@@ -147,19 +162,23 @@ class VerifierSession:
     def close(self) -> None:
         """Lets the verifier free the session, in the background."""
         if self._id:
-            self._client.close_session(self._id)
+            self._client.close_session(self._at, self._id)
             self._id = ""
 
     async def frames(self, request: RoundRequest) -> AsyncIterator[Frame]:
         """Sends `request`, inside an opening if there is no session yet, and yields the answer's frames, once.
 
-        Raises BrokenAnswer when they end early, and what `VerifierClient.exchange` raises.
+        Raises BrokenAnswer when they end early, and what `Endpoint.exchange` raises.
         """
         opening = not self._id
+        if opening:
+            self._at = self._client.pick(self._strangers)
+        elif not self._at.well and self._client.pick(self._strangers) is not self._at:
+            raise VerifierRefused(ErrorCode.SESSION_LOST, f"{self._at.url} is gone, and others are there", 404)
         path = "/v1/sessions" if opening else f"/v1/sessions/{self._id}/rounds"
         message = msgspec.structs.replace(self._opening, first=request) if opening else request
         more = True
-        async with self._client.exchange("POST", path, message) as response:
+        async with self._at.exchange("POST", path, message) as response:
             async for body in _bodies(response):
                 if not more:
                     raise BrokenAnswer("the answer goes on behind its last frame")
@@ -175,6 +194,9 @@ class VerifierSession:
                 yield frame
         if more:
             raise BrokenAnswer("the answer ended before its last frame")
+
+    def _others(self) -> bool:
+        return len(self._strangers) + 1 < len(self._client.endpoints)
 
     def _start(self, draft: list[int], siblings: dict[int, list[int]], n: int, stream: bool) -> _Playing:
         if not self._id:

@@ -15,7 +15,7 @@
     │   └── ContextOverflow         more tokens than the draft's context holds
     ├── TargetError             the verifier cannot serve this checkpoint
     └── VerifierError           talking to the verifier
-        ├── VerifierUnreachable     no answer within the deadline: link, DNS, TLS, timeout
+        ├── VerifierUnreachable     no answer within the deadline (`fault`, see `link_faults.Fault`)
         └── VerifierRefused         it answered with a typed error (`code`, see `wire.ErrorCode`)
 
 Every message says what was wrong, where, and what to do about it.
@@ -73,7 +73,15 @@ class VerifierError(FlexSpecError):
 
 
 class VerifierUnreachable(VerifierError):
-    """No answer within the deadline, whatever the cause below HTTP."""
+    """No answer within the deadline, for a cause below the protocol.
+
+    Attributes:
+        fault: which: one of `link_faults.Fault`.
+    """
+
+    def __init__(self, message: str, fault: str = "timed_out") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class VerifierRefused(VerifierError):

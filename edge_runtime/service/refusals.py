@@ -86,7 +86,7 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, ContextOverflow):
         return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, VerifierUnreachable):
-        return Refusal(503, str(error), kind=SERVER, code="verifier_unreachable", retry_after=LINK_SECONDS)
+        return Refusal(503, str(error), kind=SERVER, code=error.fault, retry_after=LINK_SECONDS)
     if isinstance(error, VerifierRefused):
         sentence = str(error).removesuffix(f" [{error.code}]")
         if error.code in _ASKED_WRONGLY:

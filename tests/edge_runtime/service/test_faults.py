@@ -91,7 +91,7 @@ async def test_a_verifier_that_is_not_there(target: Target, draft: OnnxDraft) ->
         await pair.cloud.stop()
         with pytest.raises(openai.APIStatusError) as caught:
             await pair.client.completions.create(model="", prompt=PROMPT, stream=True)
-        assert (caught.value.status_code, caught.value.code) == (503, "verifier_unreachable")
+        assert (caught.value.status_code, caught.value.code) == (503, "connection_refused")
         assert int(caught.value.response.headers["retry-after"]) >= 1
         # What it served is known still.
         assert (await pair.client.models.list()).data[0].id == model.id
@@ -114,7 +114,7 @@ async def test_a_verifier_that_goes_in_mid_stream(target: Target, draft: OnnxDra
                 lines.append(line)
         *_, event, data, end = lines
         assert (event, end) == ("event: error", "")
-        assert json.loads(data.removeprefix("data: "))["error"]["code"] == "verifier_unreachable"
+        assert json.loads(data.removeprefix("data: "))["error"]["code"] == "connection_refused"
         assert "data: [DONE]" not in lines
         await pair.cloud.start()
         stream = await pair.client.completions.create(**LONG, stream=True)

@@ -1,0 +1,177 @@
+"""One verifier as seen from here: the connections to it, and whether it was well when last heard of."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+
+from edge_runtime.contract import wire
+from edge_runtime.contract.errors import InputError, VerifierRefused
+from edge_runtime.contract.wire import ErrorCode, Message
+from edge_runtime.link_faults import FIRM, Fault, LinkFailure, failure_of, look_closer, portal_of
+from edge_runtime.probes.tcp import ByteMeter
+
+# Seconds for one attempt: to connect, between two pieces of an answer, and for the peer's kernel to acknowledge: a peer
+# that is slow acknowledges, one that is gone does not.
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 20.0
+ACKNOWLEDGE_SECONDS = 5.0
+# Failures in a row after which others are tried, and seconds after which this one may be tried again.
+FEW = 2
+REST_SECONDS = 30.0
+# Refusals that say that the verifier itself is unwell.
+UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL}
+
+
+class Endpoint:
+    """Connections to one base URL.
+
+    Attributes:
+        url: base URL, without a slash at its end.
+        trouble: the last failure, until something works again.
+        failed_at: when that was, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        meter: ByteMeter,
+        *,
+        http2: bool = True,
+        token: str = "",
+        trust: ssl.SSLContext | bool = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """
+        Args:
+            meter: counts the bytes of the connections.
+            http2, token, transport: see `VerifierClient`.
+            trust: whose certificates.
+
+        Raises:
+            InputError: `url` is not an http or https URL.
+        """
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"{url!r} is not a URL: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"{url!r} is not the URL of a verifier; write for instance http://127.0.0.1:8500")
+        self.url = url.rstrip("/")
+        self.trouble: LinkFailure | None = None
+        self.failed_at = 0.0
+        self._failures = 0
+        self._host = parsed.host if parsed.scheme == "https" else ""
+        self._looked: tuple[float, Fault | None] = (-REST_SECONDS, None)
+        self._meter = meter
+        self._token = token
+        self._trust = trust
+        # Without TLS nobody negotiates the version of HTTP: it is guessed until the first answer.
+        self._guessing = http2 and parsed.scheme == "http" and transport is None
+        self._clear_http2 = self._guessing
+        self._http = self._connections(transport, http1=not self._guessing, http2=http2)
+
+    @property
+    def well(self) -> bool:
+        """Whether it is worth trying before others."""
+        return self._failures < FEW or time.monotonic() - self.failed_at > REST_SECONDS
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    @contextlib.asynccontextmanager
+    async def exchange(self, method: str, path: str, message: Message | None) -> AsyncIterator[httpx.Response]:
+        """One request, once; the answer's body is still to be read.
+
+        Raises VerifierRefused for a refusal, and LinkFailure.
+        """
+        try:
+            response = await self._send(method, path, None if message is None else wire.encode(message, wire.MSGPACK))
+            try:
+                portal = portal_of(response)
+                if portal:
+                    raise portal
+                if not response.is_success:
+                    raise _refused(response, await response.aread())
+                yield response
+            finally:
+                await response.aclose()
+        except httpx.RequestError as error:
+            raise self._note(await self._told_apart(failure_of(error))) from error
+        except LinkFailure as failure:
+            raise self._note(failure) from failure.__cause__
+        except VerifierRefused as refused:
+            if refused.code in UNWELL:
+                self._note(LinkFailure(str(refused), Fault.UNAVAILABLE))
+            else:
+                self._failures, self.trouble = 0, None
+            raise
+        else:
+            self._failures, self.trouble = 0, None
+
+    def _note(self, failure: LinkFailure) -> LinkFailure:
+        self._failures += FEW if failure.fault in FIRM else 1
+        self.trouble, self.failed_at = failure, time.monotonic()
+        return failure
+
+    async def _told_apart(self, failure: LinkFailure) -> LinkFailure:
+        """`failure`, or what is behind it where a certificate was not accepted."""
+        if failure.fault != Fault.TLS or not self._host:
+            return failure
+        if time.monotonic() - self._looked[0] >= REST_SECONDS:
+            self._looked = (time.monotonic(), await look_closer(self._host))
+        return LinkFailure(str(failure), self._looked[1] or Fault.TLS)
+
+    async def _send(self, method: str, path: str, content: bytes | None) -> httpx.Response:
+        request = self._http.build_request(
+            method,
+            self.url + path,
+            content=content,
+            headers=None if content else {"accept": wire.MSGPACK},
+            extensions={"trace": self._meter.trace},
+        )
+        try:
+            response = await self._http.send(request, stream=True)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            if self._guessing:
+                # Somebody is there and does not understand us: the next attempt speaks the other version.
+                self._clear_http2 = not self._clear_http2
+                await self._http.aclose()
+                self._http = self._connections(None, http1=not self._clear_http2, http2=self._clear_http2)
+            raise
+        self._guessing = False
+        return response
+
+    def _connections(
+        self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
+    ) -> httpx.AsyncClient:
+        patience = (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * ACKNOWLEDGE_SECONDS))
+        client = httpx.AsyncClient(
+            transport=transport
+            or httpx.AsyncHTTPTransport(verify=self._trust, http1=http1, http2=http2, socket_options=[patience]),
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        )
+        # Every byte counts on a metered link, and nobody reads these.
+        for name in ("accept", "accept-encoding", "connection", "user-agent"):
+            del client.headers[name]
+        if self._token:
+            client.headers["authorization"] = f"Bearer {self._token}"
+        return client
+
+
+def _refused(response: httpx.Response, body: bytes) -> Exception:
+    try:
+        refusal = wire.decode(body, wire.Refusal, wire.MSGPACK)
+    except InputError:
+        message = f"{response.url} answered {response.status_code}, and not as a verifier does"
+        if response.status_code >= 500:
+            return LinkFailure(message, Fault.UNAVAILABLE)
+        hint = f"{message}; is this URL a verifier's?"
+        return VerifierRefused(ErrorCode.UNKNOWN_ROUTE, hint, response.status_code)
+    return VerifierRefused(refusal.code, refusal.message, response.status_code, refusal.detail)
