@@ -22,7 +22,7 @@ from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnre
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Planner, Surroundings
-from edge_runtime.service import openai
+from edge_runtime.service import dashboard, openai
 from edge_runtime.service.answers import Answer, Order, Unwanted
 from edge_runtime.service.callers import Callers
 from edge_runtime.service.chat import Chat
@@ -130,6 +130,7 @@ class Service:
                 Route("/metrics", self._answering(self.show_metrics)),
                 Route("/openapi.json", self._answering(self.openapi)),
                 Route("/events", self._answering(self.watch)),
+                *(Route(path, self._answering(dashboard.file)) for path in dashboard.FILES),
             ],
             exception_handlers={HTTPException: _no_such_route},
         )

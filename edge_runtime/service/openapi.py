@@ -15,6 +15,7 @@ REF = "#/components/schemas/{name}"
 JSON = "application/json"
 TEXT = "text/plain"
 EVENTS = "text/event-stream"
+HTML = "text/html"
 
 REFUSED = {
     "400": "The request is malformed, asks for what is not done here, or does not fit the model.",
@@ -85,6 +86,7 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
         "/readyz": {"get": _operation("Whether answers can begin", {TEXT: {"type": "string"}}, ("403", "503"))},
         "/metrics": {"get": _operation("For Prometheus", {TEXT: {"type": "string"}}, ("403",))},
         "/events": {"get": _operation("What the board did of late, and does", {EVENTS: NEWS}, ("401", "403", "429"))},
+        "/": {"get": _operation("The dashboard", {HTML: {"type": "string"}}, ("403",))},
         "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403",))},
     }
     components: dict[str, Any] = {"schemas": schemas}
