@@ -53,13 +53,14 @@ class Reporter:
         """It has its place."""
         self._totals.answers += 1
         self._number = self._totals.answers
-        order, at, tokenizer = self._answer.order, time.time(), self._text.tokenizer
+        # What is kept must not keep the answer, with the draft's keys and values: no `self` in what makes news.
+        order, at, tokenizer, number = self._answer.order, time.time(), self._text.tokenizer, self._number
         queued_seconds = round(time.perf_counter() - self._asked, 4)
         end, count = order.prompt[-PROMPT_TOKENS:], len(order.prompt)
         self._feed.add(
             lambda: news.Begun(
                 at=at,
-                answer=self._number,
+                answer=number,
                 prompt=("… " if count > len(end) else "") + tokenizer.decode(end),
                 prompt_tokens=count,
                 max_new_tokens=order.max_new_tokens,
@@ -73,20 +74,20 @@ class Reporter:
     def hear(self, piece: Piece) -> None:
         """It grew."""
         self._totals.fault = ""
-        text, at, tail = self._text, time.time(), self._unverified
+        text, at, tail, number = self._text, time.time(), self._unverified, self._number
         start, middle = len(text.ids), len(text.ids) + len(piece.accepted)
         text.ids += piece.accepted + piece.own
         end = len(text.ids)
         self._totals.tokens += end - start
         if piece.own and self._first_own is None:
             self._first_own = middle
-        self._unverified = list(getattr(piece, "unverified", ()))
+        self._unverified = list(piece.unverified)
         withdrawn = tail[_common(tail, text.ids[start:] + self._unverified) :]
         unverified = self._unverified
         self._feed.add(
             lambda: news.Tokens(
                 at=at,
-                answer=self._number,
+                answer=number,
                 accepted=text.between(start, middle),
                 own=text.between(middle, end),
                 # What they look like depends on what was before them then.
