@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -217,3 +220,12 @@ def read_manifest_only(path: Path):
     from edge_runtime.contract.bundle import Manifest
 
     return msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+
+
+def test_nobody_is_told_that_the_draft_is_used(family: Path, tmp_path: Path) -> None:
+    """onnxruntime keeps a list of events for its maker, and reports them, unless told not to."""
+    program = f"from edge_runtime.draft import *; OnnxDraft.load(Path({str(family / 'bundle')!r})).measure()"
+    environ = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environ |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=60)
+    assert list(tmp_path.rglob("*")) == []
