@@ -81,7 +81,7 @@ class Reporter:
         self._totals.tokens += end - start
         if piece.own and self._first_own is None:
             self._first_own = middle
-        self._unverified = list(piece.unverified)
+        self._unverified = list(getattr(piece, "unverified", ()))
         withdrawn = tail[_common(tail, text.ids[start:] + self._unverified) :]
         unverified = self._unverified
         self._feed.add(
