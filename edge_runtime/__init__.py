@@ -2,5 +2,5 @@
 
 import os
 
-# From 1.31 on onnxruntime reports on its use to its maker, over whatever link there is. It looks here when it is loaded.
+# Since 1.31 onnxruntime tells its maker how it is used, over whatever link there is, unless it finds this as it loads.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
