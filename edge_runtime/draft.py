@@ -113,12 +113,28 @@ class OnnxDraft:
             )
         self.manifest: Manifest = bundle.manifest
         self.run_seconds = 0.0
+        # When the steps in progress began, by their context.
+        self._running: dict[int, float] = {}
         self._counters = counters(np.arange(bundle.manifest.architecture.vocabulary_size))
 
     @classmethod
     def load(cls, path: Path, *, threads: int = 0, verify: bool = True) -> OnnxDraft:
         """Reads, checks and loads the bundle at `path`. Raises BundleError and DraftError."""
         return cls(read_bundle(path, verify=verify), threads)
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the oldest step in progress has been at it; 0 where there is none. For any thread."""
+        running = list(self._running.values())
+        return time.perf_counter() - min(running) if running else 0.0
+
+    def begin_step(self, context: int) -> None:
+        """A context, one step at a time, asks onnxruntime."""
+        self._running[context] = time.perf_counter()
+
+    def end_step(self, context: int) -> None:
+        """And has its answer, or an error."""
+        self.run_seconds += time.perf_counter() - self._running.pop(context)
 
     def measure(self) -> tuple[float, float]:
         """What it costs on this machine now: seconds of a step behind a short text, and of a token read.
@@ -179,7 +195,7 @@ class DraftContext:
 
     def _read(self, ids: list[int]) -> None:
         self._check_room(len(self._ids) + len(ids))
-        started = time.perf_counter()
+        self._draft.begin_step(id(self))
         try:
             self._logits = self._runner.append(ids)
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -187,7 +203,7 @@ class DraftContext:
             self._logits = None
             raise DraftError(f"the draft failed at position {len(self._ids)}: {error}") from error
         finally:
-            self._draft.run_seconds += time.perf_counter() - started
+            self._draft.end_step(id(self))
         self._ids += ids
 
     def rollback(self, length: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
 from collections.abc import AsyncIterator
+
+import anyio
 
 from edge_runtime.service.refusals import Refusal
 
@@ -33,11 +34,19 @@ class Queue:
         """
         self.running = 0
         self.waiting = 0
-        self._max_concurrent = max_concurrent
         self._max_waiting = max_waiting
         # Wakes those who wait in the order in which they came.
-        self._places = asyncio.Semaphore(max_concurrent)
+        self._places = anyio.CapacityLimiter(max_concurrent)
         self._mean_seconds = FIRST_GUESS
+
+    @property
+    def _max_concurrent(self) -> int:
+        return int(self._places.total_tokens)
+
+    def resize(self, max_concurrent: int, max_waiting: int) -> None:
+        """From now on so many; whoever has a place, or waits for one, keeps it."""
+        self._max_waiting = max_waiting
+        self._places.total_tokens = max_concurrent
 
     def check_room(self) -> None:
         """Raises Refusal (429) unless there is a place, or room to wait for one."""
