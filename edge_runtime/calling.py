@@ -84,6 +84,8 @@ def configure(options: argparse.Namespace) -> None:
         "max_concurrent": service.max_concurrent,
         "max_waiting": service.max_waiting,
         "api_key_file": service.api_key_file,
+        "log_level": configuration.log.level,
+        "log_prompts": configuration.log.prompts,
     }
     parser: argparse.ArgumentParser = options.configured
     named = options.bundle != parser.get_default("bundle")

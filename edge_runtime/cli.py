@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from edge_runtime.configuration import command as configuration
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.service import serving
 from edge_runtime.simulation import command as simulation
+from edge_runtime.systemd import command as systemd
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
 
@@ -35,12 +37,8 @@ exit codes: 0 fine, 2 bad input, 3 the draft bundle is unusable, 4 the verifier 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
     try:
-        if hasattr(options, "configured"):
-            calling.configure(options)
-            options = parser.parse_args(arguments)
+        options = _options(arguments)
         return int(asyncio.run(options.run(options)))
     except FlexSpecError as error:
         print(f"edge-runtime: {error}", file=sys.stderr)
@@ -51,6 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of our output has gone; so have we. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with the configuration where they are silent; `reread` reads both again."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if hasattr(options, "configured"):
+        calling.configure(options)
+        options = parser.parse_args(arguments)
+        options.reread = functools.partial(_options, arguments)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     probing.add_parser(commands)
     simulation.add_parser(commands)
     serving.add_parser(commands, generate.get_default("bundle"))
+    systemd.add_parser(commands, _service)
     return parser
 
 
@@ -114,6 +124,10 @@ async def _generate(options: argparse.Namespace) -> int:
     from edge_runtime import generating
 
     return await generating.generate(options, _prompt(options))
+
+
+async def _service(options: argparse.Namespace) -> int:
+    return systemd.run_action(options, lambda words: _parser().parse_args(words))
 
 
 async def _demo(options: argparse.Namespace) -> int:

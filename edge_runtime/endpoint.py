@@ -81,6 +81,13 @@ class Endpoint:
         """Whether it is worth trying before others."""
         return self._failures < FEW or time.monotonic() - self.failed_at > REST_SECONDS
 
+    def show(self, token: str) -> None:
+        """From now on shows another token, or with an empty one none."""
+        self._token = token
+        self._http.headers.pop("authorization", None)
+        if token:
+            self._http.headers["authorization"] = f"Bearer {token}"
+
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._http.aclose()

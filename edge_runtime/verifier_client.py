@@ -110,6 +110,11 @@ class VerifierClient:
         well = next((endpoint for endpoint in candidates if endpoint.well), None)
         return well or min(candidates, key=lambda endpoint: endpoint.failed_at)
 
+    def show(self, token: str) -> None:
+        """From now on shows another token, or with an empty one none."""
+        for endpoint in self.endpoints:
+            endpoint.show(token)
+
     async def models(self) -> wire.ModelList:
         """What the verifier serves. Raises VerifierError."""
 

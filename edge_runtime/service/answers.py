@@ -77,6 +77,11 @@ class Answer:
         return next((generation.version for generation in self._generations if generation.version), "")
 
     @property
+    def ids(self) -> list[int]:
+        """Tokens of the answer so far."""
+        return self._generations[-1].ids[len(self.order.prompt) :] if self._generations else []
+
+    @property
     def drafted(self) -> int:
         """Tokens that the board drafted."""
         return sum(generation.statistics.drafted for generation in self._generations)

@@ -27,6 +27,7 @@ from edge_runtime.service.answers import Answer, Order, Unwanted
 from edge_runtime.service.callers import Callers
 from edge_runtime.service.chat import Chat
 from edge_runtime.service.events import EventStream, events, gone_from
+from edge_runtime.service.log import log_answer
 from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
 from edge_runtime.service.openapi import document
 from edge_runtime.service.queue import Queue
@@ -109,6 +110,7 @@ class Service:
         self._client = client
         self._limits = limits
         self._keys = bool(keys)
+        self._local = local
         self._callers = Callers(keys, local)
         self._queue = Queue(limits.max_concurrent, limits.max_waiting)
         self._telling = Telling(self._queue, client, limits.max_new_tokens)
@@ -140,6 +142,25 @@ class Service:
         """From now on there are answers."""
         self._board = board
         self._telling.open(board.surroundings, board.power)
+
+    def change(self, limits: Limits, keys: frozenset[str], board: Board) -> None:
+        """From now on other limits, keys and means; answers that are being written go on with the old ones."""
+        self._board = board
+        self._limits = limits
+        self._keys = bool(keys)
+        self._callers = Callers(keys, self._local)
+        self._queue.resize(limits.max_concurrent, limits.max_waiting)
+
+    def status(self) -> str:
+        """What it does now, in a line without any text of prompts."""
+        plan, rtt = self.metrics.plan, self._client.meter.rtt_seconds
+        facts = [
+            f"K={plan.draft} n={plan.own}" if plan else "no round yet",
+            *([f"rtt {1e3 * rtt:.0f} ms"] if rtt is not None else []),
+            f"{self._queue.running} answers",
+            *([f"{self._queue.waiting} waiting"] if self._queue.waiting else []),
+        ]
+        return ", ".join(facts)
 
     async def drain(self, seconds: float) -> None:
         """From now on no answer begins; those that are being written have `seconds` to end."""
@@ -280,6 +301,7 @@ class Service:
             answer.end(error)
             self.metrics.add_answer(answer, outcome)
             reporter.end(outcome)
+            log_answer(answer, outcome, board.draft.tokenizer)
 
     async def _play(self, answer: Answer, board: Board, reporter: Reporter) -> None:
         order, alone = answer.order, SWITCHED_OFF

@@ -46,13 +46,18 @@ NO_ROOM = "no_room"  # the text is over the draft's context, or has one token le
 
 
 class Metrics:
-    """Counts, from the start of the process. Everything on the event loop."""
+    """Counts, from the start of the process. Everything on the event loop.
+
+    Attributes:
+        plan: that of the last planned round.
+    """
 
     def __init__(self, queue: Queue, client: VerifierClient, pulse: Pulse) -> None:
         # When a counter began is of no use here, and would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
         self._drafted_bytes = self._accepted_total = 0
+        self.plan: Plan | None = None
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"flexspec_{name}", text, labels, registry=registry)
@@ -110,6 +115,7 @@ class Metrics:
 
     def add_outcome(self, outcome: Outcome) -> None:
         """Counts one planned round."""
+        self.plan = outcome.plan
         if outcome.drafted:
             self._drafts.inc()
             self._draft_tokens.inc(outcome.drafted)

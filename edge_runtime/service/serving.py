@@ -5,25 +5,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import ipaddress
 import logging
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime import calling, pilot
+from edge_runtime import calling, logs, pilot
 from edge_runtime.contract.errors import InputError
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
     from edge_runtime.contract.bundle import Manifest
-    from edge_runtime.service.app import Service
+    from edge_runtime.service.app import Board, Limits, Service
     from edge_runtime.verifier_client import VerifierClient
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Serves OpenAI's HTTP interface on this board: /v1/completions, /v1/chat/completions and /v1/models, with streaming. The
-draft runs here, the target in the cloud. Prometheus finds /metrics, programs /openapi.json, watchdogs /readyz.
+draft runs here, the target in the cloud. Prometheus finds /metrics, programs /openapi.json, watchdogs /readyz. SIGHUP
+has it read the configuration again. `edge-runtime service` has systemd run it.
 
 examples:
   edge-runtime serve --verifier https://verifier.example
@@ -88,6 +91,9 @@ def add_parser(commands: Any, bundle: Path) -> None:
         metavar="SECONDS",
         help="for answers to end at SIGTERM (default: %(default)g)",
     )
+    logging_ = parser.add_argument_group("log")
+    logging_.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default: %(default)s")
+    logging_.add_argument("--log-prompts", action="store_true", help="prompts and answers, too")
     pilot.add_options(parser)
     parser.set_defaults(run=serve)
 
@@ -95,55 +101,90 @@ def add_parser(commands: Any, bundle: Path) -> None:
 async def serve(options: argparse.Namespace) -> int:
     """Runs the command until SIGINT or SIGTERM. Returns the exit code; raises FlexSpecError."""
     from edge_runtime.listening import Listening, Server, stop_requested
-    from edge_runtime.service.app import Limits, Service
+    from edge_runtime.service.app import Service
+    from edge_runtime.service.reloading import Reloading
+    from edge_runtime.systemd.notifying import Notifier
     from edge_runtime.verifier_client import VerifierClient
 
-    least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
-    for name, bound in least.items():
-        if getattr(options, name) < bound:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {bound}")
+    logs.set_up(options.log_level, "edge-runtime", prompts=options.log_prompts)
+    # A watchdog ends a process that hangs with SIGABRT: then it says where.
+    faulthandler.enable(2)
+    limits, keys = limits_of(options), keys_of(options)
     if not 0 <= options.port < 1 << 16:
         raise InputError(f"--port {options.port}: must be in [0, 65535]")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
-    limits = Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
-    keys = _read_keys(options.api_key_file) if options.api_key_file else frozenset()
     local = _is_local(options.host)
     if not local and not keys:
         log.warning("everybody who reaches %s can use this service: --api-key-file asks for keys", options.host)
-    stopping = stop_requested()
+    stopping, notifier = stop_requested(), Notifier()
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(VerifierClient(**calling.client_arguments(options)))
         service = Service(client, limits, keys, local=local)
+        reloading = Reloading(options, service, client, notifier)
         server = Server(service.app, Listening(options.host, options.port, options.certificate, options.key))
         await server.start()
         stack.push_async_callback(server.stop)
+        notifier.starting("loading the draft")
         # Loading takes a while: requests meanwhile are told so, rather than refused a connection.
-        await _load(options, service, client, stack)
+        board = await _load(options, service, client, stack)
         if not stopping.is_set():
             print(f"edge-runtime: serving {options.verifier} on {server.url}", flush=True)
+            notifier.ready(reloading.status())
+        telling = notifier.keep_telling(reloading.status, lambda: board.draft.step_seconds)
+        stack.enter_context(_beside(telling))
+        stack.enter_context(_beside(reloading.run(board)))
         await stopping.wait()
+        notifier.stopping("answers that are being written may end")
         await service.drain(options.grace)
     return 0
 
 
 async def _load(
     options: argparse.Namespace, service: Service, client: VerifierClient, stack: contextlib.AsyncExitStack
-) -> None:
+) -> Board:
     """Loads the draft, and opens the service."""
     from edge_runtime.draft import OnnxDraft
     from edge_runtime.service.app import Board
     from edge_runtime.service.chat import read_chat
 
     draft = await asyncio.to_thread(OnnxDraft.load, options.bundle, threads=options.threads)
-    _check_memory(draft.manifest, options.max_concurrent)
+    check_memory(draft.manifest, options.max_concurrent)
     chat = read_chat(options.bundle)
     planner = await asyncio.to_thread(pilot.planner_of, options, draft)
     surroundings = await stack.enter_async_context(pilot.watching(client.meter))
-    service.open(Board(draft, chat, planner, surroundings, options.model, pilot.power_of(options)))
+    board = Board(draft, chat, planner, surroundings, options.model, pilot.power_of(options))
+    service.open(board)
+    return board
 
 
-def _check_memory(manifest: Manifest, answers: int) -> None:
+@contextlib.contextmanager
+def _beside(work: Coroutine[None, None, None]) -> Iterator[None]:
+    """Runs `work` on the event loop until the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """The limits that the options name. Raises InputError."""
+    from edge_runtime.service.app import Limits
+
+    least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {bound}")
+    return Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
+
+
+def keys_of(options: argparse.Namespace) -> frozenset[str]:
+    """The keys of those who are served; empty for everybody. Raises InputError."""
+    return _read_keys(options.api_key_file) if options.api_key_file else frozenset()
+
+
+def check_memory(manifest: Manifest, answers: int) -> None:
     """Raises InputError if the draft's keys and values of so many full contexts would not fit into memory now."""
     import psutil
 
