@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime import logs
 from edge_runtime.contract.errors import FlexSpecError, InputError
+from edge_runtime.systemd.command import Kind, add_actions, run_action
 
 if TYPE_CHECKING:
     from cloud_verifier.speculation import Speculation
     from cloud_verifier.target import Target
+
+UNIT = Kind(
+    "cloud_verifier.cli",
+    "flexspec-verifier",
+    "flexspec-verifier",
+    Path(__file__).with_name("flexspec-verifier.service"),
+)
 
 DESCRIPTION = """\
 The cloud half of FlexSpec: checks the tokens that boards draft, with a PyTorch target.
@@ -24,13 +33,26 @@ examples:
       --certificate server.pem --key server.key
   cloud-verifier serve export/family/target-v1 --draft export/family/bundle
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
+  cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
+"""
+
+SERVICE = """\
+Runs the verifier with systemd: from boot on, watched, started again after a fault, and with few rights.
+
+examples:
+  cloud-verifier service install --now /srv/models/target-v1
+  cloud-verifier service install --now /srv/models/Llama-3.1-8B -- --device cuda --dtype bfloat16 --host 0.0.0.0
+  cloud-verifier service install --name flexspec-v2 --now /srv/models/target-v2 -- --port 8501
+  cloud-verifier service status --json          # exit code 0: it runs; 3: it does not
+  journalctl -u flexspec-verifier -f
+  cloud-verifier service uninstall
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.set_up(options.log_level, "cloud-verifier")
     try:
         return int(options.run(options))
     except FlexSpecError as error:
@@ -44,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cloud-verifier", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="default: %(default)s"
-    )
+    parser.add_argument("--log-level", default="warning", choices=logs.LEVELS, help="default: %(default)s")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
@@ -104,7 +124,13 @@ def _parser() -> argparse.ArgumentParser:
         "answered by JSON lines of new ids",
     )
     generate.set_defaults(run=_generate)
+
+    add_actions(commands, _service, "run the verifier with systemd", SERVICE, UNIT)
     return parser
+
+
+def _service(options: argparse.Namespace) -> int:
+    return run_action(options, lambda words: _parser().parse_args(words))
 
 
 def _positive(text: str) -> int:
@@ -121,6 +147,8 @@ def _serve(options: argparse.Namespace) -> int:
     from cloud_verifier.service import Limits, Service
     from edge_runtime.listening import Listening
 
+    # A watchdog ends a process that hangs with SIGABRT: then it says where.
+    faulthandler.enable(2)
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
     limits = Limits(max_sessions=options.max_sessions, max_tokens=options.max_tokens, idle_seconds=options.idle_seconds)

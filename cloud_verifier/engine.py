@@ -56,6 +56,15 @@ class Engine:
         self.target: Target | None = None
         self.speculation: Speculation | None = None
         self.failure: BaseException | None = None
+        self._stepping_since: float | None = None
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the step in progress has been at it; 0 where there is none, infinite if the thread has ended."""
+        since = self._stepping_since
+        if not self._thread.is_alive():
+            return float("inf")
+        return 0.0 if since is None else time.perf_counter() - since
 
     def start(self) -> None:
         self._thread.start()
@@ -94,7 +103,10 @@ class Engine:
                 if self._stopping:
                     return
                 playing = self._waiting.popleft()
-            if playing.step():
+            self._stepping_since = time.perf_counter()
+            more = playing.step()
+            self._stepping_since = None
+            if more:
                 with self._wake:
                     self._waiting.append(playing)
 

@@ -82,6 +82,11 @@ class Service:
         )
         self.app.router.redirect_slashes = False
 
+    def status(self) -> str:
+        """What it does now, in a line."""
+        target = self.engine.target
+        return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions"
+
     async def open(self, request: Request) -> Response:
         """POST /v1/sessions: a session, and its first round."""
         opening = await self._message(request, OpenRequest)
