@@ -16,6 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from edge_runtime.contract.errors import VerifierUnreachable
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.service.answers import Answer
 from edge_runtime.service.pulse import Pulse
@@ -105,6 +106,7 @@ class Metrics:
         self._link_seconds = counter(
             "link_seconds", "The rest of the time between sending rounds and their last frame."
         )
+        self._faults = counter("link_faults", "Answers that ended for want of a verifier, by what failed.", ["fault"])
         registry.register(_Link(client))
         registry.register(_Board(pulse))
         ProcessCollector(registry=registry)
@@ -145,6 +147,8 @@ class Metrics:
     def add_answer(self, answer: Answer, outcome: str) -> None:
         """Counts one answer, however it ended."""
         self._requests.labels(outcome).inc()
+        if isinstance(answer.error, VerifierUnreachable):
+            self._faults.labels(answer.error.fault).inc()
         if not answer.queued_seconds:
             # It never had its turn.
             return
