@@ -153,7 +153,7 @@ class Service:
 
     def status(self) -> str:
         """What it does now, in a line without any text of prompts."""
-        plan, rtt = self.metrics.plan, self._client.meter.rtt_seconds
+        plan, rtt = self.metrics.plan, self.metrics.rtt_seconds
         facts = [
             f"K={plan.draft} n={plan.own}" if plan else "no round yet",
             *([f"rtt {1e3 * rtt:.0f} ms"] if rtt is not None else []),

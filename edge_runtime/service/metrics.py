@@ -51,6 +51,7 @@ class Metrics:
 
     Attributes:
         plan: that of the last planned round.
+        rtt_seconds: the link's round-trip time in it; None if nobody knew.
     """
 
     def __init__(self, queue: Queue, client: VerifierClient, pulse: Pulse) -> None:
@@ -59,6 +60,8 @@ class Metrics:
         registry = self._registry = CollectorRegistry()
         self._drafted_bytes = self._accepted_total = 0
         self.plan: Plan | None = None
+        self.rtt_seconds: float | None = None
+        self._client = client
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"flexspec_{name}", text, labels, registry=registry)
@@ -117,7 +120,7 @@ class Metrics:
 
     def add_outcome(self, outcome: Outcome) -> None:
         """Counts one planned round."""
-        self.plan = outcome.plan
+        self.plan, self.rtt_seconds = outcome.plan, self._client.meter.rtt_seconds
         if outcome.drafted:
             self._drafts.inc()
             self._draft_tokens.inc(outcome.drafted)
