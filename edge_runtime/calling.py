@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.plan import OnLinkLoss
 
 DEFAULT_URL = "http://127.0.0.1:8500"
 
@@ -18,16 +20,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     verifier.add_argument(
         "--verifier",
         default=os.environ.get("FLEXSPEC_VERIFIER", DEFAULT_URL),
-        metavar="URL",
-        help=f"default: $FLEXSPEC_VERIFIER, else {DEFAULT_URL}",
+        metavar="URL[,URL...]",
+        help=f"the preferred one first; the others are asked while it is gone (default: $FLEXSPEC_VERIFIER, else "
+        f"{DEFAULT_URL})",
     )
     verifier.add_argument("--model", default="", help="which target, where nobody says (default: the verifier's)")
     verifier.add_argument(
         "--deadline",
         type=float,
-        default=30.0,
+        default=600.0,
         metavar="SECONDS",
-        help="that one round may take, repeats included (default: %(default)g)",
+        help="that an answer may stand still, attempts to reach a verifier included (default: %(default)g)",
+    )
+    verifier.add_argument(
+        "--on-link-loss",
+        choices=typing.get_args(OnLinkLoss),
+        default="wait",
+        help="without a verifier: wait for one and go on where the text stood; let the draft go on alone, marked as "
+        "unverified, until there is one again; or fail at once (default: %(default)s)",
     )
     verifier.add_argument("--no-http2", action="store_true", help="do not try HTTP/2")
     verifier.add_argument("--token-file", type=Path, metavar="FILE", help="of the token that the verifier asks for")
@@ -67,7 +77,8 @@ def configure(options: argparse.Namespace) -> None:
     )
     defaults: dict[str, Any] = {
         "threads": draft.threads,
-        "verifier": verifier.urls[0],
+        "verifier": ",".join(verifier.urls),
+        "on_link_loss": service.on_link_loss,
         "model": verifier.model,
         "deadline": verifier.deadline_seconds,
         "no_http2": not verifier.http2,
@@ -100,9 +111,10 @@ def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.deadline <= 0:
         raise InputError(f"--deadline {options.deadline:g}: must be more than 0 seconds")
-    check_private([options.verifier], bool(options.token_file), options.insecure)
+    urls = [url.strip() for url in options.verifier.split(",")]
+    check_private(urls, bool(options.token_file), options.insecure)
     return {
-        "url": options.verifier,
+        "url": urls,
         "deadline": options.deadline,
         "http2": not options.no_http2,
         "token": read_secret(options.token_file) if options.token_file else "",

@@ -15,16 +15,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 import msgspec
 
+from edge_runtime.alone import Alone, heard, link_watch
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling, check_prompt
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
 from edge_runtime.drafting import Drafter
-from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, Outcome, Plan, Planner, Surroundings
+from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, OnLinkLoss, Outcome, Plan, Planner, Surroundings
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
 from edge_runtime.verifier_session import EarlyRound, Said, VerifierSession
@@ -38,10 +40,13 @@ class Piece(msgspec.Struct, frozen=True):
     Attributes:
         accepted: tokens that the board had drafted.
         own: tokens of the target's own behind them.
+        unverified: all that now stands behind the verified text, for want of a verifier: the draft's alone, and to be
+            taken back where the next piece says otherwise. Nothing, normally.
     """
 
     accepted: list[int]
     own: list[int]
+    unverified: list[int] = []
 
 
 class Round(msgspec.Struct):
@@ -72,7 +77,9 @@ class Generation:
     Attributes:
         ids: prompt and verified tokens so far.
         statistics: what it cost so far.
-        finish: `stop` (the target ended the text), `length` (max_new_tokens or the context is full), or empty.
+        unverified: what the draft alone has said behind them, where there is no verifier.
+        finish: `stop` (the target ended the text), `length` (max_new_tokens or the context is full), or empty. With
+            unverified tokens it is the draft that says so.
         version: the exact target version, once known.
     """
 
@@ -87,6 +94,7 @@ class Generation:
         planner: Planner | None = None,
         model: str = "",
         surroundings: Callable[[], Surroundings] | None = None,
+        on_link_loss: OnLinkLoss = "wait",
     ) -> None:
         """
         Args:
@@ -96,6 +104,8 @@ class Generation:
             model: which target; empty for the verifier's default.
             surroundings: what the probes know now; asked before every round, so it must be quick. None for what the
                 connection alone tells.
+            on_link_loss: without a verifier, `wait` for one, to the client's deadline, and go on where the text stood;
+                let the `draft` go on alone, unverified, until there is one again; or `fail` at once.
 
         Raises:
             InputError: an empty prompt, an id outside the draft's vocabulary, or nothing to generate.
@@ -114,6 +124,10 @@ class Generation:
         self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
         self._drafter = Drafter(draft, sampling) if draft else None
+        self._alone: Alone | None = None
+        if draft and self._drafter and on_link_loss == "draft":
+            special = [] if sampling.ignore_eos else draft.manifest.vocabulary.special_ids.values()
+            self._alone = Alone(self._drafter, frozenset(special))
         # Sent before the round in flight was answered.
         self._next: Round | None = None
         self._session = VerifierSession(
@@ -123,7 +137,12 @@ class Generation:
             model=model,
             vocabulary=draft.manifest.vocabulary.hash if draft else "",
             draft=draft.manifest.shared.identity if draft else "",
+            patient=on_link_loss != "fail",
         )
+
+    @property
+    def unverified(self) -> list[int]:
+        return self._alone.tail if self._alone else []
 
     @property
     def version(self) -> str:
@@ -138,7 +157,7 @@ class Generation:
             while not self.finish:
                 async for piece in self._play(await self._prepare()):
                     statistics = self.statistics
-                    if not statistics.tokens:
+                    if not statistics.tokens and not piece.unverified:
                         statistics.first_token_seconds = time.perf_counter() - started
                     statistics.tokens += len(piece.accepted) + len(piece.own)
                     yield piece
@@ -163,7 +182,7 @@ class Generation:
                 return early
             early.early.drop()
         conditions = self._conditions(self.ids, self._left)
-        plan = self._decide(conditions)
+        plan = self._alone.plan if self._alone and self._alone.tail else self._decide(conditions)
         if not self._drafter:
             return Round(plan, conditions, NOTHING, 0.0, time.perf_counter())
         started = time.perf_counter()
@@ -186,9 +205,18 @@ class Generation:
             # The next round begins behind at least one token, and guesses as many as this one, if all are accepted.
             self._drafter.prepare(len(self.ids) + 1, 2 * plan.draft + 1)
         try:
-            async for said in self._session.play(
-                proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.early
-            ):
+            said: Said | None = None
+            async for news in self._listen(proposal, n, round.early):
+                if news is None:
+                    if self._drafter and ahead:
+                        self._drafter.halted = True
+                        await ahead
+                    if await self._go_on_alone():
+                        yield Piece([], [], list(self.unverified))
+                    if self.finish:
+                        return
+                    continue
+                said = news
                 first_seconds = first_seconds or time.perf_counter() - round.sent
                 accepted += len(said.accepted)
                 if said.own and not own:
@@ -202,6 +230,7 @@ class Generation:
             if self._drafter and ahead:
                 self._drafter.halted = True
                 await ahead
+        assert said is not None
         seconds = time.perf_counter() - round.sent
         sent, received = self._count_bytes()
         frame = said.frame
@@ -221,7 +250,8 @@ class Generation:
             frame.forward_100us / 1e4,
             sent,
             received,
-            repeated=round.early is not None or self._attempts() > attempts,
+            repeated=self._attempts() > attempts,
+            early=round.early is not None,
             prefill_seconds=frame.prefill_100us / 1e4,
         )
         self.statistics.add_round(outcome)
@@ -229,6 +259,22 @@ class Generation:
         self.statistics.close_calls += frame.close_calls
         self._planner.observe(outcome)
         self.finish = self.finish or self._session.finish
+
+    async def _listen(self, proposal: Proposal, n: int, early: EarlyRound | None) -> AsyncGenerator[Said | None, None]:
+        """What the verifier says to a round; and None, again and again, while the draft has to go on alone."""
+        saying = self._session.play(proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=early)
+        async with aclosing(heard(saying, link_watch(self._client)) if self._alone else saying) as news:
+            async for said in news:
+                yield said
+
+    async def _go_on_alone(self) -> bool:
+        """Drafts on without a verifier. Returns whether there is more to show."""
+        assert self._alone is not None
+        more = await self._alone.extend(self.ids, self._left)
+        self.finish = self._alone.finish
+        if self.finish:
+            self.statistics.unverified = len(self.unverified)
+        return more
 
     async def _run_ahead(self, drafter: Drafter, plan: Plan, proposal: Proposal) -> None:
         """While a round is in flight: drafts on, and sends the next round if that is ready first."""
@@ -276,7 +322,11 @@ class Generation:
             # A text that ends exactly at its limit has ended by itself all the same.
             whole = len(accepted) + len(own) == len(said.accepted) + len(said.own)
             self.finish = said.frame.finish if whole and said.frame.finish else "length"
-        return Piece(accepted, own)
+        if self._alone and self._alone.tail:
+            over = bool(self.finish or said.frame.finish)
+            self._alone.verify(accepted + own, over=over)
+            self.statistics.withdrawn = self._alone.withdrawn
+        return Piece(accepted, own, list(self.unverified))
 
     def _attempts(self) -> int:
         """Grows with every connection and every repetition, of other texts over the same client too."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 REPLACEMENT = "\ufffd"
+# Tokens that say how a text behind them begins: no character spans more.
+CONTEXT = 8
 
 
 class Detokeniser:
@@ -14,11 +18,20 @@ class Detokeniser:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._last: deque[int] = deque(maxlen=CONTEXT)
 
     def step(self, token: int) -> str:
         """What `token` completes; characters that span tokens come with their last."""
+        self._last.append(token)
         try:
             return self._stream.step(self._tokenizer, token) or ""
         except Exception:  # the library's own, where bytes that were a character turn out to be none
             self._stream = DecodeStream(skip_special_tokens=True)
             return REPLACEMENT + (self._stream.step(self._tokenizer, token) or "")
+
+    def behind(self, tail: list[int]) -> list[str]:
+        """What each token of `tail` would add now."""
+        other = Detokeniser(self._tokenizer)
+        for token in list(self._last):
+            other.step(token)
+        return [other.step(token) for token in tail]

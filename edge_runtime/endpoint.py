@@ -8,7 +8,11 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 
+import anyio
 import httpx
+from h2.exceptions import H2Error
+from hpack.exceptions import HPACKError
+from hyperframe.exceptions import HyperframeError
 
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import InputError, VerifierRefused
@@ -24,6 +28,8 @@ ACKNOWLEDGE_SECONDS = 5.0
 # Failures in a row after which others are tried, and seconds after which this one may be tried again.
 FEW = 2
 REST_SECONDS = 30.0
+# What the libraries below httpx let through when a connection breaks at a bad moment, or when bytes of it were changed.
+LEAKS = (H2Error, HPACKError, HyperframeError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 # Refusals that say that the verifier itself is unwell.
 UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL}
 
@@ -109,7 +115,7 @@ class Endpoint:
                 yield response
             finally:
                 await response.aclose()
-        except httpx.RequestError as error:
+        except (httpx.RequestError, *LEAKS) as error:
             raise self._note(await self._told_apart(failure_of(error))) from error
         except LinkFailure as failure:
             raise self._note(failure) from failure.__cause__

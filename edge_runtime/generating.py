@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import sys
+from collections.abc import AsyncIterator
 
 import msgspec
 import psutil
@@ -13,17 +16,28 @@ from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
+from edge_runtime.link_faults import HINTS, Fault
 from edge_runtime.pilot import planner_of, watching
 from edge_runtime.rendering import TextStream
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
 
+# Between two looks whether the verifier is there.
+TROUBLE_SECONDS = 2.0
+
 
 class Report(msgspec.Struct):
-    """What `--json` prints. `memory_bytes` is the process's resident memory at the end."""
+    """What `--json` prints.
+
+    Attributes:
+        text, ids: what the target said.
+        unverified: what the draft alone says comes behind it, for want of a verifier.
+        memory_bytes: the process's resident memory at the end.
+    """
 
     text: str
     ids: list[int]
+    unverified: str
     finish: str
     version: str
     acceptance: float | None
@@ -70,18 +84,21 @@ async def generate(options: argparse.Namespace, prompt: str) -> int:
             planner=planner,
             model=options.model,
             surroundings=surroundings,
+            on_link_loss=options.on_link_loss,
         )
         text = TextStream(draft.tokenizer, sys.stdout)
         if options.echo and not options.json:
             text.prompt(prompt)
-        async for piece in generation:
-            if not options.json:
-                text.piece(piece)
+        async with _telling_trouble(client, quiet=options.quiet):
+            async for piece in generation:
+                if not options.json:
+                    text.piece(piece)
     if options.json:
         new = generation.ids[len(ids) :]
         report = Report(
             draft.tokenizer.decode(new),
             new,
+            draft.tokenizer.decode(generation.unverified),
             generation.finish,
             generation.version,
             generation.statistics.acceptance,
@@ -90,7 +107,33 @@ async def generate(options: argparse.Namespace, prompt: str) -> int:
         )
         print(msgspec.json.encode(report).decode())
     else:
-        text.end()
+        text.end(generation.unverified)
+        if generation.unverified:
+            print(
+                f"edge-runtime: the last {len(generation.unverified)} tokens are unverified: {client.trouble}",
+                file=sys.stderr,
+            )
         if not options.quiet:
             print(f"{generation.version}: {summary(generation.statistics)}", file=sys.stderr)
     return 0
+
+
+@contextlib.asynccontextmanager
+async def _telling_trouble(client: VerifierClient, *, quiet: bool) -> AsyncIterator[None]:
+    """Says on standard error why nothing comes, each reason once."""
+
+    async def watch() -> None:
+        told: Fault | None = None
+        while True:
+            await asyncio.sleep(TROUBLE_SECONDS)
+            trouble = client.trouble
+            if trouble and trouble.fault != told:
+                told = trouble.fault
+                print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[told]}", file=sys.stderr)
+
+    watching_it = None if quiet else asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        if watching_it:
+            watching_it.cancel()

@@ -72,8 +72,8 @@ class BrokenAnswer(LinkFailure):
         super().__init__(message, Fault.BROKEN)
 
 
-def failure_of(error: httpx.RequestError) -> LinkFailure:
-    """What httpx reports, told apart."""
+def failure_of(error: Exception) -> LinkFailure:
+    """What httpx and the libraries below it report, told apart."""
     causes = list(_causes(error))
     words = str(causes[-1]) or type(causes[-1]).__name__
     # Once connected, what TLS complains of is what the link did to its records.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TextIO
 
 from tokenizers import Tokenizer
@@ -12,6 +13,7 @@ from edge_runtime.detokenising import Detokeniser
 
 ACCEPTED = "\x1b[32m"  # green: the board drafted it and the target agreed
 OWN = "\x1b[33m"  # yellow: the target said it itself
+UNVERIFIED = "\x1b[31;4m"  # red and underlined: the draft alone
 PROMPT = "\x1b[2m"
 RESET = "\x1b[0m"
 
@@ -44,8 +46,11 @@ class TextStream:
         for ids, colour in ((piece.accepted, ACCEPTED), (piece.own, OWN)):
             self._write("".join(map(self._text.step, ids)), colour)
 
-    def end(self) -> None:
-        """Ends the line."""
+    def end(self, unverified: Sequence[int] = ()) -> None:
+        """Ends the line, behind what the draft alone says comes last; that is marked without colours, too."""
+        tail = "".join(self._text.behind(list(unverified)))
+        if tail:
+            self._write(tail if self._colour else f"[unverified: {tail}]", UNVERIFIED)
         self._write("\n", "")
 
     def _write(self, text: str, colour: str) -> None:

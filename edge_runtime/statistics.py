@@ -27,6 +27,8 @@ class Statistics(msgspec.Struct):
         link_seconds: the rest of the time between sending a round and its last frame.
         loop_seconds: everything else: the loop's own work.
         first_token_seconds: from the start to the first verified token.
+        unverified: tokens at the end of the text that the draft said alone.
+        withdrawn: tokens that it had said alone and the target did not.
         recoveries: sessions that were lost and opened again.
         retries: attempts that were repeated.
         close_calls: (position, margin) that the verifier reported as decided by a hair.
@@ -48,6 +50,8 @@ class Statistics(msgspec.Struct):
     link_seconds: float = 0.0
     loop_seconds: float = 0.0
     first_token_seconds: float = 0.0
+    unverified: int = 0
+    withdrawn: int = 0
     recoveries: int = 0
     retries: int = 0
     close_calls: list[tuple[int, float]] = msgspec.field(default_factory=list)

@@ -31,7 +31,7 @@ PASSING_CODES = UNWELL | {ErrorCode.DAMAGED}
 # How often somebody is asked who does not answer as a verifier does: a damaged answer looks like that, too.
 STRANGE_ANSWERS = 3
 # Pauses between attempts, in seconds: they grow from the first, and are drawn at random up to that.
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 
 
 class VerifierClient:
@@ -78,6 +78,7 @@ class VerifierClient:
             Endpoint(each, self.meter, http2=http2, token=token, trust=trust, transport=transport)
             for each in ([url] if isinstance(url, str) else url)
         ]
+        self._closed = False
         self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> VerifierClient:
@@ -90,6 +91,7 @@ class VerifierClient:
 
     async def aclose(self) -> None:
         """Waits for sessions that are being closed, and closes the connections."""
+        self._closed = True
         await asyncio.gather(*self._closing)
         for endpoint in self.endpoints:
             await endpoint.aclose()
@@ -172,6 +174,10 @@ class VerifierClient:
 
     def in_background(self, work: Coroutine[None, None, None]) -> None:
         """Runs `work`, which raises nothing and is brief, beside everything else; `aclose` waits for it."""
+        if self._closed:
+            # A text that is thrown away after its client.
+            work.close()
+            return
         task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

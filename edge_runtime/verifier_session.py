@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import httpx
 import msgspec
@@ -115,7 +115,7 @@ class VerifierSession:
         n: int = 1,
         stream: bool = False,
         early: EarlyRound | None = None,
-    ) -> AsyncIterator[Said]:
+    ) -> AsyncGenerator[Said, None]:
         """Plays one round; yields what the verifier says, as it comes, each token once and already part of `ids`.
 
         Args:

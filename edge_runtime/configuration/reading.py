@@ -23,6 +23,7 @@ import msgspec
 
 from edge_runtime.configuration import settings, toml_places
 from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.plan import OnLinkLoss
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Verifier(Table, frozen=True):
         model: which target; empty for the verifier's choice.
         token_file: file of the token that the verifier asks for.
         ca_file: PEM file of the authorities to trust instead of the system's.
-        deadline_seconds: within which a round must succeed, repeats included.
+        deadline_seconds: for how long an answer may stand still, attempts to reach a verifier included.
         http2: use HTTP/2 where the verifier offers it.
         insecure: prompts and answers may travel in clear to another machine; the token never does.
     """
@@ -96,7 +97,7 @@ class Verifier(Table, frozen=True):
     model: str = ""
     token_file: SecretFile = None
     ca_file: Authorities = None
-    deadline_seconds: Seconds = 30.0
+    deadline_seconds: Seconds = 600.0
     http2: bool = True
     insecure: bool = False
 
@@ -135,7 +136,7 @@ class Service(Table, frozen=True):
     max_concurrent: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     max_waiting: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 8
     api_key_file: SecretFile = None
-    on_link_loss: Literal["wait", "draft", "fail"] = "wait"
+    on_link_loss: OnLinkLoss = "wait"
 
 
 class Log(Table, frozen=True):

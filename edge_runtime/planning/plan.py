@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
+
+# What an answer does without a verifier; see `decoding.Generation`.
+OnLinkLoss = Literal["wait", "draft", "fail"]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -106,8 +109,10 @@ class Outcome(msgspec.Struct, frozen=True):
         queue_seconds, forward_seconds: of these, what the verifier reports for waiting and for its forwards.
         prefill_seconds: and for reading the text, when the session was opened.
         sent, received: TCP payload bytes.
-        repeated: whether the round was sent more than once, or over a new connection, or before the last one was
-            answered, so that its times say nothing of the link.
+        repeated: whether the round was sent more than once, or over a new connection, so that its times say nothing of
+            the link.
+        early: whether it was sent before the last one was answered. Its times count from that answer on and say
+            nothing of the link either.
     """
 
     plan: Plan
@@ -126,6 +131,7 @@ class Outcome(msgspec.Struct, frozen=True):
     sent: int = 0
     received: int = 0
     repeated: bool = False
+    early: bool = False
     prefill_seconds: float = 0.0
 
     @property

@@ -8,6 +8,7 @@ import struct
 from typing import Any, NamedTuple
 
 # Offsets in struct tcp_info of linux/tcp.h; the struct only ever grows at its end.
+BACKOFF_OFFSET = 4
 RTT_OFFSET = 68
 RTT_VARIATION_OFFSET = 72
 RETRANSMITS_OFFSET = 100
@@ -18,6 +19,9 @@ DELIVERY_RATE_OFFSET = 160
 BUSY_OFFSET = 168
 BYTES_SENT_OFFSET = 200
 INFO_SIZE = 208
+
+# Time-outs in a row after which nothing comes through any more, as far as a sender can tell.
+STALLED = 2
 
 # What the kernel says of the minimum round-trip time before the first sample.
 NO_RTT = 0xFFFFFFFF
@@ -36,6 +40,7 @@ class TcpInfo(NamedTuple):
             too high where writes are small, as rounds are: see `goodput`.
         bytes_acked: payload that the peer has acknowledged. The kernel counts the opening segment as one byte.
         busy_seconds: time in which something sent was not yet acknowledged.
+        backoff: how often in a row the kernel has waited in vain, each time twice as long; 0 while answers come.
     """
 
     bytes_sent: int
@@ -47,6 +52,7 @@ class TcpInfo(NamedTuple):
     delivery_rate: float | None = None
     bytes_acked: int = 0
     busy_seconds: float = 0.0
+    backoff: int = 0
 
 
 def tcp_info(connection: Any) -> TcpInfo | None:
@@ -76,6 +82,7 @@ def tcp_info(connection: Any) -> TcpInfo | None:
         float(delivery_rate) or None,
         acked,
         busy_us / 1e6,
+        info[BACKOFF_OFFSET],
     )
 
 
@@ -123,6 +130,12 @@ class ByteMeter:
         """Smoothed round-trip time of the newest connection."""
         info = self.info
         return None if info is None else info.rtt_seconds
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a connection sends in vain."""
+        self._read()
+        return any(info.backoff >= STALLED for _, info in self._sockets)
 
     @property
     def peer(self) -> str | None:

@@ -1,8 +1,10 @@
-"""One answer: verified tokens become text, which waits here for its reader, however slow."""
+"""One answer: tokens become text, which waits here for its reader, however slow."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation, Piece
 from edge_runtime.detokenising import Detokeniser
+from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.service.text import StopFinder
 
 
@@ -24,6 +27,7 @@ class Order(msgspec.Struct, frozen=True):
         stops: the text ends before the first of these.
         model: which target; empty for the verifier's default.
         speculation: the planner decides; else the cloud writes alone.
+        on_link_loss: see `Generation`.
     """
 
     prompt: list[int]
@@ -32,6 +36,27 @@ class Order(msgspec.Struct, frozen=True):
     stops: list[str]
     model: str = ""
     speculation: bool = True
+    on_link_loss: OnLinkLoss = "wait"
+
+
+class Change(msgspec.Struct, frozen=True):
+    """What became of an answer's text; sizes are in characters.
+
+    Attributes:
+        text: comes at its end, once what is withdrawn is gone.
+        withdrawn: so much of its end does not hold: the draft had said it alone.
+        unverified: so much of its end, now, the draft says alone.
+    """
+
+    text: str
+    withdrawn: int = 0
+    unverified: int = 0
+
+    def then(self, later: Change) -> Change:
+        """Both in one."""
+        cut = min(later.withdrawn, len(self.text))
+        text = self.text[: len(self.text) - cut] + later.text
+        return Change(text, self.withdrawn + later.withdrawn - cut, later.unverified)
 
 
 class Unwanted(Exception):
@@ -46,6 +71,7 @@ class Answer:
         tokens: how many were generated, up to the one that completed a stop string.
         finish: `stop` or `length`, or empty.
         queued_seconds, first_seconds, seconds: from the order to its place, to its first text, and to its end.
+        unverified_tokens: how many at the end the target has not seen.
         error: why it ended before its end.
         done: nothing more comes.
         unwanted: it is to end at the next piece.
@@ -53,7 +79,7 @@ class Answer:
 
     def __init__(self, order: Order, tokenizer: Tokenizer) -> None:
         self.order = order
-        self.tokens = 0
+        self.tokens = self.unverified_tokens = 0
         self.finish = ""
         self.queued_seconds = self.first_seconds = self.seconds = 0.0
         self.error: Exception | None = None
@@ -62,7 +88,9 @@ class Answer:
         self._generations: list[Generation] = []
         self._text = Detokeniser(tokenizer)
         self._stops = StopFinder(order.stops)
-        self._unread: list[str] = []
+        # What of the text shown so far is unverified.
+        self._tail = ""
+        self._unread: Change | None = None
         self._changed = asyncio.Event()
         self._started = time.perf_counter()
 
@@ -96,6 +124,16 @@ class Answer:
         """Requests that the verifier answered."""
         return sum(generation.statistics.rounds for generation in self._generations)
 
+    @property
+    def unverified(self) -> int:
+        """Characters at the end of the text that the draft says alone."""
+        return len(self._tail)
+
+    @property
+    def withdrawn_tokens(self) -> int:
+        """Tokens that the draft had said alone and the target did not."""
+        return sum(generation.statistics.withdrawn for generation in self._generations)
+
     async def write(self, generation: Generation, hear: Callable[[Piece], None]) -> None:
         """Plays `generation` to its end or to a stop string; `hear` is told every piece.
 
@@ -108,12 +146,23 @@ class Answer:
                 if self.unwanted:
                     raise Unwanted
                 hear(piece)
+                text = ""
                 for token in piece.accepted + piece.own:
                     self.tokens += 1
-                    self._show(self._stops.feed(self._text.step(token)))
+                    text += self._stops.feed(self._text.step(token))
                     if self._stops.found:
+                        self._show(text)
                         self.finish = "stop"
                         return
+                # What may yet turn out to be none is not searched in the finder itself.
+                stops = copy.copy(self._stops)
+                tail = stops.feed("".join(self._text.behind(piece.unverified))) if piece.unverified else ""
+                over = stops.found or (piece.unverified and generation.finish)
+                self._show(text, tail + stops.end() if over else tail)
+                if over:
+                    self.unverified_tokens = len(piece.unverified)
+                    self.finish = "stop" if stops.found else generation.finish
+                    return
         self._show(self._stops.end())
         self.finish = generation.finish
 
@@ -124,29 +173,50 @@ class Answer:
         self.done = True
         self._changed.set()
 
-    async def news(self) -> str:
-        """Text that was not read yet, as soon as there is some; empty when all was read. Raises the answer's error."""
-        while not self._unread and not self.done:
-            self._changed.clear()
-            await self._changed.wait()
-        if not self._unread and self.error:
+    async def begun(self, seconds: float) -> None:
+        """Waits, but no longer than so many `seconds`, until there is something to read. Raises the answer's error."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._await_change()
+        if self._unread is None and self.error:
             raise self.error
-        text = "".join(self._unread)
-        self._unread.clear()
-        return text
+
+    async def news(self, seconds: float | None = None) -> Change | None:
+        """What was not read yet, as soon as there is some; None when all was read.
+
+        Raises the answer's error, and TimeoutError: there was nothing for so many `seconds`.
+        """
+        async with asyncio.timeout(seconds):
+            await self._await_change()
+        if self._unread is None and self.error:
+            raise self.error
+        change, self._unread = self._unread, None
+        return change
 
     async def whole(self) -> str:
         """All text that was not read yet, at the end. Raises the answer's error."""
-        pieces = []
-        while piece := await self.news():
-            pieces.append(piece)
-        return "".join(pieces)
+        whole = Change("")
+        while change := await self.news():
+            whole = whole.then(change)
+        return whole.text
 
-    def _show(self, text: str) -> None:
-        if text:
-            self.first_seconds = self.first_seconds or self._elapsed()
-            self._unread.append(text)
-            self._changed.set()
+    async def _await_change(self) -> None:
+        while self._unread is None and not self.done:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _show(self, text: str, tail: str = "") -> None:
+        """Shows verified `text`, and an unverified `tail` behind it, for the tail that was shown before."""
+        before, self._tail = self._tail, tail
+        after, kept = text + tail, 0
+        while kept < min(len(before), len(after)) and before[kept] == after[kept]:
+            kept += 1
+        change = Change(after[kept:], len(before) - kept, len(tail))
+        if not change.text and len(before) == len(tail):
+            return
+        self.first_seconds = self.first_seconds or self._elapsed()
+        self._unread = self._unread.then(change) if self._unread else change
+        self._changed.set()
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started

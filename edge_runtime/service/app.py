@@ -21,7 +21,7 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.planning.plan import Planner, Surroundings
+from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.service import dashboard, openai
 from edge_runtime.service.answers import Answer, Order, Unwanted
 from edge_runtime.service.callers import Callers
@@ -55,6 +55,8 @@ ALONE = {
     DRAFT_FAILED: "the draft failed, and the cloud goes on alone",
 }
 
+# Seconds after which a stream begins even with nothing to say: from then on a refusal has no status of its own.
+FIRST_SECONDS = 10.0
 # Seconds that a list of models may take, and a body to arrive.
 MODELS_SECONDS = 5.0
 BODY_SECONDS = 30.0
@@ -85,6 +87,7 @@ class Board(msgspec.Struct, frozen=True):
         surroundings: what the probes know now.
         model: which target, where a request names none; empty for the verifier's default.
         power: what a board of its profile draws; None if nobody knows.
+        on_link_loss: without a verifier, where a request does not say; see `Generation`.
     """
 
     draft: OnnxDraft
@@ -93,6 +96,7 @@ class Board(msgspec.Struct, frozen=True):
     surroundings: Callable[[], Surroundings]
     model: str = ""
     power: Power | None = None
+    on_link_loss: OnLinkLoss = "wait"
 
 
 class Service:
@@ -258,6 +262,7 @@ class Service:
             stops + stops_of(asked),
             asked.model or board.model,
             asked.speculation is not False,
+            asked.on_link_loss or board.on_link_loss,
         )
 
     async def _answer(self, request: Request, asked: GenerationRequest, order: Order, form: openai.Form) -> Response:
@@ -273,7 +278,8 @@ class Service:
         try:
             if asked.stream:
                 # Awaited here, so that a refusal still has its own status.
-                return EventStream(events(answer, await answer.news(), form, _wants_usage(asked)), gone)
+                await answer.begun(FIRST_SECONDS)
+                return EventStream(events(answer, form, _wants_usage(asked)), gone)
             return _json(form.whole(answer, await answer.whole()))
         finally:
             if answer.error or not asked.stream:
@@ -314,7 +320,8 @@ class Service:
                 log.warning("the cloud goes on alone: %s", error)
                 left = order.max_new_tokens - (len(generation.ids) - len(order.prompt))
                 model = generation.version or order.model
-                order, alone = Order(generation.ids, order.sampling, left, order.stops, model), DRAFT_FAILED
+                order = msgspec.structs.replace(order, prompt=generation.ids, max_new_tokens=left, model=model)
+                alone = DRAFT_FAILED
         reporter.alone(ALONE[alone], order.max_new_tokens)
         generation = self._generation(order, board, None, reporter)
         try:
@@ -332,6 +339,7 @@ class Service:
             planner=Watched(board.planner, self.metrics, reporter),
             model=order.model,
             surroundings=board.surroundings,
+            on_link_loss=order.on_link_loss,
         )
 
     async def _model_list(self) -> openai.ModelList:

@@ -10,11 +10,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.service.answers import Answer
+from edge_runtime.service.answers import Answer, Change
 from edge_runtime.service.openai import Form
 from edge_runtime.service.refusals import refusal_of
 
 DONE = b"data: [DONE]\n\n"
+# A comment, for whatever gives up on connections where nothing comes: the answer waits for its turn, or for the link.
+WAITING = b": waiting\n\n"
+WAITING_SECONDS = 10.0
 
 
 class EventStream(Response):
@@ -49,14 +52,20 @@ class EventStream(Response):
             self._gone.cancel()
 
 
-async def events(answer: Answer, text: str, form: Form, usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream whose first text is `text`. An error ends it, without `[DONE]`."""
+async def events(answer: Answer, form: Form, usage: bool) -> AsyncIterator[bytes]:
+    """The events of a stream. An error ends it, without `[DONE]`."""
     try:
-        first = True
-        while text or first:
-            yield _event(form.chunk(answer, text, first=first))
+        first, over = True, False
+        while not over:
+            try:
+                change = await answer.news(WAITING_SECONDS)
+            except TimeoutError:
+                yield WAITING
+                continue
+            over = change is None
+            if change or first:
+                yield _event(form.chunk(answer, change or Change(""), first=first))
             first = False
-            text = await answer.news()
     except ClientDisconnect:
         return
     except Exception as error:

@@ -1,7 +1,10 @@
 """What is answered, in OpenAI's shapes: whole answers, the chunks of a stream, and lists of models.
 
 Beyond OpenAI's fields there are `seed`, with which the same text comes again, and `timings`, named as llama.cpp's
-server names them. `system_fingerprint` is the exact target version.
+server names them. `system_fingerprint` is the exact target version, once there was one.
+
+Where the draft went on alone for want of a verifier, `unverified` says of how many characters at the end of the text so
+far that is true, and `withdrawn` in a chunk how many to take back before its own come.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from edge_runtime.service.answers import Answer
+from edge_runtime.service.answers import Answer, Change
 
 Finish = Literal["stop", "length"]
+# Left out where it is 0.
+Count = int | msgspec.UnsetType
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -35,6 +40,8 @@ class Timings(msgspec.Struct, frozen=True):
         predicted_per_second: tokens, once there was a place.
         draft_n, draft_n_accepted: tokens that the board drafted, and how many of them the target accepted.
         rounds: requests that the verifier answered.
+        unverified_n: tokens at the end of the text that the draft said alone, for want of a verifier.
+        withdrawn_n: tokens that it had said alone, and that the target corrected when it was back.
     """
 
     prompt_n: int
@@ -46,6 +53,8 @@ class Timings(msgspec.Struct, frozen=True):
     draft_n: int
     draft_n_accepted: int
     rounds: int
+    unverified_n: int
+    withdrawn_n: int
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +82,7 @@ class Completion(Head, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage
     timings: Timings
+    unverified: Count = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"
 
 
@@ -82,6 +92,8 @@ class CompletionChunk(Head, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     timings: Timings | msgspec.UnsetType = msgspec.UNSET
+    unverified: Count = msgspec.UNSET
+    withdrawn: Count = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"
 
 
@@ -124,6 +136,7 @@ class ChatCompletion(Head, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings
+    unverified: Count = msgspec.UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -133,6 +146,8 @@ class ChatChunk(Head, frozen=True, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     timings: Timings | msgspec.UnsetType = msgspec.UNSET
+    unverified: Count = msgspec.UNSET
+    withdrawn: Count = msgspec.UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -160,7 +175,7 @@ class Form(Protocol):
     def whole(self, answer: Answer, text: str) -> msgspec.Struct:
         """All of it."""
 
-    def chunk(self, answer: Answer, text: str, *, first: bool) -> msgspec.Struct:
+    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
         """A piece of the text."""
 
     def last(self, answer: Answer) -> msgspec.Struct:
@@ -185,11 +200,11 @@ class CompletionForm:
 
     def whole(self, answer: Answer, text: str) -> msgspec.Struct:
         choice = CompletionChoice(self._echo + text, finish_reason=_finish(answer))
-        return Completion(**self._head.of(answer), choices=[choice], usage=_usage(answer), timings=_timings(answer))
+        return Completion(**self._head.of(answer), choices=[choice], **_cost(answer))
 
-    def chunk(self, answer: Answer, text: str, *, first: bool) -> msgspec.Struct:
-        choice = CompletionChoice(self._echo + text if first else text)
-        return CompletionChunk(**self._head.of(answer), choices=[choice], usage=self._usage)
+    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
+        choice = CompletionChoice(self._echo + change.text if first else change.text)
+        return CompletionChunk(**self._head.of(answer), choices=[choice], usage=self._usage, **_standing(change))
 
     def last(self, answer: Answer) -> msgspec.Struct:
         choice = CompletionChoice("", finish_reason=_finish(answer))
@@ -209,11 +224,12 @@ class ChatForm:
 
     def whole(self, answer: Answer, text: str) -> msgspec.Struct:
         choice = ChatChoice(ChatAnswer(text), _finish(answer))
-        return ChatCompletion(**self._head.of(answer), choices=[choice], usage=_usage(answer), timings=_timings(answer))
+        return ChatCompletion(**self._head.of(answer), choices=[choice], **_cost(answer))
 
-    def chunk(self, answer: Answer, text: str, *, first: bool) -> msgspec.Struct:
-        delta = Delta("assistant", text) if first else Delta(content=text)
-        return ChatChunk(**self._head.of(answer), choices=[ChatChunkChoice(delta)], usage=self._usage)
+    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
+        delta = Delta("assistant", change.text) if first else Delta(content=change.text)
+        choices = [ChatChunkChoice(delta)]
+        return ChatChunk(**self._head.of(answer), choices=choices, usage=self._usage, **_standing(change))
 
     def last(self, answer: Answer) -> msgspec.Struct:
         choice = ChatChunkChoice(Delta(), _finish(answer))
@@ -245,9 +261,22 @@ def _finish(answer: Answer) -> Finish:
     return "stop" if answer.finish == "stop" else "length"
 
 
+def _standing(change: Change) -> dict[str, Any]:
+    return {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
+
+
+def _cost(answer: Answer) -> dict[str, Any]:
+    """What a whole answer says of itself."""
+    return {
+        "usage": _usage(answer),
+        "timings": _timings(answer),
+        "unverified": answer.unverified or msgspec.UNSET,
+    }
+
+
 def _usage(answer: Answer) -> Usage:
-    prompt = len(answer.order.prompt)
-    return Usage(prompt, answer.tokens, prompt + answer.tokens)
+    prompt, written = len(answer.order.prompt), answer.tokens + answer.unverified_tokens
+    return Usage(prompt, written, prompt + written)
 
 
 def _timings(answer: Answer) -> Timings:
@@ -262,4 +291,6 @@ def _timings(answer: Answer) -> Timings:
         answer.drafted,
         answer.accepted,
         answer.rounds,
+        answer.unverified_tokens,
+        answer.withdrawn_tokens,
     )

@@ -1,6 +1,7 @@
 """The bodies that OpenAI's clients send, read strictly: what is not done here is refused, not ignored.
 
-Beyond OpenAI's fields there are `top_k`, `ignore_eos` and `speculation`; false lets the cloud write alone.
+Beyond OpenAI's fields there are `top_k`, `ignore_eos`, `speculation` (false lets the cloud write alone) and
+`on_link_loss`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from edge_runtime.contract.coupling import MASK, Sampling
+from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.service.refusals import Refusal
 
 # Fields that clients may send, with the values that change nothing. Any other value asks for what is not done here.
@@ -82,6 +84,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         stream: as server-sent events.
         ignore_eos: go on past the end of the text, for measurements.
         speculation: false lets the cloud write alone; otherwise the planner decides, round by round.
+        on_link_loss: without a verifier, `wait` for one, let the `draft` go on alone, or `fail`; absent: as the service
+            is configured.
     """
 
     model: str | None = None
@@ -95,6 +99,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     speculation: bool | None = None
+    on_link_loss: OnLinkLoss | None = None
     user: str | None = None
     n: Any = None
     frequency_penalty: Any = None

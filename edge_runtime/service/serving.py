@@ -153,7 +153,8 @@ async def _load(
     chat = read_chat(options.bundle)
     planner = await asyncio.to_thread(pilot.planner_of, options, draft)
     surroundings = await stack.enter_async_context(pilot.watching(client.meter))
-    board = Board(draft, chat, planner, surroundings, options.model, pilot.power_of(options))
+    power = pilot.power_of(options)
+    board = Board(draft, chat, planner, surroundings, options.model, power, options.on_link_loss)
     service.open(board)
     return board
 
