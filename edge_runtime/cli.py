@@ -13,7 +13,7 @@ from edge_runtime import calling, pilot, probing
 from edge_runtime.bundles import command as bundles
 from edge_runtime.configuration import command as configuration
 from edge_runtime.contract.errors import FlexSpecError, InputError
-from edge_runtime.service import serving
+from edge_runtime.service import serving, top
 from edge_runtime.simulation import command as simulation
 from edge_runtime.systemd import command as systemd
 
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     probing.add_parser(commands)
     simulation.add_parser(commands)
     serving.add_parser(commands, generate.get_default("bundle"))
+    top.add_parser(commands)
     systemd.add_parser(commands, _service)
     return parser
 

@@ -13,6 +13,7 @@
     │   └── StoreError              it cannot be put into the store (`bundles.unpacking`)
     ├── DraftError              the draft model at work
     │   └── ContextOverflow         more tokens than the draft's context holds
+    ├── ServiceUnreachable      no local service of a board answers (`service.top`)
     ├── TargetError             the verifier cannot serve this checkpoint
     └── VerifierError           talking to the verifier
         ├── VerifierUnreachable     no answer within the deadline (`fault`, see `link_faults.Fault`)

@@ -1,0 +1,278 @@
+"""`edge-runtime top`, as people and scripts run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import openai
+import pytest
+from rich.console import Console
+
+from edge_runtime import cli
+from edge_runtime.service.news import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
+from edge_runtime.service.onlooker import MOST_TOKENS, Onlooker
+from edge_runtime.service.screen import curve, plain, screen
+from tests.edge_runtime.service.conftest import board_process
+
+PROMPT = "def read_config(path):\n"
+COMMAND = [sys.executable, "-m", "edge_runtime.cli", "top"]
+
+
+def top(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_one_look(url: str, client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=24)
+    done = top("--url", url, "--once")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = " ".join(done.stdout.split())
+    assert "on this machine" in shown
+    assert "plan: 5 drafted here + 1 by the target, fixed" in shown
+    assert "last round: " in shown
+    assert answer.choices[0].text.split()[0] in shown
+    # What this machine has no sensor for is not there.
+    assert "battery" not in shown
+    # Without a terminal, a look is all there is.
+    assert "plan: 5 drafted" in top("--url", url).stdout
+
+
+def test_one_look_as_json(url: str, client: openai.OpenAI) -> None:
+    client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=24)
+    done = top("--url", url, "--once", "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    summary = json.loads(line)
+    assert summary["board"]["type"] == "board"
+    assert summary["gauges"]["tokens"] >= 24
+    assert 0 < summary["rates"]["acceptance"] <= 1
+    assert (summary["plan"]["draft"], summary["plan"]["reason"]) == (5, "fixed")
+    assert summary["round"]["sent"] > 0
+    assert PROMPT.strip() not in line
+
+
+def test_every_event_as_a_line(url: str, client: openai.OpenAI) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "--url", url, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=4)
+        kinds = set()
+        while not {"board", "gauges", "tokens", "round", "planned", "begun", "ended"} <= kinds:
+            kinds.add(json.loads(process.stdout.readline())["type"])
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+        assert (process.returncode, error) == (130, b"")
+
+
+def test_live_until_interrupted(url: str, client: openai.OpenAI) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "--url", url], stdout=theirs, stderr=theirs, stdin=theirs, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=8)
+        seen = read_until(ours, "last round")
+        process.send_signal(signal.SIGINT)
+        seen += read_until(ours, None)
+        assert process.wait(20) == 130
+    os.close(ours)
+    assert "Traceback" not in seen
+    # The screen is the shell's again.
+    assert seen.rfind("\x1b[?1049l") > seen.rfind("\x1b[?1049h") >= 0
+
+
+def read_until(terminal: int, words: str | None, seconds: float = 20.0) -> str:
+    """What the terminal shows until `words`, or until its end."""
+    seen, end = "", time.monotonic() + seconds
+    while words is None or words not in seen:
+        assert time.monotonic() < end, seen
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                piece = os.read(terminal, 65536)
+            except OSError:
+                return seen
+            if not piece:
+                return seen
+            seen += piece.decode(errors="replace")
+    return seen
+
+
+def test_a_key(verifier: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("first-key\n")
+    options = ("--api-key-file", str(tmp_path / "key"))
+    with board_process(verifier, *options, "--policy", "fixed", "--threads", "1") as (_, url):
+        without = top("--url", url, "--once")
+        assert (without.returncode, without.stdout) == (2, "")
+        assert "--api-key-file" in without.stderr
+        assert top("--url", url, "--once", "--json", *options).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["--url", "http://127.0.0.1:1"], 4, "no service answers at http://127.0.0.1:1"),
+        (["--url", "http://127.0.0.1:1", "--json"], 4, "is `edge-runtime serve` running"),
+        (["--url", "nonsense"], 2, "not the URL of a service"),
+        (["--url", "http://a:x"], 2, "--url http://a:x: "),
+        (["--api-key-file", "/nowhere"], 2, "cannot read /nowhere"),
+        (["--ca-file", "/nowhere", "--url", "https://127.0.0.1:1"], 2, "cannot trust the authorities"),
+    ],
+)
+def test_errors_are_a_sentence_and_an_exit_code(
+    options: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", "--once", *options]) == code
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("edge-runtime: ")
+    assert sentence in error
+
+
+def test_a_key_never_travels_in_clear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "key").write_text("first-key\n")
+    assert cli.main(["top", "--url", "http://board.example:8400", "--api-key-file", str(tmp_path / "key")]) == 2
+    assert "unencrypted" in capsys.readouterr().err
+
+
+def test_what_is_no_service_is_told_so(verifier: str) -> None:
+    done = top("--url", verifier, "--once")
+    assert done.returncode == 4
+    assert "check --url" in done.stderr
+
+
+# Without a service
+
+
+def gauges(at: float, **fields: object) -> Gauges:
+    neutral = dict.fromkeys(
+        ("running", "waiting", "tokens", "rounds", "drafts", "drafted", "accepted", "sent", "received"), 0
+    )
+    return Gauges(**{"at": at, "verifier": "https://v.example", "privacy": "tls", **neutral, **fields})  # type: ignore[arg-type]
+
+
+def shown(onlooker: Onlooker) -> str:
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(screen(onlooker, "live"))
+    return console.export_text(styles=True)
+
+
+def onlooker_of(*events: News) -> Onlooker:
+    onlooker = Onlooker()
+    for event in events:
+        # As they come over the wire.
+        onlooker.hear(msgspec.json.decode(msgspec.json.encode(event), type=AnyNews))
+    return onlooker
+
+
+BEGUN = Begun(
+    at=1,
+    answer=7,
+    prompt="p",
+    prompt_tokens=1,
+    max_new_tokens=9,
+    temperature=0,
+    seed=0,
+    speculation=True,
+    queued_seconds=0,
+)
+
+
+def round_(**fields: object) -> Round:
+    neutral = dict.fromkeys(
+        (
+            "planned",
+            "drafted",
+            "accepted",
+            "own",
+            "draft_seconds",
+            "link_seconds",
+            "verifier_seconds",
+            "sent",
+            "received",
+        ),
+        0,
+    )
+    return Round(**{"at": 2, "answer": 7, **neutral, **fields})  # type: ignore[arg-type]
+
+
+def test_tokens_by_kind_corrections_and_what_is_withdrawn() -> None:
+    onlooker = onlooker_of(
+        BEGUN,
+        Tokens(at=2, answer=7, accepted=["a"], own=["b"]),
+        round_(drafted=3, accepted=1, own=1, corrected=1),
+        Tokens(at=3, answer=7, unverified=["c", "x"]),
+        Tokens(at=4, answer=7, accepted=["c"], own=["d"], withdrawn=["x"]),
+        # Of another answer, of which only rounds and plans are shown.
+        Tokens(at=5, answer=6, own=["z"]),
+        round_(answer=6, drafted=1, corrected=0),
+    )
+    assert onlooker.tokens == [
+        ["accepted", "a"],
+        ["corrected", "b"],
+        ["accepted", "c"],
+        ["withdrawn", "x"],
+        ["own", "d"],
+    ]
+    for number in range(MOST_TOKENS):
+        onlooker.hear(Tokens(at=6.0, answer=7, own=[str(number)]))
+    assert len(onlooker.tokens) == MOST_TOKENS
+
+
+def test_rates_and_curves() -> None:
+    onlooker = onlooker_of(
+        gauges(0.0),
+        gauges(1.0, tokens=30, drafts=4, drafted=20, accepted=15, sent=100, received=50),
+        gauges(3.0, tokens=30, drafts=4, drafted=20, accepted=15, sent=100, received=50),
+    )
+    first, second, third = onlooker.rates
+    assert first.tokens_per_second is None
+    assert (second.tokens_per_second, second.bytes_per_second) == (30.0, 150.0)
+    assert (second.acceptance, second.draft_length) == (0.75, 5.0)
+    assert (third.tokens_per_second, third.acceptance) == (0.0, 0.75)
+    onlooker.hear(gauges(20.0, drafted=20))
+    assert onlooker.rates[-1].acceptance is None
+    assert curve([None, 0.0, 5.0, 10.0]) == " ▁▅█"
+    assert curve([0.1], least=10.0) == "▁"
+
+
+def test_another_life_of_the_service_forgets_the_last() -> None:
+    board = Board(at=1, feed="a", version="1", ready=True, verifier="v", privacy="tls", max_new_tokens=1)
+    onlooker = onlooker_of(board, BEGUN, gauges(1.0), board)
+    assert onlooker.begun is not None
+    onlooker.hear(msgspec.structs.replace(board, feed="b"))
+    assert (onlooker.begun, list(onlooker.gauges)) == (None, [])
+
+
+def test_sensors_faults_and_privacy_are_shown() -> None:
+    sensors = {"watts": 5.5, "joules": 12.0, "energy": "profile", "celsius": 61.0, "battery_percent": 63.0}
+    text = shown(onlooker_of(gauges(1.0, **sensors, throttled=True, fault="the link is down", privacy="clear")))
+    for words in ("5.5 W", "modelled", "61 °C", "63 %", "throttled", "no verifier: the link is down", "NOT encrypted"):
+        assert words in text
+    assert "temperature" not in shown(onlooker_of(gauges(1.0)))
+
+
+@pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "\u202egnp", "\r\x08"])
+def test_what_models_write_does_not_command_the_terminal(hostile: str) -> None:
+    onlooker = onlooker_of(
+        msgspec.structs.replace(BEGUN, prompt=f"p{hostile}"),
+        Tokens(at=2, answer=7, own=[f"t{hostile}", "[bold]not markup[/bold]"]),
+        Planned(at=3, answer=7, draft=1, own=1, reason="r"),
+        Ended(at=4, answer=7, outcome="stop", tokens=1, drafted=0, accepted=0, rounds=1, seconds=1),
+    )
+    text = re.sub(r"\x1b\[[\d;]*m", "", shown(onlooker))
+    for control in set(hostile) - {"\n"}:
+        if not control.isprintable():
+            assert control not in text
+    assert "[bold]not markup[/bold]" in text
+    assert plain("tab\tand\nline") == "tab\tand\nline"
