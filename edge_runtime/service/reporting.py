@@ -17,6 +17,7 @@ from edge_runtime.service.feed import Feed
 
 # Tokens at the end of a prompt that are shown.
 PROMPT_TOKENS = 300
+ALONE = "none can be reached; the draft goes on alone, and what it says is to be verified yet"
 # Verified tokens that say how unverified ones behind them begin.
 CONTEXT = 8
 
@@ -72,16 +73,19 @@ class Reporter:
         )
 
     def hear(self, piece: Piece) -> None:
-        """It grew."""
-        self._totals.fault = ""
+        """It grew, verified or not."""
         text, at, tail, number = self._text, time.time(), self._unverified, self._number
         start, middle = len(text.ids), len(text.ids) + len(piece.accepted)
         text.ids += piece.accepted + piece.own
         end = len(text.ids)
         self._totals.tokens += end - start
+        if end > start:
+            self._totals.fault = ""
+        elif piece.unverified:
+            self._totals.fault = ALONE
         if piece.own and self._first_own is None:
             self._first_own = middle
-        self._unverified = list(getattr(piece, "unverified", ()))
+        self._unverified = list(piece.unverified)
         withdrawn = tail[_common(tail, text.ids[start:] + self._unverified) :]
         unverified = self._unverified
         self._feed.add(
