@@ -114,7 +114,7 @@ async def generate(options: argparse.Namespace, prompt: str) -> int:
                 file=sys.stderr,
             )
         if not options.quiet:
-            print(f"{generation.version}: {summary(generation.statistics)}", file=sys.stderr)
+            print(f"{generation.version or 'no verifier'}: {summary(generation.statistics)}", file=sys.stderr)
     return 0
 
 
