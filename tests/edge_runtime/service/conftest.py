@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import openai
@@ -116,8 +117,13 @@ async def both(
     deadline: float = 30.0,
     planner: Planner | None = None,
     chat: Chat | None = None,
+    **board: Any,
 ) -> AsyncIterator[Both]:
-    """A board and its verifier in this event loop, for whoever wants to look inside or break something."""
+    """A board and its verifier in this event loop, for whoever wants to look inside or break something.
+
+    Args:
+        board: other fields of `Board`.
+    """
     verifier = Cloud(target)
     await verifier.start()
     try:
@@ -126,8 +132,8 @@ async def both(
             server = Server(service.app, Listening(port=0))
             await server.start()
             try:
-                board = Board(draft, chat or read_chat(BUNDLE), planner or FixedPlanner(FIXED), Surroundings)
-                service.open(board)
+                fields: dict[str, Any] = {"surroundings": Surroundings, **board}
+                service.open(Board(draft, chat or read_chat(BUNDLE), planner or FixedPlanner(FIXED), **fields))
                 async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as talking:
                     yield Both(server.url, service, verifier, talking)
                 await service.drain(0.0)

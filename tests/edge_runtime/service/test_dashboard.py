@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import httpx
 import openai
 import pytest
 
+from cloud_verifier.target import Target
+from edge_runtime import alone, listening
+from edge_runtime.draft import OnnxDraft
 from edge_runtime.service import dashboard
 from tests.edge_runtime.service.browser import Tab, chromium
-from tests.edge_runtime.service.conftest import board_process
+from tests.edge_runtime.service.conftest import Both, board_process, both
 
 PROMPT = "def read_config(path):\n"
 SHOWN = ".answer:first-child pre"
@@ -210,6 +214,51 @@ def test_a_board_that_goes_and_comes_back(browser: Any, verifier: str) -> None:
             tab.ask(PROMPT, tokens=8)
             assert tab.page.locator(".answer").count() == 1
             tab.close()
+
+
+async def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
+    target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
+    loop = asyncio.get_running_loop()
+
+    def look(pair: Both) -> tuple[str, int, list[str]]:
+        """In a thread: the board and its verifier live in this loop."""
+
+        def here(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+            asyncio.run_coroutine_threadsafe(step(), loop).result(20)
+
+        with chromium() as browser:
+            tab = Tab(browser, pair.url)
+            tab.state("live")
+            tab.page.fill("#max-tokens", "200")
+            tab.page.fill("#temperature", "0")
+            tab.page.click("#go")
+            tab.page.wait_for_selector(f"{SHOWN} .accepted", state="attached")
+            here(pair.cloud.stop)
+            tab.until("document.querySelectorAll('#answers .unverified').length > 20")
+            tab.page.wait_for_selector("#fault:visible")
+            here(pair.cloud.start)
+            tab.page.wait_for_selector("#go:enabled")
+            tab.until("!document.querySelector('#answers .unverified, .answer[data-writing]')")
+            tab.until("document.querySelector('#fault').hidden")
+            struck = tab.page.locator(f"{SHOWN} .withdrawn").count()
+            verified = f"{SHOWN} span:not(.prompt, .withdrawn)"
+            text = "".join(tab.page.eval_on_selector_all(verified, "spans => spans.map(s => s.textContent)"))
+            assert tab.page.inner_text("#count-withdrawn") == str(struck)
+            tab.close()
+            return text, struck, tab.complaints
+
+    async with both(target, draft, on_link_loss="draft") as pair:
+        text, struck, complaints = await asyncio.to_thread(look, pair)
+        extra = {"speculation": False}
+        alone_ = await pair.client.completions.create(
+            model="", prompt=PROMPT, max_tokens=200, temperature=0, extra_body=extra
+        )
+    assert text == alone_.choices[0].text
+    assert struck > 0
+    assert complaints == []
 
 
 def test_the_files_are_served_with_a_strict_policy(url: str) -> None:
