@@ -92,3 +92,21 @@ async def test_a_failed_answer_gives_its_place_back() -> None:
         async with queue.place():
             raise RuntimeError
     assert queue.running == 0
+
+
+async def test_more_places_are_taken_at_once_and_fewer_as_answers_end() -> None:
+    queue = Queue(1, 3)
+    guests = Guests(queue)
+    await guests.arrive(0, 1, 2, 3)
+    queue.resize(3, 1)
+    await asyncio.sleep(0.01)
+    assert (guests.served, queue.running, queue.waiting) == ([0, 1, 2], 3, 1)
+    with pytest.raises(Refusal):
+        queue.check_room()
+    queue.resize(1, 3)
+    for name, served in ((0, 3), (1, 3), (2, 4)):
+        await guests.depart(name)
+        assert len(guests.served) == served
+    # Who waited while there were more places still has one.
+    await guests.depart(3)
+    assert (queue.running, queue.waiting) == (0, 0)

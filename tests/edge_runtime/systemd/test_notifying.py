@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -81,6 +82,12 @@ def url(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().split()[-1]
 
 
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not true():  # noqa: ASYNC110 - there is nothing to wait for but this
+            await asyncio.sleep(0.01)
+
+
 def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(ear: Ear) -> None:
     with started(ear, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
         assert ear.until("STATUS=") == "STATUS=loading the draft"
@@ -92,7 +99,7 @@ def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(ear: Ear) ->
             ear.until("WATCHDOG=1")
         times = [at for at, text in ear.heard if text == "WATCHDOG=1"]
         # Three to its time; a busy machine may be late, but not always.
-        assert sorted(b - a for a, b in zip(times, times[1:], strict=False))[2] < 0.6
+        assert sorted(b - a for a, b in itertools.pairwise(times))[2] < 0.9
         process.send_signal(signal.SIGTERM)
         assert ear.until("STOPPING=1").startswith("STOPPING=1\nSTATUS=")
         assert process.wait(SECONDS) == 0
@@ -221,18 +228,16 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
     engine = Engine(Held, lambda target: None, lambda: 0)
     assert engine.stalled_seconds == float("inf")
     engine.start()
-    while engine.target is None:
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.target is not None)
     assert engine.stalled_seconds == 0.0
     answer = Answer(wire.RoundRequest(wire.VERSION, 0, 3, [], n=1))
-    engine.submit(Session([1, 2, 3], Sampling(), engine.target.new_cache(), answer), answer)
+    engine.submit(Session([1, 2, 3], Sampling(), tiny.new_cache(), answer), answer)
     await asyncio.to_thread(held.wait, SECONDS)
     await asyncio.sleep(0.05)
     assert engine.stalled_seconds >= 0.05
     go_on.set()
     await answer.whole()
-    while engine.stalled_seconds:
-        await asyncio.sleep(0.01)
+    await until(lambda: not engine.stalled_seconds)
     engine.stop()
     # Its thread has ended: nobody would be served.
     assert engine.stalled_seconds == float("inf")
