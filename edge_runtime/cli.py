@@ -30,6 +30,7 @@ examples:
   edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
   edge-runtime probe --once
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier 32b
+  edge-runtime service install --now
 
 exit codes: 0 fine, 2 bad input, 3 the draft bundle is unusable, 4 the verifier refused or cannot be reached
 """

@@ -14,6 +14,7 @@
     ├── DraftError              the draft model at work
     │   └── ContextOverflow         more tokens than the draft's context holds
     ├── ServiceUnreachable      no local service of a board answers (`service.top`)
+    ├── ServiceError            systemd did not do what it was asked (`systemd.units`)
     ├── TargetError             the verifier cannot serve this checkpoint
     └── VerifierError           talking to the verifier
         ├── VerifierUnreachable     no answer within the deadline (`fault`, see `link_faults.Fault`)

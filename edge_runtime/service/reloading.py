@@ -29,7 +29,7 @@ PLANNING = ("policy", "objective", "profile", "radio", "energy_budget")
 AT_ONCE = {
     *PLANNING,
     *("max_concurrent", "max_waiting", "api_key_file"),
-    *("model", "deadline", "token_file"),
+    *("model", "deadline", "token_file", "on_link_loss"),
     *("log_level", "log_prompts"),
 }
 FAILED = "the configuration has errors, and the one before is in use: see the log"
@@ -88,8 +88,11 @@ class Reloading:
         if changed & set(PLANNING):
             # What the old one has learned of the verifiers goes with it.
             planner = await asyncio.to_thread(pilot.planner_of, new, board.draft)
+        power = pilot.power_of(new)
         # Nothing below fails.
-        board = msgspec.structs.replace(board, planner=planner, model=new.model, power=pilot.power_of(new))
+        board = msgspec.structs.replace(
+            board, planner=planner, model=new.model, power=power, on_link_loss=new.on_link_loss
+        )
         logs.set_up(new.log_level, "edge-runtime", prompts=new.log_prompts)
         self._service.change(limits, keys, board)
         self._client.deadline = arguments["deadline"]
