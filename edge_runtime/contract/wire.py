@@ -7,8 +7,10 @@
 
 JSON (`application/json`) is the struct as declared, for people with curl. msgpack (`application/msgpack`) is what
 boards speak: the same fields by position instead of by name, defaults at the end dropped, and every list of token ids
-as LEB128 varints in one bin, and the CRC-32 of it all behind it: where no TLS does, something must notice a flipped
-bit, which might be a token. A round of five drafted ids costs 23 bytes up and about as many down.
+as LEB128 varints in one bin, and siblings in another: for each index of the draft one more than their count, then they
+themselves; 0 where an index has none, nothing behind the last that has. The CRC-32 of it all comes last: where no TLS
+does, something must notice a flipped bit, which might be a token. A round of five drafted ids costs 23 bytes up and
+about as many down.
 
 Where no content type is given, a body is msgpack: on HTTP/1.1 the header would cost more than most bodies.
 
@@ -98,7 +100,7 @@ class RoundRequest(Message, frozen=True):
     position: Count
     draft: list[TokenId] = []
     n: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1
-    siblings: dict[Annotated[int, msgspec.Meta(ge=0)], list[TokenId]] = {}
+    siblings: dict[Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)], list[TokenId]] = {}
     stream: bool = False
     expects: Annotated[list[TokenId], msgspec.Meta(max_length=1)] = []
 
@@ -345,16 +347,38 @@ def _packed(value: Any) -> Any:
     if _is_ids(value):
         return pack_varints(value)
     if isinstance(value, dict):
+        if value and all(type(key) is int for key in value):
+            return _pack_siblings(value)
         return {key: _packed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_packed(item) for item in value]
     return value
 
 
+def _pack_siblings(siblings: dict[int, list[int]]) -> bytes:
+    numbers: list[int] = []
+    for index in range(max(siblings, default=-1) + 1):
+        ids = siblings.get(index)
+        numbers += [0] if ids is None else [len(ids) + 1, *ids]
+    return pack_varints(numbers)
+
+
+def _unpack_siblings(packed: bytes) -> dict[int, list[int]]:
+    numbers, siblings, index, start = unpack_varints(packed), {}, 0, 0
+    while start < len(numbers):
+        size = numbers[start]
+        if size:
+            siblings[index] = numbers[start + 1 : start + size]
+        index, start = index + 1, start + max(size, 1)
+    if start > len(numbers):
+        raise ValueError("the last siblings are cut short")
+    return siblings
+
+
 def _by_name(value: Any, kind: Any) -> Any:
     """Inverse of `_by_position` as far as a struct's shape says; everything else is left for msgspec to judge."""
     if isinstance(value, bytes):
-        return unpack_varints(value)
+        return _unpack_siblings(value) if getattr(kind, "__origin__", None) is dict else unpack_varints(value)
     if isinstance(value, dict):
         return {key: _by_name(item, None) for key, item in value.items()}
     if isinstance(value, list) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
