@@ -208,8 +208,8 @@ class CompletionForm:
 
     def last(self, answer: Answer) -> msgspec.Struct:
         choice = CompletionChoice("", finish_reason=_finish(answer))
-        timings = _timings(answer)
-        return CompletionChunk(**self._head.of(answer), choices=[choice], usage=self._usage, timings=timings)
+        cost = _cost(answer) | {"usage": self._usage}
+        return CompletionChunk(**self._head.of(answer), choices=[choice], **cost)
 
     def usage(self, answer: Answer) -> msgspec.Struct:
         return CompletionChunk(**self._head.of(answer), choices=[], usage=_usage(answer))
@@ -233,8 +233,8 @@ class ChatForm:
 
     def last(self, answer: Answer) -> msgspec.Struct:
         choice = ChatChunkChoice(Delta(), _finish(answer))
-        timings = _timings(answer)
-        return ChatChunk(**self._head.of(answer), choices=[choice], usage=self._usage, timings=timings)
+        cost = _cost(answer) | {"usage": self._usage}
+        return ChatChunk(**self._head.of(answer), choices=[choice], **cost)
 
     def usage(self, answer: Answer) -> msgspec.Struct:
         return ChatChunk(**self._head.of(answer), choices=[], usage=_usage(answer))
@@ -266,7 +266,7 @@ def _standing(change: Change) -> dict[str, Any]:
 
 
 def _cost(answer: Answer) -> dict[str, Any]:
-    """What a whole answer says of itself."""
+    """What a whole answer says of itself, and the last chunk."""
     return {
         "usage": _usage(answer),
         "timings": _timings(answer),
