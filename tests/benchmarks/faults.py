@@ -27,7 +27,17 @@ DEFAULT = [name for name in FAULTS if name != "cable-4s"]
 
 def show(rows: list[Row], console: Console) -> None:
     table = Table(title="answers under faults")
-    for column in ("fault", "answers", "right", "typed errors", "lost", "hung", "differing", "passed off"):
+    for column in (
+        "fault",
+        "answers",
+        "right",
+        "unverified (chars taken back)",
+        "typed errors",
+        "lost",
+        "hung",
+        "differing",
+        "passed off",
+    ):
         table.add_column(column, justify="left" if column in ("fault", "typed errors") else "right")
     for column in ("strikes (hit)", "p50, s", "p95, s", "max, s", "board MB, files", "verifier MB, files"):
         table.add_column(column, justify="right")
@@ -39,6 +49,7 @@ def show(rows: list[Row], console: Console) -> None:
             f"[red]{row.name}[/red]" if row.broken else row.name,
             str(counts.total()),
             str(counts[Kind.RIGHT]),
+            f"{counts[Kind.UNVERIFIED]} ({row.withdrawn})",
             errors,
             *(str(counts[kind]) for kind in kinds),
             f"{row.strikes} ({row.hit})",
@@ -57,7 +68,8 @@ def growth(row: Row, which: Which) -> str:
     if which not in row.after:
         return "killed"
     before, after = row.before[which], row.after[which]
-    return f"{before.resident >> 20} {(after.resident - before.resident) / 2**20:+.1f}, {before.files} {after.files - before.files:+}"
+    grown = (after.resident - before.resident) / 2**20
+    return f"{before.resident >> 20} {grown:+.0f}, {before.files} {after.files - before.files:+}"
 
 
 async def measure(
@@ -109,6 +121,9 @@ def summary(row: Row) -> dict[str, object]:
         "p50": row.median,
         "p95": row.quantile(0.95),
         "broken": row.broken,
+        "withdrawn": row.withdrawn,
+        "resident": {which: [row.before[which].resident, usage.resident] for which, usage in row.after.items()},
+        "files": {which: [row.before[which].files, usage.files] for which, usage in row.after.items()},
         "details": row.details,
     }
 

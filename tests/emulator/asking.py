@@ -52,6 +52,7 @@ class Kind(enum.StrEnum):
     """How an answer came out."""
 
     RIGHT = "right"
+    UNVERIFIED = "unverified"  # and marked so; what of it is verified is right
     ERROR = "error"  # a typed one, and whatever text came before it was right
     LOST = "lost"  # the connection to the board broke: only a board that was killed may do that
     HUNG = "hung"  # nothing came to an end in time
@@ -137,7 +138,8 @@ async def _streamed(client: httpx.AsyncClient, case: Case, body: dict[str, Any])
                 done = True
             elif failed and line:
                 return _error(200, line.removeprefix("data: "))
-            elif line:
+            # Comments say that it waits.
+            elif line and not line.startswith(":"):
                 chunk = json.loads(line.removeprefix("data: "))
                 back = _mark(chunk, "withdrawn")
                 withdrawn += back
@@ -165,7 +167,7 @@ def _compare(case: Case, text: str, unverified: int, finish: str, withdrawn: int
     if (text, finish, unverified) == (case.text, case.finish, 0):
         return Kind.RIGHT, "", withdrawn, ""
     if unverified and case.text.startswith(text[: len(text) - unverified]):
-        return Kind.RIGHT, "unverified", withdrawn, ""
+        return Kind.UNVERIFIED, "", withdrawn, ""
     kind = Kind.PASSED_OFF if unverified or withdrawn else Kind.DIFFERENT
     return kind, "", withdrawn, f"{text!r} ({finish}), not {case.text!r} ({case.finish})"
 

@@ -11,8 +11,9 @@ import contextlib
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from random import Random
+from typing import Any
 
 import httpx
 import msgspec
@@ -27,9 +28,12 @@ ASKERS = 4
 WARM_UP = 12
 # Seconds in which a process may let go of what a fault left it with.
 SETTLING = 15.0
-# What a process may hold more of, at the end: allocators keep some, connections are kept alive.
-RESIDENT_SLACK = 24 << 20
+# What a process may hold more of, at the end: the feed's history fills, allocators keep some, connections are kept
+# alive. Whether memory goes on growing is for an hour of load to tell.
+RESIDENT_SLACK = 100 << 20
 FILES_SLACK = 8
+# What an answer is to do without a verifier.
+MODES = ("wait", "draft", "draft", "wait", "draft", "wait", "fail")
 # A plan with drafts and streams in it, whatever the link.
 PLAN = ("--num-assistant-tokens", "4", "--siblings", "2", "--cloud-tokens", "3", "--max-concurrent", str(ASKERS))
 
@@ -71,7 +75,7 @@ class Strikes:
         self.hit += self.under_way
 
 
-Strike = Callable[[Strikes], Awaitable[None]]
+Strike = Callable[[Strikes], Coroutine[None, None, None]]
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -164,8 +168,8 @@ FAULTS = {
     "none": Fault(_nothing),
     "cable-1s": Fault(_cable(1.0, 4), seconds=20),
     "cable-4s": Fault(_cable(4.0, 4), seconds=30),
-    "cable-10s": Fault(_cable(10.0, 8), seconds=60),
-    "cable-60s": Fault(_cable(60.0, 25), seconds=180),
+    "cable-10s": Fault(_cable(10.0, 12), seconds=60),
+    "cable-60s": Fault(_cable(60.0, 40), seconds=180),
     "loss": Fault(_loss, seconds=60),
     "rtt-jumps": Fault(_jumping, seconds=60),
     "verifier-killed": Fault(_verifier_dies, seconds=60, kills="verifier"),
@@ -186,6 +190,7 @@ class Row(msgspec.Struct):
         strikes, hit: how often it struck, and answers that were under way then.
         before, after: what board and verifier held; None for who was killed meanwhile.
         seconds: of all answers, in order.
+        withdrawn: characters that the draft had said alone and that were taken back.
         details: of what should not have been.
         broken: promises that were, in words; nothing if all were kept.
     """
@@ -198,6 +203,7 @@ class Row(msgspec.Struct):
     before: dict[Which, Usage]
     after: dict[Which, Usage]
     seconds: list[float]
+    withdrawn: int
     details: list[str]
     broken: list[str]
 
@@ -232,29 +238,31 @@ async def run(
     limit = 3 * fault.seconds + 60
     numbers, judged = itertools.count(), list[Judged]()
 
-    async def asking(client: httpx.AsyncClient, most: int) -> None:
+    async def asking(client: httpx.AsyncClient, most: int, progress: Callable[[], None]) -> None:
         while (number := next(numbers)) < most:
             case = cases[number % len(cases)]
             await _awake(client)
             strikes.begin()
             # All ways in turn: streamed or whole, drafted or by the cloud alone.
-            more = {"speculation": False} if number % 5 == 4 else {}
+            more: dict[str, Any] = {"on_link_loss": MODES[number % len(MODES)]}
+            if number % 5 == 4:
+                more["speculation"] = False
             judged.append(await ask(client, case, stream=number % 2 == 0, limit=limit, **more))
             strikes.end()
             progress()
 
-    async def all_asking(most: int) -> None:
+    async def all_asking(most: int, progress: Callable[[], None]) -> None:
         async with _client(scene.url) as client:
-            await asyncio.gather(*(asking(client, most) for _ in range(ASKERS)))
+            await asyncio.gather(*(asking(client, most, progress) for _ in range(ASKERS)))
 
-    await all_asking(WARM_UP)
+    await all_asking(WARM_UP, lambda: None)
     warm, judged[:] = list(judged), []
     numbers = itertools.count()
     before = {which: scene.usage(which) for which in ("board", "verifier")}
     done = scene.spoil(fault.mischief)
-    striking = asyncio.create_task(_strike(fault.strike, strikes))
+    striking = asyncio.ensure_future(fault.strike(strikes))
     try:
-        await all_asking(answers)
+        await all_asking(answers, progress)
     finally:
         striking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -273,7 +281,12 @@ async def run(
         before,
         after,
         sorted(each.seconds for each in judged),
-        [f"{each.kind}: {each.code} {each.detail}".strip() for each in judged if each.kind != Kind.RIGHT],
+        sum(each.withdrawn for each in judged),
+        [
+            f"{each.kind}: {each.code} {each.detail}".strip()
+            for each in judged
+            if each.kind not in (Kind.RIGHT, Kind.UNVERIFIED)
+        ],
         [],
     )
     row.broken = list(_broken(fault, row))
@@ -283,10 +296,8 @@ async def run(
 
 
 def _broken(fault: Fault, row: Row) -> list[str]:
-    broken = []
-    for kind in (Kind.HUNG, Kind.DIFFERENT, Kind.PASSED_OFF, Kind.UNTYPED):
-        if row.answers[kind]:
-            broken.append(f"{row.answers[kind]} {kind}")
+    never = (Kind.HUNG, Kind.DIFFERENT, Kind.PASSED_OFF, Kind.UNTYPED)
+    broken = [f"{row.answers[kind]} {kind}" for kind in never if row.answers[kind]]
     if row.answers[Kind.LOST] and not fault.losable:
         broken.append(f"{row.answers[Kind.LOST]} lost")
     if fault.strike is not _nothing and not row.hit:
@@ -299,10 +310,6 @@ def _broken(fault: Fault, row: Row) -> list[str]:
         if more > FILES_SLACK:
             broken.append(f"{which} holds {more} more files")
     return broken
-
-
-async def _strike(strike: Strike, strikes: Strikes) -> None:
-    await strike(strikes)
 
 
 async def _settled(scene: Scene, before: dict[Which, Usage], killed: Which | None) -> dict[Which, Usage]:

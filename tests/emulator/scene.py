@@ -6,7 +6,6 @@ The caller's thread must be inside the board's namespace (`network.inside("board
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +39,7 @@ class Usage(msgspec.Struct, frozen=True):
     def of(cls, pid: int) -> Usage:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         resident = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-        return cls(resident, len(os.listdir(f"/proc/{pid}/fd")))
+        return cls(resident, len(list(Path(f"/proc/{pid}/fd").iterdir())))
 
 
 class Scene:
@@ -111,7 +110,7 @@ class Scene:
 
     async def _start(self, which: Which, command: list[str]) -> None:
         # Started here, in the main thread: it dies with the thread that starts it.
-        process = self._processes[which] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = self._processes[which] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
         assert process.stdout is not None
         async with asyncio.timeout(START_SECONDS):
             line = await asyncio.to_thread(process.stdout.readline)
