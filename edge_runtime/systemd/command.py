@@ -29,7 +29,7 @@ DESCRIPTION = """\
 Runs the board's service with systemd: from boot on, watched, started again after a fault, and with few rights. It reads
 /etc/flexspec/config.toml if that exists, and again at `systemctl reload flexspec-edge`; its bundle store is
 /var/lib/flexspec/bundles. Secrets are files that only root can read: /etc/credstore/flexspec.verifier-token and
-/etc/credstore/flexspec.api-key.
+/etc/credstore/flexspec.api-key; systemd reads them when the service starts, so a new one needs a restart.
 
 examples:
   edge-runtime config check /etc/flexspec/config.toml
