@@ -24,6 +24,10 @@ GRACE_SECONDS = 3.0
 # For a request's headers: whoever sends none holds a connection.
 HEADER_MILLISECONDS = 10_000
 BACKLOG = 1024
+# A client that vanished without a word holds a connection: after so many seconds of silence the kernel asks for it, so
+# many times; and so long it may leave unacknowledged what it is sent.
+IDLE_SECONDS, ASKING_SECONDS, ASKING_TIMES = 30, 5, 3
+UNACKNOWLEDGED_SECONDS = 45
 # Files that a process needs beside its connections, about.
 OTHER_FILES = 100
 MOST_CONNECTIONS = 10_000
@@ -107,6 +111,7 @@ class Server:
                 await asyncio.sleep(0.02)
             else:
                 writer.close()
+                _notice_the_vanished(self._port)
                 return
         raise taken
 
@@ -133,6 +138,29 @@ def stop_requested() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     return stopping
+
+
+def _notice_the_vanished(port: int) -> None:
+    """Sets keep-alive for what is accepted on `port` from now on: accepted sockets are as the listening one.
+
+    Granian makes that itself and does not hand it out, so it is looked for among this process's files.
+    """
+    for file in Path("/proc/self/fd").iterdir():
+        try:
+            found = socket.socket(fileno=int(file.name))
+        except OSError:
+            continue
+        try:
+            inet = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
+            if inet and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_SECONDS)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKING_SECONDS)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ASKING_TIMES)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED_SECONDS)
+        finally:
+            # It is granian's to close.
+            found.detach()
 
 
 def _most_connections() -> int:

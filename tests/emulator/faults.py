@@ -27,11 +27,11 @@ CALM = steady(0.02)
 ASKERS = 4
 WARM_UP = 12
 # Seconds in which a process may let go of what a fault left it with.
-SETTLING = 15.0
+SETTLING = 60.0
 # What a process may hold more of, at the end: the feed's history fills, allocators keep some, connections are kept
 # alive. Whether memory goes on growing is for an hour of load to tell.
 RESIDENT_SLACK = 100 << 20
-FILES_SLACK = 8
+CALM_FILES, FILES_SLACK = 2, 8
 # What an answer is to do without a verifier.
 MODES = ("wait", "draft", "draft", "wait", "draft", "wait", "fail")
 # A plan with drafts and streams in it, whatever the link.
@@ -318,7 +318,7 @@ async def _settled(scene: Scene, before: dict[Which, Usage], killed: Which | Non
     end = asyncio.get_running_loop().time() + SETTLING
     while True:
         now = {which: scene.usage(which) for which in left}
-        calm = all(usage.files <= before[which].files for which, usage in now.items())
+        calm = all(usage.files <= before[which].files + CALM_FILES for which, usage in now.items())
         if calm or asyncio.get_running_loop().time() > end:
             return now
         await asyncio.sleep(0.25)
