@@ -154,6 +154,7 @@ class Service:
         self._keys = bool(keys)
         self._callers = Callers(keys, self._local)
         self._queue.resize(limits.max_concurrent, limits.max_waiting)
+        self._telling.change(board.power, limits.max_new_tokens)
 
     def status(self) -> str:
         """What it does now, in a line without any text of prompts."""

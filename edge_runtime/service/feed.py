@@ -65,6 +65,7 @@ class Feed:
         # The newest moment that is in the ring no more.
         self._forgotten = 0
         self._watchers: set[asyncio.Event] = set()
+        self._dismissals = 0
         self._closed = False
 
     def add(self, make: Callable[[], News]) -> None:
@@ -76,6 +77,11 @@ class Feed:
     def add_gauges(self, gauges: Gauges) -> None:
         """How the board does now."""
         self._add(self._gauges, lambda: gauges)
+
+    def dismiss(self) -> None:
+        """Ends all streams at once: who may watch still will come again."""
+        self._dismissals += 1
+        self._wake()
 
     def close(self) -> None:
         """Ends all streams, once they have said what there was."""
@@ -96,7 +102,8 @@ class Feed:
     async def stream(self, greeting: News, after: str, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         """Server-sent events: `greeting`, the history, and what happens from now on.
 
-        Ends when the feed is closed, when `gone` is done, or when the next event is forgotten: it is read too slowly.
+        Ends when the feed is closed, when `gone` is done, when all are dismissed, or when the next event is forgotten:
+        it is read too slowly.
 
         Args:
             after: id of the last event that is known already; of another feed, it means nothing.
@@ -108,8 +115,8 @@ class Feed:
             yield event(greeting)
             feed, _, number = after.partition("-")
             known = int(number) if feed == self.name and number.isdecimal() else 0
-            first = True
-            while not gone.done():
+            first, dismissals = True, self._dismissals
+            while not gone.done() and dismissals == self._dismissals:
                 changed.clear()
                 if self._forgotten > known and not first:
                     return

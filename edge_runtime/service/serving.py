@@ -28,6 +28,8 @@ Serves OpenAI's HTTP interface on this board: /v1/completions, /v1/chat/completi
 draft runs here, the target in the cloud. Prometheus finds /metrics, programs /openapi.json, watchdogs /readyz. SIGHUP
 has it read the configuration again. `edge-runtime service` has systemd run it.
 
+At its URL is a dashboard for browsers; `edge-runtime top` shows the same in a terminal, and /events tells programs.
+
 examples:
   edge-runtime serve --verifier https://verifier.example
   edge-runtime serve --host 0.0.0.0 --api-key-file keys --certificate board.pem --key board.key
@@ -116,7 +118,10 @@ async def serve(options: argparse.Namespace) -> int:
         raise InputError("--certificate and --key go together")
     local = _is_local(options.host)
     if not local and not keys:
-        log.warning("everybody who reaches %s can use this service: --api-key-file asks for keys", options.host)
+        log.warning(
+            "everybody who reaches %s can use this service, and read what others ask it: --api-key-file asks for keys",
+            options.host,
+        )
     stopping, notifier = stop_requested(), Notifier()
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(VerifierClient(**calling.client_arguments(options)))

@@ -42,6 +42,11 @@ class Telling:
         self.pulse.surroundings, self.pulse.power = surroundings, power
         self._beating = asyncio.create_task(self.pulse.run())
 
+    def change(self, power: Power | None, max_new_tokens: int) -> None:
+        """From now on these; and who watches shows a key again, which may be needed or void now."""
+        self.pulse.power, self._max_new_tokens = power, max_new_tokens
+        self._feed.dismiss()
+
     def close(self) -> None:
         """Ends all streams."""
         self._feed.close()

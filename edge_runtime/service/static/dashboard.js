@@ -26,7 +26,7 @@ const ms = (seconds) => `${(1e3 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
 
 const tiles = $("tiles");
 const gauges = {
-  rate: new Tile(tiles, { name: "rate", title: "Tokens per second", unit: "", digits: 1, most: 10 }),
+  rate: new Tile(tiles, { name: "rate", title: "Speed", unit: "tokens/s", digits: 1, most: 10 }),
   acceptance: new Tile(tiles, { name: "acceptance", title: "Acceptance", unit: "%", kind: "accepted", most: 100, fixed: true }),
   draft: new Tile(tiles, { name: "draft", title: "Draft length", unit: "tokens", kind: "accepted", digits: 1, most: 4 }),
   rtt: new Tile(tiles, { name: "rtt", title: "Round trip", unit: "ms", digits: 1, most: 1 }),

@@ -23,6 +23,7 @@ from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.service import feed as feeding
 from edge_runtime.service.answers import Answer, Order
+from edge_runtime.service.app import Limits
 from edge_runtime.service.events import EventStream
 from edge_runtime.service.feed import Feed
 from edge_runtime.service.news import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
@@ -335,6 +336,24 @@ async def test_a_watcher_that_goes_leaves_nothing_behind_and_there_are_not_too_m
     assert await asyncio.gather(*ending) == [b"end"] * len(watchers)
     feed.check_room()
     assert not feed._watchers
+
+
+async def test_with_other_keys_who_watches_must_show_one_again(target: Target, draft: OnnxDraft) -> None:
+    async with both(target, draft) as pair, httpx.AsyncClient() as client:
+        async with client.stream("GET", f"{pair.url}/events") as response:
+            pieces = response.aiter_text()
+            await anext(pieces)
+            board = pair.service._board
+            assert board is not None
+            pair.service.change(Limits(max_new_tokens=9), frozenset({"other"}), board)
+            async with asyncio.timeout(5):
+                async for _ in pieces:
+                    pass
+        assert (await client.get(f"{pair.url}/events")).status_code == 401
+        headers = {"authorization": "Bearer other"}
+        async with client.stream("GET", f"{pair.url}/events", headers=headers) as response:
+            (greeting,) = parsed((await anext(response.aiter_text())).partition("\n\n")[0] + "\n\n")
+            assert greeting.news.max_new_tokens == 9
 
 
 async def test_who_takes_nothing_is_dropped() -> None:

@@ -1,0 +1,62 @@
+"""The README's picture of the dashboard: `python -m tests.edge_runtime.service.screenshot`.
+
+A real board and verifier answer in a real browser. The sensors are recorded ones of a Raspberry Pi with a UPS hat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cloud_verifier.target import Target
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.planning.plan import Surroundings
+from edge_runtime.probes.snapshot import Prober
+from edge_runtime.probes.tcp import ByteMeter
+from edge_runtime.service.dashboard import FOLDER
+from tests.conftest import FAMILY
+from tests.edge_runtime.probes.conftest import BOARDS, roots_of
+from tests.edge_runtime.service.browser import Tab, chromium
+from tests.edge_runtime.service.conftest import BUNDLE, both
+
+PROMPTS = ("def read_config(path):\n", "import os\n", "class Queue:\n")
+# Colours of the file: the page has few, and a README should load fast.
+COLOURS = 128
+
+
+def shoot(url: str, path: Path) -> None:
+    """Asks a few things at `url`, and writes what it looks like then."""
+    with chromium() as browser:
+        tab = Tab(browser, url, width=1280, height=960)
+        tab.state("live")
+        for _ in range(3):
+            for prompt in PROMPTS:
+                tab.ask(prompt, 0, 96)
+                tab.page.wait_for_timeout(1500)
+        tab.page.evaluate("document.activeElement.blur()")
+        tab.page.screenshot(path=path)
+        tab.close()
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+async def main() -> None:
+    """Writes the picture beside the page's files."""
+    target = Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)
+    recorded = Prober(roots_of(BOARDS / "ups-hat")).take()
+    meter: ByteMeter | None = None
+
+    def surroundings() -> Surroundings:
+        return recorded.surroundings(meter.info if meter else None)
+
+    async with both(target, OnnxDraft.load(BUNDLE), surroundings=surroundings) as pair:
+        # The link is this one.
+        meter = pair.service._client.meter
+        await asyncio.to_thread(shoot, pair.url, FOLDER / "dashboard.png")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
