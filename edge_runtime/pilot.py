@@ -153,4 +153,6 @@ def _explain() -> None:
     for name in ("edge_runtime.decoding", "edge_runtime.planning"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG)
-        logger.addHandler(handler)
+        # Where a log is set up, these lines are in it already.
+        if not logger.hasHandlers():
+            logger.addHandler(handler)

@@ -156,17 +156,6 @@ class Service:
         self._queue.resize(limits.max_concurrent, limits.max_waiting)
         self._telling.change(board.power, limits.max_new_tokens)
 
-    def status(self) -> str:
-        """What it does now, in a line without any text of prompts."""
-        plan, rtt = self.metrics.plan, self.metrics.rtt_seconds
-        facts = [
-            f"K={plan.draft} n={plan.own}" if plan else "no round yet",
-            *([f"rtt {1e3 * rtt:.0f} ms"] if rtt is not None else []),
-            f"{self._queue.running} answers",
-            *([f"{self._queue.waiting} waiting"] if self._queue.waiting else []),
-        ]
-        return ", ".join(facts)
-
     async def drain(self, seconds: float) -> None:
         """From now on no answer begins; those that are being written have `seconds` to end."""
         self._stopping = True

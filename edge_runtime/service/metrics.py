@@ -61,7 +61,7 @@ class Metrics:
         self._drafted_bytes = self._accepted_total = 0
         self.plan: Plan | None = None
         self.rtt_seconds: float | None = None
-        self._client = client
+        self._queue, self._client = queue, client
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"flexspec_{name}", text, labels, registry=registry)
@@ -117,6 +117,16 @@ class Metrics:
     def page(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def status(self) -> str:
+        """What the service does now, in a line without any text of prompts."""
+        facts = [
+            f"K={self.plan.draft} n={self.plan.own}" if self.plan else "no round yet",
+            *([f"rtt {1e3 * self.rtt_seconds:.0f} ms"] if self.rtt_seconds is not None else []),
+            f"{self._queue.running} answers",
+            *([f"{self._queue.waiting} waiting"] if self._queue.waiting else []),
+        ]
+        return ", ".join(facts)
 
     def add_outcome(self, outcome: Outcome) -> None:
         """Counts one planned round."""

@@ -57,7 +57,7 @@ class Reloading:
 
     def status(self) -> str:
         """What the service does, and whether its configuration is another than the file's."""
-        return self._service.status() + (f"; {FAILED}" if self._failed else "")
+        return self._service.metrics.status() + (f"; {FAILED}" if self._failed else "")
 
     async def run(self, board: Board) -> None:
         """Reloads whenever it is asked, until cancelled."""
