@@ -72,20 +72,24 @@ def growth(row: Row, which: Which) -> str:
     return f"{before.resident >> 20} {grown:+.0f}, {before.files} {after.files - before.files:+}"
 
 
-async def measure(
-    scene_network: Network, names: list[str], answers: int, options: list[str], console: Console
-) -> list[Row]:
+async def measure(network: Network, options: argparse.Namespace, console: Console) -> list[Row]:
+    answers, path = options.answers, options.json
     known = cases(TARGET)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
-    async with Scene(scene_network) as scene:
+    async with Scene(network) as scene:
         with Progress(*columns, console=console) as progress:
-            for name in names:
+            for name in options.fault:
                 task = progress.add_task(name, total=answers)
-                row = await run(scene, name, known, answers, lambda task=task: progress.advance(task), options=options)
+                row = await run(
+                    scene, name, known, answers, lambda task=task: progress.advance(task), options=options.board
+                )
                 rows.append(row)
-                if row.broken:
-                    progress.console.print(f"{name}: {', '.join(row.broken)}")
+                # An hour is long: what is known is said, and on disk.
+                counted = ", ".join(f"{count} {kind}" for kind, count in row.answers.items())
+                progress.console.print(f"{name}: {counted}; broken: {'; '.join(row.broken) or 'nothing'}", markup=False)
+                if path:
+                    path.write_text(json.dumps([summary(row) for row in rows], indent=1))
     return rows
 
 
@@ -104,10 +108,8 @@ def main() -> int:
         console.print(f"no emulator: {reason}")
         return 2
     with Network(seed=1) as network, network.inside("board"):
-        rows = asyncio.run(measure(network, options.fault, options.answers, options.board, console))
+        rows = asyncio.run(measure(network, options, console))
     show(rows, console)
-    if options.json:
-        options.json.write_text(json.dumps([summary(row) for row in rows], indent=1))
     return 1 if any(row.broken for row in rows) else 0
 
 
