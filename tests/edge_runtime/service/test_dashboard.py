@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from anyio.from_thread import start_blocking_portal
 
 from cloud_verifier.target import Target
 from edge_runtime import alone, listening
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.service import dashboard
 from tests.edge_runtime.service.browser import Tab, chromium
-from tests.edge_runtime.service.conftest import Both, board_process, both
+from tests.edge_runtime.service.conftest import board_process, both
 
 PROMPT = "def read_config(path):\n"
 SHOWN = ".answer:first-child pre"
@@ -101,25 +101,13 @@ def test_what_the_model_writes_is_text_and_nothing_else(tab: Tab) -> None:
     assert "1" not in tab.complaints
 
 
-def test_stop_and_speculation_off(tab: Tab, client: openai.OpenAI) -> None:
+def test_speculation_off_and_nothing_to_ask(tab: Tab) -> None:
     tab.ask(PROMPT, speculation=False)
     assert not kinds(tab).get("accepted")
     assert "switched speculation off" in tab.page.inner_text("#plan-reason")
     tab.page.fill("#prompt", "")
     tab.page.click("#go")
     assert tab.page.is_enabled("#go"), "an empty prompt is not sent"
-    # Waits in line behind others, and is called back.
-    streams = [
-        client.completions.create(model="", prompt=PROMPT, max_tokens=32, stream=True, extra_body={"ignore_eos": True})
-        for _ in range(2)
-    ]
-    tab.page.fill("#prompt", PROMPT)
-    tab.page.press("#prompt", "Control+Enter")
-    tab.page.click("#stop", timeout=5000)
-    tab.page.wait_for_selector("#go:enabled")
-    assert tab.page.inner_text("#asked") in ("stopped",)
-    for stream in streams:
-        stream.close()
 
 
 def test_what_the_board_refuses_is_said(tab: Tab) -> None:
@@ -190,6 +178,15 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, verifier: str, tm
         tab.ask(PROMPT)
         assert tab.page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
         assert not any("first-key" in asked for asked in tab.requests)
+        # A text that repeats itself has no end of its own.
+        tab.page.fill("#prompt", HOSTILE)
+        tab.page.fill("#temperature", "0")
+        tab.page.fill("#max-tokens", "1000")
+        tab.page.press("#prompt", "Control+Enter")
+        tab.page.click("#stop")
+        tab.page.wait_for_selector("#go:enabled")
+        assert tab.page.inner_text("#asked") == "stopped"
+        tab.until("document.querySelector('.answer:first-child h3').textContent.includes('cancelled')")
         tab.page.reload()
         tab.state("live")
         # Two of 401, which Chromium writes down itself.
@@ -216,49 +213,38 @@ def test_a_board_that_goes_and_comes_back(browser: Any, verifier: str) -> None:
             tab.close()
 
 
-async def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
-    target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
+def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
+    browser: Any, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alone, "BREATH_SECONDS", 0.1)
     monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
-    loop = asyncio.get_running_loop()
-
-    def look(pair: Both) -> tuple[str, int, list[str]]:
-        """In a thread: the board and its verifier live in this loop."""
-
-        def here(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
-            asyncio.run_coroutine_threadsafe(step(), loop).result(20)
-
-        with chromium() as browser:
-            tab = Tab(browser, pair.url)
-            tab.state("live")
-            tab.page.fill("#max-tokens", "200")
-            tab.page.fill("#temperature", "0")
-            tab.page.click("#go")
-            tab.page.wait_for_selector(f"{SHOWN} .accepted", state="attached")
-            here(pair.cloud.stop)
-            tab.until("document.querySelectorAll('#answers .unverified').length > 20")
-            tab.page.wait_for_selector("#fault:visible")
-            here(pair.cloud.start)
-            tab.page.wait_for_selector("#go:enabled")
-            tab.until("!document.querySelector('#answers .unverified, .answer[data-writing]')")
-            tab.until("document.querySelector('#fault').hidden")
-            struck = tab.page.locator(f"{SHOWN} .withdrawn").count()
-            verified = f"{SHOWN} span:not(.prompt, .withdrawn)"
-            text = "".join(tab.page.eval_on_selector_all(verified, "spans => spans.map(s => s.textContent)"))
-            assert tab.page.inner_text("#count-withdrawn") == str(struck)
-            tab.close()
-            return text, struck, tab.complaints
-
-    async with both(target, draft, on_link_loss="draft") as pair:
-        text, struck, complaints = await asyncio.to_thread(look, pair)
-        extra = {"speculation": False}
-        alone_ = await pair.client.completions.create(
-            model="", prompt=PROMPT, max_tokens=200, temperature=0, extra_body=extra
-        )
-    assert text == alone_.choices[0].text
-    assert struck > 0
-    assert complaints == []
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(both(target, draft, on_link_loss="draft")) as pair,
+    ):
+        tab = Tab(browser, pair.url)
+        tab.state("live")
+        tab.page.fill("#max-tokens", "200")
+        tab.page.fill("#temperature", "0")
+        tab.page.click("#go")
+        tab.page.wait_for_selector(f"{SHOWN} .accepted", state="attached")
+        portal.call(pair.cloud.stop)
+        tab.until("document.querySelectorAll('#answers .unverified').length > 20")
+        tab.page.wait_for_selector("#fault:visible")
+        portal.call(pair.cloud.start)
+        tab.page.wait_for_selector("#go:enabled")
+        tab.until("!document.querySelector('#answers .unverified, .answer[data-writing]')")
+        tab.until("document.querySelector('#fault').hidden")
+        struck = tab.page.locator(f"{SHOWN} .withdrawn").count()
+        verified = f"{SHOWN} span:not(.prompt, .withdrawn)"
+        text = "".join(tab.page.eval_on_selector_all(verified, "spans => spans.map(s => s.textContent)"))
+        assert tab.page.inner_text("#count-withdrawn") == str(struck)
+        assert tab.complaints == []
+        tab.close()
+        body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "speculation": False}
+        answer = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=60).json()
+        assert text == answer["choices"][0]["text"]
+        assert struck > 0
 
 
 def test_the_files_are_served_with_a_strict_policy(url: str) -> None:
