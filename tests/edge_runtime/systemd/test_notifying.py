@@ -56,9 +56,9 @@ class Ear:
         self._socket.close()
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def ear(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ear]:
-    listening = Ear(str(tmp_path / "notify") if request.param == "path" else f"@flexspec-test-{os.getpid()}")
+    listening = Ear(getattr(request, "param", str(tmp_path / "notify")))
     yield listening
     listening.close()
 
@@ -88,6 +88,7 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("ear", [f"@flexspec-test-{os.getpid()}"], indirect=True, ids=["abstract"])
 def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(ear: Ear) -> None:
     with started(ear, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
         assert ear.until("STATUS=") == "STATUS=loading the draft"
