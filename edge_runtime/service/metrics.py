@@ -96,6 +96,10 @@ class Metrics:
         )
         self._ready = counter("spec_decode_num_ready_tokens", "Drafted tokens that had been drafted ahead.")
         self._siblings = counter("spec_decode_num_sibling_hits", "Rounds in which a sibling saved a token.")
+        self._unverified = counter("unverified_tokens", "Tokens at the end of answers that no verifier has seen.")
+        self._withdrawn = counter(
+            "withdrawn_tokens", "Tokens that the draft said alone, and that the target corrected later."
+        )
         self._cloud_rounds = counter("cloud_rounds", "Rounds without a draft, by reason.", ["reason"])
         self._sent = counter("link_sent_bytes", "TCP payload to the verifier, in rounds.")
         self._received = counter("link_received_bytes", "TCP payload from the verifier, in rounds.")
@@ -167,6 +171,8 @@ class Metrics:
             return
         self._prompt_tokens.inc(len(answer.order.prompt))
         self._tokens.inc(answer.tokens)
+        self._unverified.inc(answer.unverified_tokens)
+        self._withdrawn.inc(answer.withdrawn_tokens)
         if answer.first_seconds:
             self._first.observe(answer.first_seconds)
         self._duration.observe(answer.seconds)

@@ -26,6 +26,7 @@ from edge_runtime.service.answers import Answer, Order
 from edge_runtime.service.app import Limits
 from edge_runtime.service.events import EventStream
 from edge_runtime.service.feed import Feed
+from edge_runtime.service.metrics import Metrics
 from edge_runtime.service.news import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
 from edge_runtime.service.onlooker import Onlooker
 from edge_runtime.service.pulse import Pulse, privacy
@@ -237,6 +238,9 @@ async def test_what_the_draft_says_alone_is_told_as_such_and_comes_out_right(
             if isinstance(line.news, Tokens):
                 tails.append(len(line.news.unverified))
                 verified += "".join(line.news.accepted + line.news.own)
+        page = pair.service.metrics.page().decode()
+    withdrawn = sum(kind == "withdrawn" for kind, _ in onlooker.tokens)
+    assert f"flexspec_withdrawn_tokens_total {withdrawn:.1f}\n" in page
     assert max(tails) > tails[-1] == 0
     assert verified == text
     # Some characters stand over two tokens, and are whole only in the text.
@@ -489,6 +493,10 @@ async def test_joules_are_the_sensors_or_else_modelled() -> None:
     idle, _ = await gauges(Surroundings(), "raspberry-pi-5")
     half, pulse = await gauges(Surroundings(), "raspberry-pi-5", draft_seconds=1.0)
     busy, _ = await gauges(Surroundings(), "raspberry-pi-5", draft_seconds=50.0)
+    async with VerifierClient("http://127.0.0.1:1") as client:
+        page = Metrics(Queue(1, 1), client, pulse).page().decode()
+    assert f'flexspec_board_energy_joules_total{{source="profile"}} {pulse.joules["profile"]!r}\n' in page
+    assert "flexspec_board_power_watts" not in page, "that is for sensors"
     assert (idle.watts, busy.watts) == (power.idle_watts, power.busy_watts)
     assert half.watts == pytest.approx((power.idle_watts + power.busy_watts) / 2, rel=0.05)
     assert (half.energy, set(pulse.joules)) == ("profile", {"profile"})

@@ -194,6 +194,7 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
     assert numbers["flexspec_link_bytes_per_accepted_token"] > 4
     assert numbers["flexspec_link_sent_bytes_total"] > 100
     assert numbers["flexspec_requests_running"] == 0
+    assert numbers["flexspec_unverified_tokens_total"] == numbers["flexspec_withdrawn_tokens_total"] == 0
 
 
 def test_nobody_elses_host_and_no_form_of_a_web_page(url: str) -> None:
