@@ -2,13 +2,14 @@
 
 Before each round it compares two ways to finish the text: leaving it to the cloud (K = 0, n = all that is left), or
 drafted rounds at their best cost per token (`search`). Whichever is used teaches what it costs itself. The other one is
-tried as long as it could yet turn out to be the cheaper one, and now and then later, as far as the expected loss stays
-within what exploring may cost.
+tried where the improvement that may be expected of it, all doubts weighed, is worth more than the trial; and now and
+then, as far as the expected loss stays within what exploring may cost.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -20,28 +21,32 @@ from edge_runtime.planning.levels import WIDEST
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
 from edge_runtime.planning.search import Draft, Prices, best_draft
-from edge_runtime.planning.survival import Survivals, Table
+from edge_runtime.planning.survival import Survival, Survivals, Table
 
 log = logging.getLogger("edge_runtime.planning")
 
 # Own tokens of the very first round, which shows what the link and the verifier cost; and of later trials.
 FIRST = 7
 TRIAL = 16
-# A trial may cost what it could gain on so many tokens.
+# A trial may cost what it gains on so many tokens to come, be it of drafts or of the cloud alone.
 HORIZON = 100.0
+STREAMED_HORIZON = 300.0
+# Tokens after which a trial of drafts has shown what this text is like.
+SHOWN = 24.0
 # Share of the doubt about drafts that does not concern a verifier's own as well.
-SHARED_DOUBT = 0.3
+SHARED_DOUBT = 0.5
 # Share of all time that may be spent on trials without much hope, every so many rounds, of what is not much dearer.
 SPARED = 0.004
 PAUSE = 24
 HOPELESS = 3.0
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
-# Drafted rounds cost more than told, since texts differ more than tokens of a text do: by so much at first, and then by
-# what the last hundred rounds or so came to.
+# Drafted rounds cost more than told: by so much at first, and then by what the last few hundred rounds came to. A round
+# tells little, for texts differ.
 BIAS = 1.03
-BIAS_KEPT = 0.99
-BIAS_ROUNDS = 25.0
+BIAS_KEPT = 0.997
+BIAS_ROUNDS = 200.0
+LEAST_BIAS, MOST_BIAS = 0.8, 1.3
 # Prices that moved by less than this share leave the last search's result in force.
 MOVED = 0.06
 # Share of rounds that are faster than what is counted on for drafting ahead.
@@ -131,9 +136,10 @@ class AnalyticPlanner:
         if self._queue:
             self._queue.advance(conditions.now, conditions.surroundings)
         survival = self._survivals.of(conditions.version, conditions.temperature)
+        survival.follow(conditions)
         table = survival.table()
         choice = self._choose(conditions, table)
-        plan = self._decide(conditions, choice, table, survival.doubt)
+        plan = self._decide(conditions, choice, table, survival)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "K=%d n=%d: %.1f ms a token drafted, %.1f streamed, %d left: %s",
@@ -185,6 +191,7 @@ class AnalyticPlanner:
             step_seconds=step,
             flight_seconds=min(costs.link_quantile(QUICK), link) + single,
             overhead_seconds=device.overhead_seconds,
+            queue_seconds=costs.queue.value,
             widths=widths,
             forwards=forwards,
         )
@@ -195,10 +202,10 @@ class AnalyticPlanner:
         # Most of the rounds will come later, when the link may be what it usually is.
         left = conditions.left
         later = costs.link.at(conditions.now + 0.5 * left * min(draft.cost, own * worked))
-        each = draft.cost * self._bias + (later - link) * on_air / draft.tokens
+        each = draft.cost * self._bias + (later - link) * on_air / draft.chained
         # A text's last round yields more than is left, by half a round on average.
         rounds = left + 0.5 * (draft.tokens - 1.0)
-        better = each - max(0.0, later - costs.link.other) * on_air / draft.tokens
+        better = each - max(0.0, later - costs.link.other) * on_air / draft.chained
         first, further = exchange + single * worked, own * worked + framed
         drafted, reading = prefill + each * rounds, 0
         if not conditions.ready and costs.prefill_seconds(conditions.unread) > LEAST_READING:
@@ -236,11 +243,11 @@ class AnalyticPlanner:
 
     @property
     def _bias(self) -> float:
-        """How many times more drafted rounds cost than was told; between 1 and 1.3."""
+        """How many times more drafted rounds cost than was told."""
         if not self._told:
             return BIAS
         weight = BIAS_ROUNDS * self._draft.cost * self._draft.tokens
-        return min(max((self._real + BIAS * weight) / (self._told + weight), 1.0), 1.3)
+        return min(max((self._real + BIAS * weight) / (self._told + weight), LEAST_BIAS), MOST_BIAS)
 
     def _search(self, table: Table, prices: Prices) -> Draft:
         """The best drafted round, from the last search where nothing has moved."""
@@ -249,7 +256,7 @@ class AnalyticPlanner:
             self._table, self._prices = table, prices
         return self._draft
 
-    def _decide(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> Plan:
+    def _decide(self, conditions: Conditions, choice: Choice, table: Table, survival: Survival) -> Plan:
         left, draft = choice.left, choice.draft
         streamed, drafted = choice.streamed, choice.drafted
         told = f"{1e3 * draft.cost:.0f} ms a token drafted, {1e3 * streamed / left:.0f} streamed"
@@ -258,7 +265,7 @@ class AnalyticPlanner:
                 return Plan(0, own=left, reason="drafting would not pay with any verifier")
             return Plan(0, own=FIRST, reason="nothing is known of link and verifier yet")
         if left < 2 or streamed <= drafted:
-            if left > 2 * draft.tokens and self._worth_drafting(choice, doubt):
+            if left > 2 * draft.tokens and self._worth_drafting(choice, survival):
                 return self._plan(conditions, draft, table, f"trying a draft: {told}")
             return Plan(0, own=self._stretch(choice), reason=f"the cloud alone: {told}")
         if left > TRIAL and not conditions.ready and self._worth_streaming(choice):
@@ -269,17 +276,22 @@ class AnalyticPlanner:
         ahead = f", {draft.ahead} ahead" if draft.ahead else ""
         return self._plan(conditions, draft, table, f"{draft.length} tokens{beside}{ahead}: {told}")
 
-    def _worth_drafting(self, choice: Choice, doubt: float) -> bool:
-        """Whether to draft a round although streaming seems cheaper."""
+    def _worth_drafting(self, choice: Choice, survival: Survival) -> bool:
+        """Whether to draft some rounds although streaming seems cheaper."""
         draft, left = choice.draft, choice.left
-        if not self._costs.plain:
-            # An easier text than expected is easier for a verifier that speculates, too.
-            doubt *= SHARED_DOUBT
-        hoped = choice.prefill + (choice.drafted - choice.prefill) * (1.0 - doubt)
-        loss = choice.prefill + draft.tokens * (draft.cost - choice.each)
-        if loss < choice.leaving * (choice.streamed - choice.better):
+        # If it is not, going back to streaming costs an exchange.
+        back = choice.first - choice.each
+        loss = choice.prefill + draft.tokens * (draft.cost - choice.each) + back
+        if (1.0 - choice.leaving) * loss < choice.leaving * (choice.streamed - choice.better):
             return True
-        return self._worth(loss, (choice.streamed - hoped) / left, choice.drafted < HOPELESS * choice.streamed)
+        # An easier text than expected is easier for a verifier that speculates, too.
+        each = (choice.drafted - choice.prefill) / left * (1.0 if self._costs.plain else SHARED_DOUBT)
+        dearer = (choice.drafted - choice.streamed) / left
+        # This text may be an easy one, and all texts may be easier than was learned.
+        gain = left * _hope(dearer, survival.spread * each) + HORIZON * _hope(dearer, survival.doubt * each)
+        if choice.prefill + SHOWN * dearer + back < gain:
+            return True
+        return self._worth_a_while(loss, choice.drafted < HOPELESS * choice.streamed)
 
     def _stretch(self, choice: Choice) -> int:
         """How many tokens to stream: all, or until the link is likely to be better again."""
@@ -295,13 +307,13 @@ class AnalyticPlanner:
     def _worth_streaming(self, choice: Choice) -> bool:
         """Whether to stream a few tokens although drafting seems cheaper."""
         loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * choice.draft.cost
-        hoped = choice.first + (choice.left - 1) * choice.hoped
-        return self._worth(loss, (choice.drafted - hoped) / choice.left, choice.streamed < HOPELESS * choice.drafted)
-
-    def _worth(self, loss: float, gain: float, thinkable: bool) -> bool:
-        """Whether to try what would cost `loss`, if it could gain `gain` a token; or for once in a while."""
-        if loss < HORIZON * gain:
+        dearer = (choice.streamed - choice.drafted) / choice.left
+        if loss < STREAMED_HORIZON * _hope(dearer, choice.each - choice.hoped):
             return True
+        return self._worth_a_while(loss, choice.streamed < HOPELESS * choice.drafted)
+
+    def _worth_a_while(self, loss: float, thinkable: bool) -> bool:
+        """Whether to try for once in a while what would cost `loss`."""
         if thinkable and self._since_trial > PAUSE and loss < self._credit:
             self._since_trial = 0
             self._credit -= max(0.0, loss)
@@ -319,6 +331,15 @@ class AnalyticPlanner:
             in_flight=draft.in_flight,
             reason=reason,
         )
+
+
+def _hope(dearer: float, spread: float) -> float:
+    """What is gained per token by trying what seems to cost `dearer` more, give or take `spread`, and is kept only if
+    it does not: the expected improvement under a normal distribution."""
+    if spread <= 0.0:
+        return 0.0
+    z = -dearer / spread
+    return spread * (math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) + 0.5 * z * math.erfc(-z / math.sqrt(2.0)))
 
 
 def _heat(surroundings: Surroundings) -> float:

@@ -16,7 +16,7 @@ from edge_runtime.planning.plan import Conditions, Outcome
 LINK_SECONDS = 0.05
 FORWARD_SECONDS = 0.03
 # Share by which a forward grows with each node; measured: 1.5 % for a session alone, more in full batches.
-RISE = 0.02
+RISE = 0.01
 # A round's bytes, and each id's; a stream carries FRAME_BYTES more every FRAME_SECONDS at most.
 ROUND_BYTES = 150.0
 ID_BYTES = 1.3
@@ -63,7 +63,7 @@ class Costs:
         self._observe_draft(outcome)
         if outcome.forward_seconds > 0.0:
             self._observe_verifier(outcome, bringing)
-        if not outcome.repeated and outcome.exchange_seconds > 0.0:
+        if not (outcome.repeated or outcome.early) and outcome.exchange_seconds > 0.0:
             self._observe_link(outcome)
 
     def listen(self, conditions: Conditions) -> None:

@@ -27,7 +27,7 @@ from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.survival import DOUBT, LONGEST, MOST_SIBLINGS, Table
+from edge_runtime.planning.survival import DOUBT, LONGEST, MOST_SIBLINGS, Survival, Table
 
 log = logging.getLogger("edge_runtime.planning")
 
@@ -130,7 +130,7 @@ class CorrectedPlanner(AnalyticPlanner):
         if outcome.drafted:
             judged = min(outcome.accepted + 1, outcome.drafted)
             self._lately_accepted += (1.0 - LATELY) * (outcome.accepted / judged - self._lately_accepted)
-        if not outcome.repeated:
+        if not (outcome.repeated or outcome.early):
             surprise = _log(outcome.draft_seconds + outcome.exchange_seconds, self._promised * outcome.tokens)
             self._lately_told += (1.0 - LATELY) * (surprise - self._lately_told)
 
@@ -143,11 +143,11 @@ class CorrectedPlanner(AnalyticPlanner):
         """
         raise NotImplementedError
 
-    def _decide(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> Plan:
-        plan = super()._decide(conditions, choice, table, doubt)
+    def _decide(self, conditions: Conditions, choice: Choice, table: Table, survival: Survival) -> Plan:
+        plan = super()._decide(conditions, choice, table, survival)
         chosen = "analytic"
         if plan.draft:
-            observation = np.array(self._observation(conditions, choice, table, doubt), np.float32)
+            observation = np.array(self._observation(conditions, choice, table, survival.doubt), np.float32)
             correction, chosen = self.correction(conditions, observation)
             if correction is not CORRECTIONS[0]:
                 plan = self._corrected(correction, conditions, choice, table)

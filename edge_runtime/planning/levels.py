@@ -8,7 +8,9 @@ from collections import deque
 from itertools import accumulate
 
 # A side that was never left will be stayed on for so many times as long as it has been.
-LINGERS = 2.0
+LINGERS = 4.0
+# The chance that an odd observation is no change.
+EVEN = 0.5
 # Where a curve's pieces end, and their middles.
 EDGES = (1.0, 3.0, 6.0, 10.0, 16.0, 28.0, 72.0)
 CENTRES = (1.0, 2.5, 5.0, 8.0, 13.0, 22.0, 44.0)
@@ -64,6 +66,11 @@ class Level:
     def known(self) -> bool:
         """Whether anything was observed."""
         return self.weight >= 1.0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last observation was odd, so that the level may have changed."""
+        return self._odd_weight > 0.0
 
     @property
     def reach(self) -> float:
@@ -160,7 +167,8 @@ class Wandering:
         gap = max(0.0, time - self._last)
         self._levels[now.value > self.usual] = now.value
         changes, above = now.changes, now.value > self.usual
-        now.observe(value)
+        # Where a change is more likely than not by now, one odd observation is enough.
+        now.observe(value, 1.0 if self.still(time) >= EVEN else 2.0)
         if now.changes > changes:
             # It changed at some time between the last observation and this one.
             stayed, known = (self._last + time) / 2 - self._since, self._stays[above]
@@ -180,7 +188,8 @@ class Wandering:
     def still(self, time: float) -> float:
         """The chance that the level will not have changed until `time`."""
         stays = self.stays
-        return 1.0 if math.isinf(stays) else math.exp(-max(0.0, time - self._last) / stays)
+        still = 1.0 if math.isinf(stays) else math.exp(-max(0.0, time - self._last) / stays)
+        return EVEN * still if self.now.doubtful else still
 
     @property
     def stays(self) -> float:

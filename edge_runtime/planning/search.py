@@ -49,6 +49,7 @@ class Prices(msgspec.Struct, frozen=True):
         step_seconds: of the draft.
         flight_seconds: from sending a round to its answer; quick ones, for whether something fits.
         overhead_seconds: of the board, per round.
+        queue_seconds: of a round's waiting at the verifier, early rounds included.
         widths, forwards: seconds of the verifier's forward by its nodes, on straight lines between these.
         longest: most tokens to draft.
     """
@@ -63,6 +64,7 @@ class Prices(msgspec.Struct, frozen=True):
     step_seconds: float
     flight_seconds: float
     overhead_seconds: float
+    queue_seconds: float
     widths: list[float]
     forwards: list[float]
     longest: int = LONGEST
@@ -90,7 +92,8 @@ class Draft(msgspec.Struct, frozen=True):
         length: K.
         survival: threshold of the stop rule.
         siblings, sibling_confidence, ahead, in_flight: as in `Plan`.
-        tokens: expected, per round.
+        tokens: expected, of a round that was not sent early.
+        chained: of this and of the early ones that follow it, all of which wait for one exchange.
     """
 
     cost: float
@@ -101,6 +104,7 @@ class Draft(msgspec.Struct, frozen=True):
     ahead: int = 0
     in_flight: int = 1
     tokens: float = 1.0
+    chained: float = 1.0
 
 
 class _Beside(msgspec.Struct, frozen=True):
@@ -125,13 +129,15 @@ def best_draft(table: Table, prices: Prices) -> Draft:
     if beside.count:
         costs = _round(prices, drafted, beside.named) / (1.0 + yield_ * accepted)
         row, level = divmod(int(costs.argmin()), LEVELS)
+    tokens = 1.0 + yield_ * float(accepted[row, level])
     best = Draft(
         cost=float(costs[row, level]),
         length=row + 1,
         survival=float(THRESHOLDS[level]),
         siblings=beside.count,
         sibling_confidence=beside.confidence,
-        tokens=1.0 + yield_ * float(accepted[row, level]),
+        tokens=tokens,
+        chained=tokens,
     )
     return _ahead(table, prices, best, beside.named, yield_)
 
@@ -199,20 +205,17 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     ids = counts * (1.0 + named)
     forward = _forward(prices, 1.0 + ids)
     sent = (1 + counts) * seconds + prices.overhead_seconds
-    arriving = sent + forward + (flight - prices.forwards[0])
-    second = np.maximum(forward, sent + forward - forwards)
-    third = np.maximum(forward, arriving - second)
-    others = np.maximum(forward, arriving / 2)
+    least = prices.queue_seconds + forward
+    arriving = sent + least + (flight - prices.forwards[0])
+    second = np.maximum(least, sent + forward - forwards)
+    third = np.maximum(least, arriving - second)
+    others = np.maximum(least, arriving / 2)
     each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + counts)
     more = prices.second * (second + chain * third) + (prices.second * chain**2 * others + each) / (1.0 - chain)
     chained = worked + prices.void * going + standing * more
     rounds = standing / (1.0 - chain)
-    costs = np.stack(
-        [
-            waiting / tokens,
-            chained / (tokens + rounds * (1.0 + yield_ * table.accepted[ahead, levels][:, None])),
-        ]
-    )
+    chained_tokens = tokens + rounds * (1.0 + yield_ * table.accepted[ahead, levels][:, None])
+    costs = np.stack([waiting / tokens, chained / chained_tokens])
     index = int(costs.argmin())
     if costs.flat[index] >= best.cost * (1.0 - LEAST_GAIN):
         return best
@@ -225,4 +228,5 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
         ahead=AHEAD[which],
         in_flight=int(in_flight) + 1,
         tokens=float(tokens[row, level]),
+        chained=float(chained_tokens[which, row, level] if in_flight else tokens[row, level]),
     )

@@ -1,7 +1,8 @@
 """What the draft's guesses are worth: how sure it is, how often it is right then, and how far a draft gets.
 
 Every judged token (all accepted ones and the first rejected) teaches, whatever was drafted: full information, so that
-nothing needs to be tried out. What is learned is kept per target version and temperature class and slowly forgotten.
+nothing needs to be tried out. What is learned is kept per target version and temperature class and slowly forgotten;
+what all texts taught is the prior of the next one.
 
 How far a draft gets under the stop rule follows from two learned curves. Let c be a confidence, p(c) its chance of
 being accepted and M_k = p(c_1) ... p(c_k) the chance that the first k tokens all are. A draft that stops behind a
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.planning.plan import Outcome
+from edge_runtime.planning.plan import Conditions, Outcome
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,24 +36,31 @@ GRAIN = 0.1
 LEVELS = 36
 THRESHOLDS: Floats = np.exp(-GRAIN * np.arange(LEVELS))
 
-# Share kept of old evidence per judged token, so that about the last 140 tokens count: texts differ more than a longer
-# memory gains in certainty.
-KEPT = 0.993
-# Judged tokens that a prior is worth: of how sure the draft is, of how right it is in each bin, of a sibling's rank.
+# Share kept of old evidence per judged token: about the last 1000 tokens say what texts are like, and the last 140 of
+# this text what this one is like.
+KEPT = 0.999
+KEPT_OF_TEXT = 0.993
+# Judged tokens that a prior is worth, and that all texts are worth to one of them: of how sure the draft is, of how
+# right it is in each bin, of a sibling's rank.
 PRIOR_TOKENS = 24.0
 PRIOR_PER_BIN = 5.0
 PRIOR_MISSES = 12.0
 # What another version of the target taught counts for at most so many tokens of a new one.
-INHERITED = 50.0
-# Share by which a prior may be wrong about what a drafted token costs.
+INHERITED = 300.0
+# What the prior from the bundle's evaluation is worth to all texts, as a multiple of what these are worth to one.
+WORTH = 6.0
+# Share by which a prior may be wrong about what a drafted token costs, and the judged tokens that halve its variance;
+# and the share by which texts differ in it.
 DOUBT = 0.2
+DOUBTED = 100.0
+SPREAD = 0.1
 
 # (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
 # recorded on both versions of the shipped family.
 FIFTHS = (
-    ((0.22, 0.40), (0.53, 0.70), (0.78, 0.85), (0.94, 0.97), (0.995, 0.99)),
-    ((0.08, 0.37), (0.44, 0.46), (0.80, 0.62), (0.97, 0.85), (0.998, 0.97)),
-    ((0.005, 0.50), (0.03, 0.47), (0.20, 0.53), (0.60, 0.66), (0.95, 0.94)),
+    ((0.24, 0.47), (0.57, 0.76), (0.85, 0.93), (0.97, 0.98), (0.997, 0.995)),
+    ((0.06, 0.34), (0.45, 0.49), (0.85, 0.73), (0.98, 0.89), (0.999, 0.97)),
+    ((0.002, 0.36), (0.04, 0.38), (0.26, 0.49), (0.70, 0.66), (0.97, 0.89)),
 )
 TEMPERATURES = (0.0, 0.7, 1.0)
 # Share accepted in the evaluation of the same bundle, on text that people wrote.
@@ -117,14 +126,116 @@ _SHIFTS = np.maximum(0, np.arange(LEVELS)[None, :] - np.arange(LEVELS)[:, None])
 _FALLING = (np.arange(LEVELS)[None, :] >= np.arange(LEVELS)[:, None]).astype(np.float64)
 
 
-class Survival:
-    """What is known of the draft against one target version at one temperature class.
+class _Evidence:
+    """Counts of judged tokens, slowly forgetting.
 
     Attributes:
-        judged: evidence so far, in tokens, old ones counting less.
-        reached, survived: for each draft index, how often there was a token whose forerunners were all accepted, and
-            how often it was accepted too; old ones counting less.
+        judged: how many, old ones counting less.
     """
+
+    def __init__(self, kept: float) -> None:
+        """
+        Args:
+            kept: share of old evidence per judged token.
+        """
+        self.judged = 0.0
+        self._kept = kept
+        # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
+        self._weight = 1.0
+        self._seen = [0.0] * BINS
+        self._hits = [0.0] * BINS
+        self._offered = [0.0] * MOST_SIBLINGS
+        self._sibling_hits = [0.0] * MOST_SIBLINGS
+
+    def observe(self, outcome: Outcome, judged: int) -> None:
+        """Takes in the first `judged` tokens of a draft, all of which but the last were accepted."""
+        seen, hits, weight, accepted = self._seen, self._hits, self._weight, outcome.accepted
+        for index in range(judged):
+            weight /= self._kept
+            bin_ = int(outcome.confidences[index] * BINS)
+            if bin_ >= BINS:
+                bin_ = BINS - 1
+            seen[bin_] += weight
+            if index < accepted:
+                hits[bin_] += weight
+        self.judged = self.judged * self._kept**judged + judged
+        if accepted < outcome.drafted and accepted < len(outcome.offered):
+            rank = outcome.sibling
+            for index in range(min(rank or outcome.offered[accepted], MOST_SIBLINGS)):
+                self._offered[index] += weight
+            if 0 < rank <= MOST_SIBLINGS:
+                self._sibling_hits[rank - 1] += weight
+        self._weight = weight
+        if weight > 1e100:
+            self._rescale(1.0 / weight)
+
+    def capped(self, most: float) -> _Evidence:
+        """The same, worth `most` tokens at most."""
+        heir = _Evidence(self._kept)
+        heir.__dict__.update({k: list(v) if isinstance(v, list) else v for k, v in self.__dict__.items()})
+        if heir.judged > most:
+            heir._rescale(most / heir.judged / heir._weight)
+            heir._weight = 1.0
+            heir.judged = most
+        return heir
+
+    def curves(self, prior: Curves, worth: float) -> Curves:
+        """What `prior`, worth so many times what it is to a text, becomes in the light of this."""
+        per_bin, tokens, misses = worth * PRIOR_PER_BIN, worth * PRIOR_TOKENS, worth * PRIOR_MISSES
+        unit = 1.0 / self._weight
+        right = [
+            (hits * unit + per_bin * prior) / (count * unit + per_bin)
+            for hits, count, prior in zip(self._hits, self._seen, prior.right, strict=True)
+        ]
+        total = sum(self._seen) * unit + tokens
+        sure = [(count * unit + tokens * p) / total for count, p in zip(self._seen, prior.sure, strict=True)]
+        hazards = [
+            (hits * unit + misses * prior) / (offered * unit + misses)
+            for hits, offered, prior in zip(self._sibling_hits, self._offered, prior.hazards, strict=True)
+        ]
+        right = _never_falling(right, [count * unit + per_bin for count in self._seen])
+        return Curves(sure, right, hazards)
+
+    def _rescale(self, factor: float) -> None:
+        for counts in (self._seen, self._hits, self._offered, self._sibling_hits):
+            counts[:] = [count * factor for count in counts]
+        self._weight *= factor
+
+
+class Curves(NamedTuple):
+    """How good a draft is.
+
+    Attributes:
+        sure: (BINS,) share of tokens by confidence.
+        right: (BINS,) chance of being accepted by confidence.
+        hazards: (MOST_SIBLINGS,) of the misses that no better sibling hit, the share that the r-th one hits.
+    """
+
+    sure: list[float]
+    right: list[float]
+    hazards: list[float]
+
+    def table(self) -> Table:
+        """How far drafts get."""
+        missed, hits = 1.0, [0.0]
+        for hazard in self.hazards:
+            missed *= 1.0 - hazard
+            hits.append(1.0 - missed)
+        return Table(np.array(self.sure), np.clip(self.right, 0.01, 0.999), np.array(hits))
+
+
+class Survival:
+    """What is known of the draft against one target version at one temperature class: of texts, and of this one.
+
+    Texts differ, and each is alike in itself. So what all of them taught is the prior of the next, and what a text
+    teaches counts most for itself.
+    """
+
+    _text: _Evidence
+    _end: int
+    _done: int
+    _fresh: int
+    _table: Table | None
 
     def __init__(self, kind: int, acceptance: float | None = None) -> None:
         """The prior.
@@ -144,108 +255,60 @@ class Survival:
             hits = acceptance * of_hits / of_hits.sum()
             sure = hits + (1.0 - acceptance) * of_misses / of_misses.sum()
             right = hits / sure
-        self._prior_sure: list[float] = sure.tolist()
-        self._prior_right: list[float] = right.tolist()
-        self._seen = [0.0] * BINS
-        self._hits = [0.0] * BINS
-        self._offered = [0.0] * MOST_SIBLINGS
-        self._sibling_hits = [0.0] * MOST_SIBLINGS
-        self.reached = [0.0] * LONGEST
-        self.survived = [0.0] * LONGEST
-        self.judged = 0.0
-        self._fresh = 0
-        self._table: Table | None = None
-        # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
-        self._weight = 1.0
+        self._prior = Curves(sure.tolist(), right.tolist(), list(SIBLING_HAZARDS))
+        self._all = _Evidence(KEPT)
+        self._forget_text()
+
+    @property
+    def judged(self) -> float:
+        """Evidence so far, in tokens, old ones counting less."""
+        return self._all.judged
+
+    def follow(self, conditions: Conditions) -> None:
+        """Notices where a text begins: it ends elsewhere, or goes back behind what is done."""
+        end = conditions.position + conditions.left
+        if end != self._end or conditions.position < self._done:
+            self._forget_text()
+            self._end = end
 
     def observe(self, outcome: Outcome) -> None:
         """Learns from a round's judged tokens."""
-        accepted = outcome.accepted
-        judged = min(accepted + 1, outcome.drafted)
-        if not judged:
-            # What nobody judged makes what was judged old all the same.
-            self.judged *= KEPT**outcome.own
-            return
-        seen, hits, weight = self._seen, self._hits, self._weight
-        for index in range(judged):
-            weight /= KEPT
-            bin_ = int(outcome.confidences[index] * BINS)
-            if bin_ >= BINS:
-                bin_ = BINS - 1
-            seen[bin_] += weight
-            if index < LONGEST:
-                self.reached[index] += weight
-            if index < accepted:
-                hits[bin_] += weight
-                if index < LONGEST:
-                    self.survived[index] += weight
-        self.judged = self.judged * KEPT**judged + judged
-        if accepted < outcome.drafted and accepted < len(outcome.offered):
-            rank = outcome.sibling
-            for index in range(min(rank or outcome.offered[accepted], MOST_SIBLINGS)):
-                self._offered[index] += weight
-            if 0 < rank <= MOST_SIBLINGS:
-                self._sibling_hits[rank - 1] += weight
-        self._weight = weight
-        self._fresh += judged
-        if weight > 1e100:
-            self._rescale(1.0 / weight)
+        self._done = outcome.conditions.position + outcome.tokens
+        judged = min(outcome.accepted + 1, outcome.drafted)
+        if judged:
+            self._all.observe(outcome, judged)
+            self._text.observe(outcome, judged)
+            self._fresh += judged
 
     def table(self) -> Table:
         """How far drafts get, made anew once evidence has grown enough to matter."""
-        if self._table is None or self._fresh > 8.0 + 0.2 * self.judged:
+        if self._table is None or self._fresh > 8.0 + 0.2 * self._text.judged:
             self._fresh = 0
-            self._table = Table(*self._curves())
+            self._table = self._text.curves(self._all.curves(self._prior, WORTH), 1.0).table()
         return self._table
 
     @property
     def doubt(self) -> float:
-        """Share by which drafted tokens could yet turn out to be cheaper than the table says."""
-        return DOUBT * math.sqrt(PRIOR_TOKENS / (PRIOR_TOKENS + self.judged))
+        """Share by which drafted tokens could yet turn out to be cheaper than the table says, in all texts."""
+        return DOUBT * math.sqrt(DOUBTED / (DOUBTED + self._all.judged))
 
-    def curve(self) -> list[float]:
-        """S(1), S(2), ...: how often the first k tokens of a draft were all accepted, as far as there is evidence."""
-        curve: list[float] = []
-        alive = 1.0
-        for reached, survived in zip(self.reached, self.survived, strict=True):
-            if reached <= 0.0:
-                break
-            alive *= survived / reached
-            curve.append(alive)
-        return curve
+    @property
+    def spread(self) -> float:
+        """Share by which they could yet in this text."""
+        return SPREAD * math.sqrt(PRIOR_TOKENS / (PRIOR_TOKENS + self._text.judged))
 
     def inherit(self) -> Survival:
         """What a new target version starts with: all of this, worth `INHERITED` tokens at most."""
         heir = Survival.__new__(Survival)
-        heir.__dict__.update({k: list(v) if isinstance(v, list) else v for k, v in self.__dict__.items()})
-        if heir.judged > INHERITED:
-            heir._rescale(INHERITED / heir.judged / heir._weight)
-            heir._weight = 1.0
-            heir.judged = INHERITED
-        heir._table = None
+        heir._prior, heir._all = self._prior, self._all.capped(INHERITED)
+        heir._forget_text()
         return heir
 
-    def _rescale(self, factor: float) -> None:
-        for counts in (self._seen, self._hits, self._offered, self._sibling_hits, self.reached, self.survived):
-            counts[:] = [count * factor for count in counts]
-        self._weight *= factor
-
-    def _curves(self) -> tuple[Floats, Floats, Floats]:
-        """How sure the draft is (BINS,), how right it is then (BINS,), and `Table.sibling_hits`."""
-        unit = 1.0 / self._weight
-        seen = [count * unit for count in self._seen]
-        right = [
-            (hits * unit + PRIOR_PER_BIN * prior) / (count + PRIOR_PER_BIN)
-            for hits, count, prior in zip(self._hits, seen, self._prior_right, strict=True)
-        ]
-        right = _never_falling(right, [count + PRIOR_PER_BIN for count in seen])
-        total = sum(seen) + PRIOR_TOKENS
-        sure = [(count + PRIOR_TOKENS * p) / total for count, p in zip(seen, self._prior_sure, strict=True)]
-        missed, hits_by_rank = 1.0, [0.0]
-        for hits, offered, prior in zip(self._sibling_hits, self._offered, SIBLING_HAZARDS, strict=True):
-            missed *= 1.0 - (hits * unit + PRIOR_MISSES * prior) / (offered * unit + PRIOR_MISSES)
-            hits_by_rank.append(1.0 - missed)
-        return np.array(sure), np.clip(right, 0.01, 0.999), np.array(hits_by_rank)
+    def _forget_text(self) -> None:
+        self._text = _Evidence(KEPT_OF_TEXT)
+        self._end = self._done = 0
+        self._fresh = 0
+        self._table = None
 
 
 class Survivals:

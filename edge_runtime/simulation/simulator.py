@@ -71,7 +71,8 @@ class Result(msgspec.Struct):
 
 
 class Early(msgspec.Struct, frozen=True):
-    """A round on its way before the last one is answered: its tokens, its bytes, and when it reaches the verifier."""
+    """A round on its way before the last one is answered: its tokens, its bytes, when it reaches the verifier, and
+    whether it had to be repeated for that."""
 
     plan: Plan
     conditions: Conditions
@@ -79,6 +80,7 @@ class Early(msgspec.Struct, frozen=True):
     offered: list[int]
     size: int
     arrival: float
+    repeated: bool
 
 
 class Simulator:
@@ -169,7 +171,7 @@ class _Play:
             path = self._path(done, run, drafted)
             survival = _survival(path, plan, drafted)
             ready, seconds, sent, out = drafted, 0.0, began, 0
-            arrival, repeated = max(early.arrival, ended), True
+            arrival, repeated = max(early.arrival, ended), early.repeated
             result.early += 1
         n = max(1, min(plan.own, left - drafted))
         accepted = min(drafted, run)
@@ -219,6 +221,7 @@ class _Play:
             out,
             received,
             repeated or again,
+            early is not None,
         )
         if not result.rounds:
             result.first_token_seconds = first - began
@@ -335,8 +338,8 @@ class _Play:
             return answered, None
         offered = _offered(path[drafted + 1 :], plan, count)
         size = int(ROUND_BYTES + ID_BYTES * (count + sum(offered)))
-        arrival, _ = self._world.up(now + device.overhead_seconds, size)
-        return answered, Early(following, conditions, count, offered, size, arrival)
+        arrival, repeated = self._world.up(now + device.overhead_seconds, size)
+        return answered, Early(following, conditions, count, offered, size, arrival, repeated)
 
     def _settle(self, done: int, run: int, grown: int) -> None:
         """What the draft still knows behind `grown` more tokens."""

@@ -194,6 +194,27 @@ def test_hot_boards_draft_less(objective: Objective, texts: list[Text]) -> None:
     assert drafted(Surroundings(celsius=84.0, throttled=True)) < drafted(Surroundings(celsius=50.0))
 
 
+def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
+    """A chain pays for its exchange with its first round; without the others, drafts would seem dear."""
+    planners = []
+    for early in (True, False):
+        planner = AnalyticPlanner(Objective(), Device(step_seconds=0.002, overhead_seconds=0.0))
+        planner.observe(make_outcome([], 0, own=30, asked=30, link=0.1, forward=0.05, each=0.05))
+        for index in range(120):
+            planner.plan(Conditions(100, 50, 1, version="v1"))
+            first = make_outcome([0.7] * 6, 6, link=0.1, forward=0.05, step=0.002, now=float(index))
+            planner.observe(first)
+            if early:
+                planner.observe(
+                    msgspec.structs.replace(
+                        first, ready=6, draft_seconds=0.0, first_seconds=0.05, exchange_seconds=0.05, early=True
+                    )
+                )
+        planners.append(planner)
+    assert planners[0]._costs.link.now.value == pytest.approx(planners[1]._costs.link.now.value)
+    assert planners[0]._bias < planners[1]._bias - 0.02
+
+
 def test_what_one_version_taught_is_kept_apart() -> None:
     planner = AnalyticPlanner(Objective(), Device())
     for version, accepted in (("v1", 6), ("v2", 0)) * 30:

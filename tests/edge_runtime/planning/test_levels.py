@@ -33,6 +33,21 @@ def test_what_is_seen_first_replaces_the_guess() -> None:
     assert level.value == 7.0
 
 
+def test_an_odd_observation_leaves_it_open_and_after_a_long_silence_it_is_a_change() -> None:
+    link, time = Wandering(0.04), 0.0
+    # Good for 8 s and bad for 2 s, seen ten times a second.
+    for _ in range(300):
+        link.observe(0.04 if time % 10.0 < 8.0 else 0.25, time)
+        time += 0.1
+    assert link.now.value == pytest.approx(0.25, rel=0.1) and link.still(time) > 0.8
+    link.observe(0.04, time)
+    assert link.now.value == pytest.approx(0.25, rel=0.1) and link.still(time) <= 0.5
+    link.observe(0.04, time + 0.1)
+    assert link.now.value == pytest.approx(0.04)
+    link.observe(0.25, time + 30.0)
+    assert link.now.value == pytest.approx(0.25)
+
+
 def test_a_step_change_is_followed_within_two_observations() -> None:
     noise = random.Random(1)
     level = Level(1.0)

@@ -26,6 +26,7 @@ PRICES = Prices(
     step_seconds=0.01,
     flight_seconds=0.0,
     overhead_seconds=0.0,
+    queue_seconds=0.0,
     widths=[1.0, 72.0],
     forwards=[0.02, 0.02 + 71 * 0.0005],
 )
@@ -126,6 +127,17 @@ def test_drafting_ahead_pays_on_a_fast_board_behind_a_long_link() -> None:
     assert alone.ahead == 0 and alone.in_flight == 1
     assert ahead.ahead > 0 and ahead.in_flight == 2
     assert ahead.cost < 0.95 * alone.cost
+    assert alone.chained == alone.tokens and ahead.chained > ahead.tokens
+
+
+def test_early_rounds_wait_for_their_turn_at_the_verifier_too() -> None:
+    table = make_table({19: 0.95, 10: 0.05})
+    near = msgspec.structs.replace(
+        PRICES, exchange=0.05, step=0.002, step_seconds=0.002, flight_seconds=0.05, worked=1.0, ahead=0.0
+    )
+    idle, busy = best_draft(table, near), best_draft(table, msgspec.structs.replace(near, queue_seconds=0.03))
+    # The exchange's price has the waiting of the first round; what early ones save is less by theirs.
+    assert idle.in_flight == 2 and busy.cost > 1.05 * idle.cost
 
 
 def test_drafting_ahead_is_left_where_its_energy_is_dear_or_nothing_fits() -> None:

@@ -195,7 +195,7 @@ def test_two_rounds_in_flight() -> None:
     # One text first, for a session must be open: its rounds are in flight one by one.
     plan = Plan(2, ahead=2, in_flight=2)
     result = play("." * 9, plan)
-    assert [o.repeated for o in result.log] == [False, False, True]
+    assert [o.early for o in result.log] == [False, False, True] and not any(o.repeated for o in result.log)
     first = 2 * STEP + ROUND_TRIP + FORWARD + 2 * NODE
     # The second is sent at once, its guesses being ready. The third is sent when 3 more are made, 30 ms later, and
     # its answer comes 30 ms after the second's.
