@@ -58,16 +58,17 @@ class Reporter:
         order, at, tokenizer, number = self._answer.order, time.time(), self._text.tokenizer, self._number
         queued_seconds = round(time.perf_counter() - self._asked, 4)
         end, count = order.prompt[-PROMPT_TOKENS:], len(order.prompt)
+        most, sampling, speculation = order.max_new_tokens, order.sampling, order.speculation
         self._feed.add(
             lambda: news.Begun(
                 at=at,
                 answer=number,
                 prompt=("… " if count > len(end) else "") + tokenizer.decode(end),
                 prompt_tokens=count,
-                max_new_tokens=order.max_new_tokens,
-                temperature=order.sampling.temperature,
-                seed=order.sampling.seed,
-                speculation=order.speculation,
+                max_new_tokens=most,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                speculation=speculation,
                 queued_seconds=queued_seconds,
             )
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -424,6 +426,18 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
     assert (fourth.accepted, fourth.own) == ([text[b[0]]], [text[d[0]]])
     assert (fourth.withdrawn, fourth.unverified) == ([text[c[0]]], [text[c[0]]])
     assert (fifth.withdrawn, fifth.unverified) == ([text[c[0]]], [])
+
+
+async def test_what_is_kept_keeps_no_answer(draft: OnnxDraft) -> None:
+    """Nobody has asked yet what happened, and the answer is gone with all that it was made with."""
+    feed, telling = reporter(draft)
+    telling.hear(Piece([1], [2], [3]))
+    telling.end("stop")
+    answer = weakref.ref(telling._answer)
+    del telling
+    gc.collect()
+    assert answer() is None
+    assert len(told(feed, Tokens)) == len(told(feed, Begun)) == len(told(feed, Ended)) == 1
 
 
 async def test_characters_that_span_tokens_come_whole(draft: OnnxDraft) -> None:
