@@ -2,8 +2,8 @@
 
 At once, for as long as it takes: who asks and checks every text, streamed and whole; who leaves in the middle; who
 reads slowly, or never; who vanishes; who sends half a request, or nothing, or nonsense; and crowds that are told to
-come back. A real board and a real verifier, each in a process of its own. Every minute what they hold; in the end a verdict: every
-text right, every refusal typed, and neither memory nor open files growing. Exit code 1 if not.
+come back. A real board and a real verifier, each in a process of its own. Every minute what they hold; in the end a
+verdict: every text right, every refusal typed, and neither memory nor open files growing. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Sample(msgspec.Struct, frozen=True):
     seconds: float
     board: Usage
     verifier: Usage
+
+    @property
+    def files(self) -> tuple[int, int]:
+        return self.board.files, self.verifier.files
 
 
 class Load:
@@ -259,7 +263,7 @@ async def _quiet(sample: Callable[[], Sample], wanted: Sample | None) -> Sample:
     end = time.monotonic() + (SETTLING if wanted else 12.0)
     while time.monotonic() < end:
         now = sample()
-        if wanted and now.board.files <= wanted.board.files and now.verifier.files <= wanted.verifier.files:
+        if wanted and all(held <= most + FILES_SLACK for held, most in zip(now.files, wanted.files, strict=True)):
             break
         await asyncio.sleep(0.5)
     return sample()

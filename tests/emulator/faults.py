@@ -223,12 +223,16 @@ async def run(
     progress: Callable[[], None] = lambda: None,
     *,
     options: Sequence[str] = (),
+    warm_up: int = WARM_UP,
+    settling: float = SETTLING,
 ) -> Row:
     """Asks a fresh board of `scene` for so many answers while `FAULTS[name]` strikes.
 
     Args:
         progress: called behind every answer.
         options: more of them for the board.
+        warm_up: answers before anything goes wrong.
+        settling: seconds in which processes may let go of what they were left with.
     """
     fault = FAULTS[name]
     scene.network.become(CALM)
@@ -255,7 +259,7 @@ async def run(
         async with _client(scene.url) as client:
             await asyncio.gather(*(asking(client, most, progress) for _ in range(ASKERS)))
 
-    await all_asking(WARM_UP, lambda: None)
+    await all_asking(warm_up, lambda: None)
     warm, judged[:] = list(judged), []
     numbers = itertools.count()
     before = {which: scene.usage(which) for which in ("board", "verifier")}
@@ -271,7 +275,7 @@ async def run(
     done = _less(scene.spoil(Mischief()), done)
     if done.total:
         strikes.count = strikes.hit = done.total
-    after = await _settled(scene, before, fault.kills)
+    after = await _settled(scene, before, fault.kills, settling)
     row = Row(
         name,
         Counter(each.kind for each in judged),
@@ -312,10 +316,12 @@ def _broken(fault: Fault, row: Row) -> list[str]:
     return broken
 
 
-async def _settled(scene: Scene, before: dict[Which, Usage], killed: Which | None) -> dict[Which, Usage]:
+async def _settled(
+    scene: Scene, before: dict[Which, Usage], killed: Which | None, seconds: float
+) -> dict[Which, Usage]:
     """What those hold that were not killed, once they have let go of what they will."""
     left = [which for which in before if which != killed]
-    end = asyncio.get_running_loop().time() + SETTLING
+    end = asyncio.get_running_loop().time() + seconds
     while True:
         now = {which: scene.usage(which) for which in left}
         calm = all(usage.files <= before[which].files + CALM_FILES for which, usage in now.items())

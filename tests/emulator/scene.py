@@ -43,7 +43,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Scene:
-    """Use as an async context manager, in the main thread; the verifier and the box run from the start.
+    """Use as an async context manager, or by `start` and `stop`, in the main thread.
 
     Attributes:
         network: the link between them.
@@ -58,6 +58,16 @@ class Scene:
         self._board_options: list[str] = []
 
     async def __aenter__(self) -> Scene:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def start(self) -> None:
+        """Starts the verifier and the box, and returns when they answer."""
         address = ADDRESSES["cloud"]
         box = [sys.executable, "-m", "tests.emulator.middlebox", address, str(BOX_PORT), VERIFIER, "5"]
         self._box = Controlled(self.network.command("cloud", box))
@@ -66,11 +76,9 @@ class Scene:
         except BaseException:
             self._box.stop()
             raise
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Kills them all."""
         for which in ("board", "verifier"):
             self.kill(which)
         self._box.stop()
