@@ -82,6 +82,9 @@ class Reloading:
         new: argparse.Namespace = await asyncio.to_thread(old.reread)
         changed = {name for name, value in _values(new).items() if value != _values(old).get(name)}
         limits, keys, arguments = limits_of(new), keys_of(new), calling.client_arguments(new)
+        # The verifiers stay those of the start, whatever the configuration says now: a new token goes to them.
+        here = [endpoint.url for endpoint in self._client.endpoints]
+        calling.check_private(here, bool(arguments["token"]), insecure=True)
         if new.max_concurrent > old.max_concurrent:
             check_memory(board.draft.manifest, new.max_concurrent - old.max_concurrent)
         planner = board.planner

@@ -150,6 +150,21 @@ def test_sighup_reads_the_configuration_again(ear: Ear, tmp_path: Path) -> None:
     assert f"not reloaded, everything stays as it was: an error in the configuration:\n  {config}:1:" in said
 
 
+def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(ear: Ear, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    (tmp_path / "token").write_text("secret")
+    config.write_text('[verifier]\nurls = ["http://verifier.invalid"]\ninsecure = true\n')
+    with started(ear, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
+        ear.until("READY=1")
+        # That URL counts after a restart only.
+        config.write_text('[verifier]\nurls = ["https://verifier.invalid"]\ntoken_file = "token"\n')
+        process.send_signal(signal.SIGHUP)
+        assert "the configuration has errors" in ear.until("READY=1")
+        process.terminate()
+        _, said = process.communicate(timeout=SECONDS)
+    assert "the token would go to http://verifier.invalid unencrypted" in said
+
+
 def test_a_verifier_is_ready_when_its_target_is(ear: Ear) -> None:
     arguments = (str(FAMILY / "target-v1"), "--threads", "1")
     with started(ear, "cloud_verifier.cli", *arguments, WATCHDOG_USEC="900000") as process:
