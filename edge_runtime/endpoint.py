@@ -25,6 +25,9 @@ from edge_runtime.probes.tcp import ByteMeter
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 20.0
 ACKNOWLEDGE_SECONDS = 5.0
+# While an answer is waited for, the kernel asks after so many seconds of silence, and so many later again: on a
+# connection that a NAT has forgotten, nothing else would tell.
+SILENT_SECONDS, ASKING_SECONDS = 5, 2
 # Failures in a row after which others are tried, and seconds after which this one may be tried again.
 FEW = 2
 REST_SECONDS = 30.0
@@ -164,10 +167,15 @@ class Endpoint:
     def _connections(
         self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
     ) -> httpx.AsyncClient:
-        patience = (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * ACKNOWLEDGE_SECONDS))
+        patience = [
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * ACKNOWLEDGE_SECONDS)),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKING_SECONDS),
+        ]
         client = httpx.AsyncClient(
             transport=transport
-            or httpx.AsyncHTTPTransport(verify=self._trust, http1=http1, http2=http2, socket_options=[patience]),
+            or httpx.AsyncHTTPTransport(verify=self._trust, http1=http1, http2=http2, socket_options=patience),
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
         # Every byte counts on a metered link, and nobody reads these.
