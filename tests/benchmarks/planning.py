@@ -86,6 +86,7 @@ class Cell(NamedTuple):
     verifier: str
     kind: tuple[str, float] = KINDS[0]
     slower: float = 1.0
+    seed: int = 1
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class Cell(NamedTuple):
 
     def world(self) -> World:
         return make_world(
-            self.link, self.board, self.verifier, weight_bytes=self.weight_bytes, slower=self.slower, seed=1
+            self.link, self.board, self.verifier, weight_bytes=self.weight_bytes, slower=self.slower, seed=self.seed
         )
 
     def believed(self) -> Device:
@@ -103,13 +104,13 @@ class Cell(NamedTuple):
         return self._replace(slower=1.0).world().device
 
 
-def cells(links: list[str], every: int, slower: float) -> Iterator[Cell]:
+def cells(links: list[str], every: int, slower: float, seed: int = 1) -> Iterator[Cell]:
     """Every so-many-th cell of the table, each with one kind of text, so that all kinds come with all parts."""
     for i, link in enumerate(links):
         for j, board in enumerate(BOARDS):
             for k, name in enumerate(VERIFIERS):
                 if ((i * len(BOARDS) + j) * len(VERIFIERS) + k) % every == 0:
-                    yield Cell(link, *board, name, KINDS[(i + j + k) % len(KINDS)], slower)
+                    yield Cell(link, *board, name, KINDS[(i + j + k) % len(KINDS)], slower, seed)
 
 
 class Prints(NamedTuple):
@@ -156,9 +157,10 @@ class Bench:
         started = time.perf_counter()
         prints = {kind: Prints.of(kind, self.options.texts, self.options.traces) for kind in KINDS}
         rows = []
-        for cell in cells(self.options.links, 7 if self.options.quick else 1, self.options.slower):
+        options = self.options
+        for cell in cells(options.links, 7 if options.quick else 1, options.slower, options.seed):
             rows.append(self._row(cell, prints[cell.kind]))
-            if self.options.each:
+            if options.each:
                 costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in rows[-1].costs.items())
                 self.console.print(f"{cell.name}: {costs}  ({oracle.describe(rows[-1].best)})")
         self._print_cells(rows)
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=24, help="in each cell (default: %(default)s, which is all)")
     parser.add_argument("--traces", type=Path, default=FAMILY / "acceptance.npz", help="default: the family's")
     parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
+    parser.add_argument("--seed", type=int, default=1, help="of the cells' links and verifiers (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="every seventh cell")
     parser.add_argument("--each", action="store_true", help="a line for every cell")
     tables = ("cells", "steps", "energy", "siblings", "decisions")
