@@ -15,6 +15,8 @@ Makes the frozen draft: trains it against a target, exports it to ONNX, and pack
 examples:
   draft-export onnx export/family/target-v1 export/family/draft-anchor --output /tmp/bundle
   draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
+  draft-export onnx /models/Llama-3.1-8B draft --weights int4 --context 4096 --no-acceptance --output /tmp/bundle
+  draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
   draft-export record export/family/bundle --target export/family/target-v1 --output acceptance.npz
   draft-export policy --output /tmp/policy
@@ -51,7 +53,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    from export import recipe, signing
+    from export import distilling, recipe, signing
 
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,10 +66,23 @@ def main(arguments: list[str] | None = None) -> int:
     onnx.add_argument(
         "--graph", default="fused", choices=["fused", "concat"], help="fused: fast; concat: optimum's (default: fused)"
     )
-    onnx.add_argument("--weights", choices=["int8", "mixed", "int4", "fp32"], help="default: int8; concat: fp32")
+    onnx.add_argument(
+        "--weights",
+        choices=["fp32", "fp16", "int8", "mixed", "int4", "int4-k", "int4-head8", "int4-head32"],
+        help="default: int8; concat: fp32; `draft-export forms` compares them",
+    )
     onnx.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
     onnx.add_argument("--text", type=Path, help="what to measure on (default: FlexSpec's own sources)")
     onnx.add_argument("--positions", type=int, default=2000, help="how many tokens of it (default: %(default)s)")
+    onnx.add_argument(
+        "--trim-vocabulary", type=Path, metavar="FILE", help="trim the head to the tokens of this text, and special ones"
+    )
+    onnx.add_argument("--head-size", type=int, metavar="IDS", help="and to so many of them, the most frequent")
+    onnx.add_argument(
+        "--no-acceptance",
+        action="store_true",
+        help="do not measure it: needs no memory for the target, and of its tensors only those that the draft shares",
+    )
     onnx.set_defaults(run=_onnx)
     family = commands.add_parser(
         "family",
@@ -99,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     record.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     record.set_defaults(run=_record)
     signing.add_parsers(commands)
+    distilling.add_parser(commands)
     policy = commands.add_parser(
         "policy",
         help="train the learned planner's policy",
@@ -138,6 +154,9 @@ def _onnx(options: argparse.Namespace) -> int:
         _text(options.text),
         options.context,
         options.positions,
+        not options.no_acceptance,
+        None if options.trim_vocabulary is None else _text(options.trim_vocabulary),
+        options.head_size,
     )
     with Progress("bundle", len(STEPS)) as progress:
         manifest = make_bundle(order, options.output, lambda step: progress.update(STEPS.index(step), step))
@@ -189,7 +208,7 @@ def _print(manifest: Manifest, output: Path) -> None:
         f"parity with PyTorch over {parity.positions} positions: {parity.greedy_agreement:.1%} same argmax, "
         f"largest logit difference {parity.max_logit_difference:g}"
     )
-    accepted = ", ".join(f"{share:.1%} at {name}" for name, share in manifest.acceptance.items())
+    accepted = ", ".join(f"{share:.1%} at {name}" for name, share in manifest.acceptance.items()) or "not measured"
     print(f"acceptance by the target on given text: {accepted}")
 
 
@@ -200,7 +219,7 @@ def _text(path: Path | None) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read --text: {error}") from None
+        raise InputError(f"cannot read the text {path}: {error}") from None
 
 
 if __name__ == "__main__":

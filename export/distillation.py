@@ -9,6 +9,7 @@ The losses compare two distributions over the next token, the target's p and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from edge_runtime.contract.errors import InputError
 from export.target import Text
+from export.teachers import Teacher
 from export.training import Curve, Plan, Step, fit
 
 Objective = Literal["kl", "lk", "mixed"]
@@ -63,7 +65,7 @@ def distillation_loss(
 
 
 def distil(
-    target: PreTrainedModel,
+    teachers: Sequence[Teacher],
     draft: PreTrainedModel,
     text: Text,
     plan: Plan,
@@ -71,13 +73,18 @@ def distil(
     objective: Objective = "mixed",
     checkpoint: Path | None = None,
 ) -> Curve:
-    """Trains the unfrozen parameters of `draft`, in place, to say what `target` says on `text`."""
+    """Trains the unfrozen parameters of `draft`, in place, to say what `teachers` say on `text`.
+
+    Each part of a step has one teacher, drawn at random: a draft that is to outlive its target is not taught one
+    target's habits alone (see `export.teachers`).
+    """
     torch.manual_seed(plan.seed)
 
     def loss(step: Step) -> torch.Tensor:
+        teacher = teachers[int(step.random.integers(len(teachers)))] if len(teachers) > 1 else teachers[0]
         ids = text.windows(step.rows, step.length, step.random)
         with torch.no_grad():
-            wanted = target(input_ids=ids, use_cache=False).logits
+            wanted = teacher(ids)
         return distillation_loss(wanted, draft(input_ids=ids, use_cache=False).logits, objective, step.done)
 
     return fit(draft, loss, plan, label=f"draft ({objective})", checkpoint=checkpoint)

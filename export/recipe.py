@@ -34,6 +34,7 @@ from export.layouts import build_draft
 from export.samples import sample
 from export.sizes import SIZES, Size
 from export.target import load_target, pretrain
+from export.teachers import plain
 from export.tokens import Mixture, TokenStream, read_ids, tokenise, write_ids
 from export.training import Curve, Plan, write_json
 from export.vocabulary import TOKENIZER_FILES, save_tokenizer, train_tokenizer
@@ -139,7 +140,9 @@ class Recipe:
             target, "anchor", new_blocks=self.size.new_blocks, shared_blocks=self.size.shared_blocks
         )
         with self._made(DRAFT) as (directory, checkpoint):
-            curve = distil(target, draft, text, self.size.distill, objective=self.objective, checkpoint=checkpoint)
+            curve = distil(
+                [plain(target)], draft, text, self.size.distill, objective=self.objective, checkpoint=checkpoint
+            )
             save_draft(draft, plan, self.out / TARGET, directory)
             del draft, target, text
             agreement = self.evaluate(directory)

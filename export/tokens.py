@@ -16,18 +16,19 @@ from tokenizers import Tokenizer
 from edge_runtime.contract.errors import InputError
 from export.vocabulary import END_OF_TEXT_ID
 
-Ids = npt.NDArray[np.uint16]
+Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 DOCUMENTS_AT_ONCE = 256
 
 
-def tokenise(tokenizer: Tokenizer, texts: Iterable[str]) -> Ids:
+def tokenise(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int = END_OF_TEXT_ID) -> Ids:
     """All texts as one stream, each followed by the end-of-text id; shape (tokens,)."""
     pieces: list[Ids] = []
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     remaining = iter(texts)
     while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        pieces += (np.array([*encoding.ids, END_OF_TEXT_ID], dtype=np.uint16) for encoding in encodings)
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
+        pieces += (np.array([*encoding.ids, end_id], dtype=kind) for encoding in encodings)
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=kind)
 
 
 def write_ids(path: Path, ids: Ids) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edge_runtime.contract.errors import InputError
 from export.progress import Progress
 
 # What a step is given: its number, the batch's shape, and a generator that depends on seed and step alone.
@@ -36,6 +37,7 @@ class Plan:
         peak_rate: learning rate after warm-up; it falls along a cosine to a tenth of that.
         rows, length: batch shape in sequences and tokens.
         long_length, long_share: in the last share of steps sequences are this long, with as many tokens per batch.
+        accumulate: parts that a batch is taken in, where it does not fit into memory at once; divides `rows`.
         warm_up: steps until the peak rate.
         weight_decay: of matrices; vectors have none.
         seed: of every random choice.
@@ -50,6 +52,13 @@ class Plan:
     warm_up: int = 100
     weight_decay: float = 0.1
     seed: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rows < 1 or self.length < 2 or self.accumulate < 1:
+            raise InputError("training takes at least one step of one row of two tokens")
+        if self.rows % self.accumulate:
+            raise InputError(f"a batch of {self.rows} rows cannot be taken in {self.accumulate} equal parts")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -59,15 +68,16 @@ class Plan:
         return self.peak_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
     def shape(self, step: int) -> tuple[int, int]:
-        """Sequences and tokens per sequence of a step's batch."""
+        """Sequences and tokens per sequence of a part of a step's batch."""
+        rows = self.rows // self.accumulate
         if not self.long_length or step < self.steps * (1 - self.long_share):
-            return self.rows, self.length
-        return max(1, self.rows * self.length // self.long_length), self.long_length
+            return rows, self.length
+        return max(1, rows * self.length // self.long_length), self.long_length
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a plan."""
+    """One part of a step of a plan; all parts draw from one generator."""
 
     number: int
     rows: int
@@ -102,7 +112,7 @@ def fit(
     Parameters stay float32; on a GPU the forward runs under bfloat16 autocast.
 
     Args:
-        loss: a scalar for a step; it calls the model itself.
+        loss: a scalar for a part of a step; it calls the model itself.
         checkpoint: file to write now and then and to go on from; removed by whoever stores the result.
 
     Returns:
@@ -123,13 +133,14 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = plan.rate(number)
             step = Step(number, *plan.shape(number), number / plan.steps, np.random.default_rng([plan.seed, number]))
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value = loss(step)
-            value.backward()
+            for _ in range(plan.accumulate):
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    value = loss(step) / plan.accumulate
+                value.backward()
+                total += value.detach()
             nn.utils.clip_grad_norm_(list(parameters.values()), LARGEST_GRADIENT)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            total += value.detach()
             summed += 1
             last = number + 1 == plan.steps
             if summed == record_every or last:
