@@ -28,7 +28,8 @@ FAULTS = (
     "503",
     "half-open",
     "cut",
-    "corrupted",
+    # Not `corrupted`: bits flipped in HTTP/2's own frames may lead a reply astray (see test_straying).
+    "corrupted-bodies",
     "board-killed",
 )
 
