@@ -14,10 +14,10 @@ import onnxruntime as ort
 import psutil
 from tokenizers import Tokenizer
 
-from edge_runtime.contract.bundle import Bundle, Manifest, read_bundle
+from edge_runtime.contract.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.contract.coupling import Sampling, counters
 from edge_runtime.contract.errors import BundleCorrupt, ContextOverflow, DraftError
-from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, make_runner
+from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, logits_width, make_runner
 from edge_runtime.guessing import Guesser
 
 
@@ -92,7 +92,7 @@ class OnnxDraft:
 
         Raises:
             DraftError: onnxruntime or tokenizers cannot read the files.
-            BundleCorrupt: the graph is not of the kind that the manifest says.
+            BundleCorrupt: the graph is not what the manifest says.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or min(4, psutil.cpu_count(logical=False) or 1)
@@ -115,7 +115,16 @@ class OnnxDraft:
         self.run_seconds = 0.0
         # When the steps in progress began, by their context.
         self._running: dict[int, float] = {}
-        self._counters = counters(np.arange(bundle.manifest.architecture.vocabulary_size))
+        size = bundle.manifest.architecture.vocabulary_size
+        self._head = read_head_ids(bundle)
+        ids = np.arange(size) if self._head is None else self._head
+        width = logits_width(self.session)
+        if width not in (len(ids), None):
+            raise BundleCorrupt(
+                f"{bundle.graph_path} has logits of {width} ids, and its manifest says {len(ids)}: "
+                "export the bundle again"
+            )
+        self._counters = counters(ids)
 
     @classmethod
     def load(cls, path: Path, *, threads: int = 0, verify: bool = True) -> OnnxDraft:
@@ -152,7 +161,7 @@ class OnnxDraft:
 
     def context(self) -> DraftContext:
         """A context for one text, empty at first."""
-        return DraftContext(self, Guesser(self._counters))
+        return DraftContext(self, Guesser(self._counters, self._head))
 
 
 class DraftContext:

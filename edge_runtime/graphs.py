@@ -30,7 +30,7 @@ class Runner(Protocol):
     length: int
 
     def append(self, ids: list[int]) -> Logits:
-        """Puts `ids` (at least one) behind the text. Returns the last logits, (V,), valid until the next call."""
+        """Puts `ids` (at least one) behind the text. Returns the last logits, (n,), valid until the next call."""
 
     def truncate(self, length: int) -> None:
         """Forgets everything behind the first `length` tokens."""
@@ -53,6 +53,12 @@ def graph_kind(session: ort.InferenceSession) -> str:
     return "fused" if counts_by_mask and "position_ids" not in axes else "concat"
 
 
+def logits_width(session: ort.InferenceSession) -> int | None:
+    """How many ids the logits are of; None where the graph leaves it open."""
+    width = next(node.shape[-1] for node in session.get_outputs() if node.name == "logits")
+    return width if isinstance(width, int) else None
+
+
 class FusedRunner:
     """One preallocated buffer per key and value, (1, kv_heads, capacity, head_dim), bound as past and as present."""
 
@@ -65,7 +71,8 @@ class FusedRunner:
         self._buffers: list[npt.NDArray[np.float32]] = []
         self._mask = np.empty((1, 0), np.int64)
         # The bound logits are one row: the graph computes the head for the last position only.
-        self._logits = np.empty((1, 1, architecture.vocabulary_size), np.float32)
+        width = logits_width(session) or architecture.vocabulary_size
+        self._logits = np.empty((1, 1, width), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
         self._grow(min(FIRST_CAPACITY, architecture.context))
 

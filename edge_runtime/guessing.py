@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edge_runtime.contract.coupling import Sampling, noise_bits, position_key
 
 Row = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 
 # Noise is kept for so many positions.
 KEPT = 48
@@ -24,12 +25,14 @@ PATIENCE = 4
 class Guesser:
     """Guesses tokens of one text."""
 
-    def __init__(self, counters: npt.NDArray[np.uint64]) -> None:
+    def __init__(self, counters: npt.NDArray[np.uint64], ids: Ids | None = None) -> None:
         """
         Args:
-            counters: of all ids, as `coupling.counters` makes them.
+            counters: of the ids that logits are of, as `coupling.counters` makes them.
+            ids: these ids, ascending; None where they count from 0.
         """
         self._counters = counters
+        self._ids = ids
         # By position, for `_seed`.
         self._noise: dict[int, Row] = {}
         self._seed = -1
@@ -44,7 +47,7 @@ class Guesser:
         """The `count` best candidates by coupled score, best first, and the probability of the first.
 
         Args:
-            logits: (V,) float32, finite.
+            logits: (n,) float32, finite, one for each id.
             position: of the token to guess, 0 being the first prompt token.
             count: at least 1; fewer candidates may come where top-k and top-p exclude the others.
         """
@@ -64,7 +67,7 @@ class Guesser:
             left -= float(mass[out].sum())
         if top_p < 1.0 and top_p * left <= 1.0:
             # The most probable token, of mass 1 here, is all that top-p keeps.
-            return [int(mass.argmax())], 1.0 / total
+            return self._named([int(mass.argmax())]), 1.0 / total
         passed = 0
         while len(ids) < count and passed < (PATIENCE if ids else FIRST_PATIENCE):
             token = int(scores.argmax())
@@ -78,7 +81,11 @@ class Guesser:
             scores[token] = -np.inf
         # Something must be guessed.
         ids = ids or [int(mass.argmax())]
-        return ids, float(mass[ids[0]]) / total
+        return self._named(ids), float(mass[ids[0]]) / total
+
+    def _named(self, places: list[int]) -> list[int]:
+        """The ids at these places among the logits."""
+        return places if self._ids is None else self._ids[places].tolist()
 
     def _noise_at(self, seed: int, position: int) -> Row:
         if seed != self._seed:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from edge_runtime.contract.bundle import (
     FORMAT_VERSION,
@@ -30,16 +31,23 @@ from edge_runtime.contract.bundle import (
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.graphs import Runner, make_runner
+from export.atomic import new_directory
 from export.checkpoints import read_tensors, tensor_files
 from export.drafts import DESCRIPTION, load_draft, read_description
-from export.graphs import GRAPH_FILE, export_graph
+from export.graphs import GRAPH_FILE, check_form, export_graph
+from export.heads import ids_of_text
 from export.layouts import DraftPlan, describe_shared
 
 # Packages whose release can change the bytes of a bundle.
 MAKERS = ("flexspec", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum")
 TEMPERATURES = (0.0, 0.7, 1.0)
+TOKENIZER = "tokenizer.json"
+HEAD_FILE = "head_ids.npy"
+# No token of a trimmed head's draft, but a number: scores must stay finite.
+NEVER = np.float32(-1e30)
 
 Report = Callable[[str], None]
+Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,17 @@ class BundleOrder:
     """What to make.
 
     Attributes:
-        target: directory of the target that the draft was trained for.
+        target: directory of the target that the draft was trained for. Without `acceptance` only its configuration,
+            its tokenizer and the tensors that the draft shares are needed.
         draft: directory of the draft's own tensors (see `export.drafts`), or of a whole Hugging Face model, which is
             then a standalone draft.
         kind, weights: see `export.graphs`.
+        text: what parity and acceptance are measured on, as much of it as draft and target can read at once.
         context: longest text of the draft in tokens; None for the model's.
-        text: what parity and acceptance are measured on.
-        positions: how many positions of it.
+        positions: how many positions of the text.
+        acceptance: measure it, which takes the whole target.
+        head_text: trim the head to the ids of this text (see `export.heads`); None leaves it whole.
+        head_size: and to so many of them, the most frequent.
     """
 
     target: Path
@@ -63,57 +75,98 @@ class BundleOrder:
     text: str
     context: int | None = None
     positions: int = 2000
+    acceptance: bool = True
+    head_text: str | None = None
+    head_size: int | None = None
 
 
-def make_bundle(order: BundleOrder, output: Path, report: Report) -> Manifest:
+class Original:
+    """A draft in PyTorch, and what its graphs are compared with: loaded once, for any number of bundles.
+
+    Attributes:
+        draft: in float32, on the CPU.
+        plan: its layout; None for a standalone draft.
+        architecture: of the draft, with the context that was ordered.
+        tokenizer: the target's.
+        ids: the text to measure on.
+    """
+
+    def __init__(self, order: BundleOrder) -> None:
+        """Raises InputError, DraftError and TargetError where target or draft cannot be used."""
+        self._target = order.target
+        self.draft, self.plan = _load(order)
+        self.architecture = _architecture(self.draft.config, order.context)
+        source = order.target / TOKENIZER
+        if not source.exists():
+            raise InputError(f"{order.target} has no {TOKENIZER}; save its fast tokenizer there")
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(source))
+        most = AutoConfig.from_pretrained(order.target).max_position_embeddings
+        self.ids: list[int] = self.tokenizer.encode(order.text).ids
+        self.ids = self.ids[: min(order.positions, self.architecture.context, most)]
+        if len(self.ids) < 2:
+            raise InputError("the text to measure on is too short; give a longer one with --text")
+
+    @functools.cached_property
+    def logits(self) -> Rows:
+        """Of the draft, behind every token: (len(ids), V)."""
+        return _torch_logits(self.draft, self.ids)
+
+    @functools.cached_property
+    def target_logits(self) -> Rows:
+        """Of the target, which is loaded for it: (len(ids), V)."""
+        target = AutoModelForCausalLM.from_pretrained(self._target, dtype=torch.float32).eval()
+        return _torch_logits(target, self.ids)
+
+    @functools.cached_property
+    def shared(self) -> SharedTensors:
+        """What the draft shares with the target."""
+        return _shared(self._target, self.plan)
+
+
+def make_bundle(order: BundleOrder, output: Path, report: Report, original: Original | None = None) -> Manifest:
     """Makes a bundle at `output`, which must not exist; it appears there whole or not at all.
+
+    The same order gives the same bytes; on another kind of processor the measured figures may differ in the last digit.
 
     Args:
         report: called with what comes next, once per step of `STEPS`.
+        original: of this order, where it is loaded already.
 
     Raises:
-        FlexSpecError: target or draft cannot be used, or the graph does not match PyTorch.
-        FileExistsError: `output` exists.
+        FlexSpecError: target or draft cannot be used, `output` exists, or the disk is full.
     """
-    if output.exists():
-        raise InputError(f"{output} exists already; remove it or choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        work = Path(scratch) / "bundle"
-        work.mkdir()
+    check_form(order.kind, order.weights)
+    with new_directory(output) as work:
         report("draft")
-        draft, plan = _load(order)
-        whole = Path(scratch) / "draft"
-        draft.save_pretrained(whole)
-        tokenizer = _copy_tokenizer(order.target, work)
-        shutil.copyfile(order.target / "tokenizer.json", whole / "tokenizer.json")
+        original = original or Original(order)
+        tokenizer, architecture = original.tokenizer, original.architecture
+        shutil.copyfile(order.target / TOKENIZER, work / TOKENIZER)
+        head = None
+        if order.head_text is not None:
+            head = ids_of_text(tokenizer, order.head_text, architecture.vocabulary_size, order.head_size)
+            np.save(work / HEAD_FILE, head)
         report("graph")
-        export_graph(whole, work, order.kind, order.weights)
-        architecture = _architecture(draft.config, order.context)
+        export_graph(original.draft, work, order.kind, order.weights, head=head, context=original.architecture.context)
         report("parity")
-        ids = tokenizer.encode(order.text).ids[: order.positions]
-        if len(ids) < 2:
-            raise InputError("the text to measure on is too short; give a longer one with --text")
-        logits = _onnx_logits(work / GRAPH_FILE, architecture, ids)
-        parity = _parity(logits, _torch_logits(draft, ids))
+        logits = _onnx_logits(work / GRAPH_FILE, architecture, original.ids)
+        wanted = original.logits
+        parity = _parity(logits, wanted if head is None else wanted[:, head])
         report("acceptance")
-        target = AutoModelForCausalLM.from_pretrained(order.target, dtype=torch.float32).eval()
-        acceptance = _acceptance(logits, _torch_logits(target, ids))
+        acceptance = _acceptance(logits, original.target_logits, head) if order.acceptance else {}
         report("manifest")
         manifest = Manifest(
             FORMAT_VERSION,
             output.name,
             architecture,
             _vocabulary(tokenizer),
-            _shared(order.target, plan),
-            Graph(GRAPH_FILE, order.kind, order.weights),
+            original.shared,
+            Graph(GRAPH_FILE, order.kind, order.weights, "" if head is None else HEAD_FILE),
             parity,
             {path.name: record_file(path) for path in sorted(work.iterdir())},
             acceptance,
             {name: importlib.metadata.version(name) for name in MAKERS},
         )
         write_manifest(work, manifest)
-        work.rename(output)
     return manifest
 
 
@@ -126,14 +179,6 @@ def _load(order: BundleOrder) -> tuple[PreTrainedModel, DraftPlan | None]:
     if not (order.draft / "config.json").exists():
         raise InputError(f"no draft at {order.draft}: it has neither {DESCRIPTION} nor config.json")
     return AutoModelForCausalLM.from_pretrained(order.draft, dtype=torch.float32).eval(), None
-
-
-def _copy_tokenizer(target: Path, work: Path) -> Tokenizer:
-    source = target / "tokenizer.json"
-    if not source.exists():
-        raise InputError(f"{target} has no tokenizer.json; save its fast tokenizer there")
-    shutil.copyfile(source, work / source.name)
-    return Tokenizer.from_file(str(source))
 
 
 def _architecture(config: PretrainedConfig, context: int | None) -> Architecture:
@@ -165,7 +210,7 @@ def _shared(target: Path, plan: DraftPlan | None) -> SharedTensors:
     return describe_shared(read_tensors(target, names), plan)
 
 
-def _onnx_logits(graph: Path, architecture: Architecture, ids: list[int]) -> np.ndarray:
+def _onnx_logits(graph: Path, architecture: Architecture, ids: list[int]) -> Rows:
     """Logits behind every token, one token at a time through the board's own runner: (len(ids), V) float32.
 
     On the way it rolls back now and then, so that parity covers that too.
@@ -183,28 +228,32 @@ def _onnx_logits(graph: Path, architecture: Architecture, ids: list[int]) -> np.
 
 
 @torch.inference_mode()
-def _torch_logits(model: PreTrainedModel, ids: list[int]) -> np.ndarray:
+def _torch_logits(model: PreTrainedModel, ids: list[int]) -> Rows:
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
 
-def _parity(ours: np.ndarray, theirs: np.ndarray) -> Parity:
+def _parity(ours: Rows, theirs: Rows) -> Parity:
     return Parity(
         len(ours),
         round(float(np.mean(ours.argmax(-1) == theirs.argmax(-1))), 4),
-        round(float(np.abs(ours - theirs).max()), 6),
+        float(f"{np.abs(ours - theirs).max():.2g}"),
     )
 
 
-def _acceptance(draft: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Share of positions where draft and target choose the same token, by temperature."""
-    chooser = Chooser(draft.shape[1])
+def _acceptance(draft: Rows, target: Rows, head: npt.NDArray[np.int32] | None) -> dict[str, float]:
+    """Share of positions where draft and target choose the same token, by temperature.
+
+    Args:
+        head: the ids of the draft's logits; None for all, in order.
+    """
+    chooser = Chooser(target.shape[1])
+    whole = np.full(target.shape[1], NEVER)
+    columns: slice | npt.NDArray[np.int32] = slice(None, draft.shape[1]) if head is None else head
 
     def same(temperature: float, position: int) -> bool:
         sampling = Sampling(temperature=temperature, seed=0)
-        return (
-            chooser.rank(draft[position], sampling, position).ids
-            == chooser.rank(target[position], sampling, position).ids
-        )
+        whole[columns] = draft[position]
+        return chooser.rank(whole, sampling, position).ids == chooser.rank(target[position], sampling, position).ids
 
     return {
         f"T={temperature:g}": round(float(np.mean([same(temperature, p) for p in range(len(draft))])), 4)

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     onnx.add_argument("--text", type=Path, help="what to measure on (default: FlexSpec's own sources)")
     onnx.add_argument("--positions", type=int, default=2000, help="how many tokens of it (default: %(default)s)")
     onnx.add_argument(
-        "--trim-vocabulary", type=Path, metavar="FILE", help="trim the head to the tokens of this text, and special ones"
+        "--trim-vocabulary", type=Path, metavar="FILE", help="trim the head to this text's tokens and special ones"
     )
     onnx.add_argument("--head-size", type=int, metavar="IDS", help="and to so many of them, the most frequent")
     onnx.add_argument(

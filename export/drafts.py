@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
 
 from edge_runtime.contract.errors import DraftError, InputError
 from export.checkpoints import read_tensors, tensor_files
@@ -94,7 +95,10 @@ def load_draft(directory: Path, target_directory: Path) -> PreTrainedModel:
         own = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise DraftError(f"{directory / WEIGHTS} cannot be read ({error}): copy the draft again") from None
-    draft = AutoModelForCausalLM.from_config(draft_config(config, plan), dtype=torch.float32)
+    # Every parameter is about to be filled: random ones for billions of weights would take longer than all the rest.
+    with no_init_weights():
+        draft = AutoModelForCausalLM.from_config(draft_config(config, plan), dtype=torch.float32)
+    draft.tie_weights()
     _fill(draft, shared | own, directory)
     freeze_shared(draft, plan)
     return draft.eval()

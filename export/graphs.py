@@ -1,118 +1,137 @@
 """From a draft in PyTorch to an ONNX graph: optimum's as the reference, onnxruntime-genai's fused one as the fast path.
 
-    fp32    every weight as it is
-    int8    MatMulNBits, 8 bits, blocks of 32
-    int4    the same with 4 bits
-    mixed   4 bits with k-quant rounding, but 8 for the head, the embedding, and the layers that mind most
+    fp32          every weight as it is
+    fp16          stored in half the bytes, computed as fp32
+    int8          8 bits, blocks of 32
+    mixed         4 bits with k-quant rounding, but 8 for the head, the embedding, and the layers that mind most
+    int4          4 bits, head and embedding too
+    int4-k        the same with k-quant rounding
+    int4-head8    4 bits, but 8 for head and embedding
+    int4-head32   4 bits, head and embedding as they are
 
-All quantised graphs use `accuracy_level=4` (int8 arithmetic), without which 8-bit MatMulNBits is 15 times slower, and
-share the head's weights with a tied embedding.
+`export.quantising` says more. A head may be trimmed to the ids that matter (see `export.heads`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from transformers import PreTrainedModel
 
 from edge_runtime.contract.errors import InputError
+from export.quantising import EMBEDDING, SCHEMES, halve, quantise, trim_head
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-KINDS = {"fused": ("int4", "mixed", "int8", "fp32"), "concat": ("fp32",)}
-BLOCK_SIZE = 32
-# The builder's algorithm and whether its blocks are symmetric. Its k-quant always stores zero points, and always an
-# 8-bit head, so `k_quant` by name and symmetric blocks with it give graphs that do not load (0.13.2).
-ALGORITHMS = {"int4": ("rtn", True), "mixed": ("k_quant_mixed", False), "int8": ("rtn_last", True)}
+WEIGHTS = ("fp32", "fp16", *SCHEMES)
+KINDS = ("fused", "concat")
+# onnxruntime-genai's class for each model type.
+BUILDERS = {
+    "llama": "LlamaModel",
+    "qwen2": "QwenModel",
+    "qwen3": "Qwen3Model",
+    "mistral": "MistralModel",
+    "gemma": "GemmaModel",
+}
 
 
-def export_graph(model: Path, output: Path, kind: str, weights: str) -> None:
+def export_graph(
+    draft: PreTrainedModel,
+    output: Path,
+    kind: str,
+    weights: str,
+    *,
+    head: npt.NDArray[np.int32] | None = None,
+    context: int | None = None,
+) -> None:
     """Writes GRAPH_FILE, and WEIGHTS_FILE beside it, into `output`.
 
     Args:
-        model: a Hugging Face directory with fp32 weights.
-        kind: `fused` or `concat`.
-        weights: one of KINDS[kind].
+        draft: in float32, on the CPU.
+        kind: one of KINDS.
+        weights: one of WEIGHTS.
+        head: the ids that the head keeps, ascending; None for all.
+        context: longest text in tokens, by which a fused graph has its rotary tables; None for the model's.
 
     Raises:
-        InputError: this kind of graph does not come with these weights.
+        InputError: there is no such graph, or no builder for this architecture.
+        OSError: the disk is full, or `output` cannot be written.
     """
-    if weights not in KINDS.get(kind, ()):
-        offers = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in KINDS.items())
-        raise InputError(f"no {kind} graph with {weights} weights; there are {offers}")
-    output.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    check_form(kind, weights)
+    if draft.config.model_type not in BUILDERS:
+        raise InputError(f"cannot export model type {draft.config.model_type!r}: known are {', '.join(BUILDERS)}")
+    tied = bool(draft.config.tie_word_embeddings)
+    with tempfile.TemporaryDirectory(prefix=".graph-", dir=output) as scratch, _quiet():
         if kind == "fused":
-            _export_fused(model, output, weights)
+            # float graphs let the embedding read the head's weight; a trimmed head no longer has it all.
+            shared = tied and head is None and weights in ("fp32", "fp16")
+            model = _fused(draft, Path(scratch), context, shared)
         else:
-            _export_concat(model, output)
+            model = _concat(draft, Path(scratch))
+        if head is not None:
+            trim_head(model, head)
+        if weights in SCHEMES:
+            quantise(model, SCHEMES[weights], draft.config.num_hidden_layers, tied=tied and head is None)
+        elif weights == "fp16":
+            halve(model)
+        model.graph.sort()
+        ir.save(model, output / GRAPH_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=1024)
 
 
-def _export_fused(model: Path, output: Path, weights: str) -> None:
-    import onnxruntime_genai.models.builder as builder  # isort: skip - puts its own folder on the path ...
-    from builders import base  # isort: skip - ... and imports itself from there
+def check_form(kind: str, weights: str) -> None:
+    """Raises InputError where there is no such graph or no such weights."""
+    if kind not in KINDS or weights not in WEIGHTS:
+        raise InputError(
+            f"no {kind} graph with {weights} weights; graphs are {', '.join(KINDS)}, weights {', '.join(WEIGHTS)}"
+        )
 
-    scratch = output / "builder"
-    options: dict[str, object] = {
+
+def _fused(draft: PreTrainedModel, scratch: Path, context: int | None, shared: bool) -> ir.Model:
+    import onnxruntime_genai.models.builder  # isort: skip # noqa: F401 - puts its own folder on the path ...
+    import builders  # isort: skip - ... and imports itself from there
+
+    config = copy.deepcopy(draft.config)
+    config.architectures = [type(draft).__name__]
+    options = {
         # Only the last position's logits: a prompt of 1000 tokens would otherwise want 1000 rows of the head.
         "prune_lm_head": True,
+        "shared_embeddings": shared,
         "hf_remote": False,
         "hf_token": "false",
     }
-    if weights != "fp32":
-        algorithm, symmetric = ALGORITHMS[weights]
-        options |= {
-            "int4_block_size": BLOCK_SIZE,
-            "int4_accuracy_level": 4,
-            "int4_algo_config": algorithm,
-            "int4_is_symmetric": symmetric,
-        }
-    with _all_matmuls_in_8_bits(base.Model) if weights == "int8" else contextlib.nullcontext():
-        precision = "fp32" if weights == "fp32" else "int4"
-        builder.create_model("", str(model), str(scratch), precision, "cpu", str(scratch), **options)
-    for name in (GRAPH_FILE, WEIGHTS_FILE):
-        shutil.move(scratch / name, output / name)
-    shutil.rmtree(scratch)
+    build = getattr(builders, BUILDERS[config.model_type])
+    builder = build(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), options)
+    builder.rope_attrs["cache_length"] = context or config.max_position_embeddings
+    # It would read the model from disk; here it is in memory already, and may be large.
+    builder.load_weights = lambda path: draft
+    builder.make_model("")
+    return builder.model
 
 
-@contextlib.contextmanager
-def _all_matmuls_in_8_bits(builder_model: type) -> Iterator[None]:
-    """The builder knows 8 bits only for single nodes; this names all of them.
-
-    Its own plan for an 8-bit head, which it shares with the embedding, stays.
-    """
-    original = builder_model.make_int4_algo_config  # type: ignore[attr-defined]
-
-    def every_node(self: object, method: str) -> object:
-        config = original(self, method)
-        matmuls = ("attn/qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj")
-        matmuls += ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
-        for layer in range(self.num_layers):  # type: ignore[attr-defined]
-            for name in matmuls:
-                config.customized_weight_config[f"/model/layers.{layer}/{name}/MatMul"] = {"bits": 8}
-        return config
-
-    builder_model.make_int4_algo_config = every_node  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        builder_model.make_int4_algo_config = original  # type: ignore[attr-defined]
-
-
-def _export_concat(model: Path, output: Path) -> None:
+def _concat(draft: PreTrainedModel, scratch: Path) -> ir.Model:
     from optimum.exporters.onnx import main_export
 
-    scratch = output / "optimum"
-    main_export(str(model), scratch, task="text-generation-with-past", do_validation=False, no_post_process=True)
-    graph = onnx.load(scratch / GRAPH_FILE)
-    onnx.save(graph, output / GRAPH_FILE, save_as_external_data=True, location=WEIGHTS_FILE, size_threshold=1024)
-    shutil.rmtree(scratch)
+    draft.save_pretrained(scratch / "draft")
+    main_export(
+        str(scratch / "draft"),
+        scratch / "optimum",
+        task="text-generation-with-past",
+        do_validation=False,
+        no_post_process=True,
+    )
+    model = ir.load(scratch / "optimum" / GRAPH_FILE)
+    assert EMBEDDING in model.graph.initializers
+    return model
 
 
 @contextlib.contextmanager

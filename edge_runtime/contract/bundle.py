@@ -5,6 +5,7 @@ A bundle is a directory:
     manifest.json      this module's `Manifest`
     model.onnx         the draft's graph, with its weights beside it or inside
     tokenizer.json     the tokenizer that draft and targets share
+    head_ids.npy       where the head is trimmed: which ids its rows are
 
 The manifest records the sha256 of every other file, the vocabulary's hash, and a fingerprint of every tensor that the
 draft shares with its targets. The verifier compares these with its own when a session opens.
@@ -67,12 +68,20 @@ class SharedTensors(msgspec.Struct, frozen=True):
         return shared_identity(self.layout, self.blocks, self.fingerprints)
 
 
-class Graph(msgspec.Struct, frozen=True):
-    """The ONNX graph: its file, `fused` or `concat` cache, and weight type (`fp32`, `int8`, `int4`)."""
+class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The ONNX graph.
+
+    Attributes:
+        file: its name in the bundle.
+        kind: `fused` or `concat` cache.
+        weights: their form, such as `fp32`, `int8`, `int4`.
+        head_ids: the file (NumPy's, int32, ascending) that says which ids the logits are of; empty for all.
+    """
 
     file: str
     kind: str
     weights: str
+    head_ids: str = ""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -158,7 +167,8 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleCorrupt(f"{path / MANIFEST} is not a bundle manifest ({error}): copy the bundle again") from None
     bundle = Bundle(path, manifest)
-    for name in {manifest.graph.file, bundle.tokenizer_path.name} - manifest.files.keys():
+    needed = {manifest.graph.file, bundle.tokenizer_path.name, manifest.graph.head_ids} - {""}
+    for name in needed - manifest.files.keys():
         raise BundleCorrupt(f"{path / MANIFEST} records no hash for {name}: export the bundle again")
     for name, record in manifest.files.items():
         # A manifest comes from outside: it must not make us read, or later run, files elsewhere.
@@ -166,6 +176,25 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
             raise BundleCorrupt(f"{path / MANIFEST} names the file {name!r}, which is not inside the bundle")
         _check_file(path / name, record, verify)
     return bundle
+
+
+def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
+    """Which ids the draft's logits are of, ascending, (n,); None where they are of the whole vocabulary.
+
+    Raises:
+        BundleCorrupt: the file that the manifest names does not hold such ids.
+    """
+    name, size = bundle.manifest.graph.head_ids, bundle.manifest.architecture.vocabulary_size
+    if not name:
+        return None
+    try:
+        ids = np.load(bundle.path / name, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BundleCorrupt(f"{bundle.path / name} is no list of ids ({error}): copy the bundle again") from None
+    ascending = ids.dtype == np.int32 and ids.ndim == 1 and ids.size > 0 and bool(np.all(np.diff(ids) > 0))
+    if not ascending or ids[0] < 0 or ids[-1] >= size:
+        raise BundleCorrupt(f"{bundle.path / name} does not hold ascending ids below {size}: export the bundle again")
+    return np.asarray(ids, np.int32)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

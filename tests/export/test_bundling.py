@@ -61,7 +61,7 @@ def test_quantised_weights_are_smaller_and_close(weights: str, tmp_path: Path) -
     exact = make(target, target, tmp_path / "fp32").manifest
     small = make(target, target, tmp_path / weights, weights=weights).manifest
     # Random weights forgive less than trained ones: on the shipped draft int4 agrees at 86 %.
-    bits, agreement = {"int4": (4, 0.15), "mixed": (8, 0.5), "int8": (8, 0.8)}[weights]
+    bits, agreement = {"int4": (4, 0.15), "mixed": (8, 0.4), "int8": (8, 0.8)}[weights]
     share = small.files["model.onnx.data"].bytes / exact.files["model.onnx.data"].bytes
     # The rotary tables stay as they are, and a block of 32 has a scale of its own.
     assert share < (bits + 2) / 32 + 0.15
@@ -76,8 +76,8 @@ def test_the_same_inputs_give_the_same_bytes(tiny_path: Path, tmp_path: Path) ->
 
 
 def test_a_bundle_appears_whole_or_not_at_all(tiny_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no concat graph with int4 weights"):
-        make(tiny_path, tiny_path, tmp_path / "bundle", "concat", "int4")
+    with pytest.raises(InputError, match="no concat graph with int3 weights"):
+        make(tiny_path, tiny_path, tmp_path / "bundle", "concat", "int3")
     with pytest.raises(InputError, match="positions end at 512"):
         make_bundle(
             BundleOrder(tiny_path, tiny_path, "fused", "fp32", TEXT, context=9999), tmp_path / "bundle", lambda _: None
