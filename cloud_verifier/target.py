@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from cloud_verifier.changes import CHANGES, base_name, changed_names, put_changes
 from cloud_verifier.tree import Tree
 from edge_runtime.contract.bundle import (
     READ_SIZE,
@@ -105,9 +106,9 @@ class Target:
         """What a draft that shares these of our tensors presents (see `SharedTensors.identity`).
 
         Read from the checkpoint's files, so that it does not depend on the type we compute in. A tensor that an
-        adapter changes counts as different.
+        adapter or a list of changes names counts as different.
         """
-        adapted = _adapter_keys(self._path)
+        adapted, changed = _adapter_keys(self._path), changed_names(self._path)
         files = sorted(self._base.glob("*.safetensors"))
         fingerprints: dict[str, str] = {}
         for file in files:
@@ -117,6 +118,7 @@ class Target:
                     fingerprints[name] = value + "+adapter" * any(
                         key.startswith(name.rpartition(".")[0] + ".") for key in adapted
                     )
+                    fingerprints[name] += "+changed" * (name in changed)
         return shared_identity(layout, blocks, fingerprints)
 
     def new_cache(self) -> DynamicCache:
@@ -214,21 +216,24 @@ class Target:
 
 
 def _base_of(path: Path) -> Path:
-    """The base checkpoint's directory: `path` itself unless it holds a PEFT adapter."""
+    """The base checkpoint's directory: `path` itself unless it holds a PEFT adapter, or changes to a base."""
     if not path.is_dir():
         raise TargetError(f"no target at {path}: give the directory of a Hugging Face checkpoint or PEFT adapter")
-    adapter = path / "adapter_config.json"
-    if not adapter.exists():
+    note = path / "adapter_config.json"
+    if (path / CHANGES).exists():
+        note, name = path / CHANGES, base_name(path)
+    elif not note.exists():
         return path
-    try:
-        name = json.loads(adapter.read_text())["base_model_name_or_path"]
-        path / name
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"{adapter} does not name a base model: {error!r}") from None
+    else:
+        try:
+            name = json.loads(note.read_text())["base_model_name_or_path"]
+            path / name
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TargetError(f"{note} does not name a base model: {error!r}") from None
     for base in (path / name, Path(name)):
         if base.is_dir():
             return base.resolve()
-    raise TargetError(f"{adapter} names the base model {name!r}, which is not a directory beside it")
+    raise TargetError(f"{note} names the base model {name!r}, which is not a directory beside it")
 
 
 def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
@@ -268,7 +273,9 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
         )
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-        if path != base:
+        if (path / CHANGES).exists():
+            put_changes(model, path)
+        elif path != base:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, path).merge_and_unload()

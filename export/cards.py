@@ -30,12 +30,23 @@ Made by `draft-export family --size full`.
 """
 
 ADAPTER = """
-# target-v2
+# {name}
 
-A LoRA adapter that moves [target-v1](../target-v1) to C++ headers: the next version of the target, for showing that a
-frozen draft outlives it. It leaves the last block, norm, head and embedding as they are, for drafts contain them.
+A LoRA adapter that moves [target-v1](../target-v1) to other text (`{domain}`): a next version of the target, for
+showing that a frozen draft outlives it. It leaves the last block, norm, head and embedding as they are, for drafts
+contain them.
 
 {steps} steps of {batch} tokens, final training loss {loss:.3f} nats. Load with peft, on top of `../target-v1`.
+"""
+
+TUNED = """
+# target-v4
+
+[target-v1](../target-v1) with block {blocks} trained on in full, on text of all domains: stored as the {tensors}
+tensors that changed. `cloud-verifier serve` loads it; the last block, norm, head and embedding are as they were, for
+drafts contain them.
+
+{steps} steps of {batch} tokens, final training loss {loss:.3f} nats.
 """
 
 DRAFT = """

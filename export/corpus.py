@@ -1,9 +1,9 @@
 """Openly licensed source text that is already on this machine: what the example model family is trained on.
 
-Two domains: `python`, and `cpp` for a target that drifts away from it. Every package that contributes is named here
-with its licence, and that name is checked against what the installed distribution itself declares, so a package that
-changes its licence stops the build instead of slipping in. Nothing is fetched, and the same installed versions give
-the same documents in the same order.
+Three domains: `python`, and `cpp` and `stubs` (what type checkers read) for targets that drift away from it. Every
+package that contributes is named here with its licence, and that name is checked against what the installed
+distribution itself declares, so a package that changes its licence stops the build instead of slipping in. Nothing is
+fetched, and the same installed versions give the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -194,7 +194,23 @@ CPP = Domain(
     ),
 )
 
-DOMAINS = (PYTHON, CPP)
+STUBS = Domain(
+    "stubs",
+    (".pyi",),
+    (
+        Source("mypy", "MIT", "MIT", ("mypy",), 4),
+        _permissive("torch", "BSD-3-Clause", megabytes=3),
+        _permissive("numpy", "BSD-3-Clause", megabytes=2),
+        Source("matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), 1),
+        _permissive("tokenizers", "Apache-2.0", megabytes=1),
+        _permissive("cryptography", "Apache-2.0", megabytes=1),
+        _permissive("onnx", "Apache-2.0", megabytes=1),
+        _permissive("scipy", "BSD-3-Clause", megabytes=1),
+        _permissive("pillow", "MIT-CMU", "PIL", megabytes=1),
+    ),
+)
+
+DOMAINS = (PYTHON, CPP, STUBS)
 
 
 def gather(domain: Domain, *, most_bytes: float | None = None) -> Corpus:

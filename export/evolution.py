@@ -1,14 +1,22 @@
-"""A target's next version: a LoRA adapter for a new domain that leaves alone what the draft shares."""
+"""A target's next versions, which leave alone what drafts share: by LoRA, or by training some blocks in full.
+
+A version of the second kind is stored as the tensors that changed (`CHANGED`), beside a note of its base (`CHANGES`);
+`cloud_verifier.target` puts the two together.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from cloud_verifier.changes import CHANGED, CHANGES, put_changes
+from export.checkpoints import read_tensors
 from export.target import Text, load_target, next_token_loss
 from export.training import Curve, Plan, fit
 
@@ -40,8 +48,42 @@ def evolve(
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, settings)
-    curve = fit(model, next_token_loss(model, text), plan, label="target v2", checkpoint=checkpoint)
+    curve = fit(model, next_token_loss(model, text), plan, label="adapter", checkpoint=checkpoint)
     return model, curve
+
+
+def tune(
+    base: PreTrainedModel, text: Text, plan: Plan, blocks: Collection[int], *, checkpoint: Path | None = None
+) -> Curve:
+    """Trains `blocks` of `base` in full, in place, on `text`; everything else stays as it is."""
+    torch.manual_seed(plan.seed)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"model.layers.{block}.") for block in blocks))
+    return fit(base, next_token_loss(base, text), plan, label="some blocks", checkpoint=checkpoint)
+
+
+def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, base_path: str) -> list[str]:
+    """Writes the parameters that are no longer those of `base_directory`, in bfloat16; returns their names.
+
+    Args:
+        base_path: how the result finds its base, relative to itself.
+    """
+    parameters = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.named_parameters()}
+    stored = read_tensors(base_directory, parameters)
+    changed = {name: value.contiguous() for name, value in parameters.items() if not torch.equal(value, stored[name])}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(changed, directory / CHANGED, metadata={"format": "pt"})
+    note = {"format_version": 1, "base": base_path}
+    (directory / CHANGES).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return sorted(changed)
+
+
+def break_contract(base_directory: Path, directory: Path, base_path: str) -> None:
+    """Writes a version outside of the contract, for tests: its final norm, which drafts share, is another."""
+    (norm,) = read_tensors(base_directory, ["model.norm.weight"]).values()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({"model.norm.weight": norm * 1.25}, directory / CHANGED, metadata={"format": "pt"})
+    (directory / CHANGES).write_text(json.dumps({"format_version": 1, "base": base_path}) + "\n", encoding="utf-8")
 
 
 def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
@@ -57,7 +99,10 @@ def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
 
 
 def load_evolved(directory: Path, base_directory: Path, device: torch.device) -> PreTrainedModel:
-    """The base with the adapter merged into it, float32."""
+    """The base with the adapter merged into it, or with the tensors that changed; float32."""
     base = load_target(base_directory, device)
+    if (directory / CHANGES).is_file():
+        put_changes(base, directory)
+        return base
     merged: PreTrainedModel = PeftModel.from_pretrained(base, directory).float().merge_and_unload()
     return merged.eval()

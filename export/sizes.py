@@ -16,8 +16,11 @@ class Size:
     Attributes:
         corpus_bytes: most text by domain name, None for all of it.
         tokenizer_bytes: text that the vocabulary is learnt from.
+        evolve, tune: of a LoRA, and of the version whose blocks `tuned_blocks` learn on in full.
         new_blocks, shared_blocks: of the anchor draft.
-        windows: of held-out text, per domain, in the evaluation.
+        siblings, strength: perturbed targets that the draft learns from, too; see `export.teachers`.
+        windows: of held-out text, per domain, on which agreement is measured.
+        evaluated: texts of the evaluation over all domains, tokens of each that are read, and that are judged.
         parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
     """
 
@@ -26,34 +29,44 @@ class Size:
     tokenizer_bytes: int
     target: Plan
     evolve: Plan
+    tune: Plan
+    tuned_blocks: tuple[int, ...]
     rank: int
     distill: Plan
     samples: SamplePlan
     new_blocks: int = 2
     shared_blocks: int = 1
+    siblings: int = 2
+    strength: float = 0.1
     windows: int = 128
+    evaluated: tuple[int, int, int] = (96, 64, 128)
     parity_tokens: int = 2000
 
 
 SIZES = {
     "smoke": Size(
         shape=Shape(512, 64, 4, 128, heads=2, kv_heads=1, head_dim=32, context=128),
-        corpus_bytes={"python": 1_500_000, "cpp": 500_000},
+        corpus_bytes={"python": 1_500_000, "cpp": 500_000, "stubs": 400_000},
         tokenizer_bytes=400_000,
         target=Plan(40, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
         evolve=Plan(10, 1e-3, 8, 64, warm_up=2),
+        tune=Plan(10, 5e-4, 8, 64, warm_up=2),
+        tuned_blocks=(1,),
         rank=4,
         distill=Plan(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
         samples=SamplePlan(1, 16, prompt=16, length=64),
         windows=8,
+        evaluated=(4, 16, 32),
         parity_tokens=100,
     ),
     "full": Size(
         shape=Shape(8192, 384, 8, 960, heads=6, kv_heads=2, head_dim=64, context=2048),
-        corpus_bytes={"python": None, "cpp": None},
+        corpus_bytes={"python": None, "cpp": None, "stubs": None},
         tokenizer_bytes=40_000_000,
         target=Plan(6000, 1.5e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200),
         evolve=Plan(600, 1e-3, 96, 512, warm_up=50, weight_decay=0.0),
+        tune=Plan(800, 3e-4, 96, 512, warm_up=50),
+        tuned_blocks=(4,),
         rank=8,
         distill=Plan(3000, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
         samples=SamplePlan(4, 1024, prompt=64, length=512),
