@@ -26,6 +26,7 @@ from edge_runtime.contract.coupling import Sampling, check_prompt
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
 from edge_runtime.drafting import Drafter
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, OnLinkLoss, Outcome, Plan, Planner, Surroundings
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
@@ -95,6 +96,7 @@ class Generation:
         model: str = "",
         surroundings: Callable[[], Surroundings] | None = None,
         on_link_loss: OnLinkLoss = "wait",
+        memory: Memory | None = None,
     ) -> None:
         """
         Args:
@@ -106,6 +108,7 @@ class Generation:
                 connection alone tells.
             on_link_loss: without a verifier, `wait` for one, to the client's deadline, and go on where the text stood;
                 let the `draft` go on alone, unverified, until there is one again; or `fail` at once.
+            memory: of verified text, which helps the draft guess, and learns this one; None for none.
 
         Raises:
             InputError: an empty prompt, an id outside the draft's vocabulary, or nothing to generate.
@@ -123,7 +126,7 @@ class Generation:
         self._planner = (planner or FixedPlanner(FIXED)) if draft else alone
         self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
-        self._drafter = Drafter(draft, sampling) if draft else None
+        self._drafter = Drafter(draft, sampling, memory) if draft else None
         self._alone: Alone | None = None
         if draft and self._drafter and on_link_loss == "draft":
             special = [] if sampling.ignore_eos else draft.manifest.vocabulary.special_ids.values()
@@ -153,6 +156,8 @@ class Generation:
         started = time.perf_counter()
         retries = self._client.retries
         self._client.meter.take()
+        if self._drafter:
+            self._drafter.learn(list(self.ids))
         try:
             while not self.finish:
                 async for piece in self._play(await self._prepare()):
@@ -318,6 +323,8 @@ class Generation:
         own = said.own[: self._left - len(accepted)]
         self._left -= len(accepted) + len(own)
         self.ids += accepted + own
+        if self._drafter:
+            self._drafter.learn(accepted + own, self.version)
         if not self._left:
             # A text that ends exactly at its limit has ended by itself all the same.
             whole = len(accepted) + len(own) == len(said.accepted) + len(said.own)

@@ -19,6 +19,7 @@ from edge_runtime.contract.coupling import Sampling, counters
 from edge_runtime.contract.errors import BundleCorrupt, ContextOverflow, DraftError
 from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, logits_width, make_runner
 from edge_runtime.guessing import Guesser
+from edge_runtime.memory.recall import Memory, Recall
 
 
 class Guess(NamedTuple):
@@ -159,9 +160,10 @@ class OnnxDraft:
         # The first run warms up.
         return statistics.median(times[2:]), times[1] / MEASURED_TOKENS
 
-    def context(self) -> DraftContext:
-        """A context for one text, empty at first."""
-        return DraftContext(self, Guesser(self._counters, self._head))
+    def context(self, memory: Memory | None = None) -> DraftContext:
+        """A context for one text, empty at first, whose guesses `memory` may help."""
+        recall = Recall(memory, self.manifest.architecture.context) if memory else None
+        return DraftContext(self, Guesser(self._counters, self._head), recall)
 
 
 class DraftContext:
@@ -171,11 +173,13 @@ class DraftContext:
 
     Attributes:
         limit: longest text in tokens.
+        recall: what verified text says of the next token; it hears of verified text from who drives the context.
     """
 
-    def __init__(self, draft: OnnxDraft, guesser: Guesser) -> None:
+    def __init__(self, draft: OnnxDraft, guesser: Guesser, recall: Recall | None = None) -> None:
         self._draft = draft
         self._guesser = guesser
+        self.recall = recall
         self.limit = draft.manifest.architecture.context
         self._runner = make_runner(draft.session, draft.manifest.architecture)
         self._ids: list[int] = []
@@ -313,7 +317,8 @@ class DraftContext:
             self.rollback(position - 1)
             self._read([last])
         assert self._logits is not None
-        (token, *others), confidence = self._guesser.guess(self._logits, sampling, position, 1 + siblings)
+        hint = self.recall.hint(self._ids) if self.recall else None
+        (token, *others), confidence = self._guesser.guess(self._logits, sampling, position, 1 + siblings, hint)
         return Guess(token, others, confidence)
 
     def prepare(self, start: int, count: int, sampling: Sampling) -> None:

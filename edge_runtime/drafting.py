@@ -11,6 +11,7 @@ import msgspec
 
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.draft import NOTHING, DraftContext, OnnxDraft, Proposal
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import Plan
 
 T = TypeVar("T")
@@ -35,9 +36,9 @@ class Drafter:
         halted: the job that runs ahead ends at its next step.
     """
 
-    def __init__(self, draft: OnnxDraft, sampling: Sampling) -> None:
+    def __init__(self, draft: OnnxDraft, sampling: Sampling, memory: Memory | None = None) -> None:
         self.halted = False
-        self._context: DraftContext = draft.context()
+        self._context: DraftContext = draft.context(memory)
         self._sampling = sampling
         self._thread = ThreadPoolExecutor(1, "draft")
 
@@ -88,9 +89,16 @@ class Drafter:
         if self._sampling.temperature > 0.0:
             self._thread.submit(self._context.prepare, start, count, self._sampling)
 
+    def learn(self, ids: list[int], version: str = "") -> None:
+        """The text goes on with `ids`: the prompt, or what `version` has verified. The memory learns them in time."""
+        if self._context.recall:
+            self._thread.submit(self._context.recall.learn, ids, version)
+
     def close(self) -> None:
-        """Ends the thread, at its next step."""
+        """Ends the thread, at its next step and once the memory has the text."""
         self.halted = True
+        if self._context.recall:
+            self._thread.submit(self._context.recall.end)
         self._thread.shutdown(wait=False)
 
     async def _run(self, job: Callable[[], T]) -> T:

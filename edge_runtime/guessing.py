@@ -3,14 +3,19 @@
 The verifier's choice must be exact; the draft's is a guess. Where two scores differ by less than a thousandth or so
 this may take the other token than `Chooser` would, which costs an acceptance now and then, and no correctness. In
 exchange, with `prepare`, no hash and no logarithm stands between two steps of the draft.
+
+What verified text says (`memory`) may be mixed into the draft's distribution first: that, too, is but a better guess.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.contract.coupling import Sampling, noise_bits, position_key
+from edge_runtime.memory.recall import Hint
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -43,31 +48,36 @@ class Guesser:
             for position in positions:
                 self._noise_at(sampling.seed, position)
 
-    def guess(self, logits: Row, sampling: Sampling, position: int, count: int) -> tuple[list[int], float]:
+    def guess(
+        self, logits: Row, sampling: Sampling, position: int, count: int, hint: Hint | None = None
+    ) -> tuple[list[int], float]:
         """The `count` best candidates by coupled score, best first, and the probability of the first.
 
         Args:
             logits: (n,) float32, finite, one for each id.
             position: of the token to guess, 0 being the first prompt token.
             count: at least 1; fewer candidates may come where top-k and top-p exclude the others.
+            hint: of the memory, which is mixed in where it is surer than the draft.
         """
         scale = np.float32(1.0 / (sampling.temperature or 1.0))
         scores = logits * scale
         mass = np.exp(scores - scores.max())
         total = float(mass.sum())
+        if hint is not None:
+            total = self._mix(scores, mass, total, hint)
         left, top_k, top_p = total, sampling.top_k, sampling.top_p
-        if sampling.temperature > 0.0:
-            scores += self._noise_at(sampling.seed, position)
-        else:
+        if sampling.temperature == 0.0:
             top_k, top_p = 0, 1.0
         ids: list[int] = []
         if 0 < top_k < logits.size:
-            out = logits < np.partition(logits, -top_k)[-top_k]
+            out = scores < np.partition(scores, -top_k)[-top_k]
             scores[out] = -np.inf
             left -= float(mass[out].sum())
-        if top_p < 1.0 and top_p * left <= 1.0:
-            # The most probable token, of mass 1 here, is all that top-p keeps.
-            return self._named([int(mass.argmax())]), 1.0 / total
+        if top_p < 1.0 and top_p * left <= (most := float(mass.max())):
+            # The most probable token is all that top-p keeps.
+            return self._named([int(mass.argmax())]), most / total
+        if sampling.temperature > 0.0:
+            scores += self._noise_at(sampling.seed, position)
         passed = 0
         while len(ids) < count and passed < (PATIENCE if ids else FIRST_PATIENCE):
             token = int(scores.argmax())
@@ -82,6 +92,22 @@ class Guesser:
         # Something must be guessed.
         ids = ids or [int(mass.argmax())]
         return self._named(ids), float(mass[ids[0]]) / total
+
+    def _mix(self, scores: Row, mass: Row, total: float, hint: Hint) -> float:
+        """Gives the hint's token its chance in `scores` and `mass`, both (n,). Returns the sum of `mass`."""
+        place = hint.token if self._ids is None else int(self._ids.searchsorted(hint.token))
+        if place >= mass.size or (self._ids is not None and self._ids[place] != hint.token):
+            return total
+        before = float(mass[place])
+        chance = hint.chance_beside(before / total)
+        if chance * total <= before:
+            return total
+        others = total - before
+        after = others * chance / (1.0 - chance)
+        # A mass of 1 is that of the best.
+        scores[place] = float(scores.max()) + math.log(after)
+        mass[place] = after
+        return others + after
 
     def _named(self, places: list[int]) -> list[int]:
         """The ids at these places among the logits."""
