@@ -77,6 +77,7 @@ def configure(options: argparse.Namespace) -> None:
     )
     defaults: dict[str, Any] = {
         "threads": draft.threads,
+        "no_memory": not draft.memory,
         "verifier": ",".join(verifier.urls),
         "on_link_loss": service.on_link_loss,
         "model": verifier.model,
@@ -102,6 +103,8 @@ def configure(options: argparse.Namespace) -> None:
     named = options.bundle != parser.get_default("bundle")
     if not named and (draft.bundle is not None or os.path.lexists(draft.store / "current")):
         defaults["bundle"] = configured_bundle(draft).path
+    if draft.memory_directory is not None:
+        defaults["memory"] = draft.memory_directory
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(options, name)})
 
 

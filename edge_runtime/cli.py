@@ -13,6 +13,7 @@ from edge_runtime import calling, pilot, probing
 from edge_runtime.bundles import command as bundles
 from edge_runtime.configuration import command as configuration
 from edge_runtime.contract.errors import FlexSpecError, InputError
+from edge_runtime.memory import command as memory
 from edge_runtime.service import serving, top
 from edge_runtime.simulation import command as simulation
 from edge_runtime.systemd import command as systemd
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text, for measurements")
     calling.add_options(generate)
+    memory.add_options(generate)
     generate.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     generate.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
     generate.add_argument("--quiet", action="store_true", help="no line of statistics on standard error")
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bundles.add_parser(commands)
     configuration.add_parser(commands)
+    memory.add_parser(commands)
     probing.add_parser(commands)
     simulation.add_parser(commands)
     serving.add_parser(commands, generate.get_default("bundle"))

@@ -17,6 +17,7 @@ from edge_runtime.contract.errors import InputError
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.link_faults import HINTS, Fault
+from edge_runtime.memory.command import memory_of
 from edge_runtime.pilot import planner_of, watching
 from edge_runtime.rendering import TextStream
 from edge_runtime.statistics import Statistics
@@ -85,6 +86,7 @@ async def generate(options: argparse.Namespace, prompt: str) -> int:
             model=options.model,
             surroundings=surroundings,
             on_link_loss=options.on_link_loss,
+            memory=memory_of(options, draft.manifest),
         )
         text = TextStream(draft.tokenizer, sys.stdout)
         if options.echo and not options.json:

@@ -48,6 +48,7 @@ Directory = Annotated[Path | None, msgspec.Meta(extra={"refine": settings.direct
 File = Annotated[Path | None, msgspec.Meta(extra={"refine": settings.file})]
 SecretFile = Annotated[Path | None, msgspec.Meta(extra={"refine": settings.secret_file})]
 Authorities = Annotated[Path | None, msgspec.Meta(extra={"refine": settings.authorities})]
+Somewhere = Annotated[Path | None, msgspec.Meta(extra={"refine": settings.path})]
 Place = Annotated[Path, msgspec.Meta(extra={"refine": settings.path})]
 Urls = Annotated[list[str], msgspec.Meta(min_length=1, extra={"refine": settings.urls})]
 Objective = Annotated[str, msgspec.Meta(extra={"refine": settings.objective})]
@@ -72,12 +73,16 @@ class Draft(Table, frozen=True):
         store: directory of the bundle store (see `edge_runtime.bundles`).
         public_key_file: PEM file of the keys of which one must have signed a bundle; None asks for no signature.
         threads: CPU threads of a step; 0 for one per physical core, at most 4.
+        memory: whether verified text, prompts too, is remembered and helps the draft guess.
+        memory_directory: where, across restarts; None for a service's state directory, else nowhere on disk.
     """
 
     bundle: Directory = None
     store: Place = msgspec.field(default_factory=lambda: default_store(os.environ))
     public_key_file: File = None
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    memory: bool = True
+    memory_directory: Somewhere = None
 
 
 class Verifier(Table, frozen=True):

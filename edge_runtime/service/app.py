@@ -21,6 +21,7 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.service import dashboard, openai
 from edge_runtime.service.answers import Answer, Order, Unwanted
@@ -88,6 +89,7 @@ class Board(msgspec.Struct, frozen=True):
         model: which target, where a request names none; empty for the verifier's default.
         power: what a board of its profile draws; None if nobody knows.
         on_link_loss: without a verifier, where a request does not say; see `Generation`.
+        memory: of verified text; None for none.
     """
 
     draft: OnnxDraft
@@ -97,6 +99,7 @@ class Board(msgspec.Struct, frozen=True):
     model: str = ""
     power: Power | None = None
     on_link_loss: OnLinkLoss = "wait"
+    memory: Memory | None = None
 
 
 class Service:
@@ -146,6 +149,8 @@ class Service:
         """From now on there are answers."""
         self._board = board
         self._telling.open(board.surroundings, board.power)
+        if board.memory:
+            self.metrics.add_memory(board.memory)
 
     def change(self, limits: Limits, keys: frozenset[str], board: Board) -> None:
         """From now on other limits, keys and means; answers that are being written go on with the old ones."""
@@ -330,6 +335,7 @@ class Service:
             model=order.model,
             surroundings=board.surroundings,
             on_link_loss=order.on_link_loss,
+            memory=board.memory,
         )
 
     async def _model_list(self) -> openai.ModelList:

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edge_runtime.contract.errors import VerifierUnreachable
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.service.answers import Answer
 from edge_runtime.service.pulse import Pulse
@@ -152,6 +153,17 @@ class Metrics:
         self._draft_seconds.inc(outcome.draft_seconds)
         self._verifier_seconds.inc(outcome.verifier_seconds)
         self._link_seconds.inc(max(0.0, outcome.exchange_seconds - outcome.verifier_seconds))
+
+    def add_memory(self, memory: Memory) -> None:
+        """From now on `memory` is among them."""
+        tokens = Gauge("flexspec_memory_tokens", "Of verified text that help the draft guess.", registry=self._registry)
+        tokens.set_function(lambda: memory.tokens)
+        failures = Gauge(
+            "flexspec_memory_failures",
+            "Times that the disk failed it, damaged texts included.",
+            registry=self._registry,
+        )
+        failures.set_function(lambda: memory.failures)
 
     def add_alone(self, statistics: Statistics, reason: str) -> None:
         """Counts what the cloud wrote without a draft, or without one any more: no planner hears of such rounds."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime import calling, logs, pilot
 from edge_runtime.contract.errors import InputError
+from edge_runtime.memory import command as memory
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_parser(commands: Any, bundle: Path) -> None:
     parser.add_argument("--bundle", type=Path, default=bundle, metavar="DIR", help="draft (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the draft (default: one per core, to 4)")
     calling.add_options(parser)
+    memory.add_options(parser, memory.state_directory())
 
     listening = parser.add_argument_group("listening")
     listening.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -159,7 +161,8 @@ async def _load(
     planner = await asyncio.to_thread(pilot.planner_of, options, draft)
     surroundings = await stack.enter_async_context(pilot.watching(client.meter))
     power = pilot.power_of(options)
-    board = Board(draft, chat, planner, surroundings, options.model, power, options.on_link_loss)
+    remembered = await asyncio.to_thread(memory.memory_of, options, draft.manifest)
+    board = Board(draft, chat, planner, surroundings, options.model, power, options.on_link_loss, remembered)
     service.open(board)
     return board
 
