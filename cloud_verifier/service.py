@@ -116,12 +116,13 @@ class Service:
         def introduce(frame: Frame) -> OpenReply:
             return OpenReply(wire.VERSION, opened, target.version, target.context, frame)
 
-        return await _reply(request, answer, opening.first.stream, introduce)
+        return await _reply(request, answer, opening.first.stream, opened, introduce)
 
     async def round(self, request: Request) -> Response:
         """POST /v1/sessions/{id}/rounds: verify a draft, continue."""
-        playing = await self._message(request, RoundRequest)
-        session = self.sessions.get(request.path_params["session"])
+        named = request.path_params["session"]
+        playing = await self._message(request, RoundRequest, named)
+        session = self.sessions.get(named)
         running = session.ahead_of(playing)
         if running is not None:
             await _while_connected(request, running.over())
@@ -133,7 +134,7 @@ class Service:
             self.sessions.make_room(0, len(playing.draft) + playing.n, session)
             answer = session.begin(playing)
             self.engine.submit(session, answer)
-        return await _reply(request, answer, playing.stream)
+        return await _reply(request, answer, playing.stream, session.id)
 
     async def close(self, request: Request) -> Response:
         """DELETE /v1/sessions/{id}: frees it; closing a session that is gone is no error."""
@@ -237,10 +238,10 @@ class Service:
         for alternatives in playing.siblings.values():
             _check_ids(alternatives, target)
 
-    async def _message(self, request: Request, kind: type[M]) -> M:
+    async def _message(self, request: Request, kind: type[M], session: str = "") -> M:
         body = await self._body(request)
         try:
-            message = wire.decode(body, kind, _media_type(request))
+            message = wire.decode(body, kind, _media_type(request), session)
         except InputError as error:
             if isinstance(error, wire.Damaged):
                 raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
@@ -335,31 +336,36 @@ async def _reply(
     request: Request,
     answer: Answer,
     stream: bool,
-    introduce: Callable[[Frame], Message] = lambda frame: frame,
+    session: str,
+    introduce: Callable[[Frame], OpenReply] | None = None,
 ) -> Response:
-    """The frames of `answer`, one by one or as one; `introduce` dresses the first."""
+    """The frames of `answer`, one by one or as one, for `session`; `introduce` dresses the first of an opening."""
     if not stream:
-        return _response(request, introduce(await answer.whole()))
+        whole = await answer.whole()
+        return _response(request, introduce(whole)) if introduce else _response(request, whole, session=session)
     media_type = _answer_type(request)
     frames = answer.frames()
     # The first frame is awaited here, so that a refusal still has its own status.
     first = await anext(frames)
 
     async def body() -> AsyncIterator[bytes]:
-        yield wire.encode_frame(introduce(first), media_type)
+        if introduce:
+            yield wire.encode_frame(introduce(first), media_type)
+        else:
+            yield wire.encode_frame(first, media_type, session)
         # A round that fails from here on ends the body in mid-stream: its last frame still says `more`.
         with contextlib.suppress(VerifierRefused):
             async for frame in frames:
-                yield wire.encode_frame(frame, media_type)
+                yield wire.encode_frame(frame, media_type, session)
 
     return StreamingResponse(body(), media_type=wire.STREAMS[media_type])
 
 
-def _response(request: Request, message: Message, status: int = 200) -> Response:
+def _response(request: Request, message: Message, status: int = 200, session: str = "") -> Response:
     media_type = _answer_type(request)
     # Who names no type, as boards do not, expects msgpack (see `wire`): they pay for every header.
     said = media_type if {"accept", "content-type"} & set(request.headers.keys()) else None
-    return Response(wire.encode(message, media_type), status, media_type=said)
+    return Response(wire.encode(message, media_type, session), status, media_type=said)
 
 
 def _refusal(request: Request, error: VerifierRefused) -> Response:

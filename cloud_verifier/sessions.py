@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from transformers import DynamicCache
 
 from cloud_verifier.speculation import Guesses
+from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Frame, RoundRequest
@@ -86,7 +87,7 @@ class Session:
     engine while a round is running.
 
     Attributes:
-        id: unguessable name in URLs.
+        id: unguessable name in URLs; begins with `wire.mark_of` its key, once it is in a store.
         key: what it was opened with, once it is in a store.
         ids: all token ids, prompt included.
         cache: keys and values of all ids but the last.
@@ -216,9 +217,10 @@ class SessionStore:
             VerifierRefused: `overloaded`: every other session is in the middle of a round.
         """
         self.make_room(1, len(session.ids))
+        session.id = wire.mark_of(key) + session.id[len(wire.mark_of(key)) :]
+        session.key = key
         self._by_id[session.id] = session
         self._by_key[key] = session
-        session.key = key
 
     def remove(self, session_id: str) -> None:
         """Forgets a session, if it is here; a running round of it stops at its next step."""

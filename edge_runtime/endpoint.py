@@ -102,13 +102,16 @@ class Endpoint:
         await self._http.aclose()
 
     @contextlib.asynccontextmanager
-    async def exchange(self, method: str, path: str, message: Message | None) -> AsyncIterator[httpx.Response]:
-        """One request, once; the answer's body is still to be read.
+    async def exchange(
+        self, method: str, path: str, message: Message | None, session: str = ""
+    ) -> AsyncIterator[httpx.Response]:
+        """One request, once; the answer's body is still to be read. For `session` see `wire.encode`.
 
         Raises VerifierRefused for a refusal, and LinkFailure.
         """
         try:
-            response = await self._send(method, path, None if message is None else wire.encode(message, wire.MSGPACK))
+            content = None if message is None else wire.encode(message, wire.MSGPACK, session)
+            response = await self._send(method, path, content)
             try:
                 portal = portal_of(response)
                 if portal:

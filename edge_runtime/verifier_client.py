@@ -186,10 +186,10 @@ class VerifierClient:
         return self.pick().well and _may_pass(state)
 
 
-def parsed(body: bytes, kind: type[M]) -> M:
-    """A message of the verifier. Raises BrokenAnswer if it is none."""
+def parsed(body: bytes, kind: type[M], session: str = "") -> M:
+    """A message of the verifier; for `session` see `wire.encode`. Raises BrokenAnswer if it is none."""
     try:
-        message = wire.decode(body, kind, wire.MSGPACK)
+        message = wire.decode(body, kind, wire.MSGPACK, session)
     except InputError as error:
         raise BrokenAnswer(str(error)) from None
     return message

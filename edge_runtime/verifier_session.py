@@ -178,16 +178,18 @@ class VerifierSession:
         path = "/v1/sessions" if opening else f"/v1/sessions/{self._id}/rounds"
         message = msgspec.structs.replace(self._opening, first=request) if opening else request
         more = True
-        async with self._at.exchange("POST", path, message) as response:
+        async with self._at.exchange("POST", path, message, self._id) as response:
             async for body in _bodies(response):
                 if not more:
                     raise BrokenAnswer("the answer goes on behind its last frame")
                 if opening:
                     reply = parsed(body, OpenReply)
+                    if not reply.session.startswith(wire.mark_of(self._opening.key)):
+                        raise BrokenAnswer("an answer to another opening")
                     self._id, self.version = reply.session, reply.version
                     opening, frame = False, reply.first
                 else:
-                    frame = parsed(body, Frame)
+                    frame = parsed(body, Frame, self._id)
                 if frame.round != request.round or frame.accepted > len(request.draft):
                     raise BrokenAnswer(f"an answer to round {frame.round}, not {request.round}")
                 more = frame.more

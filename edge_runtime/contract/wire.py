@@ -19,6 +19,7 @@ A streamed reply is a sequence of messages: in msgpack each preceded by its leng
 
 from __future__ import annotations
 
+import base64
 import enum
 import functools
 import zlib
@@ -42,7 +43,7 @@ MOST_DRAFT = 32
 MOST_OWN = 512
 MOST_NODES = 72
 
-# Of the checksum behind a message in msgpack: CRC-32, little-endian.
+# Of the checksum behind a message in msgpack: CRC-32 of its session's id, if it has one, and of it, little-endian.
 CHECK_BYTES = 4
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -205,32 +206,43 @@ class ModelList(Message, frozen=True, omit_defaults=False):
 M = TypeVar("M", bound=Message)
 
 
-def encode(message: Message, media_type: str) -> bytes:
-    """The body of one message. `media_type` is MSGPACK or JSON."""
+def encode(message: Message, media_type: str, session: str = "") -> bytes:
+    """The body of one message.
+
+    Args:
+        media_type: MSGPACK or JSON.
+        session: id of the session that it belongs to; for rounds and frames, not for openings and refusals.
+    """
     if media_type == JSON:
         return msgspec.json.encode(message)
-    return sealed(msgspec.msgpack.encode(_by_position(message)))
+    return sealed(msgspec.msgpack.encode(_by_position(message)), session)
 
 
-def sealed(body: bytes) -> bytes:
-    """`body` with its checksum behind it."""
-    return body + zlib.crc32(body).to_bytes(CHECK_BYTES, "little")
+def sealed(body: bytes, session: str = "") -> bytes:
+    """`body` with its checksum behind it, which begins with the session: over HTTP/2 a flipped bit may lead a message
+    to another session, and that must not take it for its own."""
+    return body + zlib.crc32(body, zlib.crc32(session.encode())).to_bytes(CHECK_BYTES, "little")
+
+
+def mark_of(key: str) -> str:
+    """What the id of a session begins with that was opened with `key`: so a reply says which opening it answers."""
+    return base64.urlsafe_b64encode(zlib.crc32(key.encode()).to_bytes(4, "little")[:3]).decode()
 
 
 class Damaged(InputError):
     """A body that is not what was sent."""
 
 
-def decode(body: bytes, kind: type[M], media_type: str) -> M:
-    """Parses one message.
+def decode(body: bytes, kind: type[M], media_type: str, session: str = "") -> M:
+    """Parses one message; for `session` see `encode`.
 
     Raises:
-        Damaged: its checksum is not that of its bytes.
+        Damaged: its checksum is not that of its session and bytes.
         InputError: the body is not `kind` in this encoding; the message says which field is wrong.
     """
     if media_type != JSON:
         whole, body = body, body[:-CHECK_BYTES]
-        if whole != sealed(body):
+        if whole != sealed(body, session):
             raise Damaged(f"not a {kind.__name__} in {media_type}: the CRC-32 behind it is wrong, or missing")
     try:
         if media_type == JSON:
@@ -256,9 +268,9 @@ def version_of(body: bytes, media_type: str) -> int | None:
     return fields[0] if isinstance(fields, list) and fields and type(fields[0]) is int else None
 
 
-def encode_frame(message: Message, media_type: str) -> bytes:
-    """One message of a streamed reply, delimited."""
-    body = encode(message, media_type)
+def encode_frame(message: Message, media_type: str, session: str = "") -> bytes:
+    """One message of a streamed reply, delimited; for `session` see `encode`."""
+    body = encode(message, media_type, session)
     return body + b"\n" if media_type == JSON else pack_varints([len(body)]) + body
 
 

@@ -129,8 +129,8 @@ def verifier_overhead(url: str) -> float:
     with socket.create_connection((host, int(port))) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-        def post(path: str, message: wire.Message) -> bytes:
-            body = wire.encode(message, wire.MSGPACK)
+        def post(path: str, message: wire.Message, session: str = "") -> bytes:
+            body = wire.encode(message, wire.MSGPACK, session)
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {wire.MSGPACK}\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             received = b""
@@ -151,7 +151,8 @@ def verifier_overhead(url: str) -> float:
         for number in range(1, 300):
             request = wire.RoundRequest(wire.VERSION, number, position, [5, 6, 7, 8])
             started = time.perf_counter()
-            frame = wire.decode(post(f"/v1/sessions/{opened.session}/rounds", request), wire.Frame, wire.MSGPACK)
+            reply = post(f"/v1/sessions/{opened.session}/rounds", request, opened.session)
+            frame = wire.decode(reply, wire.Frame, wire.MSGPACK, opened.session)
             overheads.append(time.perf_counter() - started - frame.forward_100us / 1e4)
             position += frame.accepted + len(frame.tokens)
     return statistics.median(overheads)

@@ -123,14 +123,14 @@ class Talker:
 
     def post(self, path: str, body: Message | bytes) -> httpx.Response:
         """Sends a message, or any bytes instead of one."""
-        content = body if isinstance(body, bytes) else wire.encode(body, self.media_type)
+        content = body if isinstance(body, bytes) else wire.encode(body, self.media_type, session_in(path))
         return self.http.post(path, content=content)
 
     def told(self, response: httpx.Response, kind: type[M]) -> M:
         """The message of a good answer."""
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == self.media_type
-        return wire.decode(response.content, kind, self.media_type)
+        return wire.decode(response.content, kind, self.media_type, session_in(response.request.url.path))
 
     def refused(self, response: httpx.Response, status: int, code: str) -> Refusal:
         """The refusal of a bad one; a sentence for people is part of it."""
@@ -143,6 +143,12 @@ class Talker:
         """Opens a session; see `opening`."""
         request = opening(prompt, sampling, **changes)
         return Session(self, self.told(self.post("/v1/sessions", request), OpenReply), request)
+
+
+def session_in(path: str) -> str:
+    """The session that a round at `path` belongs to; empty for other paths."""
+    parts = path.split("/")
+    return parts[3] if path.endswith("/rounds") else ""
 
 
 def refusal_of(response: httpx.Response) -> Refusal:

@@ -18,7 +18,7 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import MSGPACK, VERSION, ErrorCode, Frame, FrameSplitter, OpenReply, RoundRequest
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.talker import PROMPT, Session, Talker, Watched, opening, refusal_of, running
+from tests.cloud_verifier.talker import PROMPT, Session, Talker, Watched, opening, refusal_of, running, session_in
 from tests.conftest import serving
 
 ENDLESS = Sampling(ignore_eos=True)
@@ -60,7 +60,9 @@ class Board:
         return RoundRequest(VERSION, number, len(PROMPT) + known, draft, **changes)
 
     async def post(self, request: RoundRequest) -> httpx.Response:
-        return await self._client.post(f"/v1/sessions/{self.session}/rounds", content=wire.encode(request, MSGPACK))
+        return await self._client.post(
+            f"/v1/sessions/{self.session}/rounds", content=wire.encode(request, MSGPACK, self.session)
+        )
 
     @contextlib.asynccontextmanager
     async def another_connection(self) -> AsyncIterator[Board]:
@@ -83,7 +85,7 @@ class Board:
 
 def frame_of(response: httpx.Response) -> Frame:
     assert response.status_code == 200, refusal_of(response)
-    return wire.decode(response.content, Frame, MSGPACK)
+    return wire.decode(response.content, Frame, MSGPACK, session_in(response.request.url.path))
 
 
 def code_of(response: httpx.Response) -> tuple[int, str]:
@@ -125,7 +127,9 @@ async def test_a_round_that_was_sent_ahead_may_stream(board: Board) -> None:
     await now
     response = await ahead
     assert response.headers["content-type"] == wire.STREAMS[MSGPACK]
-    frames = [wire.decode(body, Frame, MSGPACK) for body in FrameSplitter(MSGPACK).feed(response.content)]
+    frames = [
+        wire.decode(body, Frame, MSGPACK, board.session) for body in FrameSplitter(MSGPACK).feed(response.content)
+    ]
     assert [token for frame in frames for token in frame.tokens] == truth[8:28]
 
 

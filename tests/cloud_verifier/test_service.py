@@ -132,7 +132,7 @@ def test_a_body_that_is_no_round_changes_nothing(talker: Talker, alone: Alone, b
     session = talker.open(n=2)
     if talker.media_type != JSON:
         talker.refused(talker.post(session.path, body), 400, ErrorCode.DAMAGED)
-        body = wire.sealed(body)
+        body = wire.sealed(body, session.id)
     talker.refused(talker.post(session.path, body), 400, ErrorCode.MALFORMED)
     session.play(n=3)
     assert session.ids == PROMPT + alone(PROMPT, 5)
@@ -341,14 +341,15 @@ async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone
     headers = {"content-type": media_type}
     async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client:
         opened = await client.post("/v1/sessions", content=wire.encode(opening(sampling=ENDLESS), media_type))
-        path = f"/v1/sessions/{wire.decode(opened.content, OpenReply, media_type).session}/rounds"
+        session = wire.decode(opened.content, OpenReply, media_type).session
+        path = f"/v1/sessions/{session}/rounds"
         request = RoundRequest(VERSION, 1, 5, [truth[1], 299], n=250, stream=True)
         splitter, frames = FrameSplitter(media_type), []
-        async with client.stream("POST", path, content=wire.encode(request, media_type)) as response:
+        async with client.stream("POST", path, content=wire.encode(request, media_type, session)) as response:
             assert response.status_code == 200
             assert response.headers["content-type"] == wire.STREAMS[media_type]
             async for piece in response.aiter_raw():
-                frames += [wire.decode(body, Frame, media_type) for body in splitter.feed(piece)]
+                frames += [wire.decode(body, Frame, media_type, session) for body in splitter.feed(piece)]
         assert not splitter.incomplete
         assert len(frames) > 1
         assert [frame.accepted for frame in frames] == [1] + [0] * (len(frames) - 1)
@@ -356,8 +357,9 @@ async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone
         assert [token for frame in frames for token in frame.tokens] == truth[2:252]
         assert [frame.forward_100us for frame in frames] == sorted(frame.forward_100us for frame in frames)
         # Cut off, the client may ask for the rest, or for all of it as one.
-        whole = await client.post(path, content=wire.encode(msgspec.structs.replace(request, stream=False), media_type))
-        frame = wire.decode(whole.content, Frame, media_type)
+        again = msgspec.structs.replace(request, stream=False)
+        whole = await client.post(path, content=wire.encode(again, media_type, session))
+        frame = wire.decode(whole.content, Frame, media_type, session)
         assert (frame.accepted, frame.tokens, frame.more) == (1, truth[2:252], False)
 
 
@@ -367,7 +369,7 @@ async def test_a_streamed_opening_begins_with_its_reply(tiny: Target, alone: Alo
         response = await client.post("/v1/sessions", content=request, headers={"content-type": MSGPACK})
         first, *others = FrameSplitter(MSGPACK).feed(response.content)
         reply = wire.decode(first, OpenReply, MSGPACK)
-        frames = [reply.first, *(wire.decode(body, Frame, MSGPACK) for body in others)]
+        frames = [reply.first, *(wire.decode(body, Frame, MSGPACK, reply.session) for body in others)]
         assert [token for frame in frames for token in frame.tokens] == alone(PROMPT, 60, ENDLESS)
 
 
@@ -457,7 +459,7 @@ async def test_a_session_closed_in_mid_round_stops_there(tiny: Target) -> None:
                     session = wire.decode(bodies[0], OpenReply, MSGPACK).session
                     assert (await client.delete(f"/v1/sessions/{session}")).status_code == 204
         # The last frame promises more, which is how a client knows that the round is not whole.
-        last = wire.decode(bodies[-1], Frame, MSGPACK) if len(bodies) > 1 else None
+        last = wire.decode(bodies[-1], Frame, MSGPACK, session) if len(bodies) > 1 else None
         assert last is None or last.more
         assert (await client.get("/readyz")).status_code == 200
 

@@ -103,10 +103,9 @@ def test_damaged_messages(
     for _ in range(data.draw(st.integers(1, 2))):
         start = data.draw(st.integers(0, len(body)))
         body[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
-    path = "FUZZED" if isinstance(message, RoundRequest) else "/v1/sessions"
-    besieged.fire(
-        "POST", path, wire.sealed(bytes(body)) if media_type == MSGPACK else bytes(body), {"content-type": media_type}
-    )
+    path, session = ("FUZZED", besieged.aim.id) if isinstance(message, RoundRequest) else ("/v1/sessions", "")
+    content = wire.sealed(bytes(body), session) if media_type == MSGPACK else bytes(body)
+    besieged.fire("POST", path, content, {"content-type": media_type})
 
 
 @given(any_opening, any_round, st.sampled_from([MSGPACK, JSON]))
@@ -119,4 +118,4 @@ def test_well_formed_messages_with_wrong_contents(
     besieged.fire("POST", "/v1/sessions", wire.encode(first, media_type), headers)
     opening_that_may_work = msgspec.structs.replace(first, first=fitting)
     besieged.fire("POST", "/v1/sessions", wire.encode(opening_that_may_work, media_type), headers)
-    besieged.fire("POST", "FUZZED", wire.encode(later, media_type), headers)
+    besieged.fire("POST", "FUZZED", wire.encode(later, media_type, besieged.aim.id), headers)

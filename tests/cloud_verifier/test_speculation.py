@@ -124,7 +124,7 @@ def helped(tiny: Target, request: pytest.FixtureRequest) -> Iterator[Beside]:
 def streamed(talker: Talker, session: Session, request: RoundRequest) -> list[Frame]:
     response = talker.post(session.path, request)
     assert response.headers["content-type"] == wire.STREAMS[MSGPACK]
-    return [wire.decode(body, Frame, MSGPACK) for body in FrameSplitter(MSGPACK).feed(response.content)]
+    return [wire.decode(body, Frame, MSGPACK, session.id) for body in FrameSplitter(MSGPACK).feed(response.content)]
 
 
 def play(verifier: Beside, session: Session, request: RoundRequest) -> Frame:

@@ -152,9 +152,10 @@ def test_what_is_sent_is_what_the_readme_says(
             assert body == b""
             continue
         kind = RoundRequest if request.target.endswith(b"/rounds") else OpenRequest
-        message = wire.decode(body, kind, MSGPACK)
+        session = request.target.decode().split("/")[3] if kind is RoundRequest else ""
+        message = wire.decode(body, kind, MSGPACK, session)
         # Nothing lies between or behind the fields.
-        assert wire.encode(message, MSGPACK) == body
+        assert wire.encode(message, MSGPACK, session) == body
         (rounds if kind is RoundRequest else opened).append(message)
     (opening,) = opened
     assert opening.sampling == Sampling(0.7, 50, 0.9, 7)
