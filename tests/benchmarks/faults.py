@@ -22,8 +22,7 @@ from tests.emulator.faults import FAULTS, Row, run
 from tests.emulator.network import Network, lacking
 from tests.emulator.scene import TARGET, Scene, Which
 
-# Those that others contain are for tests.
-DEFAULT = [name for name in FAULTS if name not in ("cable-4s", "corrupted-bodies")]
+DEFAULT = [name for name in FAULTS if name != "cable-4s"]
 
 
 def show(rows: list[Row], console: Console) -> None:

@@ -177,7 +177,6 @@ FAULTS = {
     "half-open": Fault(_forgetting, seconds=90),
     "cut": Fault(_boxed, box=True, seconds=60, mischief=Mischief(cut=0.1, cut_raw=0.02)),
     "corrupted": Fault(_boxed, box=True, seconds=90, mischief=Mischief(corrupt=0.2, corrupt_raw=0.02)),
-    "corrupted-bodies": Fault(_boxed, box=True, mischief=Mischief(corrupt=0.3)),
     "board-killed": Fault(_board_dies, seconds=60, kills="board", losable=True),
 }
 

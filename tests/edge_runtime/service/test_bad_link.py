@@ -28,8 +28,7 @@ FAULTS = (
     "503",
     "half-open",
     "cut",
-    # Not `corrupted`: bits flipped in HTTP/2's own frames may lead a reply astray (see test_straying).
-    "corrupted-bodies",
+    "corrupted",
     "board-killed",
 )
 
