@@ -1,0 +1,196 @@
+"""What a board can carry: drafts of real shapes with random weights, exported and run.
+
+    python -m tests.benchmarks.sizes                          # all of them: ten minutes, 10 GB of memory and of disk
+    python -m tests.benchmarks.sizes 8B 1+1 --weights int8    # only the shapes and layouts named
+
+Of each target only what an anchor draft shares with it exists: embedding, last block, norm and head. File, memory and
+times are measured on this machine; the boards' times are modelled: bytes that a token reads, by what the profile's
+memory delivers (`device_profiles`). Choosing a token is cheap beside that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from device_profiles.profile import find_profile
+from edge_runtime.contract.bundle import read_bundle
+from export.drafts import DESCRIPTION, FORMAT_VERSION, WEIGHTS, DraftDescription
+from export.footprint import measure
+from export.layouts import DraftPlan, describe_shared, draft_config, plan_draft
+
+COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
+SHAPES = {
+    "7B": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "8B": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
+}
+LAYOUTS = {"2+1": (2, 1), "1+1": (1, 1)}
+# Of 128k rows of a head, how many a trimmed one keeps.
+TRIMMED = 32000
+CONTEXT = 4096
+BOARDS = ("raspberry-pi-5", "jetson-orin-nano")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One draft; bytes, seconds, milliseconds per token."""
+
+    name: str
+    parameters: int
+    file_bytes: int
+    read_bytes: int
+    resident_bytes: int
+    own_bytes: int
+    one_thread: float
+    two_threads: float
+    export_seconds: float
+    export_peak_bytes: int
+    boards: dict[str, float]
+
+
+def tokenizer_of(size: int) -> Tokenizer:
+    """A byte-level BPE of `size` tokens, pairs and then triples of bytes: as much for a board to hold as a real one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names, merges = ["<|endoftext|>", *alphabet], []
+    parts = [(first, second) for first in alphabet for second in alphabet]
+    parts += [(first + second, third) for first, second in parts[: size // 256] for third in alphabet]
+    for first, second in parts[: size - len(names)]:
+        names.append(first + second)
+        merges.append((first, second))
+    tokenizer = Tokenizer(BPE(vocab={name: index for index, name in enumerate(names)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def write_models(shape: str, plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
+    """The shared part of a target, and a draft, as `export.drafts` stores them; returns the draft's parameters."""
+    target, own_directory = directory / "target", directory / "draft"
+    target.mkdir()
+    own_directory.mkdir()
+    with torch.device("meta"):
+        parameters = dict(AutoModelForCausalLM.from_config(draft_config(config, plan)).named_parameters())
+    names = plan.shared_tensors({plan.origin_of(name) for name in parameters})
+    torch.manual_seed(0)
+
+    def values(name: str) -> torch.Tensor:
+        if parameters[name].ndim == 1:
+            return torch.ones(parameters[name].shape, dtype=torch.bfloat16)
+        return torch.empty(parameters[name].shape, dtype=torch.bfloat16).normal_(std=0.02)
+
+    shared = {target_name: values(name) for name, target_name in names.items()}
+    save_file(shared, target / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(target)
+    tokenizer_of(config.vocab_size).save(str(target / "tokenizer.json"))
+    identity = describe_shared(shared, plan).identity
+    del shared
+    own = {name: values(name) for name in parameters.keys() - names.keys()}
+    save_file(own, own_directory / WEIGHTS, metadata={"format": "pt"})
+    description = DraftDescription(FORMAT_VERSION, config.model_type, plan, identity, tuple(sorted(own)))
+    (own_directory / DESCRIPTION).write_text(json.dumps(asdict(description)))
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def export(directory: Path, output: Path, weights: str, *options: str) -> tuple[float, int]:
+    """Runs `draft-export onnx`; its seconds, and the most memory that it had."""
+    (directory / "text").write_text("import os\n\nprint(os.getcwd())\n")
+    command = [sys.executable, "-m", "export.cli", "onnx", str(directory / "target"), str(directory / "draft")]
+    command += ["--weights", weights, "--context", str(CONTEXT), "--text", str(directory / "text"), "--no-acceptance"]
+    started = time.monotonic()
+    with subprocess.Popen([*command, *options, "--output", str(output)], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"the export ended with {process.returncode}")
+    return time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+def bytes_per_token(graph: Path) -> int:
+    """Bytes of the weights that every token multiplies by: all but the embedding and the rotary tables."""
+    model = onnx.load(graph, load_external_data=False).graph
+    used = {name for node in model.node if node.op_type.startswith("MatMul") for name in node.input}
+    sizes = {tensor.name: math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+             for tensor in model.initializer}  # fmt: skip
+    return sum(size for name, size in sizes.items() if name in used)
+
+
+def carry(shape: str, layout: str, weights: str, trimmed: int | None, directory: Path) -> Row:
+    """Makes, exports, and measures one draft in `directory`."""
+    config = LlamaConfig(**COMMON, **SHAPES[shape], max_position_embeddings=8192)
+    new, shared = LAYOUTS[layout]
+    plan = plan_draft(config, "anchor", new_blocks=new, shared_blocks=shared)
+    parameters = write_models(shape, plan, config, directory)
+    bundle, options, name = directory / "bundle", [], f"{shape}, {layout}, {weights}"
+    if trimmed:
+        tokenizer = Tokenizer.from_file(str(directory / "target" / "tokenizer.json"))
+        # A text that has every token: pairs of letters by themselves.
+        tokens = (tokenizer.decode([index]) for index in range(1, config.vocab_size))
+        (directory / "vocabulary").write_text("\n".join(token for token in tokens if token.isprintable()))
+        options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(trimmed)]
+        name += f", head trimmed to {trimmed // 1000}k"
+    seconds, peak = export(directory, bundle, weights, *options)
+    manifest = read_bundle(bundle, verify=False).manifest
+    file_bytes = sum(record.bytes for name, record in manifest.files.items() if name.startswith("model"))
+    read = bytes_per_token(bundle / "model.onnx")
+    one, two = measure(bundle, 1), measure(bundle, 2)
+    boards = {board: 1e3 * read / find_profile(board).processor.weight_bytes_per_second for board in BOARDS}
+    memory = one.resident_bytes, one.own_bytes
+    times = (one.milliseconds, two.milliseconds)
+    return Row(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help=f"of {', '.join([*SHAPES, *LAYOUTS])}")
+    parser.add_argument("--weights", default="int4", help="default: %(default)s")
+    parser.add_argument("--directory", type=Path, help="for temporary files (default: the system's)")
+    options = parser.parse_args()
+    table = Table(
+        "draft", "parameters", "file", "read per token", "resident (own)", "1 thread", "2 threads", "export", "peak"
+    )
+    for board in BOARDS:
+        table.add_column(f"{board}, modelled")
+    shapes = [shape for shape in SHAPES if shape in options.only] or list(SHAPES)
+    layouts = [layout for layout in LAYOUTS if layout in options.only] or list(LAYOUTS)
+    for shape in shapes:
+        for layout in layouts:
+            whole = [None, TRIMMED] if SHAPES[shape]["vocab_size"] > TRIMMED else [None]
+            for trimmed in whole:
+                with tempfile.TemporaryDirectory(prefix="sizes-", dir=options.directory) as directory:
+                    row = carry(shape, layout, options.weights, trimmed, Path(directory))
+                print(json.dumps(asdict(row)), file=sys.stderr, flush=True)
+                table.add_row(
+                    row.name,
+                    f"{row.parameters / 1e6:.0f}M",
+                    f"{row.file_bytes / 1e6:.0f} MB",
+                    f"{row.read_bytes / 1e6:.0f} MB",
+                    f"{row.resident_bytes / 1e6:.0f} ({row.own_bytes / 1e6:.0f}) MB",
+                    f"{row.one_thread:.0f} ms",
+                    f"{row.two_threads:.0f} ms",
+                    f"{row.export_seconds:.0f} s",
+                    f"{row.export_peak_bytes / 1e9:.1f} GB",
+                    *(f"{row.boards[board]:.0f} ms" for board in BOARDS),
+                )
+    Console(width=180).print(table)
+
+
+if __name__ == "__main__":
+    main()
