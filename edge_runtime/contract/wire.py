@@ -8,9 +8,9 @@
 JSON (`application/json`) is the struct as declared, for people with curl. msgpack (`application/msgpack`) is what
 boards speak: the same fields by position instead of by name, defaults at the end dropped, and every list of token ids
 as LEB128 varints in one bin, and siblings in another: for each index of the draft one more than their count, then they
-themselves; 0 where an index has none, nothing behind the last that has. The CRC-32 of it all comes last: where no TLS
-does, something must notice a flipped bit, which might be a token. A round of five drafted ids costs 23 bytes up and
-about as many down.
+themselves; 0 where an index has none, nothing behind the last that has. The CRC-32 of it all comes last, of a
+round and its frames begun with their session's id: where no TLS does, something must notice a flipped bit, which might
+be a token, or lead a message to another session. A round of five drafted ids costs 23 bytes up and about as many down.
 
 Where no content type is given, a body is msgpack: on HTTP/1.1 the header would cost more than most bodies.
 
