@@ -28,6 +28,7 @@ from edge_runtime.contract.bundle import (
 )
 from edge_runtime.contract.coupling import Chooser
 from edge_runtime.contract.errors import TargetError
+from edge_runtime.contract.rollback import forgetless_layers, sliding_window
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 TREE_WIDTHS = (1, 8, 24, 72)
 PREFILL_WIDTH = 256
 
-# The cache must forget rejected tokens, so every layer must keep plain keys and values. These layer types do.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Largest difference of a logit, relative to the largest, that the self-test takes for rounding.
 SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -65,7 +64,7 @@ class Target:
             TargetError: not a loadable checkpoint, or its cache cannot roll back.
         """
         path = path.resolve()
-        base = _base_of(path)
+        base = base_of(path)
         try:
             if not (base / "config.json").is_file():
                 raise OSError("it has no config.json")
@@ -79,7 +78,7 @@ class Target:
         self.version = f"{path.name}@{_version_hash(path, base)}"
         self.context = _usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
-        self.vocabulary = _vocabulary(path, base)
+        self.vocabulary = vocabulary_hash(tokenizer_of(path, base).get_vocab(with_added_tokens=True))
         self.dtype, self.device = dtype, torch.device(device)
         self._layers = config.num_hidden_layers
         self._model, _, self.end_ids = load_model(path, device, dtype)
@@ -215,7 +214,7 @@ class Target:
         log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
 
 
-def _base_of(path: Path) -> Path:
+def base_of(path: Path) -> Path:
     """The base checkpoint's directory: `path` itself unless it holds a PEFT adapter, or changes to a base."""
     if not path.is_dir():
         raise TargetError(f"no target at {path}: give the directory of a Hugging Face checkpoint or PEFT adapter")
@@ -237,18 +236,17 @@ def _base_of(path: Path) -> Path:
 
 
 def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
-    strange = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    strange = forgetless_layers(config)
     if strange:
         raise TargetError(
-            f"{path} has layers of type {', '.join(sorted(strange))}, whose state cannot roll back rejected tokens; "
+            f"{path} has layers of type {', '.join(strange)}, whose state cannot roll back rejected tokens; "
             "serve a model with plain attention"
         )
     context: int = wanted or config.max_position_embeddings
     if context > config.max_position_embeddings:
         raise TargetError(f"{path} was trained for {config.max_position_embeddings} tokens, not {context}")
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if slides and window and window < context:
+    window = sliding_window(config)
+    if window and window < context:
         raise TargetError(
             f"{path} attends over a sliding window of {window} tokens, whose cache cannot roll back; "
             f"serve it with --max-context {window}, within which its attention is plain"
@@ -262,7 +260,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     Raises:
         TargetError: not a loadable checkpoint.
     """
-    base = _base_of(path)
+    base = base_of(path)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if isinstance(dtype, str):
@@ -288,12 +286,17 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     return model, base, frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _vocabulary(path: Path, base: Path) -> str:
+def tokenizer_of(path: Path, base: Path) -> Tokenizer:
+    """The tokenizer of the version at `path`, or else of its base.
+
+    Raises:
+        TargetError: there is none.
+    """
     for directory in (path, base):
         file = directory / "tokenizer.json"
         if file.exists():
             try:
-                return vocabulary_hash(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+                return Tokenizer.from_file(str(file))
             except Exception as error:  # tokenizers raises bare Exception
                 raise TargetError(f"{file} is not a tokenizer: {error}") from None
     raise TargetError(f"{base} has no tokenizer.json, so no draft can be checked against it; save its fast tokenizer")

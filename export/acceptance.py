@@ -20,8 +20,9 @@ from cloud_verifier.target import load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.simulation.acceptance import BEHIND, NONE, SIBLINGS, Text, write_texts
-from export.corpus import DOMAINS, gather
+from edge_runtime.simulation.acceptance import BEHIND, NONE, Text, write_texts
+from export.contestants import Passage, propose_each
+from export.held_out import encoded, held_out
 from export.progress import Progress
 
 
@@ -95,36 +96,28 @@ def record(order: Recording, output: Path) -> list[Text]:
 def follow(draft: OnnxDraft, target: str, prompt: list[int], new: list[int], sampling: Sampling) -> Text:
     """What `draft` guesses at every position of `new`, given all true ids before it."""
     context = draft.context()
-    text = list(prompt)
+    text = prompt + new
     confidences: list[float] = []
     ranks: list[int] = []
     behind: list[list[float]] = []
-    for truth in new:
-        proposal = context.propose(text, 1, sampling, siblings=SIBLINGS, sibling_confidence=1.0)
+    for index, proposal in enumerate(propose_each(context, Passage(text, len(prompt), sampling))):
         candidates = proposal.tokens + proposal.siblings.get(0, [])
         confidences.append(proposal.confidences[0])
-        ranks.append(candidates.index(truth) if truth in candidates else NONE)
+        ranks.append(candidates.index(new[index]) if new[index] in candidates else NONE)
         row: list[float] = []
         if ranks[-1]:
-            row = context.propose(text + proposal.tokens, BEHIND, sampling).confidences
+            row = context.propose(text[: len(prompt) + index] + proposal.tokens, BEHIND, sampling).confidences
             # At the very end of the draft's context there is less to see.
             row += row[-1:] * (BEHIND - len(row))
         behind.append(row)
-        text.append(truth)
     return Text(target, sampling.temperature, sampling.top_p, sampling.seed, len(prompt), confidences, ranks, behind)
 
 
 def _prompts(tokenizer: Tokenizer, order: Recording) -> Iterator[list[int]]:
     """`order.prompts` prompts, the domains in turn."""
     chance = random.Random(order.seed)
-    if order.text is not None:
-        try:
-            pools = [[order.text.read_text()]]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {order.text}: {error}") from None
-    else:
-        pools = [[d.text for d in gather(domain).documents if d.held_out] for domain in DOMAINS]
-    pools = [[ids for ids in _encoded(tokenizer, texts) if len(ids) > order.shortest] for texts in pools]
+    texts = held_out([order.text] if order.text is not None else [])
+    pools = [[ids for ids in encoded(tokenizer, some) if len(ids) > order.shortest] for some in texts.values()]
     if not all(pools):
         raise InputError(f"not enough text for prompts of {order.shortest} tokens: give a longer --text")
     for index in range(order.prompts):
@@ -132,7 +125,3 @@ def _prompts(tokenizer: Tokenizer, order: Recording) -> Iterator[list[int]]:
         length = chance.randint(order.shortest, min(order.longest, len(ids) - 1))
         start = chance.randrange(len(ids) - length)
         yield ids[start : start + length]
-
-
-def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
