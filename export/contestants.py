@@ -16,6 +16,7 @@ from cloud_verifier.sampling import choose, coupled_scores
 from device_profiles.profile import cache_bytes, weight_bytes
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.draft import DraftContext, OnnxDraft, Proposal
+from edge_runtime.memory.recall import Memory
 from edge_runtime.simulation.acceptance import SIBLINGS
 
 # Most logits of one forward that are held at once, 4 bytes each; and of the 8-byte scores made from them.
@@ -74,39 +75,55 @@ class Draft(Protocol):
     cache_bytes: int
 
     def begin(self, version: str) -> None:
-        """Passages of this target version follow; whatever was learned from others is to be forgotten."""
+        """A pass over passages of this target version follows; what was learned in others is to be forgotten."""
 
     def guess(self, passages: Sequence[Passage]) -> list[Guesses]:
         """Proposes for every passage, in order; one that learns may learn from those before."""
 
 
 class OnnxProposer:
-    """A bundle, run as a board runs it, one token at a time."""
+    """A bundle, run as a board runs it, one token at a time.
 
-    def __init__(self, draft: OnnxDraft) -> None:
-        self._draft = draft
+    Args:
+        remembers: with the board's memory of verified text, which is empty before each pass and then hears every
+            passage as it is judged, token by token.
+    """
+
+    def __init__(self, draft: OnnxDraft, *, remembers: bool = False) -> None:
+        self._draft, self._remembers = draft, remembers
+        self._memory: Memory | None = None
+        self._version = ""
         manifest = draft.manifest
         self.vocabulary_size = manifest.architecture.vocabulary_size
         self.context = manifest.architecture.context
         self.weight_bytes, self.cache_bytes = weight_bytes(manifest), cache_bytes(manifest)
 
     def begin(self, version: str) -> None:
-        """A frozen draft learns nothing."""
+        """See `Draft`."""
+        self._version = version
+        self._memory = Memory(self.vocabulary_size) if self._remembers else None
 
     def guess(self, passages: Sequence[Passage]) -> list[Guesses]:
         """See `Draft`."""
         found = []
         for passage in passages:
-            proposals = list(propose_each(self._draft.context(), passage))
+            proposals = list(propose_each(self._draft.context(self._memory), passage, self._version))
             candidates = [proposal.tokens + proposal.siblings.get(0, []) for proposal in proposals]
             found.append(Guesses(candidates, [proposal.confidences[0] for proposal in proposals]))
         return found
 
 
-def propose_each(context: DraftContext, passage: Passage) -> Iterator[Proposal]:
+def propose_each(context: DraftContext, passage: Passage, version: str = "") -> Iterator[Proposal]:
     """One token and its siblings for each judged position, given the true ids before it."""
+    recall = context.recall
+    if recall:
+        recall.learn(passage.ids[: passage.start])
     for position in passage.positions:
         yield context.propose(passage.ids[:position], 1, passage.sampling, siblings=SIBLINGS, sibling_confidence=1.0)
+        if recall:
+            recall.learn([passage.ids[position]], version)
+    if recall:
+        recall.end()
 
 
 class TorchProposer:
@@ -196,11 +213,15 @@ class Writer:
         if logits.device.type == "cpu":
             rows = zip(logits.numpy(), samplings, strict=True)
             return [self._chooser.rank(row, sampling, position).ids[0] for row, sampling in rows]
-        if not any(sampling.temperature for sampling in samplings):
-            return [int(token) for token in logits.argmax(-1).tolist()]
+        return draw(logits, position, samplings)
+
+
+def draw(logits: torch.Tensor, position: int, samplings: Sequence[Sampling]) -> list[int]:
+    """Each row's token at `position`, chosen on the device; logits (rows, V) float32, a sampling for each row."""
+    if any(sampling.temperature for sampling in samplings):
         rows = zip(logits.split(1), samplings, strict=True)
-        scores = torch.cat([coupled_scores(row, [position], sampling) for row, sampling in rows])
-        return [int(token) for token in scores.argmax(-1).tolist()]
+        logits = torch.cat([coupled_scores(row, [position], sampling) for row, sampling in rows])
+    return [int(token) for token in logits.argmax(-1).tolist()]
 
 
 def judged_logits(model: Any, passages: Sequence[Passage]) -> Iterator[torch.Tensor]:

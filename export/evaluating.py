@@ -30,7 +30,7 @@ examples:
   draft-export evaluate export/family/bundle --target target-v1 target-v2 --output /tmp/evaluation
   draft-export evaluate export/family/draft-anchor --target target-v1 target-v2 --retrained target-v2=/tmp/draft-v2
   draft-export evaluate bundle --target /models/Llama-3.1-8B --text prose.txt code.py --temperature 0 --texts 16
-  draft-export evaluate bundle --target v1 --profile jetson-orin-nano --link 4g --verifier 32b
+  draft-export evaluate bundle --target v1 v2 --memory --profile jetson-orin-nano --link 4g --verifier 32b
 """
 
 FILES = ("evaluation.json", "evaluation.md", "evaluation.png")
@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
     )
+    parser.add_argument("--memory", action="store_true", help="rows with the board's memory of verified text, too")
     parser.add_argument("--profile", default="raspberry-pi-5", help="board of the speeds (default: %(default)s)")
     parser.add_argument("--link", default="wifi", help="as `edge-runtime simulate` takes it (default: %(default)s)")
     parser.add_argument("--verifier", default="loaded", help="likewise (default: %(default)s)")
@@ -91,6 +92,10 @@ def run(options: argparse.Namespace) -> int:
         draft, tokenizer = open_draft(options.draft, base_of(first), options.device, options.threads)
         for path in versions.values():
             _check_tokenizer(options.draft, tokenizer, path)
+        name = options.draft.resolve().name
+        drafts = {name: draft}
+        if options.memory:
+            drafts[f"{name} + memory"] = _remembering(options.draft, options.threads)
         retrained = {}
         for version, path in _retrained(options.retrained, versions).items():
             other, its_tokenizer = open_draft(path, base_of(versions[version]), options.device, options.threads)
@@ -103,9 +108,7 @@ def run(options: argparse.Namespace) -> int:
             return lambda: load_model(path, options.device, torch.float32)[0]
 
         targets = {version: loader(path) for version, path in versions.items()}
-        evaluation = evaluate(
-            {options.draft.resolve().name: draft}, targets, text, retrained=retrained, order=order, scene=scene
-        )
+        evaluation = evaluate(drafts, targets, text, retrained=retrained, order=order, scene=scene)
         print(evaluation.markdown())
         if output is not None:
             record = evaluation.record() | {"draft": str(options.draft), "targets": [str(p) for p in versions.values()]}
@@ -144,6 +147,17 @@ def open_draft(path: Path, target: Path, device: str = "cpu", threads: int = 1) 
     model = load_draft(path, target).to(device)
     size = estimate(model.config)
     return TorchProposer(model, size.weight_bytes, size.cache_bytes), tokenizer_of(target, target)
+
+
+def _remembering(path: Path, threads: int) -> Draft:
+    """The bundle at `path` with a memory."""
+    from edge_runtime.contract.bundle import MANIFEST
+    from edge_runtime.draft import OnnxDraft
+    from export.contestants import OnnxProposer
+
+    if not (path / MANIFEST).exists():
+        raise InputError(f"--memory: {path} is no bundle, and a memory is the board's; make one with draft-export onnx")
+    return OnnxProposer(OnnxDraft.load(path, threads=threads), remembers=True)
 
 
 def _versions(names: list[str], draft: Path) -> dict[str, Path]:
