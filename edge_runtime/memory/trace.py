@@ -91,7 +91,7 @@ class Trace:
                     while length < most and tokens[(place - 1 - length) & mask] == text[-1 - length]:
                         length += 1
                     # Hashes of other tokens may be the same.
-                    if length >= order and token != BOUNDARY:
+                    if length >= ORDERS[-1] and token != BOUNDARY:
                         weights[token] = weights.get(token, 0.0) + 4.0 ** min(length, 8)
                         if length > longest.get(token, (0, 0))[0]:
                             longest[token] = (length, place)

@@ -28,6 +28,8 @@ bundle = "bundle"
 store = "bundles"
 public_key_file = "key.pub"
 threads = 2
+memory = false
+memory_directory = "remembered"
 
 [verifier]
 urls = ["https://a.example/", "http://127.0.0.1:8500"]
@@ -99,6 +101,7 @@ def test_the_file_says_everything_and_paths_start_at_its_folder(folder: Path) ->
     effective = read_effective(path, {})
     read = effective.configuration
     assert (read.draft.bundle, read.draft.store) == (folder / "bundle", folder / "bundles")
+    assert (read.draft.memory, read.draft.memory_directory) == (False, folder / "remembered")
     assert read.verifier.urls == ["https://a.example", "http://127.0.0.1:8500"]
     assert read.verifier.deadline_seconds == 7.0
     assert read.verifier.token_file is not None
@@ -356,7 +359,7 @@ def test_show_is_toml_that_says_the_same(folder: Path) -> None:
     assert report["file"] == str(path)
     token = report["values"]["verifier"]["token_file"]
     assert token["value"] == str(folder / "token")
-    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 12)
+    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 14)
 
 
 # Parsers
