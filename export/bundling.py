@@ -60,7 +60,8 @@ class BundleOrder:
         draft: directory of the draft's own tensors (see `export.drafts`), or of a whole Hugging Face model, which is
             then a standalone draft.
         kind, weights: see `export.graphs`.
-        text: what parity and acceptance are measured on, as much of it as draft and target can read at once.
+        text: what parity and acceptance are measured on; where it is longer than what draft and target can read at
+            once, in pieces.
         context: longest text of the draft in tokens; None for the model's.
         positions: how many positions of the text.
         acceptance: measure it, which takes the whole target.
@@ -88,7 +89,7 @@ class Original:
         plan: its layout; None for a standalone draft.
         architecture: of the draft, with the context that was ordered.
         tokenizer: the target's.
-        ids: the text to measure on.
+        pieces: ids of the text to measure on, each within the context.
     """
 
     def __init__(self, order: BundleOrder) -> None:
@@ -101,21 +102,22 @@ class Original:
             raise InputError(f"{order.target} has no {TOKENIZER}; save its fast tokenizer there")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(source))
         most = AutoConfig.from_pretrained(order.target).max_position_embeddings
-        self.ids: list[int] = self.tokenizer.encode(order.text).ids
-        self.ids = self.ids[: min(order.positions, self.architecture.context, most)]
-        if len(self.ids) < 2:
+        ids: list[int] = self.tokenizer.encode(order.text).ids[: order.positions]
+        if len(ids) < 2:
             raise InputError("the text to measure on is too short; give a longer one with --text")
+        size = min(self.architecture.context, most)
+        self.pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
 
     @functools.cached_property
     def logits(self) -> Rows:
-        """Of the draft, behind every token: (len(ids), V)."""
-        return _torch_logits(self.draft, self.ids)
+        """Of the draft, behind every token: (positions, V)."""
+        return _torch_logits(self.draft, self.pieces)
 
     @functools.cached_property
     def target_logits(self) -> Rows:
-        """Of the target, which is loaded for it: (len(ids), V)."""
+        """Of the target, which is loaded for it: (positions, V)."""
         target = AutoModelForCausalLM.from_pretrained(self._target, dtype=torch.float32).eval()
-        return _torch_logits(target, self.ids)
+        return _torch_logits(target, self.pieces)
 
     @functools.cached_property
     def shared(self) -> SharedTensors:
@@ -148,7 +150,7 @@ def make_bundle(order: BundleOrder, output: Path, report: Report, original: Orig
         report("graph")
         export_graph(original.draft, work, order.kind, order.weights, head=head, context=original.architecture.context)
         report("parity")
-        logits = _onnx_logits(work / GRAPH_FILE, architecture, original.ids)
+        logits = _onnx_logits(work / GRAPH_FILE, architecture, original.pieces)
         wanted = original.logits
         parity = _parity(logits, wanted if head is None else wanted[:, head])
         report("acceptance")
@@ -210,26 +212,29 @@ def _shared(target: Path, plan: DraftPlan | None) -> SharedTensors:
     return describe_shared(read_tensors(target, names), plan)
 
 
-def _onnx_logits(graph: Path, architecture: Architecture, ids: list[int]) -> Rows:
-    """Logits behind every token, one token at a time through the board's own runner: (len(ids), V) float32.
+def _onnx_logits(graph: Path, architecture: Architecture, pieces: list[list[int]]) -> Rows:
+    """Logits behind every token, one token at a time through the board's own runner: (positions, V) float32.
 
     On the way it rolls back now and then, so that parity covers that too.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    runner: Runner = make_runner(ort.InferenceSession(str(graph), options), architecture)
+    session = ort.InferenceSession(str(graph), options)
     rows = []
-    for index, token in enumerate(ids):
-        if index % 16 == 15:
-            runner.append([0, 1, 2])
-            runner.truncate(index)
-        rows.append(runner.append([token]).copy())
+    for ids in pieces:
+        runner: Runner = make_runner(session, architecture)
+        for index, token in enumerate(ids):
+            if index % 16 == 15 and index + 3 <= architecture.context:
+                runner.append([0, 1, 2])
+                runner.truncate(index)
+            rows.append(runner.append([token]).copy())
     return np.stack(rows)
 
 
 @torch.inference_mode()
-def _torch_logits(model: PreTrainedModel, ids: list[int]) -> Rows:
-    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+def _torch_logits(model: PreTrainedModel, pieces: list[list[int]]) -> Rows:
+    rows = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy() for ids in pieces]
+    return np.concatenate(rows)
 
 
 def _parity(ours: Rows, theirs: Rows) -> Parity:

@@ -16,6 +16,7 @@ examples:
   draft-export onnx export/family/target-v1 export/family/draft-anchor --output /tmp/bundle
   draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
   draft-export onnx /models/Llama-3.1-8B draft --weights int4 --context 4096 --no-acceptance --output /tmp/bundle
+  draft-export forms export/family/target-v1 export/family/draft-anchor --output /tmp/forms
   draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
   draft-export evaluate export/family/bundle --target target-v1 target-v2 --output /tmp/evaluation
@@ -55,7 +56,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    from export import diagnosing, distilling, evaluating, recipe, signing
+    from export import comparing, diagnosing, distilling, evaluating, recipe, signing
 
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     onnx.add_argument(
         "--weights",
         choices=["fp32", "fp16", "int8", "mixed", "int4", "int4-k", "int4-head8", "int4-head32"],
+        help="default: int8; concat: fp32; `draft-export forms` compares them",
     )
     onnx.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
     onnx.add_argument("--text", type=Path, help="what to measure on (default: FlexSpec's own sources)")
@@ -116,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     record.set_defaults(run=_record)
     signing.add_parsers(commands)
     distilling.add_parser(commands)
+    comparing.add_parser(commands)
     evaluating.add_parser(commands)
     diagnosing.add_parser(commands)
     policy = commands.add_parser(

@@ -13,7 +13,7 @@ bytes where the model ties them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -178,20 +178,28 @@ def _quantise_embedding(model: ir.Model, scheme: Scheme, shared: Blocks | None) 
         return
     (gather, _), *others = table.uses()
     assert gather.op_type == "Gather" and not others
-    if shared is not None:
-        blocks, prefix = shared, str(head_name(model))
+    if shared is None:
+        blocks = to_blocks(table.const_value.numpy(), scheme.head_bits, scheme.k_quant)
+        # Flat, as the operator wants it: onnxruntime then reads the rows that it needs from the file.
+        packed, scales, zeros = _tensors(model, EMBEDDING, replace(blocks, packed=_flat(blocks.packed)))
     else:
-        blocks, prefix = to_blocks(table.const_value.numpy(), scheme.head_bits, scheme.k_quant), EMBEDDING
-    packed, scales, zeros = _tensors(model, prefix, blocks)
-    flat = _initializer(model, f"{EMBEDDING}_shape", np.array([len(blocks.packed), -1], np.int64))
-    reshape = ir.node("Reshape", [packed, flat], name="/model/embed_tokens/Reshape")
-    reshape.outputs[0].name = "/model/embed_tokens/Reshape/output_0"
-    model.graph.insert_before(gather, reshape)
-    inputs = [reshape.outputs[0], gather.inputs[1], scales, *([zeros] if zeros is not None else [])]
+        blocks = shared
+        stored, scales, zeros = _tensors(model, head_name(model), blocks)
+        shape = _initializer(model, f"{EMBEDDING}_shape", np.array([len(blocks.packed), -1], np.int64))
+        reshape = ir.node("Reshape", [stored, shape], name="/model/embed_tokens/Reshape")
+        packed = reshape.outputs[0]
+        packed.name = "/model/embed_tokens/Reshape/output_0"
+        model.graph.insert_before(gather, reshape)
+    inputs = [packed, gather.inputs[1], scales, *([zeros] if zeros is not None else [])]
     settings = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
     looked_up = ir.node("GatherBlockQuantized", inputs, settings, domain=DOMAIN, name=f"{gather.name}Quantized")
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
     _replace(model, gather, looked_up)
     _drop(model, table)
+
+
+def _flat(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return packed.reshape(len(packed), -1)
 
 
 def head_name(model: ir.Model) -> str:
