@@ -27,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.service
 	$(BIN)/python -m tests.benchmarks.reality
 	$(BIN)/python -m tests.benchmarks.planning
+	$(BIN)/python -m tests.benchmarks.memory
 
 setup: $(STAMP)
 

@@ -30,6 +30,7 @@ examples:
   git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
   edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
   edge-runtime probe --once
+  edge-runtime memory show
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier 32b
   edge-runtime service install --now
 
