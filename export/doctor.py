@@ -173,11 +173,13 @@ def _tokenizer(question: Question, base: Path, config: PretrainedConfig) -> Iter
         yield Finding("fault", "tokenizer", str(error), "save its fast tokenizer there: tokenizer.save_pretrained(...)")
         return
     highest = max(vocabulary.values(), default=0)
-    if highest >= config.vocab_size:
-        found = f"it has the id {highest}, and the model only {config.vocab_size} logits"
+    # Configurations of several models in one, such as those that see, have no such figure of their own.
+    logits = getattr(config, "vocab_size", None)
+    if logits is not None and highest >= logits:
+        found = f"it has the id {highest}, and the model only {logits} logits"
         yield Finding("fault", "tokenizer", found, "copy model and tokenizer again from one place")
     else:
-        yield Finding("ok", "tokenizer", f"{len(vocabulary)} tokens, {config.vocab_size} logits")
+        yield Finding("ok", "tokenizer", f"{len(vocabulary)} tokens, {logits or 'unknown'} logits")
     if question.bundle is None:
         return
     manifest = read_bundle(question.bundle, verify=False).manifest

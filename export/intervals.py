@@ -46,12 +46,14 @@ class Bootstrap:
 
     def ratio(self, counts: Counts) -> Interval | None:
         """Sum over sum; None where there is nothing to divide by."""
-        values = np.array(counts, np.float64).reshape(-1, 2)
+        if not counts:
+            return None
+        values = np.array(counts, np.float64)
         return self._interval(_ratio(values.sum(0)), _ratio(self._draws(len(values)) @ values))
 
     def of_ratios(self, above: Counts, below: Counts) -> Interval | None:
-        """One ratio divided by another, over the same texts in the same order; None as above."""
-        first, second = np.array(above, np.float64).reshape(-1, 2), np.array(below, np.float64).reshape(-1, 2)
+        """One ratio divided by another, over the same texts, at least one, in the same order; None as above."""
+        first, second = np.array(above, np.float64), np.array(below, np.float64)
         draws = self._draws(len(first))
         with np.errstate(divide="ignore", invalid="ignore"):
             value = _ratio(first.sum(0)) / _ratio(second.sum(0))
@@ -61,7 +63,7 @@ class Bootstrap:
         """How often each text is in each draw, (resamples, texts)."""
         if texts not in self._weights:
             random = np.random.default_rng(self._seed)
-            shares = np.full(texts, 1.0 / max(1, texts))
+            shares = np.full(texts, 1.0 / texts)
             self._weights[texts] = random.multinomial(texts, shares, self._resamples).astype(np.float64)
         return self._weights[texts]
 
