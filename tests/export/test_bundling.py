@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,11 +32,12 @@ def make(target: Path, draft: Path, output: Path, kind: str = "fused", weights: 
     return OnnxDraft.load(output, threads=1)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["fused", "concat"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_architecture_matches_pytorch(model_type: str, kind: str, tmp_path: Path) -> None:
+def test_every_architecture_matches_pytorch(model_type: str, kind: str, tied: bool, tmp_path: Path) -> None:
     """Logits, with roll-backs on the way: see `bundling._onnx_logits`."""
-    target = save_target(tmp_path / "target", model_type)
+    target = save_target(tmp_path / "target", model_type, tie_word_embeddings=tied)
     manifest = make(target, target, tmp_path / "bundle", kind).manifest
     assert manifest.parity.positions > 50
     assert manifest.parity.greedy_agreement == 1.0
@@ -39,6 +45,18 @@ def test_every_architecture_matches_pytorch(model_type: str, kind: str, tmp_path
     # A draft that is its target agrees with it everywhere, sampled too: board and cloud draw the same noise.
     assert manifest.acceptance == {"T=0": 1.0, "T=0.7": 1.0, "T=1": 1.0}
     assert manifest.shared.identity.startswith("standalone/0/")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_quantised_anchor_draft_of_every_architecture(model_type: str, tmp_path: Path) -> None:
+    """What a board gets: blocks of two origins, 8 bits, and one end of a tied table that is read and multiplied by."""
+    path = save_target(tmp_path / "target", model_type, num_hidden_layers=4, initializer_range=0.1)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    draft, plan = build_draft(model, "anchor", new_blocks=1, shared_blocks=1)
+    save_draft(draft, plan, path, tmp_path / "draft")
+    manifest = make(path, tmp_path / "draft", tmp_path / "bundle", weights="int8").manifest
+    assert manifest.architecture.layers == 2
+    assert manifest.parity.greedy_agreement > 0.85
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -68,11 +86,71 @@ def test_quantised_weights_are_smaller_and_close(weights: str, tmp_path: Path) -
     assert small.parity.greedy_agreement > agreement
 
 
-def test_the_same_inputs_give_the_same_bytes(tiny_path: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        make(tiny_path, tiny_path, tmp_path / name / "bundle", weights="mixed")
-    for path in (tmp_path / "one" / "bundle").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / "bundle" / path.name).read_bytes(), path.name
+def command(target: Path, output: Path, *options: str) -> list[str]:
+    (output.parent / "text").write_text(TEXT)
+    arguments = ["onnx", str(target), str(target), "--text", str(output.parent / "text"), "--output", str(output)]
+    return [sys.executable, "-m", "export.cli", *arguments, *options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--weights", "mixed"), ("--graph", "concat", "--weights", "int4")], ids=str)
+def test_the_same_inputs_give_the_same_bytes(tiny_path: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """In other directories, in processes with other hash seeds and numbers of threads."""
+    processes = []
+    for index, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        output = tmp_path / name / "bundle"
+        environ = os.environ | {"PYTHONHASHSEED": str(index), "OMP_NUM_THREADS": str(1 + index)}
+        line = command(tiny_path, output, "--trim-vocabulary", str(tmp_path / name / "text"), *options)
+        processes.append(subprocess.Popen(line, env=environ, stdout=subprocess.DEVNULL))
+    assert [process.wait(120) for process in processes] == [0, 0]
+    first, second = (
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name / "bundle").iterdir()}
+        for name in ("one", "two")
+    )
+    assert first == second
+    assert len(first) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fused", "concat"])
+def test_a_full_disk_leaves_nothing(kind: str, tiny_path: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the same calls fail, in Python's code and in others'."""
+    line = command(tiny_path, tmp_path / "bundle", "--graph", kind, "--weights", "fp32")
+    limited = ["prlimit", "--fsize=100000", *line]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"draft-export: cannot make {tmp_path / 'bundle'}: " in done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    make(tiny_path, tiny_path, tmp_path / "bundle", kind)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_bundle_and_the_next_one_cleans_up(tiny_path: Path, tmp_path: Path) -> None:
+    output, partial = tmp_path / "bundle", tmp_path / ".bundle.partial"
+    line = command(tiny_path, output, "--graph", "concat")
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    while not (partial / "tokenizer.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="another process is making"):
+        make(tiny_path, tiny_path, output)
+    process.kill()
+    process.wait()
+    assert partial.is_dir()
+    assert not output.exists()
+    make(tiny_path, tiny_path, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "text"]
+
+
+@pytest.mark.parametrize("kind", ["fused", "concat"])
+def test_a_text_longer_than_the_context_is_measured_in_pieces(kind: str, tiny_path: Path, tmp_path: Path) -> None:
+    order = BundleOrder(tiny_path, tiny_path, kind, "fp32", TEXT, context=32)
+    manifest = make_bundle(order, tmp_path / "bundle", lambda _: None)
+    assert manifest.parity.positions == len(TEXT)
+    assert manifest.parity.greedy_agreement == manifest.acceptance["T=1"] == 1.0
+    assert OnnxDraft.load(tmp_path / "bundle").context().limit == 32
 
 
 def test_a_bundle_appears_whole_or_not_at_all(tiny_path: Path, tmp_path: Path) -> None:
