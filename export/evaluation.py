@@ -233,12 +233,19 @@ def _pieces(text: Mapping[str, Sequence[int]], order: Order) -> list[tuple[str, 
                 f"{order.tokens} to judge): give more text, or ask for shorter pieces"
             )
         places = np.unique(np.linspace(0, whole - 1, min(share, whole)).round().astype(int))
-        columns.append([(name, [int(i) for i in ids[p * length : (p + 1) * length]]) for p in places.tolist()])
+        # On the host, whatever kind of sequence it is.
+        columns.append(
+            [(name, np.asarray(_host(ids[p * length : (p + 1) * length])).tolist()) for p in places.tolist()]
+        )
     longest = max(map(len, columns), default=0)
     pieces = [column[i] for i in range(longest) for column in columns if i < len(column)][: order.texts]
     if len(pieces) < 2:
         raise InputError(f"the text is too short: it has {len(pieces)} piece of {length} tokens, and chance takes 2")
     return pieces
+
+
+def _host(ids: Sequence[int]) -> Any:
+    return ids.cpu() if isinstance(ids, torch.Tensor) else ids
 
 
 def _judged(

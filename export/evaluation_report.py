@@ -11,10 +11,12 @@ from export.speeds import STREAMED
 
 KINDS = {"own": "Along what the target writes", "given": "Along given text"}
 NOTHING = "-"
+# Drafted tokens of which tables tell how often all are accepted.
+SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """All rows, a table of acceptance and one of rounds for each kind of text, and speeds."""
+    """All rows: tables of acceptance, of how far drafts survive and of rounds for each kind of text, and speeds."""
     order = evaluation.order
     sources = ", ".join(f"{count} of {name}" for name, count in evaluation.texts.items())
     lines = [
@@ -28,6 +30,8 @@ def markdown(evaluation: Evaluation) -> str:
         heads = ["draft", "target", "T", "accepted", "retention", *(names if len(names) > 1 else ())]
         heads += ["in loops", "accepted in loops", "with loops"]
         lines += ["", f"### {KINDS[kind]}", "", *_table(heads, (_acceptance(row, names) for row in rows))]
+        heads = ["draft", "target", "T", *(f"first {k} right" for k in SHOWN)]
+        lines += ["", *_table(heads, ([*_key(row), *(_share(row.survival[k - 1]) for k in SHOWN)] for row in rows))]
         plans = list(rows[0].tokens_per_round) if rows else []
         heads = ["draft", "target", "T", *(f"tokens/round {plan}" for plan in plans)]
         lines += ["", *_table(heads, ([*_key(row), *map(_few, row.tokens_per_round.values())] for row in rows))]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cloud_verifier.target import load_model
 from edge_runtime.contract.errors import InputError
@@ -80,7 +81,7 @@ def test_all_is_saved_and_shown(found: Evaluation, tmp_path: Path) -> None:
     assert record["rows"][0]["survival"][LONGEST_DRAFT - 1].keys() == {"value", "low", "high"}
     assert record["texts"] == {"one": 3, "two": 3}
     tables = found.markdown()
-    assert tables.count("| neither | v2 |") == 2 * 2 * 3
+    assert tables.count("| neither | v2 |") == 2 * 3 * 3
     assert "Expected speed, modelled: raspberry-pi-5, wifi, loaded" in tables and "100.0 %" in tables
     found.picture(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
@@ -100,6 +101,8 @@ def test_the_same_again_says_the_same(models: list[Any]) -> None:
     order = Order(texts=2, prompt=4, tokens=16, temperatures=(0.7,), resamples=50)
     once, again = (evaluate({"d": TorchProposer(models[1])}, {"v": models[0]}, TEXT, order=order) for _ in range(2))
     assert once == again
+    arrays = {"one": torch.tensor(TEXT["one"], dtype=torch.int32), "two": np.array(TEXT["two"], np.uint16)}
+    assert evaluate({"d": TorchProposer(models[1])}, {"v": models[0]}, arrays, order=order) == once
     other = evaluate({"d": TorchProposer(models[1])}, {"v": models[0]}, TEXT, order=Order(**vars(order) | {"seed": 1}))
     assert other.rows != once.rows
 
