@@ -42,7 +42,11 @@ def new_directory(output: Path) -> Iterator[Path]:
         yield work
         work.rename(output)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot make {output}: {error}; nothing was left there: see to it and try again") from error
+        # Who writes through a library hears "n requested and m written", not that the disk is full.
+        free = f"{shutil.disk_usage(work).free / 1e6:.0f} MB are free there"
+        raise InputError(
+            f"cannot make {output}: {error} ({free}); nothing was left: see to it and try again"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)

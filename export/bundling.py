@@ -15,6 +15,7 @@ import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from edge_runtime.contract.bundle import (
     FORMAT_VERSION,
@@ -94,6 +95,8 @@ class Original:
 
     def __init__(self, order: BundleOrder) -> None:
         """Raises InputError, DraftError and TargetError where target or draft cannot be used."""
+        # The progress that people see is ours.
+        disable_progress_bar()
         self._target = order.target
         self.draft, self.plan = _load(order)
         self.architecture = _architecture(self.draft.config, order.context)

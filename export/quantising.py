@@ -12,7 +12,7 @@ bytes where the model ties them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,8 +29,6 @@ EMBEDDING = "model.embed_tokens.weight"
 PIECE = 1 << 24
 # Below this, a tensor is left as it is: norms and biases cost nothing and matter.
 SMALLEST_HALF = 4096
-
-Rounding = Callable[[npt.NDArray[np.float32], int], tuple[npt.NDArray[np.float64], ...]]
 
 
 @dataclass(frozen=True)
