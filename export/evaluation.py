@@ -244,8 +244,10 @@ def _pieces(text: Mapping[str, Sequence[int]], order: Order) -> list[tuple[str, 
     return pieces
 
 
-def _host(ids: Sequence[int]) -> Any:
-    return ids.cpu() if isinstance(ids, torch.Tensor) else ids
+def _host(ids: Sequence[int]) -> list[int]:
+    """Plain numbers, whatever kind of sequence it is and wherever."""
+    found: list[int] = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids).tolist()
+    return found
 
 
 def _judged(
