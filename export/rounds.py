@@ -48,22 +48,27 @@ class Trace:
     def surviving(self, most: int) -> list[tuple[int, int]]:
         """For k = 1 to `most`: how many drafts have their first k tokens accepted, and of how many.
 
-        A draft begins at every position outside loops from which on `most` positions are judged.
+        A draft begins at every position from which on `most` positions are judged and outside loops.
         """
         run = runs(self.ranks)
-        begun = [run[i] for i in range(len(self.ranks) - most + 1) if not self.looped[i]]
+        begun = [run[start] for start in range(len(self.ranks)) if self._clear(start, most)]
         return [(sum(r >= k for r in begun), len(begun)) for k in range(1, most + 1)]
 
     def round_tokens(self, draft: int, siblings: int) -> tuple[int, int]:
         """Tokens, and rounds that brought them: `draft` guesses and `siblings` beside each, one after the other.
 
-        Rounds that begin in a loop, or so late that the text could cut them short, are played and not counted.
+        Rounds that could reach into a loop, or beyond the end of the text, are played and not counted; that is told by
+        where they begin, not by how they end, so it favours no draft.
         """
         total, count = 0, 0
         for start, tokens in self._rounds(draft, siblings):
-            if not self.looped[start] and start + draft + 1 <= len(self.ranks):
+            if self._clear(start, draft + 1):
                 total, count = total + tokens, count + 1
         return total, count
+
+    def _clear(self, start: int, count: int) -> bool:
+        """Whether `count` positions from `start` on are judged and outside loops."""
+        return start + count <= len(self.ranks) and not any(self.looped[start : start + count])
 
     def _rounds(self, draft: int, siblings: int) -> Iterator[tuple[int, int]]:
         """Where each round begins, and the tokens that it brings."""

@@ -40,9 +40,11 @@ def test_rounds_by_hand() -> None:
     assert trace.surviving(3) == [(7, 8), (5, 8), (3, 8)]
 
 
-def test_rounds_that_begin_in_a_loop_are_played_and_not_counted() -> None:
+def test_rounds_that_could_reach_into_a_loop_are_played_and_not_counted() -> None:
     trace = trace_of([NONE, NONE, 0, 0, 0, NONE, NONE, NONE], [False, False, True, True, True, False, False, False])
-    assert trace.round_tokens(1, 0) == (3, 3)
+    # Of those that begin at 0, 1, 2, 4, 6 and 7: the first and that at 6.
+    assert trace.round_tokens(1, 0) == (2, 2)
+    assert trace.surviving(2) == [(0, 3), (0, 3)]
     assert trace.accepted() == (0, 5)
     assert trace.accepted(looped=True) == (3, 3)
     text = trace.recorded("v")
