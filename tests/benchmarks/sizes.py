@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def tokenizer_of(size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_models(shape: str, plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
+def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
     """The shared part of a target, and a draft, as `export.drafts` stores them; returns the draft's parameters."""
     target, own_directory = directory / "target", directory / "draft"
     target.mkdir()
@@ -88,12 +89,17 @@ def write_models(shape: str, plan: DraftPlan, config: LlamaConfig, directory: Pa
     with torch.device("meta"):
         parameters = dict(AutoModelForCausalLM.from_config(draft_config(config, plan)).named_parameters())
     names = plan.shared_tensors({plan.origin_of(name) for name in parameters})
+    # 17M random numbers, over and over, as drawing billions would take longer than the export; each tensor starts at
+    # another of them, since onnxruntime keeps equal weights once.
     torch.manual_seed(0)
+    stock = torch.empty(1 << 24).normal_(std=0.02).to(torch.bfloat16)
 
     def values(name: str) -> torch.Tensor:
-        if parameters[name].ndim == 1:
-            return torch.ones(parameters[name].shape, dtype=torch.bfloat16)
-        return torch.empty(parameters[name].shape, dtype=torch.bfloat16).normal_(std=0.02)
+        shape = parameters[name].shape
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        first = int(torch.randint(stock.numel(), ()))
+        return stock.repeat(1 + -(-shape.numel() // stock.numel()))[first:][: shape.numel()].view(shape).clone()
 
     shared = {target_name: values(name) for name, target_name in names.items()}
     save_file(shared, target / "model.safetensors", metadata={"format": "pt"})
@@ -132,29 +138,48 @@ def bytes_per_token(graph: Path) -> int:
     return sum(size for name, size in sizes.items() if name in used)
 
 
-def carry(shape: str, layout: str, weights: str, trimmed: int | None, directory: Path) -> Row:
-    """Makes, exports, and measures one draft in `directory`."""
+def rows(shape: str, layout: str, weights: str, directory: Path) -> Iterator[Row]:
+    """Makes one draft in `directory`, and exports and measures it with its whole head, and with a trimmed one."""
     config = LlamaConfig(**COMMON, **SHAPES[shape], max_position_embeddings=8192)
     new, shared = LAYOUTS[layout]
     plan = plan_draft(config, "anchor", new_blocks=new, shared_blocks=shared)
-    parameters = write_models(shape, plan, config, directory)
-    bundle, options, name = directory / "bundle", [], f"{shape}, {layout}, {weights}"
-    if trimmed:
+    parameters = write_models(plan, config, directory)
+    name = f"{shape}, {layout}, {weights}"
+    yield row(name, parameters, directory, weights)
+    if config.vocab_size > TRIMMED:
         tokenizer = Tokenizer.from_file(str(directory / "target" / "tokenizer.json"))
-        # A text that has every token: pairs of letters by themselves.
         tokens = (tokenizer.decode([index]) for index in range(1, config.vocab_size))
         (directory / "vocabulary").write_text("\n".join(token for token in tokens if token.isprintable()))
-        options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(trimmed)]
-        name += f", head trimmed to {trimmed // 1000}k"
+        options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(TRIMMED)]
+        yield row(f"{name}, head of {TRIMMED // 1000}k", parameters, directory, weights, *options)
+
+
+def row(name: str, parameters: int, directory: Path, weights: str, *options: str) -> Row:
+    """Exports and measures what `write_models` wrote."""
+    bundle = directory / f"bundle-{len(options)}"
     seconds, peak = export(directory, bundle, weights, *options)
     manifest = read_bundle(bundle, verify=False).manifest
-    file_bytes = sum(record.bytes for name, record in manifest.files.items() if name.startswith("model"))
+    file_bytes = sum(record.bytes for file, record in manifest.files.items() if file.startswith("model"))
     read = bytes_per_token(bundle / "model.onnx")
     one, two = measure(bundle, 1), measure(bundle, 2)
     boards = {board: 1e3 * read / find_profile(board).processor.weight_bytes_per_second for board in BOARDS}
-    memory = one.resident_bytes, one.own_bytes
-    times = (one.milliseconds, two.milliseconds)
+    memory, times = (one.resident_bytes, one.own_bytes), (one.milliseconds, two.milliseconds)
     return Row(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        row.name,
+        f"{row.parameters / 1e6:.0f}M",
+        f"{row.file_bytes / 1e6:.0f} MB",
+        f"{row.read_bytes / 1e6:.0f} MB",
+        f"{row.resident_bytes / 1e6:.0f} ({row.own_bytes / 1e6:.0f}) MB",
+        f"{row.one_thread:.0f} ms",
+        f"{row.two_threads:.0f} ms",
+        f"{row.export_seconds:.0f} s",
+        f"{row.export_peak_bytes / 1e9:.1f} GB",
+        *(f"{row.boards[board]:.0f} ms" for board in BOARDS),
+    ]
 
 
 def main() -> None:
@@ -172,23 +197,10 @@ def main() -> None:
     layouts = [layout for layout in LAYOUTS if layout in options.only] or list(LAYOUTS)
     for shape in shapes:
         for layout in layouts:
-            whole = [None, TRIMMED] if SHAPES[shape]["vocab_size"] > TRIMMED else [None]
-            for trimmed in whole:
-                with tempfile.TemporaryDirectory(prefix="sizes-", dir=options.directory) as directory:
-                    row = carry(shape, layout, options.weights, trimmed, Path(directory))
-                print(json.dumps(asdict(row)), file=sys.stderr, flush=True)
-                table.add_row(
-                    row.name,
-                    f"{row.parameters / 1e6:.0f}M",
-                    f"{row.file_bytes / 1e6:.0f} MB",
-                    f"{row.read_bytes / 1e6:.0f} MB",
-                    f"{row.resident_bytes / 1e6:.0f} ({row.own_bytes / 1e6:.0f}) MB",
-                    f"{row.one_thread:.0f} ms",
-                    f"{row.two_threads:.0f} ms",
-                    f"{row.export_seconds:.0f} s",
-                    f"{row.export_peak_bytes / 1e9:.1f} GB",
-                    *(f"{row.boards[board]:.0f} ms" for board in BOARDS),
-                )
+            with tempfile.TemporaryDirectory(prefix="sizes-", dir=options.directory) as directory:
+                for found in rows(shape, layout, options.weights, Path(directory)):
+                    print(json.dumps(asdict(found)), file=sys.stderr, flush=True)
+                    table.add_row(*cells(found))
     Console(width=180).print(table)
 
 
