@@ -85,7 +85,14 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     scene = Scene(options.profile, options.link, options.verifier)
+    if options.threads < 1:
+        raise InputError(f"--threads {options.threads}: at least one thread must work")
     torch.set_num_threads(options.threads)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        # What follows its first line is for PyTorch's developers.
+        raise InputError(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}") from None
     with contextlib.nullcontext() if options.output is None else new_directory(options.output) as output:
         versions = _versions(options.target, options.draft)
         first = next(iter(versions.values()))

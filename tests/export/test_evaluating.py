@@ -52,6 +52,8 @@ def test_a_drafts_directory_in_pytorch(family: Path, capsys: pytest.CaptureFixtu
         (["--target", "target-v1", "--text", HERE, HERE], "two texts are called test_evaluating.py"),
         (["--target", "target-v1", "--profile", "toaster"], "no shipped profile 'toaster'"),
         (["--target", "target-v1", "--temperature", "-1"], "temperature -1"),
+        (["--target", "target-v1", "--threads", "0"], "--threads 0"),
+        (["--target", "target-v1", "--device", "abacus"], "--device abacus cannot be used here"),
     ],
 )
 def test_bad_input_is_named(
