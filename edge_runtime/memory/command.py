@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SERVICE = Path("/var/lib/flexspec/memory")
 DESCRIPTION = f"""\
 A board that serves remembers verified text, prompts too, as token ids: they help its frozen draft guess, and change no
-answer. On disk that is bounded to 1 MB for each vocabulary, readable by its user alone. `serve --no-memory`, or [draft]
+answer. On disk: half a MB for each vocabulary at most, readable by its user alone. `serve --no-memory`, or [draft]
 memory = false in the configuration, switches it off; `serve --memory DIR`, or [draft] memory_directory, says where.
 
 The directory is the one given, else the configuration's, else $STATE_DIRECTORY/memory, else {SERVICE}.

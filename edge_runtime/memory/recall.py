@@ -16,6 +16,7 @@ import threading
 from bisect import bisect_left
 from collections import deque
 
+from edge_runtime.contract.coupling import accepted_length
 from edge_runtime.memory.store import Record, Store
 from edge_runtime.memory.trace import BOUNDARY, LONGEST, Match, Trace
 
@@ -101,7 +102,7 @@ class Memory:
     def add(self, version: str, ids: list[int]) -> None:
         """Remembers a text, prompt and all, that `version` has verified."""
         with self._lock:
-            common = max((_common(ids, known) for known in self._recent), default=0)
+            common = max((accepted_length(known, ids) for known in self._recent), default=0)
             self._recent.append(ids)
             # What was said again is no more likely for that; a few tokens lead to what is new.
             new = ids[max(0, common - LONGEST) :]
@@ -175,9 +176,3 @@ class Recall:
         """The text is over: from now on it is one of the earlier ones, if any of it was verified."""
         if self._version:
             self._memory.add(self._version, self._text)
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many leading ids they share."""
-    different = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(different, min(len(one), len(other)))

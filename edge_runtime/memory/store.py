@@ -24,7 +24,8 @@ import msgspec
 logger = logging.getLogger(__name__)
 
 SUFFIX, ASIDE, SCRATCH, LOCK = ".jsonl", ".damaged", ".new", ".lock"
-MOST_BYTES = 1 << 20
+# Some 90,000 tokens, of which a memory takes the last.
+MOST_BYTES = 1 << 19
 # For another process to have finished with the file.
 PATIENCE_SECONDS = 2.0
 

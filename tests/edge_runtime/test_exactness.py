@@ -27,6 +27,7 @@ from cloud_verifier.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.verifier_client import VerifierClient
 from edge_runtime.verifier_session import VerifierSession
@@ -61,6 +62,9 @@ COVERING_PLANS = [
     ("shipped", AHEAD),
 ]
 PLANS = ALL_PLANS if FULL else COVERING_PLANS
+
+# It helps all drafts guess, and must change no text.
+MEMORY = Memory(8192)
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +113,7 @@ async def through(
     planner: Planner,
     new_tokens: int = NEW_TOKENS,
 ) -> Generation:
-    generation = Generation(draft, client, prompt, sampling, max_new_tokens=new_tokens, planner=planner)
+    generation = Generation(draft, client, prompt, sampling, max_new_tokens=new_tokens, planner=planner, memory=MEMORY)
     async for _ in generation:
         pass
     return generation

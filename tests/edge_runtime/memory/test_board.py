@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import time
 import urllib.request
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def test_a_service_remembers_until_it_is_erased(
         config.write_text("[draft]\nmemory_directory = 'kept'\n")
         command = ["generate", SECRET, "--verifier", verifier, "--max-new-tokens", "24", "--policy", "fixed", "--quiet"]
         assert cli.main([*command, "--config", str(config)]) == 0
-        assert list((tmp_path / "kept").glob("*.jsonl"))
+        # Here the process goes on, and the thread that writes it down has its time.
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "kept").glob("*.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         texts.append(capsys.readouterr().out.split("erased\n")[-1].removesuffix("\n"))
         assert cli.main(command) == 0
         assert not list(file.parent.glob("*.jsonl"))

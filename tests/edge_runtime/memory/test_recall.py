@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -212,8 +213,14 @@ async def test_the_text_is_the_same_and_what_was_said_before_is_guessed(
                     planner=FixedPlanner(plan),
                     memory=memory if turn else None,
                 )
+                known = memory.tokens
                 async for _ in generation:
                     pass
+                # It is taken down in the draft's thread.
+                for _ in range(3000):
+                    if not turn or memory.tokens > known:
+                        break
+                    await asyncio.sleep(0.01)
                 assert generation.ids[len(ids) :] == expected
                 counted = accepted.setdefault(turn, [0, 0])
                 counted[0] += generation.statistics.accepted
