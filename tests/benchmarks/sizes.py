@@ -151,6 +151,7 @@ def rows(shape: str, layout: str, weights: str, directory: Path) -> Iterator[Row
         tokens = (tokenizer.decode([index]) for index in range(1, config.vocab_size))
         (directory / "vocabulary").write_text("\n".join(token for token in tokens if token.isprintable()))
         options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(TRIMMED)]
+        parameters -= (config.vocab_size - TRIMMED) * config.hidden_size
         yield row(f"{name}, head of {TRIMMED // 1000}k", parameters, directory, weights, *options)
 
 
@@ -161,7 +162,8 @@ def row(name: str, parameters: int, directory: Path, weights: str, *options: str
     manifest = read_bundle(bundle, verify=False).manifest
     file_bytes = sum(record.bytes for file, record in manifest.files.items() if file.startswith("model"))
     read = bytes_per_token(bundle / "model.onnx")
-    one, two = measure(bundle, 1), measure(bundle, 2)
+    # The faster of two: whatever else runs can only slow it down.
+    one, two = (min((measure(bundle, n), measure(bundle, n)), key=lambda m: m.milliseconds) for n in (1, 2))
     boards = {board: 1e3 * read / find_profile(board).processor.weight_bytes_per_second for board in BOARDS}
     memory, times = (one.resident_bytes, one.own_bytes), (one.milliseconds, two.milliseconds)
     return Row(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)
