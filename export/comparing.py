@@ -19,6 +19,11 @@ examples:
 """
 
 
+POSITIONS = 8000
+# Logits that are held, of draft and target each: a gigabyte.
+LOGITS = 1 << 28
+
+
 def add_parser(commands: Any) -> None:
     """Adds `forms` to argparse's sub-parsers."""
     forms = commands.add_parser(
@@ -33,7 +38,9 @@ def add_parser(commands: Any) -> None:
     forms.add_argument(
         "--text", type=Path, action="append", metavar="FILE", help="to measure on (default: held-out Python)"
     )
-    forms.add_argument("--positions", type=int, default=8000, help="how many tokens of it (default: %(default)s)")
+    forms.add_argument(
+        "--positions", type=int, help=f"how many tokens of it (default: {POSITIONS}; 2000 of a vocabulary of 128k)"
+    )
     forms.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
     forms.add_argument(
         "--trim-vocabulary", type=Path, metavar="FILE", help="also heads trimmed to this text's tokens; not the --text"
@@ -47,16 +54,24 @@ def add_parser(commands: Any) -> None:
 
 
 def _forms(options: argparse.Namespace) -> int:
+    from transformers import AutoConfig
+
+    from edge_runtime.contract.errors import InputError
     from export.bundling import BundleOrder
     from export.forms import MARKDOWN, Comparison, compare, markdown
     from export.held_out import held_out
 
+    if not (options.target / "config.json").is_file():
+        raise InputError(f"no target at {options.target}: it has no config.json")
     texts = held_out(options.text or ())
     documents = (
         next(iter(texts.values())) if options.text is None else [text for some in texts.values() for text in some]
     )
-    # A piece of each document, so that no single one decides; a token has about four characters.
-    size = max(400, 5 * options.positions // len(documents))
+    positions = options.positions
+    if positions is None:
+        positions = min(POSITIONS, LOGITS // AutoConfig.from_pretrained(options.target).vocab_size)
+    # A piece of each document, so that no single one decides; few texts have tokens of more than eight characters.
+    size = max(400, 8 * positions // len(documents))
     head_text = None
     if options.trim_vocabulary is not None:
         ((head_text,),) = held_out([options.trim_vocabulary]).values()
@@ -67,7 +82,7 @@ def _forms(options: argparse.Namespace) -> int:
         "fp32",
         "\n".join(document[:size] for document in documents),
         options.context,
-        options.positions,
+        positions,
         head_text=head_text,
         head_size=options.head_size,
     )
