@@ -70,8 +70,8 @@ def _forms(options: argparse.Namespace) -> int:
     positions = options.positions
     if positions is None:
         positions = min(POSITIONS, LOGITS // AutoConfig.from_pretrained(options.target).vocab_size)
-    # A piece of each document, so that no single one decides; few texts have tokens of more than eight characters.
-    size = max(400, 8 * positions // len(documents))
+    # A piece of each document, so that no single one decides; a token has about four characters.
+    size = max(400, 5 * positions // len(documents)) if len(documents) > 1 else None
     head_text = None
     if options.trim_vocabulary is not None:
         ((head_text,),) = held_out([options.trim_vocabulary]).values()
