@@ -14,7 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
+
+try:
+    from transformers.modeling_utils import no_init_weights
+except ImportError:  # where release 5 has it
+    from transformers.initialization import no_init_weights
 
 from edge_runtime.contract.errors import DraftError, InputError
 from export.checkpoints import read_tensors, tensor_files

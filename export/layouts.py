@@ -3,7 +3,7 @@
 A draft is an ordinary CausalLM of the target's own class with fewer blocks. Each of its blocks is either one of the
 target's, bit for bit and frozen for good, or a new one that starts as a copy of a target block and is then trained.
 
-    anchor      new blocks, then the target's last blocks, its norm, head and embedding
+    anchor      new blocks, then the target's last blocks (or none of them), its norm, head and embedding
     prefix      the target's embedding and first blocks, then new blocks, norm and head
     standalone  all new: the control that a shared draft must beat
 """
@@ -67,11 +67,13 @@ class DraftPlan:
         if self.layout not in LAYOUTS:
             raise InputError(f"no draft layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
         shares = LAYOUTS[self.layout].shares
+        # Without a block of the target's, an anchor draft still shares norm, head and embedding.
+        least = 0 if LAYOUTS[self.layout].shared_last else 1
         if self.new_blocks < 1:
             raise InputError(f"a draft needs at least one new block, not {self.new_blocks}")
-        if shares and not 1 <= self.shared_blocks < self.target_blocks:
+        if shares and not least <= self.shared_blocks < self.target_blocks:
             raise InputError(
-                f"layout {self.layout} of a target with {self.target_blocks} blocks shares 1 to "
+                f"layout {self.layout} of a target with {self.target_blocks} blocks shares {least} to "
                 f"{self.target_blocks - 1} of them, not {self.shared_blocks}"
             )
         if not shares and self.shared_blocks:

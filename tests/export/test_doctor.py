@@ -197,7 +197,7 @@ def test_a_bundle_with_another_tokenizer(tiny_path: Path, family: Path, capsys: 
 
 
 def test_impossible_drafts(tiny_path: Path) -> None:
-    assert "shares 1 to 1" in faults(tiny_path, shared_blocks=2)["layout"].found
+    assert "shares 0 to 1" in faults(tiny_path, shared_blocks=2)["layout"].found
     assert "choose one of anchor" in faults(tiny_path, layout="sideways")["layout"].found
     assert "600 tokens" in faults(tiny_path, context=600)["context"].found
 

@@ -65,6 +65,7 @@ def test_untied_heads_belong_to_the_anchor_and_not_to_the_prefix() -> None:
         (DraftPlan("anchor", 2, 1, 8), (0, 6, 7), [2]),
         (DraftPlan("anchor", 3, 2, 8), (0, 2, 5, 6, 7), [3, 4]),
         (DraftPlan("anchor", 1, 1, 2), (0, 1), [1]),
+        (DraftPlan("anchor", 3, 0, 8), (0, 4, 7), []),
         (DraftPlan("prefix", 2, 1, 8), (0, 1, 7), [0]),
         (DraftPlan("standalone", 3, 0, 8), (0, 4, 7), []),
     ],
@@ -82,6 +83,11 @@ def test_shared_names_are_renumbered() -> None:
     }
 
 
+def test_an_anchor_without_a_block_shares_what_is_around_the_blocks() -> None:
+    names = ["model.embed_tokens.weight", "model.layers.7.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+    assert set(DraftPlan("anchor", 3, 0, 8).shared_tensors(names)) == set(names) - {"model.layers.7.mlp.up_proj.weight"}
+
+
 def test_layer_types_follow_the_blocks() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
     target = make_target("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=16)
@@ -94,7 +100,7 @@ def test_layer_types_follow_the_blocks() -> None:
     [
         ("sideways", (2, 1), "choose one of anchor"),
         ("anchor", (0, 1), "at least one new block"),
-        ("anchor", (2, BLOCKS), "shares 1 to 4"),
+        ("anchor", (2, BLOCKS), "shares 0 to 4"),
         ("prefix", (2, 0), "shares 1 to 4"),
     ],
 )
