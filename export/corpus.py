@@ -198,7 +198,8 @@ STUBS = Domain(
     "stubs",
     (".pyi",),
     (
-        Source("mypy", "MIT", "MIT", ("mypy",), 4),
+        # Its stubs are typeshed's, which is Apache-2.0 with parts under MIT.
+        Source("mypy", "Apache-2.0 AND MIT", "MIT", ("mypy",), 4),
         _permissive("torch", "BSD-3-Clause", megabytes=3),
         _permissive("numpy", "BSD-3-Clause", megabytes=2),
         Source("matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), 1),

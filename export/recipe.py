@@ -127,7 +127,11 @@ class Recipe:
                 checkpoint=checkpoint,
             )
             save_adapter(model, directory, f"../{TARGET}")
-            facts = self._facts(self.size.evolve, curve) | {"name": version, "domain": domain}
+            facts = self._facts(self.size.evolve, curve) | {
+                "name": version,
+                "domain": domain,
+                "sources": cards.source_table({domain: self._sources()["packages"][domain]}),
+            }
             cards.write_card(directory, cards.ADAPTER, facts)
         self._record(version, vars(curve))
 
