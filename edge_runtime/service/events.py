@@ -18,6 +18,8 @@ DONE = b"data: [DONE]\n\n"
 # A comment, for whatever gives up on connections where nothing comes: the answer waits for its turn, or for the link.
 WAITING = b": waiting\n\n"
 WAITING_SECONDS = 10.0
+# Those that JSON lets stand as they are.
+LINE_ENDS = "\x85\u2028\u2029"
 
 
 class EventStream(Response):
@@ -64,16 +66,16 @@ async def events(answer: Answer, form: Form, usage: bool) -> AsyncIterator[bytes
                 continue
             over = change is None
             if change or first:
-                yield _event(form.chunk(answer, change or Change(""), first=first))
+                yield event_of(form.chunk(answer, change or Change(""), first=first))
             first = False
     except ClientDisconnect:
         return
     except Exception as error:
-        yield b"event: error\n" + _event(refusal_of(error).body)
+        yield b"event: error\n" + event_of(refusal_of(error).body)
         return
-    yield _event(form.last(answer))
+    yield event_of(form.last(answer))
     if usage:
-        yield _event(form.usage(answer))
+        yield event_of(form.usage(answer))
     yield DONE
 
 
@@ -83,5 +85,9 @@ async def gone_from(request: Request) -> None:
         pass
 
 
-def _event(message: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(message) + b"\n\n"
+def event_of(message: msgspec.Struct) -> bytes:
+    """One event. What Unicode calls a line's end is escaped: many a client splits lines there, too."""
+    data = msgspec.json.encode(message)
+    for character in LINE_ENDS:
+        data = data.replace(character.encode(), f"\\u{ord(character):04x}".encode())
+    return b"data: " + data + b"\n\n"

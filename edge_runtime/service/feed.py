@@ -13,8 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-import msgspec
-
+from edge_runtime.service.events import event_of
 from edge_runtime.service.news import Gauges, News
 from edge_runtime.service.refusals import Refusal
 
@@ -160,4 +159,4 @@ class Feed:
 
 def event(news: News, name: str = "") -> bytes:
     """One server-sent event."""
-    return (f"id: {name}\n".encode() if name else b"") + b"data: " + msgspec.json.encode(news) + b"\n\n"
+    return (f"id: {name}\n".encode() if name else b"") + event_of(news)

@@ -64,8 +64,14 @@ def test_json_says_everything(verifier: str) -> None:
     assert 0 < answer["acceptance"] < 1
 
 
-@pytest.mark.parametrize(("options", "limit"), [((), 5000), (("--no-http2",), 10_000)])
-def test_a_hundred_tokens_cost_at_most_five_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
+FIXED = ("--policy", "fixed")
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"), [(FIXED, 5000), ((*FIXED, "--no-http2"), 10_000), ((), 10_000)], ids=["2", "1.1", "planned"]
+)
+def test_a_hundred_tokens_cost_few_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
+    """A planner that goes by time plans shorter rounds on a busy machine, and those cost more bytes: it has room."""
     arguments = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json")
     answer = run("generate", PROMPT, *arguments, *options)
     statistics = json.loads(answer.stdout)["statistics"]
@@ -126,7 +132,8 @@ def test_every_policy_writes_the_same_text_and_says_why(verifier: str, policy: s
     answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
     assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
     decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding: position ")]
-    assert len(decisions) == int(re.search(r"in (\d+) rounds", answer.stderr)[1])
+    # Of rounds that were sent early and came to nothing, too.
+    assert len(decisions) >= int(re.search(r"in (\d+) rounds", answer.stderr)[1])
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
 
 

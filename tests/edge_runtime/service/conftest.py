@@ -61,7 +61,9 @@ def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Pop
 @pytest.fixture(scope="session")
 def url(verifier: str) -> Iterator[str]:
     """A board in a process of its own, with a plan that drafts."""
-    with board_process(verifier, "--policy", "fixed", "--threads", "1", "--max-new-tokens", "32") as (_, address):
+    # What is drafted must not depend on which test came before.
+    options = ("--policy", "fixed", "--no-memory", "--threads", "1", "--max-new-tokens", "32")
+    with board_process(verifier, *options) as (_, address):
         yield address
 
 

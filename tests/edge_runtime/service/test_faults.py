@@ -16,6 +16,7 @@ from cloud_verifier.target import Target
 from edge_runtime import listening
 from edge_runtime.contract.errors import DraftError
 from edge_runtime.draft import DraftContext, OnnxDraft
+from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.service.app import Limits
 from edge_runtime.service.chat import read_chat
@@ -130,8 +131,8 @@ class Failing(OnnxDraft):
         vars(self).update(vars(draft))
         self.guesses = guesses
 
-    def context(self) -> DraftContext:
-        context = super().context()
+    def context(self, memory: Memory | None = None) -> DraftContext:
+        context = super().context(memory)
         guess = context._guess
 
         def failing(*arguments: object) -> object:
