@@ -16,17 +16,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from device_profiles.profile import Power
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.memory.recall import Memory
-from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.service import dashboard, openai
 from edge_runtime.service.answers import Answer, Order, Unwanted
+from edge_runtime.service.board import Board, Limits
 from edge_runtime.service.callers import Callers
-from edge_runtime.service.chat import Chat
 from edge_runtime.service.events import EventStream, events, gone_from
 from edge_runtime.service.log import log_answer
 from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
@@ -63,43 +60,6 @@ MODELS_SECONDS = 5.0
 BODY_SECONDS = 30.0
 # Seconds that an answer which nobody wants may take to learn its session's name, so that it can be closed.
 OPENING_SECONDS = 5.0
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What the service grants.
-
-    Attributes:
-        max_concurrent: answers that are written at once.
-        max_waiting: requests that wait for that.
-        max_new_tokens: of an answer; also what a request gets that does not say.
-        max_body: bytes of a request body; to tokenise such a text takes up to 250 times as much memory for a moment.
-    """
-
-    max_concurrent: int = 2
-    max_waiting: int = 8
-    max_new_tokens: int = 1024
-    max_body: int = 1 << 18
-
-
-class Board(msgspec.Struct, frozen=True):
-    """What answers are made with, once it is loaded; one for the whole process.
-
-    Attributes:
-        surroundings: what the probes know now.
-        model: which target, where a request names none; empty for the verifier's default.
-        power: what a board of its profile draws; None if nobody knows.
-        on_link_loss: without a verifier, where a request does not say; see `Generation`.
-        memory: of verified text; None for none.
-    """
-
-    draft: OnnxDraft
-    chat: Chat
-    planner: Planner
-    surroundings: Callable[[], Surroundings]
-    model: str = ""
-    power: Power | None = None
-    on_link_loss: OnLinkLoss = "wait"
-    memory: Memory | None = None
 
 
 class Service:

@@ -20,7 +20,8 @@ from edge_runtime.memory import command as memory
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
     from edge_runtime.contract.bundle import Manifest
-    from edge_runtime.service.app import Board, Limits, Service
+    from edge_runtime.service.app import Service
+    from edge_runtime.service.board import Board, Limits
     from edge_runtime.verifier_client import VerifierClient
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ async def _load(
 ) -> Board:
     """Loads the draft, and opens the service."""
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.service.app import Board
+    from edge_runtime.service.board import Board
     from edge_runtime.service.chat import read_chat
 
     draft = await asyncio.to_thread(OnnxDraft.load, options.bundle, threads=options.threads)
@@ -193,7 +194,7 @@ def _beside(work: Coroutine[None, None, None]) -> Iterator[None]:
 
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits that the options name. Raises InputError."""
-    from edge_runtime.service.app import Limits
+    from edge_runtime.service.board import Limits
 
     least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
     for name, bound in least.items():

@@ -20,7 +20,8 @@ from cloud_verifier.target import Target
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.listening import Listening, Server
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings
-from edge_runtime.service.app import Board, Limits, Service
+from edge_runtime.service.app import Service
+from edge_runtime.service.board import Board, Limits
 from edge_runtime.service.chat import Chat, read_chat
 from edge_runtime.verifier_client import VerifierClient
 from tests.cloud_verifier.talker import running

@@ -18,7 +18,7 @@ from edge_runtime.contract.errors import DraftError
 from edge_runtime.draft import DraftContext, OnnxDraft
 from edge_runtime.memory.recall import Memory
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.service.app import Limits
+from edge_runtime.service.board import Limits
 from edge_runtime.service.chat import read_chat
 from tests.edge_runtime.service.conftest import Both, both, bundle_with
 

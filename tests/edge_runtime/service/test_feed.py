@@ -25,7 +25,7 @@ from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.service import feed as feeding
 from edge_runtime.service.answers import Answer, Order
-from edge_runtime.service.app import Limits
+from edge_runtime.service.board import Limits
 from edge_runtime.service.events import EventStream
 from edge_runtime.service.feed import Feed
 from edge_runtime.service.metrics import Metrics
