@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from edge_runtime import logs
 from edge_runtime.contract.errors import FlexSpecError, InputError
-from edge_runtime.systemd.command import Kind, add_actions, run_action
+from edge_runtime.systemd.command import add_actions, run_action
+from edge_runtime.systemd.units import Kind
 
 if TYPE_CHECKING:
     from cloud_verifier.speculation import Speculation

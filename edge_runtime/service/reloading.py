@@ -18,7 +18,7 @@ from edge_runtime import calling, logs, pilot
 from edge_runtime.contract.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.board import Board
-from edge_runtime.service.serving import check_memory, keys_of, limits_of
+from edge_runtime.service.granting import check_memory, keys_of, limits_of
 from edge_runtime.systemd.notifying import Notifier
 from edge_runtime.verifier_client import VerifierClient
 

@@ -19,9 +19,8 @@ from edge_runtime.memory import command as memory
 
 # Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
-    from edge_runtime.contract.bundle import Manifest
     from edge_runtime.service.app import Service
-    from edge_runtime.service.board import Board, Limits
+    from edge_runtime.service.board import Board
     from edge_runtime.verifier_client import VerifierClient
 
 log = logging.getLogger(__name__)
@@ -112,6 +111,7 @@ async def serve(options: argparse.Namespace) -> int:
     """Runs the command until SIGINT or SIGTERM. Returns the exit code; raises FlexSpecError."""
     from edge_runtime.listening import Listening, Server, stop_requested
     from edge_runtime.service.app import Service
+    from edge_runtime.service.granting import keys_of, limits_of
     from edge_runtime.service.reloading import Reloading
     from edge_runtime.systemd.notifying import Notifier
     from edge_runtime.verifier_client import VerifierClient
@@ -169,6 +169,7 @@ async def _load(
     from edge_runtime.draft import OnnxDraft
     from edge_runtime.service.board import Board
     from edge_runtime.service.chat import read_chat
+    from edge_runtime.service.granting import check_memory
 
     draft = await asyncio.to_thread(OnnxDraft.load, options.bundle, threads=options.threads)
     check_memory(draft.manifest, options.max_concurrent)
@@ -190,49 +191,6 @@ def _beside(work: Coroutine[None, None, None]) -> Iterator[None]:
         yield
     finally:
         task.cancel()
-
-
-def limits_of(options: argparse.Namespace) -> Limits:
-    """The limits that the options name. Raises InputError."""
-    from edge_runtime.service.board import Limits
-
-    least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
-    for name, bound in least.items():
-        if getattr(options, name) < bound:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {bound}")
-    return Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
-
-
-def keys_of(options: argparse.Namespace) -> frozenset[str]:
-    """The keys of those who are served; empty for everybody. Raises InputError."""
-    return _read_keys(options.api_key_file) if options.api_key_file else frozenset()
-
-
-def check_memory(manifest: Manifest, answers: int) -> None:
-    """Raises InputError if the draft's keys and values of so many full contexts would not fit into memory now."""
-    import psutil
-
-    from device_profiles.profile import cache_bytes
-
-    needed = answers * cache_bytes(manifest) * manifest.architecture.context
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise InputError(
-            f"--max-concurrent {answers}: so many texts of {manifest.architecture.context} tokens take "
-            f"{needed >> 20} MB in the draft, and {available >> 20} MB are available; lower it"
-        )
-
-
-def _read_keys(path: Path) -> frozenset[str]:
-    """The keys in a file, one a line; empty lines and lines that begin with # are none. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the API keys in {path}: {error}") from None
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise InputError(f"{path} has no API key: write one a line")
-    return keys
 
 
 def _is_local(host: str) -> bool:

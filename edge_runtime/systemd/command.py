@@ -5,24 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Kind(NamedTuple):
-    """One of the two services.
-
-    Attributes:
-        module: that is run, as `python -m` takes it.
-        name: of the unit, unless another is given.
-        state: directory below /var/lib of a service of that name.
-        template: the unit, with blanks between at signs.
-    """
-
-    module: str
-    name: str
-    state: str
-    template: Path
-
+from edge_runtime.systemd.units import Kind
 
 EDGE = Kind("edge_runtime.cli", "flexspec-edge", "flexspec", Path(__file__).with_name("flexspec-edge.service"))
 DESCRIPTION = """\

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from edge_runtime.contract.errors import FlexSpecError, InputError
-
-if TYPE_CHECKING:
-    from edge_runtime.systemd.command import Kind
 
 UNITS = Path("etc/systemd/system")
 # Exists while systemd is the init of this machine.
@@ -23,6 +20,22 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 # A start ends when the service is ready, and the unit says when that takes too long.
 SYSTEMCTL_SECONDS = 3600.0
+
+
+class Kind(NamedTuple):
+    """One of the two services.
+
+    Attributes:
+        module: that is run, as `python -m` takes it.
+        name: of the unit, unless another is given.
+        state: directory below /var/lib of a service of that name.
+        template: the unit, with blanks between at signs.
+    """
+
+    module: str
+    name: str
+    state: str
+    template: Path
 
 
 class ServiceError(FlexSpecError):

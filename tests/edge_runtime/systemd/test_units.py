@@ -14,8 +14,8 @@ import pytest
 from cloud_verifier import cli as cloud
 from edge_runtime import cli as edge
 from edge_runtime.contract.errors import InputError
-from edge_runtime.systemd.command import EDGE, Kind
-from edge_runtime.systemd.units import RUNNING, check_paths, quoted, unit_text
+from edge_runtime.systemd.command import EDGE
+from edge_runtime.systemd.units import RUNNING, Kind, check_paths, quoted, unit_text
 
 KINDS = [EDGE, cloud.UNIT]
 # Where an interpreter is not in an image for this test, any program will do.
