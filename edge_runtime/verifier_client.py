@@ -138,7 +138,11 @@ class VerifierClient:
             VerifierUnreachable: no usable answer until then.
         """
         started = time.monotonic()
-        pause = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+        growing = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            return min(growing(state), max(0.0, until - time.monotonic()))
+
         try:
             async for trial in tenacity.AsyncRetrying(
                 retry=_may_pass if patient else self._may_pass_at_once,
