@@ -25,6 +25,8 @@ KEPT = 48
 # How many candidates that top-p excludes are passed over for the first, and for all others.
 FIRST_PATIENCE = 64
 PATIENCE = 4
+# Of a token's mass, where the best has about 1.
+WEIGHTY = np.float32(1e-3)
 
 
 class Guesser:
@@ -63,8 +65,10 @@ class Guesser:
         scores = logits * scale
         mass = np.exp(scores - scores.max())
         total = float(mass.sum())
+        most = 1.0
         if hint is not None:
             total = self._mix(scores, mass, total, hint)
+            most = float(mass.max())
         left, top_k, top_p = total, sampling.top_k, sampling.top_p
         if sampling.temperature == 0.0:
             top_k, top_p = 0, 1.0
@@ -73,18 +77,22 @@ class Guesser:
             out = scores < np.partition(scores, -top_k)[-top_k]
             scores[out] = -np.inf
             left -= float(mass[out].sum())
-        if top_p < 1.0 and top_p * left <= (most := float(mass.max())):
+        if top_p < 1.0 and top_p * left <= most:
             # The most probable token is all that top-p keeps.
             return self._named([int(mass.argmax())]), most / total
         if sampling.temperature > 0.0:
             scores += self._noise_at(sampling.seed, position)
+        # Few tokens weigh more than this, and few candidates less: to add those up is to add up all.
+        weighty = mass[mass >= WEIGHTY] if top_p < 1.0 else mass
         passed = 0
         while len(ids) < count and passed < (PATIENCE if ids else FIRST_PATIENCE):
             token = int(scores.argmax())
             if scores[token] == -np.inf:
                 break
             # A token stays iff those more probable do not reach top_p without it.
-            if top_p >= 1.0 or float(mass[mass > mass[token]].sum()) < top_p * left:
+            weight = mass[token]
+            others = weighty if weight >= WEIGHTY else mass
+            if top_p >= 1.0 or float(others[others > weight].sum()) < top_p * left:
                 ids.append(token)
             else:
                 passed += 1
