@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from edge_runtime.contract import wire
+from edge_runtime.contract.coupling import accepted_length
 from edge_runtime.drafting import Drafter
 from edge_runtime.planning.plan import Plan
 from edge_runtime.verifier_client import VerifierClient
@@ -64,9 +65,7 @@ class Alone:
 
     def verify(self, verified: list[int], *, over: bool) -> None:
         """The target says what stands at the beginning of the tail; where the text is `over`, that is all of it."""
-        same = 0
-        while same < min(len(self.tail), len(verified)) and self.tail[same] == verified[same]:
-            same += 1
+        same = accepted_length(self.tail, verified)
         if over or same < len(verified):
             self.withdrawn += len(self.tail) - same
             same = len(self.tail)

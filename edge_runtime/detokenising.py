@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -31,7 +32,12 @@ class Detokeniser:
 
     def behind(self, tail: list[int]) -> list[str]:
         """What each token of `tail` would add now."""
-        other = Detokeniser(self._tokenizer)
-        for token in list(self._last):
-            other.step(token)
-        return [other.step(token) for token in tail]
+        return texts_behind(self._tokenizer, self._last, tail)
+
+
+def texts_behind(tokenizer: Tokenizer, before: Iterable[int], tail: list[int]) -> list[str]:
+    """What each token of `tail` adds behind a text that ends with `before`, of which CONTEXT tokens are enough."""
+    text = Detokeniser(tokenizer)
+    for token in before:
+        text.step(token)
+    return [text.step(token) for token in tail]

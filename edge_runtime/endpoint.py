@@ -129,15 +129,18 @@ class Endpoint:
             if refused.code in UNWELL:
                 self._note(LinkFailure(str(refused), Fault.UNAVAILABLE))
             else:
-                self._failures, self.trouble = 0, None
+                self._note_success()
             raise
         else:
-            self._failures, self.trouble = 0, None
+            self._note_success()
 
     def _note(self, failure: LinkFailure) -> LinkFailure:
         self._failures += FEW if failure.fault in FIRM else 1
         self.trouble, self.failed_at = failure, time.monotonic()
         return failure
+
+    def _note_success(self) -> None:
+        self._failures, self.trouble = 0, None
 
     async def _told_apart(self, failure: LinkFailure) -> LinkFailure:
         """`failure`, or what is behind it where a certificate was not accepted."""

@@ -369,7 +369,7 @@ def _packed(value: Any) -> Any:
 
 def _pack_siblings(siblings: dict[int, list[int]]) -> bytes:
     numbers: list[int] = []
-    for index in range(max(siblings, default=-1) + 1):
+    for index in range(max(siblings) + 1):
         ids = siblings.get(index)
         numbers += [0] if ids is None else [len(ids) + 1, *ids]
     return pack_varints(numbers)

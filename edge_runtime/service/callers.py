@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import ipaddress
 from collections.abc import Collection
 
 from starlette.requests import Request
 
+from edge_runtime.configuration.settings import is_loopback
 from edge_runtime.service.refusals import Refusal
 
 # Paths below which prompts and answers pass by: who has no key reads none.
@@ -54,8 +53,4 @@ def _host(header: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host in ("", "localhost") or host.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
+    return not host or host.endswith(".localhost") or is_loopback(host)

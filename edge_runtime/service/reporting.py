@@ -7,9 +7,10 @@ import time
 import msgspec
 from tokenizers import Tokenizer
 
+from edge_runtime.contract.coupling import accepted_length
 from edge_runtime.contract.errors import VerifierUnreachable
 from edge_runtime.decoding import Piece
-from edge_runtime.detokenising import Detokeniser
+from edge_runtime.detokenising import CONTEXT, Detokeniser, texts_behind
 from edge_runtime.planning.plan import Outcome, Plan
 from edge_runtime.service import news
 from edge_runtime.service.answers import Answer
@@ -18,8 +19,6 @@ from edge_runtime.service.feed import Feed
 # Tokens at the end of a prompt that are shown.
 PROMPT_TOKENS = 300
 ALONE = "none can be reached; the draft goes on alone, and what it says is to be verified yet"
-# Verified tokens that say how unverified ones behind them begin.
-CONTEXT = 8
 
 
 class Totals(msgspec.Struct):
@@ -87,7 +86,7 @@ class Reporter:
         if piece.own and self._first_own is None:
             self._first_own = middle
         self._unverified = list(piece.unverified)
-        withdrawn = tail[_common(tail, text.ids[start:] + self._unverified) :]
+        withdrawn = tail[accepted_length(tail, text.ids[start:] + self._unverified) :]
         unverified = self._unverified
         self._feed.add(
             lambda: news.Tokens(
@@ -190,12 +189,4 @@ class Transcript:
         """What each token of `tail` would add behind the first `end` tokens."""
         if not tail:
             return []
-        detokeniser = Detokeniser(self.tokenizer)
-        for token in self.ids[max(0, end - CONTEXT) : end]:
-            detokeniser.step(token)
-        return [detokeniser.step(token) for token in tail]
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+        return texts_behind(self.tokenizer, self.ids[max(0, end - CONTEXT) : end], tail)

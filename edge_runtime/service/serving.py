@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
-import ipaddress
 import logging
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -109,6 +108,7 @@ def add_parser(commands: Any, bundle: Path) -> None:
 
 async def serve(options: argparse.Namespace) -> int:
     """Runs the command until SIGINT or SIGTERM. Returns the exit code; raises FlexSpecError."""
+    from edge_runtime.configuration.settings import is_loopback
     from edge_runtime.listening import Listening, Server, stop_requested
     from edge_runtime.service.app import Service
     from edge_runtime.service.granting import keys_of, limits_of
@@ -125,7 +125,7 @@ async def serve(options: argparse.Namespace) -> int:
         raise InputError(f"--port {options.port}: must be in [0, 65535]")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
-    local = _is_local(options.host)
+    local = is_loopback(options.host)
     if not local and not keys:
         log.warning(
             "everybody who reaches %s can use this service, and read what others ask it: --api-key-file asks for keys",
@@ -191,10 +191,3 @@ def _beside(work: Coroutine[None, None, None]) -> Iterator[None]:
         yield
     finally:
         task.cancel()
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
