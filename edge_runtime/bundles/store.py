@@ -30,6 +30,7 @@ from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, check_si
 from edge_runtime.bundles.unpacking import StoreError, fetch
 from edge_runtime.contract.bundle import MANIFEST, Bundle, Manifest, read_bundle
 from edge_runtime.contract.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
+from edge_runtime.disk import sync
 
 if TYPE_CHECKING:
     from edge_runtime.configuration.reading import Draft
@@ -128,7 +129,7 @@ class BundleStore:
                 if place.exists():
                     place.rename(scratch / "replaced")
                 work.rename(place)
-                _sync(self.path)
+                sync(self.path)
             if use:
                 self._switch(name)
             removed = self._prune(keep, name)
@@ -260,7 +261,7 @@ class BundleStore:
         link = self.path / f"{SCRATCH}{which}"
         link.symlink_to(name)
         link.replace(self.path / which)
-        _sync(self.path)
+        sync(self.path)
 
     def _prune(self, keep: int, name: str) -> list[str]:
         """Removes all but the newest `keep` bundles besides the current one; the previous one and `name` stay."""
@@ -365,13 +366,5 @@ def _write_through(directory: Path) -> None:
     directory.chmod(0o755)
     for path in directory.iterdir():
         path.chmod(0o644)
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)

@@ -21,6 +21,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge_runtime.disk import sync
+
 logger = logging.getLogger(__name__)
 
 SUFFIX, ASIDE, SCRATCH, LOCK = ".jsonl", ".damaged", ".new", ".lock"
@@ -148,7 +150,7 @@ class Store:
             writing.flush()
             os.fsync(file)
         scratch.replace(self.path)
-        sync_directory(self.path.parent)
+        sync(self.path.parent)
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:
@@ -166,7 +168,7 @@ def erase(directory: Path) -> int:
         files = [path for path in directory.iterdir() if path.suffix in (SUFFIX, ASIDE, SCRATCH)]
         for path in files:
             path.unlink()
-        sync_directory(directory)
+        sync(directory)
     return len(files)
 
 
@@ -189,12 +191,3 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def sync_directory(directory: Path) -> None:
-    """Sees its names onto the disk. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,16 +27,9 @@ from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 from edge_runtime.planning.policies import NAMES, make_planner
 from edge_runtime.verifier_client import VerifierClient
 from tests.benchmarks.speed import FAMILY, verifier
+from tests.emulator.asking import PROMPTS
 
 TOKENS = 96
-PROMPTS = (
-    "class Connection:\n    def __init__(self, host, port",
-    "import unittest\n\nclass Test",
-    'def read_config(path):\n    """Read',
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "# include the header\nfor name in sorted(os.listdir(path)):\n",
-    "    async def fetch(self, url: str) -> bytes:\n",
-)
 
 
 @contextlib.asynccontextmanager
