@@ -10,26 +10,22 @@ It holds what people wrote: only its user may read it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from edge_runtime.disk import sync
+from edge_runtime.disk import SCRATCH, locked, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
-SUFFIX, ASIDE, SCRATCH, LOCK = ".jsonl", ".damaged", ".new", ".lock"
+SUFFIX, ASIDE = ".jsonl", ".damaged"
 # Some 90,000 tokens, of which a memory takes the last.
 MOST_BYTES = 1 << 19
-# For another process to have finished with the file.
-PATIENCE_SECONDS = 2.0
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,7 +85,7 @@ class Store:
             self._born = self._header()
             if not self._born:
                 self._born = secrets.token_hex(8)
-                self._replace([msgspec.json.encode(Header(1, self._vocabulary, self._born))])
+                write_whole(self.path, msgspec.json.encode(Header(1, self._vocabulary, self._born)) + b"\n")
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
             try:
                 size = os.fstat(file).st_size
@@ -138,19 +134,7 @@ class Store:
             if kept and size > self._most_bytes // 2:
                 break
             kept += [line] if line else []
-        self._replace([header, *reversed(kept)])
-
-    def _replace(self, lines: list[bytes]) -> None:
-        """Writes the file anew, whole or not at all."""
-        scratch = self.path.with_suffix(SCRATCH)
-        scratch.unlink(missing_ok=True)
-        file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as writing:
-            writing.write(b"\n".join(lines) + b"\n")
-            writing.flush()
-            os.fsync(file)
-        scratch.replace(self.path)
-        sync(self.path.parent)
+        write_whole(self.path, b"\n".join([header, *reversed(kept)]) + b"\n")
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:
@@ -170,24 +154,3 @@ def erase(directory: Path) -> int:
             path.unlink()
         sync(directory)
     return len(files)
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keeps other processes from `directory` meanwhile; made if it is missing. Raises OSError."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Released by the kernel with the process, however that ends.
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has held {directory / LOCK} for too long") from None
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(lock)
