@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Generator
@@ -13,19 +11,20 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from cloud_verifier.changes import CHANGES, base_name, changed_names, put_changes
-from cloud_verifier.tree import Tree
-from edge_runtime.contract.bundle import (
-    READ_SIZE,
-    fingerprint,
-    shared_identity,
-    shared_names,
-    vocabulary_hash,
+from cloud_verifier.changes import CHANGES, put_changes
+from cloud_verifier.checkpoint import (
+    base_of,
+    check_whole,
+    config_of,
+    shared_fingerprints,
+    tokenizer_of,
+    version_hash,
+    vocabulary_of,
 )
+from cloud_verifier.tree import Tree
+from edge_runtime.contract.bundle import shared_identity
 from edge_runtime.contract.coupling import Chooser
 from edge_runtime.contract.errors import TargetError
 from edge_runtime.contract.rollback import forgetless_layers, sliding_window
@@ -65,20 +64,14 @@ class Target:
         """
         path = path.resolve()
         base = base_of(path)
-        try:
-            if not (base / "config.json").is_file():
-                raise OSError("it has no config.json")
-            config = AutoConfig.from_pretrained(base)
-        except Exception as error:
-            raise TargetError(f"{base} is not a Hugging Face model directory: {error}") from None
-        if not list(base.glob("*.safetensors")):
-            raise TargetError(f"{base} has no safetensors weights; save the model again with safe_serialization=True")
+        config = config_of(base)
+        check_whole(base)
         self._path, self._base = path, base
         self.name = path.name
-        self.version = f"{path.name}@{_version_hash(path, base)}"
+        self.version = f"{path.name}@{version_hash(path, base)}"
         self.context = _usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
-        self.vocabulary = vocabulary_hash(tokenizer_of(path, base).get_vocab(with_added_tokens=True))
+        self.vocabulary = vocabulary_of(tokenizer_of(path, base))
         self.dtype, self.device = dtype, torch.device(device)
         self._layers = config.num_hidden_layers
         self._model, _, self.end_ids = load_model(path, device, dtype)
@@ -102,22 +95,8 @@ class Target:
 
     @functools.cache  # noqa: B019 - a process holds few targets, each for its whole life
     def shared_identity(self, layout: str, blocks: int) -> str:
-        """What a draft that shares these of our tensors presents (see `SharedTensors.identity`).
-
-        Read from the checkpoint's files, so that it does not depend on the type we compute in. A tensor that an
-        adapter or a list of changes names counts as different.
-        """
-        adapted, changed = _adapter_keys(self._path), changed_names(self._path)
-        files = sorted(self._base.glob("*.safetensors"))
-        fingerprints: dict[str, str] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in shared_names(layout, blocks, self._layers, list(tensors.keys())):
-                    value = fingerprint(tensors.get_tensor(name).float().numpy())
-                    fingerprints[name] = value + "+adapter" * any(
-                        key.startswith(name.rpartition(".")[0] + ".") for key in adapted
-                    )
-                    fingerprints[name] += "+changed" * (name in changed)
+        """What a draft that shares these of our tensors presents (see `SharedTensors.identity`)."""
+        fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
         return shared_identity(layout, blocks, fingerprints)
 
     def new_cache(self) -> DynamicCache:
@@ -214,27 +193,6 @@ class Target:
         log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
 
 
-def base_of(path: Path) -> Path:
-    """The base checkpoint's directory: `path` itself unless it holds a PEFT adapter, or changes to a base."""
-    if not path.is_dir():
-        raise TargetError(f"no target at {path}: give the directory of a Hugging Face checkpoint or PEFT adapter")
-    note = path / "adapter_config.json"
-    if (path / CHANGES).exists():
-        note, name = path / CHANGES, base_name(path)
-    elif not note.exists():
-        return path
-    else:
-        try:
-            name = json.loads(note.read_text())["base_model_name_or_path"]
-            path / name
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TargetError(f"{note} does not name a base model: {error!r}") from None
-    for base in (path / name, Path(name)):
-        if base.is_dir():
-            return base.resolve()
-    raise TargetError(f"{note} names the base model {name!r}, which is not a directory beside it")
-
-
 def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
     strange = forgetless_layers(config)
     if strange:
@@ -284,40 +242,3 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     if ids is None:
         return model, base, frozenset()
     return model, base, frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def tokenizer_of(path: Path, base: Path) -> Tokenizer:
-    """The tokenizer of the version at `path`, or else of its base.
-
-    Raises:
-        TargetError: there is none.
-    """
-    for directory in (path, base):
-        file = directory / "tokenizer.json"
-        if file.exists():
-            try:
-                return Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise TargetError(f"{file} is not a tokenizer: {error}") from None
-    raise TargetError(f"{base} has no tokenizer.json, so no draft can be checked against it; save its fast tokenizer")
-
-
-def _version_hash(path: Path, base: Path) -> str:
-    """12 hex digits over the contents of every weight and configuration file."""
-    digest = hashlib.sha256()
-    for directory in dict.fromkeys((base, path)):
-        for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
-            digest.update(file.name.encode())
-            with file.open("rb") as contents:
-                while piece := contents.read(READ_SIZE):
-                    digest.update(piece)
-    return digest.hexdigest()[:12]
-
-
-def _adapter_keys(path: Path) -> set[str]:
-    """Names of the adapter's own tensors, each beginning with the module that it changes; none for a checkpoint."""
-    keys: set[str] = set()
-    for file in path.glob("adapter_model*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            keys |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
-    return keys
