@@ -86,7 +86,7 @@ class Unknown(InputError):
     """Nothing of that name is in the roster, or it is retired."""
 
 
-class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it, as it stands in the registry's file.
 
     Attributes:
@@ -154,6 +154,16 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         if name in self.aliases:
             return self.aliases[name].now.choose(name, key)
         return self.find(name).version
+
+    def shares(self, version: str) -> dict[str, float]:
+        """Which percentage of the new sessions of each alias an exact version gets, where it gets any."""
+        shares = {}
+        for name, alias in self.aliases.items():
+            canary = alias.now.canary
+            share = 100 - sum(canary.values()) if alias.now.version == version else canary.get(version, 0)
+            if share or alias.now.version == version:
+                shares[name] = float(share)
+        return shares
 
     def add(self, entry: Entry) -> Roster:
         """With `entry`, in the place of what was known of its version; the first is what `default` leads to.
