@@ -20,7 +20,7 @@ is accepted iff it is the target's token.
 
 Positions that only repeat what stands before them (`export.loops`) are counted apart, for they flatter every draft:
 all figures are without them unless they say so. Retention is a draft's acceptance over that of the retrained draft of
-that version. Intervals are 95 % of a bootstrap over texts (`export.intervals`).
+that version. Intervals are 95 % of a bootstrap over texts (`cloud_verifier.intervals`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cloud_verifier.intervals import Bootstrap, Interval
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from export.contestants import Draft, Guesses, Passage, Writer
-from export.intervals import Bootstrap, Interval
 from export.progress import Progress
 from export.rounds import Trace
 from export.speeds import Scene, Speed, speed

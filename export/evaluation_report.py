@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from cloud_verifier.intervals import Interval
 from export.evaluation import OWN, Evaluation, Row
-from export.intervals import Interval
 from export.speeds import STREAMED
 
 KINDS = {"own": "Along what the target writes", "given": "Along given text"}

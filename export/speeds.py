@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cloud_verifier.intervals import Bootstrap, Interval
 from device_profiles.profile import Profile, find_profile
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.plan import FixedPlanner, Plan
@@ -17,7 +18,6 @@ from edge_runtime.simulation.simulator import Simulator
 from edge_runtime.simulation.verifiers import verifier
 from edge_runtime.simulation.world import World
 from export.contestants import Draft
-from export.intervals import Bootstrap, Interval
 
 STREAMED = "cloud alone"
 # More than any text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.intervals import Bootstrap
+from cloud_verifier.intervals import Bootstrap
 
 
 def test_a_ratio_is_that_of_sums_and_lies_in_its_interval() -> None:
