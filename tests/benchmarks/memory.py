@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cloud_verifier.intervals import Bootstrap
 from cloud_verifier.target import load_model
 from edge_runtime.contract.coupling import Sampling, accepted_length
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.memory.recall import Memory, Recall
 from export.contestants import Writer
 from export.corpus import DOMAINS, gather
-from export.intervals import Bootstrap
 from export.loops import looped
 
 FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "family"
