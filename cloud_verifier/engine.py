@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
+from cloud_verifier.metrics import Metrics
 from cloud_verifier.sampling import Choices
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.speculation import Speculation
@@ -38,6 +39,7 @@ class Engine:
         load: makes the target; called once, in the engine's thread.
         speculate: makes the draft beside it, or None; called likewise.
         session_load: percent of session slots in use, told to clients in every frame.
+        metrics: is told of forwards, and of rounds that begin.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Engine:
         load: Callable[[], Target],
         speculate: Callable[[Target], Speculation | None],
         session_load: Callable[[], int],
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._load = load
         self._speculate = speculate
         self._session_load = session_load
@@ -78,7 +82,7 @@ class Engine:
 
     def submit(self, session: Session, answer: Answer) -> None:
         """Queues the round of `answer`; its frames appear there. Call from the event loop."""
-        playing = _Playing(self._require_target(), self.speculation, session, answer, self._session_load)
+        playing = _Playing(self._require_target(), self.speculation, session, answer, self._session_load, self._metrics)
         with self._wake:
             self._waiting.append(playing)
             self._wake.notify()
@@ -121,8 +125,10 @@ class _Playing:
         session: Session,
         answer: Answer,
         session_load: Callable[[], int],
+        metrics: Metrics,
     ) -> None:
         self._target = target
+        self._metrics = metrics
         self._speculation = speculation
         self._session = session
         self._answer = answer
@@ -138,6 +144,9 @@ class _Playing:
 
     def step(self) -> bool:
         """Runs one forward; False when the round is over."""
+        if not self._answer.started:
+            self._answer.started = True
+            self._metrics.queued(time.perf_counter() - self._submitted)
         try:
             next(self._steps)
         except StopIteration:
@@ -156,7 +165,7 @@ class _Playing:
         return True
 
     def _play(self) -> Iterator[None]:
-        session, target, request = self._session, self._target, self._answer.request
+        session, target, request = self._session, self._target, self._answer.played
         cached = session.cache.get_seq_length()
         yield from self._counted(target.prefill(session.ids[cached:-1], session.cache))
         self._prefill_seconds, self._forward_seconds = self._forward_seconds, 0.0
@@ -195,7 +204,9 @@ class _Playing:
         session = self._session
         started = time.perf_counter()
         verdict = self._decide(draft, siblings)
-        self._forward_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._forward_seconds += seconds
+        self._metrics.forward(1 + len(draft) + sum(map(len, siblings.values())), 1, seconds)
         session.ids += draft[: verdict.accepted] + verdict.tokens
         # The one token that may not fit is a sibling's bonus.
         excess = max(0, len(session.ids) - self._target.context)

@@ -8,27 +8,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import TypeVar
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from cloud_verifier.engine import Engine
+from cloud_verifier.exchanges import message_of, refuse, reply, respond, while_connected
+from cloud_verifier.inflight import InFlight
+from cloud_verifier.limiting import Standing, Standings, check_prompt_length
+from cloud_verifier.metrics import Metrics, sibling_hit
+from cloud_verifier.openapi import document
+from cloud_verifier.principals import Doors, Principal, Role
 from cloud_verifier.sessions import Answer, Session, SessionStore
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import TREE_WIDTHS, Target
+from edge_runtime import logs
 from edge_runtime.contract import wire
-from edge_runtime.contract.errors import InputError, VerifierRefused
-from edge_runtime.contract.wire import ErrorCode, Frame, Message, OpenReply, OpenRequest, RoundRequest
+from edge_runtime.contract.errors import VerifierRefused
+from edge_runtime.contract.wire import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
 
 log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Message)
+# A client's own name of a request, to be found in the log; others get one of ours.
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -41,6 +51,8 @@ class Limits(msgspec.Struct, frozen=True):
         max_own: tokens of the target's own per round (n).
         max_body: bytes of a request body.
         idle_seconds: sessions unused for longer are evicted.
+        max_queue_seconds: that a round may wait for the engine; while the oldest one has waited longer, new ones are
+            refused, and openings from half of that on.
     """
 
     max_sessions: int = 256
@@ -49,6 +61,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_own: int = wire.MOST_OWN
     max_body: int = 1 << 20
     idle_seconds: float = 600.0
+    max_queue_seconds: float = 3.0
 
 
 class Service:
@@ -57,6 +70,7 @@ class Service:
     Args:
         load: makes the target, in the engine's thread.
         speculate: makes the draft beside it, likewise; None goes without.
+        doors: who is served; by default everybody is.
     """
 
     def __init__(
@@ -64,10 +78,15 @@ class Service:
         load: Callable[[], Target],
         limits: Limits,
         speculate: Callable[[Target], Speculation | None] = lambda target: None,
+        doors: Doors | None = None,
     ) -> None:
         self.limits = limits
+        self.doors = doors or Doors()
         self.sessions = SessionStore(limits.max_sessions, limits.max_tokens, limits.idle_seconds)
-        self.engine = Engine(load, speculate, lambda: self.sessions.load)
+        self.in_flight = InFlight(limits.max_queue_seconds)
+        self.metrics = _metrics(self)
+        self.engine = Engine(load, speculate, lambda: self.sessions.load, self.metrics)
+        self._standings = Standings()
         self.app = Starlette(
             routes=[
                 Route("/v1/sessions", self._answering(self.open), methods=["POST"]),
@@ -76,23 +95,33 @@ class Service:
                 Route("/v1/models", self._answering(self.models)),
                 Route("/healthz", self._answering(self.health)),
                 Route("/readyz", self._answering(self.ready)),
+                Route("/metrics", self._answering(self.show_metrics)),
+                Route("/openapi.json", self._answering(self.openapi)),
             ],
             exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )
+        self.app.state.doors = self.doors
         self.app.router.redirect_slashes = False
 
     def status(self) -> str:
         """What it does now, in a line."""
         target = self.engine.target
-        return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions"
+        draining = ", about to end" if self.in_flight.draining else ""
+        return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions{draining}"
+
+    async def drain(self, seconds: float) -> bool:
+        """From now on plays nothing new; whether what is being played was over within `seconds`."""
+        return await self.in_flight.drain(seconds)
 
     async def open(self, request: Request) -> Response:
         """POST /v1/sessions: a session, and its first round."""
-        opening = await self._message(request, OpenRequest)
+        principal = self._admit(request, Role.BOARD)
+        opening = await message_of(request, OpenRequest, self.limits.max_body)
         target = await self._check_opening(opening)
+        check_prompt_length(principal, len(opening.prompt))
         # From here to `add` nothing waits, so that two requests with one key cannot both open a session.
-        session = self.sessions.by_key(opening.key)
+        session = self.sessions.by_key(opening.key, principal.name)
         if session is not None and not session.closed:
             if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
                 raise VerifierRefused(
@@ -107,42 +136,54 @@ class Service:
                     {"expected": session.answer.request.round + 1},
                 )
         else:
-            answer = Answer(opening.first)
-            session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer)
+            self._check_room(principal, opening=True)
+            standing = self._standings.of(principal)
+            answer = Answer(opening.first, verified=_worthwhile(opening.first, standing))
+            session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer, principal.name)
+            session.version, session.draft = target.version, opening.draft
             self.sessions.add(opening.key, session)
-            self.engine.submit(session, answer)
-        opened = session.id
+            self._submit(session, answer, standing)
+            standing.pay(0, len(opening.prompt))
+            self.metrics.opened(len(opening.prompt))
+        request.state.session = opened = session.id
 
         def introduce(frame: Frame) -> OpenReply:
             return OpenReply(wire.VERSION, opened, target.version, target.context, frame)
 
-        return await _reply(request, answer, opening.first.stream, opened, introduce)
+        return await reply(request, answer, opening.first.stream, opened, introduce)
 
     async def round(self, request: Request) -> Response:
         """POST /v1/sessions/{id}/rounds: verify a draft, continue."""
-        named = request.path_params["session"]
-        playing = await self._message(request, RoundRequest, named)
-        session = self.sessions.get(named)
+        principal = self._admit(request, Role.BOARD)
+        request.state.session = named = request.path_params["session"]
+        playing = await message_of(request, RoundRequest, self.limits.max_body, named)
+        session = self.sessions.get(named, principal.name)
         running = session.ahead_of(playing)
         if running is not None:
-            await _while_connected(request, running.over())
-            session = self.sessions.get(session.id)
+            await while_connected(request, running.over())
+            session = self.sessions.get(named, principal.name)
         # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
         answer = session.next_round(playing)
         if answer is None:
             self._check_round(playing, self._target())
+            self._check_room(principal, opening=False)
             self.sessions.make_room(0, len(playing.draft) + playing.n, session)
-            answer = session.begin(playing)
-            self.engine.submit(session, answer)
-        return await _reply(request, answer, playing.stream, session.id)
+            standing = self._standings.of(principal)
+            answer = session.begin(playing, verified=_worthwhile(playing, standing, session))
+            self._submit(session, answer, standing)
+        return await reply(request, answer, playing.stream, session.id)
 
     async def close(self, request: Request) -> Response:
         """DELETE /v1/sessions/{id}: frees it; closing a session that is gone is no error."""
-        self.sessions.remove(request.path_params["session"])
+        principal = self._admit(request, Role.BOARD)
+        # Somebody else's is as gone as any.
+        with contextlib.suppress(VerifierRefused):
+            self.sessions.remove(self.sessions.get(request.path_params["session"], principal.name).id)
         return Response(status_code=204)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: what can be asked for."""
+        self._admit(request, Role.BOARD)
         target = self._target()
         model = wire.Model(
             target.name,
@@ -154,16 +195,77 @@ class Service:
             TREE_WIDTHS[-1] - 1,
             speculates=self.engine.speculation is not None,
         )
-        return _response(request, wire.ModelList([model]))
+        return respond(request, wire.ModelList([model]))
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process lives."""
         return Response("ok\n", media_type="text/plain")
 
     async def ready(self, request: Request) -> Response:
-        """GET /readyz: the target is loaded."""
+        """GET /readyz: the target is loaded, and new sessions are welcome."""
         self._target()
+        if self.in_flight.draining:
+            self.in_flight.check(opening=True)
         return Response("ready\n", media_type="text/plain")
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: for Prometheus."""
+        self._admit(request, Role.MONITOR)
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: this verifier, described."""
+        target = self._target()
+        described = document(
+            target.vocabulary_size, target.context, self.limits.max_body, tokens=self.doors.file is not None
+        )
+        return Response(msgspec.json.encode(described), media_type="application/json")
+
+    def _admit(self, request: Request, *roles: Role) -> Principal:
+        principal = self.doors.admit(request, *roles)
+        request.state.principal = principal.name
+        return principal
+
+    def _check_room(self, principal: Principal, *, opening: bool) -> None:
+        """Whether another round may be played for `principal` now. Raises VerifierRefused."""
+        self.in_flight.check(opening=opening)
+        self._standings.of(principal).check_rate()
+        if not opening or principal.max_sessions is None:
+            return
+        own = self.sessions.owned_by(principal.name)
+        idle = [session for session in own if session.answer.done]
+        excess = len(own) + 1 - principal.max_sessions
+        if excess > len(idle):
+            raise VerifierRefused(
+                ErrorCode.RATE_LIMITED,
+                f"{principal.name} may have {principal.max_sessions} sessions, and all of them are in the middle of a "
+                "round; try again shortly",
+                429,
+                {"max_sessions": principal.max_sessions},
+            )
+        for session in idle[: max(0, excess)]:
+            self.sessions.remove(session.id)
+
+    def _submit(self, session: Session, answer: Answer, standing: Standing) -> None:
+        """Has a round played, and counted when it is over."""
+        arrived = time.perf_counter()
+
+        def over() -> None:
+            self.in_flight.leave(answer)
+            told = answer.so_far()
+            standing.pay(told.accepted + len(told.tokens))
+            asked = answer.request
+            verified = answer.played is asked
+            if asked.draft and verified and not told.more:
+                rows = len(asked.draft) + sum(map(len, asked.siblings.values()))
+                for account in filter(None, (standing.acceptance, session.acceptance)):
+                    account.add(rows, told.accepted + sibling_hit(asked, told))
+            seconds = time.perf_counter() - arrived
+            self.metrics.played(session.version, session.draft, session.owner, asked, told, seconds, verified)
+
+        answer.on_end = over
+        self.in_flight.enter(answer)
+        self.engine.submit(session, answer)
 
     def _target(self) -> Target:
         if self.engine.target is None:
@@ -238,54 +340,30 @@ class Service:
         for alternatives in playing.siblings.values():
             _check_ids(alternatives, target)
 
-    async def _message(self, request: Request, kind: type[M], session: str = "") -> M:
-        body = await self._body(request)
-        try:
-            message = wire.decode(body, kind, _media_type(request), session)
-        except InputError as error:
-            if isinstance(error, wire.Damaged):
-                raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
-            self._check_version(wire.version_of(body, _media_type(request)))
-            code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
-            raise VerifierRefused(code, str(error), 400) from None
-        self._check_version(message.v)
-        return message
-
-    def _check_version(self, version: int | None) -> None:
-        if version not in (None, wire.VERSION):
-            raise VerifierRefused(
-                ErrorCode.UNSUPPORTED_VERSION,
-                f"this verifier speaks protocol {wire.VERSION}; upgrade the older of the two ends",
-                400,
-            )
-
-    async def _body(self, request: Request) -> bytes:
-        limit = self.limits.max_body
-        body = bytearray()
-        size = 0
-        # Read to the end even so: a client that is still writing would not read our answer.
-        async for piece in request.stream():
-            size += len(piece)
-            if size <= limit:
-                body += piece
-        if size > limit:
-            raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is over {limit} bytes", 413, {"limit": limit})
-        return bytes(body)
-
     def _answering(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Turns errors into typed refusals."""
+        """Turns errors into typed refusals, and writes the log's line."""
 
         async def answering(request: Request) -> Response:
+            began, code = time.perf_counter(), ""
             try:
-                return await handler(request)
+                response = await handler(request)
             except VerifierRefused as error:
-                return _refusal(request, error)
+                code, response = error.code, refuse(request, error)
             except ClientDisconnect:
-                return Response(status_code=499)
+                response = Response(status_code=499)
             except Exception:
-                log.exception("%s %s failed", request.method, request.url.path)
+                log.exception("%s %s failed", request.method, handler.__name__)
                 error = VerifierRefused(ErrorCode.INTERNAL, "a fault of the verifier; its log says more", 500)
-                return _refusal(request, error)
+                code, response = error.code, refuse(request, error)
+            if code:
+                self.metrics.refused(code)
+            named = request.headers.get("x-request-id", "")
+            if REQUEST_ID.fullmatch(named):
+                response.headers["x-request-id"] = named
+            else:
+                named = ""
+            _log_request(request, handler.__name__, response.status_code, code, named, time.perf_counter() - began)
+            return response
 
         return answering
 
@@ -294,18 +372,6 @@ class Service:
         self.engine.start()
         yield
         self.engine.stop()
-
-
-async def _while_connected(request: Request, waiting: Coroutine[None, None, None]) -> None:
-    """Awaits `waiting`, but no longer than the client does. Raises ClientDisconnect."""
-    over, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({over, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not over.done():
-            raise ClientDisconnect
-    finally:
-        over.cancel()
-        gone.cancel()
 
 
 def _check_ids(ids: list[int], target: Target) -> None:
@@ -318,65 +384,62 @@ def _check_ids(ids: list[int], target: Target) -> None:
         )
 
 
-def _media_type(request: Request) -> str:
-    return wire.JSON if "json" in request.headers.get("content-type", "") else wire.MSGPACK
-
-
-def _answer_type(request: Request) -> str:
-    """What the client wants to read: what it says, else what it writes; a browser's or curl's GET gets JSON."""
-    accepts = request.headers.get("accept", "")
-    if "json" in accepts or "msgpack" in accepts:
-        return wire.JSON if "json" in accepts else wire.MSGPACK
-    if request.method == "GET" and "content-type" not in request.headers:
-        return wire.JSON
-    return _media_type(request)
-
-
-async def _reply(
-    request: Request,
-    answer: Answer,
-    stream: bool,
-    session: str,
-    introduce: Callable[[Frame], OpenReply] | None = None,
-) -> Response:
-    """The frames of `answer`, one by one or as one, for `session`; `introduce` dresses the first of an opening."""
-    if not stream:
-        whole = await answer.whole()
-        return _response(request, introduce(whole)) if introduce else _response(request, whole, session=session)
-    media_type = _answer_type(request)
-    frames = answer.frames()
-    # The first frame is awaited here, so that a refusal still has its own status.
-    first = await anext(frames)
-
-    async def body() -> AsyncIterator[bytes]:
-        if introduce:
-            yield wire.encode_frame(introduce(first), media_type)
-        else:
-            yield wire.encode_frame(first, media_type, session)
-        # A round that fails from here on ends the body in mid-stream: its last frame still says `more`.
-        with contextlib.suppress(VerifierRefused):
-            async for frame in frames:
-                yield wire.encode_frame(frame, media_type, session)
-
-    return StreamingResponse(body(), media_type=wire.STREAMS[media_type])
-
-
-def _response(request: Request, message: Message, status: int = 200, session: str = "") -> Response:
-    media_type = _answer_type(request)
-    # Who names no type, as boards do not, expects msgpack (see `wire`): they pay for every header.
-    said = media_type if {"accept", "content-type"} & set(request.headers.keys()) else None
-    return Response(wire.encode(message, media_type, session), status, media_type=said)
-
-
-def _refusal(request: Request, error: VerifierRefused) -> Response:
-    sentence = str(error).removesuffix(f" [{error.code}]")
-    response = _response(request, wire.Refusal(wire.VERSION, error.code, sentence, error.detail), error.status)
-    if error.status == 503:
-        response.headers["retry-after"] = "1"
-    return response
-
-
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     sentence = f"no {request.method} {request.url.path} here; see the protocol in edge_runtime/contract/wire.py"
-    return _refusal(request, VerifierRefused(ErrorCode.UNKNOWN_ROUTE, sentence, status))
+    return refuse(request, VerifierRefused(ErrorCode.UNKNOWN_ROUTE, sentence, status))
+
+
+def _worthwhile(asked: RoundRequest, standing: Standing, session: Session | None = None) -> bool:
+    """Whether to verify the round's draft, if it has one. The text is the same either way."""
+    accounts = [standing.acceptance, session.acceptance if session else None]
+    return not asked.draft or all(account.worthwhile() for account in accounts if account)
+
+
+def _metrics(service: Service) -> Metrics:
+    """Counters, and gauges of what the service holds."""
+    metrics, sessions, limits = Metrics(), service.sessions, service.limits
+    for name, text, value in (
+        ("sessions", "Sessions that are open.", lambda: len(sessions)),
+        ("session_limit", "Sessions that there may be.", lambda: limits.max_sessions),
+        ("cache_tokens", "Tokens of all sessions, whose keys and values are kept.", lambda: sessions.tokens),
+        ("cache_token_limit", "Tokens that there may be.", lambda: limits.max_tokens),
+        ("session_evictions", "Sessions that had to go to make room.", lambda: sessions.evictions),
+        ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.in_flight)),
+        ("rounds_waiting", "Of these, those that the engine has not begun with.", lambda: service.in_flight.waiting),
+        ("queue_oldest_seconds", "That the oldest of them has waited.", lambda: service.in_flight.queue_seconds),
+        ("draining", "1 when it is about to end.", lambda: service.in_flight.draining),
+    ):
+        metrics.gauge(name, text, value)
+    return metrics
+
+
+def _log_request(request: Request, what: str, status: int, code: str, named: str, seconds: float) -> None:
+    """One line: rounds that went well only for those who look for faults. Never a token of a text."""
+    level = logging.DEBUG if not code and what != "open" else logging.INFO
+    if not log.isEnabledFor(level):
+        return
+    named = named or secrets.token_hex(8)
+    principal = getattr(request.state, "principal", "")
+    # The beginning alone: the whole id is as good as a key where nobody is asked for a token.
+    session = getattr(request.state, "session", "")[:4]
+    fields = {
+        "FLEXSPEC_REQUEST_ID": named,
+        "FLEXSPEC_PRINCIPAL": principal,
+        "FLEXSPEC_SESSION": session,
+        "FLEXSPEC_STATUS": status,
+        "FLEXSPEC_CODE": code,
+        "FLEXSPEC_SECONDS": round(seconds, 4),
+    }
+    log.log(
+        level,
+        "%s: %d%s in %.1f ms, request %s%s%s",
+        what,
+        status,
+        f" {code}" if code else "",
+        1e3 * seconds,
+        named,
+        f" of {principal}" if principal else "",
+        f", session {session}..." if session else "",
+        extra={logs.FIELDS: fields},
+    )

@@ -6,10 +6,12 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
+import msgspec
 from transformers import DynamicCache
 
+from cloud_verifier.limiting import Acceptance
 from cloud_verifier.speculation import Guesses
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
@@ -21,11 +23,20 @@ class Answer:
     """The frames of one round, as the engine produces them; any number of readers, at any time, see all of them.
 
     The engine's thread calls `push` and `fail` through the event loop; a reader that is cut off can come back.
+
+    Attributes:
+        request: the round, as it was asked for.
+        played: as it is played: without its draft where that is not worth verifying.
+        started: the engine has begun with it.
+        on_end: called once, on the event loop, when it is over, well or badly.
     """
 
-    def __init__(self, request: RoundRequest) -> None:
+    def __init__(self, request: RoundRequest, *, verified: bool = True) -> None:
         self.request = request
+        self.played = request if verified else msgspec.structs.replace(request, draft=[], siblings={})
+        self.started = False
         self.done = False
+        self.on_end: Callable[[], None] | None = None
         self._frames: list[Frame] = []
         self._error: VerifierRefused | None = None
         self._changed = asyncio.Event()
@@ -62,7 +73,16 @@ class Answer:
 
     async def whole(self) -> Frame:
         """The round as a single frame. Raises VerifierRefused if it failed."""
-        frames = [frame async for frame in self.frames()]
+        await self.over()
+        if self._error:
+            raise self._error
+        return self.so_far()
+
+    def so_far(self) -> Frame:
+        """The frames until now as a single one."""
+        frames = self._frames
+        if not frames:
+            return Frame(self.request.v, self.request.round, more=True)
         last = frames[-1]
         return Frame(
             last.v,
@@ -73,6 +93,7 @@ class Answer:
             forward_100us=last.forward_100us,
             load=last.load,
             finish=last.finish,
+            more=last.more,
             close_calls=[call for frame in frames for call in frame.close_calls],
             prefill_100us=last.prefill_100us,
         )
@@ -80,6 +101,9 @@ class Answer:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self.done and self.on_end:
+            on_end, self.on_end = self.on_end, None
+            on_end()
 
 
 class Session:
@@ -89,6 +113,10 @@ class Session:
     Attributes:
         id: unguessable name in URLs; begins with `wire.mark_of` its key, once it is in a store.
         key: what it was opened with, once it is in a store.
+        owner: name of the principal that opened it; empty where nobody is asked who they are.
+        version: of the target, for the statistics.
+        draft: the fingerprint that the board's draft was opened with, likewise.
+        acceptance: whether its drafts are worth verifying.
         ids: all token ids, prompt included.
         cache: keys and values of all ids but the last.
         guesses: of the draft beside the target, once it had something to draft.
@@ -98,9 +126,14 @@ class Session:
         closed: nobody will read what a running round still produces.
     """
 
-    def __init__(self, prompt: list[int], sampling: Sampling, cache: DynamicCache, answer: Answer) -> None:
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, cache: DynamicCache, answer: Answer, owner: str = ""
+    ) -> None:
         self.id = secrets.token_urlsafe(9)
         self.key = ""
+        self.owner = owner
+        self.version = self.draft = ""
+        self.acceptance = Acceptance()
         self.ids = prompt
         self.sampling = sampling
         self.cache = cache
@@ -111,10 +144,10 @@ class Session:
         self.closed = False
         self.used_at = time.monotonic()
 
-    def begin(self, request: RoundRequest) -> Answer:
-        """Records `request` as the latest round, to be played now."""
+    def begin(self, request: RoundRequest, *, verified: bool = True) -> Answer:
+        """Records `request` as the latest round, to be played now; `verified`: with its draft."""
         self.before = self.answer if request.expects else None
-        self.answer = Answer(request)
+        self.answer = Answer(request, verified=verified)
         return self.answer
 
     def ahead_of(self, request: RoundRequest) -> Answer | None:
@@ -171,7 +204,7 @@ class Session:
 
 
 class SessionStore:
-    """Sessions by id and by opening key, least recently used first.
+    """Sessions by id and by opening key, least recently used first. To others than its owner a session does not exist.
 
     Args:
         max_sessions: more than this and the least recently used is evicted.
@@ -184,7 +217,7 @@ class SessionStore:
         self._max_tokens = max_tokens
         self._idle_seconds = idle_seconds
         self._by_id: OrderedDict[str, Session] = OrderedDict()
-        self._by_key: dict[str, Session] = {}
+        self._by_key: dict[tuple[str, str], Session] = {}
         self.evictions = 0
 
     def __len__(self) -> int:
@@ -195,15 +228,25 @@ class SessionStore:
         """Share of the session slots in use, percent."""
         return 100 * len(self._by_id) // self._max_sessions
 
-    def by_key(self, key: str) -> Session | None:
-        """The session that was opened with `key`, if it is still here."""
-        return self._by_key.get(key)
+    @property
+    def tokens(self) -> int:
+        """Of all sessions together."""
+        return sum(len(session.ids) for session in self._by_id.values())
 
-    def get(self, session_id: str) -> Session:
-        """Raises VerifierRefused (`session_lost`) if there is no such session any more."""
+    def by_key(self, key: str, owner: str = "") -> Session | None:
+        """The session that `owner` has opened with `key`, if it is still here."""
+        return self._by_key.get((owner, key))
+
+    def owned_by(self, owner: str) -> list[Session]:
+        """Their sessions, the least recently used first."""
+        return [session for session in self._by_id.values() if session.owner == owner]
+
+    def get(self, session_id: str, owner: str = "") -> Session:
+        """Raises VerifierRefused (`session_lost`) if `owner` has no such session, or not any more."""
         session = self._by_id.get(session_id)
-        if session is None or session.closed:
+        if session is not None and session.closed:
             self.remove(session_id)
+        if session is None or session.closed or session.owner != owner:
             raise VerifierRefused(
                 ErrorCode.SESSION_LOST, "no such session here (any more); open one with all ids so far", 404
             )
@@ -220,7 +263,7 @@ class SessionStore:
         session.id = wire.mark_of(key) + session.id[len(wire.mark_of(key)) :]
         session.key = key
         self._by_id[session.id] = session
-        self._by_key[key] = session
+        self._by_key[session.owner, key] = session
 
     def remove(self, session_id: str) -> None:
         """Forgets a session, if it is here; a running round of it stops at its next step."""
@@ -228,8 +271,8 @@ class SessionStore:
         if session is not None:
             session.closed = True
             session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
-            if self._by_key.get(session.key) is session:
-                del self._by_key[session.key]
+            if self._by_key.get((session.owner, session.key)) is session:
+                del self._by_key[session.owner, session.key]
 
     def make_room(self, sessions: int, tokens: int, spare: Session | None = None) -> None:
         """Evicts idle sessions, then least recently used ones, until so many more fit."""

@@ -93,10 +93,19 @@ class VerifierRefused(VerifierError):
         code: one of `wire.ErrorCode`.
         status: the HTTP status that carried it.
         detail: what the code documents, such as the expected position.
+        retry_after: seconds after which another attempt is worth while; None where it does not say.
     """
 
-    def __init__(self, code: str, message: str, status: int, detail: dict[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        status: int,
+        detail: dict[str, object] | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(f"{message} [{code}]")
         self.code = code
         self.status = status
         self.detail = detail or {}
+        self.retry_after = retry_after

@@ -59,6 +59,8 @@ class ErrorCode(enum.StrEnum):
     INVALID_TOKEN = "invalid_token"  # 400: a token id outside the vocabulary
     INVALID_SAMPLING = "invalid_sampling"  # 400
     DRAFT_TOO_LONG = "draft_too_long"  # 400: detail: limit
+    UNAUTHORIZED = "unauthorized"  # 401: no token, or one that is not known here
+    FORBIDDEN = "forbidden"  # 403: the token is known, and its role does not allow this
     UNKNOWN_ROUTE = "unknown_route"  # 404, and 405 for a method that the route does not have
     UNKNOWN_MODEL = "unknown_model"  # 404: detail: available
     SESSION_LOST = "session_lost"  # 404: evicted, closed or from before a restart; open again with all ids
@@ -70,8 +72,10 @@ class ErrorCode(enum.StrEnum):
     VOCABULARY_MISMATCH = "vocabulary_mismatch"  # 409: the draft was made for another tokenizer
     DRAFT_MISMATCH = "draft_mismatch"  # 409: the target's shared tensors are not the draft's
     TOO_LARGE = "too_large"  # 413: body over the limit; detail: limit
-    CONTEXT_OVERFLOW = "context_overflow"  # 413: prompt over the target's context; detail: limit
+    CONTEXT_OVERFLOW = "context_overflow"  # 413: prompt over the target's context, or the token's limit; detail: limit
+    RATE_LIMITED = "rate_limited"  # 429: over a limit of this token's; try again after `Retry-After`
     OVERLOADED = "overloaded"  # 503: try again after `Retry-After`
+    DRAINING = "draining"  # 503: it ends as soon as its rounds have; ask another verifier, or again after `Retry-After`
     STARTING = "starting"  # 503: the target is still loading
     INTERNAL = "internal"  # 500: a fault of the verifier; its log says more
 

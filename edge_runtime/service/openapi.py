@@ -7,13 +7,11 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.describing import JSON, REF, TEXT, of, operation
 from edge_runtime.service import news, openai, requests
 from edge_runtime.service.callers import GUARDED
 from edge_runtime.service.refusals import ErrorBody
 
-REF = "#/components/schemas/{name}"
-JSON = "application/json"
-TEXT = "text/plain"
 EVENTS = "text/event-stream"
 HTML = "text/html"
 
@@ -75,9 +73,9 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")},
         "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", "ChatChunk")},
-        "/v1/models": {"get": _operation("What the verifier serves", {JSON: _of("ModelList")}, LISTING)},
+        "/v1/models": {"get": _operation("What the verifier serves", {JSON: of("ModelList")}, LISTING)},
         "/v1/models/{model}": {
-            "get": _operation("One of them", {JSON: _of("Model")}, LISTING),
+            "get": _operation("One of them", {JSON: of("Model")}, LISTING),
             "parameters": [
                 {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             ],
@@ -116,23 +114,11 @@ def _asking(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
         "required": ["data"],
         "description": "One event of the stream.",
     }
-    content = {JSON: _of(answer), EVENTS: event}
-    operation = _operation(summary, content, ASKING)
-    operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _of(body)}}}
-    return operation
+    content = {JSON: of(answer), EVENTS: event}
+    asking = _operation(summary, content, ASKING)
+    asking["requestBody"] = {"required": True, "content": {JSON: {"schema": of(body)}}}
+    return asking
 
 
 def _operation(summary: str, content: dict[str, Any], refused: tuple[str, ...]) -> dict[str, Any]:
-    responses: dict[str, Any] = {
-        "200": {"description": summary, "content": {kind: {"schema": schema} for kind, schema in content.items()}}
-    }
-    for status in refused:
-        responses[status] = {"description": REFUSED[status], "content": {JSON: {"schema": _of("ErrorBody")}}}
-        if status in ("429", "503"):
-            seconds = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
-            responses[status]["headers"] = {"Retry-After": seconds}
-    return {"summary": summary, "responses": responses}
-
-
-def _of(name: str) -> dict[str, str]:
-    return {"$ref": REF.format(name=name)}
+    return operation(summary, content, {status: REFUSED[status] for status in refused}, "ErrorBody")
