@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cloud_verifier import targets_command
 from edge_runtime import logs
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.systemd.command import add_actions, run_action
@@ -34,6 +35,7 @@ examples:
       --certificate server.pem --key server.key
   cloud-verifier serve export/family/target-v1 --draft export/family/bundle
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
+  cloud-verifier targets --help                           # versions, aliases, canaries, roll-back
   cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
 """
 
@@ -126,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    targets_command.add_parser(commands)
     add_actions(commands, _service, "run the verifier with systemd", SERVICE, UNIT)
     return parser
 
