@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cloud_verifier import targets_command
+from cloud_verifier import targets_command, tokens_command
 from edge_runtime import logs
 from edge_runtime.contract.errors import FlexSpecError, InputError
 from edge_runtime.systemd.command import add_actions, run_action
@@ -18,6 +20,8 @@ from edge_runtime.systemd.units import Kind
 if TYPE_CHECKING:
     from cloud_verifier.speculation import Speculation
     from cloud_verifier.target import Target
+
+log = logging.getLogger(__name__)
 
 UNIT = Kind(
     "cloud_verifier.cli",
@@ -34,6 +38,7 @@ examples:
   cloud-verifier serve /models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
       --certificate server.pem --key server.key
   cloud-verifier serve export/family/target-v1 --draft export/family/bundle
+  cloud-verifier serve export/family/target-v1 --tokens tokens.toml       # see cloud-verifier token --help
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
   cloud-verifier targets --help                           # versions, aliases, canaries, roll-back
   cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
@@ -89,12 +94,37 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
     serve.add_argument("--certificate", type=Path, help="PEM certificate chain: serve over TLS")
     serve.add_argument("--key", type=Path, help="PEM private key of the certificate")
+    serve.add_argument(
+        "--client-ca", type=Path, metavar="FILE", help="PEM authorities: serve only who has a certificate of theirs"
+    )
+    serve.add_argument(
+        "--tokens",
+        type=Path,
+        default=_credential("verifier-tokens"),
+        metavar="FILE",
+        help="serve only who shows one of these, see `cloud-verifier token --help`; read again at SIGHUP "
+        "(default: systemd's credential verifier-tokens, else everybody is served)",
+    )
     serve.add_argument("--max-sessions", type=_positive, default=256, help="default: %(default)s")
     serve.add_argument(
         "--max-tokens", type=_positive, default=262_144, help="tokens of all sessions together (default: %(default)s)"
     )
     serve.add_argument(
         "--idle-seconds", type=float, default=600.0, help="drop sessions unused for longer (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--max-queue-seconds",
+        type=_seconds,
+        default=3.0,
+        metavar="SECONDS",
+        help="that rounds may wait for the target; then new ones are told to come back (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="for rounds to end at SIGTERM, while new ones are refused (default: %(default)g)",
     )
     serve.add_argument(
         "--draft", type=Path, metavar="BUNDLE", help="draft bundle, to say the target's own tokens several to a forward"
@@ -129,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     targets_command.add_parser(commands)
+    tokens_command.add_parser(commands)
     add_actions(commands, _service, "run the verifier with systemd", SERVICE, UNIT)
     return parser
 
@@ -144,27 +175,62 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600")
+    return number
+
+
+def _credential(name: str) -> Path | None:
+    """What systemd's LoadCredential= passes under that name; None where it does not."""
+    place = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), name)
+    return place if place.is_file() else None
+
+
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
+    from cloud_verifier.principals import Doors
     from cloud_verifier.server import serve
     from cloud_verifier.service import Limits, Service
+    from edge_runtime.configuration.settings import authorities, is_loopback
     from edge_runtime.listening import Listening
 
     # A watchdog ends a process that hangs with SIGABRT: then it says where.
     faulthandler.enable(2)
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
-    limits = Limits(max_sessions=options.max_sessions, max_tokens=options.max_tokens, idle_seconds=options.idle_seconds)
-    listening = Listening(options.host, options.port, options.certificate, options.key, options.http)
+    if options.client_ca and not options.certificate:
+        raise InputError("--client-ca asks for certificates over TLS: give --certificate and --key, too")
+    limits = Limits(
+        max_sessions=options.max_sessions,
+        max_tokens=options.max_tokens,
+        idle_seconds=options.idle_seconds,
+        max_queue_seconds=options.max_queue_seconds,
+    )
+    client_ca = authorities(options.client_ca, Path()) if options.client_ca else None
+    listening = Listening(options.host, options.port, options.certificate, options.key, options.http, client_ca)
+    doors = Doors(options.tokens)
+    if not is_loopback(options.host):
+        if options.tokens is None and client_ca is None:
+            log.warning("everybody who reaches %s can use this verifier: --tokens asks for tokens", options.host)
+        if options.certificate is None:
+            log.warning(
+                "prompts and tokens arrive at %s in clear: give --certificate and --key, unless something in front of "
+                "it does TLS",
+                options.host,
+            )
+    if options.tokens and not len(doors):
+        log.warning("nobody in %s has a token, so nobody is served", options.tokens)
     # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
-    service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target))
+    service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target), doors)
 
     def announce(url: str) -> None:
         assert service.engine.target is not None
         print(f"cloud-verifier: {service.engine.target.version} on {url}", flush=True)
 
-    uvloop.run(serve(service, listening, announce))
+    uvloop.run(serve(service, listening, announce, options.grace))
     return 0
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from cloud_verifier.service import Service
 from edge_runtime import listening
-from edge_runtime.listening import Listening, stop_requested
+from edge_runtime.contract.errors import FlexSpecError
+from edge_runtime.listening import Listening, reload_requested, stop_requested
 from edge_runtime.systemd.notifying import Notifier
+
+log = logging.getLogger(__name__)
+
+# For rounds to end once this process has been told to.
+GRACE_SECONDS = 10.0
 
 
 class Server(listening.Server):
@@ -25,16 +32,20 @@ class Server(listening.Server):
         return peaceful
 
 
-async def serve(service: Service, listening: Listening, announce: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM, and tells systemd.
+async def serve(
+    service: Service, listening: Listening, announce: Callable[[str], None], grace: float = GRACE_SECONDS
+) -> None:
+    """Serves until SIGINT or SIGTERM, and tells systemd. At SIGHUP it reads its tokens again.
 
     Args:
         announce: called with the service's URL once the target is loaded and requests can come.
+        grace: seconds that rounds in progress have to end, while new ones are refused.
 
     Raises:
         FlexSpecError: the port is taken, or the target did not load.
     """
     stopping, notifier, engine = stop_requested(), Notifier(), service.engine
+    asked = reload_requested()
     notifier.starting("loading the target")
     server = Server(service, listening)
     await server.start()
@@ -47,8 +58,27 @@ async def serve(service: Service, listening: Listening, announce: Callable[[str]
             announce(server.url)
             notifier.ready(service.status())
         telling = asyncio.create_task(notifier.keep_telling(service.status, lambda: engine.stalled_seconds))
+        reloading = asyncio.create_task(_keep_reloading(service, asked, notifier))
         await stopping.wait()
         telling.cancel()
+        reloading.cancel()
         notifier.stopping("rounds in progress may end")
+        if not await service.drain(grace):
+            log.warning("%d rounds were not over within %g s", len(service.in_flight), grace)
     finally:
         await server.stop()
+
+
+async def _keep_reloading(service: Service, asked: asyncio.Event, notifier: Notifier) -> None:
+    """Reloads whenever it is asked, until cancelled."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        notifier.reloading()
+        try:
+            await asyncio.to_thread(service.reload)
+        except FlexSpecError as error:
+            log.error("not reloaded, everything stays as it was: %s", error)
+        except Exception:
+            log.exception("not reloaded, everything stays as it was")
+        notifier.ready(service.status())

@@ -110,6 +110,11 @@ class Service:
         draining = ", about to end" if self.in_flight.draining else ""
         return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions{draining}"
 
+    def reload(self) -> None:
+        """Reads the tokens again; sessions stay. Raises InputError, and then everything stays as it was."""
+        self.doors.reload()
+        log.info("%d tokens", len(self.doors))
+
     async def drain(self, seconds: float) -> bool:
         """From now on plays nothing new; whether what is being played was over within `seconds`."""
         return await self.in_flight.drain(seconds)

@@ -7,6 +7,7 @@ arrow than the house's rule, and cheaper than two servers to keep right.
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import socket
@@ -39,6 +40,8 @@ class Listening(msgspec.Struct, frozen=True):
     Attributes:
         port: 0 picks a free one.
         certificate, key: PEM files; both or none.
+        client_ca: PEM file of authorities: over TLS, whoever has no certificate of theirs gets no further. It does not
+            say who it is: granian keeps the certificate to itself.
         http: `auto`, `1` or `2`.
     """
 
@@ -47,6 +50,7 @@ class Listening(msgspec.Struct, frozen=True):
     certificate: Path | None = None
     key: Path | None = None
     http: str = "auto"
+    client_ca: Path | None = None
 
 
 class Server:
@@ -80,6 +84,8 @@ class Server:
                 websockets=False,
                 ssl_cert=listening.certificate,
                 ssl_key=listening.key,
+                ssl_ca=listening.client_ca,
+                ssl_client_verify=listening.client_ca is not None,
                 log_enabled=False,
                 # Granian counts connections, idle ones too: with its own default, the 129th would wait for ever.
                 backlog=BACKLOG,
@@ -138,6 +144,15 @@ def stop_requested() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     return stopping
+
+
+def reload_requested() -> asyncio.Event:
+    """An event that SIGHUP sets, from now on, instead of ending the process: to be cleared by whoever reloads."""
+    asked = asyncio.Event()
+    # A terminal that closes says SIGHUP, too, and means the end.
+    if not os.isatty(0):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    return asked
 
 
 def _notice_the_vanished(port: int) -> None:

@@ -9,13 +9,13 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 from typing import Any
 
 import msgspec
 
 from edge_runtime import calling, logs, pilot
 from edge_runtime.contract.errors import FlexSpecError
+from edge_runtime.listening import reload_requested
 from edge_runtime.service.app import Service
 from edge_runtime.service.board import Board
 from edge_runtime.service.granting import check_memory, keys_of, limits_of
@@ -51,10 +51,7 @@ class Reloading:
         self._client = client
         self._notifier = notifier
         self._failed = False
-        self._asked = asyncio.Event()
-        # A terminal that closes says SIGHUP, too, and means the end.
-        if not os.isatty(0):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
+        self._asked = reload_requested()
 
     def status(self) -> str:
         """What the service does, and whether its configuration is another than the file's."""
