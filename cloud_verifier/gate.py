@@ -105,9 +105,9 @@ def examine(path: Path, drafts: Sequence[Path], in_use: Path | None = None) -> E
     """
     path = path.resolve()
     base = base_of(path)
+    config = config_of(base)
     check_whole(base)
     tokenizer = tokenizer_of(path, base)
-    config = config_of(base)
     known: dict[tuple[str, int], dict[str, str]] = {}
     fits = []
     for place in drafts:
