@@ -45,6 +45,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ca-file", type=Path, metavar="FILE", help="PEM authorities to trust instead of the system's"
     )
     verifier.add_argument(
+        "--client-certificate",
+        type=Path,
+        metavar="FILE",
+        help="PEM certificate of this board, for verifiers that ask for one",
+    )
+    verifier.add_argument("--client-key", type=Path, metavar="FILE", help="PEM private key of that certificate")
+    verifier.add_argument(
         "--insecure",
         action="store_true",
         help="let prompts and answers travel in clear to an http:// verifier on another machine; never a token",
@@ -85,6 +92,8 @@ def configure(options: argparse.Namespace) -> None:
         "no_http2": not verifier.http2,
         "token_file": verifier.token_file,
         "ca_file": verifier.ca_file,
+        "client_certificate": verifier.certificate_file,
+        "client_key": verifier.key_file,
         "insecure": verifier.insecure,
         "policy": planner.policy,
         "objective": planner.objective,
@@ -114,6 +123,8 @@ def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.deadline <= 0:
         raise InputError(f"--deadline {options.deadline:g}: must be more than 0 seconds")
+    if bool(options.client_certificate) != bool(options.client_key):
+        raise InputError("--client-certificate and --client-key go together (verifier.certificate_file and .key_file)")
     urls = [url.strip() for url in options.verifier.split(",")]
     check_private(urls, bool(options.token_file), options.insecure)
     return {
@@ -122,6 +133,7 @@ def client_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "http2": not options.no_http2,
         "token": read_secret(options.token_file) if options.token_file else "",
         "authorities": options.ca_file,
+        "certificate": (options.client_certificate, options.client_key) if options.client_key else None,
     }
 
 

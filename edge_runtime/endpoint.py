@@ -9,7 +9,9 @@ import time
 from collections.abc import AsyncIterator
 
 import anyio
+import httpcore
 import httpx
+from h2.config import H2Configuration
 from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
@@ -34,7 +36,14 @@ REST_SECONDS = 30.0
 # What the libraries below httpx let through when a connection breaks at a bad moment, or when bytes of it were changed.
 LEAKS = (H2Error, HPACKError, HyperframeError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 # Refusals that say that the verifier itself is unwell.
-UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL}
+UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL, ErrorCode.DRAINING}
+# Longest pause that a verifier may ask for, in seconds; more is taken for this.
+LONGEST_WAIT = 3600
+
+# h2 normalises headers so that HPACK never remembers a token, which then costs its whole length in every round: 33
+# bytes of 93. What that is to prevent is guessing at a secret by how well it compresses beside a header that somebody
+# else chooses: nobody else chooses any here, and tokens are random. Ours need no other normalising.
+httpcore.AsyncHTTP2Connection.CONFIG = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
 
 
 class Endpoint:
@@ -127,15 +136,16 @@ class Endpoint:
             raise self._note(failure) from failure.__cause__
         except VerifierRefused as refused:
             if refused.code in UNWELL:
-                self._note(LinkFailure(str(refused), Fault.UNAVAILABLE))
+                # One that is about to end is as good as gone: no second chance.
+                self._note(LinkFailure(str(refused), Fault.UNAVAILABLE), firm=refused.code == ErrorCode.DRAINING)
             else:
                 self._note_success()
             raise
         else:
             self._note_success()
 
-    def _note(self, failure: LinkFailure) -> LinkFailure:
-        self._failures += FEW if failure.fault in FIRM else 1
+    def _note(self, failure: LinkFailure, *, firm: bool = False) -> LinkFailure:
+        self._failures += FEW if firm or failure.fault in FIRM else 1
         self.trouble, self.failed_at = failure, time.monotonic()
         return failure
 
@@ -197,8 +207,16 @@ def _refused(response: httpx.Response, body: bytes) -> Exception:
         refusal = wire.decode(body, wire.Refusal, wire.MSGPACK)
     except InputError:
         message = f"{response.url} answered {response.status_code}, and not as a verifier does"
-        if response.status_code >= 500:
+        if response.status_code >= 500 or response.status_code == 429:
             return LinkFailure(message, Fault.UNAVAILABLE)
         hint = f"{message}; is this URL a verifier's?"
         return VerifierRefused(ErrorCode.UNKNOWN_ROUTE, hint, response.status_code)
-    return VerifierRefused(refusal.code, refusal.message, response.status_code, refusal.detail)
+    return VerifierRefused(
+        refusal.code, refusal.message, response.status_code, refusal.detail, _seconds(response.headers)
+    )
+
+
+def _seconds(headers: httpx.Headers) -> int | None:
+    """What Retry-After says, where it is a number; a date would be that of a clock which may differ from ours."""
+    said = headers.get("retry-after", "")
+    return min(int(said), LONGEST_WAIT) if said.isascii() and said.isdigit() and len(said) < 10 else None

@@ -27,7 +27,7 @@ M = TypeVar("M", bound=Message)
 # A session whose board vanished is evicted anyway, so closing one politely is worth little waiting.
 CLOSE_SECONDS = 2.0
 # Refusals that another attempt may better. After `internal` the session is lost, and a repeated round finds that out.
-PASSING_CODES = UNWELL | {ErrorCode.DAMAGED}
+PASSING_CODES = UNWELL | {ErrorCode.DAMAGED, ErrorCode.RATE_LIMITED}
 # How often somebody is asked who does not answer as a verifier does: a damaged answer looks like that, too.
 STRANGE_ANSWERS = 3
 # Pauses between attempts, in seconds: they grow from the first, and are drawn at random up to that.
@@ -52,6 +52,7 @@ class VerifierClient:
         http2: bool = True,
         token: str = "",
         authorities: Path | None = None,
+        certificate: tuple[Path, Path] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
@@ -59,21 +60,17 @@ class VerifierClient:
             url: base URL; or several, the preferred one first: the others are asked while it is gone.
             http2: use HTTP/2 where the verifier offers it.
             token: shown to the verifier, or to what stands in front of it, as bearer token; empty shows none.
-            authorities: PEM file of those to trust for TLS, instead of the system's.
+            authorities: PEM file of those to trust for TLS, instead of the usual ones.
+            certificate: PEM files of this board's own certificate and its key, for verifiers that ask for one.
             transport: instead of the network, for tests.
 
         Raises:
-            InputError: `url` is not an http or https URL.
+            InputError: `url` is not an http or https URL, or a file does not hold what it should.
         """
         self.deadline = deadline
         self.meter = ByteMeter()
         self.retries = 0
-        trust: ssl.SSLContext | bool = True
-        if authorities is not None:
-            try:
-                trust = ssl.create_default_context(cafile=authorities)
-            except OSError as error:
-                raise InputError(f"cannot trust the authorities in {authorities}: {error}") from None
+        trust = _trust(authorities, certificate)
         self.endpoints = [
             Endpoint(each, self.meter, http2=http2, token=token, trust=trust, transport=transport)
             for each in ([url] if isinstance(url, str) else url)
@@ -141,13 +138,18 @@ class VerifierClient:
         growing = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 
         def pause(state: tenacity.RetryCallState) -> float:
-            return min(growing(state), max(0.0, until - time.monotonic()))
+            asked = self._asked_to_wait(state)
+            wait = asked + growing(state) if asked or patient else 0.0
+            return min(wait, max(0.0, until - time.monotonic()))
+
+        def give_up(state: tenacity.RetryCallState) -> bool:
+            return time.monotonic() + self._asked_to_wait(state) >= until
 
         try:
             async for trial in tenacity.AsyncRetrying(
                 retry=_may_pass if patient else self._may_pass_at_once,
-                wait=pause if patient else tenacity.wait_none(),
-                stop=tenacity.stop_after_delay(max(0.0, until - started)),
+                wait=pause,
+                stop=give_up,
                 reraise=True,
             ):
                 with trial:
@@ -188,6 +190,33 @@ class VerifierClient:
 
     def _may_pass_at_once(self, state: tenacity.RetryCallState) -> bool:
         return self.pick().well and _may_pass(state)
+
+    def _asked_to_wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds that the verifier asked for, where that is who would be asked again; 0 where it did not say."""
+        error = state.outcome.exception() if state.outcome else None
+        if not isinstance(error, VerifierRefused) or error.retry_after is None:
+            return 0.0
+        # A limit of this board's is no fault of the verifier's: another one is no way around it.
+        elsewhere = error.code != ErrorCode.RATE_LIMITED and len(self.endpoints) > 1 and self.pick().well
+        return 0.0 if elsewhere else float(error.retry_after)
+
+
+def _trust(authorities: Path | None, certificate: tuple[Path, Path] | None) -> ssl.SSLContext | bool:
+    """What TLS is to believe, and to show. Raises InputError."""
+    trust: ssl.SSLContext | None = None
+    if authorities is not None:
+        try:
+            trust = ssl.create_default_context(cafile=authorities)
+        except OSError as error:
+            raise InputError(f"cannot trust the authorities in {authorities}: {error}") from None
+    if certificate is not None:
+        trust = trust or httpx.create_ssl_context()
+        try:
+            # Without a password nobody is asked for one.
+            trust.load_cert_chain(*certificate, password=lambda: "")
+        except OSError as error:
+            raise InputError(f"cannot use the certificate {certificate[0]} with {certificate[1]}: {error}") from None
+    return trust or True
 
 
 def parsed(body: bytes, kind: type[M], session: str = "") -> M:

@@ -31,7 +31,11 @@ SYSTEM_FILE = Path("/etc/flexspec/config.toml")
 PREFIX = "FLEXSPEC_"
 SHORT = {"FLEXSPEC_BUNDLE": ("draft", "bundle"), "FLEXSPEC_VERIFIER": ("verifier", "urls")}
 # Names that systemd's LoadCredential= is to use for what a field would otherwise name.
-CREDENTIALS = {("verifier", "token_file"): "verifier-token", ("service", "api_key_file"): "api-key"}
+CREDENTIALS = {
+    ("verifier", "token_file"): "verifier-token",
+    ("verifier", "key_file"): "verifier-key",
+    ("service", "api_key_file"): "api-key",
+}
 # How people call what must not be in the file, and the field that names the file it belongs in.
 SECRETS = {
     "token": "token_file",
@@ -40,6 +44,8 @@ SECRETS = {
     "secret": "token_file",
     "api_key": "api_key_file",
     "key": "api_key_file",
+    "client_key": "key_file",
+    "private_key": "key_file",
 }
 
 Field = tuple[str, str]
@@ -93,6 +99,8 @@ class Verifier(Table, frozen=True):
         model: which target; empty for the verifier's choice.
         token_file: file of the token that the verifier asks for.
         ca_file: PEM file of the authorities to trust instead of the system's.
+        certificate_file: PEM file of this board's own certificate, for verifiers that ask for one.
+        key_file: PEM file of its private key.
         deadline_seconds: for how long an answer may stand still, attempts to reach a verifier included.
         http2: use HTTP/2 where the verifier offers it.
         insecure: prompts and answers may travel in clear to another machine; the token never does.
@@ -102,6 +110,8 @@ class Verifier(Table, frozen=True):
     model: str = ""
     token_file: SecretFile = None
     ca_file: Authorities = None
+    certificate_file: File = None
+    key_file: File = None
     deadline_seconds: Seconds = 600.0
     http2: bool = True
     insecure: bool = False
@@ -386,7 +396,11 @@ def _misplaced(name: str) -> str:
 
 def _warnings(configuration: Configuration) -> Iterator[str]:
     verifier, service = configuration.verifier, configuration.service
-    for name, file in (("verifier.token_file", verifier.token_file), ("service.api_key_file", service.api_key_file)):
+    for name, file in (
+        ("verifier.token_file", verifier.token_file),
+        ("verifier.key_file", verifier.key_file),
+        ("service.api_key_file", service.api_key_file),
+    ):
         if file is not None and file.stat().st_mode & 0o004:
             yield f"{name}: everybody on this machine can read {file}; `chmod o-r` it"
     for url in verifier.urls:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 from edge_runtime.service.events import event_of
 from edge_runtime.service.news import Gauges, News
-from edge_runtime.service.refusals import Refusal
+from edge_runtime.service.refusals import LIMIT, Refusal
 
 # Events that are kept: two or three a round; and one each second.
 MOST_MOMENTS = 4000
@@ -93,7 +93,7 @@ class Feed:
             raise Refusal(
                 429,
                 f"{MOST_WATCHERS} watch this board already: close one of its pages",
-                kind="rate_limit_error",
+                kind=LIMIT,
                 code="rate_limit_exceeded",
                 retry_after=RETRY_SECONDS,
             )

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-from edge_runtime.service.refusals import Refusal
+from edge_runtime.service.refusals import LIMIT, Refusal
 
 # Bounds of what is said in Retry-After, in seconds; a guess at an answer's duration before there was one.
 SOONEST, LATEST = 1, 60
@@ -54,7 +54,7 @@ class Queue:
             raise Refusal(
                 429,
                 f"{self.running} answers are being written and {self.waiting} requests wait: try again later",
-                kind="rate_limit_error",
+                kind=LIMIT,
                 code="rate_limit_exceeded",
                 retry_after=self._retry_after(),
             )

@@ -15,6 +15,7 @@ from edge_runtime.contract.wire import ErrorCode
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+LIMIT = "rate_limit_error"
 
 # Seconds after which another attempt is worth while: the link is back, the verifier has loaded.
 LINK_SECONDS = 5
@@ -92,8 +93,11 @@ def refusal_of(error: Exception) -> Refusal:
         if error.code in _ASKED_WRONGLY:
             status, param, code = _ASKED_WRONGLY[ErrorCode(error.code)]
             return Refusal(status, sentence, param=param, code=code)
-        if error.code in (ErrorCode.OVERLOADED, ErrorCode.STARTING):
-            return Refusal(503, sentence, kind=SERVER, code=error.code, retry_after=MOMENT_SECONDS)
+        wait = error.retry_after or MOMENT_SECONDS
+        if error.code == ErrorCode.RATE_LIMITED:
+            return Refusal(429, sentence, kind=LIMIT, code=error.code, retry_after=wait)
+        if error.code in (ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.DRAINING):
+            return Refusal(503, sentence, kind=SERVER, code=error.code, retry_after=wait)
         return Refusal(502, f"the verifier refused: {sentence}", kind=SERVER, code=error.code)
     if isinstance(error, FlexSpecError):
         return Refusal(500, str(error), kind=SERVER, code=type(error).__name__)

@@ -13,8 +13,9 @@ EDGE = Kind("edge_runtime.cli", "flexspec-edge", "flexspec", Path(__file__).with
 DESCRIPTION = """\
 Runs the board's service with systemd: from boot on, watched, started again after a fault, and with few rights. It reads
 /etc/flexspec/config.toml if that exists, and again at `systemctl reload flexspec-edge`; its bundle store is
-/var/lib/flexspec/bundles. Secrets are files that only root can read: /etc/credstore/flexspec.verifier-token and
-/etc/credstore/flexspec.api-key; systemd reads them when the service starts, so a new one needs a restart.
+/var/lib/flexspec/bundles. Secrets are files that only root can read: flexspec.verifier-token, flexspec.verifier-key
+(of a client certificate) and flexspec.api-key in /etc/credstore; systemd reads them when the service starts, so a new
+one needs a restart.
 
 examples:
   edge-runtime config check /etc/flexspec/config.toml

@@ -35,6 +35,8 @@ memory_directory = "remembered"
 urls = ["https://a.example/", "http://127.0.0.1:8500"]
 model = "target-v2"
 token_file = "token"
+certificate_file = "token"
+key_file = "token"
 deadline_seconds = 7
 http2 = false
 insecure = true
@@ -110,6 +112,7 @@ def test_the_file_says_everything_and_paths_start_at_its_folder(folder: Path) ->
     assert (read.service.host, read.service.port, read.log.prompts) == ("::1", 0, True)
     defaults = {name for name, origin in effective.origins.items() if origin.kind == "default"}
     assert defaults == {("verifier", "ca_file")}
+    assert read.verifier.certificate_file == read.verifier.key_file == folder / "token"
     lines = EVERYTHING.splitlines()
     for (_, name), origin in effective.origins.items():
         if origin.kind == "file":
