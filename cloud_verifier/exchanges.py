@@ -21,6 +21,8 @@ M = TypeVar("M", bound=Message)
 MOMENT_SECONDS = 1
 # Statuses with which a client is told when to come back.
 LATER = (429, 503)
+# Paths where everything is JSON.
+ADMIN = "/admin/"
 
 
 async def message_of(request: Request, kind: type[M], limit: int, session: str = "") -> M:
@@ -71,7 +73,8 @@ def respond(request: Request, message: Message, status: int = 200, session: str 
     """One message."""
     media_type = _answer_type(request)
     # Who names no type, as boards do not, expects msgpack (see `wire`): they pay for every header.
-    said = media_type if {"accept", "content-type"} & set(request.headers.keys()) else None
+    known = {"accept", "content-type"} & set(request.headers.keys()) or request.url.path.startswith(ADMIN)
+    said = media_type if known else None
     return Response(wire.encode(message, media_type, session), status, media_type=said)
 
 
@@ -121,12 +124,17 @@ def _check_version(version: int | None) -> None:
 
 
 def _media_type(request: Request) -> str:
+    # Admins are people with curl, which names another type unless it is told.
+    if request.url.path.startswith(ADMIN):
+        return wire.JSON
     return wire.JSON if "json" in request.headers.get("content-type", "") else wire.MSGPACK
 
 
 def _answer_type(request: Request) -> str:
     """What the client wants to read: what it says, else what it writes; a browser's or curl's GET gets JSON."""
     accepts = request.headers.get("accept", "")
+    if request.url.path.startswith(ADMIN):
+        return wire.JSON
     if "json" in accepts or "msgpack" in accepts:
         return wire.JSON if "json" in accepts else wire.MSGPACK
     if request.method == "GET" and "content-type" not in request.headers:

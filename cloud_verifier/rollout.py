@@ -82,7 +82,11 @@ PATIENCE = Patience()
 
 
 class Rollout:
-    """Which versions this process serves. Belongs to the event loop."""
+    """Which versions this process serves. Belongs to the event loop.
+
+    Attributes:
+        roster: the registry's, as it was read last.
+    """
 
     def __init__(self, registry: Registry, loader: Loader, pinned: Pinned, patience: Patience = PATIENCE) -> None:
         """Raises RegistryError: there is no registry, or it makes no sense."""
@@ -90,7 +94,7 @@ class Rollout:
         self._loader = loader
         self._pinned = pinned
         self._patience = patience
-        self._roster = registry.read()
+        self.roster = registry.read()
         self._stamp = registry.stamp()
         self._leads: dict[str, Setting] = {}
         # Of entries that did not load: why. One that is added again is another entry.
@@ -103,20 +107,20 @@ class Rollout:
     @property
     def ready(self) -> bool:
         """Whether sessions that ask for no model can be opened."""
-        return self._roster.default in self._leads
+        return self.roster.default in self._leads
 
     @property
     def failure(self) -> TargetError | None:
         """Why that can never be, as things stand: the default's version did not load, and nothing was before."""
-        alias = self._roster.aliases.get(self._roster.default)
+        alias = self.roster.aliases.get(self.roster.default)
         if self.ready:
             return None
         if alias is None:
             return RegistryError(
-                f"{self.registry.file} leads nowhere: there is no alias {self._roster.default!r}, its default; "
+                f"{self.registry.file} leads nowhere: there is no alias {self.roster.default!r}, its default; "
                 "`cloud-verifier targets promote` a version"
             )
-        why = self._failures.get(self._roster.entry(alias.now.version))
+        why = self._failures.get(self.roster.entry(alias.now.version))
         return TargetError(f"{alias.now.version}: {why}") if why else None
 
     @property
@@ -124,7 +128,7 @@ class Rollout:
         """What sessions that ask for no model get, canaries aside. Raises VerifierRefused (`starting`)."""
         if not self.ready:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
-        return self._loader.versions[self._leads[self._roster.default].version]
+        return self._loader.versions[self._leads[self.roster.default].version]
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -137,7 +141,7 @@ class Rollout:
         Raises:
             VerifierRefused: `unknown_model`, or `starting` while it is being loaded.
         """
-        loaded, name = self._loader.versions, model or self._roster.default
+        loaded, name = self._loader.versions, model or self.roster.default
         setting = self._leads.get(name)
         if setting is not None:
             chosen = setting.choose(name, key)
@@ -145,10 +149,10 @@ class Rollout:
         if name in loaded:
             return loaded[name]
         try:
-            entry = self._roster.find(name)
+            entry = self.roster.find(name)
         except Unknown:
             raise self._unknown(name, "is not here") from None
-        named = [other for other in self._roster.targets if other.name == name and not other.retired]
+        named = [other for other in self.roster.targets if other.name == name and not other.retired]
         there = [other for other in named if other.version in loaded]
         if there:
             return loaded[max(there, key=lambda other: other.added).version]
@@ -162,8 +166,8 @@ class Rollout:
         """All versions of the registry, and how they are doing here."""
         loaded = self._loader.versions
         served = []
-        for listed in self.registry.listing(self._roster):
-            failure = self._failures.get(self._roster.entry(listed.version), "")
+        for listed in self.registry.listing(self.roster):
+            failure = self._failures.get(self.roster.entry(listed.version), "")
             told = msgspec.structs.asdict(listed) | {"problem": failure or listed.problem}
             here = listed.version in loaded
             served.append(Served(**told, loaded=here, sessions=len(self._pinned.of_version(listed.version))))
@@ -175,7 +179,7 @@ class Rollout:
         if stamp != self._stamp:
             self._stamp = stamp
             try:
-                self._roster = await asyncio.to_thread(self.registry.read)
+                self.roster = await asyncio.to_thread(self.registry.read)
             except RegistryError as error:
                 log.error("the roll-out stays as it was: %s", error)
         self._follow()
@@ -198,7 +202,7 @@ class Rollout:
 
     def _follow(self) -> None:
         """Brings aliases up to date, and sees to it that what is missing gets loaded."""
-        loaded, roster = self._loader.versions, self._roster
+        loaded, roster = self._loader.versions, self.roster
         leads = {}
         for name, alias in roster.aliases.items():
             before = self._leads.get(name)
@@ -220,15 +224,15 @@ class Rollout:
 
     def _urgency(self, entry: Entry) -> tuple[bool, bool]:
         """What most wait for comes first."""
-        shares = self._roster.shares(entry.version)
-        return (shares.get(self._roster.default, 0) < 50, not shares)
+        shares = self.roster.shares(entry.version)
+        return (shares.get(self.roster.default, 0) < 50, not shares)
 
     async def _load(self, entry: Entry) -> None:
         began = time.monotonic()
         try:
             target = await self._loader.load(self.registry.path_of(entry), entry.name)
             if target.version != entry.version:
-                if all(target.version != other.version for other in self._roster.targets):
+                if all(target.version != other.version for other in self.roster.targets):
                     await self._loader.unload(target.version)
                 raise TargetError(
                     f"its files have changed since it was added: it is {target.version} now; add it again"
@@ -245,7 +249,7 @@ class Rollout:
     async def _sweep(self) -> None:
         """Unloads what is retired, or no longer in the registry, once nobody is left who needs it."""
         now = time.monotonic()
-        active = {entry.version for entry in self._roster.targets if not entry.retired}
+        active = {entry.version for entry in self.roster.targets if not entry.retired}
         needed = active | {setting.version for setting in self._leads.values()}
         for version in list(self._loader.versions):
             if version in needed:
@@ -265,7 +269,7 @@ class Rollout:
                 log.info("%s was unloaded", version)
 
     def _unknown(self, name: str, why: str) -> VerifierRefused:
-        active = {entry.version for entry in self._roster.targets if not entry.retired}
+        active = {entry.version for entry in self.roster.targets if not entry.retired}
         available = [*self._leads, *sorted(active & self._loader.versions.keys())]
         return VerifierRefused(
             ErrorCode.UNKNOWN_MODEL,

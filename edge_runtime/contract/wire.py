@@ -71,6 +71,8 @@ class ErrorCode(enum.StrEnum):
     SESSION_FINISHED = "session_finished"  # 409: the text has ended
     VOCABULARY_MISMATCH = "vocabulary_mismatch"  # 409: the draft was made for another tokenizer
     DRAFT_MISMATCH = "draft_mismatch"  # 409: the target's shared tensors are not the draft's
+    INCOMPATIBLE_TARGET = "incompatible_target"  # 409, to an admin: deployed drafts do not fit it; detail: differences
+    TARGET_REFUSED = "target_refused"  # 409, to an admin: the registry, or what is on the disk, does not allow that
     TOO_LARGE = "too_large"  # 413: body over the limit; detail: limit
     CONTEXT_OVERFLOW = "context_overflow"  # 413: prompt over the target's context, or the token's limit; detail: limit
     RATE_LIMITED = "rate_limited"  # 429: over a limit of this token's; try again after `Retry-After`
