@@ -184,6 +184,10 @@ class Rollout:
                 log.error("the roll-out stays as it was: %s", error)
         self._follow()
 
+    def look(self) -> None:
+        """Has `run` look at once."""
+        self._looked.set()
+
     async def run(self) -> None:
         """Follows the registry until it is cancelled."""
         try:
@@ -244,7 +248,7 @@ class Rollout:
         except Exception as error:
             log.exception("%s did not load", entry.version)
             self._failures[entry] = repr(error)
-        self._looked.set()
+        self.look()
 
     async def _sweep(self) -> None:
         """Unloads what is retired, or no longer in the registry, once nobody is left who needs it."""
