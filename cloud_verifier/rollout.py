@@ -147,6 +147,8 @@ class Rollout:
             chosen = setting.choose(name, key)
             return loaded[chosen if chosen in loaded else setting.version]
         if name in loaded:
+            if name in self._leaving:
+                self._leaving[name] = (self._leaving[name][0], time.monotonic())
             return loaded[name]
         try:
             entry = self.roster.find(name)
