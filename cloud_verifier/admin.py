@@ -21,13 +21,13 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cloud_verifier.exchanges import message_of, respond
+from cloud_verifier.exchanges import ADMIN, message_of, respond
 from cloud_verifier.gate import Incompatible
 from cloud_verifier.principals import require_admin
 from cloud_verifier.registry import RegistryError
@@ -137,6 +137,29 @@ class Checked(Message, frozen=True, omit_defaults=False):
     v: int = wire.VERSION
 
 
+class Operation(NamedTuple):
+    """One of the API's: `handler` is the name of the method of `Admin`."""
+
+    method: str
+    path: str
+    summary: str
+    asked: type[Message] | None
+    told: type[Message]
+    handler: str
+
+
+TARGETS = f"{ADMIN}v1/targets"
+OPERATIONS = (
+    Operation("GET", TARGETS, "What there is", None, Targets, "list_targets"),
+    Operation("POST", TARGETS, "Add a version, if the deployed drafts fit it", Add, Targets, "add_target"),
+    Operation("POST", f"{TARGETS}/promote", "All new sessions of an alias get it", Promote, Targets, "promote_target"),
+    Operation("POST", f"{TARGETS}/canary", "Some new sessions of an alias get it", Canary, Targets, "canary_target"),
+    Operation("POST", f"{TARGETS}/rollback", "An alias is what it was before", Rollback, Targets, "rollback_alias"),
+    Operation("POST", f"{TARGETS}/retire", "It gets no new sessions any more", Retire, Targets, "retire_target"),
+    Operation("POST", f"{TARGETS}/check", "What the drafts would be worth with it", Check, Checked, "check_target"),
+)
+
+
 class Admin:
     """Handlers over one roll-out.
 
@@ -150,18 +173,10 @@ class Admin:
         self._check_options = check_options
         self._checking = asyncio.Lock()
 
-    def routes(self) -> dict[tuple[str, str], Handler]:
-        """Handlers by method and path."""
-        targets = "/admin/v1/targets"
-        return {
-            ("GET", targets): self.list_targets,
-            ("POST", targets): self.add_target,
-            ("POST", f"{targets}/promote"): self.promote_target,
-            ("POST", f"{targets}/canary"): self.canary_target,
-            ("POST", f"{targets}/rollback"): self.rollback_alias,
-            ("POST", f"{targets}/retire"): self.retire_target,
-            ("POST", f"{targets}/check"): self.check_target,
-        }
+    def handler(self, operation: Operation) -> Handler:
+        """What answers it."""
+        handler: Handler = getattr(self, operation.handler)
+        return handler
 
     async def list_targets(self, request: Request) -> Response:
         require_admin(request)

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from cloud_verifier.admin import OPERATIONS
+from cloud_verifier.exchanges import ADMIN
 from edge_runtime.contract import wire
 from edge_runtime.describing import JSON, REF, TEXT, of, operation
 
@@ -20,20 +22,29 @@ REFUSED = {
     "401": "No token, or one that is not known.",
     "403": "The token's role does not allow this.",
     "404": "No such model, or no such session of this token's (any more).",
-    "409": "The round does not fit what the session has played, or the draft not the target.",
+    "409": "The round does not fit what the session has played, or the draft not the target; or the registry does not "
+    "allow this.",
     "413": "The body is too long, or the prompt.",
     "429": "Over a limit of this token's; come back after Retry-After.",
     "500": "A fault of the verifier.",
     "503": "The target is still loading, too many rounds wait, or the verifier is about to end; see Retry-After.",
 }
+ADMINISTERING = ("400", "401", "403", "404", "409", "413", "500", "503")
 PLAYING = ("400", "401", "403", "404", "409", "413", "429", "500", "503")
 # What needs a role, by path; the rest is for everybody.
-GUARDED = ("/v1/", "/metrics")
+GUARDED = ("/v1/", "/metrics", ADMIN)
 
 
-def document(vocabulary_size: int, context: int, max_body: int, *, tokens: bool) -> dict[str, Any]:
-    """The description of a verifier of targets with so many tokens and so long texts; `tokens`: it asks for some."""
+def document(vocabulary_size: int, context: int, max_body: int, *, tokens: bool, admin: bool = False) -> dict[str, Any]:
+    """The description of a verifier of targets with so many tokens and so long texts.
+
+    Args:
+        tokens: it asks for some.
+        admin: it has the admin API of targets.
+    """
+    operations = OPERATIONS if admin else ()
     kinds = [wire.OpenRequest, wire.OpenReply, wire.RoundRequest, wire.Frame, wire.ModelList, wire.Refusal]
+    kinds += {kind: None for one in operations for kind in (one.asked, one.told) if kind}
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     played, opened = schemas["RoundRequest"]["properties"], schemas["OpenRequest"]["properties"]
@@ -67,6 +78,12 @@ def document(vocabulary_size: int, context: int, max_body: int, *, tokens: bool)
         "/metrics": {"get": _operation("For Prometheus", {TEXT: {"type": "string"}}, ("401", "403"))},
         "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("500", "503"))},
     }
+    for one in operations:
+        described = _operation(one.summary, {JSON: of(one.told.__name__)}, ADMINISTERING)
+        if one.asked:
+            schemas[one.asked.__name__]["properties"]["v"] = {"const": wire.VERSION}
+            described["requestBody"] = {"required": True, "content": {JSON: {"schema": of(one.asked.__name__)}}}
+        paths.setdefault(one.path, {})[one.method.lower()] = described
     components: dict[str, Any] = {"schemas": schemas}
     if tokens:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
