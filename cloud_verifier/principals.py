@@ -149,7 +149,10 @@ def read_principals(path: Path) -> dict[str, Principal]:
     principals: dict[str, Principal] = {}
     holders: dict[str, str] = {}
     for name, table in tables.items():
-        check_name(name)
+        try:
+            check_name(name)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         try:
             principal = msgspec.convert(table, Principal)
         except msgspec.ValidationError as error:

@@ -100,13 +100,15 @@ def _revoke(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import msgspec
 
-    from cloud_verifier.principals import read_principals
+    from cloud_verifier.principals import Principal, read_principals
 
     principals = read_principals(options.tokens)
     if options.json:
-        shown = {name: msgspec.to_builtins(who) for name, who in principals.items()}
-        for who in shown.values():
-            del who["sha256"], who["name"]
+        fields = [field for field in Principal.__struct_fields__ if field not in ("sha256", "name")]
+        shown = {
+            name: {field: value for field in fields if (value := getattr(who, field)) is not None}
+            for name, who in principals.items()
+        }
         print(msgspec.json.encode(shown).decode())
         return 0
     for name, who in principals.items():

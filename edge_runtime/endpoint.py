@@ -34,7 +34,7 @@ SILENT_SECONDS, ASKING_SECONDS = 5, 2
 FEW = 2
 REST_SECONDS = 30.0
 # What the libraries below httpx let through when a connection breaks at a bad moment, or when bytes of it were changed.
-LEAKS = (H2Error, HPACKError, HyperframeError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+LEAKS = (H2Error, HPACKError, HyperframeError, ssl.SSLError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 # Refusals that say that the verifier itself is unwell.
 UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL, ErrorCode.DRAINING}
 # Longest pause that a verifier may ask for, in seconds; more is taken for this.
@@ -154,6 +154,9 @@ class Endpoint:
 
     async def _told_apart(self, failure: LinkFailure) -> LinkFailure:
         """`failure`, or what is behind it where a certificate was not accepted."""
+        if failure.fault == Fault.BROKEN and self.trouble and self.trouble.fault == Fault.CERTIFICATE:
+            # Whoever is not let in learns of it as an alert, or by a connection that breaks: what comes first.
+            return self.trouble
         if failure.fault != Fault.TLS or not self._host:
             return failure
         if time.monotonic() - self._looked[0] >= REST_SECONDS:

@@ -34,6 +34,7 @@ class Fault(enum.StrEnum):
     BROKEN = "broken_answer"
     UNAVAILABLE = "verifier_unavailable"
     TLS = "tls_failure"
+    CERTIFICATE = "client_certificate"
     CLOCK = "clock_wrong"
     PORTAL = "captive_portal"
 
@@ -46,11 +47,25 @@ HINTS = {
     Fault.BROKEN: "something cuts or changes its answers; if this lasts, is the URL a verifier's?",
     Fault.UNAVAILABLE: "it is there, and cannot answer now",
     Fault.TLS: "it does not prove to be who it should be: its certificate, or --ca-file, is wrong",
+    Fault.CERTIFICATE: "it takes nobody without a certificate that it trusts: --client-certificate and --client-key",
     Fault.CLOCK: "this board's clock is wrong, so no certificate can be checked: `timedatectl` shows it, NTP sets it",
     Fault.PORTAL: "a captive portal is in between: open any page in a browser on this network and log in",
 }
 # Another attempt at once cannot better these.
-FIRM = {Fault.TIMED_OUT, Fault.DNS, Fault.REFUSED, Fault.NO_ROUTE, Fault.TLS, Fault.CLOCK, Fault.PORTAL}
+FIRM = {
+    *(Fault.TIMED_OUT, Fault.DNS, Fault.REFUSED, Fault.NO_ROUTE),
+    *(Fault.TLS, Fault.CERTIFICATE, Fault.CLOCK, Fault.PORTAL),
+}
+# What OpenSSL calls the alerts of a peer that does not like our certificate.
+CERTIFICATE_ALERTS = (
+    "CERTIFICATE_REQUIRED",
+    "UNKNOWN_CA",
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_UNKNOWN",
+    "ACCESS_DENIED",
+)
 
 
 class LinkFailure(Exception):
@@ -127,6 +142,8 @@ def _fault_of(error: BaseException) -> Fault | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         early = error.verify_code == NOT_YET_VALID
         return Fault.CLOCK if early or time.time() < WRITTEN.timestamp() else Fault.TLS
+    if isinstance(error, ssl.SSLError) and (error.reason or "").endswith(CERTIFICATE_ALERTS):
+        return Fault.CERTIFICATE
     if isinstance(error, ConnectionRefusedError):
         return Fault.REFUSED
     if isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN):

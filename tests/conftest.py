@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cloud_verifier.principals import Doors
 from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
 from cloud_verifier.target import Target
@@ -52,9 +53,11 @@ def target_v1(family: Path) -> Target:
 
 
 @contextlib.asynccontextmanager
-async def serving(target: Target, limits: Limits | None = None, **listening: object) -> AsyncIterator[Server]:
+async def serving(
+    target: Target, limits: Limits | None = None, doors: Doors | None = None, **listening: object
+) -> AsyncIterator[Server]:
     """A real verifier on a free port of loopback, in this process; see `Server.url`."""
-    service = Service(lambda: target, limits or Limits())
+    service = Service(lambda: target, limits or Limits(), doors=doors)
     server = Server(service, Listening(**{"port": 0, **listening}))
     await server.start()
     try:

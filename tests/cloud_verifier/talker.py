@@ -29,11 +29,11 @@ _keys = itertools.count()
 
 
 @contextlib.contextmanager
-def running(target: Target, limits: Limits | None = None, **listening: object) -> Iterator[str]:
+def running(target: Target, limits: Limits | None = None, **options: object) -> Iterator[str]:
     """`serving` in a thread of its own, for tests that are no coroutines; yields the URL."""
     with (
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(serving(target, limits, **listening)) as server,
+        portal.wrap_async_context_manager(serving(target, limits, **options)) as server,
     ):
         yield server.url
 
@@ -111,9 +111,10 @@ class Session:
 class Talker:
     """Speaks one encoding with one verifier."""
 
-    def __init__(self, url: str, media_type: str = wire.MSGPACK, **options: Any) -> None:
+    def __init__(self, url: str, media_type: str = wire.MSGPACK, token: str = "", **options: Any) -> None:
         self.media_type = media_type
-        self.http = httpx.Client(base_url=url, headers={"content-type": media_type}, timeout=20, **options)
+        headers = {"content-type": media_type} | ({"authorization": f"Bearer {token}"} if token else {})
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=20, **options)
 
     def __enter__(self) -> Talker:
         return self
