@@ -227,8 +227,8 @@ def _serve(options: argparse.Namespace) -> int:
     service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target), doors)
 
     def announce(url: str) -> None:
-        assert service.engine.target is not None
-        print(f"cloud-verifier: {service.engine.target.version} on {url}", flush=True)
+        assert service.target is not None
+        print(f"cloud-verifier: {service.target.version} on {url}", flush=True)
 
     uvloop.run(serve(service, listening, announce, options.grace))
     return 0

@@ -164,6 +164,18 @@ class Rollout:
             raise self._unknown(name, "could not be loaded")
         raise VerifierRefused(ErrorCode.STARTING, f"{entry.version} is still loading; try again shortly", 503)
 
+    def models(self) -> dict[str, Target]:
+        """What sessions can ask for, the default first: aliases, names, and versions whose name is a newer one's."""
+        loaded = self._loader.versions
+        found = {name: loaded[self._leads[name].version] for name in sorted(self._leads, key=self._rank)}
+        for entry in sorted(self.roster.targets, key=lambda entry: entry.added, reverse=True):
+            if entry.version in loaded and not entry.retired:
+                found[entry.version if entry.name in found else entry.name] = loaded[entry.version]
+        return found
+
+    def _rank(self, alias: str) -> tuple[bool, str]:
+        return (alias != self.roster.default, alias)
+
     def listing(self) -> list[Served]:
         """All versions of the registry, and how they are doing here."""
         loaded = self._loader.versions

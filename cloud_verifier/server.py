@@ -50,9 +50,9 @@ async def serve(
     server = Server(service, listening)
     await server.start()
     try:
-        while engine.target is None and not stopping.is_set():
-            if engine.failure:
-                raise engine.failure
+        while service.target is None and not stopping.is_set():
+            if service.failure:
+                raise service.failure
             await asyncio.sleep(0.02)
         if not stopping.is_set():
             announce(server.url)

@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 from starlette.applications import Starlette
@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cloud_verifier.admin import OPERATIONS, Admin
 from cloud_verifier.engine import Engine
 from cloud_verifier.exchanges import message_of, refuse, reply, respond, while_connected
 from cloud_verifier.inflight import InFlight
@@ -27,6 +28,7 @@ from cloud_verifier.limiting import Standing, Standings, check_prompt_length
 from cloud_verifier.metrics import Metrics, sibling_hit
 from cloud_verifier.openapi import document
 from cloud_verifier.principals import Doors, Principal, Role
+from cloud_verifier.rollout import Rollout
 from cloud_verifier.sessions import Answer, Session, SessionStore
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import TREE_WIDTHS, Target
@@ -71,6 +73,8 @@ class Service:
         load: makes the target, in the engine's thread.
         speculate: makes the draft beside it, likewise; None goes without.
         doors: who is served; by default everybody is.
+        rollout: makes what leads sessions to versions, of the engine and the sessions; None where there is one target.
+        check_options: see `Admin`.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Service:
         limits: Limits,
         speculate: Callable[[Target], Speculation | None] = lambda target: None,
         doors: Doors | None = None,
+        rollout: Callable[[Engine, SessionStore], Rollout] | None = None,
+        check_options: Sequence[str] = (),
     ) -> None:
         self.limits = limits
         self.doors = doors or Doors()
@@ -86,9 +92,13 @@ class Service:
         self.in_flight = InFlight(limits.max_queue_seconds)
         self.metrics = _metrics(self)
         self.engine = Engine(load, speculate, lambda: self.sessions.load, self.metrics)
+        self.rollout = rollout(self.engine, self.sessions) if rollout else None
         self._standings = Standings()
+        # Nobody could use it where nobody is an admin.
+        self._administered = self.rollout is not None and self.doors.file is not None
         self.app = Starlette(
             routes=[
+                *self._admin_routes(check_options),
                 Route("/v1/sessions", self._answering(self.open), methods=["POST"]),
                 Route("/v1/sessions/{session}/rounds", self._answering(self.round), methods=["POST"]),
                 Route("/v1/sessions/{session}", self._answering(self.close), methods=["DELETE"]),
@@ -104,9 +114,21 @@ class Service:
         self.app.state.doors = self.doors
         self.app.router.redirect_slashes = False
 
+    @property
+    def target(self) -> Target | None:
+        """What a session gets that asks for no model, canaries aside; None while it is loading."""
+        if self.rollout is not None:
+            return self.rollout.default if self.rollout.ready else None
+        return self.engine.target
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why there is none, and will be none."""
+        return self.engine.failure or (self.rollout.failure if self.rollout is not None else None)
+
     def status(self) -> str:
         """What it does now, in a line."""
-        target = self.engine.target
+        target = self.target
         draining = ", about to end" if self.in_flight.draining else ""
         return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions{draining}"
 
@@ -123,7 +145,7 @@ class Service:
         """POST /v1/sessions: a session, and its first round."""
         principal = self._admit(request, Role.BOARD)
         opening = await message_of(request, OpenRequest, self.limits.max_body)
-        target = await self._check_opening(opening)
+        target = await self._check_opening(opening, principal.name)
         check_prompt_length(principal, len(opening.prompt))
         # From here to `add` nothing waits, so that two requests with one key cannot both open a session.
         session = self.sessions.by_key(opening.key, principal.name)
@@ -140,6 +162,7 @@ class Service:
                     409,
                     {"expected": session.answer.request.round + 1},
                 )
+            target = self._pinned(session)
         else:
             self._check_room(principal, opening=True)
             standing = self._standings.of(principal)
@@ -170,7 +193,7 @@ class Service:
         # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
         answer = session.next_round(playing)
         if answer is None:
-            self._check_round(playing, self._target())
+            self._check_round(playing, self._pinned(session))
             self._check_room(principal, opening=False)
             self.sessions.make_room(0, len(playing.draft) + playing.n, session)
             standing = self._standings.of(principal)
@@ -189,18 +212,23 @@ class Service:
     async def models(self, request: Request) -> Response:
         """GET /v1/models: what can be asked for."""
         self._admit(request, Role.BOARD)
-        target = self._target()
-        model = wire.Model(
-            target.name,
-            target.version,
-            target.vocabulary,
-            target.vocabulary_size,
-            target.context,
-            self.limits.max_draft,
-            TREE_WIDTHS[-1] - 1,
-            speculates=self.engine.speculation is not None,
-        )
-        return respond(request, wire.ModelList([model]))
+        self._target()
+        speculates = self.engine.speculation is not None
+        served = self.rollout.models() if self.rollout is not None else {self._target().name: self._target()}
+        models = [
+            wire.Model(
+                name,
+                target.version,
+                target.vocabulary,
+                target.vocabulary_size,
+                target.context,
+                self.limits.max_draft,
+                TREE_WIDTHS[-1] - 1,
+                speculates=speculates,
+            )
+            for name, target in served.items()
+        ]
+        return respond(request, wire.ModelList(models))
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process lives."""
@@ -222,7 +250,11 @@ class Service:
         """GET /openapi.json: this verifier, described."""
         target = self._target()
         described = document(
-            target.vocabulary_size, target.context, self.limits.max_body, tokens=self.doors.file is not None
+            target.vocabulary_size,
+            target.context,
+            self.limits.max_body,
+            tokens=self.doors.file is not None,
+            admin=self._administered,
         )
         return Response(msgspec.json.encode(described), media_type="application/json")
 
@@ -273,13 +305,24 @@ class Service:
         self.engine.submit(session, answer)
 
     def _target(self) -> Target:
-        if self.engine.target is None:
-            if self.engine.failure:
-                raise VerifierRefused(ErrorCode.INTERNAL, f"the target did not load: {self.engine.failure}", 500)
+        target = self.target
+        if target is None:
+            if self.failure:
+                raise VerifierRefused(ErrorCode.INTERNAL, f"the target did not load: {self.failure}", 500)
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
-        return self.engine.target
+        return target
 
-    async def _check_opening(self, opening: OpenRequest) -> Target:
+    def _pinned(self, session: Session) -> Target:
+        """The target that the session was opened with."""
+        return self.engine.versions[session.version] if self.rollout is not None else self._target()
+
+    def _resolve(self, opening: OpenRequest, owner: str) -> Target:
+        """The target that the opening's session gets, or has."""
+        if self.rollout is not None:
+            session = self.sessions.by_key(opening.key, owner)
+            if session is not None and not session.closed:
+                return self._pinned(session)
+            return self.rollout.resolve(opening.model, opening.key)
         target = self._target()
         if opening.model not in ("", target.name, target.version):
             raise VerifierRefused(
@@ -288,6 +331,16 @@ class Service:
                 404,
                 {"available": [target.version]},
             )
+        return target
+
+    def _admin_routes(self, check_options: Sequence[str]) -> list[Route]:
+        if self.rollout is None or not self._administered:
+            return []
+        admin = Admin(self.rollout, list(check_options))
+        return [Route(one.path, self._answering(admin.handler(one)), methods=[one.method]) for one in OPERATIONS]
+
+    async def _check_opening(self, opening: OpenRequest, owner: str) -> Target:
+        target = self._resolve(opening, owner)
         if opening.vocabulary not in ("", target.vocabulary):
             raise VerifierRefused(
                 ErrorCode.VOCABULARY_MISMATCH,
@@ -375,7 +428,12 @@ class Service:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.engine.start()
+        following = asyncio.create_task(self.rollout.run()) if self.rollout is not None else None
         yield
+        if following is not None:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
         self.engine.stop()
 
 

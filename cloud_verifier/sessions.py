@@ -114,8 +114,8 @@ class Session:
         id: unguessable name in URLs; begins with `wire.mark_of` its key, once it is in a store.
         key: what it was opened with, once it is in a store.
         owner: name of the principal that opened it; empty where nobody is asked who they are.
-        version: of the target, for the statistics.
-        draft: the fingerprint that the board's draft was opened with, likewise.
+        version: of the target, exact, which it keeps.
+        draft: the fingerprint that the board's draft was opened with, for the statistics.
         acceptance: whether its drafts are worth verifying.
         ids: all token ids, prompt included.
         cache: keys and values of all ids but the last.
@@ -240,6 +240,10 @@ class SessionStore:
     def owned_by(self, owner: str) -> list[Session]:
         """Their sessions, the least recently used first."""
         return [session for session in self._by_id.values() if session.owner == owner]
+
+    def of_version(self, version: str) -> list[str]:
+        """Ids of the sessions that are pinned to this exact target version."""
+        return [session.id for session in self._by_id.values() if session.version == version]
 
     def get(self, session_id: str, owner: str = "") -> Session:
         """Raises VerifierRefused (`session_lost`) if `owner` has no such session, or not any more."""
