@@ -19,7 +19,7 @@ from hyperframe.exceptions import HyperframeError
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import InputError, VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Message
-from edge_runtime.link_faults import FIRM, Fault, LinkFailure, failure_of, look_closer, portal_of
+from edge_runtime.link_faults import FIRM, Fault, LinkFailure, failure_of, look_at_alert, look_closer, portal_of
 from edge_runtime.probes.tcp import ByteMeter
 
 # Seconds for one attempt: to connect, between two pieces of an answer, and for the peer's kernel to acknowledge: a peer
@@ -84,7 +84,9 @@ class Endpoint:
         self.trouble: LinkFailure | None = None
         self.failed_at = 0.0
         self._failures = 0
-        self._host = parsed.host if parsed.scheme == "https" else ""
+        self._secure = parsed.scheme == "https"
+        self._host, self._port = parsed.host, parsed.port or 443
+        self._answered = False
         self._looked: tuple[float, Fault | None] = (-REST_SECONDS, None)
         self._meter = meter
         self._token = token
@@ -153,15 +155,14 @@ class Endpoint:
         self._failures, self.trouble = 0, None
 
     async def _told_apart(self, failure: LinkFailure) -> LinkFailure:
-        """`failure`, or what is behind it where a certificate was not accepted."""
-        if failure.fault == Fault.BROKEN and self.trouble and self.trouble.fault == Fault.CERTIFICATE:
-            # Whoever is not let in learns of it as an alert, or by a connection that breaks: what comes first.
-            return self.trouble
-        if failure.fault != Fault.TLS or not self._host:
+        """`failure`, or what is behind it where a certificate was not accepted: the other's, or ours."""
+        ours = failure.fault == Fault.BROKEN and not self._answered
+        if not self._secure or not (ours or failure.fault == Fault.TLS):
             return failure
         if time.monotonic() - self._looked[0] >= REST_SECONDS:
-            self._looked = (time.monotonic(), await look_closer(self._host))
-        return LinkFailure(str(failure), self._looked[1] or Fault.TLS)
+            look = look_at_alert(self._host, self._port, self._trust) if ours else look_closer(self._host)
+            self._looked = (time.monotonic(), await look)
+        return LinkFailure(str(failure), self._looked[1] or failure.fault)
 
     async def _send(self, method: str, path: str, content: bytes | None) -> httpx.Response:
         request = self._http.build_request(
@@ -180,7 +181,7 @@ class Endpoint:
                 await self._http.aclose()
                 self._http = self._connections(None, http1=not self._clear_http2, http2=self._clear_http2)
             raise
-        self._guessing = False
+        self._guessing, self._answered = False, True
         return response
 
     def _connections(

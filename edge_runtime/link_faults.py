@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import email.utils
 import enum
@@ -126,6 +127,25 @@ async def look_closer(host: str) -> Fault | None:
     except (KeyError, ValueError):
         return None
     return Fault.CLOCK if abs(theirs - time.time()) > CLOCK_SLACK else None
+
+
+async def look_at_alert(host: str, port: int, trust: ssl.SSLContext | bool) -> Fault | None:
+    """Why connections with `host` may break as soon as they are made: TLS says it to whoever writes nothing.
+
+    Returns:
+        CERTIFICATE, or None where nothing is known.
+    """
+    context = trust if isinstance(trust, ssl.SSLContext) else httpx.create_ssl_context()
+    try:
+        async with asyncio.timeout(LOOK_SECONDS):
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            try:
+                await reader.read(1)
+            finally:
+                writer.close()
+    except (OSError, TimeoutError) as error:
+        return Fault.CERTIFICATE if _fault_of(error) == Fault.CERTIFICATE else None
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

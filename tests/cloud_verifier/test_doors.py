@@ -163,7 +163,7 @@ GUARDED = [
 ]
 
 
-@pytest.mark.parametrize("header", ["", "Bearer ", "Bearer wrong", "Basic {}", "{}", "Bearer x{}", "Bearer \xff"])
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic {}", "{}", "Bearer x{}", "Bearer \xff"])
 def test_without_a_token_nothing_is_served(tiny: Target, tokens: Path, add: Add, header: str) -> None:
     token = add("kitchen", "--role", "admin")
     with running(tiny, doors=Doors(tokens)) as url, httpx.Client(base_url=url) as client:
@@ -220,7 +220,7 @@ def test_another_principals_session_is_like_none(two: tuple[Talker, Talker], alo
         theirs, nobodys = other.post(session.path, request), other.post(invented, request)
         assert theirs.status_code == nobodys.status_code == 404
         assert refusal_of(theirs) == refusal_of(nobodys)
-        assert dict(theirs.headers) == dict(nobodys.headers) | {"date": theirs.headers.get("date", "")} or True
+        assert {*theirs.headers} == {*nobodys.headers}
     assert other.http.delete(f"/v1/sessions/{session.id}").status_code == 204
     session.play(n=3)
     assert session.ids == PROMPT + alone(PROMPT, 5)
@@ -338,10 +338,8 @@ async def test_only_who_has_a_certificate_of_theirs_is_served(tiny: Target, tmp_
                     continue
                 with pytest.raises(VerifierUnreachable) as caught:
                     await client.models()
-                # Over HTTP/2 a stranger may only notice that the connection breaks.
-                assert caught.value.fault in (Fault.CERTIFICATE, Fault.BROKEN)
-                if own is None:
-                    assert "--client-certificate and --client-key" in str(caught.value)
+                assert caught.value.fault == Fault.CERTIFICATE
+                assert "--client-certificate and --client-key" in str(caught.value)
 
 
 def test_a_certificate_that_is_none(tmp_path: Path) -> None:
@@ -365,8 +363,7 @@ def test_client_certificates_need_tls(tiny_path: Path, tmp_path: Path, capsys: p
 # What a token costs
 
 
-@pytest.mark.parametrize("round_bytes", [12])
-async def test_a_token_costs_next_to_nothing_a_round(tiny: Target, tokens: Path, add: Add, round_bytes: int) -> None:
+async def test_a_token_costs_next_to_nothing_a_round(tiny: Target, tokens: Path, add: Add) -> None:
     spent = []
     shown = add("kitchen")
     for doors, token in ((None, ""), (Doors(tokens), shown)):
