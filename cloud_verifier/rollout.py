@@ -146,9 +146,10 @@ class Rollout:
         if setting is not None:
             chosen = setting.choose(name, key)
             return loaded[chosen if chosen in loaded else setting.version]
-        if name in loaded:
+        since, _ = self._leaving.get(name, (time.monotonic(), 0.0))
+        if name in loaded and time.monotonic() - since <= self._patience.grace:
             if name in self._leaving:
-                self._leaving[name] = (self._leaving[name][0], time.monotonic())
+                self._leaving[name] = (since, time.monotonic())
             return loaded[name]
         try:
             entry = self.roster.find(name)
@@ -277,11 +278,12 @@ class Rollout:
             since, used = self._leaving.get(version, (now, now))
             used = now if sessions else used
             self._leaving[version] = (since, used)
-            if sessions and now - since > self._patience.grace:
+            over = now - since > self._patience.grace
+            if over and sessions:
                 log.warning("%s is retired: %d sessions were closed", version, len(sessions))
                 for session in sessions:
                     self._pinned.remove(session)
-            elif not sessions and now - used > self._patience.lost:
+            if over or (not sessions and now - used > self._patience.lost):
                 await self._loader.unload(version)
                 del self._leaving[version]
                 log.info("%s was unloaded", version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -196,10 +197,14 @@ def _retire(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     import msgspec
 
+    from cloud_verifier.roster import Unknown
+
     registry = _registry(options)
     roster, source = registry.read(), options.version
-    if not Path(source).is_dir() and any(source in (entry.version, entry.name) for entry in roster.targets):
-        source = str(registry.path_of(roster.find(source)))
+    if not Path(source).is_dir():
+        # What is not in the registry may be in one of its roots.
+        with contextlib.suppress(Unknown):
+            source = str(registry.path_of(roster.find(source)))
     examined, path = registry.examine(source, roster, options.draft)
     versions = [(examined.version, path)]
     in_use = roster.aliases.get(roster.default)

@@ -209,7 +209,7 @@ async def test_a_retired_version_goes_when_its_last_session_has(registry: Regist
 async def test_sessions_of_a_retired_version_are_closed_when_its_grace_is_over(
     registry: Registry, shelf: Shelf
 ) -> None:
-    rollout = Rollout(registry, shelf, shelf, Patience(lost=0, grace=0))
+    rollout = Rollout(registry, shelf, shelf, Patience(lost=60, grace=0))
     await until(lambda: len(shelf.versions) == 2, rollout)
     shelf.sessions |= {"one": rollout.resolve("v1", "key").version, "two": rollout.default.version}
     registry.retire("v1")
@@ -219,6 +219,7 @@ async def test_sessions_of_a_retired_version_are_closed_when_its_grace_is_over(
             rollout.look()
             await asyncio.sleep(0.01)
     assert list(shelf.sessions) == ["two"]
+    assert rollout.default.name == "v0"
     running.cancel()
 
 
