@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 # Forwards are padded to one of these widths, so that few shapes occur. Rounds use the first that holds their tree.
 TREE_WIDTHS = (1, 8, 24, 72)
 PREFILL_WIDTH = 256
+
+# transformers loads one model at a time: what it switches while it does, it switches for all threads.
+_LOADING = threading.Lock()
 
 # Largest difference of a logit, relative to the largest, that the self-test takes for rounding.
 SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -224,9 +228,10 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+        with _LOADING:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            )
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
         if (path / CHANGES).exists():
