@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -21,49 +19,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cloud_verifier.admin import OPERATIONS, Admin
+from cloud_verifier.checking import Limits, check_opening, check_round
 from cloud_verifier.engine import Engine
 from cloud_verifier.exchanges import message_of, refuse, reply, respond, while_connected
 from cloud_verifier.inflight import InFlight
-from cloud_verifier.limiting import Standing, Standings, check_prompt_length
-from cloud_verifier.metrics import Metrics, sibling_hit
+from cloud_verifier.limiting import check_prompt_length
+from cloud_verifier.metrics import Metrics
 from cloud_verifier.openapi import document
 from cloud_verifier.principals import Doors, Principal, Role
+from cloud_verifier.request_log import log_request, request_id
 from cloud_verifier.rollout import Rollout
-from cloud_verifier.sessions import Answer, Session, SessionStore
+from cloud_verifier.sessions import Session, SessionStore
 from cloud_verifier.speculation import Speculation
+from cloud_verifier.submitting import Submitter
 from cloud_verifier.target import TREE_WIDTHS, Target
-from edge_runtime import logs
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
 
 log = logging.getLogger(__name__)
-
-# A client's own name of a request, to be found in the log; others get one of ours.
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What one verifier process grants.
-
-    Attributes:
-        max_sessions: concurrent sessions; the least recently used is evicted.
-        max_tokens: tokens of all sessions together.
-        max_draft: draft tokens per round (K).
-        max_own: tokens of the target's own per round (n).
-        max_body: bytes of a request body.
-        idle_seconds: sessions unused for longer are evicted.
-        max_queue_seconds: that a round may wait for the engine; while the oldest one has waited longer, new ones are
-            refused, and openings from half of that on.
-    """
-
-    max_sessions: int = 256
-    max_tokens: int = 262_144
-    max_draft: int = wire.MOST_DRAFT
-    max_own: int = wire.MOST_OWN
-    max_body: int = 1 << 20
-    idle_seconds: float = 600.0
-    max_queue_seconds: float = 3.0
 
 
 class Service:
@@ -93,7 +67,7 @@ class Service:
         self.metrics = _metrics(self)
         self.engine = Engine(load, speculate, lambda: self.sessions.load, self.metrics)
         self.rollout = rollout(self.engine, self.sessions) if rollout else None
-        self._standings = Standings()
+        self._submitter = Submitter(self.engine, self.sessions, self.in_flight, self.metrics)
         # Nobody could use it where nobody is an admin.
         self._administered = self.rollout is not None and self.doors.file is not None
         self.app = Starlette(
@@ -145,7 +119,8 @@ class Service:
         """POST /v1/sessions: a session, and its first round."""
         principal = self._admit(request, Role.BOARD)
         opening = await message_of(request, OpenRequest, self.limits.max_body)
-        target = await self._check_opening(opening, principal.name)
+        target = self._resolve(opening, principal.name)
+        await check_opening(opening, target, self.limits)
         check_prompt_length(principal, len(opening.prompt))
         # From here to `add` nothing waits, so that two requests with one key cannot both open a session.
         session = self.sessions.by_key(opening.key, principal.name)
@@ -164,15 +139,8 @@ class Service:
                 )
             target = self._pinned(session)
         else:
-            self._check_room(principal, opening=True)
-            standing = self._standings.of(principal)
-            answer = Answer(opening.first, verified=_worthwhile(opening.first, standing))
-            session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer, principal.name)
-            session.version, session.draft = target.version, opening.draft
-            self.sessions.add(opening.key, session)
-            self._submit(session, answer, standing)
-            standing.pay(0, len(opening.prompt))
-            self.metrics.opened(len(opening.prompt))
+            session = self._submitter.open(principal, opening, target)
+            answer = session.answer
         request.state.session = opened = session.id
 
         def introduce(frame: Frame) -> OpenReply:
@@ -193,12 +161,8 @@ class Service:
         # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
         answer = session.next_round(playing)
         if answer is None:
-            self._check_round(playing, self._pinned(session))
-            self._check_room(principal, opening=False)
-            self.sessions.make_room(0, len(playing.draft) + playing.n, session)
-            standing = self._standings.of(principal)
-            answer = session.begin(playing, verified=_worthwhile(playing, standing, session))
-            self._submit(session, answer, standing)
+            check_round(playing, self._pinned(session), self.limits)
+            answer = self._submitter.play(principal, session, playing)
         return await reply(request, answer, playing.stream, session.id)
 
     async def close(self, request: Request) -> Response:
@@ -263,47 +227,6 @@ class Service:
         request.state.principal = principal.name
         return principal
 
-    def _check_room(self, principal: Principal, *, opening: bool) -> None:
-        """Whether another round may be played for `principal` now. Raises VerifierRefused."""
-        self.in_flight.check(opening=opening)
-        self._standings.of(principal).check_rate()
-        if not opening or principal.max_sessions is None:
-            return
-        own = self.sessions.owned_by(principal.name)
-        idle = [session for session in own if session.answer.done]
-        excess = len(own) + 1 - principal.max_sessions
-        if excess > len(idle):
-            raise VerifierRefused(
-                ErrorCode.RATE_LIMITED,
-                f"{principal.name} may have {principal.max_sessions} sessions, and all of them are in the middle of a "
-                "round; try again shortly",
-                429,
-                {"max_sessions": principal.max_sessions},
-            )
-        for session in idle[: max(0, excess)]:
-            self.sessions.remove(session.id)
-
-    def _submit(self, session: Session, answer: Answer, standing: Standing) -> None:
-        """Has a round played, and counted when it is over."""
-        arrived = time.perf_counter()
-
-        def over() -> None:
-            self.in_flight.leave(answer)
-            told = answer.so_far()
-            standing.pay(told.accepted + len(told.tokens))
-            asked = answer.request
-            verified = answer.played is asked
-            if asked.draft and verified and not told.more:
-                rows = len(asked.draft) + sum(map(len, asked.siblings.values()))
-                for account in filter(None, (standing.acceptance, session.acceptance)):
-                    account.add(rows, told.accepted + sibling_hit(asked, told))
-            seconds = time.perf_counter() - arrived
-            self.metrics.played(session.version, session.draft, session.owner, asked, told, seconds, verified)
-
-        answer.on_end = over
-        self.in_flight.enter(answer)
-        self.engine.submit(session, answer)
-
     def _target(self) -> Target:
         target = self.target
         if target is None:
@@ -339,65 +262,6 @@ class Service:
         admin = Admin(self.rollout, list(check_options))
         return [Route(one.path, self._answering(admin.handler(one)), methods=[one.method]) for one in OPERATIONS]
 
-    async def _check_opening(self, opening: OpenRequest, owner: str) -> Target:
-        target = self._resolve(opening, owner)
-        if opening.vocabulary not in ("", target.vocabulary):
-            raise VerifierRefused(
-                ErrorCode.VOCABULARY_MISMATCH,
-                f"the draft's vocabulary {opening.vocabulary[:80]} is not {target.version}'s {target.vocabulary}; "
-                "export a draft from this target",
-                409,
-            )
-        # Hashing tensors takes a while the first time; others go on being served.
-        if opening.draft and opening.draft != await asyncio.to_thread(target.identity_like, opening.draft):
-            raise VerifierRefused(
-                ErrorCode.DRAFT_MISMATCH,
-                f"the tensors that the draft shares ({opening.draft[:80]}) are not those of {target.version}; "
-                "ask for a version that kept them, or export a draft from this one",
-                409,
-            )
-        limit = target.context - 1
-        if len(opening.prompt) > limit:
-            raise VerifierRefused(
-                ErrorCode.CONTEXT_OVERFLOW,
-                f"the prompt has {len(opening.prompt)} tokens and {target.version} takes {limit}; shorten it",
-                413,
-                {"limit": limit},
-            )
-        _check_ids(opening.prompt, target)
-        if opening.first.round != 0:
-            raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", 409, {"expected": 0})
-        if opening.first.position != len(opening.prompt):
-            raise VerifierRefused(
-                ErrorCode.WRONG_POSITION,
-                f"position {opening.first.position} is not where the prompt ends ({len(opening.prompt)})",
-                409,
-                {"expected": len(opening.prompt)},
-            )
-        if opening.first.expects not in ([], opening.prompt[-1:]):
-            raise VerifierRefused(
-                ErrorCode.ROUND_VOID, f"the prompt does not end with token {opening.first.expects[0]}", 409
-            )
-        self._check_round(opening.first, target)
-        return target
-
-    def _check_round(self, playing: RoundRequest, target: Target) -> None:
-        nodes = 1 + len(playing.draft) + sum(map(len, playing.siblings.values()))
-        for what, size, limit in (
-            ("draft tokens", len(playing.draft), self.limits.max_draft),
-            ("draft tokens and siblings", nodes - 1, TREE_WIDTHS[-1] - 1),
-            ("tokens of the target's own", playing.n, self.limits.max_own),
-        ):
-            if size > limit:
-                raise VerifierRefused(
-                    ErrorCode.DRAFT_TOO_LONG, f"{size} {what} in one round; at most {limit}", 400, {"limit": limit}
-                )
-        if any(index >= len(playing.draft) for index in playing.siblings):
-            raise VerifierRefused(ErrorCode.MALFORMED, "siblings for a draft token that does not exist", 400)
-        _check_ids(playing.draft, target)
-        for alternatives in playing.siblings.values():
-            _check_ids(alternatives, target)
-
     def _answering(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Turns errors into typed refusals, and writes the log's line."""
 
@@ -415,12 +279,9 @@ class Service:
                 code, response = error.code, refuse(request, error)
             if code:
                 self.metrics.refused(code)
-            named = request.headers.get("x-request-id", "")
-            if REQUEST_ID.fullmatch(named):
+            if named := request_id(request):
                 response.headers["x-request-id"] = named
-            else:
-                named = ""
-            _log_request(request, handler.__name__, response.status_code, code, named, time.perf_counter() - began)
+            log_request(request, handler.__name__, response.status_code, code, time.perf_counter() - began)
             return response
 
         return answering
@@ -437,26 +298,10 @@ class Service:
         self.engine.stop()
 
 
-def _check_ids(ids: list[int], target: Target) -> None:
-    worst = max(ids, default=0)
-    if worst >= target.vocabulary_size:
-        raise VerifierRefused(
-            ErrorCode.INVALID_TOKEN,
-            f"token id {worst} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
-            400,
-        )
-
-
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     sentence = f"no {request.method} {request.url.path} here; see the protocol in edge_runtime/contract/wire.py"
     return refuse(request, VerifierRefused(ErrorCode.UNKNOWN_ROUTE, sentence, status))
-
-
-def _worthwhile(asked: RoundRequest, standing: Standing, session: Session | None = None) -> bool:
-    """Whether to verify the round's draft, if it has one. The text is the same either way."""
-    accounts = [standing.acceptance, session.acceptance if session else None]
-    return not asked.draft or all(account.worthwhile() for account in accounts if account)
 
 
 def _metrics(service: Service) -> Metrics:
@@ -475,34 +320,3 @@ def _metrics(service: Service) -> Metrics:
     ):
         metrics.gauge(name, text, value)
     return metrics
-
-
-def _log_request(request: Request, what: str, status: int, code: str, named: str, seconds: float) -> None:
-    """One line: rounds that went well only for those who look for faults. Never a token of a text."""
-    level = logging.DEBUG if not code and what != "open" else logging.INFO
-    if not log.isEnabledFor(level):
-        return
-    named = named or secrets.token_hex(8)
-    principal = getattr(request.state, "principal", "")
-    # The beginning alone: the whole id is as good as a key where nobody is asked for a token.
-    session = getattr(request.state, "session", "")[:4]
-    fields = {
-        "FLEXSPEC_REQUEST_ID": named,
-        "FLEXSPEC_PRINCIPAL": principal,
-        "FLEXSPEC_SESSION": session,
-        "FLEXSPEC_STATUS": status,
-        "FLEXSPEC_CODE": code,
-        "FLEXSPEC_SECONDS": round(seconds, 4),
-    }
-    log.log(
-        level,
-        "%s: %d%s in %.1f ms, request %s%s%s",
-        what,
-        status,
-        f" {code}" if code else "",
-        1e3 * seconds,
-        named,
-        f" of {principal}" if principal else "",
-        f", session {session}..." if session else "",
-        extra={logs.FIELDS: fields},
-    )

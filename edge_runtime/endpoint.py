@@ -7,9 +7,9 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
-import httpcore
 import httpx
 from h2.config import H2Configuration
 from h2.exceptions import H2Error
@@ -43,7 +43,7 @@ LONGEST_WAIT = 3600
 # h2 normalises headers so that HPACK never remembers a token, which then costs its whole length in every round: 33
 # bytes of 93. What that is to prevent is guessing at a secret by how well it compresses beside a header that somebody
 # else chooses: nobody else chooses any here, and tokens are random. Ours need no other normalising.
-httpcore.AsyncHTTP2Connection.CONFIG = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
+LEAN = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
 
 
 class Endpoint:
@@ -170,7 +170,7 @@ class Endpoint:
             self.url + path,
             content=content,
             headers=None if content else {"accept": wire.MSGPACK},
-            extensions={"trace": self._meter.trace},
+            extensions={"trace": self._trace},
         )
         try:
             response = await self._http.send(request, stream=True)
@@ -184,6 +184,16 @@ class Endpoint:
         self._guessing, self._answered = False, True
         return response
 
+    async def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """What httpcore tells of a request."""
+        await self._meter.trace(event, info)
+        if event == "http2.send_connection_init.complete" and self._pool is not None:
+            # Nothing of httpx's or httpcore's leads here. Without it tokens are dearer, and that is all.
+            for connection in self._pool.connections:
+                state = getattr(getattr(connection, "_connection", None), "_h2_state", None)
+                if state is not None:
+                    state.config = LEAN
+
     def _connections(
         self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
     ) -> httpx.AsyncClient:
@@ -193,9 +203,12 @@ class Endpoint:
             (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS),
             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKING_SECONDS),
         ]
+        transport = transport or httpx.AsyncHTTPTransport(
+            verify=self._trust, http1=http1, http2=http2, socket_options=patience
+        )
+        self._pool = getattr(transport, "_pool", None)
         client = httpx.AsyncClient(
-            transport=transport
-            or httpx.AsyncHTTPTransport(verify=self._trust, http1=http1, http2=http2, socket_options=patience),
+            transport=transport,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
         # Every byte counts on a metered link, and nobody reads these.
