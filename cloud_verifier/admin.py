@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ from edge_runtime.contract import wire
 from edge_runtime.contract.errors import FlexSpecError, InputError, VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Message
 
-MAX_BODY = 1 << 16
+MAX_BODY = 1 << 20
 # For a check, which loads two versions and follows a text.
 CHECK_SECONDS = 1800.0
 # It gives way to those who serve.
@@ -113,10 +114,12 @@ class Check(Message, frozen=True):
     Attributes:
         version: one of the registry's, or the name of one in its roots.
         tolerance: points of acceptance that it may lose against the version in use.
+        text: to follow; empty for the one that ships.
     """
 
     version: str
     tolerance: Annotated[float, msgspec.Meta(ge=0, le=100)] = 3.0
+    text: str = ""
     v: int = wire.VERSION
 
 
@@ -224,7 +227,11 @@ class Admin:
                 place = await asyncio.to_thread(self._place, asked.version)
             command = [sys.executable, "-m", "cloud_verifier.cli", "targets", "check", str(place), "--json"]
             command += ["--registry", str(self._registry.path), "--tolerance", str(asked.tolerance)]
-            code, output, said = await _run([*command, *self._check_options], CHECK_SECONDS)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="replace") as text:
+                text.write(asked.text)
+                text.flush()
+                command += ["--text", text.name] if asked.text else []
+                code, output, said = await _run([*command, *self._check_options], CHECK_SECONDS)
         try:
             told = msgspec.json.decode(output, type=dict[str, Any])
             checked = Checked(code == 0, told["compatible"], told["gate"], told["expected"])
