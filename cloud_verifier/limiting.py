@@ -16,7 +16,7 @@ BURST_SECONDS = 10.0
 READ_TOKENS = 16
 
 # A row of a forward (a draft token or a sibling) costs some 1.6 % of what one token costs (7B on an H200: 17 rows
-# 8.5 ms, one 6.8), so drafts of which a smaller share comes true are verified at a loss. Half of that, as chance is wide.
+# 8.5 ms, one 6.8): drafts of which a smaller share comes true are verified at a loss. Half of that, as chance is wide.
 FLOOR = 0.01
 # How far back the share looks: so many drafted rounds, or so many rows where that is longer. Fewer rows prove nothing.
 WINDOW_ROUNDS, WINDOW_ROWS = 20, 200
