@@ -11,10 +11,14 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+import schemathesis
 import torch
 from anyio.from_thread import start_blocking_portal
+from hypothesis import given
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
 
-from cloud_verifier.admin import OPERATIONS, Targets
+from cloud_verifier.admin import OPERATIONS, Operation, Targets
 from cloud_verifier.cli import main
 from cloud_verifier.principals import Doors
 from cloud_verifier.registry import Registry
@@ -27,6 +31,7 @@ from edge_runtime.listening import Listening
 from export.evolution import break_contract
 from tests.cloud_verifier.test_rollout import Shelf
 from tests.cloud_verifier.test_targets_cli import write_text
+from tests.edge_runtime.service.test_openapi import QUICK
 from tests.models import save_target
 
 ADMIN = "/admin/v1/targets"
@@ -228,6 +233,39 @@ def test_a_check_over_http(registry: Registry, tokens: dict[str, str], family: P
     assert (good["fine"], good["compatible"], len(good["expected"])) == (True, True, 1)
     assert (bad["fine"], bad["compatible"]) == (False, False)
     assert bad["gate"]["fits"][0]["differences"][0]["name"] == "model.norm.weight"
+
+
+CHECKS = [
+    checks.positive_data_acceptance,
+    checks.negative_data_rejection,
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+FUZZED = [one for one in OPERATIONS if one.handler != "check_target"]  # that one starts a process each time
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
+@pytest.mark.parametrize("one", FUZZED, ids=lambda one: one.handler)
+def test_it_does_what_its_description_says(
+    one: Operation, mode: GenerationMode, operator: Operator, registry: Registry
+) -> None:
+    if one.asked is None and mode is GenerationMode.NEGATIVE:
+        return  # there is nothing to say wrongly
+    schema = schemathesis.openapi.from_dict(operator.http.get("/openapi.json").json())
+    schema.config.update(base_url=str(operator.http.base_url))
+    strategy = schema[one.path][one.method.lower()].as_strategy(generation_mode=mode)
+
+    @QUICK
+    @given(case=strategy)
+    def ask(case: schemathesis.Case) -> None:
+        answer = case.call_and_validate(checks=CHECKS, headers=dict(operator.http.headers))
+        assert answer.status_code not in (401, 403)
+
+    ask()
+    registry.read()
+    assert operator.list().leading
 
 
 def test_the_api_is_described(operator: Operator) -> None:
