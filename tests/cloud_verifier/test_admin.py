@@ -261,7 +261,8 @@ def test_it_does_what_its_description_says(
     @given(case=strategy)
     def ask(case: schemathesis.Case) -> None:
         answer = case.call_and_validate(checks=CHECKS, headers=dict(operator.http.headers))
-        assert answer.status_code not in (401, 403)
+        # What is wrong may be the token, too.
+        assert mode is GenerationMode.NEGATIVE or answer.status_code not in (401, 403)
 
     ask()
     registry.read()
