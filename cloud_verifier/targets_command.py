@@ -36,7 +36,8 @@ examples:
   cloud-verifier targets list --json
 """
 
-REGISTRY = Path("/var/lib/flexspec/targets")
+# In the state directory of the service, which its admin API may write to.
+REGISTRY = Path("/var/lib/flexspec-verifier/targets")
 VARIABLE = "FLEXSPEC_REGISTRY"
 PIPE_WIDTH = 300
 VERSION = "name@hash, as `list` shows; or a name, for the version of that name that was added last"
