@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 
-from cloud_verifier.target import TREE_WIDTHS, Target
+from cloud_verifier.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, OpenRequest, RoundRequest
@@ -22,6 +22,7 @@ class Limits(msgspec.Struct, frozen=True):
         max_own: tokens of the target's own per round (n).
         max_body: bytes of a request body.
         idle_seconds: sessions unused for longer are evicted.
+        page: tokens that a session's memory grows by at once.
         max_queue_seconds: that a round may wait for the engine; while the oldest one has waited longer, new ones are
             refused, and openings from half of that on.
     """
@@ -32,6 +33,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_own: int = wire.MOST_OWN
     max_body: int = 1 << 20
     idle_seconds: float = 600.0
+    page: int = 1
     max_queue_seconds: float = 3.0
 
 
@@ -82,7 +84,7 @@ def check_round(playing: RoundRequest, target: Target, limits: Limits) -> None:
     nodes = 1 + len(playing.draft) + sum(map(len, playing.siblings.values()))
     for what, size, limit in (
         ("draft tokens", len(playing.draft), limits.max_draft),
-        ("draft tokens and siblings", nodes - 1, TREE_WIDTHS[-1] - 1),
+        ("draft tokens and siblings", nodes - 1, wire.MOST_NODES - 1),
         ("tokens of the target's own", playing.n, limits.max_own),
     ):
         if size > limit:

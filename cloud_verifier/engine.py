@@ -1,66 +1,108 @@
-"""The engine: one thread that owns the target and plays the sessions' rounds, a forward at a time, in turn.
+"""The engine: one thread that owns the targets' caches and runs the sessions' rounds, many to a forward.
 
-A round is a generator that yields after every forward, so a long continuation or prompt does not stall the others:
-the thread goes round the rounds in progress. Where there is a draft beside the target, a step drafts before its
-forward. Everything else of the verifier lives on the event loop.
+Whoever has something to be scored goes into the next forward, whatever its draft's length, its siblings, and its
+version among the adapters of one base; who is in the middle of a long prompt goes in with a part of it, so that nobody
+waits for a whole one. Everything else of the verifier lives on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 from cloud_verifier.metrics import Metrics
-from cloud_verifier.sampling import Choices
+from cloud_verifier.packing import Piece
+from cloud_verifier.pool import Pool, PoolFull, Shape
+from cloud_verifier.rounds import Reading, Round
+from cloud_verifier.runner import Chosen, Runner
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import Target
-from cloud_verifier.tree import CLOSE_CALL, Tree, Verdict
 from edge_runtime.contract.errors import VerifierRefused
-from edge_runtime.contract.wire import VERSION, ErrorCode, Frame
+from edge_runtime.contract.wire import ErrorCode
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A streamed continuation sends its tokens at most this often: a frame costs some 25 bytes, an eye sees no difference.
-FRAME_SECONDS = 0.02
+Make: TypeAlias = Callable[[Path, str, list[Target]], Target]
+
+# A session is expected back when it usually comes; so much later, nobody waits for it any more.
+LATE_SECONDS = 0.0005
+
+
+class Batching:
+    """How forwards are put together.
+
+    Attributes:
+        window: seconds to wait for sessions that are expected within them; 0 waits for nobody.
+        prompt_rows: of prompts in one forward, so that those whose drafts it verifies do not wait for long.
+    """
+
+    def __init__(self, window: float = 0.002, prompt_rows: int | None = None) -> None:
+        self.window = window
+        self.prompt_rows = prompt_rows
 
 
 class Engine:
-    """Plays rounds on a target that its own thread loads.
+    """Runs rounds on targets.
 
     Args:
-        load: makes the target; called once, in the engine's thread.
+        load: makes the first target; called once, in the engine's thread. None where all come by `load`.
         speculate: makes the draft beside it, or None; called likewise.
         session_load: percent of session slots in use, told to clients in every frame.
+        tokens: that the texts of all sessions may have together.
         metrics: is told of forwards, and of rounds that begin.
+        make: makes a target for `load`, from its path, its name, and those that are loaded.
+
+    Attributes:
+        target: the first target, once it is loaded.
+        versions: all targets that are loaded, by their exact version.
+        failure: why the first did not load.
     """
 
     def __init__(
         self,
-        load: Callable[[], Target],
+        load: Callable[[], Target] | None,
         speculate: Callable[[Target], Speculation | None],
         session_load: Callable[[], int],
+        tokens: int = 1 << 18,
         metrics: Metrics | None = None,
+        batching: Batching | None = None,
+        make: Make | None = None,
     ) -> None:
-        self._metrics = metrics or Metrics()
-        self._load = load
+        self._load_first = load
+        self._make = make
         self._speculate = speculate
         self._session_load = session_load
-        self._waiting: deque[_Playing] = deque()
+        self._tokens = tokens
+        self._metrics = metrics or Metrics()
+        self._batching = batching or Batching()
+        self._arrived: deque[Round] = deque()
+        self._released: deque[Session] = deque()
+        self._chores: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._rounds: list[Round] = []
+        self._due: list[tuple[float, int, Session]] = []
+        self._pools: dict[Shape, Pool] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stepping_since: float | None = None
+        self._versions: dict[str, Target] = {}
         self.target: Target | None = None
         self.speculation: Speculation | None = None
         self.failure: BaseException | None = None
-        self._stepping_since: float | None = None
+
+    @property
+    def versions(self) -> Mapping[str, Target]:
+        return self._versions
 
     @property
     def stalled_seconds(self) -> float:
@@ -82,187 +124,226 @@ class Engine:
 
     def submit(self, session: Session, answer: Answer) -> None:
         """Queues the round of `answer`; its frames appear there. Call from the event loop."""
-        playing = _Playing(self._require_target(), self.speculation, session, answer, self._session_load, self._metrics)
+        playing = Round(session, answer, self._keep, self._speculation_now, self._session_load)
         with self._wake:
-            self._waiting.append(playing)
+            self._arrived.append(playing)
             self._wake.notify()
 
-    def _require_target(self) -> Target:
-        if self.target is None:
-            raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
-        return self.target
+    def release(self, session: Session) -> None:
+        """Takes back what a closed session holds, once its round in progress, if any, has ended."""
+        self._released.append(session)
+
+    async def load(self, path: Path, name: str) -> Target:
+        """Adds the version at `path`, while the others go on being served; it shares what memory it can with them.
+
+        Raises:
+            TargetError: it does not load; nothing has changed.
+        """
+        assert self._make is not None, "this engine serves the one target that it began with"
+        target = await asyncio.to_thread(self._make, path, name, list(self._versions.values()))
+
+        def admit() -> Target:
+            target.settle()
+            self._versions[target.version] = target
+            return target
+
+        return await self._between_forwards(admit)
+
+    async def unload(self, version: str) -> None:
+        """Forgets a version, which no session is pinned to any more."""
+
+        def forget() -> None:
+            target = self._versions.pop(version, None)
+            if target is not None:
+                target.retire()
+                if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
+                    self._pools.pop(target.runner.shape, None)
+
+        await self._between_forwards(forget)
+
+    async def _between_forwards(self, chore: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._wake:
+            self._chores.append((chore, future))
+            self._wake.notify()
+        return await future
+
+    def _speculation_now(self) -> Speculation | None:
+        """The draft beside the target, unless there are so many rounds that the boards should draft."""
+        speculation = self.speculation
+        return speculation if speculation and len(self._rounds) <= speculation.most_rounds else None
 
     def _run(self) -> None:
         try:
-            target = self._load()
-            self.speculation = self._speculate(target)
-            # Last, because with it the verifier is ready.
-            self.target = target
+            if self._load_first is not None:
+                self._begin(self._load_first())
         except BaseException as error:
             self.failure = error
             return
-        while True:
+        while not self._stopping:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._stopping)
-                if self._stopping:
-                    return
-                playing = self._waiting.popleft()
+                self._wake.wait_for(lambda: self._arrived or self._rounds or self._chores or self._stopping)
+                while not self._stopping and (seconds := self._missing_for()) > 0:
+                    self._wake.wait(seconds)
             self._stepping_since = time.perf_counter()
-            more = playing.step()
+            self._step()
             self._stepping_since = None
-            if more:
-                with self._wake:
-                    self._waiting.append(playing)
 
+    def _begin(self, target: Target) -> None:
+        self.speculation = self._speculate(target)
+        target.settle()
+        self._versions[target.version] = target
+        # Last, because with it the verifier is ready.
+        self.target = target
 
-class _Playing:
-    """One round in progress."""
+    def _missing_for(self) -> float:
+        """How long to wait for sessions that are expected at any moment. Nobody is waited for beyond the window."""
+        if not self._arrived and not self._rounds:
+            return 0.0
+        now, first = time.perf_counter(), min(r.submitted for r in (*self._arrived, *self._rounds))
+        close = min(first, now) + self._batching.window
+        while self._due and self._due[0][0] < now - LATE_SECONDS:
+            heapq.heappop(self._due)
+        coming = [due for due, _, session in self._due if due < close and session.answer.done and not session.closed]
+        return min(max(coming) + LATE_SECONDS, close) - now if coming else 0.0
 
-    def __init__(
-        self,
-        target: Target,
-        speculation: Speculation | None,
-        session: Session,
-        answer: Answer,
-        session_load: Callable[[], int],
-        metrics: Metrics,
-    ) -> None:
-        self._target = target
-        self._metrics = metrics
-        self._speculation = speculation
-        self._session = session
-        self._answer = answer
-        self._session_load = session_load
-        self._loop = asyncio.get_running_loop()
-        self._submitted = time.perf_counter()
-        self._told = 0.0
-        self._prefill_seconds = 0.0
-        self._forward_seconds = 0.0
-        self._tokens: list[int] = []
-        self._close_calls: list[tuple[int, float]] = []
-        self._steps = self._play()
+    def _step(self) -> None:
+        """Chores, newcomers, one forward, and what follows from it."""
+        while self._chores:
+            chore, future = self._chores.popleft()
+            _settle(future, chore)
+        while self._arrived:
+            playing = self._arrived.popleft()
+            playing.answer.started = True
+            self._metrics.queued(time.perf_counter() - playing.submitted)
+            self._rounds.append(playing)
+            self._proceed(playing, None, 0.0)
+        self._reclaim()
+        members = self._members()
+        for playing in self._rounds:
+            if playing.wanted is None and not playing.over:
+                self._proceed(playing, None, 0.0)
+        if members:
+            self._forward(members)
+        self._rounds = [playing for playing in self._rounds if not playing.over]
 
-    def step(self) -> bool:
-        """Runs one forward; False when the round is over."""
-        if not self._answer.started:
-            self._answer.started = True
-            self._metrics.queued(time.perf_counter() - self._submitted)
-        try:
-            next(self._steps)
-        except StopIteration:
-            return False
-        except Exception:
-            log.exception("a round failed")
-            # The cache may hold half a round: the session is lost, and its client opens another.
-            self._session.closed = True
-            error = VerifierRefused(ErrorCode.INTERNAL, "the round failed; the verifier's log says why", 500)
-            self._loop.call_soon_threadsafe(self._answer.fail, error)
-            return False
-        if self._session.closed:
-            error = VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404)
-            self._loop.call_soon_threadsafe(self._answer.fail, error)
-            return False
-        return True
-
-    def _play(self) -> Iterator[None]:
-        session, target, request = self._session, self._target, self._answer.played
-        cached = session.cache.get_seq_length()
-        yield from self._counted(target.prefill(session.ids[cached:-1], session.cache))
-        self._prefill_seconds, self._forward_seconds = self._forward_seconds, 0.0
-        draft = request.draft[: self._room()]
-        siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
-        accepted, own = self._score(draft, siblings)
-        left = request.n - len(own)
-        self._tell(accepted, own, more=not session.finish and left > 0)
-        while not session.finish and left > 0:
-            yield
-            guesses = yield from self._guess(min(left - 1, self._room()))
-            accepted, own = self._score(guesses, {})
-            own = guesses[:accepted] + own
-            left -= len(own)
-            self._tell(0, own, more=not session.finish and left > 0)
-
-    def _room(self) -> int:
-        """How long a draft may be: a text that is nearly full has no room for the whole, and the target's own token."""
-        return self._target.context - len(self._session.ids) - 1
-
-    def _guess(self, count: int) -> Generator[None, None, list[int]]:
-        """Up to `count` tokens drafted beside the target; none where there is no draft, or nothing worth drafting."""
-        session = self._session
-        if self._speculation is None or count < 1:
+    def _members(self) -> list[tuple[Round, Piece]]:
+        """Who goes into the next forward: of the runner of who waits longest, all that have something to be scored."""
+        runner: Runner | None = None
+        members: list[tuple[Round, Piece]] = []
+        readers: list[Round] = []
+        rows = 0
+        for playing in self._rounds:
+            target = playing.session.target
+            if playing.wanted is None:
+                continue
+            runner = runner or target.runner
+            if target.runner is not runner:
+                continue
+            if isinstance(playing.wanted, Reading):
+                readers.append(playing)
+            elif rows + len(playing.wanted) <= runner.most_rows and len(members) < runner.most_pieces:
+                members.append((playing, playing.wanted))
+                rows += len(playing.wanted)
+        if runner is None:
             return []
-        if session.guesses is None:
-            session.guesses = self._speculation.guesses()
-        count = min(count, self._speculation.tokens)
-        return (yield from self._counted(session.guesses.behind(session.ids, count, session.sampling)))
+        room = min(self._batching.prompt_rows or runner.prompt_rows, runner.most_rows - rows)
+        for playing in readers[: runner.most_pieces - len(members)]:
+            reading = playing.wanted
+            assert isinstance(reading, Reading)
+            if room < 1:
+                break
+            piece = playing.session.target.reading(playing.session.cache, reading.ids[:room])
+            members.append((playing, piece))
+            room -= len(piece)
+        # Who waits longest comes first, and who was in this one goes to the end of the queue.
+        served = {id(playing) for playing, _ in members}
+        self._rounds.sort(key=lambda playing: id(playing) in served)
+        return members
 
-    def _score(self, draft: list[int], siblings: dict[int, list[int]]) -> tuple[int, list[int]]:
-        """One forward: scores the draft, extends the text by what the target says, rolls the rest back.
-
-        Returns how many draft tokens the target accepted, and its own tokens behind them.
-        """
-        session = self._session
+    def _forward(self, members: list[tuple[Round, Piece]]) -> None:
+        """Runs the pieces in one forward; if that fails, each in one of its own, so that one cannot harm another."""
+        target = members[0][0].session.target
+        pool = self._pool(target.runner.shape)
         started = time.perf_counter()
-        verdict = self._decide(draft, siblings)
-        seconds = time.perf_counter() - started
-        self._forward_seconds += seconds
-        self._metrics.forward(1 + len(draft) + sum(map(len, siblings.values())), 1, seconds)
-        session.ids += draft[: verdict.accepted] + verdict.tokens
-        # The one token that may not fit is a sibling's bonus.
-        excess = max(0, len(session.ids) - self._target.context)
-        if excess:
-            del session.ids[-excess:]
-        if verdict.ended and not excess:
-            session.finish = "stop"
-        elif len(session.ids) == self._target.context:
-            session.finish = "length"
-        threshold = CLOSE_CALL[str(self._target.dtype).removeprefix("torch.")]
-        self._close_calls += [(p, round(margin, 9)) for p, margin in verdict.margins if margin < threshold]
-        return verdict.accepted, verdict.tokens[: len(verdict.tokens) - excess]
-
-    def _decide(self, draft: list[int], siblings: dict[int, list[int]]) -> Verdict:
-        session, target = self._session, self._target
-        tree = Tree(session.ids[-1], len(session.ids), draft, siblings)
-        length = session.cache.get_seq_length()
-        logits = target.score(tree, session.cache)
-        choices = Choices(logits, [p + 1 for p in tree.positions], session.sampling, target.chooser)
-        verdict = tree.walk(choices.__getitem__, frozenset() if session.sampling.ignore_eos else target.end_ids)
-        target.keep(session.cache, length, verdict.rows)
-        return verdict
-
-    def _counted(self, steps: Generator[None, None, T]) -> Generator[None, None, T]:
-        """`steps`, and what they return, their time counted as the forwards' is."""
-        while True:
-            started = time.perf_counter()
-            try:
-                next(steps)
-            except StopIteration as end:
-                returned: T = end.value
-                return returned
-            finally:
-                self._forward_seconds += time.perf_counter() - started
-            yield
-
-    def _tell(self, accepted: int, own: list[int], more: bool) -> None:
-        """Hands the tokens so far to the answer: at once the first and the last time, else now and then."""
-        self._tokens += own
-        now = time.perf_counter()
-        if more and self._told and now - self._told < FRAME_SECONDS:
+        try:
+            chosen = target.run(pool, [piece for _, piece in members])
+        except Exception as error:
+            if len(members) > 1:
+                for member in members:
+                    self._forward([member])
+                return
+            self._fail(members[0][0], error)
             return
-        self._told = now
-        request = self._answer.request
-        frame = Frame(
-            VERSION,
-            request.round,
-            accepted=accepted,
-            tokens=self._tokens,
-            queue_100us=round(1e4 * max(0.0, now - self._submitted - self._prefill_seconds - self._forward_seconds)),
-            forward_100us=round(1e4 * self._forward_seconds),
-            load=self._session_load(),
-            finish=self._session.finish,
-            more=more,
-            close_calls=self._close_calls,
-            prefill_100us=round(1e4 * self._prefill_seconds),
-        )
-        self._tokens, self._close_calls = [], []
-        self._loop.call_soon_threadsafe(self._answer.push, frame)
+        seconds = time.perf_counter() - started
+        self._metrics.forward(sum(len(piece) for _, piece in members), len(members), seconds)
+        for (playing, piece), said in zip(members, chosen, strict=True):
+            if isinstance(playing.wanted, Reading):
+                pool.keep(piece.text, list(range(len(piece))))
+                left = playing.wanted.ids[len(piece) :]
+                if left:
+                    playing.wanted = Reading(left)
+                    playing.add_seconds(seconds)
+                    continue
+            self._proceed(playing, said, seconds)
+
+    def _proceed(self, playing: Round, chosen: Chosen | None, seconds: float) -> None:
+        if playing.session.closed:
+            playing.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+            return
+        try:
+            playing.proceed(chosen, seconds)
+        except Exception as error:
+            self._fail(playing, error)
+        if playing.over:
+            session = playing.session
+            session.answered_at = time.perf_counter()
+            if session.pause is not None:
+                heapq.heappush(self._due, (session.answered_at + session.pause, id(session), session))
+
+    def _fail(self, playing: Round, error: Exception) -> None:
+        # The cache may hold half a round: the session is lost, and its client opens another.
+        playing.session.closed = True
+        if isinstance(error, PoolFull):
+            playing.fail(VerifierRefused(ErrorCode.OVERLOADED, "the cache is full; try again shortly", 503))
+            return
+        log.error("a round failed", exc_info=error)
+        playing.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; the verifier's log says why", 500))
+
+    def _pool(self, shape: Shape) -> Pool:
+        if shape not in self._pools:
+            self._pools[shape] = Pool(shape, self._tokens)
+        return self._pools[shape]
+
+    def _keep(self, session: Session, rows: list[int]) -> None:
+        self._pool(session.target.runner.shape).keep(session.cache, rows)
+
+    def _reclaim(self) -> None:
+        """Gives the pages of closed sessions back, but for those whose round is not over yet."""
+        busy = {id(playing.session) for playing in self._rounds if not playing.over}
+        for _ in range(len(self._released)):
+            session = self._released.popleft()
+            if id(session) in busy:
+                self._released.append(session)
+            else:
+                self._pool(session.target.runner.shape).release(session.cache)
+
+
+def _settle(future: asyncio.Future[Any], chore: Callable[[], Any]) -> None:
+    """Does `chore` and tells its future, on the future's own loop."""
+    loop = future.get_loop()
+    try:
+        result = chore()
+    except Exception as error:
+        loop.call_soon_threadsafe(_tell, future, None, error)
+    else:
+        loop.call_soon_threadsafe(_tell, future, result, None)
+
+
+def _tell(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -17,7 +17,7 @@ import torch
 
 from cloud_verifier.checkpoint import base_of, tokenizer_of, vocabulary_of
 from cloud_verifier.intervals import Bootstrap, Interval
-from cloud_verifier.sampling import choose
+from cloud_verifier.sampling import Warping, choose
 from cloud_verifier.target import load_model
 from edge_runtime.contract.bundle import read_bundle
 from edge_runtime.contract.coupling import Sampling
@@ -170,6 +170,6 @@ def _chosen(path: Path, passages: list[list[int]], device: str, dtype: str) -> d
         rows = torch.tensor([ids[:-1]], device=device)
         logits = model(input_ids=rows, use_cache=False, logits_to_keep=JUDGED).logits[0].float()
         for temperature in TEMPERATURES:
-            choices = choose(logits, list(range(READ, len(ids))), _sampling(temperature, index))
-            chosen[temperature].append([choice.token for choice in choices])
+            warping = Warping.of([(_sampling(temperature, index), list(range(READ, len(ids))))], logits.device)
+            chosen[temperature].append([int(token) for token in choose(logits, warping)[0].tolist()])
     return chosen

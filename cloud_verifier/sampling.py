@@ -6,6 +6,7 @@ that the walk reaches; on an accelerator all rows are chosen on the device and o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -21,54 +22,111 @@ class Choice(NamedTuple):
 
 
 class Choices:
-    """The target's choice for any row of one forward's logits.
+    """The target's choice behind any row of a piece, on a CPU.
 
     Args:
-        logits: (rows, V) float32 on the target's device.
+        logits: (rows, V) float32.
         positions: absolute position of the token that each row predicts.
         sampling: warping and seed.
-        chooser: the numpy form, used on a CPU.
+        chooser: the numpy form.
     """
 
     def __init__(self, logits: torch.Tensor, positions: list[int], sampling: Sampling, chooser: Chooser) -> None:
+        self.logits = logits
+        self._rows = logits.numpy()
         self._positions = positions
         self._sampling = sampling
         self._chooser = chooser
-        if logits.device.type == "cpu":
-            self._rows = logits.numpy()
-            self._chosen: list[Choice] | None = None
-        else:
-            self._chosen = choose(logits, positions, sampling)
 
     def __getitem__(self, row: int) -> Choice:
-        if self._chosen is not None:
-            return self._chosen[row]
         best = self._chooser.rank(self._rows[row], self._sampling, self._positions[row], count=2)
         second = best.scores[1] if len(best.scores) > 1 else -torch.inf
         return Choice(best.ids[0], best.scores[0] - second)
 
 
-def choose(logits: torch.Tensor, positions: list[int], sampling: Sampling) -> list[Choice]:
-    """The target's choice for every row of `logits` (rows, V) float32, V >= 2, on its device."""
-    scores = coupled_scores(logits, positions, sampling)
-    best = torch.topk(scores, 2, dim=-1).values
-    # topk does not say which of two equal scores it takes; the rule takes the lower id.
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    tokens = torch.where(scores == best[:, :1], ids, logits.shape[-1]).amin(-1)
-    return [
-        Choice(token, margin) for token, margin in zip(tokens.tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True)
-    ]
+class Warping(NamedTuple):
+    """How the token behind each row of a forward is chosen; tensors are on the forward's device.
+
+    Attributes:
+        seeds: (rows,) int64 with the bits of the seeds.
+        positions: (rows,) int64, of the tokens to choose.
+        temperatures: (rows,) float64.
+        cut: rows that top-k or top-p applies to, and how.
+        greedy: no row has a temperature.
+    """
+
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    temperatures: torch.Tensor
+    cut: list[tuple[slice, Sampling]]
+    greedy: bool
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[Sampling, list[int]]], device: torch.device, rows: int = 0) -> Warping:
+        """For pieces one behind the other, each with its tokens' positions; filled up to `rows` with greedy ones."""
+        seeds: list[int] = []
+        positions: list[int] = []
+        temperatures: list[float] = []
+        cut: list[tuple[slice, Sampling]] = []
+        for sampling, places in pieces:
+            if sampling.temperature and (sampling.top_k or sampling.top_p < 1.0):
+                cut.append((slice(len(seeds), len(seeds) + len(places)), sampling))
+            seeds += [signed(sampling.seed)] * len(places)
+            temperatures += [sampling.temperature] * len(places)
+            positions += places
+        greedy = not any(temperatures)
+        filling = [0] * max(0, rows - len(seeds))
+        whole = torch.tensor([seeds + filling, positions + filling])
+        warm = torch.tensor(temperatures + filling, dtype=torch.float64)
+        if device.type == "cuda":
+            whole, warm = (
+                whole.pin_memory().to(device, non_blocking=True),
+                warm.pin_memory().to(device, non_blocking=True),
+            )
+        return cls(whole[0], whole[1], warm, cut, greedy)
+
+    def part(self, start: int, stop: int) -> Warping:
+        """Those of the rows `start` to `stop`."""
+        cut = [
+            (slice(max(rows.start, start) - start, min(rows.stop, stop) - start), sampling)
+            for rows, sampling in self.cut
+            if rows.start < stop and start < rows.stop
+        ]
+        rows = slice(start, stop)
+        return Warping(self.seeds[rows], self.positions[rows], self.temperatures[rows], cut, self.greedy)
 
 
-def coupled_scores(logits: torch.Tensor, positions: list[int], sampling: Sampling) -> torch.Tensor:
-    """logits / T + noise over the candidates, -inf elsewhere. (rows, V) float32 -> (rows, V) float64."""
-    scores = logits.double()
-    if sampling.temperature == 0.0:
-        return scores
-    scores = scores / sampling.temperature
-    excluded = excluded_mask(logits, scores, sampling)
-    u = uniforms(sampling.seed, positions, torch.arange(logits.shape[-1], device=logits.device))
-    return (scores - torch.log(-torch.log(u))).masked_fill(excluded, -torch.inf)
+# Of so many logits scores are made at a time, which bounds the memory that they take.
+AT_ONCE = 1 << 25
+
+
+def choose(logits: torch.Tensor, warping: Warping) -> torch.Tensor:
+    """(rows, V) -> (2, rows) float64 on the device: the token chosen behind each row, and its margin. V >= 2."""
+    many = max(1, AT_ONCE // logits.shape[1])
+    chosen = []
+    for start in range(0, len(logits), many):
+        scores = coupled_scores(logits[start : start + many], warping.part(start, start + many))
+        # Of equal scores argmax takes the first, as the rule does.
+        tokens = scores.argmax(-1, keepdim=True)
+        best = scores.gather(-1, tokens)
+        second = scores.scatter_(-1, tokens, -torch.inf).amax(-1, keepdim=True)
+        chosen.append(torch.cat([tokens.double(), best.double() - second.double()], dim=1).T)
+    return torch.cat(chosen, dim=1)
+
+
+def coupled_scores(logits: torch.Tensor, warping: Warping) -> torch.Tensor:
+    """logits / T + noise over the candidates, -inf elsewhere. (rows, V) -> the same in float64, greedy in float32."""
+    logits = logits.float()
+    if warping.greedy:
+        return logits.clone()
+    temperatures = warping.temperatures[:, None]
+    warm = temperatures > 0
+    scores = logits.double() / torch.where(warm, temperatures, 1.0)
+    u = _uniforms(position_keys(warping.seeds, warping.positions), torch.arange(logits.shape[1], device=logits.device))
+    noisy = torch.where(warm, scores - torch.log(-torch.log(u)), scores)
+    for rows, sampling in warping.cut:
+        noisy[rows].masked_fill_(excluded_mask(logits[rows], scores[rows], sampling), -torch.inf)
+    return noisy
 
 
 def excluded_mask(logits: torch.Tensor, scaled: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -88,17 +146,28 @@ def excluded_mask(logits: torch.Tensor, scaled: torch.Tensor, sampling: Sampling
 
 def uniforms(seed: int, positions: list[int], ids: torch.Tensor) -> torch.Tensor:
     """u(seed, position, id), bit-equal to `coupling.uniforms`. ids (m,) int64 -> (len(positions), m) float64."""
-    keys = torch.tensor([_signed(position_key(seed, p)) for p in positions], device=ids.device)
-    z = keys[:, None] + (ids + 1)[None, :] * _signed(GOLDEN)
-    z = (z ^ _shift(z, 30)) * _signed(MULTIPLIER_1)
-    z = (z ^ _shift(z, 27)) * _signed(MULTIPLIER_2)
-    z = z ^ _shift(z, 31)
+    return _uniforms(torch.tensor([signed(position_key(seed, p)) for p in positions], device=ids.device), ids)
+
+
+def position_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """key(seed, position), bit-equal to `coupling.position_key`. Both (n,) int64."""
+    return _mix(_mix(seeds + signed(GOLDEN)) + (positions + 1) * signed(GOLDEN))
+
+
+def signed(value: int) -> int:
+    """The int64 with the same bits: torch multiplies int64 modulo 2^64 but has no full uint64."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _uniforms(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    z = _mix(keys[:, None] + (ids + 1)[None, :] * signed(GOLDEN))
     return (_shift(z, 12).double() + 0.5) * 2.0**-52
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits: torch multiplies int64 modulo 2^64 but has no full uint64."""
-    return value - (1 << 64) if value >> 63 else value
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    z = (z ^ _shift(z, 30)) * signed(MULTIPLIER_1)
+    z = (z ^ _shift(z, 27)) * signed(MULTIPLIER_2)
+    return z ^ _shift(z, 31)
 
 
 def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:

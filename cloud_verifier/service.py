@@ -32,7 +32,7 @@ from cloud_verifier.rollout import Rollout
 from cloud_verifier.sessions import Session, SessionStore
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.submitting import Submitter
-from cloud_verifier.target import TREE_WIDTHS, Target
+from cloud_verifier.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
@@ -62,10 +62,16 @@ class Service:
     ) -> None:
         self.limits = limits
         self.doors = doors or Doors()
-        self.sessions = SessionStore(limits.max_sessions, limits.max_tokens, limits.idle_seconds)
+        self.sessions = SessionStore(
+            limits.max_sessions,
+            limits.max_tokens,
+            limits.idle_seconds,
+            lambda session: self.engine.release(session),
+            limits.page,
+        )
         self.in_flight = InFlight(limits.max_queue_seconds)
         self.metrics = _metrics(self)
-        self.engine = Engine(load, speculate, lambda: self.sessions.load, self.metrics)
+        self.engine = Engine(load, speculate, lambda: self.sessions.load, limits.max_tokens, self.metrics)
         self.rollout = rollout(self.engine, self.sessions) if rollout else None
         self._submitter = Submitter(self.engine, self.sessions, self.in_flight, self.metrics)
         # Nobody could use it where nobody is an admin.
@@ -137,7 +143,7 @@ class Service:
                     409,
                     {"expected": session.answer.request.round + 1},
                 )
-            target = self._pinned(session)
+            target = session.target
         else:
             session = self._submitter.open(principal, opening, target)
             answer = session.answer
@@ -161,7 +167,7 @@ class Service:
         # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
         answer = session.next_round(playing)
         if answer is None:
-            check_round(playing, self._pinned(session), self.limits)
+            check_round(playing, session.target, self.limits)
             answer = self._submitter.play(principal, session, playing)
         return await reply(request, answer, playing.stream, session.id)
 
@@ -187,7 +193,7 @@ class Service:
                 target.vocabulary_size,
                 target.context,
                 self.limits.max_draft,
-                TREE_WIDTHS[-1] - 1,
+                wire.MOST_NODES - 1,
                 speculates=speculates,
             )
             for name, target in served.items()
@@ -235,16 +241,12 @@ class Service:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
         return target
 
-    def _pinned(self, session: Session) -> Target:
-        """The target that the session was opened with."""
-        return self.engine.versions[session.version] if self.rollout is not None else self._target()
-
     def _resolve(self, opening: OpenRequest, owner: str) -> Target:
         """The target that the opening's session gets, or has."""
         if self.rollout is not None:
             session = self.sessions.by_key(opening.key, owner)
             if session is not None and not session.closed:
-                return self._pinned(session)
+                return session.target
             return self.rollout.resolve(opening.model, opening.key)
         target = self._target()
         if opening.model not in ("", target.name, target.version):

@@ -9,10 +9,11 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
-from transformers import DynamicCache
 
 from cloud_verifier.limiting import Acceptance
+from cloud_verifier.pool import Text
 from cloud_verifier.speculation import Guesses
+from cloud_verifier.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused
@@ -114,40 +115,46 @@ class Session:
         id: unguessable name in URLs; begins with `wire.mark_of` its key, once it is in a store.
         key: what it was opened with, once it is in a store.
         owner: name of the principal that opened it; empty where nobody is asked who they are.
-        version: of the target, exact, which it keeps.
         draft: the fingerprint that the board's draft was opened with, for the statistics.
         acceptance: whether its drafts are worth verifying.
         ids: all token ids, prompt included.
-        cache: keys and values of all ids but the last.
+        cache: what the pool holds: keys and values of all ids but the last.
         guesses: of the draft beside the target, once it had something to draft.
         answer: the latest round; a repeated request gets it again.
         before: the one before, while the latest was sent ahead of its answer, which may yet be asked for again.
         finish: why the text has ended, or empty.
         closed: nobody will read what a running round still produces.
+        target: the version that it is pinned to.
+        answered_at: when the engine was done with the latest round, by `time.perf_counter`.
+        pause: seconds from there to the next round, as they usually are; None before there was one.
     """
 
-    def __init__(
-        self, prompt: list[int], sampling: Sampling, cache: DynamicCache, answer: Answer, owner: str = ""
-    ) -> None:
+    def __init__(self, prompt: list[int], sampling: Sampling, target: Target, answer: Answer, owner: str = "") -> None:
         self.id = secrets.token_urlsafe(9)
         self.key = ""
         self.owner = owner
-        self.version = self.draft = ""
+        self.draft = ""
         self.acceptance = Acceptance()
         self.ids = prompt
         self.sampling = sampling
-        self.cache = cache
+        self.target = target
+        self.cache = Text()
         self.guesses: Guesses | None = None
         self.answer = answer
         self.before: Answer | None = None
         self.finish = ""
         self.closed = False
         self.used_at = time.monotonic()
+        self.answered_at: float | None = None
+        self.pause: float | None = None
 
     def begin(self, request: RoundRequest, *, verified: bool = True) -> Answer:
         """Records `request` as the latest round, to be played now; `verified`: with its draft."""
         self.before = self.answer if request.expects else None
         self.answer = Answer(request, verified=verified)
+        if self.answered_at is not None:
+            pause = max(0.0, time.perf_counter() - self.answered_at)
+            self.pause = pause if self.pause is None else 0.7 * self.pause + 0.3 * pause
         return self.answer
 
     def ahead_of(self, request: RoundRequest) -> Answer | None:
@@ -210,12 +217,23 @@ class SessionStore:
         max_sessions: more than this and the least recently used is evicted.
         max_tokens: bound on the tokens of all sessions together, which is what their caches' memory grows with.
         idle_seconds: sessions unused for longer are evicted.
+        forget: told of every session that is here no more.
+        page: tokens that a cache grows by at once.
     """
 
-    def __init__(self, max_sessions: int, max_tokens: int, idle_seconds: float) -> None:
+    def __init__(
+        self,
+        max_sessions: int,
+        max_tokens: int,
+        idle_seconds: float,
+        forget: Callable[[Session], None] = lambda session: None,
+        page: int = 1,
+    ) -> None:
         self._max_sessions = max_sessions
         self._max_tokens = max_tokens
         self._idle_seconds = idle_seconds
+        self._forget = forget
+        self._page = page
         self._by_id: OrderedDict[str, Session] = OrderedDict()
         self._by_key: dict[tuple[str, str], Session] = {}
         self.evictions = 0
@@ -243,7 +261,7 @@ class SessionStore:
 
     def of_version(self, version: str) -> list[str]:
         """Ids of the sessions that are pinned to this exact target version."""
-        return [session.id for session in self._by_id.values() if session.version == version]
+        return [session.id for session in self._by_id.values() if session.target.version == version]
 
     def get(self, session_id: str, owner: str = "") -> Session:
         """Raises VerifierRefused (`session_lost`) if `owner` has no such session, or not any more."""
@@ -274,25 +292,29 @@ class SessionStore:
         session = self._by_id.pop(session_id, None)
         if session is not None:
             session.closed = True
+            self._forget(session)
             session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
             if self._by_key.get((session.owner, session.key)) is session:
                 del self._by_key[session.owner, session.key]
+
+    def _held(self, session: Session) -> int:
+        return -(-len(session.ids) // self._page) * self._page
 
     def make_room(self, sessions: int, tokens: int, spare: Session | None = None) -> None:
         """Evicts idle sessions, then least recently used ones, until so many more fit."""
         now = time.monotonic()
         fixed = [s for s in self._by_id.values() if s is spare or not s.answer.done]
-        if len(fixed) + sessions > self._max_sessions or sum(len(s.ids) for s in fixed) + tokens > self._max_tokens:
+        if len(fixed) + sessions > self._max_sessions or sum(map(self._held, fixed)) + tokens > self._max_tokens:
             raise VerifierRefused(
                 ErrorCode.OVERLOADED, "every session slot is in the middle of a round; try again shortly", 503
             )
-        held = sum(len(session.ids) for session in self._by_id.values())
+        held = sum(map(self._held, self._by_id.values()))
         for session in list(self._by_id.values()):
             full = len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens
             if session is spare or not session.answer.done:
                 continue
             if full or now - session.used_at > self._idle_seconds:
-                held -= len(session.ids)
+                held -= self._held(session)
                 self.remove(session.id)
                 self.evictions += 1
 

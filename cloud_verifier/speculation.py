@@ -14,12 +14,15 @@ import logging
 from collections.abc import Generator
 from pathlib import Path
 
-from cloud_verifier.target import TREE_WIDTHS, Target
+from cloud_verifier.target import Target
 from edge_runtime.contract.bundle import read_bundle
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import DraftError, InputError, TargetError
+from edge_runtime.contract.wire import MOST_NODES
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.graphs import PREFILL_PIECE
+
+MOST_ROUNDS = 4
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +32,13 @@ class Speculation:
 
     Attributes:
         tokens: K, the most tokens to draft for one forward.
+        most_rounds: with more rounds than these at once nothing is drafted here: a forward is shared by many then, and
+            drafting for one after the other would keep it waiting.
     """
 
-    def __init__(self, bundle: Path, target: Target, tokens: int, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Path, target: Target, tokens: int, threads: int = 0, most_rounds: int = MOST_ROUNDS
+    ) -> None:
         """Loads the bundle.
 
         Args:
@@ -42,8 +49,8 @@ class Speculation:
             TargetError: the draft was made for another vocabulary.
             BundleError, DraftError: the bundle is not whole or does not load.
         """
-        if not 1 <= tokens < TREE_WIDTHS[-1]:
-            raise InputError(f"{tokens} draft tokens for one forward; give 1 to {TREE_WIDTHS[-1] - 1}")
+        if not 1 <= tokens < MOST_NODES:
+            raise InputError(f"{tokens} draft tokens for one forward; give 1 to {MOST_NODES - 1}")
         found = read_bundle(bundle)
         vocabulary, size = found.manifest.vocabulary.hash, found.manifest.architecture.vocabulary_size
         if vocabulary != target.vocabulary or size > target.vocabulary_size:
@@ -52,6 +59,7 @@ class Speculation:
                 f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
             )
         self.tokens = tokens
+        self.most_rounds = most_rounds
         self._draft = OnnxDraft(found, threads)
 
     def guesses(self) -> Guesses:

@@ -30,8 +30,8 @@ class Submitter:
         standing = self._standing(principal, opening=True)
         self._make_room(principal)
         answer = Answer(opening.first, verified=_worthwhile(opening.first, standing))
-        session = Session(list(opening.prompt), opening.sampling, target.new_cache(), answer, principal.name)
-        session.version, session.draft = target.version, opening.draft
+        session = Session(list(opening.prompt), opening.sampling, target, answer, principal.name)
+        session.draft = opening.draft
         self._sessions.add(opening.key, session)
         self._submit(session, answer, standing)
         standing.pay(0, len(opening.prompt))
@@ -85,7 +85,7 @@ class Submitter:
                 for account in filter(None, (standing.acceptance, session.acceptance)):
                     account.add(rows, told.accepted + sibling_hit(asked, told))
             seconds = time.perf_counter() - arrived
-            self._metrics.played(session.version, session.draft, session.owner, asked, told, seconds, verified)
+            self._metrics.played(session.target.version, session.draft, session.owner, asked, told, seconds, verified)
 
         answer.on_end = over
         self._in_flight.enter(answer)

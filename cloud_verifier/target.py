@@ -6,14 +6,16 @@ import functools
 import logging
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
+from cloud_verifier import attention
+from cloud_verifier.adapters import Pairs, is_plain
 from cloud_verifier.changes import CHANGES, put_changes
 from cloud_verifier.checkpoint import (
     base_of,
@@ -24,17 +26,21 @@ from cloud_verifier.checkpoint import (
     version_hash,
     vocabulary_of,
 )
+from cloud_verifier.packing import Piece
+from cloud_verifier.pool import Pool, Text
+from cloud_verifier.runner import Chosen, Runner
 from cloud_verifier.tree import Tree
 from edge_runtime.contract.bundle import shared_identity
-from edge_runtime.contract.coupling import Chooser
+from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import TargetError
 from edge_runtime.contract.rollback import forgetless_layers, sliding_window
 
 log = logging.getLogger(__name__)
 
-# Forwards are padded to one of these widths, so that few shapes occur. Rounds use the first that holds their tree.
-TREE_WIDTHS = (1, 8, 24, 72)
-PREFILL_WIDTH = 256
+GREEDY = Sampling()
+
+# Of the pool that the self-test needs: a few pages, on any device.
+SELF_TEST_TOKENS = 512
 
 # transformers loads one model at a time: what it switches while it does, it switches for all threads.
 _LOADING = threading.Lock()
@@ -53,15 +59,32 @@ class Target:
         vocabulary_size: number of logits.
         end_ids: tokens that end a text.
         context: longest text in tokens.
+        runner: the model, which versions that are adapters to one base share.
+        adapter: slot of the version's adapter there; 0 is none.
     """
 
-    def __init__(self, path: Path, *, device: str, dtype: torch.dtype, context: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        context: int | None = None,
+        name: str = "",
+        exact: bool = False,
+        beside: Sequence[Target] | None = None,
+    ) -> None:
         """Loads the checkpoint or PEFT adapter at `path`.
 
         Args:
             device: a torch device.
             dtype: type to compute in.
             context: longest text to serve; None for what the model was trained for.
+            name: to go by; empty for the directory's.
+            exact: on CUDA in a type of 16 bits: no text may depend on what it shares forwards with.
+            beside: loaded targets, to share memory with: versions of one base run through one model, beside which
+                `settle` puts an adapter, and any other version keeps only the tensors that differ from those of one
+                that it resembles. None: it will be the only one, and an adapter is merged into its base.
 
         Raises:
             TargetError: not a loadable checkpoint, or its cache cannot roll back.
@@ -71,21 +94,30 @@ class Target:
         config = config_of(base)
         check_whole(base)
         self._path, self._base = path, base
-        self.name = path.name
-        self.version = f"{path.name}@{version_hash(path, base)}"
+        self.name = name or path.name
+        self.version = f"{self.name}@{version_hash(path, base)}"
         self.context = _usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
         self.vocabulary = vocabulary_of(tokenizer_of(path, base))
         self.dtype, self.device = dtype, torch.device(device)
         self._layers = config.num_hidden_layers
-        self._model, _, self.end_ids = load_model(path, device, dtype)
-        self.chooser = Chooser(self.vocabulary_size)
-        try:
-            self._self_test()
-        except TargetError:
-            raise
-        except Exception as error:
-            raise TargetError(f"{path}: this architecture does not run with our cache and masks: {error!r}") from None
+        self.adapter = 0
+        self._pairs: Pairs | None = None
+        separate = beside is not None and is_plain(path)
+        # Whether the runner's model is the base, unchanged.
+        self._on_base = separate or path == base
+        host = next((other for other in beside or () if other.holds(base, self.dtype, self.device)), None)
+        if host and self._on_base:
+            self.runner, self.end_ids = host.runner, host.end_ids
+        else:
+            model, _, self.end_ids = load_model(base if separate else path, device, dtype, attention=attention.NAME)
+            self.runner = _runner(model, self.context, exact)
+            for other in beside or ():
+                if other.runner.shape == self.runner.shape:
+                    share_tensors(model, other.runner.model)
+            self._check()
+        if separate:
+            self._pairs = self.runner.adapters.read(path)
 
     def identity_like(self, identity: str) -> str:
         """What a draft of the same layout as `identity` presents if it fits; empty if there is no such layout here."""
@@ -103,98 +135,88 @@ class Target:
         fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
         return shared_identity(layout, blocks, fingerprints)
 
-    def new_cache(self) -> DynamicCache:
-        """Keys and values of an empty text."""
-        return DynamicCache()
+    def holds(self, base: Path, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `base` is the very checkpoint that the runner runs, so that an adapter to it can be put beside."""
+        return self._on_base and (self._base, self.dtype, self.device) == (base, dtype, device)
 
-    @torch.inference_mode()
-    def score(self, tree: Tree, cache: DynamicCache) -> torch.Tensor:
-        """Logits behind every node of `tree`, given the text in `cache`.
+    def settle(self) -> None:
+        """Puts the adapter, if it is one beside its base, where forwards find it. Between two forwards only."""
+        if self._pairs is not None:
+            self.adapter = self.runner.adapters.put(self._pairs)
+            self._pairs = None
 
-        Returns (len(tree), V) float32 on the target's device. The cache then holds all nodes, padding included;
-        `keep` decides which stay.
-        """
-        width = next(w for w in TREE_WIDTHS if w >= len(tree))
-        visible = torch.from_numpy(tree.visibility(width)).to(self.device)
-        return self._forward(tree.ids, tree.positions, visible, cache)[: len(tree)].float()
+    def retire(self) -> None:
+        """Takes it out again; no text goes through it any more. Between two forwards only."""
+        if self.adapter:
+            self.runner.adapters.remove(self.adapter)
+            self.adapter = 0
 
-    def prefill(self, ids: list[int], cache: DynamicCache) -> Generator[None, None, None]:
-        """Puts `ids` behind the text in `cache`, one piece of at most PREFILL_WIDTH tokens per step."""
-        for start in range(0, len(ids), PREFILL_WIDTH):
-            piece = ids[start : start + PREFILL_WIDTH]
-            past = cache.get_seq_length()
-            # Short pieces, such as the end of a prompt, take a tree's width rather than the whole one.
-            width = next((w for w in TREE_WIDTHS if w >= len(piece)), PREFILL_WIDTH)
-            visible = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-            with torch.inference_mode():  # as a decorator it would end at the generator's first yield
-                self._forward(piece, list(range(past, past + len(piece))), visible, cache, rows=1)
-            self.keep(cache, past, list(range(len(piece))))
-            yield
+    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
+        """One forward of pieces of this version, and of others on the same runner: see `Runner.run`."""
+        return self.runner.run(pool, pieces)
 
-    def keep(self, cache: DynamicCache, length: int, rows: list[int]) -> None:
-        """Rolls back: of the entries behind the first `length`, keeps `rows`, in that order."""
-        straight = rows == list(range(len(rows)))
-        for layer in cache.layers:
-            if straight:
-                layer.keys = layer.keys[:, :, : length + len(rows)]
-                layer.values = layer.values[:, :, : length + len(rows)]
-            else:
-                index = torch.tensor([*range(length), *(length + row for row in rows)], device=self.device)
-                layer.keys = layer.keys.index_select(2, index)
-                layer.values = layer.values.index_select(2, index)
+    def piece(self, text: Text, tree: Tree, sampling: Sampling = GREEDY) -> Piece:
+        """`tree` behind `text`, to be scored by this version."""
+        return Piece.of_tree(text, tree, sampling, self.adapter)
 
-    def _forward(
-        self,
-        ids: list[int],
-        positions: list[int],
-        visible: torch.Tensor,
-        cache: DynamicCache,
-        rows: int = 0,
-    ) -> torch.Tensor:
-        """Runs `ids`, padded to the width of `visible`, behind `cache`; logits of the last `rows` (0: all)."""
-        width, past = visible.shape[0], cache.get_seq_length()
-        padding = width - len(ids)
-        mask = torch.zeros(width, past + width, dtype=self.dtype, device=self.device)
-        mask[:, past:].masked_fill_(~visible, torch.finfo(self.dtype).min)
-        output = self._model(
-            input_ids=torch.tensor([ids + [0] * padding], device=self.device),
-            position_ids=torch.tensor([positions + [positions[-1]] * padding], device=self.device),
-            attention_mask=mask[None, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=rows,
-        )
-        return output.logits[0]
+    def reading(self, text: Text, ids: list[int]) -> Piece:
+        """`ids` behind `text`, only to be read."""
+        return Piece.of_chain(text, ids, self.adapter)
+
+    def _check(self) -> None:
+        try:
+            self._self_test()
+        except TargetError:
+            raise
+        except Exception as error:
+            raise TargetError(f"{self._path}: this architecture does not run with our attention: {error!r}") from None
 
     def _self_test(self) -> None:
         """Scores a small tree in one forward and token by token, and demands the same logits.
 
         This is what tells whether the architecture honours our masks, our positions and our roll-back.
         """
-        text = [(7 * i + 3) % self.vocabulary_size for i in range(8)]
-        tree = Tree(text[3], 4, text[4:6], {1: [text[6]]})
-        cache = self.new_cache()
-        list(self.prefill(text[:3], cache))
-        together = self.score(tree, cache)
-        if any(layer.keys.shape[2] != 3 + TREE_WIDTHS[1] for layer in cache.layers):
-            raise TargetError(f"{self._path}: its cache drops entries by itself, so rounds cannot be rolled back")
-        self.keep(cache, 3, [0, 1, 3])
-        after = self.score(Tree(text[7], 7, [], {}), cache)
+        ids = [(7 * i + 3) % self.vocabulary_size for i in range(8)]
+        pool, together, alone = Pool(self.runner.shape, 4 * SELF_TEST_TOKENS), Text(), Text()
+        self.runner.run(pool, [self.reading(together, ids[:3])])
+        pool.keep(together, [0, 1, 2])
+        tree = self.piece(together, Tree(ids[3], 4, ids[4:6], {1: [ids[6]]}))
+        logits = [*self.runner.logits(pool, [tree])[0].clone()]
+        pool.keep(together, [0, 1, 3])
+        logits += self.runner.logits(pool, [self.piece(together, Tree(ids[7], 7, [], {}))])[0].clone()
         expected = []
-        alone = self.new_cache()
-        for position, token in enumerate([*text[:5], text[6], text[7]]):
-            expected.append(self.score(Tree(token, position + 1, [], {}), alone)[0])
+        for position, token in enumerate([*ids[:5], ids[6], ids[7]]):
+            expected += self.runner.logits(pool, [self.piece(alone, Tree(token, position + 1, [], {}))])[0].clone()
+            pool.keep(alone, [0])
         scale = float(torch.stack(expected).abs().max())
-        worst = max(
-            float((a - b).abs().max())
-            for a, b in zip([together[0], together[1], together[3], after[0]], expected[3:], strict=True)
-        )
+        pairs = zip([logits[0], logits[1], logits[3], logits[4]], expected[3:], strict=True)
+        worst = max(float((a - b).abs().max()) for a, b in pairs)
         if not worst <= SELF_TEST_TOLERANCE[self.dtype] * scale:
             raise TargetError(
                 f"{self._path}: logits of a token tree differ by {worst:.3g} from those of the same tokens one by one; "
-                "this architecture does not take our attention mask or its cache does not roll back"
+                "this architecture does not take our attention or our positions"
             )
         log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
+
+
+def _runner(model: Any, context: int, exact: bool) -> Runner:
+    if model.device.type != "cuda":
+        return Runner(model)
+    from cloud_verifier.graphs import GraphRunner
+
+    return GraphRunner(model, context, exact)
+
+
+def share_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Lets `model` hold the other's tensors wherever they are equal, and so frees its own."""
+    for name, module in model.named_modules():
+        for key, value in list(module._parameters.items()):
+            try:
+                known = other.get_submodule(name)._parameters.get(key)
+            except AttributeError:
+                continue
+            if value is not None and known is not None and value.dtype == known.dtype and torch.equal(value, known):
+                module._parameters[key] = known
 
 
 def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
@@ -216,7 +238,9 @@ def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
     return context
 
 
-def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, Path, frozenset[int]]:
+def load_model(
+    path: Path, device: str, dtype: torch.dtype | str, attention: str = "sdpa"
+) -> tuple[Any, Path, frozenset[int]]:
     """The model at `path`, an adapter merged into its base; the base's directory; and the tokens that end a text.
 
     Raises:
@@ -230,7 +254,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     try:
         with _LOADING:
             model, info = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                base, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from cloud_verifier.sampling import Choice
 
 # Two scores closer than this could change places under other arithmetic (another kernel, another batch shape).
@@ -51,24 +48,18 @@ class Tree:
         self.draft = draft
         self.ids = [last, *draft]
         self.positions = list(range(position - 1, position + len(draft)))
+        # How many nodes, from the first, each node sees beside itself.
+        self.limits = list(range(len(draft) + 1))
         self._sibling_rows: dict[tuple[int, int], int] = {}
         for index, alternatives in sorted(siblings.items()):
             for token in dict.fromkeys(alternatives):
                 self._sibling_rows[index, token] = len(self.ids)
                 self.ids.append(token)
                 self.positions.append(position + index)
+                self.limits.append(index + 1)
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def visibility(self, width: int) -> npt.NDArray[np.bool_]:
-        """Which nodes each node sees, padded to (width, width) with rows that see only themselves."""
-        chain = len(self.draft) + 1
-        visible = np.eye(width, dtype=np.bool_)
-        visible[:chain, :chain] = np.tri(chain, dtype=np.bool_)
-        for (index, _), row in self._sibling_rows.items():
-            visible[row, : index + 1] = True
-        return visible
 
     def walk(self, choice: Callable[[int], Choice], end_ids: frozenset[int]) -> Verdict:
         """Follows the target's choices from node 0 as far as the tree goes.

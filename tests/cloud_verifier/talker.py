@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import httpx
-import torch
 from anyio.from_thread import start_blocking_portal
-from transformers import DynamicCache
 
+from cloud_verifier.packing import Piece
+from cloud_verifier.pool import Pool
+from cloud_verifier.runner import Chosen
 from cloud_verifier.service import Limits
 from cloud_verifier.target import Target
-from cloud_verifier.tree import Tree
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import Frame, Message, OpenReply, OpenRequest, Refusal, RoundRequest
@@ -51,7 +51,7 @@ class Watched(Target):
     """A target, loaded already, that counts its forwards and can be held up before the next one.
 
     Attributes:
-        forwards: calls of `score` so far.
+        forwards: that chose something, so far.
         reached: a forward is held up.
     """
 
@@ -69,12 +69,12 @@ class Watched(Target):
     def release(self) -> None:
         self._released.set()
 
-    def score(self, tree: Tree, cache: DynamicCache) -> torch.Tensor:
+    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
         if not self._released.is_set():
             self.reached.set()
             self._released.wait(20)
-        self.forwards += 1
-        return super().score(tree, cache)
+        self.forwards += any(piece.sampling for piece in pieces)
+        return super().run(pool, pieces)
 
 
 class Session:

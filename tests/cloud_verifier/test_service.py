@@ -12,7 +12,7 @@ import pytest
 
 from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
-from cloud_verifier.target import TREE_WIDTHS, Target
+from cloud_verifier.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import (
@@ -69,7 +69,7 @@ def test_models(talker: Talker, tiny: Target) -> None:
     [model] = listed.data
     assert (model.id, model.version, model.object) == (tiny.name, tiny.version, "model")
     assert (model.vocabulary, model.vocabulary_size) == (tiny.vocabulary, tiny.vocabulary_size)
-    assert (model.context, model.max_draft, model.max_nodes) == (512, 32, TREE_WIDTHS[-1] - 1)
+    assert (model.context, model.max_draft, model.max_nodes) == (512, 32, wire.MOST_NODES - 1)
 
 
 def test_health_and_readiness(url: str) -> None:
@@ -122,7 +122,7 @@ def test_a_refused_round_changes_nothing(
         case ErrorCode.ROUND_OUT_OF_ORDER:
             assert refusal.detail == {"expected": 1}
         case ErrorCode.DRAFT_TOO_LONG:
-            assert refusal.detail["limit"] in (32, TREE_WIDTHS[-1] - 1, 512)
+            assert refusal.detail["limit"] in (32, wire.MOST_NODES - 1, 512)
     session.play(draft=[5], n=3)
     assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import DynamicCache
 
 from cloud_verifier.sessions import Answer, Session, SessionStore
+from cloud_verifier.target import Target
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused
 from edge_runtime.contract.wire import VERSION, ErrorCode, Frame, RoundRequest
@@ -19,10 +21,15 @@ def request(number: int = 0, position: int = 3, **changes: Any) -> RoundRequest:
     return RoundRequest(VERSION, number, position, **changes)
 
 
-def session_of(length: int = 3, *, playing: bool = False) -> Session:
+@pytest.fixture
+def session_of(tiny: Target) -> Callable[..., Session]:
+    return functools.partial(a_session, tiny)
+
+
+def a_session(target: Target, length: int = 3, *, playing: bool = False) -> Session:
     """A session of `length` tokens whose first round is over, unless it is `playing`."""
     answer = Answer(request(position=length))
-    session = Session(list(range(length)), Sampling(), DynamicCache(), answer)
+    session = Session(list(range(length)), Sampling(), target, answer)
     if not playing:
         answer.push(Frame(VERSION, 0, tokens=[7]))
         session.ids.append(7)
@@ -86,14 +93,14 @@ async def test_a_frame_that_comes_after_the_failure_does_not_undo_it() -> None:
         await answer.whole()
 
 
-def test_next_round() -> None:
+def test_next_round(session_of: Callable[..., Session]) -> None:
     session = session_of()
     assert session.next_round(request(1, 4, draft=[1])) is None
     assert session.next_round(request()) is session.answer
     assert session.next_round(request(stream=True)) is session.answer
 
 
-def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again() -> None:
+def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again(session_of: Callable[..., Session]) -> None:
     session = session_of()
     first = session.answer
     ahead = session.begin(request(1, 4, expects=[7]))
@@ -119,7 +126,7 @@ def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again() -> No
     ],
 )
 def test_a_round_that_is_neither_next_nor_latest(
-    round_request: RoundRequest, code: str, detail: dict[str, int]
+    session_of: Callable[..., Session], round_request: RoundRequest, code: str, detail: dict[str, int]
 ) -> None:
     session = session_of()
     with pytest.raises(VerifierRefused) as caught:
@@ -128,7 +135,7 @@ def test_a_round_that_is_neither_next_nor_latest(
     assert session.ids == [0, 1, 2, 7]
 
 
-def test_no_next_round_while_one_is_playing() -> None:
+def test_no_next_round_while_one_is_playing(session_of: Callable[..., Session]) -> None:
     session = session_of(playing=True)
     with pytest.raises(VerifierRefused) as caught:
         session.next_round(request(1, 3))
@@ -136,7 +143,7 @@ def test_no_next_round_while_one_is_playing() -> None:
     assert session.next_round(request()) is session.answer
 
 
-def test_no_next_round_after_the_end() -> None:
+def test_no_next_round_after_the_end(session_of: Callable[..., Session]) -> None:
     session = session_of()
     session.finish = "length"
     with pytest.raises(VerifierRefused, match=r"ended \(length\)") as caught:
@@ -145,13 +152,13 @@ def test_no_next_round_after_the_end() -> None:
     assert session.next_round(request()) is session.answer
 
 
-def test_ids_are_unguessable() -> None:
+def test_ids_are_unguessable(session_of: Callable[..., Session]) -> None:
     ids = {session_of().id for _ in range(100)}
     assert len(ids) == 100
     assert all(len(session_id) >= 12 for session_id in ids)
 
 
-def test_a_session_is_found_by_id_and_key_until_it_is_removed() -> None:
+def test_a_session_is_found_by_id_and_key_until_it_is_removed(session_of: Callable[..., Session]) -> None:
     store, session = SessionStore(5, 100, 60), session_of()
     store.add("its key", session)
     assert store.get(session.id) is store.by_key("its key") is session
@@ -165,7 +172,7 @@ def test_a_session_is_found_by_id_and_key_until_it_is_removed() -> None:
     assert code_of(caught) == (ErrorCode.SESSION_LOST, 404, {})
 
 
-async def test_removing_a_session_in_mid_round_tells_its_reader() -> None:
+async def test_removing_a_session_in_mid_round_tells_its_reader(session_of: Callable[..., Session]) -> None:
     session = session_of(playing=True)
     store = filled(SessionStore(5, 100, 60), session)
     reader = asyncio.create_task(session.answer.whole())
@@ -175,7 +182,7 @@ async def test_removing_a_session_in_mid_round_tells_its_reader() -> None:
         await reader
 
 
-def test_a_session_that_the_engine_gave_up_is_lost() -> None:
+def test_a_session_that_the_engine_gave_up_is_lost(session_of: Callable[..., Session]) -> None:
     session = session_of()
     store = filled(SessionStore(5, 100, 60), session)
     session.closed = True
@@ -185,7 +192,7 @@ def test_a_session_that_the_engine_gave_up_is_lost() -> None:
     assert len(store) == 0
 
 
-def test_a_key_whose_session_the_engine_gave_up_can_open_another() -> None:
+def test_a_key_whose_session_the_engine_gave_up_can_open_another(session_of: Callable[..., Session]) -> None:
     store, failed, second = SessionStore(5, 100, 60), session_of(), session_of()
     store.add("the key", failed)
     failed.closed = True
@@ -195,7 +202,7 @@ def test_a_key_whose_session_the_engine_gave_up_can_open_another() -> None:
     store.remove(second.id)
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_goes_first(session_of: Callable[..., Session]) -> None:
     one, two, three = session_of(), session_of(), session_of()
     store = filled(SessionStore(2, 100, 60), one, two)
     store.get(one.id)
@@ -204,7 +211,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert store.evictions == 1
 
 
-def test_tokens_of_all_sessions_together_are_bounded() -> None:
+def test_tokens_of_all_sessions_together_are_bounded(session_of: Callable[..., Session]) -> None:
     small, large = session_of(9), session_of(59)
     store = filled(SessionStore(100, 100, 60), small, large)
     filled(store, session_of(30))
@@ -215,7 +222,7 @@ def test_tokens_of_all_sessions_together_are_bounded() -> None:
     assert large.closed
 
 
-def test_idle_sessions_go_when_others_come() -> None:
+def test_idle_sessions_go_when_others_come(session_of: Callable[..., Session]) -> None:
     idle, fresh = session_of(), session_of()
     store = filled(SessionStore(100, 1000, 60), idle, fresh)
     idle.used_at = time.monotonic() - 61
@@ -223,7 +230,7 @@ def test_idle_sessions_go_when_others_come() -> None:
     assert [idle.closed, fresh.closed] == [True, False]
 
 
-def test_playing_sessions_are_never_evicted() -> None:
+def test_playing_sessions_are_never_evicted(session_of: Callable[..., Session]) -> None:
     playing, resting = session_of(playing=True), session_of()
     store = filled(SessionStore(2, 100, 60), playing, resting)
     playing.used_at -= 1000

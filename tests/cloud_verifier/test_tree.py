@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +21,8 @@ def next_token(text: tuple[int, ...], mood: int) -> int:
 
 
 def paths(tree: Tree) -> list[tuple[int, ...]]:
-    """Each node's text, read off the visibility alone: the tokens that it sees, itself last."""
-    visible = tree.visibility(len(tree))
-    return [
-        (*(tree.ids[i] for i in np.flatnonzero(row) if i != node), tree.ids[node]) for node, row in enumerate(visible)
-    ]
+    """Each node's text, read off the limits alone: the tokens that it sees, itself last."""
+    return [(*tree.ids[:limit], tree.ids[node]) for node, limit in enumerate(tree.limits)]
 
 
 def walk(tree: Tree, mood: int, end_ids: frozenset[int]) -> Verdict:
@@ -39,13 +35,6 @@ def test_nodes_of_a_draft_with_siblings() -> None:
     assert tree.ids == [9, 1, 2, 7, 5, 6]
     assert tree.positions == [99, 100, 101, 100, 101, 101]
     assert paths(tree) == [(9,), (9, 1), (9, 1, 2), (9, 7), (9, 1, 5), (9, 1, 6)]
-
-
-def test_padding_sees_only_itself() -> None:
-    """A row without any visible column would be all NaN."""
-    visible = Tree(9, 1, [1], {}).visibility(8)
-    assert visible[2:].tolist() == np.eye(8, dtype=np.bool_)[2:].tolist()
-    assert not visible[:2, 2:].any()
 
 
 def test_repeated_siblings_take_one_node() -> None:

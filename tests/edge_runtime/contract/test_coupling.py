@@ -197,7 +197,8 @@ def test_greedy_ties_go_to_the_lower_id() -> None:
     logits = np.zeros(1000, dtype=np.float32)
     logits[[500, 20, 900]] = 1.0
     assert Chooser(1000).rank(logits, Sampling(), 0, count=4).ids == [20, 500, 900, 0]
-    assert torch_form.choose(torch.from_numpy(logits)[None], [0], Sampling()) == [(20, 0.0)]
+    warping = torch_form.Warping.of([(Sampling(), [0])], torch.device("cpu"))
+    assert torch_form.choose(torch.from_numpy(logits)[None], warping).tolist() == [[20.0], [0.0]]
 
 
 def test_an_outsider_wins_with_extraordinary_noise() -> None:
@@ -218,7 +219,11 @@ def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, r
     logits[1:] = logits[1:, ::-1]
     places = data.draw(st.lists(positions, min_size=rows, max_size=rows))
     chooser = Chooser(logits.shape[1])
-    chosen = torch_form.choose(torch.from_numpy(logits), places, sampling)
+    warping = torch_form.Warping.of([(sampling, places)], torch.device("cpu"))
+    chosen = [
+        torch_form.Choice(int(token), margin)
+        for token, margin in torch_form.choose(torch.from_numpy(logits), warping).T.tolist()
+    ]
     through_rows = torch_form.Choices(torch.from_numpy(logits), places, sampling, chooser)
     for row, position in enumerate(places):
         ranked = chooser.rank(logits[row], sampling, position, count=2)

@@ -236,10 +236,10 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
         def __init__(self) -> None:
             vars(self).update(vars(tiny))
 
-        def prefill(self, *arguments: object):  # type: ignore[no-untyped-def]
+        def run(self, *arguments: object):  # type: ignore[no-untyped-def]
             held.set()
             go_on.wait(SECONDS)
-            return super().prefill(*arguments)  # type: ignore[arg-type]
+            return super().run(*arguments)  # type: ignore[arg-type]
 
     engine = Engine(Held, lambda target: None, lambda: 0)
     assert engine.stalled_seconds == float("inf")
@@ -247,7 +247,7 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
     await until(lambda: engine.target is not None)
     assert engine.stalled_seconds == 0.0
     answer = Answer(wire.RoundRequest(wire.VERSION, 0, 3, [], n=1))
-    engine.submit(Session([1, 2, 3], Sampling(), tiny.new_cache(), answer), answer)
+    engine.submit(Session([1, 2, 3], Sampling(), engine.target, answer), answer)
     await asyncio.to_thread(held.wait, SECONDS)
     await asyncio.sleep(0.05)
     assert engine.stalled_seconds >= 0.05

@@ -1,0 +1,337 @@
+"""What verifying costs: `python -m tests.benchmarks.verifier forwards|sharing|texts`.
+
+forwards   on CUDA: one round of many sessions on models of real shapes with random weights, beside the floor that
+           reading weights and cache once would take
+sharing    rounds of 16 sessions together and one by one, on the shipped family: tokens per second
+texts      how often a text depends on what it shared forwards with, where its margins were there, and what
+           `exact` costs
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cloud_verifier import attention
+from cloud_verifier.engine import Engine
+from cloud_verifier.packing import Piece
+from cloud_verifier.pool import Pool, Text
+from cloud_verifier.runner import Runner
+from cloud_verifier.sessions import Answer, Session
+from cloud_verifier.target import Target
+from cloud_verifier.tree import Tree
+from edge_runtime.contract.coupling import Sampling
+from edge_runtime.contract.wire import VERSION, RoundRequest
+
+FAMILY = Path(__file__).resolve().parents[2] / "export" / "family"
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "32B": {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+}
+# Milliseconds: asked for, and what a CUDA graph of transformers' own forward takes (DESIGN section 7).
+ASKED = {("7B", 1): (6.1, 7.9), ("7B", 16): (9.0, 11.2), ("7B", 64): (18.0, 26.0), ("32B", 1): (22.0, 25.5)}
+
+PROMPTS = (
+    "import os\n\n\ndef main(",
+    "class Stack:\n    def __init__(self",
+    "def fibonacci(n: int) -> int:\n",
+    "for index, line in enumerate(",
+    "try:\n    import json\nexcept",
+    "    def test_empty(self):\n        ",
+    "#!/usr/bin/env python\n# -*- coding",
+    "with open(path, 'rb') as",
+)
+
+
+def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A Llama of a real shape with random weights."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False)
+    config._attn_implementation = attention.NAME
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.nn.init.normal_ = lambda tensor, *_, **__: tensor  # type: ignore[assignment]
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+            with torch.no_grad():
+                for weights in model.parameters():
+                    weights.copy_(torch.empty_like(weights).uniform_(-0.03, 0.03) if weights.ndim > 1 else 1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def bandwidth() -> float:
+    """Bytes per second that this device's memory gives, read and written."""
+    one = torch.empty(1 << 30, dtype=torch.int64, device="cuda")
+    other = torch.empty_like(one)
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        other.copy_(one)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * one.nbytes / min(seconds)
+
+
+def rounds(runner: Runner, pool: Pool, sessions: int, draft: int, context: int) -> list[Piece]:
+    """One round of each session behind `context` tokens."""
+    pieces = []
+    for _ in range(sessions):
+        text = Text()
+        pool.reserve(text, context + 80)
+        text.length = context
+        tree = Tree(7, context + 1, list(range(10, 10 + draft)), {})
+        pieces.append(Piece.of_tree(text, tree, Sampling(1.0, seed=5)))
+    return pieces
+
+
+def median_ms(work: Any, repeats: int = 30) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds)
+
+
+def profile(work: Any) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(5):
+            work()
+        torch.cuda.synchronize()
+    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))
+
+
+def forwards(options: argparse.Namespace) -> None:
+    from cloud_verifier.graphs import GraphRunner
+
+    speed = bandwidth()
+    table = Table(title=f"one round, context {options.context}, bfloat16, {torch.cuda.get_device_name()}")
+    for column in (
+        "shape",
+        "sessions",
+        "K",
+        "round, ms",
+        "of it the graph, ms",
+        "floor, ms",
+        "round / floor",
+        "asked, ms",
+    ):
+        table.add_column(column, justify="right")
+    for shape in options.shape:
+        model = random_model(shape, "cuda")
+        weights = sum(value.nbytes for name, value in model.named_parameters() if "embed_tokens" not in name)
+        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled)
+        for sessions in options.sessions:
+            pool = Pool(runner.shape, sessions * (options.context + 160))
+            for draft in options.draft:
+                pieces = rounds(runner, pool, sessions, draft, options.context)
+                if sum(map(len, pieces)) > runner.most_rows:
+                    continue
+                started = time.perf_counter()
+                runner.run(pool, pieces)
+                print(
+                    f"{shape}, {sessions} sessions, K={draft}: ready in {time.perf_counter() - started:.1f} s",
+                    flush=True,
+                )
+                whole = median_ms(lambda: runner.run(pool, pieces))
+                rows = runner._planned(pool, pieces)
+                replay = median_ms(lambda: runner._replay(pool, rows))
+                if options.profile:
+                    profile(lambda: runner._replay(pool, rows))
+                cache = sessions * options.context * runner.shape.bytes_per_token
+                floor = 1e3 * (weights + cache) / speed
+                asked, naive = ASKED.get((shape, sessions), (None, None)) if draft == 5 else (None, None)
+                table.add_row(
+                    shape,
+                    str(sessions),
+                    str(draft),
+                    f"{whole:.2f}",
+                    f"{replay:.2f}",
+                    f"{floor:.2f}",
+                    f"{whole / floor:.2f}",
+                    f"{asked} (naive graph {naive})" if asked else "",
+                )
+                for piece in pieces:
+                    pool.release(piece.text)
+            runner._graphs.clear()
+            del pool
+            torch.cuda.empty_cache()
+        del runner, model
+        torch.cuda.empty_cache()
+    Console(width=120).print(table)
+    print(f"memory gives {speed / 1e12:.2f} TB/s (a copy, read and written)")
+
+
+async def text(
+    engine: Engine,
+    target: Target,
+    prompt: list[int],
+    sampling: Sampling,
+    count: int,
+    draft: int,
+    seed: int,
+    truth: Sequence[int] = (),
+) -> tuple[list[int], list[tuple[int, float]]]:
+    """A text of `count` tokens as a board would have it verified, drafts being right about 4 times of 5; close calls."""
+    random = Random(seed)
+    own = RoundRequest(VERSION, 0, len(prompt), n=1 if draft else 16)
+    answer = Answer(own)
+    session = Session(list(prompt), sampling, target, answer)
+    new: list[int] = []
+    calls: list[tuple[int, float]] = []
+    number = 0
+    while True:
+        engine.submit(session, answer)
+        frame = await answer.whole()
+        new += answer.request.draft[: frame.accepted] + frame.tokens
+        calls += frame.close_calls
+        if len(new) >= count or frame.finish:
+            engine.release(session)
+            return new[:count], calls
+        number += 1
+        known = truth[len(new) : len(new) + draft]
+        guess = [token if random.random() < 0.8 else random.randrange(target.vocabulary_size) for token in known]
+        n = 1 if draft else min(16, count - len(new))
+        answer = session.begin(RoundRequest(VERSION, number, len(prompt) + len(new), draft=guess, n=n))
+
+
+async def all_texts(
+    target: Target,
+    jobs: Sequence[tuple[list[int], Sampling]],
+    count: int,
+    draft: int,
+    together: int,
+    truths: Any = None,
+) -> tuple[list[tuple[list[int], list[tuple[int, float]]]], float]:
+    """The texts of all jobs, so many at once; seconds."""
+    engine = Engine(lambda: target, lambda _: None, lambda: 0, tokens=64 * 1024)
+    engine.start()
+    while engine.target is None:
+        await asyncio.sleep(0.01)
+    slots = asyncio.Semaphore(together)
+
+    async def one(index: int) -> tuple[list[int], list[tuple[int, float]]]:
+        async with slots:
+            prompt, sampling = jobs[index]
+            truth = truths[index] if truths else ()
+            return await text(engine, target, prompt, sampling, count, draft, index, truth)
+
+    started = time.perf_counter()
+    said = await asyncio.gather(*(one(index) for index in range(len(jobs))))
+    seconds = time.perf_counter() - started
+    await asyncio.to_thread(engine.stop)
+    return said, seconds
+
+
+def family_jobs(copies: int, temperature: float) -> list[tuple[list[int], Sampling]]:
+    tokenizer = Tokenizer.from_file(str(FAMILY / "target-v1" / "tokenizer.json"))
+    sampling = [Sampling(temperature, seed=seed, ignore_eos=True) for seed in range(copies)]
+    return [(tokenizer.encode(prompt).ids, each) for each in sampling for prompt in PROMPTS]
+
+
+def sharing(options: argparse.Namespace) -> None:
+    target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, options.dtype))
+    jobs = family_jobs(4, 1.0)
+    table = Table(title=f"{len(jobs)} texts of {options.tokens} tokens, {options.device}, {options.dtype}")
+    for column in ("drafts", "one by one, tokens/s", "16 together, tokens/s", "ratio"):
+        table.add_column(column, justify="right")
+    truths = [new for new, _ in asyncio.run(all_texts(target, jobs, options.tokens, 0, 16))[0]]
+    for draft in (0, 5):
+        rates = []
+        for together in (1, 16):
+            said, seconds = asyncio.run(all_texts(target, jobs, options.tokens, draft, together, truths))
+            assert [new for new, _ in said] == truths or options.dtype != "float32", "a text depends on its company"
+            rates.append(len(jobs) * options.tokens / seconds)
+        name = "none (the cloud writes, n=16)" if not draft else f"K={draft}, 4 of 5 right"
+        table.add_row(name, f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
+    Console(width=120).print(table)
+
+
+def texts(options: argparse.Namespace) -> None:
+    table = Table(title=f"texts of {options.tokens} tokens on {options.device}: alone, and among 16 with drafts")
+    for column in ("dtype", "T", "texts", "differ", "margin where they first do", "close calls a text", "seconds"):
+        table.add_column(column, justify="right")
+    for dtype, exact in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        if exact and options.device == "cpu":
+            continue
+        target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, dtype), exact=exact)
+        for temperature in (0.0, 1.0):
+            jobs = family_jobs(5, temperature)
+            alone = [new for new, _ in asyncio.run(all_texts(target, jobs, options.tokens, 0, 1))[0]]
+            said, seconds = asyncio.run(all_texts(target, jobs, options.tokens, 5, 16, alone))
+            margins = []
+            for (prompt, _), (new, calls), known in zip(jobs, said, alone, strict=True):
+                place = next((i for i, (a, b) in enumerate(zip(new, known, strict=True)) if a != b), None)
+                if place is not None:
+                    margins.append(dict(calls).get(len(prompt) + place, float("inf")))
+            shown = f"{min(margins):.3f} to {max(margins):.3f}" if margins else ""
+            close = sum(len(calls) for _, calls in said) / len(said)
+            name = f"{dtype}, exact" if exact else dtype
+            table.add_row(
+                name, f"{temperature:g}", str(len(jobs)), str(len(margins)), shown, f"{close:.1f}", f"{seconds:.1f}"
+            )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("forwards")
+    command.add_argument("--shape", nargs="+", default=["7B", "32B"], choices=SHAPES)
+    command.add_argument("--sessions", nargs="+", type=int, default=[1, 16, 64])
+    command.add_argument("--draft", nargs="+", type=int, default=[0, 5, 16])
+    command.add_argument("--context", type=int, default=512)
+    command.add_argument("--exact", action="store_true")
+    command.add_argument("--compiled", action="store_true")
+    command.add_argument("--profile", action="store_true", help="show where a forward's time goes")
+    command.set_defaults(run=forwards)
+    for name, run in (("sharing", sharing), ("texts", texts)):
+        command = commands.add_parser(name)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--dtype", default="float32")
+        command.add_argument("--tokens", type=int, default=128)
+        command.set_defaults(run=run)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
