@@ -1,7 +1,8 @@
 """Attention over the pool on CUDA, in Triton: keys and values are read where they lie, page by page.
 
-What one row's result is made of does not depend on the rows beside it: keys are taken in the order of the text, in tiles
-of one page, in spans of a fixed length whose results are joined in order (compare flash decoding, Dao et al. 2023).
+What one row's result is made of does not depend on the rows beside it: keys are taken in the order of the text, in
+tiles of one page, in spans of a fixed length whose results are joined in order (compare flash decoding, Dao et al.
+2023).
 """
 
 # No postponed annotations here: Triton reads `tl.constexpr` off them.

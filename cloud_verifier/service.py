@@ -29,7 +29,7 @@ from cloud_verifier.openapi import document
 from cloud_verifier.principals import Doors, Principal, Role
 from cloud_verifier.request_log import log_request, request_id
 from cloud_verifier.rollout import Rollout
-from cloud_verifier.sessions import Session, SessionStore
+from cloud_verifier.sessions import SessionStore
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.submitting import Submitter
 from cloud_verifier.target import Target
