@@ -60,7 +60,7 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     options = _parser().parse_args(arguments)
-    logs.set_up(options.log_level, "cloud-verifier")
+    logs.set_up(options.log_level, "cloud-verifier", form=options.log_format)
     try:
         return int(options.run(options))
     except FlexSpecError as error:
@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="cloud-verifier", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--log-level", default="warning", choices=logs.LEVELS, help="default: %(default)s")
+    parser.add_argument(
+        "--log-format", default="text", choices=logs.FORMATS, help="json: an object a line (default: %(default)s)"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cloud_verifier.sessions import Answer
 from edge_runtime.contract.errors import VerifierRefused
@@ -40,6 +44,7 @@ class InFlight:
         self._max_queue_seconds = max_queue_seconds
         self._playing: set[Answer] = set()
         self._waiting: deque[_Waiting] = deque()
+        self._exchanges = 0
         self._none_left = asyncio.Event()
         self._none_left.set()
 
@@ -86,11 +91,26 @@ class InFlight:
     def leave(self, answer: Answer) -> None:
         """It is over."""
         self._playing.discard(answer)
-        if not self._playing:
+        self._look()
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """A request, until the last byte of its answer is on its way."""
+        self._exchanges += 1
+        self._none_left.clear()
+        try:
+            yield
+        finally:
+            self._exchanges -= 1
+            self._look()
+
+    def _look(self) -> None:
+        if not self._playing and not self._exchanges:
             self._none_left.set()
 
     async def drain(self, seconds: float) -> bool:
-        """From now on plays nothing new. Returns when all rounds are over, and whether they were within `seconds`."""
+        """From now on plays nothing new. Returns when all rounds are over and told, or after `seconds`; whether they
+        were."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -98,3 +118,15 @@ class InFlight:
         except TimeoutError:
             return False
         return True
+
+
+class Counted:
+    """An ASGI application whose requests `in_flight` knows of, streams to their end."""
+
+    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
+        self._app = app
+        self._in_flight = in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._in_flight.exchange() if scope["type"] == "http" else contextlib.nullcontext():
+            await self._app(scope, receive, send)

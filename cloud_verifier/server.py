@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 # For rounds to end once this process has been told to.
 GRACE_SECONDS = 10.0
+# Then, for their last bytes to leave granian, which says nothing of that; and for boards in the middle of a text to ask
+# for their next round, and learn that they should ask elsewhere.
+LINGER_SECONDS = 0.5
 
 
 class Server(listening.Server):
@@ -65,6 +68,8 @@ async def serve(
         notifier.stopping("rounds in progress may end")
         if not await service.drain(grace):
             log.warning("%d rounds were not over within %g s", len(service.in_flight), grace)
+        if len(service.sessions):
+            await asyncio.sleep(LINGER_SECONDS)
     finally:
         await server.stop()
 

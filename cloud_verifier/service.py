@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,7 +23,7 @@ from cloud_verifier.admin import OPERATIONS, Admin
 from cloud_verifier.checking import Limits, check_opening, check_round
 from cloud_verifier.engine import Engine
 from cloud_verifier.exchanges import message_of, refuse, reply, respond, while_connected
-from cloud_verifier.inflight import InFlight
+from cloud_verifier.inflight import Counted, InFlight
 from cloud_verifier.limiting import check_prompt_length
 from cloud_verifier.metrics import Metrics
 from cloud_verifier.openapi import document
@@ -88,6 +89,7 @@ class Service:
                 Route("/metrics", self._answering(self.show_metrics)),
                 Route("/openapi.json", self._answering(self.openapi)),
             ],
+            middleware=[Middleware(Counted, self.in_flight)],
             exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )

@@ -1,10 +1,13 @@
-"""Where the log goes: the journal, with fields, where systemd runs the process; else standard error, for people.
+"""Where the log goes: the journal, with fields, where systemd runs the process; else standard error, for people, or as
+JSON for whoever collects it.
 
 No prompt and no answer is ever in it, unless the configuration says so (`[log] prompts`): who logs one asks first.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
 import os
 import socket
@@ -16,8 +19,9 @@ from pathlib import Path
 # Ours. Other packages are asked for warnings only: at a lower level some write every header, tokens included.
 PACKAGES = ("edge_runtime", "cloud_verifier", "device_profiles")
 LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("text", "json")
 JOURNAL = Path("/run/systemd/journal/socket")
-# Fields of a record that are for the journal alone: `log.info(..., extra={FIELDS: {...}})`.
+# Fields of a record that are for the journal, and for JSON: `log.info(..., extra={FIELDS: {...}})`.
 FIELDS = "journal_fields"
 # The kernel takes no datagrams of more than some 200 KB.
 LONGEST = 64 * 1024
@@ -26,18 +30,26 @@ _prompts = False
 SYSLOG = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
-def set_up(level: str, program: str, *, prompts: bool = False, environ: Mapping[str, str] = os.environ) -> None:
+def set_up(
+    level: str,
+    program: str,
+    *,
+    prompts: bool = False,
+    form: str = "text",
+    environ: Mapping[str, str] = os.environ,
+) -> None:
     """Logs from `level` on, one of `LEVELS`; may be called again.
 
     Args:
         program: its name in the journal.
         prompts: whether prompts and answers are logged, too.
+        form: one of `FORMATS`; JSON goes to standard error, an object a line, whoever runs the process.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, _Handler):
             root.removeHandler(handler)
-    root.addHandler(_Handler(program, JOURNAL if _is_journal(environ) else None))
+    root.addHandler(_Handler(program, JOURNAL if _is_journal(environ) and form == "text" else None, form))
     root.setLevel(logging.WARNING)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(level.upper())
@@ -54,9 +66,10 @@ def prompts_wanted() -> bool:
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """To the journal in its own protocol, else to standard error."""
 
-    def __init__(self, program: str, journal: Path | None) -> None:
+    def __init__(self, program: str, journal: Path | None, form: str) -> None:
         super().__init__(sys.stderr)
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+        self.setFormatter(_Json() if form == "json" else text)
         self._program = program
         self._journal = journal
 
@@ -70,6 +83,22 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
                 # Standard error is the journal, too.
                 pass
         super().emit(record)
+
+
+class _Json(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        fields = {name.lower(): value for name, value in getattr(record, FIELDS, {}).items()}
+        return json.dumps(said | fields, default=str)
 
 
 def journal_entry(record: logging.LogRecord, program: str) -> bytes:

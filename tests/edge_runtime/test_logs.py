@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import socket
 import struct
@@ -16,7 +18,7 @@ import logging, pathlib, sys
 from edge_runtime import logs
 logs.JOURNAL = pathlib.Path(sys.argv[1])
 logs.set_up(sys.argv[2], "edge-runtime")
-logs.set_up(sys.argv[2], "edge-runtime")
+logs.set_up(sys.argv[2], "edge-runtime", form=sys.argv[3])
 log = logging.getLogger("edge_runtime.service")
 log.debug("in detail")
 log.info("two\\nlines", extra={logs.FIELDS: {"FLEXSPEC_TOKENS": 7}})
@@ -28,12 +30,12 @@ except ZeroDivisionError:
 """
 
 
-def run(tmp_path: Path, level: str, *, journal: bool) -> str:
+def run(tmp_path: Path, level: str, *, journal: bool, form: str = "text") -> str:
     """What the program above says on standard error."""
     with (tmp_path / "stderr").open("w+") as stderr:
         status = os.fstat(stderr.fileno())
         environ = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "journal"), level]
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "journal"), level, form]
         subprocess.run(command, stderr=stderr, env=environ, check=True, timeout=60)
         stderr.seek(0)
         return stderr.read()
@@ -49,6 +51,14 @@ def parse(datagram: bytes) -> dict[str, str]:
         assert rest[8 + length : 9 + length] == b"\n"
         datagram = rest[9 + length :]
     return fields
+
+
+def test_lines_for_programs(tmp_path: Path) -> None:
+    first, second, third = map(json.loads, run(tmp_path, "debug", journal=True, form="json").splitlines())
+    assert (first["level"], first["logger"], first["message"]) == ("debug", "edge_runtime.service", "in detail")
+    assert datetime.datetime.fromisoformat(first["time"]).tzinfo is not None
+    assert (second["message"], second["flexspec_tokens"]) == ("two\nlines", 7)
+    assert "ZeroDivisionError" in third["exception"]
 
 
 @pytest.mark.parametrize(("level", "first"), [("debug", "DEBUG edge_runtime.service: in detail"), ("error", "ERROR ")])
