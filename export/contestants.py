@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cloud_verifier.sampling import choose, coupled_scores
+from cloud_verifier.sampling import Warping, choose, coupled_scores
 from device_profiles.profile import cache_bytes, weight_bytes
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.draft import DraftContext, OnnxDraft, Proposal
@@ -172,7 +172,8 @@ class Writer:
         for passage, logits in zip(passages, judged_logits(self._model, passages), strict=True):
             tokens: list[int] = []
             for rows, positions in _pieces(logits, passage.positions):
-                tokens += [choice.token for choice in choose(rows, positions, passage.sampling)]
+                warping = Warping.of([(passage.sampling, positions)], rows.device)
+                tokens += [int(token) for token in choose(rows, warping)[0].tolist()]
             chosen.append(tokens)
         return chosen
 
@@ -219,8 +220,7 @@ class Writer:
 def draw(logits: torch.Tensor, position: int, samplings: Sequence[Sampling]) -> list[int]:
     """Each row's token at `position`, chosen on the device; logits (rows, V) float32, a sampling for each row."""
     if any(sampling.temperature for sampling in samplings):
-        rows = zip(logits.split(1), samplings, strict=True)
-        logits = torch.cat([coupled_scores(row, [position], sampling) for row, sampling in rows])
+        logits = coupled_scores(logits, Warping.of([(each, [position]) for each in samplings], logits.device))
     return [int(token) for token in logits.argmax(-1).tolist()]
 
 
@@ -245,7 +245,8 @@ def _ranked(logits: torch.Tensor, passage: Passage) -> Guesses:
     confidences: list[float] = []
     temperature = passage.sampling.temperature or 1.0
     for rows, positions in _pieces(logits, passage.positions):
-        best = coupled_scores(rows, positions, passage.sampling).topk(min(1 + SIBLINGS, rows.shape[-1]), dim=-1).indices
+        scores = coupled_scores(rows, Warping.of([(passage.sampling, positions)], rows.device))
+        best = scores.topk(min(1 + SIBLINGS, rows.shape[-1]), dim=-1).indices
         candidates += best.tolist()
         confidences += (rows / temperature).softmax(-1).gather(-1, best[:, :1])[:, 0].tolist()
     return Guesses(candidates, confidences)
