@@ -1,4 +1,4 @@
-"""A target version that is stored as the tensors in which it differs from its base."""
+"""A target version that is stored as the tensors in which it differs from its base; perhaps in 8 bits (`compact`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from cloud_verifier.compact import names_of, unpack
 from edge_runtime.contract.errors import TargetError
 
 # The tensors, and which base they belong to: {"format_version": 1, "base": "../target-v1"}.
@@ -45,7 +46,7 @@ def changed_names(path: Path) -> set[str]:
         return set()
     try:
         with safe_open(path / CHANGED, framework="pt") as tensors:
-            return set(tensors.keys())
+            return names_of(tensors.keys())
     except (OSError, SafetensorError) as error:
         raise TargetError(f"{path / CHANGED} cannot be read ({error}); copy the version again") from None
 
@@ -57,7 +58,7 @@ def put_changes(model: Any, path: Path) -> None:
         TargetError: they do not fit, or cannot be read.
     """
     changed_names(path)
-    changed = load_file(path / CHANGED)
+    changed = unpack(load_file(path / CHANGED))
     parameters = dict(model.named_parameters())
     for name, value in changed.items():
         if name not in parameters or parameters[name].shape != value.shape:

@@ -1,7 +1,8 @@
 """A draft on disk: only what it does not share with its target, and how to put the two together again.
 
-A draft directory holds `draft.safetensors` (the new tensors, bfloat16) and `draft.json` (the layout, and the identity
-of the target tensors that it was trained with). The target's configuration and shared tensors come from the target.
+A draft directory holds `draft.safetensors` (the new tensors, in bfloat16 or, packed, in 8 bits: see
+`cloud_verifier.compact`) and `draft.json` (the layout, and the identity of the target tensors that it was trained
+with). The target's configuration and shared tensors come from the target.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ try:
 except ImportError:  # where release 5 has it
     from transformers.initialization import no_init_weights
 
+from cloud_verifier.compact import pack, unpack
 from edge_runtime.contract.errors import DraftError, InputError
 from export.checkpoints import read_tensors, tensor_files
 from export.layouts import DraftPlan, describe_shared, draft_config, freeze_shared
@@ -48,8 +50,13 @@ class DraftDescription:
     tensors: tuple[str, ...]
 
 
-def save_draft(draft: PreTrainedModel, plan: DraftPlan, target_directory: Path, directory: Path) -> None:
+def save_draft(
+    draft: PreTrainedModel, plan: DraftPlan, target_directory: Path, directory: Path, *, packed: bool = False
+) -> None:
     """Writes the draft's own tensors and their description; `target_directory` is what it was trained for.
+
+    Args:
+        packed: matrices in 8 bits: half the file, for drafts that will be stored in no more bits anyway.
 
     Raises:
         DraftError: a shared tensor of `draft` is no longer the target's.
@@ -59,16 +66,13 @@ def save_draft(draft: PreTrainedModel, plan: DraftPlan, target_directory: Path, 
     for name, tensor in shared.items():
         if name in parameters and not torch.equal(parameters[name].detach().float().cpu(), tensor.float()):
             raise DraftError(f"{name} is shared with {target_directory} and was changed: freeze it and train again")
-    own = {
-        name: parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, parameter in parameters.items()
-        if name not in shared
-    }
+    own = {name: parameter.detach().cpu() for name, parameter in parameters.items() if name not in shared}
+    stored = pack(own) if packed else {name: tensor.to(torch.bfloat16) for name, tensor in own.items()}
     description = DraftDescription(
         FORMAT_VERSION, draft.config.model_type, plan, _identity(shared, plan), tuple(sorted(own))
     )
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(own, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, directory / WEIGHTS, {"format": "pt"})
     text = json.dumps(asdict(description), indent=2) + "\n"
     (directory / DESCRIPTION).write_text(text, encoding="utf-8")
 
@@ -96,7 +100,7 @@ def load_draft(directory: Path, target_directory: Path) -> PreTrainedModel:
             f"{identity}: name the target that it was made for, or train a draft for this one"
         )
     try:
-        own = load_file(directory / WEIGHTS)
+        own = unpack(load_file(directory / WEIGHTS))
     except (OSError, SafetensorError) as error:
         raise DraftError(f"{directory / WEIGHTS} cannot be read ({error}): copy the draft again") from None
     # Every parameter is about to be filled: random ones for billions of weights would take longer than all the rest.

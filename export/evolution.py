@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cloud_verifier.changes import CHANGED, CHANGES, put_changes
+from cloud_verifier.compact import pack
 from export.checkpoints import read_tensors
 from export.target import Text, load_target, next_token_loss
 from export.training import Curve, Plan, fit
@@ -63,16 +64,16 @@ def tune(
 
 
 def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, base_path: str) -> list[str]:
-    """Writes the parameters that are no longer those of `base_directory`, in bfloat16; returns their names.
+    """Writes the parameters that are no longer those of `base_directory`, matrices in 8 bits; returns their names.
 
     Args:
         base_path: how the result finds its base, relative to itself.
     """
     parameters = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.named_parameters()}
     stored = read_tensors(base_directory, parameters)
-    changed = {name: value.contiguous() for name, value in parameters.items() if not torch.equal(value, stored[name])}
+    changed = {name: value for name, value in parameters.items() if not torch.equal(value, stored[name])}
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(changed, directory / CHANGED, metadata={"format": "pt"})
+    save_file(pack(changed), directory / CHANGED, metadata={"format": "pt"})
     note = {"format_version": 1, "base": base_path}
     (directory / CHANGES).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return sorted(changed)

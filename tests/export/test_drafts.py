@@ -109,3 +109,14 @@ def test_missing_and_damaged_files_are_told_apart(saved: tuple[Path, Path], tmp_
     (draft / DESCRIPTION).write_text("{}")
     with pytest.raises(DraftError, match="does not describe a draft"):
         load_draft(draft, target)
+
+
+def test_a_packed_draft_is_nearly_the_same_and_half_as_large(save_target: SaveTarget, tmp_path: Path) -> None:
+    target, directory = save_target("llama", hidden_size=64, intermediate_size=96)
+    draft, plan = build_draft(target, new_blocks=3, shared_blocks=0)
+    for name, packed in (("whole", False), ("packed", True)):
+        save_draft(draft, plan, directory, tmp_path / name, packed=packed)
+    whole, small = (load_draft(tmp_path / name, directory) for name in ("whole", "packed"))
+    assert (tmp_path / "packed" / WEIGHTS).stat().st_size < 0.6 * (tmp_path / "whole" / WEIGHTS).stat().st_size
+    logits, others = whole(input_ids=IDS).logits, small(input_ids=IDS).logits
+    assert 0 < (logits - others).abs().max() < 0.05 * logits.abs().max()
