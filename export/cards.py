@@ -47,8 +47,8 @@ TUNED = """
 # target-v4
 
 [target-v1](../target-v1) with block {blocks} trained on in full, on text of all domains: stored as the {tensors}
-tensors that changed. `cloud-verifier serve` loads it; the last block, norm, head and embedding are as they were, for
-drafts contain them.
+tensors that changed, matrices in 8 bits. `cloud-verifier serve` loads it; the last block, norm, head and embedding are
+as they were, for drafts contain them.
 
 {steps} steps of {batch} tokens, final training loss {loss:.3f} nats.
 """
@@ -56,11 +56,11 @@ drafts contain them.
 DRAFT = """
 # draft-anchor
 
-The part of a draft model that is its own: {new_blocks} blocks that run before the last {shared_blocks} of
-[target-v1](../target-v1), which it shares with its embedding, norm and head. Assemble it with
-`export.drafts.load_draft`.
+The part of a draft model that is its own: {new_blocks} blocks. Norm, head and embedding it shares with
+[target-v1](../target-v1). Assemble it with `export.drafts.load_draft`; its matrices are stored in 8 bits.
 
-Distilled for {steps} steps of {batch} tokens ({objective} loss). On held-out text:
+Distilled for {steps} steps of {batch} tokens ({objective} loss) from target v1, and from LoRAs of it towards what it
+may come to write ({futures}). On held-out text:
 
 {agreement}
 """

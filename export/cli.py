@@ -56,7 +56,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    from export import comparing, diagnosing, distilling, evaluating, recipe, signing
+    from export import comparing, diagnosing, distilling, evaluating, growing, signing
 
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,11 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     family = commands.add_parser(
         "family",
         help="train the example family from nothing",
-        description=recipe.__doc__,
+        description=growing.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    recipe.add_arguments(family)
-    family.set_defaults(run=recipe.run_with)
+    growing.add_arguments(family)
+    family.set_defaults(run=growing.run_with)
     record = commands.add_parser(
         "record",
         help="record how a draft is accepted, for simulations",

@@ -10,9 +10,11 @@ The losses compare two distributions over the next token, the target's p and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -64,27 +66,62 @@ def distillation_loss(
     return loss
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Who teaches, on what, and how much of every batch."""
+
+    teacher: Teacher
+    text: Text
+    share: float = 1.0
+
+
 def distil(
-    teachers: Sequence[Teacher],
+    lessons: Sequence[Lesson],
     draft: PreTrainedModel,
-    text: Text,
     plan: Plan,
     *,
     objective: Objective = "mixed",
     checkpoint: Path | None = None,
+    compiled: bool = False,
 ) -> Curve:
-    """Trains the unfrozen parameters of `draft`, in place, to say what `teachers` say on `text`.
+    """Trains the unfrozen parameters of `draft`, in place, to say what the teachers of `lessons` say on their texts.
 
-    Each part of a step has one teacher, drawn at random: a draft that is to outlive its target is not taught one
-    target's habits alone (see `export.teachers`).
+    Every batch has some of every lesson, if it has rows for all: a draft that is to outlive its target is not taught
+    one target's habits alone (see `export.teachers`).
+
+    Args:
+        compiled: the loss becomes one kernel; it is half of a step's time where the model is small.
     """
     torch.manual_seed(plan.seed)
+    blended = torch.compile(_blended, dynamic=False) if compiled else None
 
     def loss(step: Step) -> torch.Tensor:
-        teacher = teachers[int(step.random.integers(len(teachers)))] if len(teachers) > 1 else teachers[0]
-        ids = text.windows(step.rows, step.length, step.random)
-        with torch.no_grad():
-            wanted = teacher(ids)
-        return distillation_loss(wanted, draft(input_ids=ids, use_cache=False).logits, objective, step.done)
+        counts = divide(step.rows, [lesson.share for lesson in lessons], step.random)
+        texts, wanted = [], []
+        for lesson, count in zip(lessons, counts, strict=True):
+            if count:
+                texts.append(lesson.text.windows(count, step.length, step.random))
+                with torch.no_grad():
+                    wanted.append(lesson.teacher(texts[-1]))
+        given = draft(input_ids=torch.cat(texts), use_cache=False).logits
+        if blended is None:
+            return distillation_loss(torch.cat(wanted), given, objective, step.done)
+        weight = torch.tensor(lk_weight(objective, step.done), device=given.device)
+        value: torch.Tensor = blended(torch.cat(wanted).flatten(0, 1), given.flatten(0, 1), weight)
+        return value
 
     return fit(draft, loss, plan, label=f"draft ({objective})", checkpoint=checkpoint)
+
+
+def divide(rows: int, shares: Sequence[float], random: np.random.Generator) -> list[int]:
+    """How many of `rows` each share gets: whole numbers, right on average even for shares of less than a row."""
+    edges = np.cumsum(shares) / np.sum(shares) * rows
+    whole = np.floor(edges + random.random())
+    whole[-1] = rows
+    return [int(count) for count in np.diff(whole, prepend=0)]
+
+
+def _blended(target_logits: torch.Tensor, draft_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Both losses in the proportion that a tensor says, so that one compiled function serves a whole training."""
+    lost = 1 - overlap(target_logits, draft_logits).mean()
+    return (1 - weight) * kl_divergence(target_logits, draft_logits).mean() + weight * lost

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edge_runtime.contract.errors import FlexSpecError, InputError, TargetError
 from export.agreement import Agreement, measure
-from export.distillation import Objective, distil
+from export.distillation import Lesson, Objective, distil
 from export.drafts import load_draft, save_draft
 from export.layouts import LAYOUTS, build_draft
 from export.samples import SamplePlan, sample
@@ -98,7 +98,8 @@ def distill(order: Order, output: Path, device: torch.device) -> Agreement:
         if order.samples:
             written = _write_samples(target, training, order, partial, device)
             text = Mixture(((training, 1 - SAMPLES_SHARE), (written, SAMPLES_SHARE)))
-        curve = distil(teachers, draft, text, order.plan, objective=order.objective, checkpoint=partial / "checkpoint")
+        lessons = [Lesson(teacher, text) for teacher in teachers]
+        curve = distil(lessons, draft, order.plan, objective=order.objective, checkpoint=partial / "checkpoint")
         save_draft(draft, plan, order.target, partial)
         # What is stored is measured, not what was trained: bfloat16 keeps less.
         stored = load_draft(partial, order.target).to(device)

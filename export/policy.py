@@ -73,7 +73,6 @@ class Lesson:
     seed: int = 0
     settings: int = 1000
     drills: int = 6000
-    drills: int = 4000
 
 
 @dataclass(frozen=True)

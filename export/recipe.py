@@ -1,62 +1,64 @@
-"""The example family from nothing: corpus and tokenizer, target v1, its next versions, draft, bundle, evaluation.
-
-    draft-export family --size smoke --corpus DIR --out DIR
-
-The corpus and bundle stages need only a CPU; the others take minutes on one GPU. A stage whose result exists is
-skipped, and a stage that was killed goes on from its last checkpoint, so the same command may simply be given again.
-Controls (a standalone draft of the same cost, and drafts that are made anew for each version) are made for the
-evaluation alone, and not shipped.
-"""
+"""What the example family is made of and how, stage by stage; `export.growing` is the command."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from edge_runtime.contract.errors import FlexSpecError, InputError
 from export import cards
 from export.agreement import measure
 from export.checkpoints import save_model
 from export.corpus import CPP, DOMAINS, PYTHON, STUBS, Corpus, gather
-from export.distillation import Objective, distil
-from export.drafts import load_draft, save_draft
+from export.distillation import Lesson, Objective, distil
+from export.drafts import load_draft, read_description, save_draft
 from export.evolution import evolve, load_evolved, save_adapter, save_changes, tune
-from export.layouts import LAYOUTS, DraftPlan, build_draft, plan_draft
+from export.layouts import LAYOUTS, build_draft, plan_draft
+from export.rounding import rounded
 from export.samples import sample
-from export.sizes import SIZES, Size
+from export.sizes import Size
 from export.target import load_target, pretrain
 from export.teachers import plain, siblings
 from export.tokens import Mixture, TokenStream, read_ids, tokenise, write_ids
 from export.training import Curve, Plan, write_json
 from export.vocabulary import TOKENIZER_FILES, save_tokenizer, train_tokenizer
 
-STAGES = ("corpus", "target", "evolve", "evolve-v3", "evolve-v4", "distill", "bundle", "controls", "evaluate")
-TRAINED_STAGES = ("target", "evolve", "tune", "distill")
 TARGET, DRAFT, BUNDLE, EVALUATION = "target-v1", "draft-anchor", "bundle", "evaluation"
 # The next versions, and what they are for; the last is trained in full where drafts share nothing.
 LORAS = {"target-v2": CPP.name, "target-v3": STUBS.name}
 TUNED = "target-v4"
+# Not the versions: other seeds, ranks and mixtures; but the same kinds of text.
+FUTURES: Mapping[str, Mapping[str, float]] = {
+    "future-cpp": {"cpp": 0.8, "python": 0.2},
+    "future-stubs": {"stubs": 0.8, "python": 0.2},
+    "future-all": {"python": 0.4, "cpp": 0.3, "stubs": 0.3},
+}
+# How much of the draft's lessons each future gives, and how much of its text it wrote itself.
+FUTURE_SHARE, FUTURE_SAMPLES = 0.18, 0.4
 CONTROLS, STANDALONE = "controls", "standalone"
+# Taught otherwise, in as many steps as the drafts made anew: as the shipped one; by KL alone; without futures.
+EQUAL, KL, UNWARNED = "equal", "kl", "unwarned"
+# The shipped draft, gone on learning with 4 bits.
+SETTLED = "settled"
 # Shares of the text that the tokenizer, the next version and the draft learn from.
 TOKENIZER_CPP_SHARE = 0.15
 EVOLVED_SHARE = 0.8
 TUNED_SHARES = {"python": 0.4, "cpp": 0.3, "stubs": 0.3}
 # Accepted as often as fp32, which fewer bits are not: see the table in `export/family/README.md`.
 SHIPPED_WEIGHTS = "int8"
-DRAFT_SHARES = {"python": 0.5, "cpp": 0.2, "stubs": 0.1, "samples": 0.2}
+# Of the weights with which a control learns on.
+SETTLED_BITS = 4
+# What a draft reads of its target; the rest the target wrote itself.
+DRAFT_SHARES = {"python": 0.45, "cpp": 0.2, "stubs": 0.1}
+SAMPLES_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Recipe:
     device: torch.device
     objective: Objective = "mixed"
     compiled: bool = False
+    only: str | None = None
 
     def make_corpus(self) -> None:
         """Gathers text, learns the tokenizer, and writes one token stream per domain and split."""
@@ -123,7 +126,7 @@ class Recipe:
                 text,
                 self.size.evolve,
                 rank=self.size.rank,
-                frozen_blocks=self.size.shared_blocks,
+                frozen_blocks=self.size.spared_blocks,
                 checkpoint=checkpoint,
             )
             save_adapter(model, directory, f"../{TARGET}")
@@ -150,17 +153,32 @@ class Recipe:
             cards.write_card(directory, cards.TUNED, facts)
         self._record(TUNED, vars(curve))
 
+    def make_futures(self) -> None:
+        """What target v1 may become, and what it writes, and would write then."""
+        if self.only in (None, TARGET):
+            self._samples(TARGET, DRAFT_SHARES)
+        for number, (name, shares) in enumerate(FUTURES.items(), 1):
+            if self.only not in (None, name):
+                continue
+            if not (self.out / name).exists():
+                plan = replace(self.size.evolve, seed=number)
+                with self._made(name) as (directory, checkpoint):
+                    base, text = load_target(self.out / TARGET, self.device), self._mixture(shares)
+                    rank = 2 * self.size.rank
+                    model, _ = evolve(base, text, plan, rank=rank, frozen_blocks=0, checkpoint=checkpoint)
+                    save_adapter(model, directory, f"../{TARGET}")
+            self._samples(name, shares)
+
     def make_draft(self) -> None:
-        """Distils the anchor draft from target v1 and its siblings, and measures it against all versions."""
-        target = load_target(self.out / TARGET, self.device)
+        """Distils the anchor draft from target v1 and its futures, and measures it against all versions."""
+        plan = self.size.distill
         with self._made(DRAFT) as (directory, checkpoint):
-            curve, plan = self._distil(target, "anchor", self.size.siblings, directory, checkpoint)
-            del target
+            curve = self._distil("anchor", self._forewarned(), plan, directory, checkpoint, packed=True)
             agreement = self.measure(directory)
-            facts = self._facts(self.size.distill, curve) | {
-                "new_blocks": plan.new_blocks,
-                "shared_blocks": plan.shared_blocks,
+            facts = self._facts(plan, curve) | {
+                "new_blocks": self.size.new_blocks,
                 "objective": self.objective,
+                "futures": ", ".join(FUTURES),
                 "agreement": cards.agreement_table(agreement),
             }
             cards.write_card(directory, cards.DRAFT, facts)
@@ -180,17 +198,23 @@ class Recipe:
         print(f"bundle: {manifest.parity}, acceptance {manifest.acceptance}", flush=True)
 
     def make_controls(self) -> None:
-        """Drafts to compare the shipped one with: as deep, and taught in the same way, as far as that can be."""
-        size = self.size
-        for name in (STANDALONE, *LORAS, TUNED):
-            place = self.out / CONTROLS / name
-            if place.exists():
+        """Drafts to compare the shipped one with, all as deep, so that they cost a board the same."""
+        short = self.size.control
+        for name in (STANDALONE, *LORAS, TUNED, EQUAL, KL, UNWARNED, SETTLED):
+            if (self.out / CONTROLS / name).exists() or self.only not in (None, name):
                 continue
-            layout, version = ("standalone", TARGET) if name == STANDALONE else ("anchor", name)
             with self._made(f"{CONTROLS}/{name}") as (directory, checkpoint):
-                # A draft that is made for one version need not think of others.
-                count = size.siblings if name == STANDALONE else 0
-                self._distil(self._load(version), layout, count, directory, checkpoint)
+                if name == STANDALONE:
+                    self._distil("standalone", self._forewarned(), self.size.distill, directory, checkpoint)
+                elif name in (EQUAL, KL):
+                    objective: Objective = "kl" if name == KL else self.objective
+                    self._distil("anchor", self._forewarned(), short, directory, checkpoint, objective)
+                elif name == SETTLED:
+                    self._settle(directory, checkpoint)
+                else:
+                    # A draft that is made for one version need not think of others.
+                    version, count = (TARGET, self.size.siblings) if name == UNWARNED else (name, 0)
+                    self._distil("anchor", self._lessons(version, count), short, directory, checkpoint)
 
     def make_evaluation(self) -> None:
         """The table: the frozen draft beside drafts made anew for each version, and beside one that shares nothing."""
@@ -200,11 +224,12 @@ class Recipe:
         def draft(directory: Path) -> TorchProposer:
             return TorchProposer(load_draft(directory, self.out / TARGET).to(self.device))
 
-        drafts = {"anchor": draft(self.out / DRAFT), STANDALONE: draft(self.out / CONTROLS / STANDALONE)}
+        others = {name: draft(self.out / CONTROLS / name) for name in (STANDALONE, EQUAL, KL, UNWARNED, SETTLED)}
+        drafts = {"anchor": draft(self.out / DRAFT), **others}
         versions = {version: partial(self._load, version) for version in (TARGET, *LORAS, TUNED)}
         texts = {domain.name: read_ids(self._stream_path(domain.name, "held-out")) for domain in DOMAINS}
-        # Made anew for target v1, the draft is itself.
-        retrained = {TARGET: drafts["anchor"]}
+        # For target v1 the draft that had as many steps as those made anew.
+        retrained = {TARGET: drafts[EQUAL]}
         retrained |= {version: draft(self.out / CONTROLS / version) for version in (*LORAS, TUNED)}
         evaluation = evaluate(drafts, versions, texts, retrained=retrained, order=Order(*self.size.evaluated))
         place = self.out / EVALUATION
@@ -240,26 +265,66 @@ class Recipe:
         model.requires_grad_(False)
         return model
 
+    def _forewarned(self) -> list[Lesson]:
+        """What the frozen draft is taught: what target v1 says, and what its futures say on text of theirs."""
+        lessons = []
+        for name, shares in FUTURES.items():
+            text = Mixture(
+                (
+                    *(
+                        (self._stream(domain, "train"), share * (1 - FUTURE_SAMPLES))
+                        for domain, share in shares.items()
+                    ),
+                    (self._samples(name, shares), FUTURE_SAMPLES),
+                )
+            )
+            lessons.append(Lesson(plain(self._load(name)), text, FUTURE_SHARE))
+        (own,) = self._lessons(TARGET, 0)
+        return [replace(own, share=1 - FUTURE_SHARE * len(lessons)), *lessons]
+
+    def _lessons(self, version: str, count: int) -> list[Lesson]:
+        """What a version says on text of all domains and its own, and so many siblings of it do."""
+        target = self._load(version)
+        text = Mixture((*self._mixture(DRAFT_SHARES).parts, (self._samples(version, DRAFT_SHARES), SAMPLES_SHARE)))
+        plan = plan_draft(target.config, new_blocks=self.size.new_blocks, shared_blocks=self.size.shared_blocks)
+        teachers = [plain(target), *siblings(target, plan, count, self.size.strength)]
+        return [Lesson(teacher, text) for teacher in teachers]
+
     def _distil(
-        self, target: PreTrainedModel, layout: str, count: int, directory: Path, checkpoint: Path
-    ) -> tuple[Curve, DraftPlan]:
-        """Makes a draft of `target`, taught by it and by so many siblings of it."""
+        self,
+        layout: str,
+        lessons: list[Lesson],
+        plan: Plan,
+        directory: Path,
+        checkpoint: Path,
+        objective: Objective | None = None,
+        *,
+        packed: bool = False,
+    ) -> Curve:
+        """Makes a draft that starts as blocks of target v1's."""
         size = self.size
-        target.requires_grad_(False)
         shared = size.shared_blocks if LAYOUTS[layout].shares else 0
-        # All drafts are equally deep, so that they cost the board the same.
         new = size.new_blocks + size.shared_blocks - shared
-        draft, plan = build_draft(target, layout, new_blocks=new, shared_blocks=shared)
-        domains = {name: share for name, share in DRAFT_SHARES.items() if name != "samples"}
-        text = Mixture(
-            (*self._mixture(domains).parts, (self._samples(), DRAFT_SHARES["samples"])),
+        target = self._load(TARGET)
+        draft, draft_plan = build_draft(target, layout, new_blocks=new, shared_blocks=shared)
+        curve = distil(
+            lessons,
+            draft,
+            plan,
+            objective=objective or self.objective,
+            checkpoint=checkpoint,
+            compiled=self.compiled,
         )
-        # What the anchor draft shares stays as it is in every sibling, whoever learns from them.
-        anchor = plan_draft(target.config, "anchor", new_blocks=size.new_blocks, shared_blocks=size.shared_blocks)
-        teachers = [plain(target), *siblings(target, anchor, count, size.strength)]
-        curve = distil(teachers, draft, text, size.distill, objective=self.objective, checkpoint=checkpoint)
-        save_draft(draft, plan, self.out / TARGET, directory)
-        return curve, plan
+        save_draft(draft, draft_plan, self.out / TARGET, directory, packed=packed)
+        return curve
+
+    def _settle(self, directory: Path, checkpoint: Path) -> None:
+        """Has the draft learn on with the weights that a bundle of few bits stores."""
+        draft = load_draft(self.out / DRAFT, self.out / TARGET).to(self.device)
+        plan, compiled = self.size.settle, self.compiled
+        with rounded(draft, SETTLED_BITS):
+            distil(self._forewarned(), draft, plan, objective="lk", checkpoint=checkpoint, compiled=compiled)
+        save_draft(draft, read_description(self.out / DRAFT).plan, self.out / TARGET, directory, packed=True)
 
     def _mixture(self, shares: Mapping[str, float]) -> Mixture:
         return Mixture(tuple((self._stream(name, "train"), share) for name, share in shares.items()))
@@ -274,12 +339,11 @@ class Recipe:
         partial.replace(self.out / name)
         checkpoint.unlink(missing_ok=True)
 
-    def _samples(self) -> TokenStream:
-        """What target v1 wrote, from disk if an earlier run got this far."""
-        path = self.out / "samples.xz"
+    def _samples(self, version: str, shares: Mapping[str, float]) -> TokenStream:
+        """What a version wrote behind such text, from disk if an earlier run got this far."""
+        path = self.out / "samples" / f"{version}.xz"
         if not path.is_file():
-            ids = sample(self._load(TARGET), self._stream(PYTHON.name, "train"), self.size.samples)
-            write_ids(path, ids)
+            write_ids(path, sample(self._load(version), self._mixture(shares), self.size.samples))
         return TokenStream.of(read_ids(path), self.device)
 
     def _tokenizer_text(self, gathered: list[Corpus]) -> Iterator[str]:
@@ -312,81 +376,3 @@ class Recipe:
     @staticmethod
     def _facts(plan: Plan, curve: Curve) -> dict[str, object]:
         return {"steps": plan.steps, "batch": plan.rows * plan.length, "loss": curve.losses[-1]}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a run."""
-    parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--corpus", type=Path, required=True, help="directory of tokenizer and token streams")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the models")
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--objective", choices=get_args(Objective), default="mixed", help="what the draft minimises")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the target's training step")
-    parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="other than the size's steps")
-
-
-def run_with(options: argparse.Namespace) -> int:
-    """Runs the stages that `options` ask for and that are not yet done. Raises FlexSpecError."""
-    recipe = Recipe(
-        with_steps(SIZES[options.size], options.steps),
-        options.corpus,
-        options.out,
-        torch.device(options.device),
-        options.objective,
-        options.compile,
-    )
-    run(recipe, STAGES if options.stage == "all" else (options.stage,))
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The same as `draft-export family`, for a training machine that lacks the exporters."""
-    parser = argparse.ArgumentParser(prog="python -m export.recipe", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    try:
-        return run_with(parser.parse_args(arguments))
-    except FlexSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def run(recipe: Recipe, stages: tuple[str, ...]) -> None:
-    """Runs `stages` in order, leaving out those whose result is there."""
-    makers = {
-        "corpus": (recipe.corpus / "sources.json", recipe.make_corpus),
-        "target": (recipe.out / TARGET, recipe.make_target),
-        "evolve": (recipe.out / "target-v2", partial(recipe.make_evolved, "target-v2")),
-        "evolve-v3": (recipe.out / "target-v3", partial(recipe.make_evolved, "target-v3")),
-        "evolve-v4": (recipe.out / TUNED, recipe.make_tuned),
-        "distill": (recipe.out / DRAFT, recipe.make_draft),
-        "bundle": (recipe.out / BUNDLE, recipe.make_bundle),
-        "controls": (recipe.out / CONTROLS / TUNED, recipe.make_controls),
-        "evaluate": (recipe.out / EVALUATION, recipe.make_evaluation),
-    }
-    for stage in stages:
-        result, make = makers[stage]
-        if result.exists():
-            print(f"{stage}: {result} is there, nothing to do (delete it to make it again)", flush=True)
-            continue
-        started = time.monotonic()
-        make()
-        print(f"{stage}: {result} made in {time.monotonic() - started:.0f} s", flush=True)
-
-
-def with_steps(size: Size, overrides: list[str]) -> Size:
-    """The size with other numbers of steps.
-
-    Raises:
-        InputError: an override is not `target=N`, `evolve=N`, `tune=N` or `distill=N`.
-    """
-    for override in overrides:
-        stage, _, steps = override.partition("=")
-        if stage not in TRAINED_STAGES or not steps.isdigit() or int(steps) < 1:
-            raise InputError(f"--steps {override}: write one of {', '.join(TRAINED_STAGES)}, =, and a number")
-        size = replace(size, **{stage: replace(getattr(size, stage), steps=int(steps))})
-    return size
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -17,8 +17,11 @@ class Size:
         corpus_bytes: most text by domain name, None for all of it.
         tokenizer_bytes: text that the vocabulary is learnt from.
         evolve, tune: of a LoRA, and of the version whose blocks `tuned_blocks` learn on in full.
-        new_blocks, shared_blocks: of the anchor draft.
-        siblings, strength: perturbed targets that the draft learns from, too; see `export.teachers`.
+        rank: of a LoRA; those that the draft learns from have twice as much.
+        spared_blocks: how many of the last blocks the next versions leave as they are.
+        distill, control, settle: of the draft, of those to compare it with, and of one that goes on with few bits.
+        new_blocks, shared_blocks: of the anchor draft. Without a shared block it shares norm, head and embedding.
+        siblings, strength: of a control: perturbed targets to learn from; see `export.teachers`.
         windows: of held-out text, per domain, on which agreement is measured.
         evaluated: texts of the evaluation over all domains, tokens of each that are read, and that are judged.
         parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
@@ -33,9 +36,12 @@ class Size:
     tuned_blocks: tuple[int, ...]
     rank: int
     distill: Plan
+    settle: Plan
+    control: Plan
     samples: SamplePlan
-    new_blocks: int = 2
-    shared_blocks: int = 1
+    new_blocks: int = 3
+    shared_blocks: int = 0
+    spared_blocks: int = 1
     siblings: int = 2
     strength: float = 0.1
     windows: int = 128
@@ -54,6 +60,8 @@ SIZES = {
         tuned_blocks=(1,),
         rank=4,
         distill=Plan(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        settle=Plan(5, 3e-4, 8, 64, warm_up=1),
+        control=Plan(10, 3e-3, 8, 64, warm_up=5),
         samples=SamplePlan(1, 16, prompt=16, length=64),
         windows=8,
         evaluated=(4, 16, 32),
@@ -68,7 +76,9 @@ SIZES = {
         tune=Plan(800, 3e-4, 96, 512, warm_up=50),
         tuned_blocks=(4,),
         rank=8,
-        distill=Plan(3000, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
-        samples=SamplePlan(4, 1024, prompt=64, length=512),
+        distill=Plan(7200, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        settle=Plan(400, 3e-4, 96, 512, long_length=2048, long_share=0.5, warm_up=20),
+        control=Plan(2400, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        samples=SamplePlan(2, 1024, prompt=64, length=512),
     ),
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from edge_runtime.contract.errors import InputError
-from export.distillation import distillation_loss, kl_divergence, lk_weight, overlap
+from export.distillation import _blended, distillation_loss, divide, kl_divergence, lk_weight, overlap
 from export.samples import SamplePlan, sample
 from export.tokens import TokenStream
 from tests.export.conftest import make_target
@@ -43,6 +44,21 @@ def test_logits_need_no_normalisation() -> None:
 )
 def test_objectives_by_hand(objective: str, done: float, expected: float) -> None:
     assert distillation_loss(P, Q, objective, done).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_loss_for_compiling_is_the_same(weight: float) -> None:
+    expected = (1 - weight) * distillation_loss(P, Q, "kl", 0.0) + weight * distillation_loss(P, Q, "lk", 0.0)
+    assert _blended(P, Q, torch.tensor(weight)).item() == pytest.approx(expected.item(), abs=1e-7)
+
+
+def test_lessons_get_their_rows_on_average_and_all_rows_are_used() -> None:
+    shares = [0.46, 0.18, 0.18, 0.18]
+    counts = np.array([divide(4, shares, np.random.default_rng(seed)) for seed in range(2000)])
+    assert (counts.sum(1) == 4).all()
+    assert counts.min() >= 0
+    assert counts.mean(0).tolist() == pytest.approx([4 * share for share in shares], abs=0.05)
+    assert divide(7, [2.0], np.random.default_rng(0)) == [7]
 
 
 def test_mixed_never_goes_back_to_kl() -> None:

@@ -13,7 +13,7 @@ from cloud_verifier.target import Target
 from edge_runtime.contract.errors import InputError
 from export.drafts import read_description
 from export.evolution import break_contract, load_evolved
-from export.recipe import STAGES, main, with_steps
+from export.growing import STAGES, main, with_steps
 from export.sizes import SIZES
 from export.target import load_target
 
@@ -38,7 +38,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(name.startswith(tuple(f"model.layers.{block}." for block in blocks)) for name in changed)
     check_gate(tmp_path)
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert {row["draft"] for row in evaluation["rows"]} == {"anchor", "standalone", "retrained"}
+    assert {row["draft"] for row in evaluation["rows"]} == {
+        *("anchor", "standalone", "retrained", "equal", "kl", "unwarned", "settled")
+    }
     assert (tmp_path / "evaluation" / "evaluation.png").stat().st_size > 1000
 
     capsys.readouterr()
