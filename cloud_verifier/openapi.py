@@ -59,7 +59,13 @@ def document(vocabulary_size: int, context: int, max_body: int, *, tokens: bool,
         "propertyNames": {"pattern": f"^({'|'.join(map(str, range(wire.MOST_DRAFT)))})$"},
         "additionalProperties": {"type": "array", "items": token},
     }
-    schemas["Sampling"]["properties"]["seed"]["exclusiveMaximum"] = 1 << 64
+    # Without prefixItems, which fewer readers understand.
+    pair = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+    schemas["Frame"]["properties"]["close_calls"] = {"type": "array", "items": pair}
+    sampling = schemas["Sampling"]["properties"]
+    sampling["seed"]["exclusiveMaximum"] = 1 << 64
+    # Hardly any is none: what it would divide by it would overflow.
+    sampling["temperature"]["anyOf"] = [{"const": 0}, {"minimum": 0.001}]
     schemas["Refusal"]["properties"]["code"] = {"enum": [str(code) for code in wire.ErrorCode]}
     named = {"name": "session", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths: dict[str, Any] = {
