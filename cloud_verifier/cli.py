@@ -45,9 +45,12 @@ examples:
 """
 
 SERVICE = """\
-Runs the verifier with systemd: from boot on, watched, started again after a fault, and with few rights.
+Runs the verifier with systemd: from boot on, watched, started again after a fault, and with few rights. Secrets are
+files that only root can read, in /etc/credstore: flexspec.verifier-tokens (see `cloud-verifier token --help`) and
+flexspec.tls-key, beside it flexspec.tls-certificate and flexspec.client-ca. New ones need a restart; no text notices.
 
 examples:
+  sudo cloud-verifier token add kitchen > kitchen.token
   cloud-verifier service install --now /srv/models/target-v1
   cloud-verifier service install --now /srv/models/Llama-3.1-8B -- --device cuda --dtype bfloat16 --host 0.0.0.0
   cloud-verifier service install --name flexspec-v2 --now /srv/models/target-v2 -- --port 8501
@@ -95,11 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8500, help="0 picks a free one (default: %(default)s)")
     serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
-    serve.add_argument("--certificate", type=Path, help="PEM certificate chain: serve over TLS")
-    serve.add_argument("--key", type=Path, help="PEM private key of the certificate")
-    serve.add_argument(
-        "--client-ca", type=Path, metavar="FILE", help="PEM authorities: serve only who has a certificate of theirs"
-    )
+    for name, text in (
+        ("certificate", "PEM certificate chain: serve over TLS"),
+        ("key", "PEM private key of the certificate"),
+        ("client-ca", "PEM authorities: serve only who has a certificate of theirs"),
+    ):
+        credential = name if name == "client-ca" else f"tls-{name}"
+        serve.add_argument(
+            f"--{name}",
+            type=Path,
+            default=_credential(credential),
+            metavar="FILE",
+            help=f"{text} (default: systemd's credential {credential}, if there is one)",
+        )
     serve.add_argument(
         "--tokens",
         type=Path,

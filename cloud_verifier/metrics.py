@@ -16,6 +16,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from edge_runtime.contract.wire import Frame, RoundRequest
 
@@ -84,6 +86,10 @@ class Metrics:
         """From now on `flexspec_NAME` is `value()`, whenever somebody asks."""
         Gauge(f"flexspec_{name}", text, registry=self._registry).set_function(value)
 
+    def counter(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Likewise `flexspec_NAME_total`, which only grows."""
+        self._registry.register(_Grows(f"flexspec_{name}", text, value))
+
     def page(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -143,6 +149,16 @@ class Metrics:
 def sibling_hit(asked: RoundRequest, told: Frame) -> bool:
     """Whether the target's token was one of the siblings of the draft token that failed."""
     return told.tokens[:1] != [] and told.tokens[0] in asked.siblings.get(told.accepted, ())
+
+
+class _Grows(Collector):
+    """A counter that somebody else counts."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self._value())
 
 
 class _Bounded:

@@ -316,11 +316,11 @@ def _metrics(service: Service) -> Metrics:
         ("session_limit", "Sessions that there may be.", lambda: limits.max_sessions),
         ("cache_tokens", "Tokens of all sessions, whose keys and values are kept.", lambda: sessions.tokens),
         ("cache_token_limit", "Tokens that there may be.", lambda: limits.max_tokens),
-        ("session_evictions", "Sessions that had to go to make room.", lambda: sessions.evictions),
         ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.in_flight)),
         ("rounds_waiting", "Of these, those that the engine has not begun with.", lambda: service.in_flight.waiting),
         ("queue_oldest_seconds", "That the oldest of them has waited.", lambda: service.in_flight.queue_seconds),
         ("draining", "1 when it is about to end.", lambda: service.in_flight.draining),
     ):
         metrics.gauge(name, text, value)
+    metrics.counter("session_evictions", "Sessions that had to go to make room.", lambda: sessions.evictions)
     return metrics

@@ -85,6 +85,7 @@ def test_what_prometheus_is_told(tiny: Target, alone: Alone) -> None:
     assert of(found, "forward_sessions_count") == of(found, "forward_rows_count") == of(found, "forward_seconds_count")
     assert (of(found, "sessions"), of(found, "session_limit"), of(found, "rounds_playing")) == (1, 256, 0)
     assert (of(found, "cache_tokens"), of(found, "draining")) == (len(session.ids), 0)
+    assert of(found, "session_evictions_total") == 0
 
 
 def test_labels_that_clients_choose_are_bounded() -> None:
