@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 from cloud_verifier.principals import Principal
 from edge_runtime.contract.errors import VerifierRefused
-from edge_runtime.contract.wire import ErrorCode
+from edge_runtime.contract.wire import ErrorCode, OpenRequest
 
 # What may be said at once after a silence, in seconds of the rate.
 BURST_SECONDS = 10.0
+# By how much a text that goes on may be longer than a prompt may.
+ANSWER_TOKENS = 8192
 # Tokens of a prompt that weigh as one that is said: so many are read by about one forward's work.
 READ_TOKENS = 16
 
@@ -21,8 +23,10 @@ FLOOR = 0.01
 # How far back the share looks: so many drafted rounds, or so many rows where that is longer. Fewer rows prove nothing.
 WINDOW_ROUNDS, WINDOW_ROWS = 20, 200
 ENOUGH_ROWS = 100
-# Drafts that are ignored before one is tried again: twice as many after every vain attempt.
+# Drafts that are ignored before one is tried again: twice as many after every vain attempt. After so many seconds one is
+# in any case: a board whose planner has learned that drafts are in vain hardly sends any.
 FIRST_REST, LONGEST_REST = 8, 256
+REST_SECONDS = 30.0
 
 
 class Acceptance:
@@ -32,8 +36,10 @@ class Acceptance:
         resting: drafts are ignored, but for one now and then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.resting = False
+        self._clock = clock
+        self._tried_at = 0.0
         self._rounds = 0
         self._rows = self._gained = 0.0
         self._rest = FIRST_REST // 2
@@ -44,9 +50,9 @@ class Acceptance:
         if not self.resting:
             return True
         self._ignored += 1
-        if self._ignored <= self._rest:
+        if self._ignored <= self._rest and self._clock() - self._tried_at < REST_SECONDS:
             return False
-        self._ignored = 0
+        self._ignored, self._tried_at = 0, self._clock()
         return True
 
     def add(self, rows: int, gained: int) -> None:
@@ -69,7 +75,7 @@ class Acceptance:
         if self._rounds < WINDOW_ROUNDS or self._rows < ENOUGH_ROWS:
             return
         if self._gained < FLOOR * self._rows:
-            self.resting, self._ignored = True, 0
+            self.resting, self._ignored, self._tried_at = True, 0, self._clock()
             self._rest = min(2 * self._rest, LONGEST_REST)
         else:
             self._rest = FIRST_REST // 2
@@ -153,9 +159,14 @@ class Standings:
         return standing
 
 
-def check_prompt_length(principal: Principal, tokens: int) -> None:
+def check_prompt_length(principal: Principal, opening: OpenRequest) -> None:
     """Raises VerifierRefused (`context_overflow`) if the prompt is longer than its token's holder may send."""
-    if principal.max_prompt is not None and tokens > principal.max_prompt:
+    if principal.max_prompt is None:
+        return
+    # A text whose session was lost is opened with all ids so far, on the very version that it began with.
+    limit = principal.max_prompt + (ANSWER_TOKENS if "@" in opening.model else 0)
+    tokens = len(opening.prompt)
+    if tokens > limit:
         raise VerifierRefused(
             ErrorCode.CONTEXT_OVERFLOW,
             f"the prompt has {tokens} tokens and {principal.name} may send {principal.max_prompt}; shorten it",

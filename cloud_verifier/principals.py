@@ -50,7 +50,7 @@ class Principal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         role: what it may do.
         max_sessions: at once; with one more, the one that was used least recently is closed.
         tokens_per_second: that it is told in the long run.
-        max_prompt: tokens of a prompt.
+        max_prompt: tokens of a prompt; a text that goes on after its session was lost may be longer, by its answer.
         name: of the table in the file.
     """
 

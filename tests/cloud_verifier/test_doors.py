@@ -275,6 +275,8 @@ def test_a_prompt_over_the_principals_limit(tiny: Target, tokens: Path, add: Add
         talker.open([1] * 5)
         refusal = talker.refused(talker.post("/v1/sessions", opening([1] * 6)), 413, ErrorCode.CONTEXT_OVERFLOW)
         assert refusal.detail == {"limit": 5}
+        # As a board goes on with a text whose session was lost.
+        talker.open([1] * 400, model=tiny.version)
 
 
 def test_tokens_per_second_are_what_a_board_gets_in_the_long_run(tiny: Target, tokens: Path, add: Add) -> None:

@@ -39,7 +39,7 @@ def verified(account: Acceptance, rounds: int, rows: int, gained: int) -> int:
 
 
 def test_drafts_that_never_match_are_soon_ignored_and_tried_ever_more_rarely() -> None:
-    account = Acceptance()
+    account = Acceptance(lambda: 0.0)
     assert verified(account, WINDOW_ROUNDS, 8, 0) == WINDOW_ROUNDS
     assert account.resting
     assert verified(account, FIRST_REST, 8, 0) == 0
@@ -49,8 +49,18 @@ def test_drafts_that_never_match_are_soon_ignored_and_tried_ever_more_rarely() -
     assert verified(account, 10 * (LONGEST_REST + 1), 8, 0) == 10
 
 
+def test_a_board_that_hardly_drafts_any_more_is_tried_in_time() -> None:
+    now = 0.0
+    account = Acceptance(lambda: now)
+    verified(account, 1000, 8, 0)
+    assert account.resting and not account.worthwhile()
+    now = 31.0
+    assert account.worthwhile()
+    assert not account.worthwhile()
+
+
 def test_one_good_draft_brings_a_board_back() -> None:
-    account = Acceptance()
+    account = Acceptance(lambda: 0.0)
     verified(account, WINDOW_ROUNDS, 8, 0)
     assert verified(account, FIRST_REST + 1, 8, 5) == 1
     assert not account.resting
@@ -58,7 +68,7 @@ def test_one_good_draft_brings_a_board_back() -> None:
 
 
 def test_a_board_that_matches_once_in_a_while_is_held_by_its_average() -> None:
-    account = Acceptance()
+    account = Acceptance(lambda: 0.0)
     trials = 0
     for index in range(20_000):
         if account.worthwhile():
@@ -72,7 +82,7 @@ def test_a_board_that_matches_once_in_a_while_is_held_by_its_average() -> None:
 @pytest.mark.parametrize(("rows", "chance"), [(1, 0.1), (5, 0.3), (4, 0.5), (32, 0.8), (71, 0.8)])
 def test_honest_boards_are_never_held(rows: int, chance: float) -> None:
     """Drafts whose every token survives with this chance, siblings counted: none is ever ignored, in 20,000 rounds."""
-    account, noise = Acceptance(), random.Random(3)
+    account, noise = Acceptance(lambda: 0.0), random.Random(3)
     for _ in range(20_000):
         assert account.worthwhile()
         gained = sum(1 for _ in itertools.takewhile(lambda _: noise.random() < chance, range(min(rows, 32))))
@@ -80,7 +90,7 @@ def test_honest_boards_are_never_held(rows: int, chance: float) -> None:
 
 
 def test_a_few_bad_drafts_prove_nothing() -> None:
-    account = Acceptance()
+    account = Acceptance(lambda: 0.0)
     assert verified(account, 90, 1, 0) == 90
     assert not account.resting
 
