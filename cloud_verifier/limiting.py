@@ -23,8 +23,8 @@ FLOOR = 0.01
 # How far back the share looks: so many drafted rounds, or so many rows where that is longer. Fewer rows prove nothing.
 WINDOW_ROUNDS, WINDOW_ROWS = 20, 200
 ENOUGH_ROWS = 100
-# Drafts that are ignored before one is tried again: twice as many after every vain attempt. After so many seconds one is
-# in any case: a board whose planner has learned that drafts are in vain hardly sends any.
+# Drafts that are ignored before one is tried again: twice as many after every vain attempt. After so many seconds one
+# is in any case: a board whose planner has learned that drafts are in vain hardly sends any.
 FIRST_REST, LONGEST_REST = 8, 256
 REST_SECONDS = 30.0
 
