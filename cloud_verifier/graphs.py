@@ -17,6 +17,7 @@ import torch
 from cloud_verifier import kernels
 from cloud_verifier.attention import current, running
 from cloud_verifier.packing import Piece
+from cloud_verifier.parallel import Team
 from cloud_verifier.pool import PAGE, Pool
 from cloud_verifier.runner import Chosen, Runner
 from cloud_verifier.sampling import Choice, Warping, choose
@@ -41,6 +42,7 @@ class Plan:
         blocks: (blocks, 3) piece, first row and rows of what one program attends to; no rows: nothing.
         pieces: (pieces, 3) tokens before it, first row, rows.
         table: (pieces, pages of the longest text).
+        moves: (moves, 4) rows that move in the pool beforehand, see `kernels.move`.
         block_rows: rows of a block at most.
         spans: programs that share a long text.
     """
@@ -64,16 +66,17 @@ class Plan:
             "blocks": (blocks, 3),
             "pieces": (most, 3),
             "table": (most, columns),
+            "moves": (most, 4),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=True)
-        self._buffer = torch.zeros(total, dtype=torch.int32, device=device)
+        self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
         self._host: dict[str, np.ndarray] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
             self._host[name] = self._pinned[start:stop].numpy().reshape(shape)
-            setattr(self, name, self._buffer[start:stop].view(shape))
+            setattr(self, name, self.buffer[start:stop].view(shape))
             start = stop
 
     ids: torch.Tensor
@@ -85,8 +88,9 @@ class Plan:
     blocks: torch.Tensor
     pieces: torch.Tensor
     table: torch.Tensor
+    moves: torch.Tensor
 
-    def fill(self, pieces: Sequence[Piece]) -> None:
+    def fill(self, pieces: Sequence[Piece], moves: Sequence[tuple[int, int, int, int]] = ()) -> None:
         """Writes what the pieces say, and sends it to the device."""
         host = self._host
         ids, positions, limits, slots = host["ids"], host["positions"], host["limits"], host["slots"]
@@ -103,7 +107,9 @@ class Plan:
                 (index, first, min(self.block_rows, stop - first)) for first in range(row, stop, self.block_rows)
             ]
             row = stop
-        known = np.array(facts, dtype=np.int32)
+        host["moves"][: len(moves)] = moves or np.zeros((0, 4))
+        host["moves"][len(moves) :] = 0
+        known = np.array(facts, dtype=np.int32).reshape(-1, 3)
         host["pieces"][: len(facts)] = known
         host["blocks"][: len(blocks)] = blocks
         host["blocks"][len(blocks) :] = 0
@@ -114,7 +120,7 @@ class Plan:
         # What fills the forward up goes to the page that nobody reads.
         ids[row:], positions[row:], limits[row:], slots[row:], host["pages"][row:] = 0, 0, 0, 0, 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page
-        self._buffer.copy_(self._pinned, non_blocking=True)
+        self.buffer.copy_(self._pinned, non_blocking=True)
 
 
 class _Step(NamedTuple):
@@ -151,19 +157,23 @@ class GraphRunner(Runner):
 
     Args:
         context: longest text.
+        team: of processes that hold the other shards of the model; it follows in every forward.
         exact: every forward has one size, so that a row's result cannot depend on what else is in it; siblings are not
             scored then, as they do not lie where a text's own keys would.
         compiled: lets torch fuse what stands between the products of a layer, once for each size of a forward.
     """
 
-    def __init__(self, model: Any, context: int, exact: bool = False, compiled: bool = False) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Any, context: int, exact: bool = False, compiled: bool = False, team: Team | None = None
+    ) -> None:
+        super().__init__(model, team.size if team else 1)
+        self._team = team
         self.exact = exact
         self._sizes = (EXACT_ROWS,) if exact else SIZES
         self.most_rows, self.most_pieces = self._sizes[-1], min(MOST_PIECES, self._sizes[-1])
         self.prompt_rows = EXACT_ROWS if exact else 512
         config = model.config
-        group = config.num_attention_heads // self.shape.heads
+        group = config.num_attention_heads // (self.shape.heads * (team.size if team else 1))
         self._plans = {rows: Plan(rows, context, group, self.shape.device) for rows in self._sizes}
         self._graphs: dict[tuple[int, int], _Captured] = {}
         self._arrangement = -1
@@ -185,12 +195,14 @@ class GraphRunner(Runner):
         """Captures all graphs now rather than when they are first needed."""
         for rows in self._sizes:
             self._plans[rows].fill([])
-            self._replay(pool, rows)
+            if self._team:
+                self._team.lead("replay", rows, self._plans[rows].buffer)
+            self.replay(pool, rows)
 
     @torch.inference_mode()
     def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
-        rows = self._planned(pool, pieces)
-        logits = self._replay(pool, rows)
+        rows = self._planned(pool, pieces, "replay")
+        logits = self.replay(pool, rows)
         asked = [(piece.sampling or GREEDY, [place + 1 for place in piece.positions]) for piece in pieces]
         tokens, margins = choose(logits, Warping.of(asked, logits.device, rows)).tolist()
         chosen: list[Chosen | None] = []
@@ -203,22 +215,36 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
-        rows = self._planned(pool, pieces)
-        logits = self._forward(pool, self._plans[rows]).float()
+        rows = self._planned(pool, pieces, "forward")
+        logits = self.forward(pool, rows).float()
         parts = logits[: sum(map(len, pieces))].split([len(piece) for piece in pieces])
         return tuple(part for part, piece in zip(parts, pieces, strict=True) if piece.sampling)
 
-    def _planned(self, pool: Pool, pieces: Sequence[Piece]) -> int:
-        """Fills the plan of the smallest forward that holds the pieces; its rows."""
-        pool.settle()
+    def _planned(self, pool: Pool, pieces: Sequence[Piece], way: str) -> int:
+        """Fills the plan of the smallest forward that holds the pieces, and tells the team; its rows."""
         for piece in pieces:
             pool.reserve(piece.text, piece.text.length + len(piece))
-        wanted = sum(map(len, pieces))
+        moves = pool.moves()
+        # Texts that go on in a forward after the next may have moves in this one.
+        wanted = max(sum(map(len, pieces)), len(moves))
         rows = next(size for size in self._sizes if size >= wanted)
-        self._plans[rows].fill(pieces)
+        self._plans[rows].fill(pieces, moves)
+        if self._team:
+            self._team.lead(way, rows, self._plans[rows].buffer)
         return rows
 
-    def _replay(self, pool: Pool, rows: int) -> torch.Tensor:
+    def follow(self, pool: Pool) -> None:
+        """Does what the team's leader does, on this process's shard, until it ends."""
+        assert self._team is not None
+        while told := self._team.follow(lambda rows: self._plans[rows].buffer):
+            getattr(self, told.way)(pool, told.rows)
+
+    def forward(self, pool: Pool, rows: int) -> torch.Tensor:
+        """(rows, V) logits of the forward as planned, without a graph."""
+        with torch.inference_mode():
+            return self._forward(pool, self._plans[rows])
+
+    def replay(self, pool: Pool, rows: int) -> torch.Tensor:
         """(rows, V) logits of the forward as planned. They stay until the next one of this size."""
         if self._arrangement != self.adapters.arrangement:
             # Adapters have moved in memory.
@@ -245,6 +271,7 @@ class GraphRunner(Runner):
         return _Captured(graph, logits)
 
     def _forward(self, pool: Pool, plan: Plan) -> torch.Tensor:
+        kernels.move(pool.slabs[0], plan.moves)
         with running(_Step(plan, pool.slabs[0], self.adapters.own_columns(plan.slots))):
             output = self.model(
                 input_ids=plan.ids[None].long(), position_ids=plan.positions[None].long(), use_cache=False

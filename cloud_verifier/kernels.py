@@ -147,6 +147,39 @@ def _join(parts, peaks, out, part_span, peak_span, spans, SIZE: tl.constexpr, LA
     tl.store(out + column * SIZE + lanes, sums.to(out.dtype.element_ty), mask=lanes < SIZE)
 
 
+@triton.jit
+def _move(
+    slab,
+    moves,
+    page_stride,
+    layer_stride,
+    head_stride,
+    heads,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    move = moves + 4 * tl.program_id(0)
+    from_page, from_row = tl.load(move).to(tl.int64), tl.load(move + 1)
+    to_page, to_row = tl.load(move + 2).to(tl.int64), tl.load(move + 3)
+    if (from_page == to_page) & (from_row == to_row):
+        return
+    lanes = tl.arange(0, LANES)
+    base = slab + tl.program_id(1) * layer_stride + lanes
+    # Keys of all heads, then values: in a page they follow each other.
+    for head in range(0, heads):
+        row = tl.load(base + from_page * page_stride + head * head_stride + from_row * SIZE, mask=lanes < SIZE)
+        tl.store(base + to_page * page_stride + head * head_stride + to_row * SIZE, row, mask=lanes < SIZE)
+
+
+def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
+    """Moves rows of all layers: (moves, 4) page and row, to page and row; one to itself is none. No row twice."""
+    _, layers, _, heads, _, size = slab.shape
+    strides = slab.stride()
+    _move[(moves.shape[0], layers)](
+        slab, moves, strides[0], strides[1], strides[3], 2 * heads, size, triton.next_power_of_2(size), num_warps=1
+    )
+
+
 def store(key: torch.Tensor, value: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, plan) -> None:
     """Puts the rows' keys and values (1, heads, rows, size) where `plan` says, in `slab` (see `Pool.slabs`)."""
     _, heads, rows, size = key.shape

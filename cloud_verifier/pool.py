@@ -29,12 +29,12 @@ class Shape(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Shape:
-        """The shape of a transformers model's keys and values."""
+    def of(cls, model: torch.nn.Module, shards: int = 1) -> Shape:
+        """The shape of a transformers model's keys and values, or of one of so many shards of them."""
         config = model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, heads, size, model.dtype, model.device)
+        return cls(config.num_hidden_layers, heads // shards, size, model.dtype, model.device)
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,24 +107,23 @@ class Pool:
     def keep(self, text: Text, rows: list[int]) -> None:
         """Rolls back: of the rows that were written behind `text`, the given ones stay, in ascending order.
 
-        They move up to where the text ended, at the latest when `settle` is called; the text is that much longer.
+        They move up to where the text ended before the next forward; the text is that much longer at once.
         """
         for index, row in enumerate(rows):
             if row != index:
                 self._moves.append((*self._place(text, text.length + row), *self._place(text, text.length + index)))
         text.length += len(rows)
 
+    def moves(self) -> list[tuple[int, int, int, int]]:
+        """What is to be moved before the next forward: page and row, to page and row. Whoever asks has to do it."""
+        moves, self._moves = self._moves, []
+        return moves
+
     @torch.inference_mode()
     def settle(self) -> None:
-        """Moves what `keep` has not moved yet."""
-        moves, self._moves = self._moves, []
-        if moves and self._at_once:
-            from_pages, from_rows, to_pages, to_rows = torch.tensor(moves, device=self.shape.device).unbind(1)
-            slab = self.slabs[0]
-            slab[to_pages, :, :, :, to_rows] = slab[from_pages, :, :, :, from_rows]
-            return
+        """Moves what `keep` has not moved yet. On a CPU only."""
         # In order: a row moves to one that has been read already, if it was to be read at all.
-        for from_page, from_row, to_page, to_row in moves:
+        for from_page, from_row, to_page, to_row in self.moves():
             self.view(to_page)[..., to_row, :] = self.view(from_page)[..., from_row, :]
 
     def _place(self, text: Text, position: int) -> tuple[int, int]:

@@ -39,9 +39,9 @@ class Runner:
     most_pieces = 1 << 16
     prompt_rows = 128
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shards: int = 1) -> None:
         self.model = model
-        self.shape = Shape.of(model)
+        self.shape = Shape.of(model, shards)
         self.adapters = Adapters(model)
         self._chooser = Chooser(model.config.vocab_size)
 

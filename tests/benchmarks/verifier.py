@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,7 +30,6 @@ from cloud_verifier import attention
 from cloud_verifier.engine import Engine
 from cloud_verifier.packing import Piece
 from cloud_verifier.pool import Pool, Text
-from cloud_verifier.runner import Runner
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.target import Target
 from cloud_verifier.tree import Tree
@@ -109,7 +110,7 @@ def bandwidth() -> float:
     return 2 * one.nbytes / min(seconds)
 
 
-def rounds(runner: Runner, pool: Pool, sessions: int, draft: int, context: int) -> list[Piece]:
+def rounds(pool: Pool, sessions: int, draft: int, context: int) -> list[Piece]:
     """One round of each session behind `context` tokens."""
     pieces = []
     for _ in range(sessions):
@@ -141,15 +142,18 @@ def profile(work: Any) -> None:
 
 def forwards(options: argparse.Namespace) -> None:
     from cloud_verifier.graphs import GraphRunner
+    from cloud_verifier.parallel import Team
 
+    team = Team() if "RANK" in os.environ else None
     speed = bandwidth()
-    table = Table(title=f"one round, context {options.context}, bfloat16, {torch.cuda.get_device_name()}")
+    gpus = f"{team.size if team else 1} x {torch.cuda.get_device_name()}"
+    how = "".join(f", {name}" for name in ("exact", "compiled") if getattr(options, name))
+    table = Table(title=f"one round, context {options.context}, bfloat16, {gpus}{how}")
     for column in (
         "shape",
         "sessions",
         "K",
         "round, ms",
-        "of it the graph, ms",
         "floor, ms",
         "round / floor",
         "asked, ms",
@@ -157,45 +161,41 @@ def forwards(options: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     for shape in options.shape:
         model = random_model(shape, "cuda")
-        weights = sum(value.nbytes for name, value in model.named_parameters() if "embed_tokens" not in name)
-        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled)
+        if team:
+            team.split(model)
+        local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
+        weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
+        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, team=team)
+        pool = Pool(runner.shape, max(options.sessions) * (options.context + 160))
+        if team and team.rank:
+            runner.follow(pool)
+            continue
         for sessions in options.sessions:
-            pool = Pool(runner.shape, sessions * (options.context + 160))
             for draft in options.draft:
-                pieces = rounds(runner, pool, sessions, draft, options.context)
+                pieces = rounds(pool, sessions, draft, options.context)
                 if sum(map(len, pieces)) > runner.most_rows:
                     continue
                 started = time.perf_counter()
                 runner.run(pool, pieces)
-                print(
-                    f"{shape}, {sessions} sessions, K={draft}: ready in {time.perf_counter() - started:.1f} s",
-                    flush=True,
-                )
-                whole = median_ms(lambda: runner.run(pool, pieces))
-                rows = runner._planned(pool, pieces)
-                replay = median_ms(lambda: runner._replay(pool, rows))
+                ready = time.perf_counter() - started
+                print(f"{shape}, {sessions} sessions, K={draft}: ready in {ready:.1f} s", flush=True)
+                whole = median_ms(functools.partial(runner.run, pool, pieces))
                 if options.profile:
-                    profile(lambda: runner._replay(pool, rows))
+                    profile(functools.partial(runner.run, pool, pieces))
                 cache = sessions * options.context * runner.shape.bytes_per_token
                 floor = 1e3 * (weights + cache) / speed
                 asked, naive = ASKED.get((shape, sessions), (None, None)) if draft == 5 else (None, None)
-                table.add_row(
-                    shape,
-                    str(sessions),
-                    str(draft),
-                    f"{whole:.2f}",
-                    f"{replay:.2f}",
-                    f"{floor:.2f}",
-                    f"{whole / floor:.2f}",
-                    f"{asked} (naive graph {naive})" if asked else "",
-                )
+                told = f"{asked} (naive graph {naive})" if asked else ""
+                row = (str(sessions), str(draft), f"{whole:.2f}", f"{floor:.2f}", f"{whole / floor:.2f}")
+                table.add_row(shape, *row, told)
                 for piece in pieces:
                     pool.release(piece.text)
-            runner._graphs.clear()
-            del pool
-            torch.cuda.empty_cache()
-        del runner, model
+        if team:
+            team.end()
+        del runner, model, pool, local
         torch.cuda.empty_cache()
+    if team and team.rank:
+        return
     Console(width=120).print(table)
     print(f"memory gives {speed / 1e12:.2f} TB/s (a copy, read and written)")
 
