@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import torch
+
 from cloud_verifier.metrics import Metrics
 from cloud_verifier.packing import Piece
 from cloud_verifier.pool import Pool, PoolFull, Shape
@@ -25,7 +27,7 @@ from cloud_verifier.runner import Chosen, Runner
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import Target
-from edge_runtime.contract.errors import VerifierRefused
+from edge_runtime.contract.errors import TargetError, VerifierRefused
 from edge_runtime.contract.wire import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -38,17 +40,8 @@ Make: TypeAlias = Callable[[Path, str, list[Target]], Target]
 LATE_SECONDS = 0.0005
 
 
-class Batching:
-    """How forwards are put together.
-
-    Attributes:
-        window: seconds to wait for sessions that are expected within them; 0 waits for nobody.
-        prompt_rows: of prompts in one forward, so that those whose drafts it verifies do not wait for long.
-    """
-
-    def __init__(self, window: float = 0.002, prompt_rows: int | None = None) -> None:
-        self.window = window
-        self.prompt_rows = prompt_rows
+# How long a forward waits for sessions that are expected at any moment.
+WINDOW_SECONDS = 0.002
 
 
 class Engine:
@@ -60,6 +53,7 @@ class Engine:
         session_load: percent of session slots in use, told to clients in every frame.
         tokens: that the texts of all sessions may have together.
         metrics: is told of forwards, and of rounds that begin.
+        window: seconds that a forward may wait for sessions that are expected within them; 0 waits for nobody.
         make: makes a target for `load`, from its path, its name, and those that are loaded.
 
     Attributes:
@@ -75,7 +69,7 @@ class Engine:
         session_load: Callable[[], int],
         tokens: int = 1 << 18,
         metrics: Metrics | None = None,
-        batching: Batching | None = None,
+        window: float = WINDOW_SECONDS,
         make: Make | None = None,
     ) -> None:
         self._load_first = load
@@ -84,7 +78,7 @@ class Engine:
         self._session_load = session_load
         self._tokens = tokens
         self._metrics = metrics or Metrics()
-        self._batching = batching or Batching()
+        self._window = window
         self._arrived: deque[Round] = deque()
         self._released: deque[Session] = deque()
         self._chores: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
@@ -143,6 +137,7 @@ class Engine:
         target = await asyncio.to_thread(self._make, path, name, list(self._versions.values()))
 
         def admit() -> Target:
+            self._pool(target.runner.shape)
             target.settle()
             self._versions[target.version] = target
             return target
@@ -188,10 +183,13 @@ class Engine:
             self._stepping_since = time.perf_counter()
             self._step()
             self._stepping_since = None
+        for runner in {id(target.runner): target.runner for target in self._versions.values()}.values():
+            runner.end()
 
     def _begin(self, target: Target) -> None:
         self.speculation = self._speculate(target)
         target.settle()
+        target.runner.warm(self._pool(target.runner.shape))
         self._versions[target.version] = target
         # Last, because with it the verifier is ready.
         self.target = target
@@ -201,7 +199,7 @@ class Engine:
         if not self._arrived and not self._rounds:
             return 0.0
         now, first = time.perf_counter(), min(r.submitted for r in (*self._arrived, *self._rounds))
-        close = min(first, now) + self._batching.window
+        close = min(first, now) + self._window
         while self._due and self._due[0][0] < now - LATE_SECONDS:
             heapq.heappop(self._due)
         coming = [due for due, _, session in self._due if due < close and session.answer.done and not session.closed]
@@ -247,7 +245,7 @@ class Engine:
                 rows += len(playing.wanted)
         if runner is None:
             return []
-        room = min(self._batching.prompt_rows or runner.prompt_rows, runner.most_rows - rows)
+        room = min(runner.prompt_rows, runner.most_rows - rows)
         for playing in readers[: runner.most_pieces - len(members)]:
             reading = playing.wanted
             assert isinstance(reading, Reading)
@@ -264,9 +262,9 @@ class Engine:
     def _forward(self, members: list[tuple[Round, Piece]]) -> None:
         """Runs the pieces in one forward; if that fails, each in one of its own, so that one cannot harm another."""
         target = members[0][0].session.target
-        pool = self._pool(target.runner.shape)
         started = time.perf_counter()
         try:
+            pool = self._pool(target.runner.shape)
             chosen = target.run(pool, [piece for _, piece in members])
         except Exception as error:
             if len(members) > 1:
@@ -312,7 +310,14 @@ class Engine:
 
     def _pool(self, shape: Shape) -> Pool:
         if shape not in self._pools:
-            self._pools[shape] = Pool(shape, self._tokens)
+            try:
+                self._pools[shape] = Pool(shape, self._tokens)
+            except torch.OutOfMemoryError:
+                wanted = self._tokens * shape.bytes_per_token / 2**30
+                raise TargetError(
+                    f"keys and values of {self._tokens} tokens take {wanted:.1f} GiB, which {shape.device} does not "
+                    "have beside the target; lower --max-tokens"
+                ) from None
         return self._pools[shape]
 
     def _keep(self, session: Session, rows: list[int]) -> None:

@@ -192,7 +192,6 @@ class GraphRunner(Runner):
                 layer.compile(dynamic=False)
 
     def warm(self, pool: Pool) -> None:
-        """Captures all graphs now rather than when they are first needed."""
         for rows in self._sizes:
             self._plans[rows].fill([])
             if self._team:
@@ -238,6 +237,10 @@ class GraphRunner(Runner):
         assert self._team is not None
         while told := self._team.follow(lambda rows: self._plans[rows].buffer):
             getattr(self, told.way)(pool, told.rows)
+
+    def end(self) -> None:
+        if self._team and self._team.rank == 0:
+            self._team.end()
 
     def forward(self, pool: Pool, rows: int) -> torch.Tensor:
         """(rows, V) logits of the forward as planned, without a graph."""

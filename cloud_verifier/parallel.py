@@ -6,6 +6,7 @@ sends the others the plan, a few integers, and all replay the same graph, in whi
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,12 @@ from edge_runtime.contract.errors import TargetError
 WAYS = ("end", "replay", "forward")
 # A verifier may be idle for long, and its followers wait.
 PATIENCE = timedelta(days=365)
+
+
+@functools.cache
+def team_of_process() -> Team:
+    """The one team that a process can be in."""
+    return Team()
 
 
 class Told(NamedTuple):

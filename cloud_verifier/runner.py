@@ -32,12 +32,14 @@ class Runner:
         shape: of the pools that it runs with.
         adapters: beside the model.
         most_rows, most_pieces: that one forward can have.
-        prompt_rows: of one forward that should be prompts'.
+        prompt_rows: of one forward that should be prompts', so that those whose drafts it scores do not wait for long.
+        exact: what a row gives does not depend on its company in the last bit either; siblings are not to be scored.
     """
 
     most_rows = 1 << 16
     most_pieces = 1 << 16
     prompt_rows = 128
+    exact = False
 
     def __init__(self, model: Any, shards: int = 1) -> None:
         self.model = model
@@ -60,6 +62,16 @@ class Runner:
             else None
             for piece in pieces
         ]
+
+    def warm(self, pool: Pool) -> None:
+        """Makes ready what the first forwards would have to wait for."""
+
+    def follow(self, pool: Pool) -> None:
+        """On CUDA, as one of a team: see `graphs`."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Lets a team go."""
 
     @torch.inference_mode()
     def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -34,6 +34,9 @@ from edge_runtime.contract.bundle import shared_identity
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import TargetError
 from edge_runtime.contract.rollback import forgetless_layers, sliding_window
+
+if TYPE_CHECKING:
+    from cloud_verifier.parallel import Team
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ class Target:
         context: int | None = None,
         name: str = "",
         exact: bool = False,
+        compiled: bool = False,
+        team: Team | None = None,
         beside: Sequence[Target] | None = None,
     ) -> None:
         """Loads the checkpoint or PEFT adapter at `path`.
@@ -81,7 +86,7 @@ class Target:
             dtype: type to compute in.
             context: longest text to serve; None for what the model was trained for.
             name: to go by; empty for the directory's.
-            exact: on CUDA in a type of 16 bits: no text may depend on what it shares forwards with.
+            exact, compiled, team: on CUDA, see `graphs.GraphRunner`.
             beside: loaded targets, to share memory with: versions of one base run through one model, beside which
                 `settle` puts an adapter, and any other version keeps only the tensors that differ from those of one
                 that it resembles. None: it will be the only one, and an adapter is merged into its base.
@@ -111,11 +116,12 @@ class Target:
             self.runner, self.end_ids = host.runner, host.end_ids
         else:
             model, _, self.end_ids = load_model(base if separate else path, device, dtype, attention=attention.NAME)
-            self.runner = _runner(model, self.context, exact)
+            self.runner = _runner(model, self.context, exact, compiled, team)
             for other in beside or ():
                 if other.runner.shape == self.runner.shape:
                     share_tensors(model, other.runner.model)
-            self._check()
+            if team is None or team.rank == 0:
+                self._check()
         if separate:
             self._pairs = self.runner.adapters.read(path)
 
@@ -199,12 +205,14 @@ class Target:
         log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
 
 
-def _runner(model: Any, context: int, exact: bool) -> Runner:
+def _runner(model: Any, context: int, exact: bool, compiled: bool, team: Team | None) -> Runner:
     if model.device.type != "cuda":
         return Runner(model)
     from cloud_verifier.graphs import GraphRunner
 
-    return GraphRunner(model, context, exact)
+    if team:
+        team.split(model)
+    return GraphRunner(model, context, exact, compiled, team)
 
 
 def share_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -210,7 +210,7 @@ async def text(
     seed: int,
     truth: Sequence[int] = (),
 ) -> tuple[list[int], list[tuple[int, float]]]:
-    """A text of `count` tokens as a board would have it verified, drafts being right about 4 times of 5; close calls."""
+    """A text as a board would have it verified, whose drafts are right about 4 times of 5; and its close calls."""
     random = Random(seed)
     own = RoundRequest(VERSION, 0, len(prompt), n=1 if draft else 16)
     answer = Answer(own)
@@ -244,7 +244,7 @@ async def all_texts(
     """The texts of all jobs, so many at once; seconds."""
     engine = Engine(lambda: target, lambda _: None, lambda: 0, tokens=64 * 1024)
     engine.start()
-    while engine.target is None:
+    while engine.target is None:  # noqa: ASYNC110 - another thread sets it
         await asyncio.sleep(0.01)
     slots = asyncio.Semaphore(together)
 
