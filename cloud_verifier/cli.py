@@ -18,6 +18,9 @@ from edge_runtime.systemd.command import add_actions, run_action
 from edge_runtime.systemd.units import Kind
 
 if TYPE_CHECKING:
+    from cloud_verifier.checking import Limits
+    from cloud_verifier.principals import Doors
+    from cloud_verifier.service import Service
     from cloud_verifier.speculation import Speculation
     from cloud_verifier.target import Target
 
@@ -40,7 +43,7 @@ examples:
   cloud-verifier serve export/family/target-v1 --draft export/family/bundle
   cloud-verifier serve export/family/target-v1 --tokens tokens.toml       # see cloud-verifier token --help
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
-  cloud-verifier targets --help                           # versions, aliases, canaries, roll-back
+  cloud-verifier serve --registry /var/lib/flexspec-verifier/targets      # all versions there, see `targets --help`
   cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
 """
 
@@ -83,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    checkpoint = "directory of a Hugging Face checkpoint or a PEFT adapter"
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("target", type=Path, help="directory of a Hugging Face checkpoint or a PEFT adapter")
     model.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
     model.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
@@ -94,7 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
 
-    serve = commands.add_parser("serve", parents=[model], help="serve a target over HTTP")
+    serve = commands.add_parser("serve", parents=[model], help="serve a target, or several, over HTTP")
+    serve.add_argument("target", type=Path, nargs="?", metavar="TARGET", help=f"{checkpoint}; or else --registry")
+    serve.add_argument(
+        "--registry",
+        type=Path,
+        metavar="DIR",
+        help="serve every version that `cloud-verifier targets` has put there, and follow what it changes",
+    )
+    serve.add_argument(
+        "--retired-seconds",
+        type=_seconds,
+        default=3600.0,
+        metavar="SECONDS",
+        help="that sessions of a retired version have to end (default: %(default)g)",
+    )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8500, help="0 picks a free one (default: %(default)s)")
     serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
@@ -158,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", parents=[model], help="let the target write by itself, without a board: the text to compare with"
     )
+    generate.add_argument("target", type=Path, metavar="TARGET", help=checkpoint)
     generate.add_argument("prompt", nargs="*", help="one text per prompt")
     generate.add_argument("--max-new-tokens", type=_positive, default=128, help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -205,14 +223,17 @@ def _credential(name: str) -> Path | None:
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
+    from cloud_verifier.checking import Limits
     from cloud_verifier.principals import Doors
     from cloud_verifier.server import serve
-    from cloud_verifier.service import Limits, Service
+    from cloud_verifier.service import Service
     from edge_runtime.configuration.settings import authorities, is_loopback
     from edge_runtime.listening import Listening
 
     # A watchdog ends a process that hangs with SIGABRT: then it says where.
     faulthandler.enable(2)
+    if (options.target is None) == (options.registry is None):
+        raise InputError("give a TARGET to serve, or --registry DIR for all versions of a registry")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
     if options.client_ca and not options.certificate:
@@ -238,7 +259,10 @@ def _serve(options: argparse.Namespace) -> int:
     if options.tokens and not len(doors):
         log.warning("nobody in %s has a token, so nobody is served", options.tokens)
     # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
-    service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target), doors)
+    if options.registry is None:
+        service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target), doors)
+    else:
+        service = _several(options, limits, doors)
 
     def announce(url: str) -> None:
         assert service.target is not None
@@ -246,6 +270,29 @@ def _serve(options: argparse.Namespace) -> int:
 
     uvloop.run(serve(service, listening, announce, options.grace))
     return 0
+
+
+def _several(options: argparse.Namespace, limits: Limits, doors: Doors) -> Service:
+    """A service of all versions of a registry."""
+    from cloud_verifier.registry import Registry
+    from cloud_verifier.rollout import Patience, Rollout, load_default
+    from cloud_verifier.service import Service
+
+    def make(path: Path, name: str, beside: list[Target]) -> Target:
+        return _load(options, path, name, beside)
+
+    registry = Registry(options.registry)
+    # A check gives way to those who are served.
+    check_options = ["--device", options.device, "--dtype", options.dtype, "--threads", "1"]
+    return Service(
+        lambda: load_default(registry, make),
+        limits,
+        lambda target: _speculate(options, target),
+        doors,
+        lambda engine, sessions: Rollout(registry, engine, sessions, Patience(grace=options.retired_seconds)),
+        check_options,
+        make,
+    )
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -286,7 +333,9 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> Target:
+def _load(
+    options: argparse.Namespace, path: Path | None = None, name: str = "", beside: list[Target] | None = None
+) -> Target:
     import torch
 
     from cloud_verifier.target import Target
@@ -294,7 +343,12 @@ def _load(options: argparse.Namespace) -> Target:
     if options.threads:
         torch.set_num_threads(options.threads)
     return Target(
-        options.target, device=options.device, dtype=getattr(torch, options.dtype), context=options.max_context
+        path or options.target,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+        context=options.max_context,
+        name=name,
+        beside=beside,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from cloud_verifier.engine import Make
 from cloud_verifier.registry import Listed, Registry, RegistryError
 from cloud_verifier.roster import Entry, Setting, Unknown
 from cloud_verifier.target import Target
@@ -31,7 +32,7 @@ POLL_SECONDS = 1.0
 
 
 class Loader(Protocol):
-    """Whatever holds the targets: the engine."""
+    """Whatever holds the targets: the engine. The first may be there from the beginning, see `load_default`."""
 
     @property
     def versions(self) -> Mapping[str, Target]:
@@ -42,6 +43,37 @@ class Loader(Protocol):
 
     async def unload(self, version: str) -> None:
         """Forgets one, once no round of it is in progress."""
+
+
+def load_default(registry: Registry, make: Make) -> Target:
+    """The version that the default alias leads to, which is loaded before anything is served.
+
+    Raises:
+        RegistryError: there is no registry, it makes no sense, or nothing in it is the default.
+        TargetError: the version does not load, or is not the one that was added.
+    """
+    roster = registry.read()
+    alias = roster.aliases.get(roster.default)
+    if alias is None:
+        raise _nothing(registry, roster.default)
+    entry = roster.entry(alias.now.version)
+    return checked(make(registry.path_of(entry), entry.name, []), entry)
+
+
+def checked(target: Target, entry: Entry) -> Target:
+    """`target`. Raises TargetError unless it is still what was added."""
+    if target.version != entry.version:
+        raise TargetError(
+            f"{entry.version}: its files have changed since it was added: it is {target.version} now; add it again"
+        )
+    return target
+
+
+def _nothing(registry: Registry, default: str) -> RegistryError:
+    return RegistryError(
+        f"{registry.file} leads nowhere: there is no alias {default!r}, its default; "
+        "`cloud-verifier targets promote` a version"
+    )
 
 
 class Pinned(Protocol):
@@ -116,10 +148,7 @@ class Rollout:
         if self.ready:
             return None
         if alias is None:
-            return RegistryError(
-                f"{self.registry.file} leads nowhere: there is no alias {self.roster.default!r}, its default; "
-                "`cloud-verifier targets promote` a version"
-            )
+            return _nothing(self.registry, self.roster.default)
         why = self._failures.get(self.roster.entry(alias.now.version))
         return TargetError(f"{alias.now.version}: {why}") if why else None
 
@@ -250,12 +279,9 @@ class Rollout:
         began = time.monotonic()
         try:
             target = await self._loader.load(self.registry.path_of(entry), entry.name)
-            if target.version != entry.version:
-                if all(target.version != other.version for other in self.roster.targets):
-                    await self._loader.unload(target.version)
-                raise TargetError(
-                    f"its files have changed since it was added: it is {target.version} now; add it again"
-                )
+            if all(target.version != other.version for other in self.roster.targets):
+                await self._loader.unload(target.version)
+            checked(target, entry)
             log.info("%s was loaded in %.1f s", entry.version, time.monotonic() - began)
         except FlexSpecError as error:
             log.error("%s did not load: %s", entry.version, error)

@@ -115,7 +115,8 @@ class Round:
     def _guess(self, count: int) -> Generator[Wanted, Chosen | None, list[int]]:
         """Up to `count` tokens drafted beside the target; none where there is no draft, or nothing worth drafting."""
         session, speculation = self.session, self._speculation()
-        if speculation is None or count < 1:
+        # Versions may have other vocabularies than the one that the draft was loaded beside.
+        if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
             return []
         if session.guesses is None:
             session.guesses = speculation.guesses()

@@ -31,6 +31,7 @@ class Speculation:
     """A draft beside the target, shared by all sessions.
 
     Attributes:
+        vocabulary: hash of the draft's.
         tokens: K, the most tokens to draft for one forward.
         most_rounds: with more rounds than these at once nothing is drafted here: a forward is shared by many then, and
             drafting for one after the other would keep it waiting.
@@ -58,6 +59,7 @@ class Speculation:
                 f"the draft in {bundle} has the vocabulary {vocabulary} of {size} tokens, {target.version} has "
                 f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
             )
+        self.vocabulary = vocabulary
         self.tokens = tokens
         self.most_rounds = most_rounds
         self._draft = OnnxDraft(found, threads)

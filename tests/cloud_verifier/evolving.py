@@ -1,0 +1,63 @@
+"""A verifier of several versions, as `cloud-verifier serve --registry` makes it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from anyio.from_thread import start_blocking_portal
+
+from cloud_verifier.checking import Limits
+from cloud_verifier.principals import Doors
+from cloud_verifier.registry import Registry
+from cloud_verifier.rollout import PATIENCE, Patience, Rollout, load_default
+from cloud_verifier.server import Server
+from cloud_verifier.service import Service
+from cloud_verifier.speculation import Speculation
+from cloud_verifier.target import Target
+from edge_runtime.listening import Listening
+
+
+@contextlib.contextmanager
+def serving_registry(
+    registry: Registry,
+    tokens: Path | None = None,
+    *,
+    patience: Patience = PATIENCE,
+    check_options: Sequence[str] = (),
+    draft: Path | None = None,
+) -> Iterator[str]:
+    """The URL of a verifier of the registry, in a thread of its own; without tokens everybody is a board.
+
+    Args:
+        draft: a bundle, to speculate with beside the targets.
+    """
+
+    def make(path: Path, name: str, beside: list[Target]) -> Target:
+        return Target(path, device="cpu", dtype=torch.float32, name=name, beside=beside)
+
+    def speculate(target: Target) -> Speculation | None:
+        return Speculation(draft, target, 4, threads=1) if draft else None
+
+    @contextlib.asynccontextmanager
+    async def serving() -> AsyncIterator[Server]:
+        service = Service(
+            lambda: load_default(registry, make),
+            Limits(),
+            speculate,
+            Doors(tokens),
+            lambda engine, sessions: Rollout(registry, engine, sessions, patience),
+            check_options,
+            make,
+        )
+        server = Server(service, Listening(port=0))
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(serving()) as server:
+        yield server.url
