@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import httpx
 from h2.config import H2Configuration
+from h2.connection import H2Connection
 from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
@@ -44,6 +45,10 @@ LONGEST_WAIT = 3600
 # bytes of 93. What that is to prevent is guessing at a secret by how well it compresses beside a header that somebody
 # else chooses: nobody else chooses any here, and tokens are random. Ours need no other normalising.
 LEAN = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
+
+# h2 remembers the last 65536 streams of a connection, with a hundred bytes each, to tell late frames from nonsense. On a
+# board those are hours of answers, and 8 MB; frames here are late by a few streams.
+H2Connection.MAX_CLOSED_STREAMS = 1024
 
 
 class Endpoint:
