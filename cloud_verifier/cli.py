@@ -19,6 +19,7 @@ from edge_runtime.systemd.units import Kind
 
 if TYPE_CHECKING:
     from cloud_verifier.checking import Limits
+    from cloud_verifier.loading import Loading
     from cloud_verifier.principals import Doors
     from cloud_verifier.service import Service
     from cloud_verifier.speculation import Speculation
@@ -42,6 +43,7 @@ examples:
       --certificate server.pem --key server.key
   cloud-verifier serve export/family/target-v1 --draft export/family/bundle
   cloud-verifier serve export/family/target-v1 --tokens tokens.toml       # see cloud-verifier token --help
+  torchrun --nproc-per-node 2 -m cloud_verifier.cli serve /models/Qwen2.5-32B --device cuda --dtype bfloat16 --compile
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
   cloud-verifier serve --registry /var/lib/flexspec-verifier/targets      # all versions there, see `targets --help`
   cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
@@ -136,6 +138,22 @@ def _parser() -> argparse.ArgumentParser:
         help="serve only who shows one of these, see `cloud-verifier token --help`; read again at SIGHUP "
         "(default: systemd's credential verifier-tokens, else everybody is served)",
     )
+    serve.add_argument(
+        "--batch-window",
+        type=_milliseconds,
+        default=2.0,
+        metavar="MS",
+        help="that a forward waits for boards that are about to send a round; 0: for nobody (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--compile", action="store_true", help="on CUDA: let torch fuse layers; a minute at start, a third less a round"
+    )
+    serve.add_argument(
+        "--exact",
+        action="store_true",
+        help="on CUDA in 16 bits: no text may depend on what it was computed together with, not even in a near tie; "
+        "costs a single board some 15 %% a round",
+    )
     serve.add_argument("--max-sessions", type=_positive, default=256, help="default: %(default)s")
     serve.add_argument(
         "--max-tokens", type=_positive, default=262_144, help="tokens of all sessions together (default: %(default)s)"
@@ -169,6 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--draft-threads", type=int, default=0, help="CPU threads for the draft (default: one per core, at most 4)"
+    )
+    serve.add_argument(
+        "--draft-rounds",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="with more rounds than these at once nothing is drafted here; boards do (default: %(default)s)",
     )
     serve.set_defaults(run=_serve)
 
@@ -214,6 +239,13 @@ def _seconds(text: str) -> float:
     return number
 
 
+def _milliseconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
+    return number
+
+
 def _credential(name: str) -> Path | None:
     """What systemd's LoadCredential= passes under that name; None where it does not."""
     place = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), name)
@@ -224,6 +256,7 @@ def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
     from cloud_verifier.checking import Limits
+    from cloud_verifier.pool import page_of
     from cloud_verifier.principals import Doors
     from cloud_verifier.server import serve
     from cloud_verifier.service import Service
@@ -243,6 +276,7 @@ def _serve(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         idle_seconds=options.idle_seconds,
         max_queue_seconds=options.max_queue_seconds,
+        page=page_of(options.device),
     )
     client_ca = authorities(options.client_ca, Path()) if options.client_ca else None
     listening = Listening(options.host, options.port, options.certificate, options.key, options.http, client_ca)
@@ -260,7 +294,17 @@ def _serve(options: argparse.Namespace) -> int:
         log.warning("nobody in %s has a token, so nobody is served", options.tokens)
     # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
     if options.registry is None:
-        service = Service(lambda: _load(options), limits, lambda target: _speculate(options, target), doors)
+        loading = _loading(options)
+        if loading.is_team and int(os.environ["RANK"]):
+            loading.follow(options.target, options.max_tokens)
+            return 0
+        service = Service(
+            lambda: loading.alone(options.target),
+            limits,
+            lambda target: _speculate(options, target),
+            doors,
+            window=options.batch_window / 1e3,
+        )
     else:
         service = _several(options, limits, doors)
 
@@ -278,9 +322,7 @@ def _several(options: argparse.Namespace, limits: Limits, doors: Doors) -> Servi
     from cloud_verifier.rollout import Patience, Rollout, load_default
     from cloud_verifier.service import Service
 
-    def make(path: Path, name: str, beside: list[Target]) -> Target:
-        return _load(options, path, name, beside)
-
+    make = _loading(options).beside
     registry = Registry(options.registry)
     # A check gives way to those who are served.
     check_options = ["--device", options.device, "--dtype", options.dtype, "--threads", "1"]
@@ -292,6 +334,7 @@ def _several(options: argparse.Namespace, limits: Limits, doors: Doors) -> Servi
         lambda engine, sessions: Rollout(registry, engine, sessions, Patience(grace=options.retired_seconds)),
         check_options,
         make,
+        options.batch_window / 1e3,
     )
 
 
@@ -333,23 +376,15 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(
-    options: argparse.Namespace, path: Path | None = None, name: str = "", beside: list[Target] | None = None
-) -> Target:
-    import torch
+def _loading(options: argparse.Namespace) -> Loading:
+    """How targets are loaded. Raises InputError."""
+    from cloud_verifier.loading import Loading
 
-    from cloud_verifier.target import Target
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return Target(
-        path or options.target,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
-        context=options.max_context,
-        name=name,
-        beside=beside,
+    loading = Loading(
+        options.device, options.dtype, options.max_context, options.threads, options.exact, options.compile
     )
+    loading.check()
+    return loading
 
 
 def _speculate(options: argparse.Namespace, target: Target) -> Speculation | None:
@@ -357,7 +392,7 @@ def _speculate(options: argparse.Namespace, target: Target) -> Speculation | Non
 
     if options.draft is None:
         return None
-    return Speculation(options.draft, target, options.draft_tokens, options.draft_threads)
+    return Speculation(options.draft, target, options.draft_tokens, options.draft_threads, options.draft_rounds)
 
 
 if __name__ == "__main__":

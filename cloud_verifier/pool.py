@@ -15,6 +15,11 @@ import torch
 PAGE = {"cuda": 64, "cpu": 512}
 
 
+def page_of(device: str) -> int:
+    """Tokens by which a text's memory grows there: on a CPU it is taken as it is written to."""
+    return 1 if torch.device(device).type == "cpu" else PAGE["cuda"]
+
+
 class PoolFull(Exception):
     """No page is left."""
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from cloud_verifier.admin import OPERATIONS, Admin
 from cloud_verifier.checking import Limits, check_opening, check_round
-from cloud_verifier.engine import Engine, Make
+from cloud_verifier.engine import WINDOW_SECONDS, Engine, Make
 from cloud_verifier.exchanges import message_of, refuse, reply, respond, while_connected
 from cloud_verifier.inflight import Counted, InFlight
 from cloud_verifier.limiting import check_prompt_length
@@ -48,7 +48,7 @@ class Service:
         load: makes the target, in the engine's thread.
         speculate: makes the draft beside it, likewise; None goes without.
         doors: who is served; by default everybody is.
-        make: makes further targets, see `Engine`.
+        make, window: see `Engine`.
         rollout: makes what leads sessions to versions, of the engine and the sessions; None where there is one target.
         check_options: see `Admin`.
     """
@@ -62,6 +62,7 @@ class Service:
         rollout: Callable[[Engine, SessionStore], Rollout] | None = None,
         check_options: Sequence[str] = (),
         make: Make | None = None,
+        window: float = WINDOW_SECONDS,
     ) -> None:
         self.limits = limits
         self.doors = doors or Doors()
@@ -74,7 +75,7 @@ class Service:
         )
         self.in_flight = InFlight(limits.max_queue_seconds)
         self.metrics = _metrics(self)
-        self.engine = Engine(load, speculate, lambda: self.sessions.load, limits.max_tokens, self.metrics, make=make)
+        self.engine = Engine(load, speculate, lambda: self.sessions.load, limits.max_tokens, self.metrics, window, make)
         self.rollout = rollout(self.engine, self.sessions) if rollout else None
         self._submitter = Submitter(self.engine, self.sessions, self.in_flight, self.metrics)
         # Nobody could use it where nobody is an admin.

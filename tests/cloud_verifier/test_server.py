@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+import torch
 
 from cloud_verifier import cli
 from cloud_verifier.server import Server
@@ -189,12 +190,34 @@ def test_a_certificate_without_its_key_is_refused(tiny_path: Path, capsys: pytes
     assert "--certificate and --key go together" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
+@pytest.mark.parametrize("arguments", [[], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
 def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: cloud-verifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve"], "give a TARGET to serve, or --registry DIR"),
+        (["serve", "x", "--exact"], "are for --device cuda"),
+        (["serve", "x", "--compile"], "are for --device cuda"),
+    ],
+    ids=["no target", "exact", "compile"],
+)
+def test_what_does_not_go_together_ends_with_a_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_asked_for_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "x", "--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
 
 
 def test_generate_answers_jobs(
