@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cloud,export,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cloud,export,scale,test]"
 	touch $(STAMP)
 
 clean:
