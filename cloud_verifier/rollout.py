@@ -29,10 +29,18 @@ log = logging.getLogger(__name__)
 
 # How often the registry's file is looked at, since others may change it.
 POLL_SECONDS = 1.0
+# And whether the first version is loaded.
+FIRST_POLL_SECONDS = 0.02
 
 
 class Loader(Protocol):
-    """Whatever holds the targets: the engine. The first may be there from the beginning, see `load_default`."""
+    """Whatever holds the targets: the engine.
+
+    Attributes:
+        target: the first one, which it loads by itself (see `load_default`); None until then.
+    """
+
+    target: Target | None
 
     @property
     def versions(self) -> Mapping[str, Target]:
@@ -242,7 +250,8 @@ class Rollout:
                 except Exception:
                     log.exception("the roll-out stays as it was")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._looked.wait(), POLL_SECONDS)
+                    seconds = POLL_SECONDS if self._loader.target is not None else FIRST_POLL_SECONDS
+                    await asyncio.wait_for(self._looked.wait(), seconds)
                 self._looked.clear()
         finally:
             if self._loading is not None:
@@ -267,7 +276,8 @@ class Rollout:
             for entry in roster.targets
             if not entry.retired and entry.version not in loaded and entry not in self._failures
         ]
-        if missing and (self._loading is None or self._loading.done()):
+        free = self._loading is None or self._loading.done()
+        if missing and free and self._loader.target is not None:
             self._loading = asyncio.create_task(self._load(min(missing, key=self._urgency)))
 
     def _urgency(self, entry: Entry) -> tuple[bool, bool]:

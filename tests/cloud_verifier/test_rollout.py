@@ -25,6 +25,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.versions: dict[str, Target] = {}
+        self.target: object = "there is none, and it does not load one by itself"
         self.gate = asyncio.Event()
         self.gate.set()
         self.sessions: dict[str, str] = {}
@@ -93,6 +94,17 @@ async def test_everything_that_is_active_is_loaded_the_default_first(registry: R
     await until(lambda: len(shelf.versions) == 2, rollout)
     assert rollout.resolve("v1", "key").name == "v1"
     assert [(one.version[:2], one.loaded) for one in rollout.listing()] == [("v1", True), ("v0", True)]
+
+
+async def test_what_the_engine_loads_by_itself_is_not_loaded_twice(registry: Registry, shelf: Shelf) -> None:
+    shelf.target = None
+    rollout = Rollout(registry, shelf, shelf)
+    await rollout.refresh()
+    await asyncio.sleep(0)
+    assert shelf.loads == 0
+    shelf.target = await shelf.load(registry.in_use(registry.read()), "v0")
+    await until(lambda: len(shelf.versions) == 2, rollout)
+    assert shelf.loads == 2
 
 
 async def test_an_alias_follows_as_soon_as_its_version_is_loaded_and_not_before(

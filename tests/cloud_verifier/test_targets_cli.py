@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cloud_verifier.cli import main
@@ -168,6 +170,48 @@ def test_a_text_that_is_too_short_or_not_there(
     say(capsys, "add", family / "target-v1")
     code, _, error = say(capsys, "check", "target-v1", "--draft", family / "bundle", "--text", tmp_path / "text")
     assert (code, sentence in error) == (2, True)
+
+
+def test_serving_a_registry(registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say(capsys, "add", save_target(tmp_path / "tiny"))
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", "--registry", str(registry), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = process.stdout.readline().split()
+        try:
+            assert told[1].startswith("tiny@")
+            say(capsys, "promote", "tiny", "--alias", "stable")
+            end = time.monotonic() + 30
+            while [model["id"] for model in httpx.get(f"{told[-1]}/v1/models").json()["data"]] != [
+                "latest",
+                "stable",
+                "tiny",
+            ]:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_what_cannot_be_served(
+    registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: Path
+) -> None:
+    def serve(*words: object) -> tuple[int, str]:
+        return main(["serve", "--port", "0", *map(str, words)]), capsys.readouterr().err
+
+    for words in ((), (family / "target-v1", "--registry", registry)):
+        code, error = serve(*words)
+        assert (code, "give a TARGET" in error) == (2, True)
+    code, error = serve("--registry", registry)
+    assert (code, "no registry of targets" in error) == (3, True)
+    say(capsys, "add", save_target(tmp_path / "tiny"))
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    code, error = serve("--registry", registry)
+    assert (code, "no safetensors weights" in error) == (3, True)
+    save_target(tmp_path / "tiny", seed=1)
+    code, error = serve("--registry", registry)
+    assert (code, "have changed since it was added" in error) == (3, True)
 
 
 def test_a_list_needs_no_torch(registry: Path, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
