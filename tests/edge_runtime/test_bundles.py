@@ -555,7 +555,7 @@ def test_the_command_says_what_it_did(store: BundleStore, shipped: Path, another
     assert re.match(r"another@\w{16}: installed, loads in .* ms per token\n$", installed.stdout)
     table = run("list", *place).stdout.splitlines()
     assert len(table) == 3
-    assert re.search(r"^bundle@\w{16} +current .* fused int8 +anchor/1/\w+ +none", "\n".join(table), re.MULTILINE)
+    assert re.search(r"^bundle@\w{16} +current .* fused int8 +anchor/0/\w+ +none", "\n".join(table), re.MULTILINE)
     listed = json.loads(run("list", *place, "--json").stdout)
     assert {(entry["name"].split("@")[0], entry["state"]) for entry in listed} == {
         ("bundle", "current"),
