@@ -142,7 +142,11 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
 
         session = wire.decode((await open_one(50)).content, wire.OpenReply, MSGPACK).session
         target.hold()
-        waiting = [asyncio.create_task(open_one(seed)) for seed in range(7)]
+        waiting = [asyncio.create_task(open_one(0))]
+        assert await asyncio.to_thread(target.reached.wait, 20)
+        waiting += [asyncio.create_task(open_one(seed)) for seed in range(1, 8)]
+        while server._service.in_flight.waiting < 7:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         # Whatever a machine does meanwhile, from now on the oldest of them has waited for longer than half of that.
         await asyncio.sleep(0.5)
         refused = await open_one(99)
@@ -248,6 +252,8 @@ async def test_a_board_waits_for_its_only_verifier_to_come_back(tiny: Target, al
 
 def test_sigterm_in_mid_round_cuts_nothing_off(tiny_path: Path, alone: Alone) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
+    # A machine that has much else to do is no reason to cut it short.
+    command += ["--grace", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
