@@ -55,8 +55,8 @@ def draft(family: Path) -> OnnxDraft:
 async def test_recorded_texts_replay_the_real_loop(
     family: Path, target_v1: Target, draft: OnnxDraft, temperature: float
 ) -> None:
-    # A seed at which no two candidates are nearly as good: int8 kernels round differently when several tokens go through
-    # together, and would swap them.
+    # A seed at which no two candidates are nearly as good: int8 kernels round differently when several tokens go
+    # through together, and would swap them.
     sampling = Sampling(temperature=temperature, seed=5, ignore_eos=True)
     prompt = draft.tokenizer.encode(PROMPT).ids
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
