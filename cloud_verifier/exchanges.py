@@ -27,13 +27,13 @@ ADMIN = "/admin/"
 
 async def message_of(request: Request, kind: type[M], limit: int, session: str = "") -> M:
     """The message in a body of at most `limit` bytes; for `session` see `wire.decode`. Raises VerifierRefused."""
-    body = await _body(request, limit)
+    body = await body_of(request, limit)
     try:
-        message = wire.decode(body, kind, _media_type(request), session)
+        message = wire.decode(body, kind, media_type_of(request), session)
     except InputError as error:
         if isinstance(error, wire.Damaged):
             raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
-        _check_version(wire.version_of(body, _media_type(request)))
+        _check_version(wire.version_of(body, media_type_of(request)))
         code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
         raise VerifierRefused(code, str(error), 400) from None
     _check_version(message.v)
@@ -101,7 +101,8 @@ async def while_connected(request: Request, waiting: Coroutine[None, None, None]
         gone.cancel()
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def body_of(request: Request, limit: int) -> bytes:
+    """A request's body of at most `limit` bytes. Raises VerifierRefused."""
     body = bytearray()
     size = 0
     # Read to the end even so: a client that is still writing would not read our answer.
@@ -123,7 +124,8 @@ def _check_version(version: int | None) -> None:
         )
 
 
-def _media_type(request: Request) -> str:
+def media_type_of(request: Request) -> str:
+    """What the client writes in."""
     # Admins are people with curl, which names another type unless it is told.
     if request.url.path.startswith(ADMIN):
         return wire.JSON
@@ -139,4 +141,4 @@ def _answer_type(request: Request) -> str:
         return wire.JSON if "json" in accepts else wire.MSGPACK
     if request.method == "GET" and "content-type" not in request.headers:
         return wire.JSON
-    return _media_type(request)
+    return media_type_of(request)

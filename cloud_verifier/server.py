@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from typing import Any, Protocol
 
-from cloud_verifier.service import Service
 from edge_runtime import listening
 from edge_runtime.contract.errors import FlexSpecError
 from edge_runtime.listening import Listening, reload_requested, stop_requested
@@ -21,22 +21,51 @@ GRACE_SECONDS = 10.0
 LINGER_SECONDS = 0.5
 
 
+class Served(Protocol):
+    """What a process serves: a `service.Service`, or the `ingress.Ingress` of several."""
+
+    app: Any
+
+    @property
+    def in_flight(self) -> Sized: ...
+
+    @property
+    def loaded(self) -> bool: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    @property
+    def stalled_seconds(self) -> float: ...
+
+    @property
+    def in_use(self) -> bool: ...
+
+    def status(self) -> str: ...
+
+    def reload(self) -> None: ...
+
+    async def drain(self, seconds: float) -> bool: ...
+
+    def abandon(self) -> None: ...
+
+
 class Server(listening.Server):
     """One listening verifier, inside a running event loop."""
 
-    def __init__(self, service: Service, listening: Listening) -> None:
+    def __init__(self, service: Served, listening: Listening) -> None:
         super().__init__(service.app, listening)
         self._service = service
 
     async def stop(self) -> bool:
         peaceful = await super().stop()
         if not peaceful:
-            self._service.engine.stop()
+            self._service.abandon()
         return peaceful
 
 
 async def serve(
-    service: Service, listening: Listening, announce: Callable[[str], None], grace: float = GRACE_SECONDS
+    service: Served, listening: Listening, announce: Callable[[str], None], grace: float = GRACE_SECONDS
 ) -> None:
     """Serves until SIGINT or SIGTERM, and tells systemd. At SIGHUP it reads its tokens again.
 
@@ -47,20 +76,20 @@ async def serve(
     Raises:
         FlexSpecError: the port is taken, or the target did not load.
     """
-    stopping, notifier, engine = stop_requested(), Notifier(), service.engine
+    stopping, notifier = stop_requested(), Notifier()
     asked = reload_requested()
     notifier.starting("loading the target")
     server = Server(service, listening)
     await server.start()
     try:
-        while service.target is None and not stopping.is_set():
+        while not service.loaded and not stopping.is_set():
             if service.failure:
                 raise service.failure
             await asyncio.sleep(0.02)
         if not stopping.is_set():
             announce(server.url)
             notifier.ready(service.status())
-        telling = asyncio.create_task(notifier.keep_telling(service.status, lambda: engine.stalled_seconds))
+        telling = asyncio.create_task(notifier.keep_telling(service.status, lambda: service.stalled_seconds))
         reloading = asyncio.create_task(_keep_reloading(service, asked, notifier))
         await stopping.wait()
         telling.cancel()
@@ -68,13 +97,13 @@ async def serve(
         notifier.stopping("rounds in progress may end")
         if not await service.drain(grace):
             log.warning("%d rounds were not over within %g s", len(service.in_flight), grace)
-        if len(service.sessions):
+        if service.in_use:
             await asyncio.sleep(LINGER_SECONDS)
     finally:
         await server.stop()
 
 
-async def _keep_reloading(service: Service, asked: asyncio.Event, notifier: Notifier) -> None:
+async def _keep_reloading(service: Served, asked: asyncio.Event, notifier: Notifier) -> None:
     """Reloads whenever it is asked, until cancelled."""
     while True:
         await asked.wait()

@@ -107,9 +107,28 @@ class Service:
         return self.engine.target
 
     @property
+    def loaded(self) -> bool:
+        """Whether there is a target."""
+        return self.target is not None
+
+    @property
     def failure(self) -> BaseException | None:
         """Why there is none, and will be none."""
         return self.engine.failure or (self.rollout.failure if self.rollout is not None else None)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the engine has been at one step."""
+        return self.engine.stalled_seconds
+
+    @property
+    def in_use(self) -> bool:
+        """Whether boards may be about to ask for their next round."""
+        return len(self.sessions) > 0
+
+    def abandon(self) -> None:
+        """Ends the engine where the application's lifespan was not left."""
+        self.engine.stop()
 
     def status(self) -> str:
         """What it does now, in a line."""

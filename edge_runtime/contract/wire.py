@@ -274,6 +274,21 @@ def version_of(body: bytes, media_type: str) -> int | None:
     return fields[0] if isinstance(fields, list) and fields and type(fields[0]) is int else None
 
 
+class _Keyed(msgspec.Struct):
+    key: str
+
+
+def key_of(body: bytes, media_type: str) -> str | None:
+    """The key that an opening claims, whatever the rest of it; None where there is none."""
+    try:
+        if media_type == JSON:
+            return msgspec.json.decode(body, type=_Keyed).key
+        fields = msgspec.msgpack.decode(body[:-CHECK_BYTES])
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    return fields[1] if isinstance(fields, list) and len(fields) > 1 and isinstance(fields[1], str) else None
+
+
 def encode_frame(message: Message, media_type: str, session: str = "") -> bytes:
     """One message of a streamed reply, delimited; for `session` see `encode`."""
     body = encode(message, media_type, session)
