@@ -9,6 +9,7 @@ import secrets
 from starlette.requests import Request
 
 from edge_runtime import logs
+from edge_runtime.contract.wire import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ def request_id(request: Request) -> str:
 
 def log_request(request: Request, what: str, status: int, code: str, seconds: float) -> None:
     """`code`: of a refusal, else empty. Rounds that went well are only for those who look for faults."""
-    level = logging.DEBUG if not code and what != "open" else logging.INFO
+    usual = code == ErrorCode.ROUND_VOID or (not code and what != "open")
+    level = logging.DEBUG if usual else logging.INFO
     if not log.isEnabledFor(level):
         return
     named = request_id(request) or secrets.token_hex(8)
