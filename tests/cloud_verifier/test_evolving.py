@@ -227,11 +227,11 @@ def test_versions_of_one_base_and_a_foreign_one_share_an_engine_and_a_draft_besi
     """Rounds of all of them go on at once; and the draft keeps out of the text whose vocabulary is not its own."""
     registry = Registry(tmp_path / "registry")
     registry.add_draft(family / "bundle")
-    paths = {name: family / name for name in ("target-v1", "target-v2", "target-v3")}
+    paths = {name: family / name for name in ("target-v1", "target-v2", "target-v3", "target-v4")}
     paths["foreign"] = save_target(tmp_path / "foreign")
     for path in paths.values():
         registry.add(str(path), unshared=True)
-    assert [entry.admitted for entry in registry.read().targets] == ["shared"] * 3 + ["unshared"]
+    assert [entry.admitted for entry in registry.read().targets] == ["shared"] * 4 + ["unshared"]
 
     def written(name: str) -> list[int]:
         model, _, end_ids = load_model(paths[name], "cpu", "float32")
@@ -245,7 +245,7 @@ def test_versions_of_one_base_and_a_foreign_one_share_an_engine_and_a_draft_besi
                 return talker.open(sampling=WARM, model=name, n=LENGTH).ids[len(PROMPT) :]
 
         expected = {name: written(name) for name in paths}
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(10) as pool:
             texts = {name: [pool.submit(spoken, name) for _ in range(2)] for name in paths}
             assert {name: [one.result() for one in both] for name, both in texts.items()} == {
                 name: [text] * 2 for name, text in expected.items()

@@ -24,7 +24,8 @@ Change = Callable[[Path], None]
 
 
 def test_the_family_evolves_within_the_contract(family: Path) -> None:
-    for name, kind in (("target-v1", "checkpoint"), ("target-v2", "adapter"), ("target-v3", "adapter")):
+    kinds = {"target-v1": "checkpoint", "target-v2": "adapter", "target-v3": "adapter", "target-v4": "changes"}
+    for name, kind in kinds.items():
         examined = examine(family / name, [family / "bundle"], family / "target-v1")
         assert (examined.compatible, examined.kind, examined.report()) == (True, kind, "")
         identity = read_bundle(family / "bundle").manifest.shared.identity

@@ -195,13 +195,14 @@ def own(tmp_path: Path, family: Path) -> Registry:
 
 
 def test_versions_that_kept_what_drafts_share_come_in(own: Registry, family: Path) -> None:
-    entries = [own.add(str(family / name)) for name in ("target-v2", "target-v3")]
+    entries = [own.add(str(family / name)) for name in ("target-v2", "target-v3", "target-v4")]
     assert [(entry.name, entry.kind, entry.admitted) for entry in entries] == [
         ("target-v2", "adapter", "shared"),
         ("target-v3", "adapter", "shared"),
+        ("target-v4", "changes", "shared"),
     ]
     listed = {one.version: one for one in own.listing(own.read())}
-    assert len(listed) == 3
+    assert len(listed) == 4
     assert all(one.state == "active" and not one.problem for one in listed.values())
     assert own.locate(str(family / "target-v2"), own.read()) == own.path_of(entries[0])
 
