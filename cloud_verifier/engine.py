@@ -38,6 +38,8 @@ Make: TypeAlias = Callable[[Path, str, list[Target]], Target]
 
 # A session is expected back when it usually comes; so much later, nobody waits for it any more.
 LATE_SECONDS = 0.0005
+# Between attempts to forget a version whose closed sessions have rounds that are not over.
+UNLOAD_SECONDS = 0.01
 
 
 # How long a forward waits for sessions that are expected at any moment.
@@ -57,7 +59,7 @@ class Engine:
         make: makes a target for `load`, from its path, its name, and those that are loaded.
 
     Attributes:
-        target: the first target, once it is loaded.
+        target: the first target, once it is loaded and until it is unloaded.
         versions: all targets that are loaded, by their exact version.
         failure: why the first did not load.
     """
@@ -145,16 +147,24 @@ class Engine:
         return await self._between_forwards(admit)
 
     async def unload(self, version: str) -> None:
-        """Forgets a version, which no session is pinned to any more."""
+        """Forgets a version, which no session is pinned to any more, once its last round has ended."""
+        while not await self._between_forwards(lambda: self._forget(version)):
+            await asyncio.sleep(UNLOAD_SECONDS)
 
-        def forget() -> None:
-            target = self._versions.pop(version, None)
-            if target is not None:
-                target.retire()
-                if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
-                    self._pools.pop(target.runner.shape, None)
-
-        await self._between_forwards(forget)
+    def _forget(self, version: str) -> bool:
+        """Whether that was possible."""
+        if any(playing.session.target.version == version for playing in (*self._rounds, *self._arrived)):
+            return False
+        # Pages go back to the pool that they are from, while that is here.
+        self._reclaim()
+        target = self._versions.pop(version, None)
+        if target is not None:
+            target.retire()
+            if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
+                self._pools.pop(target.runner.shape, None)
+            if self.target is target:
+                self.target = None
+        return True
 
     async def _between_forwards(self, chore: Callable[[], T]) -> T:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -212,7 +222,6 @@ class Engine:
             _settle(future, chore)
         while self._arrived:
             playing = self._arrived.popleft()
-            playing.answer.started = True
             self._metrics.queued(time.perf_counter() - playing.submitted)
             self._rounds.append(playing)
             self._proceed(playing, None, 0.0)

@@ -1,4 +1,8 @@
-"""The rounds that are being played: no more than the engine can begin soon, and none any more when the end comes."""
+"""The rounds that are being played: no more than can be answered soon, and none any more when the end comes.
+
+A batch begins with everybody at once, so a queue is where rounds have no token yet. What an opening takes to read its
+prompt by itself is no waiting, and is taken to be what others took lately.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from edge_runtime.contract.wire import ErrorCode
 
 # So few waiting rounds are no queue: a slow target may take this long over one forward.
 FEW = 4
+# How much the latest prompt says about how long the next one takes.
+LATEST = 0.2
 # Of the longest wait: from this share on no texts begin, so that those that have begun can go on.
 OPENING_SHARE = 0.5
 RETRY_SECONDS = 1
@@ -25,6 +31,7 @@ RETRY_SECONDS = 1
 class _Waiting(NamedTuple):
     answer: Answer
     since: float
+    prompt: int
 
 
 class InFlight:
@@ -38,12 +45,15 @@ class InFlight:
         """
         Args:
             max_queue_seconds: that the round which has waited longest may have waited; while it has waited longer, new
-                ones are refused. Openings are, from half of that on.
+                ones are refused. Openings are, from half of that on, whether rounds wait or openings.
         """
         self.draining = False
         self._max_queue_seconds = max_queue_seconds
         self._playing: set[Answer] = set()
-        self._waiting: deque[_Waiting] = deque()
+        self._rounds: deque[_Waiting] = deque()
+        self._openings: deque[_Waiting] = deque()
+        # Of a prompt, for each of its tokens; None while nobody knows.
+        self._reading_seconds: float | None = None
         self._exchanges = 0
         self._none_left = asyncio.Event()
         self._none_left.set()
@@ -53,15 +63,13 @@ class InFlight:
 
     @property
     def waiting(self) -> int:
-        """How many the engine has not begun with."""
-        return sum(not each.answer.started and not each.answer.done for each in self._waiting)
+        """How many have no token yet."""
+        return sum(_waits(each) for each in (*self._rounds, *self._openings))
 
     @property
     def queue_seconds(self) -> float:
-        """How long the round that has waited longest for the engine has waited: what a new one would, about."""
-        while self._waiting and (self._waiting[0].answer.started or self._waiting[0].answer.done):
-            self._waiting.popleft()
-        return time.monotonic() - self._waiting[0].since if self._waiting else 0.0
+        """How long the round, or the opening, has waited that has waited longest: what a new one would, about."""
+        return max(self._waited(self._rounds), self._waited(self._openings))
 
     def check(self, *, opening: bool) -> None:
         """Raises VerifierRefused: `draining`, or `overloaded` where a new round would have to wait for too long."""
@@ -73,8 +81,10 @@ class InFlight:
                 retry_after=RETRY_SECONDS,
             )
         most = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
-        waited = self.queue_seconds
-        if waited > most and len(self._waiting) > FEW:
+        # Texts that have begun do not wait for those that begin: a forward has room for both.
+        queues = (self._rounds, self._openings) if opening else (self._rounds,)
+        waited = max(self._waited(queue) for queue in queues)
+        if waited > most and self.waiting > FEW:
             raise VerifierRefused(
                 ErrorCode.OVERLOADED,
                 f"rounds wait {waited:.1f} s for their turn; try again shortly",
@@ -82,15 +92,20 @@ class InFlight:
                 retry_after=RETRY_SECONDS,
             )
 
-    def enter(self, answer: Answer) -> None:
-        """A round has been submitted."""
+    def enter(self, answer: Answer, prompt: int = 0) -> None:
+        """A round has been submitted; `prompt`: tokens that have to be read before."""
         self._playing.add(answer)
-        self._waiting.append(_Waiting(answer, time.monotonic()))
+        queue = self._openings if prompt else self._rounds
+        queue.append(_Waiting(answer, time.monotonic(), prompt))
         self._none_left.clear()
 
-    def leave(self, answer: Answer) -> None:
+    def leave(self, answer: Answer, prompt: int = 0) -> None:
         """It is over."""
         self._playing.discard(answer)
+        if prompt and answer.told:
+            took = 1e-4 * answer.so_far().prefill_100us / prompt
+            known = took if self._reading_seconds is None else self._reading_seconds
+            self._reading_seconds = known + LATEST * (took - known)
         self._look()
 
     @contextlib.contextmanager
@@ -103,6 +118,15 @@ class InFlight:
         finally:
             self._exchanges -= 1
             self._look()
+
+    def _waited(self, queue: deque[_Waiting]) -> float:
+        """How long the oldest of `queue` has waited."""
+        while queue and not _waits(queue[0]):
+            queue.popleft()
+        if not queue or (queue[0].prompt and self._reading_seconds is None):
+            return 0.0
+        reading = queue[0].prompt * (self._reading_seconds or 0.0)
+        return max(0.0, time.monotonic() - queue[0].since - reading)
 
     def _look(self) -> None:
         if not self._playing and not self._exchanges:
@@ -118,6 +142,10 @@ class InFlight:
         except TimeoutError:
             return False
         return True
+
+
+def _waits(each: _Waiting) -> bool:
+    return not each.answer.told and not each.answer.done
 
 
 class Counted:

@@ -339,7 +339,7 @@ def _metrics(service: Service) -> Metrics:
         ("cache_tokens", "Tokens of all sessions, whose keys and values are kept.", lambda: sessions.tokens),
         ("cache_token_limit", "Tokens that there may be.", lambda: limits.max_tokens),
         ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.in_flight)),
-        ("rounds_waiting", "Of these, those that the engine has not begun with.", lambda: service.in_flight.waiting),
+        ("rounds_waiting", "Of these, those that have no token yet.", lambda: service.in_flight.waiting),
         ("queue_oldest_seconds", "That the oldest of them has waited.", lambda: service.in_flight.queue_seconds),
         ("draining", "1 when it is about to end.", lambda: service.in_flight.draining),
     ):

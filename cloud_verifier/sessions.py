@@ -28,14 +28,12 @@ class Answer:
     Attributes:
         request: the round, as it was asked for.
         played: as it is played: without its draft where that is not worth verifying.
-        started: the engine has begun with it.
         on_end: called once, on the event loop, when it is over, well or badly.
     """
 
     def __init__(self, request: RoundRequest, *, verified: bool = True) -> None:
         self.request = request
         self.played = request if verified else msgspec.structs.replace(request, draft=[], siblings={})
-        self.started = False
         self.done = False
         self.on_end: Callable[[], None] | None = None
         self._frames: list[Frame] = []
@@ -52,6 +50,11 @@ class Answer:
             self._error = error
             self.done = True
             self._wake()
+
+    @property
+    def told(self) -> bool:
+        """Whether there is anything to read yet."""
+        return bool(self._frames)
 
     async def frames(self) -> AsyncIterator[Frame]:
         """All frames from the first, as they come. Raises VerifierRefused if the round failed."""

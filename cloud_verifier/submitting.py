@@ -33,7 +33,7 @@ class Submitter:
         session = Session(list(opening.prompt), opening.sampling, target, answer, principal.name)
         session.draft = opening.draft
         self._sessions.add(opening.key, session)
-        self._submit(session, answer, standing)
+        self._submit(session, answer, standing, len(opening.prompt))
         standing.pay(0, len(opening.prompt))
         self._metrics.opened(len(opening.prompt))
         return session
@@ -71,12 +71,12 @@ class Submitter:
         for session in idle[: max(0, excess)]:
             self._sessions.remove(session.id)
 
-    def _submit(self, session: Session, answer: Answer, standing: Standing) -> None:
-        """Has a round played, and entered into the books when it is over."""
+    def _submit(self, session: Session, answer: Answer, standing: Standing, prompt: int = 0) -> None:
+        """Has a round played, behind a prompt of so many tokens, and entered into the books when it is over."""
         arrived = time.perf_counter()
 
         def over() -> None:
-            self._in_flight.leave(answer)
+            self._in_flight.leave(answer, prompt)
             told, asked = answer.so_far(), answer.request
             verified = answer.played is asked
             standing.pay(told.accepted + len(told.tokens))
@@ -88,7 +88,7 @@ class Submitter:
             self._metrics.played(session.target.version, session.draft, session.owner, asked, told, seconds, verified)
 
         answer.on_end = over
-        self._in_flight.enter(answer)
+        self._in_flight.enter(answer, prompt)
         self._engine.submit(session, answer)
 
 

@@ -18,9 +18,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cloud_verifier.inflight import InFlight
 from cloud_verifier.metrics import MOST_DRAFTS, OTHER, Metrics
 from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
+from cloud_verifier.sessions import Answer
 from cloud_verifier.target import Target
 from edge_runtime import logs
 from edge_runtime.contract import wire
@@ -140,29 +142,56 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
             asked = opening([5, seed + 1], Sampling(1.0, seed=seed, ignore_eos=True))
             return await client.post("/v1/sessions", content=wire.encode(asked, MSGPACK))
 
-        session = wire.decode((await open_one(50)).content, wire.OpenReply, MSGPACK).session
+        async def play_one(session: str) -> httpx.Response:
+            body = wire.encode(RoundRequest(VERSION, 1, 3), MSGPACK, session)
+            return await client.post(f"/v1/sessions/{session}/rounds", content=body)
+
+        opened = [wire.decode((await open_one(seed)).content, wire.OpenReply, MSGPACK) for seed in range(9)]
         target.hold()
-        waiting = [asyncio.create_task(open_one(0))]
-        assert await asyncio.to_thread(target.reached.wait, 20)
-        waiting += [asyncio.create_task(open_one(seed)) for seed in range(1, 8)]
-        while server._service.in_flight.waiting < 7:  # noqa: ASYNC110
+        waiting = [asyncio.create_task(play_one(reply.session)) for reply in opened[:8]]
+        while server._service.in_flight.waiting < 8:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        # Whatever a machine does meanwhile, from now on the oldest of them has waited for longer than half of that.
-        await asyncio.sleep(0.5)
+        # Whatever the machine does meanwhile, from now on the oldest of them has waited for more than half of that.
+        await asyncio.sleep(0.4)
         refused = await open_one(99)
-        assert refusal_of(refused).code == ErrorCode.OVERLOADED
+        assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
         assert refused.headers["retry-after"] == "1"
         # Texts that have begun may go on for a while longer; then they, too, are told to come back.
-        await asyncio.sleep(0.7)
-        going_on = RoundRequest(VERSION, 1, 3)
-        response = await client.post(f"/v1/sessions/{session}/rounds", content=wire.encode(going_on, MSGPACK, session))
-        assert (response.status_code, refusal_of(response).code) == (503, ErrorCode.OVERLOADED)
+        await asyncio.sleep(0.4)
+        refused = await play_one(opened[8].session)
+        assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
         assert (await client.get("/healthz")).status_code == 200
         target.release()
         for seed, answer in enumerate(await asyncio.gather(*waiting)):
-            said = wire.decode(answer.content, wire.OpenReply, MSGPACK).first.tokens
-            assert said == alone([5, seed + 1], 1, Sampling(1.0, seed=seed, ignore_eos=True))
-        assert (await open_one(60)).status_code == 200
+            said = opened[seed].first.tokens + wire.decode(answer.content, Frame, MSGPACK, opened[seed].session).tokens
+            assert said == alone([5, seed + 1], 2, Sampling(1.0, seed=seed, ignore_eos=True))
+        assert (await open_one(60)).status_code == (await play_one(opened[8].session)).status_code == 200
+
+
+async def test_texts_that_begin_wait_for_one_another_and_not_for_their_own_prompt() -> None:
+    held = InFlight(0.2)
+
+    def enter(prompt: int) -> Answer:
+        answer = Answer(RoundRequest(VERSION, 0, 1))
+        held.enter(answer, prompt)
+        return answer
+
+    first = enter(100)
+    first.push(Frame(VERSION, 0, tokens=[1], prefill_100us=500))
+    held.leave(first, 100)
+    # Half a millisecond a token: that long one alone would take a second, and is not waiting.
+    answers = [enter(2000), *[enter(10) for _ in range(5)]]
+    await asyncio.sleep(0.15)
+    held.check(opening=True)
+    answers[0].push(Frame(VERSION, 0, tokens=[1]))
+    with pytest.raises(VerifierRefused, match="try again shortly"):
+        held.check(opening=True)
+    # Rounds of texts that have begun go beside them.
+    held.check(opening=False)
+    assert held.waiting == 5
+    for answer in answers:
+        answer.push(Frame(VERSION, 0, tokens=[1]))
+    held.check(opening=True)
 
 
 # The end
