@@ -23,7 +23,7 @@ class Limits(msgspec.Struct, frozen=True):
         max_body: bytes of a request body.
         idle_seconds: sessions unused for longer are evicted.
         page: tokens that a session's memory grows by at once.
-        max_queue_seconds: that a round may wait for the engine; while the oldest one has waited longer, new ones are
+        max_queue_seconds: that a round may wait for its first token; while one has waited longer, new ones are
             refused, and openings from half of that on.
     """
 
