@@ -148,12 +148,14 @@ class Engine:
 
     async def unload(self, version: str) -> None:
         """Forgets a version, which no session is pinned to any more, once its last round has ended."""
-        while not await self._between_forwards(lambda: self._forget(version)):
+        forgotten = await self._between_forwards(lambda: self._forget(version))
+        while not forgotten:
             await asyncio.sleep(UNLOAD_SECONDS)
+            forgotten = await self._between_forwards(lambda: self._forget(version))
 
     def _forget(self, version: str) -> bool:
         """Whether that was possible."""
-        if any(playing.session.target.version == version for playing in (*self._rounds, *self._arrived)):
+        if any(playing.session.target.version == version for playing in self._rounds):
             return False
         # Pages go back to the pool that they are from, while that is here.
         self._reclaim()
@@ -224,6 +226,10 @@ class Engine:
             playing = self._arrived.popleft()
             self._metrics.queued(time.perf_counter() - playing.submitted)
             self._rounds.append(playing)
+            target = playing.session.target
+            if self._versions.get(target.version) is not target:
+                # It was unloaded since the session was led to it.
+                playing.session.closed = True
             self._proceed(playing, None, 0.0)
         self._reclaim()
         members = self._members()

@@ -250,7 +250,7 @@ class Rollout:
                 except Exception:
                     log.exception("the roll-out stays as it was")
                 with contextlib.suppress(TimeoutError):
-                    seconds = POLL_SECONDS if self._loader.target is not None else FIRST_POLL_SECONDS
+                    seconds = POLL_SECONDS if self._begun else FIRST_POLL_SECONDS
                     await asyncio.wait_for(self._looked.wait(), seconds)
                 self._looked.clear()
         finally:
@@ -277,8 +277,13 @@ class Rollout:
             if not entry.retired and entry.version not in loaded and entry not in self._failures
         ]
         free = self._loading is None or self._loading.done()
-        if missing and free and self._loader.target is not None:
+        if missing and free and self._begun:
             self._loading = asyncio.create_task(self._load(min(missing, key=self._urgency)))
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the first version is loaded, or was."""
+        return self._loader.target is not None or bool(self._loader.versions)
 
     def _urgency(self, entry: Entry) -> tuple[bool, bool]:
         """What most wait for comes first."""

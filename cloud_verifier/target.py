@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import threading
@@ -99,6 +98,7 @@ class Target:
         config = config_of(base)
         check_whole(base)
         self._path, self._base = path, base
+        self._identities: dict[tuple[str, int], str] = {}
         self.name = name or path.name
         self.version = f"{self.name}@{version_hash(path, base)}"
         self.context = _usable_context(config, context, path)
@@ -135,11 +135,13 @@ class Target:
         )
         return self.shared_identity(layout, int(blocks)) if known and int(blocks) <= self._layers else ""
 
-    @functools.cache  # noqa: B019 - a process holds few targets, each for its whole life
     def shared_identity(self, layout: str, blocks: int) -> str:
         """What a draft that shares these of our tensors presents (see `SharedTensors.identity`)."""
-        fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
-        return shared_identity(layout, blocks, fingerprints)
+        known = self._identities.get((layout, blocks))
+        if known is None:
+            fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
+            known = self._identities[layout, blocks] = shared_identity(layout, blocks, fingerprints)
+        return known
 
     def holds(self, base: Path, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether `base` is the very checkpoint that the runner runs, so that an adapter to it can be put beside."""

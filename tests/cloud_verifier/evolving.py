@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from anyio.from_thread import start_blocking_portal
@@ -20,20 +21,15 @@ from cloud_verifier.target import Target
 from edge_runtime.listening import Listening
 
 
-@contextlib.contextmanager
-def serving_registry(
+def service_of(
     registry: Registry,
     tokens: Path | None = None,
     *,
     patience: Patience = PATIENCE,
     check_options: Sequence[str] = (),
     draft: Path | None = None,
-) -> Iterator[str]:
-    """The URL of a verifier of the registry, in a thread of its own; without tokens everybody is a board.
-
-    Args:
-        draft: a bundle, to speculate with beside the targets.
-    """
+) -> Service:
+    """Without tokens everybody is a board; with a `draft`, a bundle, it speculates beside the targets."""
 
     def make(path: Path, name: str, beside: list[Target]) -> Target:
         return Target(path, device="cpu", dtype=torch.float32, name=name, beside=beside)
@@ -41,18 +37,24 @@ def serving_registry(
     def speculate(target: Target) -> Speculation | None:
         return Speculation(draft, target, 4, threads=1) if draft else None
 
+    return Service(
+        lambda: load_default(registry, make),
+        Limits(),
+        speculate,
+        Doors(tokens),
+        lambda engine, sessions: Rollout(registry, engine, sessions, patience),
+        check_options,
+        make,
+    )
+
+
+@contextlib.contextmanager
+def serving_registry(registry: Registry, tokens: Path | None = None, **options: Any) -> Iterator[str]:
+    """The URL of such a service, in a thread of its own."""
+
     @contextlib.asynccontextmanager
     async def serving() -> AsyncIterator[Server]:
-        service = Service(
-            lambda: load_default(registry, make),
-            Limits(),
-            speculate,
-            Doors(tokens),
-            lambda engine, sessions: Rollout(registry, engine, sessions, patience),
-            check_options,
-            make,
-        )
-        server = Server(service, Listening(port=0))
+        server = Server(service_of(registry, tokens, **options), Listening(port=0))
         await server.start()
         try:
             yield server

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +18,16 @@ import pytest
 from cloud_verifier.reference import decode_alone
 from cloud_verifier.registry import Registry
 from cloud_verifier.rollout import Patience
+from cloud_verifier.server import Server
+from cloud_verifier.sessions import Answer
+from cloud_verifier.sessions import Session as Pinned
 from cloud_verifier.target import load_model
+from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.wire import ErrorCode, ModelList, OpenReply
-from tests.cloud_verifier.evolving import serving_registry
+from edge_runtime.contract.errors import VerifierRefused
+from edge_runtime.contract.wire import JSON, ErrorCode, ModelList, OpenReply, RoundRequest
+from edge_runtime.listening import Listening
+from tests.cloud_verifier.evolving import service_of, serving_registry
 from tests.cloud_verifier.talker import PROMPT, Session, Talker, opening
 from tests.models import save_target
 
@@ -76,6 +85,14 @@ def wait(url: str, holds: Callable[[ModelList], object]) -> ModelList:
             return models_of(url)
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise TimeoutError
 
 
 def leads(url: str, version: str) -> None:
@@ -139,6 +156,76 @@ def test_a_lost_session_goes_on_with_its_version_until_that_is_gone(url: str, re
             assert time.monotonic() < end
             time.sleep(2.5)
         talker.refused(response, 404, ErrorCode.UNKNOWN_MODEL)
+
+
+async def test_a_version_that_is_unloaded_leaves_nothing_behind(registry: Registry) -> None:
+    """Even the first one, and though a draft was compared with it."""
+    service = service_of(registry, patience=Patience(lost=0, grace=3600))
+    server = Server(service, Listening(port=0))
+    await server.start()
+    try:
+        versions = service.engine.versions
+        async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
+            await until(lambda: len(versions) == 2)
+            version = service.rollout.default.version
+            identity = versions[version].identity_like("anchor/1/")
+            asked = wire.encode(opening(sampling=WARM, n=5, identity=identity), JSON)
+            opened = await client.post("/v1/sessions", content=asked)
+            assert opened.json()["version"] == version
+            target, model = weakref.ref(versions[version]), weakref.ref(versions[version].runner.model)
+            registry.promote("latest", "v1")
+            registry.retire("v0")
+            await client.delete(f"/v1/sessions/{opened.json()['session']}")
+            await until(lambda: version not in versions)
+            assert (await client.post("/v1/sessions", content=wire.encode(opening(), JSON))).status_code == 200
+            # Loading goes on.
+            registry.add(str(registry.path_of(registry.read().entry(version))))
+            await until(lambda: version in versions)
+        gc.collect()
+        assert (target(), model()) == (None, None)
+    finally:
+        await server.stop()
+
+
+async def test_a_version_of_another_shape_takes_its_pool_along_and_whoever_comes_too_late_is_told(
+    registry: Registry, tmp_path: Path
+) -> None:
+    wide = save_target(tmp_path / "wide", num_key_value_heads=4)
+    registry.add(str(wide))
+    model, _, end_ids = load_model(wide, "cpu", "float32")
+    text = decode_alone(model, PROMPT, WARM, LENGTH, end_ids)
+    service = service_of(registry, patience=Patience(lost=0, grace=3600))
+    server = Server(service, Listening(port=0))
+    await server.start()
+
+    def loaded() -> list[str]:
+        return [version for version in service.engine.versions if version.startswith("wide@")]
+
+    try:
+        async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
+
+            async def write() -> tuple[str, list[int]]:
+                asked = wire.encode(opening(sampling=WARM, n=LENGTH, model="wide"), JSON)
+                told = (await client.post("/v1/sessions", content=asked)).json()
+                return told["session"], told["first"]["tokens"]
+
+            for _ in range(2):
+                await until(loaded)
+                target = service.engine.versions[loaded()[0]]
+                written = [await write() for _ in range(3)]
+                assert [tokens for _, tokens in written] == [text] * 3
+                registry.retire("wide")
+                for session, _ in written:
+                    await client.delete(f"/v1/sessions/{session}")
+                await until(lambda: not loaded())
+                late = Answer(RoundRequest(wire.VERSION, 0, len(PROMPT)))
+                service.engine.submit(Pinned(list(PROMPT), WARM, target, late), late)
+                with pytest.raises(VerifierRefused) as caught:
+                    await late.whole()
+                assert caught.value.code == ErrorCode.SESSION_LOST
+                registry.add(str(wide))
+    finally:
+        await server.stop()
 
 
 def test_a_repeated_opening_gets_its_session_though_the_alias_has_moved(
