@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ LOOK_SECONDS = 1.0
 HEALTH_SECONDS = 2.0
 # How often the first replicas may fail to load before that is an error.
 LOAD_ATTEMPTS = 2
+# To reach a cluster.
+CONNECT_SECONDS = 5.0
 # Replicas come quickly when rounds wait, and go slowly: each one that goes has its sessions opened again elsewhere.
 UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10.0, 300.0
 # A session has at most a round, one sent ahead of its answer, and repetitions of both.
@@ -200,6 +203,8 @@ class Fleet:
 @contextlib.contextmanager
 def _ray(scaling: Scaling) -> Iterator[None]:
     """Connected to a Ray cluster, or with one of this process's own, which ends with it. Raises InputError."""
+    if scaling.cluster not in ("", "auto"):
+        _check_reachable(scaling.cluster)
     # Nothing about this machine goes to anybody; and nobody gets in who does not know the token.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not scaling.cluster:
@@ -228,7 +233,7 @@ def _ray(scaling: Scaling) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"no Ray cluster at {scaling.cluster}" if scaling.cluster else "Ray did not start"
         raise InputError(f"{where}: {error}") from None
     try:
@@ -236,6 +241,17 @@ def _ray(scaling: Scaling) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(cluster: str) -> None:
+    """Raises InputError: Ray itself would try for minutes."""
+    host, _, port = cluster.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster at {cluster} ({error}); give HOST:PORT of its head, such as 10.0.0.1:6379, or auto"
+        ) from None
 
 
 def _check_resources(scaling: Scaling, there: dict[str, float]) -> None:

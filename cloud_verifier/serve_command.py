@@ -7,6 +7,7 @@ import faulthandler
 import functools
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from edge_runtime.listening import Listening
 
 log = logging.getLogger(__name__)
-
-MOST_REPLICAS = 1000
 
 
 def add_parser(commands: Any, model: argparse.ArgumentParser) -> None:
@@ -101,7 +100,7 @@ def add_parser(commands: Any, model: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=3.0,
         metavar="SECONDS",
-        help="that rounds may wait for the target; then new ones are told to come back (default: %(default)g)",
+        help="that rounds may wait for their first token; then new ones are told to come back (default: %(default)g)",
     )
     serve.add_argument(
         "--grace",
@@ -177,11 +176,11 @@ def _milliseconds(text: str) -> float:
 
 
 def _replicas(text: str) -> tuple[int, int]:
-    fewest, _, most = text.partition("-")
-    numbers = int(fewest), int(most or fewest)
-    if not 1 <= numbers[0] <= numbers[1] <= MOST_REPLICAS:
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= fewest <= most:
         raise argparse.ArgumentTypeError(f"{text} is neither a number of replicas, such as 2, nor a range, such as 1-8")
-    return numbers
+    return fewest, most
 
 
 def _credential(name: str) -> Path | None:
