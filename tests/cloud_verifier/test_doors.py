@@ -380,4 +380,5 @@ async def test_a_token_costs_next_to_nothing_a_round(tiny: Target, tokens: Path,
                 async for _ in session.play([1, 2, 3]):
                     pass
             spent.append(sum(client.meter.total) - sum(before))
-    assert abs(spent[1] - spent[0]) <= 10 * 2
+    # One byte a round, and frames of HTTP/2 that come now and then; 330 where it is sent whole every time.
+    assert abs(spent[1] - spent[0]) < 100
