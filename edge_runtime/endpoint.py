@@ -46,8 +46,8 @@ LONGEST_WAIT = 3600
 # else chooses: nobody else chooses any here, and tokens are random. Ours need no other normalising.
 LEAN = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
 
-# h2 remembers the last 65536 streams of a connection, with a hundred bytes each, to tell late frames from nonsense. On a
-# board those are hours of answers, and 8 MB; frames here are late by a few streams.
+# h2 remembers the last 65536 streams of a connection, with a hundred bytes each, to tell late frames from nonsense. On
+# a board those are hours of answers, and 8 MB; frames here are late by a few streams.
 H2Connection.MAX_CLOSED_STREAMS = 1024
 
 
