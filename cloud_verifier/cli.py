@@ -116,12 +116,15 @@ def _service(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import msgspec
+    import torch
     from tokenizers import Tokenizer
 
     from cloud_verifier.reference import decode_alone
     from cloud_verifier.target import load_model
     from edge_runtime.contract.coupling import Sampling, check_prompt
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model, base, end_ids = load_model(options.target, options.device, options.dtype)
     size = model.config.vocab_size
     if options.jobs:
