@@ -22,8 +22,8 @@ import torch
 from cloud_verifier.metrics import Metrics
 from cloud_verifier.packing import Piece
 from cloud_verifier.pool import Pool, PoolFull, Shape
-from cloud_verifier.rounds import Reading, Round
-from cloud_verifier.runner import Chosen, Runner
+from cloud_verifier.rounds import Round
+from cloud_verifier.runner import Chosen, Reading, Runner
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.target import Target
@@ -86,7 +86,7 @@ class Engine:
         self._chores: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._rounds: list[Round] = []
         self._due: list[tuple[float, int, Session]] = []
-        self._pools: dict[Shape, Pool] = {}
+        self._pools: dict[tuple[Shape, bool], Pool] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -163,7 +163,7 @@ class Engine:
         if target is not None:
             target.retire()
             if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
-                self._pools.pop(target.runner.shape, None)
+                self._pools.pop((target.runner.shape, False), None)
             if self.target is target:
                 self.target = None
         return True
@@ -202,6 +202,8 @@ class Engine:
         self.speculation = self._speculate(target)
         target.settle()
         target.runner.warm(self._pool(target.runner.shape))
+        if self.speculation and self.speculation.runner:
+            self.speculation.runner.warm(self._pool(self.speculation.runner.shape, drafts=True))
         self._versions[target.version] = target
         # Last, because with it the verifier is ready.
         self.target = target
@@ -247,11 +249,10 @@ class Engine:
         readers: list[Round] = []
         rows = 0
         for playing in self._rounds:
-            target = playing.session.target
             if playing.wanted is None:
                 continue
-            runner = runner or target.runner
-            if target.runner is not runner:
+            runner = runner or playing.runner
+            if playing.runner is not runner:
                 continue
             if isinstance(playing.wanted, Reading):
                 readers.append(playing)
@@ -276,11 +277,12 @@ class Engine:
 
     def _forward(self, members: list[tuple[Round, Piece]]) -> None:
         """Runs the pieces in one forward; if that fails, each in one of its own, so that one cannot harm another."""
-        target = members[0][0].session.target
+        # For whom it is: the target's forwards are run by one of its versions, a draft's by its runner.
+        runner = members[0][1].runner or members[0][0].session.target
         started = time.perf_counter()
         try:
-            pool = self._pool(target.runner.shape)
-            chosen = target.run(pool, [piece for _, piece in members])
+            pool = self._pool_of(members[0][0])
+            chosen = runner.run(pool, [piece for _, piece in members])
         except Exception as error:
             if len(members) > 1:
                 for member in members:
@@ -291,8 +293,9 @@ class Engine:
         seconds = time.perf_counter() - started
         self._metrics.forward(sum(len(piece) for _, piece in members), len(members), seconds)
         for (playing, piece), said in zip(members, chosen, strict=True):
-            if isinstance(playing.wanted, Reading):
+            if piece.stays:
                 pool.keep(piece.text, list(range(len(piece))))
+            if isinstance(playing.wanted, Reading):
                 left = playing.wanted.ids[len(piece) :]
                 if left:
                     playing.wanted = Reading(left)
@@ -323,17 +326,20 @@ class Engine:
         log.error("a round failed", exc_info=error)
         playing.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; the verifier's log says why", 500))
 
-    def _pool(self, shape: Shape) -> Pool:
-        if shape not in self._pools:
+    def _pool(self, shape: Shape, drafts: bool = False) -> Pool:
+        if (shape, drafts) not in self._pools:
             try:
-                self._pools[shape] = Pool(shape, self._tokens)
+                self._pools[shape, drafts] = Pool(shape, self._tokens)
             except torch.OutOfMemoryError:
                 wanted = self._tokens * shape.bytes_per_token / 2**30
                 raise TargetError(
                     f"keys and values of {self._tokens} tokens take {wanted:.1f} GiB, which {shape.device} does not "
                     "have beside the target; lower --max-tokens"
                 ) from None
-        return self._pools[shape]
+        return self._pools[shape, drafts]
+
+    def _pool_of(self, playing: Round) -> Pool:
+        return self._pool(playing.runner.shape, drafts=playing.runner is not playing.session.target.runner)
 
     def _keep(self, session: Session, rows: list[int]) -> None:
         self._pool(session.target.runner.shape).keep(session.cache, rows)
@@ -347,6 +353,9 @@ class Engine:
                 self._released.append(session)
             else:
                 self._pool(session.target.runner.shape).release(session.cache)
+                guesses, speculation = session.guesses, self.speculation
+                if guesses and guesses.text and speculation and speculation.runner:
+                    self._pool(speculation.runner.shape, drafts=True).release(guesses.text)
 
 
 def _settle(future: asyncio.Future[Any], chore: Callable[[], Any]) -> None:

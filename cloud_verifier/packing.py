@@ -7,12 +7,16 @@ its piece, the first so many rows of its piece, and itself: that is enough for a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from cloud_verifier.pool import Pool, Text
 from cloud_verifier.tree import Tree
 from edge_runtime.contract.coupling import Sampling
+
+if TYPE_CHECKING:
+    from cloud_verifier.runner import Runner
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class Piece:
         limits: how many rows of the piece, from its first, each row sees beside itself.
         sampling: how the token behind each row is chosen; None where nobody asks.
         adapter: slot of the adapter that these rows go through; 0 is none.
+        stays: the text goes on with these rows at once, see `Pool.keep`; else whoever asked for them says which stay.
+        runner: that it is for; None is the one of the session's target.
     """
 
     text: Text
@@ -33,6 +39,8 @@ class Piece:
     limits: list[int]
     sampling: Sampling | None = None
     adapter: int = 0
+    stays: bool = False
+    runner: Runner | None = None
 
     @classmethod
     def of_tree(cls, text: Text, tree: Tree, sampling: Sampling, adapter: int = 0) -> Piece:
@@ -42,7 +50,7 @@ class Piece:
     def of_chain(cls, text: Text, ids: list[int], adapter: int = 0) -> Piece:
         """`ids` as they follow the text, only to be read."""
         length = text.length
-        return cls(text, ids, list(range(length, length + len(ids))), list(range(len(ids))), None, adapter)
+        return cls(text, ids, list(range(length, length + len(ids))), list(range(len(ids))), None, adapter, stays=True)
 
     def __len__(self) -> int:
         return len(self.ids)

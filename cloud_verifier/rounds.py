@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
-from typing import NamedTuple, TypeAlias
 
 from cloud_verifier.packing import Piece
-from cloud_verifier.runner import Chosen
+from cloud_verifier.runner import Chosen, Reading, Runner, Wanted
 from cloud_verifier.sessions import Answer, Session
 from cloud_verifier.speculation import Speculation
 from cloud_verifier.tree import CLOSE_CALL, Tree
@@ -21,15 +20,6 @@ from edge_runtime.contract.wire import VERSION, Frame
 
 # A streamed continuation sends its tokens at most this often: a frame costs some 25 bytes, an eye sees no difference.
 FRAME_SECONDS = 0.02
-
-
-class Reading(NamedTuple):
-    """Ids that are to stand in the cache, in pieces as the engine has room."""
-
-    ids: list[int]
-
-
-Wanted: TypeAlias = Reading | Piece | None
 
 
 class Round:
@@ -80,6 +70,12 @@ class Round:
         except StopIteration:
             self.wanted, self.over = None, True
 
+    @property
+    def runner(self) -> Runner:
+        """That what is wanted is for."""
+        runner = self.wanted.runner if isinstance(self.wanted, Piece) else None
+        return runner or self.session.target.runner
+
     def add_seconds(self, seconds: float) -> None:
         """Counts a forward that ran a part of what is wanted."""
         self._forward_seconds += seconds
@@ -121,16 +117,17 @@ class Round:
         if session.guesses is None:
             session.guesses = speculation.guesses()
         steps = session.guesses.behind(session.ids, min(count, speculation.tokens), session.sampling)
+        chosen: Chosen | None = None
         while True:
             started = time.perf_counter()
             try:
-                next(steps)
+                wanted = steps.send(chosen)
             except StopIteration as end:
                 guesses: list[int] = end.value
                 return guesses
             finally:
                 self._forward_seconds += time.perf_counter() - started
-            yield None
+            chosen = yield wanted
 
     def _score(
         self, draft: list[int], siblings: dict[int, list[int]]

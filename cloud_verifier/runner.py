@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -19,10 +19,20 @@ from cloud_verifier.sampling import Choice, Choices
 from edge_runtime.contract.coupling import Chooser
 
 
+class Reading(NamedTuple):
+    """Ids that are to stand in the cache of a session's text, in pieces as the engine has room."""
+
+    ids: list[int]
+
+
 class Chosen(Protocol):
     """The target's choices behind a piece, by row."""
 
     def __getitem__(self, row: int, /) -> Choice: ...
+
+
+# What a round wants run next; None lets others go first.
+Wanted: TypeAlias = Reading | Piece | None
 
 
 class Runner:

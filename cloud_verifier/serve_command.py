@@ -110,7 +110,11 @@ def add_parser(commands: Any, model: argparse.ArgumentParser) -> None:
         help="for rounds to end at SIGTERM, while new ones are refused (default: %(default)g)",
     )
     serve.add_argument(
-        "--draft", type=Path, metavar="BUNDLE", help="draft bundle, to say the target's own tokens several to a forward"
+        "--draft",
+        type=Path,
+        metavar="DRAFT",
+        help="to say the target's own tokens several to a forward: a bundle, as boards have it, which runs on the CPU, "
+        "or a draft's directory (draft.json), which runs where the target does",
     )
     serve.add_argument(
         "--draft-tokens",
@@ -335,4 +339,13 @@ def _speculate(options: argparse.Namespace, target: Target) -> Speculation | Non
 
     if options.draft is None:
         return None
-    return Speculation(options.draft, target, options.draft_tokens, options.draft_threads, options.draft_rounds)
+    if not (options.draft / "draft.json").is_file():
+        return Speculation(options.draft, target, options.draft_tokens, options.draft_threads, options.draft_rounds)
+    # The one place where the verifier asks the export, which alone knows how a draft and its target are put together.
+    from cloud_verifier import attention
+    from cloud_verifier.drafting import Drafting
+    from export.drafts import load_draft
+
+    draft = load_draft(options.draft, target.base)
+    draft.set_attn_implementation(attention.NAME)
+    return Drafting(draft, target, options.draft_tokens, options.draft_rounds)

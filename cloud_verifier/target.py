@@ -116,7 +116,7 @@ class Target:
             self.runner, self.end_ids = host.runner, host.end_ids
         else:
             model, _, self.end_ids = load_model(base if separate else path, device, dtype, attention=attention.NAME)
-            self.runner = _runner(model, self.context, exact, compiled, team)
+            self.runner = runner_of(model, self.context, exact, compiled, team)
             for other in beside or ():
                 if other.runner.shape == self.runner.shape:
                     share_tensors(model, other.runner.model)
@@ -142,6 +142,11 @@ class Target:
             fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
             known = self._identities[layout, blocks] = shared_identity(layout, blocks, fingerprints)
         return known
+
+    @property
+    def base(self) -> Path:
+        """Directory of the checkpoint that it is, or is based on."""
+        return self._base
 
     def holds(self, base: Path, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether `base` is the very checkpoint that the runner runs, so that an adapter to it can be put beside."""
@@ -207,7 +212,10 @@ class Target:
         log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
 
 
-def _runner(model: Any, context: int, exact: bool, compiled: bool, team: Team | None) -> Runner:
+def runner_of(
+    model: Any, context: int, exact: bool = False, compiled: bool = False, team: Team | None = None
+) -> Runner:
+    """What runs `model` where it is."""
     if model.device.type != "cuda":
         return Runner(model)
     from cloud_verifier.graphs import GraphRunner

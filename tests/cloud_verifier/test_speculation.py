@@ -17,7 +17,8 @@ from anyio.from_thread import start_blocking_portal
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier import cli
+from cloud_verifier import attention, cli
+from cloud_verifier.drafting import Drafting
 from cloud_verifier.reference import decode_alone
 from cloud_verifier.server import Server
 from cloud_verifier.service import Limits, Service
@@ -59,10 +60,14 @@ class Beside:
         return self.service.sessions.get(session.id).guesses
 
 
+def beside(target: Target, bundle: Path, tokens: int = 5) -> contextlib.AbstractContextManager[Beside]:
+    return besides(target, lambda it: Speculation(bundle, it, tokens, threads=1))
+
+
 @contextlib.contextmanager
-def beside(target: Target, bundle: Path, tokens: int = 5) -> Iterator[Beside]:
+def besides(target: Target, speculate: Callable[[Target], Speculation]) -> Iterator[Beside]:
     watched = Watched(target)
-    service = Service(lambda: watched, Limits(), lambda it: Speculation(bundle, it, tokens, threads=1))
+    service = Service(lambda: watched, Limits(), speculate)
 
     @contextlib.asynccontextmanager
     async def listening():  # type: ignore[no-untyped-def]
@@ -102,7 +107,12 @@ def perfect(bundle_of: Bundle, tiny_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def middling(bundle_of: Bundle, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def middling(bundle_of: Bundle, middling_model: Path) -> Path:
+    return bundle_of(middling_model)
+
+
+@pytest.fixture(scope="module")
+def middling_model(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target, disturbed so that about half of its guesses are right."""
     model = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
     torch.manual_seed(1)
@@ -111,12 +121,18 @@ def middling(bundle_of: Bundle, tiny_path: Path, tmp_path_factory: pytest.TempPa
             weights += 0.06 * weights.std() * torch.randn_like(weights) if weights.ndim > 1 else 0
     path = tmp_path_factory.mktemp("models") / "middling"
     model.save_pretrained(path)
-    return bundle_of(path)
+    return path
 
 
-@pytest.fixture(scope="module", params=["perfect", "middling"])
+@pytest.fixture(scope="module", params=["perfect", "middling", "in torch"])
 def helped(tiny: Target, request: pytest.FixtureRequest) -> Iterator[Beside]:
-    """The tiny target beside a draft that is always right, or one that often is."""
+    """The tiny target beside a draft that is always right, or one that often is, as a board has it or in PyTorch."""
+    if request.param == "in torch":
+        model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue("middling_model"))
+        model.set_attn_implementation(attention.NAME)
+        with besides(tiny, lambda it: Drafting(model, it, 5)) as verifier:
+            yield verifier
+        return
     with beside(tiny, request.getfixturevalue(request.param)) as verifier:
         yield verifier
 
@@ -312,13 +328,55 @@ def test_serve_with_a_draft(tiny_path: Path, perfect: Path, alone: Alone) -> Non
             process.kill()
 
 
-def test_the_shipped_family_takes_fewer_forwards_than_tokens(family: Path, target_v1: Target) -> None:
+def test_with_many_rounds_at_once_the_boards_draft(tiny: Target, perfect: Path, alone: Alone) -> None:
+    with besides(tiny, lambda it: Speculation(perfect, it, 5, threads=1, most_rounds=1)) as verifier:
+        sessions = [verifier.talker.open([7, seed + 1], ENDLESS) for seed in range(2)]
+        verifier.target.hold()
+        with ThreadPoolExecutor(2) as pool:
+            plays = [pool.submit(session.play, n=30) for session in sessions]
+            verifier.target.reached.wait(20)
+            while len(verifier.service.in_flight) < 2:
+                pass
+            verifier.target.release()
+            for play in plays:
+                play.result()
+        # Together they took one forward a token, as long as there were two.
+        assert verifier.target.forwards > 20
+        for seed, session in enumerate(sessions):
+            assert session.ids[2:] == alone([7, seed + 1], 31, ENDLESS)
+
+
+def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
     prompt = Tokenizer.from_file(str(family / "bundle" / "tokenizer.json")).encode("def main(").ids
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(family / "target-v1"), "--port", "0"]
+    command += ["--threads", "1", "--draft", str(family / "draft-anchor")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            with Talker(process.stdout.readline().split()[-1]) as talker:
+                sampling = Sampling(0.7, seed=1, ignore_eos=True)
+                session = talker.open(prompt, sampling, n=64)
+                assert session.ids == prompt + decode_alone(model, prompt, sampling, 64, end_ids)
+                metrics = talker.http.get("/metrics").text
+        finally:
+            process.kill()
+    counted = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    assert float(counted["flexspec_forward_seconds_count"]) > 0
+
+
+def test_the_shipped_family_takes_less_than_half_a_forward_a_token(family: Path, target_v1: Target) -> None:
+    model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
+    tokenizer = Tokenizer.from_file(str(family / "bundle" / "tokenizer.json"))
+    tokens = forwards = 0
     with beside(target_v1, family / "bundle") as verifier:
-        for sampling in (Sampling(), Sampling(0.7, seed=1), Sampling(1.0, top_p=0.9, seed=2)):
-            verifier.target.forwards = 0
-            session = verifier.talker.open(prompt, sampling, n=32)
-            truth = decode_alone(model, prompt, sampling, 32, end_ids)
-            assert session.ids == prompt + truth
-            assert verifier.target.forwards < 0.7 * len(truth)
+        for text in ("def main(", "import os\n", "class Stack:\n"):
+            prompt = tokenizer.encode(text).ids
+            for sampling in (Sampling(), Sampling(0.7, seed=1), Sampling(1.0, top_p=0.9, seed=2)):
+                verifier.target.forwards = 0
+                session = verifier.talker.open(prompt, sampling, n=48)
+                truth = decode_alone(model, prompt, sampling, 48, end_ids)
+                assert session.ids == prompt + truth
+                forwards += verifier.target.forwards
+                tokens += len(truth)
+    assert forwards < 0.5 * tokens
