@@ -14,11 +14,11 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 
+from cloud_verifier import admin
 from cloud_verifier.admin import OPERATIONS, Operation, Targets
 from cloud_verifier.cli import main
 from cloud_verifier.registry import Registry
 from edge_runtime.contract.wire import Refusal
-from export.evolution import break_contract
 from tests.cloud_verifier.evolving import serving_registry
 from tests.cloud_verifier.test_targets_cli import write_text
 from tests.fuzzing import fuzz, whole
@@ -61,7 +61,7 @@ class Operator:
     """Somebody with a token, and curl."""
 
     def __init__(self, url: str, token: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=120)
+        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=240)
 
     def list(self) -> Targets:
         response = self.http.get(ADMIN)
@@ -201,9 +201,13 @@ def test_a_registry_that_cannot_be_written_is_a_typed_fault(operator: Operator, 
 
 
 @pytest.mark.slow
-def test_a_check_over_http(registry: Registry, tokens: dict[str, str], family: Path, tmp_path: Path) -> None:
+def test_a_check_over_http(
+    tokens: dict[str, str], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Beside other tests it would hardly get its turn.
+    monkeypatch.setattr(admin, "NICENESS", 0)
     own = Registry(tmp_path / "own")
-    break_contract(family / "target-v1", own.path / "target-v5", str(family / "target-v1"))
+    save_target(own.path / "foreign")
     own.change(lambda roster: msgspec.structs.replace(roster, roots=[".", str(family)]))
     own.add_draft(family / "bundle")
     own.add("target-v1")
@@ -220,10 +224,10 @@ def test_a_check_over_http(registry: Registry, tokens: dict[str, str], family: P
             assert operator.list().default == "latest"  # meanwhile others are served
         refused, good = sorted((one.result() for one in asked), key=lambda answer: -answer.status_code)
         assert (refused.status_code, refused.json()["code"], good.status_code) == (503, "overloaded", 200)
-        good, bad = good.json(), check("target-v5").json()
+        good, bad = good.json(), check("foreign").json()
     assert (good["fine"], good["compatible"], len(good["expected"])) == (True, True, 1)
-    assert (bad["fine"], bad["compatible"]) == (False, False)
-    assert bad["gate"]["fits"][0]["differences"][0]["name"] == "model.norm.weight"
+    assert (bad["fine"], bad["compatible"], bad["expected"]) == (False, False, [])
+    assert "tensor" in {difference["what"] for difference in bad["gate"]["fits"][0]["differences"]}
 
 
 FUZZED = [one for one in OPERATIONS if one.handler != "check_target"]  # that one starts a process each time
