@@ -107,11 +107,11 @@ class Plan:
                 (index, first, min(self.block_rows, stop - first)) for first in range(row, stop, self.block_rows)
             ]
             row = stop
-        host["moves"][: len(moves)] = moves or np.zeros((0, 4))
+        host["moves"][: len(moves)] = np.array(moves, dtype=np.int32).reshape(-1, 4)
         host["moves"][len(moves) :] = 0
         known = np.array(facts, dtype=np.int32).reshape(-1, 3)
         host["pieces"][: len(facts)] = known
-        host["blocks"][: len(blocks)] = blocks
+        host["blocks"][: len(blocks)] = np.array(blocks, dtype=np.int32).reshape(-1, 3)
         host["blocks"][len(blocks) :] = 0
         which = np.repeat(np.arange(len(facts)), known[:, 2])
         places = np.arange(row) - known[which, 1] + known[which, 0]

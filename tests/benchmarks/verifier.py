@@ -245,6 +245,8 @@ async def all_texts(
     engine = Engine(lambda: target, lambda _: None, lambda: 0, tokens=64 * 1024)
     engine.start()
     while engine.target is None:  # noqa: ASYNC110 - another thread sets it
+        if engine.failure:
+            raise engine.failure
         await asyncio.sleep(0.01)
     slots = asyncio.Semaphore(together)
 
