@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ HEALTH_SECONDS = 2.0
 LOAD_ATTEMPTS = 2
 # To reach a cluster.
 CONNECT_SECONDS = 5.0
+# What a trace calls an error, in its last line.
+RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 # Replicas come quickly when rounds wait, and go slowly: each one that goes has its sessions opened again elsewhere.
 UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10.0, 300.0
 # A session has at most a round, one sent ahead of its answer, and repetitions of both.
@@ -265,6 +268,7 @@ def _check_resources(scaling: Scaling, there: dict[str, float]) -> None:
 
 
 def _cause(message: str) -> str:
-    """What failed, of Ray's account of it: the last line of a trace."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "Ray does not say why")
+    """What failed, of Ray's account of it: what the last line of a trace says."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["Ray does not say why"]
+    last = next((line for line in reversed(lines) if RAISED.match(line)), lines[-1])
+    return RAISED.sub("", last)
