@@ -291,7 +291,8 @@ class Engine:
             self._fail(members[0][0], error)
             return
         seconds = time.perf_counter() - started
-        self._metrics.forward(sum(len(piece) for _, piece in members), len(members), seconds)
+        if members[0][1].runner is None:
+            self._metrics.forward(sum(len(piece) for _, piece in members), len(members), seconds)
         for (playing, piece), said in zip(members, chosen, strict=True):
             if piece.stays:
                 pool.keep(piece.text, list(range(len(piece))))
@@ -320,6 +321,7 @@ class Engine:
     def _fail(self, playing: Round, error: Exception) -> None:
         # The cache may hold half a round: the session is lost, and its client opens another.
         playing.session.closed = True
+        self.release(playing.session)
         if isinstance(error, PoolFull):
             playing.fail(VerifierRefused(ErrorCode.OVERLOADED, "the cache is full; try again shortly", 503))
             return

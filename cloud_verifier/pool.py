@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 PAGE = {"cuda": 64, "cpu": 512}
+# Pages beyond what the texts' tokens need: a round's drafts and siblings stand in the cache until it is decided.
+SLACK = 64
 
 
 def page_of(device: str) -> int:
@@ -70,7 +72,7 @@ class Pool:
         self.shape = shape
         self.page = PAGE.get(shape.device.type, PAGE["cuda"])
         self._at_once = shape.device.type != "cpu"
-        self.pages = -(-tokens // self.page)
+        self.pages = -(-tokens // self.page) + SLACK
         self._free: list[int] = []
         self._moves: list[tuple[int, int, int, int]] = []
         self.slabs: list[torch.Tensor] = []
