@@ -33,6 +33,7 @@ examples:
   torchrun --nproc-per-node 2 -m cloud_verifier.cli serve /models/Qwen2.5-32B --device cuda --dtype bfloat16 --compile
   cloud-verifier generate export/family/target-v1 "def main(" --max-new-tokens 32
   cloud-verifier serve --registry /var/lib/flexspec-verifier/targets      # all versions there, see `targets --help`
+  cloud-verifier serve /models/Llama-3.1-8B --device cuda --replicas 2-8  # on Ray Serve: a GPU each, as many as needed
   cloud-verifier service install --now /models/Llama-3.1-8B -- --device cuda --dtype bfloat16
 """
 

@@ -175,7 +175,7 @@ class Ingress:
         carried["headers"] = [(bytes(name), bytes(value)) for name, value in request.scope["headers"]]
         round_ = request.url.path.startswith(f"{SESSIONS}/")
         for attempt in range(ATTEMPTS):
-            began = False
+            began = over = False
             answer = self._handle().options(method_name="exchange", stream=True, session_id=mark).remote(carried, body)
             watching = asyncio.create_task(_cancel_when_gone(request, answer))
             try:
@@ -183,10 +183,10 @@ class Ingress:
                     began = True
                     for message in messages:
                         yield message
+                over = True
                 return
             except (RequestCancelledError, TaskCancelledError, asyncio.CancelledError) as error:
                 if not watching.done():
-                    answer.cancel()
                     raise
                 raise ClientDisconnect from error
             except RayActorError as error:
@@ -203,6 +203,8 @@ class Ingress:
                 raise VerifierRefused(ErrorCode.INTERNAL, "a fault of the verifier; its log says more", 500) from error
             finally:
                 watching.cancel()
+                if not over:
+                    answer.cancel()
 
     def _handle(self) -> DeploymentHandle[Any]:
         """Raises VerifierRefused while there is no replica."""

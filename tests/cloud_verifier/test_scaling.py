@@ -20,7 +20,7 @@ from cloud_verifier import cli
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused
-from edge_runtime.contract.wire import JSON, MSGPACK, ErrorCode
+from edge_runtime.contract.wire import JSON, MSGPACK, ErrorCode, Frame, OpenReply
 from edge_runtime.verifier_client import VerifierClient
 from edge_runtime.verifier_session import VerifierSession
 from tests.cloud_verifier.conftest import Alone
@@ -183,6 +183,17 @@ async def test_a_replica_killed_in_mid_answer_costs_no_token(
         assert refused.value.code == ErrorCode.UNAUTHORIZED
         both = replicas_below(process)
         assert len(both) == 2
+
+        # Who is cut off in mid-answer finds all of it, and a repeated opening its session.
+        asked = wire.encode(opening(sampling=samplings[1], n=LONG, stream=True), JSON)
+        for _ in range(2):
+            async with http.stream("POST", "/v1/sessions", content=asked, headers={"content-type": JSON}) as cut:
+                await anext(cut.aiter_bytes())
+        lines = (await http.post("/v1/sessions", content=asked, headers={"content-type": JSON})).text.splitlines()
+        frames = [wire.decode(lines[0].encode(), OpenReply, JSON).first]
+        frames += [wire.decode(line.encode(), Frame, JSON) for line in lines[1:]]
+        assert [token for frame in frames for token in frame.tokens] == truths[1]
+        assert sum(await figure(http, "sessions")) == 1
 
         answers = [asyncio.create_task(answer(client, index)) for index in range(BOARDS)]
         await third.wait()
