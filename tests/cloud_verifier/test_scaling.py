@@ -26,6 +26,7 @@ from edge_runtime.verifier_session import VerifierSession
 from tests.cloud_verifier.conftest import Alone
 from tests.cloud_verifier.talker import PROMPT, opening
 
+VERIFIER = [sys.executable, "-m", "cloud_verifier.cli"]
 BOARDS, LONG = 16, 120
 # The machine may be busy with the other tests.
 PATIENCE = 60
@@ -107,17 +108,23 @@ def replicas_below(process: subprocess.Popen[str]) -> set[int]:
     return found
 
 
+def new_token(name: str, tokens: Path) -> str:
+    """An admin's."""
+    return subprocess.check_output(
+        [*VERIFIER, "token", "add", name, "--role", "admin", "--tokens", str(tokens)], text=True
+    ).strip()
+
+
 @pytest.fixture
-def two_replicas(tiny_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """`cloud-verifier serve --replicas 2`, its URL, and a token for it; ended by force if it is still there."""
-    verifier = [sys.executable, "-m", "cloud_verifier.cli"]
-    tokens = ["--tokens", str(tmp_path / "tokens.toml")]
-    token = subprocess.check_output([*verifier, "token", "add", "all", "--role", "admin", *tokens], text=True).strip()
-    options = ["--port", "0", "--threads", "1", "--replicas", "2", *tokens]
-    process = subprocess.Popen([*verifier, "serve", str(tiny_path), *options], stdout=subprocess.PIPE, text=True)
+def two_replicas(tiny_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path, str]]:
+    """`cloud-verifier serve --replicas 2`, its URL, its tokens and an admin's; ended by force if it is still there."""
+    tokens = tmp_path / "tokens.toml"
+    token = new_token("all", tokens)
+    options = ["--port", "0", "--threads", "1", "--replicas", "2", "--tokens", str(tokens)]
+    process = subprocess.Popen([*VERIFIER, "serve", str(tiny_path), *options], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process, process.stdout.readline().rsplit(" ", 1)[-1].strip(), token
+        yield process, process.stdout.readline().rsplit(" ", 1)[-1].strip(), tokens, token
     finally:
         with contextlib.suppress(psutil.Error):
             everyone = psutil.Process(process.pid).children(recursive=True)
@@ -135,6 +142,15 @@ async def until(true: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.3)
 
 
+def tokens_in(answer: str) -> list[int]:
+    """Of a streamed opening, in JSON."""
+    first, *others = answer.splitlines()
+    frames = [wire.decode(first.encode(), OpenReply, JSON).first]
+    frames += [wire.decode(line.encode(), Frame, JSON) for line in others]
+    assert not frames[-1].more
+    return [token for frame in frames for token in frame.tokens]
+
+
 async def figure(http: httpx.AsyncClient, name: str) -> list[float]:
     """What the verifier's metrics say of it, of every replica; nothing where it cannot say."""
     response = await http.get("/metrics")
@@ -145,9 +161,9 @@ async def figure(http: httpx.AsyncClient, name: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
 async def test_a_replica_killed_in_mid_answer_costs_no_token(
-    two_replicas: tuple[subprocess.Popen[str], str, str], alone: Alone
+    two_replicas: tuple[subprocess.Popen[str], str, Path, str], alone: Alone
 ) -> None:
-    process, url, token = two_replicas
+    process, url, tokens, token = two_replicas
     samplings = [Sampling(0.9 * (seed % 2), seed=seed, ignore_eos=True) for seed in range(BOARDS)]
     truths = [alone(PROMPT, LONG, sampling) for sampling in samplings]
     told = 0
@@ -189,10 +205,8 @@ async def test_a_replica_killed_in_mid_answer_costs_no_token(
         for _ in range(2):
             async with http.stream("POST", "/v1/sessions", content=asked, headers={"content-type": JSON}) as cut:
                 await anext(cut.aiter_bytes())
-        lines = (await http.post("/v1/sessions", content=asked, headers={"content-type": JSON})).text.splitlines()
-        frames = [wire.decode(lines[0].encode(), OpenReply, JSON).first]
-        frames += [wire.decode(line.encode(), Frame, JSON) for line in lines[1:]]
-        assert [token for frame in frames for token in frame.tokens] == truths[1]
+        again = await http.post("/v1/sessions", content=asked, headers={"content-type": JSON})
+        assert tokens_in(again.text) == truths[1]
         assert sum(await figure(http, "sessions")) == 1
 
         answers = [asyncio.create_task(answer(client, index)) for index in range(BOARDS)]
@@ -212,11 +226,29 @@ async def test_a_replica_killed_in_mid_answer_costs_no_token(
         # Ray puts another in its place.
         await until(both_up)
         assert len(replicas_below(process) - both) == 1
-        again = await answer(client, 0)
-        assert again.ids == PROMPT + truths[0]
+        assert (await answer(client, 0)).ids == PROMPT + truths[0]
 
+        # A new token is known everywhere after SIGHUP.
+        late = await asyncio.to_thread(new_token, "late", tokens)
+        headers = {"authorization": f"Bearer {late}"}
+        assert (await http.get("/v1/models", headers=headers)).status_code == 401
+        process.send_signal(signal.SIGHUP)
+
+        async def known() -> bool:
+            return [(await http.get("/v1/models", headers=headers)).status_code for _ in range(8)] == [200] * 8
+
+        await until(known)
+
+        # The end waits for answers in progress.
         everyone = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        last = wire.encode(opening(sampling=samplings[2], n=LONG, stream=True), JSON)
+        async with http.stream("POST", "/v1/sessions", content=last, headers={"content-type": JSON}) as answered:
+            pieces = answered.aiter_text()
+            text = await anext(pieces)
+            process.send_signal(signal.SIGTERM)
+            async for piece in pieces:
+                text += piece
+        assert tokens_in(text) == truths[2]
         assert await asyncio.to_thread(process.wait, PATIENCE) == 0
         _, left = await asyncio.to_thread(psutil.wait_procs, everyone, 20)
         assert not left, [child.cmdline() for child in left]
