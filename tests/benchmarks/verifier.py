@@ -244,7 +244,7 @@ async def all_texts(
     """The texts of all jobs, so many at once; seconds."""
     engine = Engine(lambda: target, lambda _: None, lambda: 0, tokens=64 * 1024)
     engine.start()
-    while engine.target is None:  # noqa: ASYNC110 - another thread sets it
+    while engine.target is None:
         if engine.failure:
             raise engine.failure
         await asyncio.sleep(0.01)
