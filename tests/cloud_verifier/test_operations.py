@@ -227,7 +227,7 @@ async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, alone: Alo
             # What was answered is answered again.
             repeated = wire.encode(RoundRequest(VERSION, 0, 4), MSGPACK, other._id)
             assert (await asking.post(f"/v1/sessions/{other._id}/rounds", content=repeated)).status_code == 200
-        client.deadline = 1.0
+        client.deadline = 4.0
         with pytest.raises(VerifierRefused, match="about to end"):
             await anext(other.play([]))
         async for _ in playing:
