@@ -216,6 +216,8 @@ class GraphRunner(Runner):
     def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
         rows = self._planned(pool, pieces, "forward")
         logits = self.forward(pool, rows).float()
+        # The plan's page of host memory may be written again only when it has been read.
+        torch.cuda.synchronize()
         parts = logits[: sum(map(len, pieces))].split([len(piece) for piece in pieces])
         return tuple(part for part, piece in zip(parts, pieces, strict=True) if piece.sampling)
 
