@@ -186,6 +186,11 @@ class Endpoint:
                 await self._http.aclose()
                 self._http = self._connections(None, http1=not self._clear_http2, http2=self._clear_http2)
             raise
+        except ValueError as error:
+            # Where the very first request of a connection was cancelled, httpcore has lost count of its streams.
+            if "semaphore" not in str(error):
+                raise
+            raise httpx.LocalProtocolError(str(error), request=request) from error
         self._guessing, self._answered = False, True
         return response
 

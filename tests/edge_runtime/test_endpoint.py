@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import anyio
 from h2.connection import H2Connection
 
+from cloud_verifier.target import Target
 from edge_runtime import endpoint
+from edge_runtime.link_faults import LinkFailure
+from edge_runtime.verifier_client import VerifierClient
+from tests.conftest import serving
 
 
 def test_a_connection_forgets_streams_that_are_long_over() -> None:
@@ -20,3 +27,29 @@ def test_a_connection_forgets_streams_that_are_long_over() -> None:
         connection.data_to_send()
     assert connection.open_outbound_streams == 0
     assert len(connection._closed_streams) == 1024
+
+
+async def test_a_first_request_that_is_cancelled_leaves_typed_failures_at_worst(tiny: Target) -> None:
+    async with serving(tiny) as server, VerifierClient(server.url) as client:
+        [one] = client.endpoints
+        told = one._trace
+        with anyio.CancelScope() as scope:
+
+            async def trace(event: str, info: dict[str, Any]) -> None:
+                await told(event, info)
+                if event == "http2.send_connection_init.complete":
+                    scope.cancel()
+
+            one._trace = trace  # type: ignore[method-assign]
+            async with one.exchange("GET", "/v1/models", None):
+                pass
+        assert scope.cancelled_caught
+        one._trace = told  # type: ignore[method-assign]
+        failures = 0
+        for _ in range(4):
+            try:
+                async with one.exchange("GET", "/v1/models", None) as response:
+                    assert response.status_code == 200
+            except LinkFailure:
+                failures += 1
+        assert failures < 4
