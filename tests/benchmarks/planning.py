@@ -15,6 +15,7 @@ in these cells is streaming with speculation.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ CHANGING = (("laptop", "loaded"), ("raspberry-pi-5", "32b"), ("server", "32b"), 
 CHANGE_AT = 12.0
 SETTLED = 1.05
 WINDOW = 5
+# Of a change of the link: rounds that are looked at behind it, and texts that may be played for them.
+ROUNDS_BEHIND, MOST_TEXTS = 300, 500
 BUDGET_SHARE = 0.7
 # Where the unconstrained planner drafts enough that streaming draws less than the budget.
 BUDGETED = (
@@ -231,11 +234,14 @@ class Bench:
                 changing = Cell(f"{before}:{CHANGE_AT:g},{after}", board, SMALL_DRAFT, verifier)
                 then = changing._replace(link=after.rpartition(",")[2])
                 simulator = Simulator(changing.world(), self.policy(name, changing.believed()), log=True)
-                log: list[Outcome] = []
-                for text in texts:
-                    log += simulator.play(text).log
                 back = CHANGE_AT + (5.0 if "offline" in after else 0.0)
-                plans = [outcome.plan for outcome in log if outcome.conditions.now >= back]
+                plans: list[Plan] = []
+                # A world in which all texts are written before the change plays them again.
+                for text in itertools.islice(itertools.cycle(texts), MOST_TEXTS):
+                    log = simulator.play(text).log
+                    plans += [outcome.plan for outcome in log if outcome.conditions.now >= back]
+                    if len(plans) >= ROUNDS_BEHIND:
+                        break
                 rounds = _settling(plans, footprints, then.world(), self.objective)
                 best = footprints.costs(then.world(), self.objective).min()
                 final = _mean_cost(plans[len(plans) // 2 :], footprints, then.world(), self.objective)
