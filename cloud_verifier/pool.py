@@ -2,7 +2,7 @@
 
 On an accelerator the stock is one allocation made at start, and a page holds few tokens, so that little of it lies
 idle. On a CPU pages are made when they are first needed, and are so large that most texts have one: a text's keys are
-then a view, and memory that no token has been written to costs nothing. There the sessions' store sets the bound.
+then a view, and memory far behind its tokens costs nothing. There the sessions' store sets the bound.
 Pages belong to the engine's thread.
 """
 
@@ -15,6 +15,9 @@ import torch
 PAGE = {"cuda": 64, "cpu": 512}
 # Pages beyond what the texts' tokens need: a round's drafts and siblings stand in the cache until it is decided.
 SLACK = 64
+# Of a page on a CPU so many tokens' memory is taken when it is made: what a verifier holds then depends on how many
+# sessions it has had at once, and does not creep up with every text that is a little longer.
+TOUCHED = 96
 
 
 def page_of(device: str) -> int:
@@ -84,7 +87,10 @@ class Pool:
     def _slab(self, pages: int) -> torch.Tensor:
         shape = self.shape
         size = (pages, shape.layers, 2, shape.heads, self.page, shape.size)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+        slab = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        if not self._at_once:
+            slab[..., :TOUCHED, :] = 0
+        return slab
 
     @property
     def used(self) -> int:

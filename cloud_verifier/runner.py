@@ -46,7 +46,7 @@ class Runner:
         exact: what a row gives does not depend on its company in the last bit either; siblings are not to be scored.
     """
 
-    most_rows = 1 << 16
+    most_rows = 256
     most_pieces = 1 << 16
     prompt_rows = 128
     exact = False

@@ -363,7 +363,8 @@ def verdict(fleet: Fleet, memory: list[tuple[float, int]], boards: int, seconds:
     for share in (50, 95, 99):
         spent = 1e3 * float(np.percentile(fleet.beside or [0.0], share))
         table.add_row(f"round less its forwards, {share} %, ms", f"{spent:.0f}")
-    table.add_row("memory at 10 s, at the end, MB", f"{before / 2**20:.0f}, {after / 2**20:.0f}")
+    every = [f"{size / 2**20:.0f}" for at, size in memory[:: max(1, int(WARMING))]]
+    table.add_row("memory every 10 s, MB", " ".join([*every, f"{after / 2**20:.0f}"]))
     console.print(table)
     for sentence in dict.fromkeys(fleet.broken[:20]):
         console.print(f"broken: {sentence}", style="red", markup=False)
