@@ -1,7 +1,7 @@
 """What one forward is made of: pieces of several texts, their rows one behind the other.
 
-A row sees the text before
-its piece, the first so many rows of its piece, and itself: that is enough for a chain, and for siblings beside it.
+A row sees the text before its piece, the first so many rows of its piece, and itself: that is enough for a chain, and
+for siblings beside it.
 """
 
 from __future__ import annotations

@@ -165,18 +165,19 @@ def positive(text: str) -> int:
     return number
 
 
-def _seconds(text: str) -> float:
+def _up_to(most: int, text: str) -> float:
     number = float(text)
-    if not 0 <= number <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600")
+    if not 0 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {most}")
     return number
+
+
+def _seconds(text: str) -> float:
+    return _up_to(3600, text)
 
 
 def _milliseconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
-    return number
+    return _up_to(1000, text)
 
 
 def _replicas(text: str) -> tuple[int, int]:
@@ -230,7 +231,7 @@ def _serve(options: argparse.Namespace) -> int:
         loading.follow(options.target, options.max_tokens)
         return 0
     # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
-    service = _service(options, doors)
+    service = _service(options, loading, doors)
 
     def announce(url: str) -> None:
         assert service.target is not None
@@ -269,16 +270,16 @@ def _replica(options: argparse.Namespace) -> Service:
     from edge_runtime import logs
 
     logs.set_up(options.log_level, "cloud-verifier", form=options.log_format)
-    return _service(options, Doors(options.tokens))
+    return _service(options, _loading(options), Doors(options.tokens))
 
 
-def _service(options: argparse.Namespace, doors: Doors) -> Service:
+def _service(options: argparse.Namespace, loading: Loading, doors: Doors) -> Service:
     """What serves, in this process."""
     from cloud_verifier.service import Service
 
-    limits, loading = _limits(options), _loading(options)
+    limits = _limits(options)
     if options.registry is not None:
-        return _several(options, limits, doors)
+        return _several(options, loading, limits, doors)
     return Service(
         lambda: loading.alone(options.target),
         limits,
@@ -301,24 +302,23 @@ def _limits(options: argparse.Namespace) -> Limits:
     )
 
 
-def _several(options: argparse.Namespace, limits: Limits, doors: Doors) -> Service:
+def _several(options: argparse.Namespace, loading: Loading, limits: Limits, doors: Doors) -> Service:
     """A service of all versions of a registry."""
     from cloud_verifier.registry import Registry
     from cloud_verifier.rollout import Patience, Rollout, load_default
     from cloud_verifier.service import Service
 
-    make = _loading(options).beside
     registry = Registry(options.registry)
     # A check gives way to those who are served.
     check_options = ["--device", options.device, "--dtype", options.dtype, "--threads", "1"]
     return Service(
-        lambda: load_default(registry, make),
+        lambda: load_default(registry, loading.beside),
         limits,
         lambda target: _speculate(options, target),
         doors,
         lambda engine, sessions: Rollout(registry, engine, sessions, Patience(grace=options.retired_seconds)),
         check_options,
-        make,
+        loading.beside,
         options.batch_window / 1e3,
     )
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from cloud_verifier.reference import decode_alone
+from cloud_verifier.registry import Registry
 from cloud_verifier.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import JSON, MSGPACK
 from tests.cloud_verifier.talker import GREEDY, Talker, running
+from tests.models import save_target
 
 Alone = Callable[..., list[int]]
 
@@ -39,3 +41,21 @@ def talker(url: str, request: pytest.FixtureRequest) -> Iterator[Talker]:
     """A client of that verifier, once in each encoding."""
     with Talker(url, request.param) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of v0, v1 and v2, tiny targets that differ, for a whole module."""
+    path = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        save_target(path / f"v{seed}", seed=seed)
+    return path
+
+
+@pytest.fixture
+def registry(models: Path, tmp_path: Path) -> Registry:
+    """One of these, with v0, which `latest` leads to, and v1."""
+    registry = Registry(tmp_path / "registry")
+    for name in ("v0", "v1"):
+        registry.add(str(models / name))
+    return registry

@@ -28,15 +28,6 @@ ADMIN = "/admin/v1/targets"
 TOKENS = "tokens.toml"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """v0, v1, v2, which differ, and a foreign one with fewer ids."""
-    path = tmp_path_factory.mktemp("models")
-    for seed in range(3):
-        save_target(path / f"v{seed}", seed=seed)
-    return path
-
-
 @pytest.fixture
 def registry(models: Path, tmp_path: Path) -> Registry:
     """With v0, which `latest` leads to; v1 and v2 lie in its roots."""

@@ -38,14 +38,6 @@ Alone = Callable[[str], list[int]]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for seed in range(3):
-        save_target(path / f"v{seed}", seed=seed)
-    return path
-
-
-@pytest.fixture(scope="module")
 def alone(models: Path) -> Alone:
     """What each version writes by itself behind PROMPT, by its name or exact version."""
     texts = {}
@@ -54,15 +46,6 @@ def alone(models: Path) -> Alone:
         texts[f"v{seed}"] = decode_alone(model, PROMPT, WARM, LENGTH, end_ids)
     assert len({tuple(text) for text in texts.values()}) == 3
     return lambda version: texts[version.partition("@")[0]]
-
-
-@pytest.fixture
-def registry(models: Path, tmp_path: Path) -> Registry:
-    """v0, which `latest` leads to, and v1."""
-    registry = Registry(tmp_path / "registry")
-    for name in ("v0", "v1"):
-        registry.add(str(models / name))
-    return registry
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from cloud_verifier.registry import Registry, RegistryError
 from cloud_verifier.rollout import Patience, Rollout
 from cloud_verifier.target import Target
 from edge_runtime.contract.errors import TargetError, VerifierRefused
-from tests.models import save_target
 
 NOW = Patience(lost=0, grace=3600)
 
@@ -46,23 +45,6 @@ class Shelf:
 
     def remove(self, session_id: str) -> None:
         del self.sessions[session_id]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for seed in range(3):
-        save_target(path / f"v{seed}", seed=seed)
-    return path
-
-
-@pytest.fixture
-def registry(models: Path, tmp_path: Path) -> Registry:
-    """With v0, which `latest` leads to, and v1."""
-    registry = Registry(tmp_path / "registry")
-    for name in ("v0", "v1"):
-        registry.add(str(models / name))
-    return registry
 
 
 @pytest.fixture
