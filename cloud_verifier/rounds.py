@@ -55,6 +55,7 @@ class Round:
         self._told = 0.0
         self._prefill_seconds = 0.0
         self._forward_seconds = 0.0
+        self._further = 0
         self._tokens: list[int] = []
         self._close_calls: list[tuple[int, float]] = []
         self._steps = self._play()
@@ -100,6 +101,7 @@ class Round:
         while not session.finish and left > 0:
             guesses = yield from self._guess(min(left - 1, self._room()))
             accepted, own = yield from self._score(guesses, {})
+            self._further += 1
             own = guesses[:accepted] + own
             left -= len(own)
             self._tell(0, own, more=not session.finish and left > 0)
@@ -175,6 +177,7 @@ class Round:
             more=more,
             close_calls=self._close_calls,
             prefill_100us=round(1e4 * self._prefill_seconds),
+            further=0 if more else self._further,
         )
         self._tokens, self._close_calls = [], []
         self._loop.call_soon_threadsafe(self.answer.push, frame)

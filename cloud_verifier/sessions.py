@@ -100,6 +100,7 @@ class Answer:
             more=last.more,
             close_calls=[call for frame in frames for call in frame.close_calls],
             prefill_100us=last.prefill_100us,
+            further=last.further,
         )
 
     def _wake(self) -> None:

@@ -202,7 +202,7 @@ class Generation:
         plan, proposal = round.plan, round.proposal
         drafted, attempts = len(proposal.tokens), self._attempts()
         accepted = own = sibling = 0
-        first_seconds = 0.0
+        first_seconds = ahead_seconds = 0.0
         n = max(1, min(plan.own, self._left - drafted, wire.MOST_OWN))
         running = self._run_ahead(self._drafter, plan, proposal) if self._drafter and plan.ahead else None
         ahead = asyncio.ensure_future(running) if running else None
@@ -215,7 +215,7 @@ class Generation:
                 if news is None:
                     if self._drafter and ahead:
                         self._drafter.halted = True
-                        await ahead
+                        ahead_seconds = await ahead
                     if await self._go_on_alone():
                         yield Piece([], [], list(self.unverified))
                     if self.finish:
@@ -234,7 +234,7 @@ class Generation:
         finally:
             if self._drafter and ahead:
                 self._drafter.halted = True
-                await ahead
+                ahead_seconds = await ahead
         assert said is not None
         seconds = time.perf_counter() - round.sent
         sent, received = self._count_bytes()
@@ -258,6 +258,8 @@ class Generation:
             repeated=self._attempts() > attempts,
             early=round.early is not None,
             prefill_seconds=frame.prefill_100us / 1e4,
+            ahead_seconds=ahead_seconds,
+            further=frame.further,
         )
         self.statistics.add_round(outcome)
         self.statistics.early += round.early is not None
@@ -281,23 +283,29 @@ class Generation:
             self.statistics.unverified = len(self.unverified)
         return more
 
-    async def _run_ahead(self, drafter: Drafter, plan: Plan, proposal: Proposal) -> None:
-        """While a round is in flight: drafts on, and sends the next round if that is ready first."""
+    async def _run_ahead(self, drafter: Drafter, plan: Plan, proposal: Proposal) -> float:
+        """While a round is in flight: drafts on, and sends the next round if that is ready first.
+
+        Returns the seconds that the draft worked.
+        """
+        started = time.perf_counter()
         before = list(self.ids)
         left = self._left - len(proposal.tokens)
         ahead = await drafter.run_ahead(before, plan, proposal, left)
+        seconds = time.perf_counter() - started
         if ahead is None or plan.in_flight < 2 or drafter.halted or len(self.ids) > len(before):
-            return
+            return seconds
         after = [*proposal.tokens, ahead.guess]
         conditions = self._conditions(before + after, left - 1)
         following = self._decide(conditions)
         drafted = ahead.proposal.first(min(following.draft, left - 2, wire.MOST_DRAFT)).within(wire.MOST_NODES - 1)
         if not drafted.tokens or following.own > 1:
-            return
+            return seconds
         early = self._session.play_early(after, drafted.tokens, drafted.siblings)
         if early:
             position = len(before) + len(after)
             self._next = Round(following, conditions, drafted, 0.0, time.perf_counter(), early, position, ahead.guess)
+        return seconds
 
     def _decide(self, conditions: Conditions) -> Plan:
         plan = self._planner.plan(conditions)

@@ -149,6 +149,8 @@ class Frame(Message, frozen=True):
         close_calls: (position, margin) where the two best coupled scores were so close that other arithmetic (another
             GPU, another batch shape) might have chosen differently.
         prefill_100us: time spent reading ids that the session's cache did not hold, likewise: only when it opens.
+        further: target forwards behind the round's first, which said the further tokens of the target's own: as many
+            as these, or fewer where the verifier drafts for itself. In a round's last frame only.
     """
 
     v: int
@@ -162,6 +164,7 @@ class Frame(Message, frozen=True):
     more: bool = False
     close_calls: list[tuple[Count, float]] = []
     prefill_100us: Count = 0
+    further: Count = 0
 
 
 class OpenReply(Message, frozen=True):

@@ -108,6 +108,8 @@ class Outcome(msgspec.Struct, frozen=True):
         exchange_seconds: from sending the round to its last.
         queue_seconds, forward_seconds: of these, what the verifier reports for waiting and for its forwards.
         prefill_seconds: and for reading the text, when the session was opened.
+        ahead_seconds: drafting ahead, or reading, while the round was in flight.
+        further: forwards of the verifier behind the first, for the further tokens of its own.
         sent, received: TCP payload bytes.
         repeated: whether the round was sent more than once, or over a new connection, so that its times say nothing of
             the link.
@@ -133,6 +135,8 @@ class Outcome(msgspec.Struct, frozen=True):
     repeated: bool = False
     early: bool = False
     prefill_seconds: float = 0.0
+    ahead_seconds: float = 0.0
+    further: int = 0
 
     @property
     def drafted(self) -> int:

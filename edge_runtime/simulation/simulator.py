@@ -196,6 +196,7 @@ class _Play:
         first = answered - (ended - first_done)
         following = None
         finished = answered
+        worked = result.draft_seconds
         if plan.ahead:
             finished, following = self._go_ahead(done, drafted, plan, survival, sent, answered)
         if following:
@@ -222,6 +223,8 @@ class _Play:
             received,
             repeated or again,
             early is not None,
+            ahead_seconds=result.draft_seconds - worked,
+            further=forwards - 1,
         )
         if not result.rounds:
             result.first_token_seconds = first - began

@@ -356,11 +356,13 @@ async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone
         assert [frame.more for frame in frames] == [True] * (len(frames) - 1) + [False]
         assert [token for frame in frames for token in frame.tokens] == truth[2:252]
         assert [frame.forward_100us for frame in frames] == sorted(frame.forward_100us for frame in frames)
+        # Who does not draft for itself has a forward for each further token, and says so at the end.
+        assert [frame.further for frame in frames] == [0] * (len(frames) - 1) + [249]
         # Cut off, the client may ask for the rest, or for all of it as one.
         again = msgspec.structs.replace(request, stream=False)
         whole = await client.post(path, content=wire.encode(again, media_type, session))
         frame = wire.decode(whole.content, Frame, media_type, session)
-        assert (frame.accepted, frame.tokens, frame.more) == (1, truth[2:252], False)
+        assert (frame.accepted, frame.tokens, frame.more, frame.further) == (1, truth[2:252], False, 249)
 
 
 async def test_a_streamed_opening_begins_with_its_reply(tiny: Target, alone: Alone) -> None:

@@ -81,6 +81,7 @@ frames = st.builds(
     more=st.booleans(),
     close_calls=st.lists(st.tuples(counts, floats), max_size=3),
     prefill_100us=counts,
+    further=counts,
 )
 replies = st.builds(OpenReply, v=st.just(VERSION), session=names, version=names, context=counts, first=frames)
 details = st.dictionaries(names, st.one_of(counts, names, st.lists(names, max_size=3)), max_size=3)
