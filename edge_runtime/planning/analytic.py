@@ -1,9 +1,10 @@
 """The analytic planner: knows what each part of a round costs and what drafts are worth, and takes the cheapest plan.
 
 Before each round it compares two ways to finish the text: leaving it to the cloud (K = 0, n = all that is left), or
-drafted rounds at their best cost per token (`search`). Whichever is used teaches what it costs itself. The other one is
-tried where the improvement that may be expected of it, all doubts weighed, is worth more than the trial; and now and
-then, as far as the expected loss stays within what exploring may cost.
+drafted rounds at their best cost per token (`search`), for the part of it that runs on by itself and for the rest.
+Whichever is used teaches what it costs itself. The other one is tried where the improvement that may be expected of it,
+all doubts weighed, is worth more than the trial; and now and then, as far as the expected loss stays within what
+exploring may cost. What drafting may lose against the cloud alone in all is bounded (`stake`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -21,7 +23,9 @@ from edge_runtime.planning.levels import WIDEST
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
 from edge_runtime.planning.search import Draft, Prices, best_draft
-from edge_runtime.planning.survival import Survival, Survivals, Table
+from edge_runtime.planning.stake import Stake
+from edge_runtime.planning.survival import Survival, Survivals
+from edge_runtime.planning.tables import Table
 
 log = logging.getLogger("edge_runtime.planning")
 
@@ -29,9 +33,8 @@ log = logging.getLogger("edge_runtime.planning")
 FIRST = 7
 TRIAL = 16
 # A trial may cost what it gains on so many tokens to come, be it of drafts or of the cloud alone.
-HORIZON = 100.0
-STREAMED_HORIZON = 300.0
-# Tokens after which a trial of drafts has shown what this text is like.
+HORIZON = 300.0
+# Tokens after which a trial of drafts has shown what they are like.
 SHOWN = 24.0
 # Share of the doubt about drafts that does not concern a verifier's own as well.
 SHARED_DOUBT = 0.5
@@ -41,14 +44,15 @@ PAUSE = 24
 HOPELESS = 3.0
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
-# Drafted rounds cost more than told: by so much at first, and then by what the last few hundred rounds came to. A round
-# tells little, for texts differ.
-BIAS = 1.03
+# Drafted rounds cost more or less than told, as the last few hundred of them did; that they cost what is told weighs as
+# much as so many.
 BIAS_KEPT = 0.997
-BIAS_ROUNDS = 200.0
+BIAS_ROUNDS = 30.0
+# Share of it that is kept for every token that the cloud says meanwhile: nobody looks.
+BIAS_STREAMED = 0.999
 LEAST_BIAS, MOST_BIAS = 0.8, 1.3
 # Prices that moved by less than this share leave the last search's result in force.
-MOVED = 0.06
+MOVED = 0.08
 # Share of rounds that are faster than what is counted on for drafting ahead.
 QUICK = 0.3
 # A hot board drafts less: joules of drafting count double ten degrees above this, and double where it is throttled
@@ -79,6 +83,7 @@ class Choice(msgspec.Struct, frozen=True):
         first: a streaming round of one token.
         each: every further token of it.
         hoped: the least that this could turn out to be.
+        bringing: tokens that a forward of a verifier that speculates brings.
     """
 
     left: int
@@ -92,6 +97,7 @@ class Choice(msgspec.Struct, frozen=True):
     first: float
     each: float
     hoped: float
+    bringing: float
 
     @property
     def streamed(self) -> float:
@@ -126,9 +132,16 @@ class AnalyticPlanner:
         self._since_trial = 0
         # What drafted rounds cost and what they were to cost, in all.
         self._real = self._told = 0.0
-        self._table: Table | None = None
+        # Rounds of which it is not clear yet whether the link has changed.
+        self._odd: list[tuple[Outcome, Prices, Choice]] = []
+        self._changes = 0
+        self._stake = Stake()
         self._prices: Prices | None = None
-        self._draft = Draft(0.0, 1, 1.0)
+        # The best drafted rounds at these prices, by the tables that they are for.
+        self._found = WeakKeyDictionary[Table, Draft]()
+        # What was chosen from last, and the end of the text in which the cloud alone was tried last.
+        self._choice: Choice | None = None
+        self._tried = 0
 
     def plan(self, conditions: Conditions) -> Plan:
         """The cheapest plan for the rest of the text, as far as anybody knows."""
@@ -138,13 +151,13 @@ class AnalyticPlanner:
         survival = self._survivals.of(conditions.version, conditions.temperature)
         survival.follow(conditions)
         table = survival.table()
-        choice = self._choose(conditions, table)
+        choice = self._choice = self._choose(conditions, table, survival)
         plan = self._decide(conditions, choice, table, survival)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
-                "K=%d n=%d: %.1f ms a token drafted, %.1f streamed, %d left: %s",
-                plan.draft, plan.own, 1e3 * choice.draft.cost, 1e3 * choice.streamed / choice.left, choice.left,
-                plan.reason,
+                "K=%d n=%d: %.1f ms a token drafted, %.1f streamed, %d left, %.0f tokens to lose: %s",
+                plan.draft, plan.own, 1e3 * choice.drafted / choice.left, 1e3 * choice.streamed / choice.left,
+                choice.left, self._stake.tokens, plan.reason,
             )  # fmt: skip
         return plan
 
@@ -152,16 +165,16 @@ class AnalyticPlanner:
         """Learns from a round."""
         conditions = outcome.conditions
         survival = self._survivals.of(conditions.version, conditions.temperature)
-        self._costs.observe(outcome, survival.table().speculated)
+        self._costs.observe(outcome, survival.speculated(conditions.left))
         if self._queue:
             self._queue.observe(outcome, self._costs.joules_of(outcome))
         survival.observe(outcome)
         self._since_trial += 1
-        if outcome.drafted and not outcome.repeated:
-            self._observe_bias(outcome)
+        if self._prices is not None and self._choice is not None:
+            self._observe_cost(outcome, self._prices, self._choice)
         self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
 
-    def _choose(self, conditions: Conditions, table: Table) -> Choice:
+    def _choose(self, conditions: Conditions, table: Table, survival: Survival) -> Choice:
         """Both ways to go on, at today's prices."""
         costs, device, objective = self._costs, self._device, self._objective
         second = objective.latency + objective.joule * device.idle_watts
@@ -195,14 +208,25 @@ class AnalyticPlanner:
             widths=widths,
             forwards=forwards,
         )
+        if self._prices is None or not prices.near(self._prices, MOVED):
+            self._found.clear()
+            self._prices = prices
         draft = self._search(table, prices)
-        own = max(costs.own_seconds(table.speculated), SHORTEST_FORWARD) if costs.forward.known else SLOWEST_FORWARD
+        # The rest of the text will run on for a part of it.
+        share = survival.running(conditions.left)
+        fresh, running = (self._search(one, prices).cost for one in (survival.fresh_table(), survival.running_table()))
+        drafting_on = share * running + (1.0 - share) * fresh
+        if costs.speculates:
+            # A verifier with the same draft shows what that is worth, for as long as the board has seen little of it.
+            drafting_on /= 1.0 + (costs.brings.value - 1.0) * survival.unsure
+        bringing = survival.speculated(conditions.left)
+        own = max(costs.own_seconds(bringing), SHORTEST_FORWARD) if costs.forward.known else SLOWEST_FORWARD
         framed = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / own) + ID_BYTES * byte
         prefill = costs.prefill_seconds(conditions.unread) * drafting
         # Most of the rounds will come later, when the link may be what it usually is.
         left = conditions.left
-        later = costs.link.at(conditions.now + 0.5 * left * min(draft.cost, own * worked))
-        each = draft.cost * self._bias + (later - link) * on_air / draft.chained
+        later = costs.link.at(conditions.now + 0.5 * left * min(drafting_on, own * worked))
+        each = drafting_on * self._bias + (later - link) * on_air / draft.chained
         # A text's last round yields more than is left, by half a round on average.
         rounds = left + 0.5 * (draft.tokens - 1.0)
         better = each - max(0.0, later - costs.link.other) * on_air / draft.chained
@@ -226,50 +250,66 @@ class AnalyticPlanner:
             stays=costs.link.stays,
             first=first,
             each=further,
-            hoped=costs.own_hoped(table.speculated) * worked + framed,
+            hoped=costs.own_hoped(bringing) * worked + framed,
+            bringing=bringing,
         )
 
-    def _observe_bias(self, outcome: Outcome) -> None:
-        """Compares what drafted rounds cost with what they were to cost."""
-        prices = self._prices
-        if prices is None:
+    def _observe_cost(self, outcome: Outcome, prices: Prices, choice: Choice) -> None:
+        """Compares what a round cost with what it was to cost, and with what the cloud alone would have."""
+        link = self._costs.link.now
+        if link.changes > self._changes:
+            # What was told, and chosen, was of another link.
+            self._changes = link.changes
+            self._odd.clear()
+        self._odd.append((outcome, prices, choice))
+        if link.doubtful:
             return
-        conditions = outcome.conditions
-        drafting = outcome.draft_seconds - self._costs.prefill_seconds(conditions.unread)
-        cost = prices.second * outcome.exchange_seconds + (prices.worked - prices.second) * outcome.forward_seconds
-        cost += max(0.0, drafting) * prices.step / prices.step_seconds
-        self._real = self._real * BIAS_KEPT + cost
-        self._told = self._told * BIAS_KEPT + self._draft.cost * outcome.tokens
+        for outcome, prices, choice in self._odd:
+            cost = prices.second * outcome.exchange_seconds + (prices.worked - prices.second) * outcome.forward_seconds
+            cost += outcome.draft_seconds * prices.step / prices.step_seconds
+            worth = self._costs.streamed(outcome, choice.bringing)
+            self._stake.observe(outcome, worth, cost, choice.first, choice.each)
+            if outcome.drafted and not outcome.repeated:
+                self._real = self._real * BIAS_KEPT + cost - choice.prefill
+                self._told = self._told * BIAS_KEPT + choice.draft.cost * outcome.tokens
+            elif not outcome.drafted:
+                kept = BIAS_STREAMED**outcome.tokens
+                self._real, self._told = self._real * kept, self._told * kept
+        self._odd.clear()
 
     @property
     def _bias(self) -> float:
         """How many times more drafted rounds cost than was told."""
-        if not self._told:
-            return BIAS
-        weight = BIAS_ROUNDS * self._draft.cost * self._draft.tokens
-        return min(max((self._real + BIAS * weight) / (self._told + weight), LEAST_BIAS), MOST_BIAS)
+        if not self._told or self._choice is None:
+            return 1.0
+        weight = BIAS_ROUNDS * self._choice.draft.cost * self._choice.draft.tokens
+        return min(max((self._real + weight) / (self._told + weight), LEAST_BIAS), MOST_BIAS)
 
     def _search(self, table: Table, prices: Prices) -> Draft:
         """The best drafted round, from the last search where nothing has moved."""
-        if table is not self._table or self._prices is None or not prices.near(self._prices, MOVED):
-            self._draft = best_draft(table, prices)
-            self._table, self._prices = table, prices
-        return self._draft
+        draft = self._found.get(table)
+        if draft is None:
+            draft = self._found[table] = best_draft(table, prices)
+        return draft
 
     def _decide(self, conditions: Conditions, choice: Choice, table: Table, survival: Survival) -> Plan:
         left, draft = choice.left, choice.draft
-        streamed, drafted = choice.streamed, choice.drafted
-        told = f"{1e3 * draft.cost:.0f} ms a token drafted, {1e3 * streamed / left:.0f} streamed"
+        streamed, drafted = choice.streamed, choice.drafted * self._stake.doubt
+        told = f"{1e3 * drafted / left:.0f} ms a token drafted, {1e3 * streamed / left:.0f} streamed"
         if not self._costs.forward.known:
             if left <= FIRST or streamed < drafted:
                 return Plan(0, own=left, reason="drafting would not pay with any verifier")
             return Plan(0, own=FIRST, reason="nothing is known of link and verifier yet")
         if left < 2 or streamed <= drafted:
-            if left > 2 * draft.tokens and self._worth_drafting(choice, survival):
+            if left > 2 * draft.tokens and self._stake.tokens > 0.0 and self._worth_drafting(choice, survival):
                 return self._plan(conditions, draft, table, f"trying a draft: {told}")
             return Plan(0, own=self._stretch(choice), reason=f"the cloud alone: {told}")
-        if left > TRIAL and not conditions.ready and self._worth_streaming(choice):
-            return Plan(0, own=TRIAL, reason=f"trying the cloud alone: {told}")
+        end = conditions.position + left
+        if left > TRIAL and not conditions.ready and self._tried != end and self._worth_streaming(choice):
+            self._tried = end
+            # Where that is hardly dearer, all of the rest: to come back costs an exchange.
+            own = left if streamed - drafted < choice.first else TRIAL
+            return Plan(0, own=own, reason=f"trying the cloud alone: {told}")
         if choice.reading:
             return Plan(0, own=choice.reading, ahead=1, reason=f"the cloud alone while the draft reads: {told}")
         beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
@@ -285,11 +325,10 @@ class AnalyticPlanner:
         if (1.0 - choice.leaving) * loss < choice.leaving * (choice.streamed - choice.better):
             return True
         # An easier text than expected is easier for a verifier that speculates, too.
-        each = (choice.drafted - choice.prefill) / left * (1.0 if self._costs.plain else SHARED_DOUBT)
+        each = (choice.drafted - choice.prefill) / left * (SHARED_DOUBT if self._costs.speculates else 1.0)
         dearer = (choice.drafted - choice.streamed) / left
-        # This text may be an easy one, and all texts may be easier than was learned.
-        gain = left * _hope(dearer, survival.spread * each) + HORIZON * _hope(dearer, survival.doubt * each)
-        if choice.prefill + SHOWN * dearer + back < gain:
+        # Texts may be easier than was learned.
+        if choice.prefill + SHOWN * dearer + back < HORIZON * _hope(dearer, survival.doubt * each):
             return True
         return self._worth_a_while(loss, choice.drafted < HOPELESS * choice.streamed)
 
@@ -308,7 +347,7 @@ class AnalyticPlanner:
         """Whether to stream a few tokens although drafting seems cheaper."""
         loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * choice.draft.cost
         dearer = (choice.streamed - choice.drafted) / choice.left
-        if loss < STREAMED_HORIZON * _hope(dearer, choice.each - choice.hoped):
+        if loss < HORIZON * _hope(dearer, choice.each - choice.hoped):
             return True
         return self._worth_a_while(loss, choice.streamed < HOPELESS * choice.drafted)
 

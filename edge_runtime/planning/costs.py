@@ -6,11 +6,10 @@ then follows what rounds report, within a few rounds even after a step change.
 
 from __future__ import annotations
 
-import math
-
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.levels import Curve, Level, Recent, Wandering
 from edge_runtime.planning.plan import Conditions, Outcome
+from edge_runtime.planning.tables import SPECULATED
 
 # Guesses before the first answer.
 LINK_SECONDS = 0.05
@@ -24,9 +23,12 @@ FRAME_BYTES = 15.0
 FRAME_SECONDS = 0.05
 # A verifier that speculates by itself produces its own tokens up to so many times faster than one per forward.
 SPECULATION = 0.35
-# A verifier whose own tokens cost one forward each, give or take this share, does not speculate.
-PLAIN = 0.05
-PLAIN_TOKENS = 16.0
+# Of how much such a forward brings, a stream tells as much as so many tokens at most, for texts differ, and a short one
+# much less; so many are remembered, and so many in a row that are odd are a change.
+STREAM_TOKENS = 24.0
+STREAM_LENGTH = 128.0
+STREAMS_MEMORY = 600.0
+STREAMS_PATIENCE = 120.0
 
 
 class Costs:
@@ -36,9 +38,10 @@ class Costs:
         link: a round's time on the link: both ways, everything but the verifier and the board.
         queue: waiting at the verifier.
         forward: the verifier's forward by its number of nodes.
-        own: the verifier's time for each further token of its own.
-        stretch: the same times the tokens that a speculated forward brings, by the draft's acceptance at that time: a
-            verifier that speculates is faster on easy texts, as the board is.
+        own: the verifier's time for each forward for further tokens of its own, drafting beside it included.
+        speculates: whether these bring more than a token each.
+        brings: how many more they bring, of a verifier that speculates, than the draft's acceptance promises: it is
+            faster on easy texts, as the board is.
         pace: how many times longer drafting takes than the device's figures say.
         round_bytes: of a round without ids.
     """
@@ -49,7 +52,8 @@ class Costs:
         self.queue = Level(0.001)
         self.forward = Curve(FORWARD_SECONDS, RISE)
         self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0)
-        self.stretch = Level(FORWARD_SECONDS, memory=1500.0, patience=48.0)
+        self.speculates = False
+        self.brings = Level(1.0, memory=STREAMS_MEMORY, patience=STREAMS_PATIENCE, trust=0.9)
         self.pace = Level(1.0, trust=0.9)
         self.round_bytes = Level(ROUND_BYTES)
         self._links = Recent()
@@ -83,27 +87,28 @@ class Costs:
         """The verifier's time for each further token of its own, as far as it is known.
 
         Args:
-            bringing: tokens that a speculated forward brings.
+            bringing: tokens that a speculated forward brings, by the draft's acceptance.
         """
         if not self.own.known:
             return self.forward.at(1.0)
-        return self.own.value if self.plain else self.stretch.value / bringing
+        return self.own.value / max(1.0, bringing * self.brings.value) if self.speculates else self.own.value
 
     def own_hoped(self, bringing: float) -> float:
         """The least that `own_seconds` could yet turn out to be."""
-        single, value = self.forward.at(1.0), self.own_seconds(bringing)
-        if not self.own.known:
-            return SPECULATION * single
-        doubt = 1.0 / math.sqrt(self.own.weight)
-        if self.plain:
-            # As good as certainly one forward each; by chance a verifier that speculates may look like that at first.
-            doubt = 0.3 * doubt if self.own.weight < PLAIN_TOKENS else 0.0
-        return min(value, max(SPECULATION * single, value * (1.0 - min(1.0, doubt))))
+        return self.own_seconds(bringing) if self.own.known else SPECULATION * self.forward.at(1.0)
 
-    @property
-    def plain(self) -> bool:
-        """Whether the verifier's own tokens cost it one forward each."""
-        return abs(self.own.value / self.forward.at(1.0) - 1.0) < PLAIN
+    def streamed(self, outcome: Outcome, bringing: float) -> float:
+        """Tokens of its own that a verifier would have said, on average, in the time that it takes for this round's.
+
+        A verifier that speculates has the same draft, so a round tells how many forwards its tokens would have taken.
+        """
+        if not outcome.drafted or not self.speculates:
+            return outcome.tokens
+        most = 1 + SPECULATED
+        forwards = outcome.accepted // most + 1.0
+        if outcome.accepted == outcome.drafted:
+            forwards = (outcome.accepted + 1) / most
+        return forwards * max(1.0, bringing * self.brings.value) + outcome.own - 1
 
     def link_quantile(self, share: float) -> float:
         """The time on the link that `share` of the last rounds did not exceed."""
@@ -111,16 +116,9 @@ class Costs:
 
     def joules_of(self, outcome: Outcome) -> float:
         """Modelled joules of the board in a round, above idle, drafting ahead included."""
-        device, plan = self.device, outcome.plan
-        drafting = outcome.draft_seconds
-        if plan.ahead and not plan.draft:
-            drafting += min(self.prefill_seconds(outcome.conditions.unread), outcome.exchange_seconds)
-        elif plan.ahead and outcome.drafted and plan.own == 1:
-            # A draft that stopped by itself goes on with the guess alone.
-            steps = 1 + (plan.ahead if outcome.drafted >= plan.draft else 0)
-            drafting += min(steps * self.step_seconds(outcome.conditions.position), outcome.exchange_seconds)
+        device = self.device
         return (
-            (device.busy_watts - device.idle_watts) * drafting
+            (device.busy_watts - device.idle_watts) * (outcome.draft_seconds + outcome.ahead_seconds)
             + device.radio_watts * outcome.exchange_seconds
             + device.joules_per_byte * (outcome.sent + outcome.received)
         )
@@ -140,22 +138,27 @@ class Costs:
     def _observe_verifier(self, outcome: Outcome, bringing: float) -> None:
         self.queue.observe(outcome.queue_seconds)
         nodes = 1 + outcome.drafted + sum(outcome.offered)
-        # A text may end before what was asked for, so the count of own tokens tells how many forwards there were.
-        further = outcome.own - 1 if outcome.plan.own > 1 else 0
+        # A text may end before what was asked for. Who does not count forwards has one for each token.
+        tokens = outcome.own - 1 if outcome.plan.own > 1 else 0
+        further = min(outcome.further or tokens, tokens)
         changes = self.forward.changes
         if not further:
             self.forward.observe(nodes, outcome.forward_seconds)
             if self.forward.changes > changes:
                 # The verifier's load has changed, and its own tokens' cost with it.
                 self.own.scale(self.forward.factor)
-                self.stretch.scale(self.forward.factor)
             return
         streamed = outcome.exchange_seconds - outcome.first_seconds
         rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streamed
-        longest = outcome.forward_seconds * further / outcome.own
+        longest = outcome.forward_seconds * further / (1 + further)
         each = min(max(rest, 0.1 * longest), outcome.forward_seconds) / further
         self.own.observe(each, float(further))
-        self.stretch.observe(each * bringing, float(further))
+        # Who speculates has fewer forwards than tokens, but for streams in which hardly a guess was right.
+        self.speculates = tokens > further or (self.speculates and tokens <= SPECULATED)
+        if self.speculates:
+            # The last forward brings fewer than it could, by half of what it would beyond one.
+            promised = tokens / bringing + 0.5 - 0.5 / bringing
+            self.brings.observe(promised / further, min(STREAM_TOKENS, tokens * tokens / STREAM_LENGTH))
         if not self.forward.known:
             self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * longest))
 

@@ -27,7 +27,8 @@ from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.survival import DOUBT, LONGEST, MOST_SIBLINGS, Survival, Table
+from edge_runtime.planning.survival import DOUBT, Survival
+from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS, Table
 
 log = logging.getLogger("edge_runtime.planning")
 
@@ -275,6 +276,10 @@ class Policy:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        """Nothing in it ever changes, so that copies of planners share it."""
+        return self
 
     def strange(self, observation: Floats) -> str:
         """Name of an observation that lies outside of what was seen; empty if all are within."""

@@ -22,7 +22,7 @@ MOST_LOAD = 100.0
 # An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
 DEVIATIONS = 3.0
 SHARE = 0.12
-# So many observations in a row on one side, by a mean deviation on average, are a change, too.
+# So many observations in a row on one side, by a mean deviation on average, are a change, too; more of them by less.
 RUN = 4
 # How long what is usual reaches back.
 USUAL_SECONDS = 120.0
@@ -89,7 +89,8 @@ class Level:
             self.deviation = SHARE * abs(self.value)
             self.weight = max(1.0, weight)
             return
-        limit = self.reach
+        # What weighs more than all before it is not odd.
+        limit = self.reach if weight <= self.weight else math.inf
         error = value - self.value
         if abs(error) <= limit:
             self._settle(limit)
@@ -123,7 +124,7 @@ class Level:
         self._run += 1
         self._run_sum += value
         mean = self._run_sum / self._run
-        if self._run >= RUN and abs(mean - self.value) > self.deviation:
+        if self._run >= RUN and abs(mean - self.value) > self.deviation * math.sqrt(RUN / self._run):
             self.value, self.weight = mean, float(self._run)
             self._run, self._run_sum = 0, 0.0
 

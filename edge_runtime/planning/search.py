@@ -21,15 +21,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.planning.survival import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
+from edge_runtime.planning.tables import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
 
 Floats = npt.NDArray[np.float64]
 
 # Tokens to draft ahead to choose from.
-AHEAD = (1, 2, 3, 4, 6, 8, 12, 16)
+AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _AHEAD = np.array(AHEAD)
 _COUNTS = np.arange(1.0, MOST_SIBLINGS + 1)[:, None]
-# Drafting ahead is searched over every so-many-th threshold only.
+# Drafting ahead is searched over these lengths, and over every so-many-th threshold only.
+LENGTHS = np.array((1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 30))
 COARSE = 3
 # What drafting ahead must save at least: it works the board, and its gain is the least certain.
 LEAST_GAIN = 0.02
@@ -189,19 +190,18 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
         return best
     ahead = _AHEAD[:fitting]
     counts = ahead[:, None, None]
-    bound = max(1, min(prices.longest, LONGEST - 1)) + 1
-    rows, levels = slice(1, bound), slice(None, None, COARSE)
-    drafted = table.drafted[rows, levels]
+    rows = LENGTHS[: bisect_right(LENGTHS, max(1, prices.longest))]
+    drafted = table.drafted[rows, ::COARSE]
     forwards = _forward(prices, 1.0 + drafted * (1.0 + named))
-    tokens = 1.0 + yield_ * table.accepted[rows, levels]
+    tokens = 1.0 + yield_ * table.accepted[rows, ::COARSE]
     # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
-    going, standing = table.going[rows, levels], table.intact[2 : bound + 1, levels]
+    going, standing = table.going[rows, ::COARSE], table.intact[rows + 1, ::COARSE]
     worked = _round(prices, drafted, named) + prices.ahead * (1 + counts) * going
     # One round in flight: after a guess that stands, drafting begins with what was drafted ahead.
     waiting = worked - standing * np.minimum(counts, drafted) * (seconds * prices.second)
     # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight. The
     # second, the third and all others of a chain, by when they come after the one before.
-    chain = table.intact[ahead + 1, levels][:, None]
+    chain = table.intact[ahead + 1, ::COARSE][:, None]
     ids = counts * (1.0 + named)
     forward = _forward(prices, 1.0 + ids)
     sent = (1 + counts) * seconds + prices.overhead_seconds
@@ -214,7 +214,7 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     more = prices.second * (second + chain * third) + (prices.second * chain**2 * others + each) / (1.0 - chain)
     chained = worked + prices.void * going + standing * more
     rounds = standing / (1.0 - chain)
-    chained_tokens = tokens + rounds * (1.0 + yield_ * table.accepted[ahead, levels][:, None])
+    chained_tokens = tokens + rounds * (1.0 + yield_ * table.accepted[ahead, ::COARSE][:, None])
     costs = np.stack([waiting / tokens, chained / chained_tokens])
     index = int(costs.argmin())
     if costs.flat[index] >= best.cost * (1.0 - LEAST_GAIN):
@@ -223,7 +223,7 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     return msgspec.structs.replace(
         best,
         cost=float(costs.flat[index]),
-        length=int(row) + 1,
+        length=int(LENGTHS[row]),
         survival=float(THRESHOLDS[level * COARSE]),
         ahead=AHEAD[which],
         in_flight=int(in_flight) + 1,

@@ -1,67 +1,60 @@
 """What the draft's guesses are worth: how sure it is, how often it is right then, and how far a draft gets.
 
 Every judged token (all accepted ones and the first rejected) teaches, whatever was drafted: full information, so that
-nothing needs to be tried out. What is learned is kept per target version and temperature class and slowly forgotten;
-what all texts taught is the prior of the next one.
-
-How far a draft gets under the stop rule follows from two learned curves. Let c be a confidence, p(c) its chance of
-being accepted and M_k = p(c_1) ... p(c_k) the chance that the first k tokens all are. A draft that stops behind a
-token with M < s has a (k+1)-th token iff M_k >= s, since M only falls. So the distributions of M_0, M_1, ... answer
-for every draft length and every threshold at once; they are the convolutions of that of log p(c), confidences of
-neighbouring tokens being nearly independent (on the shipped family, a plan chosen so is within 1 to 2 % of the best
-in hindsight).
+nothing needs to be tried out. What is learned is kept per target version and temperature class, by the stages of a text
+(`tables`), and slowly forgotten; what all texts taught is the prior of the next one.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_runtime.planning.plan import Conditions, Outcome
+from edge_runtime.planning.tables import BINS, MOST_SIBLINGS, STAGES, Floats, Stage, Table, stage_of
 
-Floats = npt.NDArray[np.float64]
-
-BINS = 20
-# Longest draft that is considered, and the most siblings beside a token.
-LONGEST = 24
-MOST_SIBLINGS = 7
-# Tokens that a verifier speculating by itself is taken to draft for a forward.
-SPECULATED = 5
-# Thresholds of survival are exp(-GRAIN * level): from 1 down to 0.03.
-GRAIN = 0.1
-LEVELS = 36
-THRESHOLDS: Floats = np.exp(-GRAIN * np.arange(LEVELS))
-
-# Share kept of old evidence per judged token: about the last 1000 tokens say what texts are like, and the last 140 of
-# this text what this one is like.
-KEPT = 0.999
-KEPT_OF_TEXT = 0.993
-# Judged tokens that a prior is worth, and that all texts are worth to one of them: of how sure the draft is, of how
-# right it is in each bin, of a sibling's rank.
-PRIOR_TOKENS = 24.0
-PRIOR_PER_BIN = 5.0
-PRIOR_MISSES = 12.0
+# Share kept of old evidence per judged token: about the last 3000 tokens say what texts are like.
+KEPT = 0.9997
+# Judged tokens that the prior is worth: of how sure the draft is at a stage, of how right it is in each bin of it, of a
+# sibling's rank, of how much of a text is at the last stage.
+PRIOR_TOKENS = 150.0
+PRIOR_PER_BIN = 25.0
+PRIOR_MISSES = 70.0
+PRIOR_SHARE = 200.0
 # What another version of the target taught counts for at most so many tokens of a new one.
-INHERITED = 300.0
-# What the prior from the bundle's evaluation is worth to all texts, as a multiple of what these are worth to one.
-WORTH = 6.0
-# Share by which a prior may be wrong about what a drafted token costs, and the judged tokens that halve its variance;
-# and the share by which texts differ in it.
+INHERITED = 150.0
+# Share by which a prior may be wrong about what a drafted token costs, and the judged tokens that halve its variance.
 DOUBT = 0.2
 DOUBTED = 100.0
-SPREAD = 0.1
 
-# (mean confidence, share accepted) of the draft's tokens, by fifths of confidence: greedy, up to T=0.85, above;
-# recorded on both versions of the shipped family.
+# Stock is taken of evidence once so many tokens are new, and such a share of all.
+FRESH, RENEWED = 32.0, 0.1
+
+# By temperature class (greedy, up to T=0.85, above) and stage: (mean confidence, share accepted) of the draft's tokens,
+# by fifths of confidence; and the share of tokens whose drafts begin at the last stage. Recorded on both versions of
+# the shipped family, on other texts than those that simulations replay (`draft-export record --seed 100`).
 FIFTHS = (
-    ((0.39, 0.58), (0.82, 0.91), (0.96, 0.98), (0.99, 0.993), (0.999, 0.998)),
-    ((0.12, 0.45), (0.66, 0.63), (0.95, 0.83), (0.997, 0.94), (0.9999, 0.99)),
-    ((0.004, 0.45), (0.09, 0.50), (0.43, 0.57), (0.85, 0.78), (0.99, 0.95)),
+    (
+        ((0.24, 0.41), (0.53, 0.68), (0.81, 0.90), (0.96, 0.963), (0.997, 0.985)),
+        ((0.41, 0.63), (0.82, 0.87), (0.95, 0.976), (0.99, 0.979), (0.999, 0.997)),
+        ((0.71, 0.93), (0.93, 0.996), (0.98, 0.998), (0.995, 0.998), (0.9994, 0.999)),
+    ),
+    (
+        ((0.070, 0.495), (0.46, 0.526), (0.85, 0.71), (0.98, 0.87), (0.9995, 0.978)),
+        ((0.23, 0.51), (0.83, 0.77), (0.98, 0.90), (0.999, 0.979), (1.0, 0.998)),
+        ((0.68, 0.78), (0.986, 0.915), (0.998, 0.98), (0.9999, 0.985), (1.0, 0.999)),
+    ),
+    (
+        ((0.0034, 0.465), (0.065, 0.465), (0.34, 0.56), (0.79, 0.70), (0.984, 0.925)),
+        ((0.016, 0.49), (0.33, 0.60), (0.82, 0.79), (0.975, 0.95), (0.9985, 0.996)),
+        ((0.51, 0.725), (0.954, 0.97), (0.993, 0.98), (0.997, 0.985), (0.9996, 0.999)),
+    ),
 )
+RUNNING = (0.29, 0.08, 0.04)
 TEMPERATURES = (0.0, 0.7, 1.0)
 # Points of that distribution that are counted by bin.
 QUANTILES = 2000
@@ -76,56 +69,24 @@ def temperature_class(temperature: float) -> int:
     return 0 if temperature == 0.0 else 1 if temperature < 0.85 else 2
 
 
-class Table:
-    """How far drafts get; a snapshot of what was known when it was made.
+class Curves(NamedTuple):
+    """How good a draft is.
 
     Attributes:
-        calibration: chance of being accepted by confidence bin, never falling.
-        acceptance: chance that a token is accepted if all before it were.
-        drafted: (LONGEST + 1, LEVELS): expected tokens of a draft of at most K under each threshold.
-        accepted: the same of accepted tokens.
-        going: chance that more tokens than K would be drafted, were K no bound.
-        intact: chance of that and that all K are accepted.
-        sureness: share of tokens whose confidence is in each bin.
-        missed: chance of not being accepted by confidence bin.
-        first_missed: the product of the two.
-        sibling_hits: (MOST_SIBLINGS + 1,): chance that one of the first s siblings is what a missed token should have
-            been.
-        speculated: tokens that a forward over SPECULATED drafted ones brings.
+        stages: one for each of `STAGES`.
+        hazards: (MOST_SIBLINGS,) of the misses that no better sibling hit, the share that the r-th one hits.
     """
 
-    def __init__(self, sureness: Floats, calibration: Floats, sibling_hits: Floats) -> None:
-        self.calibration: tuple[float, ...] = tuple(calibration.tolist())
-        self.acceptance = float(sureness @ calibration)
-        self.sureness = sureness
-        self.missed: Floats = 1.0 - calibration
-        self.first_missed: Floats = sureness * self.missed
-        self.sibling_hits = sibling_hits
-        # Each bin moves a draft's mass down the levels; between two levels it is split so that the mean is right.
-        fall = -np.log(calibration) / GRAIN
-        low = np.minimum(fall.astype(np.intp), LEVELS - 1)
-        part = np.minimum(fall - low, 1.0)
-        kernels = np.zeros((2, LEVELS + 1))
-        for row, mass in enumerate((sureness, sureness * calibration)):
-            kernels[row] += np.bincount(low, mass * (1.0 - part), LEVELS + 1)
-            kernels[row] += np.bincount(low + 1, mass * part, LEVELS + 1)
-        # _SHIFTS[i, j] = j - i where a mass at level i can fall to level j.
-        masses = np.zeros((2, LONGEST + 1, LEVELS))
-        masses[:, 0, 0] = 1.0
-        for mass, kernel in zip(masses, kernels, strict=True):
-            step = kernel[_SHIFTS] * _FALLING
-            for k in range(LONGEST):
-                np.dot(mass[k], step, out=mass[k + 1])
-        self.going, self.intact = masses.cumsum(axis=2)
-        self.drafted = np.zeros((LONGEST + 1, LEVELS))
-        self.drafted[1:] = self.going[:-1].cumsum(axis=0)
-        self.accepted = np.zeros((LONGEST + 1, LEVELS))
-        self.accepted[1:] = self.acceptance * self.intact[:-1].cumsum(axis=0)
-        self.speculated = 1.0 + float(self.accepted[SPECULATED, -1])
+    stages: tuple[Stage, ...]
+    hazards: tuple[float, ...]
 
-
-_SHIFTS = np.maximum(0, np.arange(LEVELS)[None, :] - np.arange(LEVELS)[:, None])
-_FALLING = (np.arange(LEVELS)[None, :] >= np.arange(LEVELS)[:, None]).astype(np.float64)
+    def table(self, streak: int) -> Table:
+        """How far drafts get behind `streak` right guesses in a row."""
+        missed, hits = 1.0, [0.0]
+        for hazard in self.hazards:
+            missed *= 1.0 - hazard
+            hits.append(1.0 - missed)
+        return Table(self.stages, np.array(hits), streak)
 
 
 class _Evidence:
@@ -144,23 +105,33 @@ class _Evidence:
         self._kept = kept
         # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
         self._weight = 1.0
-        self._seen = [0.0] * BINS
-        self._hits = [0.0] * BINS
+        # Of all, those of drafts that began at the last stage.
+        self._judged = self._running = 0.0
+        self._seen = [[0.0] * BINS for _ in STAGES]
+        self._hits = [[0.0] * BINS for _ in STAGES]
         self._offered = [0.0] * MOST_SIBLINGS
         self._sibling_hits = [0.0] * MOST_SIBLINGS
 
-    def observe(self, outcome: Outcome, judged: int) -> None:
-        """Takes in the first `judged` tokens of a draft, all of which but the last were accepted."""
-        seen, hits, weight, accepted = self._seen, self._hits, self._weight, outcome.accepted
+    def observe(self, outcome: Outcome, judged: int, streak: int) -> None:
+        """Takes in the first `judged` tokens of a draft, all of which but the last were accepted.
+
+        Args:
+            streak: right guesses in a row in front of them.
+        """
+        weight, accepted = self._weight, outcome.accepted
         for index in range(judged):
             weight /= self._kept
+            stage = stage_of(streak + index)
             bin_ = int(outcome.confidences[index] * BINS)
             if bin_ >= BINS:
                 bin_ = BINS - 1
-            seen[bin_] += weight
+            self._seen[stage][bin_] += weight
             if index < accepted:
-                hits[bin_] += weight
+                self._hits[stage][bin_] += weight
         self.judged = self.judged * self._kept**judged + judged
+        self._judged += judged * weight
+        if streak >= STAGES[-1]:
+            self._running += judged * weight
         if accepted < outcome.drafted and accepted < len(outcome.offered):
             rank = outcome.sibling
             for index in range(min(rank or outcome.offered[accepted], MOST_SIBLINGS)):
@@ -174,70 +145,72 @@ class _Evidence:
     def capped(self, most: float) -> _Evidence:
         """The same, worth `most` tokens at most."""
         heir = _Evidence(self._kept)
-        heir.__dict__.update({k: list(v) if isinstance(v, list) else v for k, v in self.__dict__.items()})
+        heir._weight, heir.judged = self._weight, self.judged
+        heir._judged, heir._running = self._judged, self._running
+        for counts, own in zip(heir._counts(), self._counts(), strict=True):
+            counts[:] = own
         if heir.judged > most:
             heir._rescale(most / heir.judged / heir._weight)
             heir._weight = 1.0
             heir.judged = most
         return heir
 
-    def curves(self, prior: Curves, worth: float) -> Curves:
-        """What `prior`, worth so many times what it is to a text, becomes in the light of this."""
-        per_bin, tokens, misses = worth * PRIOR_PER_BIN, worth * PRIOR_TOKENS, worth * PRIOR_MISSES
+    def running(self, prior: float) -> float:
+        """The share of tokens whose drafts begin at the last stage."""
+        worth = PRIOR_SHARE * self._weight
+        return (self._running + worth * prior) / (self._judged + worth)
+
+    def curves(self, prior: Curves) -> Curves:
+        """What `prior` becomes in the light of this."""
         unit = 1.0 / self._weight
-        right = [
-            (hits * unit + per_bin * prior) / (count * unit + per_bin)
-            for hits, count, prior in zip(self._hits, self._seen, prior.right, strict=True)
-        ]
-        total = sum(self._seen) * unit + tokens
-        sure = [(count * unit + tokens * p) / total for count, p in zip(self._seen, prior.sure, strict=True)]
-        hazards = [
-            (hits * unit + misses * prior) / (offered * unit + misses)
-            for hits, offered, prior in zip(self._sibling_hits, self._offered, prior.hazards, strict=True)
-        ]
-        right = _never_falling(right, [count * unit + per_bin for count in self._seen])
-        return Curves(sure, right, hazards)
+        stages = tuple(
+            _updated(stage, seen, hits, unit)
+            for stage, seen, hits in zip(prior.stages, self._seen, self._hits, strict=True)
+        )
+        hazards = tuple(
+            (hits * unit + PRIOR_MISSES * before) / (offered * unit + PRIOR_MISSES)
+            for hits, offered, before in zip(self._sibling_hits, self._offered, prior.hazards, strict=True)
+        )
+        return Curves(stages, hazards)
+
+    def _counts(self) -> list[list[float]]:
+        return [*self._seen, *self._hits, self._offered, self._sibling_hits]
 
     def _rescale(self, factor: float) -> None:
-        for counts in (self._seen, self._hits, self._offered, self._sibling_hits):
+        for counts in self._counts():
             counts[:] = [count * factor for count in counts]
         self._weight *= factor
+        self._judged *= factor
+        self._running *= factor
 
 
-class Curves(NamedTuple):
-    """How good a draft is.
-
-    Attributes:
-        sure: (BINS,) share of tokens by confidence.
-        right: (BINS,) chance of being accepted by confidence.
-        hazards: (MOST_SIBLINGS,) of the misses that no better sibling hit, the share that the r-th one hits.
-    """
-
-    sure: list[float]
-    right: list[float]
-    hazards: list[float]
-
-    def table(self) -> Table:
-        """How far drafts get."""
-        missed, hits = 1.0, [0.0]
-        for hazard in self.hazards:
-            missed *= 1.0 - hazard
-            hits.append(1.0 - missed)
-        return Table(np.array(self.sure), np.clip(self.right, 0.01, 0.999), np.array(hits))
+def _updated(prior: Stage, seen: list[float], hits: list[float], unit: float) -> Stage:
+    """`prior` in the light of counts in such a unit."""
+    count, per_bin, tokens = sum(seen) * unit, PRIOR_PER_BIN, PRIOR_TOKENS
+    right = [
+        (hit * unit + per_bin * before) / (count * unit + per_bin)
+        for hit, count, before in zip(hits, seen, prior.right, strict=True)
+    ]
+    sure = [(one * unit + tokens * before) / (count + tokens) for one, before in zip(seen, prior.sure, strict=True)]
+    return Stage(sure, _never_falling(right, [one * unit + per_bin for one in seen]))
 
 
 class Survival:
-    """What is known of the draft against one target version at one temperature class: of texts, and of this one.
+    """What is known of the draft against one target version at one temperature class.
 
-    Texts differ, and each is alike in itself. So what all of them taught is the prior of the next, and what a text
-    teaches counts most for itself.
+    Texts differ, but where a text goes is not told by where it has been for long: what tells more than the draft's own
+    confidence is the stage that it is in.
+
+    Attributes:
+        streak: right guesses in a row in front of the text's next token.
     """
 
-    _text: _Evidence
+    streak: int
     _end: int
     _done: int
-    _fresh: int
-    _table: Table | None
+    _curves: Curves
+    _share: float
+    _tables: dict[int, Table]
 
     def __init__(self, kind: int, acceptance: float | None = None) -> None:
         """The prior.
@@ -246,71 +219,97 @@ class Survival:
             kind: see `temperature_class`.
             acceptance: share of draft tokens accepted, from the bundle's evaluation; None where there is none.
         """
-        sure, right = _prior(kind)
-        if acceptance is not None:
-            # The evaluation says how often, and Bayes' rule how sure the draft is then. What a target writes is easier
-            # to guess than what people wrote, on which drafts are evaluated: by as much as for the shipped family.
-            easier = _odds(float(sure @ right)) / _odds(EVALUATED[kind])
-            odds = easier * _odds(min(max(acceptance, 0.05), 0.95))
-            acceptance = odds / (1.0 + odds)
-            of_hits, of_misses = sure * right, sure * (1.0 - right)
-            hits = acceptance * of_hits / of_hits.sum()
-            sure = hits + (1.0 - acceptance) * of_misses / of_misses.sum()
-            right = hits / sure
-        self._prior = Curves(sure.tolist(), right.tolist(), list(SIBLING_HAZARDS))
-        self._all = _Evidence(KEPT)
-        self._forget_text()
+        # What a target writes is easier to guess than what people wrote, on which drafts are evaluated: by as much as
+        # for the shipped family.
+        odds = 1.0 if acceptance is None else _odds(min(max(acceptance, 0.05), 0.95)) / _odds(EVALUATED[kind])
+        self._prior = Curves(tuple(_prior(fifths, odds) for fifths in FIFTHS[kind]), SIBLING_HAZARDS)
+        self._running = RUNNING[kind]
+        self._evidence = _Evidence(KEPT)
+        self._take_stock()
+        self._begin(0)
 
     @property
     def judged(self) -> float:
         """Evidence so far, in tokens, old ones counting less."""
-        return self._all.judged
+        return self._evidence.judged
 
     def follow(self, conditions: Conditions) -> None:
         """Notices where a text begins: it ends elsewhere, or goes back behind what is done."""
         end = conditions.position + conditions.left
         if end != self._end or conditions.position < self._done:
-            self._forget_text()
-            self._end = end
+            self._begin(end)
 
     def observe(self, outcome: Outcome) -> None:
         """Learns from a round's judged tokens."""
         self._done = outcome.conditions.position + outcome.tokens
         judged = min(outcome.accepted + 1, outcome.drafted)
         if judged:
-            self._all.observe(outcome, judged)
-            self._text.observe(outcome, judged)
-            self._fresh += judged
+            self._evidence.observe(outcome, judged, self.streak)
+            self._new += judged
+            if self._new > FRESH + RENEWED * self.judged:
+                self._take_stock()
+        # Whether the target's own token would have been guessed is not known, and does not end a streak.
+        self.streak = self.streak + judged if judged and outcome.accepted == outcome.drafted else 0
 
     def table(self) -> Table:
-        """How far drafts get, made anew once evidence has grown enough to matter."""
-        if self._table is None or self._fresh > 8.0 + 0.2 * self._text.judged:
-            self._fresh = 0
-            self._table = self._text.curves(self._all.curves(self._prior, WORTH), 1.0).table()
-        return self._table
+        """How far drafts get from here."""
+        return self._behind(STAGES[-1] if self._runs else 0)
+
+    def fresh_table(self) -> Table:
+        """How far drafts get behind a miss."""
+        return self._behind(0)
+
+    def running_table(self) -> Table:
+        """How far drafts get where nearly all guesses are right."""
+        return self._behind(STAGES[-1])
+
+    def running(self, left: int) -> float:
+        """The share of the text's next `left` tokens whose drafts will begin at the last stage."""
+        if not self._runs:
+            return self._share
+        leaves = 1.0 - self.running_table().acceptance
+        stays = (1.0 - (1.0 - leaves) ** left) / (leaves * left)
+        return stays + (1.0 - stays) * self._share
+
+    def speculated(self, left: int) -> float:
+        """Tokens of the next `left` that a forward over SPECULATED drafted ones brings."""
+        share = self.running(left)
+        return 1.0 / (share / self.running_table().speculated + (1.0 - share) / self.fresh_table().speculated)
 
     @property
     def doubt(self) -> float:
         """Share by which drafted tokens could yet turn out to be cheaper than the table says, in all texts."""
-        return DOUBT * math.sqrt(DOUBTED / (DOUBTED + self._all.judged))
+        return DOUBT * math.sqrt(self.unsure)
 
     @property
-    def spread(self) -> float:
-        """Share by which they could yet in this text."""
-        return SPREAD * math.sqrt(PRIOR_TOKENS / (PRIOR_TOKENS + self._text.judged))
+    def unsure(self) -> float:
+        """Share of the prior in what is known."""
+        return DOUBTED / (DOUBTED + self.judged)
 
     def inherit(self) -> Survival:
         """What a new target version starts with: all of this, worth `INHERITED` tokens at most."""
-        heir = Survival.__new__(Survival)
-        heir._prior, heir._all = self._prior, self._all.capped(INHERITED)
-        heir._forget_text()
+        heir = copy.copy(self)
+        heir._evidence = self._evidence.capped(INHERITED)
+        heir._take_stock()
+        heir._begin(0)
         return heir
 
-    def _forget_text(self) -> None:
-        self._text = _Evidence(KEPT_OF_TEXT)
-        self._end = self._done = 0
-        self._fresh = 0
-        self._table = None
+    @property
+    def _runs(self) -> bool:
+        return self.streak >= STAGES[-1]
+
+    def _behind(self, streak: int) -> Table:
+        table = self._tables.get(streak)
+        if table is None:
+            table = self._tables[streak] = self._curves.table(streak)
+        return table
+
+    def _take_stock(self) -> None:
+        self._curves, self._tables, self._new = self._evidence.curves(self._prior), {}, 0
+        self._share = self._evidence.running(self._running)
+
+    def _begin(self, end: int) -> None:
+        self._end, self._done, self.streak = end, 0, 0
 
 
 class Survivals:
@@ -341,19 +340,25 @@ class Survivals:
         return known
 
 
-def _prior(kind: int) -> tuple[Floats, Floats]:
-    """How sure a draft is, and how right it is then, by bin, from `FIFTHS`."""
-    sure, right = (np.array(column) for column in zip(*FIFTHS[kind], strict=True))
+def _prior(fifths: tuple[tuple[float, float], ...], odds: float) -> Stage:
+    """How sure a draft is, and how right it is then, by bin; the odds of its being right are so many times theirs."""
+    means, shares = (np.array(column) for column in zip(*fifths, strict=True))
     # Each fifth is spread halfway to its neighbours.
-    edges = np.concatenate([[0.0], (sure[1:] + sure[:-1]) / 2, [1.0]])
+    edges = np.concatenate([[0.0], (means[1:] + means[:-1]) / 2, [1.0]])
     confidences = np.interp((np.arange(QUANTILES) + 0.5) / QUANTILES, np.linspace(0.0, 1.0, len(edges)), edges)
     # A bin is as right as what lies in it, which in the last one is mostly next to 1; an empty one as its middle.
     bins = np.minimum((confidences * BINS).astype(np.intp), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
-    hits = np.bincount(bins, np.interp(confidences, sure, right), BINS)
-    middles = np.interp((np.arange(BINS) + 0.5) / BINS, sure, right)
-    calibrated = np.where(counts, hits / np.maximum(counts, 1), middles)
-    return counts / QUANTILES * 0.98 + 0.02 / BINS, calibrated
+    hits = np.bincount(bins, np.interp(confidences, means, shares), BINS)
+    middles = np.interp((np.arange(BINS) + 0.5) / BINS, means, shares)
+    right: Floats = np.where(counts, hits / np.maximum(counts, 1), middles)
+    sure: Floats = counts / QUANTILES * 0.98 + 0.02 / BINS
+    # How often it is right is told, and Bayes' rule says how sure it is then.
+    mean = float(sure @ right)
+    told = odds * _odds(mean) / (1.0 + odds * _odds(mean))
+    of_hits = told / mean * sure * right
+    sure = of_hits + (1.0 - told) / (1.0 - mean) * sure * (1.0 - right)
+    return Stage(sure.tolist(), (of_hits / sure).tolist())
 
 
 def _odds(share: float) -> float:

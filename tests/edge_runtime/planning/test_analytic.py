@@ -15,7 +15,7 @@ from edge_runtime.planning.budget import Budget
 from edge_runtime.planning.device import Device
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Surroundings
-from edge_runtime.planning.survival import LONGEST, MOST_SIBLINGS
+from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS
 from edge_runtime.simulation.acceptance import Text, read_texts
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import World, make_world
@@ -117,7 +117,8 @@ def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
     def play(rounds: int, link: float) -> Plan:
         nonlocal now
         for index in range(rounds):
-            told = Conditions(60, 100, 1, now=now, version="v1")
+            # Each round begins a text of its own.
+            told = Conditions(60, 100 + index, 1, now=now, version="v1")
             plan = planner.plan(told)
             heard = make_outcome(
                 [0.72] * min(plan.draft, 6),
@@ -202,7 +203,7 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
         planner.observe(make_outcome([], 0, own=30, asked=30, link=0.1, forward=0.05, each=0.05))
         for index in range(120):
             planner.plan(Conditions(100, 50, 1, version="v1"))
-            first = make_outcome([0.7] * 6, 6, link=0.1, forward=0.05, step=0.002, now=float(index))
+            first = make_outcome([0.7] * 6, 3, link=0.1, forward=0.05, step=0.002, now=float(index))
             planner.observe(first)
             if early:
                 planner.observe(
@@ -217,11 +218,11 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
 
 def test_what_one_version_taught_is_kept_apart() -> None:
     planner = AnalyticPlanner(Objective(), Device())
-    for version, accepted in (("v1", 6), ("v2", 0)) * 30:
+    for version, accepted in (("v1", 6), ("v2", 0)) * 120:
         outcome = make_outcome([0.7] * 6, accepted, version=version, forward=0.08)
         planner.observe(outcome)
-    tables = [planner._survivals.of(version, 0.0).table().acceptance for version in ("v1", "v2")]
-    assert tables[0] > tables[1] + 0.3
+    tables = [planner._survivals.of(version, 0.0).fresh_table() for version in ("v1", "v2")]
+    assert tables[0].calibration[14] > tables[1].calibration[14] + 0.3
 
 
 def test_every_decision_is_logged_as_value_and_reason(caplog: pytest.LogCaptureFixture, texts: list[Text]) -> None:

@@ -34,17 +34,38 @@ def test_a_stream_is_taken_apart() -> None:
     assert costs.own_seconds(3.0) == pytest.approx(0.03)
     assert costs.forward.at(1) == pytest.approx(0.03)
     assert costs.link.now.value == pytest.approx(0.02)
-    assert costs.plain
+    assert not costs.speculates
 
 
-def test_a_verifier_that_speculates_is_known_by_its_pace() -> None:
+def test_a_verifier_that_speculates_is_known_by_its_forwards() -> None:
     costs = Costs(DEVICE)
     assert costs.own_hoped(3.0) < costs.own_seconds(3.0)
-    costs.observe(make_outcome([], 0, own=40, asked=40, link=0.02, forward=0.03, each=0.011), 3.0)
-    assert costs.own_seconds(3.0) == pytest.approx(0.011)
-    assert not costs.plain
+    stream = make_outcome([], 0, own=40, asked=40, link=0.02, forward=0.03, each=0.011)
+    costs.observe(msgspec.structs.replace(stream, further=13), 3.0)
+    # Thirteen forwards for 39 tokens, the last of which may have brought fewer: a little better than three each.
+    assert costs.speculates and costs.own.value == pytest.approx(0.033)
+    assert 0.009 < costs.own_seconds(3.0) < 0.011 and costs.own_hoped(3.0) == costs.own_seconds(3.0)
     # Where the draft is accepted more often, such a verifier is faster, too.
-    assert costs.own_seconds(4.0) < 0.011 < costs.own_seconds(2.0)
+    assert costs.own_seconds(4.0) < costs.own_seconds(3.0) < costs.own_seconds(2.0)
+
+
+def test_who_counts_no_forwards_has_one_for_each_token() -> None:
+    costs = Costs(DEVICE)
+    costs.observe(make_outcome([], 0, own=40, asked=40, link=0.02, forward=0.03, each=0.011), 3.0)
+    assert not costs.speculates and costs.own_seconds(3.0) == pytest.approx(0.011)
+
+
+def test_what_a_drafted_round_would_have_cost_the_cloud() -> None:
+    costs = Costs(DEVICE)
+    round_ = make_outcome([0.9] * 12, 7)
+    assert costs.streamed(round_, 3.0) == 8
+    stream = make_outcome([], 0, own=40, asked=40, link=0.02, forward=0.03, each=0.011)
+    costs.observe(msgspec.structs.replace(stream, further=13), 3.0)
+    brings = 3.0 * costs.brings.value
+    # Seven right guesses and a wrong one: five and the target's own, then two and the target's own.
+    assert costs.streamed(round_, 3.0) == pytest.approx(2 * brings)
+    assert costs.streamed(make_outcome([0.9] * 12, 0), 3.0) == pytest.approx(brings)
+    assert costs.streamed(make_outcome([0.9] * 11, 11), 3.0) == pytest.approx(2 * brings)
 
 
 def test_load_moves_what_was_not_seen_under_it() -> None:

@@ -30,7 +30,7 @@ from edge_runtime.planning.learned import (
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
 from edge_runtime.planning.policies import NAMES, make_planner
-from edge_runtime.planning.survival import LONGEST, MOST_SIBLINGS
+from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS
 from edge_runtime.simulation.acceptance import Text, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world

@@ -150,3 +150,20 @@ def test_a_change_of_load_moves_the_whole_curve() -> None:
     assert curve.changes == 1
     assert curve.factor == pytest.approx(3.0, rel=0.05)
     assert curve.at(1) == pytest.approx(33.0, rel=0.1)
+
+
+def test_what_weighs_more_than_all_before_is_never_odd() -> None:
+    """A long observation is not held up by a short one that came first."""
+    level = Level(1.0, memory=100.0, patience=50.0)
+    level.observe(1.0, 2.0)
+    level.observe(2.0, 20.0)
+    assert not level.doubtful and level.value > 1.8
+
+
+def test_a_long_run_on_one_side_is_a_change_however_noisy() -> None:
+    level = Level(1.0)
+    for index in range(30):
+        level.observe((0.9, 1.1)[index % 2])
+    for _ in range(10):
+        level.observe(0.87)
+    assert level.value == pytest.approx(0.87, abs=0.01)

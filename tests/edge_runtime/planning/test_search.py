@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.planning.search import AHEAD, Prices, best_draft
-from edge_runtime.planning.survival import BINS, LONGEST, THRESHOLDS, Table
+from edge_runtime.planning.tables import BINS, LONGEST, STAGES, THRESHOLDS, Floats, Stage, Table
 
 # A step costs 10 ms, a round 70 ms with one node's forward, and each further node 0.5 ms.
 PRICES = Prices(
@@ -38,7 +38,12 @@ def make_table(confidences: dict[int, float], hits: float = 0.0) -> Table:
     for bin_, weight in confidences.items():
         sureness[bin_] = weight
     siblings = np.array([0.0] + [hits] * 7)
-    return Table(sureness, np.clip((np.arange(BINS) + 0.5) / BINS, 0.02, 0.98), siblings)
+    return one_stage(sureness, np.clip((np.arange(BINS) + 0.5) / BINS, 0.02, 0.98), siblings)
+
+
+def one_stage(sureness: Floats, calibration: Floats, siblings: Floats) -> Table:
+    """Of a text that is alike throughout."""
+    return Table([Stage(sureness.tolist(), calibration.tolist())] * len(STAGES), siblings)
 
 
 def play(table: Table, length: int, survival: float, draws: int, prices: Prices) -> float:
@@ -109,7 +114,7 @@ def test_siblings_gain_what_was_measured() -> None:
         sureness[int(confidence * BINS)] = 0.2
         calibration[int(confidence * BINS)] = right
     calibration = np.clip(np.maximum.accumulate(calibration), 0.01, 0.999)
-    table = Table(sureness, calibration, np.array([0.0, 0.5, 0.6, 0.7, 0.72, 0.74, 0.76, 0.78]))
+    table = one_stage(sureness, calibration, np.array([0.0, 0.5, 0.6, 0.7, 0.72, 0.74, 0.76, 0.78]))
     alone = 1 + table.accepted[4, -1]
     assert alone == pytest.approx(3.70, rel=0.05)
     judged = float(table.accepted[4, -1]) / table.acceptance
