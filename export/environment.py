@@ -49,7 +49,7 @@ from edge_runtime.simulation.world import World
 FAMILY = Path(__file__).parent / "family"
 Ask = Callable[[Floats, int, float], int]
 # The first texts of each kind are left to benchmarks.
-HELD_OUT = 8
+HELD_OUT = 48
 MOST_TEXTS = 8
 # Recorded texts are joined to longer ones, so many at a time, behind prompts that are so many times as long.
 JOINED = (1, 1, 1, 2, 4)

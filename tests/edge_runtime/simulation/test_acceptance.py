@@ -46,7 +46,7 @@ def test_the_shipped_trace_is_of_every_target_and_temperature() -> None:
     assert kinds == {(target, t) for target in ("target-v1", "target-v2") for t in (0.0, 0.7, 1.0)}
     for target, temperature in kinds:
         some = read_texts(path, target=target, temperature=temperature)
-        assert sum(map(len, some)) == 24 * 128
+        assert sum(map(len, some)) == 96 * 128
         assert 0.4 < sum(text.acceptance for text in some) / len(some) < 0.95
 
 
