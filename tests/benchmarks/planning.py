@@ -2,7 +2,7 @@
 
     cells       every link preset x board x verifier: cost per token of each policy against the best single plan in
                 hindsight, against fixed K, and against streaming, edge-drafted and per-token decoding
-    steps       rounds until the plan has settled after the link has changed
+    steps       rounds until what would be planned for the next text has settled after the link has changed
     energy      a budget of 70 % of what the unconstrained planner draws: how well it is held, and what that costs
     siblings    tokens per round, with siblings beside every drafted token or where the draft is unsure
     decisions   microseconds per decision
@@ -15,13 +15,18 @@ in these cells is streaming with speculation.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import itertools
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -63,10 +68,13 @@ BASELINES = {
 CHANGES = (("4g", "weak-4g"), ("weak-4g", "4g"), ("wifi", "offline:5,wifi"), ("lan", "4g"))
 CHANGING = (("laptop", "loaded"), ("raspberry-pi-5", "32b"), ("server", "32b"), ("raspberry-pi-4", "7b+spec"))
 CHANGE_AT = 12.0
+SETTLING_TEXTS = 8
 SETTLED = 1.05
 WINDOW = 5
 # Of a change of the link: rounds that are looked at behind it, and texts that may be played for them.
 ROUNDS_BEHIND, MOST_TEXTS = 300, 500
+# Tokens of the text that plans are asked for, and of its prompt.
+ASKED = 100
 BUDGET_SHARE = 0.7
 # Where the unconstrained planner drafts enough that streaming draws less than the budget.
 BUDGETED = (
@@ -158,18 +166,19 @@ class Bench:
 
     def cells(self) -> None:
         started = time.perf_counter()
-        prints = {kind: Prints.of(kind, self.options.texts, self.options.traces) for kind in KINDS}
-        rows = []
         options = self.options
-        for cell in cells(options.links, 7 if options.quick else 1, options.slower, options.seed):
-            rows.append(self._row(cell, prints[cell.kind]))
-            if options.each:
-                costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in rows[-1].costs.items())
-                self.console.print(f"{cell.name}: {costs}  ({oracle.describe(rows[-1].best)})")
+        all_cells = list(cells(options.links, 7 if options.quick else 1, options.slower, options.seed))
+        rows: list[Row] = []
+        with ProcessPoolExecutor(min(options.jobs, len(KINDS))) as pool:
+            for some in pool.map(functools.partial(_rows, options, all_cells), KINDS):
+                rows += some
+                self.console.print(f"{len(rows)} of {len(all_cells)} cells, {time.perf_counter() - started:.0f} s")
+                for row in some if options.each else ():
+                    costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in row.costs.items())
+                    self.console.print(f"{row.cell.name}: {costs}  ({oracle.describe(row.best)})")
         self._print_cells(rows)
-        self.console.print(f"{len(rows)} cells in {time.perf_counter() - started:.0f} s")
 
-    def _row(self, cell: Cell, prints: Prints) -> Row:
+    def row(self, cell: Cell, prints: Prints) -> Row:
         best, result = prints.every.best(cell.world, self.objective, ahead=True)
         _, fixed = prints.fixed.best(cell.world, self.objective, ahead=False)
         costs = {
@@ -225,31 +234,27 @@ class Bench:
 
     def steps(self) -> None:
         """Step changes of the link."""
-        table = Table("policy", "change", "world", "rounds to settle", "cost behind it / hindsight", box=None)
-        texts = self.texts(("target-v1", 0.7))
-        footprints = Prints.of(("target-v1", 0.7), 8, self.options.traces).every
+        table = Table("policy", "change", "world", "rounds to settle", box=None)
+        texts = self.texts(("target-v1", 0.7))[:SETTLING_TEXTS]
         for name in self.names:
             settled = []
             for (before, after), (board, verifier) in ((c, w) for c in CHANGES for w in CHANGING):
                 changing = Cell(f"{before}:{CHANGE_AT:g},{after}", board, SMALL_DRAFT, verifier)
                 then = changing._replace(link=after.rpartition(",")[2])
-                simulator = Simulator(changing.world(), self.policy(name, changing.believed()), log=True)
                 back = CHANGE_AT + (5.0 if "offline" in after else 0.0)
-                plans: list[Plan] = []
+                asked = Asked(self.policy(name, changing.believed()), back)
+                simulator = Simulator(changing.world(), asked)
                 # A world in which all texts are written before the change plays them again.
                 for text in itertools.islice(itertools.cycle(texts), MOST_TEXTS):
-                    log = simulator.play(text).log
-                    plans += [outcome.plan for outcome in log if outcome.conditions.now >= back]
-                    if len(plans) >= ROUNDS_BEHIND:
+                    simulator.play(text)
+                    if len(asked.plans) >= ROUNDS_BEHIND:
                         break
-                rounds = _settling(plans, footprints, then.world(), self.objective)
-                best = footprints.costs(then.world(), self.objective).min()
-                final = _mean_cost(plans[len(plans) // 2 :], footprints, then.world(), self.objective)
+                plans = asked.plans
+                rounds = _settling(plans, functools.cache(functools.partial(_cost_of, texts, then, self.objective)))
                 settled.append(rounds)
                 if name == DEFAULT:
-                    change = f"{before} to {after}"
-                    table.add_row(name, change, f"{board}, {verifier}", str(rounds), f"{final / best:.3f}")
-            table.add_row(name, "all", "", f"worst {max(settled)}, median {median(settled):g}", "")
+                    table.add_row(name, f"{before} to {after}", f"{board}, {verifier}", str(rounds))
+            table.add_row(name, "all", "", f"worst {max(settled)}, median {median(settled):g}")
         self.console.print(table)
 
     def energy(self) -> None:
@@ -319,6 +324,29 @@ class Bench:
         self.console.print(table)
 
 
+class Asked:
+    """A planner that is asked, after every round from a time on, what it would plan for a text that begins now.
+
+    What it does plan depends on the text as well, which no link changes.
+    """
+
+    def __init__(self, planner: Planner, since: float) -> None:
+        self._planner = planner
+        self._since = since
+        self.plans: list[Plan] = []
+
+    def plan(self, conditions: Conditions) -> Plan:
+        return self._planner.plan(conditions)
+
+    def observe(self, outcome: Outcome) -> None:
+        self._planner.observe(outcome)
+        told = outcome.conditions
+        now = told.now + outcome.draft_seconds + outcome.exchange_seconds
+        if told.now >= self._since:
+            begins = Conditions(ASKED, ASKED, 1, now=now, version=told.version, temperature=told.temperature)
+            self.plans.append(copy.deepcopy(self._planner).plan(begins))
+
+
 class Timed:
     """A planner with a stopwatch."""
 
@@ -339,17 +367,28 @@ class Timed:
         self.lessons.append(time.perf_counter() - started)
 
 
-def _settling(plans: list[Plan], footprints: oracle.Footprints, world: World, objective: Objective) -> int:
+def _rows(options: argparse.Namespace, all_cells: list[Cell], kind: tuple[str, float]) -> list[Row]:
+    """Of all cells with this kind of text, in a process of their own."""
+    bench, prints = Bench(options), Prints.of(kind, options.texts, options.traces)
+    return [bench.row(cell, prints) for cell in all_cells if cell.kind == kind]
+
+
+def _settling(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
     """Rounds after which the next WINDOW plans cost what the later half does, within SETTLED."""
-    final = _mean_cost(plans[len(plans) // 2 :], footprints, world, objective)
-    for index in range(len(plans) - WINDOW):
-        if _mean_cost(plans[index : index + WINDOW], footprints, world, objective) <= SETTLED * final:
+    costs = [
+        cost(msgspec.structs.replace(plan, calibration=(), min_survival=round(plan.min_survival, 2), reason=""))
+        for plan in plans
+    ]
+    final = mean(costs[len(costs) // 2 :])
+    for index in range(len(costs) - WINDOW):
+        if mean(costs[index : index + WINDOW]) <= SETTLED * final:
             return index
-    return len(plans)
+    return len(costs)
 
 
-def _mean_cost(plans: list[Plan], footprints: oracle.Footprints, world: World, objective: Objective) -> float:
-    return mean(float(footprints.cost_of(plan, world, objective)) for plan in plans)
+def _cost_of(texts: list[Text], cell: Cell, objective: Objective, plan: Plan) -> float:
+    """Cost per token of one plan for all rounds."""
+    return simulate(texts, FixedPlanner(plan), cell.world()).cost(objective)
 
 
 def _sum(results: list[Result]) -> Result:
@@ -371,7 +410,8 @@ def main() -> None:
         metavar="LINK",
         help="of the cells; schedules and mahimahi:UP:DOWN:MS too (default: all presets)",
     )
-    parser.add_argument("--texts", type=int, default=24, help="in each cell (default: %(default)s, which is all)")
+    parser.add_argument("--texts", type=int, default=96, help="in each cell (default: %(default)s, which is all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     parser.add_argument("--traces", type=Path, default=FAMILY / "acceptance.npz", help="default: the family's")
     parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
     parser.add_argument("--seed", type=int, default=1, help="of the cells' links and verifiers (default: %(default)s)")
