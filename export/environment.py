@@ -157,7 +157,7 @@ class Settings:
 
 
 def split_texts(texts: list[Text]) -> tuple[list[Text], list[Text]]:
-    """Texts to learn from, and the first `HELD_OUT` of each kind, which benchmarks play."""
+    """Texts to learn from, and the first `HELD_OUT` of each kind, to be judged on."""
     seen: Counter[tuple[str, float]] = Counter()
     learnt, held_out = [], []
     for text in texts:

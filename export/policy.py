@@ -349,7 +349,8 @@ def evaluate(policy: Policy, lesson: Lesson, settings: Settings) -> Verdict:
             reference = Reference(setting, lesson.objective)
             ratios.append(play(setting, lesson.objective, ask) / reference.spent)
             progress.update(index + 1, f"{mean(ratios):.3f} of the analytic planner's cost")
-    return Verdict(ratios, 1.0 - mean(known))
+    # Where no round was drafted, nothing was handed over.
+    return Verdict(ratios, 1.0 - mean(known) if known else 0.0)
 
 
 def _write(training: Training, path: Path) -> None:

@@ -101,7 +101,7 @@ def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[Text]) 
         assert any(part in name for name in names), part
 
 
-def test_benchmarks_texts_are_not_learned_from(texts: list[Text]) -> None:
+def test_texts_to_be_judged_on_are_not_learned_from(texts: list[Text]) -> None:
     learnt, held_out = split_texts(texts)
     assert len(learnt) + len(held_out) == len(texts)
     assert {text.seed for text in learnt}.isdisjoint({text.seed for text in held_out})
