@@ -48,7 +48,7 @@ from edge_runtime.simulation.world import World
 
 FAMILY = Path(__file__).parent / "family"
 Ask = Callable[[Floats, int, float], int]
-# The first texts of each kind are left to benchmarks.
+# The first texts of each kind are left to judge policies by.
 HELD_OUT = 48
 MOST_TEXTS = 8
 # Recorded texts are joined to longer ones, so many at a time, behind prompts that are so many times as long.
