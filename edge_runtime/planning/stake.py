@@ -16,7 +16,7 @@ from edge_runtime.planning.plan import Outcome
 # the most that counts of what it has saved.
 BEGIN = 20.0
 ADDED = 0.014
-MOST = 200.0
+MOST = 400.0
 # An account that is so many tokens below its beginning makes drafted tokens count twice.
 DOUBLED = 400.0
 # What was saved is there to be lost again by trying: drafted tokens count for so little of what they seem to cost.
