@@ -56,7 +56,8 @@ def test_counts(pair: Pair) -> None:
     assert info.retransmits == 0
     assert 0 < info.rtt_seconds < 0.5
     assert info.min_rtt_seconds is not None and 0 < info.min_rtt_seconds < 0.5
-    assert info.rtt_variation_seconds > 0
+    # The kernel counts in microseconds, of which a loopback's round trips may all take one.
+    assert 0 <= info.rtt_variation_seconds < 0.5
     assert info.delivery_rate is not None and info.delivery_rate > 1000
     assert info.busy_seconds >= 0
 
