@@ -90,22 +90,12 @@ class Curves(NamedTuple):
 
 
 class _Evidence:
-    """Counts of judged tokens, slowly forgetting.
+    """Counts of judged tokens, slowly forgetting."""
 
-    Attributes:
-        judged: how many, old ones counting less.
-    """
-
-    def __init__(self, kept: float) -> None:
-        """
-        Args:
-            kept: share of old evidence per judged token.
-        """
-        self.judged = 0.0
-        self._kept = kept
+    def __init__(self) -> None:
         # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
         self._weight = 1.0
-        # Of all, those of drafts that began at the last stage.
+        # All, and those of drafts that began at the last stage.
         self._judged = self._running = 0.0
         self._seen = [[0.0] * BINS for _ in STAGES]
         self._hits = [[0.0] * BINS for _ in STAGES]
@@ -120,7 +110,7 @@ class _Evidence:
         """
         weight, accepted = self._weight, outcome.accepted
         for index in range(judged):
-            weight /= self._kept
+            weight /= KEPT
             stage = stage_of(streak + index)
             bin_ = int(outcome.confidences[index] * BINS)
             if bin_ >= BINS:
@@ -128,7 +118,6 @@ class _Evidence:
             self._seen[stage][bin_] += weight
             if index < accepted:
                 self._hits[stage][bin_] += weight
-        self.judged = self.judged * self._kept**judged + judged
         self._judged += judged * weight
         if streak >= STAGES[-1]:
             self._running += judged * weight
@@ -142,17 +131,17 @@ class _Evidence:
         if weight > 1e100:
             self._rescale(1.0 / weight)
 
+    @property
+    def judged(self) -> float:
+        """How many, old ones counting less."""
+        return self._judged / self._weight
+
     def capped(self, most: float) -> _Evidence:
         """The same, worth `most` tokens at most."""
-        heir = _Evidence(self._kept)
-        heir._weight, heir.judged = self._weight, self.judged
-        heir._judged, heir._running = self._judged, self._running
-        for counts, own in zip(heir._counts(), self._counts(), strict=True):
-            counts[:] = own
+        heir = copy.deepcopy(self)
         if heir.judged > most:
-            heir._rescale(most / heir.judged / heir._weight)
+            heir._rescale(most / heir._judged)
             heir._weight = 1.0
-            heir.judged = most
         return heir
 
     def running(self, prior: float) -> float:
@@ -224,7 +213,7 @@ class Survival:
         odds = 1.0 if acceptance is None else _odds(min(max(acceptance, 0.05), 0.95)) / _odds(EVALUATED[kind])
         self._prior = Curves(tuple(_prior(fifths, odds) for fifths in FIFTHS[kind]), SIBLING_HAZARDS)
         self._running = RUNNING[kind]
-        self._evidence = _Evidence(KEPT)
+        self._evidence = _Evidence()
         self._take_stock()
         self._begin(0)
 
