@@ -139,19 +139,11 @@ class Footprints:
     def __init__(self, texts: list[Text], plans: list[Plan]) -> None:
         self.plans = plans
         self._texts = texts
-        self._marks = {plan: footprint(texts, plan) for plan in plans}
-        self._rows = _columns(list(self._marks.values()))
+        self._rows = _columns([footprint(texts, plan) for plan in plans])
 
     def costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
         """(plans,) expected costs per token."""
         return _costs(self._rows, world, objective)
-
-    def cost_of(self, plan: Plan, world: World, objective: Objective) -> float:
-        """Expected cost per token of any one plan, its drafting ahead apart."""
-        key = msgspec.structs.replace(plan, ahead=0, in_flight=1, reason="")
-        if key not in self._marks:
-            self._marks[key] = footprint(self._texts, key)
-        return float(_costs(_columns([self._marks[key]]), world, objective)[0])
 
     def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, Result]:
         """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
