@@ -44,6 +44,8 @@ PAUSE = 24
 HOPELESS = 3.0
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
+# And of a byte of a round's own, so that a link of no length is not filled with rounds that hardly save time.
+BYTE_SECONDS = 8e-6
 # Drafted rounds cost more or less than told, as the last few hundred of them did; that they cost what is told weighs as
 # much as so many.
 BIAS_KEPT = 0.997
@@ -190,7 +192,7 @@ class AnalyticPlanner:
         single = costs.forward.at(1.0) if costs.forward.known else SLOWEST_FORWARD
         link = costs.link.at(conditions.now)
         exchange = (link + costs.queue.value) * on_air + device.overhead_seconds * second
-        exchange += costs.round_bytes.value * byte
+        exchange += costs.round_bytes.value * (byte + BYTE_SECONDS * second)
         step = costs.step_seconds(conditions.position)
         widths, forwards = costs.forward.knots if costs.forward.known else ([1.0, WIDEST], [single, 2.0 * single])
         prices = Prices(
