@@ -375,10 +375,7 @@ def _rows(options: argparse.Namespace, all_cells: list[Cell], kind: tuple[str, f
 
 def _settling(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
     """Rounds after which the next WINDOW plans cost what the later half does, within SETTLED."""
-    costs = [
-        cost(msgspec.structs.replace(plan, calibration=(), min_survival=round(plan.min_survival, 2), reason=""))
-        for plan in plans
-    ]
+    costs = [cost(msgspec.structs.replace(plan, reason="")) for plan in plans]
     final = mean(costs[len(costs) // 2 :])
     for index in range(len(costs) - WINDOW):
         if mean(costs[index : index + WINDOW]) <= SETTLED * final:
