@@ -119,14 +119,14 @@ def test_a_killed_process_leaves_whole_texts(tmp_path: Path) -> None:
             process.stdout.readline()
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-        store = Store(tmp_path, "abc", 20000)
+        # With room: it may have died where the file was to be halved, which the next text would do then.
+        store = Store(tmp_path, "abc")
         records = store.read()
-        numbers = [record.ids[0] for record in records]
         assert all(record.ids == [record.ids[0]] * 50 for record in records)
         assert store.damaged <= 1
         assert store.failures == 0
         store.append(Record("v", [5], [0.5]))
-        assert len(Store(tmp_path, "abc", 20000).read()) == len(numbers) + 1
+        assert Store(tmp_path, "abc").read() == [*records, Record("v", [5], [0.5])]
         erase(tmp_path)
 
 
