@@ -22,8 +22,10 @@ MOST_LOAD = 100.0
 # An observation is odd if it lies further off than so many mean deviations and so large a share of the mean.
 DEVIATIONS = 3.0
 SHARE = 0.12
-# So many observations in a row on one side, by a mean deviation on average, are a change, too; more of them by less.
+# So many observations in a row on one side, by so many mean deviations on average, are a change, too; more of them by
+# less.
 RUN = 4
+DRIFT = 1.75
 # How long what is usual reaches back.
 USUAL_SECONDS = 120.0
 
@@ -57,10 +59,12 @@ class Level:
         self._patience = patience
         self._odd_sum = 0.0
         self._odd_weight = 0.0
-        # Observations in a row on one side of the mean: how many, above or below, and their sum.
+        # Observations in a row on one side of the mean: how many, above or below, their sum, and mean and deviation
+        # in front of them: the run moves both.
         self._run = 0
         self._run_above = False
         self._run_sum = 0.0
+        self._run_from = guess, self.deviation
 
     @property
     def known(self) -> bool:
@@ -94,8 +98,9 @@ class Level:
         error = value - self.value
         if abs(error) <= limit:
             self._settle(limit)
+            before, deviation = self.value, self.deviation
             self._take(value - self.value, weight)
-            self._drift(value)
+            self._drift(value, before, deviation)
             return
         if self._odd_weight and (self._odd_sum / self._odd_weight > self.value) != (error > 0.0):
             self._settle(limit)
@@ -115,17 +120,21 @@ class Level:
         self.deviation *= factor
         self._odd_sum *= factor
         self._run_sum *= factor
+        self._run_from = factor * self._run_from[0], factor * self._run_from[1]
 
-    def _drift(self, value: float) -> None:
+    def _drift(self, value: float, before: float, deviation: float) -> None:
         """Starts anew from a long run on one side: the level has changed by less than what is odd."""
-        above = value > self.value
-        if above != self._run_above:
+        above = value > before
+        if above != self._run_above or not self._run:
             self._run, self._run_above, self._run_sum = 0, above, 0.0
+            self._run_from = before, deviation
         self._run += 1
         self._run_sum += value
         mean = self._run_sum / self._run
-        if self._run >= RUN and abs(mean - self.value) > self.deviation * math.sqrt(RUN / self._run):
+        was, deviation = self._run_from
+        if self._run >= RUN and abs(mean - was) > DRIFT * deviation * math.sqrt(RUN / self._run):
             self.value, self.weight = mean, float(self._run)
+            self.deviation = min(self.deviation, deviation)
             self._run, self._run_sum = 0, 0.0
 
     def _settle(self, limit: float) -> None:

@@ -167,3 +167,14 @@ def test_a_long_run_on_one_side_is_a_change_however_noisy() -> None:
     for _ in range(10):
         level.observe(0.87)
     assert level.value == pytest.approx(0.87, abs=0.01)
+
+
+def test_a_change_within_the_noise_is_known_by_its_fourth_observation() -> None:
+    level = Level(0.12)
+    for index in range(30):
+        level.observe((0.07, 0.11, 0.17, 0.13)[index % 4])
+    assert level.value == pytest.approx(0.12, abs=0.02)
+    for value in (0.05, 0.07, 0.06, 0.06):
+        level.observe(value)
+    assert level.value == pytest.approx(0.06) and level.changes == 0
+    assert level.deviation < 0.05
