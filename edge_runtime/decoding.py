@@ -27,7 +27,17 @@ from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import NOTHING, OnnxDraft, Proposal
 from edge_runtime.drafting import Drafter
 from edge_runtime.memory.recall import Memory
-from edge_runtime.planning.plan import FIXED, Conditions, FixedPlanner, OnLinkLoss, Outcome, Plan, Planner, Surroundings
+from edge_runtime.planning.plan import (
+    FIXED,
+    Conditions,
+    FixedPlanner,
+    OnLinkLoss,
+    Outcome,
+    Plan,
+    Planner,
+    Surroundings,
+    Watched,
+)
 from edge_runtime.statistics import Statistics
 from edge_runtime.verifier_client import VerifierClient
 from edge_runtime.verifier_session import EarlyRound, Said, VerifierSession
@@ -186,6 +196,8 @@ class Generation:
                 early.sent = time.perf_counter()
                 return early
             early.early.drop()
+        if self._drafter:
+            await self._drafter.rest()
         conditions = self._conditions(self.ids, self._left)
         plan = self._alone.plan if self._alone and self._alone.tail else self._decide(conditions)
         if not self._drafter:
@@ -204,8 +216,11 @@ class Generation:
         accepted = own = sibling = 0
         first_seconds = ahead_seconds = 0.0
         n = max(1, min(plan.own, self._left - drafted, wire.MOST_OWN))
-        running = self._run_ahead(self._drafter, plan, proposal) if self._drafter and plan.ahead else None
-        ahead = asyncio.ensure_future(running) if running else None
+        ahead: asyncio.Future[float] | None = None
+        if self._drafter and not plan.draft and (plan.ahead or plan.watch):
+            self._drafter.watch(self.ids, plan)
+        elif self._drafter and plan.ahead:
+            ahead = asyncio.ensure_future(self._run_ahead(self._drafter, plan, proposal))
         if self._drafter and drafted and not ahead:
             # The next round begins behind at least one token, and guesses as many as this one, if all are accepted.
             self._drafter.prepare(len(self.ids) + 1, 2 * plan.draft + 1)
@@ -216,6 +231,8 @@ class Generation:
                     if self._drafter and ahead:
                         self._drafter.halted = True
                         ahead_seconds = await ahead
+                    if self._drafter:
+                        self._drafter.look_away()
                     if await self._go_on_alone():
                         yield Piece([], [], list(self.unverified))
                     if self.finish:
@@ -236,6 +253,9 @@ class Generation:
                 self._drafter.halted = True
                 ahead_seconds = await ahead
         assert said is not None
+        watched: list[Watched] = []
+        if self._drafter and not plan.draft:
+            watched, ahead_seconds = self._drafter.look_away()
         seconds = time.perf_counter() - round.sent
         sent, received = self._count_bytes()
         frame = said.frame
@@ -260,6 +280,7 @@ class Generation:
             prefill_seconds=frame.prefill_100us / 1e4,
             ahead_seconds=ahead_seconds,
             further=frame.further,
+            watched=watched,
         )
         self.statistics.add_round(outcome)
         self.statistics.early += round.early is not None
@@ -330,9 +351,10 @@ class Generation:
         accepted = said.accepted[: self._left]
         own = said.own[: self._left - len(accepted)]
         self._left -= len(accepted) + len(own)
-        self.ids += accepted + own
         if self._drafter:
+            self._drafter.see(self.ids, accepted + own)
             self._drafter.learn(accepted + own, self.version)
+        self.ids += accepted + own
         if not self._left:
             # A text that ends exactly at its limit has ended by itself all the same.
             whole = len(accepted) + len(own) == len(said.accepted) + len(said.own)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edge_runtime.simulation.acceptance import BEHIND, NONE, Text
-from edge_runtime.simulation.simulator import runs
+from edge_runtime.simulation.acceptance import BEHIND, NONE, Text, runs
 from export.contestants import Guesses, Passage
 from export.loops import looped
 

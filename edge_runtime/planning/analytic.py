@@ -16,12 +16,14 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
+from edge_runtime.planning.bias import Bias
 from edge_runtime.planning.budget import Budget, EnergyQueue
 from edge_runtime.planning.costs import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device import Device, heat_of
 from edge_runtime.planning.levels import WIDEST
 from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
+from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.planning.replay import Way, replay
 from edge_runtime.planning.search import Draft, Prices, best_draft
 from edge_runtime.planning.stake import Stake
 from edge_runtime.planning.survival import Survival, Survivals
@@ -42,25 +44,16 @@ SHARED_DOUBT = 0.5
 SPARED = 0.004
 PAUSE = 24
 HOPELESS = 3.0
+WATCHED = 1.5
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5
 # And of a byte of a round's own, so that a link of no length is not filled with rounds that hardly save time.
 BYTE_SECONDS = 8e-6
-# Drafted rounds cost more or less than told, as the last few hundred of them did; that they cost what is told weighs as
-# much as so many.
-BIAS_KEPT = 0.997
-BIAS_ROUNDS = 30.0
-# Share of it that is kept for every token that the cloud says meanwhile: nobody looks.
-BIAS_STREAMED = 0.999
-LEAST_BIAS, MOST_BIAS = 0.8, 1.3
 # Prices that moved by less than this share leave the last search's result in force.
 MOVED = 0.08
 # Share of rounds that are faster than what is counted on for drafting ahead.
 QUICK = 0.3
-# A hot board drafts less: joules of drafting count double ten degrees above this, and double where it is throttled
-# already; and its seconds by a share of that, because it will be slower soon.
-HOT_CELSIUS = 75.0
-THROTTLED = 2.0
+# A hot board drafts less: its seconds count more by such a share of what its joules do, because it will be slower soon.
 HEAT_SECONDS = 0.25
 # Reading that takes less than this is not worth a round of its own.
 LEAST_READING = 0.02
@@ -86,6 +79,7 @@ class Choice(msgspec.Struct, frozen=True):
         each: every further token of it.
         hoped: the least that this could turn out to be.
         bringing: tokens that a forward of a verifier that speculates brings.
+        bias: how many times more drafted rounds cost than their tables say; all of the above is with it.
     """
 
     left: int
@@ -100,6 +94,7 @@ class Choice(msgspec.Struct, frozen=True):
     each: float
     hoped: float
     bringing: float
+    bias: float
 
     @property
     def streamed(self) -> float:
@@ -132,8 +127,7 @@ class AnalyticPlanner:
         self._survivals = Survivals(acceptance or {})
         self._credit = 0.0
         self._since_trial = 0
-        # What drafted rounds cost and what they were to cost, in all.
-        self._real = self._told = 0.0
+        self._bias = Bias()
         # Rounds of which it is not clear yet whether the link has changed.
         self._odd: list[tuple[Outcome, Prices, Choice]] = []
         self._changes = 0
@@ -170,6 +164,8 @@ class AnalyticPlanner:
         self._costs.observe(outcome, survival.speculated(conditions.left))
         if self._queue:
             self._queue.observe(outcome, self._costs.joules_of(outcome))
+        if outcome.watched and self._prices is not None:
+            self._replay(outcome, survival, self._prices)
         survival.observe(outcome)
         self._since_trial += 1
         if self._prices is not None and self._choice is not None:
@@ -185,7 +181,7 @@ class AnalyticPlanner:
             second, scarce = self._queue.waiting(second)
             joule += scarce
         on_air = second + joule * device.radio_watts
-        heat = _heat(conditions.surroundings)
+        heat = heat_of(conditions.surroundings)
         drafting = second * (1.0 + HEAT_SECONDS * (heat - 1.0)) + joule * (device.busy_watts - device.idle_watts) * heat
         worked = on_air + objective.verifier
         byte = objective.byte + joule * device.joules_per_byte
@@ -228,7 +224,8 @@ class AnalyticPlanner:
         # Most of the rounds will come later, when the link may be what it usually is.
         left = conditions.left
         later = costs.link.at(conditions.now + 0.5 * left * min(drafting_on, own * worked))
-        each = drafting_on * self._bias + (later - link) * on_air / draft.chained
+        bias = self._bias.factor(draft.cost * draft.tokens)
+        each = drafting_on * bias + (later - link) * on_air / draft.chained
         # A text's last round yields more than is left, by half a round on average.
         rounds = left + 0.5 * (draft.tokens - 1.0)
         better = each - max(0.0, later - costs.link.other) * on_air / draft.chained
@@ -254,6 +251,7 @@ class AnalyticPlanner:
             each=further,
             hoped=costs.own_hoped(bringing) * worked + framed,
             bringing=bringing,
+            bias=bias,
         )
 
     def _observe_cost(self, outcome: Outcome, prices: Prices, choice: Choice) -> None:
@@ -272,20 +270,20 @@ class AnalyticPlanner:
             worth = self._costs.streamed(outcome, choice.bringing)
             self._stake.observe(outcome, worth, cost, choice.first, choice.each)
             if outcome.drafted and not outcome.repeated:
-                self._real = self._real * BIAS_KEPT + cost - choice.prefill
-                self._told = self._told * BIAS_KEPT + choice.draft.cost * outcome.tokens
-            elif not outcome.drafted:
-                kept = BIAS_STREAMED**outcome.tokens
-                self._real, self._told = self._real * kept, self._told * kept
+                self._bias.observe(cost - choice.prefill, choice.draft.cost * outcome.tokens)
+            elif not outcome.drafted and not outcome.watched:
+                self._bias.fade(outcome.tokens)
         self._odd.clear()
 
-    @property
-    def _bias(self) -> float:
-        """How many times more drafted rounds cost than was told."""
-        if not self._told or self._choice is None:
-            return 1.0
-        weight = BIAS_ROUNDS * self._choice.draft.cost * self._choice.draft.tokens
-        return min(max((self._real + weight) / (self._told + weight), LEAST_BIAS), MOST_BIAS)
+    def _replay(self, outcome: Outcome, survival: Survival, prices: Prices) -> None:
+        """What drafted rounds would have cost where the cloud alone was left to it."""
+        fresh, running = (
+            Way(self._search(table, prices), table) for table in (survival.fresh_table(), survival.running_table())
+        )
+        played = replay(outcome.watched, survival.streak, fresh, running, prices)
+        if played.tokens:
+            survival.run_on(played.running * len(outcome.watched) / played.tokens)
+            self._bias.watch(played.tokens, played.cost, played.told)
 
     def _search(self, table: Table, prices: Prices) -> Draft:
         """The best drafted round, from the last search where nothing has moved."""
@@ -305,7 +303,9 @@ class AnalyticPlanner:
         if left < 2 or streamed <= drafted:
             if left > 2 * draft.tokens and self._stake.tokens > 0.0 and self._worth_drafting(choice, survival):
                 return self._plan(conditions, draft, table, f"trying a draft: {told}")
-            return Plan(0, own=self._stretch(choice), reason=f"the cloud alone: {told}")
+            own = self._stretch(choice)
+            watch = self._worth_watching(choice, own)
+            return Plan(0, own=own, siblings=draft.siblings, watch=watch, reason=f"the cloud alone: {told}")
         end = conditions.position + left
         if left > TRIAL and not conditions.ready and self._tried != end and self._worth_streaming(choice):
             self._tried = end
@@ -353,11 +353,23 @@ class AnalyticPlanner:
             return True
         return self._worth_a_while(loss, choice.streamed < HOPELESS * choice.drafted)
 
+    def _worth_watching(self, choice: Choice, count: int) -> bool:
+        """Whether the draft should guess along with `count` tokens of the cloud's own."""
+        if choice.drafted > WATCHED * choice.streamed or self._prices is None:
+            return False
+        return self._spend(count * self._prices.ahead)
+
+    def _spend(self, loss: float) -> bool:
+        """Takes `loss` from what may be spent on trials, if there is so much."""
+        if loss > max(0.0, self._credit):
+            return False
+        self._credit -= max(0.0, loss)
+        return True
+
     def _worth_a_while(self, loss: float, thinkable: bool) -> bool:
         """Whether to try for once in a while what would cost `loss`."""
-        if thinkable and self._since_trial > PAUSE and loss < self._credit:
+        if thinkable and self._since_trial > PAUSE and self._spend(loss):
             self._since_trial = 0
-            self._credit -= max(0.0, loss)
             return True
         return False
 
@@ -381,11 +393,3 @@ def _hope(dearer: float, spread: float) -> float:
         return 0.0
     z = -dearer / spread
     return spread * (math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) + 0.5 * z * math.erfc(-z / math.sqrt(2.0)))
-
-
-def _heat(surroundings: Surroundings) -> float:
-    """How many times dearer a joule of drafting is on a board that is hot or throttled: heat is what it makes."""
-    factor = THROTTLED if surroundings.throttled else 1.0
-    if surroundings.celsius is not None:
-        factor *= 1.0 + max(0.0, surroundings.celsius - HOT_CELSIUS) / 10.0
-    return factor

@@ -123,17 +123,20 @@ class Costs:
             + device.joules_per_byte * (outcome.sent + outcome.received)
         )
 
-    def _modelled_step(self, position: int) -> float:
+    def _modelled_step(self, position: float) -> float:
         return self.device.step_seconds + self.device.step_seconds_per_token * position
 
     def _observe_draft(self, outcome: Outcome) -> None:
-        steps = outcome.drafted - outcome.ready
-        if steps < 1 or outcome.draft_seconds <= 0.0:
+        steps, seconds, conditions = outcome.drafted - outcome.ready, outcome.draft_seconds, outcome.conditions
+        position = float(conditions.position)
+        if outcome.watched:
+            steps, seconds = len(outcome.watched), outcome.ahead_seconds
+            position += steps / 2
+        if steps < 1 or seconds <= 0.0:
             return
-        conditions = outcome.conditions
-        modelled = steps * self._modelled_step(conditions.position)
+        modelled = steps * self._modelled_step(position)
         modelled += self.device.prefill_seconds * max(0, conditions.unread - 1)
-        self.pace.observe(outcome.draft_seconds / modelled)
+        self.pace.observe(seconds / modelled)
 
     def _observe_verifier(self, outcome: Outcome, bringing: float) -> None:
         self.queue.observe(outcome.queue_seconds)

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge_runtime.planning.plan import Surroundings
+
 if TYPE_CHECKING:
     from device_profiles.profile import Profile
+
+# Joules of drafting count double ten degrees above this, and so many times where the board is throttled already.
+HOT_CELSIUS = 75.0
+THROTTLED = 2.0
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -68,3 +74,11 @@ class Device(msgspec.Struct, frozen=True):
             radio_watts=profile.transfer_joules(radio, 0, 0, 1.0) or 0.0,
             joules_per_byte=(profile.transfer_joules(radio, 1, 1, 0.0) or 0.0) / 2,
         )
+
+
+def heat_of(surroundings: Surroundings) -> float:
+    """How many times dearer a joule of drafting is on a board that is hot or throttled: heat is what it makes."""
+    factor = THROTTLED if surroundings.throttled else 1.0
+    if surroundings.celsius is not None:
+        factor *= 1.0 + max(0.0, surroundings.celsius - HOT_CELSIUS) / 10.0
+    return factor

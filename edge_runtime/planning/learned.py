@@ -182,7 +182,7 @@ class CorrectedPlanner(AnalyticPlanner):
             doubt / DOUBT,
             float(costs.own.known),
             1.0 / math.sqrt(1.0 + costs.own.weight),
-            _log(self._bias, 1.0),
+            _log(choice.bias, 1.0),
             draft.length / LONGEST,
             draft.survival,
             draft.siblings / MOST_SIBLINGS,

@@ -8,6 +8,10 @@ import msgspec
 
 # What an answer does without a verifier; see `decoding.Generation`.
 OnLinkLoss = Literal["wait", "draft", "fail"]
+# A token of the cloud's own that the draft guessed meanwhile: its confidence in its guess, and which of its candidates
+# the token was: 0 the guess itself, r the r-th sibling, UNNAMED none that was looked at.
+Watched = tuple[float, int]
+UNNAMED = 255
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -26,6 +30,8 @@ class Plan(msgspec.Struct, frozen=True):
         ahead: while the round is in flight, guess the target's own token and draft this many behind it; only with
             own = 1. 0 drafts nothing ahead, not even the guess. Where draft = 0 too, any other number lets the draft
             read the text meanwhile, so that it need not do so when it is wanted.
+        watch: where draft = 0, let the draft read the text meanwhile and guess each of the target's tokens when it is
+            there, with `siblings` alternatives, for what drafting would be worth. Nobody waits for it.
         in_flight: most rounds on their way at once; the second is sent when what was drafted ahead is ready before
             the first is answered, and is void unless the first came out as guessed.
         reason: why, in a few words.
@@ -40,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
     calibration: tuple[float, ...] = ()
     ahead: int = 0
     in_flight: int = 1
+    watch: bool = False
     reason: str = ""
 
 
@@ -110,6 +117,7 @@ class Outcome(msgspec.Struct, frozen=True):
         prefill_seconds: and for reading the text, when the session was opened.
         ahead_seconds: drafting ahead, or reading, while the round was in flight.
         further: forwards of the verifier behind the first, for the further tokens of its own.
+        watched: what the draft made of the first so many of these, where it was to watch (see `Plan.watch`).
         sent, received: TCP payload bytes.
         repeated: whether the round was sent more than once, or over a new connection, so that its times say nothing of
             the link.
@@ -137,6 +145,7 @@ class Outcome(msgspec.Struct, frozen=True):
     prefill_seconds: float = 0.0
     ahead_seconds: float = 0.0
     further: int = 0
+    watched: list[Watched] = []
 
     @property
     def drafted(self) -> int:

@@ -102,34 +102,35 @@ class _Evidence:
         self._offered = [0.0] * MOST_SIBLINGS
         self._sibling_hits = [0.0] * MOST_SIBLINGS
 
-    def observe(self, outcome: Outcome, judged: int, streak: int) -> None:
-        """Takes in the first `judged` tokens of a draft, all of which but the last were accepted.
+    def judge(self, confidence: float, right: bool, streak: int) -> None:
+        """Takes in a guess behind `streak` right ones in a row."""
+        self._weight /= KEPT
+        if self._weight > 1e100:
+            self._rescale(1.0 / self._weight)
+        weight, stage = self._weight, stage_of(streak)
+        bin_ = int(confidence * BINS)
+        if bin_ >= BINS:
+            bin_ = BINS - 1
+        self._seen[stage][bin_] += weight
+        if right:
+            self._hits[stage][bin_] += weight
+        self._judged += weight
+
+    def miss(self, offered: int, rank: int) -> None:
+        """Takes in what siblings came to beside a wrong guess.
 
         Args:
-            streak: right guesses in a row in front of them.
+            offered: how many were named.
+            rank: which of them was right, from 1; 0 if none was.
         """
-        weight, accepted = self._weight, outcome.accepted
-        for index in range(judged):
-            weight /= KEPT
-            stage = stage_of(streak + index)
-            bin_ = int(outcome.confidences[index] * BINS)
-            if bin_ >= BINS:
-                bin_ = BINS - 1
-            self._seen[stage][bin_] += weight
-            if index < accepted:
-                self._hits[stage][bin_] += weight
-        self._judged += judged * weight
-        if streak >= STAGES[-1]:
-            self._running += judged * weight
-        if accepted < outcome.drafted and accepted < len(outcome.offered):
-            rank = outcome.sibling
-            for index in range(min(rank or outcome.offered[accepted], MOST_SIBLINGS)):
-                self._offered[index] += weight
-            if 0 < rank <= MOST_SIBLINGS:
-                self._sibling_hits[rank - 1] += weight
-        self._weight = weight
-        if weight > 1e100:
-            self._rescale(1.0 / weight)
+        for index in range(min(rank or offered, MOST_SIBLINGS)):
+            self._offered[index] += self._weight
+        if 0 < rank <= MOST_SIBLINGS:
+            self._sibling_hits[rank - 1] += self._weight
+
+    def run_on(self, tokens: float) -> None:
+        """Of the latest, so many are of drafts that began at the last stage."""
+        self._running += tokens * self._weight
 
     @property
     def judged(self) -> float:
@@ -229,16 +230,32 @@ class Survival:
             self._begin(end)
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a round's judged tokens."""
+        """Learns from a round's judged tokens, or from those that the cloud said while the draft guessed along."""
         self._done = outcome.conditions.position + outcome.tokens
-        judged = min(outcome.accepted + 1, outcome.drafted)
-        if judged:
-            self._evidence.observe(outcome, judged, self.streak)
-            self._new += judged
-            if self._new > FRESH + RENEWED * self.judged:
-                self._take_stock()
+        evidence, streak, accepted = self._evidence, self.streak, outcome.accepted
+        judged = min(accepted + 1, outcome.drafted)
+        for index in range(judged):
+            evidence.judge(outcome.confidences[index], index < accepted, streak + index)
+        if judged and self._runs:
+            evidence.run_on(judged)
+        if accepted < min(outcome.drafted, len(outcome.offered)):
+            evidence.miss(outcome.offered[accepted], outcome.sibling)
         # Whether the target's own token would have been guessed is not known, and does not end a streak.
-        self.streak = self.streak + judged if judged and outcome.accepted == outcome.drafted else 0
+        self.streak = streak + judged if judged and accepted == outcome.drafted else 0
+        for confidence, rank in outcome.watched:
+            evidence.judge(confidence, not rank, streak)
+            if rank:
+                evidence.miss(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
+            streak = 0 if rank else streak + 1
+        if outcome.watched and len(outcome.watched) == outcome.own:
+            self.streak = streak
+        self._new += judged + len(outcome.watched)
+        if self._new > FRESH + RENEWED * self.judged:
+            self._take_stock()
+
+    def run_on(self, tokens: float) -> None:
+        """Of the tokens that were watched, so many would have been of drafts that begin at the last stage."""
+        self._evidence.run_on(tokens)
 
     def table(self) -> Table:
         """How far drafts get from here."""

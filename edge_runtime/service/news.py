@@ -72,6 +72,7 @@ class Planned(News, frozen=True):
     reason: str
     siblings: int = 0
     ahead: int = 0
+    watch: bool = False
 
 
 class Tokens(News, frozen=True):

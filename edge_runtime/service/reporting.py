@@ -110,6 +110,7 @@ class Reporter:
             reason=plan.reason,
             siblings=plan.siblings,
             ahead=plan.ahead,
+            watch=plan.watch,
         )
         self._feed.add(lambda: planned)
 

@@ -71,6 +71,14 @@ class Text(msgspec.Struct, frozen=True):
         return self.ranks.count(0) / len(self.ranks)
 
 
+def runs(ranks: list[int]) -> list[int]:
+    """For each position, and for the one behind the last, how many right guesses begin there."""
+    run = [0] * (len(ranks) + 1)
+    for index in range(len(ranks) - 1, -1, -1):
+        run[index] = 0 if ranks[index] else run[index + 1] + 1
+    return run
+
+
 def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
     """Writes `texts`, at least one, compressed; `made` says where they are from."""
     columns: dict[str, npt.NDArray[Any]] = {

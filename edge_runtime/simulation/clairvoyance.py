@@ -12,8 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edge_runtime.planning.objective import Objective
-from edge_runtime.simulation.acceptance import NONE, Text
-from edge_runtime.simulation.simulator import runs
+from edge_runtime.simulation.acceptance import NONE, Text, runs
 from edge_runtime.simulation.verifiers import LONGEST_DRAFT
 from edge_runtime.simulation.world import ID_BYTES, ROUND_BYTES, World
 

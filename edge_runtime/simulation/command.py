@@ -13,7 +13,7 @@ from edge_runtime.contract.errors import InputError
 if TYPE_CHECKING:
     from edge_runtime.planning.objective import Objective
     from edge_runtime.simulation.acceptance import Text
-    from edge_runtime.simulation.simulator import Result
+    from edge_runtime.simulation.result import Result
     from edge_runtime.simulation.world import World
 
 TRACES = Path(__file__).resolve().parents[2] / "export" / "family" / "acceptance.npz"

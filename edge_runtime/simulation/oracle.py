@@ -24,7 +24,8 @@ from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.simulation.acceptance import SIBLINGS, Text
 from edge_runtime.simulation.links import CONDUCTS, Steady
-from edge_runtime.simulation.simulator import Result, simulate
+from edge_runtime.simulation.result import Result
+from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifier
 from edge_runtime.simulation.world import ROUND_BYTES, World
 

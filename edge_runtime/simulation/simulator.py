@@ -10,64 +10,14 @@ from itertools import islice
 
 import msgspec
 
-from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
-from edge_runtime.simulation.acceptance import Text
+from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Planner, Surroundings, Watched
+from edge_runtime.simulation.acceptance import Text, runs
+from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.verifiers import LONGEST_DRAFT, WIDEST
 from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
 
 # Tokens that the draft reads at once (`edge_runtime.graphs.PREFILL_PIECE`).
 PIECE = 128
-
-
-class Result(msgspec.Struct):
-    """What texts cost. Grows while they are played.
-
-    Attributes:
-        tokens, rounds: of all texts.
-        drafted, accepted: tokens by the board.
-        sibling_hits: rounds in which a sibling saved a token.
-        early: rounds that were sent before the last one was answered, and stood.
-        void: those that did not stand.
-        latency_seconds: from each text's start to its end, in all.
-        first_token_seconds: from each text's start to its first tokens, in all.
-        verifier_seconds: the verifier's forwards and its own drafting.
-        forwards: of the target.
-        draft_seconds: the board's draft at work, ahead of time included.
-        joules: of the board while texts were played.
-        sent, received: payload bytes.
-        log: what each round came to, if asked for.
-    """
-
-    tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    sibling_hits: int = 0
-    early: int = 0
-    void: int = 0
-    latency_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    verifier_seconds: float = 0.0
-    forwards: int = 0
-    draft_seconds: float = 0.0
-    joules: float = 0.0
-    sent: int = 0
-    received: int = 0
-    log: list[Outcome] = []
-
-    def cost(self, objective: Objective) -> float:
-        """Cost per token."""
-        carried = self.sent + self.received
-        return objective.cost(self.latency_seconds, self.verifier_seconds, self.joules, carried) / self.tokens
-
-    @property
-    def seconds_per_token(self) -> float:
-        return self.latency_seconds / self.tokens
-
-    def __add__(self, other: Result) -> Result:
-        names = self.__struct_fields__
-        return Result(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 class Early(msgspec.Struct, frozen=True):
@@ -124,6 +74,8 @@ class _Play:
         # Tokens of prompt and text that the draft holds; guesses for the next positions that it has made.
         self._read = 0
         self._made = 0
+        # When what it does meanwhile is done.
+        self._working = 0.0
         self._version = ""
 
     def run(self, simulator: Simulator) -> Result:
@@ -153,7 +105,8 @@ class _Play:
         verifier = world.verifier
         left = len(text) - done
         run = self._run[done]
-        began = self._now
+        # What the draft is still at, it ends first.
+        began = self._now = max(self._now, self._working) if early is None else self._now
         if early is None:
             conditions = self._conditions(left, done, self._made)
             plan = self._planner.plan(conditions)
@@ -195,10 +148,13 @@ class _Play:
         # A stream's first tokens leave as soon as they are known.
         first = answered - (ended - first_done)
         following = None
-        finished = answered
+        finished, watched = answered, 0
         worked = result.draft_seconds
-        if plan.ahead:
-            finished, following = self._go_ahead(done, drafted, plan, survival, sent, answered)
+        if plan.ahead or plan.watch:
+            if plan.draft:
+                finished, following = self._go_ahead(done, drafted, plan, survival, sent, answered)
+            else:
+                watched = self._watch(plan, done, own, sent, first, answered)
         if following:
             out += following.size
             if run < drafted + 1:
@@ -225,6 +181,7 @@ class _Play:
             early is not None,
             ahead_seconds=result.draft_seconds - worked,
             further=forwards - 1,
+            watched=self._guessed(plan, done, watched),
         )
         if not result.rounds:
             result.first_token_seconds = first - began
@@ -306,14 +263,6 @@ class _Play:
         position = self._text.prompt + done
         step = device.step_seconds + device.step_seconds_per_token * position
         now = sent
-        if not plan.draft:
-            while self._read < position and now < answered and not self._made:
-                piece = min(PIECE, position - self._read)
-                seconds = max(step, piece * device.prefill_seconds)
-                now += seconds
-                result.draft_seconds += seconds
-                self._read += piece
-            return max(answered, now), None
         if plan.own > 1:
             return answered, None
         left = len(self._text) - done
@@ -344,20 +293,44 @@ class _Play:
         arrival, repeated = self._world.up(now + device.overhead_seconds, size)
         return answered, Early(following, conditions, count, offered, size, arrival, repeated)
 
+    def _watch(self, plan: Plan, done: int, own: int, sent: float, first: float, answered: float) -> int:
+        """What the board does while a stream comes in. Returns how many of its tokens it has guessed by its end."""
+        device, result = self._world.device, self._result
+        position = self._text.prompt + done
+        now, watched = sent, 0
+        while self._read < position and now < answered and not self._made:
+            piece = min(PIECE, position - self._read)
+            seconds = max(
+                device.step_seconds + device.step_seconds_per_token * position, piece * device.prefill_seconds
+            )
+            now += seconds
+            result.draft_seconds += seconds
+            self._read += piece
+        pace = (answered - first) / max(1, own - 1)
+        while plan.watch and now < answered and watched < own and not self._made:
+            # A token is guessed once it is there, so that a text that is streamed to its end waits for no guess.
+            now = max(now, first + watched * pace)
+            seconds = device.step_seconds + device.step_seconds_per_token * (position + watched)
+            if now + seconds > answered:
+                break
+            now += seconds
+            result.draft_seconds += seconds
+            self._read = max(self._read, position + watched)
+            watched += 1
+        self._working = now
+        return watched
+
+    def _guessed(self, plan: Plan, done: int, count: int) -> list[Watched]:
+        """What the draft made of `count` tokens behind `done`."""
+        ranks = (rank if rank <= plan.siblings else UNNAMED for rank in self._text.ranks[done : done + count])
+        return list(zip(self._text.confidences[done : done + count], ranks, strict=True))
+
     def _settle(self, done: int, run: int, grown: int) -> None:
         """What the draft still knows behind `grown` more tokens."""
         position = self._text.prompt + done
         if self._made:
             self._read = position + min(run, grown, self._made - 1)
         self._made = max(0, self._made - grown) if run >= grown else 0
-
-
-def runs(ranks: list[int]) -> list[int]:
-    """For each position, and for the one behind the last, how many right guesses begin there."""
-    run = [0] * (len(ranks) + 1)
-    for index in range(len(ranks) - 1, -1, -1):
-        run[index] = 0 if ranks[index] else run[index + 1] + 1
-    return run
 
 
 def _stopped(path: list[float], plan: Plan, start: int, most: int, survival: float) -> tuple[int, float]:

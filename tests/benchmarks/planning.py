@@ -40,7 +40,8 @@ from edge_runtime.simulation import oracle
 from edge_runtime.simulation.acceptance import Text, read_texts
 from edge_runtime.simulation.clairvoyance import clairvoyant
 from edge_runtime.simulation.links import CONDUCTS
-from edge_runtime.simulation.simulator import Result, Simulator, simulate
+from edge_runtime.simulation.result import Result
+from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.verifiers import VERIFIERS
 from edge_runtime.simulation.world import ANCHOR_DRAFT, SMALL_DRAFT, World, make_world
 

@@ -24,7 +24,7 @@ TEXT = "def read_config(path):\n"
 TOKENS = 96
 LONG = 300
 GREEDY, SAMPLED = Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)
-PLANS = [FIXED, Plan(0, own=24), Plan(2, ahead=3, in_flight=2)]
+PLANS = [FIXED, Plan(0, own=24, watch=True), Plan(2, ahead=3, in_flight=2)]
 
 
 class Cloud:

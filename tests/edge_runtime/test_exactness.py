@@ -51,8 +51,9 @@ ALL_PLANS = [
 ]
 AHEAD = Plan(2, siblings=2, ahead=3, in_flight=2)
 ALL_PLANS += [("shipped", AHEAD), ("other", AHEAD), ("shipped", Plan(0, own=4, ahead=1))]
+ALL_PLANS += [("shipped", Plan(0, own=32, siblings=2, watch=True))]
 COVERING_PLANS = [
-    ("shipped", Plan(0, own=32)),
+    ("shipped", Plan(0, own=32, siblings=2, watch=True)),
     ("shipped", Plan(1, own=4, siblings=3)),
     ("shipped", Plan(4, own=1)),
     ("other", Plan(4, own=4, siblings=3)),
@@ -295,6 +296,7 @@ class RandomPlanner:
             calibration=tuple(pick.random() for _ in range(pick.randrange(4))),
             ahead=pick.choice([0, 0, 1, 5]),
             in_flight=pick.choice([1, 2]),
+            watch=pick.choice([False, True]),
         )
 
     def observe(self, outcome: Outcome) -> None: ...

@@ -182,9 +182,11 @@ function hearPlanned(plan) {
   show("plan-draft", String(plan.draft));
   show("plan-own", String(plan.own));
   show("plan-reason", plan.reason || "no reason given");
-  const siblings = plan.siblings ? `${plan.siblings} alternatives beside a doubtful token` : "";
-  const ahead = plan.ahead ? "drafts on while the round is on its way" : "";
-  show("plan-more", [siblings, ahead].filter(Boolean).join("; "));
+  const siblings = plan.draft && plan.siblings ? `${plan.siblings} alternatives beside a doubtful token` : "";
+  const ahead = plan.draft && plan.ahead ? "drafts on while the round is on its way" : "";
+  const reads = !plan.draft && plan.ahead ? "the draft reads meanwhile" : "";
+  const watches = plan.watch ? "the draft guesses along, to see what it would be worth" : "";
+  show("plan-more", [siblings, ahead, reads, watches].filter(Boolean).join("; "));
   const said = `${plan.draft} + ${plan.own}`;
   if (said === decision) return;
   decision = said;

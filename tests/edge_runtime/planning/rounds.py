@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from edge_runtime.planning.plan import Conditions, Outcome, Plan, Surroundings
+from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Surroundings
 
 
 def make_outcome(
@@ -59,8 +59,10 @@ def outcomes() -> st.SearchStrategy[Outcome]:
         offered = draw(st.lists(st.integers(0, 7), min_size=drafted, max_size=drafted))
         sibling = draw(st.integers(0, offered[accepted])) if accepted < drafted else 0
         asked = draw(st.sampled_from((1, 1, 2, 30)))
+        siblings = draw(st.integers(0, 7))
+        seen = st.tuples(st.floats(0.0, 1.0), st.sampled_from((0, 0, 1, 7, UNNAMED)))
         return Outcome(
-            Plan(drafted, asked, ahead=draw(st.integers(0, 3)) if asked == 1 else 0),
+            Plan(drafted, asked, siblings=siblings, ahead=draw(st.integers(0, 3)) if asked == 1 else 0),
             draw(conditions()),
             accepted,
             draw(st.integers(1, asked + (sibling > 0))),
@@ -72,6 +74,8 @@ def outcomes() -> st.SearchStrategy[Outcome]:
             draw(st.integers(0, 100_000)),
             draw(st.integers(0, 100_000)),
             draw(st.booleans()),
+            ahead_seconds=draw(seconds),
+            watched=[] if drafted else draw(st.lists(seen, max_size=asked)),
         )
 
     return draw()

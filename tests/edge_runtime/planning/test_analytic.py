@@ -42,6 +42,7 @@ def check(plan: Plan, told: Conditions) -> None:
     assert 0 <= plan.ahead <= LONGEST
     # Ahead of a round without a draft, the board only reads.
     assert not plan.ahead or plan.own == 1 or not plan.draft
+    assert not plan.watch or not plan.draft
     assert 0 <= plan.siblings <= MOST_SIBLINGS
     assert 0.0 <= plan.min_survival <= 1.0 and 0.0 <= plan.sibling_confidence <= 1.0
     assert all(0.0 < chance < 1.0 for chance in plan.calibration)
@@ -108,6 +109,31 @@ def test_where_drafting_pays_it_beats_streaming_and_every_fixed_length(
     assert planned < 0.85 * cost(link, board, verifier, texts, WHOLE)
     fixed = [cost(link, board, verifier, texts, Plan(count)) for count in (1, 2, 3, 4, 5, 6, 8, 12)]
     assert planned < min(fixed)
+
+
+def test_what_drafting_would_be_worth_is_seen_beside_a_stream(texts: list[Text]) -> None:
+    """A bundle that says that its draft is hardly ever right: nothing is drafted, until streams have shown better."""
+    world = make_world("lan", "laptop", "7b")
+    planner = AnalyticPlanner(Objective(), world.device, acceptance={"T=0.7": 0.05})
+    simulator = Simulator(world, planner, log=True)
+    rounds = [outcome for text in texts for outcome in simulator.play(text).log]
+    assert rounds[1].plan.watch and not rounds[1].plan.draft
+    first = next(index for index, outcome in enumerate(rounds) if outcome.plan.draft)
+    assert sum(len(outcome.watched) for outcome in rounds[:first]) > 64
+    assert "trying" not in rounds[first].plan.reason
+    assert all(outcome.plan.draft for outcome in rounds[-20:])
+
+
+def test_nobody_guesses_along_where_drafting_is_hopeless_or_joules_are_dear(texts: list[Text]) -> None:
+    for link, board, verifier, objective in (
+        ("lan", "raspberry-pi-zero-2w", "7b", "latency"),
+        ("wifi", "raspberry-pi-4", "7b", "energy"),
+    ):
+        world = make_world(link, board, verifier)
+        simulator = Simulator(world, planner_for(world, PRESETS[objective]), log=True)
+        rounds = [outcome for text in texts for outcome in simulator.play(text).log]
+        watched = sum(len(outcome.watched) for outcome in rounds)
+        assert watched < 0.05 * sum(outcome.own for outcome in rounds if not outcome.drafted)
 
 
 def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
@@ -213,7 +239,7 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
                 )
         planners.append(planner)
     assert planners[0]._costs.link.now.value == pytest.approx(planners[1]._costs.link.now.value)
-    assert planners[0]._bias < planners[1]._bias - 0.02
+    assert planners[0]._bias.factor(1.0) < planners[1]._bias.factor(1.0) - 0.02
 
 
 def test_what_one_version_taught_is_kept_apart() -> None:

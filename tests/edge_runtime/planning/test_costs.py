@@ -28,6 +28,14 @@ def test_a_drafted_round_is_taken_apart() -> None:
     assert costs.step_seconds(50) == pytest.approx(0.016, rel=0.12)
 
 
+def test_a_draft_that_guesses_along_shows_its_pace() -> None:
+    costs = Costs(DEVICE)
+    for _ in range(3):
+        stream = make_outcome([], 0, own=20, asked=20)
+        costs.observe(msgspec.structs.replace(stream, watched=[(0.9, 0)] * 12, ahead_seconds=12 * 0.016), 3.0)
+    assert costs.step_seconds(50) == pytest.approx(0.016, rel=0.12)
+
+
 def test_a_stream_is_taken_apart() -> None:
     costs = Costs(DEVICE)
     costs.observe(make_outcome([], 0, own=7, asked=7, link=0.02, forward=0.03, each=0.03), 3.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,6 +99,29 @@ def test_only_judged_tokens_teach() -> None:
         other.observe(make_outcome([0.9, 0.3, 0.99, 0.99, 0.01], 1))
     assert one.table().calibration == other.table().calibration
     assert one.judged == other.judged
+
+
+def test_watching_teaches_what_drafting_would_have() -> None:
+    drafted, watched = Survival(0), Survival(0)
+    for _ in range(60):
+        drafted.observe(make_outcome([0.9, 0.8, 0.3], 2, siblings=2, sibling=2))
+        stream = make_outcome([], 0, own=3, asked=3, siblings=2)
+        watched.observe(msgspec.structs.replace(stream, watched=[(0.9, 0), (0.8, 0), (0.3, 2)]))
+    assert watched.judged == drafted.judged > 150
+    one, other = drafted.table(), watched.table()
+    assert one.calibration == other.calibration and one.sibling_hits.tolist() == other.sibling_hits.tolist()
+
+
+def test_a_stream_that_was_watched_to_its_end_leaves_its_streak() -> None:
+    survival = Survival(0)
+    survival.follow(Conditions(150, 50, 1))
+    stream = make_outcome([], 0, own=40, asked=40, left=150)
+    right = [(0.9, 0)] * 40
+    survival.observe(msgspec.structs.replace(stream, watched=right))
+    assert survival.streak == 40
+    # What nobody saw may have been anything.
+    survival.observe(msgspec.structs.replace(stream, watched=right[:39]))
+    assert survival.streak == 0
 
 
 def test_texts_that_run_on_are_known_by_their_streak() -> None:

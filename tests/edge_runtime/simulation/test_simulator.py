@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.planning.plan import UNNAMED, FixedPlanner, Plan
+from edge_runtime.simulation.acceptance import Text, read_texts, runs
 from edge_runtime.simulation.links import Part, Schedule
-from edge_runtime.simulation.simulator import Result, Simulator, runs, simulate
+from edge_runtime.simulation.result import Result
+from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import ROUND_BYTES, World
 from edge_runtime.simulation.world import make_world as shipped_world
 from tests.conftest import FAMILY
@@ -62,6 +63,10 @@ def test_every_plan_yields_the_whole_text_and_truthful_outcomes(
         assert outcome.own <= max(plan.own, 2) and len(outcome.offered) == outcome.drafted
         assert 0 <= outcome.ready <= outcome.drafted
         assert 0 <= outcome.first_seconds <= outcome.exchange_seconds + 1e-12
+        assert len(outcome.watched) <= (outcome.own if plan.watch and not outcome.drafted else 0)
+        for (confidence, rank), place_ in zip(outcome.watched, range(done, len(text)), strict=False):
+            assert confidence == text.confidences[place_]
+            assert (rank == 0) == (text.ranks[place_] == 0) and (rank <= plan.siblings or rank == UNNAMED)
         if outcome.sibling:
             assert text.ranks[done + outcome.accepted] == outcome.sibling
         done += outcome.tokens
@@ -224,6 +229,19 @@ def test_without_a_draft_the_board_reads_on_while_the_cloud_streams() -> None:
     planner = Wandering([Plan(2), Plan(0, own=3, ahead=1)])
     result = simulate([make_text("." * 6)], planner, make_world(), log=True)
     assert [o.conditions.unread for o in result.log] == [PROMPT, 3]
+
+
+def test_beside_a_stream_the_draft_guesses_what_it_has_time_for() -> None:
+    plan = Plan(0, own=6, siblings=1, watch=True)
+    # A token takes the verifier 20 ms and the draft 10; the last one is there at the stream's end.
+    (stream,) = play("..1x..", plan).log
+    assert stream.watched == [(0.9, 0), (0.9, 0), (0.9, 1), (0.9, UNNAMED), (0.9, 0)]
+    assert stream.ahead_seconds == pytest.approx(6 * STEP)  # the prompt, too
+    assert play("..1x..", plan).latency_seconds == play("..1x..", Plan(0, own=6)).latency_seconds
+    # A board that takes 50 ms does not keep up, and is not waited for.
+    slow = make_world(step=0.05)
+    assert len(play("..1x..", plan, slow).log[0].watched) == 2
+    assert play("..1x..", plan, slow).latency_seconds == play("..1x..", Plan(0, own=6)).latency_seconds
 
 
 def test_an_outage_is_sat_out_with_retries() -> None:

@@ -55,6 +55,7 @@ plans = st.builds(
     calibration=st.sampled_from(((), (0.1, 0.9), (0.3, 0.5, 0.8, 0.95))),
     ahead=st.integers(0, 6),
     in_flight=st.integers(1, 2),
+    watch=st.booleans(),
 )
 
 
