@@ -51,8 +51,8 @@ ID_SECONDS = 2e-5
 BYTE_SECONDS = 8e-6
 # Prices that moved by less than this share leave the last search's result in force.
 MOVED = 0.08
-# Share of rounds that are faster than what is counted on for drafting ahead.
-QUICK = 0.3
+# Share of rounds that are faster on the link than what is counted on for drafting ahead.
+QUICK = 0.4
 # A hot board drafts less: its seconds count more by such a share of what its joules do, because it will be slower soon.
 HEAT_SECONDS = 0.25
 # Reading that takes less than this is not worth a round of its own.
@@ -198,7 +198,7 @@ class AnalyticPlanner:
             second=on_air,
             worked=worked,
             ahead=step * (drafting - second),
-            void=costs.round_bytes.value * byte,
+            void=costs.round_bytes.value * (byte + BYTE_SECONDS * second),
             step_seconds=step,
             flight_seconds=min(costs.link_quantile(QUICK), link) + single,
             overhead_seconds=device.overhead_seconds,

@@ -95,7 +95,8 @@ class _Play:
             return
         self.cost += prices.ahead * (1 + draft.ahead)
         if draft.in_flight < 2:
-            self._ready = draft.ahead if stands else 0
+            time = prices.flight_seconds - prices.forwards[0] + prices.queue_seconds + forward
+            self._ready = min(draft.ahead, max(0, int(time / prices.step_seconds) - 1)) if stands else 0
         elif stands:
             self._follow(way, forward)
         else:
@@ -105,7 +106,7 @@ class _Play:
         """Early rounds, for as long as they stand; `before` is the forward in front of them, in seconds."""
         prices, stands, early = self._prices, True, 0
         while stands and self.left:
-            drafted, named, _ = self._draft(way, way.draft.ahead, 0.0)
+            drafted, named, _ = self._draft(way, way.draft.ahead, way.draft.survival)
             forward = _forward(prices, 1 + drafted + named)
             sent = (1 + drafted) * prices.step_seconds + prices.overhead_seconds
             least = prices.queue_seconds + forward

@@ -32,8 +32,8 @@ _COUNTS = np.arange(1.0, MOST_SIBLINGS + 1)[:, None]
 # Drafting ahead is searched over these lengths, and over every so-many-th threshold only.
 LENGTHS = np.array((1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 30))
 COARSE = 3
-# What drafting ahead must save at least: it works the board, and its gain is the least certain.
-LEAST_GAIN = 0.02
+# Of a draft that stops where it is unsure, one of up to so many times what fits into a flight may be there in time.
+FITTING = 2.0
 
 
 class Prices(msgspec.Struct, frozen=True):
@@ -48,7 +48,8 @@ class Prices(msgspec.Struct, frozen=True):
         ahead: of a step while a round is in flight: energy alone.
         void: of a round that was sent early in vain.
         step_seconds: of the draft.
-        flight_seconds: from sending a round to its answer; quick ones, for whether something fits.
+        flight_seconds: from sending a round of one node to its answer, but for queueing; of the quicker rounds, for
+            whether something fits.
         overhead_seconds: of the board, per round.
         queue_seconds: of a round's waiting at the verifier, early rounds included.
         widths, forwards: seconds of the verifier's forward by its nodes, on straight lines between these.
@@ -185,7 +186,7 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     """`best`, or what drafting ahead makes cheaper than that; arrays are (tokens ahead, K, threshold)."""
     seconds, flight = prices.step_seconds, prices.flight_seconds
     # Only what is there before the answer is of use.
-    fitting = bisect_right(AHEAD, flight / seconds - 1.0)
+    fitting = bisect_right(AHEAD, FITTING * flight / seconds)
     if not fitting:
         return best
     ahead = _AHEAD[:fitting]
@@ -194,30 +195,33 @@ def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: floa
     drafted = table.drafted[rows, ::COARSE]
     forwards = _forward(prices, 1.0 + drafted * (1.0 + named))
     tokens = 1.0 + yield_ * table.accepted[rows, ::COARSE]
+    # Tokens behind the guess of the target's own for which there is time before the answer.
+    most = np.maximum(0.0, (flight - prices.forwards[0] + prices.queue_seconds + forwards) // seconds - 1.0)
     # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
     going, standing = table.going[rows, ::COARSE], table.intact[rows + 1, ::COARSE]
     worked = _round(prices, drafted, named) + prices.ahead * (1 + counts) * going
     # One round in flight: after a guess that stands, drafting begins with what was drafted ahead.
-    waiting = worked - standing * np.minimum(counts, drafted) * (seconds * prices.second)
+    waiting = worked - standing * np.minimum(np.minimum(counts, most), drafted) * (seconds * prices.second)
     # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight. The
     # second, the third and all others of a chain, by when they come after the one before.
     chain = table.intact[ahead + 1, ::COARSE][:, None]
-    ids = counts * (1.0 + named)
+    early = table.drafted[ahead, ::COARSE][:, None]
+    ids = early * (1.0 + named)
     forward = _forward(prices, 1.0 + ids)
-    sent = (1 + counts) * seconds + prices.overhead_seconds
+    sent = (1 + early) * seconds + prices.overhead_seconds
     least = prices.queue_seconds + forward
     arriving = sent + least + (flight - prices.forwards[0])
     second = np.maximum(least, sent + forward - forwards)
     third = np.maximum(least, arriving - second)
     others = np.maximum(least, arriving / 2)
-    each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + counts)
+    each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + early)
     more = prices.second * (second + chain * third) + (prices.second * chain**2 * others + each) / (1.0 - chain)
     chained = worked + prices.void * going + standing * more
     rounds = standing / (1.0 - chain)
     chained_tokens = tokens + rounds * (1.0 + yield_ * table.accepted[ahead, ::COARSE][:, None])
-    costs = np.stack([waiting / tokens, chained / chained_tokens])
+    costs = np.stack([waiting / tokens, np.where(early <= most, chained / chained_tokens, np.inf)])
     index = int(costs.argmin())
-    if costs.flat[index] >= best.cost * (1.0 - LEAST_GAIN):
+    if costs.flat[index] >= best.cost:
         return best
     in_flight, which, row, level = np.unravel_index(index, costs.shape)
     return msgspec.structs.replace(

@@ -20,7 +20,7 @@ MOST = 400.0
 # An account that is so many tokens below its beginning makes drafted tokens count twice.
 DOUBLED = 400.0
 # What was saved is there to be lost again by trying: drafted tokens count for so little of what they seem to cost.
-LEAST = 0.95
+LEAST = 0.92
 
 
 class Stake:
