@@ -120,8 +120,8 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
-    from cloud_verifier.reference import decode_alone
-    from cloud_verifier.target import load_model
+    from cloud_verifier.model.reference import decode_alone
+    from cloud_verifier.model.target import load_model
     from edge_runtime.contract.coupling import Sampling, check_prompt
 
     if options.threads:

@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cloud_verifier.checkpoint import base_of, tokenizer_of, vocabulary_of
 from cloud_verifier.intervals import Bootstrap, Interval
-from cloud_verifier.sampling import Warping, choose
-from cloud_verifier.target import load_model
+from cloud_verifier.model.sampling import Warping, choose
+from cloud_verifier.model.target import load_model
+from cloud_verifier.versions.checkpoint import base_of, tokenizer_of, vocabulary_of
 from edge_runtime.contract.bundle import read_bundle
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, TargetError

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.contract.errors import InputError
 
 if TYPE_CHECKING:
-    from cloud_verifier.checking import Limits
-    from cloud_verifier.loading import Loading
-    from cloud_verifier.principals import Doors
-    from cloud_verifier.service import Service
-    from cloud_verifier.speculation import Speculation
-    from cloud_verifier.target import Target
+    from cloud_verifier.doors.service import Service
+    from cloud_verifier.model.checking import Limits
+    from cloud_verifier.model.loading import Loading
+    from cloud_verifier.model.speculation import Speculation
+    from cloud_verifier.model.target import Target
+    from cloud_verifier.serving.principals import Doors
     from edge_runtime.listening import Listening
 
 log = logging.getLogger(__name__)
@@ -197,8 +197,8 @@ def _credential(name: str) -> Path | None:
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
-    from cloud_verifier.principals import Doors
-    from cloud_verifier.server import serve
+    from cloud_verifier.doors.server import serve
+    from cloud_verifier.serving.principals import Doors
     from edge_runtime.configuration.settings import authorities, is_loopback
     from edge_runtime.listening import Listening
 
@@ -242,7 +242,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _serve_replicas(options: argparse.Namespace, listening: Listening, doors: Doors) -> int:
-    from cloud_verifier.scaling import Scaling, serve_replicas
+    from cloud_verifier.doors.scaling import Scaling, serve_replicas
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("torchrun splits one target over several GPUs, --replicas has one whole target on each")
@@ -266,7 +266,7 @@ def _serve_replicas(options: argparse.Namespace, listening: Listening, doors: Do
 
 def _replica(options: argparse.Namespace) -> Service:
     """The service of one replica, in its own process."""
-    from cloud_verifier.principals import Doors
+    from cloud_verifier.serving.principals import Doors
     from edge_runtime import logs
 
     logs.set_up(options.log_level, "cloud-verifier", form=options.log_format)
@@ -275,7 +275,7 @@ def _replica(options: argparse.Namespace) -> Service:
 
 def _service(options: argparse.Namespace, loading: Loading, doors: Doors) -> Service:
     """What serves, in this process."""
-    from cloud_verifier.service import Service
+    from cloud_verifier.doors.service import Service
 
     limits = _limits(options)
     if options.registry is not None:
@@ -290,8 +290,8 @@ def _service(options: argparse.Namespace, loading: Loading, doors: Doors) -> Ser
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    from cloud_verifier.checking import Limits
-    from cloud_verifier.pool import page_of
+    from cloud_verifier.model.checking import Limits
+    from cloud_verifier.model.pool import page_of
 
     return Limits(
         max_sessions=options.max_sessions,
@@ -304,9 +304,9 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 def _several(options: argparse.Namespace, loading: Loading, limits: Limits, doors: Doors) -> Service:
     """A service of all versions of a registry."""
-    from cloud_verifier.registry import Registry
-    from cloud_verifier.rollout import Patience, Rollout, load_default
-    from cloud_verifier.service import Service
+    from cloud_verifier.doors.service import Service
+    from cloud_verifier.serving.rollout import Patience, Rollout, load_default
+    from cloud_verifier.versions.registry import Registry
 
     registry = Registry(options.registry)
     # A check gives way to those who are served.
@@ -325,7 +325,7 @@ def _several(options: argparse.Namespace, loading: Loading, limits: Limits, door
 
 def _loading(options: argparse.Namespace) -> Loading:
     """How targets are loaded. Raises InputError."""
-    from cloud_verifier.loading import Loading
+    from cloud_verifier.model.loading import Loading
 
     loading = Loading(
         options.device, options.dtype, options.max_context, options.threads, options.exact, options.compile
@@ -335,15 +335,15 @@ def _loading(options: argparse.Namespace) -> Loading:
 
 
 def _speculate(options: argparse.Namespace, target: Target) -> Speculation | None:
-    from cloud_verifier.speculation import Speculation
+    from cloud_verifier.model.speculation import Speculation
 
     if options.draft is None:
         return None
     if not (options.draft / "draft.json").is_file():
         return Speculation(options.draft, target, options.draft_tokens, options.draft_threads, options.draft_rounds)
     # The one place where the verifier asks the export, which alone knows how a draft and its target are put together.
-    from cloud_verifier import attention
-    from cloud_verifier.drafting import Drafting
+    from cloud_verifier.model import attention
+    from cloud_verifier.model.drafting import Drafting
     from export.drafts import load_draft
 
     draft = load_draft(options.draft, target.base)

@@ -14,9 +14,9 @@ from edge_runtime.contract.errors import TargetError
 # Every command of `cloud-verifier` adds this parser; only this one should pay for what it needs.
 if TYPE_CHECKING:
     from cloud_verifier.forecast import Forecast
-    from cloud_verifier.gate import Examined
-    from cloud_verifier.registry import Registry
-    from cloud_verifier.roster import Alias, Roster
+    from cloud_verifier.versions.gate import Examined
+    from cloud_verifier.versions.registry import Registry
+    from cloud_verifier.versions.roster import Alias, Roster
 
 DESCRIPTION = """\
 Keeps the target versions that `cloud-verifier serve --registry DIR` serves. A version is let in only if the drafts
@@ -198,7 +198,7 @@ def _retire(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     import msgspec
 
-    from cloud_verifier.roster import Unknown
+    from cloud_verifier.versions.roster import Unknown
 
     registry = _registry(options)
     roster, source = registry.read(), options.version
@@ -271,7 +271,7 @@ def _told(shares: dict[str, float]) -> str:
 
 
 def _registry(options: argparse.Namespace) -> Registry:
-    from cloud_verifier.registry import Registry
+    from cloud_verifier.versions.registry import Registry
 
     return Registry(options.registry)
 

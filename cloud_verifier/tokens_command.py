@@ -63,7 +63,7 @@ def _add(options: argparse.Namespace) -> int:
     import msgspec
     import tomlkit
 
-    from cloud_verifier.principals import Principal, check_name, hash_of, new_token
+    from cloud_verifier.serving.principals import Principal, check_name, hash_of, new_token
 
     check_name(options.name)
     token = new_token()
@@ -88,7 +88,7 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    from cloud_verifier.principals import read_principals
+    from cloud_verifier.serving.principals import read_principals
 
     if options.name not in read_principals(options.tokens):
         raise InputError(f"nobody in {options.tokens} is called {options.name!r}; see `cloud-verifier token list`")
@@ -100,7 +100,7 @@ def _revoke(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import msgspec
 
-    from cloud_verifier.principals import Principal, read_principals
+    from cloud_verifier.serving.principals import Principal, read_principals
 
     principals = read_principals(options.tokens)
     if options.json:
@@ -129,7 +129,7 @@ def _edit(path: Path, change: Any) -> None:
     """Changes the file in one step, or not at all; comments stay. Raises InputError."""
     import tomlkit
 
-    from cloud_verifier.principals import read_principals
+    from cloud_verifier.serving.principals import read_principals
     from edge_runtime.disk import locked, write_whole
 
     try:

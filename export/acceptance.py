@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.target import load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import OnnxDraft

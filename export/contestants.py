@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cloud_verifier.sampling import Warping, choose, coupled_scores
+from cloud_verifier.model.sampling import Warping, choose, coupled_scores
 from device_profiles.profile import cache_bytes, weight_bytes
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.draft import DraftContext, OnnxDraft, Proposal

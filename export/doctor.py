@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
-from cloud_verifier.target import base_of, tokenizer_of
+from cloud_verifier.model.target import base_of, tokenizer_of
 from device_profiles.costs import Cost, Draft
 from device_profiles.profile import Profile
 from edge_runtime.contract.bundle import read_bundle, vocabulary_hash

@@ -1,8 +1,8 @@
 """A draft on disk: only what it does not share with its target, and how to put the two together again.
 
 A draft directory holds `draft.safetensors` (the new tensors, in bfloat16 or, packed, in 8 bits: see
-`cloud_verifier.compact`) and `draft.json` (the layout, and the identity of the target tensors that it was trained
-with). The target's configuration and shared tensors come from the target.
+`cloud_verifier.versions.compact`) and `draft.json` (the layout, and the identity of the target tensors that it was
+trained with). The target's configuration and shared tensors come from the target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
 except ImportError:  # where release 5 has it
     from transformers.initialization import no_init_weights
 
-from cloud_verifier.compact import pack, unpack
+from cloud_verifier.versions.compact import pack, unpack
 from edge_runtime.contract.errors import DraftError, InputError
 from export.checkpoints import read_tensors, tensor_files
 from export.layouts import DraftPlan, describe_shared, draft_config, freeze_shared

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command. Returns the exit code; raises FlexSpecError."""
     import torch
 
-    from cloud_verifier.target import base_of, load_model
+    from cloud_verifier.model.target import base_of, load_model
     from export.atomic import new_directory
     from export.evaluation import Order, evaluate
     from export.held_out import encoded, held_out
@@ -139,7 +139,7 @@ def open_draft(path: Path, target: Path, device: str = "cpu", threads: int = 1) 
         InputError: there is neither here.
         BundleError, DraftError, TargetError: it cannot be used.
     """
-    from cloud_verifier.target import tokenizer_of
+    from cloud_verifier.model.target import tokenizer_of
     from edge_runtime.contract.bundle import MANIFEST
     from edge_runtime.draft import OnnxDraft
     from export.contestants import OnnxProposer, TorchProposer
@@ -216,7 +216,7 @@ def _retrained(arguments: list[str], versions: dict[str, Path]) -> dict[str, Pat
 
 
 def _check_tokenizer(draft: Path, tokenizer: Tokenizer, target: Path) -> None:
-    from cloud_verifier.target import base_of, tokenizer_of
+    from cloud_verifier.model.target import base_of, tokenizer_of
     from edge_runtime.contract.bundle import vocabulary_hash
 
     theirs = tokenizer_of(target, base_of(target)).get_vocab(with_added_tokens=True)

@@ -1,7 +1,7 @@
 """A target's next versions, which leave alone what drafts share: by LoRA, or by training some blocks in full.
 
 A version of the second kind is stored as the tensors that changed (`CHANGED`), beside a note of its base (`CHANGES`);
-`cloud_verifier.target` puts the two together.
+`cloud_verifier.model.target` puts the two together.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from cloud_verifier.changes import CHANGED, CHANGES, put_changes
-from cloud_verifier.compact import pack
+from cloud_verifier.versions.changes import CHANGED, CHANGES, put_changes
+from cloud_verifier.versions.compact import pack
 from export.checkpoints import read_tensors
 from export.target import Text, load_target, next_token_loss
 from export.training import Curve, Plan, fit

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_verifier.principals import Doors
-from cloud_verifier.server import Server
-from cloud_verifier.service import Limits, Service
-from cloud_verifier.target import Target
+from cloud_verifier.doors.server import Server
+from cloud_verifier.doors.service import Limits, Service
+from cloud_verifier.model.target import Target
+from cloud_verifier.serving.principals import Doors
 from edge_runtime.listening import Listening
 from tests.models import save_target
 

@@ -11,7 +11,8 @@ and id: there is no generator state, so the board and the cloud draw the same no
 cloud accepts a draft token iff it equals the token that the target chooses; Pr[accept] = sum_i 1 / sum_j
 max(p_j/p_i, q_j/q_i) >= (1 - TV) / (1 + TV) (Daliri, Musco, Suresh, arXiv 2408.07978).
 
-This file is the numpy form, used on the board; `cloud_verifier.sampling` is the torch form of the same definitions.
+This file is the numpy form, used on the board; `cloud_verifier.model.sampling` is the torch form of the same
+definitions.
 """
 
 from __future__ import annotations

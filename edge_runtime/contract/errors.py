@@ -4,7 +4,7 @@
     ├── InputError              the caller asked for something impossible: empty prompt, bad sampling, bad file
     │   ├── ProfileError            a device profile that does not exist or does not parse (`device_profiles.profile`)
     │   ├── ConfigurationError      the configuration file or the environment (`configuration.reading`)
-    │   └── Unknown                 the registry has no such version or alias (`cloud_verifier.roster`)
+    │   └── Unknown                 the registry has no such version or alias (`cloud_verifier.versions.roster`)
     ├── ProbeError              a sensor's file that makes no sense (`probes.roots`); counted, never raised to callers
     ├── BundleError             the draft bundle on disk
     │   ├── BundleMissing           no such directory, or a file of it is gone
@@ -17,8 +17,8 @@
     ├── ServiceUnreachable      no local service of a board answers (`service.top`)
     ├── ServiceError            systemd did not do what it was asked (`systemd.units`)
     ├── TargetError             the verifier cannot serve this checkpoint
-    │   ├── RegistryError           the registry cannot be read or written (`cloud_verifier.registry`)
-    │   └── Incompatible            deployed drafts do not fit this version (`cloud_verifier.gate`)
+    │   ├── RegistryError           the registry cannot be read or written (`cloud_verifier.versions.registry`)
+    │   └── Incompatible            deployed drafts do not fit this version (`cloud_verifier.versions.gate`)
     └── VerifierError           talking to the verifier
         ├── VerifierUnreachable     no answer within the deadline (`fault`, see `link_faults.Fault`)
         └── VerifierRefused         it answered with a typed error (`code`, see `wire.ErrorCode`)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cloud_verifier.intervals import Bootstrap
-from cloud_verifier.target import load_model
+from cloud_verifier.model.target import load_model
 from edge_runtime.contract.coupling import Sampling, accepted_length
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.memory.recall import Memory, Recall

@@ -26,13 +26,13 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cloud_verifier import attention
-from cloud_verifier.engine import Engine
-from cloud_verifier.packing import Piece
-from cloud_verifier.pool import Pool, Text
-from cloud_verifier.sessions import Answer, Session
-from cloud_verifier.target import Target
-from cloud_verifier.tree import Tree
+from cloud_verifier.model import attention
+from cloud_verifier.model.packing import Piece
+from cloud_verifier.model.pool import Pool, Text
+from cloud_verifier.model.target import Target
+from cloud_verifier.model.tree import Tree
+from cloud_verifier.serving.engine import Engine
+from cloud_verifier.serving.sessions import Answer, Session
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import VERSION, RoundRequest
 
@@ -141,8 +141,8 @@ def profile(work: Any) -> None:
 
 
 def forwards(options: argparse.Namespace) -> None:
-    from cloud_verifier.graphs import GraphRunner
-    from cloud_verifier.parallel import Team
+    from cloud_verifier.model.graphs import GraphRunner
+    from cloud_verifier.model.parallel import Team
 
     team = Team() if "RANK" in os.environ else None
     speed = bandwidth()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.registry import Registry
-from cloud_verifier.target import Target, load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import Target, load_model
+from cloud_verifier.versions.registry import Registry
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import JSON, MSGPACK
 from tests.cloud_verifier.talker import GREEDY, Talker, running

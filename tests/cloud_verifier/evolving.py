@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.checking import Limits
-from cloud_verifier.principals import Doors
-from cloud_verifier.registry import Registry
-from cloud_verifier.rollout import PATIENCE, Patience, Rollout, load_default
-from cloud_verifier.server import Server
-from cloud_verifier.service import Service
-from cloud_verifier.speculation import Speculation
-from cloud_verifier.target import Target
+from cloud_verifier.doors.server import Server
+from cloud_verifier.doors.service import Service
+from cloud_verifier.model.checking import Limits
+from cloud_verifier.model.speculation import Speculation
+from cloud_verifier.model.target import Target
+from cloud_verifier.serving.principals import Doors
+from cloud_verifier.serving.rollout import PATIENCE, Patience, Rollout, load_default
+from cloud_verifier.versions.registry import Registry
 from edge_runtime.listening import Listening
 
 

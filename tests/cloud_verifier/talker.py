@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.packing import Piece
-from cloud_verifier.pool import Pool
-from cloud_verifier.runner import Chosen
-from cloud_verifier.service import Limits
-from cloud_verifier.target import Target
+from cloud_verifier.doors.service import Limits
+from cloud_verifier.model.packing import Piece
+from cloud_verifier.model.pool import Pool
+from cloud_verifier.model.runner import Chosen
+from cloud_verifier.model.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import Frame, Message, OpenReply, OpenRequest, Refusal, RoundRequest

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import MSGPACK, VERSION, ErrorCode, Frame, FrameSplitter, OpenReply, RoundRequest

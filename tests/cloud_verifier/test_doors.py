@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from cloud_verifier import cli
-from cloud_verifier.principals import Doors, Role, hash_of, read_principals
-from cloud_verifier.service import Limits
-from cloud_verifier.target import Target
+from cloud_verifier.doors.service import Limits
+from cloud_verifier.model.target import Target
+from cloud_verifier.serving.principals import Doors, Role, hash_of, read_principals
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.contract.wire import ErrorCode

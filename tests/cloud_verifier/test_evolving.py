@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.registry import Registry
-from cloud_verifier.rollout import Patience
-from cloud_verifier.server import Server
-from cloud_verifier.sessions import Answer
-from cloud_verifier.sessions import Session as Pinned
-from cloud_verifier.target import load_model
+from cloud_verifier.doors.server import Server
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import load_model
+from cloud_verifier.serving.rollout import Patience
+from cloud_verifier.serving.sessions import Answer
+from cloud_verifier.serving.sessions import Session as Pinned
+from cloud_verifier.versions.registry import Registry
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused

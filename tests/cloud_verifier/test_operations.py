@@ -18,12 +18,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_verifier.inflight import InFlight
-from cloud_verifier.metrics import MOST_DRAFTS, OTHER, Metrics
-from cloud_verifier.server import Server
-from cloud_verifier.service import Limits, Service
-from cloud_verifier.sessions import Answer
-from cloud_verifier.target import Target
+from cloud_verifier.doors.server import Server
+from cloud_verifier.doors.service import Limits, Service
+from cloud_verifier.model.target import Target
+from cloud_verifier.serving.inflight import InFlight
+from cloud_verifier.serving.metrics import MOST_DRAFTS, OTHER, Metrics
+from cloud_verifier.serving.sessions import Answer
 from edge_runtime import logs
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
@@ -116,7 +116,7 @@ def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.
         assert "x-request-id" not in talker.post(session.path, session.next(round=5)).headers
         del talker.http.headers["x-request-id"]
         assert "x-request-id" not in talker.post(session.path, session.next(round=6)).headers
-    lines = [record for record in caplog.records if record.name == "cloud_verifier.request_log"]
+    lines = [record for record in caplog.records if record.name == "cloud_verifier.doors.request_log"]
     fields = [getattr(record, logs.FIELDS) for record in lines]
     assert [record.levelname for record in lines] == ["INFO", "DEBUG", "INFO", "INFO"]
     assert [each["FLEXSPEC_REQUEST_ID"] for each in fields[:2]] == ["board-7/answer-12"] * 2
@@ -349,5 +349,5 @@ def test_sighup_reads_the_tokens_again_and_the_log_is_json(tiny_path: Path, tmp_
     said = [json.loads(line) for line in err.splitlines()]
     assert any("is not TOML" in line["message"] and line["level"] == "error" for line in said)
     refused = next(line for line in said if line.get("flexspec_code") == "unauthorized")
-    assert (refused["logger"], refused["flexspec_status"]) == ("cloud_verifier.request_log", 401)
+    assert (refused["logger"], refused["flexspec_status"]) == ("cloud_verifier.doors.request_log", 401)
     assert first not in err and second not in err

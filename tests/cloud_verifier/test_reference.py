@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.reference import decode_alone
+from cloud_verifier.model.reference import decode_alone
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.wire import MSGPACK
 from tests.cloud_verifier.conftest import Alone

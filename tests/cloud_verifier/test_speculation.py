@@ -17,13 +17,14 @@ from anyio.from_thread import start_blocking_portal
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier import attention, cli
-from cloud_verifier.drafting import Drafting
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.server import Server
-from cloud_verifier.service import Limits, Service
-from cloud_verifier.speculation import Speculation
-from cloud_verifier.target import Target, load_model
+from cloud_verifier import cli
+from cloud_verifier.doors.server import Server
+from cloud_verifier.doors.service import Limits, Service
+from cloud_verifier.model import attention
+from cloud_verifier.model.drafting import Drafting
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.speculation import Speculation
+from cloud_verifier.model.target import Target, load_model
 from edge_runtime.contract import wire
 from edge_runtime.contract.bundle import MANIFEST, Manifest
 from edge_runtime.contract.coupling import Sampling
@@ -272,7 +273,7 @@ def test_a_draft_that_fails_leaves_the_rest_to_the_target(
         session = verifier.talker.open(sampling=ENDLESS, n=100)
         session.play(n=100)
     assert session.ids == PROMPT + alone(PROMPT, 200, ENDLESS)
-    assert [record.message for record in caplog.records if record.name == "cloud_verifier.speculation"] == [
+    assert [record.message for record in caplog.records if record.name == "cloud_verifier.model.speculation"] == [
         "the target goes on alone in this session"
     ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from device_profiles import calibration, cli, machine, picture, saving
 from device_profiles.calibration import Order, calibrate
 from device_profiles.picture import Curve, line_chart

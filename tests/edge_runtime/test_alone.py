@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cloud_verifier.server import Server
-from cloud_verifier.target import Target
+from cloud_verifier.doors.server import Server
+from cloud_verifier.model.target import Target
 from edge_runtime import alone, listening
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierUnreachable

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 from h2.connection import H2Connection
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import endpoint
 from edge_runtime.link_faults import LinkFailure
 from edge_runtime.verifier_client import VerifierClient

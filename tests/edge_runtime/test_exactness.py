@@ -1,9 +1,10 @@
 """The property that everything leans on: the text is a function of target, prompt, sampling and seed alone.
 
-Every prompt is continued by the target alone, token by token (`cloud_verifier.reference`), and then through a real
-verifier under every draft, plan and fault below; the ids must be the same. So that this takes minutes, every plan and
-fault meets every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of K,
-siblings and n. FLEXSPEC_EXACT=full plays all plans of drafts x K x siblings x n, and all faults, under all samplings.
+Every prompt is continued by the target alone, token by token (`cloud_verifier.model.reference`), and then through a
+real verifier under every draft, plan and fault below; the ids must be the same. So that this takes minutes, every plan
+and fault meets every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of
+K, siblings and n. FLEXSPEC_EXACT=full plays all plans of drafts x K x siblings x n, and all faults, under all
+samplings.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.service import Limits
-from cloud_verifier.target import Target, load_model
+from cloud_verifier.doors.service import Limits
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft

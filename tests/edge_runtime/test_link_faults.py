@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import link_faults
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import VerifierRefused, VerifierUnreachable

@@ -14,7 +14,7 @@ from pathlib import Path
 import h11
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import calling, cli
 from edge_runtime.configuration.settings import is_in_clear
 from edge_runtime.contract import wire

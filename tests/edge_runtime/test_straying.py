@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.target import Target, load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.contract.errors import InputError
 from edge_runtime.decoding import Generation

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime.contract.bundle import read_bundle
 from edge_runtime.contract.errors import InputError
 from edge_runtime.draft import OnnxDraft

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.target import load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import load_model
 from edge_runtime.contract.coupling import Chooser, Sampling
 from edge_runtime.draft import OnnxDraft
 from export.contestants import OnnxProposer, Passage, TorchProposer, Writer, draw

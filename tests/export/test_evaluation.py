@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_verifier.target import load_model
+from cloud_verifier.model.target import load_model
 from edge_runtime.contract.errors import InputError
 from export.contestants import Draft, Passage, TorchProposer
 from export.evaluation import GIVEN, LONGEST_DRAFT, OWN, RETRAINED, Evaluation, Order, evaluate

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.target import Target, load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import Target, load_model
 from edge_runtime.bundles.selftest import run as self_test
 from edge_runtime.contract.bundle import read_bundle, read_head_ids, record_file, write_manifest
 from edge_runtime.contract.coupling import Chooser, Sampling

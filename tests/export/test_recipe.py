@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime.contract.errors import InputError
 from export.drafts import read_description
 from export.evolution import break_contract, load_evolved

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_verifier.compact import pack, unpack
+from cloud_verifier.versions.compact import pack, unpack
 from export.layouts import build_draft
 from export.quantising import BLOCK_SIZE, to_blocks
 from export.rounding import centred, round_weight, rounded

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from cloud_verifier import sampling as torch_form
+from cloud_verifier.model import sampling as torch_form
 from edge_runtime.contract import coupling
 from edge_runtime.contract.coupling import MASK, Chooser, Sampling, accepted_length, candidates, uniforms
 from edge_runtime.contract.errors import InputError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import cli
 from edge_runtime.memory.store import Store
 from tests.cloud_verifier.talker import running

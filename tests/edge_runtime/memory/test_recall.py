@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cloud_verifier.reference import decode_alone
-from cloud_verifier.target import Target, load_model
+from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.target import Target, load_model
 from edge_runtime.contract.coupling import Sampling, counters
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft

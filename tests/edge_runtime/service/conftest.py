@@ -14,9 +14,9 @@ import openai
 import pytest
 import torch
 
-from cloud_verifier import service as cloud
-from cloud_verifier.server import Server as Verifier
-from cloud_verifier.target import Target
+from cloud_verifier.doors import service as cloud
+from cloud_verifier.doors.server import Server as Verifier
+from cloud_verifier.model.target import Target
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.listening import Listening, Server
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.snapshot import Prober

@@ -12,7 +12,7 @@ import openai
 import pytest
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import alone, listening
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.service import dashboard

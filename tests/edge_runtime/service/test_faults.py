@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import listening
 from edge_runtime.contract.errors import DraftError
 from edge_runtime.draft import DraftContext, OnnxDraft

@@ -16,7 +16,7 @@ import msgspec
 import openai
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from device_profiles.profile import find_profile
 from edge_runtime import alone, listening
 from edge_runtime.contract.coupling import Sampling

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
 from edge_runtime import alone, listening
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.service import app, events

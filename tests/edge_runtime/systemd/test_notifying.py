@@ -18,9 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.engine import Engine
-from cloud_verifier.sessions import Answer, Session
-from cloud_verifier.target import Target
+from cloud_verifier.model.target import Target
+from cloud_verifier.serving.engine import Engine
+from cloud_verifier.serving.sessions import Answer, Session
 from edge_runtime.contract import wire
 from edge_runtime.contract.coupling import Sampling
 from edge_runtime.draft import OnnxDraft

@@ -1,0 +1,1 @@
+"""HTTP: routes, servers, and replicas behind one door."""

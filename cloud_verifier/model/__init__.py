@@ -1,0 +1,1 @@
+"""A target at work: its forwards, its choices, its memory."""
