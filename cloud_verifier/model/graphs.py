@@ -7,9 +7,10 @@ fill a forward up to its size see nothing of the others and are seen by none.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from cloud_verifier.model.sampling import Choice, Warping, choose
 from edge_runtime.contract.coupling import Sampling
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Of `exact`: every forward has this size, whoever is in it.
@@ -152,6 +155,17 @@ class _Captured(NamedTuple):
     logits: torch.Tensor
 
 
+def _on_its_gpu(method: Callable[..., T]) -> Callable[..., T]:
+    """A thread's current GPU is the first, and kernels, streams and graphs go to the current one."""
+
+    @functools.wraps(method)
+    def there(runner: GraphRunner, *arguments: Any) -> T:
+        with torch.cuda.device(runner.shape.device):
+            return method(runner, *arguments)
+
+    return there
+
+
 class GraphRunner(Runner):
     """One model and its adapters on CUDA.
 
@@ -191,6 +205,7 @@ class GraphRunner(Runner):
             ):
                 layer.compile(dynamic=False)
 
+    @_on_its_gpu
     def warm(self, pool: Pool) -> None:
         for rows in self._sizes:
             self._plans[rows].fill([])
@@ -198,6 +213,7 @@ class GraphRunner(Runner):
                 self._team.lead("replay", rows, self._plans[rows].buffer)
             self.replay(pool, rows)
 
+    @_on_its_gpu
     @torch.inference_mode()
     def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
         rows = self._planned(pool, pieces, "replay")
@@ -212,6 +228,7 @@ class GraphRunner(Runner):
             start += len(piece)
         return chosen
 
+    @_on_its_gpu
     @torch.inference_mode()
     def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
         rows = self._planned(pool, pieces, "forward")
@@ -263,12 +280,16 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def _capture(self, pool: Pool, plan: Plan) -> _Captured:
+        # On an empty plan: a forward moves rows in the pool and writes where they came from, so none may run twice.
+        filled = plan.buffer.clone()
+        plan.buffer.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._forward(pool, plan)
         torch.cuda.current_stream().wait_stream(stream)
+        plan.buffer.copy_(filled)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._forward(pool, plan)

@@ -66,7 +66,10 @@ class Team:
         styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
         base = model.base_model_prefix
         try:
-            split: dict[str, Any] = {f"{base}.{name}": styles[style]() for name, style in plan.items()}
+            # Every process has the whole embedding: it is looked up, not multiplied.
+            split: dict[str, Any] = {
+                f"{base}.{name}": styles[style]() for name, style in plan.items() if not style.startswith("embedding")
+            }
         except KeyError as error:
             raise TargetError(f"{config.model_type} is split in a way that is not known here: {error}") from None
         if not config.tie_word_embeddings:

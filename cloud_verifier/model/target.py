@@ -191,7 +191,8 @@ class Target:
         """
         ids = [(7 * i + 3) % self.vocabulary_size for i in range(8)]
         pool, together, alone = Pool(self.runner.shape, 4 * SELF_TEST_TOKENS), Text(), Text()
-        self.runner.run(pool, [self.reading(together, ids[:3])])
+        # Without a graph: one of a pool that will be gone would stay, and of a team only the leader has this pool.
+        self.runner.logits(pool, [self.reading(together, ids[:3])])
         pool.keep(together, [0, 1, 2])
         tree = self.piece(together, Tree(ids[3], 4, ids[4:6], {1: [ids[6]]}))
         logits = [*self.runner.logits(pool, [tree])[0].clone()]
