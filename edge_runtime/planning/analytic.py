@@ -2,9 +2,11 @@
 
 Before each round it compares two ways to finish the text: leaving it to the cloud (K = 0, n = all that is left), or
 drafted rounds at their best cost per token (`search`), for the part of it that runs on by itself and for the rest.
-Whichever is used teaches what it costs itself. The other one is tried where the improvement that may be expected of it,
-all doubts weighed, is worth more than the trial; and now and then, as far as the expected loss stays within what
-exploring may cost. What drafting may lose against the cloud alone in all is bounded (`stake`).
+Whichever is used teaches what it costs itself, and mostly what the other would have cost: the draft guesses along while
+the cloud speaks (`replay`), and a drafted round says how many forwards its tokens would have taken. Beyond that, the
+other is tried where the improvement that may be expected of it, all doubts weighed, is worth more than the trial; and
+now and then, as far as the expected loss stays within what exploring may cost. What drafting may lose against the cloud
+alone in all is bounded (`stake`).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ SHARED_DOUBT = 0.5
 SPARED = 0.004
 PAUSE = 24
 HOPELESS = 3.0
+# The draft guesses along where drafting seems at most so many times dearer than what the cloud is left to.
 WATCHED = 1.5
 # Least worth of an id's way over the link, so that siblings are not named for nothing.
 ID_SECONDS = 2e-5

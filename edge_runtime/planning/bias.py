@@ -5,7 +5,7 @@ from __future__ import annotations
 # That they cost what is told weighs as much as so many rounds.
 ROUNDS = 30.0
 # Share of all before that is kept for every round that was drafted; for every token that the cloud said while nobody
-# looked what drafting it would have cost; and while the draft guessed along.
+# looked what drafting it would have cost; and for every token that was guessed along.
 KEPT = 0.997
 KEPT_STREAMED = 0.999
 KEPT_WATCHED = 0.999
