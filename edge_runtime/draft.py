@@ -20,6 +20,7 @@ from edge_runtime.contract.errors import BundleCorrupt, ContextOverflow, DraftEr
 from edge_runtime.graphs import PREFILL_PIECE, Logits, graph_kind, logits_width, make_runner
 from edge_runtime.guessing import Guesser
 from edge_runtime.memory.recall import Memory, Recall
+from edge_runtime.planning.plan import calibrated
 
 
 class Guess(NamedTuple):
@@ -303,7 +304,7 @@ class DraftContext:
             confidences.append(guess.confidence)
             if siblings and guess.siblings and guess.confidence <= sibling_confidence:
                 beside[index] = guess.siblings[:siblings]
-            survival *= _calibrated(guess.confidence, calibration)
+            survival *= calibrated(guess.confidence, calibration)
             if guess.confidence < min_confidence or survival < min_survival:
                 break
         return Proposal(tokens, beside, confidences, ready, survival)
@@ -348,10 +349,3 @@ class DraftContext:
             else:
                 most = middle - 1
         return common
-
-
-def _calibrated(confidence: float, calibration: tuple[float, ...]) -> float:
-    """The chance that a token of this confidence is accepted (see `Plan.calibration`)."""
-    if not calibration:
-        return confidence
-    return calibration[min(int(confidence * len(calibration)), len(calibration) - 1)]

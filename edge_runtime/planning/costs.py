@@ -77,7 +77,7 @@ class Costs:
 
     def step_seconds(self, position: int) -> float:
         """One draft step behind `position` tokens."""
-        return self.pace.value * self._modelled_step(position)
+        return self.pace.value * self.device.step_at(position)
 
     def prefill_seconds(self, unread: int) -> float:
         """What reading `unread` tokens adds to the first draft step."""
@@ -123,9 +123,6 @@ class Costs:
             + device.joules_per_byte * (outcome.sent + outcome.received)
         )
 
-    def _modelled_step(self, position: float) -> float:
-        return self.device.step_seconds + self.device.step_seconds_per_token * position
-
     def _observe_draft(self, outcome: Outcome) -> None:
         steps, seconds, conditions = outcome.drafted - outcome.ready, outcome.draft_seconds, outcome.conditions
         position = float(conditions.position)
@@ -134,7 +131,7 @@ class Costs:
             position += steps / 2
         if steps < 1 or seconds <= 0.0:
             return
-        modelled = steps * self._modelled_step(position)
+        modelled = steps * self.device.step_at(position)
         modelled += self.device.prefill_seconds * max(0, conditions.unread - 1)
         self.pace.observe(seconds / modelled)
 

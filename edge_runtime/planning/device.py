@@ -39,6 +39,10 @@ class Device(msgspec.Struct, frozen=True):
     radio_watts: float = 0.0
     joules_per_byte: float = 0.0
 
+    def step_at(self, position: float) -> float:
+        """Seconds of a draft step behind `position` tokens."""
+        return self.step_seconds + self.step_seconds_per_token * position
+
     @classmethod
     def of(
         cls,

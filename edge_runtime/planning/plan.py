@@ -50,6 +50,13 @@ class Plan(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+def calibrated(confidence: float, calibration: tuple[float, ...]) -> float:
+    """The chance that a token of this confidence is accepted (see `Plan.calibration`)."""
+    if not calibration:
+        return confidence
+    return calibration[min(int(confidence * len(calibration)), len(calibration) - 1)]
+
+
 class Surroundings(msgspec.Struct, frozen=True):
     """What the probes know; None where this board has no such sensor.
 

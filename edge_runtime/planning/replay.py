@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_runtime.planning.plan import Watched
+from edge_runtime.planning.plan import Watched, calibrated
 from edge_runtime.planning.search import Draft, Prices
-from edge_runtime.planning.tables import BINS, STAGES, Table
+from edge_runtime.planning.tables import STAGES, Table
 
 
 class Way(NamedTuple):
@@ -129,7 +129,7 @@ class _Play:
             drafted += 1
             if confidence <= draft.sibling_confidence:
                 named += draft.siblings
-            survival *= calibration[min(int(confidence * BINS), BINS - 1)]
+            survival *= calibrated(confidence, calibration)
             if survival < bound:
                 return drafted, named, True
         return drafted, named, False

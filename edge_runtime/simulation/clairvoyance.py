@@ -65,7 +65,7 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
     """
     prices = Prices.of(world, objective)
     device, verifier = world.device, world.verifier
-    step = device.step_seconds + device.step_seconds_per_token * text.prompt
+    step = device.step_at(text.prompt)
     exchange = device.overhead_seconds + world.link.mean(ROUND_BYTES, ROUND_BYTES) + verifier.cost.queue_seconds
     fixed_bytes = 2 * ROUND_BYTES * prices.byte
     # A round within a chain takes at least this long by the limit on rounds in flight, or by its forward alone.

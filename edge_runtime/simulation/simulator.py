@@ -10,7 +10,7 @@ from itertools import islice
 
 import msgspec
 
-from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Planner, Surroundings, Watched
+from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Planner, Surroundings, Watched, calibrated
 from edge_runtime.simulation.acceptance import Text, runs
 from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.verifiers import LONGEST_DRAFT, WIDEST
@@ -230,7 +230,7 @@ class _Play:
         position = self._text.prompt + done
         seconds = 0.0
         if count > self._made:
-            step = device.step_seconds + device.step_seconds_per_token * position
+            step = device.step_at(position)
             if not self._made:
                 seconds = max(0.0, device.prefill_seconds * (position - self._read) - step)
                 self._read = position
@@ -261,7 +261,7 @@ class _Play:
         """
         device, result = self._world.device, self._result
         position = self._text.prompt + done
-        step = device.step_seconds + device.step_seconds_per_token * position
+        step = device.step_at(position)
         now = sent
         if plan.own > 1:
             return answered, None
@@ -300,9 +300,7 @@ class _Play:
         now, watched = sent, 0
         while self._read < position and now < answered and not self._made:
             piece = min(PIECE, position - self._read)
-            seconds = max(
-                device.step_seconds + device.step_seconds_per_token * position, piece * device.prefill_seconds
-            )
+            seconds = max(device.step_at(position), piece * device.prefill_seconds)
             now += seconds
             result.draft_seconds += seconds
             self._read += piece
@@ -310,7 +308,7 @@ class _Play:
         while plan.watch and now < answered and watched < own and not self._made:
             # A token is guessed once it is there, so that a text that is streamed to its end waits for no guess.
             now = max(now, first + watched * pace)
-            seconds = device.step_seconds + device.step_seconds_per_token * (position + watched)
+            seconds = device.step_at(position + watched)
             if now + seconds > answered:
                 break
             now += seconds
@@ -338,11 +336,10 @@ def _stopped(path: list[float], plan: Plan, start: int, most: int, survival: flo
     least, bound, calibration = plan.min_confidence, plan.min_survival, plan.calibration
     if not bound and not least:
         return most, survival
-    bins = len(calibration)
     count = start
     for confidence in islice(path, start, most):
         count += 1
-        survival *= calibration[min(int(confidence * bins), bins - 1)] if bins else confidence
+        survival *= calibrated(confidence, calibration)
         if confidence < least or survival < bound:
             break
     return count, survival
