@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from device_profiles.profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
-from edge_runtime.contract.bundle import read_bundle
-from edge_runtime.contract.errors import FlexSpecError
+from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
+from edge_runtime.protocol.bundle import read_bundle
+from edge_runtime.protocol.errors import FlexSpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from device_profiles.calibration import Tick
-    from device_profiles.costs import Draft
+    from device_profiles.calibrate.calibration import Tick
+    from device_profiles.comparison import Draft
 
 DESCRIPTION = """\
 What a board is: speed, power, radios, and where the figures come from.
 
 examples:
   device-profile list
-  device-profile show raspberry-pi-5 --bundle export/family/bundle
-  device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle export/family/bundle
-  device-profile calibrate --bundle export/family/bundle --like raspberry-pi-5 --output my-board.toml
+  device-profile show raspberry-pi-5 --bundle export/example_family/bundle
+  device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle export/example_family/bundle
+  device-profile calibrate --bundle export/example_family/bundle --like raspberry-pi-5 --output my-board.toml
   device-profile validate my-board.toml
 """
 CALIBRATE = """\
@@ -134,7 +134,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from device_profiles.costs import Cost, description
+    from device_profiles.comparison import Cost, description
 
     profile, draft = find_profile(options.profile), _draft(options)
     cost = Cost.of(profile, draft, options.context) if draft else None
@@ -150,7 +150,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from device_profiles.costs import Cost, comparison
+    from device_profiles.comparison import Cost, comparison
 
     profiles, draft = [find_profile(name) for name in options.profiles], _draft(options)
     if options.json:
@@ -180,11 +180,11 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from device_profiles import saving
-    from device_profiles.calibration import Order, calibrate
-    from device_profiles.costs import description
-    from device_profiles.machine import cores, load
-    from device_profiles.wattmeter import Wattmeter
+    from device_profiles.calibrate import output as saving
+    from device_profiles.calibrate.calibration import Order, calibrate
+    from device_profiles.calibrate.machine import cores, load
+    from device_profiles.calibrate.wattmeter import Wattmeter
+    from device_profiles.comparison import description
 
     name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
     path: Path = options.output or Path(f"{name}.toml")
@@ -237,7 +237,7 @@ def _progress(seconds: float) -> Iterator[Tick]:
 
 
 def _draft(options: argparse.Namespace) -> Draft | None:
-    from device_profiles.costs import Draft
+    from device_profiles.comparison import Draft
 
     if options.context < 0:
         raise ProfileError(f"--context {options.context} is negative; give the tokens before the drafted one")

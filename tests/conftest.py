@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_verifier.doors.server import Server
-from cloud_verifier.doors.service import Limits, Service
+from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.server import Server
+from cloud_verifier.engine.auth import Doors
 from cloud_verifier.model.target import Target
-from cloud_verifier.serving.principals import Doors
-from edge_runtime.listening import Listening
+from edge_runtime.common.http_server import Listening
 from tests.models import save_target
 
-FAMILY = Path(__file__).resolve().parent.parent / "export" / "family"
+FAMILY = Path(__file__).resolve().parent.parent / "export" / "example_family"
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cloud_verifier.model.packing import Step
+from cloud_verifier.model.batch import Step
 
 NAME = "flexspec"
 

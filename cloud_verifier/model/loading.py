@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cloud_verifier.model.pool import Pool
+from cloud_verifier.model.kv_cache import Pool
 from cloud_verifier.model.target import Target
-from edge_runtime.contract.errors import InputError, TargetError
+from edge_runtime.protocol.errors import InputError, TargetError
 
 
 class Loading(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class Loading(msgspec.Struct, frozen=True):
     def _target(self, path: Path, name: str, others: Sequence[Target] | None) -> Target:
         team = None
         if self.is_team:
-            from cloud_verifier.model.parallel import team_of_process
+            from cloud_verifier.model.tensor_parallel import team_of_process
 
             if others is not None:
                 raise TargetError("a registry's versions cannot be split over several GPUs yet; serve one target")

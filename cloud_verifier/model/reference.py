@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edge_runtime.contract.coupling import Chooser, Sampling
+from edge_runtime.protocol.sampling import Chooser, Sampling
 
 
 @torch.inference_mode()

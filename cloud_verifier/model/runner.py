@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from cloud_verifier.model.adapters import Adapters
 from cloud_verifier.model.attention import running
-from cloud_verifier.model.packing import Piece, Step
-from cloud_verifier.model.pool import Pool, Shape
+from cloud_verifier.model.batch import Piece, Step
+from cloud_verifier.model.kv_cache import Pool, Shape
+from cloud_verifier.model.lora import Adapters
 from cloud_verifier.model.sampling import Choice, Choices
-from edge_runtime.contract.coupling import Chooser
+from edge_runtime.protocol.sampling import Chooser
 
 
 class Reading(NamedTuple):

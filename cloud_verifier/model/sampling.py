@@ -1,4 +1,4 @@
-"""The choice of a token in torch: the definitions of `edge_runtime.contract.coupling`, for rows of logits at once.
+"""The choice of a token in torch: the definitions of `edge_runtime.protocol.sampling`, for rows of logits at once.
 
 On a CPU the numpy form is faster, because it computes only the few logarithms that can matter and only for the rows
 that the walk reaches; on an accelerator all rows are chosen on the device and only ids and margins cross the bus.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from edge_runtime.contract.coupling import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, Chooser, Sampling, position_key
+from edge_runtime.protocol.sampling import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, Chooser, Sampling, position_key
 
 
 class Choice(NamedTuple):

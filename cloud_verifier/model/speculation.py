@@ -4,7 +4,7 @@ Of a round's n tokens, those behind the first forward cost a forward each; a dra
 with the same noise, and one forward verifies them all. The rule is the board's, so the text is the same.
 
 Here the draft is a board's bundle, run by the board's own runner on the CPU: `edge_runtime.draft` is the one thing
-beyond `edge_runtime.contract` that the verifier imports of the board's, because a second runner of the same graph would
+beyond `edge_runtime.protocol` that the verifier imports of the board's, because a second runner of the same graph would
 be a second definition of what it says. For a draft that runs where the target does see `drafting`.
 """
 
@@ -14,15 +14,15 @@ import logging
 from collections.abc import Generator
 from pathlib import Path
 
-from cloud_verifier.model.pool import Text
+from cloud_verifier.model.kv_cache import Text
 from cloud_verifier.model.runner import Chosen, Runner, Wanted
 from cloud_verifier.model.target import Target
-from edge_runtime.contract.bundle import read_bundle
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.errors import DraftError, InputError, TargetError
-from edge_runtime.contract.wire import MOST_NODES
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.graphs import PREFILL_PIECE
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft.onnx_runner import PREFILL_PIECE
+from edge_runtime.protocol.bundle import read_bundle
+from edge_runtime.protocol.errors import DraftError, InputError, TargetError
+from edge_runtime.protocol.messages import MOST_NODES
+from edge_runtime.protocol.sampling import Sampling
 
 MOST_ROUNDS = 4
 

@@ -14,13 +14,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from cloud_verifier.model import attention
-from cloud_verifier.model.adapters import Pairs, is_plain
-from cloud_verifier.model.packing import Piece
-from cloud_verifier.model.pool import Pool, Text
+from cloud_verifier.model.batch import Piece
+from cloud_verifier.model.kv_cache import Pool, Text
+from cloud_verifier.model.lora import Pairs, is_plain
+from cloud_verifier.model.rollback import forgetless_layers, sliding_window
 from cloud_verifier.model.runner import Chosen, Runner
 from cloud_verifier.model.tree import Tree
-from cloud_verifier.versions.changes import CHANGES, put_changes
-from cloud_verifier.versions.checkpoint import (
+from cloud_verifier.registry.checkpoint import (
     base_of,
     check_whole,
     config_of,
@@ -29,13 +29,13 @@ from cloud_verifier.versions.checkpoint import (
     version_hash,
     vocabulary_of,
 )
-from edge_runtime.contract.bundle import shared_identity
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.errors import TargetError
-from edge_runtime.contract.rollback import forgetless_layers, sliding_window
+from cloud_verifier.registry.delta import CHANGES, put_changes
+from edge_runtime.protocol.bundle import shared_identity
+from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.sampling import Sampling
 
 if TYPE_CHECKING:
-    from cloud_verifier.model.parallel import Team
+    from cloud_verifier.model.tensor_parallel import Team
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def runner_of(
     """What runs `model` where it is."""
     if model.device.type != "cuda":
         return Runner(model)
-    from cloud_verifier.model.graphs import GraphRunner
+    from cloud_verifier.model.cuda_graphs import GraphRunner
 
     if team:
         team.split(model)

@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.contract.bundle import MANIFEST
-from edge_runtime.contract.errors import BundleError, InputError
+from edge_runtime.protocol.bundle import MANIFEST
+from edge_runtime.protocol.errors import BundleError, InputError
 
 # Boards without a key should not pay for the library.
 if TYPE_CHECKING:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from edge_runtime.bundles.selftest import Examination, examine
+from edge_runtime.bundles.archive import StoreError, fetch
+from edge_runtime.bundles.self_test import Examination, examine
 from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, check_signature, read_public_keys
-from edge_runtime.bundles.unpacking import StoreError, fetch
-from edge_runtime.contract.bundle import MANIFEST, Bundle, Manifest, read_bundle
-from edge_runtime.contract.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
-from edge_runtime.disk import sync
+from edge_runtime.common.files import sync
+from edge_runtime.protocol.bundle import MANIFEST, Bundle, Manifest, read_bundle
+from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
 
 if TYPE_CHECKING:
-    from edge_runtime.configuration.reading import Draft
+    from edge_runtime.settings.loading import Draft
 
 logger = logging.getLogger(__name__)
 

@@ -18,18 +18,18 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from edge_runtime.planning.bias import Bias
-from edge_runtime.planning.budget import Budget, EnergyQueue
-from edge_runtime.planning.costs import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
-from edge_runtime.planning.device import Device, heat_of
-from edge_runtime.planning.levels import WIDEST
+from edge_runtime.planning.acceptance_model import Survival, Survivals
+from edge_runtime.planning.acceptance_table import Table
+from edge_runtime.planning.cost_calibration import Bias
+from edge_runtime.planning.cost_model import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
+from edge_runtime.planning.counterfactual import Way, replay
+from edge_runtime.planning.device_model import Device, heat_of
+from edge_runtime.planning.energy_budget import Budget, EnergyQueue
+from edge_runtime.planning.estimators import WIDEST
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.replay import Way, replay
+from edge_runtime.planning.regret_budget import Stake
 from edge_runtime.planning.search import Draft, Prices, best_draft
-from edge_runtime.planning.stake import Stake
-from edge_runtime.planning.survival import Survival, Survivals
-from edge_runtime.planning.tables import Table
 
 log = logging.getLogger("edge_runtime.planning")
 

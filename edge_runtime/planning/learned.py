@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.acceptance_model import DOUBT, Survival
+from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS, Table
 from edge_runtime.planning.analytic import QUICK, AnalyticPlanner, Choice
-from edge_runtime.planning.budget import Budget
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.energy_budget import Budget
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.survival import DOUBT, Survival
-from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS, Table
+from edge_runtime.protocol.errors import InputError
 
 log = logging.getLogger("edge_runtime.planning")
 

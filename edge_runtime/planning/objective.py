@@ -13,7 +13,7 @@ import math
 
 import msgspec
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.protocol.errors import InputError
 
 
 class Objective(msgspec.Struct, frozen=True):

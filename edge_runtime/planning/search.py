@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.planning.tables import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
+from edge_runtime.planning.acceptance_table import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
 
 Floats = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_runtime.contract.errors import FlexSpecError
+from edge_runtime.protocol.errors import FlexSpecError
 
 T = TypeVar("T")
 

@@ -16,21 +16,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_runtime.contract import wire
-from edge_runtime.contract.errors import DraftError, FlexSpecError, VerifierUnreachable
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.service import dashboard, openai
-from edge_runtime.service.answers import Answer, Order, Unwanted
-from edge_runtime.service.board import Board, Limits
-from edge_runtime.service.callers import Callers
-from edge_runtime.service.events import EventStream, events, gone_from
-from edge_runtime.service.log import log_answer
-from edge_runtime.service.metrics import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.errors import DraftError, FlexSpecError, VerifierUnreachable
+from edge_runtime.service import dashboard, openai_schema
+from edge_runtime.service.access_log import log_answer
+from edge_runtime.service.admission import Queue
+from edge_runtime.service.auth import Callers
+from edge_runtime.service.completions import Answer, Order, Unwanted
+from edge_runtime.service.errors import MOMENT_SECONDS, SERVER, Refusal, refusal_of
+from edge_runtime.service.monitoring.hub import Telling
+from edge_runtime.service.monitoring.prometheus import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
+from edge_runtime.service.monitoring.reporter import Reporter
 from edge_runtime.service.openapi import document
-from edge_runtime.service.queue import Queue
-from edge_runtime.service.refusals import MOMENT_SECONDS, SERVER, Refusal, refusal_of
-from edge_runtime.service.reporting import Reporter
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
@@ -40,8 +39,9 @@ from edge_runtime.service.requests import (
     sampling_of,
     stops_of,
 )
-from edge_runtime.service.telling import Telling
-from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.service.sse import EventStream, events, gone_from
+from edge_runtime.service.state import Board, Limits
+from edge_runtime.verifier.client import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Service:
         # One text at a time, in one thread: each would keep memory of its own.
         self._tokenising = ThreadPoolExecutor(1, "tokenising")
         self._board: Board | None = None
-        self._models: openai.ModelList | None = None
+        self._models: openai_schema.ModelList | None = None
         self._stopping = False
         self._writing: set[asyncio.Task[None]] = set()
         self.app = Starlette(
@@ -140,7 +140,7 @@ class Service:
         echo = ""
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
-        form = openai.CompletionForm(echo, _wants_usage(asked))
+        form = openai_schema.CompletionForm(echo, _wants_usage(asked))
         return await self._answer(request, asked, self._order(board, asked, ids, [], asked.max_tokens), form)
 
     async def chat(self, request: Request) -> Response:
@@ -151,7 +151,7 @@ class Service:
         # The template writes the special tokens itself.
         ids = await self._encode(board, text, False)
         order = self._order(board, asked, ids, board.chat.stops, asked.max_completion_tokens or asked.max_tokens)
-        return await self._answer(request, asked, order, openai.ChatForm(_wants_usage(asked)))
+        return await self._answer(request, asked, order, openai_schema.ChatForm(_wants_usage(asked)))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: what the verifier serves, or served when it was last heard of."""
@@ -220,7 +220,9 @@ class Service:
             asked.on_link_loss or board.on_link_loss,
         )
 
-    async def _answer(self, request: Request, asked: GenerationRequest, order: Order, form: openai.Form) -> Response:
+    async def _answer(
+        self, request: Request, asked: GenerationRequest, order: Order, form: openai_schema.Form
+    ) -> Response:
         """Has `order` written, as long as somebody listens."""
         board = self._ready_board()
         answer = Answer(order, board.draft.tokenizer)
@@ -298,7 +300,7 @@ class Service:
             memory=board.memory,
         )
 
-    async def _model_list(self) -> openai.ModelList:
+    async def _model_list(self) -> openai_schema.ModelList:
         try:
             async with asyncio.timeout(MODELS_SECONDS):
                 listed = await self._client.models()
@@ -360,9 +362,11 @@ def _wants_usage(asked: GenerationRequest) -> bool:
     return bool(asked.stream and asked.stream_options and asked.stream_options.include_usage)
 
 
-def _models(listed: wire.ModelList) -> openai.ModelList:
+def _models(listed: messages.ModelList) -> openai_schema.ModelList:
     created = int(time.time())
-    return openai.ModelList([openai.Model(model.id, created, model.version, model.context) for model in listed.data])
+    return openai_schema.ModelList(
+        [openai_schema.Model(model.id, created, model.version, model.context) for model in listed.data]
+    )
 
 
 def _json(message: msgspec.Struct, status: int = 200) -> Response:

@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.describing import JSON, REF, TEXT, of, operation
-from edge_runtime.service import news, openai, requests
-from edge_runtime.service.callers import GUARDED
-from edge_runtime.service.refusals import ErrorBody
+from edge_runtime.common.openapi import JSON, REF, TEXT, of, operation
+from edge_runtime.service import openai_schema, requests
+from edge_runtime.service.auth import GUARDED
+from edge_runtime.service.errors import ErrorBody
+from edge_runtime.service.monitoring import events
 
 EVENTS = "text/event-stream"
 HTML = "text/html"
@@ -49,13 +50,13 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     kinds = [
         requests.CompletionRequest,
         requests.ChatRequest,
-        openai.Completion,
-        openai.CompletionChunk,
-        openai.ChatCompletion,
-        openai.ChatChunk,
-        openai.Model,
-        openai.ModelList,
-        news.AnyNews,
+        openai_schema.Completion,
+        openai_schema.CompletionChunk,
+        openai_schema.ChatCompletion,
+        openai_schema.ChatChunk,
+        openai_schema.Model,
+        openai_schema.ModelList,
+        events.AnyNews,
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)

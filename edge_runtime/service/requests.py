@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from edge_runtime.contract.coupling import MASK, Sampling
 from edge_runtime.planning.plan import OnLinkLoss
-from edge_runtime.service.refusals import Refusal
+from edge_runtime.protocol.sampling import MASK, Sampling
+from edge_runtime.service.errors import Refusal
 
 # Fields that clients may send, with the values that change nothing. Any other value asks for what is not done here.
 NEUTRAL: dict[str, list[Any]] = {

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.protocol.errors import InputError
 
 PACKET = 1500
 LEAST_TIMEOUT = 0.2

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.acceptance import SIBLINGS, Text
 from edge_runtime.simulation.links import CONDUCTS, Steady
+from edge_runtime.simulation.recorded_texts import SIBLINGS, Text
 from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifier

@@ -11,12 +11,12 @@ from itertools import islice
 import msgspec
 
 from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Planner, Surroundings, Watched, calibrated
-from edge_runtime.simulation.acceptance import Text, runs
+from edge_runtime.simulation.recorded_texts import Text, runs
 from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.verifiers import LONGEST_DRAFT, WIDEST
 from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
 
-# Tokens that the draft reads at once (`edge_runtime.graphs.PREFILL_PIECE`).
+# Tokens that the draft reads at once (`edge_runtime.draft.onnx_runner.PREFILL_PIECE`).
 PIECE = 128
 
 

@@ -13,7 +13,7 @@ from random import Random
 
 import msgspec
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.protocol.errors import InputError
 
 # What the verifier takes by default: nodes of a forward, and drafted tokens of a round.
 WIDEST = 72

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from device_profiles.profile import find_profile
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.board_profile import find_profile
+from edge_runtime.planning.device_model import Device
 from edge_runtime.simulation.links import Link, parse_link
 from edge_runtime.simulation.verifiers import SimulatedVerifier, verifier
 
-# As `edge_runtime.verifier_client` does: pauses between attempts double up to this.
+# As `edge_runtime.verifier.client` does: pauses between attempts double up to this.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 # The kernel's weight of a new sample of the round-trip time (RFC 6298).

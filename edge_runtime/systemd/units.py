@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_runtime.contract.errors import FlexSpecError, InputError
+from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 UNITS = Path("etc/systemd/system")
 # Exists while systemd is the init of this machine.

@@ -32,10 +32,9 @@ from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from edge_runtime.contract import wire
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.errors import InputError
-from edge_runtime.contract.wire import (
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.messages import (
     MSGPACK,
     ErrorCode,
     Frame,
@@ -45,8 +44,9 @@ from edge_runtime.contract.wire import (
     Refusal,
     RoundRequest,
 )
+from edge_runtime.protocol.sampling import Sampling
 
-FAMILY = Path(__file__).resolve().parents[2] / "export" / "family"
+FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
 VERSIONS = ("target-v1", "target-v2", "target-v3")
 PROMPTS = ("import os\n", "class Stack:\n    def ", "for index in ", "#include <", "x = [")
 SAMPLINGS = (
@@ -118,7 +118,7 @@ class Fleet:
             ]
             siblings = {index: [truth[len(said) + index]] for index in range(len(draft)) if random.random() < 0.2}
             asked = RoundRequest(
-                wire.VERSION,
+                messages.VERSION,
                 number,
                 len(known),
                 draft=draft,
@@ -129,7 +129,7 @@ class Fleet:
             if path:
                 message: Any = asked
             else:
-                message = OpenRequest(wire.VERSION, key, list(known), asked, job.sampling, model=version)
+                message = OpenRequest(messages.VERSION, key, list(known), asked, job.sampling, model=version)
             await self._misbehave(client, path, message, random)
             started = time.monotonic()
             answer = await self._say(client, path or "/v1/sessions", message, random)
@@ -172,7 +172,7 @@ class Fleet:
     async def _misbehave(self, client: httpx.AsyncClient, path: str, message: Any, random: Random) -> None:
         """Now and then, before a round is played as it should be."""
         where, dice = path or "/v1/sessions", random.random()
-        body = wire.encode(message, MSGPACK, session_of(path))
+        body = messages.encode(message, MSGPACK, session_of(path))
         if dice < 0.03:
             self.counts["nonsense"] += 1
             response = await client.post(where, content=random.choice(NONSENSE))
@@ -209,22 +209,22 @@ class Fleet:
         """The answer to a round, read slowly where it is streamed."""
         session = session_of(path)
         kind = Frame if session else OpenReply
-        async with client.stream("POST", path, content=wire.encode(message, MSGPACK, session)) as response:
+        async with client.stream("POST", path, content=messages.encode(message, MSGPACK, session)) as response:
             if response.status_code != 200:
                 await response.aread()
                 self._must_be_typed(response)
                 refusal = refusal_of(response)
-                return refusal or Refusal(wire.VERSION, "untyped", "")
+                return refusal or Refusal(messages.VERSION, "untyped", "")
             if response.headers["content-type"] == MSGPACK:
-                one = wire.decode(await response.aread(), kind, MSGPACK, session)
+                one = messages.decode(await response.aread(), kind, MSGPACK, session)
                 return (None, one) if isinstance(one, Frame) else (one, one.first)
             frames: list[Frame] = []
             opened: OpenReply | None = None
             async for body in slowly(response, random):
                 if frames or session:
-                    frames.append(wire.decode(body, Frame, MSGPACK, session or (opened.session if opened else "")))
+                    frames.append(messages.decode(body, Frame, MSGPACK, session or (opened.session if opened else "")))
                 else:
-                    opened = wire.decode(body, OpenReply, MSGPACK)
+                    opened = messages.decode(body, OpenReply, MSGPACK)
                     frames.append(opened.first)
             tokens = [token for frame in frames for token in frame.tokens]
             return opened, msgspec.structs.replace(frames[-1], accepted=frames[0].accepted, tokens=tokens)
@@ -245,7 +245,7 @@ def session_of(path: str) -> str:
 
 def refusal_of(response: httpx.Response) -> Refusal | None:
     with contextlib.suppress(InputError):
-        return wire.decode(response.content, Refusal, response.headers.get("content-type", ""))
+        return messages.decode(response.content, Refusal, response.headers.get("content-type", ""))
     return None
 
 

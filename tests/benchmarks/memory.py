@@ -8,7 +8,7 @@ files that no member was trained on: Python for target v1, C++ for target v2, fi
     warm    the same answers with what came before: `--before` answers to prompts from the same files
     other   the same with answers of target v1 in the memory, and none of its own version's
 
-Loops are counted apart (`export.loops`): they flatter every draft, and a memory more. Intervals are over texts.
+Loops are counted apart (`evaluate.loops`): they flatter every draft, and a memory more. Intervals are over texts.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cloud_verifier.intervals import Bootstrap
+from cloud_verifier.acceptance.bootstrap import Bootstrap
 from cloud_verifier.model.target import load_model
-from edge_runtime.contract.coupling import Sampling, accepted_length
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.memory.recall import Memory, Recall
-from export.contestants import Writer
-from export.corpus import DOMAINS, gather
-from export.loops import looped
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.ngram_cache.lookup import Memory, Recall
+from edge_runtime.protocol.sampling import Sampling, accepted_length
+from export.data.corpus import DOMAINS, gather
+from export.evaluate.loops import looped
+from export.evaluate.proposers import Writer
 
-FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "family"
+FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
 PROMPT, DRAFT = 96, 5
 VERSIONS = {"target-v1": DOMAINS[0], "target-v2": DOMAINS[1]}
 TEMPERATURES = (0.0, 0.7, 1.0)

@@ -30,22 +30,22 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.contract.bundle import read_bundle
-from edge_runtime.planning.budget import Budget
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.energy_budget import Budget
+from edge_runtime.planning.factory import DEFAULT, NAMES, make_planner
 from edge_runtime.planning.objective import PRESETS, Objective, parse_objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
-from edge_runtime.planning.policies import DEFAULT, NAMES, make_planner
+from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.simulation import oracle
-from edge_runtime.simulation.acceptance import Text, read_texts
-from edge_runtime.simulation.clairvoyance import clairvoyant
 from edge_runtime.simulation.links import CONDUCTS
+from edge_runtime.simulation.lower_bound import clairvoyant
+from edge_runtime.simulation.recorded_texts import Text, read_texts
 from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.verifiers import VERIFIERS
 from edge_runtime.simulation.world import ANCHOR_DRAFT, SMALL_DRAFT, World, make_world
 
-FAMILY = Path(__file__).parent.parent.parent / "export" / "family"
+FAMILY = Path(__file__).parent.parent.parent / "export" / "example_family"
 LINKS = (*CONDUCTS, "bursty")
 # An anchor draft of a 7B target does not fit a Zero's memory, and is hopeless on a Pi 4.
 BOARDS = (

@@ -13,13 +13,13 @@ import asyncio
 import hashlib
 from pathlib import Path
 
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
 
-BUNDLE = Path(__file__).parent.parent.parent / "export" / "family" / "bundle"
+BUNDLE = Path(__file__).parent.parent.parent / "export" / "example_family" / "bundle"
 PLANS = (
     Plan(5, siblings=3, sibling_confidence=1.0),
     Plan(0, own=4096),

@@ -18,14 +18,14 @@ from collections.abc import AsyncIterator
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.planning.device import Device
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.factory import NAMES, make_planner
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
-from edge_runtime.planning.policies import NAMES, make_planner
-from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
 from tests.benchmarks.speed import FAMILY, verifier
 from tests.emulator.asking import PROMPTS
 

@@ -31,11 +31,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from device_profiles.profile import find_profile
-from edge_runtime.contract.bundle import read_bundle
-from export.drafts import DESCRIPTION, FORMAT_VERSION, WEIGHTS, DraftDescription
-from export.footprint import measure
-from export.layouts import DraftPlan, describe_shared, draft_config, plan_draft
+from cloud_verifier.draft_models.checkpoint import DESCRIPTION, FORMAT_VERSION, WEIGHTS, DraftDescription
+from cloud_verifier.draft_models.layouts import DraftPlan, describe_shared, draft_config, plan_draft
+from edge_runtime.planning.board_profile import find_profile
+from edge_runtime.protocol.bundle import read_bundle
+from export.bundle.footprint import measure
 
 COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
 SHAPES = {
@@ -82,7 +82,7 @@ def tokenizer_of(size: int) -> Tokenizer:
 
 
 def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
-    """The shared part of a target, and a draft, as `export.drafts` stores them; returns the draft's parameters."""
+    """The shared part of a target, and a draft, as `draft_models.checkpoint` stores them; returns the draft's parameters."""
     target, own_directory = directory / "target", directory / "draft"
     target.mkdir()
     own_directory.mkdir()

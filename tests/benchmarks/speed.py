@@ -27,17 +27,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.contract import wire
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.graphs import make_runner
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft.onnx_runner import make_runner
 from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan
-from edge_runtime.verifier_client import VerifierClient
-from export.bundling import BundleOrder, make_bundle
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
+from export.bundle.build import BundleOrder, make_bundle
 from tests.models import save_target
 
-FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "family"
+FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
 PROMPT = "class Connection:\n    def __init__(self, host, port"
 COLD_START = """
 import time
@@ -129,9 +129,9 @@ def verifier_overhead(url: str) -> float:
     with socket.create_connection((host, int(port))) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-        def post(path: str, message: wire.Message, session: str = "") -> bytes:
-            body = wire.encode(message, wire.MSGPACK, session)
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {wire.MSGPACK}\r\n"
+        def post(path: str, message: messages.Message, session: str = "") -> bytes:
+            body = messages.encode(message, messages.MSGPACK, session)
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {messages.MSGPACK}\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             received = b""
             while b"\r\n\r\n" not in received:
@@ -143,16 +143,16 @@ def verifier_overhead(url: str) -> float:
                 answer += connection.recv(65536)
             return answer
 
-        first = wire.RoundRequest(wire.VERSION, 0, 100)
+        first = messages.RoundRequest(messages.VERSION, 0, 100)
         key, prompt = f"speed-{time.time_ns()}", list(range(100, 200))
-        opening = wire.OpenRequest(wire.VERSION, key, prompt, first, Sampling(ignore_eos=True))
-        opened = wire.decode(post("/v1/sessions", opening), wire.OpenReply, wire.MSGPACK)
+        opening = messages.OpenRequest(messages.VERSION, key, prompt, first, Sampling(ignore_eos=True))
+        opened = messages.decode(post("/v1/sessions", opening), messages.OpenReply, messages.MSGPACK)
         position, overheads = 100 + len(opened.first.tokens), []
         for number in range(1, 300):
-            request = wire.RoundRequest(wire.VERSION, number, position, [5, 6, 7, 8])
+            request = messages.RoundRequest(messages.VERSION, number, position, [5, 6, 7, 8])
             started = time.perf_counter()
             reply = post(f"/v1/sessions/{opened.session}/rounds", request, opened.session)
-            frame = wire.decode(reply, wire.Frame, wire.MSGPACK, opened.session)
+            frame = messages.decode(reply, messages.Frame, messages.MSGPACK, opened.session)
             overheads.append(time.perf_counter() - started - frame.forward_100us / 1e4)
             position += frame.accepted + len(frame.tokens)
     return statistics.median(overheads)

@@ -26,17 +26,17 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cloud_verifier.engine.scheduler import Engine
+from cloud_verifier.engine.sessions import Answer, Session
 from cloud_verifier.model import attention
-from cloud_verifier.model.packing import Piece
-from cloud_verifier.model.pool import Pool, Text
+from cloud_verifier.model.batch import Piece
+from cloud_verifier.model.kv_cache import Pool, Text
 from cloud_verifier.model.target import Target
 from cloud_verifier.model.tree import Tree
-from cloud_verifier.serving.engine import Engine
-from cloud_verifier.serving.sessions import Answer, Session
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.wire import VERSION, RoundRequest
+from edge_runtime.protocol.messages import VERSION, RoundRequest
+from edge_runtime.protocol.sampling import Sampling
 
-FAMILY = Path(__file__).resolve().parents[2] / "export" / "family"
+FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
 
 SHAPES: dict[str, dict[str, int]] = {
     "7B": {
@@ -141,8 +141,8 @@ def profile(work: Any) -> None:
 
 
 def forwards(options: argparse.Namespace) -> None:
-    from cloud_verifier.model.graphs import GraphRunner
-    from cloud_verifier.model.parallel import Team
+    from cloud_verifier.model.cuda_graphs import GraphRunner
+    from cloud_verifier.model.tensor_parallel import Team
 
     team = Team() if "RANK" in os.environ else None
     speed = bandwidth()

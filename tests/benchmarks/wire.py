@@ -11,11 +11,11 @@ import asyncio
 import rich
 from rich.table import Table
 
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Plan
-from edge_runtime.verifier_client import VerifierClient
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
 from tests.benchmarks.speed import FAMILY, verifier
 
 PROMPTS = ["import argparse\n", "class Stack:\n", "def main():\n", "async def fetch(url", "for line in file:\n"]

@@ -9,10 +9,10 @@ import pytest
 
 from cloud_verifier.model.reference import decode_alone
 from cloud_verifier.model.target import Target, load_model
-from cloud_verifier.versions.registry import Registry
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.wire import JSON, MSGPACK
-from tests.cloud_verifier.talker import GREEDY, Talker, running
+from cloud_verifier.registry.registry import Registry
+from edge_runtime.protocol.messages import JSON, MSGPACK
+from edge_runtime.protocol.sampling import Sampling
+from tests.cloud_verifier.protocol_client import GREEDY, Talker, running
 from tests.models import save_target
 
 Alone = Callable[..., list[int]]

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from device_profiles import cli
-from device_profiles.profile import BOARDS, Profile, shipped_profiles
+from edge_runtime.planning.board_profile import BOARDS, Profile, shipped_profiles
 from tests.device_profiles.boards import BOARD, changed, save
 
 Captured = pytest.CaptureFixture[str]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edge_runtime.draft import OnnxDraft
-from export.bundling import BundleOrder, make_bundle
+from edge_runtime.draft.model import OnnxDraft
+from export.bundle.build import BundleOrder, make_bundle
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 

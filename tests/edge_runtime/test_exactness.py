@@ -22,16 +22,16 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cloud_verifier.doors.service import Limits
+from cloud_verifier.api.app import Limits
 from cloud_verifier.model.reference import decode_alone
 from cloud_verifier.model.target import Target, load_model
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.decoding import Generation
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.memory.recall import Memory
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.ngram_cache.lookup import Memory
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
-from edge_runtime.verifier_client import VerifierClient
-from edge_runtime.verifier_session import VerifierSession
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.verifier.session import VerifierSession
 from tests.conftest import serving
 
 PROMPTS = 40

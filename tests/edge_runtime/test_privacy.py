@@ -15,13 +15,13 @@ import h11
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime import calling, cli
-from edge_runtime.configuration.settings import is_in_clear
-from edge_runtime.contract import wire
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.errors import InputError
-from edge_runtime.contract.wire import MSGPACK, OpenRequest, RoundRequest
-from tests.cloud_verifier.talker import running
+from edge_runtime.cli import main, verifier_options
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.messages import MSGPACK, OpenRequest, RoundRequest
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.settings.validators import is_in_clear
+from tests.cloud_verifier.protocol_client import running
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 PROMPT = "def a_secret_that_nobody_should_read(password):\n"
@@ -52,7 +52,7 @@ def test_what_is_in_clear(url: str, clear: bool) -> None:
 def test_prompts_go_to_other_machines_in_clear_only_where_that_is_allowed(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*command, "--policy", "fixed", "--verifier", FAR]) == 2
+    assert main.main([*command, "--policy", "fixed", "--verifier", FAR]) == 2
     error = capsys.readouterr().err
     assert f"would go to {FAR} unencrypted" in error
     assert "--insecure" in error
@@ -62,21 +62,21 @@ def test_prompts_go_to_other_machines_in_clear_only_where_that_is_allowed(
 def test_a_token_never_travels_in_clear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "token").write_text("secret")
     options = ["--policy", "fixed", "--token-file", str(tmp_path / "token"), "--insecure"]
-    assert cli.main(["generate", "x", "--verifier", FAR, *options]) == 2
+    assert main.main(["generate", "x", "--verifier", FAR, *options]) == 2
     assert f"the token would go to {FAR} unencrypted" in capsys.readouterr().err
     # One such URL among several is one too many.
     with pytest.raises(InputError, match="the token would go"):
-        calling.check_private(["https://verifier.example", FAR], token=True, insecure=True)
+        verifier_options.check_private(["https://verifier.example", FAR], token=True, insecure=True)
 
 
 def test_what_is_private_or_allowed_is_not_refused(tmp_path: Path) -> None:
-    calling.check_private(["https://verifier.example", "http://127.0.0.1:8500"], token=True, insecure=False)
-    calling.check_private([FAR], token=False, insecure=True)
+    verifier_options.check_private(["https://verifier.example", "http://127.0.0.1:8500"], token=True, insecure=False)
+    verifier_options.check_private([FAR], token=False, insecure=True)
 
 
 def test_the_configuration_may_allow_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.toml").write_text(f"[verifier]\nurls = ['{FAR}']\ninsecure = true\ndeadline_seconds = 0.2\n")
-    assert cli.main(["generate", "x", "--policy", "fixed", "--config", str(tmp_path / "config.toml")]) == 4
+    assert main.main(["generate", "x", "--policy", "fixed", "--config", str(tmp_path / "config.toml")]) == 4
     assert "unencrypted" not in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_what_is_sent_is_what_the_readme_says(
     sampled = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--seed", "7", "--max-new-tokens", "40")
     with running(target_v1) as url, recording(url) as (relay, sent):
         options = (*sampled, *plan, "--no-http2", "--token-file", str(tmp_path / "token"), "--json")
-        assert cli.main(["generate", PROMPT, "--verifier", relay, *options]) == 0
+        assert main.main(["generate", PROMPT, "--verifier", relay, *options]) == 0
     answer = json.loads(capsys.readouterr().out)
     opened, rounds = [], []
     for request, body in (found for stream in sent for found in requests(stream)):
@@ -153,9 +153,9 @@ def test_what_is_sent_is_what_the_readme_says(
             continue
         kind = RoundRequest if request.target.endswith(b"/rounds") else OpenRequest
         session = request.target.decode().split("/")[3] if kind is RoundRequest else ""
-        message = wire.decode(body, kind, MSGPACK, session)
+        message = messages.decode(body, kind, MSGPACK, session)
         # Nothing lies between or behind the fields.
-        assert wire.encode(message, MSGPACK, session) == body
+        assert messages.encode(message, MSGPACK, session) == body
         (rounds if kind is RoundRequest else opened).append(message)
     (opening,) = opened
     assert opening.sampling == Sampling(0.7, 50, 0.9, 7)

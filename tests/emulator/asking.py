@@ -18,7 +18,7 @@ import httpx
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.detokenising import Detokeniser
+from edge_runtime.decoding.detokenizer import Detokeniser
 
 PROMPTS = (
     "class Connection:\n    def __init__(self, host, port",

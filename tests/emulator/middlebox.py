@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from edge_runtime.listening import Listening, Server
+from edge_runtime.common.http_server import Listening, Server
 
 # Headers that a body cannot be understood without; the rest is the box's own.
 PASSED_ON = (b"content-type", b"accept", b"retry-after")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.model.packing import Piece
-from cloud_verifier.model.pool import Pool, Text
+from cloud_verifier.model.batch import Piece
+from cloud_verifier.model.kv_cache import Pool, Text
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.model.tree import Tree
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.contract.errors import TargetError
+from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.sampling import Sampling
 from tests.models import VOCABULARY_SIZE, save_target
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]

@@ -10,7 +10,7 @@ import torch
 
 from cloud_verifier.model import sampling as torch_form
 from cloud_verifier.model.sampling import Choice, Choices, Warping, uniforms
-from edge_runtime.contract.coupling import Chooser, Sampling, candidates
+from edge_runtime.protocol.sampling import Chooser, Sampling, candidates
 
 LOGITS = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 500)).astype(np.float32) * 3)
 PLACES = [7, 8, 1000, 2**31 - 1]

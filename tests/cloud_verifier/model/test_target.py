@@ -14,10 +14,10 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.model.pool import Pool, Text
+from cloud_verifier.model.kv_cache import Pool, Text
 from cloud_verifier.model.target import Target
 from cloud_verifier.model.tree import Tree
-from edge_runtime.contract.errors import TargetError
+from edge_runtime.protocol.errors import TargetError
 from tests.models import VOCABULARY_SIZE, save_target
 
 

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
-from edge_runtime.planning.budget import Budget
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.energy_budget import Budget
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Surroundings
-from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS
-from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.simulation.recorded_texts import Text, read_texts
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import World, make_world
 from tests.edge_runtime.planning.rounds import conditions, make_outcome, outcomes
 
 ACCEPTANCE = {"T=0": 0.58, "T=0.7": 0.56, "T=1": 0.547}
-TRACES = Path(__file__).parents[3] / "export" / "family" / "acceptance.npz"
+TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 WHOLE = Plan(0, 1 << 20)
 
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
-from edge_runtime.planning.budget import Budget
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.energy_budget import Budget
+from edge_runtime.planning.factory import NAMES, make_planner
 from edge_runtime.planning.learned import (
     CORRECTIONS,
     MODEL,
@@ -29,13 +30,12 @@ from edge_runtime.planning.learned import (
 )
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.policies import NAMES, make_planner
-from edge_runtime.planning.tables import LONGEST, MOST_SIBLINGS
-from edge_runtime.simulation.acceptance import Text, read_texts
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.simulation.recorded_texts import Text, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world
 
-TRACES = Path(__file__).parents[3] / "export" / "family" / "acceptance.npz"
+TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 LATENCY = PRESETS["latency"]
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.contract.errors import InputError
 from edge_runtime.planning.objective import PRESETS, Objective, parse_objective
+from edge_runtime.protocol.errors import InputError
 
 
 def test_presets_are_known_by_name() -> None:

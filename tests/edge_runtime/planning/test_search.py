@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.planning.acceptance_table import BINS, LONGEST, STAGES, THRESHOLDS, Floats, Stage, Table
 from edge_runtime.planning.search import AHEAD, Prices, best_draft
-from edge_runtime.planning.tables import BINS, LONGEST, STAGES, THRESHOLDS, Floats, Stage, Table
 
 # A step costs 10 ms, a round 70 ms with one node's forward, and each further node 0.5 ms.
 PRICES = Prices(

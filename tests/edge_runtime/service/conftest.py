@@ -14,17 +14,17 @@ import openai
 import pytest
 import torch
 
-from cloud_verifier.doors import service as cloud
-from cloud_verifier.doors.server import Server as Verifier
+from cloud_verifier.api import app as cloud
+from cloud_verifier.api.server import Server as Verifier
 from cloud_verifier.model.target import Target
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.listening import Listening, Server
+from edge_runtime.common.http_server import Listening, Server
+from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings
 from edge_runtime.service.app import Service
-from edge_runtime.service.board import Board, Limits
-from edge_runtime.service.chat import Chat, read_chat
-from edge_runtime.verifier_client import VerifierClient
-from tests.cloud_verifier.talker import running
+from edge_runtime.service.chat_template import Chat, read_chat
+from edge_runtime.service.state import Board, Limits
+from edge_runtime.verifier.client import VerifierClient
+from tests.cloud_verifier.protocol_client import running
 from tests.conftest import FAMILY
 
 BUNDLE = FAMILY / "bundle"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cloud_verifier.model.target import Target
-from edge_runtime.draft import OnnxDraft
+from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.snapshot import Prober
 from edge_runtime.probes.tcp import ByteMeter

@@ -13,8 +13,9 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from cloud_verifier.model.target import Target
-from edge_runtime import alone, listening
-from edge_runtime.draft import OnnxDraft
+from edge_runtime.common import http_server
+from edge_runtime.decoding import offline
+from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service import dashboard
 from tests.edge_runtime.service.browser import Tab, chromium
 from tests.edge_runtime.service.conftest import board_process, both
@@ -216,8 +217,8 @@ def test_a_board_that_goes_and_comes_back(browser: Any, verifier: str) -> None:
 def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
     browser: Any, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alone, "BREATH_SECONDS", 0.1)
-    monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(both(target, draft, on_link_loss="draft")) as pair,

@@ -13,13 +13,13 @@ import openai
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime import listening
-from edge_runtime.contract.errors import DraftError
-from edge_runtime.draft import DraftContext, OnnxDraft
-from edge_runtime.memory.recall import Memory
+from edge_runtime.common import http_server
+from edge_runtime.draft.model import DraftContext, OnnxDraft
+from edge_runtime.ngram_cache.lookup import Memory
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.service.board import Limits
-from edge_runtime.service.chat import read_chat
+from edge_runtime.protocol.errors import DraftError
+from edge_runtime.service.chat_template import read_chat
+from edge_runtime.service.state import Limits
 from tests.edge_runtime.service.conftest import Both, both, bundle_with
 
 PROMPT = "def read_config(path):\n"
@@ -29,7 +29,7 @@ LONG = {"model": "", "prompt": PROMPT, "max_tokens": 1000, "temperature": 0, "ex
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that are kept alive are not waited for."""
-    monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -12,9 +12,10 @@ import openai
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime import alone, listening
-from edge_runtime.draft import OnnxDraft
-from edge_runtime.service import app, events
+from edge_runtime.common import http_server
+from edge_runtime.decoding import offline
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.service import app, sse
 from tests.edge_runtime.service.conftest import Both, both
 from tests.edge_runtime.service.test_faults import until
 
@@ -25,7 +26,7 @@ ORDER: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that are kept alive are not waited for."""
-    monkeypatch.setattr(listening, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 async def target_text(pair: Both) -> str:
@@ -79,7 +80,7 @@ class Page:
 async def test_unverified_text_is_marked_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alone, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
     async with both(target, draft) as pair:
         wanted = await target_text(pair)
         page, steps = Page(), iter([pair.cloud.stop, pair.cloud.start])
@@ -151,7 +152,7 @@ async def test_a_stop_string_in_unverified_text_ends_it(target: Target, draft: O
 
 async def test_waiting_says_that_it_waits(target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "FIRST_SECONDS", 0.3)
-    monkeypatch.setattr(events, "WAITING_SECONDS", 0.3)
+    monkeypatch.setattr(sse, "WAITING_SECONDS", 0.3)
     async with both(target, draft) as pair:
         wanted = await target_text(pair)
         await pair.cloud.stop()

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.service.refusals import Refusal
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.errors import Refusal
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,

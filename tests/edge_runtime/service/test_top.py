@@ -18,10 +18,10 @@ import openai
 import pytest
 from rich.console import Console
 
-from edge_runtime import cli
-from edge_runtime.service.news import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
-from edge_runtime.service.onlooker import MOST_TOKENS, Onlooker
-from edge_runtime.service.screen import curve, plain, screen
+from edge_runtime.cli import main
+from edge_runtime.cli.top_view import curve, plain, screen
+from edge_runtime.service.monitoring.dashboard_state import MOST_TOKENS, Onlooker
+from edge_runtime.service.monitoring.events import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
 from tests.edge_runtime.service.conftest import board_process
 
 PROMPT = "def read_config(path):\n"
@@ -134,7 +134,7 @@ def test_a_key(verifier: str, tmp_path: Path) -> None:
 def test_errors_are_a_sentence_and_an_exit_code(
     options: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["top", "--once", *options]) == code
+    assert main.main(["top", "--once", *options]) == code
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("edge-runtime: ")
@@ -143,7 +143,7 @@ def test_errors_are_a_sentence_and_an_exit_code(
 
 def test_a_key_never_travels_in_clear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "key").write_text("first-key\n")
-    assert cli.main(["top", "--url", "http://board.example:8400", "--api-key-file", str(tmp_path / "key")]) == 2
+    assert main.main(["top", "--url", "http://board.example:8400", "--api-key-file", str(tmp_path / "key")]) == 2
     assert "unencrypted" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation.links import (
     CONDUCTS,
     PRESETS,

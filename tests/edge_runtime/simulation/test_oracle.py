@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.acceptance import Text, read_texts
-from edge_runtime.simulation.clairvoyance import clairvoyant
+from edge_runtime.simulation.lower_bound import clairvoyant
 from edge_runtime.simulation.oracle import FIXED, Footprints, calibration, static_plans
+from edge_runtime.simulation.recorded_texts import Text, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import World
 from tests.conftest import FAMILY

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import UNNAMED, FixedPlanner, Plan
-from edge_runtime.simulation.acceptance import Text, read_texts, runs
 from edge_runtime.simulation.links import Part, Schedule
+from edge_runtime.simulation.recorded_texts import Text, read_texts, runs
 from edge_runtime.simulation.result import Result
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import ROUND_BYTES, World

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from edge_runtime.contract.errors import InputError
+from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, verifier
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from edge_runtime.planning.device import Device
+from edge_runtime.planning.device_model import Device
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.simulation.acceptance import BEHIND, NONE, Text
 from edge_runtime.simulation.links import Conduct, Steady
+from edge_runtime.simulation.recorded_texts import BEHIND, NONE, Text
 from edge_runtime.simulation.verifiers import SimulatedVerifier, VerifierCost
 from edge_runtime.simulation.world import World
 

@@ -101,7 +101,7 @@ def needs_a_draft_to_be_ready(board: Board) -> None:
 def starts(board: Board) -> None:
     machine = board.machine
     board.configure()
-    machine.edge("bundle", "install", f"{SOURCE}/export/family/bundle", "--store", STORE)
+    machine.edge("bundle", "install", f"{SOURCE}/export/example_family/bundle", "--store", STORE)
     assert "as it was" in machine.edge("service", "install", "--now", "--config", CONFIG).stdout
     # It is ready, so it can answer; that there is no verifier yet is another matter.
     assert httpx.get(f"{board.url}/readyz").status_code == 200
@@ -114,7 +114,7 @@ def starts(board: Board) -> None:
     assert int(re.search(r"Uid:\s+(\d+)", status)[1]) > 60000  # type: ignore[index]
     assert re.search(r"CapEff:\s+0+\n", status) and re.search(r"Seccomp:\s+2", status)
 
-    target = f"{SOURCE}/export/family/target-v1"
+    target = f"{SOURCE}/export/example_family/target-v1"
     arguments = ["--", "--port", str(board.verifier_port), "--threads", "1"]
     machine.cloud("service", "install", "--now", target, *arguments)
     assert httpx.get(f"http://127.0.0.1:{board.verifier_port}/readyz").status_code == 200

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier import cli as cloud
-from edge_runtime import cli as edge
-from edge_runtime.contract.errors import InputError
-from edge_runtime.systemd.command import EDGE
+from cloud_verifier.cli.main import UNIT, main
+from edge_runtime.cli import main as edge
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.systemd.actions import EDGE
 from edge_runtime.systemd.units import RUNNING, Kind, check_paths, quoted, unit_text
 
-KINDS = [EDGE, cloud.UNIT]
+KINDS = [EDGE, UNIT]
 # Where an interpreter is not in an image for this test, any program will do.
 PYTHON = Path("/bin/true")
 
@@ -111,7 +111,7 @@ def test_into_an_image_and_out_again(root: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_verifier_into_an_image(root: Path) -> None:
     arguments = ["--root", str(root), "--name", "flexspec-v2.service", "/srv/target-v2"]
-    assert cloud.main(["service", "install", *arguments, "--", "--device", "cuda"]) == 0
+    assert main(["service", "install", *arguments, "--", "--device", "cuda"]) == 0
     text = (root / "etc/systemd/system/flexspec-v2.service").read_text()
     assert f"ExecStart={sys.executable} -m cloud_verifier.cli serve /srv/target-v2 --device cuda\n" in text
 

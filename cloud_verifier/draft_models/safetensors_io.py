@@ -1,0 +1,78 @@
+"""Safetensors checkpoints in the Hugging Face layout: one file, or shards and an index."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from edge_runtime.protocol.errors import TargetError
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Below the 16 MB that many hosts and proxies allow one file.
+SHARD_SIZE = "15MB"
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Which file of a checkpoint holds each tensor.
+
+    Raises:
+        TargetError: there is no safetensors checkpoint here, or one of its files cannot be read.
+    """
+    index = directory / INDEX
+    try:
+        if index.is_file():
+            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), directory / SINGLE_FILE)
+    except FileNotFoundError:
+        raise TargetError(f"no safetensors checkpoint in {directory}: expected {SINGLE_FILE} or {INDEX}") from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise TargetError(f"the checkpoint in {directory} is damaged ({error}): copy it again") from None
+
+
+def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Reads only the named tensors, as they are stored, on the CPU.
+
+    Raises:
+        TargetError: the checkpoint lacks one of them or cannot be read.
+    """
+    files = tensor_files(directory)
+    wanted: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        if name not in files:
+            raise TargetError(f"{directory} has no tensor {name!r}: it is not the kind of target that is expected")
+        wanted[files[name]].append(name)
+    tensors = {}
+    for path, inside in wanted.items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in inside})
+        except (FileNotFoundError, SafetensorError) as error:
+            raise TargetError(f"{path} cannot be read ({error}): copy the checkpoint again") from None
+    return tensors
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """Saves weights as bfloat16 shards, configuration and generation settings; `model` becomes bfloat16.
+
+    The configuration is written so that transformers 4 and 5, and tools that know neither, read the same model:
+    release 5 nests the rotary base and renames the dtype.
+    """
+    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        # A plain rotary embedding is fully described by its base; anything else keeps its description.
+        if rope.get("rope_type", "default") == "default":
+            del config["rope_parameters"]
+    config["torch_dtype"] = config["dtype"] = "bfloat16"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from edge_runtime.protocol.errors import InputError
+
+
+@contextlib.contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `output` at the end; where the block raises, nothing is left.
+
+    It is a hidden neighbour of `output`, so that renaming it is one step. What a killed run left there is removed.
+
+    Raises:
+        InputError: `output` exists, another process is making it, or the disk takes no more.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists already; remove it or choose another --output")
+    work = output.with_name(f".{output.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        # The kernel drops the lock with the process, however that ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(f"another process is making {output}; wait for it or choose another --output") from None
+    try:
+        _empty(work)
+        yield work
+        work.rename(output)
+    except (OSError, SafetensorError) as error:
+        # Who writes through a library hears "n requested and m written", not that the disk is full.
+        free = f"{shutil.disk_usage(work).free / 1e6:.0f} MB are free there"
+        raise InputError(
+            f"cannot make {output}: {error} ({free}); nothing was left: see to it and try again"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,83 @@
+"""The tokenizer of the example family: byte-level BPE, saved as an ordinary Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from edge_runtime.protocol.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+END_OF_TEXT_ID = 0
+PADDING_ID = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+    """Learns a vocabulary of exactly `size` tokens, special ones included.
+
+    Digits are split off one by one: numbers then need no tokens of their own, which a small vocabulary cannot spare.
+
+    Raises:
+        InputError: the texts hold too few distinct pairs to fill the vocabulary.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != size:
+        raise InputError(
+            f"the texts fill only {tokenizer.get_vocab_size()} of {size} vocabulary entries: "
+            "give more text or ask for a smaller vocabulary"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, context: int) -> None:
+    """Writes `tokenizer` so that AutoTokenizer and the bare `tokenizers` library both read it.
+
+    The files are written here, not by transformers: release 5 names a tokenizer class that release 4 cannot load.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "unk_token": END_OF_TEXT,
+    }
+    config = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Reads the tokenizer at `directory`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}: run `draft-export family --stage corpus` first")
+    return Tokenizer.from_file(str(path))

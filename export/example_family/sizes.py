@@ -1,0 +1,84 @@
+"""How big a run of the recipe is: the real one, and one small enough for a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.draft.base_target import Shape
+from export.draft.samples import SamplePlan
+from export.draft.training import Plan
+
+
+@dataclass(frozen=True)
+class Size:
+    """Everything that differs between a trial run and the real one.
+
+    Attributes:
+        corpus_bytes: most text by domain name, None for all of it.
+        tokenizer_bytes: text that the vocabulary is learnt from.
+        evolve, tune: of a LoRA, and of the version whose blocks `tuned_blocks` learn on in full.
+        rank: of a LoRA; those that the draft learns from have twice as much.
+        spared_blocks: how many of the last blocks the next versions leave as they are.
+        distill, control, settle: of the draft, of those to compare it with, and of one that goes on with few bits.
+        new_blocks, shared_blocks: of the anchor draft. Without a shared block it shares norm, head and embedding.
+        siblings, strength: of a control: perturbed targets to learn from; see `export.draft.teachers`.
+        windows: of held-out text, per domain, on which agreement is measured.
+        evaluated: texts of the evaluation over all domains, tokens of each that are read, and that are judged.
+        parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
+    """
+
+    shape: Shape
+    corpus_bytes: dict[str, float | None]
+    tokenizer_bytes: int
+    target: Plan
+    evolve: Plan
+    tune: Plan
+    tuned_blocks: tuple[int, ...]
+    rank: int
+    distill: Plan
+    settle: Plan
+    control: Plan
+    samples: SamplePlan
+    new_blocks: int = 3
+    shared_blocks: int = 0
+    spared_blocks: int = 1
+    siblings: int = 2
+    strength: float = 0.1
+    windows: int = 128
+    evaluated: tuple[int, int, int] = (96, 64, 128)
+    parity_tokens: int = 2000
+
+
+SIZES = {
+    "smoke": Size(
+        shape=Shape(512, 64, 4, 128, heads=2, kv_heads=1, head_dim=32, context=128),
+        corpus_bytes={"python": 1_500_000, "cpp": 500_000, "stubs": 400_000},
+        tokenizer_bytes=400_000,
+        target=Plan(40, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        evolve=Plan(10, 1e-3, 8, 64, warm_up=2),
+        tune=Plan(10, 5e-4, 8, 64, warm_up=2),
+        tuned_blocks=(1,),
+        rank=4,
+        distill=Plan(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        settle=Plan(5, 3e-4, 8, 64, warm_up=1),
+        control=Plan(10, 3e-3, 8, 64, warm_up=5),
+        samples=SamplePlan(1, 16, prompt=16, length=64),
+        windows=8,
+        evaluated=(4, 16, 32),
+        parity_tokens=100,
+    ),
+    "full": Size(
+        shape=Shape(8192, 384, 8, 960, heads=6, kv_heads=2, head_dim=64, context=2048),
+        corpus_bytes={"python": None, "cpp": None, "stubs": None},
+        tokenizer_bytes=40_000_000,
+        target=Plan(6000, 1.5e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200),
+        evolve=Plan(600, 1e-3, 96, 512, warm_up=50, weight_decay=0.0),
+        tune=Plan(800, 3e-4, 96, 512, warm_up=50),
+        tuned_blocks=(4,),
+        rank=8,
+        distill=Plan(7200, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        settle=Plan(400, 3e-4, 96, 512, long_length=2048, long_share=0.5, warm_up=20),
+        control=Plan(2400, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        samples=SamplePlan(2, 1024, prompt=64, length=512),
+    ),
+}

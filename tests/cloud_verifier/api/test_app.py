@@ -1,0 +1,496 @@
+"""The protocol over real HTTP: sessions, rounds, streams, evictions, and every refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.server import Server
+from cloud_verifier.model.target import Target
+from edge_runtime.common.http_server import Listening
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.messages import (
+    JSON,
+    MSGPACK,
+    VERSION,
+    ErrorCode,
+    Frame,
+    FrameSplitter,
+    ModelList,
+    OpenReply,
+    RoundRequest,
+)
+from edge_runtime.protocol.sampling import Sampling
+from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.protocol_client import PROMPT, Session, Talker, opening, refusal_of, running
+from tests.conftest import serving
+
+ENDLESS = Sampling(ignore_eos=True)
+
+
+def test_open_rounds_delete(talker: Talker, tiny: Target, alone: Alone) -> None:
+    truth = alone(PROMPT, 12)
+    session = talker.open(n=2)
+    assert session.reply.version == tiny.version
+    assert session.reply.context == tiny.context
+    assert session.frame.tokens == truth[:2]
+
+    frame = session.play(draft=[*truth[2:4], 299], n=3)
+    assert (frame.round, frame.accepted, frame.tokens) == (1, 2, truth[4:7])
+    assert (frame.finish, frame.more) == ("", False)
+    assert frame.forward_100us > 0
+
+    assert session.play(draft=truth[7:10]).accepted == 3
+    assert session.ids == PROMPT + truth[:11]
+
+    assert talker.http.delete(f"/v1/sessions/{session.id}").status_code == 204
+    assert talker.http.delete(f"/v1/sessions/{session.id}").status_code == 204
+    refusal = talker.refused(talker.post(session.path, session.next()), 404, ErrorCode.SESSION_LOST)
+    assert "open one with all ids so far" in refusal.message
+
+
+def test_a_lost_session_goes_on_in_another(talker: Talker, alone: Alone) -> None:
+    sampling = Sampling(0.9, top_p=0.95, seed=5)
+    first = talker.open(sampling=sampling, n=5)
+    talker.http.delete(f"/v1/sessions/{first.id}")
+    second = talker.open(first.ids, sampling, n=5)
+    assert second.ids == PROMPT + alone(PROMPT, 10, sampling)
+
+
+def test_models(talker: Talker, tiny: Target) -> None:
+    listed = talker.told(talker.http.get("/v1/models"), ModelList)
+    assert listed.object == "list"
+    [model] = listed.data
+    assert (model.id, model.version, model.object) == (tiny.name, tiny.version, "model")
+    assert (model.vocabulary, model.vocabulary_size) == (tiny.vocabulary, tiny.vocabulary_size)
+    assert (model.context, model.max_draft, model.max_nodes) == (512, 32, messages.MOST_NODES - 1)
+
+
+def test_health_and_readiness(url: str) -> None:
+    assert httpx.get(f"{url}/healthz").text == "ok\n"
+    assert httpx.get(f"{url}/readyz").text == "ready\n"
+
+
+def test_models_are_listed_in_the_manner_of_openai(url: str) -> None:
+    listed = httpx.get(f"{url}/v1/models").json()
+    assert (listed["object"], listed["data"][0]["object"]) == ("list", "model")
+
+
+def test_a_browser_reads_json(url: str) -> None:
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["vocabulary_size"] == 300
+    assert httpx.get(f"{url}/nowhere").json()["code"] == "unknown_route"
+
+
+@pytest.mark.parametrize("accepts", [MSGPACK, JSON])
+def test_the_answer_is_in_the_encoding_asked_for(talker: Talker, accepts: str) -> None:
+    response = talker.http.post("/v1/sessions", content=b"", headers={"accept": accepts})
+    assert response.headers["content-type"] == accepts
+    assert refusal_of(response).code == (ErrorCode.MALFORMED if talker.media_type == JSON else ErrorCode.DAMAGED)
+
+
+BAD_ROUNDS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "draft outside the vocabulary": ({"draft": [5, 300]}, 400, ErrorCode.INVALID_TOKEN),
+    "sibling outside the vocabulary": ({"draft": [5], "siblings": {0: [300]}}, 400, ErrorCode.INVALID_TOKEN),
+    "too many draft tokens": ({"draft": [5] * 33}, 400, ErrorCode.DRAFT_TOO_LONG),
+    "too many siblings": ({"draft": [5] * 32, "siblings": {0: list(range(40))}}, 400, ErrorCode.DRAFT_TOO_LONG),
+    "too many tokens of its own": ({"n": 513}, 400, ErrorCode.DRAFT_TOO_LONG),
+    "siblings of nobody": ({"draft": [5], "siblings": {1: [6]}}, 400, ErrorCode.MALFORMED),
+    "siblings without a draft": ({"siblings": {0: [6]}}, 400, ErrorCode.MALFORMED),
+    "too far": ({"position": 99}, 409, ErrorCode.WRONG_POSITION),
+    "too early": ({"position": 0}, 409, ErrorCode.WRONG_POSITION),
+    "another first round": ({"round": 0, "position": 4, "n": 9}, 409, ErrorCode.ROUND_CONFLICT),
+    "a skipped round": ({"round": 2}, 409, ErrorCode.ROUND_OUT_OF_ORDER),
+    "another protocol": ({"v": 2}, 400, ErrorCode.UNSUPPORTED_VERSION),
+}
+
+
+@pytest.mark.parametrize(("changes", "status", "code"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())
+def test_a_refused_round_changes_nothing(
+    talker: Talker, alone: Alone, changes: dict[str, Any], status: int, code: str
+) -> None:
+    session = talker.open(n=2)
+    refusal = talker.refused(talker.post(session.path, session.next(**changes)), status, code)
+    match code:
+        case ErrorCode.WRONG_POSITION:
+            assert refusal.detail == {"expected": len(session.ids)}
+        case ErrorCode.ROUND_OUT_OF_ORDER:
+            assert refusal.detail == {"expected": 1}
+        case ErrorCode.DRAFT_TOO_LONG:
+            assert refusal.detail["limit"] in (32, messages.MOST_NODES - 1, 512)
+    session.play(draft=[5], n=3)
+    assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"nonsense", b"[]", b"{}", b"\x93\x01\x01"], ids=repr)
+def test_a_body_that_is_no_round_changes_nothing(talker: Talker, alone: Alone, body: bytes) -> None:
+    session = talker.open(n=2)
+    if talker.media_type != JSON:
+        talker.refused(talker.post(session.path, body), 400, ErrorCode.DAMAGED)
+        body = messages.sealed(body, session.id)
+    talker.refused(talker.post(session.path, body), 400, ErrorCode.MALFORMED)
+    session.play(n=3)
+    assert session.ids == PROMPT + alone(PROMPT, 5)
+
+
+BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
+    "unknown model": ({"model": "gpt-5"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
+    "older version": ({"model": "tiny@000000000000"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
+    "other vocabulary": ({"vocabulary": "0123456789abcdef"}, 409, ErrorCode.VOCABULARY_MISMATCH, {}),
+    "other tensors": ({"identity": "anchor/1/0123456789abcdef"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
+    "no layout": ({"identity": "nonsense"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
+    "no blocks": ({"identity": "anchor//x"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
+    "odd blocks": ({"identity": "anchor/²/x"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
+    "many blocks": ({"identity": "anchor/" + "9" * 5000}, 409, ErrorCode.DRAFT_MISMATCH, {}),
+    "prompt outside the vocabulary": ({"prompt": [300]}, 400, ErrorCode.INVALID_TOKEN, {}),
+    "prompt as long as the context": ({"prompt": [5] * 512}, 413, ErrorCode.CONTEXT_OVERFLOW, {"limit": 511}),
+    "empty prompt": ({"prompt": []}, 400, ErrorCode.MALFORMED, {}),
+    "not the first round": ({"round": 1}, 409, ErrorCode.ROUND_OUT_OF_ORDER, {"expected": 0}),
+    "not where the prompt ends": ({"position": 5}, 409, ErrorCode.WRONG_POSITION, {"expected": 4}),
+    "draft outside the vocabulary": ({"draft": [300]}, 400, ErrorCode.INVALID_TOKEN, {}),
+    "draft too long": ({"draft": [1] * 33}, 400, ErrorCode.DRAFT_TOO_LONG, {"limit": 32}),
+    "short key": ({"key": "short"}, 400, ErrorCode.MALFORMED, {}),
+    "another protocol": ({"v": 2}, 400, ErrorCode.UNSUPPORTED_VERSION, {}),
+}
+
+
+@pytest.mark.parametrize(("changes", "status", "code", "detail"), BAD_OPENINGS.values(), ids=BAD_OPENINGS.keys())
+def test_a_refused_opening(
+    talker: Talker, tiny: Target, changes: dict[str, Any], status: int, code: str, detail: dict[str, Any]
+) -> None:
+    refusal = talker.refused(talker.post("/v1/sessions", opening(**changes)), status, code)
+    assert refusal.detail == ({"available": [tiny.version]} if "available" in detail else detail)
+
+
+@pytest.mark.parametrize("field", ["model", "vocabulary", "identity"])
+def test_an_opening_that_matches_exactly(talker: Talker, tiny: Target, field: str) -> None:
+    right = {"model": tiny.version, "vocabulary": tiny.vocabulary, "identity": tiny.shared_identity("anchor", 1)}
+    assert talker.open(**{field: right[field]}).reply.version == tiny.version
+    assert talker.open(model=tiny.name, identity=tiny.shared_identity("standalone", 0)).reply.version == tiny.version
+
+
+def test_bad_sampling_has_its_own_code(talker: Talker) -> None:
+    body = msgspec.json.encode(msgspec.to_builtins(opening()) | {"sampling": {"temperature": -1}})
+    response = talker.http.post("/v1/sessions", content=body, headers={"content-type": JSON})
+    assert (response.status_code, refusal_of(response).code) == (400, ErrorCode.INVALID_SAMPLING)
+
+
+def test_a_message_of_another_version_with_other_fields_is_told_so(talker: Talker) -> None:
+    later = msgspec.to_builtins(opening(), str_keys=True) | {"v": 2, "colour": "blue"}
+    body = msgspec.json.encode(later)
+    if talker.media_type != JSON:
+        body = messages.sealed(msgspec.msgpack.encode([2, *range(12)]))
+    talker.refused(talker.post("/v1/sessions", body), 400, ErrorCode.UNSUPPORTED_VERSION)
+
+
+def test_a_long_prompt_that_fits(talker: Talker, alone: Alone) -> None:
+    prompt = [(7 * index) % 299 + 1 for index in range(505)]
+    session = talker.open(prompt, ENDLESS, n=3)
+    assert session.ids == prompt + alone(prompt, 3, ENDLESS)
+
+
+def test_a_body_over_the_limit(talker: Talker) -> None:
+    response = talker.post("/v1/sessions", opening([299] * 600_000))
+    assert talker.refused(response, 413, ErrorCode.TOO_LARGE).detail == {"limit": 1 << 20}
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
+async def test_a_board_that_sends_ten_megabytes_reads_the_refusal(tiny: Target, http2: bool) -> None:
+    """Answering while the other side still writes resets its connection, or starves its stream of window."""
+    async with (
+        serving(tiny) as server,
+        httpx.AsyncClient(base_url=server.url, http1=not http2, http2=http2, timeout=2) as client,
+    ):
+        response = await client.post("/v1/sessions", content=bytes(10_000_000), headers={"content-type": MSGPACK})
+        assert (response.status_code, refusal_of(response).code) == (413, ErrorCode.TOO_LARGE)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/sessions/a/b/c", 404),
+        ("GET", "/v1/sessions", 405),
+        ("PUT", "/v1/sessions/a/rounds", 405),
+        ("POST", "/healthz", 405),
+        ("BREW", "/v1/models", 405),
+        pytest.param("POST", "/v1/sessions/", 404),
+    ],
+)
+def test_unknown_routes_and_methods(talker: Talker, method: str, path: str, status: int) -> None:
+    refusal = talker.refused(talker.http.request(method, path), status, ErrorCode.UNKNOWN_ROUTE)
+    assert f"{method} {path}" in refusal.message
+
+
+def test_a_replayed_round_gets_the_recorded_answer(talker: Talker, alone: Alone) -> None:
+    session = talker.open(n=2)
+    request = session.next(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
+    once, again = (talker.told(talker.post(session.path, request), Frame) for _ in range(2))
+    assert once == again
+    streamed = talker.post(session.path, session.next(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2, stream=True))
+    assert streamed.status_code == 200
+    session.play(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
+    session.play(n=4)
+    assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
+    stale = RoundRequest(VERSION, 1, len(PROMPT) + 2, [1, 2, 3], 2, {0: [7, 9]})
+    refusal = talker.refused(talker.post(session.path, stale), 409, ErrorCode.ROUND_OUT_OF_ORDER)
+    assert refusal.detail == {"expected": 3}
+
+
+@pytest.mark.parametrize("change", [{"n": 3}, {"draft": [1]}, {"siblings": {0: [8]}}], ids=str)
+def test_the_same_round_with_other_contents_is_a_conflict(talker: Talker, change: dict[str, Any]) -> None:
+    session = talker.open()
+    contents = {"draft": [1, 2], "siblings": {0: [7]}, "n": 2}
+    request = session.next(**contents)
+    recorded = talker.told(talker.post(session.path, request), Frame)
+    other = talker.post(session.path, session.next(**contents | change))
+    talker.refused(other, 409, ErrorCode.ROUND_CONFLICT)
+    assert talker.told(talker.post(session.path, request), Frame) == recorded
+
+
+def test_the_same_key_opens_the_same_session(talker: Talker) -> None:
+    request = opening(n=3)
+    once, again = (talker.told(talker.post("/v1/sessions", request), OpenReply) for _ in range(2))
+    assert once == again
+    session = Session(talker, once, request)
+    session.play()
+    refusal = talker.refused(talker.post("/v1/sessions", request), 409, ErrorCode.ROUND_OUT_OF_ORDER)
+    assert refusal.detail == {"expected": 2}
+    session.play()
+
+
+def test_a_key_that_is_taken_by_another_prompt_does_not_get_its_text(talker: Talker) -> None:
+    request = opening([10, 20, 30, 40])
+    talker.told(talker.post("/v1/sessions", request), OpenReply)
+    other = opening([40, 30, 20, 10], key=request.key)
+    assert talker.post("/v1/sessions", other).status_code == 409
+
+
+def test_a_key_may_be_used_again_once_its_session_is_closed(talker: Talker) -> None:
+    request = opening()
+    first = talker.told(talker.post("/v1/sessions", request), OpenReply)
+    talker.http.delete(f"/v1/sessions/{first.session}")
+    second = talker.told(talker.post("/v1/sessions", request), OpenReply)
+    assert second.session != first.session
+    assert second.first.tokens == first.first.tokens
+
+
+def text_with_an_end(alone: Alone) -> tuple[Sampling, list[int]]:
+    """A sampling whose text ends soon, but not at once."""
+    for seed in range(1000):
+        sampling = Sampling(2.0, seed=seed)
+        text = alone(PROMPT, 12, sampling)
+        if 3 < len(text) < 12:
+            return sampling, text
+    raise AssertionError("no seed ends early")
+
+
+def test_the_text_ends_where_the_target_says(talker: Talker, alone: Alone) -> None:
+    sampling, text = text_with_an_end(alone)
+    session = talker.open(sampling=sampling, n=512)
+    assert session.frame.finish == "stop"
+    assert session.ids == PROMPT + text
+    refusal = talker.refused(talker.post(session.path, session.next()), 409, ErrorCode.SESSION_FINISHED)
+    assert "stop" in refusal.message
+
+    drafted = talker.open(sampling=sampling)
+    assert drafted.play(draft=[*text[1:], 5, 6]).finish == "stop"
+    assert drafted.ids == PROMPT + text
+
+    going_on = talker.open(sampling=Sampling(2.0, seed=sampling.seed, ignore_eos=True), n=12)
+    assert going_on.frame.finish == ""
+    assert going_on.ids[: len(session.ids)] == session.ids
+
+
+@pytest.mark.parametrize("draft", [0, 3, 32])
+def test_a_full_context_ends_the_text(talker: Talker, alone: Alone, draft: int) -> None:
+    prompt = [(11 * index) % 299 + 1 for index in range(500)]
+    truth = alone(prompt, 60, ENDLESS)
+    session = talker.open(prompt, ENDLESS)
+    while not session.frame.finish:
+        known = len(session.ids) - len(prompt)
+        session.play(draft=truth[known : known + draft], n=2)
+    assert session.frame.finish == "length"
+    assert len(session.ids) == 512
+    assert session.ids == prompt + truth[:12]
+    talker.refused(talker.post(session.path, session.next()), 409, ErrorCode.SESSION_FINISHED)
+
+
+def test_a_sibling_whose_bonus_no_longer_fits(talker: Talker, alone: Alone) -> None:
+    prompt = [(11 * index) % 299 + 1 for index in range(510)]
+    truth = alone(prompt, 3, ENDLESS)
+    session = talker.open(prompt, ENDLESS)
+    frame = session.play(draft=[], n=1)
+    assert (frame.finish, session.ids) == ("length", prompt + truth[:2])
+    other = talker.open(prompt[:509], ENDLESS)
+    truth = alone(prompt[:509], 3, ENDLESS)
+    wrong = (truth[1] + 1) % 300
+    frame = other.play(draft=[wrong], siblings={0: [truth[1]]})
+    assert (frame.finish, other.ids) == ("length", prompt[:509] + truth)
+
+
+@pytest.mark.parametrize("media_type", [MSGPACK, JSON])
+async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone: Alone, media_type: str) -> None:
+    truth = alone(PROMPT, 300, ENDLESS)
+    headers = {"content-type": media_type}
+    async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client:
+        opened = await client.post("/v1/sessions", content=messages.encode(opening(sampling=ENDLESS), media_type))
+        session = messages.decode(opened.content, OpenReply, media_type).session
+        path = f"/v1/sessions/{session}/rounds"
+        request = RoundRequest(VERSION, 1, 5, [truth[1], 299], n=250, stream=True)
+        splitter, frames = FrameSplitter(media_type), []
+        async with client.stream("POST", path, content=messages.encode(request, media_type, session)) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"] == messages.STREAMS[media_type]
+            async for piece in response.aiter_raw():
+                frames += [messages.decode(body, Frame, media_type, session) for body in splitter.feed(piece)]
+        assert not splitter.incomplete
+        assert len(frames) > 1
+        assert [frame.accepted for frame in frames] == [1] + [0] * (len(frames) - 1)
+        assert [frame.more for frame in frames] == [True] * (len(frames) - 1) + [False]
+        assert [token for frame in frames for token in frame.tokens] == truth[2:252]
+        assert [frame.forward_100us for frame in frames] == sorted(frame.forward_100us for frame in frames)
+        # Who does not draft for itself has a forward for each further token, and says so at the end.
+        assert [frame.further for frame in frames] == [0] * (len(frames) - 1) + [249]
+        # Cut off, the client may ask for the rest, or for all of it as one.
+        again = msgspec.structs.replace(request, stream=False)
+        whole = await client.post(path, content=messages.encode(again, media_type, session))
+        frame = messages.decode(whole.content, Frame, media_type, session)
+        assert (frame.accepted, frame.tokens, frame.more, frame.further) == (1, truth[2:252], False, 249)
+
+
+async def test_a_streamed_opening_begins_with_its_reply(tiny: Target, alone: Alone) -> None:
+    async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url) as client:
+        request = messages.encode(opening(sampling=ENDLESS, n=60, stream=True), MSGPACK)
+        response = await client.post("/v1/sessions", content=request, headers={"content-type": MSGPACK})
+        first, *others = FrameSplitter(MSGPACK).feed(response.content)
+        reply = messages.decode(first, OpenReply, MSGPACK)
+        frames = [reply.first, *(messages.decode(body, Frame, MSGPACK, reply.session) for body in others)]
+        assert [token for frame in frames for token in frame.tokens] == alone(PROMPT, 60, ENDLESS)
+
+
+async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, alone: Alone) -> None:
+    async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+
+        async def answer(seed: int) -> list[int]:
+            request = opening([5, seed + 1], Sampling(1.0, seed=seed, ignore_eos=True), n=20)
+            body = messages.encode(request, MSGPACK)
+            response = await client.post("/v1/sessions", content=body, headers={"content-type": MSGPACK})
+            return messages.decode(response.content, OpenReply, MSGPACK).first.tokens
+
+        answers = await asyncio.gather(*map(answer, range(12)))
+    assert answers == [alone([5, seed + 1], 20, Sampling(1.0, seed=seed, ignore_eos=True)) for seed in range(12)]
+
+
+def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) -> None:
+    with running(tiny, Limits(max_sessions=2)) as url, Talker(url) as talker:
+        first, second = talker.open(), talker.open([9, 9])
+        first.play()
+        third = talker.open([8, 8])
+        talker.refused(talker.post(second.path, second.next()), 404, ErrorCode.SESSION_LOST)
+        first.play()
+        assert first.ids == PROMPT + alone(PROMPT, 3)
+        assert third.play().load == 100
+
+
+def test_tokens_are_bounded_too(tiny: Target) -> None:
+    with running(tiny, Limits(max_tokens=300)) as url, Talker(url) as talker:
+        first, second = talker.open([1] * 150), talker.open([2] * 150)
+        talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
+        second.play()
+
+
+def test_idle_sessions_are_evicted(tiny: Target) -> None:
+    with running(tiny, Limits(idle_seconds=0.0)) as url, Talker(url) as talker:
+        first = talker.open()
+        talker.open()
+        talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
+
+
+def test_a_session_does_not_evict_itself(tiny: Target) -> None:
+    with running(tiny, Limits(max_tokens=100)) as url, Talker(url) as talker:
+        talker.http.timeout = 1
+        session = talker.open([5] * 60, ENDLESS)
+        response = talker.post(session.path, session.next(n=50))
+        assert response.status_code == 200 or refusal_of(response).code == ErrorCode.OVERLOADED
+
+
+def test_a_prompt_that_can_never_fit_evicts_nobody(tiny: Target) -> None:
+    with running(tiny, Limits(max_tokens=100)) as url, Talker(url) as talker:
+        session = talker.open()
+        assert talker.post("/v1/sessions", opening([5] * 200)).status_code in (413, 503)
+        session.play()
+
+
+async def test_a_full_house_of_busy_sessions_is_overloaded(tiny: Target) -> None:
+    headers = {"content-type": MSGPACK}
+    async with (
+        serving(tiny, Limits(max_sessions=1)) as server,
+        httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client,
+    ):
+        busy = messages.encode(opening(sampling=ENDLESS, n=500, stream=True), MSGPACK)
+        async with client.stream("POST", "/v1/sessions", content=busy) as response:
+            pieces = response.aiter_raw()
+            await anext(pieces)
+            refused = await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))
+            assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
+            assert refused.headers["retry-after"] == "1"
+            async for _ in pieces:
+                pass
+        assert (await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))).status_code == 200
+
+
+async def test_a_session_closed_in_mid_round_stops_there(tiny: Target) -> None:
+    headers = {"content-type": MSGPACK}
+    async with (
+        serving(tiny) as server,
+        httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client,
+    ):
+        splitter, bodies = FrameSplitter(MSGPACK), []
+        request = messages.encode(opening(sampling=ENDLESS, n=500, stream=True), MSGPACK)
+        async with client.stream("POST", "/v1/sessions", content=request) as response:
+            async for piece in response.aiter_raw():
+                bodies += list(splitter.feed(piece))
+                if len(bodies) == 1:
+                    session = messages.decode(bodies[0], OpenReply, MSGPACK).session
+                    assert (await client.delete(f"/v1/sessions/{session}")).status_code == 204
+        # The last frame promises more, which is how a client knows that the round is not whole.
+        last = messages.decode(bodies[-1], Frame, MSGPACK, session) if len(bodies) > 1 else None
+        assert last is None or last.more
+        assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_starting_while_the_target_loads(tiny: Target) -> None:
+    loaded = threading.Event()
+
+    def load() -> Target:
+        loaded.wait(20)
+        return tiny
+
+    server = Server(Service(load, Limits()), Listening(port=0))
+    await server.start()
+    try:
+        async with httpx.AsyncClient(base_url=server.url, headers={"content-type": MSGPACK}) as client:
+            for response in (
+                await client.get("/readyz"),
+                await client.get("/v1/models"),
+                await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK)),
+            ):
+                assert (response.status_code, refusal_of(response).code) == (503, ErrorCode.STARTING)
+                assert response.headers["retry-after"] == "1"
+            assert (await client.get("/healthz")).status_code == 200
+            loaded.set()
+            for _ in range(200):
+                if (await client.get("/readyz")).status_code == 200:
+                    break
+                await asyncio.sleep(0.01)
+            assert (await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))).status_code == 200
+    finally:
+        loaded.set()
+        await server.stop()

@@ -1,0 +1,277 @@
+"""Listening: both versions of HTTP, TLS, ports that are taken, and the command line around it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import torch
+
+from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.server import Server
+from cloud_verifier.cli import main
+from cloud_verifier.model.target import Target
+from edge_runtime.common.http_server import Listening
+from edge_runtime.protocol.errors import FlexSpecError, TargetError
+from edge_runtime.protocol.messages import ErrorCode
+from edge_runtime.protocol.sampling import Sampling
+from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.protocol_client import PROMPT, Talker, refusal_of, running
+from tests.conftest import serving
+
+
+def version_spoken(url: str, **options: object) -> str:
+    """Plays a session over one connection; says with which version of HTTP."""
+    with Talker(url, **options) as talker:
+        session = talker.open(n=3)
+        session.play(draft=[1, 2, 3])
+        response = talker.http.delete(f"/v1/sessions/{session.id}")
+        assert response.status_code == 204
+        return response.http_version
+
+
+def test_http1_and_http2_with_prior_knowledge(url: str) -> None:
+    assert version_spoken(url) == "HTTP/1.1"
+    assert version_spoken(url, http1=False, http2=True) == "HTTP/2"
+
+
+@pytest.mark.parametrize(("only", "http2"), [("1", False), ("2", True)])
+def test_one_version_only(tiny: Target, only: str, http2: bool) -> None:
+    with running(tiny, http=only) as url:
+        assert version_spoken(url, http1=not http2, http2=http2) == f"HTTP/{'2' if http2 else '1.1'}"
+        with pytest.raises(httpx.TransportError):
+            version_spoken(url, http1=http2, http2=not http2)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    paths = folder / "cert.pem", folder / "key.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+        "-subj /CN=verifier -addext subjectAltName=IP:127.0.0.1 "
+        f"-out {paths[0]} -keyout {paths[1]}"
+    )
+    try:
+        subprocess.run(command.split(), check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl here to make a certificate with")
+    return paths
+
+
+def test_tls_negotiates_http2(tiny: Target, certificate: tuple[Path, Path]) -> None:
+    trust = ssl.create_default_context(cafile=certificate[0])
+    with running(tiny, certificate=certificate[0], key=certificate[1]) as url:
+        assert url.startswith("https://")
+        assert version_spoken(url, verify=trust, http2=True) == "HTTP/2"
+        assert version_spoken(url, verify=trust) == "HTTP/1.1"
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+            version_spoken(url)
+
+
+@pytest.mark.parametrize("contents", [None, "no certificate"], ids=["missing", "malformed"])
+async def test_an_unusable_certificate_is_an_error_of_ours(tiny: Target, tmp_path: Path, contents: str | None) -> None:
+    pem = tmp_path / "cert.pem"
+    if contents:
+        pem.write_text(contents)
+    with pytest.raises(FlexSpecError, match=r"cert\.pem"):
+        await Server(Service(lambda: tiny, Limits()), Listening(port=0, certificate=pem, key=pem)).start()
+
+
+@contextlib.contextmanager
+def taken(listening: bool) -> Iterator[int]:
+    """A port that somebody else has bound, and perhaps listens on."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listening:
+            other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "listening",
+    [
+        pytest.param(True),
+        pytest.param(False),
+    ],
+)
+async def test_a_port_in_use_is_said_to_be(tiny: Target, listening: bool) -> None:
+    with taken(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
+        await Server(Service(lambda: tiny, Limits()), Listening(port=port)).start()
+
+
+async def test_a_stopped_server_frees_its_port(tiny: Target) -> None:
+    async with serving(tiny) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+    async with httpx.AsyncClient() as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"{server.url}/healthz")
+    async with serving(tiny, port=port) as again, httpx.AsyncClient() as client:
+        assert again.url == server.url
+        assert (await client.get(f"{again.url}/healthz")).status_code == 200
+
+
+async def test_a_target_that_does_not_load_is_told() -> None:
+    def load() -> Target:
+        raise TargetError("no such checkpoint")
+
+    server = Server(Service(load, Limits()), Listening(port=0))
+    await server.start()
+    try:
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            response = await client.get("/readyz")
+            refusal = refusal_of(response)
+            assert (response.status_code, refusal.code) == (500, ErrorCode.INTERNAL)
+            assert "no such checkpoint" in refusal.message
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\xff" * 500,
+        b"GET\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nshort",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(range(256)),
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\naccept: \xff\xfe\r\n\r\n",
+    ],
+    ids=["noise", "no request", "negative length", "bad chunk", "cut short", "bad http2", "bad header"],
+)
+def test_bytes_that_are_no_http_harm_nobody(url: str, garbage: bytes) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(garbage)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(4096):
+            assert b" 500 " not in piece
+    assert version_spoken(url) == "HTTP/1.1"
+
+
+def test_serve_announces_itself_and_ends_on_sigterm(tiny_path: Path, tiny: Target) -> None:
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline()
+            assert said.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
+            assert version_spoken(said.split()[-1]) == "HTTP/1.1"
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_serve_of_a_bad_directory_ends_with_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("cloud-verifier: no target at ")
+    assert "give the directory of a Hugging Face checkpoint" in err
+    assert "Traceback" not in err
+
+
+def test_a_certificate_without_its_key_is_refused(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", str(tiny_path), "--certificate", "cert.pem"]) == 2
+    assert "--certificate and --key go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
+def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: cloud-verifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve"], "give a TARGET to serve, or --registry DIR"),
+        (["serve", "x", "--exact"], "are for --device cuda"),
+        (["serve", "x", "--compile"], "are for --device cuda"),
+    ],
+    ids=["no target", "exact", "compile"],
+)
+def test_what_does_not_go_together_ends_with_a_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_asked_for_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", "x", "--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_generate_answers_jobs(
+    tiny_path: Path, tmp_path: Path, alone: Alone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"temperature": 0.8, "seed": 6, "ignore_eos": True}
+    jobs = tmp_path / "jobs"
+    lines = [{"ids": PROMPT, "max_new_tokens": 9}, {"ids": [5], "max_new_tokens": 4, "sampling": sampling}]
+    jobs.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
+    assert main.main(["generate", str(tiny_path), "--jobs", str(jobs)]) == 0
+    answers = [msgspec.json.decode(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == [alone(PROMPT, 9), alone([5], 4, Sampling(**sampling))]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "nonsense",
+        "[]",
+        "{}",
+        '{"ids": [1], "max_new_tokens": "many"}',
+        '{"ids": [], "max_new_tokens": 1}',
+        '{"ids": [300], "max_new_tokens": 1}',
+        '{"ids": [1], "max_new_tokens": 1, "sampling": {"temperature": -1}}',
+    ],
+)
+def test_a_bad_job_ends_with_a_sentence(
+    tiny_path: Path, tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs").write_text(job)
+    assert main.main(["generate", str(tiny_path), "--jobs", str(tmp_path / "jobs")]) == 2
+    assert capsys.readouterr().err.startswith("cloud-verifier: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [""],
+        ["x", "--temperature", "-1"],
+        ["--jobs", "/nowhere/jobs"],
+    ],
+)
+def test_generate_with_bad_arguments_ends_with_a_sentence(
+    tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["generate", str(tiny_path), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("cloud-verifier: ")
+
+
+def test_an_idle_connection_does_not_keep_the_process_alive(tiny_path: Path) -> None:
+    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[-1]
+        with httpx.Client(http1=False, http2=True) as client:
+            assert client.get(f"{url}/readyz").status_code == 200
+            process.terminate()
+            assert process.wait(timeout=20) == 0

@@ -1,0 +1,116 @@
+"""Which tensors a draft shares, and that shared really means equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cloud_verifier.draft_models.layouts import FAMILIES, LAYOUTS, DraftPlan, build_draft, parameter_names, plan_draft
+from edge_runtime.protocol.errors import InputError
+from tests.export.conftest import BLOCKS, make_target
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_shared_tensors_are_the_targets_own_and_frozen(model_type: str, layout: str) -> None:
+    target = make_target(model_type)
+    draft, plan = build_draft(target, layout)
+    shared = plan.shared_tensors(parameter_names(target))
+    source, own = target.state_dict(), draft.state_dict()
+    for draft_name, target_name in shared.items():
+        assert torch.equal(own[draft_name], source[target_name]), draft_name
+    for name, parameter in draft.named_parameters():
+        assert parameter.requires_grad == (name not in shared), name
+    assert bool(shared) == LAYOUTS[layout].shares
+    logits = draft(input_ids=IDS).logits
+    assert logits.shape == (*IDS.shape, 64)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_draft_of_all_blocks_is_the_target(model_type: str) -> None:
+    target = make_target(model_type)
+    for layout in ("anchor", "prefix"):
+        draft, _ = build_draft(target, layout, new_blocks=BLOCKS - 2, shared_blocks=2)
+        assert torch.equal(draft(input_ids=IDS).logits, target(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_training_changes_nothing_that_is_shared(model_type: str) -> None:
+    target = make_target(model_type)
+    draft, plan = build_draft(target)
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    optimiser = torch.optim.AdamW([value for value in draft.parameters() if value.requires_grad], lr=0.1)
+    draft(input_ids=IDS).logits.square().mean().backward()
+    optimiser.step()
+    shared = plan.shared_tensors(target.state_dict())
+    changed = {name for name, tensor in draft.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert not changed & shared.keys()
+
+
+def test_untied_heads_belong_to_the_anchor_and_not_to_the_prefix() -> None:
+    target = make_target("llama", tie_word_embeddings=False)
+    for layout, shared in (("anchor", True), ("prefix", False)):
+        draft, plan = build_draft(target, layout)
+        assert ("lm_head.weight" in plan.shared_tensors(parameter_names(target))) == shared
+        assert dict(draft.named_parameters())["lm_head.weight"].requires_grad != shared
+
+
+@pytest.mark.parametrize(
+    ("plan", "origins", "shared"),
+    [
+        (DraftPlan("anchor", 2, 1, 8), (0, 6, 7), [2]),
+        (DraftPlan("anchor", 3, 2, 8), (0, 2, 5, 6, 7), [3, 4]),
+        (DraftPlan("anchor", 1, 1, 2), (0, 1), [1]),
+        (DraftPlan("anchor", 3, 0, 8), (0, 4, 7), []),
+        (DraftPlan("prefix", 2, 1, 8), (0, 1, 7), [0]),
+        (DraftPlan("standalone", 3, 0, 8), (0, 4, 7), []),
+    ],
+)
+def test_where_blocks_come_from(plan: DraftPlan, origins: tuple[int, ...], shared: list[int]) -> None:
+    assert plan.origins == origins
+    assert list(plan.shared_range) == shared
+
+
+def test_shared_names_are_renumbered() -> None:
+    names = ["model.embed_tokens.weight", "model.layers.7.mlp.up_proj.weight", "model.layers.6.mlp.up_proj.weight"]
+    assert DraftPlan("anchor", 2, 1, 8).shared_tensors(names) == {
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.2.mlp.up_proj.weight": "model.layers.7.mlp.up_proj.weight",
+    }
+
+
+def test_an_anchor_without_a_block_shares_what_is_around_the_blocks() -> None:
+    names = ["model.embed_tokens.weight", "model.layers.7.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+    assert set(DraftPlan("anchor", 3, 0, 8).shared_tensors(names)) == set(names) - {"model.layers.7.mlp.up_proj.weight"}
+
+
+def test_layer_types_follow_the_blocks() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    target = make_target("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=16)
+    draft, plan = build_draft(target)
+    assert draft.config.layer_types == [kinds[origin] for origin in plan.origins]
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks", "message"),
+    [
+        ("sideways", (2, 1), "choose one of anchor"),
+        ("anchor", (0, 1), "at least one new block"),
+        ("anchor", (2, BLOCKS), "shares 0 to 4"),
+        ("prefix", (2, 0), "shares 1 to 4"),
+    ],
+)
+def test_impossible_plans_are_refused(layout: str, blocks: tuple[int, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_draft(make_target("llama").config, layout, new_blocks=blocks[0], shared_blocks=blocks[1])
+
+
+def test_unknown_architectures_are_refused() -> None:
+    config = make_target("llama").config
+    config.model_type = "mamba"
+    with pytest.raises(InputError, match="'mamba'"):
+        plan_draft(config)

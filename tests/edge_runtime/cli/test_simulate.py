@@ -1,0 +1,73 @@
+"""`edge-runtime simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_runtime.cli.main import main
+
+QUICK = ["simulate", "--texts", "1", "--link", "wifi", "--profile", "laptop"]
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--verifier", "loaded"]) == 0
+    printed = capsys.readouterr().out
+    assert "modelled" in printed
+    for label in (
+        "analytic",
+        "streaming",
+        "edge-drafted",
+        "token by token",
+        "best fixed draft *",
+        "best single plan *",
+    ):
+        assert label in printed
+
+
+def test_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for _ in range(2):
+        assert main([*QUICK, "--policy", "fixed", "--weights", "270e6", "--temperature", "0.7", "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    record = msgspec.json.decode(printed[0])
+    assert record["modelled"] is True and record["policy"] == "fixed"
+    ways = record["ways"]
+    assert {way["tokens"] for way in ways.values()} == {128}
+    afterwards = ways["best single plan"]
+    assert afterwards["hindsight"] and not ways["fixed"]["hindsight"]
+    assert all(afterwards["cost_per_token"] <= way["cost_per_token"] * 1.001 for way in ways.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--link", "6g"],
+        ["--link", "offline"],
+        ["--link", "mahimahi:absent.up:absent.down:40"],
+        ["--profile", "abacus"],
+        ["--profile", "absent.toml"],
+        ["--verifier", "70b"],
+        ["--policy", "coin"],
+        ["--objective", "beauty"],
+        ["--weights", "0"],
+        ["--texts", "0"],
+        ["--temperature", "0.3"],
+        ["--traces", "absent.npz"],
+    ],
+)
+def test_what_cannot_be_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("edge-runtime: ") and error.count("\n") == 1
+
+
+def test_a_recorded_link_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x.up", "x.down"):
+        (tmp_path / name).write_text("".join(f"{time}\n" for time in range(5, 400, 7)))
+    link = f"mahimahi:{tmp_path / 'x.up'}:{tmp_path / 'x.down'}:30"
+    assert main([*QUICK, "--link", link]) == 0
+    assert "mahimahi" in capsys.readouterr().out

@@ -1,0 +1,33 @@
+"""What every server of the project does with its connections."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from typing import Any
+
+import pytest
+
+from edge_runtime.common.http_server import Listening, Server
+
+
+async def nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """An ASGI application without routes."""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_the_kernel_asks_for_clients_that_say_nothing(host: str) -> None:
+    server = Server(nothing, Listening(host, 0))
+    await server.start()
+    try:
+        port = int(server.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            # Connections are accepted in their own time.
+            client.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            client.settimeout(5)
+            command = ["ss", "--tcp", "--numeric", "--options", "--no-header", f"sport = :{port}"]
+            shown = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=True)
+            assert b"timer:(keepalive" in shown.stdout
+    finally:
+        await server.stop()

@@ -1,0 +1,259 @@
+"""What services tell systemd, heard at a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cloud_verifier.engine.scheduler import Engine
+from cloud_verifier.engine.sessions import Answer, Session
+from cloud_verifier.model.target import Target
+from edge_runtime.common.sd_notify import Notifier
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.sampling import Sampling
+from tests.conftest import FAMILY
+
+SECONDS = 60.0
+
+
+class Ear:
+    """A socket as systemd listens at.
+
+    Attributes:
+        heard: all messages so far, and when they came.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard: list[tuple[float, str]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+        self._socket.settimeout(SECONDS)
+
+    def until(self, text: str) -> str:
+        """The next message with `text` in it."""
+        while True:
+            message = self._socket.recv(1 << 16).decode()
+            self.heard.append((time.monotonic(), message))
+            if text in message:
+                return message
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def ear(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ear]:
+    listening = Ear(getattr(request, "param", str(tmp_path / "notify")))
+    yield listening
+    listening.close()
+
+
+@contextlib.contextmanager
+def started(ear: Ear, module: str, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    """A service as systemd starts one."""
+    environment = {**os.environ, "NOTIFY_SOCKET": ear.address, **environ}
+    command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().split()[-1]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not true():  # noqa: ASYNC110 - there is nothing to wait for but this
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("ear", [f"@flexspec-test-{os.getpid()}"], indirect=True, ids=["abstract"])
+def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(ear: Ear) -> None:
+    with started(ear, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
+        assert ear.until("STATUS=") == "STATUS=loading the draft"
+        assert ear.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
+        # A watchdog starts with READY=1: nothing was told before.
+        assert [text for _, text in ear.heard if "WATCHDOG" in text] == []
+        assert httpx.get(f"{url(process)}/readyz").status_code == 200
+        for _ in range(6):
+            ear.until("WATCHDOG=1")
+        times = [at for at, text in ear.heard if text == "WATCHDOG=1"]
+        # Three to its time; a busy machine may be late, but not always.
+        assert sorted(b - a for a, b in itertools.pairwise(times))[2] < 0.9
+        process.send_signal(signal.SIGTERM)
+        assert ear.until("STOPPING=1").startswith("STOPPING=1\nSTATUS=")
+        assert process.wait(SECONDS) == 0
+
+
+def test_a_board_without_a_draft_is_never_ready(ear: Ear, tmp_path: Path) -> None:
+    with started(ear, "edge_runtime.cli", "--bundle", str(tmp_path)) as process:
+        assert process.wait(SECONDS) == 3
+    ear._socket.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        ear.until("READY=1")
+
+
+def test_sighup_reads_the_configuration_again(ear: Ear, tmp_path: Path) -> None:
+    config, keys = tmp_path / "config.toml", tmp_path / "keys"
+    keys.write_text("first-key")
+    config.write_text('[service]\napi_key_file = "keys"\n')
+
+    def status(key: str) -> int:
+        # 415: who has a key is told that this is no JSON.
+        return httpx.post(f"{address}/v1/completions", headers={"authorization": f"Bearer {key}"}).status_code
+
+    with started(ear, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
+        ear.until("READY=1")
+        address = url(process)
+        assert (status("first-key"), status("second-key")) == (415, 401)
+
+        keys.write_text("second-key")
+        config.write_text('[service]\napi_key_file = "keys"\nport = 1234\n[planner]\npolicy = "ucb"\n')
+        process.send_signal(signal.SIGHUP)
+        reloading = dict(line.split("=") for line in ear.until("RELOADING=1").splitlines())
+        assert abs(int(reloading["MONOTONIC_USEC"]) / 1e6 - time.monotonic()) < SECONDS
+        assert ear.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
+        assert (status("first-key"), status("second-key")) == (401, 415)
+
+        keys.write_text("")
+        config.write_text("[planner\n")
+        process.send_signal(signal.SIGHUP)
+        assert "the configuration has errors" in ear.until("READY=1")
+        assert (status("first-key"), status("second-key")) == (401, 415)
+
+        process.terminate()
+        _, said = process.communicate(timeout=SECONDS)
+    assert "read again; new: policy\n" in said
+    # The port was given on the command line, which is not read again.
+    assert "restart" not in said
+    assert f"not reloaded, everything stays as it was: an error in the configuration:\n  {config}:1:" in said
+
+
+def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(ear: Ear, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    (tmp_path / "token").write_text("secret")
+    config.write_text('[verifier]\nurls = ["http://verifier.invalid"]\ninsecure = true\n')
+    with started(ear, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
+        ear.until("READY=1")
+        # That URL counts after a restart only.
+        config.write_text('[verifier]\nurls = ["https://verifier.invalid"]\ntoken_file = "token"\n')
+        process.send_signal(signal.SIGHUP)
+        assert "the configuration has errors" in ear.until("READY=1")
+        process.terminate()
+        _, said = process.communicate(timeout=SECONDS)
+    assert "the token would go to http://verifier.invalid unencrypted" in said
+
+
+def test_a_verifier_is_ready_when_its_target_is(ear: Ear) -> None:
+    arguments = (str(FAMILY / "target-v1"), "--threads", "1")
+    with started(ear, "cloud_verifier.cli", *arguments, WATCHDOG_USEC="900000") as process:
+        assert ear.until("STATUS=") == "STATUS=loading the target"
+        assert "STATUS=target-v1@" in ear.until("READY=1")
+        assert httpx.get(f"{url(process)}/readyz").status_code == 200
+        for _ in range(3):
+            ear.until("WATCHDOG=1")
+        process.send_signal(signal.SIGTERM)
+        ear.until("STOPPING=1")
+        assert process.wait(SECONDS) == 0
+
+
+async def test_who_makes_no_progress_does_not_feed_the_watchdog(ear: Ear) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": ear.address, "WATCHDOG_USEC": "300000"})
+    stalled = 0.0
+    telling = asyncio.create_task(notifier.keep_telling(lambda: "fine", lambda: stalled))
+    await asyncio.to_thread(ear.until, "WATCHDOG=1")
+    stalled = 0.4
+    await asyncio.to_thread(ear.until, "STATUS=stalled: no progress for 0 s")
+    ear.heard.clear()
+    await asyncio.sleep(0.5)
+    stalled = 0.0
+    await asyncio.to_thread(ear.until, "STATUS=fine")
+    assert [text for _, text in ear.heard] == ["STATUS=fine"]
+    telling.cancel()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    notifier = Notifier({})
+    notifier.ready("fine")
+    assert not notifier.listening and notifier.watchdog_seconds is None
+    # Gone, or of a kind for virtual machines: a service does not mind.
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("fine")
+    assert not Notifier({"NOTIFY_SOCKET": "vsock:2:1234", "WATCHDOG_USEC": "1000000"}).listening
+
+
+def test_the_watchdog_of_another_process_is_none_of_ours() -> None:
+    for environ, seconds in (
+        ({"WATCHDOG_USEC": "2500000"}, 2.5),
+        ({"WATCHDOG_USEC": "2500000", "WATCHDOG_PID": str(os.getpid())}, 2.5),
+        ({"WATCHDOG_USEC": "2500000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+    ):
+        assert Notifier({"NOTIFY_SOCKET": "/run/nothing", **environ}).watchdog_seconds == seconds
+
+
+def test_a_draft_shows_the_step_that_it_is_in(shipped_draft: OnnxDraft) -> None:
+    assert shipped_draft.step_seconds == 0.0
+    context = shipped_draft.context()
+    reading = threading.Thread(target=context.prefill, args=([1] * context.limit,))
+    reading.start()
+    seen = 0.0
+    while reading.is_alive():
+        seen = max(seen, shipped_draft.step_seconds)
+    assert seen > 0.0
+    assert shipped_draft.step_seconds == 0.0
+    # One that fails ends, too.
+    with contextlib.suppress(Exception):
+        shipped_draft.context().prefill([10**9])
+    assert shipped_draft.step_seconds == 0.0
+
+
+async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    class Held(Target):
+        def __init__(self) -> None:
+            vars(self).update(vars(tiny))
+
+        def run(self, *arguments: object):  # type: ignore[no-untyped-def]
+            held.set()
+            go_on.wait(SECONDS)
+            return super().run(*arguments)  # type: ignore[arg-type]
+
+    engine = Engine(Held, lambda target: None, lambda: 0)
+    assert engine.stalled_seconds == float("inf")
+    engine.start()
+    await until(lambda: engine.target is not None)
+    assert engine.stalled_seconds == 0.0
+    answer = Answer(messages.RoundRequest(messages.VERSION, 0, 3, [], n=1))
+    engine.submit(Session([1, 2, 3], Sampling(), engine.target, answer), answer)
+    await asyncio.to_thread(held.wait, SECONDS)
+    await asyncio.sleep(0.05)
+    assert engine.stalled_seconds >= 0.05
+    go_on.set()
+    await answer.whole()
+    await until(lambda: not engine.stalled_seconds)
+    engine.stop()
+    # Its thread has ended: nobody would be served.
+    assert engine.stalled_seconds == float("inf")

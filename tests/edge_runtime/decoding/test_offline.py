@@ -1,0 +1,219 @@
+"""An answer whose verifier goes and comes back: what is shown meanwhile, and that the text is the target's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cloud_verifier.api.server import Server
+from cloud_verifier.model.target import Target
+from edge_runtime.common import http_server
+from edge_runtime.decoding import offline
+from edge_runtime.decoding.generation import Generation, Piece
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.planning.plan import FIXED, FixedPlanner, OnLinkLoss, Plan
+from edge_runtime.protocol.errors import VerifierUnreachable
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
+from tests.conftest import serving
+
+TEXT = "def read_config(path):\n"
+TOKENS = 96
+LONG = 300
+GREEDY, SAMPLED = Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)
+PLANS = [FIXED, Plan(0, own=24, watch=True), Plan(2, ahead=3, in_flight=2)]
+
+
+class Cloud:
+    """A verifier that comes and goes at one address."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._stack = contextlib.AsyncExitStack()
+        self._port = 0
+        self.is_there = False
+
+    async def come(self) -> None:
+        server: Server = await self._stack.enter_async_context(serving(self._target, port=self._port))
+        self.url = server.url
+        self._port = int(server.url.rsplit(":", 1)[1])
+        self.is_there = True
+
+    async def go(self) -> None:
+        self.is_there = False
+        await self._stack.aclose()
+
+
+@pytest.fixture
+async def cloud(target_v1: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cloud]:
+    # Connections that are kept alive are not waited for.
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
+    cloud = Cloud(target_v1)
+    await cloud.come()
+    yield cloud
+    await cloud.go()
+
+
+def generation(
+    draft: OnnxDraft | None,
+    client: VerifierClient,
+    on_link_loss: OnLinkLoss,
+    sampling: Sampling,
+    *,
+    plan: Plan = FIXED,
+    tokens: int = TOKENS,
+    prompt: list[int] | None = None,
+) -> Generation:
+    ids = prompt or (draft.tokenizer.encode(TEXT).ids if draft else [5, 6, 7])
+    planner = FixedPlanner(plan)
+    return Generation(draft, client, ids, sampling, max_new_tokens=tokens, planner=planner, on_link_loss=on_link_loss)
+
+
+async def target_text(cloud: Cloud, draft: OnnxDraft, sampling: Sampling, tokens: int = TOKENS) -> list[int]:
+    async with VerifierClient(cloud.url) as client:
+        plain = generation(draft, client, "wait", sampling, tokens=tokens)
+        async for _ in plain:
+            pass
+        return plain.ids
+
+
+class Reader:
+    """Puts a text together from pieces, as whoever shows it does."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.verified = list(prompt)
+        self.tail: list[int] = []
+        self.most = 0
+
+    def read(self, piece: Piece) -> None:
+        self.verified += piece.accepted + piece.own
+        self.tail = piece.unverified
+        self.most = max(self.most, len(self.tail))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sampling"),
+    [(PLANS[0], SAMPLED), (PLANS[1], GREEDY), (PLANS[2], GREEDY)],
+    ids=["drafted", "streamed", "early"],
+)
+async def test_what_the_draft_said_alone_is_verified_when_the_link_is_back(
+    cloud: Cloud, shipped_draft: OnnxDraft, sampling: Sampling, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The draft alone must not be through before the link is back.
+    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    wanted = await target_text(cloud, shipped_draft, sampling, LONG)
+    async with VerifierClient(cloud.url) as client:
+        answer = generation(shipped_draft, client, "draft", sampling, plan=plan, tokens=LONG)
+        reader = Reader(answer.ids)
+        steps = iter([cloud.go, cloud.come])
+        async for piece in answer:
+            reader.read(piece)
+            assert cloud.is_there or not piece.unverified or not piece.accepted + piece.own
+            if answer.statistics.tokens >= 20 and (cloud.is_there or len(piece.unverified) >= 24):
+                for step in itertools.islice(steps, 1):
+                    await step()
+        assert reader.verified == answer.ids == wanted
+        assert reader.tail == answer.unverified == []
+        assert reader.most >= 24
+        assert answer.statistics.unverified == 0
+        assert answer.statistics.recoveries == 1
+        assert answer.statistics.withdrawn <= reader.most
+        assert answer.statistics.withdrawn > 0 or not sampling.temperature
+        assert answer.finish == "length"
+
+
+async def test_where_no_verifier_comes_back_the_rest_stays_unverified(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+    sampling = Sampling(ignore_eos=True)
+    wanted = await target_text(cloud, shipped_draft, sampling)
+    async with VerifierClient(cloud.url) as client:
+        answer = generation(shipped_draft, client, "draft", sampling)
+        reader = Reader(answer.ids)
+        async for piece in answer:
+            reader.read(piece)
+            if answer.statistics.tokens >= 20:
+                await cloud.go()
+    prompt = len(shipped_draft.tokenizer.encode(TEXT).ids)
+    assert answer.finish == "length"
+    assert answer.ids == reader.verified == wanted[: len(answer.ids)]
+    assert len(answer.ids) + len(answer.unverified) == prompt + TOKENS
+    assert answer.unverified == reader.tail
+    assert answer.statistics.unverified == len(answer.unverified) > 0
+    assert answer.statistics.tokens == len(answer.ids) - prompt
+
+
+async def test_without_any_verifier_the_draft_ends_its_text_itself(shipped_draft: OnnxDraft) -> None:
+    """Greedy, the draft alone would say this; behind a special token it says nothing more."""
+    async with VerifierClient("http://127.0.0.1:9", deadline=60.0) as client:
+        answer = generation(shipped_draft, client, "draft", Sampling(1.0, seed=1), tokens=400)
+        async for piece in answer:
+            assert piece.unverified
+    special = set(shipped_draft.manifest.vocabulary.special_ids.values())
+    assert answer.version == ""
+    assert (answer.finish == "stop") == (answer.unverified[-1] in special)
+    assert not special & set(answer.unverified[:-1])
+    assert answer.finish == "stop" or len(answer.unverified) == 400
+
+
+async def test_waiting_goes_on_where_the_text_stood(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+    sampling = Sampling(0.7, seed=3, ignore_eos=True)
+    wanted = await target_text(cloud, shipped_draft, sampling)
+    async with VerifierClient(cloud.url, deadline=60.0) as client:
+        answer = generation(shipped_draft, client, "wait", sampling)
+        coming: asyncio.Task[None] | None = None
+        async for piece in answer:
+            assert not piece.unverified
+            if coming is None and answer.statistics.tokens >= 20:
+                await cloud.go()
+                coming = asyncio.create_task(_after(1.0, cloud))
+        assert answer.ids == wanted
+        assert answer.statistics.recoveries == 1
+
+
+async def _after(seconds: float, cloud: Cloud) -> None:
+    await asyncio.sleep(seconds)
+    await cloud.come()
+
+
+async def test_failing_does_not_wait(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+    async with VerifierClient(cloud.url, deadline=600.0) as client:
+        answer = generation(shipped_draft, client, "fail", Sampling(ignore_eos=True))
+        with pytest.raises(VerifierUnreachable) as caught:
+            async with asyncio.timeout(20.0):
+                async for _ in answer:
+                    await cloud.go()
+    assert caught.value.fault == "connection_refused"
+
+
+async def test_a_slow_verifier_is_no_lost_link(target_v1: Target, shipped_draft: OnnxDraft) -> None:
+    """Nothing is shown unverified while the other end acknowledges what it gets, and only thinks for long."""
+    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+        engine = server._service.engine
+        answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True), tokens=12)
+        held = engine.submit
+
+        def slow(*arguments: object) -> None:
+            asyncio.get_running_loop().call_later(0.9, held, *arguments)
+
+        engine.submit = slow
+        async for piece in answer:
+            assert not piece.unverified
+    assert answer.statistics.tokens == 12
+
+
+async def test_leaving_while_the_draft_is_alone(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+    async with VerifierClient(cloud.url) as client:
+        answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True))
+        async with contextlib.aclosing(aiter(answer)) as pieces:
+            async for piece in pieces:
+                if piece.unverified:
+                    break
+                await cloud.go()
+        await cloud.come()
+        again = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True), tokens=4)
+        async for _ in again:
+            pass
+        assert again.statistics.tokens + len(again.unverified) == 4

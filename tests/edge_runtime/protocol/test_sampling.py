@@ -1,0 +1,336 @@
+"""The noise, the warping, the choice and the acceptance rule, in numpy and in torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from cloud_verifier.model import sampling as torch_form
+from edge_runtime.protocol import sampling as coupling
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.sampling import MASK, Chooser, Sampling, accepted_length, candidates, uniforms
+
+Logits = npt.NDArray[np.float32]
+
+VECTORS = [
+    (0, 0, 0, 0.13870941014555427),
+    (1, 0, 0, 0.6935121390102293),
+    (0, 1, 0, 0.18383979100743952),
+    (0, 0, 1, 0.9711020828012883),
+    (42, 1000, 8191, 0.6874398168779184),
+    (2**64 - 1, 2**31 - 1, 151935, 0.6096496063812243),
+]
+
+seeds = st.integers(0, 2**64 - 1)
+positions = st.integers(0, 2**31 - 1)
+token_ids = st.integers(0, 2**31 - 1)
+temperatures = st.sampled_from([0.001, 0.3, 0.7, 1.0, 2.5, 100.0])
+samplings = st.one_of(
+    st.just(Sampling()),
+    st.builds(Sampling, temperature=temperatures, seed=seeds),
+    st.builds(Sampling, temperature=temperatures, top_k=st.integers(0, 300), seed=seeds),
+    st.builds(Sampling, temperature=temperatures, top_p=st.floats(0.01, 1.0), seed=seeds),
+    st.builds(Sampling, temperature=temperatures, top_k=st.integers(1, 50), top_p=st.floats(0.3, 0.99), seed=seeds),
+)
+
+
+@st.composite
+def logits_rows(draw: st.DrawFn, largest: int = 9000) -> Logits:
+    """Flat to peaked, of any size: float32 of many sizes is too much for a list strategy, hence a generator's seed."""
+    size = draw(st.one_of(st.integers(2, 200), st.integers(2, largest)))
+    scale = draw(st.sampled_from([0.01, 1.0, 5.0, 40.0]))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return (generator.standard_normal(size) * scale).astype(np.float32)
+
+
+def hash_in_integers(seed: int, position: int, token: int) -> float:
+    """The definition, in Python's integers and nothing shared with the code under test."""
+
+    def mix(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    golden = 0x9E3779B97F4A7C15
+    key = mix((mix((seed + golden) % 2**64) + (position + 1) * golden) % 2**64)
+    return ((mix((key + (token + 1) * golden) % 2**64) >> 12) + 0.5) * 2.0**-52
+
+
+def brute_force(logits: Logits, sampling: Sampling, position: int, count: int) -> tuple[list[int], list[float]]:
+    """The `count` best by the definition: every score computed, everything sorted."""
+    ids = np.arange(logits.size)
+    if sampling.temperature == 0.0:
+        scores = logits.astype(np.float64)
+    else:
+        scaled = logits.astype(np.float64) / sampling.temperature
+        keep = np.ones(logits.size, dtype=np.bool_)
+        if 0 < sampling.top_k < logits.size:
+            keep &= logits >= np.sort(logits)[-sampling.top_k]
+        if sampling.top_p < 1.0:
+            mass = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
+            mass /= mass.sum()
+            order = np.lexsort((ids, -mass))
+            before = np.cumsum(mass[order]) - mass[order]
+            nucleus = order[1.0 - before > 1.0 - sampling.top_p]
+            keep &= np.isin(ids, [*nucleus, order[0]])
+        scores = np.where(keep, scaled - np.log(-np.log(uniforms(sampling.seed, position, ids))), -np.inf)
+    best = [int(i) for i in np.lexsort((ids, -scores))[:count] if scores[i] > -np.inf]
+    return best, [float(scores[i]) for i in best]
+
+
+@pytest.mark.parametrize(("seed", "position", "token", "expected"), VECTORS)
+def test_published_vectors(seed: int, position: int, token: int, expected: float) -> None:
+    assert uniforms(seed, position, np.array([token]))[0] == expected
+    assert torch_form.uniforms(seed, [position], torch.tensor([token]))[0, 0].item() == expected
+    assert hash_in_integers(seed, position, token) == expected
+
+
+@given(seeds, st.lists(positions, min_size=1, max_size=3), st.lists(token_ids, min_size=1, max_size=20))
+def test_numpy_and_torch_draw_the_same_bits(seed: int, places: list[int], ids: list[int]) -> None:
+    rows = torch_form.uniforms(seed, places, torch.tensor(ids)).numpy()
+    for row, position in zip(rows, places, strict=True):
+        assert row.tobytes() == uniforms(seed, position, np.array(ids)).tobytes()
+        assert row.tolist() == [hash_in_integers(seed, position, token) for token in ids]
+
+
+def id_with_bits(bits: int) -> int:
+    """The 64-bit id whose hash at seed 0, position 0 is `bits`: every step of the hash can be undone."""
+
+    def unshift(z: int, by: int) -> int:
+        out = z
+        for _ in range(64 // by):
+            out = z ^ out >> by
+        return out
+
+    z = unshift(bits, 31)
+    z = unshift(z * pow(coupling.MULTIPLIER_2, -1, 2**64) & MASK, 27)
+    z = unshift(z * pow(coupling.MULTIPLIER_1, -1, 2**64) & MASK, 30)
+    return ((z - coupling.position_key(0, 0)) * pow(coupling.GOLDEN, -1, 2**64) - 1) & MASK
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53), (MASK >> 1, 0.5 - 2.0**-53)])
+def test_extreme_bits_stay_strictly_inside(bits: int, expected: float) -> None:
+    token = id_with_bits(bits)
+    in_numpy = uniforms(0, 0, np.array([token], dtype=np.uint64))
+    signed = token - 2**64 if token >> 63 else token
+    in_torch = torch_form.uniforms(0, [0], torch.tensor([signed]))
+    assert in_numpy[0] == in_torch[0, 0].item() == expected
+    assert 0.0 < expected < 1.0
+    assert np.isfinite(coupling.gumbel(in_numpy)).all()
+
+
+@pytest.mark.parametrize("axis", ["ids", "positions", "seeds"])
+def test_uniforms_are_uniform_along_every_axis(axis: str) -> None:
+    count = 200_000
+    match axis:
+        case "ids":
+            u = uniforms(7, 11, np.arange(count))
+        case "positions":
+            u = torch_form.uniforms(7, list(range(count)), torch.tensor([13])).numpy()[:, 0]
+        case _:
+            u = np.array([hash_in_integers(seed, 11, 13) for seed in range(count // 4)])
+    assert u.min() > 0.0
+    assert u.max() < 1.0
+    assert stats.chisquare(np.histogram(u, bins=256, range=(0, 1))[0]).pvalue > 1e-4
+    # Neighbours are independent: pairs fill the unit square evenly too.
+    pairs = np.histogram2d(u[:-1:2], u[1::2], bins=16, range=((0, 1), (0, 1)))[0]
+    assert stats.chisquare(pairs.ravel()).pvalue > 1e-4
+
+
+def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    # In float64: in float32 the two sum the tail in another order and may differ in a token of mass 1e-7.
+    scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(logits.astype(np.float64))[None])
+    return torch.isfinite(scores[0]).nonzero()[:, 0].tolist()
+
+
+@given(
+    logits_rows(),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.one_of(st.just(0), st.integers(1, 400)),
+    st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.999, 1.0]),
+)
+@settings(deadline=None)
+def test_candidates_are_those_of_transformers(logits: Logits, temperature: float, top_k: int, top_p: float) -> None:
+    sampling = Sampling(temperature, top_k, top_p)
+    assert candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
+
+
+def test_ties_with_the_kth_logit_stay() -> None:
+    logits = np.array([1, 3, 2, 2, 2, 0], dtype=np.float32)
+    sampling = Sampling(1.0, top_k=2)
+    assert candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling) == [1, 2, 3, 4]
+
+
+def test_of_equally_probable_tokens_the_nucleus_takes_the_lower_ids() -> None:
+    assert candidates(np.zeros(8, dtype=np.float32), Sampling(1.0, top_p=0.5)).tolist() == [0, 1, 2, 3]
+    assert candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
+
+
+@given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]))
+@settings(deadline=None, max_examples=300)
+def test_rank_is_the_definition(
+    logits: Logits, sampling: Sampling, position: int, count: int, decimals: int | None
+) -> None:
+    if decimals is not None and sampling.top_p == 1.0:
+        logits = logits.round(decimals)  # many ties
+    ranked = Chooser(logits.size).rank(logits, sampling, position, count)
+    ids, scores = brute_force(logits, sampling, position, count)
+    assert ranked.ids == ids
+    assert ranked.scores == pytest.approx(scores, rel=1e-12)
+
+
+def test_greedy_ties_go_to_the_lower_id() -> None:
+    logits = np.zeros(1000, dtype=np.float32)
+    logits[[500, 20, 900]] = 1.0
+    assert Chooser(1000).rank(logits, Sampling(), 0, count=4).ids == [20, 500, 900, 0]
+    warping = torch_form.Warping.of([(Sampling(), [0])], torch.device("cpu"))
+    assert torch_form.choose(torch.from_numpy(logits)[None], warping).tolist() == [[20.0], [0.0]]
+
+
+def test_an_outsider_wins_with_extraordinary_noise() -> None:
+    """A flat tail of 100k tokens behind a peak: the shortcut of `rank` must not lose the tail's mass."""
+    size, peak = 100_000, 20
+    logits = np.full(size, -5.0, dtype=np.float32)
+    logits[:peak] = 5.0
+    chooser = Chooser(size)
+    outside = sum(chooser.rank(logits, Sampling(1.0, seed=seed), 0).ids[0] >= peak for seed in range(200))
+    share = (size - peak) / (size - peak + peak * math.exp(10))
+    assert stats.binomtest(outside, 200, share).pvalue > 1e-4
+
+
+@given(st.data(), samplings, st.integers(1, 3))
+@settings(deadline=None, max_examples=150)
+def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, rows: int) -> None:
+    logits = np.stack([data.draw(logits_rows(largest=3000))] * rows)
+    logits[1:] = logits[1:, ::-1]
+    places = data.draw(st.lists(positions, min_size=rows, max_size=rows))
+    chooser = Chooser(logits.shape[1])
+    warping = torch_form.Warping.of([(sampling, places)], torch.device("cpu"))
+    chosen = [
+        torch_form.Choice(int(token), margin)
+        for token, margin in torch_form.choose(torch.from_numpy(logits), warping).T.tolist()
+    ]
+    through_rows = torch_form.Choices(torch.from_numpy(logits), places, sampling, chooser)
+    for row, position in enumerate(places):
+        ranked = chooser.rank(logits[row], sampling, position, count=2)
+        margin = ranked.scores[0] - ranked.scores[1] if len(ranked.scores) > 1 else math.inf
+        assert chosen[row].token == through_rows[row].token == ranked.ids[0]
+        assert through_rows[row].margin == margin
+        assert chosen[row].margin == pytest.approx(margin, abs=1e-9, rel=1e-9)
+
+
+def test_torch_and_numpy_draw_the_same_nucleus_of_a_flat_distribution() -> None:
+    """Where partial sums are near ties with top_p, both forms must still keep the same tokens."""
+    differing = []
+    for size, top_p in itertools.product([4, 10, 100, 300, 1000], [0.1, 0.3, 0.5, 0.7, 0.9]):
+        logits, sampling = torch.zeros(1, size), Sampling(1.0, top_p=top_p)
+        excluded = torch_form.excluded_mask(logits, logits.double(), sampling)[0]
+        if (~excluded).nonzero()[:, 0].tolist() != candidates(logits[0].numpy(), sampling).tolist():
+            differing.append((size, top_p))
+    assert differing == []
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.5), Sampling(1.0, top_k=5), Sampling(1.5, top_p=0.8)], ids=str
+)
+def test_sampled_frequencies_follow_softmax(sampling: Sampling) -> None:
+    logits = (np.random.default_rng(1).standard_normal(200) * 2).astype(np.float32)
+    chooser, draws = Chooser(logits.size), 6000
+    kept = candidates(logits, sampling)
+    mass = np.exp(logits[kept].astype(np.float64) / sampling.temperature)
+    expected = draws * mass / mass.sum()
+    counts = np.zeros(logits.size)
+    for seed in range(draws):
+        variant = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed)
+        counts[chooser.rank(logits, variant, 5).ids[0]] += 1
+    assert counts.sum() == counts[kept].sum()
+    rare = expected < 10  # pooled: chi-square needs full bins
+    observed = [*counts[kept][~rare], counts[kept][rare].sum()]
+    pooled = [*expected[~rare], expected[rare].sum()]
+    filled = np.array(pooled) > 0
+    assert stats.chisquare(np.array(observed)[filled], np.array(pooled)[filled]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.5, 2.0])
+def test_acceptance_is_that_of_the_theorem(difference: float) -> None:
+    """Pr[accept] = sum_i 1 / sum_j max(p_j/p_i, q_j/q_i), which is at least (1 - TV) / (1 + TV)."""
+    generator = np.random.default_rng(2)
+    target = (generator.standard_normal(40) * 2).astype(np.float32)
+    draft = (target + difference * generator.standard_normal(40)).astype(np.float32)
+    p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (target, draft))
+    promised = sum(1 / np.maximum(p / p[i], q / q[i]).sum() for i in range(p.size))
+    variation = np.abs(p - q).sum() / 2
+    assert promised >= (1 - variation) / (1 + variation) - 1e-12
+    chooser, draws = Chooser(p.size), 6000
+    accepted = 0
+    for seed in range(draws):
+        sampling = Sampling(1.0, seed=seed)
+        accepted += chooser.rank(target, sampling, 9).ids == chooser.rank(draft, sampling, 9).ids
+    assert accepted / draws == pytest.approx(promised, abs=4 * math.sqrt(0.25 / draws))
+    if difference == 0.0:
+        assert accepted == draws
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
+def test_accepted_length_is_the_common_prefix(draft: list[int], chosen: list[int]) -> None:
+    length = accepted_length(draft, chosen)
+    assert draft[:length] == chosen[:length]
+    assert length == min(len(draft), len(chosen)) or draft[length] != chosen[length]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": 101.0},
+        {"temperature": 1e-4},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"top_k": -1},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+    ids=str,
+)
+def test_sampling_rejects_what_has_no_meaning(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_sampling_takes_its_bounds() -> None:
+    assert Sampling(100.0, 0, 1.0, 2**64 - 1).seed == MASK
+    assert Sampling(0.001, top_p=1e-9).top_p == 1e-9
+
+
+@pytest.mark.parametrize("prompt", [[], [300], [-1], [5, 300, 1]], ids=str)
+def test_a_prompt_outside_the_vocabulary_is_refused(prompt: list[int]) -> None:
+    with pytest.raises(InputError, match=r"prompt is empty|outside the vocabulary of 300"):
+        coupling.check_prompt(prompt, 300)
+
+
+def test_a_negative_id_is_the_one_that_is_named() -> None:
+    with pytest.raises(InputError, match="-1"):
+        coupling.check_prompt([-1, 7], 300)
+
+
+@given(logits_rows(largest=500), st.sampled_from([0.0, 0.5, 1.0]))
+def test_confidence_is_a_softmax(logits: Logits, temperature: float) -> None:
+    total = sum(coupling.confidence(logits, token, temperature) for token in range(logits.size))
+    assert total == pytest.approx(1.0, abs=1e-4)

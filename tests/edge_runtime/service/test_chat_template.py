@@ -1,0 +1,105 @@
+"""Chat templates mean what they mean to transformers; without one there is the plain form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from edge_runtime.protocol.errors import BundleCorrupt, InputError
+from edge_runtime.service.chat_template import PLAIN_STOPS, read_chat
+from tests.conftest import FAMILY
+from tests.edge_runtime.service.conftest import bundle_with
+
+TALK = [
+    {"role": "system", "content": "Be <brief>."},
+    {"role": "user", "content": "What is\n\na 'draft'?  "},
+    {"role": "assistant", "content": "A guess."},
+    {"role": "user", "content": "größer"},
+]
+CHATML = """\
+{{ bos_token }}{% for message in messages %}
+    {%- if message.role == 'tool' %}{% continue %}{% endif %}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
+STRICT = """\
+{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}
+{%- for m in messages -%}{{ m | tojson }}{{ eos_token }}{%- endfor -%}
+"""
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(FAMILY / "target-v1")
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT])
+def test_templates_say_what_they_say_in_transformers(
+    tmp_path: Path, reference: PreTrainedTokenizerFast, template: str
+) -> None:
+    config = (FAMILY / "target-v1" / "tokenizer_config.json").read_text()
+    chat = read_chat(bundle_with(tmp_path, template=template, config=config))
+    talk = TALK[1:]
+    expected = reference.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert chat.text(talk) == expected
+    assert chat.stops == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": CHATML, "bos_token": "<s>"},
+        {"chat_template": CHATML, "bos_token": {"content": "<s>", "lstrip": False}},
+        {
+            "chat_template": [{"name": "rag"}, {"name": "default", "template": CHATML}],
+            "bos_token": "<s>",
+        },
+    ],
+)
+def test_a_template_in_the_configuration(tmp_path: Path, config: object) -> None:
+    chat = read_chat(bundle_with(tmp_path, config=json.dumps(config)))
+    assert chat.text(TALK[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_file_is_preferred(tmp_path: Path) -> None:
+    chat = read_chat(bundle_with(tmp_path, template="file", config='{"chat_template": "configuration"}'))
+    assert chat.text(TALK) == "file"
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"chat_template": [{"name": "rag", "template": "x"}]}'])
+def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -> None:
+    chat = read_chat(bundle_with(tmp_path, config=config) if config else tmp_path)
+    assert chat.text(TALK[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
+    assert chat.stops == PLAIN_STOPS
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (STRICT, "no system here"),
+        ("{{ messages.nothing.at.all }}", "no attribute"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_a_template_may_refuse(tmp_path: Path, template: str, sentence: str) -> None:
+    chat = read_chat(bundle_with(tmp_path, template=template))
+    with pytest.raises(InputError, match=sentence):
+        chat.text(TALK)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"template": "{% if %}"}, {"config": "not JSON"}, {"config": '{"chat_template": "{{"}'}, {"config": "[1]"}],
+)
+def test_a_template_that_does_not_parse_is_told_at_start(tmp_path: Path, files: dict[str, str]) -> None:
+    with pytest.raises(BundleCorrupt, match="copy the bundle again"):
+        read_chat(bundle_with(tmp_path, **files))

@@ -1,0 +1,24 @@
+"""Events as bytes: whoever splits them, at whatever they take for the end of a line, gets them whole."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from edge_runtime.service.sse import event_of
+
+
+class Said(msgspec.Struct):
+    text: str
+
+
+@given(st.text())
+@example('a\x85b\u2028c\u2029d\x1e\x0b\x0c\r\n"')
+def test_an_event_is_one_line_for_everybody(text: str) -> None:
+    event = event_of(Said(text))
+    line, *rest = event.decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}

@@ -1,0 +1,436 @@
+"""The configuration: where it is read from, what overrides what, and that every error has its line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.cli import planner_options
+from edge_runtime.settings import loading as configuration
+from edge_runtime.settings import toml_positions
+from edge_runtime.settings.loading import Configuration, ConfigurationError, read_configuration, read_effective
+from edge_runtime.settings.validators import read_secret
+
+EVERYTHING = """\
+[draft]
+bundle = "bundle"
+store = "bundles"
+public_key_file = "key.pub"
+threads = 2
+memory = false
+memory_directory = "remembered"
+
+[verifier]
+urls = ["https://a.example/", "http://127.0.0.1:8500"]
+model = "target-v2"
+token_file = "token"
+certificate_file = "token"
+key_file = "token"
+deadline_seconds = 7
+http2 = false
+insecure = true
+
+[planner]
+policy = "ucb"
+objective = "verifier=2,joule=0.05"
+profile = "raspberry-pi-5"
+radio = "5g"
+energy_budget = "18:00"
+
+[service]
+host = "::1"
+port = 0
+max_concurrent = 3
+max_waiting = 0
+api_key_file = "token"
+on_link_loss = "draft"
+
+[log]
+level = "debug"
+prompts = true
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What `EVERYTHING` names, and nothing else."""
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "token").write_text("s3cret\n")
+    (tmp_path / "token").chmod(0o600)
+    (tmp_path / "key.pub").write_text("a key")
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path | None, environ: dict[str, str] | None = None) -> list[str]:
+    """The errors, each without the folder."""
+    with pytest.raises(ConfigurationError) as caught:
+        read_effective(path, environ or {})
+    assert caught.value.exit_code == 2
+    lines = [str(problem) for problem in caught.value.problems]
+    assert str(caught.value).splitlines()[1:] == [f"  {line}" for line in lines]
+    return [line.removeprefix(f"{path.parent}/") for line in lines] if path else lines
+
+
+def test_without_a_file_there_are_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "SYSTEM_FILE", Path("/nowhere"))
+    effective = read_effective(None, {"HOME": "/home/user"})
+    assert effective.file is None
+    assert effective.configuration.draft.store == Path("/home/user/.local/state/flexspec/bundles")
+    assert effective.configuration.verifier.urls == ["http://127.0.0.1:8500"]
+    assert {origin.kind for origin in effective.origins.values()} == {"default"}
+    assert not effective.warnings
+
+
+def test_the_file_says_everything_and_paths_start_at_its_folder(folder: Path) -> None:
+    path = write(folder, EVERYTHING)
+    effective = read_effective(path, {})
+    read = effective.configuration
+    assert (read.draft.bundle, read.draft.store) == (folder / "bundle", folder / "bundles")
+    assert (read.draft.memory, read.draft.memory_directory) == (False, folder / "remembered")
+    assert read.verifier.urls == ["https://a.example", "http://127.0.0.1:8500"]
+    assert read.verifier.deadline_seconds == 7.0
+    assert read.verifier.token_file is not None
+    assert read_secret(read.verifier.token_file) == "s3cret"
+    assert read.planner.policy == "ucb"
+    assert (read.service.host, read.service.port, read.log.prompts) == ("::1", 0, True)
+    defaults = {name for name, origin in effective.origins.items() if origin.kind == "default"}
+    assert defaults == {("verifier", "ca_file")}
+    assert read.verifier.certificate_file == read.verifier.key_file == folder / "token"
+    lines = EVERYTHING.splitlines()
+    for (_, name), origin in effective.origins.items():
+        if origin.kind == "file":
+            assert lines[origin.line - 1].startswith(f"{name} = ")
+            assert str(origin) == f"{path}:{origin.line}:1"
+
+
+def test_files_are_looked_for_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def level(environ: dict[str, str], path: Path | None = None) -> str:
+        return read_configuration(path, environ).log.level
+
+    system, home, xdg = folder / "system.toml", folder / "home", folder / "xdg"
+    monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    assert level({}) == "info"
+    system.write_text("log.level = 'warning'")
+    assert level({"HOME": str(home)}) == "warning"
+    for place, value in ((home / ".config", "error"), (xdg, "debug")):
+        (place / "flexspec").mkdir(parents=True)
+        (place / "flexspec" / "config.toml").write_text(f"log.level = '{value}'")
+    assert level({"HOME": str(home)}) == "error"
+    assert level({"HOME": str(home), "XDG_CONFIG_HOME": "relative"}) == "error"
+    surroundings = {"HOME": str(home), "XDG_CONFIG_HOME": str(xdg)}
+    assert level(surroundings) == "debug"
+    surroundings["FLEXSPEC_CONFIG"] = str(system)
+    assert level(surroundings) == "warning"
+    assert level(surroundings, write(folder, "log.level = 'info'")) == "info"
+
+
+def test_a_named_file_must_exist(folder: Path) -> None:
+    sentence = "there is no such file; leave it out for defaults"
+    assert problems(folder / "none.toml") == [f"none.toml: {sentence}"]
+    assert problems(None, {"FLEXSPEC_CONFIG": "/nowhere.toml"}) == [f"/nowhere.toml: {sentence}"]
+    assert problems(folder) == [f"{folder.name}: cannot be read: Is a directory"]
+
+
+def test_the_environment_overrides_the_file_and_is_typed_like_it(folder: Path) -> None:
+    path = write(folder, EVERYTHING)
+    environ = {
+        "FLEXSPEC_DRAFT__THREADS": "4",
+        "FLEXSPEC_VERIFIER__HTTP2": "true",
+        "FLEXSPEC_VERIFIER__DEADLINE_SECONDS": "1.5",
+        "FLEXSPEC_VERIFIER": "https://b.example, http://localhost:1/base",
+        "FLEXSPEC_BUNDLE": str(folder),
+        "FLEXSPEC_PLANNER__ENERGY_BUDGET": "18000",
+        "FLEXSPEC_PLANNER__POLICY": "",
+        "FLEXSPEC_NO_SKIPS": "1",
+    }
+    effective = read_effective(path, environ)
+    read = effective.configuration
+    assert (read.draft.threads, read.verifier.http2, read.verifier.deadline_seconds) == (4, True, 1.5)
+    assert read.verifier.urls == ["https://b.example", "http://localhost:1/base"]
+    assert read.draft.bundle == folder
+    assert (read.planner.energy_budget, read.planner.policy) == ("18000", "ucb")
+    assert str(effective.origins["verifier", "urls"]) == "$FLEXSPEC_VERIFIER"
+    assert str(effective.origins["draft", "threads"]) == "$FLEXSPEC_DRAFT__THREADS"
+    environ["FLEXSPEC_VERIFIER__URLS"] = "http://127.0.0.1:7"
+    assert read_configuration(path, environ).verifier.urls == ["http://127.0.0.1:7"]
+
+
+def test_credentials_give_way_to_what_is_named(folder: Path) -> None:
+    credentials = folder / "credentials"
+    credentials.mkdir()
+    (credentials / "verifier-token").write_text("passed")
+    environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
+    effective = read_effective(write(folder, ""), environ)
+    assert effective.configuration.verifier.token_file == credentials / "verifier-token"
+    assert str(effective.origins["verifier", "token_file"]) == "credential verifier-token"
+    assert effective.configuration.service.api_key_file is None
+    named = read_configuration(write(folder, "verifier.token_file = 'token'"), environ)
+    assert named.verifier.token_file == folder / "token"
+
+
+def test_every_error_is_named_at_once_with_its_line_and_the_cure(folder: Path) -> None:
+    path = write(
+        folder,
+        """\
+dratf = 3
+[draft]
+thread = 2
+bundle = "gone"
+  store = 5
+[verifier]
+urls = []
+http2 = "yes"
+deadline_seconds = nan
+ca_file = "token"
+model = 2026-01-01
+[planner]
+policy = "analitic"
+objective = "cheap"
+profile = "toaster"
+energy_budget = "plenty"
+threads = 3
+[service]
+port = 70000
+host = "my host"
+max_concurrent = true
+log.level = "info"
+[log]
+level = "loud"
+""",
+    )
+    environ = {
+        "FLEXSPEC_DRAFT__THREADS": "many",
+        "FLEXSPEC_LGO__LEVEL": "info",
+        "FLEXSPEC_PLANNER__POLCY": "ucb",
+    }
+    expected = [
+        r'1:1: there is no table "dratf"; did you mean \[draft\]\?',
+        r"3:1: draft.thread: there is no such field; did you mean threads\?",
+        r"4:1: draft.bundle: there is no directory .*/gone; create it",
+        r"5:3: draft.store: must be a path, in quotes, and is 5",
+        r"7:1: verifier.urls: must be a list of at least one string, and is \[\]",
+        r'8:1: verifier.http2: must be true or false, and is "yes"',
+        r"9:1: verifier.deadline_seconds: must be a number above 0 and at most 3600, and is NaN",
+        r"10:1: verifier.ca_file: .*/token holds no certificate",
+        r'11:1: verifier.model: must be a string, in quotes, and is "2026-01-01"',
+        r"13:1: planner.policy: 'analitic' is no policy; there are analytic, ",
+        r"14:1: planner.objective: 'cheap' is no objective: name one of",
+        r"15:1: planner.profile: no shipped profile 'toaster': there are",
+        r"16:1: planner.energy_budget: 'plenty' is no energy budget: give",
+        r"17:1: planner.threads: belongs in \[draft\]",
+        r"19:1: service.port: must be a whole number from 0 to 65535, and is 70000",
+        r"20:1: service.host: 'my host' is neither an address nor a name",
+        r"21:1: service.max_concurrent: must be a whole number from 1 to 64, and is true",
+        r"22:1: service.log: there is no such field; \[service\] has host, port",
+        r'24:1: log.level: must be one of "debug", .*, and is "loud"',
+        r'\$FLEXSPEC_LGO__LEVEL: there is no table "lgo"; did you mean \[log\]\?',
+        r"\$FLEXSPEC_PLANNER__POLCY: planner.polcy: there is no such field; did you mean policy\?",
+        r'\$FLEXSPEC_DRAFT__THREADS: draft.threads: must be a whole number from 0 to 256, and is "many"',
+    ]
+    found = problems(path, environ)
+    assert len(found) == len(expected)
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.match(pattern if pattern.startswith(r"\$") else f"config.toml:{pattern}", line), line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[draft]\nbundle = /opt\n", "config.toml:2:10: not TOML: Invalid value; correct it there"),
+        ("[log]\n[log]\n", "config.toml:2:5: not TOML: Cannot declare"),
+        ("log.level = 'info'\nlog.level = 'info'\n", "config.toml:2:19: not TOML: Cannot overwrite a value"),
+        ("[verifier]\nurls = [", "config.toml:2:9: not TOML: "),
+        ("[[log]]\n", "config.toml:1:1: log: must be a table; write [log], and its fields below"),
+        ("\nlog = 3\n", "config.toml:2:1: log: must be a table"),
+        ("x = " + "[" * 5000, "config.toml: not TOML: nested too deeply"),
+        ("verifier.urls = ['ftp://a']", "config.toml:1:1: verifier.urls: 'ftp://a' is not a URL"),
+        ("verifier.urls = ['http://a:x']", "config.toml:1:1: verifier.urls: 'http://a:x' is not a URL"),
+        ("verifier.urls = ['http://a?b=c']", "config.toml:1:1: verifier.urls: 'http://a?b=c' goes on behind its path"),
+        ("draft.store = '~nobody-at-all/x'", "config.toml:1:1: draft.store: ~nobody-at-all/x: nobody has that home"),
+        ("draft.public_key_file = '.'", "config.toml:1:1: draft.public_key_file: cannot read"),
+        ("verifier.token_file = 'key.pub'", "config.toml:1:1: verifier.token_file: "),
+    ],
+)
+def test_what_is_wrong_is_said(folder: Path, text: str, message: str) -> None:
+    found = problems(write(folder, text))
+    assert len(found) == 1
+    assert found[0].startswith(message)
+
+
+def test_a_file_that_is_not_utf8_has_a_line_too(folder: Path) -> None:
+    path = folder / "config.toml"
+    path.write_bytes(b"[log]\nlevel = '\xff'\n")
+    assert problems(path) == ["config.toml:2: is not UTF-8; save it as UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "environ"),
+    [
+        ("[verifier]\ntoken = 'hunter2'\n", {}),
+        ("[draft]\ntoken = 'hunter2'\n", {}),
+        ("token = 'hunter2'\n", {}),
+        ("verifier.urls = ['https://me:hunter2@verifier.example']", {}),
+        ("", {"FLEXSPEC_VERIFIER": "https://me:hunter2@verifier.example"}),
+        ("", {"FLEXSPEC_VERIFIER__TOKEN": "hunter2"}),
+        ("verifier.token_file = 'hunter2'", {}),
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(folder: Path, text: str, environ: dict[str, str]) -> None:
+    (problem,) = problems(write(folder, text), environ)
+    assert "hunter2" not in problem
+    assert "verifier.token_file" in problem
+
+
+def test_an_api_key_belongs_in_the_services_file(folder: Path) -> None:
+    (problem,) = problems(write(folder, "[service]\napi-key = 'hunter2'\n"))
+    assert "service.api_key_file" in problem
+    assert "credential api-key" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"two\nlines", "é".encode(), b"x" * 20000])
+def test_a_secret_is_one_line_of_ascii(folder: Path, content: bytes) -> None:
+    (folder / "token").write_bytes(content)
+    (problem,) = problems(write(folder, "verifier.token_file = 'token'"))
+    assert "must hold the secret and nothing else" in problem
+
+
+def test_what_works_but_should_not_stay_so_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "token").chmod(0o644)
+    text = "verifier.token_file = 'token'\nverifier.urls = ['http://far.example']\nservice.host = '0.0.0.0'\n"
+    path = write(folder, text)
+    read_configuration(path, {})
+    token, url, host = caplog.messages
+    assert token == f"verifier.token_file: everybody on this machine can read {folder}/token; `chmod o-r` it"
+    assert "http://far.example unencrypted" in url
+    assert "service.api_key_file" in host
+
+
+def test_names_are_those_of_the_commands() -> None:
+    assert get_args(configuration.Radio)[1:] == planner_options.RADIOS
+    assert tuple(configuration.TABLES) == Configuration.__struct_fields__
+    for table, name in [*configuration.CREDENTIALS, *configuration.SHORT.values()]:
+        assert name in configuration.FIELDS[table]
+    homes = {name for _, name in configuration.CREDENTIALS}
+    assert set(configuration.SECRETS.values()) == homes
+
+
+# Commands
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEXSPEC_")}
+    command = [sys.executable, "-m", "edge_runtime.cli", "config", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=kept | environ)
+
+
+def test_check_names_errors_and_exits_with_2(folder: Path) -> None:
+    path = write(folder, EVERYTHING)
+    fine = run("check", str(path))
+    assert (fine.returncode, fine.stdout, fine.stderr) == (0, f"{path}: fine\n", "")
+    bad = run("check", str(path), FLEXSPEC_DRAFT__THREADS="-1", FLEXSPEC_LOG__LEVEL="loud")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("edge-runtime: 2 errors in the configuration:\n  $FLEXSPEC_DRAFT__THREADS: ")
+
+
+def test_show_is_toml_that_says_the_same(folder: Path) -> None:
+    path = write(folder, EVERYTHING)
+    shown = run("show", FLEXSPEC_CONFIG=str(path), FLEXSPEC_LOG__LEVEL="error")
+    assert re.search(rf"^threads = 2 +# {re.escape(str(path))}:5:1$", shown.stdout, re.MULTILINE)
+    assert re.search(r'^level = "error" +# \$FLEXSPEC_LOG__LEVEL$', shown.stdout, re.MULTILINE)
+    assert "# ca_file is not set" in shown.stdout
+    assert "s3cret" not in shown.stdout
+    again = write(folder, shown.stdout)
+    assert read_configuration(again, {}) == read_configuration(path, {"FLEXSPEC_LOG__LEVEL": "error"})
+    report = json.loads(run("show", str(path), "--json").stdout)
+    assert report["file"] == str(path)
+    token = report["values"]["verifier"]["token_file"]
+    assert token["value"] == str(folder / "token")
+    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 14)
+
+
+# Parsers
+
+KEYS = st.sampled_from(["a", "b", "draft", "two words", 'q"', "é"])
+VALUES = st.recursive(
+    st.booleans() | st.integers(-9, 9) | st.text("ab\"\n\\é'#=", max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
+def test_every_key_is_where_its_place_says(document: dict[str, Any], multiline: bool) -> None:
+    text = tomli_w.dumps(document, multiline_strings=multiline)
+    parsed = toml_positions.parse(text)
+    lines = text.split("\n")
+
+    def walk(table: dict[str, Any], path: tuple[str, ...]) -> None:
+        for key, value in table.items():
+            inner = (*path, key)
+            if not isinstance(value, dict):
+                assert inner in parsed.places
+            place = parsed.place(inner)
+            assert lines[place.line - 1][place.column - 1 :].startswith(("[", key, '"'))
+            if isinstance(value, dict):
+                walk(value, inner)
+
+    assert parsed.values == tomllib.loads(text)
+    walk(parsed.values, ())
+
+
+PIECES = [
+    "[log]\n",
+    "[draft]\n",
+    "[[log]]\n",
+    "level = 'info' # x\n",
+    "log.level='x'\n",
+    "\r\n",
+    "  ",
+    "=",
+    '"',
+    "{",
+    "[",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=10).map("".join))
+def test_any_text_is_a_configuration_or_a_typed_error(text: str) -> None:
+    try:
+        parsed = toml_positions.parse(text)
+    except toml_positions.TomlError as error:
+        assert error.place.line <= text.count("\n") + 1
+    else:
+        assert all(place.line <= text.count("\n") + 1 for place in parsed.places.values())
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [f"FLEXSPEC_{table}__{name}".upper() for table, f in configuration.FIELDS.items() for name in f]
+        ),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=12),
+        max_size=3,
+    )
+)
+def test_any_environment_is_a_configuration_or_a_typed_error(environ: dict[str, str]) -> None:
+    try:
+        read_effective(None, environ)
+    except ConfigurationError as error:
+        assert {problem.origin.name for problem in error.problems} <= environ.keys()

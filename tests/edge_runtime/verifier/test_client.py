@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloud_verifier.model.target import Target
+from edge_runtime.protocol import messages
+from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.verifier.link_faults import BrokenAnswer
+from edge_runtime.verifier.session import VerifierSession
+from tests.conftest import serving
+
+PROMPT = [40, 41, 42, 43]
+
+
+async def text_of(session: VerifierSession, rounds: int = 6, **plan: object) -> list[int]:
+    for _ in range(rounds):
+        async for _ in session.play([], **plan):
+            pass
+    return session.ids
+
+
+async def expected(target: Target, rounds: int = 6, n: int = 1) -> list[int]:
+    async with serving(target) as server, VerifierClient(server.url) as client:
+        return await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True)), rounds, n=n)
+
+
+@pytest.mark.parametrize("url", ["", "verifier", "ftp://verifier", "http://", "http://[::1"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:8500|is not a URL"):
+        VerifierClient(url)
+
+
+async def test_a_token_is_shown_and_nothing_else_is_said() -> None:
+    heard: list[httpx.Headers] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        heard.append(request.headers)
+        return httpx.Response(200, content=messages.encode(messages.ModelList([]), messages.MSGPACK))
+
+    for token in ("", "s3cret"):
+        async with VerifierClient("http://x", token=token, transport=httpx.MockTransport(answer)) as client:
+            await client.models()
+    assert [headers.get("authorization") for headers in heard] == [None, "Bearer s3cret"]
+    assert set(heard[0]) <= {"host", "accept"}
+
+
+def test_authorities_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot trust the authorities in"):
+        VerifierClient("https://x", authorities=tmp_path / "none.pem")
+
+
+async def test_nobody_there() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        started = time.monotonic()
+        async with VerifierClient(f"http://127.0.0.1:{bound.getsockname()[1]}", deadline=0.5) as client:
+            with pytest.raises(VerifierUnreachable, match=r"within [\d.]+ s .*is it running"):
+                await text_of(VerifierSession(client, PROMPT, Sampling()))
+            assert client.retries > 0
+        assert time.monotonic() - started < 3
+
+
+async def test_somebody_who_never_answers_cannot_hold_us_beyond_the_deadline() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    started = time.monotonic()
+    async with VerifierClient(f"http://127.0.0.1:{port}", deadline=0.5) as client:
+        with pytest.raises(VerifierUnreachable):
+            await text_of(VerifierSession(client, PROMPT, Sampling()))
+    assert time.monotonic() - started < 3
+    server.close()
+
+
+async def test_somebody_else_is_no_verifier() -> None:
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 5\r\n\r\nlogin")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(stranger, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with VerifierClient(f"http://127.0.0.1:{port}", deadline=5) as client:
+        with pytest.raises(VerifierRefused, match="is this URL a verifier's"):
+            await text_of(VerifierSession(client, PROMPT, Sampling()))
+    server.close()
+
+
+@pytest.mark.parametrize("http", ["1", "2", "auto"])
+@pytest.mark.parametrize("http2", [True, False])
+async def test_every_version_of_http(tiny: Target, http: str, http2: bool) -> None:
+    wanted = await expected(tiny)
+    async with serving(tiny, http=http) as server, VerifierClient(server.url, http2=http2, deadline=5) as client:
+        if http == "2" and not http2:
+            with pytest.raises(VerifierUnreachable):
+                await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True)))
+            return
+        assert await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True))) == wanted
+        sent, received = client.meter.take()
+        assert 300 < sent < 6000
+        assert 300 < received < 6000
+        assert client.meter.rtt_seconds is not None
+
+
+async def test_an_unknown_model_and_a_foreign_draft_are_refused(tiny: Target) -> None:
+    async with serving(tiny) as server, VerifierClient(server.url) as client:
+        for wrong, code in (
+            ({"model": "gpt"}, "unknown_model"),
+            ({"vocabulary": "0" * 16}, "vocabulary_mismatch"),
+            ({"draft": "anchor/1/" + "0" * 16}, "draft_mismatch"),
+        ):
+            with pytest.raises(VerifierRefused) as refused:
+                await text_of(VerifierSession(client, PROMPT, Sampling(), **wrong))
+            assert refused.value.code == code
+
+
+async def test_pinned_to_the_version_it_opened_with(tiny: Target) -> None:
+    async with serving(tiny) as server, VerifierClient(server.url) as client:
+        session = VerifierSession(client, PROMPT, Sampling(), model="tiny")
+        await text_of(session, 1)
+        assert session.version == tiny.version
+        session.close()
+        await text_of(session, 1)
+        assert session._opening.model == tiny.version
+
+
+class Faulty(httpx.AsyncBaseTransport):
+    """A network that does something to some of the answers."""
+
+    def __init__(self, spoil: Callable[[int, bytes], list[bytes | Exception]]) -> None:
+        self._inner = httpx.AsyncHTTPTransport()
+        self._spoil = spoil
+        self.requests = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self._inner.handle_async_request(request)
+        body = await response.aread()
+        if request.method == "DELETE":
+            return httpx.Response(response.status_code, request=request)
+        self.requests += 1
+        pieces = self._spoil(self.requests, body)
+
+        async def stream() -> AsyncIterator[bytes]:
+            for piece in pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+
+        headers = {name: value for name, value in response.headers.items() if name == "content-type"}
+        return httpx.Response(response.status_code, headers=headers, content=stream(), request=request)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), n=st.sampled_from([1, 4, 12]))
+def test_answers_cut_or_corrupted_anywhere_are_asked_for_again(tiny: Target, data: st.DataObject, n: int) -> None:
+    plan = data.draw(
+        st.lists(st.tuples(st.sampled_from(["cut", "break", "flip", "double"]), st.floats(0, 1)), max_size=4)
+    )
+
+    def spoil(number: int, body: bytes) -> list[bytes | Exception]:
+        # Every other answer is left alone, so that the deadline is not what decides.
+        if number % 2 == 0 or number // 2 >= len(plan) or not body:
+            return [body]
+        how, where = plan[number // 2]
+        place = min(int(where * len(body)), len(body) - 1)
+        if how == "cut":
+            return [body[:place]]
+        if how == "break":
+            return [body[:place], httpx.ReadError("the link went away")]
+        if how == "double":
+            return [body, body]
+        # Corruption that msgpack cannot see would change tokens; TCP and TLS see it. The frame's first byte shows.
+        return [bytes([body[0] ^ 0xFF]) + body[1:]]
+
+    async def play() -> tuple[list[int], list[int]]:
+        async with serving(tiny) as server, VerifierClient(server.url, deadline=20) as good:
+            wanted = await text_of(VerifierSession(good, PROMPT, Sampling(ignore_eos=True)), 3, n=n, stream=n > 1)
+            async with VerifierClient(server.url, transport=Faulty(spoil), deadline=20) as client:
+                session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
+                return wanted, await text_of(session, 3, n=n, stream=n > 1)
+
+    wanted, got = asyncio.run(play())
+    assert got == wanted
+
+
+async def test_an_answer_to_another_round_is_not_taken(tiny: Target) -> None:
+    def spoil(number: int, body: bytes) -> list[bytes | Exception]:
+        # Byte 2 of a frame is its round number.
+        return [body[:2] + b"\x05" + body[3:]] if number == 2 else [body]
+
+    async with serving(tiny) as server, VerifierClient(server.url, transport=Faulty(spoil)) as client:
+        assert await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True))) == await expected(tiny)
+        assert client.retries == 1
+
+
+async def test_a_lost_session_is_opened_again_in_mid_round(tiny: Target) -> None:
+    """The connection breaks behind the first frames of a stream, and the session is gone when it is back."""
+    wanted = await expected(tiny, rounds=1, n=20)
+    async with serving(tiny) as server, VerifierClient(server.url) as client:
+        session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
+        got = []
+        async for said in session.play([], n=20, stream=True):
+            got += said.own
+            if len(got) == len(said.own):
+                server._service.sessions.remove(session._id)
+        assert PROMPT + got == session.ids == wanted
+        assert session.recoveries == 1
+
+
+async def test_closing_frees_the_session(tiny: Target) -> None:
+    async with serving(tiny) as server:
+        async with VerifierClient(server.url) as client:
+            session = VerifierSession(client, PROMPT, Sampling())
+            await text_of(session, 1)
+            assert len(server._service.sessions) == 1
+            session.close()
+        assert len(server._service.sessions) == 0
+
+
+async def test_a_listener_gives_up_only_what_it_has_not_told() -> None:
+    """`_Playing.listen` raises BrokenAnswer for an answer that ends early; nothing of it counts as told."""
+
+    async def portal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/msgpack\r\ncontent-length: 2\r\n\r\n\x93\x01")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(portal, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with VerifierClient(url, http2=False, deadline=0.3) as client:
+        session = VerifierSession(client, PROMPT, Sampling())
+        with pytest.raises(BrokenAnswer):
+            await session._start([], {}, 1, False).listen()
+        with pytest.raises(VerifierUnreachable):
+            await text_of(session, 1)
+        assert session.ids == PROMPT
+    server.close()

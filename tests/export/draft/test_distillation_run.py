@@ -1,0 +1,169 @@
+"""`draft-export distill`: from a target and text to a draft, after a kill and on a full disk, too."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cloud_verifier.draft_models.checkpoint import WEIGHTS, load_draft
+from cloud_verifier.draft_models.layouts import plan_draft
+from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
+from export.cli import main
+from export.draft import distillation_run, training
+from export.draft.distillation_run import Order, distill
+from export.draft.teachers import plain, siblings
+from export.draft.training import Plan
+from tests.export.conftest import make_target
+from tests.models import save_target
+
+CPU = torch.device("cpu")
+PLAN = Plan(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
+TEXT = "the quick brown fox jumps over the lazy dog; " * 80
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Order:
+    target = save_target(tmp_path / "target", num_hidden_layers=4)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    return Order(target, (text,), PLAN, siblings=1, samples=150)
+
+
+def test_what_is_written(order: Order, tmp_path: Path) -> None:
+    agreement = distill(order, tmp_path / "draft", CPU)
+    names = {path.name for path in (tmp_path / "draft").iterdir()}
+    assert names == {"distill.json", "distill.png", "draft.json", WEIGHTS}
+    assert not list(tmp_path.glob("*.partial"))
+    record = json.loads((tmp_path / "draft" / "distill.json").read_text())
+    assert record["agreement"] == agreement.record()
+    assert record["plan"]["seed"] == 0
+    assert record["curve"]["losses"]
+    # The embedding is tied to the head, which the layout shares: what was trained are two blocks.
+    load_draft(tmp_path / "draft", order.target)
+    with pytest.raises(InputError, match="exists"):
+        distill(order, tmp_path / "draft", CPU)
+
+
+@pytest.mark.parametrize("layout", ["prefix", "standalone"])
+def test_other_layouts(order: Order, tmp_path: Path, layout: str) -> None:
+    changed = Order(order.target, order.texts, Plan(2, 1e-2, 2, 16), layout, 1, 1 if layout == "prefix" else 0)
+    distill(changed, tmp_path / layout, CPU)
+    assert load_draft(tmp_path / layout, order.target).config.num_hidden_layers == (2 if layout == "prefix" else 1)
+
+
+def test_learning_helps(order: Order, tmp_path: Path) -> None:
+    losses = distilling_losses(order, tmp_path)
+    assert losses[-1] < losses[0]
+
+
+def distilling_losses(order: Order, tmp_path: Path) -> list[float]:
+    longer = Order(order.target, order.texts, Plan(60, 1e-2, 4, 24, warm_up=2), objective="kl")
+    distill(longer, tmp_path / "longer", CPU)
+    losses: list[float] = json.loads((tmp_path / "longer" / "distill.json").read_text())["curve"]["losses"]
+    return losses
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_the_same(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distill(order, tmp_path / "whole", CPU)
+    options = [str(order.target), "--text", str(order.texts[0]), "--steps", "12", "--rate", "1e-2", "--rows", "4"]
+    options += ["--length", "24", "--accumulate", "2", "--warm-up", "2", "--siblings", "1", "--samples", "150"]
+    output = tmp_path / "killed"
+    # A child whose checkpoints come after every record, and whose steps take their time.
+    program = (
+        "import sys, time, export.draft.training as t\n"
+        "original, save = t.fit, t._save\n"
+        "t.fit.__kwdefaults__.update(seconds_between_checkpoints=0.0, record_every=2)\n"
+        "def slow(*a): save(*a); time.sleep(0.5)\n"
+        "t._save = slow\n"
+        "from export.cli import main\n"
+        "sys.exit(main(['distill', *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-c", program, *options, "--output", str(output), "--device", "cpu"]
+    with subprocess.Popen(command) as child:
+        while not (tmp_path / "killed.partial" / "checkpoint").exists():
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    monkeypatch.setitem(training.fit.__kwdefaults__, "record_every", 2)
+    distill(order, output, CPU)
+    mine, theirs = load_file(output / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_another_order_does_not_take_over(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation_run, "distil", fail)
+    with pytest.raises(KeyboardInterrupt):
+        distill(order, tmp_path / "draft", CPU)
+    changed = Order(order.target, order.texts, Plan(13, 1e-2, 4, 24))
+    with pytest.raises(InputError, match="begun with other options"):
+        distill(changed, tmp_path / "draft", CPU)
+
+
+def test_a_full_disk_is_told(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "draft.partial" / WEIGHTS))
+
+    monkeypatch.setattr(distillation_run, "save_draft", full)
+    with pytest.raises(FlexSpecError, match="No space left on device; make room"):
+        distill(order, tmp_path / "draft", CPU)
+    assert not (tmp_path / "draft").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [(["nowhere.txt"], "there is no text"), (["short.txt"], "too short"), (["binary"], "no UTF-8")],
+)
+def test_texts_that_are_none(order: Order, tmp_path: Path, texts: list[str], error: str) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=error):
+        distill(Order(order.target, tuple(tmp_path / name for name in texts), PLAN), tmp_path / "draft", CPU)
+
+
+def test_targets_that_are_none(order: Order, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TargetError, match="no target that transformers loads"):
+        distill(Order(tmp_path / "empty", order.texts, PLAN), tmp_path / "draft", CPU)
+    (order.target / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        distill(order, tmp_path / "other", CPU)
+
+
+def test_the_command(order: Order, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", str(order.texts[0]), "--steps", "2", "--rows", "2", "--length", "16", "--device", "cpu"]
+    assert main.main(["distill", str(order.target), *options, "--output", str(tmp_path / "draft")]) == 0
+    assert "likeliest tokens" in capsys.readouterr().out
+    wrong = ["--rows", "3", "--accumulate", "2", "--output", str(tmp_path / "x")]
+    assert main.main(["distill", str(order.target), *options, *wrong]) == 2
+    assert "3 rows cannot be taken in 2 equal parts" in capsys.readouterr().err
+
+
+def test_siblings_differ_where_nothing_is_shared_and_leave_the_target_alone() -> None:
+    target = make_target("llama")
+    plan = plan_draft(target.config, "anchor")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before = plain(target)(ids)
+    first, again = siblings(target, plan, 1, 0.2), siblings(target, plan, 2, 0.2)
+    assert torch.equal(first[0](ids), again[0](ids))
+    assert not torch.allclose(again[0](ids), again[1](ids))
+    assert not torch.allclose(first[0](ids), before)
+    assert torch.equal(plain(target)(ids), before)
+    assert torch.allclose(siblings(target, plan, 1, 0.0)[0](ids), before, atol=1e-6)
+    # The last block is shared with an anchor draft: the same input gives the same output there.
+    changed = {id(module) for module, _, _ in first[0]._changes}
+    assert not changed & {id(module) for module in target.model.layers[-1].modules()}
+    with pytest.raises(InputError, match="at least 0"):
+        siblings(target, plan, 1, -1.0)

@@ -1,0 +1,228 @@
+"""The doctor: what it says of healthy targets of every architecture, and of everything that is in the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PretrainedConfig
+
+from cloud_verifier.draft_models.layouts import FAMILIES, LAYOUTS, build_draft, draft_config, plan_draft
+from cloud_verifier.model.rollback import forgetless_layers, sliding_window
+from edge_runtime.planning.board_profile import shipped_profiles, weight_bytes
+from edge_runtime.protocol.bundle import read_bundle
+from edge_runtime.protocol.errors import InputError
+from export.bundle.build import BundleOrder, make_bundle
+from export.cli.main import main
+from export.evaluate.doctor import Finding, Question, examine
+from export.evaluate.estimates import estimate
+from tests.export.conftest import make_target
+from tests.models import save_target
+
+Rewrite = Callable[..., Path]
+
+
+def by_subject(target: Path, **settings: Any) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in examine(Question(target, **settings))}
+
+
+def faults(target: Path, **settings: Any) -> dict[str, Finding]:
+    found = by_subject(target, **settings).items()
+    assert all(finding.advice for _, finding in found if finding.state != "ok")
+    return {subject: finding for subject, finding in found if finding.state == "fault"}
+
+
+@pytest.fixture
+def sick(tiny_path: Path, tmp_path: Path) -> Rewrite:
+    """A copy of the tiny target with another configuration; a setting that is None is left out."""
+
+    def make(**settings: Any) -> Path:
+        copy = tmp_path / "sick"
+        copy.mkdir()
+        for file in tiny_path.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        config = json.loads((copy / "config.json").read_text()) | settings
+        (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bool, layout: str) -> None:
+    # A sliding window as long as the context never drops anything.
+    target = save_target(tmp_path / "t", model_type, num_hidden_layers=4, tie_word_embeddings=tied, sliding_window=512)
+    found = by_subject(target, layout=layout, profiles=tuple(shipped_profiles()))
+    assert {finding.state for finding in found.values()} == {"ok"}, found
+    assert found["head"].found.startswith("tied" if tied else "untied")
+    assert {f"speed, {profile.name}" for profile in shipped_profiles()} <= found.keys()
+    size = found["size on disk"].figures
+    assert ("embedding and head" in size) == tied and ("head" in size) != tied
+    assert found["memory on the board"].figures["memory_bytes"] > size["weight_bytes"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_size_is_that_of_the_draft_that_is_built(model_type: str, layout: str) -> None:
+    target = make_target(model_type)
+    draft, plan = build_draft(target, layout)
+    expected = estimate(draft_config(target.config, plan))
+    assert expected.parameters == sum(parameter.numel() for parameter in draft.parameters())
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen3", False)])
+def test_the_size_is_that_of_the_bundle(tmp_path: Path, model_type: str, tied: bool, weights: str) -> None:
+    target = save_target(
+        tmp_path / "t", model_type, hidden_size=128, intermediate_size=512, vocab_size=2048, tie_word_embeddings=tied
+    )
+    order = BundleOrder(target, target, "fused", weights, "x = 1\n" * 9, positions=20)
+    manifest = make_bundle(order, tmp_path / "bundle", lambda step: None)
+    expected = estimate(draft_config(*_whole(target)), weights)
+    graph = manifest.files["model.onnx"].bytes
+    assert weight_bytes(manifest) - graph == pytest.approx(expected.weight_bytes, rel=0.02)
+
+
+def _whole(target: Path) -> tuple[PretrainedConfig, Any]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target)
+    return config, plan_draft(config, "standalone", new_blocks=config.num_hidden_layers)
+
+
+def test_the_shipped_family(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["doctor", str(family / "target-v2"), "--bundle", str(family / "bundle"), "--json"]
+    assert main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["healthy"]
+    found = {finding["subject"]: finding for finding in record["findings"]}
+    bundle = read_bundle(family / "bundle").manifest
+    assert found["size on disk"]["figures"]["weight_bytes"] == pytest.approx(weight_bytes(bundle), rel=0.01)
+    # As `device-profile compare` says of the bundle itself.
+    assert found["speed, raspberry-pi-5"]["figures"]["milliseconds"] == pytest.approx(0.92, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject", "words"),
+    [
+        ({"model_type": "gpt2"}, "architecture", "gpt2 is not supported"),
+        ({"model_type": "gemma3"}, "architecture", "gemma3 is not supported"),
+        ({"model_type": "mamba"}, "roll-back", "mamba"),
+        ({"model_type": "nobody-knows"}, "configuration", "nobody-knows"),
+        ({"model_type": None}, "configuration", "not one that transformers knows"),
+        ({"tie_word_embeddings": False}, None, ""),
+        ({"vocab_size": 200}, "tokenizer", "the id 299, and the model only 200 logits"),
+    ],
+)
+def test_what_a_configuration_has_wrong(sick: Rewrite, settings: dict, subject: str | None, words: str) -> None:
+    found = faults(sick(**settings))
+    if subject is None:
+        assert not found
+    else:
+        assert words in found[subject].found
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_windows_shorter_than_the_context_are_a_warning(tmp_path: Path, model_type: str) -> None:
+    sliding: dict[str, Any] = {"sliding_window": 128}
+    if model_type == "qwen2":
+        sliding |= {"use_sliding_window": True, "max_window_layers": 0}
+    finding = by_subject(save_target(tmp_path / "t", model_type, **sliding))["roll-back"]
+    assert finding.state == "warning" and finding.figures == {"window": 128, "context": 512}
+    assert "--max-context 128" in finding.advice
+
+
+def test_layers_that_cannot_forget_are_a_fault(sick: Rewrite) -> None:
+    target = sick(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    found = faults(target)
+    assert found.keys() >= {"architecture", "roll-back"}
+    assert "linear_attention" in found["roll-back"].found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "layers", "window"),
+    [
+        ("llama", {}, [], None),
+        ("mistral", {"sliding_window": 64}, [], 64),
+        ("mistral", {"sliding_window": None}, [], None),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, [], None),
+        ("any", {"layer_types": ["full_attention"], "sliding_window": 64}, [], None),
+        ("any", {"layer_types": ["mamba", "full_attention"]}, ["mamba"], None),
+        ("mamba", {}, ["mamba"], None),
+    ],
+)
+def test_rollback_by_configuration(model_type: str, settings: dict, layers: list[str], window: int | None) -> None:
+    config = PretrainedConfig(**settings)
+    config.model_type = model_type
+    assert forgetless_layers(config) == layers
+    assert sliding_window(config) == window
+
+
+def test_what_a_checkpoint_lacks(sick: Rewrite) -> None:
+    target = sick()
+    (target / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in faults(target)["tokenizer"].found
+    (target / "tokenizer.json").write_text("{")
+    assert "is not a tokenizer" in faults(target)["tokenizer"].found
+    weights = target / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    assert "damaged" in faults(target)["weights"].found
+    weights.unlink()
+    assert "no safetensors checkpoint" in faults(target)["weights"].found
+    index = {"weight_map": {"model.embed_tokens.weight": "model-1.safetensors", "lm_head.weight": "absent.safetensors"}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    (target / "model-1.safetensors").write_bytes(whole)
+    assert "absent.safetensors" in faults(target)["weights"].found
+    (target / "config.json").unlink()
+    assert faults(target).keys() == {"configuration"}
+
+
+def test_an_untied_head_that_is_not_stored(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "t", tie_word_embeddings=True)
+    config = json.loads((target / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (target / "config.json").write_text(json.dumps(config))
+    assert "no lm_head.weight" in faults(target)["head"].found
+
+
+def test_a_bundle_with_another_tokenizer(tiny_path: Path, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "8192 tokens, not 300" in faults(tiny_path, new_blocks=1, bundle=family / "bundle")["bundle"].found
+    assert main(["doctor", str(tiny_path), "--new-blocks", "1", "--bundle", str(family / "bundle")]) == 3
+    assert "fault" in capsys.readouterr().out
+
+
+def test_impossible_drafts(tiny_path: Path) -> None:
+    assert "shares 0 to 1" in faults(tiny_path, shared_blocks=2)["layout"].found
+    assert "choose one of anchor" in faults(tiny_path, layout="sideways")["layout"].found
+    assert "600 tokens" in faults(tiny_path, context=600)["context"].found
+
+
+def test_a_board_that_is_too_slow_is_a_warning(tmp_path: Path) -> None:
+    """A 7B shape: no weights are needed to say so."""
+    target = save_target(tmp_path / "t")
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "tie_word_embeddings": False}
+    config = json.loads((target / "config.json").read_text()) | shape | {"max_position_embeddings": 4096}
+    (target / "config.json").write_text(json.dumps(config))
+    profiles = tuple(shipped_profiles())
+    found = by_subject(target, weights="int4", profiles=profiles)
+    size = found["size on disk"].figures
+    # Three blocks, head and embedding, at 5/8 of a byte each.
+    assert size["weight_bytes"] == pytest.approx(0.625 * (3 * 202.4e6 + 2 * 131.1e6), rel=0.01)
+    assert found["speed, raspberry-pi-zero-2w"].state == "warning"
+    assert found["speed, server"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["absent"], [".", "--profile", "toaster"], [".", "--context", "0"], [".", "--bundle", "absent"]]
+)
+def test_bad_input(tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    place, *options = arguments
+    target = tiny_path if place == "." else tiny_path / place
+    assert main(["doctor", str(target), *options]) == (3 if "--bundle" in options else InputError.exit_code)
+    assert capsys.readouterr().err.startswith("draft-export: ")
