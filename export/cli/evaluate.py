@@ -28,7 +28,7 @@ target is the directory of a checkpoint, an adapter, or changed tensors; a bare 
 
 examples:
   draft-export evaluate export/example_family/bundle --target target-v1 target-v2 --output /tmp/evaluation
-  draft-export evaluate export/example_family/draft-anchor --target target-v1 target-v2 \
+  draft-export evaluate export/example_family/draft-anchor --target target-v1 target-v2 \\
       --retrained target-v2=/tmp/draft-v2
   draft-export evaluate bundle --target /models/Llama-3.1-8B --text prose.txt code.py --temperature 0 --texts 16
   draft-export evaluate bundle --target v1 v2 --memory --profile jetson-orin-nano --link 4g --verifier 32b

@@ -34,7 +34,7 @@ with distill.json (what was done, on what, with which seeds), distill.png (the l
 examples:
   draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft                    # one GPU, hours
   draft-export distill /models/Llama-3.1-8B --text corpus/ --rows 64 --accumulate 16 --output draft
-  draft-export distill export/example_family/target-v1 --text edge_runtime/ \
+  draft-export distill export/example_family/target-v1 --text edge_runtime/ \\
       --steps 20 --rows 4 --length 64 --output /tmp/draft
   draft-export distill target --text a.txt b/ --siblings 3 --samples 2000000 --layout prefix --output draft
 """
