@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.app import VerifierLimits, Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.engine.auth import Doors
 from cloud_verifier.model.target import Target

@@ -31,7 +31,7 @@ from cloud_verifier.engine.rollout import Rollout
 from cloud_verifier.engine.scheduler import WINDOW_SECONDS, Engine, Make
 from cloud_verifier.engine.sessions import SessionStore
 from cloud_verifier.engine.submitter import Submitter
-from cloud_verifier.model.limits import Limits, check_opening, check_round
+from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
@@ -56,7 +56,7 @@ class Service:
     def __init__(
         self,
         load: Callable[[], Target],
-        limits: Limits,
+        limits: VerifierLimits,
         speculate: Callable[[Target], Speculation | None] = lambda target: None,
         doors: Doors | None = None,
         rollout: Callable[[Engine, SessionStore], Rollout] | None = None,

@@ -16,7 +16,7 @@ from edge_runtime.protocol.errors import InputError
 if TYPE_CHECKING:
     from cloud_verifier.api.app import Service
     from cloud_verifier.engine.auth import Doors
-    from cloud_verifier.model.limits import Limits
+    from cloud_verifier.model.limits import VerifierLimits
     from cloud_verifier.model.loading import Loading
     from cloud_verifier.model.speculation import Speculation
     from cloud_verifier.model.target import Target
@@ -289,11 +289,11 @@ def _service(options: argparse.Namespace, loading: Loading, doors: Doors) -> Ser
     )
 
 
-def _limits(options: argparse.Namespace) -> Limits:
+def _limits(options: argparse.Namespace) -> VerifierLimits:
     from cloud_verifier.model.kv_cache import page_of
-    from cloud_verifier.model.limits import Limits
+    from cloud_verifier.model.limits import VerifierLimits
 
-    return Limits(
+    return VerifierLimits(
         max_sessions=options.max_sessions,
         max_tokens=options.max_tokens,
         idle_seconds=options.idle_seconds,
@@ -302,7 +302,7 @@ def _limits(options: argparse.Namespace) -> Limits:
     )
 
 
-def _several(options: argparse.Namespace, loading: Loading, limits: Limits, doors: Doors) -> Service:
+def _several(options: argparse.Namespace, loading: Loading, limits: VerifierLimits, doors: Doors) -> Service:
     """A service of all versions of a registry."""
     from cloud_verifier.api.app import Service
     from cloud_verifier.engine.rollout import Patience, Rollout, load_default

@@ -12,7 +12,7 @@ from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, OpenRequest, RoundRequest
 
 
-class Limits(msgspec.Struct, frozen=True):
+class VerifierLimits(msgspec.Struct, frozen=True):
     """What one verifier process grants.
 
     Attributes:
@@ -37,7 +37,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_queue_seconds: float = 3.0
 
 
-async def check_opening(opening: OpenRequest, target: Target, limits: Limits) -> None:
+async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLimits) -> None:
     """Raises VerifierRefused unless `target` can begin with `opening`."""
     if opening.vocabulary not in ("", target.vocabulary):
         raise VerifierRefused(
@@ -79,7 +79,7 @@ async def check_opening(opening: OpenRequest, target: Target, limits: Limits) ->
     check_round(opening.first, target, limits)
 
 
-def check_round(playing: RoundRequest, target: Target, limits: Limits) -> None:
+def check_round(playing: RoundRequest, target: Target, limits: VerifierLimits) -> None:
     """Raises VerifierRefused unless the round is one that `target` can play, whatever the text."""
     nodes = 1 + len(playing.draft) + sum(map(len, playing.siblings.values()))
     for what, size, limit in (

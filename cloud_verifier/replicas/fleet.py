@@ -19,7 +19,7 @@ import msgspec
 
 from cloud_verifier.api.server import serve
 from cloud_verifier.engine.auth import Doors
-from cloud_verifier.model.limits import Limits
+from cloud_verifier.model.limits import VerifierLimits
 from edge_runtime.common.http_server import Listening
 from edge_runtime.protocol.errors import InputError, TargetError
 
@@ -74,7 +74,7 @@ class Scaling(msgspec.Struct, frozen=True):
 def serve_replicas(
     build: Callable[[], Service],
     scaling: Scaling,
-    limits: Limits,
+    limits: VerifierLimits,
     listening: Listening,
     doors: Doors,
     announce: Callable[[str], None],
@@ -111,7 +111,7 @@ class Fleet:
         running: how many there are that can be asked.
     """
 
-    def __init__(self, build: Callable[[], Service], scaling: Scaling, limits: Limits, grace: float) -> None:
+    def __init__(self, build: Callable[[], Service], scaling: Scaling, limits: VerifierLimits, grace: float) -> None:
         """`grace`: seconds that a replica has, when it is to go, for the rounds that it plays."""
         self.handle: DeploymentHandle[Any] | None = None
         self.failure: BaseException | None = None

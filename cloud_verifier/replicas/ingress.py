@@ -32,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 from cloud_verifier.api.codec import body_of, media_type_of, refuse
 from cloud_verifier.engine.admission import Counted, InFlight
 from cloud_verifier.engine.auth import Doors, Role
-from cloud_verifier.model.limits import Limits
+from cloud_verifier.model.limits import VerifierLimits
 from edge_runtime.protocol import messages as wire
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
@@ -73,7 +73,7 @@ class Ingress:
     # Their work is their own: Ray looks after them.
     stalled_seconds = 0.0
 
-    def __init__(self, replicas: Replicas, limits: Limits, doors: Doors) -> None:
+    def __init__(self, replicas: Replicas, limits: VerifierLimits, doors: Doors) -> None:
         self.doors = doors
         self.in_flight = InFlight(float("inf"))
         self._replicas = replicas

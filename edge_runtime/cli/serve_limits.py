@@ -11,18 +11,18 @@ from edge_runtime.protocol.errors import InputError
 # `serve` reads them before it loads what takes long.
 if TYPE_CHECKING:
     from edge_runtime.protocol.bundle import Manifest
-    from edge_runtime.service.state import Limits
+    from edge_runtime.service.state import ServiceLimits
 
 
-def limits_of(options: argparse.Namespace) -> Limits:
+def limits_of(options: argparse.Namespace) -> ServiceLimits:
     """The limits that the options name. Raises InputError."""
-    from edge_runtime.service.state import Limits
+    from edge_runtime.service.state import ServiceLimits
 
     least = {"max_concurrent": 1, "max_waiting": 0, "max_new_tokens": 1, "max_body": 1, "threads": 0, "grace": 0}
     for name, bound in least.items():
         if getattr(options, name) < bound:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {bound}")
-    return Limits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
+    return ServiceLimits(options.max_concurrent, options.max_waiting, options.max_new_tokens, options.max_body)
 
 
 def keys_of(options: argparse.Namespace) -> frozenset[str]:

@@ -40,7 +40,7 @@ from edge_runtime.service.requests import (
     stops_of,
 )
 from edge_runtime.service.sse import EventStream, events, gone_from
-from edge_runtime.service.state import Board, Limits
+from edge_runtime.service.state import Board, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,9 @@ class Service:
         metrics: what Prometheus is told.
     """
 
-    def __init__(self, client: VerifierClient, limits: Limits, keys: frozenset[str], *, local: bool = True) -> None:
+    def __init__(
+        self, client: VerifierClient, limits: ServiceLimits, keys: frozenset[str], *, local: bool = True
+    ) -> None:
         """
         Args:
             keys, local: see `Callers`.
@@ -112,7 +114,7 @@ class Service:
         if board.memory:
             self.metrics.add_memory(board.memory)
 
-    def change(self, limits: Limits, keys: frozenset[str], board: Board) -> None:
+    def change(self, limits: ServiceLimits, keys: frozenset[str], board: Board) -> None:
         """From now on other limits, keys and means; answers that are being written go on with the old ones."""
         self._board = board
         self._limits = limits

@@ -13,7 +13,7 @@ from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.service.chat_template import Chat
 
 
-class Limits(msgspec.Struct, frozen=True):
+class ServiceLimits(msgspec.Struct, frozen=True):
     """What the service grants.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.api.app import Limits
+from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.batch import Piece
 from cloud_verifier.model.kv_cache import Pool
 from cloud_verifier.model.runner import Chosen

@@ -14,7 +14,7 @@ from cloud_verifier.api.app import Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.engine.auth import Doors
 from cloud_verifier.engine.rollout import PATIENCE, Patience, Rollout, load_default
-from cloud_verifier.model.limits import Limits
+from cloud_verifier.model.limits import VerifierLimits
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry
@@ -39,7 +39,7 @@ def service_of(
 
     return Service(
         lambda: load_default(registry, make),
-        Limits(),
+        VerifierLimits(),
         speculate,
         Doors(tokens),
         lambda engine, sessions: Rollout(registry, engine, sessions, patience),

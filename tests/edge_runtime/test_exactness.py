@@ -22,7 +22,7 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cloud_verifier.api.app import Limits
+from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.reference import decode_alone
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.decoding.generation import Generation

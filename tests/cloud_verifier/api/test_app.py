@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.app import VerifierLimits, Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.model.target import Target
 from edge_runtime.common.http_server import Listening

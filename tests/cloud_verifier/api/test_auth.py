@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.api.app import Limits
+from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.cli import main
 from cloud_verifier.engine.auth import Doors, Role, hash_of, read_principals
 from cloud_verifier.model.target import Target

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.api.app import Limits
+from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, OpenRequest, RoundRequest

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.app import VerifierLimits, Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.engine.admission import InFlight
 from cloud_verifier.engine.metrics import MOST_DRAFTS, OTHER, Metrics

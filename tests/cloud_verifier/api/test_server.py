@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 
-from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.app import VerifierLimits, Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.cli import main
 from cloud_verifier.model.target import Target

@@ -17,7 +17,7 @@ from anyio.from_thread import start_blocking_portal
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.api.app import Limits, Service
+from cloud_verifier.api.app import VerifierLimits, Service
 from cloud_verifier.api.server import Server
 from cloud_verifier.cli import main
 from cloud_verifier.model import attention

@@ -22,7 +22,7 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings
 from edge_runtime.service.app import Service
 from edge_runtime.service.chat_template import Chat, read_chat
-from edge_runtime.service.state import Board, Limits
+from edge_runtime.service.state import Board, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 from tests.cloud_verifier.protocol_client import running
 from tests.conftest import FAMILY
@@ -113,7 +113,7 @@ class Both(msgspec.Struct):
 async def both(
     target: Target,
     draft: OnnxDraft,
-    limits: Limits | None = None,
+    limits: ServiceLimits | None = None,
     *,
     keys: frozenset[str] = frozenset(),
     key: str = "none",
@@ -131,7 +131,7 @@ async def both(
     await verifier.start()
     try:
         async with VerifierClient(verifier.url, deadline=deadline) as client:
-            service = Service(client, limits or Limits(), keys)
+            service = Service(client, limits or ServiceLimits(), keys)
             server = Server(service.app, Listening(port=0))
             await server.start()
             try:

@@ -19,7 +19,7 @@ from edge_runtime.ngram_cache.lookup import Memory
 from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.protocol.errors import DraftError
 from edge_runtime.service.chat_template import read_chat
-from edge_runtime.service.state import Limits
+from edge_runtime.service.state import ServiceLimits
 from tests.edge_runtime.service.conftest import Both, both, bundle_with
 
 PROMPT = "def read_config(path):\n"
@@ -49,7 +49,7 @@ def metric(pair: Both, name: str) -> float:
 async def test_a_client_that_leaves_ends_the_answer_and_its_session(
     target: Target, draft: OnnxDraft, stream: bool, speculation: bool
 ) -> None:
-    async with both(target, draft, Limits(max_concurrent=1)) as pair:
+    async with both(target, draft, ServiceLimits(max_concurrent=1)) as pair:
         body = {"prompt": PROMPT, "stream": stream, "ignore_eos": True, "speculation": speculation, "max_tokens": 1000}
         async with httpx.AsyncClient() as client:
             if stream:
@@ -70,7 +70,7 @@ async def test_a_client_that_leaves_ends_the_answer_and_its_session(
 
 
 async def test_who_leaves_the_line_is_never_served(target: Target, draft: OnnxDraft) -> None:
-    async with both(target, draft, Limits(max_concurrent=1, max_waiting=1)) as pair:
+    async with both(target, draft, ServiceLimits(max_concurrent=1, max_waiting=1)) as pair:
         stream = await pair.client.completions.create(**LONG, stream=True)
         await anext(aiter(stream))
         async with httpx.AsyncClient() as client:

@@ -35,7 +35,7 @@ from edge_runtime.service.monitoring.gauges import Pulse, privacy
 from edge_runtime.service.monitoring.prometheus import Metrics
 from edge_runtime.service.monitoring.reporter import Reporter, Totals
 from edge_runtime.service.sse import EventStream
-from edge_runtime.service.state import Limits
+from edge_runtime.service.state import ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 from tests.edge_runtime.service.conftest import board_process, both
 
@@ -352,7 +352,7 @@ async def test_with_other_keys_who_watches_must_show_one_again(target: Target, d
             await anext(pieces)
             board = pair.service._board
             assert board is not None
-            pair.service.change(Limits(max_new_tokens=9), frozenset({"other"}), board)
+            pair.service.change(ServiceLimits(max_new_tokens=9), frozenset({"other"}), board)
             async with asyncio.timeout(5):
                 async for _ in pieces:
                     pass
