@@ -29,7 +29,7 @@ _keys = itertools.count()
 
 
 @contextlib.contextmanager
-def running(target: Target, limits: Limits | None = None, **options: object) -> Iterator[str]:
+def running(target: Target, limits: VerifierLimits | None = None, **options: object) -> Iterator[str]:
     """`serving` in a thread of its own, for tests that are no coroutines; yields the URL."""
     with (
         start_blocking_portal() as portal,

@@ -193,7 +193,7 @@ class Ingress:
     What the board sees is what it would see of a process that was killed and started again.
     """
 
-    def __init__(self, target: Target, limits: Limits | None = None) -> None:
+    def __init__(self, target: Target, limits: VerifierLimits | None = None) -> None:
         self._target, self._limits = target, limits
         self._running = contextlib.AsyncExitStack()
         self._connections: set[asyncio.StreamWriter] = set()
@@ -254,7 +254,7 @@ async def test_no_fault_changes_the_text(
     shipped_draft: OnnxDraft,
 ) -> None:
     kind, plan = FAULTS[fault]
-    limits = Limits(max_sessions=1) if fault == "evict" else None
+    limits = VerifierLimits(max_sessions=1) if fault == "evict" else None
     recoveries = 0
     async with Ingress(target_v1, limits) as server:
         transport = Twice() if fault.startswith("twice") else None
@@ -307,7 +307,7 @@ async def test_a_planner_that_plays_at_random_and_many_texts_at_once(
     alone: Alone, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
     jobs = list(itertools.product(prompts[:4], SAMPLINGS.values()))
-    async with serving(target_v1, Limits(max_sessions=6)) as server, VerifierClient(server.url) as client:
+    async with serving(target_v1, VerifierLimits(max_sessions=6)) as server, VerifierClient(server.url) as client:
         texts = await asyncio.gather(
             *(
                 through(client, shipped_draft, prompt, sampling, RandomPlanner(seed), new_tokens=64)

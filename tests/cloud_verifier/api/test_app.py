@@ -389,7 +389,7 @@ async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, alone
 
 
 def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) -> None:
-    with running(tiny, Limits(max_sessions=2)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_sessions=2)) as url, Talker(url) as talker:
         first, second = talker.open(), talker.open([9, 9])
         first.play()
         third = talker.open([8, 8])
@@ -400,21 +400,21 @@ def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) 
 
 
 def test_tokens_are_bounded_too(tiny: Target) -> None:
-    with running(tiny, Limits(max_tokens=300)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=300)) as url, Talker(url) as talker:
         first, second = talker.open([1] * 150), talker.open([2] * 150)
         talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
         second.play()
 
 
 def test_idle_sessions_are_evicted(tiny: Target) -> None:
-    with running(tiny, Limits(idle_seconds=0.0)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(idle_seconds=0.0)) as url, Talker(url) as talker:
         first = talker.open()
         talker.open()
         talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
 
 
 def test_a_session_does_not_evict_itself(tiny: Target) -> None:
-    with running(tiny, Limits(max_tokens=100)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, Talker(url) as talker:
         talker.http.timeout = 1
         session = talker.open([5] * 60, ENDLESS)
         response = talker.post(session.path, session.next(n=50))
@@ -422,7 +422,7 @@ def test_a_session_does_not_evict_itself(tiny: Target) -> None:
 
 
 def test_a_prompt_that_can_never_fit_evicts_nobody(tiny: Target) -> None:
-    with running(tiny, Limits(max_tokens=100)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, Talker(url) as talker:
         session = talker.open()
         assert talker.post("/v1/sessions", opening([5] * 200)).status_code in (413, 503)
         session.play()
@@ -431,7 +431,7 @@ def test_a_prompt_that_can_never_fit_evicts_nobody(tiny: Target) -> None:
 async def test_a_full_house_of_busy_sessions_is_overloaded(tiny: Target) -> None:
     headers = {"content-type": MSGPACK}
     async with (
-        serving(tiny, Limits(max_sessions=1)) as server,
+        serving(tiny, VerifierLimits(max_sessions=1)) as server,
         httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client,
     ):
         busy = messages.encode(opening(sampling=ENDLESS, n=500, stream=True), MSGPACK)
@@ -473,7 +473,7 @@ async def test_starting_while_the_target_loads(tiny: Target) -> None:
         loaded.wait(20)
         return tiny
 
-    server = Server(Service(load, Limits()), Listening(port=0))
+    server = Server(Service(load, VerifierLimits()), Listening(port=0))
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=server.url, headers={"content-type": MSGPACK}) as client:

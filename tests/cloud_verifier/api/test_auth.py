@@ -369,7 +369,7 @@ async def test_a_token_costs_next_to_nothing_a_round(tiny: Target, tokens: Path,
     spent = []
     shown = add("kitchen")
     for doors, token in ((None, ""), (Doors(tokens), shown)):
-        async with serving(tiny, Limits(), doors) as server, VerifierClient(server.url, token=token) as client:
+        async with serving(tiny, VerifierLimits(), doors) as server, VerifierClient(server.url, token=token) as client:
             session = VerifierSession(client, PROMPT, ENDLESS)
             async for _ in session.play([]):
                 pass

@@ -26,7 +26,7 @@ PATHS = [
     "/v1/sessions/%ff%00/rounds",
 ]
 CONTENT_TYPES = [MSGPACK, JSON, "application/json; charset=utf-8", "text/plain", ""]
-CALM = Limits(max_sessions=100_000, max_own=8)
+CALM = VerifierLimits(max_sessions=100_000, max_own=8)
 
 
 class Besieged:

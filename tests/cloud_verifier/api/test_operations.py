@@ -134,7 +134,7 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
     target = Watched(tiny)
     headers = {"content-type": MSGPACK}
     async with (
-        serving(target, Limits(max_queue_seconds=0.6)) as server,
+        serving(target, VerifierLimits(max_queue_seconds=0.6)) as server,
         httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client,
     ):
 
@@ -201,7 +201,7 @@ async def test_texts_that_begin_wait_for_one_another_and_not_for_their_own_promp
 
 @contextlib.asynccontextmanager
 async def draining(target: Target) -> AsyncIterator[tuple[Service, Server]]:
-    service = Service(lambda: target, Limits())
+    service = Service(lambda: target, VerifierLimits())
     server = Server(service, Listening(port=0))
     await server.start()
     try:

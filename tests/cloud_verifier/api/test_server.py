@@ -85,7 +85,7 @@ async def test_an_unusable_certificate_is_an_error_of_ours(tiny: Target, tmp_pat
     if contents:
         pem.write_text(contents)
     with pytest.raises(FlexSpecError, match=r"cert\.pem"):
-        await Server(Service(lambda: tiny, Limits()), Listening(port=0, certificate=pem, key=pem)).start()
+        await Server(Service(lambda: tiny, VerifierLimits()), Listening(port=0, certificate=pem, key=pem)).start()
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def taken(listening: bool) -> Iterator[int]:
 )
 async def test_a_port_in_use_is_said_to_be(tiny: Target, listening: bool) -> None:
     with taken(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
-        await Server(Service(lambda: tiny, Limits()), Listening(port=port)).start()
+        await Server(Service(lambda: tiny, VerifierLimits()), Listening(port=port)).start()
 
 
 async def test_a_stopped_server_frees_its_port(tiny: Target) -> None:
@@ -125,7 +125,7 @@ async def test_a_target_that_does_not_load_is_told() -> None:
     def load() -> Target:
         raise TargetError("no such checkpoint")
 
-    server = Server(Service(load, Limits()), Listening(port=0))
+    server = Server(Service(load, VerifierLimits()), Listening(port=0))
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=server.url) as client:

@@ -68,7 +68,7 @@ def beside(target: Target, bundle: Path, tokens: int = 5) -> contextlib.Abstract
 @contextlib.contextmanager
 def besides(target: Target, speculate: Callable[[Target], Speculation]) -> Iterator[Beside]:
     watched = Watched(target)
-    service = Service(lambda: watched, Limits(), speculate)
+    service = Service(lambda: watched, VerifierLimits(), speculate)
 
     @contextlib.asynccontextmanager
     async def listening():  # type: ignore[no-untyped-def]

@@ -83,7 +83,7 @@ class Cloud:
         self._server: Verifier | None = None
 
     async def start(self) -> None:
-        self._service = cloud.Service(lambda: self._target, cloud.Limits())
+        self._service = cloud.Service(lambda: self._target, cloud.VerifierLimits())
         self._server = Verifier(self._service, Listening(port=self._port))
         await self._server.start()
         self.url = self._server.url
