@@ -54,10 +54,10 @@ def target_v1(family: Path) -> Target:
 
 @contextlib.asynccontextmanager
 async def serving(
-    target: Target, limits: Limits | None = None, doors: Doors | None = None, **listening: object
+    target: Target, limits: VerifierLimits | None = None, doors: Doors | None = None, **listening: object
 ) -> AsyncIterator[Server]:
     """A real verifier on a free port of loopback, in this process; see `Server.url`."""
-    service = Service(lambda: target, limits or Limits(), doors=doors)
+    service = Service(lambda: target, limits or VerifierLimits(), doors=doors)
     server = Server(service, Listening(**{"port": 0, **listening}))
     await server.start()
     try:
