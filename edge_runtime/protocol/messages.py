@@ -46,6 +46,11 @@ MOST_NODES = 72
 # Of the checksum behind a message in msgpack: CRC-32 of its session's id, if it has one, and of it, little-endian.
 CHECK_BYTES = 4
 
+# The verifier's batching interval of streamed frames: tokens of a streamed reply that become ready within this time of
+# the last frame travel together in the next one. The planner and the simulator price the frames of a stream with it.
+# Chosen: below what a reader notices, and few enough frames that their overhead stays small.
+STREAM_FRAME_SECONDS = 0.02
+
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
