@@ -23,7 +23,7 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.settings.validators import is_in_clear
 from tests.cloud_verifier.protocol_client import running
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[2] / "edge_runtime" / "README.md"
 PROMPT = "def a_secret_that_nobody_should_read(password):\n"
 FAR = "http://verifier.example"
 
