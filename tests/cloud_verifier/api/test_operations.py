@@ -18,22 +18,23 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_verifier.api.app import VerifierLimits, Service
-from cloud_verifier.api.server import Server
-from cloud_verifier.engine.admission import InFlight
-from cloud_verifier.engine.metrics import MOST_DRAFTS, OTHER, Metrics
-from cloud_verifier.engine.sessions import Answer
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.engine.admission import AdmissionController
+from cloud_verifier.engine.metrics import MAX_DRAFTS, VerifierMetrics
+from cloud_verifier.engine.sessions import RoundReply
 from cloud_verifier.model.target import Target
 from edge_runtime.common import logs
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
+from edge_runtime.common.metrics import OTHER_VALUE
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierError, VerifierRefused
-from edge_runtime.protocol.messages import MSGPACK, VERSION, ErrorCode, Frame, RoundRequest
+from edge_runtime.protocol.messages import MSGPACK, PROTOCOL_VERSION, ErrorCode, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Talker, Watched, opening, refusal_of, running
+from tests.cloud_verifier.protocol_client import PROMPT, ObservedTarget, ProtocolClient, decode_error, opening, running
 from tests.conftest import serving
 
 ENDLESS = Sampling(ignore_eos=True)
@@ -59,7 +60,7 @@ def of(found: Samples, metric: str, **labels: str) -> float:
 
 def test_what_prometheus_is_told(tiny: Target, alone: Alone) -> None:
     truth, identity, version = alone(PROMPT, 20, ENDLESS), tiny.shared_identity("anchor", 1), tiny.version
-    with running(tiny) as url, Talker(url) as talker:
+    with running(tiny) as url, ProtocolClient(url) as talker:
         session = talker.open(sampling=ENDLESS, identity=identity)
         session.play(draft=[*truth[1:4], (truth[4] + 1) % 300], siblings={3: [truth[4]]})
         session.play(draft=truth[len(session.ids) - 4 :][:2], n=3)
@@ -91,14 +92,22 @@ def test_what_prometheus_is_told(tiny: Target, alone: Alone) -> None:
 
 
 def test_labels_that_clients_choose_are_bounded() -> None:
-    metrics = Metrics()
-    asked, told = RoundRequest(VERSION, 1, 5, [1]), Frame(VERSION, 1, 1, [2])
-    for index in range(3 * MOST_DRAFTS):
-        metrics.played("v1", f"draft-{index}", "", asked, told, 0.01, True)
-    found = samples(metrics.page().decode())
+    metrics = VerifierMetrics()
+    request, reply = RoundRequest(PROTOCOL_VERSION, 1, 5, [1]), Frame(PROTOCOL_VERSION, 1, 1, [2])
+    for index in range(3 * MAX_DRAFTS):
+        metrics.observe_round(
+            version="v1",
+            draft=f"draft-{index}",
+            principal="",
+            request=request,
+            reply=reply,
+            seconds=0.01,
+            verified=True,
+        )
+    found = samples(metrics.render().decode())
     names = [dict(labels)["draft"] for name, labels in found if name == "flexspec_draft_tokens_total"]
-    assert len(names) == MOST_DRAFTS + 1
-    assert of(found, "draft_tokens_total", draft=OTHER) == 2 * MOST_DRAFTS
+    assert len(names) == MAX_DRAFTS + 1
+    assert of(found, "draft_tokens_total", draft=OTHER_VALUE) == 2 * MAX_DRAFTS
 
 
 # The log
@@ -107,7 +116,7 @@ def test_labels_that_clients_choose_are_bounded() -> None:
 def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "cloud_verifier")
     prompt = [231, 232, 233, 234]
-    with running(tiny) as url, Talker(url) as talker:
+    with running(tiny) as url, ProtocolClient(url) as talker:
         talker.http.headers["x-request-id"] = "board-7/answer-12"
         session = talker.open(prompt)
         response = talker.post(session.path, session.next())
@@ -117,12 +126,12 @@ def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.
         del talker.http.headers["x-request-id"]
         assert "x-request-id" not in talker.post(session.path, session.next(round=6)).headers
     lines = [record for record in caplog.records if record.name == "cloud_verifier.api.access_log"]
-    fields = [getattr(record, logs.FIELDS) for record in lines]
+    fields = [getattr(record, logs.EXTRA_FIELDS) for record in lines]
     assert [record.levelname for record in lines] == ["INFO", "DEBUG", "INFO", "INFO"]
     assert [each["FLEXSPEC_REQUEST_ID"] for each in fields[:2]] == ["board-7/answer-12"] * 2
     assert len({each["FLEXSPEC_REQUEST_ID"] for each in fields}) == 3
     assert [each["FLEXSPEC_CODE"] for each in fields] == ["", "", *["round_out_of_order"] * 2]
-    said = " ".join(record.getMessage() + str(getattr(record, logs.FIELDS)) for record in lines)
+    said = " ".join(record.getMessage() + str(getattr(record, logs.EXTRA_FIELDS)) for record in lines)
     assert session.id not in said
     assert not any(str(token) in said for token in prompt)
 
@@ -131,7 +140,7 @@ def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.
 
 
 async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone) -> None:
-    target = Watched(tiny)
+    target = ObservedTarget(tiny)
     headers = {"content-type": MSGPACK}
     async with (
         serving(target, VerifierLimits(max_queue_seconds=0.6)) as server,
@@ -143,7 +152,7 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
             return await client.post("/v1/sessions", content=messages.encode(asked, MSGPACK))
 
         async def play_one(session: str) -> httpx.Response:
-            body = messages.encode(RoundRequest(VERSION, 1, 3), MSGPACK, session)
+            body = messages.encode(RoundRequest(PROTOCOL_VERSION, 1, 3), MSGPACK, session)
             return await client.post(f"/v1/sessions/{session}/rounds", content=body)
 
         opened = [messages.decode((await open_one(seed)).content, messages.OpenReply, MSGPACK) for seed in range(9)]
@@ -154,12 +163,12 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
         # Whatever the machine does meanwhile, from now on the oldest of them has waited for more than half of that.
         await asyncio.sleep(0.4)
         refused = await open_one(99)
-        assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
+        assert (refused.status_code, decode_error(refused).code) == (503, ErrorCode.OVERLOADED)
         assert refused.headers["retry-after"] == "1"
         # Texts that have begun may go on for a while longer; then they, too, are told to come back.
         await asyncio.sleep(0.4)
         refused = await play_one(opened[8].session)
-        assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
+        assert (refused.status_code, decode_error(refused).code) == (503, ErrorCode.OVERLOADED)
         assert (await client.get("/healthz")).status_code == 200
         target.release()
         for seed, answer in enumerate(await asyncio.gather(*waiting)):
@@ -171,28 +180,28 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
 
 
 async def test_texts_that_begin_wait_for_one_another_and_not_for_their_own_prompt() -> None:
-    held = InFlight(0.2)
+    held = AdmissionController(0.2)
 
-    def enter(prompt: int) -> Answer:
-        answer = Answer(RoundRequest(VERSION, 0, 1))
+    def enter(prompt: int) -> RoundReply:
+        answer = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, 1))
         held.enter(answer, prompt)
         return answer
 
     first = enter(100)
-    first.push(Frame(VERSION, 0, tokens=[1], prefill_100us=500))
+    first.push(Frame(PROTOCOL_VERSION, 0, tokens=[1], prefill_100us=500))
     held.leave(first, 100)
     # Half a millisecond a token: that long one alone would take a second, and is not waiting.
     answers = [enter(2000), *[enter(10) for _ in range(5)]]
     await asyncio.sleep(0.15)
     held.check(opening=True)
-    answers[0].push(Frame(VERSION, 0, tokens=[1]))
+    answers[0].push(Frame(PROTOCOL_VERSION, 0, tokens=[1]))
     with pytest.raises(VerifierRefused, match="try again shortly"):
         held.check(opening=True)
     # Rounds of texts that have begun go beside them.
     held.check(opening=False)
     assert held.waiting == 5
     for answer in answers:
-        answer.push(Frame(VERSION, 0, tokens=[1]))
+        answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[1]))
     held.check(opening=True)
 
 
@@ -200,9 +209,9 @@ async def test_texts_that_begin_wait_for_one_another_and_not_for_their_own_promp
 
 
 @contextlib.asynccontextmanager
-async def draining(target: Target) -> AsyncIterator[tuple[Service, Server]]:
-    service = Service(lambda: target, VerifierLimits())
-    server = Server(service, Listening(port=0))
+async def draining(target: Target) -> AsyncIterator[tuple[VerifierService, VerifierServer]]:
+    service = VerifierService(lambda: target, VerifierLimits())
+    server = VerifierServer(service, ListenOptions(port=0))
     await server.start()
     try:
         yield service, server
@@ -222,12 +231,12 @@ async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, alone: Alo
         await asyncio.sleep(0)
         async with httpx.AsyncClient(base_url=server.url) as asking:
             ready = await asking.get("/readyz")
-            assert (ready.status_code, refusal_of(ready).code) == (503, ErrorCode.DRAINING)
+            assert (ready.status_code, decode_error(ready).code) == (503, ErrorCode.DRAINING)
             assert ready.headers["retry-after"] == "1"
             assert (await asking.get("/healthz")).status_code == 200
             assert of(samples((await asking.get("/metrics")).text), "draining") == 1
             # What was answered is answered again.
-            repeated = messages.encode(RoundRequest(VERSION, 0, 4), MSGPACK, other._id)
+            repeated = messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 4), MSGPACK, other._id)
             assert (await asking.post(f"/v1/sessions/{other._id}/rounds", content=repeated)).status_code == 200
         client.deadline = 4.0
         with pytest.raises(VerifierRefused, match="about to end"):
@@ -239,7 +248,7 @@ async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, alone: Alo
 
 
 async def test_a_drain_is_bounded(tiny: Target) -> None:
-    target = Watched(tiny)
+    target = ObservedTarget(tiny)
     async with draining(target) as (service, server), VerifierClient(server.url) as client:
         target.hold()
         playing = asyncio.create_task(anext(VerifierSession(client, PROMPT, ENDLESS).play([])))
