@@ -1,1 +1,1 @@
-"""A target at work: its forwards, its choices, its memory."""
+"""The target model: forward passes, KV cache, sampling and verification."""

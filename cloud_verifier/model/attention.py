@@ -1,8 +1,8 @@
-"""Attention over the pool: what transformers' models call in place of their own.
+"""Attention over the paged KV cache, in place of the attention functions of transformers' models.
 
-A model that is loaded with `attn_implementation=NAME` hands its queries, keys and values of one forward to `attend`,
-which puts the keys and values where the pool keeps those of their texts, and lets every row see what its piece says.
-What the forward is made of is said beside, by `running`, for the calling thread.
+A model loaded with `attn_implementation=IMPLEMENTATION_NAME` passes the queries, keys and values of a forward to
+`attend`. It writes the keys and values to the pages of their sequences and masks each row as its segment says. The
+description of the forward is passed out of band, per thread, by `set_forward_context`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cloud_verifier.model.batch import Step
+from cloud_verifier.model.batch import ForwardBatch
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 
-NAME = "flexspec"
+IMPLEMENTATION_NAME = "flexspec"
 
-_of_thread = threading.local()
+_thread_state = threading.local()
 
 
 @contextlib.contextmanager
-def running(step: Any) -> Iterator[None]:
-    """Makes `step` what the calling thread's forwards are made of."""
-    _of_thread.step = step
+def set_forward_context(context: Any) -> Iterator[None]:
+    """Make `context` the forward context of the calling thread: a `ForwardBatch`, or on CUDA its counterpart."""
+    _thread_state.context = context
     try:
         yield
     finally:
-        _of_thread.step = None
+        _thread_state.context = None
 
 
-def current() -> Any:
-    """The step of the calling thread's forward; None outside of one of ours."""
-    return getattr(_of_thread, "step", None)
+def get_forward_context() -> Any:
+    """The forward context of the calling thread; None outside a forward of a runner."""
+    return getattr(_thread_state, "context", None)
 
 
 def attend(
@@ -49,60 +50,71 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention of one layer, in transformers' form.
+    """Attention of one layer, with the signature that transformers expects of an attention function.
 
     Args:
-        module: the attention layer, which knows its `layer_idx`; on CUDA see `graphs`.
-        query: (1, query heads, rows, size).
-        key, value: (1, heads, rows, size).
+        module: the attention layer. On a CPU its `layer_idx` is used, on CUDA its `layer_number` buffer (see
+            `cuda_graphs`).
+        query: (1, query heads, rows, head size).
+        key, value: (1, KV heads, rows, head size).
+        attention_mask: ignored; the forward context has the masks.
 
-    Returns (1, rows, query heads, size).
+    Returns (1, rows, query heads, head size), and None for the attention weights.
 
     Raises:
-        NotImplementedError: the model bounds its scores, or has attention sinks.
+        NotImplementedError: the model uses logit soft-capping or attention sinks.
     """
     if softcap is not None or s_aux is not None:
-        raise NotImplementedError("attention with bounded scores, or with sinks")
+        raise NotImplementedError("attention with logit soft-capping or attention sinks is not supported")
     if query.is_cuda:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.flexspec.attend(query, key, value, module.layer_number, scaling), None
-    return _piece_by_piece(current(), int(module.layer_idx), query, key, value, scaling), None
+    batch: ForwardBatch = get_forward_context()
+    layer: Any = module.layer_idx
+    return _attend_by_segment(batch, int(layer), query=query, key=key, value=value, scaling=scaling), None
 
 
-def _piece_by_piece(
-    step: Step, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+def _attend_by_segment(
+    batch: ForwardBatch,
+    layer: int,
+    *,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
 ) -> torch.Tensor:
     heads, size = key.shape[1], key.shape[3]
     group = query.shape[1] // heads
-    # Queries that share keys are rows of one head: that way nothing is repeated.
-    queries = query[0].unflatten(0, (heads, group))
+    # Grouped queries become extra rows of their KV head, so that keys and values are not repeated.
+    queries = query[0].view(heads, group, *query.shape[2:])
     out = torch.empty(query.shape[2], heads, group, size, dtype=query.dtype)
-    for piece, start, mask in zip(step.pieces, step.starts, step.masks, strict=True):
-        rows = slice(start, start + len(piece))
-        keys, values = _stored(step, piece.text.pages, piece.text.length, layer, key[0, :, rows], value[0, :, rows])
-        asked = queries[:, :, rows].flatten(1, 2)
-        seen = None if mask is None else mask.repeat(group, 1) if group > 1 else mask
-        answer = scaled_dot_product_attention(asked[None], keys[None], values[None], seen, scale=scaling)[0]
-        out[rows] = answer.unflatten(1, (group, len(piece))).permute(2, 0, 1, 3)
+    for segment, start, mask in zip(batch.segments, batch.starts, batch.masks, strict=True):
+        rows = slice(start, start + len(segment))
+        keys, values = _store(batch.pool, segment.sequence, layer, key[0, :, rows], value[0, :, rows])
+        grouped = queries[:, :, rows].flatten(1, 2)
+        grouped_mask = None if mask is None else mask.repeat(group, 1) if group > 1 else mask
+        output = scaled_dot_product_attention(grouped[None], keys[None], values[None], grouped_mask, scale=scaling)[0]
+        out[rows] = output.view(heads, group, len(segment), size).permute(2, 0, 1, 3)
     return out.flatten(1, 2)[None]
 
 
-def _stored(
-    step: Step, pages: list[int], past: int, layer: int, key: torch.Tensor, value: torch.Tensor
+def _store(
+    pool: KVCachePool, sequence: CachedSequence, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts the rows (heads, rows, size) behind the text's `past` tokens; its keys and values with them."""
-    size, length = step.pool.page, past + key.shape[1]
+    """Write rows (heads, rows, head size) after the sequence; return all its keys and values, those rows included."""
+    page_tokens, past = pool.page, sequence.length
+    length = past + key.shape[1]
     position = past
     while position < length:
-        offset = position % size
-        count = min(size - offset, length - position)
-        page = step.pool.view(pages[position // size])[layer]
+        offset = position % page_tokens
+        count = min(page_tokens - offset, length - position)
+        page = pool.view(sequence.pages[position // page_tokens])[layer]
         page[0, :, offset : offset + count] = key[:, position - past : position - past + count]
         page[1, :, offset : offset + count] = value[:, position - past : position - past + count]
         position += count
-    views = [step.pool.view(page)[layer] for page in pages[: -(-length // size)]]
-    whole = views[0] if len(views) == 1 else torch.cat(views, dim=2)
-    return whole[0, :, :length], whole[1, :, :length]
+    views = [pool.view(page)[layer] for page in sequence.pages[: -(-length // page_tokens)]]
+    cached = views[0] if len(views) == 1 else torch.cat(views, dim=2)
+    return cached[0, :, :length], cached[1, :, :length]
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(IMPLEMENTATION_NAME, attend)

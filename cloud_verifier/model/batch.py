@@ -1,85 +1,126 @@
-"""What one forward is made of: pieces of several texts, their rows one behind the other.
+"""The contents of one forward: segments of several sequences, their rows concatenated.
 
-A row sees the text before its piece, the first so many rows of its piece, and itself: that is enough for a chain, and
-for siblings beside it.
+A row attends to the cached sequence before its segment, to a prefix of the rows of its segment, and to itself. That
+expresses both a chain of tokens and a chain with sibling tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from cloud_verifier.model.kv_cache import Pool, Text
-from cloud_verifier.model.tree import Tree
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool, KVCacheShape
+from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling
 
 
+class SegmentRunner(Protocol):
+    """What the scheduler needs of a model runner; see `runner.TargetRunner`."""
+
+    shape: KVCacheShape
+    max_rows: int
+    max_segments: int
+    max_prefill_rows: int
+
+    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]: ...
+
+    def warm_up(self, pool: KVCachePool) -> None: ...
+
+
 @dataclass(slots=True)
-class Piece:
-    """Some tokens behind one text.
+class Segment:
+    """Tokens that follow one cached sequence.
 
     Attributes:
-        text: what stands before them in the pool.
-        ids, positions: one for each row.
-        limits: how many rows of the piece, from its first, each row sees beside itself.
-        sampling: how the token behind each row is chosen; None where nobody asks.
-        adapter: slot of the adapter that these rows go through; 0 is none.
-        stays: the text goes on with these rows at once, see `Pool.keep`; else whoever asked for them says which stay.
-        runner: that it is for; None is the one of the session's target.
+        sequence: the cached tokens before the segment.
+        ids, positions: token id and absolute position of each row.
+        visible_prefix: how many leading rows of the segment each row attends to, in addition to itself.
+        sampling: how the token after each row is sampled; None if no sampling is wanted (prefill).
+        adapter_slot: LoRA slot that the rows go through; 0 is the base model.
+        keep_all: extend the sequence by all rows right after the forward (see `KVCachePool.keep`). Otherwise whoever
+            submitted the segment decides which rows stay.
+        runner: the runner of the model that the segment is for; None is that of the session's target.
     """
 
-    text: Text
+    sequence: CachedSequence
     ids: list[int]
     positions: list[int]
-    limits: list[int]
+    visible_prefix: list[int]
     sampling: Sampling | None = None
-    adapter: int = 0
-    stays: bool = False
-    runner: Any = None
+    adapter_slot: int = 0
+    keep_all: bool = False
+    runner: SegmentRunner | None = None
 
     @classmethod
-    def of_tree(cls, text: Text, tree: Tree, sampling: Sampling, adapter: int = 0) -> Piece:
-        return cls(text, tree.ids, tree.positions, tree.limits, sampling, adapter)
+    def from_tree(cls, sequence: CachedSequence, tree: TokenTree, sampling: Sampling, adapter_slot: int = 0) -> Segment:
+        """A segment that scores all nodes of `tree`."""
+        return cls(
+            sequence=sequence,
+            ids=tree.ids,
+            positions=tree.positions,
+            visible_prefix=tree.visible_prefix,
+            sampling=sampling,
+            adapter_slot=adapter_slot,
+        )
 
     @classmethod
-    def of_chain(cls, text: Text, ids: list[int], adapter: int = 0) -> Piece:
-        """`ids` as they follow the text, only to be read."""
-        length = text.length
-        return cls(text, ids, list(range(length, length + len(ids))), list(range(len(ids))), None, adapter, stays=True)
+    def from_tokens(
+        cls,
+        sequence: CachedSequence,
+        ids: list[int],
+        *,
+        adapter_slot: int = 0,
+        sampling: Sampling | None = None,
+        runner: SegmentRunner | None = None,
+    ) -> Segment:
+        """A segment that extends the sequence by the chain `ids`."""
+        return cls(
+            sequence=sequence,
+            ids=ids,
+            positions=list(range(sequence.length, sequence.length + len(ids))),
+            visible_prefix=list(range(len(ids))),
+            sampling=sampling,
+            adapter_slot=adapter_slot,
+            keep_all=True,
+            runner=runner,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def visibility(self) -> torch.Tensor:
-        """(rows, text and rows) bool: what each row sees."""
+    def attention_mask(self) -> torch.Tensor:
+        """(rows, cached tokens + rows) bool: what each row attends to."""
         rows = len(self.ids)
         columns = torch.arange(rows)
-        own = (columns < torch.tensor(self.limits)[:, None]) | torch.eye(rows, dtype=torch.bool)
-        return torch.cat([torch.ones(rows, self.text.length, dtype=torch.bool), own], 1)
+        own = (columns < torch.tensor(self.visible_prefix)[:, None]) | torch.eye(rows, dtype=torch.bool)
+        return torch.cat([torch.ones(rows, self.sequence.length, dtype=torch.bool), own], 1)
 
 
 @dataclass(slots=True)
-class Step:
+class ForwardBatch:
     """One forward on a CPU.
 
     Attributes:
-        starts: the first row of each piece.
-        masks: what the rows of each piece see; None where that is everything.
-        own_columns: which adapter each row goes through (see `adapters.Adapters`); None where none does.
+        starts: the first row of each segment.
+        masks: attention mask of each segment; None if its rows attend to everything.
+        lora_mask: which adapter columns each row uses (see `lora.LoRAAdapters`); None if no row uses an adapter.
     """
 
-    pool: Pool
-    pieces: list[Piece]
+    pool: KVCachePool
+    segments: list[Segment]
     starts: list[int]
     masks: list[torch.Tensor | None]
-    own_columns: torch.Tensor | None = None
+    lora_mask: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, pool: Pool, pieces: list[Piece]) -> Step:
+    def from_segments(cls, pool: KVCachePool, segments: list[Segment]) -> ForwardBatch:
         starts, rows = [], 0
-        for piece in pieces:
+        for segment in segments:
             starts.append(rows)
-            rows += len(piece)
-        return cls(pool, pieces, starts, [None if len(piece) == 1 else piece.visibility() for piece in pieces])
+            rows += len(segment)
+        masks = [None if len(segment) == 1 else segment.attention_mask() for segment in segments]
+        return cls(pool, segments, starts, masks)

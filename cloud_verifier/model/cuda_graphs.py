@@ -1,8 +1,8 @@
-"""The runner on CUDA: forwards of a few sizes, each captured once as a graph and replayed from then on.
+"""The model runner on CUDA: forwards of a few fixed sizes, each captured once as a CUDA graph and then replayed.
 
-Everything that differs from one forward to the next is a plan of integers in one buffer, which one copy brings to the
-device; nothing is allocated and hardly anything launched for a round, and what comes back is ids and margins. Rows that
-fill a forward up to its size see nothing of the others and are seen by none.
+Everything that differs between two forwards is in one buffer of integers (`GraphInputs`), which one copy brings to the
+device. A round allocates nothing and launches hardly anything, and only token ids and margins come back. Padding rows
+that fill a forward up to its size attend to nothing of the other rows, and no other row attends to them.
 """
 
 from __future__ import annotations
@@ -13,68 +13,91 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cloud_verifier.model import kernels
-from cloud_verifier.model.attention import current, running
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import PAGE, Pool
-from cloud_verifier.model.runner import Chosen, Runner
-from cloud_verifier.model.sampling import Choice, Warping, choose
-from cloud_verifier.model.tensor_parallel import Team
+from cloud_verifier.model.attention import get_forward_context, set_forward_context
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import PAGE_TOKENS, KVCachePool
+from cloud_verifier.model.runner import TargetRunner
+from cloud_verifier.model.sampling import SampledToken, SampledTokens, SamplingBatch, sample_tokens
+from cloud_verifier.model.tensor_parallel import ForwardMode, TensorParallelGroup
 from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-# Of `exact`: every forward has this size, whoever is in it.
+# Rows of the captured forwards. Chosen: fine steps where padding is a large share, and few graphs to capture.
+FORWARD_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# With `exact`, every forward has this many rows, whatever it contains.
 EXACT_ROWS = 128
-MOST_PIECES = 128
+MAX_SEGMENTS = 128
+# With `exact` off: rows of one forward for prefill (see `TargetRunner.max_prefill_rows`).
+MAX_PREFILL_ROWS = 512
+# Rows of one attention program, query heads of one KV head included: the least that tl.dot takes.
+BLOCK_QUERIES = 16
 GREEDY = Sampling()
 
 
-class Plan:
-    """The integers of one forward of `rows` rows, on the device and, to be filled, on the host.
+class GraphInputs:
+    """The integers that describe one forward of `rows` rows, on the device and, to be filled, in pinned host memory.
 
     Attributes:
-        pages, offsets: (rows,) where each row's keys and values go.
-        limits: (rows,) see `Piece`.
-        slots: (rows,) of adapters.
-        blocks: (blocks, 3) piece, first row and rows of what one program attends to; no rows: nothing.
-        pieces: (pieces, 3) tokens before it, first row, rows.
-        table: (pieces, pages of the longest text).
-        moves: (moves, 4) rows that move in the pool beforehand, see `kernels.move`.
-        block_rows: rows of a block at most.
-        spans: programs that share a long text.
+        ids, positions: (rows,) token ids and absolute positions.
+        pages, offsets: (rows,) where each row's keys and values are written.
+        visible_prefix: (rows,) see `Segment`.
+        slots: (rows,) LoRA slots.
+        blocks: (blocks, 3) segment, first row and number of rows of one attention program; 0 rows: no work.
+        segments: (segments, 3) cached tokens before the segment, first row, number of rows.
+        page_table: (segments, pages of the longest sequence).
+        moves: (moves, 4) rows to move in the pool before the forward, see `kernels.move`.
+        block_rows: most rows of a block.
+        spans: number of programs that share a long sequence.
     """
 
+    ids: torch.Tensor
+    positions: torch.Tensor
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    visible_prefix: torch.Tensor
+    slots: torch.Tensor
+    blocks: torch.Tensor
+    segments: torch.Tensor
+    page_table: torch.Tensor
+    moves: torch.Tensor
+
     def __init__(self, rows: int, context: int, group: int, device: torch.device) -> None:
+        """
+        Args:
+            context: longest sequence in tokens.
+            group: query heads per KV head.
+        """
         self.rows = rows
-        self.block_rows = max(1, 16 // group)
-        most = min(rows, MOST_PIECES)
-        blocks = min(rows, most + rows // self.block_rows)
-        self._page = PAGE["cuda"]
-        # A tree may stick out of a text that is nearly full.
-        columns = -(-context // self._page) + 2
-        self.spans = -(-context // kernels.SPAN)
+        self.block_rows = max(1, BLOCK_QUERIES // group)
+        max_segments = min(rows, MAX_SEGMENTS)
+        blocks = min(rows, max_segments + rows // self.block_rows)
+        self._page_tokens = PAGE_TOKENS["cuda"]
+        # The tree of a sequence that is nearly full may reach past the context.
+        columns = -(-context // self._page_tokens) + 2
+        self.spans = -(-context // kernels.SPAN_TOKENS)
         shapes = {
             "ids": (rows,),
             "positions": (rows,),
             "pages": (rows,),
             "offsets": (rows,),
-            "limits": (rows,),
+            "visible_prefix": (rows,),
             "slots": (rows,),
             "blocks": (blocks, 3),
-            "pieces": (most, 3),
-            "table": (most, columns),
-            "moves": (most, 4),
+            "segments": (max_segments, 3),
+            "page_table": (max_segments, columns),
+            "moves": (max_segments, 4),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=True)
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host: dict[str, np.ndarray] = {}
+        self._host: dict[str, npt.NDArray[np.int32]] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
@@ -82,66 +105,59 @@ class Plan:
             setattr(self, name, self.buffer[start:stop].view(shape))
             start = stop
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    limits: torch.Tensor
-    slots: torch.Tensor
-    blocks: torch.Tensor
-    pieces: torch.Tensor
-    table: torch.Tensor
-    moves: torch.Tensor
-
-    def fill(self, pieces: Sequence[Piece], moves: Sequence[tuple[int, int, int, int]] = ()) -> None:
-        """Writes what the pieces say, and sends it to the device."""
+    def fill(self, segments: Sequence[Segment], moves: Sequence[tuple[int, int, int, int]] = ()) -> None:
+        """Write the inputs of a forward of `segments` and start their copy to the device."""
         host = self._host
-        ids, positions, limits, slots = host["ids"], host["positions"], host["limits"], host["slots"]
+        ids, positions, visible_prefix, slots = host["ids"], host["positions"], host["visible_prefix"], host["slots"]
         blocks: list[tuple[int, int, int]] = []
-        facts: list[tuple[int, int, int]] = []
+        extents: list[tuple[int, int, int]] = []
         row = 0
-        for index, piece in enumerate(pieces):
-            stop = row + len(piece.ids)
-            ids[row:stop], positions[row:stop], limits[row:stop] = piece.ids, piece.positions, piece.limits
-            slots[row:stop] = piece.adapter
-            host["table"][index, : len(piece.text.pages)] = piece.text.pages
-            facts.append((piece.text.length, row, stop - row))
+        for index, segment in enumerate(segments):
+            stop = row + len(segment.ids)
+            ids[row:stop], positions[row:stop] = segment.ids, segment.positions
+            visible_prefix[row:stop] = segment.visible_prefix
+            slots[row:stop] = segment.adapter_slot
+            host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
+            extents.append((segment.sequence.length, row, stop - row))
             blocks += [
                 (index, first, min(self.block_rows, stop - first)) for first in range(row, stop, self.block_rows)
             ]
             row = stop
         host["moves"][: len(moves)] = np.array(moves, dtype=np.int32).reshape(-1, 4)
         host["moves"][len(moves) :] = 0
-        known = np.array(facts, dtype=np.int32).reshape(-1, 3)
-        host["pieces"][: len(facts)] = known
+        extent = np.array(extents, dtype=np.int32).reshape(-1, 3)
+        host["segments"][: len(extents)] = extent
         host["blocks"][: len(blocks)] = np.array(blocks, dtype=np.int32).reshape(-1, 3)
         host["blocks"][len(blocks) :] = 0
-        which = np.repeat(np.arange(len(facts)), known[:, 2])
-        places = np.arange(row) - known[which, 1] + known[which, 0]
-        host["pages"][:row] = host["table"][which, places // self._page]
-        host["offsets"][:row] = places % self._page
-        # What fills the forward up goes to the page that nobody reads.
-        ids[row:], positions[row:], limits[row:], slots[row:], host["pages"][row:] = 0, 0, 0, 0, 0
-        host["offsets"][row:] = np.arange(self.rows - row) % self._page
+        segment_of_row = np.repeat(np.arange(len(extents)), extent[:, 2])
+        cache_index = np.arange(row) - extent[segment_of_row, 1] + extent[segment_of_row, 0]
+        host["pages"][:row] = host["page_table"][segment_of_row, cache_index // self._page_tokens]
+        host["offsets"][:row] = cache_index % self._page_tokens
+        # Padding rows are written to page 0, which is never read.
+        ids[row:], positions[row:], visible_prefix[row:], slots[row:], host["pages"][row:] = 0, 0, 0, 0, 0
+        host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
         self.buffer.copy_(self._pinned, non_blocking=True)
 
 
-class _Step(NamedTuple):
-    """What attention and adapters ask of the forward in progress."""
+class _GraphContext(NamedTuple):
+    """Forward context (see `attention.set_forward_context`) on CUDA."""
 
-    plan: Plan
+    inputs: GraphInputs
     slab: torch.Tensor
-    own_columns: torch.Tensor | None
+    lora_mask: torch.Tensor | None
 
 
 @torch.library.custom_op("flexspec::attend", mutates_args=())
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """`attention.attend` on CUDA. To a compiler it is a function: nobody else touches the pool in a forward."""
-    step: _Step = current()
-    kernels.store(key, value, step.slab, layer, step.plan)
-    return kernels.attend(query, step.slab, layer, scaling, step.plan)
+    """`attention.attend` on CUDA.
+
+    To torch.compile it is a pure function although it writes to the pool: nothing else uses the pool in a forward.
+    """
+    context: _GraphContext = get_forward_context()
+    kernels.store(key, value, context.slab, layer, context.inputs)
+    return kernels.attend(query, context.slab, layer, scaling, context.inputs)
 
 
 @_attend.register_fake
@@ -150,50 +166,60 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.
     return query.new_empty(1, rows, heads, size)
 
 
-class _Captured(NamedTuple):
+class _CapturedForward(NamedTuple):
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
 
 
-def _on_its_gpu(method: Callable[..., T]) -> Callable[..., T]:
-    """A thread's current GPU is the first, and kernels, streams and graphs go to the current one."""
+def _on_own_gpu(method: Callable[..., T]) -> Callable[..., T]:
+    """Run a method with the runner's GPU as the current one.
+
+    The current GPU of a new thread is the first, and kernels, streams and graphs use the current GPU.
+    """
 
     @functools.wraps(method)
-    def there(runner: GraphRunner, *arguments: Any) -> T:
+    def wrapper(runner: GraphRunner, *args: Any) -> T:
         with torch.cuda.device(runner.shape.device):
-            return method(runner, *arguments)
+            return method(runner, *args)
 
-    return there
+    return wrapper
 
 
-class GraphRunner(Runner):
-    """One model and its adapters on CUDA.
+class GraphRunner(TargetRunner):
+    """Runs one model and its LoRA adapters on CUDA.
 
     Args:
-        context: longest text.
-        team: of processes that hold the other shards of the model; it follows in every forward.
-        exact: every forward has one size, so that a row's result cannot depend on what else is in it; siblings are not
-            scored then, as they do not lie where a text's own keys would.
-        compiled: lets torch fuse what stands between the products of a layer, once for each size of a forward.
+        context: longest sequence in tokens.
+        exact: every forward has the same number of rows, so that the result of a row cannot depend on the rest of the
+            batch. Siblings are not scored then, because they would not be where a sequence's own keys are.
+        compiled: let torch.compile fuse the operations between the products of a layer, once per forward size.
+        group: the tensor-parallel group over which the model is sharded; its followers take part in every forward.
     """
 
     def __init__(
-        self, model: Any, context: int, exact: bool = False, compiled: bool = False, team: Team | None = None
+        self,
+        model: Any,
+        context: int,
+        *,
+        exact: bool = False,
+        compiled: bool = False,
+        group: TensorParallelGroup | None = None,
     ) -> None:
-        super().__init__(model, team.size if team else 1)
-        self._team = team
+        shards = group.size if group else 1
+        super().__init__(model, shards)
+        self._group = group
         self.exact = exact
-        self._sizes = (EXACT_ROWS,) if exact else SIZES
-        self.most_rows, self.most_pieces = self._sizes[-1], min(MOST_PIECES, self._sizes[-1])
-        self.prompt_rows = EXACT_ROWS if exact else 512
+        self._sizes = (EXACT_ROWS,) if exact else FORWARD_ROWS
+        self.max_rows, self.max_segments = self._sizes[-1], min(MAX_SEGMENTS, self._sizes[-1])
+        self.max_prefill_rows = EXACT_ROWS if exact else MAX_PREFILL_ROWS
         config = model.config
-        group = config.num_attention_heads // (self.shape.heads * (team.size if team else 1))
-        self._plans = {rows: Plan(rows, context, group, self.shape.device) for rows in self._sizes}
-        self._graphs: dict[tuple[int, int], _Captured] = {}
-        self._arrangement = -1
+        query_group = config.num_attention_heads // (self.shape.heads * shards)
+        self._inputs = {rows: GraphInputs(rows, context, query_group, self.shape.device) for rows in self._sizes}
+        self._graphs: dict[tuple[int, int], _CapturedForward] = {}
+        self._lora_layout_version = -1
         for module in model.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                # On the device, and no constant: every layer is the same code then.
+                # A tensor on the device instead of a constant, so that the compiled code of all layers is the same.
                 number = torch.tensor(module.layer_idx, dtype=torch.int32, device=self.shape.device)
                 module.register_buffer("layer_number", number, persistent=False)
 
@@ -205,102 +231,106 @@ class GraphRunner(Runner):
             ):
                 layer.compile(dynamic=False)
 
-    @_on_its_gpu
-    def warm(self, pool: Pool) -> None:
+    @_on_own_gpu
+    def warm_up(self, pool: KVCachePool) -> None:
+        """Capture the graphs of all sizes."""
         for rows in self._sizes:
-            self._plans[rows].fill([])
-            if self._team:
-                self._team.lead("replay", rows, self._plans[rows].buffer)
+            self._inputs[rows].fill([])
+            if self._group:
+                self._group.send("replay", rows, self._inputs[rows].buffer)
             self.replay(pool, rows)
 
-    @_on_its_gpu
+    @_on_own_gpu
     @torch.inference_mode()
-    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
-        rows = self._planned(pool, pieces, "replay")
-        logits = self.replay(pool, rows)
-        asked = [(piece.sampling or GREEDY, [place + 1 for place in piece.positions]) for piece in pieces]
-        tokens, margins = choose(logits, Warping.of(asked, logits.device, rows)).tolist()
-        chosen: list[Chosen | None] = []
+    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+        size = self._fill_inputs(pool, segments, "replay")
+        logits = self.replay(pool, size)
+        parameters = [(s.sampling or GREEDY, [position + 1 for position in s.positions]) for s in segments]
+        tokens, margins = sample_tokens(logits, SamplingBatch.from_segments(parameters, logits.device, size)).tolist()
+        sampled: list[SampledTokens | None] = []
         start = 0
-        for piece in pieces:
-            rows = range(start, start + len(piece))
-            chosen.append([Choice(int(tokens[row]), margins[row]) for row in rows] if piece.sampling else None)
-            start += len(piece)
-        return chosen
+        for segment in segments:
+            rows = range(start, start + len(segment))
+            sampled.append([SampledToken(int(tokens[row]), margins[row]) for row in rows] if segment.sampling else None)
+            start += len(segment)
+        return sampled
 
-    @_on_its_gpu
+    @_on_own_gpu
     @torch.inference_mode()
-    def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
-        rows = self._planned(pool, pieces, "forward")
-        logits = self.forward(pool, rows).float()
-        # The plan's page of host memory may be written again only when it has been read.
+    def logits(self, pool: KVCachePool, segments: Sequence[Segment]) -> tuple[torch.Tensor, ...]:
+        size = self._fill_inputs(pool, segments, "forward")
+        logits = self.forward(pool, size).float()
+        # The pinned inputs may be overwritten only after the device has read them.
         torch.cuda.synchronize()
-        parts = logits[: sum(map(len, pieces))].split([len(piece) for piece in pieces])
-        return tuple(part for part, piece in zip(parts, pieces, strict=True) if piece.sampling)
+        parts = torch.split(logits[: sum(map(len, segments))], [len(segment) for segment in segments])
+        return tuple(part for part, segment in zip(parts, segments, strict=True) if segment.sampling)
 
-    def _planned(self, pool: Pool, pieces: Sequence[Piece], way: str) -> int:
-        """Fills the plan of the smallest forward that holds the pieces, and tells the team; its rows."""
-        for piece in pieces:
-            pool.reserve(piece.text, piece.text.length + len(piece))
-        moves = pool.moves()
-        # Texts that go on in a forward after the next may have moves in this one.
-        wanted = max(sum(map(len, pieces)), len(moves))
-        rows = next(size for size in self._sizes if size >= wanted)
-        self._plans[rows].fill(pieces, moves)
-        if self._team:
-            self._team.lead(way, rows, self._plans[rows].buffer)
+    def _fill_inputs(self, pool: KVCachePool, segments: Sequence[Segment], mode: ForwardMode) -> int:
+        """Fill the inputs of the smallest forward that holds the segments, and send them to followers.
+
+        Returns the rows of that forward.
+        """
+        for segment in segments:
+            pool.reserve(segment.sequence, segment.sequence.length + len(segment))
+        moves = pool.take_moves()
+        # Moves may also belong to sequences that are not in this forward.
+        needed = max(sum(map(len, segments)), len(moves))
+        rows = next(size for size in self._sizes if size >= needed)
+        self._inputs[rows].fill(segments, moves)
+        if self._group:
+            self._group.send(mode, rows, self._inputs[rows].buffer)
         return rows
 
-    def follow(self, pool: Pool) -> None:
-        """Does what the team's leader does, on this process's shard, until it ends."""
-        assert self._team is not None
-        while told := self._team.follow(lambda rows: self._plans[rows].buffer):
-            getattr(self, told.way)(pool, told.rows)
+    def follow_leader(self, pool: KVCachePool) -> None:
+        """Run the leader's forwards on this process's shard until the leader shuts down."""
+        assert self._group is not None
+        while command := self._group.receive(lambda rows: self._inputs[rows].buffer):
+            getattr(self, command.mode)(pool, command.rows)
 
-    def end(self) -> None:
-        if self._team and self._team.rank == 0:
-            self._team.end()
+    def shut_down(self) -> None:
+        if self._group and self._group.rank == 0:
+            self._group.stop_followers()
 
-    def forward(self, pool: Pool, rows: int) -> torch.Tensor:
-        """(rows, V) logits of the forward as planned, without a graph."""
+    def forward(self, pool: KVCachePool, rows: int) -> torch.Tensor:
+        """(rows, V) logits of the forward described by the inputs, without a graph."""
         with torch.inference_mode():
-            return self._forward(pool, self._plans[rows])
+            return self._forward(pool, self._inputs[rows])
 
-    def replay(self, pool: Pool, rows: int) -> torch.Tensor:
-        """(rows, V) logits of the forward as planned. They stay until the next one of this size."""
-        if self._arrangement != self.adapters.arrangement:
-            # Adapters have moved in memory.
+    def replay(self, pool: KVCachePool, rows: int) -> torch.Tensor:
+        """(rows, V) logits of the forward described by the inputs; overwritten by the next forward of this size."""
+        if self._lora_layout_version != self.adapters.layout_version:
+            # Graphs hold the old addresses of the adapters.
             self._graphs.clear()
-            self._arrangement = self.adapters.arrangement
+            self._lora_layout_version = self.adapters.layout_version
         captured = self._graphs.get((rows, id(pool)))
         if captured is None:
-            captured = self._graphs[rows, id(pool)] = self._capture(pool, self._plans[rows])
+            captured = self._graphs[rows, id(pool)] = self._capture(pool, self._inputs[rows])
         captured.graph.replay()
         return captured.logits
 
     @torch.inference_mode()
-    def _capture(self, pool: Pool, plan: Plan) -> _Captured:
-        # On an empty plan: a forward moves rows in the pool and writes where they came from, so none may run twice.
-        filled = plan.buffer.clone()
-        plan.buffer.zero_()
-        stream = torch.cuda.Stream()
+    def _capture(self, pool: KVCachePool, inputs: GraphInputs) -> _CapturedForward:
+        # With empty inputs: a forward moves rows in the pool and then overwrites their sources, so none may run twice.
+        filled = inputs.buffer.clone()
+        inputs.buffer.zero_()
+        stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch annotates it partly
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._forward(pool, plan)
+                self._forward(pool, inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        plan.buffer.copy_(filled)
+        inputs.buffer.copy_(filled)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._forward(pool, plan)
-        log.info("captured a forward of %d rows", plan.rows)
-        return _Captured(graph, logits)
+            logits = self._forward(pool, inputs)
+        log.info("captured a forward of %d rows", inputs.rows)
+        return _CapturedForward(graph, logits)
 
-    def _forward(self, pool: Pool, plan: Plan) -> torch.Tensor:
-        kernels.move(pool.slabs[0], plan.moves)
-        with running(_Step(plan, pool.slabs[0], self.adapters.own_columns(plan.slots))):
+    def _forward(self, pool: KVCachePool, inputs: GraphInputs) -> torch.Tensor:
+        kernels.move(pool.slabs[0], inputs.moves)
+        with set_forward_context(_GraphContext(inputs, pool.slabs[0], self.adapters.row_mask(inputs.slots))):
             output = self.model(
-                input_ids=plan.ids[None].long(), position_ids=plan.positions[None].long(), use_cache=False
+                input_ids=inputs.ids[None].long(), position_ids=inputs.positions[None].long(), use_cache=False
             )
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -1,17 +1,34 @@
-"""Attention over the pool on CUDA, in Triton: keys and values are read where they lie, page by page.
+"""Attention over the paged KV cache on CUDA, in Triton: keys and values are read in place, page by page.
 
-What one row's result is made of does not depend on the rows beside it: keys are taken in the order of the text, in
-tiles of one page, in spans of a fixed length whose results are joined in order (compare flash decoding, Dao et al.
-2023).
+The result of one row does not depend on the other rows of the batch. Keys are taken in the order of the sequence, in
+tiles of one page and in spans of a fixed length, whose results are combined in order (compare flash decoding, Dao et
+al. 2023).
 """
 
-# No postponed annotations here: Triton reads `tl.constexpr` off them.
+# No `from __future__ import annotations`: Triton reads `tl.constexpr` from the annotations.
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
 
-# A program attends to so many keys at most; longer texts are shared among programs.
-SPAN = 2048
+# Most keys that one program attends to; a longer sequence is shared among several programs.
+SPAN_TOKENS = 2048
+# Softmax is computed with base 2, for which the GPU has an instruction.
+LOG2_E = 1.4426950408889634
+
+
+class AttentionInputs(Protocol):
+    """The parts of `cuda_graphs.GraphInputs` that the kernels read."""
+
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    visible_prefix: torch.Tensor
+    blocks: torch.Tensor
+    segments: torch.Tensor
+    page_table: torch.Tensor
+    block_rows: int
+    spans: int
 
 
 @triton.jit
@@ -36,35 +53,35 @@ def _store(
     row, head = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, LANES)
     mask = lanes < SIZE
-    place = tl.load(pages + row).to(tl.int64) * page_stride + tl.load(layer).to(tl.int64) * layer_stride
-    place += head * head_stride + tl.load(offsets + row) * SIZE
-    tl.store(slab + place + lanes, tl.load(key + head * key_head + row * key_row + lanes, mask=mask), mask=mask)
+    offset = tl.load(pages + row).to(tl.int64) * page_stride + tl.load(layer).to(tl.int64) * layer_stride
+    offset += head * head_stride + tl.load(offsets + row) * SIZE
+    tl.store(slab + offset + lanes, tl.load(key + head * key_head + row * key_row + lanes, mask=mask), mask=mask)
     values = tl.load(value + head * value_head + row * value_row + lanes, mask=mask)
-    tl.store(slab + place + kind_stride + lanes, values, mask=mask)
+    tl.store(slab + offset + kind_stride + lanes, values, mask=mask)
 
 
 @triton.jit
 def _attend(
     query,
     out,
-    peaks,
+    log_sums,
     slab,
     layer,
     blocks,
-    pieces,
-    table,
-    limits,
+    segments,
+    page_table,
+    visible_prefix,
     scale,
     query_head,
     query_row,
     out_span,
     out_row,
-    peak_span,
+    log_sum_span,
     page_stride,
     layer_stride,
     kind_stride,
     head_stride,
-    table_stride,
+    page_table_stride,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     SIZE: tl.constexpr,
@@ -74,77 +91,84 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     block, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    piece, first, rows = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1), tl.load(blocks + 3 * block + 2)
+    segment = tl.load(blocks + 3 * block)
+    first, rows = tl.load(blocks + 3 * block + 1), tl.load(blocks + 3 * block + 2)
     if rows == 0:
         return
-    past, start = tl.load(pieces + 3 * piece), tl.load(pieces + 3 * piece + 1)
-    total = past + tl.load(pieces + 3 * piece + 2)
-    # Rows of the block times query heads that share this head's keys.
+    past, start = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
+    total = past + tl.load(segments + 3 * segment + 2)
+    # Queries of the tile: the rows of the block times the query heads that share this KV head.
     index = tl.arange(0, TILE)
-    row, shared = first + index // GROUP, index % GROUP
-    inside = index < rows * GROUP
+    row, group_head = first + index // GROUP, index % GROUP
+    is_query = index < rows * GROUP
     lanes = tl.arange(0, LANES)
-    wide = inside[:, None] & (lanes < SIZE)[None, :]
-    asked = tl.load(
-        query + (head * GROUP + shared)[:, None] * query_head + row[:, None] * query_row + lanes[None, :],
-        mask=wide,
+    query_mask = is_query[:, None] & (lanes < SIZE)[None, :]
+    queries = tl.load(
+        query + (head * GROUP + group_head)[:, None] * query_head + row[:, None] * query_row + lanes[None, :],
+        mask=query_mask,
         other=0.0,
     )
-    limit = past + tl.load(limits + row, mask=inside, other=0)
+    prefix_end = past + tl.load(visible_prefix + row, mask=is_query, other=0)
     own = past + row - start
-    best = tl.full([TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
-    sums = tl.zeros([TILE, LANES], tl.float32)
+    running_max = tl.full([TILE], float("-inf"), tl.float32)
+    running_sum = tl.zeros([TILE], tl.float32)
+    accumulator = tl.zeros([TILE, LANES], tl.float32)
     base = slab + tl.load(layer).to(tl.int64) * layer_stride + head * head_stride
-    within = tl.arange(0, PAGE)
+    page_rows = tl.arange(0, PAGE)
     for number in range(span * PAGES, tl.minimum((span + 1) * PAGES, tl.cdiv(total, PAGE))):
-        page = base + tl.load(table + piece * table_stride + number).to(tl.int64) * page_stride
-        place = number * PAGE + within
-        there = (place < total)[:, None] & (lanes < SIZE)[None, :]
-        keys = tl.load(page + within[:, None] * SIZE + lanes[None, :], mask=there, other=0.0)
-        scores = tl.dot(asked, tl.trans(keys), input_precision=PRECISION) * scale
-        seen = (place[None, :] < limit[:, None]) | (place[None, :] == own[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        peak = tl.maximum(best, tl.max(scores, 1))
-        # Where nothing is seen yet, zero stands for the peak: -inf less -inf is not a number.
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        weights = tl.exp2(scores - safe[:, None])
-        shrink = tl.exp2(best - safe)
-        mass = mass * shrink + tl.sum(weights, 1)
-        values = tl.load(page + kind_stride + within[:, None] * SIZE + lanes[None, :], mask=there, other=0.0)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        best = peak
-    sums = sums / tl.where(mass > 0, mass, 1.0)[:, None]
-    column = head * GROUP + shared
+        page = base + tl.load(page_table + segment * page_table_stride + number).to(tl.int64) * page_stride
+        key_index = number * PAGE + page_rows
+        key_mask = (key_index < total)[:, None] & (lanes < SIZE)[None, :]
+        keys = tl.load(page + page_rows[:, None] * SIZE + lanes[None, :], mask=key_mask, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        visible = (key_index[None, :] < prefix_end[:, None]) | (key_index[None, :] == own[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        # The maximum of a row that has attended to nothing yet is -inf; use 0, as -inf - -inf is not a number.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - finite_max[:, None])
+        rescale = tl.exp2(running_max - finite_max)
+        running_sum = running_sum * rescale + tl.sum(weights, 1)
+        values = tl.load(page + kind_stride + page_rows[:, None] * SIZE + lanes[None, :], mask=key_mask, other=0.0)
+        accumulator = accumulator * rescale[:, None] + tl.dot(
+            weights.to(values.dtype), values, input_precision=PRECISION
+        )
+        running_max = new_max
+    accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+    column = head * GROUP + group_head
     tl.store(
         out + span * out_span + row[:, None] * out_row + column[:, None] * SIZE + lanes[None, :],
-        sums.to(out.dtype.element_ty),
-        mask=wide,
+        accumulator.to(out.dtype.element_ty),
+        mask=query_mask,
     )
-    if peak_span:
-        weight = tl.where(mass > 0, best + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
-        tl.store(peaks + span * peak_span + row * tl.num_programs(1) * GROUP + column, weight, mask=inside)
+    if log_sum_span:
+        log_sum = tl.where(
+            running_sum > 0, running_max + tl.log2(tl.where(running_sum > 0, running_sum, 1.0)), float("-inf")
+        )
+        tl.store(log_sums + span * log_sum_span + row * tl.num_programs(1) * GROUP + column, log_sum, mask=is_query)
 
 
 @triton.jit
-def _join(parts, peaks, out, part_span, peak_span, spans, SIZE: tl.constexpr, LANES: tl.constexpr):
+def _combine(parts, log_sums, out, part_span, log_sum_span, spans, SIZE: tl.constexpr, LANES: tl.constexpr):
     column = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     lanes = tl.arange(0, LANES)
-    best = tl.load(peaks + column)
+    largest = tl.load(log_sums + column)
     for span in range(1, spans):
-        best = tl.maximum(best, tl.load(peaks + span * peak_span + column))
-    # Every row sees itself, but for those that fill a forward up.
-    best = tl.where(best == float("-inf"), 0.0, best)
-    mass = 0.0
-    sums = tl.zeros([LANES], tl.float32)
+        largest = tl.maximum(largest, tl.load(log_sums + span * log_sum_span + column))
+    # Every row attends at least to itself, except padding rows.
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = 0.0
+    accumulator = tl.zeros([LANES], tl.float32)
     for span in range(0, spans):
-        weight = tl.exp2(tl.load(peaks + span * peak_span + column) - best)
-        # A span behind the end of a text wrote nothing: what stands there need not be a number.
+        weight = tl.exp2(tl.load(log_sums + span * log_sum_span + column) - largest)
+        # Where nothing was written the buffers may hold NaN, so weight 0 or NaN must not be multiplied in.
         if weight > 0:
-            mass += weight
-            sums += weight * tl.load(parts + span * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0)
-    sums = sums / tl.where(mass > 0, mass, 1.0)
-    tl.store(out + column * SIZE + lanes, sums.to(out.dtype.element_ty), mask=lanes < SIZE)
+            total += weight
+            accumulator += weight * tl.load(
+                parts + span * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0
+            )
+    accumulator = accumulator / tl.where(total > 0, total, 1.0)
+    tl.store(out + column * SIZE + lanes, accumulator.to(out.dtype.element_ty), mask=lanes < SIZE)
 
 
 @triton.jit
@@ -165,91 +189,120 @@ def _move(
         return
     lanes = tl.arange(0, LANES)
     base = slab + tl.program_id(1) * layer_stride + lanes
-    # Keys of all heads, then values: in a page they follow each other.
+    # `heads` counts those of keys and of values: a page holds the keys of all heads, then the values.
     for head in range(0, heads):
         row = tl.load(base + from_page * page_stride + head * head_stride + from_row * SIZE, mask=lanes < SIZE)
         tl.store(base + to_page * page_stride + head * head_stride + to_row * SIZE, row, mask=lanes < SIZE)
 
 
 def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
-    """Moves rows of all layers: (moves, 4) page and row, to page and row; one to itself is none. No row twice."""
+    """Move rows of all layers within the pool.
+
+    Args:
+        slab: see `KVCachePool.slabs`.
+        moves: (moves, 4) source page and row, destination page and row. A move of a row to itself is skipped. No
+            row may occur twice.
+    """
     _, layers, _, heads, _, size = slab.shape
-    strides = slab.stride()
+    page_stride, layer_stride, _, head_stride, *_ = slab.stride()
     _move[(moves.shape[0], layers)](
-        slab, moves, strides[0], strides[1], strides[3], 2 * heads, size, triton.next_power_of_2(size), num_warps=1
-    )
-
-
-def store(key: torch.Tensor, value: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, plan) -> None:
-    """Puts the rows' keys and values (1, heads, rows, size) where `plan` says, in `slab` (see `Pool.slabs`)."""
-    _, heads, rows, size = key.shape
-    strides = slab.stride()
-    _store[(rows, heads)](
-        key,
-        value,
-        slab,
-        layer,
-        plan.pages,
-        plan.offsets,
-        key.stride(1),
-        key.stride(2),
-        value.stride(1),
-        value.stride(2),
-        strides[0],
-        strides[1],
-        strides[2],
-        strides[3],
-        size,
-        triton.next_power_of_2(size),
+        slab=slab,
+        moves=moves,
+        page_stride=page_stride,
+        layer_stride=layer_stride,
+        head_stride=head_stride,
+        heads=2 * heads,
+        SIZE=size,
+        LANES=triton.next_power_of_2(size),
         num_warps=1,
     )
 
 
-def attend(query: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, scaling: float, plan) -> torch.Tensor:
-    """(1, query heads, rows, size) -> (1, rows, query heads, size): every row over what `plan` lets it see."""
+def store(
+    key: torch.Tensor, value: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
+) -> None:
+    """Write keys and values (1, heads, rows, head size) of one layer to the pages that `inputs` assigns to the rows."""
+    _, heads, rows, size = key.shape
+    page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
+    _store[(rows, heads)](
+        key=key,
+        value=value,
+        slab=slab,
+        layer=layer,
+        pages=inputs.pages,
+        offsets=inputs.offsets,
+        key_head=key.stride(1),
+        key_row=key.stride(2),
+        value_head=value.stride(1),
+        value_row=value.stride(2),
+        page_stride=page_stride,
+        layer_stride=layer_stride,
+        kind_stride=kind_stride,
+        head_stride=head_stride,
+        SIZE=size,
+        LANES=triton.next_power_of_2(size),
+        num_warps=1,
+    )
+
+
+def attend(
+    query: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, scaling: float, inputs: AttentionInputs
+) -> torch.Tensor:
+    """Attention of one layer: (1, query heads, rows, head size) -> (1, rows, query heads, head size).
+
+    Each row attends to what `inputs` makes visible to it.
+    """
     _, query_heads, rows, size = query.shape
     heads, page = slab.shape[3], slab.shape[4]
-    strides, group, spans = slab.stride(), query_heads // slab.shape[3], plan.spans
-    kind = query.dtype if spans == 1 else torch.float32
-    out = torch.empty(spans, rows, query_heads, size, dtype=kind, device=query.device)
-    peaks = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
-    tile = max(16, triton.next_power_of_2(plan.block_rows * group))
-    _attend[(plan.blocks.shape[0], heads, spans)](
-        query,
-        out,
-        peaks,
-        slab,
-        layer,
-        plan.blocks,
-        plan.pieces,
-        plan.table,
-        plan.limits,
-        # Scores to the base of 2.
-        scaling * 1.4426950408889634,
-        query.stride(1),
-        query.stride(2),
-        out.stride(0),
-        out.stride(1),
-        peaks.stride(0) if spans > 1 else 0,
-        strides[0],
-        strides[1],
-        strides[2],
-        strides[3],
-        plan.table.stride(0),
-        group,
-        tile,
-        size,
-        triton.next_power_of_2(size),
-        page,
-        SPAN // page,
-        "ieee" if query.dtype == torch.float32 else "tf32",
+    page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
+    group, spans = query_heads // heads, inputs.spans
+    # Partial results of several spans are combined in float32.
+    dtype = query.dtype if spans == 1 else torch.float32
+    out = torch.empty(spans, rows, query_heads, size, dtype=dtype, device=query.device)
+    log_sums = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
+    _attend[(inputs.blocks.shape[0], heads, spans)](
+        query=query,
+        out=out,
+        log_sums=log_sums,
+        slab=slab,
+        layer=layer,
+        blocks=inputs.blocks,
+        segments=inputs.segments,
+        page_table=inputs.page_table,
+        visible_prefix=inputs.visible_prefix,
+        scale=scaling * LOG2_E,
+        query_head=query.stride(1),
+        query_row=query.stride(2),
+        out_span=out.stride(0),
+        out_row=out.stride(1),
+        log_sum_span=log_sums.stride(0) if spans > 1 else 0,
+        page_stride=page_stride,
+        layer_stride=layer_stride,
+        kind_stride=kind_stride,
+        head_stride=head_stride,
+        page_table_stride=inputs.page_table.stride(0),
+        GROUP=group,
+        TILE=max(16, triton.next_power_of_2(inputs.block_rows * group)),
+        SIZE=size,
+        LANES=triton.next_power_of_2(size),
+        PAGE=page,
+        PAGES=SPAN_TOKENS // page,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=3,
     )
     if spans == 1:
         return out
-    joined = torch.empty(1, rows, query_heads, size, dtype=query.dtype, device=query.device)
-    _join[(rows, query_heads)](
-        out, peaks, joined, out.stride(0), peaks.stride(0), spans, size, triton.next_power_of_2(size), num_warps=1
+    combined = torch.empty(1, rows, query_heads, size, dtype=query.dtype, device=query.device)
+    _combine[(rows, query_heads)](
+        parts=out,
+        log_sums=log_sums,
+        out=combined,
+        part_span=out.stride(0),
+        log_sum_span=log_sums.stride(0),
+        spans=spans,
+        SIZE=size,
+        LANES=triton.next_power_of_2(size),
+        num_warps=1,
     )
-    return joined
+    return combined

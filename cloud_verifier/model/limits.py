@@ -1,4 +1,4 @@
-"""What a round and an opening have to be before they are played, by their target and the verifier's limits."""
+"""The limits of a verifier, and the checks of openings and rounds before they reach the engine."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from edge_runtime.protocol.messages import ErrorCode, OpenRequest, RoundRequest
 
 
 class VerifierLimits(msgspec.Struct, frozen=True):
-    """What one verifier process grants.
+    """The limits of one verifier process.
 
     Attributes:
-        max_sessions: concurrent sessions; the least recently used is evicted.
+        max_sessions: concurrent sessions; the least recently used one is evicted.
         max_tokens: tokens of all sessions together.
         max_draft: draft tokens per round (K).
-        max_own: tokens of the target's own per round (n).
+        max_own: tokens that the target generates per round (n).
         max_body: bytes of a request body.
         idle_seconds: sessions unused for longer are evicted.
-        page: tokens that a session's memory grows by at once.
-        max_queue_seconds: that a round may wait for its first token; while one has waited longer, new ones are
-            refused, and openings from half of that on.
+        page: tokens by which a session's memory grows (see `kv_cache.allocation_granularity`).
+        max_queue_seconds: how long a round may wait for its first token. While one has waited longer, new rounds are
+            refused; openings are refused from half of that on.
     """
 
     max_sessions: int = 256
     max_tokens: int = 262_144
-    max_draft: int = messages.MOST_DRAFT
-    max_own: int = messages.MOST_OWN
+    max_draft: int = messages.MAX_DRAFT_TOKENS
+    max_own: int = messages.MAX_CONTINUATION_TOKENS
     max_body: int = 1 << 20
     idle_seconds: float = 600.0
     page: int = 1
@@ -38,7 +38,11 @@ class VerifierLimits(msgspec.Struct, frozen=True):
 
 
 async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLimits) -> None:
-    """Raises VerifierRefused unless `target` can begin with `opening`."""
+    """Check that `target` can serve the session and its first round.
+
+    Raises:
+        VerifierRefused: vocabulary, draft, prompt or first round do not fit.
+    """
     if opening.vocabulary not in ("", target.vocabulary):
         raise VerifierRefused(
             ErrorCode.VOCABULARY_MISMATCH,
@@ -46,8 +50,8 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             "export a draft from this target",
             409,
         )
-    # Hashing tensors takes a while the first time; others go on being served.
-    if opening.draft and opening.draft != await asyncio.to_thread(target.identity_like, opening.draft):
+    # Hashing tensors takes a while the first time; the event loop keeps serving others.
+    if opening.draft and opening.draft != await asyncio.to_thread(target.expected_identity, opening.draft):
         raise VerifierRefused(
             ErrorCode.DRAFT_MISMATCH,
             f"the tensors that the draft shares ({opening.draft[:80]}) are not those of {target.version}; "
@@ -68,7 +72,7 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
     if opening.first.position != len(opening.prompt):
         raise VerifierRefused(
             ErrorCode.WRONG_POSITION,
-            f"position {opening.first.position} is not where the prompt ends ({len(opening.prompt)})",
+            f"position {opening.first.position} is not the end of the prompt ({len(opening.prompt)})",
             409,
             {"expected": len(opening.prompt)},
         )
@@ -79,30 +83,34 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
     check_round(opening.first, target, limits)
 
 
-def check_round(playing: RoundRequest, target: Target, limits: VerifierLimits) -> None:
-    """Raises VerifierRefused unless the round is one that `target` can play, whatever the text."""
-    nodes = 1 + len(playing.draft) + sum(map(len, playing.siblings.values()))
+def check_round(request: RoundRequest, target: Target, limits: VerifierLimits) -> None:
+    """Check the parts of a round that do not depend on the session's text.
+
+    Raises:
+        VerifierRefused: the round exceeds a limit or has invalid token ids.
+    """
+    nodes = 1 + len(request.draft) + sum(map(len, request.siblings.values()))
     for what, size, limit in (
-        ("draft tokens", len(playing.draft), limits.max_draft),
-        ("draft tokens and siblings", nodes - 1, messages.MOST_NODES - 1),
-        ("tokens of the target's own", playing.n, limits.max_own),
+        ("draft tokens", len(request.draft), limits.max_draft),
+        ("draft tokens and siblings", nodes - 1, messages.MAX_TREE_NODES - 1),
+        ("tokens of the target's own", request.n, limits.max_own),
     ):
         if size > limit:
             raise VerifierRefused(
                 ErrorCode.DRAFT_TOO_LONG, f"{size} {what} in one round; at most {limit}", 400, {"limit": limit}
             )
-    if any(index >= len(playing.draft) for index in playing.siblings):
+    if any(index >= len(request.draft) for index in request.siblings):
         raise VerifierRefused(ErrorCode.MALFORMED, "siblings for a draft token that does not exist", 400)
-    _check_ids(playing.draft, target)
-    for alternatives in playing.siblings.values():
+    _check_ids(request.draft, target)
+    for alternatives in request.siblings.values():
         _check_ids(alternatives, target)
 
 
 def _check_ids(ids: list[int], target: Target) -> None:
-    worst = max(ids, default=0)
-    if worst >= target.vocabulary_size:
+    largest = max(ids, default=0)
+    if largest >= target.vocabulary_size:
         raise VerifierRefused(
             ErrorCode.INVALID_TOKEN,
-            f"token id {worst} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
+            f"token id {largest} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
             400,
         )

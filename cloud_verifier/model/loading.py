@@ -1,4 +1,4 @@
-"""How this process loads its targets: on which device, in which type, by itself or as one of a team."""
+"""How this process loads its targets: device, dtype, alone or as one process of a tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cloud_verifier.model.kv_cache import Pool
+from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError, TargetError
 
 
-class Loading(msgspec.Struct, frozen=True):
-    """The same for every target.
+class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
+    """Loads targets, all with the same options.
 
     Attributes:
         device: a torch device.
-        dtype: name of the type to compute in.
-        context: longest text to serve; None for what each model was trained for.
-        threads: of torch on a CPU; 0 leaves that to torch.
-        exact, compiled: on CUDA, see `graphs.GraphRunner`.
+        dtype: name of the torch dtype to compute in.
+        context: longest text to serve, in tokens; None for the length that each model was trained for.
+        threads: torch's CPU threads; 0 leaves the number to torch.
+        exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`.
     """
 
     device: str = "cpu"
@@ -32,46 +32,46 @@ class Loading(msgspec.Struct, frozen=True):
     exact: bool = False
     compiled: bool = False
 
-    def check(self) -> None:
-        """Raises InputError where the machine cannot do that."""
+    def validate(self) -> None:
+        """Raise InputError if this machine cannot load targets with these options."""
         cuda = torch.device(self.device).type == "cuda"
         if cuda and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no GPU here; install torch with CUDA, or use --device cpu")
+            raise InputError("--device cuda: torch finds no GPU; install torch with CUDA, or use --device cpu")
         if not cuda and (self.exact or self.compiled):
-            raise InputError("--exact and --compile are for --device cuda; on a CPU neither is needed")
-        if self.is_team and not cuda:
+            raise InputError("--exact and --compile need --device cuda; a CPU needs neither")
+        if self.is_tensor_parallel and not cuda:
             raise InputError("torchrun is for several GPUs: give --device cuda")
 
     @property
-    def is_team(self) -> bool:
+    def is_tensor_parallel(self) -> bool:
         """Whether torchrun has started this process as one of several."""
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
-    def alone(self, path: Path) -> Target:
-        """The one target of this process, or its shard of it. Raises TargetError."""
-        return self._target(path, "", None)
+    def load_single(self, path: Path) -> Target:
+        """Load the only target of this process, or its shard of it. Raises TargetError."""
+        return self._load(path, "", None)
 
-    def beside(self, path: Path, name: str, others: Sequence[Target]) -> Target:
-        """One more target, which shares what memory it can with the others. Raises TargetError."""
-        return self._target(path, name, others)
+    def load_version(self, path: Path, name: str, others: Sequence[Target]) -> Target:
+        """Load one of several versions, which shares memory with the `others` if possible. Raises TargetError."""
+        return self._load(path, name, others)
 
-    def follow(self, path: Path, tokens: int) -> None:
-        """Does as the team's leader does, until it ends.
+    def follow_leader(self, path: Path, tokens: int) -> None:
+        """Load a shard of the target and run the forwards of the tensor-parallel leader until it shuts down.
 
         Args:
-            tokens: of all texts together, as the leader has them.
+            tokens: capacity of the KV cache pool, equal to the leader's.
         """
-        target = self.alone(path)
-        target.runner.follow(Pool(target.runner.shape, tokens))
+        target = self.load_single(path)
+        target.runner.follow_leader(KVCachePool(target.runner.shape, tokens))
 
-    def _target(self, path: Path, name: str, others: Sequence[Target] | None) -> Target:
-        team = None
-        if self.is_team:
-            from cloud_verifier.model.tensor_parallel import team_of_process
+    def _load(self, path: Path, name: str, others: Sequence[Target] | None) -> Target:
+        group = None
+        if self.is_tensor_parallel:
+            from cloud_verifier.model.tensor_parallel import tensor_parallel_group
 
             if others is not None:
                 raise TargetError("a registry's versions cannot be split over several GPUs yet; serve one target")
-            team = team_of_process()
+            group = tensor_parallel_group()
         if self.threads:
             torch.set_num_threads(self.threads)
         return Target(
@@ -82,6 +82,6 @@ class Loading(msgspec.Struct, frozen=True):
             name=name,
             exact=self.exact,
             compiled=self.compiled,
-            beside=others,
-            team=team,
+            share_with=others,
+            group=group,
         )

@@ -1,106 +1,114 @@
-"""The runner: one forward over pieces of many texts, and the target's choice behind their rows.
+"""The model runner: one forward over segments of many sequences, and the tokens sampled after their rows.
 
-On a CPU a forward has just the rows that there are; on CUDA see `graphs`.
+On a CPU a forward has exactly the rows of its segments. For CUDA see `cuda_graphs`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from cloud_verifier.model.attention import running
-from cloud_verifier.model.batch import Piece, Step
-from cloud_verifier.model.kv_cache import Pool, Shape
-from cloud_verifier.model.lora import Adapters
-from cloud_verifier.model.sampling import Choice, Choices
-from edge_runtime.protocol.sampling import Chooser
+from cloud_verifier.model.attention import set_forward_context
+from cloud_verifier.model.batch import ForwardBatch, Segment
+from cloud_verifier.model.kv_cache import KVCachePool, KVCacheShape
+from cloud_verifier.model.lora import LoRAAdapters
+from cloud_verifier.model.sampling import LazySampledTokens, SampledTokens
+from edge_runtime.protocol.sampling import CoupledSampler
 
 
-class Reading(NamedTuple):
-    """Ids that are to stand in the cache of a session's text, in pieces as the engine has room."""
+class PendingPrefill(NamedTuple):
+    """Token ids to prefill into the cache of a session, in chunks as the scheduler has room."""
 
     ids: list[int]
 
 
-class Chosen(Protocol):
-    """The target's choices behind a piece, by row."""
-
-    def __getitem__(self, row: int, /) -> Choice: ...
+# What a round needs run next; None yields to other rounds.
+RoundWork: TypeAlias = PendingPrefill | Segment | None
 
 
-# What a round wants run next; None lets others go first.
-Wanted: TypeAlias = Reading | Piece | None
-
-
-class Runner:
-    """One model and its adapters. Several threads may run it, each with a pool of its own.
+class TargetRunner:
+    """Runs one model and its LoRA adapters. Several threads may use it, each with its own pool.
 
     Attributes:
-        shape: of the pools that it runs with.
-        adapters: beside the model.
-        most_rows, most_pieces: that one forward can have.
-        prompt_rows: of one forward that should be prompts', so that those whose drafts it scores do not wait for long.
-        exact: what a row gives does not depend on its company in the last bit either; siblings are not to be scored.
+        shape: KV cache shape of the pools that it runs with.
+        adapters: the LoRA adapters of the model.
+        max_rows, max_segments: limits of one forward.
+        max_prefill_rows: rows of one forward that the scheduler should use for prefill, so that rounds in the same
+            forward do not wait long.
+        exact: the result of a row does not depend on the batch composition, not even in the last bit. Siblings must not
+            be scored then.
     """
 
-    most_rows = 256
-    most_pieces = 1 << 16
-    prompt_rows = 128
+    max_rows = 256
+    max_segments = 1 << 16
+    max_prefill_rows = 128
     exact = False
 
     def __init__(self, model: Any, shards: int = 1) -> None:
+        """
+        Args:
+            model: a transformers causal language model, loaded with `attention.IMPLEMENTATION_NAME`.
+            shards: number of tensor-parallel processes.
+        """
         self.model = model
-        self.shape = Shape.of(model, shards)
-        self.adapters = Adapters(model)
-        self._chooser = Chooser(model.config.vocab_size)
+        self.shape = KVCacheShape.from_model(model, shards)
+        self.adapters = LoRAAdapters(model)
+        self._sampler = CoupledSampler(model.config.vocab_size)
 
-    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
-        """One forward; what the target chooses behind every row of each piece, None for pieces that ask nothing.
+    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+        """Run one forward and sample after every row of each segment; None for segments without `sampling`.
 
-        The keys and values of all rows stand behind their texts then, and `Pool.keep` decides which stay.
+        Keys and values of all rows are written after their sequences; `KVCachePool.keep` decides which stay.
 
         Raises:
-            PoolFull: nothing was run.
+            KVCacheFull: nothing was run.
         """
-        logits = iter(self.logits(pool, pieces))
+        logits = iter(self.logits(pool, segments))
         return [
-            Choices(next(logits), [place + 1 for place in piece.positions], piece.sampling, self._chooser)
-            if piece.sampling
+            LazySampledTokens(
+                next(logits), [position + 1 for position in segment.positions], segment.sampling, self._sampler
+            )
+            if segment.sampling
             else None
-            for piece in pieces
+            for segment in segments
         ]
 
-    def warm(self, pool: Pool) -> None:
-        """Makes ready what the first forwards would have to wait for."""
+    def warm_up(self, pool: KVCachePool) -> None:
+        """Do in advance what would delay the first forwards."""
 
-    def follow(self, pool: Pool) -> None:
-        """On CUDA, as one of a team: see `graphs`."""
+    def follow_leader(self, pool: KVCachePool) -> None:
+        """Run the forwards of the tensor-parallel leader until it shuts down. CUDA only; see `cuda_graphs`."""
         raise NotImplementedError
 
-    def end(self) -> None:
-        """Lets a team go."""
+    def shut_down(self) -> None:
+        """Release the followers of a tensor-parallel group."""
 
     @torch.inference_mode()
-    def logits(self, pool: Pool, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
-        """One forward; (rows, V) float32 of every piece that asks. Raises PoolFull."""
-        pool.settle()
-        for piece in pieces:
-            pool.reserve(piece.text, piece.text.length + len(piece))
-        step = Step.of(pool, list(pieces))
-        if any(piece.adapter for piece in pieces):
-            step.own_columns = self.adapters.own_columns(
-                torch.tensor([piece.adapter for piece in pieces for _ in piece.ids])
+    def logits(self, pool: KVCachePool, segments: Sequence[Segment]) -> tuple[torch.Tensor, ...]:
+        """Run one forward; return (rows, V) float32 logits of every segment that has `sampling`.
+
+        Raises:
+            KVCacheFull: nothing was run.
+        """
+        pool.apply_moves()
+        for segment in segments:
+            pool.reserve(segment.sequence, segment.sequence.length + len(segment))
+        batch = ForwardBatch.from_segments(pool, list(segments))
+        if any(segment.adapter_slot for segment in segments):
+            batch.lora_mask = self.adapters.row_mask(
+                torch.tensor([segment.adapter_slot for segment in segments for _ in segment.ids])
             )
-        asking = [index for index, piece in enumerate(pieces) if piece.sampling]
-        rows = itertools.chain.from_iterable(range(step.starts[i], step.starts[i] + len(pieces[i])) for i in asking)
-        with running(step):
+        sampled = [index for index, segment in enumerate(segments) if segment.sampling]
+        rows = [row for i in sampled for row in range(batch.starts[i], batch.starts[i] + len(segments[i]))]
+        with set_forward_context(batch):
             output = self.model(
-                input_ids=torch.tensor([list(itertools.chain.from_iterable(piece.ids for piece in pieces))]),
-                position_ids=torch.tensor([list(itertools.chain.from_iterable(piece.positions for piece in pieces))]),
+                input_ids=torch.tensor([list(itertools.chain.from_iterable(s.ids for s in segments))]),
+                position_ids=torch.tensor([list(itertools.chain.from_iterable(s.positions for s in segments))]),
                 use_cache=False,
-                logits_to_keep=torch.tensor(list(rows), dtype=torch.int64),
+                logits_to_keep=torch.tensor(rows, dtype=torch.int64),
             )
-        return output.logits[0].float().split([len(pieces[index]) for index in asking])
+        logits: torch.Tensor = output.logits[0].float()
+        return torch.split(logits, [len(segments[index]) for index in sampled])

@@ -1,109 +1,73 @@
-"""Speculation beside the target: the verifier drafts the target's own tokens itself, several to a forward.
+"""Server-side speculation: the verifier drafts the target's own tokens, and verifies several per forward.
 
-Of a round's n tokens, those behind the first forward cost a forward each; a draft beside the target guesses the next K
-with the same noise, and one forward verifies them all. The rule is the board's, so the text is the same.
+Of the n tokens that the target generates in a round, each after the first forward would cost one forward. A draft model
+next to the target drafts K of them with the same noise, and one forward verifies them all. The rule of acceptance is
+the one for a board's drafts, so the text is the same.
 
-Here the draft is a board's bundle, run by the board's own runner on the CPU: `edge_runtime.draft` is the one thing
-beyond `edge_runtime.protocol` that the verifier imports of the board's, because a second runner of the same graph would
-be a second definition of what it says. For a draft that runs where the target does see `drafting`.
+`onnx_speculation` runs a board's bundle on the CPU; `torch_speculation` runs a draft in PyTorch on the target's device.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator
-from pathlib import Path
+from typing import Protocol
 
-from cloud_verifier.model.kv_cache import Text
-from cloud_verifier.model.runner import Chosen, Runner, Wanted
-from cloud_verifier.model.target import Target
-from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.draft.onnx_runner import PREFILL_PIECE
-from edge_runtime.protocol.bundle import read_bundle
-from edge_runtime.protocol.errors import DraftError, InputError, TargetError
-from edge_runtime.protocol.messages import MOST_NODES
+from cloud_verifier.model.batch import SegmentRunner
+from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.runner import RoundWork
+from cloud_verifier.model.sampling import SampledTokens
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.messages import MAX_TREE_NODES
 from edge_runtime.protocol.sampling import Sampling
 
-MOST_ROUNDS = 4
-
-log = logging.getLogger(__name__)
-
-
-class Speculation:
-    """A draft beside the target, shared by all sessions.
-
-    Attributes:
-        vocabulary: hash of the draft's.
-        tokens: K, the most tokens to draft for one forward.
-        most_rounds: with more rounds than these at once nothing is drafted here: a forward is shared by many then, and
-            drafting for one after the other would keep it waiting.
-        runner: of the draft, where it is a model like the target; None where it is a graph of a board's.
-    """
-
-    runner: Runner | None = None
-
-    def __init__(
-        self, bundle: Path, target: Target, tokens: int, threads: int = 0, most_rounds: int = MOST_ROUNDS
-    ) -> None:
-        """Loads the bundle.
-
-        Args:
-            threads: CPU threads of a draft step; 0 leaves it to `OnnxDraft`.
-
-        Raises:
-            InputError: `tokens` is not what one forward can verify.
-            TargetError: the draft was made for another vocabulary.
-            BundleError, DraftError: the bundle is not whole or does not load.
-        """
-        check_tokens(tokens)
-        found = read_bundle(bundle)
-        vocabulary, size = found.manifest.vocabulary.hash, found.manifest.architecture.vocabulary_size
-        if vocabulary != target.vocabulary or size > target.vocabulary_size:
-            raise TargetError(
-                f"the draft in {bundle} has the vocabulary {vocabulary} of {size} tokens, {target.version} has "
-                f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
-            )
-        self.vocabulary = vocabulary
-        self.tokens = tokens
-        self.most_rounds = most_rounds
-        self._draft = OnnxDraft(found, threads)
-
-    def guesses(self) -> Guesses:
-        """For one text, of which the draft has read nothing yet."""
-        return Guesses(self._draft)
+# Default of `Speculation.max_rounds`.
+DEFAULT_MAX_ROUNDS = 4
 
 
-def check_tokens(tokens: int) -> None:
-    """Raises InputError unless one forward can verify so many."""
-    if not 1 <= tokens < MOST_NODES:
-        raise InputError(f"{tokens} draft tokens for one forward; give 1 to {MOST_NODES - 1}")
-
-
-class Guesses:
-    """The draft's view of one session's text. Belongs to the engine's thread."""
-
-    def __init__(self, draft: OnnxDraft) -> None:
-        self._context = draft.context()
-        self._failed = False
+class SessionDraft(Protocol):
+    """The draft of one session's text. Belongs to the engine's thread."""
 
     @property
-    def text(self) -> Text | None:
-        """What it holds of a pool, if it does."""
-        return None
+    def cached_sequence(self) -> CachedSequence | None:
+        """What it holds of the draft model's KV cache pool; None if it uses none."""
 
-    def behind(self, ids: list[int], count: int, sampling: Sampling) -> Generator[Wanted, Chosen | None, list[int]]:
-        """Drafts up to `count` tokens behind `ids`, and returns them; yields after every piece of a long text it reads.
+    def propose(
+        self, ids: list[int], count: int, sampling: Sampling
+    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+        """Draft up to `count` tokens after `ids`.
 
-        Returns nothing where the draft's context is full or the draft has failed: the target goes on alone.
+        A generator: it yields the forwards that it needs and is sent the tokens sampled in them, or yields None to let
+        other rounds proceed. It returns the drafted tokens, fewer than `count` if the draft's context ends.
         """
-        if self._failed or len(ids) > self._context.limit:
-            return []
-        try:
-            while (unread := self._context.unread(ids)) > PREFILL_PIECE:
-                self._context.follow(ids[: len(ids) - unread + PREFILL_PIECE])
-                yield None
-            return self._context.propose(ids, count, sampling).tokens
-        except DraftError:
-            log.exception("the target goes on alone in this session")
-            self._failed = True
-            return []
+
+
+class Speculation(Protocol):
+    """A draft model for the target, shared by all sessions.
+
+    Attributes:
+        vocabulary: hash of the draft's vocabulary.
+        max_draft_tokens: K, the most tokens to draft for one forward.
+        max_rounds: with more concurrent rounds than this nothing is drafted. Each forward is then shared by many rounds
+            and would have to wait while drafts are computed for one round after the other.
+    """
+
+    vocabulary: str
+    max_draft_tokens: int
+    max_rounds: int
+
+    @property
+    def runner(self) -> SegmentRunner | None:
+        """The runner of a draft that runs as batched forwards, as the target does; None for any other."""
+
+    def new_session_draft(self) -> SessionDraft:
+        """A draft for one text, of which nothing has been prefilled yet."""
+
+
+def check_draft_tokens(count: int) -> None:
+    """Check the number of draft tokens per forward.
+
+    Raises:
+        InputError: one forward cannot verify `count` draft tokens.
+    """
+    if not 1 <= count < MAX_TREE_NODES:
+        raise InputError(f"{count} draft tokens for one forward; give 1 to {MAX_TREE_NODES - 1}")

@@ -1,4 +1,4 @@
-"""One target model: a Hugging Face directory, loaded by transformers, that scores a token tree in one forward."""
+"""One target model: a Hugging Face directory, loaded by transformers, that scores token trees in one forward."""
 
 from __future__ import annotations
 
@@ -14,56 +14,60 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from cloud_verifier.model import attention
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Pool, Text
-from cloud_verifier.model.lora import Pairs, is_plain
-from cloud_verifier.model.rollback import forgetless_layers, sliding_window
-from cloud_verifier.model.runner import Chosen, Runner
-from cloud_verifier.model.tree import Tree
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.lora import LoRAWeights, is_plain_lora
+from cloud_verifier.model.rollback import layers_without_rollback, sliding_window
+from cloud_verifier.model.runner import TargetRunner
+from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.tree import TokenTree
 from cloud_verifier.registry.checkpoint import (
-    base_of,
-    check_whole,
-    config_of,
+    base_directory,
+    check_weights,
+    load_config,
+    load_tokenizer,
     shared_fingerprints,
-    tokenizer_of,
+    tokenizer_vocabulary_hash,
     version_hash,
-    vocabulary_of,
 )
-from cloud_verifier.registry.delta import CHANGES, put_changes
-from edge_runtime.protocol.bundle import shared_identity
+from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
+from edge_runtime.protocol.bundle import draft_identity
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
 
 if TYPE_CHECKING:
-    from cloud_verifier.model.tensor_parallel import Team
+    from cloud_verifier.model.tensor_parallel import TensorParallelGroup
 
 log = logging.getLogger(__name__)
 
 GREEDY = Sampling()
 
-# Of the pool that the self-test needs: a few pages, on any device.
+# Capacity per sequence of the self-test's pool: a few pages on any device.
 SELF_TEST_TOKENS = 512
 
-# transformers loads one model at a time: what it switches while it does, it switches for all threads.
-_LOADING = threading.Lock()
+# transformers loads one model at a time: while loading it changes global state that affects all threads.
+_LOAD_LOCK = threading.Lock()
 
-# Largest difference of a logit, relative to the largest, that the self-test takes for rounding.
+# By dtype: the largest difference of a logit, relative to the largest logit, that the self-test accepts as rounding.
 SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class Target:
-    """A loaded target.
+    """A loaded target version.
 
     Attributes:
-        name: the directory's name.
-        version: `name@hash`, the hash covering every file that can change an answer.
+        name: the directory's name, unless another was given.
+        version: `name@hash`; the hash covers every file that can change an answer.
         vocabulary: hash of the tokenizer's vocabulary, comparable with a bundle's.
         vocabulary_size: number of logits.
-        end_ids: tokens that end a text.
+        end_ids: end-of-text tokens.
         context: longest text in tokens.
-        runner: the model, which versions that are adapters to one base share.
-        adapter: slot of the version's adapter there; 0 is none.
+        runner: the runner of its model; versions that are adapters of one base share it.
+        adapter_slot: slot of the version's LoRA adapter in the runner; 0 is none.
     """
+
+    runner: TargetRunner
+    end_ids: frozenset[int]
 
     def __init__(
         self,
@@ -75,108 +79,110 @@ class Target:
         name: str = "",
         exact: bool = False,
         compiled: bool = False,
-        team: Team | None = None,
-        beside: Sequence[Target] | None = None,
+        group: TensorParallelGroup | None = None,
+        share_with: Sequence[Target] | None = None,
     ) -> None:
-        """Loads the checkpoint or PEFT adapter at `path`.
+        """Load the checkpoint or PEFT adapter at `path`.
 
         Args:
             device: a torch device.
-            dtype: type to compute in.
-            context: longest text to serve; None for what the model was trained for.
-            name: to go by; empty for the directory's.
-            exact, compiled, team: on CUDA, see `graphs.GraphRunner`.
-            beside: loaded targets, to share memory with: versions of one base run through one model, beside which
-                `settle` puts an adapter, and any other version keeps only the tensors that differ from those of one
-                that it resembles. None: it will be the only one, and an adapter is merged into its base.
+            dtype: dtype to compute in.
+            context: longest text to serve, in tokens; None for the length that the model was trained for.
+            name: name of the target; empty for the directory's name.
+            exact, compiled, group: on CUDA, see `cuda_graphs.GraphRunner`.
+            share_with: loaded targets to share memory with. Versions of one base run through one model, to which
+                `attach_adapter` adds an adapter; any other version keeps only the tensors in which it differs from a
+                loaded target of the same shape. None: this is the only target, and an adapter is merged into its base.
 
         Raises:
             TargetError: not a loadable checkpoint, or its cache cannot roll back.
         """
         path = path.resolve()
-        base = base_of(path)
-        config = config_of(base)
-        check_whole(base)
+        base = base_directory(path)
+        config = load_config(base)
+        check_weights(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int], str] = {}
         self.name = name or path.name
         self.version = f"{self.name}@{version_hash(path, base)}"
         self.context = _usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
-        self.vocabulary = vocabulary_of(tokenizer_of(path, base))
+        self.vocabulary = tokenizer_vocabulary_hash(load_tokenizer(path, base))
         self.dtype, self.device = dtype, torch.device(device)
         self._layers = config.num_hidden_layers
-        self.adapter = 0
-        self._pairs: Pairs | None = None
-        separate = beside is not None and is_plain(path)
-        # Whether the runner's model is the base, unchanged.
-        self._on_base = separate or path == base
-        host = next((other for other in beside or () if other.holds(base, self.dtype, self.device)), None)
+        self.adapter_slot = 0
+        self._adapter_weights: LoRAWeights | None = None
+        unmerged = share_with is not None and is_plain_lora(path)
+        # Whether the runner's model is the unchanged base.
+        self._on_base = unmerged or path == base
+        host = next((other for other in share_with or () if other.runs_base(base, self.dtype, self.device)), None)
         if host and self._on_base:
             self.runner, self.end_ids = host.runner, host.end_ids
         else:
-            model, _, self.end_ids = load_model(base if separate else path, device, dtype, attention=attention.NAME)
-            self.runner = runner_of(model, self.context, exact, compiled, team)
-            for other in beside or ():
+            model, _, self.end_ids = load_model(
+                base if unmerged else path, device, dtype, attention=attention.IMPLEMENTATION_NAME
+            )
+            self.runner = make_runner(model, self.context, exact=exact, compiled=compiled, group=group)
+            for other in share_with or ():
                 if other.runner.shape == self.runner.shape:
-                    share_tensors(model, other.runner.model)
-            if team is None or team.rank == 0:
-                self._check()
-        if separate:
-            self._pairs = self.runner.adapters.read(path)
+                    share_equal_tensors(model, other.runner.model)
+            if group is None or group.rank == 0:
+                self._check_architecture()
+        if unmerged:
+            self._adapter_weights = self.runner.adapters.load(path)
 
-    def identity_like(self, identity: str) -> str:
-        """What a draft of the same layout as `identity` presents if it fits; empty if there is no such layout here."""
+    def expected_identity(self, identity: str) -> str:
+        """The identity that a draft of the same layout as `identity` has if it fits; empty for an impossible layout."""
         layout, _, rest = identity.partition("/")
         blocks = rest.partition("/")[0]
-        # Checked before anything is read: whoever asks chooses these words.
-        known = (
+        # Checked before anything is read: the client chooses this string.
+        valid = (
             layout in ("anchor", "prefix", "standalone") and blocks.isascii() and blocks.isdigit() and len(blocks) < 4
         )
-        return self.shared_identity(layout, int(blocks)) if known and int(blocks) <= self._layers else ""
+        return self.shared_identity(layout, int(blocks)) if valid and int(blocks) <= self._layers else ""
 
     def shared_identity(self, layout: str, blocks: int) -> str:
-        """What a draft that shares these of our tensors presents (see `SharedTensors.identity`)."""
+        """Identity of the tensors that a draft of this layout shares with the target (see `SharedTensors.identity`)."""
         known = self._identities.get((layout, blocks))
         if known is None:
             fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
-            known = self._identities[layout, blocks] = shared_identity(layout, blocks, fingerprints)
+            known = self._identities[layout, blocks] = draft_identity(layout, blocks, fingerprints)
         return known
 
     @property
     def base(self) -> Path:
-        """Directory of the checkpoint that it is, or is based on."""
+        """Directory of the checkpoint that the version is, or is based on."""
         return self._base
 
-    def holds(self, base: Path, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether `base` is the very checkpoint that the runner runs, so that an adapter to it can be put beside."""
+    def runs_base(self, base: Path, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the runner's model is the unchanged checkpoint `base`, so that adapters of it can be added."""
         return self._on_base and (self._base, self.dtype, self.device) == (base, dtype, device)
 
-    def settle(self) -> None:
-        """Puts the adapter, if it is one beside its base, where forwards find it. Between two forwards only."""
-        if self._pairs is not None:
-            self.adapter = self.runner.adapters.put(self._pairs)
-            self._pairs = None
+    def attach_adapter(self) -> None:
+        """Add the version's unmerged adapter, if it has one, to the runner. Call between forwards only."""
+        if self._adapter_weights is not None:
+            self.adapter_slot = self.runner.adapters.add(self._adapter_weights)
+            self._adapter_weights = None
 
-    def retire(self) -> None:
-        """Takes it out again; no text goes through it any more. Between two forwards only."""
-        if self.adapter:
-            self.runner.adapters.remove(self.adapter)
-            self.adapter = 0
+    def detach_adapter(self) -> None:
+        """Remove the version's adapter, which no sequence uses any more. Call between forwards only."""
+        if self.adapter_slot:
+            self.runner.adapters.remove(self.adapter_slot)
+            self.adapter_slot = 0
 
-    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
-        """One forward of pieces of this version, and of others on the same runner: see `Runner.run`."""
-        return self.runner.run(pool, pieces)
+    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+        """Run one forward of segments of this version, and of others on the same runner; see `TargetRunner.run`."""
+        return self.runner.run(pool, segments)
 
-    def piece(self, text: Text, tree: Tree, sampling: Sampling = GREEDY) -> Piece:
-        """`tree` behind `text`, to be scored by this version."""
-        return Piece.of_tree(text, tree, sampling, self.adapter)
+    def tree_segment(self, sequence: CachedSequence, tree: TokenTree, sampling: Sampling = GREEDY) -> Segment:
+        """A segment in which this version scores `tree` after `sequence`."""
+        return Segment.from_tree(sequence, tree, sampling, self.adapter_slot)
 
-    def reading(self, text: Text, ids: list[int]) -> Piece:
-        """`ids` behind `text`, only to be read."""
-        return Piece.of_chain(text, ids, self.adapter)
+    def prefill_segment(self, sequence: CachedSequence, ids: list[int]) -> Segment:
+        """A segment that prefills `ids` after `sequence`."""
+        return Segment.from_tokens(sequence, ids, adapter_slot=self.adapter_slot)
 
-    def _check(self) -> None:
+    def _check_architecture(self) -> None:
         try:
             self._self_test()
         except TargetError:
@@ -185,49 +191,56 @@ class Target:
             raise TargetError(f"{self._path}: this architecture does not run with our attention: {error!r}") from None
 
     def _self_test(self) -> None:
-        """Scores a small tree in one forward and token by token, and demands the same logits.
+        """Score a small tree in one forward and token by token, and require equal logits.
 
-        This is what tells whether the architecture honours our masks, our positions and our roll-back.
+        This verifies that the architecture honors the masks, the positions and the rollback.
         """
         ids = [(7 * i + 3) % self.vocabulary_size for i in range(8)]
-        pool, together, alone = Pool(self.runner.shape, 4 * SELF_TEST_TOKENS), Text(), Text()
-        # Without a graph: one of a pool that will be gone would stay, and of a team only the leader has this pool.
-        self.runner.logits(pool, [self.reading(together, ids[:3])])
-        pool.keep(together, [0, 1, 2])
-        tree = self.piece(together, Tree(ids[3], 4, ids[4:6], {1: [ids[6]]}))
+        pool, batched, single = KVCachePool(self.runner.shape, 4 * SELF_TEST_TOKENS), CachedSequence(), CachedSequence()
+        # `logits` uses no CUDA graph: one of this temporary pool would stay, and only the leader of a tensor-parallel
+        # group has this pool.
+        self.runner.logits(pool, [self.prefill_segment(batched, ids[:3])])
+        pool.keep(batched, [0, 1, 2])
+        tree = self.tree_segment(batched, TokenTree(ids[3], 4, ids[4:6], {1: [ids[6]]}))
         logits = [*self.runner.logits(pool, [tree])[0].clone()]
-        pool.keep(together, [0, 1, 3])
-        logits += self.runner.logits(pool, [self.piece(together, Tree(ids[7], 7, [], {}))])[0].clone()
+        pool.keep(batched, [0, 1, 3])
+        logits += self.runner.logits(pool, [self.tree_segment(batched, TokenTree(ids[7], 7, [], {}))])[0].clone()
         expected = []
         for position, token in enumerate([*ids[:5], ids[6], ids[7]]):
-            expected += self.runner.logits(pool, [self.piece(alone, Tree(token, position + 1, [], {}))])[0].clone()
-            pool.keep(alone, [0])
+            one_token = self.tree_segment(single, TokenTree(token, position + 1, [], {}))
+            expected += self.runner.logits(pool, [one_token])[0].clone()
+            pool.keep(single, [0])
         scale = float(torch.stack(expected).abs().max())
         pairs = zip([logits[0], logits[1], logits[3], logits[4]], expected[3:], strict=True)
-        worst = max(float((a - b).abs().max()) for a, b in pairs)
-        if not worst <= SELF_TEST_TOLERANCE[self.dtype] * scale:
+        largest = max(float((a - b).abs().max()) for a, b in pairs)
+        if not largest <= SELF_TEST_TOLERANCE[self.dtype] * scale:
             raise TargetError(
-                f"{self._path}: logits of a token tree differ by {worst:.3g} from those of the same tokens one by one; "
-                "this architecture does not take our attention or our positions"
+                f"{self._path}: logits of a token tree differ by {largest:.3g} from those of the same tokens one by "
+                "one; this architecture does not support our attention or our positions"
             )
-        log.info("self-test: a tree of 4 nodes and its parts one by one differ by %.2g", worst)
+        log.info("self-test: logits of a tree of 4 nodes and of its tokens one by one differ by %.2g", largest)
 
 
-def runner_of(
-    model: Any, context: int, exact: bool = False, compiled: bool = False, team: Team | None = None
-) -> Runner:
-    """What runs `model` where it is."""
+def make_runner(
+    model: Any,
+    context: int,
+    *,
+    exact: bool = False,
+    compiled: bool = False,
+    group: TensorParallelGroup | None = None,
+) -> TargetRunner:
+    """The runner for the device of `model`; on CUDA with a group, the model is sharded first."""
     if model.device.type != "cuda":
-        return Runner(model)
+        return TargetRunner(model)
     from cloud_verifier.model.cuda_graphs import GraphRunner
 
-    if team:
-        team.split(model)
-    return GraphRunner(model, context, exact, compiled, team)
+    if group:
+        group.shard_model(model)
+    return GraphRunner(model, context, exact=exact, compiled=compiled, group=group)
 
 
-def share_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Lets `model` hold the other's tensors wherever they are equal, and so frees its own."""
+def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Replace the parameters of `model` that equal those of `other` by the latter, which frees their memory."""
     for name, module in model.named_modules():
         for key, value in list(module._parameters.items()):
             try:
@@ -238,47 +251,36 @@ def share_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
                 module._parameters[key] = known
 
 
-def _usable_context(config: Any, wanted: int | None, path: Path) -> int:
-    strange = forgetless_layers(config)
-    if strange:
-        raise TargetError(
-            f"{path} has layers of type {', '.join(strange)}, whose state cannot roll back rejected tokens; "
-            "serve a model with plain attention"
-        )
-    context: int = wanted or config.max_position_embeddings
-    if context > config.max_position_embeddings:
-        raise TargetError(f"{path} was trained for {config.max_position_embeddings} tokens, not {context}")
-    window = sliding_window(config)
-    if window and window < context:
-        raise TargetError(
-            f"{path} attends over a sliding window of {window} tokens, whose cache cannot roll back; "
-            f"serve it with --max-context {window}, within which its attention is plain"
-        )
-    return context
-
-
 def load_model(
     path: Path, device: str, dtype: torch.dtype | str, attention: str = "sdpa"
 ) -> tuple[Any, Path, frozenset[int]]:
-    """The model at `path`, an adapter merged into its base; the base's directory; and the tokens that end a text.
+    """Load the model at `path`, an adapter merged into its base.
+
+    Args:
+        attention: transformers' `attn_implementation`.
+
+    Returns the model, in eval mode, the base's directory, and the end-of-text tokens.
 
     Raises:
         TargetError: not a loadable checkpoint.
     """
-    base = base_of(path)
+    base = base_directory(path)
+    # transformers' stubs miss the annotations of these two.
+    logging_options: Any = transformers.utils.logging
+    auto_model: Any = AutoModelForCausalLM
     if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+        logging_options.disable_progress_bar()
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     try:
-        with _LOADING:
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with _LOAD_LOCK:
+            model, info = auto_model.from_pretrained(
                 base, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-        if (path / CHANGES).exists():
-            put_changes(model, path)
+        if (path / CHANGES_FILE).exists():
+            apply_changes(model, path)
         elif path != base:
             from peft import PeftModel
 
@@ -290,3 +292,22 @@ def load_model(
     if ids is None:
         return model, base, frozenset()
     return model, base, frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _usable_context(config: Any, requested: int | None, path: Path) -> int:
+    unsupported = layers_without_rollback(config)
+    if unsupported:
+        raise TargetError(
+            f"{path} has layers of type {', '.join(unsupported)}, whose state cannot roll back rejected tokens; "
+            "serve a model with plain attention"
+        )
+    context: int = requested or config.max_position_embeddings
+    if context > config.max_position_embeddings:
+        raise TargetError(f"{path} was trained for {config.max_position_embeddings} tokens, not {context}")
+    window = sliding_window(config)
+    if window and window < context:
+        raise TargetError(
+            f"{path} attends over a sliding window of {window} tokens, whose cache cannot roll back; "
+            f"serve it with --max-context {window}, within which its attention is plain"
+        )
+    return context

@@ -1,8 +1,8 @@
-"""Speculation by a draft in PyTorch, where the target runs: the drafts of all sessions grow together.
+"""Server-side speculation with a draft in PyTorch on the target's device, batched over sessions.
 
-The draft is a model like any target, with a runner and a pool of its own; each of its forwards brings every session
-that drafts just then one token further. What it says need not be what a board's quantised graph says: the text is the
-same.
+The draft is a model like any target, with a runner and a KV cache pool of its own. Each of its forwards extends the
+drafts of all sessions that are drafting at that moment by one token. Its tokens may differ from those of a board's
+quantized graph; the text does not.
 """
 
 from __future__ import annotations
@@ -10,83 +10,93 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Text
-from cloud_verifier.model.runner import Chosen, Runner, Wanted
-from cloud_verifier.model.speculation import MOST_ROUNDS, Guesses, Speculation, check_tokens
-from cloud_verifier.model.target import Target, runner_of
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.runner import RoundWork
+from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
+from cloud_verifier.model.target import Target, make_runner
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
 
 
-class Drafting(Speculation):
-    """A draft that runs as the target does, shared by all sessions."""
+class TorchSpeculation:
+    """A transformers model as the draft of a target; implements `speculation.Speculation`.
 
-    runner: Runner
+    Attributes:
+        context: longest text that can be drafted for, in tokens.
+    """
 
-    def __init__(self, model: Any, target: Target, tokens: int, most_rounds: int = MOST_ROUNDS) -> None:
-        """
+    def __init__(
+        self, model: Any, target: Target, *, max_draft_tokens: int, max_rounds: int = DEFAULT_MAX_ROUNDS
+    ) -> None:
+        """Move the draft to the target's device and dtype.
+
         Args:
-            model: a causal language model of transformers that was loaded for `attention.NAME`, on the CPU.
+            model: a transformers causal language model loaded with `attention.IMPLEMENTATION_NAME`, on the CPU.
 
         Raises:
-            InputError: `tokens` is not what one forward can verify.
+            InputError: one forward cannot verify `max_draft_tokens`.
             TargetError: the draft has another vocabulary.
         """
-        check_tokens(tokens)
+        check_draft_tokens(max_draft_tokens)
         size = model.config.vocab_size
         if size != target.vocabulary_size:
             raise TargetError(f"the draft has {size} tokens, {target.version} has {target.vocabulary_size}")
         self.vocabulary = target.vocabulary
-        self.tokens = tokens
-        self.most_rounds = most_rounds
-        self.limit = min(target.context, model.config.max_position_embeddings)
+        self.max_draft_tokens = max_draft_tokens
+        self.max_rounds = max_rounds
+        self.context = min(target.context, model.config.max_position_embeddings)
         model = model.to(device=target.device, dtype=target.dtype).eval()
-        self.runner = runner_of(model, self.limit)
+        self.runner = make_runner(model, self.context)
 
-    def guesses(self) -> Guesses:
-        return Growing(self)
+    def new_session_draft(self) -> TorchSessionDraft:
+        return TorchSessionDraft(self)
 
 
-class Growing(Guesses):
-    """The draft's view of one session's text."""
+class TorchSessionDraft:
+    """The PyTorch draft of one text; implements `speculation.SessionDraft`."""
 
-    def __init__(self, drafting: Drafting) -> None:
-        self._drafting = drafting
-        self._text = Text()
-        # What the pool holds of the text, and of guesses behind it that may have been wrong.
+    def __init__(self, speculation: TorchSpeculation) -> None:
+        self._speculation = speculation
+        self._sequence = CachedSequence()
+        # The tokens in the draft's cache: the text, and drafts after it that may have been rejected.
         self._ids: list[int] = []
 
     @property
-    def text(self) -> Text:
-        return self._text
+    def cached_sequence(self) -> CachedSequence:
+        return self._sequence
 
-    def behind(self, ids: list[int], count: int, sampling: Sampling) -> Generator[Wanted, Chosen | None, list[int]]:
-        """Drafts up to `count` tokens behind `ids`, and returns them; fewer where the draft's context ends."""
-        count = min(count, self._drafting.limit - len(ids))
+    def propose(
+        self, ids: list[int], count: int, sampling: Sampling
+    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+        """See `SessionDraft.propose`."""
+        count = min(count, self._speculation.context - len(ids))
         if count < 1:
             return []
-        held = min(self._text.length, len(ids) - 1)
-        while self._ids[:held] != ids[:held]:
-            held -= 1
-        self._text.length = held
-        self._ids = ids[:held]
-        unread = ids[held:]
-        most = self._drafting.runner.prompt_rows
-        while len(unread) > most:
-            yield from self._read(unread[:most], None)
-            unread = unread[most:]
-        guesses: list[int] = []
-        while len(guesses) < count:
-            chosen = yield from self._read(unread, sampling)
-            assert chosen is not None
-            guesses.append(chosen[len(unread) - 1].token)
-            unread = guesses[-1:]
-        return guesses
+        # Roll back to the longest cached prefix of `ids`, and leave at least one token to score.
+        cached = min(self._sequence.length, len(ids) - 1)
+        while self._ids[:cached] != ids[:cached]:
+            cached -= 1
+        self._sequence.length = cached
+        self._ids = ids[:cached]
+        unread = ids[cached:]
+        chunk = self._speculation.runner.max_prefill_rows
+        while len(unread) > chunk:
+            yield from self._extend(unread[:chunk], None)
+            unread = unread[chunk:]
+        draft: list[int] = []
+        while len(draft) < count:
+            sampled = yield from self._extend(unread, sampling)
+            assert sampled is not None
+            draft.append(sampled[len(unread) - 1].token)
+            unread = draft[-1:]
+        return draft
 
-    def _read(self, ids: list[int], sampling: Sampling | None) -> Generator[Wanted, Chosen | None, Chosen | None]:
-        piece = Piece.of_chain(self._text, ids)
-        piece.sampling, piece.runner = sampling, self._drafting.runner
-        chosen = yield piece
+    def _extend(
+        self, ids: list[int], sampling: Sampling | None
+    ) -> Generator[RoundWork, SampledTokens | None, SampledTokens | None]:
+        runner = self._speculation.runner
+        sampled = yield Segment.from_tokens(self._sequence, ids, sampling=sampling, runner=runner)
         self._ids += ids
-        return chosen
+        return sampled

@@ -1,7 +1,8 @@
-"""The token tree of one round: the last known token, the draft behind it, and siblings beside the draft.
+"""The token tree of one round: the last known token, the draft after it, and siblings of draft tokens.
 
-Node 0 is the last id that both ends know; nodes 1 .. K are the draft, a chain; the siblings follow. A sibling of draft
-token i stands at that token's position and sees what it would have seen. One forward scores them all.
+Node 0 is the last token that board and verifier both know; nodes 1 .. K are the draft, a chain; the siblings follow. A
+sibling of draft token i has that token's position and attends to what that token attends to. One forward scores all
+nodes.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cloud_verifier.model.sampling import Choice
+from cloud_verifier.model.sampling import SampledToken
 
-# Two scores closer than this could change places under other arithmetic (another kernel, another batch shape).
-CLOSE_CALL = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
+# By dtype: two scores closer than this could change places under other arithmetic (another kernel or batch shape).
+CLOSE_CALL_MARGIN = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
 
 
-class Verdict(NamedTuple):
-    """What one forward decided.
+class Verification(NamedTuple):
+    """The result of verifying one tree.
 
     Attributes:
-        accepted: how many leading draft tokens equal the target's choices.
-        tokens: the target's own tokens behind them: one, or two where a sibling matched; none after an end token.
-        rows: nodes whose keys and values belong to the text: all of the path but its last token.
+        accepted: accepted length: how many leading draft tokens equal the target's.
+        tokens: the target's own tokens after them: one, two if a sibling matched, none after an end-of-text token.
+        rows: nodes whose keys and values belong to the sequence: the whole path except its last token.
         ended: the path ends with an end-of-text token.
-        margins: (position, margin) of every choice on the path.
+        margins: (position, margin) of every token sampled on the path.
     """
 
     accepted: int
@@ -33,14 +34,18 @@ class Verdict(NamedTuple):
     margins: list[tuple[int, float]]
 
 
-class Tree:
+class TokenTree:
     """Nodes of one round, flattened for one forward.
 
     Args:
-        last: the id at `position - 1`.
+        last: the token at `position - 1`.
         position: absolute position of the first draft token.
-        draft: K ids.
-        siblings: alternatives by draft index.
+        draft: K token ids.
+        siblings: alternative token ids by draft index.
+
+    Attributes:
+        ids, positions: token id and absolute position of each node.
+        visible_prefix: how many nodes, from the first, each node attends to in addition to itself.
     """
 
     def __init__(self, last: int, position: int, draft: list[int], siblings: dict[int, list[int]]) -> None:
@@ -48,47 +53,46 @@ class Tree:
         self.draft = draft
         self.ids = [last, *draft]
         self.positions = list(range(position - 1, position + len(draft)))
-        # How many nodes, from the first, each node sees beside itself.
-        self.limits = list(range(len(draft) + 1))
+        self.visible_prefix = list(range(len(draft) + 1))
         self._sibling_rows: dict[tuple[int, int], int] = {}
         for index, alternatives in sorted(siblings.items()):
             for token in dict.fromkeys(alternatives):
                 self._sibling_rows[index, token] = len(self.ids)
                 self.ids.append(token)
                 self.positions.append(position + index)
-                self.limits.append(index + 1)
+                self.visible_prefix.append(index + 1)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def walk(self, choice: Callable[[int], Choice], end_ids: frozenset[int]) -> Verdict:
-        """Follows the target's choices from node 0 as far as the tree goes.
+    def verify(self, sampled_after: Callable[[int], SampledToken], end_ids: frozenset[int]) -> Verification:
+        """Follow the target's tokens from node 0 as far as the tree has matching nodes.
 
         Args:
-            choice: the target's choice behind a node, by row.
-            end_ids: tokens that end the text; empty to go on past them.
+            sampled_after: returns the token that the target samples after a node, given its row.
+            end_ids: tokens that end the text; empty to continue past them.
         """
         row, rows = 0, [0]
         margins: list[tuple[int, float]] = []
 
-        def chosen() -> int:
-            token, margin = choice(row)
+        def sample() -> int:
+            token, margin = sampled_after(row)
             margins.append((self.positions[row] + 1, margin))
             return token
 
-        for index, guess in enumerate(self.draft):
-            token = chosen()
-            if token != guess:
+        for index, draft_token in enumerate(self.draft):
+            token = sample()
+            if token != draft_token:
                 sibling = self._sibling_rows.get((index, token))
                 if sibling is None or token in end_ids:
-                    return Verdict(index, [token], rows, token in end_ids, margins)
+                    return Verification(index, [token], rows, token in end_ids, margins)
                 row = sibling
                 rows.append(row)
-                bonus = chosen()
-                return Verdict(index, [token, bonus], rows, bonus in end_ids, margins)
+                bonus = sample()
+                return Verification(index, [token, bonus], rows, bonus in end_ids, margins)
             if token in end_ids:
-                return Verdict(index + 1, [], rows, True, margins)
+                return Verification(index + 1, [], rows, True, margins)
             row = index + 1
             rows.append(row)
-        token = chosen()
-        return Verdict(len(self.draft), [token], rows, token in end_ids, margins)
+        token = sample()
+        return Verification(len(self.draft), [token], rows, token in end_ids, margins)

@@ -1,0 +1,93 @@
+"""Server-side speculation with a board's bundle, run by onnxruntime on the CPU.
+
+The board's own runner is reused: `edge_runtime.draft` is the one package besides `edge_runtime.protocol` that the
+verifier imports from the board, because a second runner of the same graph would be a second definition of its output.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from pathlib import Path
+
+from cloud_verifier.model.runner import RoundWork
+from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
+from cloud_verifier.model.target import Target
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS
+from edge_runtime.protocol.bundle import read_bundle
+from edge_runtime.protocol.errors import DraftError, TargetError
+from edge_runtime.protocol.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+
+class OnnxSpeculation:
+    """A bundle as the draft of a target; implements `speculation.Speculation`."""
+
+    runner = None
+
+    def __init__(
+        self,
+        bundle: Path,
+        target: Target,
+        *,
+        max_draft_tokens: int,
+        threads: int = 0,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+    ) -> None:
+        """Load the bundle.
+
+        Args:
+            threads: CPU threads of a draft step; 0 leaves the choice to `OnnxDraft`.
+
+        Raises:
+            InputError: one forward cannot verify `max_draft_tokens`.
+            TargetError: the draft was made for another vocabulary.
+            BundleError, DraftError: the bundle is incomplete or does not load.
+        """
+        check_draft_tokens(max_draft_tokens)
+        found = read_bundle(bundle)
+        vocabulary, size = found.manifest.vocabulary.hash, found.manifest.architecture.vocabulary_size
+        if vocabulary != target.vocabulary or size > target.vocabulary_size:
+            raise TargetError(
+                f"the draft in {bundle} has the vocabulary {vocabulary} of {size} tokens, {target.version} has "
+                f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
+            )
+        self.vocabulary = vocabulary
+        self.max_draft_tokens = max_draft_tokens
+        self.max_rounds = max_rounds
+        self._draft = OnnxDraft(found, threads)
+
+    def new_session_draft(self) -> OnnxSessionDraft:
+        return OnnxSessionDraft(self._draft)
+
+
+class OnnxSessionDraft:
+    """The bundle's draft of one text; implements `speculation.SessionDraft`."""
+
+    cached_sequence = None
+
+    def __init__(self, draft: OnnxDraft) -> None:
+        self._context = draft.new_context()
+        self._failed = False
+
+    def propose(
+        self, ids: list[int], count: int, sampling: Sampling
+    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+        """See `SessionDraft.propose`. Yields None after every chunk of a long prefill.
+
+        Returns nothing if the draft's context is full or the draft has failed: the target then continues without it.
+        """
+        if self._failed or len(ids) > self._context.limit:
+            return []
+        try:
+            while (unread := self._context.tokens_to_prefill(ids)) > PREFILL_CHUNK_TOKENS:
+                self._context.sync_to(ids[: len(ids) - unread + PREFILL_CHUNK_TOKENS])
+                yield None
+            return self._context.propose(ids, count, sampling).tokens
+        except DraftError:
+            log.exception("drafting failed; this session continues without server-side speculation")
+            self._failed = True
+            return []
