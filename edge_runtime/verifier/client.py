@@ -1,4 +1,4 @@
-"""Talks to verifiers: which of them to ask, and attempts that are repeated until a deadline."""
+"""The client of one or several verifiers: endpoint selection, retries with backoff, and a deadline for all attempts."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from edge_runtime.probes.tcp import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.protocol.messages import ErrorCode, Message
-from edge_runtime.verifier.endpoint import UNWELL, Endpoint
+from edge_runtime.verifier.endpoint import UNHEALTHY, Endpoint
 from edge_runtime.verifier.link_faults import HINTS, BrokenAnswer, Fault, LinkFailure
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-# A session whose board vanished is evicted anyway, so closing one politely is worth little waiting.
+# Chosen: the verifier evicts abandoned sessions anyway, so an explicit close is not worth a long wait.
 CLOSE_SECONDS = 2.0
-# Refusals that another attempt may better. After `internal` the session is lost, and a repeated round finds that out.
-PASSING_CODES = UNWELL | {ErrorCode.DAMAGED, ErrorCode.RATE_LIMITED}
-# How often somebody is asked who does not answer as a verifier does: a damaged answer looks like that, too.
-STRANGE_ANSWERS = 3
-# Pauses between attempts, in seconds: they grow from the first, and are drawn at random up to that.
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+# Refusals worth retrying. After `internal` the session is lost, which the retried round reports.
+TRANSIENT_CODES = UNHEALTHY | {ErrorCode.DAMAGED, ErrorCode.RATE_LIMITED}
+# Attempts at a URL that does not answer like a verifier. More than one, because a damaged answer looks the same.
+UNKNOWN_ROUTE_ATTEMPTS = 3
+# Exponential backoff with full jitter between attempts: first and longest upper bound of the pause.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 
 
 class VerifierClient:
-    """Connections to one verifier or several, for any number of sessions at once. Use as an async context manager.
+    """Connections to one or several verifiers, shared by any number of concurrent sessions. An async context manager.
 
     Attributes:
-        endpoints: the verifiers, the preferred one first.
-        deadline: seconds within which a round must succeed, all attempts together.
-        meter: bytes of all connections.
-        retries: attempts that repeated another.
+        endpoints: the verifiers in order of preference.
+        deadline: seconds within which a round must succeed, all retries included.
+        meter: counts the bytes of all connections.
+        retries: number of attempts that were retries.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class VerifierClient:
     ) -> None:
         """
         Args:
-            url: base URL; or several, the preferred one first: the others are asked while it is gone.
-            http2: use HTTP/2 where the verifier offers it.
-            token: shown to the verifier, or to what stands in front of it, as bearer token; empty shows none.
-            authorities: PEM file of those to trust for TLS, instead of the usual ones.
-            certificate: PEM files of this board's own certificate and its key, for verifiers that ask for one.
-            transport: instead of the network, for tests.
+            url: base URL, or several in order of preference; the others are used while the first is unreachable.
+            http2: use HTTP/2 if the verifier offers it.
+            token: bearer token; empty for none.
+            authorities: PEM file of certificate authorities to trust instead of the system's.
+            certificate: PEM files of this board's client certificate and private key.
+            transport: replaces the network, for tests.
 
         Raises:
-            InputError: `url` is not an http or https URL, or a file does not hold what it should.
+            InputError: `url` is not an http or https URL, or a PEM file cannot be used.
         """
         self.deadline = deadline
         self.meter = ByteMeter()
@@ -87,7 +87,7 @@ class VerifierClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Waits for sessions that are being closed, and closes the connections."""
+        """Wait for background work, then close the connections."""
         self._closed = True
         await asyncio.gather(*self._closing)
         for endpoint in self.endpoints:
@@ -95,59 +95,60 @@ class VerifierClient:
 
     @property
     def url(self) -> str:
-        """Base URL of the verifier that would be asked now."""
+        """Base URL of the verifier that the next request would use."""
         return self.pick().url
 
     @property
     def trouble(self) -> LinkFailure | None:
-        """Why no verifier can be reached, as far as the last attempts tell; None where one can."""
+        """The last failure of the preferred endpoint; None if it works."""
         return self.pick().trouble
 
     def pick(self, without: Collection[Endpoint] = ()) -> Endpoint:
-        """The first endpoint that is well; where none is, the one that has rested longest."""
+        """The first healthy endpoint, or the one whose last failure is oldest if none is healthy."""
         candidates = [endpoint for endpoint in self.endpoints if endpoint not in without] or self.endpoints
-        well = next((endpoint for endpoint in candidates if endpoint.well), None)
-        return well or min(candidates, key=lambda endpoint: endpoint.failed_at)
+        healthy = next((endpoint for endpoint in candidates if endpoint.healthy), None)
+        return healthy or min(candidates, key=lambda endpoint: endpoint.failed_at)
 
-    def show(self, token: str) -> None:
-        """From now on shows another token, or with an empty one none."""
+    def set_token(self, token: str) -> None:
+        """Use another bearer token from now on; empty for none."""
         for endpoint in self.endpoints:
-            endpoint.show(token)
+            endpoint.set_token(token)
 
     async def models(self) -> messages.ModelList:
-        """What the verifier serves. Raises VerifierError."""
+        """The target versions that the verifier serves. Raises VerifierError."""
 
         async def fetch() -> messages.ModelList:
             async with self.pick().exchange("GET", "/v1/models", None) as response:
                 return parsed(await response.aread(), messages.ModelList)
 
-        return await self.persist(fetch, time.monotonic() + self.deadline)
+        return await self.retry(fetch, time.monotonic() + self.deadline)
 
-    async def persist(self, attempt: Callable[[], Awaitable[T]], until: float, *, patient: bool = True) -> T:
-        """Calls `attempt`, with growing, jittered pauses, until it works or `until` (`time.monotonic`) has passed.
+    async def retry(self, attempt: Callable[[], Awaitable[T]], until: float, *, patient: bool = True) -> T:
+        """Call `attempt` with backoff until it succeeds or `until` (`time.monotonic`) has passed.
 
         Args:
-            patient: otherwise only as long as there is a verifier that may be well: one more chance where a connection
-                broke, as those that are kept may have been closed at the other end, and then the others.
+            patient: wait for an unreachable verifier. If false, retry only while some endpoint is healthy: once after a
+                broken connection, because a kept-alive one may have been closed by the peer, then at the other
+                endpoints.
 
         Raises:
-            VerifierRefused: for a reason that repeating does not better, or that lasted until the end.
-            VerifierUnreachable: no usable answer until then.
+            VerifierRefused: for a reason that retrying does not change, or that lasted until the deadline.
+            VerifierUnreachable: no usable answer before the deadline.
         """
         started = time.monotonic()
-        growing = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+        backoff = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS)
 
         def pause(state: tenacity.RetryCallState) -> float:
-            asked = self._asked_to_wait(state)
-            wait = asked + growing(state) if asked or patient else 0.0
+            requested = self._retry_after(state)
+            wait = requested + backoff(state) if requested or patient else 0.0
             return min(wait, max(0.0, until - time.monotonic()))
 
         def give_up(state: tenacity.RetryCallState) -> bool:
-            return time.monotonic() + self._asked_to_wait(state) >= until
+            return time.monotonic() + self._retry_after(state) >= until
 
         try:
             async for trial in tenacity.AsyncRetrying(
-                retry=_may_pass if patient else self._may_pass_at_once,
+                retry=_is_transient if patient else self._is_transient_and_healthy,
                 wait=pause,
                 stop=give_up,
                 reraise=True,
@@ -168,7 +169,7 @@ class VerifierClient:
         raise AssertionError("tenacity ends by returning or raising")
 
     def close_session(self, endpoint: Endpoint, session_id: str) -> None:
-        """Closes a session in the background; whether that works is of no consequence."""
+        """Close a session in the background; failures are ignored."""
 
         async def close() -> None:
             with contextlib.suppress(LinkFailure, VerifierRefused, TimeoutError):
@@ -179,30 +180,30 @@ class VerifierClient:
         self.in_background(close())
 
     def in_background(self, work: Coroutine[None, None, None]) -> None:
-        """Runs `work`, which raises nothing and is brief, beside everything else; `aclose` waits for it."""
+        """Run `work`, which must be brief and raise nothing, in the background; `aclose` waits for it."""
         if self._closed:
-            # A text that is thrown away after its client.
+            # A session was discarded after its client had been closed.
             work.close()
             return
         task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _may_pass_at_once(self, state: tenacity.RetryCallState) -> bool:
-        return self.pick().well and _may_pass(state)
+    def _is_transient_and_healthy(self, state: tenacity.RetryCallState) -> bool:
+        return self.pick().healthy and _is_transient(state)
 
-    def _asked_to_wait(self, state: tenacity.RetryCallState) -> float:
-        """Seconds that the verifier asked for, where that is who would be asked again; 0 where it did not say."""
+    def _retry_after(self, state: tenacity.RetryCallState) -> float:
+        """Seconds of Retry-After if the next attempt goes to the same verifier; 0 otherwise or if absent."""
         error = state.outcome.exception() if state.outcome else None
         if not isinstance(error, VerifierRefused) or error.retry_after is None:
             return 0.0
-        # A limit of this board's is no fault of the verifier's: another one is no way around it.
-        elsewhere = error.code != ErrorCode.RATE_LIMITED and len(self.endpoints) > 1 and self.pick().well
+        # A rate limit concerns this board, not the verifier: another verifier does not avoid it.
+        elsewhere = error.code != ErrorCode.RATE_LIMITED and len(self.endpoints) > 1 and self.pick().healthy
         return 0.0 if elsewhere else float(error.retry_after)
 
 
 def _trust(authorities: Path | None, certificate: tuple[Path, Path] | None) -> ssl.SSLContext | bool:
-    """What TLS is to believe, and to show. Raises InputError."""
+    """The TLS context for these authorities and client certificate; True for the default. Raises InputError."""
     trust: ssl.SSLContext | None = None
     if authorities is not None:
         try:
@@ -212,7 +213,7 @@ def _trust(authorities: Path | None, certificate: tuple[Path, Path] | None) -> s
     if certificate is not None:
         trust = trust or httpx.create_ssl_context()
         try:
-            # Without a password nobody is asked for one.
+            # An empty password keeps OpenSSL from prompting on the terminal.
             trust.load_cert_chain(*certificate, password=lambda: "")
         except OSError as error:
             raise InputError(f"cannot use the certificate {certificate[0]} with {certificate[1]}: {error}") from None
@@ -220,7 +221,7 @@ def _trust(authorities: Path | None, certificate: tuple[Path, Path] | None) -> s
 
 
 def parsed(body: bytes, kind: type[M], session: str = "") -> M:
-    """A message of the verifier; for `session` see `wire.encode`. Raises BrokenAnswer if it is none."""
+    """Decode a message of the verifier; for `session` see `messages.encode`. Raises BrokenAnswer if it is malformed."""
     try:
         message = messages.decode(body, kind, messages.MSGPACK, session)
     except InputError as error:
@@ -228,9 +229,9 @@ def parsed(body: bytes, kind: type[M], session: str = "") -> M:
     return message
 
 
-def _may_pass(state: tenacity.RetryCallState) -> bool:
+def _is_transient(state: tenacity.RetryCallState) -> bool:
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, VerifierRefused):
-        strange = error.code == ErrorCode.UNKNOWN_ROUTE and state.attempt_number < STRANGE_ANSWERS
-        return strange or error.code in PASSING_CODES
+        unrecognized = error.code == ErrorCode.UNKNOWN_ROUTE and state.attempt_number < UNKNOWN_ROUTE_ATTEMPTS
+        return unrecognized or error.code in TRANSIENT_CODES
     return isinstance(error, LinkFailure)

@@ -1,9 +1,8 @@
-"""One verifier as seen from here: the connections to it, and whether it was well when last heard of."""
+"""One verifier: the HTTP exchange with it, the diagnosis of failures, and its health for endpoint selection."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -11,8 +10,6 @@ from typing import Any
 
 import anyio
 import httpx
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
@@ -21,51 +18,43 @@ from edge_runtime.probes.tcp import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Message
+from edge_runtime.verifier.http_transport import CONNECT_SECONDS, READ_SECONDS, new_transport, use_lean_headers
 from edge_runtime.verifier.link_faults import (
-    FIRM,
+    PERSISTENT,
     Fault,
     LinkFailure,
     failure_of,
-    look_at_alert,
-    look_closer,
     portal_of,
+    probe_over_http,
+    probe_tls_alert,
 )
 
-# Seconds for one attempt: to connect, between two pieces of an answer, and for the peer's kernel to acknowledge: a peer
-# that is slow acknowledges, one that is gone does not.
-CONNECT_SECONDS = 5.0
-READ_SECONDS = 20.0
-ACKNOWLEDGE_SECONDS = 5.0
-# While an answer is waited for, the kernel asks after so many seconds of silence, and so many later again: on a
-# connection that a NAT has forgotten, nothing else would tell.
-SILENT_SECONDS, ASKING_SECONDS = 5, 2
-# Failures in a row after which others are tried, and seconds after which this one may be tried again.
-FEW = 2
-REST_SECONDS = 30.0
-# What the libraries below httpx let through when a connection breaks at a bad moment, or when bytes of it were changed.
-LEAKS = (H2Error, HPACKError, HyperframeError, ssl.SSLError, anyio.BrokenResourceError, anyio.ClosedResourceError)
-# Refusals that say that the verifier itself is unwell.
-UNWELL = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL, ErrorCode.DRAINING}
-# Longest pause that a verifier may ask for, in seconds; more is taken for this.
-LONGEST_WAIT = 3600
-
-# h2 normalises headers so that HPACK never remembers a token, which then costs its whole length in every round: 33
-# bytes of 93. What that is to prevent is guessing at a secret by how well it compresses beside a header that somebody
-# else chooses: nobody else chooses any here, and tokens are random. Ours need no other normalising.
-LEAN = H2Configuration(validate_inbound_headers=False, normalize_outbound_headers=False)
-
-# h2 remembers the last 65536 streams of a connection, with a hundred bytes each, to tell late frames from nonsense. On
-# a board those are hours of answers, and 8 MB; frames here are late by a few streams.
-H2Connection.MAX_CLOSED_STREAMS = 1024
+# Circuit breaker, both chosen: consecutive failures after which other endpoints are preferred, and seconds until this
+# one is tried again.
+MAX_FAILURES = 2
+COOLDOWN_SECONDS = 30.0
+# Exceptions of the libraries below httpx that escape it when a connection breaks mid-frame or its bytes were corrupted.
+TRANSPORT_ERRORS = (
+    H2Error,
+    HPACKError,
+    HyperframeError,
+    ssl.SSLError,
+    anyio.BrokenResourceError,
+    anyio.ClosedResourceError,
+)
+# Refusals that concern the verifier itself rather than the request.
+UNHEALTHY = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL, ErrorCode.DRAINING}
+# Upper bound of an accepted Retry-After.
+MAX_RETRY_AFTER_SECONDS = 3600
 
 
 class Endpoint:
     """Connections to one base URL.
 
     Attributes:
-        url: base URL, without a slash at its end.
-        trouble: the last failure, until something works again.
-        failed_at: when that was, by `time.monotonic`.
+        url: base URL without a trailing slash.
+        trouble: the last failure; None after a success.
+        failed_at: its time by `time.monotonic`.
     """
 
     def __init__(
@@ -82,7 +71,7 @@ class Endpoint:
         Args:
             meter: counts the bytes of the connections.
             http2, token, transport: see `VerifierClient`.
-            trust: whose certificates.
+            trust: TLS context, or True for the default.
 
         Raises:
             InputError: `url` is not an http or https URL.
@@ -100,38 +89,40 @@ class Endpoint:
         self._secure = parsed.scheme == "https"
         self._host, self._port = parsed.host, parsed.port or 443
         self._answered = False
-        self._looked: tuple[float, Fault | None] = (-REST_SECONDS, None)
+        self._diagnosis: tuple[float, Fault | None] = (-COOLDOWN_SECONDS, None)
         self._meter = meter
         self._token = token
         self._trust = trust
-        # Without TLS nobody negotiates the version of HTTP: it is guessed until the first answer.
+        # Without TLS there is no ALPN to negotiate the HTTP version: guess until the first answer.
         self._guessing = http2 and parsed.scheme == "http" and transport is None
         self._clear_http2 = self._guessing
         self._http = self._connections(transport, http1=not self._guessing, http2=http2)
 
     @property
-    def well(self) -> bool:
-        """Whether it is worth trying before others."""
-        return self._failures < FEW or time.monotonic() - self.failed_at > REST_SECONDS
+    def healthy(self) -> bool:
+        """Whether to prefer this endpoint: few recent failures, or the cooldown is over."""
+        return self._failures < MAX_FAILURES or time.monotonic() - self.failed_at > COOLDOWN_SECONDS
 
-    def show(self, token: str) -> None:
-        """From now on shows another token, or with an empty one none."""
+    def set_token(self, token: str) -> None:
+        """Use another bearer token from now on; empty for none."""
         self._token = token
         self._http.headers.pop("authorization", None)
         if token:
             self._http.headers["authorization"] = f"Bearer {token}"
 
     async def aclose(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     @contextlib.asynccontextmanager
     async def exchange(
         self, method: str, path: str, message: Message | None, session: str = ""
     ) -> AsyncIterator[httpx.Response]:
-        """One request, once; the answer's body is still to be read. For `session` see `wire.encode`.
+        """Send one request, without retries; the caller reads the response body. For `session` see `messages.encode`.
 
-        Raises VerifierRefused for a refusal, and LinkFailure.
+        Raises:
+            VerifierRefused: the verifier answered with a typed error.
+            LinkFailure: no usable answer.
         """
         try:
             content = None if message is None else messages.encode(message, messages.MSGPACK, session)
@@ -141,41 +132,45 @@ class Endpoint:
                 if portal:
                     raise portal
                 if not response.is_success:
-                    raise _refused(response, await response.aread())
+                    raise _error_from(response, await response.aread())
                 yield response
             finally:
                 await response.aclose()
-        except (httpx.RequestError, *LEAKS) as error:
-            raise self._note(await self._told_apart(failure_of(error))) from error
+        except (httpx.RequestError, *TRANSPORT_ERRORS) as error:
+            raise self._record_failure(await self._diagnose(failure_of(error))) from error
         except LinkFailure as failure:
-            raise self._note(failure) from failure.__cause__
+            raise self._record_failure(failure) from failure.__cause__
         except VerifierRefused as refused:
-            if refused.code in UNWELL:
-                # One that is about to end is as good as gone: no second chance.
-                self._note(LinkFailure(str(refused), Fault.UNAVAILABLE), firm=refused.code == ErrorCode.DRAINING)
+            if refused.code in UNHEALTHY:
+                # A draining verifier is about to exit: prefer the others at once.
+                self._record_failure(
+                    LinkFailure(str(refused), Fault.UNAVAILABLE), persistent=refused.code == ErrorCode.DRAINING
+                )
             else:
-                self._note_success()
+                self._record_success()
             raise
         else:
-            self._note_success()
+            self._record_success()
 
-    def _note(self, failure: LinkFailure, *, firm: bool = False) -> LinkFailure:
-        self._failures += FEW if firm or failure.fault in FIRM else 1
+    def _record_failure(self, failure: LinkFailure, *, persistent: bool = False) -> LinkFailure:
+        self._failures += MAX_FAILURES if persistent or failure.fault in PERSISTENT else 1
         self.trouble, self.failed_at = failure, time.monotonic()
         return failure
 
-    def _note_success(self) -> None:
+    def _record_success(self) -> None:
         self._failures, self.trouble = 0, None
 
-    async def _told_apart(self, failure: LinkFailure) -> LinkFailure:
-        """`failure`, or what is behind it where a certificate was not accepted: the other's, or ours."""
-        ours = failure.fault == Fault.BROKEN and not self._answered
-        if not self._secure or not (ours or failure.fault == Fault.TLS):
+    async def _diagnose(self, failure: LinkFailure) -> LinkFailure:
+        """Refine `failure` if TLS may be the cause: a rejected certificate of either side, or a wrong clock."""
+        our_certificate = failure.fault == Fault.BROKEN and not self._answered
+        if not self._secure or not (our_certificate or failure.fault == Fault.TLS):
             return failure
-        if time.monotonic() - self._looked[0] >= REST_SECONDS:
-            look = look_at_alert(self._host, self._port, self._trust) if ours else look_closer(self._host)
-            self._looked = (time.monotonic(), await look)
-        return LinkFailure(str(failure), self._looked[1] or failure.fault)
+        if time.monotonic() - self._diagnosis[0] >= COOLDOWN_SECONDS:
+            probe = (
+                probe_tls_alert(self._host, self._port, self._trust) if our_certificate else probe_over_http(self._host)
+            )
+            self._diagnosis = (time.monotonic(), await probe)
+        return LinkFailure(str(failure), self._diagnosis[1] or failure.fault)
 
     async def _send(self, method: str, path: str, content: bytes | None) -> httpx.Response:
         request = self._http.build_request(
@@ -189,13 +184,13 @@ class Endpoint:
             response = await self._http.send(request, stream=True)
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
             if self._guessing:
-                # Somebody is there and does not understand us: the next attempt speaks the other version.
+                # A peer answered but does not speak this HTTP version: the next attempt uses the other one.
                 self._clear_http2 = not self._clear_http2
                 await self._http.aclose()
                 self._http = self._connections(None, http1=not self._clear_http2, http2=self._clear_http2)
             raise
         except ValueError as error:
-            # Where the very first request of a connection was cancelled, httpcore has lost count of its streams.
+            # After the first request of a connection was cancelled, httpcore's stream semaphore is out of step.
             if "semaphore" not in str(error):
                 raise
             raise httpx.LocalProtocolError(str(error), request=request) from error
@@ -203,33 +198,21 @@ class Endpoint:
         return response
 
     async def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """What httpcore tells of a request."""
+        """httpcore's trace extension: count bytes, and configure HTTP/2 once a connection is up."""
         await self._meter.trace(event, info)
         if event == "http2.send_connection_init.complete" and self._pool is not None:
-            # Nothing of httpx's or httpcore's leads here. Without it tokens are dearer, and that is all.
-            for connection in self._pool.connections:
-                state = getattr(getattr(connection, "_connection", None), "_h2_state", None)
-                if state is not None:
-                    state.config = LEAN
+            use_lean_headers(self._pool)
 
     def _connections(
         self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
     ) -> httpx.AsyncClient:
-        patience = [
-            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * ACKNOWLEDGE_SECONDS)),
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKING_SECONDS),
-        ]
-        transport = transport or httpx.AsyncHTTPTransport(
-            verify=self._trust, http1=http1, http2=http2, socket_options=patience
-        )
+        transport = transport or new_transport(self._trust, http1=http1, http2=http2)
         self._pool = getattr(transport, "_pool", None)
         client = httpx.AsyncClient(
             transport=transport,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
-        # Every byte counts on a metered link, and nobody reads these.
+        # Bytes count on a metered link, and the verifier reads none of these headers.
         for name in ("accept", "accept-encoding", "connection", "user-agent"):
             del client.headers[name]
         if self._token:
@@ -237,21 +220,21 @@ class Endpoint:
         return client
 
 
-def _refused(response: httpx.Response, body: bytes) -> Exception:
+def _error_from(response: httpx.Response, body: bytes) -> Exception:
     try:
-        refusal = messages.decode(body, messages.Refusal, messages.MSGPACK)
+        refusal = messages.decode(body, messages.ErrorReply, messages.MSGPACK)
     except InputError:
-        message = f"{response.url} answered {response.status_code}, and not as a verifier does"
+        message = f"{response.url} answered {response.status_code}, but not as a verifier does"
         if response.status_code >= 500 or response.status_code == 429:
             return LinkFailure(message, Fault.UNAVAILABLE)
-        hint = f"{message}; is this URL a verifier's?"
+        hint = f"{message}; is this the URL of a verifier?"
         return VerifierRefused(ErrorCode.UNKNOWN_ROUTE, hint, response.status_code)
     return VerifierRefused(
-        refusal.code, refusal.message, response.status_code, refusal.detail, _seconds(response.headers)
+        refusal.code, refusal.message, response.status_code, refusal.detail, _retry_after(response.headers)
     )
 
 
-def _seconds(headers: httpx.Headers) -> int | None:
-    """What Retry-After says, where it is a number; a date would be that of a clock which may differ from ours."""
-    said = headers.get("retry-after", "")
-    return min(int(said), LONGEST_WAIT) if said.isascii() and said.isdigit() and len(said) < 10 else None
+def _retry_after(headers: httpx.Headers) -> int | None:
+    """Retry-After in seconds, if it is a number. Dates are ignored: the clocks may differ."""
+    value = headers.get("retry-after", "")
+    return min(int(value), MAX_RETRY_AFTER_SECONDS) if value.isascii() and value.isdigit() and len(value) < 10 else None

@@ -1,4 +1,4 @@
-"""Why a verifier cannot be reached: what failed below the protocol, told apart, each with what to do about it."""
+"""Faults below the protocol: classifies why a verifier cannot be reached, each fault with its remedy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from collections.abc import Iterator
 
 import httpx
 
-# A board without a clock of its own begins in 1970, or where it was switched off; never before this was written.
-WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
-# Where captive portals listen in; and how long one look may take.
-CLEAR_PORT = 80
-LOOK_SECONDS = 3.0
-# By how many seconds a clock may be off before certificates are doubtful.
-CLOCK_SLACK = 3600.0
-# OpenSSL's verdict on a certificate of the future.
-NOT_YET_VALID = 9
+# A board without a real-time clock starts in 1970 or at its last shutdown. A clock before this date, when the code was
+# written, is certainly wrong.
+EARLIEST_PLAUSIBLE_TIME = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+# Captive portals intercept plain HTTP. Time limit of one diagnostic probe, chosen.
+HTTP_PORT = 80
+PROBE_SECONDS = 3.0
+# Clock error above which certificate validity checks are unreliable, chosen.
+MAX_CLOCK_ERROR_SECONDS = 3600.0
+# OpenSSL: X509_V_ERR_CERT_NOT_YET_VALID.
+CERT_NOT_YET_VALID = 9
 
 
 class Fault(enum.StrEnum):
-    """What failed; also the code that programs are told."""
+    """What failed; the value is the error code that clients see."""
 
     DNS = "dns_failure"
     REFUSED = "connection_refused"
@@ -41,23 +42,23 @@ class Fault(enum.StrEnum):
 
 
 HINTS = {
-    Fault.DNS: "its name is not found; is the network up, is the name right?",
-    Fault.REFUSED: "nobody listens there; is it running, is the port right?",
-    Fault.NO_ROUTE: "there is no way there; is the network up?",
+    Fault.DNS: "its name does not resolve; is the network up, is the name right?",
+    Fault.REFUSED: "nothing listens on that port; is it running, is the port right?",
+    Fault.NO_ROUTE: "there is no route to it; is the network up?",
     Fault.TIMED_OUT: "is it running, is the link up?",
-    Fault.BROKEN: "something cuts or changes its answers; if this lasts, is the URL a verifier's?",
-    Fault.UNAVAILABLE: "it is there, and cannot answer now",
-    Fault.TLS: "it does not prove to be who it should be: its certificate, or --ca-file, is wrong",
-    Fault.CERTIFICATE: "it takes nobody without a certificate that it trusts: --client-certificate and --client-key",
+    Fault.BROKEN: "its answers arrive truncated or altered; if this persists, is this the URL of a verifier?",
+    Fault.UNAVAILABLE: "it is running but cannot answer now",
+    Fault.TLS: "its certificate is not trusted: the certificate or --ca-file is wrong",
+    Fault.CERTIFICATE: "it requires a client certificate that it trusts: --client-certificate and --client-key",
     Fault.CLOCK: "this board's clock is wrong, so no certificate can be checked: `timedatectl` shows it, NTP sets it",
-    Fault.PORTAL: "a captive portal is in between: open any page in a browser on this network and log in",
+    Fault.PORTAL: "a captive portal intercepts the connection: open any page in a browser on this network and log in",
 }
-# Another attempt at once cannot better these.
-FIRM = {
+# An immediate retry cannot help.
+PERSISTENT = {
     *(Fault.TIMED_OUT, Fault.DNS, Fault.REFUSED, Fault.NO_ROUTE),
     *(Fault.TLS, Fault.CERTIFICATE, Fault.CLOCK, Fault.PORTAL),
 }
-# What OpenSSL calls the alerts of a peer that does not like our certificate.
+# OpenSSL reasons of the TLS alerts with which a peer rejects our certificate.
 CERTIFICATE_ALERTS = (
     "CERTIFICATE_REQUIRED",
     "UNKNOWN_CA",
@@ -70,7 +71,7 @@ CERTIFICATE_ALERTS = (
 
 
 class LinkFailure(Exception):
-    """An attempt that failed below the protocol; another one may be better.
+    """An attempt that failed below the protocol; a retry may succeed.
 
     Attributes:
         fault: what failed.
@@ -82,62 +83,62 @@ class LinkFailure(Exception):
 
 
 class BrokenAnswer(LinkFailure):
-    """The answer ended in mid-message, or is not what a verifier says."""
+    """The answer was truncated, or is not a valid message of a verifier."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, Fault.BROKEN)
 
 
 def failure_of(error: Exception) -> LinkFailure:
-    """What httpx and the libraries below it report, told apart."""
+    """Classify an exception of httpx or of the libraries below it."""
     causes = list(_causes(error))
-    words = str(causes[-1]) or type(causes[-1]).__name__
-    # Once connected, what TLS complains of is what the link did to its records.
-    shaken = isinstance(error, httpx.ConnectError) and any(isinstance(cause, ssl.SSLError) for cause in causes)
-    fault = next(filter(None, map(_fault_of, causes)), Fault.TLS if shaken else Fault.BROKEN)
-    return LinkFailure(words, fault)
+    message = str(causes[-1]) or type(causes[-1]).__name__
+    # After the handshake, a TLS error means that the link corrupted records.
+    in_handshake = isinstance(error, httpx.ConnectError) and any(isinstance(cause, ssl.SSLError) for cause in causes)
+    fault = next(filter(None, map(_fault_of, causes)), Fault.TLS if in_handshake else Fault.BROKEN)
+    return LinkFailure(message, fault)
 
 
 def portal_of(response: httpx.Response) -> LinkFailure | None:
-    """A captive portal's answer is a page, or a way to one, where only a verifier's messages should be."""
+    """A failure if the response is a captive portal's: a web page, or a redirect to one."""
     page = response.headers.get("content-type", "").startswith("text/html")
     if response.status_code == 511 or response.is_redirect or (page and response.is_success):
         return LinkFailure(f"{response.url} answered {response.status_code} with a page", Fault.PORTAL)
     return None
 
 
-async def look_closer(host: str) -> Fault | None:
-    """Why TLS with `host` may have failed, asked in clear: nothing is sent but a request for nothing.
+async def probe_over_http(host: str) -> Fault | None:
+    """Diagnose a failed TLS handshake with `host` by a plain HTTP HEAD request that carries no data.
 
     Returns:
-        CLOCK, PORTAL, or None where nothing better than TLS is known.
+        CLOCK, PORTAL, or None if the cause remains unknown.
     """
-    if time.time() < WRITTEN.timestamp():
+    if time.time() < EARLIEST_PLAUSIBLE_TIME.timestamp():
         return Fault.CLOCK
     try:
-        async with httpx.AsyncClient(timeout=LOOK_SECONDS) as client:
-            response = await client.head(f"http://{host}:{CLEAR_PORT}/")
+        async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
+            response = await client.head(f"http://{host}:{HTTP_PORT}/")
     except httpx.HTTPError:
         return None
-    elsewhere = response.is_redirect and httpx.URL(response.headers.get("location", "")).host not in ("", host)
-    if response.status_code == 511 or elsewhere:
+    redirected = response.is_redirect and httpx.URL(response.headers.get("location", "")).host not in ("", host)
+    if response.status_code == 511 or redirected:
         return Fault.PORTAL
     try:
-        theirs = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp()
+        server_time = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp()
     except (KeyError, ValueError):
         return None
-    return Fault.CLOCK if abs(theirs - time.time()) > CLOCK_SLACK else None
+    return Fault.CLOCK if abs(server_time - time.time()) > MAX_CLOCK_ERROR_SECONDS else None
 
 
-async def look_at_alert(host: str, port: int, trust: ssl.SSLContext | bool) -> Fault | None:
-    """Why connections with `host` may break as soon as they are made: TLS says it to whoever writes nothing.
+async def probe_tls_alert(host: str, port: int, trust: ssl.SSLContext | bool) -> Fault | None:
+    """Diagnose connections that break right after the handshake: connect, send nothing and read the TLS alert.
 
     Returns:
-        CERTIFICATE, or None where nothing is known.
+        CERTIFICATE, or None if the cause remains unknown.
     """
     context = trust if isinstance(trust, ssl.SSLContext) else httpx.create_ssl_context()
     try:
-        async with asyncio.timeout(LOOK_SECONDS):
+        async with asyncio.timeout(PROBE_SECONDS):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
                 await reader.read(1)
@@ -149,19 +150,19 @@ async def look_at_alert(host: str, port: int, trust: ssl.SSLContext | bool) -> F
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, what caused it, and so on to the root."""
+    """`error` and its causes, down to the root."""
     while error is not None:
         yield error
-        several = getattr(error, "exceptions", None)
-        error = error.__cause__ or error.__context__ or (several[0] if several else None)
+        group = getattr(error, "exceptions", None)
+        error = error.__cause__ or error.__context__ or (group[0] if group else None)
 
 
 def _fault_of(error: BaseException) -> Fault | None:
     if isinstance(error, socket.gaierror):
         return Fault.DNS
     if isinstance(error, ssl.SSLCertVerificationError):
-        early = error.verify_code == NOT_YET_VALID
-        return Fault.CLOCK if early or time.time() < WRITTEN.timestamp() else Fault.TLS
+        not_yet_valid = error.verify_code == CERT_NOT_YET_VALID
+        return Fault.CLOCK if not_yet_valid or time.time() < EARLIEST_PLAUSIBLE_TIME.timestamp() else Fault.TLS
     if isinstance(error, ssl.SSLError) and (error.reason or "").endswith(CERTIFICATE_ALERTS):
         return Fault.CERTIFICATE
     if isinstance(error, ConnectionRefusedError):

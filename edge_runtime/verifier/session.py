@@ -1,8 +1,7 @@
-"""One text on a verifier: its session, and its rounds.
+"""One generation on a verifier: its session and its rounds.
 
-A round is idempotent, so whatever goes wrong below HTTP is repeated until the deadline. A lost session is opened again
-with all ids so far on the same target version, and elsewhere where its verifier is gone and there is another; the text
-goes on as if nothing had happened.
+A round is idempotent, so transport failures are retried until the deadline. A lost session is reopened with all ids so
+far on the same target version, at another endpoint if its own is unreachable; the text continues unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from edge_runtime.verifier.endpoint import Endpoint
 from edge_runtime.verifier.link_faults import BrokenAnswer
 
 
-class Said(msgspec.Struct, frozen=True):
-    """News of a round.
+class RoundUpdate(msgspec.Struct, frozen=True):
+    """Newly verified tokens of a round.
 
     Attributes:
         accepted: draft tokens that the target accepted.
-        own: the target's own tokens behind them.
-        frame: timings and the like, as the verifier reports them for the round so far.
+        own: the target's own tokens that follow them.
+        frame: the verifier's frame that completed them, with its timings and load.
     """
 
     accepted: list[int]
@@ -40,13 +39,13 @@ class Said(msgspec.Struct, frozen=True):
 
 
 class VerifierSession:
-    """One text on a verifier.
+    """The session of one generation on a verifier.
 
     Attributes:
         ids: the prompt and all verified ids so far.
-        version: the exact target version, once opened.
-        finish: why the text ended, or empty.
-        recoveries: how often the session was lost and opened again.
+        version: the exact target version; empty until the session is open.
+        finish: finish reason; empty while the text continues.
+        recoveries: how often a lost session was reopened.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class VerifierSession:
         draft: str = "",
         patient: bool = True,
     ) -> None:
-        """To be opened by its first round; see `wire.OpenRequest` for the arguments.
+        """The first round opens the session; see `messages.OpenRequest` for the arguments.
 
         Args:
-            patient: wait for a verifier that is gone, to the client's deadline; otherwise fail at once.
+            patient: wait for an unreachable verifier until the client's deadline, instead of failing at once.
         """
         self.ids = list(prompt)
         self.version = ""
@@ -71,10 +70,10 @@ class VerifierSession:
         self.recoveries = 0
         self._client = client
         self._opening = OpenRequest(
-            messages.VERSION,
+            messages.PROTOCOL_VERSION,
             key="",
             prompt=list(prompt),
-            first=RoundRequest(messages.VERSION, 0, 0),
+            first=RoundRequest(messages.PROTOCOL_VERSION, 0, 0),
             sampling=sampling,
             model=model,
             vocabulary=vocabulary,
@@ -82,30 +81,31 @@ class VerifierSession:
         )
         self._patient = patient
         self._id = ""
-        self._at = client.pick()
-        # Verifiers that do not have this text's target.
-        self._strangers: set[Endpoint] = set()
+        self._endpoint = client.pick()
+        # Endpoints that do not serve this session's target.
+        self._unsuitable: set[Endpoint] = set()
         self._round = 0
 
     def play_early(
         self, after: list[int], draft: list[int], siblings: dict[int, list[int]] | None = None
     ) -> EarlyRound | None:
-        """Sends the next round before the one in flight is answered; to be handed to `play`, or dropped.
+        """Send the next round before the one in flight is answered; pass the result to `play`, or drop it.
 
         Args:
-            after: what the round in flight must add to `ids` exactly; otherwise this one is void, and costs nothing.
-            draft, siblings: see `wire.RoundRequest`.
+            after: the exact ids that the round in flight must append; otherwise the verifier voids this round at no
+                cost.
+            draft, siblings: see `messages.RoundRequest`.
 
         Returns:
-            None while the session is not open yet.
+            None if the session is not open yet.
         """
         if not self._id:
             return None
         position = len(self.ids) + len(after)
         request = RoundRequest(
-            messages.VERSION, self._round + 1, position, draft, siblings=siblings or {}, expects=after[-1:]
+            messages.PROTOCOL_VERSION, self._round + 1, position, draft, siblings=siblings or {}, expects=after[-1:]
         )
-        return EarlyRound(self._client, _Playing(self, request), self._id)
+        return EarlyRound(self._client, _ActiveRound(self, request), self._id)
 
     async def play(
         self,
@@ -115,76 +115,79 @@ class VerifierSession:
         n: int = 1,
         stream: bool = False,
         early: EarlyRound | None = None,
-    ) -> AsyncGenerator[Said, None]:
-        """Plays one round; yields what the verifier says, as it comes, each token once and already part of `ids`.
+    ) -> AsyncGenerator[RoundUpdate, None]:
+        """Run one round; yield verified tokens as they arrive, each once and already appended to `ids`.
 
         Args:
-            draft, siblings, n, stream: see `wire.RoundRequest`.
-            early: this very round, if it was sent before the last one was answered, and that one came out as it says.
+            draft, siblings, n, stream: see `messages.RoundRequest`.
+            early: this same round if it was already sent by `play_early` and the previous round ended as it assumed.
 
         Raises:
-            VerifierRefused: the verifier will not play this round.
-            VerifierUnreachable: it cannot be reached within the client's deadline.
+            VerifierRefused: the verifier refuses this round.
+            VerifierUnreachable: no verifier can be reached within the client's deadline.
         """
         until = time.monotonic() + self._client.deadline
-        # A session that was lost in between knows nothing of the early round.
+        # The session was lost in between, and the early round with it.
         if early and early.session != self._id:
             early.drop()
             early = None
-        playing = early.playing if early else self._start(draft, siblings or {}, n, stream)
+        active = early.round if early else self._start(draft, siblings or {}, n, stream)
         while True:
             try:
-                said = await self._client.persist(playing.listen, until, patient=self._patient)
+                update = await self._client.retry(active.next_update, until, patient=self._patient)
             except VerifierRefused as refused:
-                if refused.code == ErrorCode.UNKNOWN_MODEL and not self._id and self._others():
-                    self._strangers.add(self._at)
+                if refused.code == ErrorCode.UNKNOWN_MODEL and not self._id and self._has_alternatives():
+                    self._unsuitable.add(self._endpoint)
                     continue
                 if refused.code != ErrorCode.SESSION_LOST:
                     if early is None:
                         raise
-                    # It overtook the round before it, for instance: nothing was played, so it can be asked anew.
-                    early, playing = None, self._start(draft, siblings or {}, n, stream)
+                    # For instance it overtook the previous round. Nothing was run, so send it again.
+                    early, active = None, self._start(draft, siblings or {}, n, stream)
                     continue
                 self._id = ""
                 self.recoveries += 1
-                # What was told already is part of the new session's prompt; the rest of the round is played again.
-                left = ([], {}, max(1, n - playing.own)) if playing.told else (draft, siblings or {}, n)
-                playing = self._start(*left, stream)
+                # Tokens that were already yielded are part of the new session's prompt; run the rest of the round
+                # again.
+                rest = ([], {}, max(1, n - active.own)) if active.yielded else (draft, siblings or {}, n)
+                active = self._start(*rest, stream)
                 continue
-            self.ids += said.accepted + said.own
-            if not said.frame.more:
+            self.ids += update.accepted + update.own
+            if not update.frame.more:
                 self._round += 1
-                self.finish = said.frame.finish
-            yield said
-            if not said.frame.more:
+                self.finish = update.frame.finish
+            yield update
+            if not update.frame.more:
                 return
 
     def close(self) -> None:
-        """Lets the verifier free the session, in the background."""
+        """Let the verifier free the session, in the background."""
         if self._id:
-            self._client.close_session(self._at, self._id)
+            self._client.close_session(self._endpoint, self._id)
             self._id = ""
 
     async def frames(self, request: RoundRequest) -> AsyncIterator[Frame]:
-        """Sends `request`, inside an opening if there is no session yet, and yields the answer's frames, once.
+        """Send `request`, wrapped in an opening if there is no session yet, and yield the reply's frames.
 
-        Raises BrokenAnswer when they end early, and what `Endpoint.exchange` raises.
+        Raises BrokenAnswer if they end early or do not belong to this round, and what `Endpoint.exchange` raises.
         """
         opening = not self._id
         if opening:
-            self._at = self._client.pick(self._strangers)
-        elif not self._at.well and self._client.pick(self._strangers) is not self._at:
-            raise VerifierRefused(ErrorCode.SESSION_LOST, f"{self._at.url} is gone, and others are there", 404)
+            self._endpoint = self._client.pick(self._unsuitable)
+        elif not self._endpoint.healthy and self._client.pick(self._unsuitable) is not self._endpoint:
+            raise VerifierRefused(
+                ErrorCode.SESSION_LOST, f"{self._endpoint.url} is unreachable, and another verifier is available", 404
+            )
         path = "/v1/sessions" if opening else f"/v1/sessions/{self._id}/rounds"
         message = msgspec.structs.replace(self._opening, first=request) if opening else request
         more = True
-        async with self._at.exchange("POST", path, message, self._id) as response:
+        async with self._endpoint.exchange("POST", path, message, self._id) as response:
             async for body in _bodies(response):
                 if not more:
-                    raise BrokenAnswer("the answer goes on behind its last frame")
+                    raise BrokenAnswer("the answer continues after its last frame")
                 if opening:
                     reply = parsed(body, OpenReply)
-                    if not reply.session.startswith(messages.mark_of(self._opening.key)):
+                    if not reply.session.startswith(messages.session_id_prefix(self._opening.key)):
                         raise BrokenAnswer("an answer to another opening")
                     self._id, self.version = reply.session, reply.version
                     opening, frame = False, reply.first
@@ -197,38 +200,40 @@ class VerifierSession:
         if more:
             raise BrokenAnswer("the answer ended before its last frame")
 
-    def _others(self) -> bool:
-        return len(self._strangers) + 1 < len(self._client.endpoints)
+    def _has_alternatives(self) -> bool:
+        return len(self._unsuitable) + 1 < len(self._client.endpoints)
 
-    def _start(self, draft: list[int], siblings: dict[int, list[int]], n: int, stream: bool) -> _Playing:
+    def _start(self, draft: list[int], siblings: dict[int, list[int]], n: int, stream: bool) -> _ActiveRound:
         if not self._id:
             self._round = 0
-            # Pinned, once opened: a text is never continued by another version.
+            # Once open, the version is pinned: no other version may continue the text.
             self._opening = msgspec.structs.replace(
                 self._opening,
                 key=secrets.token_urlsafe(9),
                 prompt=list(self.ids),
                 model=self.version or self._opening.model,
             )
-        return _Playing(self, RoundRequest(messages.VERSION, self._round, len(self.ids), draft, n, siblings, stream))
+        return _ActiveRound(
+            self, RoundRequest(messages.PROTOCOL_VERSION, self._round, len(self.ids), draft, n, siblings, stream)
+        )
 
 
 class EarlyRound:
-    """A round that was sent before the last one was answered.
+    """A round that was sent before the previous one was answered.
 
     Attributes:
-        session: the id of the session that it was sent to.
-        playing: the round itself.
+        session: id of the session that it was sent to.
+        round: the round itself.
     """
 
-    def __init__(self, client: VerifierClient, playing: _Playing, session: str) -> None:
+    def __init__(self, client: VerifierClient, round: _ActiveRound, session: str) -> None:
         self.session = session
-        self.playing = playing
+        self.round = round
         self._client = client
-        self._first = playing.first = asyncio.get_running_loop().create_task(playing.listen())
+        self._first = round.first = asyncio.get_running_loop().create_task(round.next_update())
 
     def drop(self) -> None:
-        """The last round came out otherwise: the verifier will say that this one is void, and nobody listens."""
+        """The previous round ended differently: the verifier voids this one, and its reply is discarded."""
 
         async def await_end() -> None:
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -238,26 +243,26 @@ class EarlyRound:
         self._client.in_background(await_end())
 
 
-class _Playing:
-    """One round, asked for as often as it takes; remembers what was told.
+class _ActiveRound:
+    """One round, requested as often as needed; keeps track of the tokens already yielded.
 
     Attributes:
-        first: the first call of `listen`, where it was made already.
+        first: the first call of `next_update`, if it was started early.
     """
 
-    first: asyncio.Task[Said] | None = None
+    first: asyncio.Task[RoundUpdate] | None = None
 
     def __init__(self, session: VerifierSession, request: RoundRequest) -> None:
-        self.told = 0
+        self.yielded = 0
         self.own = 0
         self._session = session
         self._request = request
         self._frames: AsyncIterator[Frame] | None = None
-        self._heard: list[int] = []
+        self._received: list[int] = []
         self._accepted = 0
 
-    async def listen(self) -> Said:
-        """The next news. After any failure, the next call asks for the whole round again and skips what was told."""
+    async def next_update(self) -> RoundUpdate:
+        """The next tokens. After a failure, the next call requests the whole round again and skips what was yielded."""
         first = self.first
         if first and first is not asyncio.current_task():
             self.first = None
@@ -265,30 +270,30 @@ class _Playing:
         try:
             while True:
                 if self._frames is None:
-                    self._frames, self._heard, self._accepted = self._session.frames(self._request), [], 0
+                    self._frames, self._received, self._accepted = self._session.frames(self._request), [], 0
                 frame = await anext(self._frames)
                 if not frame.more:
-                    # The connection is free for the next round only when the answer was read to its end.
+                    # The connection can be reused only after the answer was read to its end.
                     async for _ in self._frames:
                         pass
-                self._heard += self._request.draft[: frame.accepted] + frame.tokens
+                self._received += self._request.draft[: frame.accepted] + frame.tokens
                 self._accepted += frame.accepted
-                fresh = self._heard[self.told :]
+                fresh = self._received[self.yielded :]
                 if not fresh and frame.more:
                     continue
-                accepted = fresh[: max(0, self._accepted - self.told)]
+                accepted = fresh[: max(0, self._accepted - self.yielded)]
                 own = fresh[len(accepted) :]
-                self.told += len(fresh)
+                self.yielded += len(fresh)
                 self.own += len(own)
-                return Said(accepted, own, frame)
+                return RoundUpdate(accepted, own, frame)
         except BaseException:
             self._frames = None
             raise
 
 
 async def _bodies(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The messages in an answer, streamed or not."""
-    if response.headers.get("content-type") != messages.STREAMS[messages.MSGPACK]:
+    """The encoded messages of a reply, streamed or not."""
+    if response.headers.get("content-type") != messages.STREAM_MEDIA_TYPES[messages.MSGPACK]:
         yield await response.aread()
         return
     splitter = messages.FrameSplitter(messages.MSGPACK)

@@ -36,12 +36,12 @@ async def expected(target: Target, rounds: int = 6, n: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("url", ["", "verifier", "ftp://verifier", "http://", "http://[::1"])
-def test_a_url_that_is_none(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(InputError, match=r"http://127\.0\.0\.1:8500|is not a URL"):
         VerifierClient(url)
 
 
-async def test_a_token_is_shown_and_nothing_else_is_said() -> None:
+async def test_requests_carry_the_token_and_no_other_header() -> None:
     heard: list[httpx.Headers] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -55,12 +55,12 @@ async def test_a_token_is_shown_and_nothing_else_is_said() -> None:
     assert set(heard[0]) <= {"host", "accept"}
 
 
-def test_authorities_that_are_none(tmp_path: Path) -> None:
+def test_invalid_certificate_authorities_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot trust the authorities in"):
         VerifierClient("https://x", authorities=tmp_path / "none.pem")
 
 
-async def test_nobody_there() -> None:
+async def test_an_unreachable_verifier_is_reported() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         started = time.monotonic()
@@ -71,7 +71,7 @@ async def test_nobody_there() -> None:
         assert time.monotonic() - started < 3
 
 
-async def test_somebody_who_never_answers_cannot_hold_us_beyond_the_deadline() -> None:
+async def test_a_silent_peer_cannot_exceed_the_deadline() -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(30)
 
@@ -85,7 +85,7 @@ async def test_somebody_who_never_answers_cannot_hold_us_beyond_the_deadline() -
     server.close()
 
 
-async def test_somebody_else_is_no_verifier() -> None:
+async def test_another_http_server_is_not_taken_for_a_verifier() -> None:
     async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 5\r\n\r\nlogin")
@@ -102,7 +102,7 @@ async def test_somebody_else_is_no_verifier() -> None:
 
 @pytest.mark.parametrize("http", ["1", "2", "auto"])
 @pytest.mark.parametrize("http2", [True, False])
-async def test_every_version_of_http(tiny: Target, http: str, http2: bool) -> None:
+async def test_every_http_version(tiny: Target, http: str, http2: bool) -> None:
     wanted = await expected(tiny)
     async with serving(tiny, http=http) as server, VerifierClient(server.url, http2=http2, deadline=5) as client:
         if http == "2" and not http2:
@@ -116,7 +116,7 @@ async def test_every_version_of_http(tiny: Target, http: str, http2: bool) -> No
         assert client.meter.rtt_seconds is not None
 
 
-async def test_an_unknown_model_and_a_foreign_draft_are_refused(tiny: Target) -> None:
+async def test_an_unknown_model_and_an_incompatible_draft_are_refused(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         for wrong, code in (
             ({"model": "gpt"}, "unknown_model"),
@@ -128,7 +128,7 @@ async def test_an_unknown_model_and_a_foreign_draft_are_refused(tiny: Target) ->
             assert refused.value.code == code
 
 
-async def test_pinned_to_the_version_it_opened_with(tiny: Target) -> None:
+async def test_a_session_is_pinned_to_its_version(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, Sampling(), model="tiny")
         await text_of(session, 1)
@@ -139,7 +139,7 @@ async def test_pinned_to_the_version_it_opened_with(tiny: Target) -> None:
 
 
 class Faulty(httpx.AsyncBaseTransport):
-    """A network that does something to some of the answers."""
+    """A transport that corrupts or truncates some of the answers."""
 
     def __init__(self, spoil: Callable[[int, bytes], list[bytes | Exception]]) -> None:
         self._inner = httpx.AsyncHTTPTransport()
@@ -169,13 +169,13 @@ class Faulty(httpx.AsyncBaseTransport):
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), n=st.sampled_from([1, 4, 12]))
-def test_answers_cut_or_corrupted_anywhere_are_asked_for_again(tiny: Target, data: st.DataObject, n: int) -> None:
+def test_truncated_or_corrupted_answers_are_retried(tiny: Target, data: st.DataObject, n: int) -> None:
     plan = data.draw(
         st.lists(st.tuples(st.sampled_from(["cut", "break", "flip", "double"]), st.floats(0, 1)), max_size=4)
     )
 
     def spoil(number: int, body: bytes) -> list[bytes | Exception]:
-        # Every other answer is left alone, so that the deadline is not what decides.
+        # Every other answer stays intact, so that the deadline does not decide.
         if number % 2 == 0 or number // 2 >= len(plan) or not body:
             return [body]
         how, where = plan[number // 2]
@@ -186,7 +186,7 @@ def test_answers_cut_or_corrupted_anywhere_are_asked_for_again(tiny: Target, dat
             return [body[:place], httpx.ReadError("the link went away")]
         if how == "double":
             return [body, body]
-        # Corruption that msgpack cannot see would change tokens; TCP and TLS see it. The frame's first byte shows.
+        # Corruption invisible to msgpack would change tokens; TCP and TLS detect it. The frame's first byte is visible.
         return [bytes([body[0] ^ 0xFF]) + body[1:]]
 
     async def play() -> tuple[list[int], list[int]]:
@@ -200,7 +200,7 @@ def test_answers_cut_or_corrupted_anywhere_are_asked_for_again(tiny: Target, dat
     assert got == wanted
 
 
-async def test_an_answer_to_another_round_is_not_taken(tiny: Target) -> None:
+async def test_an_answer_to_another_round_is_rejected(tiny: Target) -> None:
     def spoil(number: int, body: bytes) -> list[bytes | Exception]:
         # Byte 2 of a frame is its round number.
         return [body[:2] + b"\x05" + body[3:]] if number == 2 else [body]
@@ -210,8 +210,8 @@ async def test_an_answer_to_another_round_is_not_taken(tiny: Target) -> None:
         assert client.retries == 1
 
 
-async def test_a_lost_session_is_opened_again_in_mid_round(tiny: Target) -> None:
-    """The connection breaks behind the first frames of a stream, and the session is gone when it is back."""
+async def test_a_lost_session_is_reopened_mid_round(tiny: Target) -> None:
+    """The connection breaks after the first frames of a stream, and the session is gone afterwards."""
     wanted = await expected(tiny, rounds=1, n=20)
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
@@ -234,8 +234,8 @@ async def test_closing_frees_the_session(tiny: Target) -> None:
         assert len(server._service.sessions) == 0
 
 
-async def test_a_listener_gives_up_only_what_it_has_not_told() -> None:
-    """`_Playing.listen` raises BrokenAnswer for an answer that ends early; nothing of it counts as told."""
+async def test_a_broken_answer_discards_only_tokens_not_yet_yielded() -> None:
+    """After a BrokenAnswer, tokens that were not yielded are requested again."""
 
     async def portal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -248,7 +248,7 @@ async def test_a_listener_gives_up_only_what_it_has_not_told() -> None:
     async with VerifierClient(url, http2=False, deadline=0.3) as client:
         session = VerifierSession(client, PROMPT, Sampling())
         with pytest.raises(BrokenAnswer):
-            await session._start([], {}, 1, False).listen()
+            await session._start([], {}, 1, False).next_update()
         with pytest.raises(VerifierUnreachable):
             await text_of(session, 1)
         assert session.ids == PROMPT

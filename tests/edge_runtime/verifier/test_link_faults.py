@@ -1,4 +1,4 @@
-"""Each way in which a verifier may not be reached, for real: what is said of it, and who is asked instead."""
+"""Every fault that can keep a board from its verifier, with real sockets: the diagnosis and the failover."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ELSEWHERE = b"HTTP/1.1 302 Found\r\nlocation: http://login.example/\r\ncontent-l
 
 @contextlib.asynccontextmanager
 async def answering(answer: bytes | None, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Somebody who says `answer` to everything, or nothing, at `host:port`."""
+    """A server that sends `answer` to every request, or nothing if None; yields `host:port`."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -50,7 +50,7 @@ async def answering(answer: bytes | None, tls: ssl.SSLContext | None = None) -> 
 
 
 async def fault_at(url: str, deadline: float = 0.4, authorities: Path | None = None) -> tuple[str, str]:
-    """What is wrong with the verifier at `url`, as code and as sentence."""
+    """Code and message of the fault of the verifier at `url`."""
     async with VerifierClient(url, deadline=deadline, authorities=authorities) as client:
         with pytest.raises(VerifierUnreachable) as caught:
             await client.models()
@@ -64,21 +64,21 @@ async def test_a_name_that_does_not_exist() -> None:
     assert "is the name right?" in sentence
 
 
-async def test_nobody_listens() -> None:
+async def test_a_closed_port() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         fault, sentence = await fault_at(f"http://127.0.0.1:{bound.getsockname()[1]}")
     assert fault == Fault.REFUSED
-    assert "nobody listens there" in sentence
+    assert "nothing listens on that port" in sentence
 
 
-async def test_silence() -> None:
+async def test_a_silent_peer() -> None:
     async with answering(None) as place:
         fault, _ = await fault_at(f"http://{place}")
     assert fault == Fault.TIMED_OUT
 
 
-async def test_an_answer_that_is_cut() -> None:
+async def test_a_truncated_answer() -> None:
     async with answering(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc") as place:
         fault, _ = await fault_at(f"http://{place}")
     assert fault == Fault.BROKEN
@@ -92,14 +92,14 @@ async def test_a_captive_portal(answer: bytes) -> None:
     assert "log in" in sentence
 
 
-async def test_a_proxy_whose_verifier_is_gone() -> None:
+async def test_a_proxy_without_its_verifier() -> None:
     async with answering(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n") as place:
         fault, _ = await fault_at(f"http://{place}")
     assert fault == Fault.UNAVAILABLE
 
 
 def certificate(folder: Path, first_day: datetime.datetime, last_day: datetime.datetime) -> tuple[Path, Path]:
-    """A self-signed certificate of 127.0.0.1, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "verifier")])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -143,10 +143,10 @@ async def test_certificates(
     assert hint in sentence
 
 
-async def test_behind_a_certificate_that_is_wrong(
+async def test_diagnosis_of_an_untrusted_certificate(
     tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captive portals and clocks show when one asks in clear."""
+    """A plain HTTP request reveals captive portals and wrong clocks."""
     pem, key = certificate(tmp_path, DAYS[-9], DAYS[-5])
     date = b"HTTP/1.1 404 Not Found\r\ndate: %b\r\ncontent-length: 0\r\n\r\n"
     now, then = (time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + off)) for off in (0, -86400))
@@ -158,7 +158,7 @@ async def test_behind_a_certificate_that_is_wrong(
                 assert (await fault_at(server.url, 2.0, pem))[0] == fault
 
 
-async def test_without_patience_a_fault_is_told_at_once() -> None:
+async def test_an_impatient_session_reports_a_fault_at_once() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         async with VerifierClient(f"http://127.0.0.1:{bound.getsockname()[1]}", deadline=60.0) as client:
@@ -168,7 +168,7 @@ async def test_without_patience_a_fault_is_told_at_once() -> None:
     assert client.retries == 0
 
 
-async def test_a_connection_that_was_closed_meanwhile_is_no_fault(tiny: Target) -> None:
+async def test_a_connection_closed_while_idle_is_not_a_fault(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True), patient=False)
         await text_of(session, 3)
@@ -179,7 +179,7 @@ async def test_a_connection_that_was_closed_meanwhile_is_no_fault(tiny: Target) 
 
 
 @pytest.mark.parametrize("patient", [True, False])
-async def test_another_verifier_goes_on_in_mid_text(tiny: Target, patient: bool) -> None:
+async def test_failover_to_another_verifier_mid_text(tiny: Target, patient: bool) -> None:
     wanted = await expected(tiny)
     async with serving(tiny) as second:
         async with serving(tiny) as first:
@@ -191,14 +191,14 @@ async def test_another_verifier_goes_on_in_mid_text(tiny: Target, patient: bool)
             assert await text_of(session, 3) == wanted
             assert session.recoveries == 1
             assert (client.url, client.trouble) == (second.url, None)
-            # The next text does not even try the first.
+            # The next session does not try the first endpoint.
             retries = client.retries
             assert await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True))) == wanted
             assert client.retries == retries
 
 
-async def test_another_target_is_not_taken_for_this_one(tiny: Target, target_v1: Target) -> None:
-    """A text is pinned to its version: a verifier without it is passed by, and the text waits for its own."""
+async def test_a_session_never_continues_on_another_target(tiny: Target, target_v1: Target) -> None:
+    """A session is pinned to its version: verifiers without it are skipped, and the session waits for its own."""
     async with serving(target_v1) as other:
         async with serving(tiny) as own:
             port = int(own.url.rsplit(":", 1)[1])
@@ -213,7 +213,7 @@ async def test_another_target_is_not_taken_for_this_one(tiny: Target, target_v1:
                 assert await going_on == await expected(tiny)
 
 
-async def test_a_model_that_nobody_has_is_refused(tiny: Target) -> None:
+async def test_a_model_that_no_verifier_serves_is_refused(tiny: Target) -> None:
     async with serving(tiny) as one, serving(tiny) as two, VerifierClient([one.url, two.url]) as client:
         with pytest.raises(VerifierRefused, match="unknown_model"):
             await text_of(VerifierSession(client, PROMPT, Sampling(), model="gpt"), 1)
