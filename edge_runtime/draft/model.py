@@ -1,4 +1,8 @@
-"""The frozen draft on the board: reads a bundle, guesses the next tokens, forgets what was wrong."""
+"""The frozen draft model on the board: loads a bundle and drafts tokens, with rollback to any earlier length.
+
+`OnnxDraft` holds what all requests share (weights, tokenizer, manifest). `DraftContext` holds what belongs to one text
+(token ids, KV cache, tokens drafted ahead); it must be used by one thread at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,21 @@ import onnxruntime as ort
 import psutil
 from tokenizers import Tokenizer
 
-from edge_runtime.draft.onnx_runner import PREFILL_PIECE, Logits, graph_kind, logits_width, make_runner
-from edge_runtime.draft.sampler import Guesser
-from edge_runtime.ngram_cache.lookup import Memory, Recall
-from edge_runtime.planning.plan import calibrated
+from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS, Logits, detect_graph_kind, logits_width, make_runner
+from edge_runtime.draft.sampler import DraftSampler
+from edge_runtime.ngram_cache.lookup import NgramCache, NgramLookup
+from edge_runtime.planning.plan import apply_stop_rule
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError
-from edge_runtime.protocol.sampling import Sampling, counters
+from edge_runtime.protocol.sampling import Sampling, hash_counters
 
 
-class Guess(NamedTuple):
-    """The draft's token for one position, as its text stood before it.
+class DraftToken(NamedTuple):
+    """The draft's output for one position.
 
     Attributes:
-        token: its choice, drawn with the shared noise.
-        siblings: the next best ids by coupled score, best first.
+        token: the drafted id, drawn with the shared noise.
+        siblings: the runner-up ids by coupled score, best first.
         confidence: the draft's probability of `token`.
     """
 
@@ -41,65 +45,66 @@ class Proposal(msgspec.Struct, frozen=True):
     """Draft tokens for consecutive positions.
 
     Attributes:
-        tokens: at most K ids; fewer where the draft stopped early or its context ended.
-        siblings: for each index, the ids named beside the token there.
+        tokens: at most K ids; fewer if drafting stopped early or the draft's context is full.
+        siblings: alternatives to the draft token, by index into `tokens`.
         confidences: the draft's probability of each token.
-        ready: how many of them were known before, drafted ahead.
-        survival: chance that all of them are accepted, by the plan's calibration.
+        drafted_ahead: how many of the tokens had been drafted before this call.
+        survival: probability that all tokens are accepted, by the plan's calibration.
     """
 
     tokens: list[int]
     siblings: dict[int, list[int]]
     confidences: list[float]
-    ready: int = 0
+    drafted_ahead: int = 0
     survival: float = 1.0
 
-    def first(self, count: int) -> Proposal:
-        """Its first `count` tokens."""
+    def truncate(self, count: int) -> Proposal:
+        """Return the first `count` tokens with their siblings; `survival` stays that of the whole proposal."""
         siblings = {index: ids for index, ids in self.siblings.items() if index < count}
-        ready = min(self.ready, count)
-        return Proposal(self.tokens[:count], siblings, self.confidences[:count], ready, self.survival)
+        drafted_ahead = min(self.drafted_ahead, count)
+        return Proposal(self.tokens[:count], siblings, self.confidences[:count], drafted_ahead, self.survival)
 
-    def within(self, nodes: int) -> Proposal:
-        """Without the last siblings, where there are more than `nodes` tokens and siblings."""
-        left = nodes - len(self.tokens)
+    def limit_nodes(self, max_nodes: int) -> Proposal:
+        """Drop the siblings of the last positions until tokens and siblings together are at most `max_nodes`."""
+        remaining = max_nodes - len(self.tokens)
         siblings = {}
         for index, ids in self.siblings.items():
-            left -= len(ids)
-            if left >= 0:
+            remaining -= len(ids)
+            if remaining >= 0:
                 siblings[index] = ids
         return msgspec.structs.replace(self, siblings=siblings)
 
 
-NOTHING = Proposal([], {}, [])
-# What `OnnxDraft.measure` reads at once, and then token by token.
-MEASURED_TOKENS = 32
-MEASURED_STEPS = 5
+EMPTY_PROPOSAL = Proposal([], {}, [])
+# `OnnxDraft.measure_speed` prefills this many tokens at once, then decodes this many one by one. Chosen: milliseconds
+# to tenths of a second in total.
+MEASURED_PREFILL_TOKENS = 32
+MEASURED_DECODE_STEPS = 5
 
 
 class OnnxDraft:
-    """A loaded draft: weights, tokenizer and manifest. Shared by all requests; each has its own `DraftContext`.
+    """A loaded draft model: weights, tokenizer and manifest. Shared by all requests; each has its own `DraftContext`.
 
     Attributes:
-        manifest: what the bundle says of itself.
-        tokenizer: of draft and target alike.
-        run_seconds: time spent in onnxruntime, over the draft's life.
+        manifest: the bundle's manifest.
+        tokenizer: the tokenizer that the draft and its targets share.
+        run_seconds: time spent in onnxruntime since loading.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        """Loads the graph and the tokenizer of `bundle`.
+        """Load the graph and the tokenizer of `bundle`.
 
         Args:
             threads: CPU threads of a step; 0 takes one per physical core, at most 4.
 
         Raises:
             DraftError: onnxruntime or tokenizers cannot read the files.
-            BundleCorrupt: the graph is not what the manifest says.
+            BundleCorrupt: the graph does not match the manifest.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or min(4, psutil.cpu_count(logical=False) or 1)
         options.inter_op_num_threads = 1
-        # Threads that spin between steps would drain a battery for microseconds.
+        # Threads that spin between steps save microseconds and drain the battery.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
@@ -107,150 +112,139 @@ class OnnxDraft:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
         except Exception as error:  # both libraries raise bare Exception subclasses of their own
             raise DraftError(f"the draft in {bundle.path} does not load: {error}; copy the bundle again") from error
-        kind = graph_kind(self.session)
+        kind = detect_graph_kind(self.session)
         if kind != bundle.manifest.graph.kind:
             raise BundleCorrupt(
-                f"{bundle.graph_path} is a {kind} graph, and its manifest says {bundle.manifest.graph.kind}: "
+                f"{bundle.graph_path} is a {kind} graph, but its manifest says {bundle.manifest.graph.kind}: "
                 "export the bundle again"
             )
         self.manifest: Manifest = bundle.manifest
         self.run_seconds = 0.0
-        # When the steps in progress began, by their context.
-        self._running: dict[int, float] = {}
+        # Start time of each step in progress, by id of its context.
+        self._step_starts: dict[int, float] = {}
+        self._head_ids = read_head_ids(bundle)
         size = bundle.manifest.architecture.vocabulary_size
-        self._head = read_head_ids(bundle)
-        ids = np.arange(size) if self._head is None else self._head
+        ids = np.arange(size) if self._head_ids is None else self._head_ids
         width = logits_width(self.session)
         if width not in (len(ids), None):
             raise BundleCorrupt(
-                f"{bundle.graph_path} has logits of {width} ids, and its manifest says {len(ids)}: "
+                f"{bundle.graph_path} has logits of {width} ids, but its manifest says {len(ids)}: "
                 "export the bundle again"
             )
-        self._counters = counters(ids)
+        self._hash_counters = hash_counters(ids)
 
     @classmethod
     def load(cls, path: Path, *, threads: int = 0, verify: bool = True) -> OnnxDraft:
-        """Reads, checks and loads the bundle at `path`. Raises BundleError and DraftError."""
+        """Read, check and load the bundle at `path`. Raises BundleError and DraftError."""
         return cls(read_bundle(path, verify=verify), threads)
 
     @property
     def step_seconds(self) -> float:
-        """How long the oldest step in progress has been at it; 0 where there is none. For any thread."""
-        running = list(self._running.values())
-        return time.perf_counter() - min(running) if running else 0.0
+        """Age of the oldest step in progress; 0 if none is. Thread-safe."""
+        starts = list(self._step_starts.values())
+        return time.perf_counter() - min(starts) if starts else 0.0
 
-    def begin_step(self, context: int) -> None:
-        """A context, one step at a time, asks onnxruntime."""
-        self._running[context] = time.perf_counter()
+    def begin_step(self, context_id: int) -> None:
+        """Record that a context enters onnxruntime; each context runs one step at a time."""
+        self._step_starts[context_id] = time.perf_counter()
 
-    def end_step(self, context: int) -> None:
-        """And has its answer, or an error."""
-        self.run_seconds += time.perf_counter() - self._running.pop(context)
+    def end_step(self, context_id: int) -> None:
+        """Record that the step of a context has ended, successfully or not."""
+        self.run_seconds += time.perf_counter() - self._step_starts.pop(context_id)
 
-    def measure(self) -> tuple[float, float]:
-        """What it costs on this machine now: seconds of a step behind a short text, and of a token read.
+    def measure_speed(self) -> tuple[float, float]:
+        """Measure the draft on this machine: (seconds per decode step on a short text, seconds per prefilled token).
 
-        Takes some ten steps, so milliseconds to tenths of a second. Raises DraftError.
+        Runs fewer than ten steps: milliseconds to tenths of a second. Raises DraftError.
         """
-        context = self.context()
+        context = self.new_context()
         times = []
-        for ids in ([1], [1] * MEASURED_TOKENS, *[[1]] * MEASURED_STEPS):
+        # The first run only warms up.
+        for ids in ([1], [1] * MEASURED_PREFILL_TOKENS, *[[1]] * MEASURED_DECODE_STEPS):
             started = time.perf_counter()
             context.prefill(ids)
             times.append(time.perf_counter() - started)
-        # The first run warms up.
-        return statistics.median(times[2:]), times[1] / MEASURED_TOKENS
+        return statistics.median(times[2:]), times[1] / MEASURED_PREFILL_TOKENS
 
-    def context(self, memory: Memory | None = None) -> DraftContext:
-        """A context for one text, empty at first, whose guesses `memory` may help."""
-        recall = Recall(memory, self.manifest.architecture.context) if memory else None
-        return DraftContext(self, Guesser(self._counters, self._head), recall)
+    def new_context(self, ngram_cache: NgramCache | None = None) -> DraftContext:
+        """Create an empty context for one text; `ngram_cache` adjusts its drafts."""
+        lookup = NgramLookup(ngram_cache, self.manifest.architecture.context) if ngram_cache else None
+        return DraftContext(self, DraftSampler(self._hash_counters, self._head_ids), lookup)
 
 
 class DraftContext:
-    """The draft's view of one text: its ids, keys and values for them, and what it guessed. Not for concurrent use.
+    """The draft's state for one text: token ids, KV cache, and tokens drafted ahead. Not thread-safe.
 
-    It may run ahead of the text on its own guesses: a guess whose ids then came true is not made again.
+    The context may hold draft tokens beyond the text. If the text then continues with exactly these ids, the tokens
+    that were drafted after them are reused and not computed again.
 
     Attributes:
         limit: longest text in tokens.
-        recall: what verified text says of the next token; it hears of verified text from who drives the context.
+        ngram_lookup: n-gram proposals for this text, or None. The owner of the context appends the verified text to it.
     """
 
-    def __init__(self, draft: OnnxDraft, guesser: Guesser, recall: Recall | None = None) -> None:
+    def __init__(self, draft: OnnxDraft, sampler: DraftSampler, ngram_lookup: NgramLookup | None = None) -> None:
         self._draft = draft
-        self._guesser = guesser
-        self.recall = recall
+        self._sampler = sampler
+        self.ngram_lookup = ngram_lookup
         self.limit = draft.manifest.architecture.context
         self._runner = make_runner(draft.session, draft.manifest.architecture)
         self._ids: list[int] = []
-        # Logits behind the last id; None after a roll-back.
+        # Logits after the last id; None after a rollback.
         self._logits: Logits | None = None
-        # Guesses for consecutive positions from `_first`; each was made behind `_ids` up to its position.
-        self._first = 0
-        self._guesses: list[Guess] = []
+        # Draft tokens for consecutive positions from `_first_position`; each was drafted after `_ids` up to its
+        # position.
+        self._first_position = 0
+        self._drafted: list[DraftToken] = []
 
     @property
     def ids(self) -> list[int]:
-        """The ids that the context holds."""
+        """Copy of the ids in the KV cache."""
         return list(self._ids)
 
     def prefill(self, ids: list[int]) -> None:
-        """Puts `ids` behind what the context holds.
+        """Append `ids` to the context.
 
         Raises:
-            ContextOverflow: the text would be longer than the draft's context; it stays as it was.
+            ContextOverflow: the text would be longer than the draft's context; the context is unchanged.
             DraftError: onnxruntime failed.
         """
         if ids:
-            self._read(ids)
-            # What was guessed for these positions is settled now.
-            self._keep_guesses(len(self._ids))
-
-    def _read(self, ids: list[int]) -> None:
-        self._check_room(len(self._ids) + len(ids))
-        self._draft.begin_step(id(self))
-        try:
-            self._logits = self._runner.append(ids)
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            self._runner.truncate(len(self._ids))
-            self._logits = None
-            raise DraftError(f"the draft failed at position {len(self._ids)}: {error}") from error
-        finally:
-            self._draft.end_step(id(self))
-        self._ids += ids
+            self._forward(ids)
+            # The text now decides these positions: their draft tokens are obsolete.
+            self._drop_drafted_before(len(self._ids))
 
     def rollback(self, length: int) -> None:
-        """Forgets all ids behind the first `length`; on the fused graph this copies nothing."""
+        """Drop all ids after the first `length`; on the fused graph this copies nothing."""
         if not 0 <= length <= len(self._ids):
             raise ValueError(f"cannot roll back to {length}: the text has {len(self._ids)} tokens")
         if length < len(self._ids):
             self._runner.truncate(length)
             del self._ids[length:]
             self._logits = None
-            del self._guesses[max(0, length + 1 - self._first) :]
+            del self._drafted[max(0, length + 1 - self._first_position) :]
 
-    def follow(self, ids: list[int], stopped: Callable[[], bool] = bool) -> None:
-        """Makes the context begin with `ids`, by rolling back to what is common and prefilling the rest.
+    def sync_to(self, ids: list[int], should_stop: Callable[[], bool] = bool) -> None:
+        """Make the context begin with `ids`: roll back to the common prefix and prefill the rest.
 
-        Where `ids` ends before the context does, the context has run ahead, and what it holds behind stays. `stopped`
-        is asked before every piece; true leaves the rest unread.
+        If `ids` is a prefix of the context, the context has drafted ahead and keeps the rest. `should_stop` is called
+        before every prefill chunk; True leaves the rest of `ids` out.
         """
-        self._check_room(len(ids))
-        common = self._common(ids)
+        self._check_length(len(ids))
+        common = self._common_prefix(ids)
         if common < len(ids):
             self.rollback(common)
-        while len(self._ids) < len(ids) and not stopped():
-            self.prefill(ids[len(self._ids) :][:PREFILL_PIECE])
+        while len(self._ids) < len(ids) and not should_stop():
+            self.prefill(ids[len(self._ids) :][:PREFILL_CHUNK_TOKENS])
 
-    def unread(self, ids: list[int]) -> int:
-        """How many of `ids` the context would have to read to begin with them."""
-        return len(ids) - self._common(ids)
+    def tokens_to_prefill(self, ids: list[int]) -> int:
+        """Return how many tokens `sync_to(ids)` would have to prefill."""
+        return len(ids) - self._common_prefix(ids)
 
-    def ready(self, ids: list[int]) -> int:
-        """How many tokens behind `ids` are guessed already."""
-        known = len(self._guesses) - (len(ids) - self._first)
-        return known if 0 < known <= len(self._guesses) and self._common(ids) == len(ids) else 0
+    def tokens_drafted_ahead(self, ids: list[int]) -> int:
+        """Return how many tokens after `ids` are drafted already."""
+        known = len(self._drafted) - (len(ids) - self._first_position)
+        return known if 0 < known <= len(self._drafted) and self._common_prefix(ids) == len(ids) else 0
 
     def propose(
         self,
@@ -264,88 +258,108 @@ class DraftContext:
         min_survival: float = 0.0,
         calibration: tuple[float, ...] = (),
         survival: float = 1.0,
-        stopped: Callable[[], bool] = bool,
+        should_stop: Callable[[], bool] = bool,
     ) -> Proposal:
-        """Guesses up to `count` tokens behind `ids`; the context then holds all of them but the last.
+        """Draft up to `count` tokens after `ids`; the context then holds all of them but the last.
 
         Args:
-            ids: at least one; read first, as `follow` does.
-            sampling: as the target will be sampled: the draft draws with the same noise.
-            siblings: how many alternatives to name beside a token.
-            sibling_confidence: name them beside tokens of at most this probability.
-            min_confidence: stop behind a token whose probability is below this.
+            ids: the text, at least one token; see `sync_to`.
+            sampling: the target's sampling parameters: the draft draws with the same noise.
+            siblings: number of alternatives to a draft token.
+            sibling_confidence: add siblings only to tokens of at most this probability.
+            min_confidence: stop after a token whose probability is below this.
             min_survival, calibration: see `Plan`.
-            survival: chance that the text is what `ids` says, where it ends in guesses.
-            stopped: asked before every step of the draft; true ends the proposal there.
+            survival: probability that `ids` itself is accepted, if it ends in draft tokens.
+            should_stop: called before every step of the draft; True ends the proposal there.
 
         Raises:
             ContextOverflow: `ids` is longer than the draft's context.
-            DraftError: the text is empty, or onnxruntime failed.
+            DraftError: `ids` is empty, or onnxruntime failed.
         """
         if not ids:
             raise DraftError("nothing to continue: the text is empty")
-        self.follow(ids)
+        self.sync_to(ids)
         tokens: list[int] = []
-        beside: dict[int, list[int]] = {}
+        sibling_ids: dict[int, list[int]] = {}
         confidences: list[float] = []
-        ready = 0
-        self._keep_guesses(len(ids))
-        # The guess behind the last token that the context can hold is the last one that can be made.
+        drafted_ahead = 0
+        self._drop_drafted_before(len(ids))
+        # The token after the last one that fits into the context can still be drafted, hence + 1.
         for position in range(len(ids), min(len(ids) + count, self.limit + 1)):
             index = position - len(ids)
-            if index < len(self._guesses):
-                ready += 1
-            elif stopped():
+            if index < len(self._drafted):
+                drafted_ahead += 1
+            elif should_stop():
                 break
             else:
-                self._guesses.append(self._guess(position, tokens, sampling, siblings))
-            guess = self._guesses[index]
-            tokens.append(guess.token)
-            confidences.append(guess.confidence)
-            if siblings and guess.siblings and guess.confidence <= sibling_confidence:
-                beside[index] = guess.siblings[:siblings]
-            survival *= calibrated(guess.confidence, calibration)
-            if guess.confidence < min_confidence or survival < min_survival:
+                self._drafted.append(self._draft_token(position, tokens, sampling, siblings))
+            drafted = self._drafted[index]
+            tokens.append(drafted.token)
+            confidences.append(drafted.confidence)
+            if siblings and drafted.siblings and drafted.confidence <= sibling_confidence:
+                sibling_ids[index] = drafted.siblings[:siblings]
+            survival, stop = apply_stop_rule(
+                survival,
+                drafted.confidence,
+                min_confidence=min_confidence,
+                min_survival=min_survival,
+                calibration=calibration,
+            )
+            if stop:
                 break
-        return Proposal(tokens, beside, confidences, ready, survival)
+        return Proposal(tokens, sibling_ids, confidences, drafted_ahead, survival)
 
-    def _guess(self, position: int, tokens: list[int], sampling: Sampling, siblings: int) -> Guess:
-        """Makes the guess for `position`; `tokens` are the guesses before it."""
+    def precompute_noise(self, start: int, count: int, sampling: Sampling) -> None:
+        """Compute the noise for `count` positions from `start` on; it does not depend on the text."""
+        self._sampler.precompute_noise(sampling, range(start, start + count))
+
+    def _draft_token(self, position: int, tokens: list[int], sampling: Sampling, siblings: int) -> DraftToken:
+        """Draft the token at `position`; `tokens` are the draft tokens before it."""
         if len(self._ids) < position:
-            self._read(tokens[len(self._ids) - position :])
+            self._forward(tokens[len(self._ids) - position :])
         elif len(self._ids) > position or self._logits is None:
+            # The logits of this position are gone: compute them again from the last id before it.
             last = self._ids[position - 1]
             self.rollback(position - 1)
-            self._read([last])
+            self._forward([last])
         assert self._logits is not None
-        hint = self.recall.hint(self._ids) if self.recall else None
-        (token, *others), confidence = self._guesser.guess(self._logits, sampling, position, 1 + siblings, hint)
-        return Guess(token, others, confidence)
+        ngram = self.ngram_lookup.propose(self._ids) if self.ngram_lookup else None
+        (token, *others), confidence = self._sampler.sample(self._logits, sampling, position, 1 + siblings, ngram)
+        return DraftToken(token, others, confidence)
 
-    def prepare(self, start: int, count: int, sampling: Sampling) -> None:
-        """Does what guesses for `count` positions from `start` on will need and does not depend on the text."""
-        self._guesser.prepare(sampling, range(start, start + count))
+    def _forward(self, ids: list[int]) -> None:
+        self._check_length(len(self._ids) + len(ids))
+        self._draft.begin_step(id(self))
+        try:
+            self._logits = self._runner.append(ids)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            self._runner.truncate(len(self._ids))
+            self._logits = None
+            raise DraftError(f"the draft failed at position {len(self._ids)}: {error}") from error
+        finally:
+            self._draft.end_step(id(self))
+        self._ids += ids
 
-    def _keep_guesses(self, position: int) -> None:
-        """Drops the guesses that are not for `position` or behind it."""
-        passed = position - self._first
-        self._guesses = self._guesses[passed:] if 0 <= passed <= len(self._guesses) else []
-        self._first = position
+    def _drop_drafted_before(self, position: int) -> None:
+        """Drop the draft tokens for positions before `position`."""
+        passed = position - self._first_position
+        self._drafted = self._drafted[passed:] if 0 <= passed <= len(self._drafted) else []
+        self._first_position = position
 
-    def _check_room(self, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         if length > self.limit:
             raise ContextOverflow(
                 f"{length} tokens are more than the draft's context of {self.limit}; "
-                "shorten the prompt, or let the cloud go on alone (--num-assistant-tokens 0)"
+                "shorten the prompt, or decode in the cloud alone (--num-assistant-tokens 0)"
             )
 
-    def _common(self, ids: list[int]) -> int:
-        """How many leading ids the context and `ids` share."""
-        common, most = 0, min(len(self._ids), len(ids))
-        while common < most:
-            middle = (common + most + 1) // 2
-            if self._ids[common:middle] == ids[common:middle]:
-                common = middle
+    def _common_prefix(self, ids: list[int]) -> int:
+        """Length of the common prefix of the context and `ids`, by bisection: comparing slices is fast."""
+        low, high = 0, min(len(self._ids), len(ids))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._ids[low:middle] == ids[low:middle]:
+                low = middle
             else:
-                most = middle - 1
-        return common
+                high = middle - 1
+        return low

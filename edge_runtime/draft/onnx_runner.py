@@ -1,10 +1,10 @@
-"""Running the two kinds of ONNX graph token by token: how keys and values are held, and how they are rolled back.
+"""Runs the two kinds of ONNX draft graph with a KV cache that can be rolled back.
 
-    fused    onnxruntime-genai's graph (GroupQueryAttention): one buffer is past and present at once, so a step writes
-             in place, and rolling back changes a number
-    concat   optimum's graph: every step returns the whole cache, longer by one; rolling back slices it
+    fused    onnxruntime-genai's graph (GroupQueryAttention). One buffer is bound as past and as present, so a step
+             writes in place and a rollback only decrements a length.
+    concat   optimum's graph. Every step returns the whole cache, longer by the new tokens; a rollback slices it.
 
-The names of the graph's inputs and of their axes tell which it is (see `graph_kind`).
+`detect_graph_kind` tells them apart by the names of the graph's inputs and of their axes.
 """
 
 from __future__ import annotations
@@ -17,44 +17,47 @@ import onnxruntime as ort
 
 from edge_runtime.protocol.bundle import Architecture
 
-# Prompts go through in pieces: the working memory of a piece, not of the prompt, is what a board must have.
-PREFILL_PIECE = 128
-FIRST_CAPACITY = 256
+# Chunked prefill: the board needs working memory for one chunk, not for the whole prompt. Chosen.
+PREFILL_CHUNK_TOKENS = 128
+# Initial KV cache capacity of the fused graph, doubled on demand. Chosen.
+INITIAL_CAPACITY_TOKENS = 256
 
 Logits = npt.NDArray[np.float32]
 
 
-class Runner(Protocol):
-    """Keys and values of one text, on a shared session."""
+class OnnxRunner(Protocol):
+    """The KV cache of one text, on a session that all texts share."""
 
     length: int
 
     def append(self, ids: list[int]) -> Logits:
-        """Puts `ids` (at least one) behind the text. Returns the last logits, (n,), valid until the next call."""
+        """Run the graph on `ids` (at least one). Returns the last logits, (n,), valid until the next call."""
 
     def truncate(self, length: int) -> None:
-        """Forgets everything behind the first `length` tokens."""
+        """Drop everything after the first `length` tokens."""
 
 
-def make_runner(session: ort.InferenceSession, architecture: Architecture) -> Runner:
-    """A runner for an empty text on `session`."""
-    if graph_kind(session) == "fused":
+def make_runner(session: ort.InferenceSession, architecture: Architecture) -> OnnxRunner:
+    """Create a runner with an empty KV cache on `session`."""
+    if detect_graph_kind(session) == "fused":
         return FusedRunner(session, architecture)
     return ConcatRunner(session, architecture)
 
 
-def graph_kind(session: ort.InferenceSession) -> str:
-    """`fused` or `concat`: the fused graph takes no positions, and counts them by the length of its mask.
+def detect_graph_kind(session: ort.InferenceSession) -> str:
+    """Return `fused` or `concat`.
 
-    Optimum's graph takes `position_ids`, except for Gemma; its mask's axis is a sum by name.
+    The fused graph takes no `position_ids`: it derives positions from the length of its attention mask, whose axis is
+    named `total_sequence_length`. Optimum's graph takes `position_ids`, except for Gemma, where the name of the mask's
+    axis is a sum of other names.
     """
-    axes = {node.name: node.shape for node in session.get_inputs()}
-    counts_by_mask = axes["attention_mask"][1] == "total_sequence_length"
-    return "fused" if counts_by_mask and "position_ids" not in axes else "concat"
+    shapes = {node.name: node.shape for node in session.get_inputs()}
+    has_total_length = shapes["attention_mask"][1] == "total_sequence_length"
+    return "fused" if has_total_length and "position_ids" not in shapes else "concat"
 
 
 def logits_width(session: ort.InferenceSession) -> int | None:
-    """How many ids the logits are of; None where the graph leaves it open."""
+    """Return the number of ids the logits cover; None if the graph leaves that axis open."""
     width = next(node.shape[-1] for node in session.get_outputs() if node.name == "logits")
     return width if isinstance(width, int) else None
 
@@ -65,20 +68,20 @@ class FusedRunner:
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
         self.length = 0
         self._session = session
-        self._shape = architecture
+        self._architecture = architecture
         self._binding = session.io_binding()
-        self._past_names = [n.name for n in session.get_inputs() if n.name.startswith("past_key_values.")]
+        self._past_names = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self._buffers: list[npt.NDArray[np.float32]] = []
         self._mask = np.empty((1, 0), np.int64)
-        # The bound logits are one row: the graph computes the head for the last position only.
+        # One row: the graph computes the head for the last position only.
         width = logits_width(session) or architecture.vocabulary_size
         self._logits = np.empty((1, 1, width), np.float32)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-        self._grow(min(FIRST_CAPACITY, architecture.context))
+        self._bind_output("logits", self._logits)
+        self._grow(min(INITIAL_CAPACITY_TOKENS, architecture.context))
 
     def append(self, ids: list[int]) -> Logits:
-        for start in range(0, len(ids), PREFILL_PIECE):
-            self._step(ids[start : start + PREFILL_PIECE])
+        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
+            self._step(ids[start : start + PREFILL_CHUNK_TOKENS])
         row: Logits = self._logits[0, 0]
         return row
 
@@ -88,16 +91,16 @@ class FusedRunner:
     def _step(self, ids: list[int]) -> None:
         total = self.length + len(ids)
         if total > self._mask.shape[1]:
-            self._grow(min(max(total, 2 * self._mask.shape[1]), self._shape.context))
+            self._grow(min(max(total, 2 * self._mask.shape[1]), self._architecture.context))
         tokens = np.array([ids], np.int64)
-        self._binding.bind_input("input_ids", "cpu", 0, np.int64, tokens.shape, tokens.ctypes.data)
-        # The mask's length is what tells the graph where the text ends; the mask itself is all ones.
-        self._binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        self._bind_input("input_ids", tokens)
+        # The graph takes the text's length from the length of the mask; the mask itself is all ones.
+        self._bind_input("attention_mask", self._mask[:, :total])
         self._session.run_with_iobinding(self._binding)
         self.length = total
 
     def _grow(self, capacity: int) -> None:
-        shape = (1, self._shape.kv_heads, capacity, self._shape.head_dim)
+        shape = (1, self._architecture.kv_heads, capacity, self._architecture.head_dim)
         self._mask = np.ones((1, capacity), np.int64)
         for index, name in enumerate(self._past_names):
             buffer = np.zeros(shape, np.float32)
@@ -106,13 +109,32 @@ class FusedRunner:
                 self._buffers[index] = buffer
             else:
                 self._buffers.append(buffer)
-            present = name.replace("past_key_values", "present")
-            self._binding.bind_input(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-            self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            self._bind_input(name, buffer)
+            self._bind_output(name.replace("past_key_values", "present"), buffer)
+
+    def _bind_input(self, name: str, array: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> None:
+        self._binding.bind_input(
+            name=name,
+            device_type="cpu",
+            device_id=0,
+            element_type=array.dtype.type,
+            shape=array.shape,
+            buffer_ptr=array.ctypes.data,
+        )
+
+    def _bind_output(self, name: str, array: npt.NDArray[np.float32]) -> None:
+        self._binding.bind_output(
+            name=name,
+            device_type="cpu",
+            device_id=0,
+            element_type=array.dtype.type,
+            shape=array.shape,
+            buffer_ptr=array.ctypes.data,
+        )
 
 
 class ConcatRunner:
-    """The cache as the arrays that the last step returned."""
+    """The KV cache as the arrays that the last step returned."""
 
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
         self.length = 0
@@ -125,8 +147,8 @@ class ConcatRunner:
         self._past = [empty] * len(self._past_names)
 
     def append(self, ids: list[int]) -> Logits:
-        for start in range(0, len(ids), PREFILL_PIECE):
-            logits = self._step(ids[start : start + PREFILL_PIECE])
+        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
+            logits = self._step(ids[start : start + PREFILL_CHUNK_TOKENS])
         return logits
 
     def truncate(self, length: int) -> None:

@@ -1,10 +1,10 @@
-"""The draft's choice of tokens: that of `contract.coupling` in float32, with its noise made beforehand.
+"""The draft's sampler: the rule of `protocol.sampling` in float32, with noise that can be computed in advance.
 
-The verifier's choice must be exact; the draft's is a guess. Where two scores differ by less than a thousandth or so
-this may take the other token than `Chooser` would, which costs an acceptance now and then, and no correctness. In
-exchange, with `prepare`, no hash and no logarithm stands between two steps of the draft.
+The verifier's choice must be exact; the draft's is a proposal. If two coupled scores differ by less than about 0.001,
+this sampler may take the other token than `CoupledSampler` would. That costs an acceptance now and then, and never
+correctness. In exchange, after `precompute_noise`, no hash and no logarithm is computed between two steps of the draft.
 
-What verified text says (`memory`) may be mixed into the draft's distribution first: that, too, is but a better guess.
+An n-gram proposal (`ngram_cache`) may be mixed into the draft's distribution first; it, too, changes only the drafts.
 """
 
 from __future__ import annotations
@@ -14,123 +14,128 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.ngram_cache.lookup import Hint
+from edge_runtime.ngram_cache.lookup import NgramProposal
 from edge_runtime.protocol.sampling import Sampling, noise_bits, position_key
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
-# Noise is kept for so many positions.
-KEPT = 48
-# How many candidates that top-p excludes are passed over for the first, and for all others.
-FIRST_PATIENCE = 64
-PATIENCE = 4
-# Of a token's mass, where the best has about 1.
-WEIGHTY = np.float32(1e-3)
+# Noise is cached for this many positions, (n,) float32 each. Chosen: more than the longest draft.
+MAX_CACHED_POSITIONS = 48
+# Search limits: how many candidates outside the nucleus are skipped before the draft token is found, and in total once
+# it is found. Chosen: the draft token matters, siblings are optional.
+MAX_SKIPPED_FIRST = 64
+MAX_SKIPPED_SIBLINGS = 4
+# Unnormalized mass of a token, the best one having about 1, above which it is summed in the short list.
+HEAVY_MASS = np.float32(1e-3)
 
 
-class Guesser:
-    """Guesses tokens of one text."""
+class DraftSampler:
+    """Samples the draft tokens of one text."""
 
-    def __init__(self, counters: npt.NDArray[np.uint64], ids: Ids | None = None) -> None:
+    def __init__(self, hash_counters: npt.NDArray[np.uint64], ids: Ids | None = None) -> None:
         """
         Args:
-            counters: of the ids that logits are of, as `coupling.counters` makes them.
-            ids: these ids, ascending; None where they count from 0.
+            hash_counters: `protocol.sampling.hash_counters` of the ids that the logits cover.
+            ids: these ids, ascending; None if they are 0, 1, 2, ...
         """
-        self._counters = counters
+        self._hash_counters = hash_counters
         self._ids = ids
-        # By position, for `_seed`.
+        # By position, for the seed `_seed`.
         self._noise: dict[int, Row] = {}
         self._seed = -1
 
-    def prepare(self, sampling: Sampling, positions: range) -> None:
-        """Makes the noise for `positions` beforehand, for when there is time."""
+    def precompute_noise(self, sampling: Sampling, positions: range) -> None:
+        """Compute the noise for `positions` in advance, while the draft is idle."""
         if sampling.temperature > 0.0:
             for position in positions:
                 self._noise_at(sampling.seed, position)
 
-    def guess(
-        self, logits: Row, sampling: Sampling, position: int, count: int, hint: Hint | None = None
+    def sample(
+        self, logits: Row, sampling: Sampling, position: int, count: int, ngram: NgramProposal | None = None
     ) -> tuple[list[int], float]:
-        """The `count` best candidates by coupled score, best first, and the probability of the first.
+        """Return the `count` best ids by coupled score, best first, and the draft's probability of the first.
 
         Args:
-            logits: (n,) float32, finite, one for each id.
-            position: of the token to guess, 0 being the first prompt token.
-            count: at least 1; fewer candidates may come where top-k and top-p exclude the others.
-            hint: of the memory, which is mixed in where it is surer than the draft.
+            logits: (n,) float32, finite.
+            position: absolute position of the token to draft, 0 being the first prompt token.
+            count: at least 1; fewer ids are returned if top-k and top-p exclude the others.
+            ngram: mixed into the distribution if it is more confident of its token than the draft.
         """
         scale = np.float32(1.0 / (sampling.temperature or 1.0))
         scores = logits * scale
         mass = np.exp(scores - scores.max())
         total = float(mass.sum())
-        most = 1.0
-        if hint is not None:
-            total = self._mix(scores, mass, total, hint)
-            most = float(mass.max())
-        left, top_k, top_p = total, sampling.top_k, sampling.top_p
+        max_mass = 1.0
+        if ngram is not None:
+            total = self._mix_in(scores, mass, total, ngram)
+            max_mass = float(mass.max())
+        kept_mass, top_k, top_p = total, sampling.top_k, sampling.top_p
         if sampling.temperature == 0.0:
             top_k, top_p = 0, 1.0
-        ids: list[int] = []
         if 0 < top_k < logits.size:
-            out = scores < np.partition(scores, -top_k)[-top_k]
-            scores[out] = -np.inf
-            left -= float(mass[out].sum())
-        if top_p < 1.0 and top_p * left <= most:
-            # The most probable token is all that top-p keeps.
-            return self._named([int(mass.argmax())]), most / total
+            excluded = scores < np.partition(scores, -top_k)[-top_k]
+            scores[excluded] = -np.inf
+            kept_mass -= float(mass[excluded].sum())
+        if top_p < 1.0 and top_p * kept_mass <= max_mass:
+            # The nucleus is the most probable token alone.
+            return self._to_ids([int(mass.argmax())]), max_mass / total
         if sampling.temperature > 0.0:
             scores += self._noise_at(sampling.seed, position)
-        # Few tokens weigh more than this, and few candidates less: to add those up is to add up all.
-        weighty = mass[mass >= WEIGHTY] if top_p < 1.0 else mass
-        passed = 0
-        while len(ids) < count and passed < (PATIENCE if ids else FIRST_PATIENCE):
-            token = int(scores.argmax())
-            if scores[token] == -np.inf:
+        # Nearly all candidates are heavier than HEAVY_MASS, and few tokens are: for those, the sum over the heavy
+        # tokens equals the sum over all.
+        heavy = mass[mass >= HEAVY_MASS] if top_p < 1.0 else mass
+        rows: list[int] = []
+        skipped = 0
+        while len(rows) < count and skipped < (MAX_SKIPPED_SIBLINGS if rows else MAX_SKIPPED_FIRST):
+            row = int(scores.argmax())
+            if scores[row] == -np.inf:
                 break
-            # A token stays iff those more probable do not reach top_p without it.
-            weight = mass[token]
-            others = weighty if weight >= WEIGHTY else mass
-            if top_p >= 1.0 or float(others[others > weight].sum()) < top_p * left:
-                ids.append(token)
+            # A token is in the nucleus iff the more probable ones do not reach top_p without it.
+            weight = mass[row]
+            others = heavy if weight >= HEAVY_MASS else mass
+            if top_p >= 1.0 or float(others[others > weight].sum()) < top_p * kept_mass:
+                rows.append(row)
             else:
-                passed += 1
-            scores[token] = -np.inf
-        # Something must be guessed.
-        ids = ids or [int(mass.argmax())]
-        return self._named(ids), float(mass[ids[0]]) / total
+                skipped += 1
+            scores[row] = -np.inf
+        # The draft always proposes something.
+        rows = rows or [int(mass.argmax())]
+        return self._to_ids(rows), float(mass[rows[0]]) / total
 
-    def _mix(self, scores: Row, mass: Row, total: float, hint: Hint) -> float:
-        """Gives the hint's token its chance in `scores` and `mass`, both (n,). Returns the sum of `mass`."""
-        place = hint.token if self._ids is None else int(self._ids.searchsorted(hint.token))
-        if place >= mass.size or (self._ids is not None and self._ids[place] != hint.token):
-            return total
-        before = float(mass[place])
-        chance = hint.chance_beside(before / total)
-        if chance * total <= before:
-            return total
-        others = total - before
-        after = others * chance / (1.0 - chance)
-        # A mass of 1 is that of the best.
-        scores[place] = float(scores.max()) + math.log(after)
-        mass[place] = after
-        return others + after
+    def _mix_in(self, scores: Row, mass: Row, total: float, ngram: NgramProposal) -> float:
+        """Raise the n-gram's token to its estimated probability in `scores` and `mass`, both (n,), in place.
 
-    def _named(self, places: list[int]) -> list[int]:
-        """The ids at these places among the logits."""
-        return places if self._ids is None else self._ids[places].tolist()
+        Returns the new sum of `mass`; the other tokens keep their mass.
+        """
+        row = ngram.token if self._ids is None else int(self._ids.searchsorted(ngram.token))
+        if row >= mass.size or (self._ids is not None and self._ids[row] != ngram.token):
+            return total
+        old_mass = float(mass[row])
+        probability = ngram.estimate_acceptance(old_mass / total)
+        if probability * total <= old_mass:
+            return total
+        others = total - old_mass
+        new_mass = others * probability / (1.0 - probability)
+        # Masses are relative to the best score, whose mass is 1.
+        scores[row] = float(scores.max()) + math.log(new_mass)
+        mass[row] = new_mass
+        return others + new_mass
+
+    def _to_ids(self, rows: list[int]) -> list[int]:
+        """The token ids of these indices of the logits."""
+        return rows if self._ids is None else self._ids[rows].tolist()
 
     def _noise_at(self, seed: int, position: int) -> Row:
         if seed != self._seed:
             self._noise, self._seed = {}, seed
         noise = self._noise.get(position)
         if noise is None:
-            if len(self._noise) >= KEPT:
-                for old in sorted(self._noise)[: KEPT // 2]:
+            if len(self._noise) >= MAX_CACHED_POSITIONS:
+                for old in sorted(self._noise)[: MAX_CACHED_POSITIONS // 2]:
                     del self._noise[old]
-            u = noise_bits(position_key(seed, position), self._counters).astype(np.float32)
-            # float32 would round the largest to 1, and its noise to infinity.
+            u = noise_bits(position_key(seed, position), self._hash_counters).astype(np.float32)
+            # float32 would round the largest uniform to 1, whose noise is infinite.
             u = np.minimum(u * np.float32(2.0**-52) + np.float32(2.0**-54), np.float32(1.0 - 2.0**-24))
             np.log(u, out=u)
             np.negative(u, out=u)

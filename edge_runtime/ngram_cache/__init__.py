@@ -1,1 +1,1 @@
-"""A small memory of verified text that helps the frozen draft guess: it changes guesses, and never the text."""
+"""N-gram cache of verified text: proposes tokens that sharpen the frozen draft. It changes drafts, never the output."""

@@ -1,12 +1,12 @@
-"""What verified text says of the next token, and how far to believe it.
+"""N-gram proposals: which token verified text suggests next, and how probable it is.
 
-The memory proposes one token: what followed where the text's end stood before, in the same text or in earlier ones. The
-chance that it is the target's is a logistic regression on the draft's own probability of it, on how long the match is
-and where from, which learns from every verified token whether the memory was right: so a draft that is good is left
-alone, and one that a new target has left behind is helped. `Guesser` then gives the token that chance in the draft's
-distribution, and draws with the shared noise as ever.
+The cache proposes one token: the one that followed earlier occurrences of the end of the text, in the same text or in
+earlier ones. A logistic regression estimates the probability that the target chooses it, from the draft's own
+probability of the token, the length of the match and its origin. Every verified token updates the regression, so a good
+draft is left alone and one that a new target version has left behind is helped. `DraftSampler` then raises the token to
+this probability in the draft's distribution and draws with the shared noise as usual.
 
-Everything is a function of the texts heard, in their order.
+Everything is a function of the verified texts, in their order.
 """
 
 from __future__ import annotations
@@ -16,163 +16,193 @@ import threading
 from bisect import bisect_left
 from collections import deque
 
-from edge_runtime.ngram_cache.index import BOUNDARY, LONGEST, Match, Trace
-from edge_runtime.ngram_cache.store import Record, Store
+from edge_runtime.ngram_cache.index import BOUNDARY, MAX_MATCH_TOKENS, NgramIndex, NgramMatch
+from edge_runtime.ngram_cache.store import NgramRecord, NgramStore
 from edge_runtime.protocol.sampling import accepted_length
 
-# Tokens of earlier texts that are kept (2.3 MB), and of the text itself, at most.
-TOKENS = 1 << 16
-OWN_TOKENS = 1 << 14
-# Target versions of which there are weights; texts that a longer one may begin with, such as a conversation's.
-VERSIONS, RECENT = 16, 8
-# Of 1, log odds in the draft, length, length >= 8, length >= 16, share, of an earlier text, of another version's: as
-# fitted to what the example family's target v1 writes. How much one token changes them; where they end.
-PRIOR = (-1.4, 0.5, 1.3, -0.15, 0.65, 1.1, -0.2, -0.5)
-RATE, MOST = 0.02, 8.0
-MOST_NATS = 9.0
+# Capacity for earlier texts (2.3 MB), and for the text in progress. Chosen.
+CACHE_TOKENS = 1 << 16
+OWN_TEXT_TOKENS = 1 << 14
+# Target versions with regression weights of their own. Chosen.
+MAX_VERSIONS = 16
+# Recent texts that are searched for the prefix of a new one, such as the earlier turns of a conversation. Chosen.
+MAX_RECENT_TEXTS = 8
+# Initial weights of the features 1, log odds in the draft, length / 8, length >= 8, length >= 16, share, match in an
+# earlier text, match in a text of another version. Fitted to what the example family's target v1 writes.
+PRIOR_WEIGHTS = (-1.4, 0.5, 1.3, -0.15, 0.65, 1.1, -0.2, -0.5)
+# Step size of the regression, and bounds of its weights and of log odds. Chosen.
+LEARNING_RATE = 0.02
+MAX_WEIGHT = 8.0
+MAX_LOG_ODDS = 9.0
 
 
-class Hint:
-    """The token that the memory proposes for one position; `chance_beside` is asked once.
+class NgramProposal:
+    """The token that the cache proposes for one position.
 
     Attributes:
-        token: which.
-        tail: the text's last tokens, for which it holds.
+        token: the proposed id.
+        tail: the last tokens of the text that it continues.
+        acceptance: the probability that `estimate_acceptance` returned; 0 before it is called.
+        features: inputs of the regression, see `PRIOR_WEIGHTS`.
     """
 
-    def __init__(self, match: Match, tail: list[int], earlier: bool, foreign: bool, weights: list[float]) -> None:
+    def __init__(
+        self, match: NgramMatch, tail: list[int], is_earlier: bool, is_foreign: bool, weights: list[float]
+    ) -> None:
+        """
+        Args:
+            is_earlier: the match is in an earlier text.
+            is_foreign: the match is in a text of another target version.
+            weights: of the regression.
+        """
         length = match.length
         self.token, self.tail = match.token, tail
-        self.chance = 0.0
-        self.facts = [1.0, 0.0, length / 8, float(length >= 8), float(length >= 16), match.share, earlier, foreign]
+        self.acceptance = 0.0
+        long, longest = float(length >= 8), float(length >= 16)
+        self.features = [1.0, 0.0, length / 8, long, longest, match.share, is_earlier, is_foreign]
         self._weights = weights
 
-    def chance_beside(self, probability: float) -> float:
-        """That it is the target's token, where the draft gives it `probability`; less than 1."""
-        odds = max(probability, 1e-9) / max(1.0 - probability, 1e-9)
-        self.facts[1] = min(MOST_NATS, max(-MOST_NATS, math.log(odds)))
-        score = sum(weight * fact for weight, fact in zip(self._weights, self.facts, strict=True))
-        self.chance = 1.0 / (1.0 + math.exp(-min(MOST_NATS, max(-MOST_NATS, score))))
-        return self.chance
+    def estimate_acceptance(self, draft_probability: float) -> float:
+        """Return the probability, below 1, that the target chooses this token, given the draft's probability of it."""
+        odds = max(draft_probability, 1e-9) / max(1.0 - draft_probability, 1e-9)
+        self.features[1] = _clamp(math.log(odds), MAX_LOG_ODDS)
+        score = sum(weight * feature for weight, feature in zip(self._weights, self.features, strict=True))
+        self.acceptance = 1.0 / (1.0 + math.exp(-_clamp(score, MAX_LOG_ODDS)))
+        return self.acceptance
 
 
-class Memory:
-    """What all texts of a process said, by target version, and on disk where there is a `Store`. For any thread."""
+class NgramCache:
+    """Verified texts of a process by target version, persistent if there is an `NgramStore`. Thread-safe."""
 
-    def __init__(self, vocabulary_size: int, store: Store | None = None, capacity: int = TOKENS) -> None:
-        """Reads what `store` has."""
-        self._size = vocabulary_size
+    def __init__(self, vocabulary_size: int, store: NgramStore | None = None, capacity: int = CACHE_TOKENS) -> None:
+        """Create a cache and load what `store` holds.
+
+        Args:
+            capacity: tokens of earlier texts.
+        """
         self._store = store
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._forget()
+        self._clear()
         for record in store.read() if store else ():
-            if len(record.weights) == len(PRIOR) and all(token < vocabulary_size for token in record.ids):
-                self._take(record)
+            if len(record.weights) == len(PRIOR_WEIGHTS) and all(token < vocabulary_size for token in record.ids):
+                self._add_record(record)
 
     @property
     def tokens(self) -> int:
-        """How many it holds."""
-        return min(self._trace.end, self._capacity)
+        """Number of tokens in the cache."""
+        return min(self._index.end, self._capacity)
 
     @property
     def failures(self) -> int:
-        """How often the disk failed it, damaged records included."""
+        """Number of failed disk accesses and damaged records."""
         return self._store.failures + self._store.damaged if self._store else 0
 
-    def hint(self, own: Trace, tail: list[int], version: str) -> Hint | None:
-        """What to expect behind `tail`, the last tokens of a text of which `own` has the verified ones."""
-        match, earlier, foreign = own.find(tail), False, False
+    def propose(self, own: NgramIndex, tail: list[int], version: str) -> NgramProposal | None:
+        """Propose the token after `tail`, the last tokens of a text whose verified part `own` indexes."""
+        match, is_earlier, is_foreign = own.find(tail), False, False
         with self._lock:
-            other = self._trace.find(tail)
+            other = self._index.find(tail)
             if other is not None and (match is None or other.length > match.length):
-                match, earlier = other, True
-                foreign = self._versions[bisect_left(self._starts, other.place) - 1] != (version or self._latest)
-            weights = self._weights.get(version) or self._weights[self._latest]
-        return Hint(match, tail, earlier, foreign, weights) if match else None
+                match, is_earlier = other, True
+                text_version = self._versions[bisect_left(self._starts, other.position) - 1]
+                is_foreign = text_version != (version or self._latest_version)
+            weights = self._weights_of(version)
+        return NgramProposal(match, tail, is_earlier, is_foreign, weights) if match else None
 
-    def calibrate(self, version: str, hint: Hint, right: bool) -> None:
-        """Learns whether a hint was right."""
-        error = RATE * (right - hint.chance)
+    def calibrate(self, version: str, proposal: NgramProposal, is_accepted: bool) -> None:
+        """Update the regression of `version` with the outcome of a proposal."""
+        step = LEARNING_RATE * (is_accepted - proposal.acceptance)
         with self._lock:
-            weights = self._weights.get(version) or self._weights[self._latest]
-            # A new list: hints hold the old one.
-            self._know(version, [w + error * fact for w, fact in zip(weights, hint.facts, strict=True)])
+            weights = self._weights_of(version)
+            # A new list: pending proposals hold the old one.
+            updated = [weight + step * feature for weight, feature in zip(weights, proposal.features, strict=True)]
+            self._set_weights(version, updated)
 
     def add(self, version: str, ids: list[int]) -> None:
-        """Remembers a text, prompt and all, that `version` has verified."""
+        """Add a text, prompt included, that `version` has verified."""
         with self._lock:
             common = max((accepted_length(known, ids) for known in self._recent), default=0)
             self._recent.append(ids)
-            # What was said again is no more likely for that; a few tokens lead to what is new.
-            new = ids[max(0, common - LONGEST) :]
-            record = Record(version, new, self._weights.get(version) or self._weights[self._latest])
+            # A repeated prefix must not count twice; a few of its tokens are the context of what is new.
+            new = ids[max(0, common - MAX_MATCH_TOKENS) :]
+            record = NgramRecord(version, new, self._weights_of(version))
         if self._store and self._store.append(record):
             with self._lock:
-                self._forget()
+                self._clear()
         with self._lock:
-            self._take(record)
+            self._add_record(record)
 
-    def _take(self, record: Record) -> None:
-        self._know(record.version, record.weights)
-        self._starts.append(self._trace.end)
+    def _add_record(self, record: NgramRecord) -> None:
+        self._set_weights(record.version, record.weights)
+        self._starts.append(self._index.end)
         self._versions.append(record.version)
-        while len(self._starts) > 1 and self._starts[1] < self._trace.end - 2 * self._capacity:
+        while len(self._starts) > 1 and self._starts[1] < self._index.end - 2 * self._capacity:
             del self._starts[0], self._versions[0]
-        self._trace.add([BOUNDARY, *record.ids])
+        self._index.add([BOUNDARY, *record.ids])
 
-    def _know(self, version: str, weights: list[float]) -> None:
+    def _weights_of(self, version: str) -> list[float]:
+        """A new version starts with the weights of the latest one."""
+        return self._weights.get(version) or self._weights[self._latest_version]
+
+    def _set_weights(self, version: str, weights: list[float]) -> None:
+        # Removed and added again, so that the dictionary is ordered by last use.
         self._weights.pop(version, None)
-        self._weights[version] = [min(MOST, max(-MOST, weight)) for weight in weights]
-        self._latest = version
-        if len(self._weights) > VERSIONS:
+        self._weights[version] = [_clamp(weight, MAX_WEIGHT) for weight in weights]
+        self._latest_version = version
+        if len(self._weights) > MAX_VERSIONS:
             del self._weights[next(iter(self._weights))]
 
-    def _forget(self) -> None:
-        self._trace = Trace(self._capacity)
+    def _clear(self) -> None:
+        self._index = NgramIndex(self._capacity)
+        # Position in the index and target version of each text.
         self._starts: list[int] = []
         self._versions: list[str] = []
-        self._recent: deque[list[int]] = deque(maxlen=RECENT)
-        # The version heard of last is the last one.
-        self._weights: dict[str, list[float]] = {"": list(PRIOR)}
-        self._latest = ""
+        self._recent: deque[list[int]] = deque(maxlen=MAX_RECENT_TEXTS)
+        self._weights: dict[str, list[float]] = {"": list(PRIOR_WEIGHTS)}
+        self._latest_version = ""
 
 
-class Recall:
-    """The memory at work for one text. Not for concurrent use."""
+class NgramLookup:
+    """The cache applied to one text. Not thread-safe."""
 
-    def __init__(self, memory: Memory, context: int) -> None:
+    def __init__(self, cache: NgramCache, context: int) -> None:
         """
         Args:
             context: tokens of the longest text.
         """
-        self._memory = memory
-        self._own = Trace(min(context, OWN_TOKENS))
+        self._cache = cache
+        self._own_index = NgramIndex(min(context, OWN_TEXT_TOKENS))
         self._text: list[int] = []
         self._version = ""
-        self._hints: dict[int, Hint] = {}
+        # By position.
+        self._proposals: dict[int, NgramProposal] = {}
 
-    def hint(self, ids: list[int]) -> Hint | None:
-        """What to expect behind `ids`, the text and perhaps guesses behind it."""
-        hint = self._memory.hint(self._own, ids[-LONGEST:], self._version)
-        if hint:
-            self._hints[len(ids)] = hint
-        return hint
+    def propose(self, ids: list[int]) -> NgramProposal | None:
+        """Propose the token after `ids`: the text, possibly with draft tokens after it."""
+        proposal = self._cache.propose(self._own_index, ids[-MAX_MATCH_TOKENS:], self._version)
+        if proposal:
+            self._proposals[len(ids)] = proposal
+        return proposal
 
-    def learn(self, ids: list[int], version: str = "") -> None:
-        """The text goes on with `ids`: the prompt, or what `version` has verified."""
+    def append(self, ids: list[int], version: str = "") -> None:
+        """Append verified ids to the text: the prompt, or what the target `version` accepted and produced."""
         self._version = version
         for token in ids:
-            hint = self._hints.pop(len(self._text), None)
-            # It may have been made for another text, or never been asked.
-            if hint and hint.chance and hint.tail == self._text[-LONGEST:]:
-                self._memory.calibrate(version, hint, token == hint.token)
+            proposal = self._proposals.pop(len(self._text), None)
+            # A proposal teaches nothing if it was made after draft tokens that were rejected, or was never used.
+            if proposal and proposal.acceptance and proposal.tail == self._text[-MAX_MATCH_TOKENS:]:
+                self._cache.calibrate(version, proposal, token == proposal.token)
             self._text.append(token)
-        self._own.add(ids)
-        if len(self._hints) > 2 * LONGEST:
-            self._hints = {at: hint for at, hint in self._hints.items() if at >= len(self._text)}
+        self._own_index.add(ids)
+        if len(self._proposals) > 2 * MAX_MATCH_TOKENS:
+            self._proposals = {at: proposal for at, proposal in self._proposals.items() if at >= len(self._text)}
 
-    def end(self) -> None:
-        """The text is over: from now on it is one of the earlier ones, if any of it was verified."""
+    def finish(self) -> None:
+        """End the text and add it to the cache, if a target has verified any of it."""
         if self._version:
-            self._memory.add(self._version, self._text)
+            self._cache.add(self._version, self._text)
+
+
+def _clamp(value: float, limit: float) -> float:
+    return min(limit, max(-limit, value))

@@ -1,10 +1,11 @@
-"""The memory on disk: a file for each vocabulary, which several processes may add to.
+"""The n-gram cache on disk: one JSON-lines file for each vocabulary, to which several processes may append.
 
-A line says which format and vocabulary; then a line for each text, the latest last. So what a killed process or a full
-disk left half-written is one line that does not parse, and the next begins anew. Where the file has grown too long its
-newer half replaces it at once. A digit that the disk has changed makes a wrong guess, and no wrong text.
+The first line states the format and the vocabulary; each further line is a text, the latest last. A write cut short by
+a kill or a full disk leaves one line that does not parse, and the next text begins on a new line. When the file has
+grown too long, its newer half replaces it atomically. A corrupted digit causes a bad draft token and never a wrong
+output.
 
-It holds what people wrote: only its user may read it.
+The file holds what users wrote, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -19,78 +20,79 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from edge_runtime.common.files import SCRATCH, locked, sync, write_whole
+from edge_runtime.common.files import SCRATCH_SUFFIX, fsync_path, lock_directory, write_atomically
 
 logger = logging.getLogger(__name__)
 
-SUFFIX, ASIDE = ".jsonl", ".damaged"
-# Some 90,000 tokens, of which a memory takes the last.
-MOST_BYTES = 1 << 19
+STORE_SUFFIX, DAMAGED_SUFFIX = ".jsonl", ".damaged"
+# Chosen: some 90,000 tokens, more than the cache holds (`lookup.CACHE_TOKENS`).
+MAX_FILE_BYTES = 1 << 19
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line. `born` is another after every erasing."""
+class StoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line of the file. `born` is a random id, new whenever the file is created."""
 
     flexspec_memory: Literal[1]
     vocabulary: str
     born: str
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text: the exact target version that verified it, its ids, and what its hints were worth (`recall.PRIOR`)."""
+class NgramRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A text: the exact target version that verified it, its ids, and the weights of the regression at its end."""
 
     version: str
     ids: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]]
     weights: list[float]
 
 
-class Store:
-    """The file of one vocabulary. Never raises: a memory that cannot be kept is not worth an answer.
+class NgramStore:
+    """The file of one vocabulary. Its methods do not raise OSError: an answer must not fail because of the cache.
 
     Attributes:
-        path: of the file.
-        failures: how often reading or writing failed; the first one is logged.
-        damaged: lines that made no sense, and files, which were set aside.
+        path: the file.
+        failures: number of failed reads and writes; the first one is logged.
+        damaged: number of unreadable lines, and of unreadable files, which are moved aside.
     """
 
-    def __init__(self, directory: Path, vocabulary: str, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, directory: Path, vocabulary: str, max_bytes: int = MAX_FILE_BYTES) -> None:
         """
         Args:
-            vocabulary: its hash.
-            most_bytes: of the file, but for one text.
+            vocabulary: hash of the vocabulary.
+            max_bytes: size of the file above which it is halved; the newest text is always kept.
         """
-        self.path = directory / f"{Path(vocabulary).name}{SUFFIX}"
+        self.path = directory / f"{Path(vocabulary).name}{STORE_SUFFIX}"
         self.failures = self.damaged = 0
         self._vocabulary = vocabulary
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._born = ""
 
-    def read(self) -> list[Record]:
-        """All texts, the latest last."""
-        records: list[Record] = []
-        with self._trying(), locked(self.path.parent):
-            self._born = self._header()
+    def read(self) -> list[NgramRecord]:
+        """Return all texts, the latest last."""
+        records: list[NgramRecord] = []
+        with self._counting_failures(), lock_directory(self.path.parent):
+            self._born = self._read_born()
             lines = self.path.read_bytes().split(b"\n")[1:-1] if self._born else []
             for line in filter(None, lines):
                 try:
-                    records.append(msgspec.json.decode(line, type=Record))
+                    records.append(msgspec.json.decode(line, type=NgramRecord))
                 except (msgspec.MsgspecError, UnicodeDecodeError):
                     self.damaged += 1
         return records
 
-    def append(self, record: Record) -> bool:
-        """Adds a text. Returns whether somebody has erased the others meanwhile."""
-        before = self._born
-        with self._trying(), locked(self.path.parent):
-            self._born = self._header()
+    def append(self, record: NgramRecord) -> bool:
+        """Append a text. Returns whether another process has erased the file since the last access."""
+        previous = self._born
+        with self._counting_failures(), lock_directory(self.path.parent):
+            self._born = self._read_born()
             if not self._born:
                 self._born = secrets.token_hex(8)
-                write_whole(self.path, msgspec.json.encode(Header(1, self._vocabulary, self._born)) + b"\n")
+                header = StoreHeader(flexspec_memory=1, vocabulary=self._vocabulary, born=self._born)
+                write_atomically(self.path, msgspec.json.encode(header) + b"\n")
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
             try:
                 size = os.fstat(file).st_size
-                whole = os.pread(file, 1, size - 1) == b"\n"
-                line = (b"" if whole else b"\n") + msgspec.json.encode(record) + b"\n"
+                ends_in_newline = os.pread(file, 1, size - 1) == b"\n"
+                line = (b"" if ends_in_newline else b"\n") + msgspec.json.encode(record) + b"\n"
                 try:
                     if os.write(file, line) < len(line):
                         raise OSError("the disk is full")
@@ -100,57 +102,57 @@ class Store:
                     raise
             finally:
                 os.close(file)
-            if size + len(line) > self._most_bytes:
-                self._halve()
-        return bool(before) and before != self._born
+            if size + len(line) > self._max_bytes:
+                self._drop_older_half()
+        return bool(previous) and previous != self._born
 
-    def _header(self) -> str:
-        """The `born` of the file; empty where there is none. One that is no such file is set aside."""
+    def _read_born(self) -> str:
+        """The `born` of the file; empty if there is no file. A file that is not a store is moved aside."""
         try:
             with self.path.open("rb") as file:
                 line = file.readline(1000)
-                if os.fstat(file.fileno()).st_size > 4 * self._most_bytes:
-                    raise msgspec.ValidationError("too long")
-            header = msgspec.json.decode(line, type=Header)
+                if os.fstat(file.fileno()).st_size > 4 * self._max_bytes:
+                    raise msgspec.ValidationError("the file is too large")
+            header = msgspec.json.decode(line, type=StoreHeader)
             if header.vocabulary != self._vocabulary:
-                raise msgspec.ValidationError("another vocabulary's")
+                raise msgspec.ValidationError("it belongs to another vocabulary")
         except FileNotFoundError:
             return ""
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            aside = self.path.with_suffix(ASIDE)
-            logger.warning("%s is no memory of this draft's (%s): moved to %s", self.path, error, aside.name)
+            aside = self.path.with_suffix(DAMAGED_SUFFIX)
+            logger.warning("%s is not an n-gram cache of this draft (%s): moved to %s", self.path, error, aside.name)
             self.path.replace(aside)
             self.damaged += 1
             return ""
         return header.born
 
-    def _halve(self) -> None:
-        """Forgets the older half."""
+    def _drop_older_half(self) -> None:
         header, *lines = self.path.read_bytes().split(b"\n")
         kept: list[bytes] = []
         size = 0
         for line in reversed(lines):
             size += len(line) + 1
-            if kept and size > self._most_bytes // 2:
+            if kept and size > self._max_bytes // 2:
                 break
             kept += [line] if line else []
-        write_whole(self.path, b"\n".join([header, *reversed(kept)]) + b"\n")
+        write_atomically(self.path, b"\n".join([header, *reversed(kept)]) + b"\n")
 
     @contextlib.contextmanager
-    def _trying(self) -> Iterator[None]:
+    def _counting_failures(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.failures += 1
             if self.failures == 1:
-                logger.warning("the memory in %s is not kept: %s", self.path.parent, error.strerror or error)
+                logger.warning("cannot keep the n-gram cache in %s: %s", self.path.parent, error.strerror or error)
 
 
-def erase(directory: Path) -> int:
-    """Removes all memories in `directory`, and what was set aside. Returns how many files. Raises OSError."""
-    with locked(directory):
-        files = [path for path in directory.iterdir() if path.suffix in (SUFFIX, ASIDE, SCRATCH)]
+def erase_stores(directory: Path) -> int:
+    """Delete all stores in `directory`, damaged ones included. Returns the number of files. Raises OSError."""
+    with lock_directory(directory):
+        suffixes = (STORE_SUFFIX, DAMAGED_SUFFIX, SCRATCH_SUFFIX)
+        files = [path for path in directory.iterdir() if path.suffix in suffixes]
         for path in files:
             path.unlink()
-        sync(directory)
+        fsync_path(directory)
     return len(files)
