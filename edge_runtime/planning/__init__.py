@@ -1,1 +1,1 @@
-"""How much to draft, and how much to leave to the cloud, round by round."""
+"""The planner: how many tokens to draft on the board and how many to leave to the verifier, round by round."""

@@ -1,8 +1,16 @@
-"""What the draft's guesses are worth: how sure it is, how often it is right then, and how far a draft gets.
+"""Online model of draft acceptance: confidence distribution, calibration and sibling hit rates of the draft model.
 
-Every judged token (all accepted ones and the first rejected) teaches, whatever was drafted: full information, so that
-nothing needs to be tried out. What is learned is kept per target version and temperature class, by the stages of a text
-(`tables`), and slowly forgotten; what all texts taught is the prior of the next one.
+Every judged token (all accepted ones and the first rejected one) is evidence, whatever length was drafted: the planner
+learns from full information and needs no exploration for this. Shadow guesses (see `Plan.watch`) count likewise.
+Evidence is kept per target version and temperature class and per stage of a text (`acceptance_table`), and decays
+exponentially. What all texts have taught is the prior for the next text.
+
+Each estimate is a posterior mean with the prior as pseudo-counts. With `hits` of `seen` tokens in a confidence bin, a
+prior acceptance `p0` and a prior weight of `w` tokens:
+
+    acceptance = (hits + w * p0) / (seen + w)
+
+followed by weighted isotonic regression (pool adjacent violators), so that acceptance never decreases with confidence.
 """
 
 from __future__ import annotations
@@ -14,30 +22,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_runtime.planning.acceptance_table import BINS, MOST_SIBLINGS, STAGES, Floats, Stage, Table, stage_of
+from edge_runtime.planning.acceptance_table import (
+    CONFIDENCE_BINS,
+    MAX_SIBLINGS,
+    STAGE_STREAKS,
+    AcceptanceTable,
+    FloatArray,
+    StageAcceptance,
+    stage_index,
+)
 from edge_runtime.planning.plan import Conditions, Outcome
 
-# Share kept of old evidence per judged token: about the last 3000 tokens say what texts are like.
-KEPT = 0.9997
-# Judged tokens that the prior is worth: of how sure the draft is at a stage, of how right it is in each bin of it, of a
-# sibling's rank, of how much of a text is at the last stage.
-PRIOR_TOKENS = 150.0
-PRIOR_PER_BIN = 25.0
-PRIOR_MISSES = 70.0
-PRIOR_SHARE = 200.0
-# What another version of the target taught counts for at most so many tokens of a new one.
-INHERITED = 150.0
-# Share by which a prior may be wrong about what a drafted token costs, and the judged tokens that halve its variance.
-DOUBT = 0.2
-DOUBTED = 100.0
+# Exponential decay of evidence per judged token. Chosen: an effective window of about 3000 tokens.
+EVIDENCE_DECAY = 0.9997
+# Prior weights, in judged tokens (chosen): of a stage's confidence distribution, of the acceptance in each bin of it,
+# of the hit rate of each sibling rank (in rejected tokens), and of the share of tokens in the last stage.
+PRIOR_CONFIDENCE_TOKENS = 150.0
+PRIOR_TOKENS_PER_BIN = 25.0
+PRIOR_REJECTED_TOKENS = 70.0
+PRIOR_LAST_STAGE_TOKENS = 200.0
+# Maximum weight, in tokens, that evidence from another target version has for a new version.
+INHERITED_TOKENS = 150.0
+# Assumed relative error of the cost per drafted token under the prior alone, and the number of judged tokens after
+# which half of the variance is left.
+PRIOR_COST_ERROR = 0.2
+ERROR_HALVING_TOKENS = 100.0
 
-# Stock is taken of evidence once so many tokens are new, and such a share of all.
-FRESH, RENEWED = 32.0, 0.1
+# The tables are recomputed once the number of new judged tokens exceeds REFRESH_TOKENS + REFRESH_SHARE * all evidence.
+REFRESH_TOKENS, REFRESH_SHARE = 32.0, 0.1
 
-# By temperature class (greedy, up to T=0.85, above) and stage: (mean confidence, share accepted) of the draft's tokens,
-# by fifths of confidence; and the share of tokens whose drafts begin at the last stage. Recorded on both versions of
-# the shipped family, on other texts than those that simulations replay (`draft-export record --seed 100`).
-FIFTHS = (
+# Prior by temperature class (greedy, below T=0.85, above) and stage: (mean confidence, acceptance rate) of draft tokens
+# in each quintile of confidence. LAST_STAGE_SHARES: share of tokens whose drafts begin in the last stage. Measured on
+# both versions of the shipped family, on other texts than those that simulations replay (`draft-export record --seed
+# 100`).
+QUINTILES = (
     (
         ((0.24, 0.41), (0.53, 0.68), (0.81, 0.90), (0.96, 0.963), (0.997, 0.985)),
         ((0.41, 0.63), (0.82, 0.87), (0.95, 0.976), (0.99, 0.979), (0.999, 0.997)),
@@ -54,325 +72,340 @@ FIFTHS = (
         ((0.51, 0.725), (0.954, 0.97), (0.993, 0.98), (0.997, 0.985), (0.9996, 0.999)),
     ),
 )
-RUNNING = (0.29, 0.08, 0.04)
-TEMPERATURES = (0.0, 0.7, 1.0)
-# Points of that distribution that are counted by bin.
-QUANTILES = 2000
-# Share accepted in the evaluation of the same bundle, on text that people wrote.
-EVALUATED = (0.663, 0.632, 0.631)
-# Of the misses that no better sibling hit, the share that the r-th one hits; recorded likewise.
+LAST_STAGE_SHARES = (0.29, 0.08, 0.04)
+# Temperatures at which a bundle's evaluation reports acceptance, by class.
+EVALUATED_TEMPERATURES = (0.0, 0.7, 1.0)
+# Points of the quintiles' interpolated distribution that are counted by bin.
+INTERPOLATION_POINTS = 2000
+# Acceptance rate in the evaluation of the same bundle, on text written by people, by temperature class.
+EVALUATED_ACCEPTANCE = (0.663, 0.632, 0.631)
+# Prior of the sibling hazards (see `AcceptanceCurves`); measured with the quintiles.
 SIBLING_HAZARDS = (0.44, 0.29, 0.22, 0.18, 0.16, 0.13, 0.11)
 
 
 def temperature_class(temperature: float) -> int:
-    """0 for greedy, 1 for mild sampling, 2 for sampling at about the model's own distribution."""
+    """Return 0 for greedy decoding, 1 for mild sampling, 2 for sampling close to the model's own distribution."""
     return 0 if temperature == 0.0 else 1 if temperature < 0.85 else 2
 
 
-class Curves(NamedTuple):
-    """How good a draft is.
+class AcceptanceCurves(NamedTuple):
+    """Point estimates of the draft model's quality.
 
     Attributes:
-        stages: one for each of `STAGES`.
-        hazards: (MOST_SIBLINGS,) of the misses that no better sibling hit, the share that the r-th one hits.
+        stages: one for each of `STAGE_STREAKS`.
+        hazards: (MAX_SIBLINGS,) hit rate of the r-th sibling, given a rejection that no earlier sibling hit.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageAcceptance, ...]
     hazards: tuple[float, ...]
 
-    def table(self, streak: int) -> Table:
-        """How far drafts get behind `streak` right guesses in a row."""
+    def table(self, streak: int) -> AcceptanceTable:
+        """Return the table of drafts that follow `streak` consecutive correct guesses."""
         missed, hits = 1.0, [0.0]
         for hazard in self.hazards:
             missed *= 1.0 - hazard
             hits.append(1.0 - missed)
-        return Table(self.stages, np.array(hits), streak)
+        return AcceptanceTable(self.stages, np.array(hits), streak)
 
 
 class _Evidence:
-    """Counts of judged tokens, slowly forgetting."""
+    """Exponentially decaying counts of judged tokens.
+
+    New evidence is added with the weight `_weight`, which grows by 1 / EVIDENCE_DECAY per judged token, so that old
+    counts decay without being touched. A count in tokens is the stored count divided by `_weight`.
+    """
 
     def __init__(self) -> None:
-        # Evidence counts for 1 / weight when it comes, so that nothing old needs touching: decay is one division.
         self._weight = 1.0
-        # All, and those of drafts that began at the last stage.
-        self._judged = self._running = 0.0
-        self._seen = [[0.0] * BINS for _ in STAGES]
-        self._hits = [[0.0] * BINS for _ in STAGES]
-        self._offered = [0.0] * MOST_SIBLINGS
-        self._sibling_hits = [0.0] * MOST_SIBLINGS
+        # All judged tokens, and those of drafts that began in the last stage.
+        self._judged = self._last_stage = 0.0
+        self._seen = [[0.0] * CONFIDENCE_BINS for _ in STAGE_STREAKS]
+        self._hits = [[0.0] * CONFIDENCE_BINS for _ in STAGE_STREAKS]
+        self._offered = [0.0] * MAX_SIBLINGS
+        self._sibling_hits = [0.0] * MAX_SIBLINGS
 
-    def judge(self, confidence: float, right: bool, streak: int) -> None:
-        """Takes in a guess behind `streak` right ones in a row."""
-        self._weight /= KEPT
+    def add_judged(self, confidence: float, accepted: bool, streak: int) -> None:
+        """Count a judged guess that follows `streak` consecutive correct ones."""
+        self._weight /= EVIDENCE_DECAY
         if self._weight > 1e100:
             self._rescale(1.0 / self._weight)
-        weight, stage = self._weight, stage_of(streak)
-        bin_ = int(confidence * BINS)
-        if bin_ >= BINS:
-            bin_ = BINS - 1
+        weight, stage = self._weight, stage_index(streak)
+        bin_ = int(confidence * CONFIDENCE_BINS)
+        if bin_ >= CONFIDENCE_BINS:
+            bin_ = CONFIDENCE_BINS - 1
         self._seen[stage][bin_] += weight
-        if right:
+        if accepted:
             self._hits[stage][bin_] += weight
         self._judged += weight
 
-    def miss(self, offered: int, rank: int) -> None:
-        """Takes in what siblings came to beside a wrong guess.
+    def add_siblings(self, offered: int, rank: int) -> None:
+        """Count the siblings of a rejected guess.
 
         Args:
-            offered: how many were named.
-            rank: which of them was right, from 1; 0 if none was.
+            offered: number of siblings.
+            rank: which of them was correct, from 1; 0 for none.
         """
-        for index in range(min(rank or offered, MOST_SIBLINGS)):
+        for index in range(min(rank or offered, MAX_SIBLINGS)):
             self._offered[index] += self._weight
-        if 0 < rank <= MOST_SIBLINGS:
+        if 0 < rank <= MAX_SIBLINGS:
             self._sibling_hits[rank - 1] += self._weight
 
-    def run_on(self, tokens: float) -> None:
-        """Of the latest, so many are of drafts that began at the last stage."""
-        self._running += tokens * self._weight
+    def add_last_stage(self, tokens: float) -> None:
+        """Count `tokens` of the latest judged tokens as belonging to drafts that began in the last stage."""
+        self._last_stage += tokens * self._weight
 
     @property
     def judged(self) -> float:
-        """How many, old ones counting less."""
+        """Decayed number of judged tokens."""
         return self._judged / self._weight
 
-    def capped(self, most: float) -> _Evidence:
-        """The same, worth `most` tokens at most."""
-        heir = copy.deepcopy(self)
-        if heir.judged > most:
-            heir._rescale(most / heir._judged)
-            heir._weight = 1.0
-        return heir
+    def capped(self, tokens: float) -> _Evidence:
+        """Return a copy that is scaled down to a weight of at most `tokens` tokens."""
+        copied = copy.deepcopy(self)
+        if copied.judged > tokens:
+            copied._rescale(tokens / copied._judged)
+            copied._weight = 1.0
+        return copied
 
-    def running(self, prior: float) -> float:
-        """The share of tokens whose drafts begin at the last stage."""
-        worth = PRIOR_SHARE * self._weight
-        return (self._running + worth * prior) / (self._judged + worth)
+    def last_stage_share(self, prior: float) -> float:
+        """Return the share of tokens whose drafts begin in the last stage."""
+        prior_weight = PRIOR_LAST_STAGE_TOKENS * self._weight
+        return (self._last_stage + prior_weight * prior) / (self._judged + prior_weight)
 
-    def curves(self, prior: Curves) -> Curves:
-        """What `prior` becomes in the light of this."""
+    def posterior(self, prior: AcceptanceCurves) -> AcceptanceCurves:
+        """Return `prior` updated with this evidence."""
         unit = 1.0 / self._weight
         stages = tuple(
-            _updated(stage, seen, hits, unit)
+            _posterior_stage(stage, seen, hits, unit)
             for stage, seen, hits in zip(prior.stages, self._seen, self._hits, strict=True)
         )
         hazards = tuple(
-            (hits * unit + PRIOR_MISSES * before) / (offered * unit + PRIOR_MISSES)
+            (hits * unit + PRIOR_REJECTED_TOKENS * before) / (offered * unit + PRIOR_REJECTED_TOKENS)
             for hits, offered, before in zip(self._sibling_hits, self._offered, prior.hazards, strict=True)
         )
-        return Curves(stages, hazards)
-
-    def _counts(self) -> list[list[float]]:
-        return [*self._seen, *self._hits, self._offered, self._sibling_hits]
+        return AcceptanceCurves(stages, hazards)
 
     def _rescale(self, factor: float) -> None:
-        for counts in self._counts():
+        for counts in (*self._seen, *self._hits, self._offered, self._sibling_hits):
             counts[:] = [count * factor for count in counts]
         self._weight *= factor
         self._judged *= factor
-        self._running *= factor
+        self._last_stage *= factor
 
 
-def _updated(prior: Stage, seen: list[float], hits: list[float], unit: float) -> Stage:
-    """`prior` in the light of counts in such a unit."""
-    count, per_bin, tokens = sum(seen) * unit, PRIOR_PER_BIN, PRIOR_TOKENS
-    right = [
+def _posterior_stage(prior: StageAcceptance, seen: list[float], hits: list[float], unit: float) -> StageAcceptance:
+    """Return `prior` updated with stored counts, each of which stands for `unit` tokens."""
+    total, per_bin, tokens = sum(seen) * unit, PRIOR_TOKENS_PER_BIN, PRIOR_CONFIDENCE_TOKENS
+    calibration = [
         (hit * unit + per_bin * before) / (count * unit + per_bin)
-        for hit, count, before in zip(hits, seen, prior.right, strict=True)
+        for hit, count, before in zip(hits, seen, prior.calibration, strict=True)
     ]
-    sure = [(one * unit + tokens * before) / (count + tokens) for one, before in zip(seen, prior.sure, strict=True)]
-    return Stage(sure, _never_falling(right, [one * unit + per_bin for one in seen]))
+    shares = [
+        (count * unit + tokens * before) / (total + tokens)
+        for count, before in zip(seen, prior.confidence_shares, strict=True)
+    ]
+    return StageAcceptance(shares, _isotonic(calibration, [count * unit + per_bin for count in seen]))
 
 
-class Survival:
-    """What is known of the draft against one target version at one temperature class.
+class AcceptanceModel:
+    """What is known about the draft's acceptance by one target version in one temperature class.
 
-    Texts differ, but where a text goes is not told by where it has been for long: what tells more than the draft's own
-    confidence is the stage that it is in.
+    Also tracks the streak of the current text. Besides the draft's own confidence, the stage of the text predicts
+    acceptance best; longer histories of a text add nothing.
 
     Attributes:
-        streak: right guesses in a row in front of the text's next token.
+        streak: consecutive correct guesses before the text's next token.
     """
 
     streak: int
     _end: int
     _done: int
-    _curves: Curves
-    _share: float
-    _tables: dict[int, Table]
+    _curves: AcceptanceCurves
+    _last_stage_share: float
+    _tables: dict[int, AcceptanceTable]
 
-    def __init__(self, kind: int, acceptance: float | None = None) -> None:
-        """The prior.
+    def __init__(self, temperature_class: int, evaluated: float | None = None) -> None:
+        """Start from the prior.
 
         Args:
-            kind: see `temperature_class`.
-            acceptance: share of draft tokens accepted, from the bundle's evaluation; None where there is none.
+            temperature_class: see the function of that name.
+            evaluated: acceptance rate from the bundle's evaluation; None if it has none.
         """
-        # What a target writes is easier to guess than what people wrote, on which drafts are evaluated: by as much as
-        # for the shipped family.
-        odds = 1.0 if acceptance is None else _odds(min(max(acceptance, 0.05), 0.95)) / _odds(EVALUATED[kind])
-        self._prior = Curves(tuple(_prior(fifths, odds) for fifths in FIFTHS[kind]), SIBLING_HAZARDS)
-        self._running = RUNNING[kind]
+        # Text that a target generates is easier to predict than the human text that drafts are evaluated on. The odds
+        # of acceptance are taken to be better by the same factor as for the shipped family.
+        if evaluated is None:
+            odds_ratio = 1.0
+        else:
+            odds_ratio = _odds(min(max(evaluated, 0.05), 0.95)) / _odds(EVALUATED_ACCEPTANCE[temperature_class])
+        stages = tuple(_prior_stage(quintiles, odds_ratio) for quintiles in QUINTILES[temperature_class])
+        self._prior = AcceptanceCurves(stages, SIBLING_HAZARDS)
+        self._prior_last_stage_share = LAST_STAGE_SHARES[temperature_class]
         self._evidence = _Evidence()
-        self._take_stock()
-        self._begin(0)
+        self._refresh()
+        self._begin_text(0)
 
     @property
     def judged(self) -> float:
-        """Evidence so far, in tokens, old ones counting less."""
+        """Decayed number of judged tokens."""
         return self._evidence.judged
 
     def follow(self, conditions: Conditions) -> None:
-        """Notices where a text begins: it ends elsewhere, or goes back behind what is done."""
+        """Detect the start of a new text: the end position changes, or the position moves backwards."""
         end = conditions.position + conditions.left
         if end != self._end or conditions.position < self._done:
-            self._begin(end)
+            self._begin_text(end)
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a round's judged tokens, or from those that the cloud said while the draft guessed along."""
+        """Learn from a round's judged tokens, or from the shadow guesses for streamed tokens."""
         self._done = outcome.conditions.position + outcome.tokens
         evidence, streak, accepted = self._evidence, self.streak, outcome.accepted
         judged = min(accepted + 1, outcome.drafted)
         for index in range(judged):
-            evidence.judge(outcome.confidences[index], index < accepted, streak + index)
-        if judged and self._runs:
-            evidence.run_on(judged)
+            evidence.add_judged(outcome.confidences[index], index < accepted, streak + index)
+        if judged and self._in_last_stage:
+            evidence.add_last_stage(judged)
         if accepted < min(outcome.drafted, len(outcome.offered)):
-            evidence.miss(outcome.offered[accepted], outcome.sibling)
-        # Whether the target's own token would have been guessed is not known, and does not end a streak.
+            evidence.add_siblings(outcome.offered[accepted], outcome.sibling)
+        # Whether the draft would have guessed the target's own token is unknown; that does not end a streak.
         self.streak = streak + judged if judged and accepted == outcome.drafted else 0
         for confidence, rank in outcome.watched:
-            evidence.judge(confidence, not rank, streak)
+            evidence.add_judged(confidence, not rank, streak)
             if rank:
-                evidence.miss(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
+                evidence.add_siblings(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
             streak = 0 if rank else streak + 1
         if outcome.watched and len(outcome.watched) == outcome.own:
             self.streak = streak
-        self._new += judged + len(outcome.watched)
-        if self._new > FRESH + RENEWED * self.judged:
-            self._take_stock()
+        self._fresh += judged + len(outcome.watched)
+        if self._fresh > REFRESH_TOKENS + REFRESH_SHARE * self.judged:
+            self._refresh()
 
-    def run_on(self, tokens: float) -> None:
-        """Of the tokens that were watched, so many would have been of drafts that begin at the last stage."""
-        self._evidence.run_on(tokens)
+    def add_last_stage(self, tokens: float) -> None:
+        """Count `tokens` of the shadow guesses as belonging to drafts that would have begun in the last stage."""
+        self._evidence.add_last_stage(tokens)
 
-    def table(self) -> Table:
-        """How far drafts get from here."""
-        return self._behind(STAGES[-1] if self._runs else 0)
+    def table(self) -> AcceptanceTable:
+        """Return the table of drafts that begin at the text's current position."""
+        return self._table(STAGE_STREAKS[-1] if self._in_last_stage else 0)
 
-    def fresh_table(self) -> Table:
-        """How far drafts get behind a miss."""
-        return self._behind(0)
+    def first_stage_table(self) -> AcceptanceTable:
+        """Return the table of drafts that begin after a rejection."""
+        return self._table(0)
 
-    def running_table(self) -> Table:
-        """How far drafts get where nearly all guesses are right."""
-        return self._behind(STAGES[-1])
+    def last_stage_table(self) -> AcceptanceTable:
+        """Return the table of drafts that begin in the last stage, in which nearly all guesses are correct."""
+        return self._table(STAGE_STREAKS[-1])
 
-    def running(self, left: int) -> float:
-        """The share of the text's next `left` tokens whose drafts will begin at the last stage."""
-        if not self._runs:
-            return self._share
-        leaves = 1.0 - self.running_table().acceptance
-        stays = (1.0 - (1.0 - leaves) ** left) / (leaves * left)
-        return stays + (1.0 - stays) * self._share
+    def last_stage_share(self, left: int) -> float:
+        """Return the expected share of the text's next `left` tokens whose drafts begin in the last stage."""
+        if not self._in_last_stage:
+            return self._last_stage_share
+        leave = 1.0 - self.last_stage_table().acceptance
+        stay = (1.0 - (1.0 - leave) ** left) / (leave * left)
+        return stay + (1.0 - stay) * self._last_stage_share
 
-    def speculated(self, left: int) -> float:
-        """Tokens of the next `left` that a forward over SPECULATED drafted ones brings."""
-        share = self.running(left)
-        return 1.0 / (share / self.running_table().speculated + (1.0 - share) / self.fresh_table().speculated)
+    def tokens_per_forward(self, left: int) -> float:
+        """Return the expected yield of a forward over VERIFIER_DRAFT_LENGTH draft tokens, over the next `left` tokens.
 
-    @property
-    def doubt(self) -> float:
-        """Share by which drafted tokens could yet turn out to be cheaper than the table says, in all texts."""
-        return DOUBT * math.sqrt(self.unsure)
-
-    @property
-    def unsure(self) -> float:
-        """Share of the prior in what is known."""
-        return DOUBTED / (DOUBTED + self.judged)
-
-    def inherit(self) -> Survival:
-        """What a new target version starts with: all of this, worth `INHERITED` tokens at most."""
-        heir = copy.copy(self)
-        heir._evidence = self._evidence.capped(INHERITED)
-        heir._take_stock()
-        heir._begin(0)
-        return heir
+        The harmonic mean of both stages' yields: forwards, not tokens, add up.
+        """
+        share = self.last_stage_share(left)
+        first, last = self.first_stage_table(), self.last_stage_table()
+        return 1.0 / (share / last.tokens_per_forward + (1.0 - share) / first.tokens_per_forward)
 
     @property
-    def _runs(self) -> bool:
-        return self.streak >= STAGES[-1]
+    def cost_error(self) -> float:
+        """Relative standard error of the cost per drafted token that follows from the table, over all texts."""
+        return PRIOR_COST_ERROR * math.sqrt(self.prior_weight)
 
-    def _behind(self, streak: int) -> Table:
+    @property
+    def prior_weight(self) -> float:
+        """Share of the prior in the current estimates."""
+        return ERROR_HALVING_TOKENS / (ERROR_HALVING_TOKENS + self.judged)
+
+    def inherit(self) -> AcceptanceModel:
+        """Return the starting point for a new target version: this evidence, capped at `INHERITED_TOKENS` tokens."""
+        successor = copy.copy(self)
+        successor._evidence = self._evidence.capped(INHERITED_TOKENS)
+        successor._refresh()
+        successor._begin_text(0)
+        return successor
+
+    @property
+    def _in_last_stage(self) -> bool:
+        return self.streak >= STAGE_STREAKS[-1]
+
+    def _table(self, streak: int) -> AcceptanceTable:
         table = self._tables.get(streak)
         if table is None:
             table = self._tables[streak] = self._curves.table(streak)
         return table
 
-    def _take_stock(self) -> None:
-        self._curves, self._tables, self._new = self._evidence.curves(self._prior), {}, 0
-        self._share = self._evidence.running(self._running)
+    def _refresh(self) -> None:
+        self._curves, self._tables, self._fresh = self._evidence.posterior(self._prior), {}, 0
+        self._last_stage_share = self._evidence.last_stage_share(self._prior_last_stage_share)
 
-    def _begin(self, end: int) -> None:
+    def _begin_text(self, end: int) -> None:
         self._end, self._done, self.streak = end, 0, 0
 
 
-class Survivals:
-    """`Survival` by target version and temperature class."""
+class AcceptanceModels:
+    """One `AcceptanceModel` per target version and temperature class."""
 
     def __init__(self, acceptance: Mapping[str, float]) -> None:
         """
         Args:
-            acceptance: as in the bundle's manifest, by `T=0`, `T=0.7` and `T=1`; may lack any.
+            acceptance: acceptance rates from the bundle's manifest, by `T=0`, `T=0.7` and `T=1`; any may be missing.
         """
         self._acceptance = acceptance
-        self._known: dict[tuple[str, int], Survival] = {}
-        self._latest: dict[int, Survival] = {}
+        self._models: dict[tuple[str, int], AcceptanceModel] = {}
+        self._latest: dict[int, AcceptanceModel] = {}
 
-    def of(self, version: str, temperature: float) -> Survival:
-        """What is known; of a version without a name, what is known of the latest."""
+    def get(self, version: str, temperature: float) -> AcceptanceModel:
+        """Return the model of a target version, created on first use; an empty version means the latest one."""
         kind = temperature_class(temperature)
-        known = self._known.get((version, kind)) if version else self._latest.get(kind)
-        if known is None:
+        model = self._models.get((version, kind)) if version else self._latest.get(kind)
+        if model is None:
             latest = self._latest.get(kind)
             if latest is None:
-                known = Survival(kind, self._acceptance.get(f"T={TEMPERATURES[kind]:g}"))
+                model = AcceptanceModel(kind, self._acceptance.get(f"T={EVALUATED_TEMPERATURES[kind]:g}"))
             else:
-                known = latest.inherit()
-            self._latest[kind] = known
+                model = latest.inherit()
+            self._latest[kind] = model
             if version:
-                self._known[version, kind] = known
-        return known
+                self._models[version, kind] = model
+        return model
 
 
-def _prior(fifths: tuple[tuple[float, float], ...], odds: float) -> Stage:
-    """How sure a draft is, and how right it is then, by bin; the odds of its being right are so many times theirs."""
-    means, shares = (np.array(column) for column in zip(*fifths, strict=True))
-    # Each fifth is spread halfway to its neighbours.
+def _prior_stage(quintiles: tuple[tuple[float, float], ...], odds_ratio: float) -> StageAcceptance:
+    """Return the prior of one stage: the measured quintiles, with the odds of acceptance multiplied by `odds_ratio`."""
+    means, rates = (np.array(column) for column in zip(*quintiles, strict=True))
+    # Each quintile is spread halfway to its neighbors.
     edges = np.concatenate([[0.0], (means[1:] + means[:-1]) / 2, [1.0]])
-    confidences = np.interp((np.arange(QUANTILES) + 0.5) / QUANTILES, np.linspace(0.0, 1.0, len(edges)), edges)
-    # A bin is as right as what lies in it, which in the last one is mostly next to 1; an empty one as its middle.
-    bins = np.minimum((confidences * BINS).astype(np.intp), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    hits = np.bincount(bins, np.interp(confidences, means, shares), BINS)
-    middles = np.interp((np.arange(BINS) + 0.5) / BINS, means, shares)
-    right: Floats = np.where(counts, hits / np.maximum(counts, 1), middles)
-    sure: Floats = counts / QUANTILES * 0.98 + 0.02 / BINS
-    # How often it is right is told, and Bayes' rule says how sure it is then.
-    mean = float(sure @ right)
-    told = odds * _odds(mean) / (1.0 + odds * _odds(mean))
-    of_hits = told / mean * sure * right
-    sure = of_hits + (1.0 - told) / (1.0 - mean) * sure * (1.0 - right)
-    return Stage(sure.tolist(), (of_hits / sure).tolist())
+    levels = (np.arange(INTERPOLATION_POINTS) + 0.5) / INTERPOLATION_POINTS
+    confidences = np.interp(levels, np.linspace(0.0, 1.0, len(edges)), edges)
+    # A bin's acceptance is the mean over the points in it, which lie next to 1 in the last bin; that of an empty bin is
+    # interpolated at its middle.
+    bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.intp), CONFIDENCE_BINS - 1)
+    counts = np.bincount(bins, minlength=CONFIDENCE_BINS)
+    hits = np.bincount(bins, np.interp(confidences, means, rates), CONFIDENCE_BINS)
+    middles = np.interp((np.arange(CONFIDENCE_BINS) + 0.5) / CONFIDENCE_BINS, means, rates)
+    calibration: FloatArray = np.where(counts, hits / np.maximum(counts, 1), middles)
+    shares: FloatArray = counts / INTERPOLATION_POINTS * 0.98 + 0.02 / CONFIDENCE_BINS
+    # The odds ratio fixes the overall acceptance; Bayes' rule then gives the confidence distribution, with those of
+    # accepted and of rejected tokens unchanged.
+    measured = float(shares @ calibration)
+    target = odds_ratio * _odds(measured) / (1.0 + odds_ratio * _odds(measured))
+    accepted = target / measured * shares * calibration
+    shares = accepted + (1.0 - target) / (1.0 - measured) * shares * (1.0 - calibration)
+    return StageAcceptance(shares.tolist(), (accepted / shares).tolist())
 
 
-def _odds(share: float) -> float:
-    return share / (1.0 - share)
+def _odds(probability: float) -> float:
+    return probability / (1.0 - probability)
 
 
-def _never_falling(values: list[float], weights: list[float]) -> list[float]:
-    """The closest never-falling sequence in weighted least squares: neighbours that fall are pooled."""
+def _isotonic(values: list[float], weights: list[float]) -> list[float]:
+    """Return the weighted least-squares non-decreasing fit of `values` (pool adjacent violators)."""
     pools: list[tuple[float, float, int]] = []
     for value, weight in zip(values, weights, strict=True):
         size = 1

@@ -1,12 +1,16 @@
-"""The analytic planner: knows what each part of a round costs and what drafts are worth, and takes the cheapest plan.
+"""The analytic planner: estimates what each part of a round costs and how far drafts get, and takes the cheapest plan.
 
-Before each round it compares two ways to finish the text: leaving it to the cloud (K = 0, n = all that is left), or
-drafted rounds at their best cost per token (`search`), for the part of it that runs on by itself and for the rest.
-Whichever is used teaches what it costs itself, and mostly what the other would have cost: the draft guesses along while
-the cloud speaks (`replay`), and a drafted round says how many forwards its tokens would have taken. Beyond that, the
-other is tried where the improvement that may be expected of it, all doubts weighed, is worth more than the trial; and
-now and then, as far as the expected loss stays within what exploring may cost. What drafting may lose against the cloud
-alone in all is bounded (`stake`).
+Before each round it compares two ways to finish the text:
+
+- streaming: leave the rest to the verifier (K = 0, n = all remaining tokens);
+- drafting: drafted rounds at their best cost per token (`search`), averaged over the text's stages
+  (`acceptance_table`).
+
+The executed option teaches its own cost, and mostly that of the other one as well: while the verifier streams, the
+draft model predicts the streamed tokens in shadow and drafted rounds are replayed on them (`counterfactual`), and a
+drafted round shows how many forwards its tokens would have taken. Beyond that, the planner tries the other option if
+its expected improvement, given the uncertainty of the estimates, exceeds the cost of the trial, and now and then within
+a budget for exploration. The total loss of drafting against streaming is bounded by a regret budget (`regret_budget`).
 """
 
 from __future__ import annotations
@@ -14,385 +18,457 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import msgspec
 
-from edge_runtime.planning.acceptance_model import Survival, Survivals
-from edge_runtime.planning.acceptance_table import Table
-from edge_runtime.planning.cost_calibration import Bias
-from edge_runtime.planning.cost_model import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, Costs
-from edge_runtime.planning.counterfactual import Way, replay
-from edge_runtime.planning.device_model import Device, heat_of
-from edge_runtime.planning.energy_budget import Budget, EnergyQueue
-from edge_runtime.planning.estimators import WIDEST
+from edge_runtime.planning.acceptance_model import AcceptanceModel, AcceptanceModels
+from edge_runtime.planning.acceptance_table import AcceptanceTable
+from edge_runtime.planning.cost_calibration import CostCalibration
+from edge_runtime.planning.cost_model import FRAME_BYTES, ID_BYTES, CostModel
+from edge_runtime.planning.counterfactual import RoundChoice, replay_rounds
+from edge_runtime.planning.device_model import DeviceModel, heat_factor
+from edge_runtime.planning.energy_budget import EnergyBudget, EnergyQueue
+from edge_runtime.planning.estimators import MAX_X
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.regret_budget import Stake
-from edge_runtime.planning.search import Draft, Prices, best_draft
+from edge_runtime.planning.regret_budget import RegretBudget
+from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
+from edge_runtime.protocol.messages import STREAM_FRAME_SECONDS
 
 log = logging.getLogger("edge_runtime.planning")
 
-# Own tokens of the very first round, which shows what the link and the verifier cost; and of later trials.
-FIRST = 7
-TRIAL = 16
-# A trial may cost what it gains on so many tokens to come, be it of drafts or of the cloud alone.
-HORIZON = 300.0
-# Tokens after which a trial of drafts has shown what they are like.
-SHOWN = 24.0
-# Share of the doubt about drafts that does not concern a verifier's own as well.
-SHARED_DOUBT = 0.5
-# Share of all time that may be spent on trials without much hope, every so many rounds, of what is not much dearer.
-SPARED = 0.004
-PAUSE = 24
-HOPELESS = 3.0
-# The draft guesses along where drafting seems at most so many times dearer than what the cloud is left to.
-WATCHED = 1.5
-# Least worth of an id's way over the link, so that siblings are not named for nothing.
-ID_SECONDS = 2e-5
-# And of a byte of a round's own, so that a link of no length is not filled with rounds that hardly save time.
-BYTE_SECONDS = 8e-6
-# Prices that moved by less than this share leave the last search's result in force.
-MOVED = 0.08
-# Share of rounds that are faster on the link than what is counted on for drafting ahead.
-QUICK = 0.4
-# A hot board drafts less: its seconds count more by such a share of what its joules do, because it will be slower soon.
-HEAT_SECONDS = 0.25
-# Reading that takes less than this is not worth a round of its own.
-LEAST_READING = 0.02
-# A verifier's forward that nobody has seen is at most this long.
-SLOWEST_FORWARD = 0.1
-# None takes less, whatever a clock says.
-SHORTEST_FORWARD = 1e-6
+# All constants are chosen; `python -m tests.benchmarks.planning` shows their effect in simulation.
+
+# Own tokens of the very first round, which measures link and verifier, and of later trials of streaming.
+FIRST_ROUND_TOKENS = 7
+STREAMING_TRIAL_TOKENS = 16
+# Number of tokens that a trial of drafting takes to show the acceptance.
+DRAFTING_TRIAL_TOKENS = 24.0
+# A trial may cost what it is expected to gain over this many future tokens.
+TRIAL_HORIZON_TOKENS = 300.0
+# Share of the error of the drafting cost that a speculative verifier's streaming cost does not share: both follow the
+# acceptance.
+UNSHARED_ERROR = 0.5
+# Exploration without an expected gain: share of all time that it may take, minimum number of rounds between two trials,
+# and maximum ratio of the option's estimated cost to that of the best one.
+EXPLORATION_SHARE = 0.004
+EXPLORATION_INTERVAL_ROUNDS = 24
+MAX_EXPLORATION_RATIO = 3.0
+# The draft shadows a stream if drafting seems at most this many times more expensive than streaming.
+MAX_SHADOW_RATIO = 1.5
+# Minimum prices of a token id and of a byte of a round's fixed payload, in seconds of waiting, so that siblings that
+# gain nothing are not sent, and a link without delay is not filled with rounds that hardly save time.
+MIN_ID_SECONDS = 2e-5
+MIN_BYTE_SECONDS = 8e-6
+# The last search result remains valid while all prices differ by less than this share.
+PRICE_TOLERANCE = 0.08
+# Quantile of the link time that drafting ahead counts on.
+FLIGHT_QUANTILE = 0.4
+# Share of the heat factor's excess that is applied to a draft step's time as well: a hot board is about to slow down.
+HEAT_TIME_SHARE = 0.25
+# Streaming while the draft prefills is considered if the prefill takes longer than this.
+MIN_PREFILL_SECONDS = 0.02
+# Assumed forward time of an unknown verifier: an upper bound.
+UNKNOWN_FORWARD_SECONDS = 0.1
+# Lower bound of a measured forward time, as a guard against clock resolution.
+MIN_FORWARD_SECONDS = 1e-6
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """Two ways to finish a text and what they cost, in the objective's seconds.
+class CostComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """The two ways to finish a text and their cost, in the objective's seconds.
 
     Attributes:
-        left: tokens to go.
-        draft: the best drafted round.
+        left: remaining tokens.
+        round: the best drafted round.
         prefill: of the draft, once.
-        reading: tokens to stream while the draft reads, so that nobody waits for it; 0 where it had better read first.
+        prefill_stream: tokens to stream while the draft prefills; 0 if it is cheaper to prefill first.
         drafted: all tokens in drafted rounds.
-        better: the same once the link is on its better side.
-        leaving: the chance that it is there by now.
-        stays: how many seconds the link stays as it is.
+        drafted_better_link: the same once the link has returned to its better regime.
+        link_change: probability that the link's regime has changed since it was measured.
+        link_seconds: expected duration of the link's current regime, in seconds.
         first: a streaming round of one token.
-        each: every further token of it.
-        hoped: the least that this could turn out to be.
-        bringing: tokens that a forward of a verifier that speculates brings.
-        bias: how many times more drafted rounds cost than their tables say; all of the above is with it.
+        further: every further token of it.
+        optimistic_further: a lower bound of what that may turn out to be.
+        tokens_per_forward: expected yield of a speculative verifier's forward.
+        calibration: factor of the predicted costs of drafted rounds, included in all of the above.
     """
 
     left: int
-    draft: Draft
+    round: DraftedRound
     prefill: float
-    reading: int
+    prefill_stream: int
     drafted: float
-    better: float
-    leaving: float
-    stays: float
+    drafted_better_link: float
+    link_change: float
+    link_seconds: float
     first: float
-    each: float
-    hoped: float
-    bringing: float
-    bias: float
+    further: float
+    optimistic_further: float
+    tokens_per_forward: float
+    calibration: float
 
     @property
     def streamed(self) -> float:
         """All tokens in one streaming round."""
-        return self.first + (self.left - 1) * self.each
+        return self.first + (self.left - 1) * self.further
+
+
+class _UnitPrices(NamedTuple):
+    """Prices of a second of waiting, of drafting, in flight and of a verifier's forward, and of a byte."""
+
+    waiting: float
+    drafting: float
+    flight: float
+    forward: float
+    byte: float
 
 
 class AnalyticPlanner:
-    """Plans by expected cost. One serves all texts of a process."""
+    """Plans by expected cost. One planner serves all generations of a process."""
 
     def __init__(
         self,
         objective: Objective,
-        device: Device,
+        device: DeviceModel,
         *,
         acceptance: Mapping[str, float] | None = None,
-        budget: Budget | None = None,
+        budget: EnergyBudget | None = None,
     ) -> None:
         """
         Args:
             objective: prices.
-            device: the board, as far as it is known.
-            acceptance: as in the bundle's manifest.
-            budget: of energy.
+            device: prior figures of the board.
+            acceptance: acceptance rates by evaluation, as in the bundle's manifest.
+            budget: energy budget.
         """
         self._queue = EnergyQueue(budget, device) if budget else None
         self._objective = objective
         self._device = device
-        self._costs = Costs(device)
-        self._survivals = Survivals(acceptance or {})
-        self._credit = 0.0
-        self._since_trial = 0
-        self._bias = Bias()
-        # Rounds of which it is not clear yet whether the link has changed.
-        self._odd: list[tuple[Outcome, Prices, Choice]] = []
-        self._changes = 0
-        self._stake = Stake()
-        self._prices: Prices | None = None
-        # The best drafted rounds at these prices, by the tables that they are for.
-        self._found = WeakKeyDictionary[Table, Draft]()
-        # What was chosen from last, and the end of the text in which the cloud alone was tried last.
-        self._choice: Choice | None = None
-        self._tried = 0
+        self._costs = CostModel(device)
+        self._acceptance = AcceptanceModels(acceptance or {})
+        self._calibration = CostCalibration()
+        self._regret = RegretBudget()
+        self._exploration_seconds = 0.0
+        self._rounds_since_exploration = 0
+        # Outcomes with the prices and the comparison at their time, held back while it is uncertain whether the link
+        # has changed.
+        self._pending: list[tuple[Outcome, RoundPrices, CostComparison]] = []
+        self._link_changes = 0
+        # The prices of the last search, and its results by table.
+        self._prices: RoundPrices | None = None
+        self._rounds = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
+        self._comparison: CostComparison | None = None
+        # End position of the text in which streaming was last tried.
+        self._streaming_trial_end = 0
 
     def plan(self, conditions: Conditions) -> Plan:
-        """The cheapest plan for the rest of the text, as far as anybody knows."""
-        self._costs.listen(conditions)
+        """Return the cheapest plan for the rest of the text according to the current estimates."""
+        self._costs.use_kernel_rtt(conditions)
         if self._queue:
             self._queue.advance(conditions.now, conditions.surroundings)
-        survival = self._survivals.of(conditions.version, conditions.temperature)
-        survival.follow(conditions)
-        table = survival.table()
-        choice = self._choice = self._choose(conditions, table, survival)
-        plan = self._decide(conditions, choice, table, survival)
+        acceptance = self._acceptance.get(conditions.version, conditions.temperature)
+        acceptance.follow(conditions)
+        table = acceptance.table()
+        comparison = self._comparison = self._compare(conditions, table, acceptance)
+        plan = self._decide(conditions, comparison, table, acceptance)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
-                "K=%d n=%d: %.1f ms a token drafted, %.1f streamed, %d left, %.0f tokens to lose: %s",
-                plan.draft, plan.own, 1e3 * choice.drafted / choice.left, 1e3 * choice.streamed / choice.left,
-                choice.left, self._stake.tokens, plan.reason,
-            )  # fmt: skip
+                "K=%d n=%d: %.1f ms/token drafted, %.1f streamed, %d left, regret budget %.0f tokens: %s",
+                plan.draft,
+                plan.own,
+                1e3 * comparison.drafted / comparison.left,
+                1e3 * comparison.streamed / comparison.left,
+                comparison.left,
+                self._regret.tokens,
+                plan.reason,
+            )
         return plan
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a round."""
+        """Learn from a round."""
         conditions = outcome.conditions
-        survival = self._survivals.of(conditions.version, conditions.temperature)
-        self._costs.observe(outcome, survival.speculated(conditions.left))
+        acceptance = self._acceptance.get(conditions.version, conditions.temperature)
+        self._costs.observe(outcome, acceptance.tokens_per_forward(conditions.left))
         if self._queue:
-            self._queue.observe(outcome, self._costs.joules_of(outcome))
+            self._queue.observe(outcome, self._costs.round_joules(outcome))
         if outcome.watched and self._prices is not None:
-            self._replay(outcome, survival, self._prices)
-        survival.observe(outcome)
-        self._since_trial += 1
-        if self._prices is not None and self._choice is not None:
-            self._observe_cost(outcome, self._prices, self._choice)
-        self._credit += SPARED * (outcome.draft_seconds + outcome.exchange_seconds)
+            self._observe_shadow(outcome, acceptance, self._prices)
+        acceptance.observe(outcome)
+        self._rounds_since_exploration += 1
+        if self._prices is not None and self._comparison is not None:
+            self._observe_cost(outcome, self._prices, self._comparison)
+        self._exploration_seconds += EXPLORATION_SHARE * (outcome.draft_seconds + outcome.exchange_seconds)
 
-    def _choose(self, conditions: Conditions, table: Table, survival: Survival) -> Choice:
-        """Both ways to go on, at today's prices."""
-        costs, device, objective = self._costs, self._device, self._objective
-        second = objective.latency + objective.joule * device.idle_watts
+    def _unit_prices(self, conditions: Conditions) -> _UnitPrices:
+        device, objective = self._device, self._objective
+        waiting = objective.latency + objective.joule * device.idle_watts
         joule = objective.joule
         if self._queue:
-            second, scarce = self._queue.waiting(second)
-            joule += scarce
-        on_air = second + joule * device.radio_watts
-        heat = heat_of(conditions.surroundings)
-        drafting = second * (1.0 + HEAT_SECONDS * (heat - 1.0)) + joule * (device.busy_watts - device.idle_watts) * heat
-        worked = on_air + objective.verifier
+            waiting, budget_joule = self._queue.prices(waiting)
+            joule += budget_joule
+        flight = waiting + joule * device.radio_watts
+        heat = heat_factor(conditions.surroundings)
+        drafting = waiting * (1.0 + HEAT_TIME_SHARE * (heat - 1.0))
+        drafting += joule * (device.busy_watts - device.idle_watts) * heat
         byte = objective.byte + joule * device.joules_per_byte
-        single = costs.forward.at(1.0) if costs.forward.known else SLOWEST_FORWARD
-        link = costs.link.at(conditions.now)
-        exchange = (link + costs.queue.value) * on_air + device.overhead_seconds * second
-        exchange += costs.round_bytes.value * (byte + BYTE_SECONDS * second)
+        return _UnitPrices(waiting, drafting, flight, flight + objective.verifier, byte)
+
+    def _round_prices(self, conditions: Conditions, unit: _UnitPrices, link: float) -> RoundPrices:
+        """Return the prices of a round's parts; `link` is the expected link time in seconds."""
+        costs, overhead = self._costs, self._device.overhead_seconds
+        payload = costs.round_bytes.value * (unit.byte + MIN_BYTE_SECONDS * unit.waiting)
+        exchange = (link + costs.queue.value) * unit.flight + overhead * unit.waiting
         step = costs.step_seconds(conditions.position)
-        widths, forwards = costs.forward.knots if costs.forward.known else ([1.0, WIDEST], [single, 2.0 * single])
-        prices = Prices(
-            exchange=exchange,
-            step=step * drafting,
-            identity=ID_BYTES * byte + ID_SECONDS * second,
-            second=on_air,
-            worked=worked,
-            ahead=step * (drafting - second),
-            void=costs.round_bytes.value * (byte + BYTE_SECONDS * second),
+        if costs.forward.known:
+            nodes, forwards = costs.forward.knots
+        else:
+            nodes, forwards = [1.0, MAX_X], [UNKNOWN_FORWARD_SECONDS, 2.0 * UNKNOWN_FORWARD_SECONDS]
+        return RoundPrices(
+            exchange=exchange + payload,
+            step=step * unit.drafting,
+            id=ID_BYTES * unit.byte + MIN_ID_SECONDS * unit.waiting,
+            flight_second=unit.flight,
+            forward_second=unit.forward,
+            step_ahead=step * (unit.drafting - unit.waiting),
+            void=payload,
             step_seconds=step,
-            flight_seconds=min(costs.link_quantile(QUICK), link) + single,
-            overhead_seconds=device.overhead_seconds,
+            flight_seconds=min(costs.link_quantile(FLIGHT_QUANTILE), link) + forwards[0],
+            overhead_seconds=overhead,
             queue_seconds=costs.queue.value,
-            widths=widths,
-            forwards=forwards,
+            forward_nodes=nodes,
+            forward_seconds=forwards,
         )
-        if self._prices is None or not prices.near(self._prices, MOVED):
-            self._found.clear()
+
+    def _compare(self, conditions: Conditions, table: AcceptanceTable, acceptance: AcceptanceModel) -> CostComparison:
+        """Return the cost of both options at the current prices."""
+        costs, now, left = self._costs, conditions.now, conditions.left
+        unit = self._unit_prices(conditions)
+        link = costs.link.forecast(now)
+        prices = self._round_prices(conditions, unit, link)
+        if self._prices is None or not prices.close_to(self._prices, PRICE_TOLERANCE):
+            self._rounds.clear()
             self._prices = prices
-        draft = self._search(table, prices)
-        # The rest of the text will run on for a part of it.
-        share = survival.running(conditions.left)
-        fresh, running = (self._search(one, prices).cost for one in (survival.fresh_table(), survival.running_table()))
-        drafting_on = share * running + (1.0 - share) * fresh
-        if costs.speculates:
-            # A verifier with the same draft shows what that is worth, for as long as the board has seen little of it.
-            drafting_on /= 1.0 + (costs.brings.value - 1.0) * survival.unsure
-        bringing = survival.speculated(conditions.left)
-        own = max(costs.own_seconds(bringing), SHORTEST_FORWARD) if costs.forward.known else SLOWEST_FORWARD
-        framed = FRAME_BYTES * byte / max(1.0, FRAME_SECONDS / own) + ID_BYTES * byte
-        prefill = costs.prefill_seconds(conditions.unread) * drafting
-        # Most of the rounds will come later, when the link may be what it usually is.
-        left = conditions.left
-        later = costs.link.at(conditions.now + 0.5 * left * min(drafting_on, own * worked))
-        bias = self._bias.factor(draft.cost * draft.tokens)
-        each = drafting_on * bias + (later - link) * on_air / draft.chained
-        # A text's last round yields more than is left, by half a round on average.
-        rounds = left + 0.5 * (draft.tokens - 1.0)
-        better = each - max(0.0, later - costs.link.other) * on_air / draft.chained
-        first, further = exchange + single * worked, own * worked + framed
-        drafted, reading = prefill + each * rounds, 0
-        if not conditions.ready and costs.prefill_seconds(conditions.unread) > LEAST_READING:
-            # What the board reads during a stream it need not read later, but for the tokens that are streamed.
+        best = self._best_round(table, prices)
+        # A part of the remaining text will be in the last stage.
+        share = acceptance.last_stage_share(left)
+        in_first_stage = self._best_round(acceptance.first_stage_table(), prices).cost
+        in_last_stage = self._best_round(acceptance.last_stage_table(), prices).cost
+        predicted = share * in_last_stage + (1.0 - share) * in_first_stage
+        if costs.verifier_speculates:
+            # As long as the board has little evidence of its own, the yield of a verifier with the same draft is
+            # evidence of the acceptance.
+            predicted /= 1.0 + (costs.yield_ratio.value - 1.0) * acceptance.prior_weight
+        tokens_per_forward = acceptance.tokens_per_forward(left)
+        own_seconds = UNKNOWN_FORWARD_SECONDS
+        if costs.forward.known:
+            own_seconds = max(costs.own_token_seconds(tokens_per_forward), MIN_FORWARD_SECONDS)
+        # A frame carries the tokens of a frame interval, at least one.
+        traffic = FRAME_BYTES * unit.byte / max(1.0, STREAM_FRAME_SECONDS / own_seconds) + ID_BYTES * unit.byte
+        first, further = (
+            prices.exchange + prices.forward_seconds[0] * unit.forward,
+            own_seconds * unit.forward + traffic,
+        )
+        # Most rounds will take place later, when the link may be back at its long-run mean.
+        later = costs.link.forecast(now + 0.5 * left * min(predicted, own_seconds * unit.forward))
+        calibration = self._calibration.factor(best.cost * best.tokens)
+        per_token = predicted * calibration + (later - link) * unit.flight / best.chain_tokens
+        better_link = per_token - max(0.0, later - costs.link.other_level) * unit.flight / best.chain_tokens
+        # The last round of a text yields more than what is left, by half a round on average.
+        tokens = left + 0.5 * (best.tokens - 1.0)
+        prefill_seconds = costs.prefill_seconds(conditions.unread)
+        prefill = prefill_seconds * unit.drafting
+        drafted, prefill_stream = prefill + per_token * tokens, 0
+        if not conditions.ready and prefill_seconds > MIN_PREFILL_SECONDS:
+            # Prefill during a stream costs no time, except that of the streamed tokens themselves.
             count = 1 + int(max(0.0, prefill - first) / further)
-            later = costs.prefill_seconds(count + 1) * drafting
-            beside = first + (count - 1) * further + later + each * (rounds - count)
-            if count < left // 2 and beside < 0.99 * drafted:
-                drafted, reading = beside, count
-        return Choice(
+            rest = costs.prefill_seconds(count + 1) * unit.drafting
+            mixed = first + (count - 1) * further + rest + per_token * (tokens - count)
+            if count < left // 2 and mixed < 0.99 * drafted:
+                drafted, prefill_stream = mixed, count
+        return CostComparison(
             left=left,
-            draft=draft,
+            round=best,
             prefill=prefill,
-            reading=reading,
+            prefill_stream=prefill_stream,
             drafted=drafted,
-            better=drafted + (better - each) * rounds,
-            leaving=1.0 - costs.link.still(conditions.now),
-            stays=costs.link.stays,
+            drafted_better_link=drafted + (better_link - per_token) * tokens,
+            link_change=1.0 - costs.link.persistence(now),
+            link_seconds=costs.link.expected_duration,
             first=first,
-            each=further,
-            hoped=costs.own_hoped(bringing) * worked + framed,
-            bringing=bringing,
-            bias=bias,
+            further=further,
+            optimistic_further=costs.optimistic_own_token_seconds(tokens_per_forward) * unit.forward + traffic,
+            tokens_per_forward=tokens_per_forward,
+            calibration=calibration,
         )
 
-    def _observe_cost(self, outcome: Outcome, prices: Prices, choice: Choice) -> None:
-        """Compares what a round cost with what it was to cost, and with what the cloud alone would have."""
+    def _observe_cost(self, outcome: Outcome, prices: RoundPrices, comparison: CostComparison) -> None:
+        """Compare a round's measured cost with its prediction and with that of streaming."""
         link = self._costs.link.now
-        if link.changes > self._changes:
-            # What was told, and chosen, was of another link.
-            self._changes = link.changes
-            self._odd.clear()
-        self._odd.append((outcome, prices, choice))
-        if link.doubtful:
+        if link.changes > self._link_changes:
+            # The predictions for the pending outcomes were for another link.
+            self._link_changes = link.changes
+            self._pending.clear()
+        self._pending.append((outcome, prices, comparison))
+        if link.uncertain:
             return
-        for outcome, prices, choice in self._odd:
-            cost = prices.second * outcome.exchange_seconds + (prices.worked - prices.second) * outcome.forward_seconds
+        for outcome, prices, comparison in self._pending:
+            cost = prices.flight_second * outcome.exchange_seconds
+            cost += (prices.forward_second - prices.flight_second) * outcome.forward_seconds
             cost += outcome.draft_seconds * prices.step / prices.step_seconds
-            worth = self._costs.streamed(outcome, choice.bringing)
-            self._stake.observe(outcome, worth, cost, choice.first, choice.each)
+            self._regret.observe(
+                outcome,
+                equivalent=self._costs.streaming_equivalent(outcome, comparison.tokens_per_forward),
+                cost=cost,
+                first=comparison.first,
+                further=comparison.further,
+            )
             if outcome.drafted and not outcome.repeated:
-                self._bias.observe(cost - choice.prefill, choice.draft.cost * outcome.tokens)
+                self._calibration.observe(cost - comparison.prefill, comparison.round.cost * outcome.tokens)
             elif not outcome.drafted and not outcome.watched:
-                self._bias.fade(outcome.tokens)
-        self._odd.clear()
+                self._calibration.fade(outcome.tokens)
+        self._pending.clear()
 
-    def _replay(self, outcome: Outcome, survival: Survival, prices: Prices) -> None:
-        """What drafted rounds would have cost where the cloud alone was left to it."""
-        fresh, running = (
-            Way(self._search(table, prices), table) for table in (survival.fresh_table(), survival.running_table())
+    def _observe_shadow(self, outcome: Outcome, acceptance: AcceptanceModel, prices: RoundPrices) -> None:
+        """Learn what drafted rounds would have cost for streamed tokens."""
+        first_stage, last_stage = (
+            RoundChoice(self._best_round(table, prices), table)
+            for table in (acceptance.first_stage_table(), acceptance.last_stage_table())
         )
-        played = replay(outcome.watched, survival.streak, fresh, running, prices)
-        if played.tokens:
-            survival.run_on(played.running * len(outcome.watched) / played.tokens)
-            self._bias.watch(played.tokens, played.cost, played.told)
+        replayed = replay_rounds(
+            outcome.watched, streak=acceptance.streak, first_stage=first_stage, last_stage=last_stage, prices=prices
+        )
+        if replayed.tokens:
+            acceptance.add_last_stage(replayed.last_stage_tokens * len(outcome.watched) / replayed.tokens)
+            self._calibration.observe_counterfactual(replayed.tokens, replayed.cost, replayed.predicted_cost)
 
-    def _search(self, table: Table, prices: Prices) -> Draft:
-        """The best drafted round, from the last search where nothing has moved."""
-        draft = self._found.get(table)
-        if draft is None:
-            draft = self._found[table] = best_draft(table, prices)
-        return draft
+    def _best_round(self, table: AcceptanceTable, prices: RoundPrices) -> DraftedRound:
+        """Return the best drafted round, from the cache of the last search if there is one."""
+        found = self._rounds.get(table)
+        if found is None:
+            found = self._rounds[table] = best_drafted_round(table, prices)
+        return found
 
-    def _decide(self, conditions: Conditions, choice: Choice, table: Table, survival: Survival) -> Plan:
-        left, draft = choice.left, choice.draft
-        streamed, drafted = choice.streamed, choice.drafted * self._stake.doubt
-        told = f"{1e3 * drafted / left:.0f} ms a token drafted, {1e3 * streamed / left:.0f} streamed"
+    def _decide(
+        self, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable, acceptance: AcceptanceModel
+    ) -> Plan:
+        left, best = comparison.left, comparison.round
+        streamed, drafted = comparison.streamed, comparison.drafted * self._regret.cost_factor
+        costs = f"{1e3 * drafted / left:.0f} ms/token drafted, {1e3 * streamed / left:.0f} streamed"
         if not self._costs.forward.known:
-            if left <= FIRST or streamed < drafted:
-                return Plan(0, own=left, reason="drafting would not pay with any verifier")
-            return Plan(0, own=FIRST, reason="nothing is known of link and verifier yet")
+            if left <= FIRST_ROUND_TOKENS or streamed < drafted:
+                return Plan(0, own=left, reason="streaming: drafting would not pay off with any verifier")
+            return Plan(0, own=FIRST_ROUND_TOKENS, reason="streaming: link and verifier have not been measured yet")
         if left < 2 or streamed <= drafted:
-            if left > 2 * draft.tokens and self._stake.tokens > 0.0 and self._worth_drafting(choice, survival):
-                return self._plan(conditions, draft, table, f"trying a draft: {told}")
-            own = self._stretch(choice)
-            watch = self._worth_watching(choice, own)
-            return Plan(0, own=own, siblings=draft.siblings, watch=watch, reason=f"the cloud alone: {told}")
+            if (
+                left > 2 * best.tokens
+                and self._regret.tokens > 0.0
+                and self._should_try_drafting(comparison, acceptance)
+            ):
+                return self._drafting_plan(conditions, best, table, f"exploring drafting: {costs}")
+            own = self._stream_length(comparison)
+            watch = self._should_shadow(comparison, own)
+            return Plan(0, own=own, siblings=best.siblings, watch=watch, reason=f"streaming: {costs}")
         end = conditions.position + left
-        if left > TRIAL and not conditions.ready and self._tried != end and self._worth_streaming(choice):
-            self._tried = end
-            # Where that is hardly dearer, all of the rest: to come back costs an exchange.
-            own = left if streamed - drafted < choice.first else TRIAL
-            return Plan(0, own=own, reason=f"trying the cloud alone: {told}")
-        if choice.reading:
-            return Plan(0, own=choice.reading, ahead=1, reason=f"the cloud alone while the draft reads: {told}")
-        beside = f" and {draft.siblings} siblings where unsure" if draft.siblings else ""
-        ahead = f", {draft.ahead} ahead" if draft.ahead else ""
-        return self._plan(conditions, draft, table, f"{draft.length} tokens{beside}{ahead}: {told}")
+        first_trial = left > STREAMING_TRIAL_TOKENS and not conditions.ready and self._streaming_trial_end != end
+        if first_trial and self._should_try_streaming(comparison):
+            self._streaming_trial_end = end
+            # Stream all of the rest if that costs less than the exchange that the return to drafting takes.
+            own = left if streamed - drafted < comparison.first else STREAMING_TRIAL_TOKENS
+            return Plan(0, own=own, reason=f"exploring streaming: {costs}")
+        if comparison.prefill_stream:
+            return Plan(0, own=comparison.prefill_stream, ahead=1, reason=f"streaming during draft prefill: {costs}")
+        siblings = f" with {best.siblings} siblings where unsure" if best.siblings else ""
+        ahead = f", {best.ahead} ahead" if best.ahead else ""
+        return self._drafting_plan(conditions, best, table, f"drafting {best.length} tokens{siblings}{ahead}: {costs}")
 
-    def _worth_drafting(self, choice: Choice, survival: Survival) -> bool:
-        """Whether to draft some rounds although streaming seems cheaper."""
-        draft, left = choice.draft, choice.left
-        # If it is not, going back to streaming costs an exchange.
-        back = choice.first - choice.each
-        loss = choice.prefill + draft.tokens * (draft.cost - choice.each) + back
-        if (1.0 - choice.leaving) * loss < choice.leaving * (choice.streamed - choice.better):
+    def _should_try_drafting(self, comparison: CostComparison, acceptance: AcceptanceModel) -> bool:
+        """Return whether to draft some rounds although streaming seems cheaper."""
+        best, left = comparison.round, comparison.left
+        # After a failed trial, the return to streaming costs an exchange.
+        exchange = comparison.first - comparison.further
+        loss = comparison.prefill + best.tokens * (best.cost - comparison.further) + exchange
+        link_gain = comparison.streamed - comparison.drafted_better_link
+        if (1.0 - comparison.link_change) * loss < comparison.link_change * link_gain:
             return True
-        # An easier text than expected is easier for a verifier that speculates, too.
-        each = (choice.drafted - choice.prefill) / left * (SHARED_DOUBT if self._costs.speculates else 1.0)
-        dearer = (choice.drafted - choice.streamed) / left
-        # Texts may be easier than was learned.
-        if choice.prefill + SHOWN * dearer + back < HORIZON * _hope(dearer, survival.doubt * each):
+        # Texts may be easier than estimated. An easier text is easier for a speculative verifier, too.
+        per_token = (comparison.drafted - comparison.prefill) / left
+        error = per_token * (UNSHARED_ERROR if self._costs.verifier_speculates else 1.0)
+        excess = (comparison.drafted - comparison.streamed) / left
+        gain = TRIAL_HORIZON_TOKENS * _expected_improvement(excess, acceptance.cost_error * error)
+        if comparison.prefill + DRAFTING_TRIAL_TOKENS * excess + exchange < gain:
             return True
-        return self._worth_a_while(loss, choice.drafted < HOPELESS * choice.streamed)
+        return self._should_explore(loss, comparison.drafted < MAX_EXPLORATION_RATIO * comparison.streamed)
 
-    def _stretch(self, choice: Choice) -> int:
-        """How many tokens to stream: all, or until the link is likely to be better again."""
-        left, draft = choice.left, choice.draft
-        count = choice.stays * choice.left / max(choice.streamed, 1e-4)
-        if choice.better < choice.streamed and count < left - 2 * draft.tokens:
-            gain = (choice.streamed - choice.better) / left * (left - count)
-            # Two in three that it is by then; coming back costs an exchange.
-            if 0.63 * gain > choice.first + choice.prefill:
+    def _stream_length(self, comparison: CostComparison) -> int:
+        """Return how many tokens to stream: all, or as many as until the link is likely to be better again."""
+        left, best = comparison.left, comparison.round
+        count = comparison.link_seconds * left / max(comparison.streamed, 1e-4)
+        if comparison.drafted_better_link < comparison.streamed and count < left - 2 * best.tokens:
+            gain = (comparison.streamed - comparison.drafted_better_link) / left * (left - count)
+            # The regime has ended by then with probability 1 - 1/e; the return to drafting costs an exchange.
+            if 0.63 * gain > comparison.first + comparison.prefill:
                 return max(2, int(count))
         return left
 
-    def _worth_streaming(self, choice: Choice) -> bool:
-        """Whether to stream a few tokens although drafting seems cheaper."""
-        loss = choice.first + (TRIAL - 1) * choice.each - TRIAL * choice.draft.cost
-        dearer = (choice.streamed - choice.drafted) / choice.left
-        if loss < HORIZON * _hope(dearer, choice.each - choice.hoped):
+    def _should_try_streaming(self, comparison: CostComparison) -> bool:
+        """Return whether to stream a few tokens although drafting seems cheaper."""
+        count = STREAMING_TRIAL_TOKENS
+        loss = comparison.first + (count - 1) * comparison.further - count * comparison.round.cost
+        excess = (comparison.streamed - comparison.drafted) / comparison.left
+        error = comparison.further - comparison.optimistic_further
+        if loss < TRIAL_HORIZON_TOKENS * _expected_improvement(excess, error):
             return True
-        return self._worth_a_while(loss, choice.streamed < HOPELESS * choice.drafted)
+        return self._should_explore(loss, comparison.streamed < MAX_EXPLORATION_RATIO * comparison.drafted)
 
-    def _worth_watching(self, choice: Choice, count: int) -> bool:
-        """Whether the draft should guess along with `count` tokens of the cloud's own."""
-        if choice.drafted > WATCHED * choice.streamed or self._prices is None:
+    def _should_shadow(self, comparison: CostComparison, count: int) -> bool:
+        """Return whether the draft should shadow a stream of `count` tokens."""
+        if comparison.drafted > MAX_SHADOW_RATIO * comparison.streamed or self._prices is None:
             return False
-        return self._spend(count * self._prices.ahead)
+        return self._spend_exploration(count * self._prices.step_ahead)
 
-    def _spend(self, loss: float) -> bool:
-        """Takes `loss` from what may be spent on trials, if there is so much."""
-        if loss > max(0.0, self._credit):
-            return False
-        self._credit -= max(0.0, loss)
-        return True
+    def _should_explore(self, loss: float, plausible: bool) -> bool:
+        """Return whether to try an option without an expected gain.
 
-    def _worth_a_while(self, loss: float, thinkable: bool) -> bool:
-        """Whether to try for once in a while what would cost `loss`."""
-        if thinkable and self._since_trial > PAUSE and self._spend(loss):
-            self._since_trial = 0
+        Args:
+            loss: cost of the trial.
+            plausible: whether the option's estimated cost is within `MAX_EXPLORATION_RATIO` of the other one's.
+        """
+        due = self._rounds_since_exploration > EXPLORATION_INTERVAL_ROUNDS
+        if plausible and due and self._spend_exploration(loss):
+            self._rounds_since_exploration = 0
             return True
         return False
 
-    def _plan(self, conditions: Conditions, draft: Draft, table: Table, reason: str) -> Plan:
+    def _spend_exploration(self, loss: float) -> bool:
+        """Take `loss` from the exploration budget if that suffices."""
+        if loss > max(0.0, self._exploration_seconds):
+            return False
+        self._exploration_seconds -= max(0.0, loss)
+        return True
+
+    def _drafting_plan(self, conditions: Conditions, best: DraftedRound, table: AcceptanceTable, reason: str) -> Plan:
         return Plan(
-            max(draft.length, conditions.ready),
-            siblings=draft.siblings,
-            sibling_confidence=draft.sibling_confidence,
-            min_survival=draft.survival,
+            max(best.length, conditions.ready),
+            siblings=best.siblings,
+            sibling_confidence=best.sibling_confidence,
+            min_survival=best.min_survival,
             calibration=table.calibration,
-            ahead=draft.ahead,
-            in_flight=draft.in_flight,
+            ahead=best.ahead,
+            in_flight=best.in_flight,
             reason=reason,
         )
 
 
-def _hope(dearer: float, spread: float) -> float:
-    """What is gained per token by trying what seems to cost `dearer` more, give or take `spread`, and is kept only if
-    it does not: the expected improvement under a normal distribution."""
-    if spread <= 0.0:
+def _expected_improvement(excess: float, error: float) -> float:
+    """Return the expected improvement per token of trying an option, which is kept only if it turns out to be cheaper.
+
+    With the cost difference d normally distributed around `excess` with the standard deviation `error`, this is
+    E[max(0, -d)] = error * (phi(z) + z * Phi(z)) with z = -excess / error: the acquisition function of Bayesian
+    optimization (Jones, Schonlau, Welch, 1998).
+    """
+    if error <= 0.0:
         return 0.0
-    z = -dearer / spread
-    return spread * (math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) + 0.5 * z * math.erfc(-z / math.sqrt(2.0)))
+    z = -excess / error
+    return error * (math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) + 0.5 * z * math.erfc(-z / math.sqrt(2.0)))

@@ -9,7 +9,7 @@
     [link], [calibration]   what else a calibration found, and under which circumstances
 
 What was measured for a draft is used for that draft; anything else is modelled from [processor], and the methods of
-`Profile` say how. A table that is missing means that nobody knows, and what would need it is None. Loading this module
+`BoardProfile` say how. A table that is missing means that nobody knows, and what would need it is None. Loading this module
 costs no more than msgspec: planners import it on the board.
 """
 
@@ -29,7 +29,7 @@ from edge_runtime.protocol.errors import InputError
 if TYPE_CHECKING:
     from edge_runtime.protocol.bundle import Manifest
 
-BOARDS = Path(__file__).parents[2] / "device_profiles" / "boards"
+BOARDS_DIRECTORY = Path(__file__).parents[2] / "device_profiles" / "boards"
 
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
@@ -42,11 +42,11 @@ Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9._-]*\Z")]
 Origin = Literal["published", "derived", "measured"]
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ProfileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Base of all tables of a profile."""
 
 
-class Sourced(Table, frozen=True):
+class SourcedTable(ProfileTable, frozen=True):
     """A table whose figures come from somewhere.
 
     Attributes:
@@ -58,7 +58,7 @@ class Sourced(Table, frozen=True):
     sources: Sources
 
 
-class Processor(Sourced, frozen=True):
+class ProcessorSpeed(SourcedTable, frozen=True):
     """How fast weights go through the processor.
 
     Attributes:
@@ -76,7 +76,7 @@ class Processor(Sourced, frozen=True):
     prefill_bytes_per_second: Positive
 
 
-class Power(Sourced, frozen=True):
+class BoardPower(SourcedTable, frozen=True):
     """What the whole board draws, idle and under full CPU load, without display and with no more than a keyboard."""
 
     idle_watts: Positive
@@ -87,7 +87,7 @@ class Power(Sourced, frozen=True):
             raise ValueError(f"busy_watts {self.busy_watts} is below idle_watts {self.idle_watts}")
 
 
-class Radio(Sourced, frozen=True):
+class RadioEnergy(SourcedTable, frozen=True):
     """What talking costs above idle: watts = active_watts + joules per byte * bytes per second, then a tail.
 
     Attributes:
@@ -103,20 +103,20 @@ class Radio(Sourced, frozen=True):
     tail_seconds: NotNegative = 0.0
 
 
-class Radios(Table, frozen=True):
+class RadioEnergies(ProfileTable, frozen=True):
     """What the board may talk by; `[radio.wifi]`, `[radio.ethernet]`, `[radio.lte]`, `[radio.5g]`."""
 
-    wifi: Radio | None = None
-    ethernet: Radio | None = None
-    lte: Radio | None = None
-    nr: Radio | None = msgspec.field(default=None, name="5g")
+    wifi: RadioEnergy | None = None
+    ethernet: RadioEnergy | None = None
+    lte: RadioEnergy | None = None
+    nr: RadioEnergy | None = msgspec.field(default=None, name="5g")
 
-    def named(self, name: str) -> Radio | None:
+    def named(self, name: str) -> RadioEnergy | None:
         """The radio by its name in TOML; None if nothing is known of it."""
         return {"wifi": self.wifi, "ethernet": self.ethernet, "lte": self.lte, "5g": self.nr}.get(name)
 
 
-class Sensors(Table, frozen=True):
+class SensorHints(ProfileTable, frozen=True):
     """Where to look for this board's sensors; probes look everywhere else too.
 
     Attributes:
@@ -134,7 +134,7 @@ class Sensors(Table, frozen=True):
     pmic: bool = False
 
 
-class DraftSpeed(Table, frozen=True):
+class MeasuredDraft(ProfileTable, frozen=True):
     """One draft with one number of threads, measured.
 
     Attributes:
@@ -165,7 +165,7 @@ class DraftSpeed(Table, frozen=True):
         return low + share * (high - low)
 
 
-class Link(Table, frozen=True):
+class MeasuredLink(ProfileTable, frozen=True):
     """The way to a verifier at the time of calibration.
 
     Attributes:
@@ -179,7 +179,7 @@ class Link(Table, frozen=True):
     rtt_seconds: NotNegative | None = None
 
 
-class Calibration(Table, frozen=True):
+class Calibration(ProfileTable, frozen=True):
     """Circumstances of a measurement.
 
     Attributes:
@@ -202,7 +202,7 @@ class Calibration(Table, frozen=True):
     governor: str = ""
 
 
-class Profile(Table, frozen=True):
+class BoardProfile(ProfileTable, frozen=True):
     """One board.
 
     Attributes:
@@ -214,12 +214,12 @@ class Profile(Table, frozen=True):
     name: Name
     title: Text
     origin: Literal["published", "measured"]
-    processor: Processor
-    power: Power | None = None
-    radio: Radios = Radios()
-    sensors: Sensors = Sensors()
-    draft: list[DraftSpeed] = []
-    link: Link | None = None
+    processor: ProcessorSpeed
+    power: BoardPower | None = None
+    radio: RadioEnergies = RadioEnergies()
+    sensors: SensorHints = SensorHints()
+    draft: list[MeasuredDraft] = []
+    link: MeasuredLink | None = None
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class Profile(Table, frozen=True):
         if len(set(keys)) < len(keys):
             raise ValueError("two [[draft]] tables are of the same bundle and number of threads")
 
-    def measured(self, weight_bytes: int, context: int, threads: int = 0) -> DraftSpeed | None:
+    def measured(self, weight_bytes: int, context: int, threads: int = 0) -> MeasuredDraft | None:
         """The measurement that speaks for a draft: the fastest at `context`, of `threads` threads unless 0.
 
         A draft is told by its weight bytes. None means that the figures of this draft are modelled.
@@ -238,7 +238,7 @@ class Profile(Table, frozen=True):
     def draft_seconds(self, weight_bytes: int, context: int = 0, *, cache_bytes: int = 0, threads: int = 0) -> float:
         """Seconds per drafted token behind `context` tokens.
 
-        Measured (`DraftSpeed.seconds`) where this draft was; else modelled: a step reads every weight once and all
+        Measured (`MeasuredDraft.seconds`) where this draft was; else modelled: a step reads every weight once and all
         keys and values so far, and memory is the limit (the roofline of Williams, Waterman and Patterson, 2009, at
         its bandwidth-bound end): (weight_bytes + context * cache_bytes) / weight_bytes_per_second.
 
@@ -329,10 +329,10 @@ def draft_sha256(manifest: Manifest) -> str:
     return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in records).encode()).hexdigest()
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path) -> BoardProfile:
     """The profile in the TOML file at `path`. Raises ProfileError, naming the file, the field or line, and the cure."""
     try:
-        profile = msgspec.toml.decode(path.read_bytes(), type=Profile)
+        profile = msgspec.toml.decode(path.read_bytes(), type=BoardProfile)
     except OSError as error:
         raise ProfileError(
             f"cannot read the profile {path}: {error.strerror}; `device-profile list` names those that are shipped"
@@ -348,12 +348,12 @@ def read_profile(path: Path) -> Profile:
     return profile
 
 
-def shipped_profiles() -> list[Profile]:
+def shipped_profiles() -> list[BoardProfile]:
     """The profiles that come with FlexSpec, by name."""
-    return [read_profile(path) for path in sorted(BOARDS.glob("*.toml"))]
+    return [read_profile(path) for path in sorted(BOARDS_DIRECTORY.glob("*.toml"))]
 
 
-def find_profile(name: str) -> Profile:
+def find_profile(name: str) -> BoardProfile:
     """A shipped profile by its name, or the one in a .toml file. Raises ProfileError."""
     if name.endswith(".toml"):
         return read_profile(Path(name))

@@ -1,121 +1,122 @@
-"""What the parts of a round cost, learned from every round: drafting, the link, the verifier, joules.
+"""Cost model of a round: online estimates of drafting, link, verifier and energy costs.
 
-All times are in seconds. Before anything was observed, figures come from the `Device` or are mild guesses; each part
-then follows what rounds report, within a few rounds even after a step change.
+All times are in seconds. Before the first observation, figures come from the `DeviceModel` or from defaults; each
+estimate then follows the outcomes of rounds, within a few rounds even after a step change.
 """
 
 from __future__ import annotations
 
-from edge_runtime.planning.acceptance_table import SPECULATED
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.estimators import Curve, Level, Recent, Wandering
+from edge_runtime.planning.acceptance_table import VERIFIER_DRAFT_LENGTH
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.estimators import MonotoneCurve, RecentValues, RobustMean, TwoRegimeMean
 from edge_runtime.planning.plan import Conditions, Outcome
 
-# Guesses before the first answer.
+# Defaults before the first reply (chosen).
 LINK_SECONDS = 0.05
+QUEUE_SECONDS = 0.001
 FORWARD_SECONDS = 0.03
-# Share by which a forward grows with each node; measured: 1.5 % for a session alone, more in full batches.
-RISE = 0.01
-# A round's bytes, and each id's; a stream carries FRAME_BYTES more every FRAME_SECONDS at most.
+# Increase of the verifier's forward per tree node, as a share; measured: 1.5 % for one session, more in full batches.
+FORWARD_SLOPE = 0.01
+# Payload bytes of a round without ids, of each token id, and of each frame of a stream after the first.
 ROUND_BYTES = 150.0
 ID_BYTES = 1.3
 FRAME_BYTES = 15.0
-FRAME_SECONDS = 0.05
-# A verifier that speculates by itself produces its own tokens up to so many times faster than one per forward.
-SPECULATION = 0.35
-# Of how much such a forward brings, a stream tells as much as so many tokens at most, for texts differ, and a short one
-# much less; so many are remembered, and so many in a row that are odd are a change.
-STREAM_TOKENS = 24.0
-STREAM_LENGTH = 128.0
-STREAMS_MEMORY = 600.0
-STREAMS_PATIENCE = 120.0
+# Optimistic bound of the time per own token of a verifier of which it is unknown whether it speculates, in forwards.
+SPECULATION_BOUND = 0.35
+# Weight of one stream in `CostModel.yield_ratio`: min(MAX_STREAM_WEIGHT, tokens^2 / STREAM_WEIGHT_SCALE). It is capped
+# because texts differ, and a short stream says much less than a long one. Memory and patience are those of
+# `RobustMean`, in the same unit.
+MAX_STREAM_WEIGHT = 24.0
+STREAM_WEIGHT_SCALE = 128.0
+YIELD_MEMORY = 600.0
+YIELD_PATIENCE = 120.0
 
 
-class Costs:
-    """Running estimates.
+class CostModel:
+    """Running cost estimates.
+
+    Several methods take `tokens_per_forward`: the expected yield of a speculative verifier forward according to the
+    acceptance model.
 
     Attributes:
-        link: a round's time on the link: both ways, everything but the verifier and the board.
-        queue: waiting at the verifier.
-        forward: the verifier's forward by its number of nodes.
-        own: the verifier's time for each forward for further tokens of its own, drafting beside it included.
-        speculates: whether these bring more than a token each.
-        brings: how many more they bring, of a verifier that speculates, than the draft's acceptance promises: it is
-            faster on easy texts, as the board is.
-        pace: how many times longer drafting takes than the device's figures say.
-        round_bytes: of a round without ids.
+        link: time of a round on the link, both ways: all but the verifier's and the board's time.
+        queue: waiting time at the verifier.
+        forward: verifier forward by number of tree nodes.
+        own_forward: verifier time per forward for further own tokens, its own drafting included.
+        verifier_speculates: whether such a forward yields more than one token, because the verifier drafts as well.
+        yield_ratio: measured to predicted yield of a speculative verifier's forward. The prediction follows the draft's
+            acceptance: a speculative verifier is faster on easy text, as the board is.
+        slowdown: measured to modeled drafting time.
+        round_bytes: payload of a round without token ids.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: DeviceModel) -> None:
         self.device = device
-        self.link = Wandering(LINK_SECONDS)
-        self.queue = Level(0.001)
-        self.forward = Curve(FORWARD_SECONDS, RISE)
-        self.own = Level(FORWARD_SECONDS, memory=1500.0, patience=16.0)
-        self.speculates = False
-        self.brings = Level(1.0, memory=STREAMS_MEMORY, patience=STREAMS_PATIENCE, trust=0.9)
-        self.pace = Level(1.0, trust=0.9)
-        self.round_bytes = Level(ROUND_BYTES)
-        self._links = Recent()
+        self.link = TwoRegimeMean(LINK_SECONDS)
+        self.queue = RobustMean(QUEUE_SECONDS)
+        self.forward = MonotoneCurve(FORWARD_SECONDS, FORWARD_SLOPE)
+        self.own_forward = RobustMean(FORWARD_SECONDS, memory=1500.0, patience=16.0)
+        self.verifier_speculates = False
+        self.yield_ratio = RobustMean(1.0, memory=YIELD_MEMORY, patience=YIELD_PATIENCE, guess_weight=0.9)
+        self.slowdown = RobustMean(1.0, guess_weight=0.9)
+        self.round_bytes = RobustMean(ROUND_BYTES)
+        self._recent_link = RecentValues()
 
-    def observe(self, outcome: Outcome, bringing: float) -> None:
-        """Learns from a round.
-
-        Args:
-            bringing: tokens that a speculated forward brings.
-        """
+    def observe(self, outcome: Outcome, tokens_per_forward: float) -> None:
+        """Learn from a round."""
         self._observe_draft(outcome)
         if outcome.forward_seconds > 0.0:
-            self._observe_verifier(outcome, bringing)
+            self._observe_verifier(outcome, tokens_per_forward)
         if not (outcome.repeated or outcome.early) and outcome.exchange_seconds > 0.0:
             self._observe_link(outcome)
 
-    def listen(self, conditions: Conditions) -> None:
-        """Before a round was observed, the kernel's round-trip time is the best figure of the link."""
+    def use_kernel_rtt(self, conditions: Conditions) -> None:
+        """Take the kernel's round-trip time as the link estimate as long as no round has measured the link."""
         if not self.link.now.known and conditions.surroundings.rtt_seconds is not None:
             self.link.now.value = conditions.surroundings.rtt_seconds
 
     def step_seconds(self, position: int) -> float:
-        """One draft step behind `position` tokens."""
-        return self.pace.value * self.device.step_at(position)
+        """Return the time of one draft step after `position` tokens."""
+        return self.slowdown.value * self.device.step_at(position)
 
     def prefill_seconds(self, unread: int) -> float:
-        """What reading `unread` tokens adds to the first draft step."""
-        return self.pace.value * self.device.prefill_seconds * max(0, unread - 1)
+        """Return the time by which prefilling `unread` tokens prolongs the first draft step."""
+        return self.slowdown.value * self.device.prefill_seconds * max(0, unread - 1)
 
-    def own_seconds(self, bringing: float) -> float:
-        """The verifier's time for each further token of its own, as far as it is known.
-
-        Args:
-            bringing: tokens that a speculated forward brings, by the draft's acceptance.
-        """
-        if not self.own.known:
+    def own_token_seconds(self, tokens_per_forward: float) -> float:
+        """Return the verifier's time per further own token, or that of a forward if none was measured."""
+        if not self.own_forward.known:
             return self.forward.at(1.0)
-        return self.own.value / max(1.0, bringing * self.brings.value) if self.speculates else self.own.value
+        if not self.verifier_speculates:
+            return self.own_forward.value
+        return self.own_forward.value / max(1.0, tokens_per_forward * self.yield_ratio.value)
 
-    def own_hoped(self, bringing: float) -> float:
-        """The least that `own_seconds` could yet turn out to be."""
-        return self.own_seconds(bringing) if self.own.known else SPECULATION * self.forward.at(1.0)
+    def optimistic_own_token_seconds(self, tokens_per_forward: float) -> float:
+        """Return a lower bound of what `own_token_seconds` may turn out to be."""
+        if self.own_forward.known:
+            return self.own_token_seconds(tokens_per_forward)
+        return SPECULATION_BOUND * self.forward.at(1.0)
 
-    def streamed(self, outcome: Outcome, bringing: float) -> float:
-        """Tokens of its own that a verifier would have said, on average, in the time that it takes for this round's.
+    def streaming_equivalent(self, outcome: Outcome, tokens_per_forward: float) -> float:
+        """Return how many own tokens a verifier would stream, on average, in the time that this round's tokens take it.
 
-        A verifier that speculates has the same draft, so a round tells how many forwards its tokens would have taken.
+        That is the number of tokens, unless the verifier speculates. It then uses the same draft model, so the outcome
+        of a drafted round shows how many speculative forwards its tokens would have taken.
         """
-        if not outcome.drafted or not self.speculates:
+        if not outcome.drafted or not self.verifier_speculates:
             return outcome.tokens
-        most = 1 + SPECULATED
-        forwards = outcome.accepted // most + 1.0
+        max_yield = 1 + VERIFIER_DRAFT_LENGTH
+        forwards = outcome.accepted // max_yield + 1.0
         if outcome.accepted == outcome.drafted:
-            forwards = (outcome.accepted + 1) / most
-        return forwards * max(1.0, bringing * self.brings.value) + outcome.own - 1
+            forwards = (outcome.accepted + 1) / max_yield
+        return forwards * max(1.0, tokens_per_forward * self.yield_ratio.value) + outcome.own - 1
 
     def link_quantile(self, share: float) -> float:
-        """The time on the link that `share` of the last rounds did not exceed."""
-        return self._links.quantile(share, self.link.now.value)
+        """Return the link time that `share` of the last rounds did not exceed."""
+        return self._recent_link.quantile(share, self.link.now.value)
 
-    def joules_of(self, outcome: Outcome) -> float:
-        """Modelled joules of the board in a round, above idle, drafting ahead included."""
+    def round_joules(self, outcome: Outcome) -> float:
+        """Return the modeled energy of the board in a round, above idle, including drafting ahead."""
         device = self.device
         return (
             (device.busy_watts - device.idle_watts) * (outcome.draft_seconds + outcome.ahead_seconds)
@@ -131,50 +132,57 @@ class Costs:
             position += steps / 2
         if steps < 1 or seconds <= 0.0:
             return
-        modelled = steps * self.device.step_at(position)
-        modelled += self.device.prefill_seconds * max(0, conditions.unread - 1)
-        self.pace.observe(seconds / modelled)
+        modeled = steps * self.device.step_at(position)
+        modeled += self.device.prefill_seconds * max(0, conditions.unread - 1)
+        self.slowdown.observe(seconds / modeled)
 
-    def _observe_verifier(self, outcome: Outcome, bringing: float) -> None:
+    def _observe_verifier(self, outcome: Outcome, tokens_per_forward: float) -> None:
         self.queue.observe(outcome.queue_seconds)
-        nodes = 1 + outcome.drafted + sum(outcome.offered)
-        # A text may end before what was asked for. Who does not count forwards has one for each token.
+        nodes = _nodes(outcome)
+        # A text may end before the planned number of tokens. A verifier that does not report its forwards is taken to
+        # use one per token.
         tokens = outcome.own - 1 if outcome.plan.own > 1 else 0
         further = min(outcome.further or tokens, tokens)
         changes = self.forward.changes
         if not further:
             self.forward.observe(nodes, outcome.forward_seconds)
             if self.forward.changes > changes:
-                # The verifier's load has changed, and its own tokens' cost with it.
-                self.own.scale(self.forward.factor)
+                # The verifier's load has changed, which changes the cost of its own tokens as well.
+                self.own_forward.scale(self.forward.change_factor)
             return
-        streamed = outcome.exchange_seconds - outcome.first_seconds
-        rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streamed
-        longest = outcome.forward_seconds * further / (1 + further)
-        each = min(max(rest, 0.1 * longest), outcome.forward_seconds) / further
-        self.own.observe(each, float(further))
-        # Who speculates has fewer forwards than tokens, but for streams in which hardly a guess was right.
-        self.speculates = tokens > further or (self.speculates and tokens <= SPECULATED)
-        if self.speculates:
-            # The last forward brings fewer than it could, by half of what it would beyond one.
-            promised = tokens / bringing + 0.5 - 0.5 / bringing
-            self.brings.observe(promised / further, min(STREAM_TOKENS, tokens * tokens / STREAM_LENGTH))
+        # Split the reported forward time between the first forward and the further ones.
+        streaming = outcome.exchange_seconds - outcome.first_seconds
+        rest = outcome.forward_seconds - self.forward.at(nodes) if self.forward.known else streaming
+        even_split = outcome.forward_seconds * further / (1 + further)
+        per_forward = min(max(rest, 0.1 * even_split), outcome.forward_seconds) / further
+        self.own_forward.observe(per_forward, float(further))
+        # A speculative verifier uses fewer forwards than tokens, except in short streams without an accepted token.
+        self.verifier_speculates = tokens > further or (self.verifier_speculates and tokens <= VERIFIER_DRAFT_LENGTH)
+        if self.verifier_speculates:
+            # The end of the text truncates the last forward's yield, on average by half of what exceeds one token.
+            predicted = tokens / tokens_per_forward + 0.5 - 0.5 / tokens_per_forward
+            self.yield_ratio.observe(predicted / further, min(MAX_STREAM_WEIGHT, tokens * tokens / STREAM_WEIGHT_SCALE))
         if not self.forward.known:
-            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * longest))
+            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * even_split))
 
     def _observe_link(self, outcome: Outcome) -> None:
-        # The first tokens' time is that of one exchange, whatever came after them, and whatever the draft did ahead.
+        # The time to the first tokens is one exchange, whatever was streamed or drafted ahead after it.
         verifier = outcome.forward_seconds
         if outcome.plan.own > 1 and outcome.own > 1:
-            verifier = self.forward.at(1 + outcome.drafted + sum(outcome.offered))
+            verifier = self.forward.at(_nodes(outcome))
         verifier += outcome.queue_seconds + outcome.prefill_seconds
         seconds = outcome.first_seconds - verifier - self.device.overhead_seconds
         seconds = max(seconds, 1e-4)
         changes = self.link.now.changes
         self.link.observe(seconds, outcome.conditions.now + outcome.draft_seconds + outcome.first_seconds)
         if self.link.now.changes > changes:
-            self._links.forget(2)
-        self._links.observe(seconds)
+            self._recent_link.keep_last(2)
+        self._recent_link.observe(seconds)
         if outcome.sent + outcome.received > 0:
             ids = outcome.drafted + sum(outcome.offered) + outcome.own
             self.round_bytes.observe(max(0.0, outcome.sent + outcome.received - ID_BYTES * ids))
+
+
+def _nodes(outcome: Outcome) -> int:
+    """Return the number of tree nodes in the round's verification forward."""
+    return 1 + outcome.drafted + sum(outcome.offered)

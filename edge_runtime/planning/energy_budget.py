@@ -1,8 +1,8 @@
-"""Energy that may be spent, and the virtual queue that turns overspending into a price.
+"""Energy budgets, and the virtual queue that turns overspending into a price per joule.
 
-What the board spends beyond its budget waits in a queue, and the queue's length is the price of a joule (Lyapunov
-optimisation: minimise time + price * (joules - budgeted joules)). So plans get thriftier exactly as long as too much is
-being spent, whatever the link, the board and the texts are like, and without a model of any of them.
+Energy spent beyond the budget accumulates in a virtual queue, and the queue's length sets the price of a joule
+(Lyapunov drift-plus-penalty: minimize time + price * (joules - budgeted joules)). Plans therefore save energy exactly
+as long as too much is being spent, without a model of the link, the board or the texts.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import re
 
 import msgspec
 
-from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.plan import Outcome, Surroundings
 from edge_runtime.protocol.errors import InputError
 
-# Overspending worth so many seconds of the budget makes waiting free: the most that a price can do.
-FULL_SECONDS = 5.0
-# Waiting never becomes cheaper than this share of its own price.
-LEAST_WAITING = 0.02
-# What is saved counts for so many seconds of the budget at most.
-SAVED_SECONDS = 5.0
-# What an empty battery still allows, so that there is a price.
-LEAST_WATTS = 1e-3
-# Share of a new reading of the power sensor in how far it is from what is modelled.
-SENSED = 0.1
+# All values are chosen.
+# Overspending by this many seconds' worth of the budget gives the maximum price, at which waiting is nearly free.
+MAX_BACKLOG_SECONDS = 5.0
+# Lower bound of the price of a second, as a share of its price without a budget.
+MIN_SECOND_SHARE = 0.02
+# Unspent energy is credited for at most this many seconds' worth of the budget.
+MAX_SAVED_SECONDS = 5.0
+# Lower bound of the allowance, so that an empty battery still gives a price.
+MIN_ALLOWED_WATTS = 1e-3
+# Weight of a new power reading in the moving average of measured to modeled power.
+SENSOR_WEIGHT = 0.1
 
 
-class Budget(msgspec.Struct, frozen=True):
-    """Joules that the board may spend, idling included: either steadily, or what the battery holds until a time.
+class EnergyBudget(msgspec.Struct, frozen=True):
+    """Energy that the board may spend, idling included: a steady power, or the battery's charge until a time.
 
     Attributes:
-        watts: spent on average; None for what is left of the battery.
+        watts: average power; None to spend what is left in the battery.
         until: when the battery may be empty, on the clock of `Conditions.now`.
     """
 
@@ -42,64 +43,65 @@ class Budget(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if (self.watts is None) == (self.until is None):
-            raise ValueError("a budget is either so many watts, or lasts until a time")
+            raise ValueError("an energy budget needs either watts or a time until which the battery must last")
         if self.watts is not None and not (math.isfinite(self.watts) and self.watts > 0):
-            raise ValueError(f"a budget of {self.watts} watts must be a number above 0")
+            raise ValueError(f"an energy budget of {self.watts} watts is invalid: it must be a finite number above 0")
 
     def allowance(self, now: float, surroundings: Surroundings) -> float | None:
-        """Watts that may be drawn from `now` on; None if nobody knows what is in the battery."""
+        """Return the power that may be drawn from `now` on; None if the battery's charge is unknown."""
         if self.watts is not None:
             return self.watts
         if surroundings.joules_left is None or self.until is None:
             return None
-        return max(surroundings.joules_left / max(self.until - now, 1.0), LEAST_WATTS)
+        return max(surroundings.joules_left / max(self.until - now, 1.0), MIN_ALLOWED_WATTS)
 
 
-def parse_budget(text: str, wall: datetime.datetime, clock: float) -> Budget:
-    """The budget that `text` names: joules per hour such as `18000`, or a time of day such as `18:00`.
+def parse_energy_budget(text: str, wall: datetime.datetime, clock: float) -> EnergyBudget:
+    """Parse an energy budget: joules per hour such as `18000`, or a time of day such as `18:00`.
 
     Args:
-        wall: what a clock on the wall shows now.
-        clock: what the clock of `Conditions.now` shows now.
+        text: as given by the user.
+        wall: current wall-clock time.
+        clock: current time on the clock of `Conditions.now`.
 
     Raises:
-        InputError: neither.
+        InputError: `text` is neither.
     """
     time = re.fullmatch(r"(?:until )?([01]?\d|2[0-3]):([0-5]\d)", text.strip())
     if time:
         end = wall.replace(hour=int(time[1]), minute=int(time[2]), second=0, microsecond=0)
         if end <= wall:
             end += datetime.timedelta(days=1)
-        return Budget(until=clock + (end - wall).total_seconds())
+        return EnergyBudget(until=clock + (end - wall).total_seconds())
     try:
-        return Budget(watts=float(text) / 3600.0)
+        return EnergyBudget(watts=float(text) / 3600.0)
     except ValueError:
         raise InputError(
-            f"{text!r} is no energy budget: give joules per hour, such as 18000, or until when the battery must last, "
-            "such as 18:00"
+            f"{text!r} is not an energy budget: give joules per hour, such as 18000, or the time of day until which "
+            "the battery must last, such as 18:00"
         ) from None
 
 
 class EnergyQueue:
-    """What was spent beyond a budget.
+    """The virtual queue of energy spent beyond a budget.
 
     Attributes:
-        backlog: joules spent too much; negative if there were some to spare.
-        allowed: watts that may be drawn; None if the budget cannot be known.
-        spent: joules in all, modelled, and corrected by the power sensor where there is one.
+        backlog: overspent joules; negative after saving.
+        allowed: watts that may be drawn; None if that is unknown.
+        spent: total joules, modeled, and corrected by the power sensor if there is one.
     """
 
-    def __init__(self, budget: Budget, device: Device) -> None:
+    def __init__(self, budget: EnergyBudget, device: DeviceModel) -> None:
         self.backlog = 0.0
         self.spent = 0.0
         self.allowed = budget.watts
         self._budget = budget
         self._device = device
         self._time: float | None = None
-        self._correction = 1.0
+        self._sensor_ratio = 1.0
 
     def advance(self, now: float, surroundings: Surroundings) -> None:
-        """Counts the time up to `now`, in which the board idled at least."""
+        """Account for the idle energy and the allowance up to `now`."""
         self.allowed = self._budget.allowance(now, surroundings)
         if self._time is None:
             self._time = now
@@ -107,35 +109,38 @@ class EnergyQueue:
         self._time += seconds
         self._spend(self._device.idle_watts * seconds)
         if self.allowed is not None:
-            # What is saved up is bounded: a budget is not for hoarding.
-            self.backlog = max(self.backlog - self.allowed * seconds, -SAVED_SECONDS * self.allowed)
+            # Savings are bounded, so that a long idle time does not permit a long burst.
+            self.backlog = max(self.backlog - self.allowed * seconds, -MAX_SAVED_SECONDS * self.allowed)
 
     def observe(self, outcome: Outcome, joules: float) -> None:
-        """Counts a round that is modelled to have taken `joules` above idle."""
+        """Account for a round with modeled energy `joules` above idle."""
         seconds = outcome.draft_seconds + outcome.exchange_seconds
-        sensed = outcome.conditions.surroundings.watts
-        if sensed is not None and seconds > 0.0:
-            modelled = self._device.idle_watts + joules / seconds
-            self._correction += SENSED * (sensed / modelled - self._correction)
+        measured_watts = outcome.conditions.surroundings.watts
+        if measured_watts is not None and seconds > 0.0:
+            modeled_watts = self._device.idle_watts + joules / seconds
+            self._sensor_ratio += SENSOR_WEIGHT * (measured_watts / modeled_watts - self._sensor_ratio)
         self._spend(joules)
 
-    def price(self) -> float:
-        """Of a joule, as a share of what makes waiting free."""
+    def pressure(self) -> float:
+        """Return the backlog as a share of the one that gives the maximum price, from 0 to 1."""
         if self.allowed is None or self.backlog <= 0.0:
             return 0.0
-        return min(1.0, self.backlog / (FULL_SECONDS * self.allowed))
+        return min(1.0, self.backlog / (MAX_BACKLOG_SECONDS * self.allowed))
 
-    def waiting(self, second: float) -> tuple[float, float]:
-        """The prices of a second and of a joule above idle, where a second without a budget costs `second`.
+    def prices(self, second: float) -> tuple[float, float]:
+        """Return the prices of a second and of a joule above idle.
 
-        Waiting draws less than is allowed, so it pays off what was spent too much.
+        Idling draws less than the allowance, so waiting pays off the backlog and becomes cheaper as it grows.
+
+        Args:
+            second: price of a second without a budget.
         """
-        share = self.price()
-        if not share or self.allowed is None:
+        pressure = self.pressure()
+        if not pressure or self.allowed is None:
             return second, 0.0
-        saved = max(self.allowed - self._device.idle_watts, 0.1 * self._device.idle_watts)
-        return second * max(1.0 - share, LEAST_WAITING), second * share / saved
+        spare_watts = max(self.allowed - self._device.idle_watts, 0.1 * self._device.idle_watts)
+        return second * max(1.0 - pressure, MIN_SECOND_SHARE), second * pressure / spare_watts
 
     def _spend(self, joules: float) -> None:
-        self.spent += joules * self._correction
-        self.backlog += joules * self._correction
+        self.spent += joules * self._sensor_ratio
+        self.backlog += joules * self._sensor_ratio

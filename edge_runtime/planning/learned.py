@@ -1,10 +1,11 @@
-"""The learned planner: the analytic one decides whether to draft, and a small network how, where it knows its way.
+"""The learned planner: the analytic planner, whose drafted rounds a small policy network may correct.
 
-From the figures with which the analytic planner finds the best drafted round, a policy of a few thousand weights
-chooses one of `CORRECTIONS` to it, of which the first is none at all. `draft-export policy` trains it with
-reinforcement learning on this project's own simulator, and ships it as `learned.onnx` with a `learned.json` that says
-what it was trained for and which values it has seen. Where the model is missing or altered, the objective is another,
-energy is budgeted, or an observation lies outside of what was seen, the analytic plan stands.
+A policy network of a few thousand weights maps the features of the planning problem (`OBSERVATIONS`) to one of the
+`CORRECTIONS` of the analytic plan, the first of which is no correction. `draft-export policy` trains it with
+reinforcement learning in the simulator of this project and ships it as `learned.onnx`, with a `learned.json` that
+states the objective and the range of each feature in training. The analytic plan stands if the model is missing or
+altered, if the objective is another one, if there is an energy budget, or if a feature lies outside its range in
+training.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edge_runtime.planning.acceptance_model import DOUBT, Survival
-from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS, Table
-from edge_runtime.planning.analytic import QUICK, AnalyticPlanner, Choice
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.energy_budget import Budget
+from edge_runtime.planning.acceptance_model import PRIOR_COST_ERROR, AcceptanceModel
+from edge_runtime.planning.acceptance_table import MAX_DRAFT_LENGTH, MAX_SIBLINGS, AcceptanceTable
+from edge_runtime.planning.analytic import FLIGHT_QUANTILE, AnalyticPlanner, CostComparison
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.energy_budget import EnergyBudget
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
 from edge_runtime.protocol.errors import InputError
@@ -34,62 +35,64 @@ log = logging.getLogger("edge_runtime.planning")
 
 Floats = npt.NDArray[np.float32]
 
-MODEL = Path(__file__).with_name("learned.onnx")
-FORMAT = 1
-# What is observed before every drafted round; `to` is the logarithm of a ratio, all else a share or a small number.
+MODEL_PATH = Path(__file__).with_name("learned.onnx")
+FORMAT_VERSION = 1
+# Features that the policy observes before every drafted round, by the names in `learned.json`. "a to b" is the
+# logarithm of the ratio a / b; all others are shares or small numbers.
 OBSERVATIONS = (
     "drafted to streamed",  # costs of the rest of the text
-    "better to streamed",  # the same once the link is on its better side
-    "hoped to streamed",  # the least that streaming could turn out to cost
-    "first to each",  # a streaming round of one token, to every further one
+    "better to streamed",  # drafted, once the link has returned to its better regime
+    "hoped to streamed",  # optimistic bound of the cost of streaming
+    "first to each",  # a streaming round of one token, to every further token
     "draft cost to streamed",  # per token
     "prefill to draft cost",
-    "step to forward",  # seconds of the draft and of the verifier
+    "step to forward",  # draft step and verifier forward
     "link to forward",
     "own to forward",  # every further token of the verifier's own
     "wide to forward",  # a forward over nine nodes
-    "pace to one",  # how much slower the board is than its profile
-    "quick link to link",
-    "link to usual",
-    "leaving",  # the chance that the link has changed since it was last seen
+    "pace to one",  # measured to modeled drafting time
+    "quick link to link",  # quantile that drafting ahead counts on, to the current link time
+    "link to usual",  # current link time to its long-run mean
+    "leaving",  # probability that the link's regime has changed since it was measured
     "acceptance",
-    "four survive",  # chance that the first four guesses are all accepted
-    "ten survive",
-    "doubt",  # of the draft's worth, 1 at first
-    "own known",
-    "own doubt",  # of the cost of the verifier's own tokens, 1 at first
-    "bias to one",  # what drafted rounds cost more than was told
-    "length",  # of the draft that was found best
-    "survival",
+    "four survive",  # S(4)
+    "ten survive",  # S(10)
+    "doubt",  # error of the acceptance estimate, 1 at first
+    "own known",  # whether the verifier's own tokens have been measured
+    "own doubt",  # error of their cost, 1 at first
+    "bias to one",  # calibration factor of the cost of drafted rounds
+    "length",  # of the best drafted round
+    "survival",  # its stop threshold
     "siblings",
     "ahead",
     "in flight",
-    "left to hundred",  # tokens to go
-    "unread to hundred",  # and tokens that the draft has yet to read, one more than there are
+    "left to hundred",  # remaining tokens
+    "unread to hundred",  # one more than the tokens that the draft still has to prefill
     "ready",
     "temperature",
-    "lately accepted",  # share, over the last few judged drafts
-    "lately to told",  # seconds per token of the last few rounds to what was told
+    "lately accepted",  # share of judged tokens accepted, moving average
+    "lately to told",  # measured to predicted seconds per token, moving average
 )
-# Largest magnitude of a logarithm that is observed.
-FAR = 5.0
-# Share kept of what the last rounds came to.
-LATELY = 0.75
-# A correction's score must be ahead of that of none by so much: by a little, it is as likely to cost as to save.
-SURE = 2.0
-# An observation may lie outside of what was seen by so large a share of its width, and by so much in any case.
-MARGIN = 0.1
-SLACK = 0.02
+# Bound of the logarithms' magnitude.
+LOG_LIMIT = 5.0
+# Weight of the past in both moving averages (chosen).
+HISTORY_WEIGHT = 0.75
+# A correction is applied only if its score exceeds that of no correction by this margin (chosen): a smaller lead is as
+# likely to cost as to save.
+SCORE_MARGIN = 2.0
+# A feature may exceed its range in training by this share of the range, plus an absolute slack (chosen).
+RANGE_MARGIN = 0.1
+RANGE_SLACK = 0.02
 
 
 class Correction(msgspec.Struct, frozen=True):
-    """One change of a drafted round.
+    """A change of a drafted round.
 
     Attributes:
-        name: for people.
-        longer: factor of the draft's length; its threshold of survival moves with it.
-        ahead: factor of the tokens drafted ahead; above 1 at least two are, with two rounds in flight.
-        wider: name as many siblings as there are, beside surer tokens too.
+        name: as in `learned.json`.
+        longer: factor of the draft length; also the exponent of the stop threshold.
+        ahead: factor of the tokens drafted ahead; if above 1, at least two are, with two rounds in flight.
+        wider: send the maximum number of siblings, and with more confident tokens as well.
     """
 
     name: str
@@ -110,33 +113,34 @@ CORRECTIONS = (
 
 
 class CorrectedPlanner(AnalyticPlanner):
-    """The analytic planner with corrections that a subclass chooses before every round."""
+    """The analytic planner with a correction of each drafted round, chosen by a subclass."""
 
     def __init__(
         self,
         objective: Objective,
-        device: Device,
+        device: DeviceModel,
         *,
         acceptance: Mapping[str, float] | None = None,
-        budget: Budget | None = None,
+        budget: EnergyBudget | None = None,
     ) -> None:
         super().__init__(objective, device, acceptance=acceptance, budget=budget)
-        self._lately_accepted = 0.5
-        self._lately_told = 0.0
-        self._promised = 0.0
+        self._recent_acceptance = 0.5
+        self._recent_cost_log_ratio = 0.0
+        self._predicted_cost = 0.0
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a round."""
+        """Learn from a round."""
         super().observe(outcome)
         if outcome.drafted:
             judged = min(outcome.accepted + 1, outcome.drafted)
-            self._lately_accepted += (1.0 - LATELY) * (outcome.accepted / judged - self._lately_accepted)
+            self._recent_acceptance += (1.0 - HISTORY_WEIGHT) * (outcome.accepted / judged - self._recent_acceptance)
         if not (outcome.repeated or outcome.early):
-            surprise = _log(outcome.draft_seconds + outcome.exchange_seconds, self._promised * outcome.tokens)
-            self._lately_told += (1.0 - LATELY) * (surprise - self._lately_told)
+            seconds = outcome.draft_seconds + outcome.exchange_seconds
+            log_ratio = _log_ratio(seconds, self._predicted_cost * outcome.tokens)
+            self._recent_cost_log_ratio += (1.0 - HISTORY_WEIGHT) * (log_ratio - self._recent_cost_log_ratio)
 
-    def correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
-        """The correction to the analytic plan, and who chose it.
+    def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
+        """Return the correction of the analytic plan, and who chose it, for the plan's reason.
 
         Args:
             conditions: of the round.
@@ -144,89 +148,97 @@ class CorrectedPlanner(AnalyticPlanner):
         """
         raise NotImplementedError
 
-    def _decide(self, conditions: Conditions, choice: Choice, table: Table, survival: Survival) -> Plan:
-        plan = super()._decide(conditions, choice, table, survival)
-        chosen = "analytic"
+    def _decide(
+        self, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable, acceptance: AcceptanceModel
+    ) -> Plan:
+        plan = super()._decide(conditions, comparison, table, acceptance)
+        source = "analytic"
         if plan.draft:
-            observation = np.array(self._observation(conditions, choice, table, survival.doubt), np.float32)
-            correction, chosen = self.correction(conditions, observation)
+            features = self._observation(conditions, comparison, table, acceptance.cost_error)
+            correction, source = self.choose_correction(conditions, np.array(features, np.float32))
             if correction is not CORRECTIONS[0]:
-                plan = self._corrected(correction, conditions, choice, table)
-        own = plan.own
-        self._promised = choice.draft.cost if plan.draft else (choice.first + (own - 1) * choice.each) / own
-        return msgspec.structs.replace(plan, reason=f"{plan.reason} ({chosen})")
+                plan = self._corrected_plan(correction, conditions, comparison, table)
+        if plan.draft:
+            self._predicted_cost = comparison.round.cost
+        else:
+            self._predicted_cost = (comparison.first + (plan.own - 1) * comparison.further) / plan.own
+        return msgspec.structs.replace(plan, reason=f"{plan.reason} ({source})")
 
-    def _observation(self, conditions: Conditions, choice: Choice, table: Table, doubt: float) -> list[float]:
-        """In the order of `OBSERVATIONS`."""
-        costs, draft, left = self._costs, choice.draft, choice.left
+    def _observation(
+        self, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable, cost_error: float
+    ) -> list[float]:
+        """Return the features in the order of `OBSERVATIONS`."""
+        costs, best, left = self._costs, comparison.round, comparison.left
         forward, link, step = costs.forward.at(1.0), costs.link.now.value, costs.step_seconds(conditions.position)
-        each = choice.streamed / left
+        streamed = comparison.streamed
         return [
-            _log(choice.drafted, choice.streamed),
-            _log(choice.better, choice.streamed),
-            _log(choice.hoped, choice.each),
-            _log(choice.first, choice.each),
-            _log(draft.cost, each),
-            _log(choice.prefill, draft.cost),
-            _log(step, forward),
-            _log(link, forward),
-            _log(costs.own_seconds(table.speculated), forward),
-            _log(costs.forward.at(9.0), forward),
-            _log(costs.pace.value, 1.0),
-            _log(costs.link_quantile(QUICK), link),
-            _log(link, costs.link.usual),
-            choice.leaving,
+            _log_ratio(comparison.drafted, streamed),
+            _log_ratio(comparison.drafted_better_link, streamed),
+            _log_ratio(comparison.optimistic_further, comparison.further),
+            _log_ratio(comparison.first, comparison.further),
+            _log_ratio(best.cost, streamed / left),
+            _log_ratio(comparison.prefill, best.cost),
+            _log_ratio(step, forward),
+            _log_ratio(link, forward),
+            _log_ratio(costs.own_token_seconds(table.tokens_per_forward), forward),
+            _log_ratio(costs.forward.at(9.0), forward),
+            _log_ratio(costs.slowdown.value, 1.0),
+            _log_ratio(costs.link_quantile(FLIGHT_QUANTILE), link),
+            _log_ratio(link, costs.link.long_run),
+            comparison.link_change,
             table.acceptance,
-            float(table.intact[4, -1]),
-            float(table.intact[10, -1]),
-            doubt / DOUBT,
-            float(costs.own.known),
-            1.0 / math.sqrt(1.0 + costs.own.weight),
-            _log(choice.bias, 1.0),
-            draft.length / LONGEST,
-            draft.survival,
-            draft.siblings / MOST_SIBLINGS,
-            draft.ahead / LONGEST,
-            draft.in_flight - 1.0,
-            _log(left, 100.0),
-            _log(1 + conditions.unread, 100.0),
-            conditions.ready / LONGEST,
+            float(table.survival[4, -1]),
+            float(table.survival[10, -1]),
+            cost_error / PRIOR_COST_ERROR,
+            float(costs.own_forward.known),
+            1.0 / math.sqrt(1.0 + costs.own_forward.weight),
+            _log_ratio(comparison.calibration, 1.0),
+            best.length / MAX_DRAFT_LENGTH,
+            best.min_survival,
+            best.siblings / MAX_SIBLINGS,
+            best.ahead / MAX_DRAFT_LENGTH,
+            best.in_flight - 1.0,
+            _log_ratio(left, 100.0),
+            _log_ratio(1 + conditions.unread, 100.0),
+            conditions.ready / MAX_DRAFT_LENGTH,
             conditions.temperature,
-            self._lately_accepted,
-            self._lately_told,
+            self._recent_acceptance,
+            self._recent_cost_log_ratio,
         ]
 
-    def _corrected(self, correction: Correction, conditions: Conditions, choice: Choice, table: Table) -> Plan:
-        draft = choice.draft
-        ahead, in_flight = round(correction.ahead * draft.ahead), draft.in_flight
+    def _corrected_plan(
+        self, correction: Correction, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable
+    ) -> Plan:
+        best = comparison.round
+        ahead, in_flight = round(correction.ahead * best.ahead), best.in_flight
         if correction.ahead > 1.0:
             ahead, in_flight = max(ahead, 2), 2
         longer = correction.longer
-        length = draft.length * longer
-        draft = msgspec.structs.replace(
-            draft,
-            length=min(max(math.ceil(length) if longer > 1.0 else int(length), 1), LONGEST),
-            survival=draft.survival**longer,
+        length = best.length * longer
+        best = msgspec.structs.replace(
+            best,
+            length=min(max(math.ceil(length) if longer > 1.0 else int(length), 1), MAX_DRAFT_LENGTH),
+            min_survival=best.min_survival**longer,
             ahead=ahead,
             in_flight=in_flight if ahead else 1,
         )
         if correction.wider:
-            surer = min(1.0, max(draft.sibling_confidence, 0.8) + 0.1)
-            draft = msgspec.structs.replace(draft, siblings=MOST_SIBLINGS, sibling_confidence=surer)
-        told = f"{draft.length} tokens, {draft.siblings} siblings, {draft.ahead} ahead: {correction.name} than computed"
-        return self._plan(conditions, draft, table, told)
+            confidence = min(1.0, max(best.sibling_confidence, 0.8) + 0.1)
+            best = msgspec.structs.replace(best, siblings=MAX_SIBLINGS, sibling_confidence=confidence)
+        reason = f"drafting {best.length} tokens, {best.siblings} siblings, {best.ahead} ahead: {correction.name}"
+        return self._drafting_plan(conditions, best, table, f"{reason} than computed")
 
 
-class Training(msgspec.Struct, frozen=True):
-    """What the file beside the model says.
+class PolicyMetadata(msgspec.Struct, frozen=True):
+    """Contents of the JSON file next to a policy's model.
 
     Attributes:
-        format: FORMAT.
-        sha256: of the model, in hexadecimal digits.
-        objective: what it was trained for.
+        format: FORMAT_VERSION.
+        sha256: of the model, hexadecimal.
+        objective: that the policy was trained for.
         observations, corrections: names, in order.
-        low, high: quantiles of each observation in training, nearly the least and the most.
-        trained: steps, seed, worlds, texts, versions and results; for people.
+        low, high: extreme quantiles of each feature in training.
+        trained: steps, seed, settings, texts, versions and results, for information.
     """
 
     format: int
@@ -239,110 +251,112 @@ class Training(msgspec.Struct, frozen=True):
     trained: dict[str, Any]
 
 
-class Policy:
-    """The shipped network and the range of observations that it has seen.
+class CorrectionPolicy:
+    """A trained policy network with the range of features that it was trained on.
 
     Attributes:
-        training: what it was trained for and on.
+        metadata: of its training.
     """
 
-    def __init__(self, path: Path = MODEL) -> None:
-        """
+    def __init__(self, path: Path = MODEL_PATH) -> None:
+        """Load a policy.
+
         Args:
-            path: the model; `.json` in place of its suffix tells of its training.
+            path: the model; the file with the suffix `.json` instead describes its training.
 
         Raises:
-            InputError: no model there, not the one that its training made, or of another release.
+            InputError: a file is missing or invalid, the two do not belong together, or are of another release.
         """
+        description = path.with_suffix(".json")
         try:
             model = path.read_bytes()
-            self.training = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Training)
+            self.metadata = msgspec.json.decode(description.read_bytes(), type=PolicyMetadata)
         except OSError as error:
             raise InputError(f"no learned policy at {path} ({error}): train one with `draft-export policy`") from None
         except msgspec.MsgspecError as error:
-            raise InputError(f"{path.with_suffix('.json')} does not tell of a policy's training ({error})") from None
-        training, width = self.training, len(OBSERVATIONS)
-        if hashlib.sha256(model).hexdigest() != training.sha256:
-            raise InputError(f"{path} is not the model that {path.with_suffix('.json')} tells of: its hash differs")
+            raise InputError(f"{description} does not describe a policy's training ({error})") from None
+        metadata, width = self.metadata, len(OBSERVATIONS)
+        if hashlib.sha256(model).hexdigest() != metadata.sha256:
+            raise InputError(f"{path} is not the model that {description} describes: its hash differs")
         names = tuple(correction.name for correction in CORRECTIONS)
-        if (training.format, training.observations, training.corrections) != (FORMAT, OBSERVATIONS, names):
+        if (metadata.format, metadata.observations, metadata.corrections) != (FORMAT_VERSION, OBSERVATIONS, names):
             raise InputError(f"{path} was trained for another release: train one with `draft-export policy`")
-        low, high = np.array(training.low, np.float32), np.array(training.high, np.float32)
+        low, high = np.array(metadata.low, np.float32), np.array(metadata.high, np.float32)
         if low.shape != (width,) or high.shape != (width,):
-            raise InputError(f"{path.with_suffix('.json')} has not {width} ranges: train again")
-        margin = MARGIN * (high - low) + SLACK
+            raise InputError(f"{description} does not have {width} ranges: train one with `draft-export policy`")
+        margin = RANGE_MARGIN * (high - low) + RANGE_SLACK
         self._low, self._high = low - margin, high + margin
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
-        """Nothing in it ever changes, so that copies of planners share it."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> CorrectionPolicy:
+        """Return the same object: it is immutable, so copies of planners share it."""
         return self
 
-    def strange(self, observation: Floats) -> str:
-        """Name of an observation that lies outside of what was seen; empty if all are within."""
+    def out_of_range(self, observation: Floats) -> str:
+        """Return the name of a feature outside its range in training; empty if all are within."""
         within = (observation >= self._low) & (observation <= self._high)
         return "" if within.all() else OBSERVATIONS[int(within.argmin())]
 
     def scores(self, observation: Floats) -> Floats:
-        """(len(CORRECTIONS),) scores, the higher the better, for (len(OBSERVATIONS),) observations."""
+        """Return (len(CORRECTIONS),) scores, higher is better, for an observation of (len(OBSERVATIONS),) features."""
         (scores,) = self._session.run(None, {"observation": observation[None]})
         result: Floats = scores[0]
         return result
 
-    def choice(self, observation: Floats) -> int:
-        """Index of the best correction; 0, which is none, where it is not `SURE`."""
+    def choose(self, observation: Floats) -> int:
+        """Return the index of the best correction; 0, no correction, unless it leads by `SCORE_MARGIN`."""
         scores = self.scores(observation)
         best = int(scores.argmax())
-        return best if scores[best] > scores[0] + SURE else 0
+        return best if scores[best] > scores[0] + SCORE_MARGIN else 0
 
 
 class LearnedPlanner(CorrectedPlanner):
-    """The analytic planner, corrected by the policy where that knows its way."""
+    """The analytic planner, corrected by the trained policy within the range of its training."""
 
     def __init__(
         self,
         objective: Objective,
-        device: Device,
+        device: DeviceModel,
         *,
         acceptance: Mapping[str, float] | None = None,
-        budget: Budget | None = None,
-        model: Path = MODEL,
+        budget: EnergyBudget | None = None,
+        model: Path = MODEL_PATH,
     ) -> None:
         """
         Args:
-            objective, device, acceptance, budget: as of `AnalyticPlanner`.
-            model: the policy.
+            objective, device, acceptance, budget: as for `AnalyticPlanner`.
+            model: of the policy.
         """
         super().__init__(objective, device, acceptance=acceptance, budget=budget)
-        self._policy: Policy | None = None
+        self._policy: CorrectionPolicy | None = None
         try:
-            policy = Policy(model)
+            policy = CorrectionPolicy(model)
         except InputError as error:
-            self._why = "analytic: no learned policy"
-            log.warning("the analytic planner decides alone: %s", error)
+            self._fallback = "analytic: no learned policy"
+            log.warning("falling back to the analytic planner: %s", error)
             return
         if budget is not None:
-            self._why = "analytic: energy is budgeted"
-        elif policy.training.objective != objective:
-            self._why = "analytic: the policy was trained for another objective"
+            self._fallback = "analytic: energy is budgeted"
+        elif policy.metadata.objective != objective:
+            self._fallback = "analytic: the policy was trained for another objective"
         else:
             self._policy = policy
 
-    def correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
-        """The policy's, or none."""
+    def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
+        """Return the policy's correction, or none if the policy does not apply."""
         if self._policy is None:
-            return CORRECTIONS[0], self._why
-        strange = self._policy.strange(observation)
-        if strange:
-            return CORRECTIONS[0], f"analytic: {strange!r} is outside of what was learned"
-        return CORRECTIONS[self._policy.choice(observation)], "learned"
+            return CORRECTIONS[0], self._fallback
+        feature = self._policy.out_of_range(observation)
+        if feature:
+            return CORRECTIONS[0], f"analytic: {feature!r} is outside the trained range"
+        return CORRECTIONS[self._policy.choose(observation)], "learned"
 
 
-def _log(value: float, unit: float) -> float:
-    """Logarithm of value / unit, within `FAR`."""
+def _log_ratio(value: float, unit: float) -> float:
+    """Return log(value / unit), clipped to +-LOG_LIMIT."""
     if value <= 0.0 or unit <= 0.0:
-        return 0.0 if value == unit else -FAR if value <= 0.0 else FAR
-    return min(max(math.log(value) - math.log(unit), -FAR), FAR)
+        return 0.0 if value == unit else -LOG_LIMIT if value <= 0.0 else LOG_LIMIT
+    return min(max(math.log(value) - math.log(unit), -LOG_LIMIT), LOG_LIMIT)

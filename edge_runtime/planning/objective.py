@@ -1,10 +1,10 @@
-"""What a text should cost least of: seconds of waiting, of the verifier, joules of the board, bytes on the link.
+"""The planner's objective: a price for latency, verifier time, energy and traffic.
 
-Everything is priced in seconds of the reader's waiting, so that one number compares plans:
+All prices are in seconds of the user's waiting time, so that one number compares plans:
 
-    cost = latency * waiting + verifier * verifier seconds + joule * joules + byte * bytes
+    cost = latency * waiting seconds + verifier * forward seconds + joule * joules + byte * bytes
 
-and a plan is good if its cost per token is small.
+The planner minimizes the cost per token.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from edge_runtime.protocol.errors import InputError
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """Prices.
+    """Prices in seconds of waiting time, all at least 0 and not all 0.
 
     Attributes:
-        latency: of one second that the reader waits; the unit, unless it should count for nothing.
-        verifier: of one second of the verifier's forwards, in seconds of waiting.
-        joule: of one joule of the board's, in seconds of waiting.
-        byte: of one byte on the link, in seconds of waiting.
+        latency: of a second of waiting; 1 unless latency does not matter.
+        verifier: of a second of the verifier's forwards.
+        joule: of a joule of the board's energy.
+        byte: of a byte on the link.
     """
 
     latency: float = 1.0
@@ -35,35 +35,35 @@ class Objective(msgspec.Struct, frozen=True):
         for name in self.__struct_fields__:
             price = getattr(self, name)
             if not (math.isfinite(price) and price >= 0):
-                raise ValueError(f"the price {name}={price} must be a number of at least 0")
+                raise ValueError(f"the price {name}={price} must be a finite number of at least 0")
         if not (self.latency or self.verifier or self.joule or self.byte):
-            raise ValueError("all prices are 0, so every plan would cost the same: give one of them a price")
+            raise ValueError("all prices are 0, so all plans would cost the same: set at least one price")
 
     def cost(self, latency: float, verifier: float, joules: float, carried: float) -> float:
-        """Cost of what took `latency` seconds, `verifier` seconds of forwards, `joules` and `carried` bytes."""
+        """Return the cost of `latency` seconds, `verifier` forward seconds, `joules`, and `carried` bytes."""
         return self.latency * latency + self.verifier * verifier + self.joule * joules + self.byte * carried
 
 
-# What each name stands for is a judgement; the reasons are here, and explicit prices override them.
+# The prices of the presets are chosen as stated; explicit prices override them.
 PRESETS = {
-    # The reader's time and nothing else.
+    # Latency alone.
     "latency": Objective(),
-    # A busy verifier serves somebody else with every second spared: worth as much waiting as four readers' seconds.
+    # A verifier second saved serves other users: it is worth four seconds of waiting.
     "cloud": Objective(verifier=4.0),
-    # On a Pi 5, a second of drafting draws 9 J more than waiting: waiting up to 2.7 s to spare it.
+    # On a Pi 5, a second of drafting draws 9 J more than waiting: wait up to 2.7 s to save it.
     "energy": Objective(joule=0.3),
-    # A verifier second as dear as a reader's, and a joule worth a tenth of what `energy` makes it.
+    # A verifier second costs as much as a second of waiting, and a joule a tenth of its price in `energy`.
     "balanced": Objective(verifier=1.0, joule=0.03),
 }
 
 
 def parse_objective(text: str) -> Objective:
-    """The objective that `text` names: one of `PRESETS`, or prices such as `verifier=2,joule=0.05`.
+    """Parse an objective: the name of a preset, or prices such as `verifier=2,joule=0.05`.
 
-    Prices that are not named are 0, but for latency, which is 1.
+    Prices that are not given are 0, except latency, which is 1.
 
     Raises:
-        InputError: neither a name nor prices.
+        InputError: `text` is neither a preset nor valid prices.
     """
     preset = PRESETS.get(text.strip())
     if preset is not None:
@@ -79,8 +79,8 @@ def parse_objective(text: str) -> Objective:
         try:
             return Objective(**prices)
         except ValueError as error:
-            raise InputError(f"the objective {text!r} cannot be: {error}") from None
+            raise InputError(f"the objective {text!r} is invalid: {error}") from None
     raise InputError(
-        f"{text!r} is no objective: name one of {', '.join(PRESETS)}, or prices in seconds of waiting such as "
+        f"{text!r} is not an objective: use one of {', '.join(PRESETS)}, or prices in seconds of waiting such as "
         f"verifier=2,joule=0.05 (prices are {', '.join(Objective.__struct_fields__)})"
     )

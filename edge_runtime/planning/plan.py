@@ -1,4 +1,4 @@
-"""What a planner decides, what it is told before, and what it learns from afterwards."""
+"""The planner's interface: the conditions before a round, the plan, and the outcome that the planner learns from."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ from typing import Literal, Protocol
 
 import msgspec
 
-# What an answer does without a verifier; see `decoding.Generation`.
+# What a generation does while no verifier can be reached; see `decoding.Generation`.
 OnLinkLoss = Literal["wait", "draft", "fail"]
-# A token of the cloud's own that the draft guessed meanwhile: its confidence in its guess, and which of its candidates
-# the token was: 0 the guess itself, r the r-th sibling, UNNAMED none that was looked at.
-Watched = tuple[float, int]
-UNNAMED = 255
+
+# Shadow drafting: the draft model's prediction for one token that the verifier streamed, as (confidence in its first
+# guess, rank of the streamed token among its candidates). Rank 0: the guess was right; r: the r-th sibling was right;
+# UNRANKED: none of the candidates that were looked at.
+ShadowGuess = tuple[float, int]
+UNRANKED = 255
 
 
 class Plan(msgspec.Struct, frozen=True):
     """One round's decision.
 
     Attributes:
-        draft: K, the most tokens to draft on the board; 0 leaves the round to the cloud.
-        own: n, tokens that the target says by itself behind the accepted ones, at least 1.
-        siblings: alternatives to name beside a draft token.
-        sibling_confidence: name them beside tokens of at most this probability: a token that the draft is sure of is
-            accepted nearly always, and ids cost bytes and verifier width.
-        min_confidence: stop drafting behind a token whose probability is below this.
-        min_survival: stop drafting behind a token where the chance that all tokens up to it are accepted, the product
-            of their calibrated confidences, is below this.
-        calibration: chance of being accepted by confidence, in equal bins of [0, 1]; empty: the confidence itself.
-        ahead: while the round is in flight, guess the target's own token and draft this many behind it; only with
-            own = 1. 0 drafts nothing ahead, not even the guess. Where draft = 0 too, any other number lets the draft
-            read the text meanwhile, so that it need not do so when it is wanted.
-        watch: where draft = 0, let the draft read the text meanwhile and guess each of the target's tokens when it is
-            there, with `siblings` alternatives, for what drafting would be worth. Nobody waits for it.
-        in_flight: most rounds on their way at once; the second is sent when what was drafted ahead is ready before
-            the first is answered, and is void unless the first came out as guessed.
-        reason: why, in a few words.
+        draft: K, the maximum number of tokens to draft on the board; 0 leaves the round to the cloud.
+        own: n, the number of tokens that the target generates after the accepted ones, at least 1.
+        siblings: alternative candidates to send along with a draft token.
+        sibling_confidence: send siblings only with tokens of at most this draft probability: a token that the draft is
+            sure of is nearly always accepted, and sibling ids cost bytes and verifier width.
+        min_confidence: stop drafting after a token whose draft probability is below this.
+        min_survival: stop drafting after a token at which the prefix survival (the probability that all tokens up to
+            it are accepted, the product of their calibrated confidences) is below this.
+        calibration: acceptance probability by confidence, in equal bins of [0, 1]; empty: the confidence itself.
+        ahead: while the round is in flight, guess the target's own token and draft this many tokens after it; only
+            with own = 1. 0 drafts nothing ahead, not even the guess. With draft = 0, any other value lets the draft
+            model prefill the text meanwhile, so that it is up to date when it is needed.
+        in_flight: maximum number of rounds in flight. With 2, the next round is sent as soon as its tokens have been
+            drafted ahead, before the first is answered; it is void unless the first comes out as guessed.
+        watch: with draft = 0, run the draft in shadow: it reads the streamed text and predicts each of the target's
+            tokens once that token has arrived, with `siblings` alternatives, to measure what drafting would achieve.
+            No reply waits for it.
+        reason: short explanation for logs and events.
     """
 
     draft: int
@@ -50,25 +53,39 @@ class Plan(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-def calibrated(confidence: float, calibration: tuple[float, ...]) -> float:
-    """The chance that a token of this confidence is accepted (see `Plan.calibration`)."""
+def calibrated_acceptance(confidence: float, calibration: tuple[float, ...]) -> float:
+    """Return the acceptance probability of a draft token of this confidence (see `Plan.calibration`)."""
     if not calibration:
         return confidence
     return calibration[min(int(confidence * len(calibration)), len(calibration) - 1)]
 
 
+def apply_stop_rule(
+    survival: float, confidence: float, *, min_confidence: float, min_survival: float, calibration: tuple[float, ...]
+) -> tuple[float, bool]:
+    """Extend a draft by one token: return its new prefix survival, and whether drafting stops after this token.
+
+    Args:
+        survival: prefix survival before the token.
+        confidence: draft probability of the token.
+        min_confidence, min_survival, calibration: see `Plan`.
+    """
+    survival *= calibrated_acceptance(confidence, calibration)
+    return survival, confidence < min_confidence or survival < min_survival
+
+
 class Surroundings(msgspec.Struct, frozen=True):
-    """What the probes know; None where this board has no such sensor.
+    """Probe readings of the board and its link; None if the board has no such sensor.
 
     Attributes:
-        rtt_seconds: smoothed round-trip time of the connection in use, as the kernel measures it.
-        joules_left: in the battery.
-        watts: what the board draws now.
-        on_battery: whether it lives on what is in the battery.
-        throttled: whether the board runs slower than it could, for heat or voltage.
-        celsius: temperature of the processor.
-        metered: whether bytes on this link are paid for.
-        battery_percent: charge of the batteries; nothing is planned by it.
+        rtt_seconds: the kernel's smoothed round-trip time of the connection in use.
+        joules_left: energy left in the battery.
+        watts: current power draw of the board.
+        on_battery: whether the board runs on battery.
+        throttled: whether the board is throttled because of heat or low voltage.
+        celsius: processor temperature.
+        metered: whether traffic on this link is billed by volume.
+        battery_percent: charge of the batteries; not used for planning.
     """
 
     rtt_seconds: float | None = None
@@ -82,17 +99,17 @@ class Surroundings(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True):
-    """What a planner is told before a round.
+    """The state that a planner decides on before a round.
 
     Attributes:
-        left: tokens that the text may still grow by, at least 1.
-        position: tokens in the text, prompt included.
-        unread: how many of these the draft has yet to read before it can draft.
-        ready: tokens that were drafted ahead and are still good.
-        now: seconds on a clock that only goes forward.
-        version: exact target version; empty before the first answer.
-        temperature: of the sampling.
-        surroundings: from the probes.
+        left: maximum number of tokens that may still be generated, at least 1.
+        position: length of the text in tokens, prompt included.
+        unread: tokens of the text that the draft model still has to prefill before it can draft.
+        ready: tokens that were drafted ahead and are still valid.
+        now: seconds on a monotonic clock.
+        version: exact target version; empty before the first reply.
+        temperature: sampling temperature.
+        surroundings: probe readings.
     """
 
     left: int
@@ -106,30 +123,29 @@ class Conditions(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What one round came to; times in seconds.
+    """The result of one round; times in seconds.
 
     Attributes:
-        plan: what was planned.
-        conditions: what the plan was made for.
-        accepted: how many drafted tokens the target accepted.
-        own: tokens that the target said itself; with a sibling hit one more than it was asked for.
-        confidences: the draft's probability of each drafted token, in order: one for each.
-        offered: for each drafted token, how many siblings were named beside it.
-        sibling: which sibling of the first rejected token was the target's, from 1; 0 if none was.
-        ready: how many of the drafted tokens had been drafted ahead.
-        draft_seconds: drafting what was not ready, and prefilling what the cloud had sent.
+        plan: the plan that was executed.
+        conditions: the conditions that the plan was made for.
+        accepted: number of draft tokens that the target accepted.
+        own: tokens that the target generated itself; after a sibling hit one more than the plan asked for.
+        confidences: the draft probability of each draft token, in order.
+        offered: number of siblings sent with each draft token.
+        sibling: which sibling of the first rejected token the target chose, from 1; 0 for none.
+        ready: draft tokens that had been drafted ahead.
+        draft_seconds: drafting what was not ready, including prefill of the tokens received since the last draft.
         first_seconds: from sending the round to its first tokens.
-        exchange_seconds: from sending the round to its last.
-        queue_seconds, forward_seconds: of these, what the verifier reports for waiting and for its forwards.
-        prefill_seconds: and for reading the text, when the session was opened.
-        ahead_seconds: drafting ahead, or reading, while the round was in flight.
-        further: forwards of the verifier behind the first, for the further tokens of its own.
-        watched: what the draft made of the first so many of these, where it was to watch (see `Plan.watch`).
+        exchange_seconds: from sending the round to its last token.
+        queue_seconds, forward_seconds: waiting and forward time within these, as reported by the verifier.
+        prefill_seconds: prefill time that the verifier reports when the session was opened.
+        ahead_seconds: drafting ahead, shadow drafting or prefill while the round was in flight.
+        further: verifier forwards after the first, for the target's further own tokens.
+        watched: shadow guesses for the first of these tokens (see `Plan.watch`).
         sent, received: TCP payload bytes.
-        repeated: whether the round was sent more than once, or over a new connection, so that its times say nothing of
-            the link.
-        early: whether it was sent before the last one was answered. Its times count from that answer on and say
-            nothing of the link either.
+        repeated: whether the round was retried or moved to a new connection; its times then do not measure the link.
+        early: whether it was sent before the previous round was answered. Its times count from that answer and do not
+            measure the link either.
     """
 
     plan: Plan
@@ -152,43 +168,44 @@ class Outcome(msgspec.Struct, frozen=True):
     prefill_seconds: float = 0.0
     ahead_seconds: float = 0.0
     further: int = 0
-    watched: list[Watched] = []
+    watched: list[ShadowGuess] = []
 
     @property
     def drafted(self) -> int:
-        """Tokens that were drafted."""
+        """Number of draft tokens in the round."""
         return len(self.confidences)
 
     @property
     def tokens(self) -> int:
-        """Tokens that the text grew by."""
+        """Number of tokens that the round added to the text."""
         return self.accepted + self.own
 
     @property
     def verifier_seconds(self) -> float:
-        """Queue, prefill and forwards, as the verifier reports them."""
+        """Queue, prefill and forward time, as reported by the verifier."""
         return self.queue_seconds + self.prefill_seconds + self.forward_seconds
 
 
 class Planner(Protocol):
-    """Decides before every round and hears afterwards what came of it.
+    """Plans each round and learns from its outcome.
 
-    One planner serves all texts of a process, so that what one text taught is known to the next. Rounds of several
-    texts may interleave; an outcome says itself which plan it came from. Calls come from the event loop only.
+    One planner serves all generations of a process, so that what it learns from one text applies to the next. Rounds of
+    several generations may interleave; each outcome carries the plan that it belongs to. All calls come from the event
+    loop's thread.
     """
 
     def plan(self, conditions: Conditions) -> Plan:
-        """The next round's plan."""
+        """Return the next round's plan."""
 
     def observe(self, outcome: Outcome) -> None:
-        """What a plan came to."""
+        """Learn from the outcome of a round."""
 
 
-FIXED = Plan(draft=5, own=1, siblings=2, reason="fixed")
+FIXED_PLAN = Plan(draft=5, own=1, siblings=2, reason="fixed")
 
 
 class FixedPlanner:
-    """The same plan every round."""
+    """A planner that returns the same plan every round and learns nothing."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -197,4 +214,4 @@ class FixedPlanner:
         return self._plan
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns nothing."""
+        pass

@@ -1,60 +1,65 @@
-"""What drafting may lose: the account that keeps it from being dearer than leaving texts to the cloud.
+"""Regret budget of drafting: bounds what drafting may lose in total against leaving all tokens to the verifier.
 
-Estimates err, and who drafts whenever that seems cheaper is dearer than the cloud alone wherever they err in favour of
-drafting. So what drafting has really cost is set against what the cloud alone would have, and a part of the difference
-is all that may ever be lost: so much to begin with, and a little more with every token. The emptier the account, the
-better drafting has to seem. This is a conservative bandit (Wu, Shariff, Lattimore, Szepesvari, "Conservative Bandits",
-arXiv 1602.04282) with the cloud alone as the default arm, and a price on the account instead of a gate, so that what
-looks much cheaper goes on where what looks a little cheaper has to stop.
+Cost estimates err, and a planner that drafts whenever drafting seems cheaper is more expensive than streaming wherever
+the estimates err in favor of drafting. Therefore the measured cost of drafted rounds is compared with what streaming
+would have cost, and the difference is charged to a budget: an initial amount plus a small share of every token. The
+lower the budget, the larger the factor that is applied to the estimated cost of drafting.
+
+This is a conservative bandit (Wu, Shariff, Lattimore, Szepesvari, "Conservative Bandits", arXiv 1602.04282) with
+streaming as the default arm. Unlike there, the budget sets a price rather than a gate, so that drafting continues where
+it seems much cheaper and stops where it seems only a little cheaper.
 """
 
 from __future__ import annotations
 
 from edge_runtime.planning.plan import Outcome
 
-# Tokens streamed that drafting may cost more than it saves, to begin with; the share of all tokens that is added; and
-# the most that counts of what it has saved.
-BEGIN = 20.0
-ADDED = 0.014
-MOST = 400.0
-# An account that is so many tokens below its beginning makes drafted tokens count twice.
-DOUBLED = 400.0
-# What was saved is there to be lost again by trying: drafted tokens count for so little of what they seem to cost.
-LEAST = 0.92
+# All amounts are in streamed tokens: the cost of a further token of a stream. Chosen.
+INITIAL_TOKENS = 20.0
+# Share of all generated tokens that is credited.
+CREDIT_PER_TOKEN = 0.014
+# Bound of the budget in both directions, so that neither savings nor losses accumulate without limit.
+MAX_TOKENS = 400.0
+# The cost factor grows by 1 for this deficit relative to the initial budget.
+DOUBLING_TOKENS = 400.0
+# Lower bound of the factor: savings may be spent on exploration, down to this share of the estimated cost.
+MIN_COST_FACTOR = 0.92
 
 
-class Stake:
-    """Tokens that the cloud alone would say in the time that drafting may yet lose.
+class RegretBudget:
+    """The amount that drafting may still lose against streaming.
 
     Attributes:
-        tokens: so many; below 0 if too much was lost.
+        tokens: the budget, in streamed tokens; negative after excessive losses.
     """
 
     def __init__(self) -> None:
-        self.tokens = BEGIN
+        self.tokens = INITIAL_TOKENS
         self._end = 0
 
     @property
-    def doubt(self) -> float:
-        """Factor of what drafting seems to cost."""
-        return max(LEAST, 1.0 + (BEGIN - self.tokens) / DOUBLED)
+    def cost_factor(self) -> float:
+        """Factor to apply to the estimated cost of drafting: max(0.92, 1 + (initial budget - budget) / 400)."""
+        return max(MIN_COST_FACTOR, 1.0 + (INITIAL_TOKENS - self.tokens) / DOUBLING_TOKENS)
 
-    def observe(self, outcome: Outcome, worth: float, cost: float, first: float, each: float) -> None:
-        """Counts a round.
+    def observe(self, outcome: Outcome, *, equivalent: float, cost: float, first: float, further: float) -> None:
+        """Charge or credit a round.
 
         Args:
-            outcome: of it.
-            worth: tokens that the cloud alone says, on average, in the time that it would have taken for this round's.
-            cost: of it, in the objective's seconds.
-            first, each: cost of a round of one token of the cloud's own, and of each further token.
+            outcome: of the round.
+            equivalent: own tokens that the verifier streams, on average, in the time that this round's tokens would
+                have taken it (`CostModel.streaming_equivalent`).
+            cost: measured cost of the round, in the objective's seconds.
+            first: cost of a streaming round of one token.
+            further: cost of each further token of a stream.
         """
         end = outcome.conditions.position + outcome.conditions.left
-        begins, self._end = end != self._end, end
-        # The cloud alone needs one exchange for all of a text.
-        exchange = first / each - 1.0
-        gained = ADDED * outcome.tokens
+        new_text, self._end = end != self._end, end
+        # Streaming needs a single exchange for a whole text.
+        exchange = first / further - 1.0
+        gained = CREDIT_PER_TOKEN * outcome.tokens
         if outcome.drafted:
-            gained += worth - cost / each + (exchange if begins else 0.0)
-        elif not begins:
+            gained += equivalent - cost / further + (exchange if new_text else 0.0)
+        elif not new_text:
             gained -= exchange
-        self.tokens = min(max(self.tokens + gained, -MOST), MOST)
+        self.tokens = min(max(self.tokens + gained, -MAX_TOKENS), MAX_TOKENS)

@@ -1,16 +1,20 @@
-"""The best drafted round for given prices: the plan with the least cost per token.
+"""Search for the best drafted round at given prices: the plan with the least cost per token.
 
-A text is many rounds, so what counts is E[cost of a round] / E[tokens of a round] (renewal-reward). Under known costs
-everything in it is linear in two expectations, how many tokens are drafted and how many accepted, and `Table` has both
-for every draft length K and every threshold of survival s at once. So the search is exact over its grid and costs a
-few array operations.
+A text consists of many rounds, so the objective is E[cost of a round] / E[tokens of a round] (renewal-reward theorem).
+With known prices both are linear in the expected drafted and accepted tokens, and `AcceptanceTable` has these for every
+draft length K and every stop threshold s at once. The search is therefore exact over its grid and takes a few array
+operations.
 
-At the optimum, the threshold is where one more step costs what it brings: with lambda the cost per token, draft on iff
-(chance that all so far are accepted) * (chance that the next is) * lambda > cost of a step. Siblings are named where
-(chance that this token is the first missed) * (chance that one of them is right) * lambda > cost of their width.
+At the optimum, with lambda the cost per token, the stop rule continues a draft iff
 
-Drafting ahead makes a renewal of several rounds: one from scratch, and with the chance that the guess stands, others
-whose drafts are there already or whose requests are on their way already.
+    S(k) * P(next token is accepted) * lambda > cost of a draft step
+
+and siblings are sent with a token iff
+
+    P(this token is the first rejected one) * P(one of the siblings is correct) * lambda > cost of their width.
+
+With drafting ahead, a renewal consists of a chain of rounds: one from scratch and, each with the probability that the
+guess of the bonus token holds, early rounds, whose draft is ready or whose request is already on its way.
 """
 
 from __future__ import annotations
@@ -19,218 +23,259 @@ from bisect import bisect_right
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from edge_runtime.planning.acceptance_table import BINS, LEVELS, LONGEST, MOST_SIBLINGS, THRESHOLDS, Table
+from edge_runtime.planning.acceptance_table import (
+    CONFIDENCE_BINS,
+    MAX_DRAFT_LENGTH,
+    MAX_SIBLINGS,
+    THRESHOLD_COUNT,
+    THRESHOLDS,
+    AcceptanceTable,
+    FloatArray,
+)
 
-Floats = npt.NDArray[np.float64]
+# The grid of the search with drafting ahead (chosen: fine enough to lose little, small enough to take microseconds):
+# numbers of tokens to draft ahead, draft lengths, and the stride through THRESHOLDS.
+AHEAD_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+DRAFT_LENGTHS = np.array((1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 30))
+THRESHOLD_STRIDE = 3
+_AHEAD_LENGTHS = np.array(AHEAD_LENGTHS)
+_SIBLING_COUNTS = np.arange(1.0, MAX_SIBLINGS + 1)[:, None]
+# Numbers ahead are considered up to this multiple of the draft steps that fit into a flight: the stop rule often ends
+# a draft earlier, and then it is ready in time.
+FLIGHT_FACTOR = 2.0
 
-# Tokens to draft ahead to choose from.
-AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-_AHEAD = np.array(AHEAD)
-_COUNTS = np.arange(1.0, MOST_SIBLINGS + 1)[:, None]
-# Drafting ahead is searched over these lengths, and over every so-many-th threshold only.
-LENGTHS = np.array((1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 30))
-COARSE = 3
-# Of a draft that stops where it is unsure, one of up to so many times what fits into a flight may be there in time.
-FITTING = 2.0
 
-
-class Prices(msgspec.Struct, frozen=True):
-    """What a drafted round costs, in the objective's seconds unless it says seconds.
+class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
+    """The costs of a drafted round's parts, in the objective's seconds; fields named `..._seconds` are in seconds.
 
     Attributes:
-        exchange: of a round, whatever it carries.
-        step: of a step of the draft.
-        identity: of each id on its way.
-        second: of time in flight.
-        worked: of a second of the verifier's forward, the waiting for it included.
-        ahead: of a step while a round is in flight: energy alone.
-        void: of a round that was sent early in vain.
-        step_seconds: of the draft.
-        flight_seconds: from sending a round of one node to its answer, but for queueing; of the quicker rounds, for
-            whether something fits.
-        overhead_seconds: of the board, per round.
-        queue_seconds: of a round's waiting at the verifier, early rounds included.
-        widths, forwards: seconds of the verifier's forward by its nodes, on straight lines between these.
-        longest: most tokens to draft.
+        exchange: fixed cost of a round, whatever it carries.
+        step: of a draft step.
+        id: of each token id sent.
+        flight_second: of a second in flight.
+        forward_second: of a second of the verifier's forward, including the wait for it.
+        step_ahead: of a draft step while a round is in flight: energy alone.
+        void: of a round that was sent early and is void.
+        step_seconds: time of a draft step.
+        flight_seconds: from sending a round of one node to its reply, without queueing; a lower quantile, because it
+            decides what fits into a flight.
+        overhead_seconds: the board's own work per round.
+        queue_seconds: a round's wait at the verifier, early rounds included.
+        forward_nodes, forward_seconds: knots of the verifier's forward time by tree nodes, piecewise linear.
+        max_length: maximum draft length.
     """
 
     exchange: float
     step: float
-    identity: float
-    second: float
-    worked: float
-    ahead: float
+    id: float
+    flight_second: float
+    forward_second: float
+    step_ahead: float
     void: float
     step_seconds: float
     flight_seconds: float
     overhead_seconds: float
     queue_seconds: float
-    widths: list[float]
-    forwards: list[float]
-    longest: int = LONGEST
+    forward_nodes: list[float]
+    forward_seconds: list[float]
+    max_length: int = MAX_DRAFT_LENGTH
 
-    def near(self, other: Prices, share: float) -> bool:
-        """Whether all that a search depends on much differs by at most `share`."""
-        if self.widths != other.widths:
+    def close_to(self, other: RoundPrices, tolerance: float) -> bool:
+        """Return whether the prices that matter most to the search differ by at most the share `tolerance`."""
+        if self.forward_nodes != other.forward_nodes:
             return False
-        forwards = sum(other.forwards)
-        moved = sum(abs(a - b) for a, b in zip(self.forwards, other.forwards, strict=True))
+        forwards = sum(other.forward_seconds)
+        moved = sum(abs(a - b) for a, b in zip(self.forward_seconds, other.forward_seconds, strict=True))
+        round_ = other.exchange + other.forward_second * other.forward_seconds[0]
         return (
-            abs(self.step - other.step) <= share * other.step
-            and abs(self.exchange - other.exchange) <= share * (other.exchange + other.worked * other.forwards[0])
-            and abs(self.flight_seconds - other.flight_seconds) <= 2 * share * other.flight_seconds
-            and moved <= share * forwards
-            and abs(self.worked - other.worked) <= share * other.worked
+            abs(self.step - other.step) <= tolerance * other.step
+            and abs(self.exchange - other.exchange) <= tolerance * round_
+            and abs(self.flight_seconds - other.flight_seconds) <= 2 * tolerance * other.flight_seconds
+            and moved <= tolerance * forwards
+            and abs(self.forward_second - other.forward_second) <= tolerance * other.forward_second
         )
 
 
-class Draft(msgspec.Struct, frozen=True):
+class DraftedRound(msgspec.Struct, frozen=True):
     """The best drafted round.
 
     Attributes:
         cost: per token.
         length: K.
-        survival: threshold of the stop rule.
+        min_survival: stop threshold, as in `Plan`.
         siblings, sibling_confidence, ahead, in_flight: as in `Plan`.
-        tokens: expected, of a round that was not sent early.
-        chained: of this and of the early ones that follow it, all of which wait for one exchange.
+        tokens: expected tokens of a round that was not sent early.
+        chain_tokens: expected tokens of that round and the early rounds after it, which share one exchange.
     """
 
     cost: float
     length: int
-    survival: float
+    min_survival: float
     siblings: int = 0
     sibling_confidence: float = 0.0
     ahead: int = 0
     in_flight: int = 1
     tokens: float = 1.0
-    chained: float = 1.0
+    chain_tokens: float = 1.0
 
 
-class _Beside(msgspec.Struct, frozen=True):
-    """Siblings: how many, up to which confidence, how many per drafted token, and hits per token whose forerunners are
-    all accepted."""
+class _SiblingChoice(msgspec.Struct, frozen=True):
+    """The siblings to send.
+
+    Attributes:
+        count: per draft token of at most `confidence`.
+        confidence: see `count`.
+        per_token: mean number of siblings per draft token.
+        hits: mean number of hits per draft token with an accepted prefix.
+    """
 
     count: int = 0
     confidence: float = 0.0
-    named: float = 0.0
+    per_token: float = 0.0
     hits: float = 0.0
 
 
-def best_draft(table: Table, prices: Prices) -> Draft:
-    """The drafted round of at least one token that is cheapest per token."""
-    bound = max(1, min(prices.longest, LONGEST)) + 1
+def best_drafted_round(table: AcceptanceTable, prices: RoundPrices) -> DraftedRound:
+    """Return the round of at least one draft token with the least cost per token."""
+    bound = max(1, min(prices.max_length, MAX_DRAFT_LENGTH)) + 1
     drafted, accepted = table.drafted[1:bound], table.accepted[1:bound]
-    costs = _round(prices, drafted, 0.0) / (1.0 + accepted)
-    row, level = divmod(int(costs.argmin()), LEVELS)
-    beside = _siblings(table, prices, float(costs[row, level]), float(drafted[row, level]), float(accepted[row, level]))
-    # Per token whose forerunners are right, some siblings bring one token more.
-    yield_ = 1.0 + beside.hits / table.acceptance
-    if beside.count:
-        costs = _round(prices, drafted, beside.named) / (1.0 + yield_ * accepted)
-        row, level = divmod(int(costs.argmin()), LEVELS)
-    tokens = 1.0 + yield_ * float(accepted[row, level])
-    best = Draft(
-        cost=float(costs[row, level]),
-        length=row + 1,
-        survival=float(THRESHOLDS[level]),
-        siblings=beside.count,
-        sibling_confidence=beside.confidence,
-        tokens=tokens,
-        chained=tokens,
+    costs = _round_cost(prices, drafted, 0.0) / (1.0 + accepted)
+    row, column = divmod(int(costs.argmin()), THRESHOLD_COUNT)
+    siblings = _best_siblings(
+        table,
+        prices,
+        token_value=float(costs[row, column]),
+        drafted=float(drafted[row, column]),
+        accepted=float(accepted[row, column]),
     )
-    return _ahead(table, prices, best, beside.named, yield_)
+    # Tokens gained per accepted token, including the sibling hits; accepted / acceptance is the expected number of
+    # draft tokens with an accepted prefix.
+    gain = 1.0 + siblings.hits / table.acceptance
+    if siblings.count:
+        costs = _round_cost(prices, drafted, siblings.per_token) / (1.0 + gain * accepted)
+        row, column = divmod(int(costs.argmin()), THRESHOLD_COUNT)
+    tokens = 1.0 + gain * float(accepted[row, column])
+    best = DraftedRound(
+        cost=float(costs[row, column]),
+        length=row + 1,
+        min_survival=float(THRESHOLDS[column]),
+        siblings=siblings.count,
+        sibling_confidence=siblings.confidence,
+        tokens=tokens,
+        chain_tokens=tokens,
+    )
+    return _best_ahead(table, prices, best, siblings.per_token, gain)
 
 
-def _round(prices: Prices, drafted: Floats, named: float) -> Floats:
-    """Expected cost of a round that drafts so many tokens and names `named` siblings beside each."""
-    ids = drafted * (1.0 + named)
-    return prices.exchange + prices.step * drafted + prices.identity * ids + prices.worked * _forward(prices, 1.0 + ids)
+def _round_cost(prices: RoundPrices, drafted: FloatArray, siblings: float) -> FloatArray:
+    """Return the expected cost of rounds of `drafted` tokens with `siblings` per token."""
+    ids = drafted * (1.0 + siblings)
+    forward = _forward_seconds(prices, 1.0 + ids)
+    return prices.exchange + prices.step * drafted + prices.id * ids + prices.forward_second * forward
 
 
-def _forward(prices: Prices, nodes: Floats) -> Floats:
-    return np.interp(nodes, prices.widths, prices.forwards)
+def _forward_seconds(prices: RoundPrices, nodes: FloatArray) -> FloatArray:
+    return np.interp(nodes, prices.forward_nodes, prices.forward_seconds)
 
 
-def _siblings(table: Table, prices: Prices, cost: float, drafted: float, accepted: float) -> _Beside:
-    """The siblings worth naming.
+def _best_siblings(
+    table: AcceptanceTable, prices: RoundPrices, *, token_value: float, drafted: float, accepted: float
+) -> _SiblingChoice:
+    """Choose the siblings of a round.
 
     Args:
-        cost: what a token is worth.
-        drafted, accepted: tokens in a round.
+        table, prices: as for the search.
+        token_value: cost per token, which is what one more token is worth.
+        drafted, accepted: expected tokens of the round without siblings.
     """
-    # Chance that all before a drafted token are accepted, on average.
-    alive = min(1.0, accepted / drafted / table.acceptance)
-    # What one more node costs where siblings would come.
-    low, high = np.interp((1.0 + drafted, 2.0 + 2.0 * drafted), prices.widths, prices.forwards).tolist()
-    node = prices.identity + prices.worked * (high - low) / (1.0 + drafted)
-    # Misses are rarer the surer the draft is, so the bins that are worth it are the lowest ones: (siblings, bins).
-    gains = (alive * cost * table.first_missed * table.sibling_hits[1:, None] - node * _COUNTS * table.sureness).cumsum(
-        1
-    )
-    row, last = divmod(int(gains.argmax()), BINS)
+    # Mean probability that a draft token's prefix is accepted.
+    prefix = min(1.0, accepted / drafted / table.acceptance)
+    # Marginal cost of a tree node, where the siblings would be added.
+    nodes = (1.0 + drafted, 2.0 + 2.0 * drafted)
+    low, high = np.interp(nodes, prices.forward_nodes, prices.forward_seconds).tolist()
+    node = prices.id + prices.forward_second * (high - low) / (1.0 + drafted)
+    # Rejections are rarer the more confident the draft is, so the bins worth it are the lowest ones: the gains are
+    # cumulated over bins. Shape: (siblings, bins).
+    values = prefix * token_value * table.rejected_shares * table.sibling_hits[1:, None]
+    gains = (values - node * _SIBLING_COUNTS * table.confidence_shares).cumsum(1)
+    row, last = divmod(int(gains.argmax()), CONFIDENCE_BINS)
     if gains[row, last] <= 0.0:
-        return _Beside()
+        return _SiblingChoice()
     count = row + 1
-    return _Beside(
+    return _SiblingChoice(
         count,
-        (last + 1) / BINS,
-        count * float(table.sureness[: last + 1].sum()),
-        float(table.first_missed[: last + 1].sum() * table.sibling_hits[count]),
+        (last + 1) / CONFIDENCE_BINS,
+        count * float(table.confidence_shares[: last + 1].sum()),
+        float(table.rejected_shares[: last + 1].sum() * table.sibling_hits[count]),
     )
 
 
-def _ahead(table: Table, prices: Prices, best: Draft, named: float, yield_: float) -> Draft:
-    """`best`, or what drafting ahead makes cheaper than that; arrays are (tokens ahead, K, threshold)."""
-    seconds, flight = prices.step_seconds, prices.flight_seconds
-    # Only what is there before the answer is of use.
-    fitting = bisect_right(AHEAD, FITTING * flight / seconds)
-    if not fitting:
+def _best_ahead(
+    table: AcceptanceTable, prices: RoundPrices, best: DraftedRound, siblings: float, gain: float
+) -> DraftedRound:
+    """Return `best`, or the round with drafting ahead that is cheaper. Shapes: (tokens ahead, K, threshold).
+
+    Args:
+        table, prices: as for the search.
+        best: the best round without drafting ahead.
+        siblings: per draft token.
+        gain: tokens gained per accepted token, sibling hits included.
+    """
+    step, flight = prices.step_seconds, prices.flight_seconds
+    # Only tokens that are drafted before the reply are of use.
+    candidates = bisect_right(AHEAD_LENGTHS, FLIGHT_FACTOR * flight / step)
+    if not candidates:
         return best
-    ahead = _AHEAD[:fitting]
+    ahead = _AHEAD_LENGTHS[:candidates]
     counts = ahead[:, None, None]
-    rows = LENGTHS[: bisect_right(LENGTHS, max(1, prices.longest))]
-    drafted = table.drafted[rows, ::COARSE]
-    forwards = _forward(prices, 1.0 + drafted * (1.0 + named))
-    tokens = 1.0 + yield_ * table.accepted[rows, ::COARSE]
-    # Tokens behind the guess of the target's own for which there is time before the answer.
-    most = np.maximum(0.0, (flight - prices.forwards[0] + prices.queue_seconds + forwards) // seconds - 1.0)
-    # Chances that the draft ends at K alone; and that the guess behind it stands and is worth going on from.
-    going, standing = table.going[rows, ::COARSE], table.intact[rows + 1, ::COARSE]
-    worked = _round(prices, drafted, named) + prices.ahead * (1 + counts) * going
-    # One round in flight: after a guess that stands, drafting begins with what was drafted ahead.
-    waiting = worked - standing * np.minimum(np.minimum(counts, most), drafted) * (seconds * prices.second)
-    # Two: early rounds' answers come as fast as the verifier or the board allow, but no more than two in a flight. The
-    # second, the third and all others of a chain, by when they come after the one before.
-    chain = table.intact[ahead + 1, ::COARSE][:, None]
-    early = table.drafted[ahead, ::COARSE][:, None]
-    ids = early * (1.0 + named)
-    forward = _forward(prices, 1.0 + ids)
-    sent = (1 + early) * seconds + prices.overhead_seconds
-    least = prices.queue_seconds + forward
-    arriving = sent + least + (flight - prices.forwards[0])
-    second = np.maximum(least, sent + forward - forwards)
-    third = np.maximum(least, arriving - second)
-    others = np.maximum(least, arriving / 2)
-    each = (prices.worked - prices.second) * forward + prices.identity * ids + prices.ahead * (1 + early)
-    more = prices.second * (second + chain * third) + (prices.second * chain**2 * others + each) / (1.0 - chain)
-    chained = worked + prices.void * going + standing * more
-    rounds = standing / (1.0 - chain)
-    chained_tokens = tokens + rounds * (1.0 + yield_ * table.accepted[ahead, ::COARSE][:, None])
-    costs = np.stack([waiting / tokens, np.where(early <= most, chained / chained_tokens, np.inf)])
+    lengths = DRAFT_LENGTHS[: bisect_right(DRAFT_LENGTHS, max(1, prices.max_length))]
+    drafted = table.drafted[lengths, ::THRESHOLD_STRIDE]
+    forwards = _forward_seconds(prices, 1.0 + drafted * (1.0 + siblings))
+    tokens = 1.0 + gain * table.accepted[lengths, ::THRESHOLD_STRIDE]
+    # Tokens after the guessed bonus token for which there is time before the reply.
+    flight_tokens = np.maximum(
+        0.0, (flight - prices.forward_seconds[0] + prices.queue_seconds + forwards) // step - 1.0
+    )
+    # Probability that the draft ends because of K; and that the guess after it holds and the stop rule continues.
+    reach, holds = table.reach[lengths, ::THRESHOLD_STRIDE], table.survival[lengths + 1, ::THRESHOLD_STRIDE]
+    base = _round_cost(prices, drafted, siblings) + prices.step_ahead * (1 + counts) * reach
+    # One round in flight: if the guess holds, the next draft begins with the tokens drafted ahead.
+    saved = np.minimum(np.minimum(counts, flight_tokens), drafted) * (step * prices.flight_second)
+    single = base - holds * saved
+    # Two rounds in flight: the replies of early rounds arrive as fast as verifier and board allow, but at most two per
+    # flight. Intervals between the replies of the second, the third and each further round of a chain and the one
+    # before; `chain` is the probability that an early round's guess holds as well.
+    chain = table.survival[ahead + 1, ::THRESHOLD_STRIDE][:, None]
+    early = table.drafted[ahead, ::THRESHOLD_STRIDE][:, None]
+    ids = early * (1.0 + siblings)
+    forward = _forward_seconds(prices, 1.0 + ids)
+    sent = (1 + early) * step + prices.overhead_seconds
+    verifier = prices.queue_seconds + forward
+    arrival = sent + verifier + (flight - prices.forward_seconds[0])
+    second = np.maximum(verifier, sent + forward - forwards)
+    third = np.maximum(verifier, arrival - second)
+    further = np.maximum(verifier, arrival / 2)
+    # Cost of an early round besides the interval, and of all early rounds (a geometric series in `chain`).
+    early_cost = (prices.forward_second - prices.flight_second) * forward
+    early_cost = early_cost + prices.id * ids + prices.step_ahead * (1 + early)
+    chain_cost = prices.flight_second * (second + chain * third)
+    chain_cost = chain_cost + (prices.flight_second * chain**2 * further + early_cost) / (1.0 - chain)
+    double = base + prices.void * reach + holds * chain_cost
+    early_rounds = holds / (1.0 - chain)
+    chain_tokens = tokens + early_rounds * (1.0 + gain * table.accepted[ahead, ::THRESHOLD_STRIDE][:, None])
+    costs = np.stack([single / tokens, np.where(early <= flight_tokens, double / chain_tokens, np.inf)])
     index = int(costs.argmin())
     if costs.flat[index] >= best.cost:
         return best
-    in_flight, which, row, level = np.unravel_index(index, costs.shape)
+    in_flight, which, row, column = np.unravel_index(index, costs.shape)
     return msgspec.structs.replace(
         best,
         cost=float(costs.flat[index]),
-        length=int(LENGTHS[row]),
-        survival=float(THRESHOLDS[level * COARSE]),
-        ahead=AHEAD[which],
+        length=int(DRAFT_LENGTHS[row]),
+        min_survival=float(THRESHOLDS[column * THRESHOLD_STRIDE]),
+        ahead=AHEAD_LENGTHS[which],
         in_flight=int(in_flight) + 1,
-        tokens=float(tokens[row, level]),
-        chained=float(chained_tokens[which, row, level] if in_flight else tokens[row, level]),
+        tokens=float(tokens[row, column]),
+        chain_tokens=float(chain_tokens[which, row, column] if in_flight else tokens[row, column]),
     )
