@@ -1,9 +1,9 @@
-"""What a draft shares with its target, described by data, and how a draft model is put together from a target.
+"""Draft layouts: which tensors a draft model shares with its target, and how a draft is built from a target.
 
-A draft is an ordinary CausalLM of the target's own class with fewer blocks. Each of its blocks is either one of the
-target's, bit for bit and frozen for good, or a new one that starts as a copy of a target block and is then trained.
+A draft is a causal language model of the target's own class with fewer blocks. Each of its blocks is either a frozen,
+bit-exact block of the target, or a new block that is initialized as a copy of a target block and then trained.
 
-    anchor      new blocks, then the target's last blocks (or none of them), its norm, head and embedding
+    anchor      new blocks, then the target's last blocks (possibly none), its norm, head and embedding
     prefix      the target's embedding and first blocks, then new blocks, norm and head
     standalone  all new: the control that a shared draft must beat
 """
@@ -14,23 +14,29 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from edge_runtime.protocol.bundle import SharedTensors, fingerprint, shared_names
+from edge_runtime.protocol.bundle import SharedTensors, fingerprint_tensor, shared_tensor_names
 from edge_runtime.protocol.errors import InputError
 
-# Model types whose tensors are named alike: `model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`.
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
-# Lists in a configuration that hold one entry per block.
+# Model types with the same tensor names: `model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`.
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+# Configuration entries that are lists with one element per block.
 PER_BLOCK_SETTINGS = ("layer_types",)
-BLOCK_NAME = re.compile(r"^model\.layers\.(\d+)\.")
+BLOCK_NAME_PATTERN = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a draft's blocks are laid out: which side the target's own blocks are on, if any are shared."""
+    """A kind of draft.
+
+    Attributes:
+        shares: the draft shares tensors with its target.
+        shared_last: shared blocks are the last blocks, not the first.
+    """
 
     name: str
     shares: bool
@@ -49,12 +55,12 @@ LAYOUTS: Mapping[str, Layout] = {
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """A layout applied to a target of a certain depth.
+    """A layout applied to a target of a given depth; stored as `plan` in `draft.json`.
 
     Attributes:
         layout: one of `LAYOUTS`.
-        new_blocks: blocks that are trained.
-        shared_blocks: blocks that are the target's own.
+        new_blocks: number of trained blocks.
+        shared_blocks: number of blocks shared with the target.
         target_blocks: depth of the target.
     """
 
@@ -67,13 +73,13 @@ class DraftPlan:
         if self.layout not in LAYOUTS:
             raise InputError(f"no draft layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
         shares = LAYOUTS[self.layout].shares
-        # Without a block of the target's, an anchor draft still shares norm, head and embedding.
-        least = 0 if LAYOUTS[self.layout].shared_last else 1
+        # An anchor draft without shared blocks still shares norm, head and embedding.
+        fewest_shared = 0 if LAYOUTS[self.layout].shared_last else 1
         if self.new_blocks < 1:
             raise InputError(f"a draft needs at least one new block, not {self.new_blocks}")
-        if shares and not least <= self.shared_blocks < self.target_blocks:
+        if shares and not fewest_shared <= self.shared_blocks < self.target_blocks:
             raise InputError(
-                f"layout {self.layout} of a target with {self.target_blocks} blocks shares {least} to "
+                f"layout {self.layout} of a target with {self.target_blocks} blocks shares {fewest_shared} to "
                 f"{self.target_blocks - 1} of them, not {self.shared_blocks}"
             )
         if not shares and self.shared_blocks:
@@ -86,10 +92,10 @@ class DraftPlan:
 
     @property
     def origins(self) -> tuple[int, ...]:
-        """For each block of the draft, the target block that it is, or starts as a copy of.
+        """For each block of the draft: the target block that it shares, or is initialized from.
 
-        New blocks start as target blocks spread evenly over those that are not shared: skipping inner blocks of a
-        trained network costs least.
+        New blocks are initialized from target blocks spread evenly over those that are not shared: skipping inner
+        blocks of a trained network costs least.
         """
         total, shared = self.target_blocks, self.shared_blocks
         if LAYOUTS[self.layout].shared_last:
@@ -98,47 +104,47 @@ class DraftPlan:
 
     @property
     def shared_range(self) -> range:
-        """Which blocks of the draft are the target's own."""
+        """Indices of the draft's blocks that are shared."""
         if LAYOUTS[self.layout].shared_last:
             return range(self.new_blocks, self.blocks)
         return range(self.shared_blocks)
 
     def shared_tensors(self, target_names: Iterable[str]) -> dict[str, str]:
-        """Frozen tensors, as draft name -> target name.
+        """Shared (frozen) tensors, as draft name -> target name.
 
         Args:
-            target_names: names in the target's checkpoint or state dict.
+            target_names: tensor names of the target's checkpoint or state dict.
         """
-        place = {self.origins[index]: index for index in self.shared_range}
-        names = shared_names(self.layout, self.shared_blocks, self.target_blocks, list(target_names))
-        return {_renumber(name, place): name for name in names}
+        draft_blocks = {self.origins[index]: index for index in self.shared_range}
+        names = shared_tensor_names(self.layout, self.shared_blocks, self.target_blocks, list(target_names))
+        return {_renumber_block(name, draft_blocks): name for name in names}
 
     def origin_of(self, draft_name: str) -> str:
-        """The target tensor that a draft tensor is, or starts as a copy of."""
-        return _renumber(draft_name, dict(enumerate(self.origins)))
+        """The target tensor that a draft tensor shares, or is initialized from."""
+        return _renumber_block(draft_name, dict(enumerate(self.origins)))
 
 
 def plan_draft(
     config: PretrainedConfig, layout: str = "anchor", *, new_blocks: int = 2, shared_blocks: int = 1
 ) -> DraftPlan:
-    """The plan of a draft for a target with this configuration.
+    """Plan a draft for a target with this configuration.
 
     Args:
         shared_blocks: ignored by layouts that share nothing.
 
     Raises:
-        InputError: the architecture is not one of `FAMILIES`, or the numbers make no draft.
+        InputError: the architecture is not one of `SUPPORTED_MODEL_TYPES`, or the numbers of blocks are impossible.
     """
-    if config.model_type not in FAMILIES:
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise InputError(
-            f"cannot lay out a draft for model type {config.model_type!r}: known are {', '.join(FAMILIES)}"
+            f"cannot lay out a draft for model type {config.model_type!r}: known are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     shares = LAYOUTS[layout].shares if layout in LAYOUTS else True
     return DraftPlan(layout, new_blocks, shared_blocks if shares else 0, config.num_hidden_layers)
 
 
 def draft_config(config: PretrainedConfig, plan: DraftPlan) -> PretrainedConfig:
-    """The target's configuration with the draft's blocks."""
+    """The configuration of the draft: the target's, with the draft's blocks."""
     draft = copy.deepcopy(config)
     for name in PER_BLOCK_SETTINGS:
         values = getattr(config, name, None)
@@ -151,9 +157,10 @@ def draft_config(config: PretrainedConfig, plan: DraftPlan) -> PretrainedConfig:
 def build_draft(
     target: PreTrainedModel, layout: str = "anchor", *, new_blocks: int = 2, shared_blocks: int = 1
 ) -> tuple[PreTrainedModel, DraftPlan]:
-    """An untrained draft of `target`, on its device and in its dtype; shared parameters need no gradient."""
+    """Build an untrained draft of `target`, on its device and in its dtype. Shared parameters are frozen."""
     plan = plan_draft(target.config, layout, new_blocks=new_blocks, shared_blocks=shared_blocks)
-    draft = AutoModelForCausalLM.from_config(draft_config(target.config, plan), dtype=target.dtype)
+    auto_model: Any = AutoModelForCausalLM  # transformers annotates few of the methods used below.
+    draft = auto_model.from_config(draft_config(target.config, plan), dtype=target.dtype)
     source = target.state_dict()
     draft.load_state_dict({name: source[plan.origin_of(name)] for name in draft.state_dict()})
     draft.generation_config = copy.deepcopy(target.generation_config)
@@ -162,32 +169,32 @@ def build_draft(
 
 
 def freeze_shared(draft: PreTrainedModel, plan: DraftPlan) -> None:
-    """Takes the shared parameters out of training."""
+    """Exclude the shared parameters from training."""
     shared = plan.shared_tensors({plan.origin_of(name) for name in parameter_names(draft)})
     for name, parameter in draft.named_parameters():
         parameter.requires_grad_(name not in shared)
 
 
 def parameter_names(model: torch.nn.Module) -> list[str]:
-    """Names of a model's distinct parameters: a head tied to the embedding is not listed twice."""
+    """Names of the distinct parameters of a model: a head tied to the embedding is listed once."""
     return [name for name, _ in model.named_parameters()]
 
 
-def describe_shared(tensors: Mapping[str, torch.Tensor], plan: DraftPlan) -> SharedTensors:
-    """What a bundle records of the shared tensors, and what their identity follows from.
+def fingerprint_shared(tensors: Mapping[str, torch.Tensor], plan: DraftPlan) -> SharedTensors:
+    """The record of the shared tensors in a bundle, from which their identity follows.
 
     Args:
         tensors: the shared tensors by their names in the target.
     """
-    prints = {name: fingerprint(tensors[name].float().cpu().numpy()) for name in sorted(tensors)}
-    return SharedTensors(plan.layout, plan.shared_blocks, prints)
+    fingerprints = {name: fingerprint_tensor(tensors[name].float().cpu().numpy()) for name in sorted(tensors)}
+    return SharedTensors(plan.layout, plan.shared_blocks, fingerprints)
 
 
 def _spread(first: int, last: int, count: int) -> tuple[int, ...]:
-    """`count` whole numbers from `first` to `last`, evenly spaced; a single one is `first`."""
+    """`count` evenly spaced integers from `first` to `last`; a single one is `first`."""
     return tuple(first + round(index * (last - first) / max(1, count - 1)) for index in range(count))
 
 
-def _renumber(name: str, blocks: Mapping[int, int]) -> str:
-    """The tensor's name with its block number replaced."""
-    return BLOCK_NAME.sub(lambda match: f"model.layers.{blocks[int(match[1])]}.", name)
+def _renumber_block(name: str, blocks: Mapping[int, int]) -> str:
+    """The tensor's name with its block number mapped by `blocks`."""
+    return BLOCK_NAME_PATTERN.sub(lambda match: f"model.layers.{blocks[int(match[1])]}.", name)

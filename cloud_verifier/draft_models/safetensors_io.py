@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,64 +15,65 @@ from transformers import PreTrainedModel
 from edge_runtime.protocol.errors import TargetError
 
 SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Below the 16 MB that many hosts and proxies allow one file.
+INDEX_FILE = "model.safetensors.index.json"
+# Chosen below the 16 MB that many hosts and proxies allow per file.
 SHARD_SIZE = "15MB"
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file of a checkpoint holds each tensor.
+def find_tensor_files(directory: Path) -> dict[str, Path]:
+    """By tensor name: the file of a checkpoint that holds it.
 
     Raises:
-        TargetError: there is no safetensors checkpoint here, or one of its files cannot be read.
+        TargetError: there is no safetensors checkpoint, or one of its files cannot be read.
     """
-    index = directory / INDEX
+    index = directory / INDEX_FILE
     try:
         if index.is_file():
             return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         with safe_open(directory / SINGLE_FILE, framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE_FILE)
     except FileNotFoundError:
-        raise TargetError(f"no safetensors checkpoint in {directory}: expected {SINGLE_FILE} or {INDEX}") from None
+        raise TargetError(f"no safetensors checkpoint in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}") from None
     except (SafetensorError, KeyError, ValueError) as error:
         raise TargetError(f"the checkpoint in {directory} is damaged ({error}): copy it again") from None
 
 
 def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Reads only the named tensors, as they are stored, on the CPU.
+    """Read only the named tensors, in their stored dtype, on the CPU.
 
     Raises:
         TargetError: the checkpoint lacks one of them or cannot be read.
     """
-    files = tensor_files(directory)
-    wanted: dict[Path, list[str]] = defaultdict(list)
+    files = find_tensor_files(directory)
+    names_by_file: dict[Path, list[str]] = defaultdict(list)
     for name in names:
         if name not in files:
             raise TargetError(f"{directory} has no tensor {name!r}: it is not the kind of target that is expected")
-        wanted[files[name]].append(name)
+        names_by_file[files[name]].append(name)
     tensors = {}
-    for path, inside in wanted.items():
+    for path, names_in_file in names_by_file.items():
         try:
             with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in inside})
+                tensors.update({name: file.get_tensor(name) for name in names_in_file})
         except (FileNotFoundError, SafetensorError) as error:
             raise TargetError(f"{path} cannot be read ({error}): copy the checkpoint again") from None
     return tensors
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
-    """Saves weights as bfloat16 shards, configuration and generation settings; `model` becomes bfloat16.
+    """Save weights as bfloat16 shards, configuration and generation settings; converts `model` to bfloat16.
 
     The configuration is written so that transformers 4 and 5, and tools that know neither, read the same model:
     release 5 nests the rotary base and renames the dtype.
     """
-    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    module: Any = model  # transformers wraps `to` without its signature.
+    module.to(torch.bfloat16).save_pretrained(directory, max_shard_size=SHARD_SIZE)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-        # A plain rotary embedding is fully described by its base; anything else keeps its description.
+        # A plain rotary embedding is fully described by its base; any other kind keeps its description.
         if rope.get("rope_type", "default") == "default":
             del config["rope_parameters"]
     config["torch_dtype"] = config["dtype"] = "bfloat16"

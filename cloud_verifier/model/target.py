@@ -205,7 +205,7 @@ class Target:
         logits = [*self.runner.logits(pool, [tree])[0].clone()]
         pool.keep(batched, [0, 1, 3])
         logits += self.runner.logits(pool, [self.tree_segment(batched, TokenTree(ids[7], 7, [], {}))])[0].clone()
-        expected = []
+        expected: list[torch.Tensor] = []
         for position, token in enumerate([*ids[:5], ids[6], ids[7]]):
             one_token = self.tree_segment(single, TokenTree(token, position + 1, [], {}))
             expected += self.runner.logits(pool, [one_token])[0].clone()

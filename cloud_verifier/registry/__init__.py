@@ -1,1 +1,1 @@
-"""Target versions at rest: what they are made of, and which of them is served."""
+"""Target versions on disk: how they are stored, whether deployed drafts fit them, and which of them are served."""

@@ -1,9 +1,9 @@
-"""The roster: which target versions there are, what they are called, and which of them a new session gets.
+"""The catalog: which target versions exist, their names and aliases, and which version a new session gets.
 
-Values only. Every change returns a new `Roster`; `cloud_verifier.registry.registry` keeps one on disk.
+Immutable values only: every change returns a new `Catalog`, and `cloud_verifier.registry.registry` keeps one on disk.
 
-A version is named exactly (`target-v2@0123456789ab`), by its name (the version of that name that was added last) or by
-an alias (`latest`). An alias leads to one version, or, for so many percent of new sessions, to a canary.
+A version is requested by its exact version (`target-v2@0123456789ab`), by its name (the version of that name that was
+added last) or by an alias (`latest`). An alias leads to one version and, for a percentage of new sessions, to canaries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -20,29 +20,29 @@ from edge_runtime.protocol.errors import InputError
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 VERSION = re.compile(NAME.pattern + r"@[0-9a-f]{12}")
-# How many earlier settings of an alias can be gone back to.
-MOST_BEFORE = 32
+# Earlier traffic splits of an alias that are kept for rollback.
+MAX_ALIAS_HISTORY = 32
 
-Kind = Literal["checkpoint", "adapter", "changes"]
-Admitted = Literal["shared", "unshared"]
+VersionKind: TypeAlias = Literal["checkpoint", "adapter", "changes"]
+Admission: TypeAlias = Literal["shared", "unshared"]
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class TargetVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One target version.
 
     Attributes:
         version: `name@hash`.
         path: its directory, absolute or relative to the registry.
-        kind: a whole `checkpoint`, a PEFT `adapter` on one, or the tensors that differ from one (`changes`).
-        admitted: `shared`: it kept the tensors that the deployed drafts share; `unshared`: it need not have.
-        added: when.
-        retired: since when it takes no new sessions; None while it does.
+        kind: a complete `checkpoint`, a PEFT `adapter` of one, or the tensors that differ from one (`changes`).
+        admitted: `shared`: it kept the tensors that the deployed drafts share; `unshared`: it may not have.
+        added: time of its admission.
+        retired: since when it takes no new sessions; None if it does.
     """
 
     version: str
     path: str
-    kind: Kind
-    admitted: Admitted
+    kind: VersionKind
+    admitted: Admission
     added: datetime
     retired: datetime | None = None
 
@@ -51,21 +51,21 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         return self.version.partition("@")[0]
 
 
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where an alias leads.
+class TrafficSplit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the new sessions of an alias are distributed over versions.
 
     Attributes:
-        version: exact; what new sessions get.
-        since: when this was set.
-        canary: other exact versions, and which percentage of new sessions each gets instead.
+        version: exact version that sessions get by default.
+        since: when the split was set.
+        canary: other exact versions, and the percentage of new sessions that each gets instead.
     """
 
     version: str
     since: datetime
     canary: dict[str, Annotated[float, msgspec.Meta(gt=0, le=100)]] = {}
 
-    def choose(self, alias: str, key: str) -> str:
-        """The exact version for the session that is opened with `key`: always the same one."""
+    def choose_version(self, alias: str, key: str) -> str:
+        """The exact version for the session that is opened with `key`; the same key always gets the same version."""
         digest = hashlib.sha256(f"{alias}\0{key}".encode()).digest()
         point = 100 * int.from_bytes(digest[:8]) / 2**64
         for version, percent in self.canary.items():
@@ -75,88 +75,88 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.version
 
 
-class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A name that leads somewhere else over time: `now`, and `before`, the latest last."""
+class VersionAlias(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """An alias: its current traffic split `now`, and earlier ones in `before`, the latest last."""
 
-    now: Setting
-    before: list[Setting] = []
-
-
-class Unknown(InputError):
-    """Nothing of that name is in the roster, or it is retired."""
+    now: TrafficSplit
+    before: list[TrafficSplit] = []
 
 
-class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of it, as it stands in the registry's file.
+class UnknownVersion(InputError):
+    """The catalog has no version or alias of that name, or the version is retired."""
+
+
+class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All versions and aliases, as stored in the registry's file.
 
     Attributes:
-        default: the alias that a session gets which asks for none.
-        roots: directories in which versions are looked for by name, absolute or relative to the registry.
-        drafts: directories of the bundles that boards have; what they share, a version must have kept.
+        default: the alias for sessions that request no model.
+        roots: directories in which versions are looked up by name, absolute or relative to the registry.
+        drafts: directories of the bundles deployed on boards; a version must have kept what they share.
     """
 
     format_version: int = FORMAT_VERSION
     default: str = "latest"
     roots: list[str] = msgspec.field(default_factory=lambda: ["."])
     drafts: list[str] = []
-    targets: list[Entry] = []
-    aliases: dict[str, Alias] = {}
+    targets: list[TargetVersion] = []
+    aliases: dict[str, VersionAlias] = {}
 
-    def check(self) -> None:
-        """Raises InputError where it contradicts itself, as a file changed by hand may."""
-        versions = [entry.version for entry in self.targets]
+    def validate(self) -> None:
+        """Raise InputError if the catalog contradicts itself, which a file edited by hand may."""
+        versions = [target.version for target in self.targets]
         for version in versions:
             if not VERSION.fullmatch(version):
-                raise InputError(f"{version!r} is no version: name@ and 12 hex digits")
+                raise InputError(f"{version!r} is not a valid version: it must be name@ and 12 hex digits")
             if versions.count(version) > 1:
                 raise InputError(f"{version} is listed twice")
         for name, alias in self.aliases.items():
             self._check_alias_name(name)
-            for setting in (alias.now, *alias.before):
-                for version in (setting.version, *setting.canary):
+            for split in (alias.now, *alias.before):
+                for version in (split.version, *split.canary):
                     if version not in versions:
                         raise InputError(f"the alias {name} leads to {version}, which is not among the targets")
-                _check_shares(setting)
+                _check_percentages(split)
             for version in (alias.now.version, *alias.now.canary):
-                if self.entry(version).retired:
+                if self.find_exact(version).retired:
                     raise InputError(f"the alias {name} leads to {version}, which is retired")
 
-    def entry(self, version: str) -> Entry:
-        """The entry of an exact version. Raises Unknown."""
-        for entry in self.targets:
-            if entry.version == version:
-                return entry
-        raise Unknown(f"there is no version {version[:100]!r}; there is {self._available()}")
+    def find_exact(self, version: str) -> TargetVersion:
+        """The target of an exact version. Raises UnknownVersion."""
+        for target in self.targets:
+            if target.version == version:
+                return target
+        raise UnknownVersion(f"there is no version {version[:100]!r}; available: {self._available()}")
 
-    def find(self, name: str) -> Entry:
-        """The entry of an exact version, or the one of this name or alias that takes new sessions. Raises Unknown."""
+    def find(self, name: str) -> TargetVersion:
+        """The target of an exact version, or the active one of a name or alias. Raises UnknownVersion."""
         if "@" in name:
-            return self.entry(name)
+            return self.find_exact(name)
         if name in self.aliases:
-            return self.entry(self.aliases[name].now.version)
-        found = [entry for entry in self.targets if entry.name == name and not entry.retired]
+            return self.find_exact(self.aliases[name].now.version)
+        found = [target for target in self.targets if target.name == name and not target.retired]
         if not found:
-            raise Unknown(f"there is no version {name[:100]!r} that takes new sessions; there is {self._available()}")
-        return max(found, key=lambda entry: entry.added)
+            raise UnknownVersion(f"there is no active version {name[:100]!r}; available: {self._available()}")
+        return max(found, key=lambda target: target.added)
 
     def resolve(self, model: str, key: str) -> str:
-        """Which exact version a new session gets.
+        """The exact version for a new session.
 
         Args:
-            model: an exact version, which may be retired (a session that was lost is to go on with it while it is
-                loaded); a name; an alias; or empty for the default alias.
-            key: what the session is opened with; the same one gets the same version.
+            model: an exact version, which may be retired (a lost session continues with it while it is loaded); a name;
+                an alias; or empty for the default alias.
+            key: the key that the session is opened with; the same key gets the same version.
 
         Raises:
-            Unknown: there is nothing of that name.
+            UnknownVersion: there is no such version or alias.
         """
         name = model or self.default
         if name in self.aliases:
-            return self.aliases[name].now.choose(name, key)
+            return self.aliases[name].now.choose_version(name, key)
         return self.find(name).version
 
-    def shares(self, version: str) -> dict[str, float]:
-        """Which percentage of the new sessions of each alias an exact version gets, where it gets any."""
+    def traffic_shares(self, version: str) -> dict[str, float]:
+        """By alias: the percentage of its new sessions that an exact version gets. Only aliases that lead to it."""
         shares = {}
         for name, alias in self.aliases.items():
             canary = alias.now.canary
@@ -165,112 +165,115 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 shares[name] = float(share)
         return shares
 
-    def add(self, entry: Entry) -> Roster:
-        """With `entry`, in the place of what was known of its version; the first is what `default` leads to.
+    def add(self, target: TargetVersion) -> Catalog:
+        """Add `target`, or replace the entry of its version. `default` leads to the first one added.
 
         Raises:
-            InputError: its name is no name, or that of an alias.
+            InputError: its name is invalid, or is an alias.
         """
-        if not VERSION.fullmatch(entry.version):
+        if not VERSION.fullmatch(target.version):
             raise InputError(
-                f"{entry.name!r} is no name for a version: use letters, digits, dots and dashes; rename it"
+                f"{target.name!r} is no valid name for a version: use letters, digits, dots and dashes; rename it"
             )
-        if entry.name in self.aliases or entry.name == self.default:
-            raise InputError(f"{entry.name} is an alias already; rename the version's directory")
-        others = [other for other in self.targets if other.version != entry.version]
-        roster = msgspec.structs.replace(self, targets=[*others, entry])
+        if target.name in self.aliases or target.name == self.default:
+            raise InputError(f"{target.name} is an alias already; rename the version's directory")
+        others = [other for other in self.targets if other.version != target.version]
+        catalog = msgspec.structs.replace(self, targets=[*others, target])
         if self.default not in self.aliases:
-            return roster._set(self.default, Setting(entry.version, entry.added))
-        return roster
+            return catalog._set(self.default, TrafficSplit(target.version, target.added))
+        return catalog
 
-    def promote(self, alias: str, version: str, now: datetime, *, unshared: bool = False) -> Roster:
-        """All new sessions of `alias` get `version`, and none a canary. A new alias comes into being.
+    def promote(self, alias: str, version: str, now: datetime, *, unshared: bool = False) -> Catalog:
+        """Lead all new sessions of `alias` to `version` and remove its canaries. Creates the alias if it is new.
 
         Args:
-            unshared: let it lead to a version that refuses the boards' drafts.
+            unshared: allow a version that refuses the deployed drafts.
 
         Raises:
-            InputError: no such version, it is retired or unshared, or `alias` cannot be one.
+            InputError: there is no such version, it is retired or unshared, or `alias` is no valid name.
         """
         self._check_alias_name(alias)
-        return self._set(alias, Setting(self._servable(version, unshared).version, now))
+        return self._set(alias, TrafficSplit(self._find_servable(version, unshared).version, now))
 
-    def canary(self, alias: str, version: str, percent: float, now: datetime, *, unshared: bool = False) -> Roster:
-        """So many percent of the new sessions of `alias` get `version`; 0 ends that. Raises InputError, as above."""
-        if alias not in self.aliases:
-            raise Unknown(f"there is no alias {alias[:100]!r}; there is {', '.join(self.aliases) or 'none'}")
-        setting = self.aliases[alias].now
-        found = self._servable(version, unshared)
-        if found.version == setting.version:
+    def canary(self, alias: str, version: str, percent: float, now: datetime, *, unshared: bool = False) -> Catalog:
+        """Lead `percent` of the new sessions of `alias` to `version`; 0 removes the canary. Raises like `promote`."""
+        split = self._alias(alias).now
+        found = self._find_servable(version, unshared)
+        if found.version == split.version:
             raise InputError(f"{alias} leads to {found.version} already; name another version as its canary")
         if not 0 <= percent <= 100:
             raise InputError(f"{percent:g} % of new sessions: give 0 to 100")
-        canary = {name: share for name, share in setting.canary.items() if name != found.version}
+        canary = {name: share for name, share in split.canary.items() if name != found.version}
         if percent:
             canary[found.version] = float(percent)
-        setting = Setting(setting.version, now, canary)
-        _check_shares(setting)
-        return self._set(alias, setting)
+        split = TrafficSplit(split.version, now, canary)
+        _check_percentages(split)
+        return self._set(alias, split)
 
-    def rollback(self, alias: str) -> Roster:
-        """`alias` leads where it led before its last change.
+    def rollback(self, alias: str) -> Catalog:
+        """Undo the last change of `alias`.
 
         Raises:
-            InputError: no such alias, nothing before, or what was before is retired.
+            InputError: there is no such alias, it has no earlier split, or that leads to a retired version.
         """
-        if alias not in self.aliases:
-            raise Unknown(f"there is no alias {alias[:100]!r}; there is {', '.join(self.aliases) or 'none'}")
-        if not self.aliases[alias].before:
-            raise InputError(f"{alias} has led to {self.aliases[alias].now.version} from the beginning")
-        *before, now = self.aliases[alias].before
+        known = self._alias(alias)
+        if not known.before:
+            raise InputError(f"{alias} has always led to {known.now.version}; there is nothing to roll back to")
+        *before, now = known.before
         for version in (now.version, *now.canary):
-            if self.entry(version).retired:
+            if self.find_exact(version).retired:
                 raise InputError(f"{alias} led to {version} before, which is retired; add it again, or promote another")
-        return msgspec.structs.replace(self, aliases=self.aliases | {alias: Alias(now, before)})
+        return msgspec.structs.replace(self, aliases=self.aliases | {alias: VersionAlias(now, before)})
 
-    def retire(self, version: str, now: datetime) -> Roster:
-        """`version` takes no new sessions any more.
+    def retire(self, version: str, now: datetime) -> Catalog:
+        """Stop giving new sessions to `version`.
 
         Raises:
-            InputError: no such version, or an alias leads to it.
+            InputError: there is no such version, or an alias leads to it.
         """
-        entry = self.find(version)
+        target = self.find(version)
         for name, alias in self.aliases.items():
-            if entry.version in (alias.now.version, *alias.now.canary):
-                raise InputError(f"the alias {name} leads to {entry.version}; promote another version first")
-        if entry.retired:
+            if target.version in (alias.now.version, *alias.now.canary):
+                raise InputError(f"the alias {name} leads to {target.version}; promote another version first")
+        if target.retired:
             return self
-        retired = msgspec.structs.replace(entry, retired=now)
-        targets = [retired if other is entry else other for other in self.targets]
+        retired = msgspec.structs.replace(target, retired=now)
+        targets = [retired if other is target else other for other in self.targets]
         return msgspec.structs.replace(self, targets=targets)
 
-    def _servable(self, version: str, unshared: bool) -> Entry:
-        entry = self.find(version)
-        if entry.retired:
-            raise InputError(f"{entry.version} is retired; add it again first")
-        if entry.admitted == "unshared" and not unshared:
-            raise InputError(
-                f"{entry.version} was admitted as unshared: boards with a draft would be refused; "
-                "say --unshared if that is meant"
-            )
-        return entry
+    def _alias(self, name: str) -> VersionAlias:
+        if name not in self.aliases:
+            raise UnknownVersion(f"there is no alias {name[:100]!r}; available: {', '.join(self.aliases) or 'none'}")
+        return self.aliases[name]
 
-    def _set(self, alias: str, setting: Setting) -> Roster:
+    def _find_servable(self, version: str, unshared: bool) -> TargetVersion:
+        target = self.find(version)
+        if target.retired:
+            raise InputError(f"{target.version} is retired; add it again first")
+        if target.admitted == "unshared" and not unshared:
+            raise InputError(
+                f"{target.version} was admitted as unshared: boards with a draft would be refused; "
+                "add --unshared to do it anyway"
+            )
+        return target
+
+    def _set(self, alias: str, split: TrafficSplit) -> Catalog:
         known = self.aliases.get(alias)
-        before = [*known.before, known.now][-MOST_BEFORE:] if known else []
-        return msgspec.structs.replace(self, aliases=self.aliases | {alias: Alias(setting, before)})
+        before = [*known.before, known.now][-MAX_ALIAS_HISTORY:] if known else []
+        return msgspec.structs.replace(self, aliases=self.aliases | {alias: VersionAlias(split, before)})
 
     def _check_alias_name(self, alias: str) -> None:
         if not NAME.fullmatch(alias):
-            raise InputError(f"{alias[:100]!r} is no name for an alias: use letters, digits, dots and dashes")
-        if any(entry.name == alias for entry in self.targets):
+            raise InputError(f"{alias[:100]!r} is no valid name for an alias: use letters, digits, dots and dashes")
+        if any(target.name == alias for target in self.targets):
             raise InputError(f"{alias} is the name of a version, and cannot be an alias")
 
     def _available(self) -> str:
-        names = [*self.aliases, *(entry.version for entry in self.targets if not entry.retired)]
+        names = [*self.aliases, *(target.version for target in self.targets if not target.retired)]
         return ", ".join(names) or "none: add one with `cloud-verifier targets add`"
 
 
-def _check_shares(setting: Setting) -> None:
-    if sum(setting.canary.values()) > 100:
-        raise InputError(f"canaries get {sum(setting.canary.values()):g} % of new sessions together; at most 100")
+def _check_percentages(split: TrafficSplit) -> None:
+    total = sum(split.canary.values())
+    if total > 100:
+        raise InputError(f"canaries get {total:g} % of new sessions together; at most 100")

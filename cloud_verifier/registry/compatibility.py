@@ -1,7 +1,7 @@
-"""The gate: whether the drafts that boards have fit a target version, told from its files alone.
+"""The compatibility gate: whether the drafts deployed on boards fit a target version, judged from its files alone.
 
-A frozen draft goes on fitting as long as a version keeps the tokenizer, the special ids and every tensor that the draft
-shares. Weights are read piece by piece, to be hashed; no model is loaded.
+A frozen draft keeps fitting as long as a version keeps the tokenizer, the special ids and every tensor that the draft
+shares. Weights are read and hashed tensor by tensor; no model is loaded.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from typing import Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from cloud_verifier.registry.catalog import Kind
+from cloud_verifier.registry.catalog import VersionKind
 from cloud_verifier.registry.checkpoint import (
-    base_of,
-    check_whole,
-    config_of,
-    end_ids_of,
-    kind_of,
+    base_directory,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    read_end_ids,
     shared_fingerprints,
-    tokenizer_of,
+    tokenizer_vocabulary_hash,
     version_hash,
-    vocabulary_of,
+    version_kind,
 )
 from edge_runtime.protocol.bundle import Bundle, read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
 
-# Of several tokens that differ, so many are named.
-MOST_NAMED = 5
+# Of the tokens that differ, a report names this many.
+MAX_NAMED_TOKENS = 5
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One thing in which a version is not what a draft, or the version in use, has.
+    """One difference of a version from a draft, or from the version in use.
 
     Attributes:
-        what: a token of the `vocabulary`, a `special id`, a `tensor`, the number of `logits`, or the ids that `end` a
-            text.
+        what: a token of the `vocabulary`, a `special id`, a `tensor`, the number of `logits`, or the `end`-of-text ids.
         name: of the token or tensor; may be empty.
         why: the difference.
     """
@@ -50,126 +49,141 @@ class Difference(msgspec.Struct, frozen=True):
         return f"{self.what} {self.name}: {self.why}" if self.name else f"{self.what}: {self.why}"
 
 
-class Fit(msgspec.Struct, frozen=True):
-    """How a draft fits: `differences` is empty where it does."""
+class DraftFit(msgspec.Struct, frozen=True):
+    """How a draft fits a version: `differences` is empty if it does."""
 
     draft: str
     identity: str
     differences: list[Difference]
 
 
-class Examined(msgspec.Struct, frozen=True):
-    """What the gate found.
+class CompatibilityReport(msgspec.Struct, frozen=True):
+    """The findings of the gate on one version.
 
     Attributes:
-        version: exact.
-        fits: of each draft.
-        differences: from the version in use, as far as no draft tells them.
+        version: exact version.
+        fits: one entry per draft.
+        differences: from the version in use, in properties that drafts do not record.
     """
 
     version: str
-    kind: Kind
-    fits: list[Fit]
+    kind: VersionKind
+    fits: list[DraftFit]
     differences: list[Difference]
 
     @property
     def compatible(self) -> bool:
         return not self.differences and not any(fit.differences for fit in self.fits)
 
-    def report(self) -> str:
-        """Every difference, a line each; empty if there is none."""
-        lines = [f"  {difference}, against the version in use" for difference in self.differences]
+    def describe(self) -> str:
+        """Every difference, one per line; empty if there is none."""
+        lines = [f"  {difference}, compared with the version in use" for difference in self.differences]
         lines += [
-            f"  {difference}, against the draft {fit.draft}" for fit in self.fits for difference in fit.differences
+            f"  {difference}, compared with the draft {fit.draft}"
+            for fit in self.fits
+            for difference in fit.differences
         ]
         return "\n".join(lines)
 
 
-class Incompatible(TargetError):
-    """A version that the deployed drafts do not fit. `examined` says why."""
+class IncompatibleVersion(TargetError):
+    """A version that deployed drafts do not fit.
 
-    def __init__(self, examined: Examined) -> None:
+    Attributes:
+        report: the findings of the gate.
+    """
+
+    def __init__(self, report: CompatibilityReport) -> None:
         super().__init__(
-            f"{examined.version} is not what the deployed drafts were made for:\n{examined.report()}\n"
-            "boards with these drafts would be refused; admit it with --unshared if that is meant"
+            f"{report.version} does not match what the deployed drafts were made for:\n{report.describe()}\n"
+            "boards with these drafts would be refused; add --unshared to admit it anyway"
         )
-        self.examined = examined
+        self.report = report
 
 
-def examine(path: Path, drafts: Sequence[Path], in_use: Path | None = None) -> Examined:
-    """Compares the version at `path` with every bundle of `drafts`, and with the version at `in_use`.
+def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None = None) -> CompatibilityReport:
+    """Compare the version at `path` with every bundle of `drafts`, and with the version at `in_use`.
 
     Raises:
-        TargetError: there is no whole target at `path`.
+        TargetError: there is no complete target at `path`.
         BundleError: a bundle cannot be read.
     """
     path = path.resolve()
-    base = base_of(path)
-    config = config_of(base)
-    check_whole(base)
-    tokenizer = tokenizer_of(path, base)
+    base = base_directory(path)
+    config = load_config(base)
+    check_weights(base)
+    tokenizer = load_tokenizer(path, base)
     known: dict[tuple[str, int], dict[str, str]] = {}
     fits = []
-    for place in drafts:
-        bundle = read_bundle(place)
+    for draft in drafts:
+        bundle = read_bundle(draft)
         shared = bundle.manifest.shared
         layout = (shared.layout, shared.blocks)
         if layout not in known:
             known[layout] = shared_fingerprints(path, base, *layout, config.num_hidden_layers)
         differences = [
-            *_vocabulary_differences(tokenizer, bundle),
-            *_tensor_differences(known[layout], shared.fingerprints),
+            *_compare_vocabulary(tokenizer, bundle),
+            *_compare_tensors(known[layout], shared.fingerprints),
         ]
-        needed = bundle.manifest.architecture.vocabulary_size
-        if config.vocab_size < needed:
-            differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {needed}"))
-        fits.append(Fit(str(place), shared.identity, differences))
-    between = []
-    if in_use is not None:
-        other = base_of(in_use.resolve())
-        for what, mine, theirs in (
-            ("vocabulary", vocabulary_of(tokenizer), vocabulary_of(tokenizer_of(in_use, other))),
-            ("end", end_ids_of(base), end_ids_of(other)),
-        ):
-            if mine != theirs:
-                between.append(Difference(what, "", f"{mine}, was {theirs}"))  # type: ignore[arg-type]
-    return Examined(f"{path.name}@{version_hash(path, base)}", kind_of(path, base), fits, between)
+        draft_logits = bundle.manifest.architecture.vocabulary_size
+        if config.vocab_size < draft_logits:
+            differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {draft_logits}"))
+        fits.append(DraftFit(str(draft), shared.identity, differences))
+    return CompatibilityReport(
+        version=f"{path.name}@{version_hash(path, base)}",
+        kind=version_kind(path, base),
+        fits=fits,
+        differences=[] if in_use is None else list(_compare_with_version(base, tokenizer, in_use)),
+    )
 
 
-def _vocabulary_differences(tokenizer: Tokenizer, bundle: Bundle) -> Iterator[Difference]:
-    said = bundle.manifest.vocabulary
-    if vocabulary_of(tokenizer) != said.hash:
+def _compare_with_version(base: Path, tokenizer: Tokenizer, in_use: Path) -> Iterator[Difference]:
+    base_in_use = base_directory(in_use.resolve())
+    new_hash = tokenizer_vocabulary_hash(tokenizer)
+    old_hash = tokenizer_vocabulary_hash(load_tokenizer(in_use, base_in_use))
+    if new_hash != old_hash:
+        yield Difference("vocabulary", "", f"{new_hash}, was {old_hash}")
+    new_ids, old_ids = read_end_ids(base), read_end_ids(base_in_use)
+    if new_ids != old_ids:
+        yield Difference("end", "", f"{new_ids}, was {old_ids}")
+
+
+def _compare_vocabulary(tokenizer: Tokenizer, bundle: Bundle) -> Iterator[Difference]:
+    expected = bundle.manifest.vocabulary
+    if tokenizer_vocabulary_hash(tokenizer) != expected.hash:
         try:
             draft = Tokenizer.from_file(str(bundle.tokenizer_path)).get_vocab(with_added_tokens=True)
         except Exception as error:  # tokenizers raises bare Exception
             raise DraftError(f"{bundle.tokenizer_path} is not a tokenizer: {error}; copy the bundle again") from None
         target = tokenizer.get_vocab(with_added_tokens=True)
-        other = sorted(token for token in draft.keys() | target.keys() if draft.get(token) != target.get(token))
-        for token in other[:MOST_NAMED]:
-            yield Difference("vocabulary", repr(token), _ids(target.get(token), draft.get(token)))
-        if other[MOST_NAMED:] or not other:
-            left = f"{len(other) - MOST_NAMED} more tokens" if other else "another hash"
-            yield Difference("vocabulary", "", left)
+        differing = sorted(token for token in draft.keys() | target.keys() if draft.get(token) != target.get(token))
+        for token in differing[:MAX_NAMED_TOKENS]:
+            yield Difference("vocabulary", repr(token), _describe_ids(target.get(token), draft.get(token)))
+        if differing[MAX_NAMED_TOKENS:] or not differing:
+            rest = f"{len(differing) - MAX_NAMED_TOKENS} more tokens" if differing else "another hash"
+            yield Difference("vocabulary", "", rest)
     special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for token in sorted(special.keys() | said.special_ids.keys()):
-        if special.get(token) != said.special_ids.get(token):
-            yield Difference("special id", repr(token), _ids(special.get(token), said.special_ids.get(token)))
+    for token in sorted(special.keys() | expected.special_ids.keys()):
+        target_id, draft_id = special.get(token), expected.special_ids.get(token)
+        if target_id != draft_id:
+            yield Difference("special id", repr(token), _describe_ids(target_id, draft_id))
 
 
-def _ids(target: int | None, draft: int | None) -> str:
+def _describe_ids(target: int | None, draft: int | None) -> str:
     return f"{'none' if target is None else target}, and the draft has {'none' if draft is None else draft}"
 
 
-def _tensor_differences(target: dict[str, str], draft: dict[str, str]) -> Iterator[Difference]:
+def _compare_tensors(target: dict[str, str], draft: dict[str, str]) -> Iterator[Difference]:
+    """Compare fingerprints by tensor name."""
     for name in sorted(target.keys() | draft.keys()):
-        mine = target.get(name)
-        if mine == draft.get(name):
+        fingerprint = target.get(name)
+        if fingerprint == draft.get(name):
             continue
-        if mine is None:
+        if fingerprint is None:
             why = "the version has no such tensor"
         elif name not in draft:
             why = "the draft has no such tensor"
-        elif mine.endswith("+adapter"):
+        elif fingerprint.endswith("+adapter"):
             why = "an adapter changes it"
         else:
             why = "it has other values"

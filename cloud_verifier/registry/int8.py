@@ -1,7 +1,7 @@
-"""Tensors in half of bfloat16's bytes: matrices in 8 bits, as the example family's versions and drafts are stored.
+"""Tensors in half the bytes of bfloat16: matrices in 8 bits, as versions and drafts of the example family are stored.
 
-Blocks of 32 values along the input share a scale, so that no value is off by more than 1 part in 250 of the largest of
-its block: what a board's int8 weights are, too.
+Blocks of 32 values along the input dimension share a scale. No value is off by more than 1 part in 250 of the largest
+of its block, the precision of a board's int8 weights.
 """
 
 from __future__ import annotations
@@ -11,36 +11,42 @@ from collections.abc import Iterable, Mapping
 import torch
 
 BLOCK_SIZE = 32
-LARGEST = 127
-# What follows the name of a packed matrix in that of its scales.
-SCALES = ".scales"
+INT8_MAX = 127
+# The scales of a packed matrix are stored under its name with this suffix.
+SCALES_SUFFIX = ".scales"
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices (rows, columns) as int8 beside bfloat16 scales (rows, columns / 32); the rest in bfloat16."""
+    """Convert matrices (rows, columns) to int8 with bfloat16 scales (rows, columns / 32), and the rest to bfloat16."""
     packed = {}
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or tensor.shape[1] % BLOCK_SIZE:
             packed[name] = tensor.to(torch.bfloat16)
             continue
-        blocks = tensor.float().unflatten(1, (-1, BLOCK_SIZE))
-        scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST).to(torch.bfloat16)
-        # A block of nothing has no scale to divide by.
-        steps = (blocks / scales.float().clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-LARGEST, LARGEST)
-        packed |= {name: steps.to(torch.int8).flatten(1), name + SCALES: scales.squeeze(-1)}
+        blocks = _split_blocks(tensor)
+        scales = (blocks.abs().amax(-1, keepdim=True) / INT8_MAX).to(torch.bfloat16)
+        # A block of zeros has scale 0, by which nothing can be divided.
+        divisors = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+        quantized = (blocks / divisors).round().clamp(-INT8_MAX, INT8_MAX)
+        packed |= {name: quantized.to(torch.int8).flatten(1), name + SCALES_SUFFIX: scales.squeeze(-1)}
     return packed
 
 
 def unpack(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `pack` was given, matrices in float32; tensors that were never packed as they are."""
-    unpacked = {name: tensor for name, tensor in tensors.items() if name in names_of(tensors)}
+    """Reverse `pack`: packed matrices in float32; other tensors as they are."""
+    unpacked = {name: tensor for name, tensor in tensors.items() if name in tensor_names(tensors)}
     for name in unpacked:
-        if name + SCALES in tensors:
-            blocks = tensors[name].float().unflatten(1, (-1, BLOCK_SIZE))
-            unpacked[name] = (blocks * tensors[name + SCALES].float()[..., None]).flatten(1)
+        if name + SCALES_SUFFIX in tensors:
+            scales = tensors[name + SCALES_SUFFIX].float()[..., None]
+            unpacked[name] = (_split_blocks(tensors[name]) * scales).flatten(1)
     return unpacked
 
 
-def names_of(stored: Iterable[str]) -> set[str]:
-    """Names of the tensors themselves among those of a file."""
-    return {name for name in stored if not name.endswith(SCALES)}
+def tensor_names(stored: Iterable[str]) -> set[str]:
+    """The names of a file that are of tensors themselves, not of scales."""
+    return {name for name in stored if not name.endswith(SCALES_SUFFIX)}
+
+
+def _split_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) -> (rows, columns / 32, 32) float32."""
+    return matrix.float().reshape(matrix.shape[0], -1, BLOCK_SIZE)

@@ -1,11 +1,11 @@
-"""The registry: a directory with one readable file, `targets.toml`, that says which target versions are served as what.
+"""The registry: a directory with one readable file, `targets.toml`, of the served versions and their names.
 
-    targets.toml        a `Roster`; may be changed by hand, and is then checked as a whole
-    .lock               held by whoever changes it
-    anything else       versions and bundles may lie here, or elsewhere
+    targets.toml        a `Catalog`; may be edited by hand, and is then validated as a whole
+    .lock               locked during a change
+    anything else       versions and bundles may be stored here, or elsewhere
 
-A change reads the file, writes all of it anew and renames that into place, under the lock: nobody's change is lost, and
-whoever reads at any moment reads a whole one.
+A change reads the file, writes a new one and renames it into place, under the lock. No change is lost, and readers
+always see a complete file.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cloud_verifier.registry.catalog import FORMAT_VERSION, NAME, Entry, Roster
-from edge_runtime.common.files import locked, write_whole
+from cloud_verifier.registry.catalog import FORMAT_VERSION, NAME, Catalog, TargetVersion
+from edge_runtime.common.files import lock_directory, write_atomically
 from edge_runtime.protocol.errors import InputError, TargetError
 
 if TYPE_CHECKING:
-    # It reads weights with torch, and a list of versions should not take seconds.
-    from cloud_verifier.registry.compatibility import Examined, Fit
+    # This module imports torch to read weights; `targets list` should not take the seconds that this costs.
+    from cloud_verifier.registry.compatibility import CompatibilityReport, DraftFit
 
 log = logging.getLogger(__name__)
 
-FILE = "targets.toml"
-HEADING = "# Target versions, and what they are called: see `cloud-verifier targets --help`.\n\n"
+REGISTRY_FILE = "targets.toml"
+FILE_HEADING = "# Target versions, and what they are called: see `cloud-verifier targets --help`.\n\n"
 
 
 class RegistryError(TargetError):
-    """The registry's file is missing, makes no sense, or cannot be written."""
+    """The registry's file is missing, invalid, or cannot be written."""
 
 
-class Listed(msgspec.Struct, frozen=True):
-    """One version, for people and programs.
+class ListedVersion(msgspec.Struct, frozen=True):
+    """One version, as listed for people and programs.
 
     Attributes:
-        state: `active`, or `retired`.
-        aliases: those that lead to it, and which percentage of their new sessions it gets.
-        problem: why it cannot be loaded, as far as that shows from outside; empty if it can.
+        state: `active` or `retired`.
+        aliases: the aliases that lead to it, and the percentage of their new sessions that it gets.
+        problem: why it cannot be loaded, as far as the registry can tell; empty if it can.
     """
 
     version: str
@@ -56,148 +56,155 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class Registry:
-    """A registry in a directory; it need not exist before the first version is added.
+    """A registry in a directory, which need not exist before the first version is added.
 
     Attributes:
-        path: of the directory.
+        path: the directory.
+        file: its `targets.toml`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.file = self.path / FILE
+        self.file = self.path / REGISTRY_FILE
 
-    def read(self) -> Roster:
-        """The roster as it stands. Raises RegistryError."""
-        roster = self._read()
-        if roster is None:
+    def read(self) -> Catalog:
+        """Read the catalog. Raises RegistryError."""
+        catalog = self._read()
+        if catalog is None:
             raise RegistryError(
-                f"no registry of targets at {self.path}: it has no {FILE}; make one with "
+                f"no registry of targets at {self.path}: it has no {REGISTRY_FILE}; make one with "
                 f"`cloud-verifier targets add VERSION --registry {self.path}`"
             )
-        return roster
+        return catalog
 
-    def stamp(self) -> object:
-        """Another value once the file has changed; None where there is none."""
+    def file_stamp(self) -> object:
+        """A value that changes whenever the file does; None if there is no file."""
         try:
             status = self.file.stat()
         except OSError:
             return None
         return (status.st_ino, status.st_mtime_ns, status.st_size)
 
-    def change(self, change: Callable[[Roster], Roster]) -> Roster:
-        """Puts what `change` makes of the roster in its place, and returns it.
+    def update(self, change: Callable[[Catalog], Catalog]) -> Catalog:
+        """Replace the catalog by `change(catalog)` and return the new one.
 
         Raises:
-            RegistryError: the file makes no sense or cannot be written; nothing was changed.
-            InputError: whatever `change` raises.
+            RegistryError: the file is invalid or cannot be written; nothing was changed.
+            InputError: raised by `change`.
         """
         try:
-            with locked(self.path, 0o755):
-                before = self._read() or Roster()
+            with lock_directory(self.path, 0o755):
+                before = self._read() or Catalog()
                 after = change(before)
-                after.check()
+                after.validate()
                 if after != before or not self.file.exists():
-                    text = HEADING.encode() + msgspec.toml.encode(after)
-                    write_whole(self.file, text, 0o644)
+                    text = FILE_HEADING.encode() + msgspec.toml.encode(after)
+                    write_atomically(self.file, text, 0o644)
         except OSError as error:
             why = error.strerror or error
             raise RegistryError(f"cannot write {self.file}: {why}; nothing was changed") from None
         return after
 
-    def add(self, source: str, *, unshared: bool = False, only_roots: bool = False) -> Entry:
-        """Adds the version at `source`, once the gate lets it in.
+    def add(self, source: str, *, unshared: bool = False, only_roots: bool = False) -> TargetVersion:
+        """Add the version at `source` if it passes the compatibility gate.
 
         Args:
             source: a directory, or the name of one in `roots`.
-            unshared: let it in even where deployed drafts do not fit it.
-            only_roots: take names in `roots`, and nothing else.
+            unshared: admit it even if deployed drafts do not fit it.
+            only_roots: accept only names in `roots`.
 
         Raises:
-            Incompatible: the deployed drafts do not fit it.
-            TargetError, BundleError: it, or a draft, cannot be read.
-            InputError, RegistryError: see `locate` and `change`.
+            IncompatibleVersion: deployed drafts do not fit it.
+            TargetError, BundleError: the version, or a draft, cannot be read.
+            InputError, RegistryError: see `locate` and `update`.
         """
-        from cloud_verifier.registry.compatibility import Incompatible
+        from cloud_verifier.registry.compatibility import IncompatibleVersion
 
-        roster = self._read() or Roster()
-        examined, path = self.examine(source, roster, only_roots=only_roots)
-        if not examined.compatible and not unshared:
-            raise Incompatible(examined)
-        entry = Entry(
-            examined.version,
-            self._as_stored(path),
-            examined.kind,
-            "shared" if examined.compatible else "unshared",
-            now(),
+        catalog = self._read() or Catalog()
+        report, path = self.examine(source, catalog, only_roots=only_roots)
+        if not report.compatible and not unshared:
+            raise IncompatibleVersion(report)
+        target = TargetVersion(
+            version=report.version,
+            path=self._stored_path(path),
+            kind=report.kind,
+            admitted="shared" if report.compatible else "unshared",
+            added=utc_now(),
         )
 
-        def adding(current: Roster) -> Roster:
-            if current.drafts != roster.drafts:
+        def add_target(current: Catalog) -> Catalog:
+            if current.drafts != catalog.drafts:
                 raise InputError(f"the drafts in {self.file} have changed meanwhile; add {source} again")
-            return current.add(entry)
+            return current.add(target)
 
-        self.change(adding)
-        log.info("%s was added as %s", entry.version, entry.admitted)
-        return entry
+        self.update(add_target)
+        log.info("added %s as %s", target.version, target.admitted)
+        return target
 
     def examine(
-        self, source: str, roster: Roster, drafts: Sequence[Path] = (), *, only_roots: bool = False
-    ) -> tuple[Examined, Path]:
-        """What the gate finds at `source`, against the deployed drafts or `drafts`, and where that is.
+        self, source: str, catalog: Catalog, drafts: Sequence[Path] = (), *, only_roots: bool = False
+    ) -> tuple[CompatibilityReport, Path]:
+        """Run the compatibility gate on `source`, against `drafts` or else the deployed drafts.
+
+        Returns the report and the directory of the version.
 
         Raises:
             TargetError, BundleError, InputError: see `add`.
         """
-        from cloud_verifier.registry.compatibility import examine
+        from cloud_verifier.registry.compatibility import check_compatibility
 
-        path = self.locate(source, roster, only_roots=only_roots)
-        in_use = self.in_use(roster)
+        path = self.locate(source, catalog, only_roots=only_roots)
+        in_use = self.default_path(catalog)
         against = in_use if in_use is not None and in_use.is_dir() and in_use.resolve() != path.resolve() else None
-        return examine(path, drafts or [self.path / draft for draft in roster.drafts], against), path
+        deployed = [self.path / draft for draft in catalog.drafts]
+        return check_compatibility(path, drafts or deployed, against), path
 
-    def add_draft(self, bundle: Path) -> dict[str, Fit]:
-        """Counts the bundle among the deployed drafts.
+    def add_draft(self, bundle: Path) -> dict[str, DraftFit]:
+        """Add the bundle to the deployed drafts.
 
-        Returns the versions that aliases lead to and that it does not fit.
+        Returns the versions that aliases lead to and that the bundle does not fit.
 
         Raises:
-            BundleError: it is no whole bundle.
+            BundleError: the bundle is incomplete.
             TargetError, RegistryError: a version, or the registry, cannot be read.
         """
-        from cloud_verifier.registry.compatibility import examine
+        from cloud_verifier.registry.compatibility import check_compatibility
         from edge_runtime.protocol.bundle import read_bundle
 
         read_bundle(bundle)
-        stored = self._as_stored(bundle)
+        stored = self._stored_path(bundle)
 
-        def adding(current: Roster) -> Roster:
+        def add_bundle(current: Catalog) -> Catalog:
             return msgspec.structs.replace(current, drafts=list(dict.fromkeys([*current.drafts, stored])))
 
-        roster = self.change(adding)
-        log.info("the bundle %s is deployed", bundle)
-        served = {v for alias in roster.aliases.values() for v in (alias.now.version, *alias.now.canary)}
-        found = {version: examine(self.path_of(roster.entry(version)), [bundle]) for version in sorted(served)}
-        return {version: examined.fits[0] for version, examined in found.items() if not examined.compatible}
+        catalog = self.update(add_bundle)
+        log.info("added the deployed bundle %s", bundle)
+        served = {v for alias in catalog.aliases.values() for v in (alias.now.version, *alias.now.canary)}
+        paths = {version: self.path_of(catalog.find_exact(version)) for version in sorted(served)}
+        reports = {version: check_compatibility(path, [bundle]) for version, path in paths.items()}
+        return {version: report.fits[0] for version, report in reports.items() if not report.compatible}
 
-    def promote(self, alias: str, version: str, *, unshared: bool = False) -> Roster:
-        """See `Roster.promote`, as for the others below."""
-        return self._logged(alias, self.change(lambda roster: roster.promote(alias, version, now(), unshared=unshared)))
-
-    def canary(self, alias: str, version: str, percent: float, *, unshared: bool = False) -> Roster:
-        return self._logged(
-            alias, self.change(lambda roster: roster.canary(alias, version, percent, now(), unshared=unshared))
+    def promote(self, alias: str, version: str, *, unshared: bool = False) -> Catalog:
+        """See `Catalog.promote`; likewise for the methods below."""
+        return self._log_alias(
+            alias, self.update(lambda catalog: catalog.promote(alias, version, utc_now(), unshared=unshared))
         )
 
-    def rollback(self, alias: str) -> Roster:
-        return self._logged(alias, self.change(lambda roster: roster.rollback(alias)))
+    def canary(self, alias: str, version: str, percent: float, *, unshared: bool = False) -> Catalog:
+        return self._log_alias(
+            alias, self.update(lambda catalog: catalog.canary(alias, version, percent, utc_now(), unshared=unshared))
+        )
 
-    def retire(self, version: str) -> Entry:
-        found = self.read().find(version).version
-        roster = self.change(lambda roster: roster.retire(found, now()))
-        log.info("%s is retired", found)
-        return roster.entry(found)
+    def rollback(self, alias: str) -> Catalog:
+        return self._log_alias(alias, self.update(lambda catalog: catalog.rollback(alias)))
 
-    def locate(self, source: str, roster: Roster, *, only_roots: bool = False) -> Path:
+    def retire(self, version: str) -> TargetVersion:
+        exact = self.read().find(version).version
+        catalog = self.update(lambda catalog: catalog.retire(exact, utc_now()))
+        log.info("retired %s", exact)
+        return catalog.find_exact(exact)
+
+    def locate(self, source: str, catalog: Catalog, *, only_roots: bool = False) -> Path:
         """The directory of a version: `source` itself, or the directory of this name in one of the roots.
 
         Raises:
@@ -205,42 +212,42 @@ class Registry:
         """
         if not only_roots and Path(source).is_dir():
             return Path(source).absolute()
-        roots = [self.path / root for root in roster.roots]
+        roots = [self.path / root for root in catalog.roots]
         if NAME.fullmatch(source):
             for root in roots:
                 if (root / source).is_dir():
                     return root / source
-        looked = ", ".join(map(str, roots)) or "no directory: the file names no roots"
-        raise InputError(f"there is no version {source[:100]!r}: looked in {looked}")
+        searched = ", ".join(map(str, roots)) or "no directory: the file names no roots"
+        raise InputError(f"there is no version {source[:100]!r}: looked in {searched}")
 
-    def in_use(self, roster: Roster) -> Path | None:
-        """Where the version is that the default alias leads to; None where it leads nowhere."""
-        alias = roster.aliases.get(roster.default)
-        return self.path_of(roster.entry(alias.now.version)) if alias else None
+    def default_path(self, catalog: Catalog) -> Path | None:
+        """The directory of the version that the default alias leads to; None if there is no such alias."""
+        alias = catalog.aliases.get(catalog.default)
+        return self.path_of(catalog.find_exact(alias.now.version)) if alias else None
 
-    def path_of(self, entry: Entry) -> Path:
-        return self.path / entry.path
+    def path_of(self, target: TargetVersion) -> Path:
+        return self.path / target.path
 
-    def listing(self, roster: Roster) -> list[Listed]:
+    def list_versions(self, catalog: Catalog) -> list[ListedVersion]:
         """All versions, the newest first."""
         listed = []
-        for entry in sorted(roster.targets, key=lambda entry: entry.added, reverse=True):
-            path = self.path_of(entry)
+        for target in sorted(catalog.targets, key=lambda target: target.added, reverse=True):
+            path = self.path_of(target)
             listed.append(
-                Listed(
-                    entry.version,
-                    entry.kind,
-                    entry.admitted,
-                    "retired" if entry.retired else "active",
-                    roster.shares(entry.version),
-                    str(path),
-                    entry.added,
-                    "" if path.is_dir() else "its directory is gone",
+                ListedVersion(
+                    version=target.version,
+                    kind=target.kind,
+                    admitted=target.admitted,
+                    state="retired" if target.retired else "active",
+                    aliases=catalog.traffic_shares(target.version),
+                    path=str(path),
+                    added=target.added,
+                    problem="" if path.is_dir() else "its directory is missing",
                 )
             )
         return listed
 
-    def _read(self) -> Roster | None:
+    def _read(self) -> Catalog | None:
         try:
             text = self.file.read_bytes()
         except FileNotFoundError:
@@ -252,27 +259,27 @@ class Registry:
             if format_version != FORMAT_VERSION:
                 raise RegistryError(
                     f"{self.file} has format {format_version!r} and this release reads {FORMAT_VERSION}; "
-                    "upgrade flexspec, or correct it"
+                    "upgrade flexspec, or correct the file"
                 )
-            roster = msgspec.toml.decode(text, type=Roster)
-            roster.check()
+            catalog = msgspec.toml.decode(text, type=Catalog)
+            catalog.validate()
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, InputError) as error:
-            raise RegistryError(f"{self.file} makes no sense: {error}; correct it") from None
-        return roster
+            raise RegistryError(f"{self.file} is invalid: {error}; correct the file") from None
+        return catalog
 
-    def _as_stored(self, path: Path) -> str:
-        """Relative where it is inside the registry, so that the whole can be moved."""
+    def _stored_path(self, path: Path) -> str:
+        """Relative if `path` is inside the registry, so that the registry can be moved; else absolute."""
         path = path.absolute()
         return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else str(path)
 
     @staticmethod
-    def _logged(alias: str, roster: Roster) -> Roster:
-        setting = roster.aliases[alias].now
-        shares = ", ".join(f"{percent:g} % {version}" for version, percent in setting.canary.items())
-        log.info("the alias %s leads to %s%s", alias, setting.version, f" ({shares})" if shares else "")
-        return roster
+    def _log_alias(alias: str, catalog: Catalog) -> Catalog:
+        split = catalog.aliases[alias].now
+        shares = ", ".join(f"{percent:g} % {version}" for version, percent in split.canary.items())
+        log.info("the alias %s leads to %s%s", alias, split.version, f" ({shares})" if shares else "")
+        return catalog
 
 
-def now() -> datetime:
-    """To the microsecond, with its zone."""
+def utc_now() -> datetime:
+    """The current time with its zone, to the microsecond."""
     return datetime.now(UTC)
