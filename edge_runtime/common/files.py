@@ -1,4 +1,4 @@
-"""What must have reached the disk before anybody counts on it, and who may change it meanwhile."""
+"""Durable file writes, and a lock for a directory that several processes use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK, SCRATCH = ".lock", ".new"
-# For another process to have finished with a directory.
-PATIENCE_SECONDS = 2.0
+LOCK_NAME, SCRATCH_SUFFIX = ".lock", ".new"
+# How long `lock_directory` waits for the current holder. Chosen: holders write one small file.
+LOCK_TIMEOUT_SECONDS = 2.0
 
 
-def sync(path: Path) -> None:
-    """Sees a file's contents, or a directory's names, onto the disk. Raises OSError."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's contents, or a directory's entries, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,39 +23,45 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, contents: bytes, mode: int = 0o600) -> None:
-    """Writes the file anew, whole or not at all; one writer at a time (see `locked`). Raises OSError."""
-    scratch = path.with_suffix(SCRATCH)
+def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
+    """Replace the file at `path` completely or not at all; on return it is on the disk. Raises OSError.
+
+    There must be one writer at a time (see `lock_directory`): the scratch file has a fixed name.
+    """
+    scratch = path.with_suffix(SCRATCH_SUFFIX)
     try:
         scratch.unlink(missing_ok=True)
-        file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(file, "wb") as writing:
-            writing.write(contents)
-            writing.flush()
-            os.fsync(file)
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(descriptor)
         scratch.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 @contextlib.contextmanager
-def locked(directory: Path, mode: int = 0o700) -> Iterator[None]:
-    """Keeps other processes and threads from `directory` meanwhile; made if it is missing. Raises OSError."""
+def lock_directory(directory: Path, mode: int = 0o700) -> Iterator[None]:
+    """Hold an exclusive lock on `directory`, against other processes and threads; create it if it is missing.
+
+    Raises OSError, of which TimeoutError if the lock is not free within LOCK_TIMEOUT_SECONDS.
+    """
     directory.mkdir(mode=mode, parents=True, exist_ok=True)
-    # Released by the kernel with the process, however that ends.
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode & 0o666)
+    # The kernel releases the lock when the process ends, even if it is killed.
+    lock = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode & 0o666)
     try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has held {directory / LOCK} for too long") from None
+                    raise TimeoutError(f"another process has held {directory / LOCK_NAME} for too long") from None
                 time.sleep(0.01)
         yield
     finally:

@@ -1,7 +1,6 @@
-"""Listens with an ASGI application on granian: HTTP/1.1 and HTTP/2, in clear and over TLS.
+"""HTTP server for an ASGI application, on granian: HTTP/1.1 and HTTP/2, in clear text or over TLS.
 
-The board's service and the verifier share it, so `cloud_verifier` imports this besides `edge_runtime.protocol`: a wider
-arrow than the house's rule, and cheaper than two servers to keep right.
+The board's service and the verifier share it: one server to maintain instead of two.
 """
 
 from __future__ import annotations
@@ -21,28 +20,29 @@ from granian.server.embed import Server as Granian
 
 from edge_runtime.protocol.errors import FlexSpecError
 
+# How long `HttpServer.stop` waits for requests in progress. Chosen.
 GRACE_SECONDS = 3.0
-# For a request's headers: whoever sends none holds a connection.
-HEADER_MILLISECONDS = 10_000
+# Time limit for a request's headers: a client that sends none occupies a connection. Chosen.
+HEADER_TIMEOUT_MILLISECONDS = 10_000
 BACKLOG = 1024
-# A client that vanished without a word holds a connection: after so many seconds of silence the kernel asks for it, so
-# many times; and so long it may leave unacknowledged what it is sent.
-IDLE_SECONDS, ASKING_SECONDS, ASKING_TIMES = 30, 5, 3
+# TCP keep-alive, to close connections of clients that vanished without a FIN: the idle time before the first probe, the
+# time between probes, and the number of unanswered probes; and how long sent data may stay unacknowledged. Chosen.
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 30, 5, 3
 UNACKNOWLEDGED_SECONDS = 45
-# Files that a process needs beside its connections, about.
-OTHER_FILES = 100
-MOST_CONNECTIONS = 10_000
+# File descriptors that a process needs for other things than connections, approximately.
+RESERVED_FILES = 100
+MAX_CONNECTIONS = 10_000
 
 
-class Listening(msgspec.Struct, frozen=True):
+class ListenOptions(msgspec.Struct, frozen=True):
     """Where and how to listen.
 
     Attributes:
         port: 0 picks a free one.
         certificate, key: PEM files; both or none.
-        client_ca: PEM file of authorities: over TLS, whoever has no certificate of theirs gets no further. It does not
-            say who it is: granian keeps the certificate to itself.
         http: `auto`, `1` or `2`.
+        client_ca: PEM file of certificate authorities: over TLS, only clients with a certificate of theirs are served.
+            The application does not learn which client it is: granian does not pass the certificate on.
     """
 
     host: str = "127.0.0.1"
@@ -53,60 +53,60 @@ class Listening(msgspec.Struct, frozen=True):
     client_ca: Path | None = None
 
 
-class Server:
-    """One listening application, inside a running event loop.
+class HttpServer:
+    """Serves one ASGI application inside a running event loop.
 
     Attributes:
-        url: base URL, with the port that was picked.
+        url: base URL, with the actual port.
     """
 
-    def __init__(self, app: Any, listening: Listening) -> None:
+    def __init__(self, app: Any, options: ListenOptions) -> None:
         """
         Args:
-            app: an ASGI application; its lifespan is entered by `start`.
+            app: an ASGI application; `start` enters its lifespan.
 
         Raises:
-            FlexSpecError: the host is no address of this machine, or the certificate is unusable.
+            FlexSpecError: the host is not an address of this machine, or the certificate is unusable.
         """
-        self._host = listening.host
-        self._port = listening.port or _free_port(listening.host)
-        scheme = "https" if listening.certificate else "http"
+        self._host = options.host
+        self._port = options.port or _free_port(options.host)
+        scheme = "https" if options.certificate else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{scheme}://{host}:{self._port}"
         try:
-            # Its own methods have no annotations.
+            # Typed as Any: its methods have no annotations.
             self._granian: Any = Granian(
                 app,
-                address=listening.host,
+                address=options.host,
                 port=self._port,
                 interface=Interfaces.ASGI,
-                http=HTTPModes(listening.http),
+                http=HTTPModes(options.http),
                 websockets=False,
-                ssl_cert=listening.certificate,
-                ssl_key=listening.key,
-                ssl_ca=listening.client_ca,
-                ssl_client_verify=listening.client_ca is not None,
+                ssl_cert=options.certificate,
+                ssl_key=options.key,
+                ssl_ca=options.client_ca,
+                ssl_client_verify=options.client_ca is not None,
                 log_enabled=False,
-                # Granian counts connections, idle ones too: with its own default, the 129th would wait for ever.
+                # Granian counts all connections, idle ones too: with its default, the 129th would wait forever.
                 backlog=BACKLOG,
-                backpressure=_most_connections(),
-                http1_settings=HTTP1Settings(header_read_timeout=HEADER_MILLISECONDS),
-                # Windows wide enough that no round ever waits for, or pays for, a window update.
+                backpressure=_max_connections(),
+                http1_settings=HTTP1Settings(header_read_timeout=HEADER_TIMEOUT_MILLISECONDS),
+                # Wide enough that no round waits for a window update, or carries the bytes of one.
                 http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
             )
         except OSError as error:
-            raise FlexSpecError(f"cannot use the certificate {listening.certificate}: {error}") from None
+            raise FlexSpecError(f"cannot use the certificate {options.certificate}: {error}") from None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts listening, and waits until connections are accepted. Raises FlexSpecError if the port is taken."""
-        taken = FlexSpecError(
+        """Start listening and wait until connections are accepted. Raises FlexSpecError if the port is in use."""
+        in_use = FlexSpecError(
             f"could not listen on {self._host} port {self._port}: is the port in use? choose another --port"
         )
         try:
             socket.create_server((self._host, self._port), family=_family(self._host)).close()
         except OSError:
-            raise taken from None
+            raise in_use from None
         self._task = asyncio.create_task(self._granian.serve())
         for _ in range(200):
             if self._task.done():
@@ -117,17 +117,17 @@ class Server:
                 await asyncio.sleep(0.02)
             else:
                 writer.close()
-                _notice_the_vanished(self._port)
+                _enable_keepalive(self._port)
                 return
-        raise taken
+        raise in_use
 
     async def stop(self) -> bool:
-        """Finishes the requests in progress, for GRACE_SECONDS at most, and stops.
+        """Stop after the requests in progress, waiting at most GRACE_SECONDS for them.
 
-        Without a bound, one client with an idle HTTP/2 connection would keep the process alive for ever.
+        Without a limit, a client with an idle HTTP/2 connection would keep the process alive forever.
 
         Returns:
-            Whether it ended in peace; if not, the application's lifespan has not been left.
+            Whether the shutdown was clean; if not, the application's lifespan has not been exited.
         """
         assert self._task is not None
         self._granian.stop()
@@ -138,50 +138,51 @@ class Server:
         return not unfinished
 
 
-def stop_requested() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set, from now on, instead of ending the process."""
-    stopping = asyncio.Event()
+def watch_stop_signals() -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set from now on, instead of ending the process."""
+    stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    return stopping
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
-def reload_requested() -> asyncio.Event:
-    """An event that SIGHUP sets, from now on, instead of ending the process: to be cleared by whoever reloads."""
-    asked = asyncio.Event()
-    # A terminal that closes says SIGHUP, too, and means the end.
+def watch_reload_signal() -> asyncio.Event:
+    """Return an event that SIGHUP sets from now on, instead of ending the process. The caller clears it on reload."""
+    reload = asyncio.Event()
+    # On a terminal SIGHUP means that the terminal was closed, and must end the process.
     if not os.isatty(0):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
-    return asked
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    return reload
 
 
-def _notice_the_vanished(port: int) -> None:
-    """Sets keep-alive for what is accepted on `port` from now on: accepted sockets are as the listening one.
+def _enable_keepalive(port: int) -> None:
+    """Enable TCP keep-alive on the socket that listens on `port`; the sockets that it accepts inherit the options.
 
-    Granian makes that itself and does not hand it out, so it is looked for among this process's files.
+    Granian creates the listening socket and does not expose it, so it is searched among this process's descriptors.
     """
     for file in Path("/proc/self/fd").iterdir():
         try:
-            found = socket.socket(fileno=int(file.name))
+            candidate = socket.socket(fileno=int(file.name))
         except OSError:
             continue
         try:
-            inet = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
-            if inet and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_SECONDS)
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKING_SECONDS)
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ASKING_TIMES)
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED_SECONDS)
+            is_tcp = candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.type == socket.SOCK_STREAM
+            is_listening = is_tcp and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if is_listening and candidate.getsockname()[1] == port:
+                candidate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
+                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED_SECONDS)
         finally:
-            # It is granian's to close.
-            found.detach()
+            # Granian owns the descriptor and closes it.
+            candidate.detach()
 
 
-def _most_connections() -> int:
-    """How many connections there may be at once, by how many files this process may open."""
+def _max_connections() -> int:
+    """Limit of concurrent connections, from the number of files that this process may open."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, min(files - OTHER_FILES, MOST_CONNECTIONS))
+    return max(16, min(files - RESERVED_FILES, MAX_CONNECTIONS))
 
 
 def _free_port(host: str) -> int:

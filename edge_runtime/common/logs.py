@@ -1,7 +1,7 @@
-"""Where the log goes: the journal, with fields, where systemd runs the process; else standard error, for people, or as
-JSON for whoever collects it.
+"""Logging: to the systemd journal with structured fields if systemd runs the process, else to standard error.
 
-No prompt and no answer is ever in it, unless the configuration says so (`[log] prompts`): who logs one asks first.
+On standard error, records are lines of text, or JSON objects for log collectors. Prompts and answers are logged only if
+the configuration asks for it (`[log] prompts`): code that would log one checks `are_prompts_logged` first.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# Ours. Other packages are asked for warnings only: at a lower level some write every header, tokens included.
+# The configured level applies to these packages. Others log warnings only: at a lower level some log every HTTP header,
+# bearer tokens included.
 PACKAGES = ("edge_runtime", "cloud_verifier", "device_profiles")
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 JOURNAL = Path("/run/systemd/journal/socket")
-# Fields of a record that are for the journal, and for JSON: `log.info(..., extra={FIELDS: {...}})`.
-FIELDS = "journal_fields"
-# The kernel takes no datagrams of more than some 200 KB.
-LONGEST = 64 * 1024
-# Not a logger of their own: any package that configures logging could switch that on.
+# Key of structured fields for the journal and for JSON: `log.info(..., extra={EXTRA_FIELDS: {...}})`.
+EXTRA_FIELDS = "journal_fields"
+# The kernel rejects datagrams above some 200 KB, so values are cut to this length.
+MAX_FIELD_BYTES = 64 * 1024
+SYSLOG_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+# A flag rather than a logger of its own, which any package that configures logging could enable.
 _prompts = False
-SYSLOG = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
-def set_up(
+def configure(
     level: str,
     program: str,
     *,
@@ -38,12 +39,12 @@ def set_up(
     form: str = "text",
     environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Logs from `level` on, one of `LEVELS`; may be called again.
+    """Configure logging from `level` on, one of `LEVELS`. May be called again.
 
     Args:
-        program: its name in the journal.
-        prompts: whether prompts and answers are logged, too.
-        form: one of `FORMATS`; JSON goes to standard error, an object a line, whoever runs the process.
+        program: the program's name in the journal.
+        prompts: log prompts and answers, too.
+        form: one of `FORMATS`; `json` writes one object per line to standard error, even under systemd.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -58,75 +59,75 @@ def set_up(
     logging.captureWarnings(True)
 
 
-def prompts_wanted() -> bool:
-    """Whether prompts and answers may be logged."""
+def are_prompts_logged() -> bool:
+    """Return whether prompts and answers may be logged."""
     return _prompts
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """To the journal in its own protocol, else to standard error."""
+    """Writes to the journal in its native protocol, else to standard error."""
 
     def __init__(self, program: str, journal: Path | None, form: str) -> None:
         super().__init__(sys.stderr)
         text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
-        self.setFormatter(_Json() if form == "json" else text)
+        self.setFormatter(_JsonFormatter() if form == "json" else text)
         self._program = program
         self._journal = journal
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._journal is not None:
             try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as telling:
-                    telling.sendto(journal_entry(record, self._program), str(self._journal))
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as journal_socket:
+                    journal_socket.sendto(journal_entry(record, self._program), str(self._journal))
                     return
             except OSError:
-                # Standard error is the journal, too.
+                # Standard error is connected to the journal, too.
                 pass
         super().emit(record)
 
 
-class _Json(logging.Formatter):
-    """A record as one line of JSON."""
+class _JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        entry = {
             "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        fields = {name.lower(): value for name, value in getattr(record, FIELDS, {}).items()}
-        return json.dumps(said | fields, default=str)
+            entry["exception"] = self.formatException(record.exc_info)
+        fields = {name.lower(): value for name, value in getattr(record, EXTRA_FIELDS, {}).items()}
+        return json.dumps(entry | fields, default=str)
 
 
 def journal_entry(record: logging.LogRecord, program: str) -> bytes:
-    """`record` as a datagram of the journal's native protocol."""
+    """Encode `record` as a datagram of the journal's native protocol."""
     message = record.getMessage()
     if record.exc_info:
         message += "\n" + logging.Formatter().formatException(record.exc_info)
     fields = {
         "MESSAGE": message,
-        "PRIORITY": SYSLOG.get(record.levelno, 6),
+        "PRIORITY": SYSLOG_PRIORITIES.get(record.levelno, 6),
         "SYSLOG_IDENTIFIER": program,
         "LOGGER": record.name,
         "CODE_FILE": record.pathname,
         "CODE_LINE": record.lineno,
         "CODE_FUNC": record.funcName,
-        **getattr(record, FIELDS, {}),
+        **getattr(record, EXTRA_FIELDS, {}),
     }
-    return b"".join(_field(name, str(value)) for name, value in fields.items())
+    return b"".join(_encode_field(name, str(value)) for name, value in fields.items())
 
 
-def _field(name: str, value: str) -> bytes:
-    # With its length in front a value may have lines.
-    data = value.encode("utf-8", "replace")[:LONGEST]
+def _encode_field(name: str, value: str) -> bytes:
+    # The length prefix allows values of several lines.
+    data = value.encode("utf-8", "replace")[:MAX_FIELD_BYTES]
     return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
 
 
 def _is_journal(environ: Mapping[str, str]) -> bool:
-    """Whether standard error goes to the journal: it may have been sent elsewhere since systemd opened it."""
+    """Whether standard error still is the journal's stream that systemd opened: it may have been redirected since."""
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Pieces of OpenAPI 3.1 documents: an operation, and what it refuses."""
+"""Building blocks of OpenAPI 3.1 documents: a schema reference, and an operation with its error responses."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import Any
 REF = "#/components/schemas/{name}"
 JSON = "application/json"
 TEXT = "text/plain"
-# Statuses with which a client is told when to come back.
-LATER = ("429", "503")
+# Statuses that carry a Retry-After header.
+RETRY_STATUSES = ("429", "503")
 
 
-def of(name: str) -> dict[str, str]:
-    """The schema of that name."""
+def schema_ref(name: str) -> dict[str, str]:
+    """Return a reference to the schema component `name`."""
     return {"$ref": REF.format(name=name)}
 
 
-def operation(
-    summary: str, content: Mapping[str, Any], refused: Mapping[str, str], error: str, success: str = "200"
+def build_operation(
+    summary: str, content: Mapping[str, Any], errors: Mapping[str, str], error_schema: str, success: str = "200"
 ) -> dict[str, Any]:
-    """An operation.
+    """Build an operation object.
 
     Args:
-        content: schemas of the good answer, by media type; none where it has no body.
-        refused: what every other status means.
-        error: name of the schema of their bodies.
-        success: status of the good answer.
+        content: schema of the success response by media type; empty if it has no body.
+        errors: description of every error response by status.
+        error_schema: name of the schema component of their bodies.
+        success: status of the success response.
     """
     responses: dict[str, Any] = {success: {"description": summary}}
     if content:
-        responses[success]["content"] = {kind: {"schema": schema} for kind, schema in content.items()}
-    for status, text in refused.items():
-        responses[status] = {"description": text, "content": {JSON: {"schema": of(error)}}}
-        if status in LATER:
+        responses[success]["content"] = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    for status, description in errors.items():
+        responses[status] = {
+            "description": description,
+            "content": {JSON: {"schema": schema_ref(error_schema)}},
+        }
+        if status in RETRY_STATUSES:
             seconds = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
             responses[status]["headers"] = {"Retry-After": seconds}
     return {"summary": summary, "responses": responses}

@@ -1,6 +1,7 @@
-"""What a service tells systemd: that it is ready, what it does, that it lives (sd_notify(3)).
+"""Service notifications to systemd: readiness, status and watchdog (sd_notify(3)).
 
-The protocol is one datagram per message. Nothing happens where nobody listens, so services need not ask.
+The protocol is one datagram per message. Without a notification socket every method does nothing, so callers need not
+check whether systemd started them.
 """
 
 from __future__ import annotations
@@ -14,91 +15,93 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
-# Seconds between looks at what there is to tell.
-STATUS_SECONDS = 5.0
-# How often the watchdog is fed within its time: one message may be late.
-FEEDINGS = 3
-SEND_SECONDS = 0.5
-# What a stalled service says of itself.
-STALLED = "stalled: no progress for {:.0f} s, so the watchdog is not fed"
+# Longest interval between two checks of the status. Chosen.
+STATUS_INTERVAL_SECONDS = 5.0
+# Keep-alives within one watchdog timeout. Chosen: one may be late.
+KEEPALIVES_PER_TIMEOUT = 3
+SEND_TIMEOUT_SECONDS = 0.5
+STALLED_STATUS = "stalled: no progress for {:.0f} s, so the watchdog is not fed"
 
 
 class Notifier:
-    """The way to systemd, if it started this process.
+    """Sends notifications to systemd, if it started this process.
 
     Attributes:
-        listening: whether somebody listens.
-        watchdog_seconds: within which it must hear of us; None if it does not mind.
+        enabled: whether there is a notification socket.
+        watchdog_seconds: the watchdog's timeout; None without a watchdog.
     """
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
-        # An @ stands for the null byte of Linux's abstract names; other kinds of sockets are for virtual machines.
+        # An @ stands for the null byte of Linux's abstract names. Other kinds of sockets are for virtual machines.
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self.listening = address.startswith(("@", "/"))
-        self.watchdog_seconds = _watchdog_seconds(environ) if self.listening else None
+        self.enabled = address.startswith(("@", "/"))
+        self.watchdog_seconds = _watchdog_seconds(environ) if self.enabled else None
         self._status = ""
 
     def starting(self, status: str) -> None:
-        """Not ready yet, and why."""
-        self._tell_status(status)
+        """Report the status of a service that is not ready yet."""
+        self._send_status(status)
 
     def ready(self, status: str) -> None:
-        """There are answers from now on, or again."""
+        """Report that the service answers requests, after its start or a reload."""
         self._status = status
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """The configuration is being read again; `ready` ends that."""
+        """Report that the configuration is being reloaded, until `ready` is called."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str) -> None:
-        """The end has begun."""
+        """Report that the service is shutting down."""
         self._send("STOPPING=1", f"STATUS={status}")
 
-    async def keep_telling(self, status: Callable[[], str], stalled_seconds: Callable[[], float]) -> None:
-        """Feeds the watchdog, and tells changes of `status`, until cancelled.
+    async def run(self, status: Callable[[], str], stalled_seconds: Callable[[], float]) -> None:
+        """Feed the watchdog and report changes of `status` until cancelled.
 
-        It runs on the event loop, so a loop that hangs is not fed.
+        It runs on the event loop, so that an event loop that hangs stops feeding the watchdog.
 
         Args:
             status: one line for people.
-            stalled_seconds: for how long the work has made no progress; 0 while it does, or there is none.
+            stalled_seconds: time since the work last made progress; 0 while it does, or if there is no work.
         """
-        if not self.listening:
+        if not self.enabled:
             return
-        limit = self.watchdog_seconds
-        pause = STATUS_SECONDS if limit is None else min(STATUS_SECONDS, limit / FEEDINGS)
+        timeout = self.watchdog_seconds
+        interval = STATUS_INTERVAL_SECONDS
+        if timeout is not None:
+            interval = min(interval, timeout / KEEPALIVES_PER_TIMEOUT)
         while True:
             stalled = stalled_seconds()
-            if limit is None or stalled < limit:
-                self._tell_status(status())
-                if limit is not None:
+            if timeout is None or stalled < timeout:
+                self._send_status(status())
+                if timeout is not None:
                     self._send("WATCHDOG=1")
             else:
-                log.error("%s", STALLED.format(stalled))
-                self._tell_status(STALLED.format(stalled))
-            await asyncio.sleep(pause)
+                log.error("%s", STALLED_STATUS.format(stalled))
+                self._send_status(STALLED_STATUS.format(stalled))
+            await asyncio.sleep(interval)
 
-    def _tell_status(self, status: str) -> None:
+    def _send_status(self, status: str) -> None:
         if status != self._status:
             self._status = status
             self._send(f"STATUS={status}")
 
     def _send(self, *lines: str) -> None:
-        if not self.listening:
+        if not self.enabled:
             return
+        message = "\n".join(line.replace("\n", " ") for line in lines).encode()
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as telling:
-                # A manager that is being restarted does not read: the event loop does not wait long for it.
-                telling.settimeout(SEND_SECONDS)
-                telling.sendto("\n".join(line.replace("\n", " ") for line in lines).encode(), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify_socket:
+                # systemd does not read while it restarts itself; the event loop must not block on it for long.
+                notify_socket.settimeout(SEND_TIMEOUT_SECONDS)
+                notify_socket.sendto(message, self._address)
         except OSError as error:
-            log.warning("could not tell systemd %s: %s", lines[0], error.strerror)
+            log.warning("could not send %s to systemd: %s", lines[0], error.strerror)
 
 
 def _watchdog_seconds(environ: Mapping[str, str]) -> float | None:
-    """Of the watchdog, if it is meant for this process and not for the one that started it."""
+    """The watchdog's timeout, if it is for this process and not for the one that started it."""
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:
