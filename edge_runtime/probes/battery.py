@@ -1,7 +1,7 @@
-"""Batteries and mains, from /sys/class/power_supply, whatever they are called.
+"""Batteries and mains power, from /sys/class/power_supply.
 
-psutil reads the same directory, but only below /sys, only of entries called BAT*, and raises FileNotFoundError where
-the directory is missing; fuel gauges on UPS hats are called after their chip.
+psutil reads the same directory, but only entries named BAT*, only below /sys, and raises FileNotFoundError if the
+directory is missing. Fuel gauges on UPS hats are named after their chip.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ STATES = {"Charging": "charging", "Discharging": "discharging", "Not charging": 
 
 
 class Battery(msgspec.Struct, frozen=True):
-    """One battery; None where its gauge does not say.
+    """One battery; None for what its fuel gauge does not report.
 
     Attributes:
         state: `charging`, `discharging`, `idle` (neither), `full` or `unknown`.
-        percent: charge.
-        joules_left: what is in it, at its voltage of now where the gauge counts charge and not energy.
-        joules_full: what is in it when full.
-        watts: into it or out of it, by `state`.
+        percent: state of charge.
+        joules_left: energy left, at the present voltage if the gauge reports charge instead of energy.
+        joules_full: energy when full.
+        watts: power into or out of it, by `state`.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Battery(msgspec.Struct, frozen=True):
 
 
 class Supply(msgspec.Struct, frozen=True):
-    """What the board lives on.
+    """The power supplies of the board.
 
     Attributes:
-        batteries: those that feed the board, not those of mice and headsets.
-        mains: whether any other source is plugged in; None if there is no sensor for it.
+        batteries: those that supply the board, not those of peripherals.
+        mains: whether another source is connected; None if there is no sensor for it.
     """
 
     batteries: list[Battery]
@@ -47,7 +47,7 @@ class Supply(msgspec.Struct, frozen=True):
 
     @property
     def on_battery(self) -> bool | None:
-        """Whether the board lives on what is in its batteries; None if that cannot be told."""
+        """Whether the board runs on battery; None if unknown."""
         states = {battery.state for battery in self.batteries}
         if "discharging" in states:
             return True
@@ -55,43 +55,43 @@ class Supply(msgspec.Struct, frozen=True):
             return False
         if self.mains is not None:
             return bool(states) and not self.mains
-        # What is full, or waits to be charged, without falling is fed from outside.
+        # A battery that is full or idle does not discharge, so the board has external power.
         return False if states & {"full", "idle"} else None
 
     @property
     def joules_left(self) -> float | None:
-        """In all batteries; None if a gauge does not say."""
+        """Energy in all batteries; None if a gauge does not report it."""
         return _sum([battery.joules_left for battery in self.batteries])
 
     @property
     def percent(self) -> float | None:
-        """Mean charge of the batteries; None if a gauge does not say."""
+        """Mean state of charge; None if a gauge does not report it."""
         total = _sum([battery.percent for battery in self.batteries])
         return None if total is None else total / len(self.batteries)
 
     @property
     def watts(self) -> float | None:
-        """What comes out of the batteries together, so what the whole board draws; None unless it lives on them."""
+        """Total discharge, which is the power of the whole board; None unless it runs on battery."""
         discharging = [battery.watts for battery in self.batteries if battery.state == "discharging"]
         return _sum(discharging) if self.on_battery else None
 
 
 def read_supply(reader: Reader) -> Supply | None:
-    """None if the kernel knows of no power supply."""
+    """Read all power supplies; None if the kernel lists none."""
     classes = f"{reader.sysfs}/class/power_supply"
     names = reader.names(classes)
     batteries: list[Battery] = []
     online: list[bool] = []
     for name in names:
         path = f"{classes}/{name}"
-        # A supply of scope Device feeds a mouse, not the board.
+        # A supply with scope Device belongs to a peripheral such as a mouse.
         if reader.text(f"{path}/scope") == "Device":
             continue
         if reader.text(f"{path}/type") in ("Battery", "UPS"):
             if reader.integer(f"{path}/present") != 0:
                 batteries.append(_battery(reader, path, name))
         elif (state := reader.integer(f"{path}/online")) is not None:
-            # USB-C ports say 1 for a fixed and 2 for a programmable supply.
+            # USB-C ports report 1 for a fixed and 2 for a programmable supply.
             online.append(state > 0)
     return Supply(batteries, any(online) if online else None) if batteries or online else None
 
@@ -108,17 +108,17 @@ def _battery(reader: Reader, path: str, name: str) -> Battery:
         amperes = _micro(reader.integer(f"{path}/current_now"))
         watts = None if amperes is None or volts is None else amperes * volts
     state = STATES.get(reader.text(f"{path}/status") or "", "unknown")
-    # Drivers disagree on the sign of what flows out; the state says which way it flows.
+    # Drivers disagree on the sign of a discharge; `state` gives the direction.
     return Battery(
         name, state, None if percent is None else float(percent), left, full, None if watts is None else abs(watts)
     )
 
 
-def _joules(reader: Reader, path: str, what: str, volts: float | None) -> float | None:
-    energy = reader.integer(f"{path}/energy_{what}")
+def _joules(reader: Reader, path: str, quantity: str, volts: float | None) -> float | None:
+    energy = reader.integer(f"{path}/energy_{quantity}")
     if energy is not None:
         return energy * JOULES_PER_MICROWATT_HOUR
-    charge = reader.integer(f"{path}/charge_{what}")
+    charge = reader.integer(f"{path}/charge_{quantity}")
     return None if charge is None or volts is None else charge * volts * JOULES_PER_MICROWATT_HOUR
 
 

@@ -1,4 +1,4 @@
-"""Network interfaces: what they are, how fast, and what went through them."""
+"""Network interfaces: kind, speed and traffic counters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ KINDS = {"wlan": "wifi", "wwan": "modem"}
 
 
 class Interface(msgspec.Struct, frozen=True):
-    """One interface. Counters are since it came up; rates are since the last reading, None at the first.
+    """One network interface. Counters start when it comes up; rates are since the last reading, None at the first.
 
     Attributes:
-        kind: `ethernet`, `wifi`, `modem`, `virtual`, or what else the kernel calls it: `bridge`, `wireguard`, `ppp`.
-        up: whether it has a link; None where the driver does not say, as for tunnels.
-        bits_per_second: negotiated speed of the wire; None for radio and virtual ones.
-        lost: packets that were dropped or broken, both ways.
+        kind: `ethernet`, `wifi`, `modem`, `virtual`, or the kernel's name for another type: `bridge`, `wireguard`,
+            `ppp`.
+        up: whether it has a link; None if the driver does not report it, as for tunnels.
+        bits_per_second: negotiated wire speed; None for radio and virtual interfaces.
+        lost: packets with errors or dropped, both directions.
     """
 
     name: str
@@ -34,22 +35,22 @@ class Interface(msgspec.Struct, frozen=True):
     sent_bytes_per_second: float | None = None
 
 
-class Interfaces:
-    """Those with hardware behind them, and the one that the route takes.
+class InterfaceProbe:
+    """Reads the hardware interfaces and the one that the route uses; keeps the last counters for rates.
 
-    This machine's are counted by psutil: its counters go on where those of a 32-bit kernel wrap after 4 GB.
+    On the real machine psutil reads the counters, because it compensates the wrap at 4 GB of 32-bit kernels.
     """
 
     def __init__(self, host: Address | None = None) -> None:
         """
         Args:
-            host: whose route counts; None for the default route.
+            host: destination of the route; None for the default route.
         """
         self._host = host
         self._last: dict[str, tuple[float, Interface]] = {}
 
     def read(self, reader: Reader) -> list[Interface] | None:
-        """None if this machine has no network."""
+        """Read the interfaces; None if there is none."""
         classes = f"{reader.sysfs}/class/net"
         route = read_route(Reader(reader.roots, reader.now), self._host)
         routed = "" if route is None else route.interface
@@ -58,7 +59,7 @@ class Interfaces:
             for name in reader.names(classes)
             if name == routed or reader.exists(f"{classes}/{name}/device")
         ]
-        if reader.roots.here:
+        if reader.roots.is_this_machine:
             counted = psutil.net_io_counters(pernic=True, nowrap=True)
             interfaces = [_counted(found, counted[found.name]) for found in interfaces if found.name in counted]
         interfaces = [self._with_rates(found, reader.now) for found in interfaces]
@@ -80,7 +81,7 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
     if not kind:
         kind = "ethernet" if reader.exists(f"{path}/device") else "virtual"
     state = reader.text(f"{path}/operstate")
-    # Speed is -1 where the driver knows none.
+    # The speed is -1 if the driver does not know it.
     speed = reader.integer(f"{path}/speed") or 0
     counters = {
         counter: reader.integer(f"{path}/statistics/{counter}")
@@ -98,7 +99,7 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
 
 
 def _counted(interface: Interface, counters: Any) -> Interface:
-    """`interface` with psutil's counters; the rates stay."""
+    """`interface` with psutil's counters."""
     return msgspec.structs.replace(
         interface,
         received_bytes=counters.bytes_recv,
@@ -108,7 +109,7 @@ def _counted(interface: Interface, counters: Any) -> Interface:
 
 
 def _rate(before: int | None, after: int | None, seconds: float) -> float | None:
-    # An interface that went away and came back counts from zero again.
+    # An interface that was removed and re-added counts from zero.
     if before is None or after is None or seconds <= 0 or after < before:
         return None
     return (after - before) / seconds

@@ -1,7 +1,7 @@
-"""A mobile-network modem, through ModemManager's own program.
+"""Mobile-network modem, through ModemManager's `mmcli`.
 
-`mmcli` rather than D-Bus: its JSON is the same information, once a minute it costs little, and a D-Bus library would be
-one more dependency of every board for the few with a modem.
+`mmcli` instead of D-Bus: its JSON has the same information, it costs little once a minute, and a D-Bus library would be
+a dependency of every board for the few that have a modem.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, shown
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt
 
 T = TypeVar("T")
 
-# What mmcli says instead of null.
+# How mmcli prints null.
 UNKNOWN = "--"
 
 
-class Radio(msgspec.Struct, frozen=True):
-    """Signal of the technology in use; None where the modem does not say.
+class ModemSignal(msgspec.Struct, frozen=True):
+    """Signal of the radio technology in use; None for what the modem does not report.
 
-    ModemManager measures only after `mmcli -m any --signal-setup=60`; a probe changes no setting, so that is the
-    owner's to do.
+    ModemManager measures only after `mmcli -m any --signal-setup=60`. A probe changes no settings, so the owner has to
+    run it.
     """
 
     technology: str
@@ -37,17 +37,17 @@ class Modem(msgspec.Struct, frozen=True):
 
     Attributes:
         state: such as `connected`, `registered`, `searching`, `failed`.
-        technologies: in use, such as `lte`, `5gnr`.
-        quality_percent: the modem's own summary of its signal.
-        roaming: whether it is in somebody else's network.
-        radio: signal in detail.
+        technologies: access technologies in use, such as `lte`, `5gnr`.
+        quality_percent: signal quality as reported by the modem.
+        roaming: whether it is registered in a foreign network.
+        radio: signal details.
     """
 
     state: str
     technologies: list[str]
     quality_percent: float | None
     roaming: bool | None
-    radio: Radio | None = None
+    radio: ModemSignal | None = None
 
 
 class _Quality(msgspec.Struct, frozen=True):
@@ -96,7 +96,7 @@ class _SignalAnswer(msgspec.Struct):
 
 
 def parse_modem(text: str) -> Modem:
-    """`mmcli -m any -J`. Raises ProbeError."""
+    """Parse `mmcli -m any -J`. Raises ProbeError."""
     answer = _decoded(text, _ModemAnswer).modem
     technologies = answer.generic.access_technologies
     registration = answer.network.registration_state
@@ -108,19 +108,21 @@ def parse_modem(text: str) -> Modem:
     )
 
 
-def parse_signal(text: str) -> Radio | None:
-    """`mmcli -m any --signal-get -J`; None if the modem measures nothing. Raises ProbeError."""
+def parse_signal(text: str) -> ModemSignal | None:
+    """Parse `mmcli -m any --signal-get -J`; None if the modem reports no values. Raises ProbeError."""
     signal = _decoded(text, _SignalAnswer).modem.signal
-    # A phone network of two generations at once (5G anchored on LTE) is as good as its newer half.
+    # With two generations at once (5G anchored on LTE), the newer one is reported.
     for technology, values in (("5g", signal.nr), ("lte", signal.lte), ("umts", signal.umts), ("gsm", signal.gsm)):
-        radio = Radio(technology, _number(values.rssi), _number(values.rsrp), _number(values.rsrq), _number(values.snr))
-        if radio != Radio(technology):
+        radio = ModemSignal(
+            technology, _number(values.rssi), _number(values.rsrp), _number(values.rsrq), _number(values.snr)
+        )
+        if radio != ModemSignal(technology):
             return radio
     return None
 
 
 def read_modem(reader: Reader) -> Modem | None:
-    """Runs `mmcli` if the kernel has a modem's devices; None if not, or ModemManager knows of none."""
+    """Run `mmcli` if the kernel has modem devices; None if there are none or ModemManager lists none."""
     devices = [
         name
         for directory, prefix in (("wwan", ""), ("usbmisc", "cdc-wdm"), ("net", "wwan"), ("net", "ppp"))
@@ -139,7 +141,7 @@ def _decoded(text: str, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        raise ProbeError(f"not what mmcli prints: {shown(text)}") from None
+        raise ProbeError(f"not the output of mmcli: {excerpt(text)}") from None
 
 
 def _number(text: str) -> float | None:

@@ -1,5 +1,4 @@
-"""What the board draws now, from current sensors that the kernel shows as hwmon: INA219, INA226, INA3221 and the like,
-and the power meters of servers."""
+"""Power of the board, from current sensors in hwmon (INA219, INA226, INA3221 and others) and ACPI power meters."""
 
 from __future__ import annotations
 
@@ -10,33 +9,33 @@ import msgspec
 
 from edge_runtime.probes.roots import Reader
 
-# Rails that everything else hangs on, by the names that board makers give them.
+# Labels of the input rails that supply everything else, as board makers name them.
 WHOLE_BOARD = {"VDD_IN", "VIN", "VIN_SYS_5V0", "POM_5V_IN", "SYS_VIN", "TOTAL"}
-# The ACPI power meter stands between the wall and the whole machine.
+# The ACPI power meter measures the whole machine at the wall.
 WHOLE_MACHINE = "power_meter"
 
-# An INA3221 has three rails; its further channels are shunt voltages, and sums of currents.
+# An INA3221 has three rails; its further channels are shunt voltages and sums of currents.
 RAILS = {"ina3221": 3}
 
 _SENSOR = re.compile(r"(power|curr|in)([0-9]+)_(input|average)", re.ASCII)
 
 
 class Rail(msgspec.Struct, frozen=True):
-    """One measured supply; `label` is empty where the board names none."""
+    """One measured supply rail; `label` is empty if the board names none."""
 
     chip: str
     label: str
     watts: float
 
 
-class Power(msgspec.Struct, frozen=True):
-    """Watts now.
+class PowerReading(msgspec.Struct, frozen=True):
+    """Present power.
 
     Attributes:
-        watts: of the board, or of the part of it that is measured; None where the rails cannot be added up.
-        whole_board: whether it is all that the board draws; if not, the board draws more.
-        source: what measured it.
-        rails: each supply that is measured by itself.
+        watts: of the board or of the measured part; None if the rails cannot be added up.
+        whole_board: whether `watts` covers the whole board; if not, the board draws more.
+        source: the sensors that measured it.
+        rails: each measured supply rail.
     """
 
     watts: float | None
@@ -45,25 +44,25 @@ class Power(msgspec.Struct, frozen=True):
     rails: list[Rail]
 
 
-def read_sensors(reader: Reader) -> Power | None:
-    """None if there is no such sensor."""
+def read_sensors(reader: Reader) -> PowerReading | None:
+    """Read the current sensors; None if there is none."""
     classes = f"{reader.sysfs}/class/hwmon"
     rails: list[Rail] = []
     for name in reader.names(classes):
         chip = reader.text(f"{classes}/{name}/name") or ""
-        # Batteries, graphics cards and USB ports show power too, and it is not the board's.
+        # Batteries, graphics cards and USB ports have power sensors too, but those are not the board's power.
         if chip.startswith("ina") or chip == WHOLE_MACHINE:
             rails += _rails(reader, f"{classes}/{name}", chip)
     if not rails:
         return None
     whole = [rail for rail in rails if rail.chip == WHOLE_MACHINE or rail.label.upper() in WHOLE_BOARD]
     if not whole and len(rails) == 1:
-        # Who wires a single sensor to a board wires it into the board's supply.
+        # A single sensor on a board is wired into the board's supply.
         whole = rails
-    # Without labels, rails may feed one another: adding them up might count the same watt twice.
+    # Without labels one rail may feed another: a sum might count the same power twice.
     watts = math.fsum(rail.watts for rail in whole) if whole else None
     source = " + ".join(f"{rail.chip} {rail.label}".strip() for rail in whole)
-    return Power(watts, bool(whole), source, rails)
+    return PowerReading(watts, bool(whole), source, rails)
 
 
 def _rails(reader: Reader, path: str, chip: str) -> list[Rail]:

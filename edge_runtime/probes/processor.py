@@ -1,22 +1,22 @@
-"""Which board this is, and how busy and how fast its processor runs."""
+"""Board model, processor load and clock frequency."""
 
 from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, integer, shown
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, integer
 
 
-class Processor(msgspec.Struct, frozen=True):
+class ProcessorLoad(msgspec.Struct, frozen=True):
     """All cores together.
 
     Attributes:
-        model: of the board, as its maker calls it; None where the firmware does not say.
-        cores: that are online.
-        hertz: mean over the clock domains, now.
-        most_hertz: of the fastest domain, by design.
-        busy: share of the time since the last reading that cores were busy, 0 to 1; None at the first.
-        load: mean number of runnable tasks over a minute.
+        model: board model as named by its maker; None if the firmware does not report it.
+        cores: number of cores online.
+        hertz: present clock, mean over the clock domains.
+        most_hertz: maximum clock of the fastest domain.
+        busy: utilization since the last reading, 0 to 1; None at the first.
+        load: load average over one minute.
     """
 
     model: str | None
@@ -27,52 +27,52 @@ class Processor(msgspec.Struct, frozen=True):
     load: float | None
 
 
-class Times(msgspec.Struct, frozen=True):
-    """Of /proc/stat, in ticks since boot, all cores together."""
+class CpuTimes(msgspec.Struct, frozen=True):
+    """CPU time from /proc/stat, in ticks since boot, all cores together."""
 
     busy: int
     idle: int
     cores: int
 
 
-def parse_times(text: str) -> Times:
-    """/proc/stat. Raises ProbeError."""
+def parse_times(text: str) -> CpuTimes:
+    """Parse /proc/stat. Raises ProbeError."""
     total, *others = text.splitlines() or [""]
     fields = total.split()
     if len(fields) < 6 or fields[0] != "cpu":
-        raise ProbeError(f"not the times of the processor: {shown(total)}")
-    # Guest time is part of user time; waiting for a disk is idle.
+        raise ProbeError(f"not the CPU times of /proc/stat: {excerpt(total)}")
+    # User time includes guest time; waiting for I/O counts as idle.
     user, nice, system, idle, waiting, *interrupts = [integer(field) for field in fields[1:9]]
     cores = sum(line.startswith("cpu") for line in others)
-    return Times(user + nice + system + sum(interrupts), idle + waiting, cores)
+    return CpuTimes(user + nice + system + sum(interrupts), idle + waiting, cores)
 
 
 def parse_load(text: str) -> float:
-    """/proc/loadavg: the mean over a minute. Raises ProbeError."""
+    """Parse /proc/loadavg: the one-minute load average. Raises ProbeError."""
     return decimal(text.partition(" ")[0])
 
 
 def read_model(reader: Reader) -> str | None:
-    """From the device tree, or from the firmware of a PC."""
+    """Board model from the device tree, or from the DMI data of a PC; None if there is neither."""
     return reader.text(f"{reader.sysfs}/firmware/devicetree/base/model") or reader.text(
         f"{reader.sysfs}/class/dmi/id/product_name"
     )
 
 
-class Processors:
-    """Remembers the times of the last reading."""
+class ProcessorProbe:
+    """Reads the processor; keeps the last CPU times for utilization."""
 
     def __init__(self) -> None:
-        self._last: Times | None = None
+        self._last: CpuTimes | None = None
 
-    def read(self, reader: Reader) -> Processor:
-        """None in a field where the kernel does not say."""
+    def read(self, reader: Reader) -> ProcessorLoad:
+        """Read the processor; fields that the kernel does not report are None."""
         times = reader.parsed(f"{reader.procfs}/stat", parse_times)
         busy = None
         if times is not None and self._last is not None:
             spent = times.busy - self._last.busy
             total = spent + times.idle - self._last.idle
-            # Idle time is known to go back a little when a core comes online.
+            # Idle time can decrease slightly when a core comes online.
             busy = min(1.0, max(0.0, spent / total)) if total > 0 else None
         self._last = times
         policies = f"{reader.sysfs}/devices/system/cpu/cpufreq"
@@ -81,7 +81,7 @@ class Processors:
             now.append(reader.integer(f"{policies}/{name}/scaling_cur_freq"))
             most.append(reader.integer(f"{policies}/{name}/cpuinfo_max_freq"))
         known = [kilohertz for kilohertz in now if kilohertz is not None]
-        return Processor(
+        return ProcessorLoad(
             read_model(reader),
             times.cores if times is not None else None,
             1e3 * sum(known) / len(known) if known else None,

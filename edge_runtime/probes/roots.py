@@ -1,4 +1,4 @@
-"""Where probes read: files below roots that can be moved, programs that may be absent, and errors that are survived."""
+"""Input of the probes: files below replaceable roots, programs that may be absent, and errors that are counted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from edge_runtime.protocol.errors import FlexSpecError
 
 T = TypeVar("T")
 
-# Seconds that a program may take.
+# Time limit for a program (iw, nmcli, mmcli, vcgencmd), chosen.
 PROGRAM_SECONDS = 1.0
-# No file that a probe reads is longer; a router's routing table may be.
-LONGEST = 1 << 20
-# What the kernel answers where there is no such sensor, or one without a value at the moment: a network interface that
-# is down has no speed (EINVAL), a battery that is away no charge (ENODEV, ENODATA).
+# Upper bound of a file, in bytes. Only the routing table of a router exceeds it.
+MAX_FILE_BYTES = 1 << 20
+# errno of a sensor that does not exist or has no value at the moment: a network interface that is down has no speed
+# (EINVAL), a removed battery no charge (ENODEV, ENODATA).
 NO_DATA = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -33,7 +33,7 @@ NO_DATA = {
     errno.EAGAIN,
     errno.EOPNOTSUPP,
 }
-# `iw` is in sbin, which a user's PATH may lack.
+# `iw` is installed in sbin, which a user's PATH may lack.
 PROGRAM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}", re.ASCII)
@@ -41,18 +41,19 @@ _DECIMAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 
 
 class ProbeError(FlexSpecError):
-    """A file or program that is there, and does not say what it should. A `Reader` counts it and goes on."""
+    """A file or program exists but its content cannot be parsed. A `Reader` records it and continues."""
 
 
 Run = Callable[[tuple[str, ...]], bytes | None]
 
 
 def run_program(arguments: tuple[str, ...]) -> bytes | None:
-    """What a program prints; None if it does not exist or exits non-zero, which for `iw`, `nmcli` and `mmcli` means
-    that nothing is known, not that there is no link.
+    """Standard output of a program; None if it does not exist or exits non-zero.
+
+    For `iw`, `nmcli` and `mmcli` a non-zero exit code means "unknown", not "no link".
 
     Raises:
-        ProbeError: it cannot be started, or does not end within a second.
+        ProbeError: it cannot be started, or does not end within PROGRAM_SECONDS.
     """
     program = shutil.which(arguments[0], path=PROGRAM_PATH)
     if program is None:
@@ -64,49 +65,49 @@ def run_program(arguments: tuple[str, ...]) -> bytes | None:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=PROGRAM_SECONDS,
-            # What programs print is parsed, so it must not be translated.
+            # The output is parsed, so it must not be translated.
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
         raise ProbeError(
-            f"{' '.join(arguments)}: no answer within {PROGRAM_SECONDS:g} s; does it answer by hand?"
+            f"{' '.join(arguments)}: no answer within {PROGRAM_SECONDS:g} s; does it answer in a terminal?"
         ) from None
     except OSError as error:
         raise ProbeError(f"{' '.join(arguments)}: cannot be started: {error.strerror}") from None
     return done.stdout if done.returncode == 0 else None
 
 
-class Recorded:
-    """Answers programs from files instead of running them: `vcgencmd get_throttled` from `vcgencmd_get_throttled`."""
+class RecordedPrograms:
+    """Replaces programs by recorded output: `vcgencmd get_throttled` is read from the file `vcgencmd_get_throttled`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def __call__(self, arguments: tuple[str, ...]) -> bytes | None:
-        """The recorded output; None where nothing is recorded. Raises ProbeError."""
+        """The recorded output; None if there is none. Raises ProbeError."""
         return read_bytes(f"{self._directory}/{'_'.join(arguments)}")
 
 
 class Roots(msgspec.Struct, frozen=True):
-    """What stands for /sys and /proc, and what runs programs."""
+    """Replacements for /sys and /proc, and the function that runs programs."""
 
     sysfs: Path = Path("/sys")
     procfs: Path = Path("/proc")
     run: Run = run_program
 
     @property
-    def here(self) -> bool:
-        """Whether these are this machine's own, so that a library may be asked that knows no other."""
+    def is_this_machine(self) -> bool:
+        """Whether these are the real roots, so that a library that reads only those can be used."""
         return (self.sysfs, self.procfs) == (Path("/sys"), Path("/proc"))
 
 
 class Reader:
-    """Reads for one probe, once. What is absent is None; what is broken is None too, and noted in `errors`.
+    """File access for one reading of one probe. Absent data is None; broken data is None too, and recorded in `errors`.
 
     Attributes:
-        roots, sysfs, procfs: where it reads.
-        now: seconds on a clock that only goes forward, for what needs two readings.
-        errors: what was broken.
+        roots, sysfs, procfs: where to read.
+        now: seconds of a monotonic clock, for rates between two readings.
+        errors: messages of what could not be parsed.
     """
 
     def __init__(self, roots: Roots, now: float) -> None:
@@ -117,7 +118,7 @@ class Reader:
         self.errors: list[str] = []
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file or directory."""
+        """Whether the file or directory exists."""
         return os.access(path, os.F_OK)
 
     def names(self, directory: str, prefix: str = "") -> list[str]:
@@ -132,7 +133,7 @@ class Reader:
         return sorted(names, key=lambda name: (len(name), name))
 
     def text(self, path: str) -> str | None:
-        """What a file says, without white space and NUL around it."""
+        """Content of a file, stripped of white space and NUL."""
         return self._try(lambda: _text(path, read_bytes(path)))
 
     def integer(self, path: str) -> int | None:
@@ -140,11 +141,11 @@ class Reader:
         return self.parsed(path, integer)
 
     def parsed(self, path: str, parse: Callable[[str], T]) -> T | None:
-        """What `parse` makes of a file."""
+        """Content of a file, parsed by `parse`."""
         return self._try(lambda: _parsed(path, read_bytes(path), parse))
 
     def program(self, parse: Callable[[str], T], *arguments: str) -> T | None:
-        """What `parse` makes of a program's output."""
+        """Output of a program, parsed by `parse`."""
         return self._try(lambda: _parsed(" ".join(arguments), self.roots.run(arguments), parse))
 
     def _try(self, read: Callable[[], T | None]) -> T | None:
@@ -156,13 +157,13 @@ class Reader:
 
 
 def read_bytes(path: str) -> bytes | None:
-    """A file's bytes; None if there is none, or the kernel has no value for it. Raises ProbeError."""
+    """Content of a file; None if it does not exist or the kernel has no value for it. Raises ProbeError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            # The kernel makes a /proc table up piece by piece; a sysfs file comes in one.
+            # A /proc table is produced piece by piece; a sysfs file arrives in one read.
             content = os.read(handle, 1 << 16)
-            while len(content) <= LONGEST and (more := os.read(handle, 1 << 16) if content else b""):
+            while len(content) <= MAX_FILE_BYTES and (more := os.read(handle, 1 << 16) if content else b""):
                 content += more
         finally:
             os.close(handle)
@@ -170,27 +171,27 @@ def read_bytes(path: str) -> bytes | None:
         if error.errno in NO_DATA:
             return None
         raise ProbeError(_message(path, error)) from None
-    if len(content) > LONGEST:
-        raise ProbeError(f"{path}: longer than {LONGEST} bytes, which this probe does not read")
+    if len(content) > MAX_FILE_BYTES:
+        raise ProbeError(f"{path}: longer than {MAX_FILE_BYTES} bytes, too long for a probe")
     return content
 
 
 def integer(text: str) -> int:
-    """A whole number in decimal. Raises ProbeError."""
+    """Parse a decimal integer. Raises ProbeError."""
     if not _INTEGER.fullmatch(text):
-        raise ProbeError(f"not a whole number: {shown(text)}")
+        raise ProbeError(f"not a whole number: {excerpt(text)}")
     return int(text)
 
 
 def decimal(text: str) -> float:
-    """A number with or without a fraction. Raises ProbeError."""
+    """Parse a decimal number. Raises ProbeError."""
     if not _DECIMAL.fullmatch(text):
-        raise ProbeError(f"not a number: {shown(text)}")
+        raise ProbeError(f"not a number: {excerpt(text)}")
     return float(text)
 
 
-def shown(text: str) -> str:
-    """The start of a text, for an error message."""
+def excerpt(text: str) -> str:
+    """The start of a text, quoted, for an error message."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 

@@ -1,6 +1,6 @@
-"""Which network interface packets take, from the kernel's main routing tables, and whether its bytes are paid for.
+"""Network interface of the route, from the kernel's main routing tables, and whether it is metered.
 
-Rules that pick other tables (`ip rule`, as some VPNs set them) are not followed.
+Policy routing (`ip rule`, used by some VPNs) is not followed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, shown
+from edge_runtime.probes.roots import ProbeError, Reader, excerpt
 
-# Routes of at most so many bits count as the default: a VPN that must not touch the real one sets two of one bit, and
-# 2000::/3 is all of the Internet that speaks IPv6.
+# Longest prefix in bits that counts as a default route: VPNs that keep the real default route add two routes of one
+# bit, and 2000::/3 is the whole IPv6 Internet.
 DEFAULT_PREFIX = 3
 
 UP = 0x1
@@ -23,8 +23,8 @@ REJECT = 0x200
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class Entry(NamedTuple):
-    """One line of a routing table; addresses as numbers of 32 or 128 bits."""
+class RoutingEntry(NamedTuple):
+    """One line of a routing table; addresses are integers of 32 or 128 bits."""
 
     interface: str
     destination: int
@@ -34,12 +34,12 @@ class Entry(NamedTuple):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """The way to a host.
+    """The route to a host.
 
     Attributes:
-        interface: that packets leave by.
-        gateway: next address on the way; None if the host is on the interface's own network.
-        version: of IP, 4 or 6.
+        interface: outgoing interface.
+        gateway: next hop; None if the host is on the local network.
+        version: IP version, 4 or 6.
     """
 
     interface: str
@@ -48,57 +48,57 @@ class Route(msgspec.Struct, frozen=True):
 
 
 class Metering(msgspec.Struct, frozen=True):
-    """Whether bytes on `interface` are paid for, as NetworkManager knows or guesses; None if it does neither."""
+    """Whether `interface` is metered, as configured or guessed by NetworkManager; None if unknown."""
 
     interface: str
     metered: bool | None
 
 
-def parse_ipv4(text: str) -> list[Entry]:
-    """/proc/net/route: the routes that are up and lead somewhere. Raises ProbeError."""
+def parse_ipv4(text: str) -> list[RoutingEntry]:
+    """Parse /proc/net/route; routes that are up and not rejecting. Raises ProbeError."""
     header, *lines = text.splitlines() or [""]
     if not header.startswith("Iface"):
-        raise ProbeError(f"not a routing table: {shown(header)}")
+        raise ProbeError(f"not a routing table: {excerpt(header)}")
     entries = []
     for line in lines:
         try:
             interface, destination, gateway, flags, _, _, metric, mask, *_ = line.split()
             prefix = _little_endian(mask).bit_count()
-            entry = Entry(interface, _little_endian(destination), prefix, _little_endian(gateway), int(metric))
+            entry = RoutingEntry(interface, _little_endian(destination), prefix, _little_endian(gateway), int(metric))
             if int(flags, 16) & (UP | REJECT) == UP:
                 entries.append(entry)
         except ValueError:
-            raise ProbeError(f"not a route: {shown(line)}") from None
+            raise ProbeError(f"not a route: {excerpt(line)}") from None
     return entries
 
 
-def parse_ipv6(text: str) -> list[Entry]:
-    """/proc/net/ipv6_route: the routes that are up and lead somewhere. Raises ProbeError."""
+def parse_ipv6(text: str) -> list[RoutingEntry]:
+    """Parse /proc/net/ipv6_route; routes that are up and not rejecting. Raises ProbeError."""
     entries = []
     for line in text.splitlines():
         try:
             destination, length, _, _, gateway, metric, _, _, flags, interface = line.split()
             prefix = min(128, _number(length, 1))
-            entry = Entry(interface, _number(destination, 16), prefix, _number(gateway, 16), int(metric, 16))
+            entry = RoutingEntry(interface, _number(destination, 16), prefix, _number(gateway, 16), int(metric, 16))
             if int(flags, 16) & (UP | REJECT) == UP:
                 entries.append(entry)
         except ValueError:
-            raise ProbeError(f"not a route: {shown(line)}") from None
+            raise ProbeError(f"not a route: {excerpt(line)}") from None
     return entries
 
 
 def parse_metered(text: str) -> bool | None:
-    """`nmcli -g GENERAL.METERED device show`. Raises ProbeError."""
+    """Parse `nmcli -g GENERAL.METERED device show`. Raises ProbeError."""
     word = text.partition(" ")[0]
     if word in ("", "--", "unknown"):
         return None
     if word not in ("yes", "no"):
-        raise ProbeError(f"neither yes nor no: {shown(text)}")
+        raise ProbeError(f"neither yes nor no: {excerpt(text)}")
     return word == "yes"
 
 
 def read_route(reader: Reader, host: Address | None = None) -> Route | None:
-    """The way to `host`, by default the way to anywhere: IPv4's if there is one. None if there is none."""
+    """The route to `host`, or the default route, preferring IPv4; None if there is none."""
     if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
         host = host.ipv4_mapped
     if host is not None and host.is_loopback:
@@ -114,7 +114,7 @@ def read_route(reader: Reader, host: Address | None = None) -> Route | None:
 
 
 def read_metering(reader: Reader, host: Address | None = None) -> Metering | None:
-    """Asks NetworkManager about the interface that the way to `host` takes; None if there is no way."""
+    """Ask NetworkManager about the interface of the route to `host`; None if there is no route."""
     route = read_route(reader, host)
     if route is None:
         return None
@@ -123,28 +123,28 @@ def read_metering(reader: Reader, host: Address | None = None) -> Metering | Non
 
 
 def _best(
-    entries: list[Entry], kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], host: Address | None
+    entries: list[RoutingEntry], kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], host: Address | None
 ) -> Route | None:
-    """The longest prefix that fits, and of several the lowest metric."""
+    """The matching route with the longest prefix, and among those the lowest metric."""
     if host is None:
-        fitting = [entry for entry in entries if entry.prefix <= DEFAULT_PREFIX]
+        matching = [entry for entry in entries if entry.prefix <= DEFAULT_PREFIX]
     else:
         width, number = host.max_prefixlen, int(host)
-        fitting = [entry for entry in entries if (entry.destination ^ number) >> (width - entry.prefix) == 0]
-    if not fitting:
+        matching = [entry for entry in entries if (entry.destination ^ number) >> (width - entry.prefix) == 0]
+    if not matching:
         return None
-    entry = max(fitting, key=lambda entry: (entry.prefix, -entry.metric))
+    entry = max(matching, key=lambda entry: (entry.prefix, -entry.metric))
     gateway = kind(entry.gateway) if entry.gateway else None
     return Route(entry.interface, str(gateway) if gateway else None, kind(0).version)
 
 
 def _little_endian(text: str) -> int:
-    # The kernel prints network order as if it were a number of its own; all boards that matter are little-endian.
+    # The kernel prints an address in network order as a native integer; all supported boards are little-endian.
     return int.from_bytes(_number(text, 4).to_bytes(4, "little"), "big")
 
 
 def _number(text: str, size: int) -> int:
-    # Exactly `size` bytes in hexadecimal: int() alone would take "0x1", "+1" and "1_0".
+    # Exactly `size` bytes in hexadecimal: int() would also accept "0x1", "+1" and "1_0".
     content = bytes.fromhex(text)
     if len(content) != size:
         raise ValueError(text)

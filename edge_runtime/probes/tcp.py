@@ -1,4 +1,4 @@
-"""Bytes and round-trip time of the very connections in use, as the kernel counts them (TCP_INFO)."""
+"""Bytes and round-trip time of the connections in use, from the kernel (TCP_INFO)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import struct
 from typing import Any, NamedTuple
 
-# Offsets in struct tcp_info of linux/tcp.h; the struct only ever grows at its end.
+# Offsets in struct tcp_info (linux/tcp.h), which only grows at its end.
 BACKOFF_OFFSET = 4
 RTT_OFFSET = 68
 RTT_VARIATION_OFFSET = 72
@@ -20,27 +20,27 @@ BUSY_OFFSET = 168
 BYTES_SENT_OFFSET = 200
 INFO_SIZE = 208
 
-# Time-outs in a row after which nothing comes through any more, as far as a sender can tell.
-STALLED = 2
+# Consecutive retransmission time-outs after which a connection counts as stalled, chosen.
+STALLED_BACKOFF = 2
 
-# What the kernel says of the minimum round-trip time before the first sample.
+# Minimum round-trip time before the first sample.
 NO_RTT = 0xFFFFFFFF
 
 
 class TcpInfo(NamedTuple):
-    """One connection, as the kernel sees it.
+    """Kernel statistics of one connection.
 
     Attributes:
-        bytes_sent, bytes_received: payload, TLS and HTTP framing included; what was sent again counts again.
+        bytes_sent, bytes_received: payload including TLS and HTTP framing; retransmissions count again.
         rtt_seconds: smoothed round-trip time.
-        min_rtt_seconds: the shortest of late; None before the first sample.
+        min_rtt_seconds: minimum round-trip time of the recent past; None before the first sample.
         rtt_variation_seconds: mean deviation of the round-trip time.
-        retransmits: segments that were sent again, over the connection's life.
-        delivery_rate: bytes per second at which the kernel saw data arrive, None before it did. Up to a hundred times
-            too high where writes are small, as rounds are: see `goodput`.
-        bytes_acked: payload that the peer has acknowledged. The kernel counts the opening segment as one byte.
-        busy_seconds: time in which something sent was not yet acknowledged.
-        backoff: how often in a row the kernel has waited in vain, each time twice as long; 0 while answers come.
+        retransmits: segments retransmitted over the connection's life.
+        delivery_rate: bytes per second estimated by the kernel; None before the first estimate. Up to a hundred times
+            too high for small writes such as rounds: use `goodput`.
+        bytes_acked: payload acknowledged by the peer; the SYN counts as one byte.
+        busy_seconds: time during which sent data was unacknowledged.
+        backoff: consecutive retransmission time-outs, each twice as long; 0 while acknowledgements arrive.
     """
 
     bytes_sent: int
@@ -56,7 +56,7 @@ class TcpInfo(NamedTuple):
 
 
 def tcp_info(connection: Any) -> TcpInfo | None:
-    """What the kernel knows of a connected socket; None if it is closed or the kernel does not tell."""
+    """Kernel statistics of a connected socket; None if it is closed or the kernel does not support TCP_INFO."""
     option = getattr(socket, "TCP_INFO", None)
     if option is None:
         return None
@@ -87,23 +87,23 @@ def tcp_info(connection: Any) -> TcpInfo | None:
 
 
 def goodput(before: TcpInfo, after: TcpInfo) -> float | None:
-    """Bytes per second that the peer acknowledged between two readings, over the time that any were on their way.
+    """Bytes per second acknowledged between two readings, over the time during which any were in flight.
 
-    Small writes spend that time waiting for a round trip, so this is what the link gave, not the most it could give.
-    None if nothing was on its way.
+    Small writes spend that time waiting for a round trip, so this is the achieved rate, not the capacity of the link.
+    None if nothing was in flight.
     """
     seconds = after.busy_seconds - before.busy_seconds
     return (after.bytes_acked - before.bytes_acked) / seconds if seconds > 0 else None
 
 
 class ByteMeter:
-    """Adds up the bytes of all connections that an HTTP client opens.
+    """Counts the bytes of all connections that an HTTP client opens.
 
-    `trace` goes into the `trace` extension of httpx requests. Where several requests share the connections, a byte
-    counts for the request that calls `take` first after it.
+    Pass `trace` as the `trace` extension of httpx requests. If several requests share the connections, a byte counts
+    for the request that calls `take` next.
 
     Attributes:
-        opened: connections so far.
+        opened: number of connections so far.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class ByteMeter:
         self._taken = (0, 0)
 
     async def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Notes new connections."""
+        """Record new connections."""
         if event == "connection.connect_tcp.complete":
             self.opened += 1
             self._sockets.append((info["return_value"].get_extra_info("socket"), TcpInfo(0, 0, 0.0)))
@@ -133,9 +133,9 @@ class ByteMeter:
 
     @property
     def stalled(self) -> bool:
-        """Whether a connection sends in vain."""
+        """Whether a connection sends without being acknowledged."""
         self._read()
-        return any(info.backoff >= STALLED for _, info in self._sockets)
+        return any(info.backoff >= STALLED_BACKOFF for _, info in self._sockets)
 
     @property
     def peer(self) -> str | None:

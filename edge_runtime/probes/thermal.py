@@ -1,4 +1,4 @@
-"""Temperatures, from thermal zones and from the sensors in processors."""
+"""Temperatures, from thermal zones and from processor sensors in hwmon."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import msgspec
 
 from edge_runtime.probes.roots import Reader
 
-# hwmon chips that sit in processors; most boards' thermal zones are shown as hwmon too, and are read as zones.
+# hwmon chips of processors. Thermal zones also appear in hwmon and are read as zones.
 PROCESSOR_CHIPS = ("coretemp", "k10temp", "zenpower")
-# What zones of processors are called, best first: `tj` is the hottest point of a Jetson's whole chip.
+# Zone names of processors, best first. `tj` is the hottest point of a Jetson's chip.
 PROCESSOR_ZONES = ("cpu", "x86_pkg_temp", *PROCESSOR_CHIPS, "soc", "tj")
-# Degrees beyond which a sensor is broken: a disabled one says -273.
-COLDEST, HOTTEST = -60.0, 200.0
+# Plausible range; a disabled sensor reports -273.
+MIN_CELSIUS, MAX_CELSIUS = -60.0, 200.0
 
 
 class Zone(msgspec.Struct, frozen=True):
-    """One sensor."""
+    """One temperature sensor."""
 
     name: str
     celsius: float
 
 
 class Thermal(msgspec.Struct, frozen=True):
-    """All sensors; `celsius` is the hottest of the processor's own, None if none is known to be."""
+    """All sensors; `celsius` is the hottest processor sensor, None if no sensor is known to be the processor's."""
 
     zones: list[Zone]
     celsius: float | None
 
 
 def read_thermal(reader: Reader) -> Thermal | None:
-    """None if there is no sensor."""
+    """Read all temperature sensors; None if there is none."""
     classes = f"{reader.sysfs}/class/thermal"
     zones = [
         _zone(reader, reader.text(f"{classes}/{name}/type") or name, f"{classes}/{name}/temp")
@@ -53,7 +53,7 @@ def _zone(reader: Reader, name: str, path: str) -> Zone | None:
     if millidegrees is None:
         return None
     celsius = millidegrees / 1e3
-    if not COLDEST <= celsius <= HOTTEST:
-        reader.errors.append(f"{path}: {celsius:g} degrees Celsius cannot be; the sensor is off or broken")
+    if not MIN_CELSIUS <= celsius <= MAX_CELSIUS:
+        reader.errors.append(f"{path}: {celsius:g} degrees Celsius is implausible; the sensor is off or broken")
         return None
     return Zone(name, celsius)

@@ -1,4 +1,4 @@
-"""Whether the board runs slower than it could, for heat or for want of power."""
+"""Throttling: whether heat or a weak supply slows the processor down."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import msgspec
 from edge_runtime.probes.firmware import SINCE_BOOT, UNDER_VOLTAGE, flags_file, parse_throttled, reasons
 from edge_runtime.probes.roots import Reader
 
-# The kernel's own cooling by a slower clock: `cpufreq-cpu0` and the older `thermal-cpufreq-0` on boards, `Processor`
-# on PCs. Fans cool too, and slow nothing.
-SLOWING = ("cpufreq-", "thermal-cpufreq-", "Processor")
+# Cooling devices of the kernel that lower the clock: `cpufreq-cpu0` and the older `thermal-cpufreq-0` on boards,
+# `Processor` on PCs. Fans are cooling devices too but do not throttle.
+THROTTLING_DEVICES = ("cpufreq-", "thermal-cpufreq-", "Processor")
 
 
 class Throttling(msgspec.Struct, frozen=True):
-    """Whether and why the processor is held back.
+    """Whether and why the processor is throttled.
 
     Attributes:
-        now: None where only low voltage can be told, which slows nothing by itself.
-        reasons: by what, and low voltage.
-        since_boot: what of this has been so since boot, where the board remembers.
+        now: whether it is throttled; None if only under-voltage is known, which does not throttle by itself.
+        reasons: present reasons, under-voltage included.
+        since_boot: reasons that occurred since boot, if the board records them.
     """
 
     now: bool | None
@@ -28,14 +28,14 @@ class Throttling(msgspec.Struct, frozen=True):
     since_boot: list[str]
 
 
-class Throttles:
-    """Remembers how often processors had throttled at the last reading."""
+class ThrottlingProbe:
+    """Reads all sources of throttling; keeps the throttle counters of the last reading."""
 
     def __init__(self) -> None:
         self._last: int | None = None
 
     def read(self, reader: Reader) -> Throttling | None:
-        """None if nothing tells."""
+        """Read all sources; None if there is none."""
         return merged([self._firmware(reader), self._cooling(reader), self._counters(reader)])
 
     def _firmware(self, reader: Reader) -> Throttling | None:
@@ -43,7 +43,7 @@ class Throttles:
         flags = None if path is None else reader.parsed(path, parse_throttled)
         if flags is not None:
             return throttling_of(flags)
-        # Without that file a Raspberry Pi still shows low voltage, as an alarm.
+        # Without that file a Raspberry Pi still reports under-voltage, as a hwmon alarm.
         classes = f"{reader.sysfs}/class/hwmon"
         for name in reader.names(classes):
             if reader.text(f"{classes}/{name}/name") == "rpi_volt":
@@ -57,12 +57,12 @@ class Throttles:
         states: dict[str, int] = {}
         for name in reader.names(classes, "cooling_device"):
             kind = reader.text(f"{classes}/{name}/type") or ""
-            if kind.startswith(SLOWING):
+            if kind.startswith(THROTTLING_DEVICES):
                 state = reader.integer(f"{classes}/{name}/cur_state")
                 if state is not None:
                     states[kind] = max(state, states.get(kind, 0))
-        slowing = [kind for kind, state in states.items() if state > 0]
-        return Throttling(bool(slowing), [f"cooling by {kind}" for kind in slowing], []) if states else None
+        active = [kind for kind, state in states.items() if state > 0]
+        return Throttling(bool(active), [f"cooling by {kind}" for kind in active], []) if states else None
 
     def _counters(self, reader: Reader) -> Throttling | None:
         cores = f"{reader.sysfs}/devices/system/cpu"
@@ -81,13 +81,13 @@ class Throttles:
 
 
 def throttling_of(flags: int) -> Throttling:
-    """What the firmware's flags mean."""
+    """Interpret the firmware's flags."""
     return Throttling(bool(flags & ~UNDER_VOLTAGE & 0xF), reasons(flags & 0xF), reasons(flags >> SINCE_BOOT & 0xF))
 
 
-def merged(several: Iterable[Throttling | None]) -> Throttling | None:
-    """What several sources know together; None if none knows anything."""
-    known = [throttling for throttling in several if throttling is not None]
+def merged(sources: Iterable[Throttling | None]) -> Throttling | None:
+    """Combine several sources; None if all are None."""
+    known = [throttling for throttling in sources if throttling is not None]
     if not known:
         return None
     answers = {throttling.now for throttling in known}

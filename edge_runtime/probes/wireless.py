@@ -1,4 +1,4 @@
-"""Wifi: signal from /proc/net/wireless at every reading, bit rates from nl80211 (through `iw`) now and then."""
+"""Wi-Fi: signal from /proc/net/wireless at every reading, bit rates from nl80211 (through `iw`) less often."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, shown
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt
 
-# Wireless extensions know no None; this is what they say instead.
+# How the wireless extensions report a missing noise level.
 NO_NOISE = -256.0
 
 _SIGNAL = re.compile(r"signal: (\S+) dBm")
@@ -17,12 +17,12 @@ _FREQUENCY = re.compile(r"freq: (\S+)")
 
 
 class Wireless(msgspec.Struct, frozen=True):
-    """Of one wifi interface, as /proc/net/wireless has it.
+    """One Wi-Fi interface, from /proc/net/wireless.
 
     Attributes:
-        quality: the driver's own scale, usually 0 to 70.
-        signal_dbm, noise_dbm: None where the driver does not give dBm.
-        retries: packets that were given up after too many of them, since the interface came up.
+        quality: on the driver's own scale, usually 0 to 70.
+        signal_dbm, noise_dbm: None if the driver does not report dBm.
+        retries: packets dropped after too many retries, since the interface came up.
         missed_beacons: since the interface came up.
     """
 
@@ -35,7 +35,7 @@ class Wireless(msgspec.Struct, frozen=True):
 
 
 class Station(msgspec.Struct, frozen=True):
-    """Of one wifi interface, as nl80211 has it: rates are those of the last frame, before any overhead."""
+    """One Wi-Fi interface, from nl80211. Rates are those of the last frame, without protocol overhead."""
 
     interface: str
     connected: bool
@@ -46,18 +46,18 @@ class Station(msgspec.Struct, frozen=True):
 
 
 def parse_wireless(text: str) -> list[Wireless]:
-    """/proc/net/wireless. Raises ProbeError."""
+    """Parse /proc/net/wireless. Raises ProbeError."""
     if not text.startswith("Inter-|"):
-        raise ProbeError(f"not a table of wireless interfaces: {shown(text)}")
+        raise ProbeError(f"not a table of wireless interfaces: {excerpt(text)}")
     return [_wireless(line) for line in text.splitlines()[2:]]
 
 
 def parse_link(interface: str, text: str) -> Station:
-    """`iw dev INTERFACE link`. Raises ProbeError."""
+    """Parse `iw dev INTERFACE link`. Raises ProbeError."""
     if text.startswith("Not connected"):
         return Station(interface, False)
     if not text.startswith("Connected to"):
-        raise ProbeError(f"not the state of a wifi link: {shown(text)}")
+        raise ProbeError(f"not the state of a Wi-Fi link: {excerpt(text)}")
     signal, frequency, rates = _SIGNAL.search(text), _FREQUENCY.search(text), dict(_RATE.findall(text))
     return Station(
         interface,
@@ -70,12 +70,12 @@ def parse_link(interface: str, text: str) -> Station:
 
 
 def read_wireless(reader: Reader) -> list[Wireless] | None:
-    """All wifi interfaces that are up; None if there is none."""
+    """All Wi-Fi interfaces that are up; None if there is none."""
     return reader.parsed(f"{reader.procfs}/net/wireless", parse_wireless) or None
 
 
 def read_stations(reader: Reader) -> list[Station] | None:
-    """Runs `iw` for each wifi interface; None if there is none, or no `iw`."""
+    """Run `iw` for each Wi-Fi interface; None if there is none or `iw` is missing."""
     classes = f"{reader.sysfs}/class/net"
     stations = [
         reader.program(lambda text, name=name: parse_link(name, text), "iw", "dev", name, "link")  # type: ignore[misc]
@@ -88,17 +88,17 @@ def read_stations(reader: Reader) -> list[Station] | None:
 def _wireless(line: str) -> Wireless:
     interface, _, rest = line.strip().partition(":")
     try:
-        # A dot behind a value says that it is new.
+        # A trailing dot marks a value as updated.
         _, quality, level, noise, _, _, _, retries, _, beacons, *_ = [word.rstrip(".") for word in rest.split()]
         signal_dbm, noise_dbm = decimal(level), decimal(noise)
         return Wireless(
             interface,
             decimal(quality),
-            # Old drivers give a level of their own scale, which is not negative.
+            # Old drivers report a level on their own scale, which is not negative.
             signal_dbm if signal_dbm < 0 else None,
             noise_dbm if NO_NOISE < noise_dbm < 0 else None,
             int(decimal(retries)),
             int(decimal(beacons)),
         )
     except ValueError:
-        raise ProbeError(f"not a wireless interface: {shown(line)}") from None
+        raise ProbeError(f"not a wireless interface: {excerpt(line)}") from None

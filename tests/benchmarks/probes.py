@@ -17,7 +17,7 @@ import rich
 from rich.table import Table
 
 from edge_runtime.probes.roots import PROGRAM_PATH, Reader, Roots, run_program
-from edge_runtime.probes.snapshot import PERIOD, PROGRAM_PERIOD, Prober
+from edge_runtime.probes.snapshot import PERIOD_SECONDS, PROGRAM_PERIOD_SECONDS, Prober
 
 BOARDS = Path(__file__).parent.parent / "edge_runtime" / "probes" / "boards"
 BUDGET = 0.005
@@ -56,7 +56,7 @@ def costs(roots: Roots) -> dict[str, tuple[float, float]]:
     found = {}
     for name, slot in prober.slots.items():
         repeats = PROGRAM_REPEATS if slot.period else REPEATS
-        found[name] = cost(lambda slot=slot: slot.probe(Reader(roots, 0.0)), repeats), slot.period or PERIOD
+        found[name] = cost(lambda slot=slot: slot.probe(Reader(roots, 0.0)), repeats), slot.period or PERIOD_SECONDS
     return found
 
 
@@ -84,11 +84,11 @@ def _programs() -> None:
         "mmcli": ("mmcli", "-m", "any", "-J"),
         "vcgencmd": ("vcgencmd", "pmic_read_adc"),
     }
-    table = Table("program", "CPU ms of one run", f"share of a core, once in {PROGRAM_PERIOD:.0f} s")
+    table = Table("program", "CPU ms of one run", f"share of a core, once in {PROGRAM_PERIOD_SECONDS:.0f} s")
     for name, command in commands.items():
         if shutil.which(name, path=PROGRAM_PATH):
             seconds = cost(lambda command=command: run_program(command), PROGRAM_REPEATS)
-            table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / PROGRAM_PERIOD:.4%}")
+            table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / PROGRAM_PERIOD_SECONDS:.4%}")
     if table.row_count:
         rich.print(table)
 

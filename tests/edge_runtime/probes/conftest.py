@@ -1,4 +1,4 @@
-"""Recorded boards and written trees to read from."""
+"""Recorded boards, and trees of files written by tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.probes.roots import Reader, Recorded, Roots
+from edge_runtime.probes.roots import Reader, RecordedPrograms, Roots
 
 BOARDS = Path(__file__).parent / "boards"
 NAMES = sorted(path.name for path in BOARDS.iterdir())
@@ -17,12 +17,12 @@ Tree = Callable[[dict[str, str]], Roots]
 
 def roots_of(board: Path) -> Roots:
     """Roots that read a tree with `sysfs/`, `procfs/` and `bin/`."""
-    return Roots(board / "sysfs", board / "procfs", Recorded(board / "bin"))
+    return Roots(board / "sysfs", board / "procfs", RecordedPrograms(board / "bin"))
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    """Writes files, adding to what was written before, and gives roots that read them."""
+    """Write files, in addition to those written before, and return roots that read them."""
 
     def write(files: dict[str, str]) -> Roots:
         for name, content in files.items():
@@ -36,7 +36,7 @@ def tree(tmp_path: Path) -> Tree:
 
 @pytest.fixture
 def reader(tree: Tree) -> Callable[..., Reader]:
-    """Writes files and gives a reader of them at a moment."""
+    """Write files and return a reader of them at a given time."""
 
     def make(files: dict[str, str], now: float = 0.0) -> Reader:
         return Reader(tree(files), now)

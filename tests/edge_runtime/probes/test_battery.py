@@ -1,4 +1,4 @@
-"""What the board lives on."""
+"""Batteries and mains power."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_charge_in_microampere_hours_under_any_name_and_sign(reader: Make) -> No
     assert supply.on_battery is True
 
 
-def test_per_cent_of_a_known_whole(reader: Make) -> None:
+def test_percent_of_a_known_capacity(reader: Make) -> None:
     supply = read_supply(reader(supplies(b={"type": "Battery", "capacity": "25", "energy_full": "8000000"})))
     assert supply is not None and supply.joules_left == pytest.approx(2.0 * 3600)
 
 
-def test_per_cent_alone_is_no_energy(reader: Make) -> None:
+def test_percent_alone_gives_no_energy(reader: Make) -> None:
     supply = read_supply(reader(supplies(b={"type": "Battery", "status": "Full", "capacity": "100"})))
     assert supply is not None and supply.joules_left is None
     assert supply.on_battery is False
@@ -92,13 +92,13 @@ def test_on_battery(status: str, online: str | None, on_battery: bool | None, re
     assert supply is not None and supply.on_battery is on_battery
 
 
-def test_what_does_not_feed_the_board(reader: Make) -> None:
+def test_peripheral_batteries_are_ignored(reader: Make) -> None:
     mouse = {"type": "Battery", "scope": "Device", "capacity": "3"}
     bay = {"type": "Battery", "present": "0", "energy_now": "1"}
     assert read_supply(reader(supplies(hid=mouse, BAT1=bay))) is None
 
 
-def test_a_second_gauge_that_does_not_say_leaves_the_sum_unknown(reader: Make) -> None:
+def test_one_silent_gauge_makes_the_sum_unknown(reader: Make) -> None:
     known = {"type": "Battery", "status": "Discharging", "energy_now": "1000000", "power_now": "2000000"}
     supply = read_supply(reader(supplies(BAT0=known, BAT1={"type": "Battery", "status": "Discharging"})))
     assert supply is not None
@@ -125,7 +125,7 @@ print(not theirs.power_plugged, supply.on_battery)
 
 @pytest.mark.skipif(shutil.which("umockdev-run") is None, reason="needs umockdev")
 def test_psutil_reads_the_same_from_a_mocked_sysfs(tmp_path: Path) -> None:
-    """A real client and this probe, both reading /sys, which umockdev replaces."""
+    """psutil and this probe both read /sys, which umockdev replaces."""
     device = tmp_path / "battery.umockdev"
     attributes = {
         "type": "Battery",

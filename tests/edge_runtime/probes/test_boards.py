@@ -18,7 +18,7 @@ UNREADABLE = Path("/proc/self/mem")
 
 
 def known(snapshot: Snapshot) -> dict[str, Any]:
-    """All but when it was taken and how long that took; of the probes, the errors."""
+    """The snapshot without its time and durations; of the probe reports, only the errors."""
     values: dict[str, Any] = msgspec.to_builtins(snapshot)
     del values["at"]
     values["probes"] = {name: report.errors for name, report in snapshot.probes.items() if report.errors}
@@ -31,7 +31,7 @@ def errors(snapshot: Snapshot) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_a_board_knows(name: str) -> None:
+def test_the_snapshot_of_a_board(name: str) -> None:
     snapshot = Prober(roots_of(BOARDS / name)).take()
     assert known(snapshot) == msgspec.json.decode((BOARDS / name / "expected.json").read_bytes())
 
@@ -76,7 +76,7 @@ def test_each_file_broken_in_turn(name: str, tmp_path: Path) -> None:
     assert known(Prober(roots).take()) == whole
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
+def test_a_board_without_sensors(tmp_path: Path) -> None:
     snapshot = Prober(roots_of(tmp_path)).take()
     values = known(snapshot)
     assert values.pop("probes") == {}

@@ -1,4 +1,4 @@
-"""What every parser does with what it does not expect: a ProbeError, and nothing else."""
+"""Every parser answers unexpected input with a ProbeError and nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECORDED = sorted(
 
 @st.composite
 def nearly_right(draw: st.DrawFn) -> bytes:
-    """Recorded text with a piece cut out and another put in."""
+    """Recorded text with one part removed and another inserted."""
     content = draw(st.sampled_from(RECORDED)).encode()
     start = draw(st.integers(0, len(content)))
     end = draw(st.integers(start, min(len(content), start + 40)))

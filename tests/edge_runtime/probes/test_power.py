@@ -1,4 +1,4 @@
-"""Watts from sensors, counters and firmware."""
+"""Power from sensors, energy counters and firmware."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.probes.battery import Battery, Supply
 from edge_runtime.probes.firmware import Firmware, parse_pmic, parse_throttled
-from edge_runtime.probes.power import Power, Rail, read_sensors
-from edge_runtime.probes.rapl import Rapl
+from edge_runtime.probes.power import PowerReading, Rail, read_sensors
+from edge_runtime.probes.rapl import RaplProbe
 from edge_runtime.probes.roots import ProbeError, Reader
 from edge_runtime.probes.snapshot import best_power
 from tests.edge_runtime.probes.conftest import BOARDS
@@ -26,7 +26,7 @@ def chip(number: int, name: str, **attributes: object) -> dict[str, str]:
 
 def test_microwatts_of_one_sensor_are_the_board(reader: Make) -> None:
     power = read_sensors(reader(chip(0, "ina226", power1_input=4_250_000, in1_input=5100, curr1_input=820)))
-    assert power == Power(4.25, True, "ina226", [Rail("ina226", "", 4.25)])
+    assert power == PowerReading(4.25, True, "ina226", [Rail("ina226", "", 4.25)])
 
 
 def test_milliamperes_times_millivolts(reader: Make) -> None:
@@ -34,7 +34,7 @@ def test_milliamperes_times_millivolts(reader: Make) -> None:
     assert power is not None and power.watts == pytest.approx(3.5)
 
 
-def test_of_labelled_rails_the_input_is_the_board(reader: Make) -> None:
+def test_a_labeled_input_rail_is_the_board(reader: Make) -> None:
     rails = {"in1_label": "VDD_IN", "in1_input": 5000, "curr1_input": 2000}
     rails |= {"in2_label": "VDD_SOC", "in2_input": 5000, "curr2_input": 500}
     power = read_sensors(reader(chip(1, "ina3221", **rails)))
@@ -53,7 +53,7 @@ def test_other_chips_are_not_the_board(reader: Make) -> None:
     assert read_sensors(reader(files)) is None
 
 
-def test_a_current_without_its_voltage_is_no_power(reader: Make) -> None:
+def test_a_current_without_voltage_gives_no_power(reader: Make) -> None:
     assert read_sensors(reader(chip(0, "ina219", curr1_input=700))) is None
 
 
@@ -71,8 +71,8 @@ def zones(package: int, dram: int) -> dict[str, str]:
     }
 
 
-def test_rapl_needs_two_readings_and_leaves_out_what_packages_hold(reader: Make) -> None:
-    rapl = Rapl()
+def test_rapl_needs_two_readings_and_skips_subzones(reader: Make) -> None:
+    rapl = RaplProbe()
     assert rapl.read(reader(zones(100, 50), now=10.0)) is None
     power = rapl.read(reader(zones(30_000_100, 5_000_050), now=12.0))
     assert power is not None and not power.whole_board
@@ -99,7 +99,7 @@ def test_rapl_wraps(last: int, spent: int, seconds: float) -> None:
         def integer(self, path: str) -> int | None:
             return counter["value"] if path.endswith("energy_uj") else 1_000_000_000
 
-    rapl = Rapl()
+    rapl = RaplProbe()
     assert rapl.read(Counted(0.0)) is None
     counter["value"] = (last + spent) % 1_000_000_000
     power = rapl.read(Counted(seconds))
@@ -108,7 +108,7 @@ def test_rapl_wraps(last: int, spent: int, seconds: float) -> None:
 
 def test_rapl_without_its_range_starts_again(reader: Make) -> None:
     base = "sysfs/class/powercap/intel-rapl:0"
-    rapl = Rapl()
+    rapl = RaplProbe()
     rapl.read(reader({f"{base}/name": "package-0", f"{base}/energy_uj": "500"}, now=0.0))
     assert rapl.read(reader({f"{base}/energy_uj": "100"}, now=1.0)) is None
     power = rapl.read(reader({f"{base}/energy_uj": "3000100"}, now=2.0))
@@ -138,14 +138,14 @@ def test_flags(text: str, flags: int) -> None:
 
 
 def test_the_whole_board_is_better_than_a_part_of_it() -> None:
-    whole = Power(5.0, True, "ina219", [])
-    unknown = Power(None, False, "", [])
-    part = Power(2.0, False, "pmic", [])
-    packages = Power(9.0, False, "rapl", [])
+    whole = PowerReading(5.0, True, "ina219", [])
+    unknown = PowerReading(None, False, "", [])
+    part = PowerReading(2.0, False, "pmic", [])
+    packages = PowerReading(9.0, False, "rapl", [])
     discharging = Supply([Battery("b", "discharging", watts=4.0)], False)
     charging = Supply([Battery("b", "charging", watts=4.0)], True)
     assert best_power(whole, discharging, Firmware(0, part), packages) == whole
-    assert best_power(unknown, discharging, Firmware(0, part), packages) == Power(4.0, True, "battery", [])
+    assert best_power(unknown, discharging, Firmware(0, part), packages) == PowerReading(4.0, True, "battery", [])
     assert best_power(None, charging, Firmware(0, part), packages) == part
     assert best_power(None, charging, Firmware(0, None), packages) == packages
     assert best_power(None, None, None, None) is None

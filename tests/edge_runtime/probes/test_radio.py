@@ -1,4 +1,4 @@
-"""Interfaces, wifi and modems."""
+"""Interfaces, Wi-Fi and modems."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_runtime.probes.interface import Interfaces
-from edge_runtime.probes.modem import Radio, parse_modem, parse_signal, read_modem
+from edge_runtime.probes.interface import InterfaceProbe
+from edge_runtime.probes.modem import ModemSignal, parse_modem, parse_signal, read_modem
 from edge_runtime.probes.roots import ProbeError, Reader, Roots
 from edge_runtime.probes.wireless import Station, parse_link, parse_wireless, read_stations
 from tests.edge_runtime.probes.conftest import BOARDS, roots_of
@@ -25,7 +25,7 @@ def interface(name: str, received: int, sent: int, device: bool = True) -> dict[
 
 
 def test_rates_are_between_readings(reader: Make) -> None:
-    interfaces = Interfaces()
+    interfaces = InterfaceProbe()
     first = interfaces.read(reader(interface("eth0", 1000, 50), now=0.0))
     assert first is not None and first[0].received_bytes_per_second is None
     second = interfaces.read(reader(interface("eth0", 6000, 60), now=5.0))
@@ -37,21 +37,21 @@ def test_rates_are_between_readings(reader: Make) -> None:
     assert (third[0].received_bytes_per_second, third[0].sent_bytes_per_second) == (None, 2.0)
 
 
-def test_virtual_interfaces_only_where_the_route_goes(reader: Make) -> None:
+def test_virtual_interfaces_only_if_the_route_uses_them(reader: Make) -> None:
     files = interface("tun0", 1, 1, device=False) | interface("veth1", 1, 1, device=False)
-    assert Interfaces().read(reader(files)) is None
+    assert InterfaceProbe().read(reader(files)) is None
     header = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
     files["procfs/net/route"] = header + "tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000000\t0\t0\t0\n"
-    read = Interfaces().read(reader(files))
+    read = InterfaceProbe().read(reader(files))
     assert read is not None and [(found.name, found.kind) for found in read] == [("tun0", "virtual")]
 
 
 def test_psutil_counts_the_same_bytes_here() -> None:
-    """The kernel's files, read here, and psutil, which reads for `Roots()`."""
+    """The kernel's files agree with psutil, which the probe uses on the real machine."""
     before = psutil.net_io_counters(pernic=True, nowrap=False)
     files = Roots(Path("/proc/self/root/sys"), Path("/proc/self/root/proc"))
-    assert not files.here
-    mine = [*(Interfaces().read(Reader(files, 0.0)) or []), *(Interfaces().read(Reader(Roots(), 0.0)) or [])]
+    assert not files.is_this_machine
+    mine = [*(InterfaceProbe().read(Reader(files, 0.0)) or []), *(InterfaceProbe().read(Reader(Roots(), 0.0)) or [])]
     after = psutil.net_io_counters(pernic=True, nowrap=False)
     for found in mine:
         assert found.received_bytes is not None and found.sent_bytes is not None
@@ -102,7 +102,7 @@ def test_5g_before_lte_and_none_before_measuring() -> None:
     signal = answer["modem"]["signal"]
     assert isinstance(signal["lte"], dict)
     signal["5g"] = {"rsrp": "-98.00", "rsrq": "-12.00", "snr": "--"}
-    assert parse_signal(json.dumps(answer)) == Radio("5g", None, -98.0, -12.0, None)
+    assert parse_signal(json.dumps(answer)) == ModemSignal("5g", None, -98.0, -12.0, None)
     for technology in ("5g", "lte"):
         signal[technology] = {"rsrp": "--", "rsrq": "--", "snr": "--"}
     assert parse_signal(json.dumps(answer)) is None

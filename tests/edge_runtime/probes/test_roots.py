@@ -1,4 +1,4 @@
-"""Files and programs that are there, absent, or broken."""
+"""Files and programs that are present, absent or broken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.probes import roots as module
-from edge_runtime.probes.roots import ProbeError, Reader, Recorded, Roots, decimal, integer, read_bytes, run_program
+from edge_runtime.probes.roots import (
+    ProbeError,
+    Reader,
+    RecordedPrograms,
+    Roots,
+    decimal,
+    integer,
+    read_bytes,
+    run_program,
+)
 
 
 @given(st.integers(-(10**19), 10**19))
@@ -21,17 +30,17 @@ def test_integers(number: int) -> None:
     assert decimal(str(number)) == float(number)
 
 
-def test_a_program_that_is_not_there_or_fails_says_nothing() -> None:
+def test_a_missing_or_failing_program_gives_none() -> None:
     assert run_program(("no-such-program-anywhere",)) is None
     assert run_program((sys.executable, "-c", "print('no'); raise SystemExit(3)")) is None
 
 
-def test_a_program_speaks_untranslated() -> None:
+def test_programs_run_in_the_c_locale() -> None:
     said = run_program((sys.executable, "-c", "import os; print(os.environ['LC_ALL'])"))
     assert said == b"C\n"
 
 
-def test_a_program_that_hangs_is_ended_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_program_is_killed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRAM_SECONDS", 0.1)
     reader = Reader(Roots(), 0.0)
     assert reader.program(str, sys.executable, "-c", "import time; time.sleep(60)") is None
@@ -48,12 +57,12 @@ def test_a_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
 
 def test_recorded_programs(tmp_path: Path) -> None:
     (tmp_path / "iw_dev_wlan0_link").write_text("Not connected.\n")
-    run = Recorded(tmp_path)
+    run = RecordedPrograms(tmp_path)
     assert run(("iw", "dev", "wlan0", "link")) == b"Not connected.\n"
     assert run(("iw", "dev", "wlan1", "link")) is None
 
 
-def test_long_files_come_whole_and_endless_ones_are_refused(tmp_path: Path) -> None:
+def test_long_files_are_read_whole_and_endless_ones_refused(tmp_path: Path) -> None:
     path = tmp_path / "long"
     path.write_bytes(b"x" * 300_000)
     assert read_bytes(str(path)) == b"x" * 300_000
@@ -61,12 +70,12 @@ def test_long_files_come_whole_and_endless_ones_are_refused(tmp_path: Path) -> N
         read_bytes("/dev/zero")
 
 
-def test_a_pipe_nobody_writes_to_does_not_hang(tmp_path: Path) -> None:
+def test_a_pipe_without_writer_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert read_bytes(str(tmp_path / "pipe")) == b""
 
 
-def test_names_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_names_are_sorted_by_number(tmp_path: Path) -> None:
     for name in ("hwmon10", "hwmon2", "other"):
         (tmp_path / name).mkdir()
     reader = Reader(Roots(), 0.0)

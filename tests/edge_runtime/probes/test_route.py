@@ -1,4 +1,4 @@
-"""Which way packets go."""
+"""Routes and metering."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_host_on_the_local_network_needs_no_gateway(reader: Make) -> None:
     assert read_route(at, ip_address("192.168.2.77")) == Route("wlan0", "192.168.1.1", 4)
 
 
-def test_a_rejecting_route_is_no_way(reader: Make) -> None:
+def test_a_rejecting_route_is_ignored(reader: Make) -> None:
     assert not [entry for entry in parse_ipv4(TWO_WAYS) if entry.interface == "eth0"]
     only = HEADER + TWO_WAYS.splitlines()[-1] + "\n"
     assert read_route(reader({"procfs/net/route": only}), ip_address("10.1.2.3")) is None
@@ -71,7 +71,7 @@ def test_a_vpn_that_splits_the_default_route() -> None:
     ("said", "metered"),
     [("yes", True), ("yes (guessed)", True), ("no", False), ("no (guessed)", False), ("unknown", None), ("", None)],
 )
-def test_metered_as_networkmanager_says_it(said: str, metered: bool | None, reader: Make) -> None:
+def test_metering_from_networkmanager(said: str, metered: bool | None, reader: Make) -> None:
     assert parse_metered(said) is metered
     files = {"procfs/net/route": TWO_WAYS, "bin/nmcli_-g_GENERAL.METERED_device_show_wlan0": said + "\n"}
     metering = read_metering(reader(files))
@@ -79,7 +79,7 @@ def test_metered_as_networkmanager_says_it(said: str, metered: bool | None, read
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
-def test_this_machine_routes_as_ip_says() -> None:
+def test_the_default_route_of_this_machine_equals_that_of_ip() -> None:
     said = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True, check=True)
     words = said.stdout.split()
     route = read_route(Reader(Roots(), 0.0))

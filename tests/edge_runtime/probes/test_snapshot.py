@@ -1,4 +1,4 @@
-"""Probes together: periods, counts, and what a planner is told."""
+"""All probes together: periods, reports, and the readings for the planner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.battery import Supply
 from edge_runtime.probes.roots import ProbeError, Reader, Roots
 from edge_runtime.probes.route import Metering, Route
-from edge_runtime.probes.snapshot import Prober, Slot, Snapshot
+from edge_runtime.probes.snapshot import Prober, ScheduledProbe, Snapshot
 from edge_runtime.probes.tcp import TcpInfo
 from tests.edge_runtime.probes.conftest import BOARDS, Tree, roots_of
 
@@ -51,14 +51,14 @@ def test_programs_run_once_a_minute_and_files_are_read_every_time() -> None:
     assert prober.latest is snapshot
 
 
-def test_a_mistake_in_a_probe_is_counted_and_survived() -> None:
+def test_a_bug_in_a_probe_is_counted_and_survived() -> None:
     def wrong(reader: Reader) -> int:
         raise KeyError("oops")
 
-    slot = Slot(Roots(), 0.0, wrong)
-    assert slot.read(0.0) is None and slot.read(1.0) is None
-    assert (slot.report.readings, slot.report.failures) == (2, 2)
-    assert slot.report.errors == ["unexpected KeyError: 'oops'; please report it"]
+    scheduled = ScheduledProbe(Roots(), 0.0, wrong)
+    assert scheduled.read(0.0) is None and scheduled.read(1.0) is None
+    assert (scheduled.report.readings, scheduled.report.failures) == (2, 2)
+    assert scheduled.report.errors == ["unexpected KeyError: 'oops'; please report it"]
 
 
 def test_failures_add_up_and_end(tree: Tree) -> None:
@@ -93,7 +93,7 @@ def test_surroundings_of_a_board() -> None:
     assert snapshot.surroundings().rtt_seconds is None
 
 
-def test_metering_of_another_way_says_nothing() -> None:
+def test_metering_of_another_interface_is_ignored() -> None:
     snapshot = msgspec.structs.replace(
         Prober(roots_of(BOARDS / "raspberry-pi-4")).take(), metering=Metering("wlan0", True)
     )

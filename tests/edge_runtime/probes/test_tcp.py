@@ -1,4 +1,4 @@
-"""TCP_INFO of real connections, against what `ss` makes of it."""
+"""TCP_INFO of real connections, compared with `ss`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exchange(near: socket.socket, far: socket.socket, rounds: int = 20) -> None:
 
 
 def settled(connection: socket.socket) -> TcpInfo:
-    """When all is acknowledged: at most a delayed acknowledgement later."""
+    """Wait until everything is acknowledged: at most one delayed acknowledgement."""
     for _ in range(100):
         info = tcp_info(connection)
         assert info is not None
@@ -75,7 +75,7 @@ def test_goodput_is_bytes_over_busy_time(pair: Pair) -> None:
     assert goodput(after, after) is None
 
 
-def test_ss_says_the_same(pair: Pair) -> None:
+def test_the_figures_equal_those_of_ss(pair: Pair) -> None:
     if shutil.which("ss") is None:
         pytest.skip("needs ss (iproute2)")
     near, far = pair
