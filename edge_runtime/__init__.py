@@ -2,5 +2,5 @@
 
 import os
 
-# Since 1.31 onnxruntime tells its maker how it is used, over whatever link there is, unless it finds this as it loads.
+# Since 1.31 onnxruntime sends usage telemetry over any link, unless this variable is set when it is loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,14 +1,17 @@
-"""The draft bundle on disk: what the board holds, and how both ends know that it fits.
+"""The draft bundle: the draft model on disk, and the identities by which both ends check that draft and target fit.
 
 A bundle is a directory:
 
     manifest.json      this module's `Manifest`
-    model.onnx         the draft's graph, with its weights beside it or inside
-    tokenizer.json     the tokenizer that draft and targets share
-    head_ids.npy       where the head is trimmed: which ids its rows are
+    model.onnx         the draft's graph, its weights inside or in a file next to it
+    tokenizer.json     the tokenizer that the draft and its targets share
+    head_ids.npy       only if the head is trimmed: the token ids of its rows
 
-The manifest records the sha256 of every other file, the vocabulary's hash, and a fingerprint of every tensor that the
-draft shares with its targets. The verifier compares these with its own when a session opens.
+The manifest records the length and sha256 of every other file, a hash of the vocabulary, and a fingerprint of every
+tensor that the draft shares with its targets. When a session opens, the verifier compares vocabulary hash and
+fingerprints with its own.
+
+Format version 1. The JSON field names are those of the structs below; a change of meaning needs a new FORMAT_VERSION.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ import numpy.typing as npt
 from edge_runtime.protocol.errors import BundleCorrupt, BundleMissing
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-READ_SIZE = 1 << 20
+MANIFEST_NAME = "manifest.json"
+READ_CHUNK_BYTES = 1 << 20
 
 
 class Architecture(msgspec.Struct, frozen=True):
-    """Shape of the draft model; lengths in tokens."""
+    """Shape of the draft model. `context` is the longest text in tokens; `model_type` is that of transformers."""
 
     model_type: str
     hidden_size: int
@@ -42,7 +45,7 @@ class Architecture(msgspec.Struct, frozen=True):
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The tokenizer, as far as both ends must agree on it."""
+    """The properties of the tokenizer on which both ends must agree. `hash`: see `hash_vocabulary`."""
 
     size: int
     hash: str
@@ -50,12 +53,13 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 class SharedTensors(msgspec.Struct, frozen=True):
-    """Which of the target's tensors the draft contains, frozen for good.
+    """The tensors of the target that the draft contains; they are frozen, in the draft and in all targets.
 
     Attributes:
-        layout: `anchor` (the target's last blocks, norm and head), `prefix` (its first blocks) or `standalone` (none).
-        blocks: how many of the target's blocks are shared.
-        fingerprints: `fingerprint` of each shared tensor by its name in the target's checkpoint.
+        layout: `anchor` (the target's last blocks, norm, head and embedding), `prefix` (its first blocks and embedding)
+            or `standalone` (none).
+        blocks: number of the target's blocks that are shared.
+        fingerprints: `fingerprint_tensor` of each shared tensor by its name in the target's checkpoint.
     """
 
     layout: str
@@ -64,18 +68,18 @@ class SharedTensors(msgspec.Struct, frozen=True):
 
     @property
     def identity(self) -> str:
-        """What a client presents at opening, such as `anchor/1/0123456789abcdef`; the verifier computes its own."""
-        return shared_identity(self.layout, self.blocks, self.fingerprints)
+        """The draft identity that a client sends on opening, such as `anchor/1/0123456789abcdef`."""
+        return draft_identity(self.layout, self.blocks, self.fingerprints)
 
 
-class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
+class OnnxGraph(msgspec.Struct, frozen=True, omit_defaults=True):
     """The ONNX graph.
 
     Attributes:
         file: its name in the bundle.
-        kind: `fused` or `concat` cache.
-        weights: their form, such as `fp32`, `int8`, `int4`.
-        head_ids: the file (NumPy's, int32, ascending) that says which ids the logits are of; empty for all.
+        kind: how it handles the KV cache, `fused` or `concat`; see `draft.onnx_runner`.
+        weights: numeric format of the weights, such as `fp32`, `int8`, `int4`.
+        head_ids: file of the ids that the logits cover (.npy, int32, ascending); empty if they cover the vocabulary.
     """
 
     file: str
@@ -92,11 +96,11 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Parity(msgspec.Struct, frozen=True):
-    """How the exported graph compares with PyTorch fp32 on the same tokens.
+    """Agreement of the exported graph with PyTorch fp32 on the same tokens.
 
     Attributes:
-        positions: how many positions were compared.
-        greedy_agreement: share of them where the argmax is the same.
+        positions: number of positions compared.
+        greedy_agreement: share of positions with the same argmax.
         max_logit_difference: largest absolute difference of a logit.
     """
 
@@ -106,11 +110,12 @@ class Parity(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Everything there is to know about a bundle.
+    """The manifest of a bundle.
 
     Attributes:
-        acceptance: measured share of draft tokens accepted, by what it was measured on; may be empty.
-        made: tool versions and options that made it.
+        files: every file of the bundle but the manifest, by name.
+        acceptance: measured acceptance rate by the data it was measured on; may be empty.
+        made: tool versions and options of the export.
     """
 
     format_version: int
@@ -118,7 +123,7 @@ class Manifest(msgspec.Struct, frozen=True):
     architecture: Architecture
     vocabulary: Vocabulary
     shared: SharedTensors
-    graph: Graph
+    graph: OnnxGraph
     parity: Parity
     files: Annotated[dict[str, FileRecord], msgspec.Meta(min_length=1)]
     acceptance: dict[str, float] = {}
@@ -126,7 +131,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A bundle that was read and whose files were checked."""
+    """A bundle whose manifest was read and whose files were checked."""
 
     path: Path
     manifest: Manifest
@@ -141,45 +146,50 @@ class Bundle(msgspec.Struct, frozen=True):
 
 
 def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Reads the manifest of the bundle at `path` and, unless told otherwise, hashes every file it names.
+    """Read the manifest of the bundle at `path` and check its files.
+
+    Args:
+        verify: hash every file; otherwise only the lengths are compared.
 
     Raises:
-        BundleMissing: there is no bundle here, or a file of it is missing.
-        BundleCorrupt: the manifest does not parse, is of a newer format, or a file is not what it records.
+        BundleMissing: there is no bundle, or one of its files is missing.
+        BundleCorrupt: the manifest does not parse, has another format version, or a file does not match its record.
     """
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = (path / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleMissing(
-            f"no draft bundle at {path}: it has no {MANIFEST}; make one with `draft-export onnx`, "
+            f"no draft bundle at {path}: it has no {MANIFEST_NAME}; make one with `draft-export onnx`, "
             "or point --bundle at one"
         ) from None
     except OSError as error:
-        raise BundleMissing(f"cannot read {path / MANIFEST}: {error.strerror}") from None
+        raise BundleMissing(f"cannot read {path / MANIFEST_NAME}: {error.strerror}") from None
     try:
         version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
         if version != FORMAT_VERSION:
             raise BundleCorrupt(
-                f"{path / MANIFEST} has format {version!r} and this release reads {FORMAT_VERSION}: "
+                f"{path / MANIFEST_NAME} has format {version!r} and this release reads {FORMAT_VERSION}: "
                 "upgrade flexspec, or export the bundle again"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleCorrupt(f"{path / MANIFEST} is not a bundle manifest ({error}): copy the bundle again") from None
+        raise BundleCorrupt(
+            f"{path / MANIFEST_NAME} is not a bundle manifest ({error}): copy the bundle again"
+        ) from None
     bundle = Bundle(path, manifest)
-    needed = {manifest.graph.file, bundle.tokenizer_path.name, manifest.graph.head_ids} - {""}
-    for name in needed - manifest.files.keys():
-        raise BundleCorrupt(f"{path / MANIFEST} records no hash for {name}: export the bundle again")
+    required = {manifest.graph.file, bundle.tokenizer_path.name, manifest.graph.head_ids} - {""}
+    for name in required - manifest.files.keys():
+        raise BundleCorrupt(f"{path / MANIFEST_NAME} records no hash for {name}: export the bundle again")
     for name, record in manifest.files.items():
-        # A manifest comes from outside: it must not make us read, or later run, files elsewhere.
+        # The manifest is untrusted input: it must not make the board read, or later run, files outside the bundle.
         if Path(name).name != name:
-            raise BundleCorrupt(f"{path / MANIFEST} names the file {name!r}, which is not inside the bundle")
+            raise BundleCorrupt(f"{path / MANIFEST_NAME} names the file {name!r}, which is not inside the bundle")
         _check_file(path / name, record, verify)
     return bundle
 
 
 def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
-    """Which ids the draft's logits are of, ascending, (n,); None where they are of the whole vocabulary.
+    """Return the ids that the draft's logits cover, ascending, (n,); None if they cover the whole vocabulary.
 
     Raises:
         BundleCorrupt: the file that the manifest names does not hold such ids.
@@ -190,7 +200,7 @@ def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
     try:
         ids = np.load(bundle.path / name, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BundleCorrupt(f"{bundle.path / name} is no list of ids ({error}): copy the bundle again") from None
+        raise BundleCorrupt(f"{bundle.path / name} is not a list of ids ({error}): copy the bundle again") from None
     ascending = ids.dtype == np.int32 and ids.ndim == 1 and ids.size > 0 and bool(np.all(np.diff(ids) > 0))
     if not ascending or ids[0] < 0 or ids[-1] >= size:
         raise BundleCorrupt(f"{bundle.path / name} does not hold ascending ids below {size}: export the bundle again")
@@ -198,45 +208,45 @@ def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes `manifest` into the bundle directory `path`: same manifest, same bytes."""
+    """Write `manifest` into the bundle directory `path`. Deterministic: equal manifests have equal bytes."""
     text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
-    (path / MANIFEST).write_bytes(text + b"\n")
+    (path / MANIFEST_NAME).write_bytes(text + b"\n")
 
 
 def record_file(path: Path) -> FileRecord:
-    """Length and sha256 of the file at `path`."""
+    """Compute length and sha256 of the file at `path`."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(READ_SIZE):
-            digest.update(piece)
+        while chunk := file.read(READ_CHUNK_BYTES):
+            digest.update(chunk)
         return FileRecord(file.tell(), digest.hexdigest())
 
 
-def fingerprint(tensor: npt.NDArray[np.float32]) -> str:
-    """16 hex digits that identify a tensor's shape and values, whatever type it was stored in.
+def fingerprint_tensor(tensor: npt.NDArray[np.float32]) -> str:
+    """Return 16 hex digits that identify a tensor's shape and values, independent of its storage type.
 
-    The values are hashed as little-endian float32, which represents float16 and bfloat16 exactly, so storing a
-    checkpoint in another of these types changes nothing unless it changes a value.
+    The values are hashed as little-endian float32, which represents float16 and bfloat16 exactly. Storing a checkpoint
+    in another of these types therefore changes the fingerprint only if it changes a value.
     """
     digest = hashlib.sha256(repr(tensor.shape).encode())
     digest.update(np.ascontiguousarray(tensor, dtype="<f4").data)
     return digest.hexdigest()[:16]
 
 
-def shared_identity(layout: str, blocks: int, fingerprints: Mapping[str, str]) -> str:
-    """One short string for a layout and the tensors that it shares; equal iff all of them are."""
+def draft_identity(layout: str, blocks: int, fingerprints: Mapping[str, str]) -> str:
+    """Return a short string that identifies a layout and its shared tensors: `layout/blocks/hash of fingerprints`."""
     lines = "".join(f"{name}={value}\n" for name, value in sorted(fingerprints.items()))
     return f"{layout}/{blocks}/{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
 
 
-def shared_names(layout: str, blocks: int, layers: int, tensor_names: list[str]) -> list[str]:
-    """Which of a target's tensors a layout shares.
+def shared_tensor_names(layout: str, blocks: int, layers: int, tensor_names: list[str]) -> list[str]:
+    """Return the names of the target's tensors that a layout shares, sorted.
 
     Args:
         layout: `anchor`, `prefix` or `standalone`.
-        blocks: how many blocks are shared.
+        blocks: number of shared blocks.
         layers: number of blocks of the target.
-        tensor_names: names in the target's checkpoint, in the naming that transformers gives Llama, Qwen2, Qwen3,
+        tensor_names: names in the target's checkpoint, in the scheme that transformers uses for Llama, Qwen2, Qwen3,
             Mistral and Gemma alike.
     """
     if layout == "standalone":
@@ -248,8 +258,8 @@ def shared_names(layout: str, blocks: int, layers: int, tensor_names: list[str])
     return sorted(name for name in tensor_names if name.startswith(tuple(prefixes)))
 
 
-def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
-    """16 hex digits that identify a token-to-id mapping, added tokens included."""
+def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
+    """Return 16 hex digits that identify a token-to-id mapping, which must include the added tokens."""
     digest = hashlib.sha256()
     for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
         digest.update(f"{index}\0{token}\n".encode())
@@ -261,6 +271,6 @@ def _check_file(path: Path, record: FileRecord, verify: bool) -> None:
         raise BundleMissing(f"the bundle lacks {path.name} ({path}): copy the bundle again")
     size = path.stat().st_size
     if size != record.bytes:
-        raise BundleCorrupt(f"{path} has {size} bytes instead of {record.bytes}: it was cut short; copy it again")
+        raise BundleCorrupt(f"{path} has {size} bytes instead of {record.bytes}: copy it again")
     if verify and record_file(path).sha256 != record.sha256:
         raise BundleCorrupt(f"{path} is not the file that was exported (sha256 differs): copy it again")

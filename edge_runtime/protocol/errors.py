@@ -1,27 +1,28 @@
-"""The one error tree of FlexSpec.
+"""The exception hierarchy of FlexSpec. Subclasses that belong to one package are defined there, as noted.
 
     FlexSpecError
-    ├── InputError              the caller asked for something impossible: empty prompt, bad sampling, bad file
-    │   ├── ProfileError            a device profile that does not exist or does not parse (`planning.board_profile`)
-    │   ├── ConfigurationError      the configuration file or the environment (`configuration.reading`)
-    │   └── Unknown                 the registry has no such version or alias (`cloud_verifier.registry.catalog`)
-    ├── ProbeError              a sensor's file that makes no sense (`probes.roots`); counted, never raised to callers
-    ├── BundleError             the draft bundle on disk
-    │   ├── BundleMissing           no such directory, or a file of it is gone
-    │   ├── BundleCorrupt           a hash, a length or the manifest is wrong
-    │   ├── BundleUntrusted         no signature, or not the configured key's (`bundles.signatures`)
-    │   ├── BundleUnfit             its self-test failed (`bundles.selftest`)
-    │   └── StoreError              it cannot be put into the store (`bundles.unpacking`)
-    ├── DraftError              the draft model at work
-    │   └── ContextOverflow         more tokens than the draft's context holds
-    ├── ServiceUnreachable      no local service of a board answers (`service.top`)
-    ├── ServiceError            systemd did not do what it was asked (`systemd.units`)
-    ├── TargetError             the verifier cannot serve this checkpoint
-    │   ├── RegistryError           the registry cannot be read or written (`cloud_verifier.registry.registry`)
-    │   └── Incompatible            deployed drafts do not fit this version (`cloud_verifier.registry.compatibility`)
-    └── VerifierError           talking to the verifier
-        ├── VerifierUnreachable     no answer within the deadline (`fault`, see `link_faults.Fault`)
-        └── VerifierRefused         it answered with a typed error (`code`, see `wire.ErrorCode`)
+    ├── InputError               the request cannot be served: empty prompt, bad sampling parameters, unreadable file
+    │   ├── ProfileError             a device profile does not exist or parse (`planning.board_profile`)
+    │   ├── ConfigurationError       an error in the configuration file or the environment (`settings`)
+    │   ├── DamagedMessage           a message whose checksum is wrong (`protocol.messages`)
+    │   └── UnknownVersion           the registry has no such version or alias (`cloud_verifier.registry.catalog`)
+    ├── ProbeError               a sensor file does not parse (`probes.roots`); counted, never raised to callers
+    ├── BundleError              the draft bundle on disk is unusable
+    │   ├── BundleMissing            the directory or one of its files does not exist
+    │   ├── BundleCorrupt            a hash, a length or the manifest is wrong
+    │   ├── BundleUntrusted          no signature, or not the configured key's (`bundles.signatures`)
+    │   ├── BundleUnfit              the self-test failed (`bundles.self_test`)
+    │   └── StoreError               the bundle cannot be put into the store (`bundles.archive`)
+    ├── DraftError               the draft model cannot be loaded or run
+    │   └── ContextOverflow          more tokens than the draft's context
+    ├── ServiceUnreachable       the board's local service does not answer (`cli.top`)
+    ├── ServiceError             systemd did not do what it was asked (`systemd.units`)
+    ├── TargetError              the verifier cannot serve this checkpoint
+    │   ├── RegistryError            the registry cannot be read or written (`cloud_verifier.registry.registry`)
+    │   └── IncompatibleVersion      deployed drafts do not fit this version (`cloud_verifier.registry.compatibility`)
+    └── VerifierError            communication with the verifier failed
+        ├── VerifierUnreachable      no usable answer within the deadline (`fault`: see `verifier.link_faults.Fault`)
+        └── VerifierRefused          the verifier answered with an error (`code`: see `protocol.messages.ErrorCode`)
 
 Every message says what was wrong, where, and what to do about it.
 """
@@ -30,13 +31,17 @@ from __future__ import annotations
 
 
 class FlexSpecError(Exception):
-    """Root of all errors that FlexSpec raises on purpose; `exit_code` is what a command line ends with."""
+    """Base of all errors that FlexSpec raises on purpose.
+
+    Attributes:
+        exit_code: exit status of a command that ends with this error.
+    """
 
     exit_code = 1
 
 
 class InputError(FlexSpecError):
-    """The request itself cannot be served: an empty prompt, a negative temperature, an unreadable file."""
+    """The request cannot be served: an empty prompt, a negative temperature, an unreadable file."""
 
     exit_code = 2
 
@@ -56,13 +61,13 @@ class BundleCorrupt(BundleError):
 
 
 class DraftError(FlexSpecError):
-    """The draft model could not be loaded or run."""
+    """The draft model cannot be loaded or run."""
 
     exit_code = 3
 
 
 class ContextOverflow(DraftError):
-    """More tokens than the draft's context holds."""
+    """The text has more tokens than the draft's context."""
 
 
 class TargetError(FlexSpecError):
@@ -72,16 +77,16 @@ class TargetError(FlexSpecError):
 
 
 class VerifierError(FlexSpecError):
-    """Something between the board and the verifier."""
+    """Communication between board and verifier failed."""
 
     exit_code = 4
 
 
 class VerifierUnreachable(VerifierError):
-    """No answer within the deadline, for a cause below the protocol.
+    """No usable answer within the deadline, for a cause below the protocol.
 
     Attributes:
-        fault: which: one of `link_faults.Fault`.
+        fault: the cause, a value of `verifier.link_faults.Fault`.
     """
 
     def __init__(self, message: str, fault: str = "timed_out") -> None:
@@ -90,13 +95,13 @@ class VerifierUnreachable(VerifierError):
 
 
 class VerifierRefused(VerifierError):
-    """The verifier answered with a typed error.
+    """The verifier answered with an error.
 
     Attributes:
-        code: one of `wire.ErrorCode`.
-        status: the HTTP status that carried it.
-        detail: what the code documents, such as the expected position.
-        retry_after: seconds after which another attempt is worth while; None where it does not say.
+        code: a value of `protocol.messages.ErrorCode`.
+        status: HTTP status of the answer.
+        detail: the fields that `ErrorCode` documents for this code, such as the expected position.
+        retry_after: seconds after which a retry is worthwhile; None if the answer does not say.
     """
 
     def __init__(
