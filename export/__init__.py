@@ -1,1 +1,1 @@
-"""From a target checkpoint to a draft bundle: layouts, training, distillation, ONNX, quantisation, evaluation."""
+"""From a target checkpoint to a draft bundle: data, distillation, ONNX export, quantization, evaluation."""

@@ -1,7 +1,8 @@
-"""Ratios measured over several texts, and how far chance may have moved them: the bootstrap over texts.
+"""Ratios measured over several texts, with confidence intervals by the bootstrap over texts.
 
-Positions of one text are alike, so texts are what is drawn with replacement. A ratio is that of sums over texts; two
-ratios over the same texts are compared on the same draws, which takes out what the texts have in common.
+Positions of one text are correlated, so texts are resampled with replacement, not positions. A ratio is a ratio of sums
+over texts. Two ratios over the same texts are compared on the same resamples, which removes the variance that the texts
+have in common.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Share of draws within an interval.
+# Share of resamples inside an interval.
 CONFIDENCE = 0.95
 
 Floats = npt.NDArray[np.float64]
-# Of each text: what is counted, and out of how much.
+# (numerator, denominator) of each text, such as (accepted, judged positions).
 Counts = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured figure, and between which figures CONFIDENCE of the draws lie."""
+    """A measured value and the bounds of its confidence interval (see CONFIDENCE)."""
 
     value: float
     low: float
@@ -33,11 +34,11 @@ class Interval:
 
 
 class Bootstrap:
-    """Draws of texts, the same for every figure over as many texts.
+    """Resamples texts; every figure over the same number of texts uses the same resamples.
 
     Args:
-        resamples: draws.
-        seed: of all of them.
+        resamples: number of resamples.
+        seed: seed of all resamples.
     """
 
     def __init__(self, resamples: int, seed: int) -> None:
@@ -45,22 +46,22 @@ class Bootstrap:
         self._weights: dict[int, Floats] = {}
 
     def ratio(self, counts: Counts) -> Interval | None:
-        """Sum over sum; None where there is nothing to divide by."""
+        """Sum of numerators over sum of denominators; None if the denominators sum to 0."""
         if not counts:
             return None
         values = np.array(counts, np.float64)
-        return self._interval(_ratio(values.sum(0)), _ratio(self._draws(len(values)) @ values))
+        return self._interval(_divide_sums(values.sum(0)), _divide_sums(self._text_weights(len(values)) @ values))
 
-    def of_ratios(self, above: Counts, below: Counts) -> Interval | None:
-        """One ratio divided by another, over the same texts, at least one, in the same order; None as above."""
-        first, second = np.array(above, np.float64), np.array(below, np.float64)
-        draws = self._draws(len(first))
+    def ratio_of_ratios(self, numerator: Counts, denominator: Counts) -> Interval | None:
+        """One ratio divided by another over the same texts (at least one, in the same order); None as for `ratio`."""
+        first, second = np.array(numerator, np.float64), np.array(denominator, np.float64)
+        weights = self._text_weights(len(first))
         with np.errstate(divide="ignore", invalid="ignore"):
-            value = _ratio(first.sum(0)) / _ratio(second.sum(0))
-            return self._interval(value, _ratio(draws @ first) / _ratio(draws @ second))
+            value = _divide_sums(first.sum(0)) / _divide_sums(second.sum(0))
+            return self._interval(value, _divide_sums(weights @ first) / _divide_sums(weights @ second))
 
-    def _draws(self, texts: int) -> Floats:
-        """How often each text is in each draw, (resamples, texts)."""
+    def _text_weights(self, texts: int) -> Floats:
+        """How often each text occurs in each resample, (resamples, texts)."""
         if texts not in self._weights:
             random = np.random.default_rng(self._seed)
             shares = np.full(texts, 1.0 / texts)
@@ -68,17 +69,17 @@ class Bootstrap:
         return self._weights[texts]
 
     @staticmethod
-    def _interval(value: Floats, drawn: Floats) -> Interval | None:
-        # A draw may miss every text that has a position to count.
-        drawn = drawn[np.isfinite(drawn)]
-        if not np.isfinite(value) or not drawn.size:
+    def _interval(value: Floats, resampled: Floats) -> Interval | None:
+        # A resample may contain only texts without positions to count.
+        resampled = resampled[np.isfinite(resampled)]
+        if not np.isfinite(value) or not resampled.size:
             return None
         tail = 50 * (1 - CONFIDENCE)
-        low, high = np.percentile(drawn, [tail, 100 - tail])
+        low, high = np.percentile(resampled, [tail, 100 - tail])
         return Interval(round(float(value), 5), round(float(low), 5), round(float(high), 5))
 
 
-def _ratio(sums: Floats) -> Floats:
+def _divide_sums(sums: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio: Floats = np.asarray(sums[..., 0] / sums[..., 1])
     return ratio

@@ -1,4 +1,4 @@
-"""`cloud-verifier targets`: adds target versions, rolls them out, and takes them back."""
+"""`cloud-verifier targets`: adds target versions to a registry, rolls them out, and rolls them back."""
 
 from __future__ import annotations
 
@@ -9,62 +9,75 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.errors import InputError, TargetError
 
-# Every command of `cloud-verifier` adds this parser; only this one should pay for what it needs.
+# Imports that need the extras, or take time, are inside the functions: every command builds this parser.
 if TYPE_CHECKING:
-    from cloud_verifier.acceptance.forecast import Forecast
-    from cloud_verifier.registry.catalog import Alias, Roster
-    from cloud_verifier.registry.compatibility import Examined
+    from rich.table import Table
+
+    from cloud_verifier.acceptance.forecast import AcceptanceForecast
+    from cloud_verifier.registry.catalog import Catalog, VersionAlias
+    from cloud_verifier.registry.compatibility import CompatibilityReport
     from cloud_verifier.registry.registry import Registry
 
 DESCRIPTION = """\
-Keeps the target versions that `cloud-verifier serve --registry DIR` serves. A version is let in only if the drafts
-that boards have (`add --draft`) still fit it: the same tokenizer, special ids, and every tensor that they share. An
-alias, such as `latest`, leads new sessions to a version; a session that is open stays with the version that it was
-opened with. A service that runs follows every change within seconds.
+Manages the target versions that `cloud-verifier serve --registry DIR` serves. A version is admitted only if the drafts
+deployed on boards (`add --draft`) are compatible with it: the same tokenizer, special ids, and shared tensors. An alias,
+such as `latest`, leads new sessions to a version; an open session stays on the version it was opened with. A running
+service applies every change within seconds.
 
 examples:
-  cloud-verifier targets add /srv/models/target-v1 --draft /srv/bundles/bundle
-  cloud-verifier targets add /srv/models/target-v2           # nobody gets it yet, unless by its name
-  cloud-verifier targets check target-v2                     # would the boards' draft do worse on it?
-  cloud-verifier targets canary target-v2 5                  # 5 % of the new sessions of `latest`
-  cloud-verifier targets promote target-v2                   # all of them
-  cloud-verifier targets promote target-v1 --alias stable
-  cloud-verifier targets rollback                            # `latest` is what it was before its last change
-  cloud-verifier targets retire target-v1                    # no new sessions; unloaded when its last one has ended
+  export FLEXSPEC_REGISTRY=registry
+  cloud-verifier targets add export/example_family/target-v1 --draft export/example_family/bundle
+  cloud-verifier targets add export/example_family/target-v2    # gets no sessions yet, except by name
+  cloud-verifier targets check target-v2                        # forecast the acceptance rate of the boards' draft
+  cloud-verifier targets canary target-v2 5                     # 5 % of the new sessions of `latest`
+  cloud-verifier targets rollback                               # undo the last change of `latest`
+  cloud-verifier targets promote target-v2                      # all new sessions of `latest`
+  cloud-verifier targets promote target-v2 --alias stable
+  cloud-verifier targets retire target-v1                       # no new sessions; unloaded after its last one
   cloud-verifier targets list --json
 """
 
-# In the state directory of the service, which its admin API may write to.
-REGISTRY = Path("/var/lib/flexspec-verifier/targets")
-VARIABLE = "FLEXSPEC_REGISTRY"
+# Inside the state directory of the service, to which its admin API may write.
+DEFAULT_REGISTRY = Path("/var/lib/flexspec-verifier/targets")
+REGISTRY_VARIABLE = "FLEXSPEC_REGISTRY"
+# Width of tables in a pipe: one line per row.
 PIPE_WIDTH = 300
-VERSION = "name@hash, as `list` shows; or a name, for the version of that name that was added last"
-UNSHARED = "even though boards with a deployed draft would be refused"
+VERSION_HELP = "name@hash, as in `list`; or a name, for the version of that name that was added last"
+UNSHARED_HELP = "although boards with a deployed draft would be refused"
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `targets` to argparse's sub-parsers."""
-    raw = argparse.RawDescriptionHelpFormatter
+    """Add `targets` to argparse's subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "targets", help="add, check, promote, roll back and retire target versions", description=DESCRIPTION,
-        formatter_class=raw,
-    )  # fmt: skip
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--registry", type=Path, default=default_registry(), metavar="DIR", help=f"default: ${VARIABLE}, or {REGISTRY}"
+        "targets",
+        help="add, check, promote, roll back and retire target versions",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    machine = argparse.ArgumentParser(add_help=False)
-    machine.add_argument("--json", action="store_true", help="print one JSON object")
-    aliased = argparse.ArgumentParser(add_help=False)
-    aliased.add_argument("--alias", default="", metavar="NAME", help="default: the one that sessions get by default")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    registry_options = argparse.ArgumentParser(add_help=False)
+    registry_options.add_argument(
+        "--registry",
+        type=Path,
+        default=default_registry(),
+        metavar="DIR",
+        help=f"default: ${REGISTRY_VARIABLE}, or {DEFAULT_REGISTRY}",
+    )
+    json_options = argparse.ArgumentParser(add_help=False)
+    json_options.add_argument("--json", action="store_true", help="print one JSON object")
+    alias_options = argparse.ArgumentParser(add_help=False)
+    alias_options.add_argument(
+        "--alias", default="", metavar="NAME", help="default: the alias for sessions that request no model"
+    )
 
-    listing = actions.add_parser("list", parents=[shared, machine], help="what there is, and what leads to it")
+    listing = actions.add_parser("list", parents=[registry_options, json_options], help="list versions and aliases")
     listing.set_defaults(run=_list)
 
-    add = actions.add_parser("add", parents=[shared], help="add a version, if the deployed drafts fit it")
+    add = actions.add_parser(
+        "add", parents=[registry_options], help="add a version, if the deployed drafts are compatible with it"
+    )
     add.add_argument(
         "version", nargs="?", metavar="VERSION", help="a directory, or the name of one in the registry's `roots`"
     )
@@ -74,48 +87,58 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="BUNDLE",
-        help="a bundle that boards have, from now on",
+        help="register a bundle that is deployed on boards",
     )
-    add.add_argument("--unshared", action="store_true", help=f"let it in {UNSHARED}")
+    add.add_argument("--unshared", action="store_true", help=f"admit it {UNSHARED_HELP}")
     add.set_defaults(run=_add)
 
     promote = actions.add_parser(
-        "promote", parents=[shared, aliased], help="all new sessions of an alias get a version"
+        "promote", parents=[registry_options, alias_options], help="route all new sessions of an alias to a version"
     )
-    promote.add_argument("version", metavar="VERSION", help=VERSION)
-    promote.add_argument("--unshared", action="store_true", help=UNSHARED)
+    promote.add_argument("version", metavar="VERSION", help=VERSION_HELP)
+    promote.add_argument("--unshared", action="store_true", help=f"promote it {UNSHARED_HELP}")
     promote.set_defaults(run=_promote)
 
-    canary = actions.add_parser("canary", parents=[shared, aliased], help="some new sessions of an alias get a version")
-    canary.add_argument("version", metavar="VERSION", help=VERSION)
-    canary.add_argument("percent", type=float, metavar="PERCENT", help="of new sessions; 0 ends it")
-    canary.add_argument("--unshared", action="store_true", help=UNSHARED)
+    canary = actions.add_parser(
+        "canary",
+        parents=[registry_options, alias_options],
+        help="route a percentage of the new sessions of an alias to a version",
+    )
+    canary.add_argument("version", metavar="VERSION", help=VERSION_HELP)
+    canary.add_argument("percent", type=float, metavar="PERCENT", help="percentage of new sessions; 0 ends the canary")
+    canary.add_argument("--unshared", action="store_true", help=f"route to it {UNSHARED_HELP}")
     canary.set_defaults(run=_canary)
 
-    rollback = actions.add_parser("rollback", parents=[shared], help="an alias is what it was before its last change")
-    rollback.add_argument("alias", nargs="?", default="", metavar="ALIAS", help="default: as for --alias of the others")
+    rollback = actions.add_parser("rollback", parents=[registry_options], help="undo the last change of an alias")
+    rollback.add_argument(
+        "alias", nargs="?", default="", metavar="ALIAS", help="default: the alias for sessions that request no model"
+    )
     rollback.set_defaults(run=_rollback)
 
-    retire = actions.add_parser("retire", parents=[shared], help="a version gets no new sessions any more")
-    retire.add_argument("version", metavar="VERSION", help=VERSION)
+    retire = actions.add_parser("retire", parents=[registry_options], help="stop routing new sessions to a version")
+    retire.add_argument("version", metavar="VERSION", help=VERSION_HELP)
     retire.set_defaults(run=_retire)
 
     check = actions.add_parser(
         "check",
-        parents=[shared, machine],
-        help="what differs, and how often the draft would be right, beside the version in use",
-        epilog="exit codes: 0 fine; 1 the draft would be right less often than --tolerance allows; "
-        "3 a draft does not fit, or something does not load",
+        parents=[registry_options, json_options],
+        help="check compatibility, and forecast the acceptance rate compared with the version in use",
+        epilog="exit codes: 0: fine; 1: the acceptance rate would fall by more than --tolerance; "
+        "3: a draft is incompatible, or a model does not load",
     )
-    check.add_argument("version", metavar="VERSION", help=f"{VERSION}; or a directory that is not in the registry")
+    check.add_argument("version", metavar="VERSION", help=f"{VERSION_HELP}; or a directory outside the registry")
     check.add_argument(
         "--draft", type=Path, action="append", default=[], metavar="BUNDLE", help="default: all deployed drafts"
     )
     check.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to follow (default: one that ships, mostly code)"
+        "--text", type=Path, metavar="FILE", help="text to evaluate on (default: one that ships, mostly code)"
     )
     check.add_argument(
-        "--tolerance", type=float, default=3.0, metavar="POINTS", help="of acceptance to lose (default: %(default)s)"
+        "--tolerance",
+        type=float,
+        default=3.0,
+        metavar="POINTS",
+        help="acceptable loss of acceptance rate, in percentage points (default: %(default)s)",
     )
     check.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
     check.add_argument(
@@ -126,67 +149,72 @@ def add_parser(commands: Any) -> None:
 
 
 def default_registry() -> Path:
-    """Where the registry is if nobody says."""
-    return Path(os.environ.get(VARIABLE) or REGISTRY)
+    """The registry if --registry is not given."""
+    return Path(os.environ.get(REGISTRY_VARIABLE) or DEFAULT_REGISTRY)
 
 
 def _list(options: argparse.Namespace) -> int:
     import msgspec
 
     registry = _registry(options)
-    roster = registry.read()
-    listed = registry.listing(roster)
+    catalog = registry.read()
+    versions = registry.list_versions(catalog)
     if options.json:
-        told = {"default": roster.default, "aliases": roster.aliases, "drafts": roster.drafts, "targets": listed}
-        print(msgspec.json.encode(told).decode())
+        listing = {
+            "default": catalog.default,
+            "aliases": catalog.aliases,
+            "drafts": catalog.drafts,
+            "targets": versions,
+        }
+        print(msgspec.json.encode(listing).decode())
         return 0
     table = _table("version", "kind", "admitted", "state", "new sessions", "added", "directory", "problem")
-    for one in listed:
-        shares = ", ".join(f"{percent:g} % of {alias}" for alias, percent in one.aliases.items())
-        added = f"{one.added.astimezone():%Y-%m-%d %H:%M}"
-        table.add_row(one.version, one.kind, one.admitted, one.state, shares, added, one.path, one.problem)
-    _print(table)
-    print(f"without a model's name: {roster.default}; deployed drafts: {', '.join(roster.drafts) or 'none'}")
+    for listed in versions:
+        shares = ", ".join(f"{percent:g} % of {alias}" for alias, percent in listed.aliases.items())
+        added = f"{listed.added.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(
+            listed.version, listed.kind, listed.admitted, listed.state, shares, added, listed.path, listed.problem
+        )
+    _print_table(table)
+    print(f"default alias: {catalog.default}; deployed drafts: {', '.join(catalog.drafts) or 'none'}")
     return 0
 
 
 def _add(options: argparse.Namespace) -> int:
-    from edge_runtime.protocol.errors import InputError
-
     registry = _registry(options)
     if not options.version and not options.draft:
         raise InputError("nothing to add: give a VERSION, a --draft, or both")
     for bundle in options.draft:
-        misfits = registry.add_draft(bundle)
+        incompatible = registry.add_draft(bundle)
         print(f"{bundle}: deployed")
-        for version, fit in misfits.items():
+        for version, fit in incompatible.items():
             for difference in fit.differences:
-                print(f"cloud-verifier: warning: {version} does not fit it: {difference}", file=sys.stderr)
+                print(f"cloud-verifier: warning: {version} is incompatible with it: {difference}", file=sys.stderr)
     if options.version:
         entry = registry.add(options.version, unshared=options.unshared)
-        shares = registry.read().shares(entry.version)
-        print(f"{entry.version}: added as {entry.admitted}{_told(shares)}")
+        shares = registry.read().traffic_shares(entry.version)
+        print(f"{entry.version}: added as {entry.admitted}; {_describe_shares(shares)}")
     return 0
 
 
 def _promote(options: argparse.Namespace) -> int:
     registry = _registry(options)
     alias = options.alias or registry.read().default
-    _tell(alias, registry.promote(alias, options.version, unshared=options.unshared))
+    _print_alias(alias, registry.promote(alias, options.version, unshared=options.unshared))
     return 0
 
 
 def _canary(options: argparse.Namespace) -> int:
     registry = _registry(options)
     alias = options.alias or registry.read().default
-    _tell(alias, registry.canary(alias, options.version, options.percent, unshared=options.unshared))
+    _print_alias(alias, registry.canary(alias, options.version, options.percent, unshared=options.unshared))
     return 0
 
 
 def _rollback(options: argparse.Namespace) -> int:
     registry = _registry(options)
     alias = options.alias or registry.read().default
-    _tell(alias, registry.rollback(alias))
+    _print_alias(alias, registry.rollback(alias))
     return 0
 
 
@@ -198,32 +226,34 @@ def _retire(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     import msgspec
 
-    from cloud_verifier.registry.catalog import Unknown
+    from cloud_verifier.registry.catalog import UnknownVersion
 
     registry = _registry(options)
-    roster, source = registry.read(), options.version
+    catalog, source = registry.read(), options.version
     if not Path(source).is_dir():
-        # What is not in the registry may be in one of its roots.
-        with contextlib.suppress(Unknown):
-            source = str(registry.path_of(roster.find(source)))
-    examined, path = registry.examine(source, roster, options.draft)
-    versions = [(examined.version, path)]
-    in_use = roster.aliases.get(roster.default)
-    if in_use is not None and in_use.now.version != examined.version:
-        versions.append((in_use.now.version, registry.path_of(roster.entry(in_use.now.version))))
-    forecasts = _forecasts(options, versions, examined)
+        # A version that is not in the registry may be a directory in one of its roots.
+        with contextlib.suppress(UnknownVersion):
+            source = str(registry.path_of(catalog.find(source)))
+    report, path = registry.examine(source, catalog, options.draft)
+    versions = [(report.version, path)]
+    in_use = catalog.aliases.get(catalog.default)
+    if in_use is not None and in_use.now.version != report.version:
+        versions.append((in_use.now.version, registry.path_of(catalog.find_exact(in_use.now.version))))
+    forecasts = _forecasts(options, versions, report)
     if options.json:
-        told = {"gate": examined, "compatible": examined.compatible, "expected": forecasts}
-        print(msgspec.json.encode(told).decode())
+        result = {"gate": report, "compatible": report.compatible, "expected": forecasts}
+        print(msgspec.json.encode(result).decode())
     else:
-        _print_check(examined, forecasts)
-    if not examined.compatible:
+        _print_check(report, forecasts)
+    if not report.compatible:
         return TargetError.exit_code
     return int(any(forecast.loss > options.tolerance for forecast in forecasts))
 
 
-def _forecasts(options: argparse.Namespace, versions: list[tuple[str, Path]], examined: Examined) -> list[Forecast]:
-    """For every draft that has the version's vocabulary."""
+def _forecasts(
+    options: argparse.Namespace, versions: list[tuple[str, Path]], report: CompatibilityReport
+) -> list[AcceptanceForecast]:
+    """Forecast the acceptance of every draft that has the version's vocabulary."""
     from cloud_verifier.acceptance.forecast import forecast
 
     return [
@@ -235,39 +265,39 @@ def _forecasts(options: argparse.Namespace, versions: list[tuple[str, Path]], ex
             dtype=options.dtype,
             threads=options.threads,
         )
-        for fit in examined.fits
+        for fit in report.fits
         if not any(difference.what == "vocabulary" for difference in fit.differences)
     ]
 
 
-def _print_check(examined: Examined, forecasts: list[Forecast]) -> None:
-    if examined.compatible:
-        print(f"{examined.version} ({examined.kind}): fits {len(examined.fits)} deployed draft(s)")
+def _print_check(report: CompatibilityReport, forecasts: list[AcceptanceForecast]) -> None:
+    if report.compatible:
+        print(f"{report.version} ({report.kind}): compatible with {len(report.fits)} deployed draft(s)")
     else:
-        print(f"{examined.version} ({examined.kind}) differs:\n{examined.report()}")
+        print(f"{report.version} ({report.kind}) differs:\n{report.describe()}")
     for forecast in forecasts:
         headers = ["accepted", *forecast.versions]
         table = _table(*headers, *(["change"] if len(forecast.versions) > 1 else []))
         for expected in forecast.expectations:
             row = [f"T={expected.temperature:g}"]
-            row += [f"{100 * i.value:.1f} % ({100 * i.low:.1f} to {100 * i.high:.1f})" for i in expected.of]
+            row += [f"{100 * i.value:.1f} % ({100 * i.low:.1f} to {100 * i.high:.1f})" for i in expected.acceptance]
             if expected.change is not None:
                 change = expected.change
                 row.append(f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})")
             table.add_row(*row)
         print(f"{forecast.draft}, {forecast.positions} positions:")
-        _print(table)
+        _print_table(table)
 
 
-def _tell(alias: str, roster: Roster) -> None:
-    found: Alias = roster.aliases[alias]
-    shares = "".join(f", {percent:g} % {version}" for version, percent in found.now.canary.items())
-    print(f"{alias}: {found.now.version}{shares}")
+def _print_alias(name: str, catalog: Catalog) -> None:
+    alias: VersionAlias = catalog.aliases[name]
+    canaries = "".join(f", {percent:g} % {version}" for version, percent in alias.now.canary.items())
+    print(f"{name}: {alias.now.version}{canaries}")
 
 
-def _told(shares: dict[str, float]) -> str:
-    told = ", ".join(f"{percent:g} % of new sessions of {alias}" for alias, percent in shares.items())
-    return f"; it gets {told}" if told else "; nobody gets it yet, unless by its name"
+def _describe_shares(shares: dict[str, float]) -> str:
+    described = ", ".join(f"{percent:g} % of new sessions of {alias}" for alias, percent in shares.items())
+    return f"it gets {described}" if described else "it gets no sessions yet, except by name"
 
 
 def _registry(options: argparse.Namespace) -> Registry:
@@ -276,7 +306,7 @@ def _registry(options: argparse.Namespace) -> Registry:
     return Registry(options.registry)
 
 
-def _table(*headers: str) -> Any:
+def _table(*headers: str) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -285,8 +315,8 @@ def _table(*headers: str) -> Any:
     return table
 
 
-def _print(table: Any) -> None:
+def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    # A pipe has no width, and whatever reads it wants one line for each.
+    # A pipe has no width; programs that read it want one line per row.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -1,1 +1,1 @@
-"""."""
+"""Builds bundles: ONNX graphs, quantization, trimmed heads, manifests, signatures, and the comparison of variants."""

@@ -1,4 +1,7 @@
-"""From a draft checkpoint to a bundle: graph, tokenizer, manifest, and the measurements that go into it."""
+"""Builds a bundle from a draft checkpoint: graph, tokenizer, manifest, and the measurements recorded in it.
+
+A bundle is a function of its inputs: the same configuration, files and tool versions give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -6,68 +9,75 @@ import functools
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
+import transformers
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-from cloud_verifier.draft_models.checkpoint import DESCRIPTION, load_draft, read_description
-from cloud_verifier.draft_models.layouts import DraftPlan, describe_shared
-from cloud_verifier.draft_models.safetensors_io import read_tensors, tensor_files
-from edge_runtime.draft.onnx_runner import Runner, make_runner
+from cloud_verifier.acceptance.measure import TEMPERATURES, choose_tokens, count_accepted
+from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, load_draft, read_description
+from cloud_verifier.draft_models.layouts import DraftPlan, fingerprint_shared
+from cloud_verifier.draft_models.safetensors_io import find_tensor_files, read_tensors
+from edge_runtime.draft.onnx_runner import OnnxRunner, make_runner
 from edge_runtime.protocol.bundle import (
     FORMAT_VERSION,
     Architecture,
-    Graph,
     Manifest,
+    OnnxGraph,
     Parity,
     SharedTensors,
     Vocabulary,
+    hash_vocabulary,
     record_file,
-    vocabulary_hash,
     write_manifest,
 )
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.protocol.sampling import Chooser, Sampling
-from export.bundle.onnx_graph import GRAPH_FILE, check_form, export_graph
-from export.bundle.vocab_trim import ids_of_text
+from edge_runtime.protocol.sampling import Sampling
+from export.bundle.onnx_graph import GRAPH_FILE, check_variant, export_graph
+from export.bundle.vocab_trim import select_head_ids
 from export.common.atomic import new_directory
 
-# Packages whose release can change the bytes of a bundle.
+# Packages whose version can change the bytes of a bundle; recorded in the manifest.
 MAKERS = ("flexspec", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum")
-TEMPERATURES = (0.0, 0.7, 1.0)
-TOKENIZER = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 HEAD_FILE = "head_ids.npy"
-# No token of a trimmed head's draft, but a number: scores must stay finite.
-NEVER = np.float32(-1e30)
+BUILD_STEPS = ("draft", "graph", "parity", "acceptance", "manifest")
+# Logit of the ids that a trimmed head lacks: never chosen, but finite, so that scores stay finite.
+ABSENT_LOGIT = np.float32(-1e30)
+# Parity covers rollback: before every 16th position these ids are decoded and rolled back.
+ROLLBACK_INTERVAL, ROLLED_BACK_IDS = 16, [0, 1, 2]
+# Rows of a trimmed head that are widened to the whole vocabulary at once. Chosen: 131 MB for 128k ids.
+WIDENED_ROWS = 256
 
-Report = Callable[[str], None]
+StepCallback = Callable[[str], None]
 Rows = npt.NDArray[np.float32]
+HeadIds = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class BundleOrder:
-    """What to make.
+class BundleConfig:
+    """What to build.
 
     Attributes:
-        target: directory of the target that the draft was trained for. Without `acceptance` only its configuration,
-            its tokenizer and the tensors that the draft shares are needed.
-        draft: directory of the draft's own tensors (see `draft_models.checkpoint`), or of a whole Hugging Face model, which is
-            then a standalone draft.
+        target: directory of the target that the draft was trained for. Without `acceptance` only its configuration, its
+            tokenizer and the tensors that the draft shares are needed.
+        draft: directory of the draft's own tensors (see `draft_models.checkpoint`), or of a whole Hugging Face model,
+            which is then a standalone draft.
         kind, weights: see `export.bundle.onnx_graph`.
-        text: what parity and acceptance are measured on; where it is longer than what draft and target can read at
-            once, in pieces.
+        text: text on which parity and acceptance are measured. A text longer than the context of draft or target is
+            split into pieces.
         context: longest text of the draft in tokens; None for the model's.
-        positions: how many positions of the text.
-        acceptance: measure it, which takes the whole target.
-        head_text: trim the head to the ids of this text (see `export.bundle.vocab_trim`); None leaves it whole.
-        head_size: and to so many of them, the most frequent.
+        positions: number of positions of the text that are measured.
+        acceptance: measure acceptance, which loads the whole target.
+        head_text: trim the head to the ids of this text (see `export.bundle.vocab_trim`); None keeps the whole head.
+        head_size: keep at most this many of them, the most frequent ones.
     """
 
     target: Path
@@ -75,6 +85,7 @@ class BundleOrder:
     kind: str
     weights: str
     text: str
+    _: KW_ONLY
     context: int | None = None
     positions: int = 2000
     acceptance: bool = True
@@ -82,153 +93,153 @@ class BundleOrder:
     head_size: int | None = None
 
 
-class Original:
-    """A draft in PyTorch, and what its graphs are compared with: loaded once, for any number of bundles.
+class ReferenceDraft:
+    """A draft in PyTorch, with which its graphs are compared; loaded once for any number of bundles.
 
     Attributes:
-        draft: in float32, on the CPU.
+        draft: the model, in float32 on the CPU.
         plan: its layout; None for a standalone draft.
-        architecture: of the draft, with the context that was ordered.
-        tokenizer: the target's.
-        pieces: ids of the text to measure on, each within the context.
+        architecture: its architecture, with the context that was asked for.
+        tokenizer: the target's tokenizer.
+        pieces: ids of the text to measure on; each piece fits the context of draft and target.
     """
 
-    def __init__(self, order: BundleOrder) -> None:
-        """Raises InputError, DraftError and TargetError where target or draft cannot be used."""
-        # The progress that people see is ours.
-        disable_progress_bar()
-        self._target = order.target
-        self.draft, self.plan = _load(order)
-        self.architecture = _architecture(self.draft.config, order.context)
-        source = order.target / TOKENIZER
-        if not source.exists():
-            raise InputError(f"{order.target} has no {TOKENIZER}; save its fast tokenizer there")
-        self.tokenizer: Tokenizer = Tokenizer.from_file(str(source))
-        most = AutoConfig.from_pretrained(order.target).max_position_embeddings
-        ids: list[int] = self.tokenizer.encode(order.text).ids[: order.positions]
+    def __init__(self, config: BundleConfig) -> None:
+        """Load the draft. Raises InputError, DraftError and TargetError if target or draft cannot be used."""
+        # `make_bundle` reports its own progress. transformers' stubs miss the annotations of this function.
+        logging_options: Any = transformers.utils.logging
+        logging_options.disable_progress_bar()
+        self._target = config.target
+        self.draft, self.plan = _load_draft(config)
+        self.architecture = _read_architecture(self.draft.config, config.context)
+        tokenizer_path = config.target / TOKENIZER_FILE
+        if not tokenizer_path.exists():
+            raise InputError(f"{config.target} has no {TOKENIZER_FILE}; save its fast tokenizer there")
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        target_context = AutoConfig.from_pretrained(config.target).max_position_embeddings
+        ids: list[int] = self.tokenizer.encode(config.text).ids[: config.positions]
         if len(ids) < 2:
             raise InputError("the text to measure on is too short; give a longer one with --text")
-        size = min(self.architecture.context, most)
+        size = min(self.architecture.context, target_context)
         self.pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
 
     @functools.cached_property
     def logits(self) -> Rows:
-        """Of the draft, behind every token: (positions, V)."""
+        """The draft's logits after every token: (positions, V)."""
         return _torch_logits(self.draft, self.pieces)
 
     @functools.cached_property
     def target_logits(self) -> Rows:
-        """Of the target, which is loaded for it: (positions, V)."""
-        target = AutoModelForCausalLM.from_pretrained(self._target, dtype=torch.float32).eval()
-        return _torch_logits(target, self.pieces)
+        """The target's logits after every token: (positions, V). Loads the target."""
+        return _torch_logits(_load_model(self._target), self.pieces)
 
     @functools.cached_property
     def shared(self) -> SharedTensors:
-        """What the draft shares with the target."""
-        return _shared(self._target, self.plan)
+        """The tensors that the draft shares with the target."""
+        if self.plan is None:
+            return SharedTensors("standalone", 0, {})
+        names = set(self.plan.shared_tensors(find_tensor_files(self._target)).values())
+        return fingerprint_shared(read_tensors(self._target, names), self.plan)
 
 
-def make_bundle(order: BundleOrder, output: Path, report: Report, original: Original | None = None) -> Manifest:
-    """Makes a bundle at `output`, which must not exist; it appears there whole or not at all.
+def make_bundle(
+    config: BundleConfig, output: Path, on_step: StepCallback, reference: ReferenceDraft | None = None
+) -> Manifest:
+    """Build a bundle at `output`, which must not exist; it appears there complete or not at all.
 
-    The same order gives the same bytes; on another kind of processor the measured figures may differ in the last digit.
+    The same configuration gives the same bytes. On another kind of processor the last digit of the measured figures may
+    differ.
 
     Args:
-        report: called with what comes next, once per step of `STEPS`.
-        original: of this order, where it is loaded already.
+        on_step: called with the name of each of BUILD_STEPS before the step.
+        reference: the draft of this configuration, if it is loaded already.
 
     Raises:
         FlexSpecError: target or draft cannot be used, `output` exists, or the disk is full.
     """
-    check_form(order.kind, order.weights)
+    check_variant(config.kind, config.weights)
     with new_directory(output) as work:
-        report("draft")
-        original = original or Original(order)
-        tokenizer, architecture = original.tokenizer, original.architecture
-        shutil.copyfile(order.target / TOKENIZER, work / TOKENIZER)
+        on_step("draft")
+        reference = reference or ReferenceDraft(config)
+        architecture = reference.architecture
+        shutil.copyfile(config.target / TOKENIZER_FILE, work / TOKENIZER_FILE)
         head = None
-        if order.head_text is not None:
-            head = ids_of_text(tokenizer, order.head_text, architecture.vocabulary_size, order.head_size)
+        if config.head_text is not None:
+            head = select_head_ids(
+                reference.tokenizer, config.head_text, architecture.vocabulary_size, config.head_size
+            )
             np.save(work / HEAD_FILE, head)
-        report("graph")
-        export_graph(original.draft, work, order.kind, order.weights, head=head, context=original.architecture.context)
-        report("parity")
-        logits = _onnx_logits(work / GRAPH_FILE, architecture, original.pieces)
-        wanted = original.logits
-        parity = _parity(logits, wanted if head is None else wanted[:, head])
-        report("acceptance")
-        acceptance = _acceptance(logits, original.target_logits, head) if order.acceptance else {}
-        report("manifest")
+        on_step("graph")
+        export_graph(reference.draft, work, config.kind, config.weights, head=head, context=architecture.context)
+        on_step("parity")
+        logits = _onnx_logits(work / GRAPH_FILE, architecture, reference.pieces)
+        parity = _measure_parity(logits, reference.logits if head is None else reference.logits[:, head])
+        on_step("acceptance")
+        acceptance = _measure_acceptance(logits, reference.target_logits, head) if config.acceptance else {}
+        on_step("manifest")
         manifest = Manifest(
-            FORMAT_VERSION,
-            output.name,
-            architecture,
-            _vocabulary(tokenizer),
-            original.shared,
-            Graph(GRAPH_FILE, order.kind, order.weights, "" if head is None else HEAD_FILE),
-            parity,
-            {path.name: record_file(path) for path in sorted(work.iterdir())},
-            acceptance,
-            {name: importlib.metadata.version(name) for name in MAKERS},
+            format_version=FORMAT_VERSION,
+            name=output.name,
+            architecture=architecture,
+            vocabulary=_describe_vocabulary(reference.tokenizer),
+            shared=reference.shared,
+            graph=OnnxGraph(GRAPH_FILE, config.kind, config.weights, "" if head is None else HEAD_FILE),
+            parity=parity,
+            files={path.name: record_file(path) for path in sorted(work.iterdir())},
+            acceptance=acceptance,
+            made={name: importlib.metadata.version(name) for name in MAKERS},
         )
         write_manifest(work, manifest)
     return manifest
 
 
-STEPS = ("draft", "graph", "parity", "acceptance", "manifest")
+def _load_draft(config: BundleConfig) -> tuple[PreTrainedModel, DraftPlan | None]:
+    if (config.draft / DESCRIPTION_FILE).exists():
+        return load_draft(config.draft, config.target), read_description(config.draft).plan
+    if not (config.draft / "config.json").exists():
+        raise InputError(f"no draft at {config.draft}: it has neither {DESCRIPTION_FILE} nor config.json")
+    return _load_model(config.draft), None
 
 
-def _load(order: BundleOrder) -> tuple[PreTrainedModel, DraftPlan | None]:
-    if (order.draft / DESCRIPTION).exists():
-        return load_draft(order.draft, order.target), read_description(order.draft).plan
-    if not (order.draft / "config.json").exists():
-        raise InputError(f"no draft at {order.draft}: it has neither {DESCRIPTION} nor config.json")
-    return AutoModelForCausalLM.from_pretrained(order.draft, dtype=torch.float32).eval(), None
+def _load_model(directory: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.train(False)
+    return model
 
 
-def _architecture(config: PretrainedConfig, context: int | None) -> Architecture:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _read_architecture(config: PretrainedConfig, context: int | None) -> Architecture:
     limit = context or config.max_position_embeddings
     if limit > config.max_position_embeddings:
         raise InputError(f"the draft's positions end at {config.max_position_embeddings}; --context {limit} is beyond")
     return Architecture(
-        config.model_type,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        head_dim,
-        config.vocab_size,
-        limit,
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary_size=config.vocab_size,
+        context=limit,
     )
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+def _describe_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return Vocabulary(len(vocabulary), vocabulary_hash(vocabulary), special)
-
-
-def _shared(target: Path, plan: DraftPlan | None) -> SharedTensors:
-    if plan is None:
-        return SharedTensors("standalone", 0, {})
-    names = set(plan.shared_tensors(tensor_files(target)).values())
-    return describe_shared(read_tensors(target, names), plan)
+    return Vocabulary(len(vocabulary), hash_vocabulary(vocabulary), special)
 
 
 def _onnx_logits(graph: Path, architecture: Architecture, pieces: list[list[int]]) -> Rows:
-    """Logits behind every token, one token at a time through the board's own runner: (positions, V) float32.
-
-    On the way it rolls back now and then, so that parity covers that too.
-    """
+    """Logits after every token, one token at a time on the board's own runner: (positions, V) float32."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(str(graph), options)
     rows = []
     for ids in pieces:
-        runner: Runner = make_runner(session, architecture)
+        runner: OnnxRunner = make_runner(session, architecture)
         for index, token in enumerate(ids):
-            if index % 16 == 15 and index + 3 <= architecture.context:
-                runner.append([0, 1, 2])
+            fits = index + len(ROLLED_BACK_IDS) <= architecture.context
+            if index % ROLLBACK_INTERVAL == ROLLBACK_INTERVAL - 1 and fits:
+                runner.append(ROLLED_BACK_IDS)
                 runner.truncate(index)
             rows.append(runner.append([token]).copy())
     return np.stack(rows)
@@ -240,31 +251,39 @@ def _torch_logits(model: PreTrainedModel, pieces: list[list[int]]) -> Rows:
     return np.concatenate(rows)
 
 
-def _parity(ours: Rows, theirs: Rows) -> Parity:
+def _measure_parity(exported: Rows, reference: Rows) -> Parity:
+    # Row by row: of 128k logits, thousands of rows are gigabytes.
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(exported, reference, strict=True))
     return Parity(
-        len(ours),
-        round(float(np.mean(ours.argmax(-1) == theirs.argmax(-1))), 4),
-        # Row by row: of 128k logits, thousands of rows are gigabytes.
-        float(f"{max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)):.2g}"),
+        positions=len(exported),
+        greedy_agreement=round(float(np.mean(exported.argmax(-1) == reference.argmax(-1))), 4),
+        max_logit_difference=float(f"{difference:.2g}"),
     )
 
 
-def _acceptance(draft: Rows, target: Rows, head: npt.NDArray[np.int32] | None) -> dict[str, float]:
-    """Share of positions where draft and target choose the same token, by temperature.
+def _measure_acceptance(draft: Rows, target: Rows, head: HeadIds | None) -> dict[str, float]:
+    """Acceptance rate by temperature. Row i is sampled as position i with seed 0.
 
     Args:
         head: the ids of the draft's logits; None for all, in order.
     """
-    chooser = Chooser(target.shape[1])
-    whole = np.full(target.shape[1], NEVER)
-    columns: slice | npt.NDArray[np.int32] = slice(None, draft.shape[1]) if head is None else head
-
-    def same(temperature: float, position: int) -> bool:
+    positions = list(range(len(draft)))
+    acceptance = {}
+    for temperature in TEMPERATURES:
         sampling = Sampling(temperature=temperature, seed=0)
-        whole[columns] = draft[position]
-        return chooser.rank(whole, sampling, position).ids == chooser.rank(target[position], sampling, position).ids
+        drafted: list[int] = []
+        for start in range(0, len(draft), WIDENED_ROWS):
+            rows = torch.from_numpy(_widen(draft[start : start + WIDENED_ROWS], head, target.shape[1]))
+            drafted += choose_tokens(rows, [(sampling, positions[start : start + WIDENED_ROWS])])
+        chosen = choose_tokens(torch.from_numpy(target), [(sampling, positions)])
+        accepted, total = count_accepted(drafted, chosen)
+        acceptance[f"T={temperature:g}"] = round(accepted / total, 4)
+    return acceptance
 
-    return {
-        f"T={temperature:g}": round(float(np.mean([same(temperature, p) for p in range(len(draft))])), 4)
-        for temperature in TEMPERATURES
-    }
+
+def _widen(rows: Rows, head: HeadIds | None, vocabulary_size: int) -> Rows:
+    """Logits over the whole vocabulary; ids that the draft lacks get ABSENT_LOGIT."""
+    widened = np.full((len(rows), vocabulary_size), ABSENT_LOGIT, np.float32)
+    columns: slice | HeadIds = slice(None, rows.shape[1]) if head is None else head
+    widened[:, columns] = rows
+    return widened

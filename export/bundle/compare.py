@@ -1,10 +1,10 @@
-"""Every form that a draft can have on a board, measured, and the one to take: `draft-export forms`.
+"""Measures all variants of a draft and chooses one: `draft-export forms`.
 
-A form is a kind of graph, a type of weights, and a head, whole or trimmed. Each becomes a bundle in a directory of its
-own, so a run that was stopped goes on where it was. The rule: the smallest file of a fused graph whose acceptance at
-T=0 and at T=1, on the same positions, is within a tolerance of fp32's; optimum's graphs are there to compare with, they
-copy all keys and values at every step. Acceptance is the share of positions of a given text where draft
-and target choose the same token with the same noise, the draft's logits coming from the board's own runner.
+A variant is a kind of graph, a weight type, and a head that is whole or trimmed. Each variant becomes a bundle in a
+directory of its own, so an interrupted run resumes. The choice: the smallest file of a fused graph whose acceptance at
+T=0 and at T=1, on the same positions, is within a tolerance of fp32's. Optimum's graphs are only for comparison,
+because they copy the whole KV cache at every step. Acceptance is measured by `export.bundle.build`, with logits from
+the board's own runner.
 """
 
 from __future__ import annotations
@@ -18,30 +18,35 @@ import msgspec
 
 from edge_runtime.protocol.bundle import Manifest, read_bundle, read_head_ids, record_file
 from edge_runtime.protocol.errors import InputError
-from export.bundle import footprint
-from export.bundle.build import BundleOrder, Original, make_bundle
-from export.bundle.onnx_graph import WEIGHTS
+from export.bundle.build import BundleConfig, ReferenceDraft, make_bundle
+from export.bundle.footprint import Footprint, measure_footprint
+from export.bundle.onnx_graph import WEIGHT_TYPES
 from export.common.progress import Progress
 
-ORDER, JSON, MARKDOWN = "order.json", "forms.json", "forms.md"
-JUDGED = ("T=0", "T=1")
-WHOLE = (*(("fused", weights) for weights in WEIGHTS), ("concat", "fp32"), ("concat", "int8"), ("concat", "int4"))
-# What trimming costs by itself, and what it leaves of the small ones.
-TRIMMED = (("fused", "fp32"), ("fused", "int8"), ("fused", "int4"))
-REFERENCE = "fused-fp32"
+CONFIG_FILE, JSON_FILE, MARKDOWN_FILE = "order.json", "forms.json", "forms.md"
+# Keys of the manifest's acceptance that decide.
+DECISIVE_TEMPERATURES = ("T=0", "T=1")
+SHOWN_TEMPERATURES = ("T=0", "T=0.7", "T=1")
+WHOLE_HEAD_VARIANTS = (
+    *(("fused", weights) for weights in WEIGHT_TYPES),
+    *(("concat", weights) for weights in ("fp32", "int8", "int4")),
+)
+# fp32 shows what trimming alone costs; the others are the ones worth trimming.
+TRIMMED_HEAD_VARIANTS = (("fused", "fp32"), ("fused", "int8"), ("fused", "int4"))
+REFERENCE_VARIANT = "fused-fp32"
 
 
-class Form(msgspec.Struct, frozen=True):
+class DraftVariant(msgspec.Struct, frozen=True):
     """One row of the table.
 
     Attributes:
-        name: such as `fused-int8`, also of its bundle's directory.
-        head: how many ids the head has.
-        file_bytes: all files of the bundle but the tokenizer.
-        agreement: share of positions where the argmax is PyTorch's, over the same ids.
-        logit_difference: the largest.
-        acceptance: by temperature.
-        footprint: in a process of its own, with one thread.
+        name: name of the variant and of its bundle's directory, such as `fused-int8`.
+        head: number of ids of the head.
+        file_bytes: size of all files of the bundle except the tokenizer.
+        agreement: share of positions with PyTorch's argmax, over the ids of the head.
+        logit_difference: largest absolute difference of a logit from PyTorch's.
+        acceptance: acceptance rate by temperature.
+        footprint: memory and speed in a process of its own, with one thread.
     """
 
     name: str
@@ -50,171 +55,178 @@ class Form(msgspec.Struct, frozen=True):
     agreement: float
     logit_difference: float
     acceptance: dict[str, float]
-    footprint: footprint.Footprint
+    footprint: Footprint
 
 
-class Forms(msgspec.Struct, frozen=True):
-    """The table.
+class VariantTable(msgspec.Struct, frozen=True):
+    """The measured variants and the choice.
 
     Attributes:
-        positions: how many were compared.
-        tolerance: how much acceptance may be lost.
-        chosen: name of the form to take.
+        positions: number of compared positions.
+        tolerance: acceptance that may be lost, as a share.
+        chosen: name of the chosen variant.
+        forms: the variants.
     """
 
     positions: int
     tolerance: float
     chosen: str
-    forms: list[Form]
+    forms: list[DraftVariant]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonConfig:
     """What to compare.
 
     Attributes:
-        order: target, draft, text, context, positions, and what to trim heads by; kind and weights are not used.
+        bundle: target, draft, text, context, positions, and what to trim heads by; `kind` and `weights` are ignored.
         output: directory of the bundles and of the table.
         tolerance: acceptance that may be lost, as a share.
-        names: only these forms and REFERENCE; empty for all.
+        names: measure only these variants and REFERENCE_VARIANT; empty for all.
     """
 
-    order: BundleOrder
+    bundle: BundleConfig
     output: Path
     tolerance: float = 0.01
     names: tuple[str, ...] = ()
 
 
-def compare(comparison: Comparison) -> Forms:
-    """Makes and measures what is not there yet, and writes JSON and MARKDOWN into the output directory.
+def compare_variants(config: ComparisonConfig) -> VariantTable:
+    """Build and measure the variants that are missing, and write JSON_FILE and MARKDOWN_FILE into the output directory.
 
     Raises:
-        InputError: a form that does not exist, or the directory holds the forms of something else.
+        InputError: a variant does not exist, or the directory holds variants of something else.
         FlexSpecError: target or draft cannot be used, or the disk is full.
     """
-    orders = _orders(comparison)
-    output = comparison.output
-    _claim(comparison)
-    original: Original | None = None
-    rows: list[Form] = []
-    with Progress("forms", len(orders)) as progress:
-        for name, order in orders.items():
-            progress.update(len(rows), name)
-            measured = output / f"{name}.json"
+    bundle_configs = _bundle_configs(config)
+    output = config.output
+    _claim_output(config)
+    reference: ReferenceDraft | None = None
+    variants: list[DraftVariant] = []
+    with Progress("forms", len(bundle_configs)) as progress:
+        for name, bundle_config in bundle_configs.items():
+            progress.update(len(variants), name)
+            row_path = output / f"{name}.json"
             if not (output / name).is_dir():
-                original = original or Original(order)
-                make_bundle(order, output / name, lambda step: None, original)
-                measured.unlink(missing_ok=True)
-            if not measured.is_file():
-                _write(measured, msgspec.json.format(msgspec.json.encode(_row(name, output / name))))
-            rows.append(msgspec.json.decode(measured.read_bytes(), type=Form))
-        progress.update(len(rows), "done")
-    positions = read_bundle(output / REFERENCE, verify=False).manifest.parity.positions
-    table = Forms(positions, comparison.tolerance, choose(rows, comparison.tolerance).name, rows)
-    _write(output / JSON, msgspec.json.format(msgspec.json.encode(table)) + b"\n")
-    _write(output / MARKDOWN, markdown(table).encode())
+                reference = reference or ReferenceDraft(bundle_config)
+                make_bundle(bundle_config, output / name, lambda step: None, reference)
+                row_path.unlink(missing_ok=True)
+            if not row_path.is_file():
+                variant = _measure_variant(name, output / name)
+                _write(row_path, msgspec.json.format(msgspec.json.encode(variant)))
+            variants.append(msgspec.json.decode(row_path.read_bytes(), type=DraftVariant))
+        progress.update(len(variants), "done")
+    positions = read_bundle(output / REFERENCE_VARIANT, verify=False).manifest.parity.positions
+    table = VariantTable(positions, config.tolerance, choose_variant(variants, config.tolerance).name, variants)
+    _write(output / JSON_FILE, msgspec.json.format(msgspec.json.encode(table)) + b"\n")
+    _write(output / MARKDOWN_FILE, format_table(table).encode())
     return table
 
 
-def choose(rows: Sequence[Form], tolerance: float) -> Form:
-    """The smallest fused one that is accepted as often as REFERENCE, which is one of `rows`, but for `tolerance`."""
-    bar = next(row for row in rows if row.name == REFERENCE).acceptance
+def choose_variant(variants: Sequence[DraftVariant], tolerance: float) -> DraftVariant:
+    """Choose the smallest fused variant whose acceptance is within `tolerance` of REFERENCE_VARIANT's."""
+    reference = next(variant for variant in variants if variant.name == REFERENCE_VARIANT).acceptance
     # Shares are rounded to four digits: a difference of exactly the tolerance is within it.
-    fused = [row for row in rows if row.name.startswith("fused")]
-    fit = [row for row in fused if all(row.acceptance[key] >= bar[key] - tolerance - 1e-9 for key in JUDGED)]
-    return min(fit, key=lambda row: (row.file_bytes, row.footprint.milliseconds))
+    eligible = [
+        variant
+        for variant in variants
+        if variant.name.startswith("fused")
+        and all(variant.acceptance[key] >= reference[key] - tolerance - 1e-9 for key in DECISIVE_TEMPERATURES)
+    ]
+    return min(eligible, key=lambda variant: (variant.file_bytes, variant.footprint.milliseconds))
 
 
-def markdown(table: Forms) -> str:
-    """The table, and the choice with its reason."""
+def format_table(table: VariantTable) -> str:
+    """Format the table as Markdown, with the choice and its reason."""
     lines = [
         "| form | head | MB on disk | MB resident (own) | ms per token | same argmax as PyTorch | "
         "accepted at T=0 | T=0.7 | T=1 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in table.forms:
-        name = f"**{row.name}**" if row.name == table.chosen else row.name
-        place = row.footprint
-        shares = (row.acceptance[key] for key in ("T=0", "T=0.7", "T=1"))
+    for variant in table.forms:
+        footprint = variant.footprint
         cells = [
-            name,
-            str(row.head),
-            f"{row.file_bytes / 1e6:.1f}",
-            f"{place.resident_bytes / 1e6:.0f} ({place.own_bytes / 1e6:.0f})",
-            f"{place.milliseconds:.2f}",
-            f"{row.agreement:.1%}",
-            *(f"{share:.1%}" for share in shares),
+            f"**{variant.name}**" if variant.name == table.chosen else variant.name,
+            str(variant.head),
+            f"{variant.file_bytes / 1e6:.1f}",
+            f"{footprint.resident_bytes / 1e6:.0f} ({footprint.own_bytes / 1e6:.0f})",
+            f"{footprint.milliseconds:.2f}",
+            f"{variant.agreement:.1%}",
+            *(f"{variant.acceptance[key]:.1%}" for key in SHOWN_TEMPERATURES),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{table.positions} positions of a given text. To take: **{table.chosen}**, the smallest fused one whose "
-        f"acceptance at T=0 and T=1 is at most {100 * table.tolerance:g} points below that of {REFERENCE}. Memory and "
-        "time: one process, one thread, on the machine that made the table; own memory is what is not a file's pages.",
+        f"{table.positions} positions of a given text. Recommended: **{table.chosen}**, the smallest fused one whose "
+        f"acceptance at T=0 and T=1 is at most {100 * table.tolerance:g} points below that of {REFERENCE_VARIANT}. "
+        "Memory and time: one process, one thread, on the machine that made the table; own memory excludes pages of "
+        "files.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _orders(comparison: Comparison) -> dict[str, BundleOrder]:
-    whole = replace(comparison.order, head_text=None, head_size=None)
-    orders = {f"{kind}-{weights}": replace(whole, kind=kind, weights=weights) for kind, weights in WHOLE}
-    if comparison.order.head_text is not None:
-        for kind, weights in TRIMMED:
-            orders[f"{kind}-{weights}-trimmed"] = replace(comparison.order, kind=kind, weights=weights)
-    unknown = [name for name in comparison.names if name not in orders]
+def _bundle_configs(config: ComparisonConfig) -> dict[str, BundleConfig]:
+    """The bundle of each variant to measure, by the variant's name."""
+    whole = replace(config.bundle, head_text=None, head_size=None)
+    configs = {f"{kind}-{weights}": replace(whole, kind=kind, weights=weights) for kind, weights in WHOLE_HEAD_VARIANTS}
+    if config.bundle.head_text is not None:
+        for kind, weights in TRIMMED_HEAD_VARIANTS:
+            configs[f"{kind}-{weights}-trimmed"] = replace(config.bundle, kind=kind, weights=weights)
+    unknown = [name for name in config.names if name not in configs]
     if unknown:
-        raise InputError(f"no form {unknown[0]!r}; there are {', '.join(orders)}")
-    return {n: order for n, order in orders.items() if n in (REFERENCE, *comparison.names) or not comparison.names}
+        raise InputError(f"no form {unknown[0]!r}; there are {', '.join(configs)}")
+    selected = {REFERENCE_VARIANT, *config.names} if config.names else set(configs)
+    return {name: bundle for name, bundle in configs.items() if name in selected}
 
 
-def _claim(comparison: Comparison) -> None:
-    """Makes the output directory, or finds there what was made of the same things."""
-    order, output = comparison.order, comparison.output
-    described = {
-        "target": _digest(order.target),
-        "draft": _digest(order.draft),
-        "text": hashlib.sha256(order.text.encode()).hexdigest(),
-        "head_text": order.head_text and hashlib.sha256(order.head_text.encode()).hexdigest(),
-        "head_size": order.head_size,
-        "context": order.context,
-        "positions": order.positions,
+def _claim_output(config: ComparisonConfig) -> None:
+    """Create the output directory, or check that it holds variants of the same inputs."""
+    bundle, output = config.bundle, config.output
+    inputs = {
+        "target": _hash_directory(bundle.target),
+        "draft": _hash_directory(bundle.draft),
+        "text": hashlib.sha256(bundle.text.encode()).hexdigest(),
+        "head_text": bundle.head_text and hashlib.sha256(bundle.head_text.encode()).hexdigest(),
+        "head_size": bundle.head_size,
+        "context": bundle.context,
+        "positions": bundle.positions,
     }
-    text = msgspec.json.format(msgspec.json.encode(described))
-    path = output / ORDER
+    content = msgspec.json.format(msgspec.json.encode(inputs))
+    path = output / CONFIG_FILE
     try:
-        if path.is_file() and path.read_bytes() != text:
-            then = msgspec.json.decode(path.read_bytes())
-            other = ", ".join(key for key, value in described.items() if then.get(key) != value)
-            raise InputError(f"{output} holds forms of another {other}; remove it or choose another --output")
+        if path.is_file() and path.read_bytes() != content:
+            previous = msgspec.json.decode(path.read_bytes())
+            differing = ", ".join(key for key, value in inputs.items() if previous.get(key) != value)
+            raise InputError(f"{output} holds forms of another {differing}; remove it or choose another --output")
         if output.is_dir() and any(output.iterdir()) and not path.is_file():
-            raise InputError(f"{output} has other things in it; choose another --output")
+            raise InputError(f"{output} holds other files; choose another --output")
         output.mkdir(parents=True, exist_ok=True)
     except (OSError, msgspec.MsgspecError) as error:
         raise InputError(f"cannot use {output}: {error}; choose another --output") from None
-    _write(path, text)
+    _write(path, content)
 
 
-def _digest(directory: Path) -> str:
+def _hash_directory(directory: Path) -> str:
     """One hash over the names and contents of a directory's files."""
     if not directory.is_dir():
-        raise InputError(f"no directory {directory}; give a target's and a draft's")
+        raise InputError(f"no directory {directory}; give the directories of a target and of a draft")
     lines = (f"{record_file(path).sha256}  {path.name}\n" for path in sorted(directory.iterdir()) if path.is_file())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _row(name: str, path: Path) -> Form:
+def _measure_variant(name: str, path: Path) -> DraftVariant:
     bundle = read_bundle(path)
     manifest: Manifest = bundle.manifest
     head = read_head_ids(bundle)
-    return Form(
-        name,
-        manifest.architecture.vocabulary_size if head is None else len(head),
-        sum(record.bytes for file, record in manifest.files.items() if file != bundle.tokenizer_path.name),
-        manifest.parity.greedy_agreement,
-        manifest.parity.max_logit_difference,
-        manifest.acceptance,
-        footprint.measure(path),
+    return DraftVariant(
+        name=name,
+        head=manifest.architecture.vocabulary_size if head is None else len(head),
+        file_bytes=sum(record.bytes for file, record in manifest.files.items() if file != bundle.tokenizer_path.name),
+        agreement=manifest.parity.greedy_agreement,
+        logit_difference=manifest.parity.max_logit_difference,
+        acceptance=manifest.acceptance,
+        footprint=measure_footprint(path),
     )
 
 

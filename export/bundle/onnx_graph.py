@@ -1,15 +1,15 @@
-"""From a draft in PyTorch to an ONNX graph: optimum's as the reference, onnxruntime-genai's fused one as the fast path.
+"""Exports a PyTorch draft to an ONNX graph: optimum's as the reference, onnxruntime-genai's fused one as the fast path.
 
-    fp32          every weight as it is
-    fp16          stored in half the bytes, computed as fp32
+    fp32          all weights as they are
+    fp16          stored as float16, computed as float32
     int8          8 bits, blocks of 32
-    mixed         4 bits with k-quant rounding, but 8 for the head, the embedding, and the layers that mind most
+    mixed         4 bits with k-quant rounding; 8 bits for the head, the embedding, and the most sensitive layers
     int4          4 bits, head and embedding too
     int4-k        the same with k-quant rounding
-    int4-head8    4 bits, but 8 for head and embedding
-    int4-head32   4 bits, head and embedding as they are
+    int4-head8    4 bits; 8 bits for head and embedding
+    int4-head32   4 bits; head and embedding as they are
 
-`export.bundle.quantize` says more. A head may be trimmed to the ids that matter (see `export.bundle.vocab_trim`).
+`export.bundle.quantize` defines the quantization. A head may be trimmed to some ids (see `export.bundle.vocab_trim`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from edge_runtime.protocol.errors import InputError
-from export.bundle.quantize import EMBEDDING, SCHEMES, halve, quantise, trim_head
+from export.bundle.quantize import (
+    EMBEDDING,
+    QUANTIZATION_SCHEMES,
+    quantize_model,
+    store_half_precision,
+    trim_head,
+)
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-WEIGHTS = ("fp32", "fp16", *SCHEMES)
-KINDS = ("fused", "concat")
-# onnxruntime-genai's class for each model type.
-BUILDERS = {
+WEIGHT_TYPES = ("fp32", "fp16", *QUANTIZATION_SCHEMES)
+GRAPH_KINDS = ("fused", "concat")
+# Tensors of at least this size are stored in WEIGHTS_FILE instead of the graph.
+EXTERNAL_TENSOR_BYTES = 1024
+# onnxruntime-genai's builder class for each model type.
+GENAI_BUILDERS = {
     "llama": "LlamaModel",
     "qwen2": "QwenModel",
     "qwen3": "Qwen3Model",
@@ -54,72 +62,78 @@ def export_graph(
     head: npt.NDArray[np.int32] | None = None,
     context: int | None = None,
 ) -> None:
-    """Writes GRAPH_FILE, and WEIGHTS_FILE beside it, into `output`.
+    """Write GRAPH_FILE and WEIGHTS_FILE into the directory `output`.
 
     Args:
         draft: in float32, on the CPU.
-        kind: one of KINDS.
-        weights: one of WEIGHTS.
-        head: the ids that the head keeps, ascending; None for all.
-        context: longest text in tokens, by which a fused graph has its rotary tables; None for the model's.
+        kind: one of GRAPH_KINDS.
+        weights: one of WEIGHT_TYPES.
+        head: ids that the head keeps, ascending; None for all.
+        context: longest text in tokens, the length of a fused graph's rotary tables; None for the model's.
 
     Raises:
-        InputError: there is no such graph, or no builder for this architecture.
+        InputError: there is no such variant, or no builder for this architecture.
         OSError: the disk is full, or `output` cannot be written.
     """
-    check_form(kind, weights)
-    if draft.config.model_type not in BUILDERS:
-        raise InputError(f"cannot export model type {draft.config.model_type!r}: known are {', '.join(BUILDERS)}")
+    check_variant(kind, weights)
+    if draft.config.model_type not in GENAI_BUILDERS:
+        raise InputError(
+            f"cannot export model type {draft.config.model_type!r}: supported are {', '.join(GENAI_BUILDERS)}"
+        )
     tied = bool(draft.config.tie_word_embeddings)
-    with tempfile.TemporaryDirectory(prefix=".graph-", dir=output) as scratch, _quiet():
+    with tempfile.TemporaryDirectory(prefix=".graph-", dir=output) as scratch, _silence_exporters():
         if kind == "fused":
-            # float graphs let the embedding read the head's weight; a trimmed head no longer has it all.
+            # In float graphs the embedding reads the head's weight, unless the head is trimmed and lacks rows.
             shared = tied and head is None and weights in ("fp32", "fp16")
-            model = _fused(draft, Path(scratch), context, shared)
+            model = _build_fused_graph(draft, Path(scratch), context, shared)
         else:
-            model = _concat(draft, Path(scratch))
+            model = _build_concat_graph(draft, Path(scratch))
         if head is not None:
             trim_head(model, head)
-        if weights in SCHEMES:
-            quantise(model, SCHEMES[weights], draft.config.num_hidden_layers, tied=tied and head is None)
+        if weights in QUANTIZATION_SCHEMES:
+            scheme = QUANTIZATION_SCHEMES[weights]
+            quantize_model(model, scheme, draft.config.num_hidden_layers, tied=tied and head is None)
         elif weights == "fp16":
-            halve(model)
+            store_half_precision(model)
         model.graph.sort()
-        ir.save(model, output / GRAPH_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=1024)
+        ir.save(model, output / GRAPH_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
 
 
-def check_form(kind: str, weights: str) -> None:
-    """Raises InputError where there is no such graph or no such weights."""
-    if kind not in KINDS or weights not in WEIGHTS:
+def check_variant(kind: str, weights: str) -> None:
+    """Raise InputError if there is no such kind of graph or weight type."""
+    if kind not in GRAPH_KINDS or weights not in WEIGHT_TYPES:
         raise InputError(
-            f"no {kind} graph with {weights} weights; graphs are {', '.join(KINDS)}, weights {', '.join(WEIGHTS)}"
+            f"no {kind} graph with {weights} weights; graphs are {', '.join(GRAPH_KINDS)}, "
+            f"weights {', '.join(WEIGHT_TYPES)}"
         )
 
 
-def _fused(draft: PreTrainedModel, scratch: Path, context: int | None, shared: bool) -> ir.Model:
-    import onnxruntime_genai.models.builder  # isort: skip # noqa: F401 - puts its own folder on the path ...
-    import builders  # isort: skip - ... and imports itself from there
+def _build_fused_graph(draft: PreTrainedModel, scratch: Path, context: int | None, shared: bool) -> ir.Model:
+    # The first import puts its own folder on sys.path; the builder imports itself from there as `builders`.
+    import onnxruntime_genai.models.builder  # type: ignore[import-untyped]  # isort: skip # noqa: F401
+    import builders  # type: ignore[import-not-found]  # isort: skip
 
     config = copy.deepcopy(draft.config)
     config.architectures = [type(draft).__name__]
     options = {
-        # Only the last position's logits: a prompt of 1000 tokens would otherwise want 1000 rows of the head.
+        # Logits of the last position only: a prompt of 1000 tokens would otherwise need 1000 rows of logits.
         "prune_lm_head": True,
         "shared_embeddings": shared,
         "hf_remote": False,
         "hf_token": "false",
     }
-    build = getattr(builders, BUILDERS[config.model_type])
+    build = getattr(builders, GENAI_BUILDERS[config.model_type])
     builder = build(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), options)
     builder.rope_attrs["cache_length"] = context or config.max_position_embeddings
-    # It would read the model from disk; here it is in memory already, and may be large.
+    # The builder would read the model from disk; it is already in memory, and may be large.
     builder.load_weights = lambda path: draft
     builder.make_model("")
-    return builder.model
+    model: ir.Model = builder.model
+    return model
 
 
-def _concat(draft: PreTrainedModel, scratch: Path) -> ir.Model:
-    from optimum.exporters.onnx import main_export
+def _build_concat_graph(draft: PreTrainedModel, scratch: Path) -> ir.Model:
+    from optimum.exporters.onnx import main_export  # type: ignore[import-untyped]
 
     draft.save_pretrained(scratch / "draft")
     main_export(
@@ -135,18 +149,17 @@ def _concat(draft: PreTrainedModel, scratch: Path) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters print a line per tensor and warn about themselves; errors still raise."""
+def _silence_exporters() -> Iterator[None]:
+    """Suppress the exporters' output: a line per tensor, progress bars, warnings. Exceptions still propagate."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _stderr_to_nowhere():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-
-
-def _stderr_to_nowhere() -> contextlib.AbstractContextManager[object]:
-    # Their progress bars write to standard error; ours is the one that people see.
-    return contextlib.redirect_stderr(io.StringIO())

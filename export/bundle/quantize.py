@@ -1,13 +1,13 @@
-"""Fewer bits for the weights of an ONNX graph, and fewer rows for its head.
+"""Quantizes the weights of an ONNX graph, and trims its head.
 
-Works on onnxruntime-genai's graph and on optimum's alike: both name a block's projections the same way and multiply by
-constants. One weight at a time is in memory as float, a piece of it at a time as the rounding's float64, so a draft of
-an 8B target is quantised in little more than what its float32 tensors take.
+It works on onnxruntime-genai's graph and on optimum's: both name a block's projections the same way and multiply by
+constants. Only one weight at a time is in memory as float, and the rounding's float64 copies cover only a part of it,
+so a draft of an 8B target is quantized in little more memory than its float32 tensors take.
 
-The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), the layout that of its MatMulNBits and
-GatherBlockQuantized: blocks of 32 along the input, each with a float32 scale. All graphs use `accuracy_level=4` (int8
-arithmetic), without which 8-bit MatMulNBits is 15 times slower. The embedding gets the head's bits, and shares its
-bytes where the model ties them.
+The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), the layout is that of its MatMulNBits and
+GatherBlockQuantized operators: blocks of 32 along the inputs, each with a float32 scale. All graphs use
+`accuracy_level=4` (int8 arithmetic), without which 8-bit MatMulNBits is 15 times slower. The embedding gets the head's
+bits, and shares its bytes if the model ties them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ ACCURACY_LEVEL = 4
 DOMAIN = "com.microsoft"
 LOGITS = "logits"
 EMBEDDING = "model.embed_tokens.weight"
-# Weights that go through the rounding at once: it holds some five float64 copies of them.
-PIECE = 1 << 24
-# Below this, a tensor is left as it is: norms and biases cost nothing and matter.
-SMALLEST_HALF = 4096
+# Weights that are rounded at once: the rounding holds some five float64 copies of them. Chosen: 670 MB.
+MAX_WEIGHTS_AT_ONCE = 1 << 24
+# Smaller tensors stay float32: norms and biases take little space and are sensitive.
+MIN_HALF_PRECISION_SIZE = 4096
+
+Packed = npt.NDArray[np.uint8]
+Weights = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizationScheme:
     """How the weights of a graph are stored.
 
     Attributes:
-        bits: of every projection, 4 or 8.
-        head_bits: of head and embedding; 32 leaves them float.
-        k_quant: llama.cpp's search for scales and zero points, instead of rounding to nearest with symmetric scales.
-        sensitive: the projections that llama.cpp's mixtures spare get 8 bits.
+        bits: bits of every projection, 4 or 8.
+        head_bits: bits of head and embedding; 32 leaves them float.
+        k_quant: use llama.cpp's search for scales and zero points, not rounding to nearest with symmetric scales.
+        sensitive: store the projections that llama.cpp's mixed types spare in 8 bits.
     """
 
     bits: int
@@ -47,171 +50,175 @@ class Scheme:
     k_quant: bool = False
     sensitive: bool = False
 
-    def bits_of(self, node: str, layers: int) -> int:
-        """Bits of the projection that the MatMul `node` of a model with so many `layers` is."""
+    def projection_bits(self, node: str, layers: int) -> int:
+        """Bits of the projection in the MatMul `node` of a model with `layers` layers."""
         if not self.sensitive or not node.endswith(("qkv_proj/MatMul", "v_proj/MatMul", "down_proj/MatMul")):
             return self.bits
         layer = int(node.split("/model/layers.")[1].split("/")[0])
-        # The same blocks as onnxruntime-genai's `k_quant_mixed`: the first and last eighth, and every third between.
+        # The layers of onnxruntime-genai's `k_quant_mixed`: the first and last eighth, and every third in between.
         spared = layer < layers / 8 or layer >= 7 * layers / 8 or (layer - round(layers / 8)) % 3 == 2
         return 8 if spared else self.bits
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(8, 8),
-    "mixed": Scheme(4, 8, k_quant=True, sensitive=True),
-    "int4-head8": Scheme(4, 8),
-    "int4-head32": Scheme(4, 32),
-    "int4-k": Scheme(4, 4, k_quant=True),
-    "int4": Scheme(4, 4),
+QUANTIZATION_SCHEMES: Mapping[str, QuantizationScheme] = {
+    "int8": QuantizationScheme(8, 8),
+    "mixed": QuantizationScheme(4, 8, k_quant=True, sensitive=True),
+    "int4-head8": QuantizationScheme(4, 8),
+    "int4-head32": QuantizationScheme(4, 32),
+    "int4-k": QuantizationScheme(4, 4, k_quant=True),
+    "int4": QuantizationScheme(4, 4),
 }
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A weight of `rows` outputs and `columns` inputs in blocks along the inputs.
+class QuantizedBlocks:
+    """A quantized weight of `rows` outputs and `columns` inputs, in blocks along the inputs.
 
     Attributes:
         packed: (rows, blocks, BLOCK_SIZE * bits / 8) uint8.
         scales: (rows, blocks) float32.
-        zeros: (rows, bytes) uint8, packed like the weights; None where 2^(bits-1) is zero everywhere.
+        zeros: zero points, (rows, bytes) uint8, packed like the weights; None if they are all 2^(bits-1).
     """
 
     bits: int
     columns: int
-    packed: npt.NDArray[np.uint8]
-    scales: npt.NDArray[np.float32]
-    zeros: npt.NDArray[np.uint8] | None
+    packed: Packed
+    scales: Weights
+    zeros: Packed | None
 
 
-def to_blocks(weight: npt.NDArray[np.float32], bits: int, k_quant: bool) -> Blocks:
-    """Rounds `weight` (rows, columns); a last block that is not full is filled with zeros."""
+def quantize_blocks(weight: Weights, bits: int, k_quant: bool) -> QuantizedBlocks:
+    """Quantize `weight` (rows, columns); an incomplete last block is padded with zeros."""
     rows, columns = weight.shape
     blocks = -(-columns // BLOCK_SIZE)
     packed = np.empty((rows, blocks, BLOCK_SIZE * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
-    zeros = np.empty((rows, _bytes(blocks, bits)), np.uint8) if k_quant else None
-    step = max(1, PIECE // (blocks * BLOCK_SIZE))
+    zeros = np.empty((rows, -(-blocks * bits // 8)), np.uint8) if k_quant else None
+    step = max(1, MAX_WEIGHTS_AT_ONCE // (blocks * BLOCK_SIZE))
     for start in range(0, rows, step):
-        piece = slice(start, start + step)
-        padded = np.pad(weight[piece], ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
+        part = slice(start, start + step)
+        padded = np.pad(weight[part], ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
         values, scale, zero = _round(padded, bits, k_quant)
-        packed[piece] = _pack(values.reshape(len(padded), -1).astype(np.uint8), bits).reshape(len(padded), blocks, -1)
-        scales[piece] = scale.reshape(-1, blocks)
+        packed[part] = _pack(values.reshape(len(padded), -1).astype(np.uint8), bits).reshape(len(padded), blocks, -1)
+        scales[part] = scale.reshape(-1, blocks)
         if zeros is not None:
-            zeros[piece] = _pack(zero.reshape(-1, blocks).astype(np.uint8), bits)
-    return Blocks(bits, columns, packed, scales, zeros)
+            zeros[part] = _pack(zero.reshape(-1, blocks).astype(np.uint8), bits)
+    return QuantizedBlocks(bits, columns, packed, scales, zeros)
 
 
-def quantise(model: ir.Model, scheme: Scheme, layers: int, *, tied: bool) -> None:
-    """Stores the projections, the head and the embedding of `model` as `scheme` says.
+def quantize_model(model: ir.Model, scheme: QuantizationScheme, layers: int, *, tied: bool) -> None:
+    """Quantize the projections, the head and the embedding of `model`, in place.
 
     Args:
-        layers: blocks of the model.
+        layers: number of layers of the model.
         tied: the embedding is the head's weight.
     """
-    head = head_of(model)
-    tables: Blocks | None = None
+    head = find_head(model)
+    head_blocks: QuantizedBlocks | None = None
     for node in list(model.graph):
-        if not _multiplies_by_weight(node):
+        if not _is_weight_matmul(node):
             continue
-        bits = scheme.head_bits if node is head else scheme.bits_of(str(node.name), layers)
+        bits = scheme.head_bits if node is head else scheme.projection_bits(str(node.name), layers)
         if bits == 32:
             continue
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
-        blocks = to_blocks(weight.const_value.numpy().T, bits, scheme.k_quant)
-        _replace(model, node, _multiplication(model, node, str(weight.name), blocks))
-        _drop(model, weight)
+        blocks = quantize_blocks(weight.const_value.numpy().T, bits, scheme.k_quant)
+        _replace_node(model, node, _quantized_matmul(model, node, str(weight.name), blocks))
+        _remove_unused(model, weight)
         if node is head:
-            tables = blocks
+            head_blocks = blocks
     if scheme.head_bits != 32:
-        _quantise_embedding(model, scheme, tables if tied else None)
+        _quantize_embedding(model, scheme, head_blocks if tied else None)
 
 
-def halve(model: ir.Model) -> None:
-    """Stores large float32 tensors as float16; onnxruntime widens them when it loads the graph."""
+def store_half_precision(model: ir.Model) -> None:
+    """Store large float32 tensors as float16, in place; onnxruntime converts them back when it loads the graph."""
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST_HALF:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < MIN_HALF_PRECISION_SIZE:
             continue
-        half = _initializer(model, f"{name}_fp16", tensor.numpy().astype(np.float16))
+        half = _add_initializer(model, f"{name}_fp16", tensor.numpy().astype(np.float16))
         cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_widened")
-        uses = list(value.uses())
-        for user, index in uses:
+        for user, index in list(value.uses()):
             user.replace_input_with(index, cast.outputs[0])
         model.graph.insert_before(next(iter(model.graph)), cast)
         cast.outputs[0].name = f"{name}_fp32"
-        _drop(model, value)
+        _remove_unused(model, value)
 
 
 def trim_head(model: ir.Model, ids: npt.NDArray[np.int32]) -> None:
-    """Leaves of the head only the rows of `ids`: logit i is then that of token `ids[i]`."""
-    head = head_of(model)
+    """Keep only the head's rows of `ids`, in place: logit i is then that of token `ids[i]`."""
+    head = find_head(model)
     weight = head.inputs[1]
     assert weight is not None and weight.const_value is not None
-    # (inputs, ids); contiguous the other way round, as quantising wants it.
+    # (inputs, ids), contiguous along the inputs, as the quantization reads it.
     columns = np.ascontiguousarray(weight.const_value.numpy().T[ids]).T
-    trimmed = _initializer(model, f"{weight.name}_trimmed", columns)
+    trimmed = _add_initializer(model, f"{weight.name}_trimmed", columns)
     head.replace_input_with(1, trimmed)
-    _drop(model, weight)
+    _remove_unused(model, weight)
     logits = head.outputs[0]
-    logits.shape = ir.Shape([*list(logits.shape or ())[:2], len(ids)])
+    leading = list(logits.shape)[:2] if logits.shape is not None else []
+    logits.shape = ir.Shape([*(dim if isinstance(dim, int) else dim.value for dim in leading), len(ids)])
 
 
-def head_of(model: ir.Model) -> ir.Node:
-    """The multiplication that makes the logits."""
-    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
-    head = logits.producer()
-    if head is None or not _multiplies_by_weight(head):
+def find_head(model: ir.Model) -> ir.Node:
+    """Find the MatMul that computes the logits."""
+    head = _logits_producer(model)
+    if head is None or not _is_weight_matmul(head):
         raise ValueError(
             f"the graph's logits come from {head and head.op_type}, not from a MatMul with the head's weight"
         )
     return head
 
 
-def _quantise_embedding(model: ir.Model, scheme: Scheme, shared: Blocks | None) -> None:
+def _logits_producer(model: ir.Model) -> ir.Node | None:
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    return logits.producer()
+
+
+def _quantize_embedding(model: ir.Model, scheme: QuantizationScheme, shared: QuantizedBlocks | None) -> None:
+    """Quantize the embedding; `shared` is the head's quantized weight if the embedding is tied to it."""
     table = model.graph.initializers.get(EMBEDDING)
-    if table is None or table.const_value is None or table.const_value.shape[1] % BLOCK_SIZE:
+    if table is None or table.const_value is None:
+        return
+    weight = table.const_value.numpy()
+    if weight.shape[1] % BLOCK_SIZE:
         return
     (gather, _), *others = table.uses()
     assert gather.op_type == "Gather" and not others
     if shared is None:
-        blocks = to_blocks(table.const_value.numpy(), scheme.head_bits, scheme.k_quant)
-        # Flat, as the operator wants it: onnxruntime then reads the rows that it needs from the file.
-        packed, scales, zeros = _tensors(model, EMBEDDING, replace(blocks, packed=_flat(blocks.packed)))
+        blocks = quantize_blocks(weight, scheme.head_bits, scheme.k_quant)
+        # The operator takes a matrix here; onnxruntime then reads only the rows that it needs from the file.
+        matrix = blocks.packed.reshape(len(blocks.packed), -1)
+        packed, scales, zeros = _add_blocks(model, EMBEDDING, replace(blocks, packed=matrix))
     else:
         blocks = shared
-        stored, scales, zeros = _tensors(model, head_name(model), blocks)
-        shape = _initializer(model, f"{EMBEDDING}_shape", np.array([len(blocks.packed), -1], np.int64))
+        stored, scales, zeros = _add_blocks(model, _quantized_head_name(model), blocks)
+        shape = _add_initializer(model, f"{EMBEDDING}_shape", np.array([len(blocks.packed), -1], np.int64))
         reshape = ir.node("Reshape", [stored, shape], name="/model/embed_tokens/Reshape")
         packed = reshape.outputs[0]
         packed.name = "/model/embed_tokens/Reshape/output_0"
         model.graph.insert_before(gather, reshape)
     inputs = [packed, gather.inputs[1], scales, *([zeros] if zeros is not None else [])]
-    settings = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    looked_up = ir.node("GatherBlockQuantized", inputs, settings, domain=DOMAIN, name=f"{gather.name}Quantized")
+    attributes = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    lookup = ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=f"{gather.name}Quantized")
     model.graph.opset_imports.setdefault(DOMAIN, 1)
-    _replace(model, gather, looked_up)
-    _drop(model, table)
+    _replace_node(model, gather, lookup)
+    _remove_unused(model, table)
 
 
-def _flat(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return packed.reshape(len(packed), -1)
-
-
-def head_name(model: ir.Model) -> str:
-    """Name under which the head's quantised weight is stored, without its suffixes."""
-    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
-    head = logits.producer()
+def _quantized_head_name(model: ir.Model) -> str:
+    """Name of the head's quantized weight, without its suffixes."""
+    head = _logits_producer(model)
     assert head is not None and head.inputs[1] is not None
     return str(head.inputs[1].name).rpartition("_Q")[0]
 
 
-def _multiplication(model: ir.Model, node: ir.Node, name: str, blocks: Blocks) -> ir.Node:
-    packed, scales, zeros = _tensors(model, name, blocks)
+def _quantized_matmul(model: ir.Model, node: ir.Node, name: str, blocks: QuantizedBlocks) -> ir.Node:
+    packed, scales, zeros = _add_blocks(model, name, blocks)
     inputs = [node.inputs[0], packed, scales, *([zeros] if zeros is not None else [])]
-    settings = {
+    attributes = {
         "K": blocks.columns,
         "N": len(blocks.packed),
         "bits": blocks.bits,
@@ -219,62 +226,62 @@ def _multiplication(model: ir.Model, node: ir.Node, name: str, blocks: Blocks) -
         "accuracy_level": ACCURACY_LEVEL,
     }
     model.graph.opset_imports.setdefault(DOMAIN, 1)
-    return ir.node("MatMulNBits", inputs, settings, domain=DOMAIN, name=f"{node.name}_Q{blocks.bits}")
+    return ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=f"{node.name}_Q{blocks.bits}")
 
 
-def _tensors(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """The initializers of `blocks`, made once."""
-    arrays = ((f"{name}_Q{blocks.bits}G{BLOCK_SIZE}", blocks.packed), (f"{name}_scale", blocks.scales))
-    packed, scales = (_initializer(model, label, array) for label, array in arrays)
-    zeros = _initializer(model, f"{name}_zp", blocks.zeros) if blocks.zeros is not None else None
+def _add_blocks(model: ir.Model, name: str, blocks: QuantizedBlocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Initializers of `blocks`: packed weights, scales, zero points."""
+    packed = _add_initializer(model, f"{name}_Q{blocks.bits}G{BLOCK_SIZE}", blocks.packed)
+    scales = _add_initializer(model, f"{name}_scale", blocks.scales)
+    zeros = _add_initializer(model, f"{name}_zp", blocks.zeros) if blocks.zeros is not None else None
     return packed, scales, zeros
 
 
-def _initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    known = model.graph.initializers.get(name)
-    if known is not None:
-        return known
+def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer `name`; it is created with `array` if it does not exist."""
+    existing = model.graph.initializers.get(name)
+    if existing is not None:
+        return existing
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
 
-def _multiplies_by_weight(node: ir.Node) -> bool:
+def _is_weight_matmul(node: ir.Node) -> bool:
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     return weight is not None and weight.is_initializer() and len(weight.shape or ()) == 2
 
 
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+def _replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     convenience.replace_nodes_and_values(model.graph, old, [old], [new], old.outputs, new.outputs)
 
 
-def _drop(model: ir.Model, value: ir.Value) -> None:
+def _remove_unused(model: ir.Model, value: ir.Value) -> None:
     if not value.uses():
-        del model.graph.initializers[value.name]
+        del model.graph.initializers[str(value.name)]
 
 
 def _round(
-    weight: npt.NDArray[np.float32], bits: int, k_quant: bool
+    weight: Weights, bits: int, k_quant: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-    """Values, scales and zero points of the blocks of `weight`, by onnxruntime."""
+    """Values, scales and zero points of the blocks of `weight`, computed by onnxruntime."""
     from onnxruntime.quantization.neural_compressor import weight_only
 
     if k_quant:
-        # A block of zeros has no scale to find.
+        # The scale of a block of zeros is a division by zero.
         with np.errstate(divide="ignore", invalid="ignore"):
-            return weight_only.quant_tensor_k_quant_cpu(weight, bits, BLOCK_SIZE)
-    return weight_only.quant_tensor(weight, bits, BLOCK_SIZE, "sym", "uint")
+            values, scales, zeros = weight_only.quant_tensor_k_quant_cpu(weight, bits, BLOCK_SIZE)
+    else:
+        values, scales, zeros = weight_only.quant_tensor(weight, bits, BLOCK_SIZE, "sym", "uint")
+    return values, scales, zeros
 
 
-def _pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Two values of 4 bits a byte, the first in the lower half; (rows, n) to (rows, n / 2), rounded up."""
+def _pack(values: Packed, bits: int) -> Packed:
+    """Pack 4-bit values two to a byte, the first in the lower half; (rows, n) to (rows, n / 2), rounded up."""
     if bits == 8:
         return values
     if values.shape[1] % 2:
         values = np.pad(values, ((0, 0), (0, 1)), constant_values=8)
-    return values[:, ::2] | values[:, 1::2] << 4
-
-
-def _bytes(count: int, bits: int) -> int:
-    return -(-count * bits // 8)
+    packed: Packed = (values[:, ::2] | values[:, 1::2] << 4).astype(np.uint8)
+    return packed

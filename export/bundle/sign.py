@@ -1,15 +1,13 @@
-"""Signs bundles, so that boards can tell whose they are: `draft-export keygen` and `sign`.
+"""Signs bundles with Ed25519 keys, so that boards can verify their origin.
 
-The private key stays with whoever exports; boards get the public one. `edge_runtime.bundles.signatures` says what a
-signature is.
+The private key stays with the exporter; boards get the public key. `edge_runtime.bundles.signatures` defines the
+signature.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,45 +20,48 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from edge_runtime.bundles.signatures import SIGNATURE, check_signature
-from edge_runtime.protocol.bundle import MANIFEST, read_bundle
+from edge_runtime.protocol.bundle import MANIFEST_NAME, read_bundle
 from edge_runtime.protocol.errors import InputError
 
 
-def make_key(output: Path) -> tuple[Path, Path]:
-    """Makes a pair of keys in PEM, `output`.key for its owner's eyes and `output`.pub for boards; returns both paths.
+def generate_key_pair(private_path: Path) -> Path:
+    """Write a private key to `private_path`, readable by its owner only, and the public key next to it, both in PEM.
+
+    Returns the path of the public key: `maker.pub` for `maker.key`, and for any other name the name with `.pub` added.
 
     Raises:
-        InputError: one of them exists, or cannot be written.
+        InputError: one of the files exists or cannot be written.
     """
-    private = Ed25519PrivateKey.generate()
-    secret = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    paths = output.with_name(f"{output.name}.key"), output.with_name(f"{output.name}.pub")
-    for path, content, mode in zip(paths, (secret, public), (0o600, 0o644), strict=True):
+    stem = private_path.stem if private_path.suffix == ".key" else private_path.name
+    public_path = private_path.with_name(f"{stem}.pub")
+    key = Ed25519PrivateKey.generate()
+    private_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public_pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    for path, content, mode in ((private_path, private_pem, 0o600), (public_path, public_pem, 0o644)):
         try:
-            # Never readable by others, not even for a moment, and never over another key.
+            # O_EXCL with the final mode: never readable by others, not even briefly, and never over another key.
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(content)
         except FileExistsError:
-            raise InputError(f"{path} exists, and a lost key cannot be made again; choose another name") from None
+            raise InputError(f"{path} exists, and a lost key cannot be restored; choose another name") from None
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
-    return paths
+    return public_path
 
 
-def sign(bundle: Path, key: Path) -> Path:
-    """Signs the bundle in the directory `bundle`, once its files are found right; returns the signature's path.
+def sign_bundle(bundle: Path, key: Path) -> Path:
+    """Verify the files of the bundle in the directory `bundle` and sign it. Returns the path of the signature.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is incomplete or damaged.
         InputError: `key` is not a private key, or the signature cannot be written.
     """
     read_bundle(bundle)
-    private = _read_key(key)
+    private = _read_private_key(key)
     signature = bundle / SIGNATURE
     scratch = signature.with_name(f".{SIGNATURE}")
     try:
-        scratch.write_bytes(private.sign((bundle / MANIFEST).read_bytes()))
+        scratch.write_bytes(private.sign((bundle / MANIFEST_NAME).read_bytes()))
         scratch.replace(signature)
     except OSError as error:
         raise InputError(f"cannot write {signature}: {error.strerror}") from None
@@ -68,7 +69,7 @@ def sign(bundle: Path, key: Path) -> Path:
     return signature
 
 
-def _read_key(path: Path) -> Ed25519PrivateKey:
+def _read_private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
@@ -76,27 +77,7 @@ def _read_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise InputError(f"{path} is no Ed25519 private key in PEM without password; `draft-export keygen` makes one")
+        raise InputError(
+            f"{path} is not an Ed25519 private key in PEM without a password; `draft-export keygen` makes one"
+        )
     return key
-
-
-def add_parsers(commands: Any) -> None:
-    """Adds `keygen` and `sign` to argparse's sub-parsers."""
-    keygen = commands.add_parser("keygen", help="make a pair of keys to sign bundles with")
-    keygen.add_argument("--output", type=Path, required=True, metavar="NAME", help="makes NAME.key and NAME.pub")
-    keygen.set_defaults(run=_keygen)
-    signing = commands.add_parser("sign", help="sign a bundle, so that boards can tell whose it is")
-    signing.add_argument("bundle", type=Path, help="directory of the bundle")
-    signing.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key, NAME.key of `keygen`")
-    signing.set_defaults(run=_sign)
-
-
-def _keygen(options: argparse.Namespace) -> int:
-    private, public = make_key(options.output)
-    print(f"{private}: keep it secret; {public}: for boards, as draft.public_key_file of their configuration")
-    return 0
-
-
-def _sign(options: argparse.Namespace) -> int:
-    print(f"{sign(options.bundle, options.key)}: signed")
-    return 0

@@ -1,7 +1,7 @@
-"""A head with fewer rows: only the ids that a text has.
+"""Trims the head of a draft to the ids of a text.
 
-A head of 128k rows is a third of what a small draft reads per token. A trimmed one cannot guess what is missing, which
-costs acceptance and no correctness; the noise of the ids that are left stays theirs.
+A head of 128k rows is a third of the bytes that a small draft reads per token. A trimmed head cannot propose the
+missing ids, which costs acceptance but not correctness; the remaining ids keep their noise.
 """
 
 from __future__ import annotations
@@ -14,31 +14,29 @@ from tokenizers import Tokenizer
 
 from edge_runtime.protocol.errors import InputError
 
-Ids = npt.NDArray[np.int32]
 
-
-def ids_of_text(
-    tokenizer: Tokenizer, text: str, vocabulary_size: int, most: int | None = None
+def select_head_ids(
+    tokenizer: Tokenizer, text: str, vocabulary_size: int, max_ids: int | None = None
 ) -> npt.NDArray[np.int32]:
-    """The ids that `text` has, and the special ones; ascending.
+    """Return the ids that occur in `text` and the special ids, ascending.
 
     Args:
-        most: leave out the rarest, so that no more than this remain.
+        max_ids: keep at most this many ids by leaving out the rarest; special ids are always kept.
 
     Raises:
-        InputError: the text has too few different tokens to guess from, or the vocabulary has no more.
+        InputError: fewer than two ids remain.
     """
     special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    # Line by line: the tokenizer would hold all of a long text's pieces at once.
+    # Line by line: for a single long text the tokenizer would hold all encodings at once.
     counts = Counter(
         index
         for encoding in tokenizer.encode_batch_fast(text.splitlines(keepends=True), add_special_tokens=False)
         for index in encoding.ids
     )
-    # Of equally frequent ids the lower: the same text gives the same head.
+    # Equally frequent ids are ordered by id, so that the same text gives the same head.
     ranked = sorted(counts.keys() - special, key=lambda index: (-counts[index], index))
-    kept = sorted({*ranked[: None if most is None else max(0, most - len(special))], *special})
-    kept = [index for index in kept if index < vocabulary_size]
-    if len(kept) < 2 or not ranked:
+    selected = sorted({*ranked[: None if max_ids is None else max(0, max_ids - len(special))], *special})
+    selected = [index for index in selected if index < vocabulary_size]
+    if len(selected) < 2 or not ranked:
         raise InputError("the text to trim the head by has fewer than two different tokens; give a longer one")
-    return np.array(kept, np.int32)
+    return np.array(selected, np.int32)

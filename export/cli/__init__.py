@@ -1,4 +1,4 @@
-"""`draft-export`: the command line, one module per command. `main` is the entry point."""
+"""`draft-export`: the command line, one module per command."""
 
 from export.cli.main import main
 

@@ -1,94 +1,98 @@
-"""`draft-export family`: the example family from nothing: corpus and tokenizer, target v1, its next versions, draft,
-bundle, evaluation.
-
-    draft-export family --size smoke --corpus DIR --out DIR
-
-The corpus and bundle stages need only a CPU; the others take minutes on one GPU. A stage whose result exists is
-skipped, and a stage that was killed goes on from its last checkpoint, so the same command may simply be given again.
-Futures (what target v1 may become: LoRAs towards several kinds of text) are teachers of the draft; they and the
-controls (a standalone draft of the same cost, drafts made anew for each version, drafts taught otherwise) are not
-shipped. With several GPUs, run `--stage futures` and `--stage controls` once for each with `--only NAME`.
-"""
+"""`draft-export family`: builds the example family from scratch, stage by stage."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
+from edge_runtime.protocol.errors import InputError
+from export.cli.choices import FAMILY_SIZES, OBJECTIVES
 
-from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.draft.distill import Objective
-from export.example_family.recipe import BUNDLE, CONTROLS, DRAFT, EVALUATION, FUTURES, SETTLED, TARGET, TUNED, Recipe
-from export.example_family.sizes import SIZES, Size
+if TYPE_CHECKING:
+    from export.example_family.recipe import Recipe
+    from export.example_family.sizes import Size
+
+DESCRIPTION = """\
+Builds the example family from scratch: corpus and tokenizer, target v1, its next versions, draft, bundle, evaluation.
+
+    draft-export family --size smoke --corpus DIR --out DIR
+
+The corpus and bundle stages need only a CPU; the others take minutes on one GPU. A stage whose result exists is
+skipped, and an interrupted stage resumes from its last checkpoint, so the same command can be given again. Futures
+(possible later versions of target v1: LoRAs towards several kinds of text) are teachers of the draft. Futures and
+controls (a standalone draft of the same cost, drafts retrained for each version, drafts trained otherwise) are not
+shipped. With several GPUs, run `--stage futures` and `--stage controls` once for each, with `--only NAME`.
+"""
 
 STAGES = (
     *("corpus", "target", "evolve", "evolve-v3", "evolve-v4", "futures"),
     *("distill", "bundle", "controls", "evaluate"),
 )
+# Stages of a `Size` whose number of steps --steps can change.
 TRAINED_STAGES = ("target", "evolve", "tune", "distill", "settle", "control")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a run."""
-    parser.add_argument("--size", choices=SIZES, required=True)
+def add_parser(commands: Any) -> None:
+    """Add `family` to argparse's sub-parsers."""
+    parser = commands.add_parser(
+        "family",
+        help="train the example family from scratch",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=FAMILY_SIZES, required=True)
     parser.add_argument("--corpus", type=Path, required=True, help="directory of tokenizer and token streams")
     parser.add_argument("--out", type=Path, required=True, help="directory of the models")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--objective", choices=get_args(Objective), default="mixed", help="what the draft minimises")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the target's training step, and drafts' loss")
-    parser.add_argument("--only", metavar="NAME", help="of the futures or controls, this one")
-    parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="other than the size's steps")
-
-
-def run_with(options: argparse.Namespace) -> int:
-    """Runs the stages that `options` ask for and that are not yet done. Raises FlexSpecError."""
-    recipe = Recipe(
-        with_steps(SIZES[options.size], options.steps),
-        options.corpus,
-        options.out,
-        torch.device(options.device),
-        options.objective,
-        options.compile,
-        options.only,
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default="mixed", help="loss of the draft (default: %(default)s)"
     )
-    run(recipe, STAGES if options.stage == "all" else (options.stage,))
-    return 0
+    parser.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the target's training step and the loss of drafts"
+    )
+    parser.add_argument("--only", metavar="NAME", help="only this one of the futures or controls")
+    parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="override the size's steps")
+    parser.set_defaults(run=run)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The same as `draft-export family`, for a training machine that lacks the exporters."""
-    parser = argparse.ArgumentParser(prog="python -m export.cli.family", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run_with(parser.parse_args(arguments))
-    except FlexSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+def run(options: argparse.Namespace) -> int:
+    """Run the selected stages that are not done yet. Returns the exit code; raises FlexSpecError."""
+    import torch
 
+    from export.example_family.recipe import Recipe
+    from export.example_family.sizes import SIZES
 
-def run(recipe: Recipe, stages: tuple[str, ...]) -> None:
-    """Runs `stages` in order, leaving out those whose result is there."""
-    makers = _makers(recipe)
-    for stage in stages:
-        result, make = makers[stage]
+    recipe = Recipe(
+        size=override_steps(SIZES[options.size], options.steps),
+        corpus=options.corpus,
+        out=options.out,
+        device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        objective=options.objective,
+        compiled=options.compile,
+        only=options.only,
+    )
+    stages = _stage_functions(recipe)
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        result, make = stages[stage]
         if result.exists():
-            print(f"{stage}: {result} is there, nothing to do (delete it to make it again)", flush=True)
+            print(f"{stage}: {result} exists, nothing to do (delete it to make it again)", flush=True)
             continue
         started = time.monotonic()
         make()
         print(f"{stage}: {result} made in {time.monotonic() - started:.0f} s", flush=True)
+    return 0
 
 
-def _makers(recipe: Recipe) -> dict[str, tuple[Path, Callable[[], None]]]:
-    """What each stage leaves behind, and what makes it."""
+def _stage_functions(recipe: Recipe) -> dict[str, tuple[Path, Callable[[], None]]]:
+    """Result of each stage, and the function that makes it."""
+    from export.example_family.recipe import BUNDLE, CONTROLS, DRAFT, EVALUATION, FUTURES, SETTLED, TARGET, TUNED
+
     return {
         "corpus": (recipe.corpus / "sources.json", recipe.make_corpus),
         "target": (recipe.out / TARGET, recipe.make_target),
@@ -103,8 +107,8 @@ def _makers(recipe: Recipe) -> dict[str, tuple[Path, Callable[[], None]]]:
     }
 
 
-def with_steps(size: Size, overrides: list[str]) -> Size:
-    """The size with other numbers of steps.
+def override_steps(size: Size, overrides: list[str]) -> Size:
+    """Return the size with other numbers of steps.
 
     Raises:
         InputError: an override is not `STAGE=N` with one of TRAINED_STAGES.
@@ -115,7 +119,3 @@ def with_steps(size: Size, overrides: list[str]) -> Size:
             raise InputError(f"--steps {override}: write one of {', '.join(TRAINED_STAGES)}, =, and a number")
         size = replace(size, **{stage: replace(getattr(size, stage), steps=int(steps))})
     return size
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

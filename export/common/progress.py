@@ -1,4 +1,4 @@
-"""How far a long run is: a bar on a terminal with rich, one line now and then everywhere else."""
+"""Progress of a long run: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows steps done, a note such as the loss, and the time left.
+    """Shows the steps done, a note such as the loss, and the remaining time.
 
     Args:
-        label: what is going on.
-        total: steps in all.
+        label: name of the run.
+        total: number of steps.
         done: steps that an earlier run has done.
     """
 
@@ -38,7 +38,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._close()
 
     def update(self, done: int, note: str) -> None:
-        """Reports that `done` steps are done."""
+        """Report that `done` steps are done."""
         if self._bar is not None:
             self._bar(done, note)
             return
@@ -51,10 +51,8 @@ class Progress(AbstractContextManager["Progress"]):
         print(f"{self._label}: {done}/{self._total}  {note}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
 
     def _open_bar(self) -> None:
-        try:
-            from rich import progress
-        except ImportError:
-            return
+        from rich import progress
+
         columns = (
             "{task.description}",
             progress.BarColumn(),

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from cloud_verifier.acceptance.measure import choose_tokens, count_accepted
+from edge_runtime.protocol.sampling import Sampling
 from export.data.token_stream import TokenStream
 from export.draft.distill import kl_divergence, overlap
 
@@ -21,8 +23,8 @@ class Agreement:
     Attributes:
         positions: how many were compared.
         greedy: share where both have the same likeliest token: acceptance at temperature 0.
-        coupled: share where both draw the same token from the same noise: acceptance at temperature 1, one draw
-            per position.
+        coupled: share where both choose the same token with the coupled noise: acceptance at temperature 1, one
+            draw per position.
         overlap: sum min(p, q) at temperature 1: the best any rule could do.
         kl: KL(target || draft) in nats.
         target_loss: cross-entropy of the target itself, in nats.
@@ -51,22 +53,25 @@ def measure(
     seed: int = 0,
 ) -> Agreement:
     """Compares draft and target on at most `windows` windows of `length` tokens, spread over `text`."""
-    device = text.ids.device
-    random = torch.Generator(device).manual_seed(seed)
     available = max(1, len(text.ids) // length)
     stride = max(1, available // windows)
-    sums, positions = torch.zeros(5, dtype=torch.float64), 0
+    sums, positions = torch.zeros(3, dtype=torch.float64), 0
+    accepted = {0.0: 0, 1.0: 0}
     # Every `stride`-th window, so that a long stream is seen from end to end.
     rows = torch.cat(list(text.consecutive(available, length)))[::stride][:windows]
-    for ids in rows.split(ROWS_AT_ONCE):
+    for first, ids in enumerate(rows.split(ROWS_AT_ONCE)):
         wanted = target(input_ids=ids, use_cache=False).logits.float()  # (rows, length, vocabulary)
         given = draft(input_ids=ids, use_cache=False).logits.float()
-        # Gumbel noise: argmax(logits + noise) is a draw from softmax(logits).
-        noise = -torch.rand(wanted.shape, generator=random, device=device).clamp_min(1e-20).log().neg().log()
+        for temperature in accepted:
+            # Each row is sampled as a request of its own, whose first token is at position 0.
+            segments = [
+                (Sampling(temperature=temperature, seed=seed + first * ROWS_AT_ONCE + row), list(range(1, length + 1)))
+                for row in range(len(ids))
+            ]
+            chosen, drafted = (choose_tokens(logits.flatten(0, 1), segments) for logits in (wanted, given))
+            accepted[temperature] += count_accepted(drafted, chosen)[0]
         sums += torch.stack(
             [
-                (wanted.argmax(-1) == given.argmax(-1)).double().sum(),
-                ((wanted + noise).argmax(-1) == (given + noise).argmax(-1)).double().sum(),
                 overlap(wanted, given).double().sum(),
                 kl_divergence(wanted, given).double().sum(),
                 # The last position of a row has no next token: scale its sum up to all positions.
@@ -74,4 +79,5 @@ def measure(
             ]
         ).cpu()
         positions += ids.numel()
-    return Agreement(positions, *(round(value, 4) for value in (sums / positions).tolist()))
+    shares = [count / positions for count in accepted.values()]
+    return Agreement(positions, *(round(value, 4) for value in (*shares, *(sums / positions).tolist())))

@@ -1,13 +1,12 @@
-"""`draft-export distill`: a draft for a target of yours, taught by it on text of yours."""
+"""Distills a draft for a given target on given text: the logic of `draft-export distill`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cloud_verifier.draft_models.checkpoint import load_draft, save_draft
-from cloud_verifier.draft_models.layouts import LAYOUTS, build_draft
+from cloud_verifier.draft_models.layouts import build_draft
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from export.data.token_stream import Mixture, TokenStream, tokenise
 from export.draft.agreement import Agreement, measure
@@ -24,20 +23,6 @@ from export.draft.distill import Lesson, Objective, distil
 from export.draft.samples import SamplePlan, sample
 from export.draft.teachers import Teacher, plain, siblings
 from export.draft.training import Curve, Plan, write_json
-
-DESCRIPTION = """\
-Trains a draft for TARGET: new blocks learn to say what TARGET says, beside blocks of TARGET's own that stay as they
-are. Give the same command again after a kill, and it goes on from its last checkpoint. The result goes into --output,
-with distill.json (what was done, on what, with which seeds), distill.png (the loss), and agreement on held-out text;
-`draft-export onnx TARGET OUTPUT` packs it for boards.
-
-examples:
-  draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft                    # one GPU, hours
-  draft-export distill /models/Llama-3.1-8B --text corpus/ --rows 64 --accumulate 16 --output draft
-  draft-export distill export/example_family/target-v1 --text edge_runtime/ \\
-      --steps 20 --rows 4 --length 64 --output /tmp/draft
-  draft-export distill target --text a.txt b/ --siblings 3 --samples 2000000 --layout prefix --output draft
-"""
 
 # Of the documents of a text, these are kept for the evaluation: every so many-th.
 HELD_OUT_EVERY = 20
@@ -128,77 +113,6 @@ def draw(curve: Curve, title: str, path: Path) -> None:
     axes.plot(curve.steps, curve.losses)
     axes.set(xlabel="steps", ylabel="loss", title=title)
     figure.savefig(path, dpi=120)
-
-
-def add_parser(commands: Any) -> None:
-    """Adds `distill` to argparse's sub-parsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "distill",
-        help="train a draft for a target",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="PATH", help="UTF-8 files, or folders")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
-    parser.add_argument("--layout", choices=LAYOUTS, default="anchor", help="default: %(default)s")
-    parser.add_argument("--new-blocks", type=int, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument("--shared-blocks", type=int, default=1, metavar="N", help="default: %(default)s")
-    learning = parser.add_argument_group("learning")
-    learning.add_argument("--objective", choices=get_args(Objective), default="mixed", help="default: %(default)s")
-    learning.add_argument(
-        "--siblings", type=int, default=2, metavar="N", help="perturbed targets to learn from, too (%(default)s)"
-    )
-    learning.add_argument(
-        "--strength", type=float, default=0.1, help="of the perturbation, relative to each matrix (%(default)s)"
-    )
-    learning.add_argument(
-        "--samples", type=int, default=0, metavar="TOKENS", help="that the target writes, to learn from, too (0)"
-    )
-    learning.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
-    learning.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    learning.add_argument("--rows", type=int, default=96, help="texts in a batch (default: %(default)s)")
-    learning.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
-    learning.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="parts of a batch, for less memory (1)"
-    )
-    learning.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="default: %(default)s")
-    learning.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    learning.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Runs the command. Returns the exit code; raises FlexSpecError."""
-    if options.siblings < 0 or options.samples < 0:
-        raise InputError("--siblings and --samples are at least 0")
-    plan = Plan(
-        options.steps,
-        options.rate,
-        options.rows,
-        options.length,
-        warm_up=options.warm_up,
-        seed=options.seed,
-        accumulate=options.accumulate,
-    )
-    order = Order(
-        options.target,
-        tuple(options.text),
-        plan,
-        options.layout,
-        options.new_blocks,
-        options.shared_blocks if LAYOUTS[options.layout].shares else 0,
-        options.objective,
-        options.samples,
-        options.siblings,
-        options.strength,
-    )
-    agreement = distill(order, options.output, torch.device(options.device))
-    print(
-        f"{options.output}: on held-out text {agreement.greedy:.1%} of its likeliest tokens are the target's, "
-        f"{agreement.coupled:.1%} of those drawn at temperature 1"
-    )
-    return 0
 
 
 def _begin(order: Order, partial: Path) -> None:

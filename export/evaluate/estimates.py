@@ -1,7 +1,7 @@
-"""How large a draft will be, from its configuration alone: parameters, bytes on disk by kind of tensor, memory.
+"""Estimates the size of a draft from its configuration alone: parameters, bytes on disk by kind of tensor, memory.
 
-No weight is read and none is made: the model is built without storage. What the exported graph adds to its tensors
-(nodes and names, some 30 kB) and the tokenizer are not counted. `bundle.footprint` measures a bundle that exists.
+No weights are read or allocated: the model is built on the meta device. The graph itself (nodes and names, some 30 kB)
+and the tokenizer are not counted. `bundle.footprint` measures an existing bundle.
 """
 
 from __future__ import annotations
@@ -9,30 +9,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.bundle.quantize import BLOCK_SIZE
 
-# Bits of a weight, by what `draft-export onnx --weights` calls them.
-BITS = {"int4": 4, "int8": 8}
+# Bits of a weight, by the name of the weight type in `draft-export onnx --weights`.
+WEIGHT_BITS = {"int4": 4, "int8": 8}
 EMBEDDING, TIED = "embedding", "embedding and head"
-KINDS = {"embed_tokens": EMBEDDING, "lm_head": "head", "self_attn": "attention", "mlp": "feed-forward"}
+TENSOR_KINDS = {"embed_tokens": EMBEDDING, "lm_head": "head", "self_attn": "attention", "mlp": "feed-forward"}
 VECTORS = "norms and biases"
 ROTARY = "rotary tables"
-# A board's process without the draft's weights and cache: interpreter, libraries, working memory.
+# Measured: memory of a board's process without the draft's weights and KV cache (interpreter, libraries, buffers).
 PROCESS_BYTES = 90_000_000
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a draft will take.
+class SizeEstimate:
+    """Estimated size of a draft.
 
     Attributes:
-        parameters: a tied head is counted once.
-        tensor_bytes: on disk, by kind.
-        cache_bytes: keys and values of one token in all layers, float32.
+        parameters: number of parameters; a tied head is counted once.
+        tensor_bytes: bytes on disk by kind of tensor.
+        cache_bytes: KV cache of one token in all layers, float32.
         context: longest text in tokens.
     """
 
@@ -43,25 +44,27 @@ class Estimate:
 
     @property
     def weight_bytes(self) -> int:
-        """On disk: the size by which profiles know a draft."""
+        """Bytes on disk: the size by which board profiles identify a draft."""
         return sum(self.tensor_bytes.values())
 
     @property
     def memory_bytes(self) -> int:
-        """Of a board's process with a text as long as the context."""
+        """Memory of a board's process with a text as long as the context."""
         return PROCESS_BYTES + self.weight_bytes + self.context * self.cache_bytes
 
 
-def estimate(config: PretrainedConfig, weights: str = "int8", context: int | None = None) -> Estimate:
-    """The estimate for a draft with this configuration of its own, as a fused graph.
+def estimate_size(config: PretrainedConfig, weights: str = "int8", context: int | None = None) -> SizeEstimate:
+    """Estimate the size of a draft, exported as a fused graph.
 
     Args:
-        weights: one of BITS.
+        config: the draft's own configuration.
+        weights: one of WEIGHT_BITS.
         context: longest text; None for the model's.
     """
     context = context or config.max_position_embeddings
+    auto_model: Any = AutoModelForCausalLM  # its stubs miss the annotations of from_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_model.from_config(config)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     sizes: Counter[str] = Counter()
     parameters = 0
@@ -69,19 +72,19 @@ def estimate(config: PretrainedConfig, weights: str = "int8", context: int | Non
         parameters += tensor.numel()
         kind = VECTORS
         if tensor.dim() == 2:
-            kind = next(kind for part, kind in KINDS.items() if part in name)
+            kind = next(kind for part, kind in TENSOR_KINDS.items() if part in name)
             kind = TIED if tied and kind == EMBEDDING else kind
-        sizes[kind] += _stored(tensor.shape, kind, BITS[weights])
+        sizes[kind] += _stored_bytes(tensor.shape, kind, WEIGHT_BITS[weights])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # A sine and a cosine for each position and pair of dimensions.
     sizes[ROTARY] = 4 * context * head_dim
-    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    return Estimate(parameters, dict(sizes), cache, context)
+    cache_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return SizeEstimate(parameters, dict(sizes), cache_bytes, context)
 
 
-def _stored(shape: torch.Size, kind: str, bits: int) -> int:
-    """Bytes of a tensor: vectors float32, matrices in blocks with a float32 scale each."""
-    # An embedding whose rows are no whole blocks stays float32.
+def _stored_bytes(shape: torch.Size, kind: str, bits: int) -> int:
+    """Bytes of a tensor: vectors are float32, matrices have blocks with a float32 scale each."""
+    # An embedding whose rows are not whole blocks stays float32.
     if len(shape) < 2 or (kind in (EMBEDDING, TIED) and shape[1] % BLOCK_SIZE):
         return 4 * shape.numel()
     blocks = shape[0] * -(-shape[1] // BLOCK_SIZE)

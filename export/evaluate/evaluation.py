@@ -1,26 +1,25 @@
-"""How well drafts do with targets, and what evolution costs a frozen one: the evaluation that tables are made of.
+"""Evaluates drafts against target versions: acceptance, tokens per round, modeled speed, and retention.
 
     evaluation = evaluate(
-        {"anchor": TorchProposer(draft), "bundle": OnnxProposer(OnnxDraft.load(path))},  # anything that is a `Draft`
-        {"target-v1": model, "target-v2": lambda: load_evolved(...)},  # models, or what loads one when its turn comes
+        {"anchor": TorchProposer(draft), "bundle": OnnxProposer(OnnxDraft.load(path))},  # anything that is a `Proposer`
+        {"target-v1": model, "target-v2": lambda: load_evolved(...)},  # models, or functions that load one when needed
         {"python": ids, "cpp": ids},                                   # held-out text: token ids by name
-        retrained={"target-v2": TorchProposer(other)},                 # drafts made anew for a version
-        order=Order(texts=96),
-        scene=Scene("raspberry-pi-5"),
+        retrained={"target-v2": TorchProposer(other)},                 # drafts retrained for one version
+        config=EvaluationConfig(texts=96),
+        deployment=SimulatedDeployment("raspberry-pi-5"),
     )
-    evaluation.record()       # plain data, for JSON
-    markdown(evaluation)      # tables, see `report`
-    draw(evaluation, path)    # PNG
+    evaluation.record()               # plain data, for JSON
+    format_markdown(evaluation)       # tables, see `report`
+    save_chart(evaluation, path)      # PNG
 
-Every draft meets every version at every temperature on two kinds of text. `own`: what the target itself goes on to
-write behind a piece of held-out text, which is what a board sees. `given`: the held-out text goes on as it is, and at
-every position the target is asked what it would say there; rounds are then those of a draft whose acceptance falls so,
-for a given text itself is nobody's proposal. Tokens are chosen with the board's noise (`contract.coupling`), so a guess
-is accepted iff it is the target's token.
+Every draft is measured with every version at every temperature on two kinds of text. `own`: the target's own
+continuation of a piece of held-out text, which is what a board sees. `given`: the held-out text continues unchanged,
+and the target chooses a token at every position of it; tokens per round are then those of a draft with this acceptance,
+since no model generated the given text. How acceptance is measured is defined in `cloud_verifier.acceptance.measure`.
 
-Positions that only repeat what stands before them (`loops`) are counted apart, for they flatter every draft:
-all figures are without them unless they say so. Retention is a draft's acceptance over that of the retrained draft of
-that version. Intervals are 95 % of a bootstrap over texts (`cloud_verifier.acceptance.bootstrap`).
+Positions in loops (`loops`) are counted separately, because they inflate every draft: all figures exclude them unless
+they say otherwise. Retention is a draft's acceptance divided by that of the draft retrained for the version. Intervals
+are 95 % bootstrap intervals over texts (`cloud_verifier.acceptance.bootstrap`).
 """
 
 from __future__ import annotations
@@ -33,43 +32,44 @@ import numpy as np
 import torch
 
 from cloud_verifier.acceptance.bootstrap import Bootstrap, Interval
+from cloud_verifier.acceptance.measure import TEMPERATURES, Passage
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
 from export.common.progress import Progress
-from export.evaluate.proposers import Draft, Guesses, Passage, Writer
-from export.evaluate.speeds import Scene, Speed, speed
-from export.evaluate.traces import Trace
+from export.evaluate.proposers import Proposer, TargetWriter
+from export.evaluate.speeds import ModeledSpeed, SimulatedDeployment, model_speed
+from export.evaluate.traces import AcceptanceTrace
 
-FORMAT = 1
-OWN, GIVEN = "own", "given"
-# What the draft that was made anew for a version is called in its rows.
+FORMAT_VERSION = 1
+OWN_TEXT, GIVEN_TEXT = "own", "given"
+# Name of the draft that was retrained for a version, in that version's rows.
 RETRAINED = "retrained"
-LONGEST_DRAFT = 16
+MAX_DRAFT_TOKENS = 16
 
-# A model, or what loads one.
-Target = torch.nn.Module | Callable[[], Any]
+# A model, or a function that loads one.
+TargetSource = torch.nn.Module | Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Order:
-    """How much to measure, and how.
+class EvaluationConfig:
+    """What to measure.
 
     Attributes:
-        texts: pieces of text, spread evenly over what is given.
-        prompt: tokens of each that are read and not judged.
-        tokens: that are judged, or written by the target.
-        temperatures, kinds: of which text is made.
-        lengths: K, tokens drafted in a round.
-        siblings: alternatives beside each of them, where rounds have any.
-        seed: text i is sampled with seed + i; and of the bootstrap.
-        resamples: of the bootstrap.
+        texts: number of pieces of text, divided evenly among the given texts.
+        prompt: tokens of each piece that are only prefilled.
+        tokens: tokens of each piece that are judged, or generated by the target.
+        temperatures, kinds: measured combinations; kinds are OWN_TEXT and GIVEN_TEXT.
+        lengths: draft lengths K of the rounds.
+        siblings: siblings of each draft token, in rounds that have any.
+        seed: piece i is sampled with seed + i; also the seed of the bootstrap.
+        resamples: number of bootstrap resamples.
     """
 
     texts: int = 48
     prompt: int = 64
     tokens: int = 128
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    kinds: tuple[str, ...] = (OWN, GIVEN)
+    temperatures: tuple[float, ...] = TEMPERATURES
+    kinds: tuple[str, ...] = (OWN_TEXT, GIVEN_TEXT)
     lengths: tuple[int, ...] = (2, 4, 8, 16)
     siblings: int = 3
     seed: int = 0
@@ -77,10 +77,12 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.texts < 2:
-            raise InputError(f"{self.texts} texts say nothing of chance: evaluate on at least 2, better on 48 or more")
-        if self.prompt < 1 or self.tokens < LONGEST_DRAFT:
             raise InputError(
-                f"a text needs a prompt of at least 1 token and {LONGEST_DRAFT} behind it, "
+                f"{self.texts} texts give no confidence interval: evaluate on at least 2, better on 48 or more"
+            )
+        if self.prompt < 1 or self.tokens < MAX_DRAFT_TOKENS:
+            raise InputError(
+                f"a text needs a prompt of at least 1 token and at least {MAX_DRAFT_TOKENS} tokens after it, "
                 f"not {self.prompt} and {self.tokens}"
             )
         for temperature in self.temperatures:
@@ -89,23 +91,28 @@ class Order:
             except ValueError as error:
                 raise InputError(f"temperature {temperature:g}: {error}") from None
 
+    @property
+    def piece_tokens(self) -> int:
+        """Length of a piece of text."""
+        return self.prompt + self.tokens
+
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """One draft with one version at one temperature on one kind of text. Shares and counts are means over positions.
 
     Attributes:
-        positions: judged, loops included.
-        acceptance: share of guesses that are the target's token.
+        positions: number of judged positions, loops included.
+        acceptance: acceptance rate outside loops.
         looped: share of positions in loops.
-        looped_acceptance: of guesses there; None without loops.
-        overall_acceptance: of all guesses, loops and all.
+        looped_acceptance: acceptance rate in loops; None without loops.
+        overall_acceptance: acceptance rate over all positions.
         by_text: acceptance by the name of the text.
-        survival: for k = 1 to LONGEST_DRAFT, the share of drafts whose first k tokens are all accepted.
-        tokens_per_round: by plan: `K=4`, or `K=4 +3` with three siblings beside each token.
-        retention: acceptance over the retrained draft's; None where there is none.
+        survival: for k = 1 to MAX_DRAFT_TOKENS, the share of drafts whose first k tokens are all accepted.
+        tokens_per_round: by plan: `K=4`, or `K=4 +3` with three siblings for each token.
+        retention: acceptance divided by the retrained draft's; None if there is no retrained draft.
         overall_retention: the same with loops.
-        speed: on a board; None where none was asked for.
+        speed: modeled speed on a board; None if none was asked for.
     """
 
     draft: str
@@ -122,208 +129,227 @@ class Row:
     tokens_per_round: dict[str, Interval | None]
     retention: Interval | None = None
     overall_retention: Interval | None = None
-    speed: Speed | None = None
+    speed: ModeledSpeed | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """The results.
 
     Attributes:
-        order: what was asked for.
-        texts: pieces evaluated, by the name of the text that they are from.
+        config: what was measured.
+        texts: number of pieces by the name of the text that they come from.
         rows: by version, kind, temperature and draft, in the order in which these were given.
     """
 
-    order: Order
+    config: EvaluationConfig
     texts: dict[str, int]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[EvaluationRow] = field(default_factory=list)
 
-    def row(self, draft: str, version: str, temperature: float = 0.0, kind: str = OWN) -> Row:
-        """One row. Raises KeyError."""
-        wanted = (draft, version, temperature, kind)
+    def row(self, draft: str, version: str, temperature: float = 0.0, kind: str = OWN_TEXT) -> EvaluationRow:
+        """Return one row. Raises KeyError."""
+        key = (draft, version, temperature, kind)
         for row in self.rows:
-            if (row.draft, row.version, row.temperature, row.kind) == wanted:
+            if (row.draft, row.version, row.temperature, row.kind) == key:
                 return row
-        raise KeyError(wanted)
+        raise KeyError(key)
 
     def record(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"format": FORMAT, **asdict(self), "torch": torch.__version__}
+        """The results as plain data."""
+        return {
+            "format": FORMAT_VERSION,
+            "order": asdict(self.config),
+            "texts": self.texts,
+            "rows": [asdict(row) for row in self.rows],
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(frozen=True)
+class _JudgedTexts:
+    """The texts of one kind and temperature, and the target's token at each of their judged positions."""
+
+    kind: str
+    passages: list[Passage]
+    chosen: list[list[int]]
 
 
 def evaluate(
-    drafts: Mapping[str, Draft],
-    targets: Mapping[str, Target],
+    drafts: Mapping[str, Proposer],
+    targets: Mapping[str, TargetSource],
     text: Mapping[str, Sequence[int]],
     *,
-    retrained: Mapping[str, Draft] | None = None,
-    order: Order | None = None,
-    scene: Scene | None = None,
+    retrained: Mapping[str, Proposer] | None = None,
+    config: EvaluationConfig | None = None,
+    deployment: SimulatedDeployment | None = None,
 ) -> Evaluation:
-    """Measures every draft, and the retrained ones, with every target; see the module.
+    """Measure every draft, and the retrained ones, with every target; see the module.
 
     Args:
-        drafts: by name.
-        targets: by the version's name; models in eval mode on any device.
-        text: token ids by name, any sequence of integers: lists, arrays, tensors.
-        retrained: by version.
-        scene: where speed is modelled for; None models none.
+        drafts: drafts by name.
+        targets: targets by the version's name; models in eval mode on any device.
+        text: token ids by name; any sequence of integers: lists, arrays, tensors.
+        retrained: retrained drafts by version.
+        deployment: what to model speed for; None models none.
 
     Raises:
         InputError: a text is too short, a name is unknown, or vocabularies differ.
-        DraftError, TargetError: as drafts and loaders raise them.
+        DraftError, TargetError: a draft or a target fails.
     """
-    order, retrained = order or Order(), retrained or {}
+    config, retrained = config or EvaluationConfig(), retrained or {}
     for version in retrained:
         if version not in targets:
-            raise InputError(f"a retrained draft for {version!r}, which is not evaluated: {_those(targets)}")
+            raise InputError(
+                f"a retrained draft for {version!r}, which is not evaluated: those evaluated are {', '.join(targets)}"
+            )
     if RETRAINED in drafts or not drafts or not targets:
-        raise InputError(f"evaluate at least one draft, not called {RETRAINED!r}, and one target")
-    pieces = _pieces(text, order)
+        raise InputError(f"evaluate at least one draft, not named {RETRAINED!r}, and one target")
+    pieces = _select_pieces(text, config)
     names = [name for name, _ in pieces]
-    evaluation = Evaluation(order, {name: names.count(name) for name in text})
-    bootstrap = Bootstrap(order.resamples, order.seed)
-    steps = sum(len(drafts) + (version in retrained) for version in targets)
+    evaluation = Evaluation(config, {name: names.count(name) for name in text})
+    bootstrap = Bootstrap(config.resamples, config.seed)
+    passes = sum(len(drafts) + (version in retrained) for version in targets)
     done = 0
-    with Progress("evaluation", steps * len(order.kinds) * len(order.temperatures)) as progress:
-        for version, target in targets.items():
-            writer = Writer(target if isinstance(target, torch.nn.Module) else target())
-            contestants = dict(drafts) | ({RETRAINED: retrained[version]} if version in retrained else {})
-            for name, draft in contestants.items():
-                _check_sizes(name, draft, version, writer, order)
-            for kind, passages, truths in _judged(writer, [ids for _, ids in pieces], order):
-                traces = {}
-                for name, draft in contestants.items():
-                    draft.begin(version)
-                    traces[name] = _follow(passages, truths, draft.guess(passages))
+    with Progress("evaluation", passes * len(config.kinds) * len(config.temperatures)) as progress:
+        for version, source in targets.items():
+            target = TargetWriter(source if isinstance(source, torch.nn.Module) else source())
+            proposers = dict(drafts) | ({RETRAINED: retrained[version]} if version in retrained else {})
+            for name, draft in proposers.items():
+                _check_sizes(name, draft, version, target, config)
+            for texts in _judged_texts(target, [ids for _, ids in pieces], config):
+                traces: dict[str, list[AcceptanceTrace]] = {}
+                for name, draft in proposers.items():
+                    draft.start_pass(version)
+                    tokens = zip(texts.passages, texts.chosen, draft.propose(texts.passages), strict=True)
+                    traces[name] = [AcceptanceTrace.from_tokens(*parts) for parts in tokens]
                     done += 1
-                    progress.update(done, f"{version} {kind} T={passages[0].sampling.temperature:g} {name}")
-                for name, draft in contestants.items():
-                    row = _row(name, version, kind, order, names, traces, bootstrap)
-                    if scene is not None and kind == OWN:
-                        row = _with_speed(row, scene, draft, traces[name], order, bootstrap)
+                    temperature = texts.passages[0].sampling.temperature
+                    progress.update(done, f"{version} {texts.kind} T={temperature:g} {name}")
+                for name, draft in proposers.items():
+                    row = _make_row(name, version, texts.kind, traces, names, config=config, bootstrap=bootstrap)
+                    if deployment is not None and texts.kind == OWN_TEXT:
+                        recorded = [trace.to_recorded_text(version) for trace in traces[name]]
+                        speed = model_speed(
+                            deployment,
+                            draft,
+                            [text for text in recorded if text is not None],
+                            lengths=config.lengths,
+                            siblings=config.siblings,
+                            bootstrap=bootstrap,
+                        )
+                        row = replace(row, speed=speed)
                     evaluation.rows.append(row)
     return evaluation
 
 
-def _pieces(text: Mapping[str, Sequence[int]], order: Order) -> list[tuple[str, list[int]]]:
-    """Which pieces of which text are evaluated: (name, ids), the texts in turn, each from end to end."""
-    length = order.prompt + order.tokens
-    share = max(1, -(-order.texts // max(1, len(text))))
-    columns = []
+def _select_pieces(text: Mapping[str, Sequence[int]], config: EvaluationConfig) -> list[tuple[str, list[int]]]:
+    """Select pieces of the texts: (name, ids), taken from the texts in turn, each covered from end to end."""
+    length = config.piece_tokens
+    share = max(1, -(-config.texts // max(1, len(text))))
+    columns: list[list[tuple[str, list[int]]]] = []
     for name, ids in text.items():
         whole = len(ids) // length
         if not whole:
             raise InputError(
-                f"the text {name!r} has {len(ids)} tokens, and a piece takes {length} ({order.prompt} to read and "
-                f"{order.tokens} to judge): give more text, or ask for shorter pieces"
+                f"the text {name!r} has {len(ids)} tokens, but a piece has {length} ({config.prompt} of prompt and "
+                f"{config.tokens} to judge): give more text, or ask for shorter pieces"
             )
-        places = np.unique(np.linspace(0, whole - 1, min(share, whole)).round().astype(int))
-        # On the host, whatever kind of sequence it is.
-        columns.append(
-            [(name, np.asarray(_host(ids[p * length : (p + 1) * length])).tolist()) for p in places.tolist()]
-        )
+        indices = np.unique(np.linspace(0, whole - 1, min(share, whole)).round().astype(int)).tolist()
+        columns.append([(name, _to_list(ids[index * length : (index + 1) * length])) for index in indices])
     longest = max(map(len, columns), default=0)
-    pieces = [column[i] for i in range(longest) for column in columns if i < len(column)][: order.texts]
+    pieces = [column[i] for i in range(longest) for column in columns if i < len(column)][: config.texts]
     if len(pieces) < 2:
-        raise InputError(f"the text is too short: it has {len(pieces)} piece of {length} tokens, and chance takes 2")
+        raise InputError(
+            f"the text is too short: it has {len(pieces)} piece of {length} tokens, but an interval needs 2"
+        )
     return pieces
 
 
-def _host(ids: Sequence[int]) -> list[int]:
-    """Plain numbers, whatever kind of sequence it is and wherever."""
-    found: list[int] = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids).tolist()
-    return found
+def _to_list(ids: Sequence[int]) -> list[int]:
+    """Plain integers, from any kind of sequence on any device."""
+    plain: list[int] = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids).tolist()
+    return plain
 
 
-def _judged(
-    writer: Writer, pieces: list[list[int]], order: Order
-) -> Iterator[tuple[str, list[Passage], list[list[int]]]]:
-    """The passages of each kind and temperature, and the target's tokens at their judged positions."""
-    for kind in order.kinds:
-        for temperature in order.temperatures:
-            samplings = [Sampling(temperature=temperature, seed=order.seed + i) for i in range(len(pieces))]
-            if kind == OWN:
-                prompts = [ids[: order.prompt] for ids in pieces]
-                truths = writer.write(prompts, samplings, order.tokens)
-                texts = [prompt + new for prompt, new in zip(prompts, truths, strict=True)]
+def _judged_texts(target: TargetWriter, pieces: list[list[int]], config: EvaluationConfig) -> Iterator[_JudgedTexts]:
+    """The texts of each kind and temperature, with the target's tokens."""
+    for kind in config.kinds:
+        for temperature in config.temperatures:
+            samplings = [Sampling(temperature=temperature, seed=config.seed + i) for i in range(len(pieces))]
+            if kind == OWN_TEXT:
+                prompts = [ids[: config.prompt] for ids in pieces]
+                chosen = target.generate(prompts, samplings, config.tokens)
+                texts = [prompt + new for prompt, new in zip(prompts, chosen, strict=True)]
             else:
-                texts, truths = pieces, []
-            passages = [Passage(ids, order.prompt, sampling) for ids, sampling in zip(texts, samplings, strict=True)]
-            yield kind, passages, truths or writer.choices(passages)
+                texts, chosen = pieces, []
+            passages = [Passage(ids, config.prompt, sampling) for ids, sampling in zip(texts, samplings, strict=True)]
+            yield _JudgedTexts(kind, passages, chosen or target.choose(passages))
 
 
-def _follow(passages: list[Passage], truths: list[list[int]], guesses: list[Guesses]) -> list[Trace]:
-    return [Trace.of(*parts) for parts in zip(passages, truths, guesses, strict=True)]
-
-
-def _row(
+def _make_row(
     draft: str,
     version: str,
     kind: str,
-    order: Order,
-    names: list[str],
-    traces: Mapping[str, list[Trace]],
+    traces: Mapping[str, list[AcceptanceTrace]],
+    text_names: list[str],
+    *,
+    config: EvaluationConfig,
     bootstrap: Bootstrap,
-) -> Row:
-    """What the traces of `draft` come to."""
+) -> EvaluationRow:
+    """Aggregate the traces of `draft`; `traces` are those of all drafts on the same texts."""
     own = traces[draft]
-    counts = [trace.accepted() for trace in own]
-    inside = [trace.accepted(looped=True) for trace in own]
-    overall = [(a + b, c + d) for (a, c), (b, d) in zip(counts, inside, strict=True)]
+    accepted = [trace.count_accepted() for trace in own]
+    looped = [trace.count_accepted(looped=True) for trace in own]
+    overall = _add_counts(accepted, looped)
     positions = sum(total for _, total in overall)
-    surviving = [trace.surviving(LONGEST_DRAFT) for trace in own]
-    rounds = {
+    surviving = [trace.count_surviving(MAX_DRAFT_TOKENS) for trace in own]
+    tokens_per_round = {
         f"K={length}" + f" +{siblings}" * bool(siblings): bootstrap.ratio(
-            [trace.round_tokens(length, siblings) for trace in own]
+            [trace.count_round_tokens(length, siblings) for trace in own]
         )
-        for siblings in dict.fromkeys((0, order.siblings))
-        for length in order.lengths
+        for siblings in dict.fromkeys((0, config.siblings))
+        for length in config.lengths
     }
-    others = [trace.accepted() for trace in traces.get(RETRAINED, [])]
-    others_inside = [trace.accepted(looped=True) for trace in traces.get(RETRAINED, [])]
-    others_overall = [(a + b, c + d) for (a, c), (b, d) in zip(others, others_inside, strict=True)]
-    compared = bool(others) and draft != RETRAINED
-    return Row(
-        draft,
-        version,
-        own[0].passage.sampling.temperature,
-        kind,
-        positions,
-        bootstrap.ratio(counts),
-        round(sum(total for _, total in inside) / positions, 5),
-        bootstrap.ratio(inside),
-        bootstrap.ratio(overall),
-        {
-            name: bootstrap.ratio([count for count, its in zip(counts, names, strict=True) if its == name])
-            for name in dict.fromkeys(names)
+    retention = overall_retention = None
+    if draft != RETRAINED and RETRAINED in traces:
+        retrained = [trace.count_accepted() for trace in traces[RETRAINED]]
+        retrained_looped = [trace.count_accepted(looped=True) for trace in traces[RETRAINED]]
+        retention = bootstrap.ratio_of_ratios(accepted, retrained)
+        overall_retention = bootstrap.ratio_of_ratios(overall, _add_counts(retrained, retrained_looped))
+    return EvaluationRow(
+        draft=draft,
+        version=version,
+        temperature=own[0].passage.sampling.temperature,
+        kind=kind,
+        positions=positions,
+        acceptance=bootstrap.ratio(accepted),
+        looped=round(sum(total for _, total in looped) / positions, 5),
+        looped_acceptance=bootstrap.ratio(looped),
+        overall_acceptance=bootstrap.ratio(overall),
+        by_text={
+            name: bootstrap.ratio([count for count, its in zip(accepted, text_names, strict=True) if its == name])
+            for name in dict.fromkeys(text_names)
         },
-        [bootstrap.ratio([text[k] for text in surviving]) for k in range(LONGEST_DRAFT)],
-        rounds,
-        bootstrap.of_ratios(counts, others) if compared else None,
-        bootstrap.of_ratios(overall, others_overall) if compared else None,
+        survival=[bootstrap.ratio([text[k] for text in surviving]) for k in range(MAX_DRAFT_TOKENS)],
+        tokens_per_round=tokens_per_round,
+        retention=retention,
+        overall_retention=overall_retention,
     )
 
 
-def _with_speed(row: Row, scene: Scene, draft: Draft, traces: list[Trace], order: Order, bootstrap: Bootstrap) -> Row:
-    texts = [text for trace in traces if (text := trace.recorded(row.version)) is not None]
-    return replace(row, speed=speed(scene, draft, texts, order.lengths, order.siblings, bootstrap))
+def _add_counts(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(a + c, b + d) for (a, b), (c, d) in zip(first, second, strict=True)]
 
 
-def _check_sizes(name: str, draft: Draft, version: str, writer: Writer, order: Order) -> None:
-    if draft.vocabulary_size != writer.vocabulary_size:
+def _check_sizes(name: str, draft: Proposer, version: str, target: TargetWriter, config: EvaluationConfig) -> None:
+    if draft.vocabulary_size != target.vocabulary_size:
         raise InputError(
-            f"draft {name!r} knows {draft.vocabulary_size} ids and target {version!r} {writer.vocabulary_size}: "
-            "they do not have one tokenizer"
+            f"draft {name!r} has {draft.vocabulary_size} ids and target {version!r} {target.vocabulary_size}: "
+            "they do not share a tokenizer"
         )
-    length = order.prompt + order.tokens
-    if length > min(draft.context, writer.context):
+    length = config.piece_tokens
+    if length > min(draft.context, target.context):
         raise InputError(
             f"pieces of {length} tokens are longer than the context of draft {name!r} ({draft.context}) or target "
-            f"{version!r} ({writer.context}): ask for shorter ones"
+            f"{version!r} ({target.context}): ask for shorter ones"
         )
-
-
-def _those(targets: Mapping[str, object]) -> str:
-    return f"those evaluated are {', '.join(targets)}"

@@ -1,7 +1,7 @@
-"""Records acceptance: plays a real draft along texts that a real target writes (see `edge_runtime.simulation`).
+"""Records acceptance traces for the simulator: a real draft along texts that a real target generates.
 
-The prompts are pieces of files that no member of the example family was trained on, Python and C++ in turn; or pieces
-of a given text.
+Prompts are pieces of files on which no member of the example family was trained, Python and C++ in turn, or pieces of a
+given text. `edge_runtime.simulation` replays the traces.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.acceptance.measure import TEMPERATURES, Passage, propose_tokens
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import load_model
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.simulation.recorded_texts import BEHIND, NONE, Text, write_texts
+from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, MAX_SIBLINGS, RecordedText, write_texts
 from export.common.progress import Progress
 from export.data.held_out import encoded, held_out
-from export.evaluate.proposers import Passage, propose_each
+from export.evaluate.traces import rank_of
 
 
 @dataclass(frozen=True)
-class Recording:
-    """What to record: every target with every temperature on every prompt.
+class RecordingConfig:
+    """What to record: every target at every temperature on every prompt.
 
     Attributes:
         bundle: directory of the draft.
         targets: directories of the targets.
-        temperatures: of the sampling.
-        prompts: how many.
+        prompts: number of prompts.
         tokens: length of each text.
-        shortest, longest: of a prompt, in tokens.
-        seed: of the prompts' choice; text i is sampled with seed + i.
-        text: what to take prompts from; None for the example family's held-out files.
-        threads: of the draft and the target.
+        shortest, longest: length of a prompt in tokens.
+        seed: seed of the choice of prompts; text i is sampled with seed + i.
+        text: file that prompts are cut from; None for the example family's held-out files.
+        threads: CPU threads of draft and target.
     """
 
     bundle: Path
     targets: tuple[Path, ...]
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    temperatures: tuple[float, ...] = TEMPERATURES
     top_p: float = 1.0
     prompts: int = 24
     tokens: int = 128
@@ -55,37 +55,37 @@ class Recording:
     threads: int = 1
 
 
-def record(order: Recording, output: Path) -> list[Text]:
-    """Records `order` into the file `output` and returns the texts.
+def record_acceptance(config: RecordingConfig, output: Path) -> list[RecordedText]:
+    """Record into the file `output` and return the texts.
 
     Raises:
-        InputError: no prompt is to be had.
+        InputError: the text is too short for prompts.
         BundleError, DraftError, TargetError: draft or target do not load.
     """
-    torch.set_num_threads(order.threads)
-    draft = OnnxDraft.load(order.bundle, threads=order.threads)
-    prompts = list(_prompts(draft.tokenizer, order))
-    texts: list[Text] = []
-    total = len(order.targets) * len(order.temperatures) * len(prompts)
+    torch.set_num_threads(config.threads)
+    draft = OnnxDraft.load(config.bundle, threads=config.threads)
+    prompts = list(_choose_prompts(draft.tokenizer, config))
+    texts: list[RecordedText] = []
+    total = len(config.targets) * len(config.temperatures) * len(prompts)
     with Progress("texts", total) as progress:
-        for path in order.targets:
+        for path in config.targets:
             model, _, end_ids = load_model(path, "cpu", torch.float32)
-            for temperature in order.temperatures:
+            for temperature in config.temperatures:
                 for index, prompt in enumerate(prompts):
                     sampling = Sampling(
                         temperature=temperature,
-                        top_p=order.top_p if temperature else 1.0,
-                        seed=order.seed + index,
+                        top_p=config.top_p if temperature else 1.0,
+                        seed=config.seed + index,
                         ignore_eos=True,
                     )
-                    new = decode_alone(model, prompt, sampling, order.tokens, end_ids)
-                    texts.append(follow(draft, path.name, prompt, new, sampling))
+                    new = generate_reference(model, prompt, sampling, config.tokens, end_ids)
+                    texts.append(record_text(draft, path.name, prompt, new, sampling))
                     progress.update(len(texts), f"{path.name} T={temperature:g} {texts[-1].acceptance:.0%} accepted")
     made: dict[str, Any] = {
         "draft": draft.manifest.shared.identity,
         "draft_graph": {name: record.sha256[:16] for name, record in sorted(draft.manifest.files.items())},
-        "prompts": "held-out files of export/data/corpus.py" if order.text is None else order.text.name,
-        "seed": order.seed,
+        "prompts": "held-out files of export/data/corpus.py" if config.text is None else config.text.name,
+        "seed": config.seed,
         "torch": torch.__version__,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,35 +93,52 @@ def record(order: Recording, output: Path) -> list[Text]:
     return texts
 
 
-def follow(draft: OnnxDraft, target: str, prompt: list[int], new: list[int], sampling: Sampling) -> Text:
-    """What `draft` guesses at every position of `new`, given all true ids before it."""
-    context = draft.context()
+def record_text(draft: OnnxDraft, target: str, prompt: list[int], new: list[int], sampling: Sampling) -> RecordedText:
+    """Record what `draft` proposes at every position of `new`, given all true ids before it.
+
+    Args:
+        target: the target's name.
+        new: the target's continuation of `prompt` with `sampling`.
+    """
+    context = draft.new_context()
     text = prompt + new
     confidences: list[float] = []
     ranks: list[int] = []
-    behind: list[list[float]] = []
-    for index, proposal in enumerate(propose_each(context, Passage(text, len(prompt), sampling))):
-        candidates = proposal.tokens + proposal.siblings.get(0, [])
+    continuations: list[list[float]] = []
+    proposals = propose_tokens(context, Passage(text, len(prompt), sampling), siblings=MAX_SIBLINGS)
+    for index, proposal in enumerate(proposals):
         confidences.append(proposal.confidences[0])
-        ranks.append(candidates.index(new[index]) if new[index] in candidates else NONE)
-        row: list[float] = []
+        ranks.append(rank_of(new[index], proposal.tokens + proposal.siblings.get(0, [])))
+        continuation: list[float] = []
         if ranks[-1]:
-            row = context.propose(text[: len(prompt) + index] + proposal.tokens, BEHIND, sampling).confidences
-            # At the very end of the draft's context there is less to see.
-            row += row[-1:] * (BEHIND - len(row))
-        behind.append(row)
-    return Text(target, sampling.temperature, sampling.top_p, sampling.seed, len(prompt), confidences, ranks, behind)
+            prefix = text[: len(prompt) + index] + proposal.tokens
+            continuation = context.propose(prefix, CONTINUATION_TOKENS, sampling).confidences
+            # At the end of the draft's context it is shorter: repeat the last confidence.
+            continuation += continuation[-1:] * (CONTINUATION_TOKENS - len(continuation))
+        continuations.append(continuation)
+    return RecordedText(
+        target=target,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        prompt=len(prompt),
+        confidences=confidences,
+        ranks=ranks,
+        behind=continuations,
+    )
 
 
-def _prompts(tokenizer: Tokenizer, order: Recording) -> Iterator[list[int]]:
-    """`order.prompts` prompts, the domains in turn."""
-    chance = random.Random(order.seed)
-    texts = held_out([order.text] if order.text is not None else [])
-    pools = [[ids for ids in encoded(tokenizer, some) if len(ids) > order.shortest] for some in texts.values()]
+def _choose_prompts(tokenizer: Tokenizer, config: RecordingConfig) -> Iterator[list[int]]:
+    """Choose `config.prompts` prompts, from the texts in turn."""
+    rng = random.Random(config.seed)
+    texts = held_out([config.text] if config.text is not None else [])
+    pools = [
+        [ids for ids in encoded(tokenizer, documents) if len(ids) > config.shortest] for documents in texts.values()
+    ]
     if not all(pools):
-        raise InputError(f"not enough text for prompts of {order.shortest} tokens: give a longer --text")
-    for index in range(order.prompts):
-        ids = chance.choice(pools[index % len(pools)])
-        length = chance.randint(order.shortest, min(order.longest, len(ids) - 1))
-        start = chance.randrange(len(ids) - length)
+        raise InputError(f"not enough text for prompts of {config.shortest} tokens: give a longer --text")
+    for index in range(config.prompts):
+        ids = rng.choice(pools[index % len(pools)])
+        length = rng.randint(config.shortest, min(config.longest, len(ids) - 1))
+        start = rng.randrange(len(ids) - length)
         yield ids[start : start + length]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cloud_verifier.draft_models.checkpoint import load_draft, read_description, save_draft
 from cloud_verifier.draft_models.layouts import LAYOUTS, build_draft, plan_draft
 from cloud_verifier.draft_models.safetensors_io import save_model
-from export.bundle.low_bit_rounding import rounded
+from export.bundle.low_bit_rounding import simulate_quantization
 from export.data.corpus import CPP, DOMAINS, PYTHON, STUBS, Corpus, gather
 from export.data.token_stream import Mixture, TokenStream, read_ids, tokenise, write_ids
 from export.data.tokenizer import TOKENIZER_FILES, save_tokenizer, train_tokenizer
@@ -187,11 +187,11 @@ class Recipe:
     def make_bundle(self) -> None:
         """Exports the draft for the board; measured on the beginning of the held-out text."""
         # The exporters are build-time tools that a training machine need not have.
-        from export.bundle.build import BundleOrder, make_bundle
+        from export.bundle.build import BundleConfig, make_bundle
 
         ids = read_ids(self._stream_path(PYTHON.name, "held-out"))[: self.size.parity_tokens]
         tokenizer = Tokenizer.from_file(str(self.corpus / "tokenizer" / "tokenizer.json"))
-        order = BundleOrder(
+        order = BundleConfig(
             self.out / TARGET, self.out / DRAFT, "fused", SHIPPED_WEIGHTS, tokenizer.decode(ids.tolist())
         )
         manifest = make_bundle(order, self.out / BUNDLE, lambda step: print(f"bundle: {step}", flush=True))
@@ -218,9 +218,9 @@ class Recipe:
 
     def make_evaluation(self) -> None:
         """The table: the frozen draft beside drafts made anew for each version, and beside one that shares nothing."""
-        from export.evaluate.evaluation import Order, evaluate
+        from export.evaluate.evaluation import EvaluationConfig, evaluate
         from export.evaluate.proposers import TorchProposer
-        from export.evaluate.report import draw, markdown
+        from export.evaluate.report import format_markdown, save_chart
 
         def draft(directory: Path) -> TorchProposer:
             return TorchProposer(load_draft(directory, self.out / TARGET).to(self.device))
@@ -232,13 +232,15 @@ class Recipe:
         # For target v1 the draft that had as many steps as those made anew.
         retrained = {TARGET: drafts[EQUAL]}
         retrained |= {version: draft(self.out / CONTROLS / version) for version in (*LORAS, TUNED)}
-        evaluation = evaluate(drafts, versions, texts, retrained=retrained, order=Order(*self.size.evaluated))
+        evaluation = evaluate(
+            drafts, versions, texts, retrained=retrained, config=EvaluationConfig(*self.size.evaluated)
+        )
         place = self.out / EVALUATION
         scratch = self.out / f"{EVALUATION}.partial"
         scratch.mkdir(exist_ok=True)
         write_json(scratch / "evaluation.json", evaluation.record())
-        (scratch / "README.md").write_text(markdown(evaluation), encoding="utf-8")
-        draw(evaluation, scratch / "evaluation.png")
+        (scratch / "README.md").write_text(format_markdown(evaluation), encoding="utf-8")
+        save_chart(evaluation, scratch / "evaluation.png")
         scratch.replace(place)
 
     def measure(self, draft_directory: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -323,7 +325,7 @@ class Recipe:
         """Has the draft learn on with the weights that a bundle of few bits stores."""
         draft = load_draft(self.out / DRAFT, self.out / TARGET).to(self.device)
         plan, compiled = self.size.settle, self.compiled
-        with rounded(draft, SETTLED_BITS):
+        with simulate_quantization(draft, SETTLED_BITS):
             distil(self._forewarned(), draft, plan, objective="lk", checkpoint=checkpoint, compiled=compiled)
         save_draft(draft, read_description(self.out / DRAFT).plan, self.out / TARGET, directory, packed=True)
 

@@ -27,11 +27,11 @@ from rich.table import Table
 from cloud_verifier.acceptance.bootstrap import Bootstrap
 from cloud_verifier.model.target import load_model
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache.lookup import Memory, Recall
+from edge_runtime.ngram_cache.lookup import NgramCache, NgramLookup
 from edge_runtime.protocol.sampling import Sampling, accepted_length
 from export.data.corpus import DOMAINS, gather
-from export.evaluate.loops import looped
-from export.evaluate.proposers import Writer
+from export.evaluate.loops import find_loops
+from export.evaluate.proposers import TargetWriter
 
 FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
 PROMPT, DRAFT = 96, 5
@@ -56,12 +56,12 @@ def prompts(draft: OnnxDraft, target: str, count: int, files: int) -> list[list[
     return [texts[i % len(texts)][start : start + PROMPT] for i, start in enumerate(starts)]
 
 
-def answer(draft: OnnxDraft, text: list[int], sampling: Sampling, memory: Memory | None, version: str) -> Tally:
+def answer(draft: OnnxDraft, text: list[int], sampling: Sampling, memory: NgramCache | None, version: str) -> Tally:
     """Plays the rounds that lead from the prompt to `text`."""
-    context, tally, position = draft.context(memory), Tally(), PROMPT
-    inside = looped(text)
-    if context.recall:
-        context.recall.learn(text[:PROMPT])
+    context, tally, position = draft.new_context(memory), Tally(), PROMPT
+    inside = find_loops(text)
+    if context.ngram_lookup:
+        context.ngram_lookup.append(text[:PROMPT])
     while position < len(text):
         tokens = context.propose(text[:position], min(DRAFT, len(text) - position), sampling).tokens
         accepted = accepted_length(tokens, text[position:])
@@ -73,29 +73,29 @@ def answer(draft: OnnxDraft, text: list[int], sampling: Sampling, memory: Memory
         tally.rounds[0] += len(step)
         tally.rounds[1] += 1
         position += len(step)
-        if context.recall:
-            context.recall.learn(step, version)
-    if context.recall:
-        context.recall.end()
+        if context.ngram_lookup:
+            context.ngram_lookup.append(step, version)
+    if context.ngram_lookup:
+        context.ngram_lookup.finish()
     return tally
 
 
 def rows(options: argparse.Namespace, draft: OnnxDraft) -> Iterator[list[str]]:
     size, bootstrap = draft.manifest.architecture.vocabulary_size, Bootstrap(2000, 1)
-    others: dict[float, Memory] = {}
+    others: dict[float, NgramCache] = {}
     for target in VERSIONS:
         model = load_model(FAMILY / target, "cpu", "float32")[0]
         given = prompts(draft, target, options.before + options.answers, options.files)
         for temperature in TEMPERATURES:
             samplings = [Sampling(temperature, seed=index, ignore_eos=True) for index in range(len(given))]
-            new = Writer(model).write(given, samplings, options.tokens)
+            new = TargetWriter(model).generate(given, samplings, options.tokens)
             texts = [prompt + ids for prompt, ids in zip(given, new, strict=True)]
             jobs = list(zip(texts, samplings, strict=True))
             judged = jobs[options.before :]
-            warm = Memory(size)
+            warm = NgramCache(size)
             for text, sampling in jobs[: options.before]:
                 answer(draft, text, sampling, warm, target)
-            states = {"none": lambda: None, "cold": lambda: Memory(size), "warm": lambda warm=warm: warm}
+            states = {"none": lambda: None, "cold": lambda: NgramCache(size), "warm": lambda warm=warm: warm}
             if temperature in others:
                 states["other"] = lambda memory=others[temperature]: memory
             others[temperature] = warm
@@ -104,7 +104,7 @@ def rows(options: argparse.Namespace, draft: OnnxDraft) -> Iterator[list[str]]:
                 tallies = [answer(draft, text, sampling, memory(), target) for text, sampling in judged]
                 none = none or tallies
                 ratios = [
-                    bootstrap.of_ratios([t.clear for t in tallies], [t.clear for t in none]),
+                    bootstrap.ratio_of_ratios([t.clear for t in tallies], [t.clear for t in none]),
                     *(bootstrap.ratio([getattr(t, name) for t in tallies]) for name in ("clear", "all", "rounds")),
                 ]
                 assert all(ratios)
@@ -123,23 +123,23 @@ def rows(options: argparse.Namespace, draft: OnnxDraft) -> Iterator[list[str]]:
 def cost(draft: OnnxDraft) -> tuple[float, float]:
     """Seconds of a hint, mixing apart, and of learning a token; with a full memory, medians."""
     chance, size = random.Random(3), draft.manifest.architecture.vocabulary_size
-    memory = Memory(size)
+    memory = NgramCache(size)
     # Few different ids, so that there is much to find.
     texts = [[chance.randrange(64) for _ in range(256)] for _ in range(256)]
     for text in texts:
         memory.add("v", text)
     hints, learnt = [], []
     for text in texts:
-        recall = Recall(memory, 4096)
-        recall.learn(text[:128])
+        recall = NgramLookup(memory, 4096)
+        recall.append(text[:128])
         for end in range(128, 250, 5):
             started = time.perf_counter()
             for position in range(end, end + 5):
-                hint = recall.hint(text[:position])
+                hint = recall.propose(text[:position])
                 if hint:
-                    hint.chance_beside(0.3)
+                    hint.estimate_acceptance(0.3)
             middle = time.perf_counter()
-            recall.learn(text[end : end + 5], "v")
+            recall.append(text[end : end + 5], "v")
             hints.append((middle - started) / 5)
             learnt.append((time.perf_counter() - middle) / 5)
     return statistics.median(hints), statistics.median(learnt)

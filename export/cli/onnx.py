@@ -1,0 +1,93 @@
+"""`draft-export onnx`: exports a draft into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.protocol.bundle import Manifest
+from edge_runtime.protocol.errors import InputError
+from export.cli.choices import GRAPH_KINDS, WEIGHT_TYPES
+
+DESCRIPTION = """\
+Exports a draft and packs it into a bundle. DRAFT is a directory of `draft-export distill` or `family` (the draft's own
+tensors; shared tensors come from TARGET), or a whole Hugging Face model with TARGET's tokenizer, which is then a
+standalone draft. Parity with PyTorch and acceptance by TARGET are measured on a text and recorded in the manifest.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `onnx` to argparse's sub-parsers."""
+    parser = commands.add_parser("onnx", help="export a draft into a bundle", description=DESCRIPTION)
+    parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
+    parser.add_argument("draft", type=Path, help="directory of the draft")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle; must not exist")
+    parser.add_argument(
+        "--graph",
+        default="fused",
+        choices=GRAPH_KINDS,
+        help="fused: onnxruntime-genai's, fast; concat: optimum's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHT_TYPES,
+        help="default: int8 for fused, fp32 for concat; `draft-export forms` compares them",
+    )
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
+    parser.add_argument("--text", type=Path, help="text to measure on (default: one that ships with FlexSpec)")
+    parser.add_argument("--positions", type=int, default=2000, help="tokens of it to measure (default: %(default)s)")
+    parser.add_argument(
+        "--trim-vocabulary", type=Path, metavar="FILE", help="trim the head to this text's tokens and the special ones"
+    )
+    parser.add_argument("--head-size", type=int, metavar="IDS", help="keep at most this many, the most frequent")
+    parser.add_argument(
+        "--no-acceptance",
+        action="store_true",
+        help="do not measure acceptance: of the target's weights only the shared tensors are then read",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code; raises FlexSpecError."""
+    from cloud_verifier.acceptance.measure import read_calibration_text
+    from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
+    from export.common.progress import Progress
+
+    config = BundleConfig(
+        target=options.target,
+        draft=options.draft,
+        kind=options.graph,
+        weights=options.weights or ("fp32" if options.graph == "concat" else "int8"),
+        text=read_calibration_text() if options.text is None else _read_text(options.text),
+        context=options.context,
+        positions=options.positions,
+        acceptance=not options.no_acceptance,
+        head_text=None if options.trim_vocabulary is None else _read_text(options.trim_vocabulary),
+        head_size=options.head_size,
+    )
+    with Progress("bundle", len(BUILD_STEPS)) as progress:
+        manifest = make_bundle(config, options.output, lambda step: progress.update(BUILD_STEPS.index(step), step))
+        progress.update(len(BUILD_STEPS), "done")
+    _print_manifest(manifest, options.output)
+    return 0
+
+
+def _print_manifest(manifest: Manifest, output: Path) -> None:
+    size = sum(record.bytes for record in manifest.files.values())
+    parity = manifest.parity
+    print(f"{output}: {manifest.graph.kind} {manifest.graph.weights}, {size / 1e6:.1f} MB, {manifest.shared.identity}")
+    print(
+        f"parity with PyTorch over {parity.positions} positions: {parity.greedy_agreement:.1%} same argmax, "
+        f"largest logit difference {parity.max_logit_difference:g}"
+    )
+    acceptance = ", ".join(f"{share:.1%} at {name}" for name, share in manifest.acceptance.items()) or "not measured"
+    print(f"acceptance by the target on given text: {acceptance}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text {path}: {error}") from None

@@ -1,0 +1,67 @@
+"""`draft-export record`: records acceptance traces for the simulator."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Records which draft tokens targets accept, and the draft's confidence in them: an acceptance trace, on which
+`edge-runtime simulate` simulates plans without running a model. Every target continues every prompt at every
+temperature.
+
+examples:
+  draft-export record export/example_family/bundle --target export/example_family/target-v1 --output acceptance.npz
+  draft-export record bundle --target /models/Llama-3.1-8B --text prompts.txt --prompts 8 --temperature 0 --output a.npz
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `record` to argparse's sub-parsers."""
+    parser = commands.add_parser(
+        "record",
+        help="record a draft's acceptance, for simulations",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, help="bundle of the draft")
+    parser.add_argument(
+        "--target", type=Path, action="append", required=True, metavar="DIR", help="directory of a target, may repeat"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the trace, .npz; overwritten")
+    parser.add_argument(
+        "--temperature", type=float, action="append", metavar="T", help="may repeat (default: 0, 0.7 and 1)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="at temperatures above 0 (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=24, help="number of prompts (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each text (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="text to cut prompts from (default: the family's held-out files)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code; raises FlexSpecError."""
+    from cloud_verifier.acceptance.measure import TEMPERATURES
+    from export.evaluate.record import RecordingConfig, record_acceptance
+
+    config = RecordingConfig(
+        bundle=options.bundle,
+        targets=tuple(options.target),
+        temperatures=tuple(options.temperature or TEMPERATURES),
+        top_p=options.top_p,
+        prompts=options.prompts,
+        tokens=options.tokens,
+        seed=options.seed,
+        text=options.text,
+        threads=options.threads,
+    )
+    texts = record_acceptance(config, options.output)
+    print(f"{options.output}: {len(texts)} texts, {options.output.stat().st_size / 1e3:.0f} kB")
+    for target, temperature in dict.fromkeys((text.target, text.temperature) for text in texts):
+        some = [text for text in texts if (text.target, text.temperature) == (target, temperature)]
+        share = sum(text.acceptance for text in some) / len(some)
+        print(f"  {target} T={temperature:g}: {share:.1%} of {sum(map(len, some))} draft tokens are accepted")
+    return 0
