@@ -1,1 +1,1 @@
-"""What a board is: profiles, later also calibration and images."""
+"""Boards: shipped profiles, comparison and calibration."""

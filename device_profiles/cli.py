@@ -1,4 +1,4 @@
-"""`device-profile`: what boards are, what a draft costs on them, and measuring the one at hand."""
+"""`device-profile`: list, compare and validate board profiles, and calibrate this board."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from device_profiles.calibrate.calibration import Tick
-    from device_profiles.comparison import Draft
+    from device_profiles.comparison import DraftSize
 
 DESCRIPTION = """\
-What a board is: speed, power, radios, and where the figures come from.
+Board profiles: speed, power, radios, and the source of every figure.
 
 examples:
   device-profile list
@@ -36,22 +36,22 @@ examples:
   device-profile validate my-board.toml
 """
 CALIBRATE = """\
-Measures this board: memory, the draft over context lengths and threads, power where a sensor is, and the link to a
-verifier. Writes a profile and, beside it, a picture (.svg). Stop it with Ctrl-C: then nothing is written.
-Nothing else should run meanwhile.
+Measures this board: memory, the draft over context lengths and threads, power if there is a sensor, and the link to a
+verifier. Writes a profile and a chart (.svg) next to it. Ctrl-C stops it without writing anything. Nothing else should
+run at the same time.
 
 examples:
   device-profile calibrate --bundle bundle
   device-profile calibrate --bundle bundle --verifier https://verifier.example --output my-board.toml --seconds 120
 """
-LEAST_SECONDS, MOST_SECONDS = 1.0, 150.0
+MIN_SECONDS, MAX_SECONDS = 1.0, 150.0
 PIPE_WIDTH = 160
-# Above this share of the cores, other programs are in the way of a calibration.
-LOAD = 0.25
+# Load per core above which other programs disturb a calibration, chosen.
+MAX_LOAD = 0.25
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 for a wrong profile or argument, else as `edge-runtime`."""
+    """Entry point. Returns the exit code: 0, 2 for a bad profile or argument, or as `edge-runtime`."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -72,21 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="for programs")
+    output.add_argument("--json", action="store_true", help="print JSON")
     draft = argparse.ArgumentParser(add_help=False)
     which = draft.add_mutually_exclusive_group()
-    which.add_argument("--bundle", type=Path, metavar="DIR", help="a draft bundle: adds what it costs")
-    which.add_argument("--weights", type=Path, metavar="FILE", help="the same from the size of a weight file")
-    draft.add_argument("--context", type=int, default=512, metavar="N", help="behind N tokens (default: %(default)s)")
+    which.add_argument("--bundle", type=Path, metavar="DIR", help="add the cost of this draft bundle")
+    which.add_argument("--weights", type=Path, metavar="FILE", help="add the cost of a draft with this weight file")
+    draft.add_argument(
+        "--context", type=int, default=512, metavar="N", help="cost after N tokens of context (default: %(default)s)"
+    )
 
-    listing = commands.add_parser("list", parents=[output], help="the shipped profiles")
+    listing = commands.add_parser("list", parents=[output], help="list the shipped profiles")
     listing.set_defaults(run=_list)
 
-    show = commands.add_parser("show", parents=[output, draft], help="one profile, with all its sources")
+    show = commands.add_parser("show", parents=[output, draft], help="show one profile with all its sources")
     show.add_argument("profile", help="name of a shipped profile, or a TOML file")
     show.set_defaults(run=_show)
 
-    compare = commands.add_parser("compare", parents=[output, draft], help="profiles side by side")
+    compare = commands.add_parser("compare", parents=[output, draft], help="compare profiles side by side")
     compare.add_argument("profiles", nargs="+", metavar="PROFILE", help="names of shipped profiles, or TOML files")
     compare.set_defaults(run=_compare)
 
@@ -106,19 +108,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE)",
     )
-    calibrate.add_argument("--verifier", default="", metavar="URL", help="measure the link to it, too")
-    calibrate.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.toml, here")
-    calibrate.add_argument("--name", help="short name, that of the file (default: that of --output, else the host's)")
-    calibrate.add_argument("--title", default="", help="name for people (default: the board's own)")
+    calibrate.add_argument("--verifier", default="", metavar="URL", help="also measure the link to this verifier")
+    calibrate.add_argument(
+        "--output", type=Path, metavar="FILE", help="profile to write (default: NAME.toml in the current directory)"
+    )
+    calibrate.add_argument(
+        "--name", help="profile name, equal to the file name (default: from --output, else the host name)"
+    )
+    calibrate.add_argument("--title", default="", help="display name (default: the board's model)")
     calibrate.add_argument(
         "--like",
         metavar="PROFILE",
-        help="take power, radios and sensors from this profile as far as they cannot be measured",
+        help="copy power, radios and sensors that cannot be measured from this profile",
     )
-    calibrate.add_argument(
-        "--seconds", type=float, default=60.0, help="how long it may take, at most 150 (default: %(default)g)"
-    )
-    calibrate.add_argument("--force", action="store_true", help="replace files of that name")
+    calibrate.add_argument("--seconds", type=float, default=60.0, help="duration, at most 150 (default: %(default)g)")
+    calibrate.add_argument("--force", action="store_true", help="replace existing files")
     calibrate.set_defaults(run=_calibrate)
     return parser
 
@@ -134,10 +138,10 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from device_profiles.comparison import Cost, description
+    from device_profiles.comparison import DraftCost, description
 
     profile, draft = find_profile(options.profile), _draft(options)
-    cost = Cost.of(profile, draft, options.context) if draft else None
+    cost = DraftCost.estimate(profile, draft, options.context) if draft else None
     if options.json:
         _print_json(msgspec.to_builtins(profile) | ({"cost": msgspec.to_builtins(cost)} if cost else {}))
         return 0
@@ -150,11 +154,14 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from device_profiles.comparison import Cost, comparison
+    from device_profiles.comparison import DraftCost, comparison
 
     profiles, draft = [find_profile(name) for name in options.profiles], _draft(options)
     if options.json:
-        costs = [{"cost": msgspec.to_builtins(Cost.of(p, draft, options.context))} if draft else {} for p in profiles]
+        costs = [
+            {"cost": msgspec.to_builtins(DraftCost.estimate(p, draft, options.context))} if draft else {}
+            for p in profiles
+        ]
         _print_json([msgspec.to_builtins(profile) | cost for profile, cost in zip(profiles, costs, strict=True)])
         return 0
     _console().print(comparison(profiles, draft, options.context))
@@ -175,13 +182,13 @@ def _validate(options: argparse.Namespace) -> int:
         if result["error"]:
             print(f"device-profile: {result['error']}", file=sys.stderr)
         elif not options.json:
-            print(f"{result['file']}: fine")
+            print(f"{result['file']}: valid")
     return 2 if any(result["error"] for result in results) else 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from device_profiles.calibrate import output as saving
-    from device_profiles.calibrate.calibration import Order, calibrate
+    from device_profiles.calibrate import output
+    from device_profiles.calibrate.calibration import CalibrationConfig, calibrate
     from device_profiles.calibrate.machine import cores, load
     from device_profiles.calibrate.wattmeter import Wattmeter
     from device_profiles.comparison import description
@@ -189,21 +196,29 @@ def _calibrate(options: argparse.Namespace) -> int:
     name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
     path: Path = options.output or Path(f"{name}.toml")
     if path.stem != name:
-        raise ProfileError(f"a profile is named as its file: --name {name} and --output {path} differ; leave one out")
+        raise ProfileError(f"--name {name} and --output {path} differ, but a profile is named after its file: omit one")
     if name != _slug(name):
-        raise ProfileError(f"{name!r} is no name for a profile: use small letters, digits, dots and dashes")
-    if not LEAST_SECONDS <= options.seconds <= MOST_SECONDS:
-        raise ProfileError(f"--seconds {options.seconds:g} is not from {LEAST_SECONDS:g} to {MOST_SECONDS:g}")
-    saving.check_free(path, options.force)
+        raise ProfileError(f"{name!r} is not a valid profile name: use lowercase letters, digits, dots and dashes")
+    if not MIN_SECONDS <= options.seconds <= MAX_SECONDS:
+        raise ProfileError(f"--seconds {options.seconds:g} is outside {MIN_SECONDS:g} to {MAX_SECONDS:g}")
+    output.check_writable(path, options.force)
     like = find_profile(options.like) if options.like else None
-    if load() > LOAD * cores():
+    if load() > MAX_LOAD * cores():
         print(f"device-profile: other programs are running (load {load():.2g}); figures may be low", file=sys.stderr)
     meter = Wattmeter()
-    order = Order(options.bundle, name, options.title, options.seconds, options.verifier, like, meter.source)
+    config = CalibrationConfig(
+        bundle=options.bundle,
+        name=name,
+        title=options.title,
+        seconds=options.seconds,
+        verifier=options.verifier,
+        like=like,
+        sensor=meter.source,
+    )
     with _progress(options.seconds) as tick:
-        profile = calibrate(order, meter, tick)
+        profile = calibrate(config, meter, tick)
     manifest = read_bundle(options.bundle, verify=False).manifest
-    saving.save(path, profile, saving.draft_chart(profile, cache_bytes(manifest)))
+    output.save(path, profile, output.draft_chart(profile, cache_bytes(manifest)))
     if options.json:
         _print_json(msgspec.to_builtins(profile))
     else:
@@ -214,7 +229,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(seconds: float) -> Iterator[Tick]:
-    """A bar with the time left on a terminal, nothing elsewhere. It is drawn only when told, between measurements."""
+    """A progress bar with the time left, on a terminal only. Drawn only in `tick`, so between measurements."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress
 
@@ -236,14 +251,14 @@ def _progress(seconds: float) -> Iterator[Tick]:
         yield tick
 
 
-def _draft(options: argparse.Namespace) -> Draft | None:
-    from device_profiles.comparison import Draft
+def _draft(options: argparse.Namespace) -> DraftSize | None:
+    from device_profiles.comparison import DraftSize
 
     if options.context < 0:
         raise ProfileError(f"--context {options.context} is negative; give the tokens before the drafted one")
     if options.bundle:
-        return Draft.of_bundle(options.bundle)
-    return Draft.of_weights(options.weights) if options.weights else None
+        return DraftSize.from_bundle(options.bundle)
+    return DraftSize.from_weight_file(options.weights) if options.weights else None
 
 
 def _slug(text: str) -> str:

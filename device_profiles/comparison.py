@@ -1,4 +1,4 @@
-"""What a draft costs on boards, and tables of it for people."""
+"""Cost of a draft on boards, and tables that compare them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,46 @@ from typing import Literal
 import msgspec
 from rich.table import Table
 
-from edge_runtime.planning.board_profile import Processor, Profile, ProfileError, Radio, cache_bytes, weight_bytes
+from edge_runtime.planning.board_profile import (
+    BoardProfile,
+    ProcessorSpeed,
+    ProfileError,
+    RadioEnergy,
+    cache_bytes,
+    weight_bytes,
+)
 from edge_runtime.protocol.bundle import read_bundle
 
 Basis = Literal["measured", "modelled"]
 
 
-class Draft(msgspec.Struct, frozen=True):
-    """A draft, as far as its cost can be modelled; see `Profile.draft_seconds`."""
+class DraftSize(msgspec.Struct, frozen=True):
+    """The sizes of a draft from which its cost is modelled; see `BoardProfile.draft_seconds`."""
 
     name: str
     weight_bytes: int
     cache_bytes: int = 0
 
     @classmethod
-    def of_bundle(cls, path: Path) -> Draft:
-        """Raises BundleError."""
+    def from_bundle(cls, path: Path) -> DraftSize:
+        """Sizes from a bundle's manifest. Raises BundleError."""
         manifest = read_bundle(path, verify=False).manifest
         return cls(manifest.name, weight_bytes(manifest), cache_bytes(manifest))
 
     @classmethod
-    def of_weights(cls, path: Path) -> Draft:
-        """Raises ProfileError."""
+    def from_weight_file(cls, path: Path) -> DraftSize:
+        """Size from a weight file. Raises ProfileError."""
         try:
             return cls(path.name, path.stat().st_size)
         except OSError as error:
             raise ProfileError(f"cannot read {path}: {error.strerror}; give the draft's weight file") from None
 
 
-class Cost(msgspec.Struct, frozen=True):
-    """What drafting costs on one board; joules are above idle, None where the profile has no [power].
+class DraftCost(msgspec.Struct, frozen=True):
+    """Cost of drafting on one board. Joules are above idle; None if the profile has no [power].
 
     Attributes:
-        basis, joules_basis: whether this very draft was measured on this very board.
+        basis, joules_basis: `measured` if the profile has measurements of this draft.
     """
 
     context: int
@@ -53,8 +60,8 @@ class Cost(msgspec.Struct, frozen=True):
     joules_basis: Basis
 
     @classmethod
-    def of(cls, profile: Profile, draft: Draft, context: int) -> Cost:
-        entry = profile.measured(draft.weight_bytes, context)
+    def estimate(cls, profile: BoardProfile, draft: DraftSize, context: int) -> DraftCost:
+        entry = profile.find_measurement(draft.weight_bytes, context)
         seconds = profile.draft_seconds(draft.weight_bytes, context, cache_bytes=draft.cache_bytes)
         prompt = max(1, context)
         return cls(
@@ -68,14 +75,14 @@ class Cost(msgspec.Struct, frozen=True):
         )
 
 
-def comparison(profiles: Sequence[Profile], draft: Draft | None, context: int) -> Table:
-    """The profiles side by side, each figure with how it came about."""
+def comparison(profiles: Sequence[BoardProfile], draft: DraftSize | None, context: int) -> Table:
+    """Table of the profiles side by side, each figure with its origin."""
     table = Table("", *(profile.name for profile in profiles), title_justify="left", title=_title(draft, context))
     for label, figure in _figures():
         table.add_row(label, *(figure(profile) for profile in profiles))
     if draft is not None:
         table.add_section()
-        costs = [Cost.of(profile, draft, context) for profile in profiles]
+        costs = [DraftCost.estimate(profile, draft, context) for profile in profiles]
         table.add_row("ms per token", *(f"{cost.milliseconds_per_token:.3g} {cost.basis}" for cost in costs))
         table.add_row("tokens/s", *(f"{cost.tokens_per_second:.0f} {cost.basis}" for cost in costs))
         table.add_row("prefill tokens/s", *(f"{cost.prefill_tokens_per_second:.0f} {cost.basis}" for cost in costs))
@@ -83,8 +90,8 @@ def comparison(profiles: Sequence[Profile], draft: Draft | None, context: int) -
     return table
 
 
-def description(profile: Profile) -> Iterator[str]:
-    """The profile in lines of text: every figure, and behind each table where it is from."""
+def description(profile: BoardProfile) -> Iterator[str]:
+    """The profile as lines of text: every figure, with the sources of each section."""
     yield f"{profile.name}: {profile.title} ({profile.origin})"
     facts = msgspec.to_builtins(profile)
     tables = [(name, facts[name]) for name in ("processor", "power", "sensors") if name in facts]
@@ -102,20 +109,20 @@ def description(profile: Profile) -> Iterator[str]:
             yield f"  source: {source}"
 
 
-def _title(draft: Draft | None, context: int) -> str | None:
-    return f"{draft.name}, {draft.weight_bytes / 1e6:.3g} MB, behind {context} tokens" if draft else None
+def _title(draft: DraftSize | None, context: int) -> str | None:
+    return f"{draft.name}, {draft.weight_bytes / 1e6:.3g} MB, after {context} tokens" if draft else None
 
 
-def _figures() -> Iterator[tuple[str, Callable[[Profile], str]]]:
-    def processor(figure: Callable[[Processor], str]) -> Callable[[Profile], str]:
+def _figures() -> Iterator[tuple[str, Callable[[BoardProfile], str]]]:
+    def processor(figure: Callable[[ProcessorSpeed], str]) -> Callable[[BoardProfile], str]:
         return lambda profile: f"{figure(profile.processor)} {profile.processor.origin}"
 
-    def power(field: str) -> Callable[[Profile], str]:
+    def power(field: str) -> Callable[[BoardProfile], str]:
         return lambda p: "-" if p.power is None else f"{getattr(p.power, field):.3g} {p.power.origin}"
 
-    def radio(name: str, figure: Callable[[Radio], str]) -> Callable[[Profile], str]:
-        def text(profile: Profile) -> str:
-            known = profile.radio.named(name)
+    def radio(name: str, figure: Callable[[RadioEnergy], str]) -> Callable[[BoardProfile], str]:
+        def text(profile: BoardProfile) -> str:
+            known = profile.radio.by_name(name)
             return "-" if known is None else f"{figure(known)} {known.origin}"
 
         return text
@@ -137,7 +144,7 @@ def _figures() -> Iterator[tuple[str, Callable[[Profile], str]]]:
         )
 
 
-def _joules(cost: Cost) -> str:
+def _joules(cost: DraftCost) -> str:
     return "-" if cost.joules_per_token is None else f"{cost.joules_per_token:.3g} {cost.joules_basis}"
 
 

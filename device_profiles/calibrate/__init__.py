@@ -1,1 +1,1 @@
-"""."""
+"""Calibration: measures this board and writes its profile."""

@@ -1,4 +1,4 @@
-"""A line chart as SVG, drawn by hand: a board has no plotting library. Readable in light and in dark mode."""
+"""Line charts as SVG without a plotting library, which boards do not have. Readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 
 WIDTH, HEIGHT = 760, 460
 LEFT, RIGHT, TOP, BOTTOM = 76, 196, 64, 62
-# Told apart by people who see few colours, and readable on white and on black.
-COLOURS = ("#2f7fd1", "#d9730d", "#1a9e75", "#b95fc7", "#c9a200")
+# Distinguishable with color blindness, and readable on white and black.
+COLORS = ("#2f7fd1", "#d9730d", "#1a9e75", "#b95fc7", "#c9a200")
 STYLE = """\
 text { font: 13px system-ui, sans-serif; fill: #24292f }
 .title { font-size: 16px; font-weight: 600 }
@@ -28,13 +28,13 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 }"""
 
 
-class Curve(msgspec.Struct, frozen=True):
-    """One line of the chart.
+class ChartLine(msgspec.Struct, frozen=True):
+    """One line of a chart.
 
     Attributes:
-        name: for the legend.
-        points: (x, y), at least one, x above 0.
-        modelled: drawn dashed and without marks.
+        name: legend entry.
+        points: (x, y), at least one, x > 0.
+        modelled: draw it dashed and without markers.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Curve(msgspec.Struct, frozen=True):
     modelled: bool = False
 
 
-def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) -> str:
-    """The chart as an SVG document: x logarithmic with a tick at each measured x, y linear from 0."""
+def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[ChartLine]) -> str:
+    """An SVG document; the x axis is logarithmic with a tick at every x, the y axis linear from 0."""
     xs = sorted({x for curve in curves for x, _ in curve.points})
     step = _step(max(y for curve in curves for _, y in curve.points))
     top = step * math.ceil(max(y for curve in curves for _, y in curve.points) / step)
     first, last = math.log2(xs[0]), math.log2(xs[-1])
 
-    def across(x: float) -> float:
+    def x_pixel(x: float) -> float:
         share = (math.log2(x) - first) / (last - first) if last > first else 0.5
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
-    def up(y: float) -> float:
+    def y_pixel(y: float) -> float:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
 
     right, bottom, middle = WIDTH - RIGHT, HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
@@ -65,12 +65,14 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) 
         f'<text class="title" x="{LEFT}" y="30">{escape(title)}</text>',
     ]
     for count in range(round(top / step) + 1):
-        y = up(count * step)
+        y = y_pixel(count * step)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 9}" y="{y + 4.5:.1f}" text-anchor="end">{count * step:.6g}</text>')
     for x in xs:
-        parts.append(f'<line class="axis" x1="{across(x):.1f}" y1="{bottom}" x2="{across(x):.1f}" y2="{bottom + 5}"/>')
-        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 21}" text-anchor="middle">{x:.6g}</text>')
+        parts.append(
+            f'<line class="axis" x1="{x_pixel(x):.1f}" y1="{bottom}" x2="{x_pixel(x):.1f}" y2="{bottom + 5}"/>'
+        )
+        parts.append(f'<text x="{x_pixel(x):.1f}" y="{bottom + 21}" text-anchor="middle">{x:.6g}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
     parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
@@ -78,14 +80,14 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) 
         f"{escape(y_label)}</text>"
     )
     for number, curve in enumerate(curves):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         dashed = " modelled" if curve.modelled else ""
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)
-        stroke = f'class="curve{dashed}" stroke="{colour}"'
+        path = " ".join(f"{x_pixel(x):.1f},{y_pixel(y):.1f}" for x, y in curve.points)
+        stroke = f'class="curve{dashed}" stroke="{color}"'
         parts.append(f'<polyline {stroke} points="{path}"/>')
         if not curve.modelled:
             parts += [
-                f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.6" fill="{colour}"/>' for x, y in curve.points
+                f'<circle cx="{x_pixel(x):.1f}" cy="{y_pixel(y):.1f}" r="3.6" fill="{color}"/>' for x, y in curve.points
             ]
         row = TOP + 14 + 24 * number
         parts.append(f'<line {stroke} x1="{right + 20}" y1="{row}" x2="{right + 48}" y2="{row}"/>')
@@ -93,7 +95,7 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) 
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _step(most: float) -> float:
-    """A round distance between grid lines, for about five of them."""
-    unit = 10.0 ** math.floor(math.log10(most / 5))
-    return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= most / 5)
+def _step(maximum: float) -> float:
+    """A round distance between grid lines, for about five lines."""
+    unit = 10.0 ** math.floor(math.log10(maximum / 5))
+    return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= maximum / 5)

@@ -1,4 +1,4 @@
-"""The machine that a calibration runs on: what it is, and how fast its cores read memory."""
+"""The machine under calibration: model, cores, load and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-# More than any cache holds, and little enough for a board with half a gigabyte of memory.
+# Larger than any cache, and small enough for a board with 512 MB of memory.
 READ_BYTES = 256 << 20
 
 Block = npt.NDArray[np.float64]
-# How fast one reads depends on the instructions: the best of these is memory's speed, not arithmetic's.
-WAYS: tuple[Callable[[Block], object], ...] = (np.sum, np.max, lambda block: np.max(block.view(np.uint64)))
+# Read kernels. The fastest one is limited by memory, not by arithmetic.
+READ_KERNELS: tuple[Callable[[Block], object], ...] = (np.sum, np.max, lambda block: np.max(block.view(np.uint64)))
 
 
 def cores() -> int:
-    """CPU cores, not counting threads that share one."""
+    """Number of physical CPU cores."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
 def model(root: Path = Path("/")) -> str:
-    """The board's name from its device tree, else the processor's name, else the architecture."""
+    """The board's name from the device tree, else the processor's name, else the architecture."""
     board = _text(root / "proc/device-tree/model").rstrip("\0")
     processor = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return board or (processor[1] if processor else platform.machine())
 
 
 def governor(root: Path = Path("/")) -> str:
-    """The policy of CPU frequency; empty where the kernel has none."""
+    """The CPU frequency governor; empty if there is none."""
     return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip()
 
 
 def load() -> float:
-    """Programs that wanted to run during the last minute, on average."""
+    """One-minute load average."""
     return psutil.getloadavg()[0]
 
 
@@ -48,30 +48,30 @@ def kernel() -> str:
 
 
 def read_bandwidth(threads: int, seconds: float, tick: Callable[[], None]) -> float:
-    """Bytes per second at which `threads` threads together read memory: the best pass in about `seconds`.
+    """Memory read bandwidth of `threads` threads together, in bytes per second; takes about `seconds`.
 
-    The best and not the median: whatever disturbs a pass only makes it slower, and memory's limit is asked for.
+    The best pass rather than the median: disturbances only slow a pass down, and the limit of the memory is wanted.
     """
     size = min(READ_BYTES, psutil.virtual_memory().available // 4)
     blocks = np.array_split(np.ones(size // 8), threads)
     until, best = time.monotonic() + seconds, 0.0
     with ThreadPoolExecutor(threads) as pool:
         while best == 0.0 or time.monotonic() < until:
-            for way in WAYS:
+            for kernel_function in READ_KERNELS:
                 started = time.perf_counter()
-                list(pool.map(way, blocks))
+                list(pool.map(kernel_function, blocks))
                 best = max(best, size / (time.perf_counter() - started))
             tick()
     return best
 
 
 def busy(seconds: float, tick: Callable[[], None]) -> None:
-    """Keeps all cores computing for about `seconds`."""
-    left = np.ones((384, 384), np.float32)
+    """Keep all cores busy for about `seconds`."""
+    matrix = np.ones((384, 384), np.float32)
     until = time.monotonic() + seconds
     with ThreadPoolExecutor(cores()) as pool:
         while time.monotonic() < until:
-            list(pool.map(lambda _: left @ left, range(8 * cores())))
+            list(pool.map(lambda _: matrix @ matrix, range(8 * cores())))
             tick()
 
 

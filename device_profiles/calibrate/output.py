@@ -1,4 +1,4 @@
-"""Writing a profile and its picture: whole or not at all."""
+"""Writes a profile and its chart, atomically."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import msgspec
 
-from device_profiles.calibrate.chart import Curve, line_chart
-from edge_runtime.planning.board_profile import Profile, ProfileError
+from device_profiles.calibrate.chart import ChartLine, line_chart
+from edge_runtime.planning.board_profile import BoardProfile, ProfileError
 
 
-def check_free(path: Path, force: bool) -> None:
-    """Raises ProfileError where `path` cannot be written, or would be overwritten without `force`."""
+def check_writable(path: Path, force: bool) -> None:
+    """Raises ProfileError if `path` cannot be written, or exists and `force` is false."""
     if path.suffix != ".toml":
-        raise ProfileError(f"a profile is a .toml file, and {path} is none: name it {path.name}.toml")
+        raise ProfileError(f"{path} is not a .toml file: name it {path.name}.toml")
     if not path.parent.is_dir():
         raise ProfileError(f"there is no directory {path.parent} to write {path.name} to: make it first")
     for file in (path, path.with_suffix(".svg")):
@@ -22,20 +22,22 @@ def check_free(path: Path, force: bool) -> None:
             raise ProfileError(f"{file} exists: give --force to replace it, or another --output")
 
 
-def save(path: Path, profile: Profile, picture: str) -> None:
-    """Writes `profile` to `path` and `picture` beside it as .svg. Raises ProfileError."""
+def save(path: Path, profile: BoardProfile, chart: str) -> None:
+    """Write `profile` to `path` and `chart`, an SVG document, next to it. Raises ProfileError."""
     try:
-        _replace(path.with_suffix(".svg"), picture.encode())
+        _replace(path.with_suffix(".svg"), chart.encode())
         _replace(path, msgspec.toml.encode(profile))
     except OSError as error:
         raise ProfileError(f"cannot write {path}: {error.strerror}") from None
 
 
-def draft_chart(profile: Profile, cache_bytes: int) -> str:
-    """The picture of a measured profile: ms per token by context, for each number of threads, and what is modelled."""
+def draft_chart(profile: BoardProfile, cache_bytes: int) -> str:
+    """SVG chart of a measured profile: ms per token over context, per number of threads, measured and modelled."""
     first = profile.draft[0]
     curves = [
-        Curve(f"{speed.threads} thread{'s' * (speed.threads > 1)}", [(float(x), y) for x, y in sorted(times.items())])
+        ChartLine(
+            f"{speed.threads} thread{'s' * (speed.threads > 1)}", [(float(x), y) for x, y in sorted(times.items())]
+        )
         for speed in profile.draft
         for times in [speed.milliseconds]
     ]
@@ -49,12 +51,12 @@ def draft_chart(profile: Profile, cache_bytes: int) -> str:
         f"{profile.title}: {first.bundle}, {first.weight_bytes / 1e6:.3g} MB of weights",
         "context, tokens",
         "ms per drafted token",
-        [*curves, Curve(f"modelled, {gigabytes:.3g} GB/s", modelled, modelled=True)],
+        [*curves, ChartLine(f"modelled, {gigabytes:.3g} GB/s", modelled, modelled=True)],
     )
 
 
 def _replace(path: Path, contents: bytes) -> None:
-    """Puts `contents` at `path` in one step: who reads meanwhile, or interrupts, finds the old file or the new."""
+    """Replace `path` atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The board's power sensor as a function, for calibration: the same sources in the same order as the probes'."""
+"""The board's power sensor as a function, for calibration. Same sources and preference as the probes."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import time
 
 from edge_runtime.probes.battery import read_supply
 from edge_runtime.probes.firmware import read_firmware
-from edge_runtime.probes.power import Power, read_sensors
-from edge_runtime.probes.rapl import Rapl
+from edge_runtime.probes.power import PowerReading, read_sensors
+from edge_runtime.probes.rapl import RaplProbe
 from edge_runtime.probes.roots import Reader, Roots
 from edge_runtime.probes.snapshot import best_power
 
 
 class Wattmeter:
-    """Call it for the watts that the board draws now; None without a sensor. A battery tells only while it discharges.
+    """Call it for the present power in watts; None without a sensor. A battery counts only while it discharges.
 
     Attributes:
-        source: what measures, for a profile's sources; empty without a sensor.
+        source: name of the sensor, for the profile's sources; empty without a sensor.
     """
 
     def __init__(self, roots: Roots | None = None) -> None:
         """
         Args:
-            roots: where sensors are; None for this machine.
+            roots: where to read; None for this machine.
         """
         self._roots = roots or Roots()
-        self._rapl = Rapl()
-        # RAPL counts joules: its first watts are those between two readings.
+        self._rapl = RaplProbe()
+        # RAPL counts joules, so power needs two readings.
         self._read()
         power = self._read()
         self.source = ""
         if power is not None and power.watts is not None:
-            part = "" if power.whole_board else ", which sees only a part of what the board draws"
+            part = "" if power.whole_board else ", which measures only a part of the board"
             self.source = f"{power.source}{part}"
 
     def __call__(self) -> float | None:
         power = self._read()
         return None if power is None else power.watts
 
-    def _read(self) -> Power | None:
+    def _read(self) -> PowerReading | None:
         reader = Reader(self._roots, time.monotonic())
         firmware = read_firmware(reader)
         return best_power(read_sensors(reader), read_supply(reader), firmware, self._rapl.read(reader))

@@ -1,1 +1,1 @@
-"""Bundles on the board: installed, checked, switched to, fallen back from."""
+"""Bundles on the board: installation, verification, switching and fallback."""

@@ -1,7 +1,7 @@
-"""Whether a draft bundle works on this board: loads it, drafts with it, and compares with a fresh start.
+"""Self-test of a draft bundle on this board: load it, draft, roll back, and compare with a fresh context.
 
-`examine` does so in a process of its own, so that whatever a bundle does to it (a crash in native code, a kill for want
-of memory, an endless loop) happens to nobody else.
+`run_self_test` uses a separate process, so that a crash in native code, an out-of-memory kill or an endless loop cannot
+harm the caller.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import msgspec
 
 from edge_runtime.protocol.errors import BundleError, FlexSpecError
 
-TEXT = "A board drafts a few tokens, and a verifier has the last word.\n"
-TOKENS = 8
-# A large draft on a slow card takes a minute to load; beyond this it hangs.
-SECONDS = 300.0
-# Of what a dying process wrote, what is repeated.
-LAST_WORDS = 300
-# The kernel, short of memory, ends processes of a high score first; 1000 is the most.
+PROMPT = "A board drafts a few tokens, and a verifier has the last word.\n"
+DRAFT_TOKENS = 8
+# Chosen: a large draft on a slow card loads within a minute; a self-test beyond this limit hangs.
+TIMEOUT_SECONDS = 300.0
+# Characters of the process's standard error that are quoted in an error.
+MAX_QUOTED_CHARACTERS = 300
+# The kernel kills processes with a high score first when memory is short; the maximum is 1000.
 OOM_SCORE = 800
 
 
 class BundleUnfit(BundleError):
-    """A bundle that is what was exported, and does not work on this board."""
+    """The bundle is intact but does not work on this board."""
 
 
-class Examination(msgspec.Struct, frozen=True):
-    """What a self-test found.
+class SelfTestReport(msgspec.Struct, frozen=True):
+    """Result of a self-test.
 
     Attributes:
-        tokens: what the draft guessed behind `TEXT`, greedily.
-        load_seconds: until the draft was loaded.
-        step_seconds: per guessed token.
+        tokens: greedy draft tokens after `PROMPT`.
+        load_seconds: time to load the draft.
+        step_seconds: time per drafted token.
     """
 
     tokens: list[int]
@@ -47,14 +47,14 @@ class Examination(msgspec.Struct, frozen=True):
     step_seconds: float
 
 
-def examine(bundle: Path, timeout: float = SECONDS) -> Examination:
-    """Tests the bundle in the directory `bundle`, whose files were checked before, in another process.
+def run_self_test(bundle: Path, timeout: float = TIMEOUT_SECONDS) -> SelfTestReport:
+    """Test the bundle in the directory `bundle` in another process. Its files must have been verified before.
 
     Raises:
         BundleUnfit: the draft does not load or run, or the process died or hung.
     """
-    # Started where this very package is, so that a module of the same name in the user's folder is not found first.
-    home = Path(__file__).resolve().parent.parent
+    # Run from the directory of this package, so that a module of the same name in the user's folder is not found first.
+    home = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "edge_runtime.bundles.self_test", str(bundle.absolute())]
     try:
         done = subprocess.run(
@@ -67,59 +67,59 @@ def examine(bundle: Path, timeout: float = SECONDS) -> Examination:
     if done.returncode < 0:
         number = -done.returncode
         name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-        cause = ", perhaps for want of memory" if number == signal.SIGKILL else ""
-        raise BundleUnfit(f"the draft in {bundle} took its self-test down: {name}{cause}; use another bundle")
+        cause = ", perhaps out of memory" if number == signal.SIGKILL else ""
+        raise BundleUnfit(f"the draft in {bundle} crashed its self-test: {name}{cause}; use another bundle")
     if done.returncode == 0:
-        return msgspec.json.decode(done.stdout, type=Examination)
-    words = done.stderr.decode(errors="replace").strip()[-LAST_WORDS:]
-    raise BundleUnfit(f"the draft in {bundle} failed its self-test: {words or 'it said nothing'}")
+        return msgspec.json.decode(done.stdout, type=SelfTestReport)
+    output = done.stderr.decode(errors="replace").strip()[-MAX_QUOTED_CHARACTERS:]
+    raise BundleUnfit(f"the draft in {bundle} failed its self-test: {output or 'no output'}")
 
 
-def run(path: Path) -> Examination:
-    """The test itself, in this process.
+def check_draft(path: Path) -> SelfTestReport:
+    """Run the self-test in this process.
 
     Raises:
-        FlexSpecError: the draft does not load, does not run, or says something else the second time.
+        FlexSpecError: the draft does not load, does not run, or drafts other tokens after a rollback.
     """
-    # Imported here: whoever only calls `examine` needs no onnxruntime.
+    # Imported here, because callers of `run_self_test` do not need onnxruntime.
     from edge_runtime.draft.model import DraftContext, OnnxDraft, Proposal
-    from edge_runtime.protocol.bundle import vocabulary_hash
+    from edge_runtime.protocol.bundle import hash_vocabulary
     from edge_runtime.protocol.sampling import Sampling
 
     started = time.perf_counter()
     draft = OnnxDraft.load(path, verify=False)
     loaded = time.perf_counter()
     vocabulary = draft.tokenizer.get_vocab(with_added_tokens=True)
-    if vocabulary_hash(vocabulary) != draft.manifest.vocabulary.hash:
+    if hash_vocabulary(vocabulary) != draft.manifest.vocabulary.hash:
         raise BundleUnfit("its tokenizer is not the one that its manifest describes; export the bundle again")
     size = draft.manifest.architecture.vocabulary_size
-    ids: list[int] = draft.tokenizer.encode(TEXT).ids[: max(1, draft.manifest.architecture.context - TOKENS)]
-    used = draft.context()
+    ids: list[int] = draft.tokenizer.encode(PROMPT).ids[: max(1, draft.manifest.architecture.context - DRAFT_TOKENS)]
+    used = draft.new_context()
 
-    def guess(context: DraftContext, ids: list[int], temperature: float = 0.0) -> Proposal:
-        return context.propose(ids, TOKENS, Sampling(temperature), siblings=1)
+    def draft_tokens(context: DraftContext, ids: list[int], temperature: float = 0.0) -> Proposal:
+        return context.propose(ids, DRAFT_TOKENS, Sampling(temperature), siblings=1)
 
-    begun = time.perf_counter()
-    first = guess(used, ids)
-    step_seconds = (time.perf_counter() - begun) / max(1, len(first.tokens))
-    # A text that shares nothing with the first: what is behind the roll-back must not shine through.
-    guess(used, [(ids[0] + 1) % size, *ids[1:]], temperature=1.0)
-    if not guess(used, ids).tokens == first.tokens == guess(draft.context(), ids).tokens:
-        raise BundleUnfit("it guesses other tokens after a roll-back; its graph or this board's processor is at fault")
+    step_started = time.perf_counter()
+    first = draft_tokens(used, ids)
+    step_seconds = (time.perf_counter() - step_started) / max(1, len(first.tokens))
+    # A text without a common prefix: nothing of the first may remain after the rollback.
+    draft_tokens(used, [(ids[0] + 1) % size, *ids[1:]], temperature=1.0)
+    if not draft_tokens(used, ids).tokens == first.tokens == draft_tokens(draft.new_context(), ids).tokens:
+        raise BundleUnfit("it drafts other tokens after a rollback; its graph or this board's processor is at fault")
     if not first.tokens or not all(0 <= token < size for token in first.tokens):
-        raise BundleUnfit("it guesses tokens that its vocabulary does not have; export the bundle again")
-    if not all(math.isfinite(share) and 0 < share <= 1 for share in first.confidences):
-        raise BundleUnfit("its probabilities are no numbers; export the bundle again, or with other weights")
-    return Examination(first.tokens, loaded - started, step_seconds)
+        raise BundleUnfit("it drafts tokens outside its vocabulary; export the bundle again")
+    if not all(math.isfinite(p) and 0 < p <= 1 for p in first.confidences):
+        raise BundleUnfit("its probabilities are not finite numbers; export the bundle again, or with other weights")
+    return SelfTestReport(first.tokens, loaded - started, step_seconds)
 
 
 def main() -> int:
-    """`python -m edge_runtime.bundles.self_test BUNDLE`: prints the examination as JSON. Returns the exit code."""
-    # Not every container lets a process offer itself.
+    """`python -m edge_runtime.bundles.self_test BUNDLE`: print the report as JSON. Returns the exit code."""
+    # Some containers do not allow a process to raise its own score.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     try:
-        print(msgspec.json.encode(run(Path(sys.argv[1]))).decode())
+        print(msgspec.json.encode(check_draft(Path(sys.argv[1]))).decode())
     except FlexSpecError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,10 +1,9 @@
-"""Who made a bundle: an Ed25519 signature of its manifest, which in turn records the hash of every other file.
+"""Bundle signatures: Ed25519 over the manifest, which records the hash of every other file.
 
-    manifest.sig        the 64 bytes of the signature over the bytes of manifest.json
+    manifest.sig        the 64 signature bytes over the content of manifest.json
 
-Keys are PEM files as OpenSSL writes and reads them; a file of public keys may hold several, of which one must have
-signed, so that a new key can be introduced before the old one is retired. `draft-export keygen` and `sign` make keys
-and signatures.
+Keys are PEM files in OpenSSL's format. A file may hold several public keys, of which one must have signed, so that a
+new key can be introduced before the old one is retired. `draft-export keygen` and `sign` make keys and signatures.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.protocol.bundle import MANIFEST
+from edge_runtime.protocol.bundle import MANIFEST_NAME
 from edge_runtime.protocol.errors import BundleError, InputError
 
-# Boards without a key should not pay for the library.
+# Imported lazily: boards without a key do not need the library.
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -25,11 +24,11 @@ _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.
 
 
 class BundleUntrusted(BundleError):
-    """A bundle that no configured key has signed."""
+    """The bundle is not signed by a configured key."""
 
 
 def read_public_keys(path: Path) -> list[Ed25519PublicKey]:
-    """The public keys in the PEM file at `path`, at least one. Raises InputError."""
+    """Read the public keys, at least one, from the PEM file at `path`. Raises InputError."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -41,26 +40,26 @@ def read_public_keys(path: Path) -> list[Ed25519PublicKey]:
         raise InputError(f"cannot read the key {path}: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm):
         keys = []
-    ours = [key for key in keys if isinstance(key, Ed25519PublicKey)]
-    if not ours or len(ours) < len(keys):
+    ed25519_keys = [key for key in keys if isinstance(key, Ed25519PublicKey)]
+    if not ed25519_keys or len(ed25519_keys) < len(keys):
         raise InputError(f"{path} is not a file of Ed25519 public keys in PEM; make one with `draft-export keygen`")
-    return ours
+    return ed25519_keys
 
 
 def check_signature(bundle: Path, keys: list[Ed25519PublicKey]) -> None:
-    """Returns if one of `keys` has signed the manifest in the directory `bundle`.
+    """Verify that one of `keys` signed the manifest in the directory `bundle`.
 
     Raises:
-        BundleUntrusted: there is no signature, or it is somebody else's, or of another manifest.
+        BundleUntrusted: the signature is missing, or is not one of these keys over this manifest.
     """
     from cryptography.exceptions import InvalidSignature
 
     try:
-        manifest, signature = (bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_bytes()
+        manifest, signature = (bundle / MANIFEST_NAME).read_bytes(), (bundle / SIGNATURE).read_bytes()
     except FileNotFoundError as error:
         raise BundleUntrusted(
             f"{bundle} is not signed: it has no {Path(error.filename).name}, and a key is configured; "
-            "sign it with `draft-export sign`, or get it from who did"
+            "sign it with `draft-export sign`, or get a signed copy"
         ) from None
     except OSError as error:
         raise BundleUntrusted(f"cannot read the signature of {bundle}: {error.strerror}") from None
@@ -72,5 +71,5 @@ def check_signature(bundle: Path, keys: list[Ed25519PublicKey]) -> None:
         return
     raise BundleUntrusted(
         f"{bundle / SIGNATURE} is not the signature of this manifest by a configured key: "
-        "the bundle was changed, or signed by somebody else; do not use it"
+        "the bundle was modified, or signed by someone else; do not use it"
     )

@@ -1,12 +1,12 @@
-"""The bundles on a board: a store in which a new one replaces the old one at once and whole, or not at all.
+"""The bundle store of a board: a new bundle replaces the old one atomically or not at all.
 
-    NAME@FINGERPRINT/   a bundle; the fingerprint is that of its manifest, and so of all its files
-    current, previous   links to two of them
-    .lock               held by whoever changes the store
-    .scratch-*          of an installation in progress, or of one that was killed: the next one clears them away
+    NAME@FINGERPRINT/   a bundle; the fingerprint is that of its manifest, which covers all files
+    current, previous   symbolic links to two of them
+    .lock               locked by the process that changes the store
+    .scratch-*          temporary files of an installation; those of a killed one are removed by the next
 
-A bundle is copied beside the others, checked (signature, hashes, self-test in another process), written through to the
-disk, renamed into place, and only then linked. Who looks at the store at any moment sees whole bundles only.
+A bundle is copied into the store, verified (signature, hashes, self-test in another process), synced to disk, renamed
+into place and only then linked, so that a reader never sees a partial bundle.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from edge_runtime.bundles.archive import StoreError, fetch
-from edge_runtime.bundles.self_test import Examination, examine
+from edge_runtime.bundles.self_test import SelfTestReport, run_self_test
 from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, check_signature, read_public_keys
-from edge_runtime.common.files import sync
-from edge_runtime.protocol.bundle import MANIFEST, Bundle, Manifest, read_bundle
+from edge_runtime.common.files import fsync_path
+from edge_runtime.protocol.bundle import MANIFEST_NAME, Bundle, Manifest, read_bundle
 from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
 
 if TYPE_CHECKING:
-    from edge_runtime.settings.loading import Draft
+    from edge_runtime.settings.table import DraftSettings
 
 logger = logging.getLogger(__name__)
 
 CURRENT, PREVIOUS, LOCK, SCRATCH = "current", "previous", ".lock", ".scratch-"
-# A bundle's name becomes that of a directory.
+# A bundle's name becomes a directory name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 Signature = Literal["valid", "wrong", "none", "unchecked"]
 
 
-class Entry(msgspec.Struct, frozen=True):
+class StoredBundle(msgspec.Struct, frozen=True):
     """One bundle of a store.
 
     Attributes:
-        name: of its directory, NAME@FINGERPRINT.
+        name: directory name, NAME@FINGERPRINT.
         state: `current`, `previous` or empty.
-        bytes: of all files that the manifest names.
-        installed: when, in seconds since 1970.
-        signature: `unchecked` is a signature that no configured key can judge.
-        weights, shared: from the manifest; empty where it cannot be read.
-        problem: why it cannot be used, as far as that shows without hashing its files; empty if it can.
+        bytes: size of all files that the manifest names.
+        installed: time of installation, in seconds since 1970.
+        signature: `unchecked` if there is a signature but no configured key.
+        weights, shared: from the manifest; empty if it cannot be read.
+        problem: why it cannot be used, found without hashing its files; empty if none was found.
     """
 
     name: str
@@ -67,18 +67,18 @@ class Entry(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-class Installed(msgspec.Struct, frozen=True):
-    """What an installation came to.
+class Installation(msgspec.Struct, frozen=True):
+    """Result of an installation.
 
     Attributes:
-        name: of the bundle in the store.
-        examination: its self-test.
+        name: name of the bundle in the store.
+        self_test: report of its self-test.
         left_out: files of the source that the manifest does not name.
-        removed: old bundles that made room.
+        removed: old bundles that were removed.
     """
 
     name: str
-    examination: Examination
+    self_test: SelfTestReport
     left_out: list[str]
     removed: list[str]
 
@@ -87,13 +87,13 @@ class BundleStore:
     """A store of bundles in a directory; it need not exist before the first installation.
 
     Attributes:
-        path: of the store.
+        path: directory of the store.
     """
 
     def __init__(self, path: Path, public_key_file: Path | None = None) -> None:
         """
         Args:
-            public_key_file: keys of which one must have signed a bundle; None asks for no signature.
+            public_key_file: keys of which one must have signed a bundle; None requires no signature.
 
         Raises:
             InputError: the keys cannot be read.
@@ -101,75 +101,75 @@ class BundleStore:
         self.path = path
         self._keys = read_public_keys(public_key_file) if public_key_file is not None else []
 
-    def install(self, source: Path, *, use: bool = True, keep: int = 1) -> Installed:
-        """Puts the bundle at `source`, a directory or a tar archive, into the store.
+    def install(self, source: Path, *, use: bool = True, keep: int = 1) -> Installation:
+        """Install the bundle at `source`, a directory or a tar archive, into the store.
 
         Args:
-            use: make it the current one.
-            keep: how many others to keep, the previous one included, at least 1.
+            use: make it the current bundle.
+            keep: number of other bundles to keep, at least 1, the previous one included.
 
         Raises:
             InputError: `keep` is less than 1.
-            BundleError: the bundle is not whole, not trusted, or does not work here; or the store cannot be written.
+            BundleError: the bundle is incomplete, untrusted or does not work here, or the store cannot be written.
         """
         if keep < 1:
             raise InputError(f"--keep {keep}: must be at least 1, for the previous bundle")
-        with self._changing() as scratch:
+        with self._exclusive() as scratch:
             try:
                 work, left_out = fetch(source, scratch)
-                bundle, examination = self.check(work)
+                bundle, self_test = self.check(work)
                 name = _name(bundle.manifest, work)
             except BundleError as error:
-                # What is wrong with the copy is wrong with the source, and only that is there to be looked at.
+                # The temporary copy is removed, so the error names the source instead.
                 message = re.sub(rf"{re.escape(str(scratch))}/\w+", lambda _: str(source), str(error))
                 raise type(error)(f"{message}; nothing was installed") from error
             place = self.path / name
-            _write_through(work)
-            if not self._sound(place):
+            _publish_files(work)
+            if not self._is_valid(place):
                 if place.exists():
                     place.rename(scratch / "replaced")
                 work.rename(place)
-                sync(self.path)
+                fsync_path(self.path)
             if use:
                 self._switch(name)
             removed = self._prune(keep, name)
-        return Installed(name, examination, left_out, removed)
+        return Installation(name, self_test, left_out, removed)
 
     def use(self, name: str) -> str:
-        """Makes a bundle the current one, once it has passed all checks. Returns its full name. Raises BundleError."""
-        with self._changing():
+        """Make a bundle the current one after verifying it. Returns its full name. Raises BundleError."""
+        with self._exclusive():
             full = self.find(name)
             self.check(self.path / full)
             self._switch(full)
         return full
 
     def remove(self, name: str) -> str:
-        """Removes a bundle. Returns its full name.
+        """Remove a bundle. Returns its full name.
 
         Raises:
             InputError: it is the current one.
-            BundleError: there is none of this name, or the store cannot be written.
+            BundleError: no bundle has this name, or the store cannot be written.
         """
-        with self._changing() as scratch:
+        with self._exclusive() as scratch:
             full = self.find(name)
             if full == self.link(CURRENT):
-                raise InputError(f"{full} is in use; `edge-runtime bundle use` another one first")
+                raise InputError(f"{full} is the current bundle; `edge-runtime bundle use` another one first")
             if full == self.link(PREVIOUS):
                 (self.path / PREVIOUS).unlink()
             (self.path / full).rename(scratch / "removed")
         return full
 
-    def check(self, path: Path) -> tuple[Bundle, Examination]:
-        """The bundle at `path`, once signature, hashes and self-test are found right. Raises BundleError."""
+    def check(self, path: Path) -> tuple[Bundle, SelfTestReport]:
+        """Verify signature and hashes of the bundle at `path` and run its self-test. Raises BundleError."""
         if self._keys:
             check_signature(path, self._keys)
-        return read_bundle(path), examine(path)
+        return read_bundle(path), run_self_test(path)
 
     def find(self, name: str) -> str:
-        """The full name of a bundle: NAME@FINGERPRINT, `current`, `previous`, or a part in front of or behind the @.
+        """The full name of a bundle, given NAME@FINGERPRINT, NAME, FINGERPRINT, `current` or `previous`.
 
         Raises:
-            BundleMissing: there is none, or there are several.
+            BundleMissing: none or several match.
         """
         linked = self.link(name) if name in (CURRENT, PREVIOUS) else None
         names = self.names()
@@ -180,7 +180,7 @@ class BundleStore:
         raise BundleMissing(f"{several}: {', '.join(found or names) or 'it is empty'}; name one of them")
 
     def names(self) -> list[str]:
-        """Full names of all bundles, the newest first. Raises StoreError."""
+        """Full names of all bundles, newest first. Raises StoreError."""
         try:
             paths = [path for path in self.path.iterdir() if "@" in path.name and not path.name.startswith(".")]
             return [path.name for path in sorted(paths, key=lambda path: (-path.stat().st_mtime, path.name))]
@@ -190,7 +190,7 @@ class BundleStore:
             raise StoreError(f"cannot read the bundle store {self.path}: {error.strerror}") from None
 
     def link(self, which: str) -> str | None:
-        """The full name of the `current` or `previous` bundle; None where there is none. Raises StoreError."""
+        """The full name of the `current` or `previous` bundle, or None. Raises StoreError."""
         try:
             name = (self.path / which).readlink().name
             return name if (self.path / name).is_dir() else None
@@ -199,8 +199,8 @@ class BundleStore:
         except OSError as error:
             raise StoreError(f"cannot read the bundle store {self.path}: {error.strerror}") from None
 
-    def entries(self) -> list[Entry]:
-        """All bundles, the newest first. Raises StoreError."""
+    def entries(self) -> list[StoredBundle]:
+        """All bundles, newest first. Raises StoreError."""
         current, previous = self.link(CURRENT), self.link(PREVIOUS)
         entries = []
         for name in self.names():
@@ -210,12 +210,12 @@ class BundleStore:
             try:
                 manifest = read_bundle(path, verify=False).manifest
             except BundleError as error:
-                entries.append(Entry(name, state, 0, path.stat().st_mtime, signature, problem=str(error)))
+                entries.append(StoredBundle(name, state, 0, path.stat().st_mtime, signature, problem=str(error)))
                 continue
             size = sum(record.bytes for record in manifest.files.values())
             problem = "" if not self._keys or signature == "valid" else "not signed by a configured key"
             entries.append(
-                Entry(
+                StoredBundle(
                     name,
                     state,
                     size,
@@ -239,8 +239,8 @@ class BundleStore:
             return "wrong"
         return "valid"
 
-    def _sound(self, path: Path) -> bool:
-        """Whether a whole and trusted bundle is at `path`."""
+    def _is_valid(self, path: Path) -> bool:
+        """Whether there is a complete and trusted bundle at `path`."""
         try:
             if self._keys:
                 check_signature(path, self._keys)
@@ -254,36 +254,36 @@ class BundleStore:
         if current == name:
             return
         if current is not None:
-            self._point(PREVIOUS, current)
-        self._point(CURRENT, name)
+            self._link(PREVIOUS, current)
+        self._link(CURRENT, name)
 
-    def _point(self, which: str, name: str) -> None:
+    def _link(self, which: str, name: str) -> None:
         link = self.path / f"{SCRATCH}{which}"
         link.symlink_to(name)
         link.replace(self.path / which)
-        sync(self.path)
+        fsync_path(self.path)
 
     def _prune(self, keep: int, name: str) -> list[str]:
-        """Removes all but the newest `keep` bundles besides the current one; the previous one and `name` stay."""
+        """Remove all but the newest `keep` bundles besides the current one. The previous one and `name` are kept."""
         linked = (self.link(CURRENT), self.link(PREVIOUS), name)
         old = [full for full in self.names() if full not in linked]
-        spared = len({full for full in linked if full is not None}) - 1
-        removed = old[max(0, keep - spared) :]
+        kept_by_link = len({full for full in linked if full is not None}) - 1
+        removed = old[max(0, keep - kept_by_link) :]
         for full in removed:
-            # Renamed first, so that it is gone at once.
+            # Renamed first, so that it disappears atomically.
             (self.path / full).rename(self.path / f"{SCRATCH}{full}")
         return removed
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[Path]:
-        """Keeps others from changing the store meanwhile; gives an empty directory in it, which then vanishes.
+    def _exclusive(self) -> Iterator[Path]:
+        """Lock the store and yield an empty temporary directory in it, which is removed afterwards.
 
-        What fails to be written raises StoreError.
+        Raises StoreError if writing fails.
         """
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                # Released by the kernel with the process, however that ends.
+                # The kernel releases the lock when the process ends, however it ends.
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 stack.callback(os.close, lock)
                 try:
@@ -291,14 +291,14 @@ class BundleStore:
                 except BlockingIOError:
                     logger.warning("waiting for another change of %s to end", self.path)
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                # Nobody else is at work, so what lies about was left by a process that is gone.
+                # With the lock held, temporary files can only be left over from a killed process.
                 self._clear()
                 stack.callback(self._clear)
                 yield Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self.path))
             except OSError as error:
                 raise StoreError(
                     f"cannot write to the bundle store {self.path}: {error.strerror or error}; "
-                    "nothing was changed but what is listed by `edge-runtime bundle list`"
+                    "`edge-runtime bundle list` shows what is installed"
                 ) from error
 
     def _clear(self) -> None:
@@ -310,12 +310,12 @@ class BundleStore:
 
 
 def current_bundle(store: BundleStore) -> Bundle:
-    """The current bundle once it has passed all checks; else the previous one, with a warning in the log.
+    """The current bundle after verification; if it fails, the previous one with a warning in the log.
 
-    It is read through its own name, so that a switch meanwhile does not mix two bundles.
+    It is read by its own name, not through the link, so that a concurrent switch cannot mix two bundles.
 
     Raises:
-        BundleError: neither can be used, or there is none.
+        BundleError: neither can be used, or the store is empty.
     """
     failures = []
     for which in (CURRENT, PREVIOUS):
@@ -335,12 +335,12 @@ def current_bundle(store: BundleStore) -> Bundle:
             )
         return bundle
     if failures:
-        raise BundleCorrupt(f"no bundle in {store.path} can be used: {'; '.join(failures)}; install another one")
-    raise BundleMissing(f"no bundle is in use in {store.path}: `edge-runtime bundle install` one")
+        raise BundleCorrupt(f"no bundle in {store.path} is usable: {'; '.join(failures)}; install another one")
+    raise BundleMissing(f"{store.path} has no current bundle: install one with `edge-runtime bundle install`")
 
 
-def configured_bundle(draft: Draft) -> Bundle:
-    """The bundle that a configuration names, its signature checked where a key is configured, or else its store's.
+def configured_bundle(draft: DraftSettings) -> Bundle:
+    """The bundle that the configuration names (signed, if a key is configured), else the current one of its store.
 
     Raises:
         BundleError: it cannot be used.
@@ -356,15 +356,15 @@ def configured_bundle(draft: Draft) -> Bundle:
 def _name(manifest: Manifest, path: Path) -> str:
     if not NAME.fullmatch(manifest.name):
         raise BundleCorrupt(
-            f"the bundle calls itself {manifest.name!r}: use letters, digits, dots and dashes, and export it again"
+            f"the bundle is named {manifest.name!r}: use letters, digits, dots and dashes, and export it again"
         )
-    return f"{manifest.name}@{hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]}"
+    return f"{manifest.name}@{hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest()[:16]}"
 
 
-def _write_through(directory: Path) -> None:
-    """Makes everybody able to read the files of `directory`, and sees them onto the disk."""
+def _publish_files(directory: Path) -> None:
+    """Make the files of `directory` world-readable and sync them to disk."""
     directory.chmod(0o755)
     for path in directory.iterdir():
         path.chmod(0o644)
-        sync(path)
-    sync(directory)
+        fsync_path(path)
+    fsync_path(directory)

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from device_profiles import cli
-from edge_runtime.planning.board_profile import BOARDS, Profile, shipped_profiles
+from edge_runtime.planning.board_profile import BOARDS_DIRECTORY, BoardProfile, shipped_profiles
 from tests.device_profiles.boards import BOARD, changed, save
 
 Captured = pytest.CaptureFixture[str]
@@ -30,8 +30,8 @@ def test_list(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("profile", shipped_profiles(), ids=lambda profile: profile.name)
-def test_show_as_json_is_the_profile(profile: Profile, capsys: Captured) -> None:
-    assert msgspec.convert(run_json(capsys, "show", profile.name), Profile, strict=False) == profile
+def test_show_as_json_is_the_profile(profile: BoardProfile, capsys: Captured) -> None:
+    assert msgspec.convert(run_json(capsys, "show", profile.name), BoardProfile, strict=False) == profile
 
 
 def test_show_for_people_has_every_figure_and_source(tmp_path: Path, capsys: Captured) -> None:
@@ -86,17 +86,17 @@ def test_compare_without_a_draft_and_without_power(tmp_path: Path, capsys: Captu
 
 
 def test_validate(tmp_path: Path, capsys: Captured) -> None:
-    good = [*map(str, sorted(BOARDS.glob("*.toml"))), str(save(tmp_path))]
+    good = [*map(str, sorted(BOARDS_DIRECTORY.glob("*.toml"))), str(save(tmp_path))]
     assert cli.main(["validate", *good]) == 0
-    assert capsys.readouterr().out.count(": fine\n") == len(good)
+    assert capsys.readouterr().out.count(": valid\n") == len(good)
 
 
 def test_validate_checks_the_rest_after_a_wrong_one(tmp_path: Path, capsys: Captured) -> None:
     wrong = save(tmp_path, changed("power.idle_watts", "low"))
-    good = BOARDS / "laptop.toml"
+    good = BOARDS_DIRECTORY / "laptop.toml"
     assert cli.main(["validate", str(wrong), "nowhere.toml", str(good)]) == 2
     out, err = capsys.readouterr()
-    assert out == f"{good}: fine\n"
+    assert out == f"{good}: valid\n"
     assert "power.idle_watts: Expected `float`, got `str`" in err and "cannot read the profile nowhere.toml" in err
     assert cli.main(["validate", str(wrong), str(good), "--json"]) == 2
     results = json.loads(capsys.readouterr().out)

@@ -18,11 +18,11 @@ import pytest
 from cloud_verifier.model.target import Target
 from device_profiles import cli
 from device_profiles.calibrate import calibration, chart, machine, output
-from device_profiles.calibrate.calibration import Order, calibrate
-from device_profiles.calibrate.chart import Curve, line_chart
+from device_profiles.calibrate.calibration import CalibrationConfig, calibrate
+from device_profiles.calibrate.chart import ChartLine, line_chart
 from device_profiles.calibrate.wattmeter import Wattmeter
 from edge_runtime.planning.board_profile import (
-    Profile,
+    BoardProfile,
     ProfileError,
     cache_bytes,
     read_profile,
@@ -66,7 +66,7 @@ def test_the_profile_is_valid_and_measured(calibrated: Path, family: Path) -> No
         assert 16 in speed.milliseconds and max(speed.milliseconds) <= manifest.architecture.context
         assert speed.prefill_tokens_per_second * speed.seconds(0) > 1
         assert speed.watts is None
-    assert profile.measured(weight_bytes(manifest), 100) is not None
+    assert profile.find_measurement(weight_bytes(manifest), 100) is not None
     assert profile.draft_seconds(weight_bytes(manifest), 100) < 1
     assert profile.processor.weight_bytes_per_second > 1e8
     found = profile.calibration
@@ -103,7 +103,7 @@ def test_calibrating_again_needs_force(calibrated: Path, family: Path, capsys: p
     assert f"{calibrated} exists: give --force" in capsys.readouterr().err
     assert calibrated.read_bytes() == before
     assert cli.main([*arguments, "--force", "--json"]) == 0
-    profile = msgspec.json.decode(capsys.readouterr().out, type=Profile, strict=False)
+    profile = msgspec.json.decode(capsys.readouterr().out, type=BoardProfile, strict=False)
     assert profile == read_profile(calibrated) != before
 
 
@@ -145,13 +145,13 @@ def test_an_interruption_while_writing_leaves_the_old_profile(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--output", "{tmp}/board.json"], "a profile is a .toml file"),
+        (["--output", "{tmp}/board.json"], "is not a .toml file"),
         (["--output", "{tmp}/nowhere/board.toml"], "there is no directory {tmp}/nowhere"),
-        (["--output", "{tmp}/board.toml", "--name", "other"], "a profile is named as its file"),
-        (["--output", "{tmp}/My Board.toml"], "'My Board' is no name for a profile"),
-        (["--output", "{tmp}/board.toml", "--seconds", "0.5"], "--seconds 0.5 is not from 1 to 150"),
-        (["--output", "{tmp}/board.toml", "--seconds", "181"], "--seconds 181 is not from 1 to 150"),
-        (["--output", "{tmp}/board.toml", "--seconds", "nan"], "--seconds nan is not from 1 to 150"),
+        (["--output", "{tmp}/board.toml", "--name", "other"], "a profile is named after its file"),
+        (["--output", "{tmp}/My Board.toml"], "'My Board' is not a valid profile name"),
+        (["--output", "{tmp}/board.toml", "--seconds", "0.5"], "--seconds 0.5 is outside 1 to 150"),
+        (["--output", "{tmp}/board.toml", "--seconds", "181"], "--seconds 181 is outside 1 to 150"),
+        (["--output", "{tmp}/board.toml", "--seconds", "nan"], "--seconds nan is outside 1 to 150"),
         (["--output", "{tmp}/board.toml", "--like", "abacus"], "no shipped profile 'abacus'"),
         (["--output", "{tmp}/board.toml", "--verifier", "gopher://x"], "'gopher://x' is not the URL of a verifier"),
     ],
@@ -172,8 +172,8 @@ def test_a_missing_bundle_has_the_exit_code_of_bundles(tmp_path: Path, capsys: p
 
 async def test_the_link_to_a_verifier_is_measured(family: Path, tiny: Target) -> None:
     async with serving(tiny) as server:
-        order = Order(family / "bundle", "board", seconds=1.0, verifier=server.url)
-        profile = await asyncio.to_thread(calibrate, order, no_sensor, silent)
+        config = CalibrationConfig(family / "bundle", "board", seconds=1.0, verifier=server.url)
+        profile = await asyncio.to_thread(calibrate, config, no_sensor, silent)
     link = profile.link
     assert link is not None and link.verifier == server.url
     assert link.rtt_seconds is not None and 0 < link.rtt_seconds < 1
@@ -183,7 +183,9 @@ async def test_the_link_to_a_verifier_is_measured(family: Path, tiny: Target) ->
 def test_a_verifier_that_is_not_there(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "VERIFIER_SECONDS", 0.3)
     with pytest.raises(VerifierUnreachable, match=r"no usable answer from http://127\.0\.0\.1:1"):
-        calibrate(Order(family / "bundle", "board", seconds=1.0, verifier="http://127.0.0.1:1"), no_sensor, silent)
+        calibrate(
+            CalibrationConfig(family / "bundle", "board", seconds=1.0, verifier="http://127.0.0.1:1"), no_sensor, silent
+        )
 
 
 def test_a_sensor_is_found_and_watched(family: Path, tmp_path: Path) -> None:
@@ -194,8 +196,8 @@ def test_a_sensor_is_found_and_watched(family: Path, tmp_path: Path) -> None:
     meter = Wattmeter(Roots(sysfs=tmp_path, procfs=tmp_path, run=lambda arguments: None))
     assert (meter(), meter.source) == (3.21, "ina219")
     notes: list[str] = []
-    order = Order(family / "bundle", "board", seconds=4.0, sensor=meter.source)
-    profile = calibrate(order, meter, notes.append)
+    config = CalibrationConfig(family / "bundle", "board", seconds=4.0, sensor=meter.source)
+    profile = calibrate(config, meter, notes.append)
     assert profile.power is not None
     assert (profile.power.origin, profile.power.idle_watts, profile.power.busy_watts) == ("measured", 3.21, 3.21)
     assert "ina219" in profile.power.sources[0]
@@ -246,7 +248,7 @@ def test_the_modelled_line_is_the_profiles_model(calibrated: Path, family: Path)
 
 
 def test_a_chart_of_a_single_point() -> None:
-    root = ET.fromstring(line_chart('a "b" <c>', "x", "y", [Curve("one & only", [(16.0, 0.003)])]))
+    root = ET.fromstring(line_chart('a "b" <c>', "x", "y", [ChartLine("one & only", [(16.0, 0.003)])]))
     assert root.attrib["aria-label"] == 'a "b" <c>'
     (circle,) = root.iter(f"{SVG}circle")
     assert chart.LEFT < float(circle.attrib["cx"]) < chart.WIDTH - chart.RIGHT
@@ -256,8 +258,8 @@ def test_a_chart_of_a_single_point() -> None:
 def test_a_profile_is_not_written_over_by_accident(tmp_path: Path) -> None:
     (tmp_path / "board.svg").write_text("mine")
     with pytest.raises(ProfileError, match=r"board\.svg exists"):
-        output.check_free(tmp_path / "board.toml", force=False)
-    output.check_free(tmp_path / "board.toml", force=True)
+        output.check_writable(tmp_path / "board.toml", force=False)
+    output.check_writable(tmp_path / "board.toml", force=True)
 
 
 def _umask() -> int:

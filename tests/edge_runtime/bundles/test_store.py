@@ -28,13 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.bundles.archive import StoreError, fetch
-from edge_runtime.bundles.self_test import BundleUnfit, examine
+from edge_runtime.bundles.self_test import BundleUnfit, run_self_test
 from edge_runtime.bundles.signatures import SIGNATURE, BundleUntrusted, read_public_keys
 from edge_runtime.bundles.store import BundleStore, configured_bundle, current_bundle
-from edge_runtime.protocol.bundle import MANIFEST, Manifest, read_bundle, record_file, write_manifest
+from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest, read_bundle, record_file, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing, InputError
-from edge_runtime.settings.loading import Draft
-from export.bundle.sign import make_key, sign
+from edge_runtime.settings.table import DraftSettings
+from export.bundle.sign import generate_key_pair, sign_bundle
 from export.cli import main as export
 
 
@@ -49,7 +49,7 @@ def start(store: Path, source: Path) -> subprocess.Popen[str]:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    return msgspec.json.decode((bundle / MANIFEST).read_bytes(), type=Manifest)
+    return msgspec.json.decode((bundle / MANIFEST_NAME).read_bytes(), type=Manifest)
 
 
 def change(bundle: Path, **fields: object) -> Path:
@@ -95,8 +95,8 @@ def store(tmp_path: Path) -> BundleStore:
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`maker.key`, `maker.pub`, `other.key`, `other.pub`."""
     folder = tmp_path_factory.mktemp("keys")
-    make_key(folder / "maker")
-    make_key(folder / "other")
+    generate_key_pair(folder / "maker.key")
+    generate_key_pair(folder / "other.key")
     return folder
 
 
@@ -115,11 +115,11 @@ def assert_clean(store: BundleStore) -> None:
 def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     store: BundleStore, shipped: Path, another: Path
 ) -> None:
-    with pytest.raises(BundleMissing, match="no bundle is in use"):
+    with pytest.raises(BundleMissing, match="has no current bundle"):
         current_bundle(store)
     assert store.entries() == []
     first = store.install(shipped)
-    assert first.examination.tokens == examine(shipped).tokens
+    assert first.self_test.tokens == run_self_test(shipped).tokens
     assert current_bundle(store).path == store.path / first.name
     second = store.install(another)
     assert (store.link("current"), store.link("previous")) == (second.name, first.name)
@@ -129,7 +129,7 @@ def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     ]
     assert store.use("previous") == first.name
     assert (store.link("current"), store.link("previous")) == (first.name, second.name)
-    with pytest.raises(InputError, match="in use"):
+    with pytest.raises(InputError, match="is the current bundle"):
         store.remove("current")
     assert store.remove("another") == second.name
     assert (store.names(), store.link("previous")) == ([first.name], None)
@@ -151,7 +151,7 @@ def test_old_bundles_make_room(store: BundleStore, another: Path) -> None:
 def test_installing_again_repairs(store: BundleStore, shipped: Path) -> None:
     name = store.install(shipped).name
     spoil(store.path / name / "model.onnx.data")
-    with pytest.raises(BundleCorrupt, match=r"no bundle in .* can be used"):
+    with pytest.raises(BundleCorrupt, match=r"no bundle in .* is usable"):
         current_bundle(store)
     assert store.install(shipped).name == name
     assert current_bundle(store).path == store.path / name
@@ -168,7 +168,7 @@ def test_names_may_be_short_but_not_doubtful(store: BundleStore, another: Path) 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a@b", "x" * 100])
 def test_a_bundles_name_must_be_fit_for_a_directory(store: BundleStore, another: Path, name: str) -> None:
-    with pytest.raises(BundleCorrupt, match=r"calls itself .*; nothing was installed"):
+    with pytest.raises(BundleCorrupt, match=r"is named .*; nothing was installed"):
         store.install(change(another, name=name))
     assert_clean(store)
 
@@ -209,7 +209,7 @@ def test_the_previous_bundle_is_used_where_the_current_one_fails(
     (message,) = caplog.messages
     assert message.startswith(f"the current bundle {second}: ")
     assert f"falling back to the previous one, {first}" in message
-    assert configured_bundle(Draft(store=store.path)).path == store.path / first
+    assert configured_bundle(DraftSettings(store=store.path)).path == store.path / first
     with pytest.raises(BundleUnfit):
         store.use(second)
     graph.write_bytes(original)
@@ -231,11 +231,11 @@ def test_a_self_test_that_is_killed_or_hangs_takes_nobody_along(store: BundleSto
     child.kill()
     _, errors = installing.communicate(timeout=60)
     assert installing.returncode == 3
-    assert "took its self-test down: SIGKILL, perhaps for want of memory" in errors
+    assert "crashed its self-test: SIGKILL, perhaps out of memory" in errors
     assert store.names() == []
     assert_clean(store)
     with pytest.raises(BundleUnfit, match=r"within 0\.01 s"):
-        examine(shipped, timeout=0.01)
+        run_self_test(shipped, timeout=0.01)
 
 
 # Signatures
@@ -247,15 +247,15 @@ def test_with_a_key_only_what_it_signed_is_installed_and_used(
     store = BundleStore(tmp_path / "store", keys / "maker.pub")
     with pytest.raises(BundleUntrusted, match=rf"{another} is not signed: it has no {SIGNATURE}"):
         store.install(another)
-    sign(another, keys / "other.key")
+    sign_bundle(another, keys / "other.key")
     with pytest.raises(BundleUntrusted, match="by a configured key"):
         store.install(another)
-    sign(another, keys / "maker.key")
+    sign_bundle(another, keys / "maker.key")
     name = store.install(another).name
     assert [entry.signature for entry in store.entries()] == ["valid"]
     assert [entry.signature for entry in BundleStore(store.path).entries()] == ["unchecked"]
     assert current_bundle(store).path.name == name
-    draft = Draft(bundle=another, public_key_file=keys / "maker.pub")
+    draft = DraftSettings(bundle=another, public_key_file=keys / "maker.pub")
     assert configured_bundle(draft).manifest.name == "another"
     with pytest.raises(BundleUntrusted):
         configured_bundle(msgspec.structs.replace(draft, bundle=shipped))
@@ -271,7 +271,7 @@ def test_with_a_key_only_what_it_signed_is_installed_and_used(
     ]
     with pytest.raises(BundleError, match="not the signature of this manifest"):
         current_bundle(store)
-    sign(change(another, acceptance={}), keys / "maker.key")
+    sign_bundle(change(another, acceptance={}), keys / "maker.key")
     assert store.install(another)
     assert_whole(store)
 
@@ -288,7 +288,7 @@ def test_a_file_of_keys_may_hold_the_next_one_too(tmp_path: Path, another: Path,
     both = tmp_path / "both.pub"
     both.write_bytes((keys / "maker.pub").read_bytes() + (keys / "other.pub").read_bytes())
     assert len(read_public_keys(both)) == 2
-    sign(another, keys / "other.key")
+    sign_bundle(another, keys / "other.key")
     BundleStore(tmp_path / "store", both).check(another)
 
 
@@ -296,18 +296,18 @@ def test_keys_that_are_none_are_refused(tmp_path: Path, another: Path, keys: Pat
     public = generate_private_key(65537, 1024).public_key()
     rsa = tmp_path / "rsa.pub"
     rsa.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    for path in (keys / "maker.key", rsa, tmp_path / "gone", another / MANIFEST):
+    for path in (keys / "maker.key", rsa, tmp_path / "gone", another / MANIFEST_NAME):
         with pytest.raises(InputError):
             read_public_keys(path)
-    for path in (keys / "maker.pub", tmp_path / "gone", another / MANIFEST):
+    for path in (keys / "maker.pub", tmp_path / "gone", another / MANIFEST_NAME):
         with pytest.raises(InputError):
-            sign(another, path)
+            sign_bundle(another, path)
     with pytest.raises(InputError, match="exists"):
-        make_key(keys / "maker")
+        generate_key_pair(keys / "maker.key")
     assert stat.S_IMODE((keys / "maker.key").stat().st_mode) == 0o600
     spoil(another / "tokenizer.json")
     with pytest.raises(BundleCorrupt):
-        sign(another, keys / "maker.key")
+        sign_bundle(another, keys / "maker.key")
 
 
 # Interruptions
@@ -398,7 +398,7 @@ def test_what_cannot_fit_is_not_begun(store: BundleStore, another: Path) -> None
     manifest = read_manifest(another)
     large = msgspec.structs.replace(manifest.files["model.onnx.data"], bytes=size)
     write_manifest(another, msgspec.structs.replace(manifest, files=manifest.files | {"model.onnx.data": large}))
-    with pytest.raises(StoreError, match=r"no room for model\.onnx\.data: it has .* MB"):
+    with pytest.raises(StoreError, match=r"no space for model\.onnx\.data: it takes .* MB"):
         store.install(another)
     assert_clean(store)
 
@@ -469,7 +469,7 @@ def test_what_the_manifest_does_not_name_is_left_out(small: Path, tmp_path: Path
         scratch.mkdir()
         work, left_out = fetch(source, scratch)
         assert left_out == ["extra.py"]
-        assert {path.name for path in work.iterdir()} == {MANIFEST, *read_manifest(small).files}
+        assert {path.name for path in work.iterdir()} == {MANIFEST_NAME, *read_manifest(small).files}
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -562,7 +562,7 @@ def test_the_command_says_what_it_did(store: BundleStore, shipped: Path, another
         ("another", ""),
     }
     assert run("use", "another", *place).stdout.endswith(": in use\n")
-    assert run("verify", *place).stdout.count(": fine, loads in") == 2
+    assert run("verify", *place).stdout.count(": no errors, loads in") == 2
     refused = run("verify", str(shipped), *place, "--key", str(keys / "maker.pub"))
     assert (refused.returncode, refused.stdout) == (3, "")
     assert "is not signed" in refused.stderr
@@ -575,7 +575,7 @@ def test_the_configuration_names_store_and_key(tmp_path: Path, another: Path, ke
     config = tmp_path / "config.toml"
     config.write_text(f'[draft]\nstore = "here"\npublic_key_file = "{keys / "maker.pub"}"\n')
     assert "is not signed" in run("install", str(another), "--config", str(config)).stderr
-    sign(another, keys / "maker.key")
+    sign_bundle(another, keys / "maker.key")
     assert run("install", str(another), "--config", str(config)).returncode == 0
     (entry,) = json.loads(run("list", "--json", "--config", str(config)).stdout)
     assert (entry["signature"], entry["state"]) == ("valid", "current")
@@ -584,14 +584,14 @@ def test_the_configuration_names_store_and_key(tmp_path: Path, another: Path, ke
 
 def test_keys_and_signatures_by_command(another: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     public, secret = tmp_path / "me.pub", tmp_path / "me.key"
-    assert export.main(["keygen", "--output", str(tmp_path / "me")]) == 0
+    assert export(["keygen", "--output", str(tmp_path / "me")]) == 0
     assert capsys.readouterr().out.startswith(f"{secret}: keep it secret; {public}: for boards")
-    assert export.main(["sign", str(another), "--key", str(secret)]) == 0
+    assert export(["sign", str(another), "--key", str(secret)]) == 0
     assert capsys.readouterr().out == f"{another / SIGNATURE}: signed\n"
     assert run("verify", f"{another}/", "--key", str(public)).returncode == 0
-    assert export.main(["keygen", "--output", str(tmp_path / "me")]) == 2
+    assert export(["keygen", "--output", str(tmp_path / "me")]) == 2
     assert "choose another name" in capsys.readouterr().err
     # The keys and the signature are what everybody's tools take for them.
     check = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(public), "-rawin"]
-    files = ["-in", str(another / MANIFEST), "-sigfile", str(another / SIGNATURE)]
+    files = ["-in", str(another / MANIFEST_NAME), "-sigfile", str(another / SIGNATURE)]
     assert subprocess.run([*check, *files], capture_output=True, check=False).returncode == 0
