@@ -16,11 +16,11 @@ import msgspec
 from edge_runtime.cli import planner_options, verifier_options
 from edge_runtime.cli.serve_limits import check_memory, keys_of, limits_of
 from edge_runtime.common import logs
-from edge_runtime.common.http_server import reload_requested
+from edge_runtime.common.http_server import watch_reload_signal
 from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
-from edge_runtime.service.state import Board
+from edge_runtime.service.state import BoardRuntime
 from edge_runtime.verifier.client import VerifierClient
 
 log = logging.getLogger(__name__)
@@ -52,13 +52,13 @@ class Reloading:
         self._client = client
         self._notifier = notifier
         self._failed = False
-        self._asked = reload_requested()
+        self._asked = watch_reload_signal()
 
     def status(self) -> str:
         """What the service does, and whether its configuration is another than the file's."""
         return self._service.metrics.status() + (f"; {FAILED}" if self._failed else "")
 
-    async def run(self, board: Board) -> None:
+    async def run(self, board: BoardRuntime) -> None:
         """Reloads whenever it is asked, until cancelled."""
         while True:
             await self._asked.wait()
@@ -75,7 +75,7 @@ class Reloading:
                 log.exception("not reloaded, everything stays as it was")
             self._notifier.ready(self.status())
 
-    async def _reload(self, board: Board) -> Board:
+    async def _reload(self, board: BoardRuntime) -> BoardRuntime:
         """Puts the configuration as it is now into effect. Raises FlexSpecError, and then has changed nothing."""
         old = self._options
         new: argparse.Namespace = await asyncio.to_thread(old.reread)
@@ -95,10 +95,10 @@ class Reloading:
         board = msgspec.structs.replace(
             board, planner=planner, model=new.model, power=power, on_link_loss=new.on_link_loss
         )
-        logs.set_up(new.log_level, "edge-runtime", prompts=new.log_prompts)
-        self._service.change(limits, keys, board)
+        logs.configure(new.log_level, "edge-runtime", prompts=new.log_prompts)
+        self._service.reconfigure(limits, keys, board)
         self._client.deadline = arguments["deadline"]
-        self._client.show(arguments["token"])
+        self._client.set_token(arguments["token"])
         for name in changed & AT_ONCE:
             setattr(old, name, getattr(new, name))
         log.info("the configuration was read again; new: %s", ", ".join(sorted(changed & AT_ONCE)) or "nothing")

@@ -1,10 +1,10 @@
-"""Rounds made up for tests of what learns from them."""
+"""Synthetic rounds for tests of estimators and planners."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Surroundings
+from edge_runtime.planning.plan import UNRANKED, Conditions, Outcome, Plan, Surroundings
 
 
 def make_outcome(
@@ -12,7 +12,7 @@ def make_outcome(
     accepted: int,
     *,
     own: int = 1,
-    asked: int = 1,
+    planned_own: int = 1,
     siblings: int = 0,
     sibling: int = 0,
     step: float = 0.01,
@@ -23,32 +23,32 @@ def make_outcome(
     unread: int = 1,
     version: str = "v1",
     temperature: float = 0.0,
-    each: float = 0.02,
+    own_seconds: float = 0.02,
     overhead: float = 0.003,
 ) -> Outcome:
-    """A round without noise: `each` for every own token beyond the first."""
-    further = max(0, own - 1) if asked > 1 else 0
+    """Return a round without noise: `own_seconds` is the time per own token after the first."""
+    further = max(0, own - 1) if planned_own > 1 else 0
     first = overhead + link + forward
     drafted = len(confidences)
     return Outcome(
-        Plan(drafted, asked, siblings=siblings),
-        Conditions(left, 50, unread, now=now, version=version, temperature=temperature),
-        accepted,
-        own,
-        confidences,
-        [siblings] * drafted,
-        sibling,
+        plan=Plan(drafted, planned_own, siblings=siblings),
+        conditions=Conditions(left, 50, unread, now=now, version=version, temperature=temperature),
+        accepted=accepted,
+        own=own,
+        confidences=confidences,
+        offered=[siblings] * drafted,
+        sibling=sibling,
         draft_seconds=step * drafted,
         first_seconds=first,
-        exchange_seconds=first + further * each,
-        forward_seconds=forward + further * each,
+        exchange_seconds=first + further * own_seconds,
+        forward_seconds=forward + further * own_seconds,
         sent=80,
         received=80,
     )
 
 
 def outcomes() -> st.SearchStrategy[Outcome]:
-    """Anything that a round could come to."""
+    """Return a strategy of arbitrary valid outcomes."""
     seconds = st.floats(0.0, 1e3)
 
     @st.composite
@@ -58,32 +58,37 @@ def outcomes() -> st.SearchStrategy[Outcome]:
         accepted = draw(st.integers(0, drafted))
         offered = draw(st.lists(st.integers(0, 7), min_size=drafted, max_size=drafted))
         sibling = draw(st.integers(0, offered[accepted])) if accepted < drafted else 0
-        asked = draw(st.sampled_from((1, 1, 2, 30)))
+        planned_own = draw(st.sampled_from((1, 1, 2, 30)))
         siblings = draw(st.integers(0, 7))
-        seen = st.tuples(st.floats(0.0, 1.0), st.sampled_from((0, 0, 1, 7, UNNAMED)))
+        ahead = draw(st.integers(0, 3)) if planned_own == 1 else 0
+        guesses = st.tuples(st.floats(0.0, 1.0), st.sampled_from((0, 0, 1, 7, UNRANKED)))
         return Outcome(
-            Plan(drafted, asked, siblings=siblings, ahead=draw(st.integers(0, 3)) if asked == 1 else 0),
-            draw(conditions()),
-            accepted,
-            draw(st.integers(1, asked + (sibling > 0))),
-            confidences,
-            offered,
-            sibling,
-            draw(st.integers(0, drafted)),
-            *(draw(seconds) for _ in range(5)),
-            draw(st.integers(0, 100_000)),
-            draw(st.integers(0, 100_000)),
-            draw(st.booleans()),
+            plan=Plan(drafted, planned_own, siblings=siblings, ahead=ahead),
+            conditions=draw(conditions()),
+            accepted=accepted,
+            own=draw(st.integers(1, planned_own + (sibling > 0))),
+            confidences=confidences,
+            offered=offered,
+            sibling=sibling,
+            ready=draw(st.integers(0, drafted)),
+            draft_seconds=draw(seconds),
+            first_seconds=draw(seconds),
+            exchange_seconds=draw(seconds),
+            queue_seconds=draw(seconds),
+            forward_seconds=draw(seconds),
+            sent=draw(st.integers(0, 100_000)),
+            received=draw(st.integers(0, 100_000)),
+            repeated=draw(st.booleans()),
             ahead_seconds=draw(seconds),
-            watched=[] if drafted else draw(st.lists(seen, max_size=asked)),
+            watched=[] if drafted else draw(st.lists(guesses, max_size=planned_own)),
         )
 
     return draw()
 
 
 def conditions() -> st.SearchStrategy[Conditions]:
-    """Anything that a planner may be told."""
-    maybe = st.none() | st.floats(0.0, 1e5)
+    """Return a strategy of arbitrary valid conditions."""
+    optional = st.none() | st.floats(0.0, 1e5)
     return st.builds(
         Conditions,
         left=st.integers(1, 4000),
@@ -95,12 +100,12 @@ def conditions() -> st.SearchStrategy[Conditions]:
         temperature=st.sampled_from((0.0, 0.3, 0.7, 1.0, 2.0)),
         surroundings=st.builds(
             Surroundings,
-            rtt_seconds=maybe,
-            joules_left=maybe,
-            watts=maybe,
+            rtt_seconds=optional,
+            joules_left=optional,
+            watts=optional,
             on_battery=st.none() | st.booleans(),
             throttled=st.none() | st.booleans(),
-            celsius=maybe,
+            celsius=optional,
             metered=st.none() | st.booleans(),
         ),
     )

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.energy_budget import Budget
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.energy_budget import EnergyBudget
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Surroundings
-from edge_runtime.simulation.recorded_texts import Text, read_texts
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import World, make_world
 from tests.edge_runtime.planning.rounds import conditions, make_outcome, outcomes
@@ -27,11 +27,13 @@ WHOLE = Plan(0, 1 << 20)
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[Text]:
+def texts() -> list[RecordedText]:
     return read_texts(TRACES, target="target-v1", temperature=0.7)[:8]
 
 
-def planner_for(world: World, objective: Objective | None = None, budget: Budget | None = None) -> AnalyticPlanner:
+def planner_for(
+    world: World, objective: Objective | None = None, budget: EnergyBudget | None = None
+) -> AnalyticPlanner:
     return AnalyticPlanner(objective or Objective(), world.device, acceptance=ACCEPTANCE, budget=budget)
 
 
@@ -53,10 +55,10 @@ def check(plan: Plan, told: Conditions) -> None:
 @given(
     st.lists(st.tuples(conditions(), outcomes(), st.booleans()), max_size=30),
     st.sampled_from([*PRESETS.values(), Objective(latency=0.0, byte=1e-4)]),
-    st.sampled_from([None, Budget(watts=0.1), Budget(watts=5.0), Budget(until=5e5)]),
+    st.sampled_from([None, EnergyBudget(watts=0.1), EnergyBudget(watts=5.0), EnergyBudget(until=5e5)]),
 )
-def test_plans_are_valid_whatever_comes(rounds: list, objective: Objective, budget: Budget | None) -> None:
-    planner = AnalyticPlanner(objective, Device(radio_watts=1.0, joules_per_byte=1e-6), budget=budget)
+def test_plans_are_valid_whatever_comes(rounds: list, objective: Objective, budget: EnergyBudget | None) -> None:
+    planner = AnalyticPlanner(objective, DeviceModel(radio_watts=1.0, joules_per_byte=1e-6), budget=budget)
     for told, outcome, heard in rounds:
         plan = planner.plan(told)
         check(plan, told)
@@ -66,7 +68,7 @@ def test_plans_are_valid_whatever_comes(rounds: list, objective: Objective, budg
             planner.observe(outcome)
 
 
-def test_same_rounds_same_plans(texts: list[Text]) -> None:
+def test_same_rounds_same_plans(texts: list[RecordedText]) -> None:
     logs = []
     for _ in range(2):
         world = make_world("4g", "laptop", "32b", seed=3)
@@ -74,7 +76,7 @@ def test_same_rounds_same_plans(texts: list[Text]) -> None:
     assert logs[0] == logs[1]
 
 
-def cost(link: str, board: str, verifier: str, texts: list[Text], plan: Plan | None = None) -> float:
+def cost(link: str, board: str, verifier: str, texts: list[RecordedText], plan: Plan | None = None) -> float:
     world = make_world(link, board, verifier, seed=1)
     planner = planner_for(world) if plan is None else FixedPlanner(plan)
     return simulate(texts, planner, world).seconds_per_token
@@ -89,7 +91,9 @@ def cost(link: str, board: str, verifier: str, texts: list[Text], plan: Plan | N
         ("lan", "raspberry-pi-zero-2w", "loaded"),
     ],
 )
-def test_where_drafting_does_not_pay_it_steps_aside(link: str, board: str, verifier: str, texts: list[Text]) -> None:
+def test_where_drafting_does_not_pay_it_steps_aside(
+    link: str, board: str, verifier: str, texts: list[RecordedText]
+) -> None:
     assert cost(link, board, verifier, texts) <= 1.04 * cost(link, board, verifier, texts, WHOLE)
 
 
@@ -103,7 +107,7 @@ def test_where_drafting_does_not_pay_it_steps_aside(link: str, board: str, verif
     ],
 )
 def test_where_drafting_pays_it_beats_streaming_and_every_fixed_length(
-    link: str, board: str, verifier: str, texts: list[Text]
+    link: str, board: str, verifier: str, texts: list[RecordedText]
 ) -> None:
     planned = cost(link, board, verifier, texts)
     assert planned < 0.85 * cost(link, board, verifier, texts, WHOLE)
@@ -111,7 +115,7 @@ def test_where_drafting_pays_it_beats_streaming_and_every_fixed_length(
     assert planned < min(fixed)
 
 
-def test_what_drafting_would_be_worth_is_seen_beside_a_stream(texts: list[Text]) -> None:
+def test_what_drafting_would_be_worth_is_seen_beside_a_stream(texts: list[RecordedText]) -> None:
     """A bundle that says that its draft is hardly ever right: nothing is drafted, until streams have shown better."""
     world = make_world("lan", "laptop", "7b")
     planner = AnalyticPlanner(Objective(), world.device, acceptance={"T=0.7": 0.05})
@@ -124,7 +128,7 @@ def test_what_drafting_would_be_worth_is_seen_beside_a_stream(texts: list[Text])
     assert all(outcome.plan.draft for outcome in rounds[-20:])
 
 
-def test_nobody_guesses_along_where_drafting_is_hopeless_or_joules_are_dear(texts: list[Text]) -> None:
+def test_nobody_guesses_along_where_drafting_is_hopeless_or_joules_are_dear(texts: list[RecordedText]) -> None:
     for link, board, verifier, objective in (
         ("lan", "raspberry-pi-zero-2w", "7b", "latency"),
         ("wifi", "raspberry-pi-4", "7b", "energy"),
@@ -137,7 +141,7 @@ def test_nobody_guesses_along_where_drafting_is_hopeless_or_joules_are_dear(text
 
 
 def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
-    planner = AnalyticPlanner(Objective(), Device(step_seconds=0.005, overhead_seconds=0.0))
+    planner = AnalyticPlanner(Objective(), DeviceModel(step_seconds=0.005, overhead_seconds=0.0))
     now = 0.0
 
     def play(rounds: int, link: float) -> Plan:
@@ -150,10 +154,10 @@ def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
                 [0.72] * min(plan.draft, 6),
                 (3, 1, 5, 0)[index % 4] if plan.draft >= 5 else min(plan.draft, 2),
                 own=plan.own,
-                asked=plan.own,
+                planned_own=plan.own,
                 link=link,
                 forward=0.03,
-                each=0.03,
+                own_seconds=0.03,
                 step=0.005,
                 overhead=0.0,
             )
@@ -167,7 +171,7 @@ def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
     assert play(5, 0.005).draft
 
 
-def test_long_prompts_are_read_while_the_cloud_goes_ahead(texts: list[Text]) -> None:
+def test_long_prompts_are_read_while_the_cloud_goes_ahead(texts: list[RecordedText]) -> None:
     world = make_world("wifi", "raspberry-pi-5", "loaded", weight_bytes=270_000_000, seed=1)
     log: list[Outcome] = []
     simulator = Simulator(world, planner_for(world), log=True)
@@ -179,7 +183,7 @@ def test_long_prompts_are_read_while_the_cloud_goes_ahead(texts: list[Text]) -> 
     assert all(outcome.conditions.unread < 60 for outcome in log if outcome.drafted)
 
 
-def test_prices_of_the_verifier_move_work_to_the_board(texts: list[Text]) -> None:
+def test_prices_of_the_verifier_move_work_to_the_board(texts: list[RecordedText]) -> None:
     spent = {}
     for name in ("latency", "cloud"):
         world = make_world("wifi", "laptop", "7b", seed=1)
@@ -188,7 +192,7 @@ def test_prices_of_the_verifier_move_work_to_the_board(texts: list[Text]) -> Non
     assert spent["cloud"] < 0.7 * spent["latency"]
 
 
-def test_prices_of_joules_spare_them(texts: list[Text]) -> None:
+def test_prices_of_joules_spare_them(texts: list[RecordedText]) -> None:
     spent = {}
     for name in ("latency", "energy"):
         world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
@@ -197,18 +201,18 @@ def test_prices_of_joules_spare_them(texts: list[Text]) -> None:
     assert spent["energy"] < 0.8 * spent["latency"]
 
 
-def test_a_budget_is_held(texts: list[Text]) -> None:
+def test_a_budget_is_held(texts: list[RecordedText]) -> None:
     many = texts * 3
     world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
     free = simulate(many, planner_for(world), world)
     watts = 0.7 * free.joules / free.latency_seconds
     world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
-    held = simulate(many, planner_for(world, budget=Budget(watts=watts)), world)
+    held = simulate(many, planner_for(world, budget=EnergyBudget(watts=watts)), world)
     assert held.joules / held.latency_seconds == pytest.approx(watts, rel=0.03)
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(joule=0.02)])
-def test_hot_boards_draft_less(objective: Objective, texts: list[Text]) -> None:
+def test_hot_boards_draft_less(objective: Objective, texts: list[RecordedText]) -> None:
     def drafted(surroundings: Surroundings) -> float:
         world = make_world("wifi", "raspberry-pi-5", "loaded", seed=1)
         planner = planner_for(world, objective)
@@ -225,8 +229,8 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
     """A chain pays for its exchange with its first round; without the others, drafts would seem dear."""
     planners = []
     for early in (True, False):
-        planner = AnalyticPlanner(Objective(), Device(step_seconds=0.002, overhead_seconds=0.0))
-        planner.observe(make_outcome([], 0, own=30, asked=30, link=0.1, forward=0.05, each=0.05))
+        planner = AnalyticPlanner(Objective(), DeviceModel(step_seconds=0.002, overhead_seconds=0.0))
+        planner.observe(make_outcome([], 0, own=30, planned_own=30, link=0.1, forward=0.05, own_seconds=0.05))
         for index in range(120):
             planner.plan(Conditions(100, 50, 1, version="v1"))
             first = make_outcome([0.7] * 6, 3, link=0.1, forward=0.05, step=0.002, now=float(index))
@@ -243,7 +247,7 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
 
 
 def test_what_one_version_taught_is_kept_apart() -> None:
-    planner = AnalyticPlanner(Objective(), Device())
+    planner = AnalyticPlanner(Objective(), DeviceModel())
     for version, accepted in (("v1", 6), ("v2", 0)) * 120:
         outcome = make_outcome([0.7] * 6, accepted, version=version, forward=0.08)
         planner.observe(outcome)
@@ -251,7 +255,9 @@ def test_what_one_version_taught_is_kept_apart() -> None:
     assert tables[0].calibration[14] > tables[1].calibration[14] + 0.3
 
 
-def test_every_decision_is_logged_as_value_and_reason(caplog: pytest.LogCaptureFixture, texts: list[Text]) -> None:
+def test_every_decision_is_logged_as_value_and_reason(
+    caplog: pytest.LogCaptureFixture, texts: list[RecordedText]
+) -> None:
     world = make_world("wifi", "laptop", "loaded", seed=1)
     with caplog.at_level(logging.DEBUG, "edge_runtime.planning"):
         result = simulate(texts[:1], planner_for(world), world, log=True)
@@ -261,7 +267,7 @@ def test_every_decision_is_logged_as_value_and_reason(caplog: pytest.LogCaptureF
     assert all(outcome.plan.reason in "\n".join(lines) for outcome in result.log)
 
 
-def test_an_outage_is_no_step_change(texts: list[Text]) -> None:
+def test_an_outage_is_no_step_change(texts: list[RecordedText]) -> None:
     """Rounds repeated through an outage say nothing of the link, and the plans go on as before."""
     world = make_world("wifi:3,offline:4,wifi", "laptop", "loaded", seed=1)
     simulator = Simulator(world, planner_for(world), log=True)

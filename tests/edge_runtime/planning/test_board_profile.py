@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.planning.board_profile import (
-    BOARDS,
-    Power,
-    Profile,
+    BOARDS_DIRECTORY,
+    BoardPower,
+    BoardProfile,
     ProfileError,
-    Sourced,
+    SourcedTable,
     cache_bytes,
     draft_sha256,
     read_profile,
@@ -33,21 +33,21 @@ NAMES = {"raspberry-pi-4", "raspberry-pi-5", "raspberry-pi-zero-2w", "jetson-ori
 SHIPPED = shipped_profiles()
 
 
-def board(**changes: Any) -> Profile:
-    return msgspec.structs.replace(msgspec.convert(BOARD, Profile, strict=False), **changes)
+def board(**changes: Any) -> BoardProfile:
+    return msgspec.structs.replace(msgspec.convert(BOARD, BoardProfile, strict=False), **changes)
 
 
 def test_the_six_boards_are_shipped() -> None:
-    assert {profile.name for profile in SHIPPED} == NAMES == {path.stem for path in BOARDS.glob("*.toml")}
+    assert {profile.name for profile in SHIPPED} == NAMES == {path.stem for path in BOARDS_DIRECTORY.glob("*.toml")}
 
 
 @pytest.mark.parametrize("profile", SHIPPED, ids=lambda profile: profile.name)
-def test_a_shipped_board_says_where_every_figure_is_from(profile: Profile) -> None:
+def test_a_shipped_board_says_where_every_figure_is_from(profile: BoardProfile) -> None:
     assert profile.origin == "published"
     assert profile.draft == []
     assert profile.power is not None
-    tables: list[Sourced] = [profile.processor, profile.power]
-    tables += [radio for radio in map(profile.radio.named, ("wifi", "ethernet", "lte", "5g")) if radio is not None]
+    tables: list[SourcedTable] = [profile.processor, profile.power]
+    tables += [radio for radio in map(profile.radio.by_name, ("wifi", "ethernet", "lte", "5g")) if radio is not None]
     assert len(tables) >= 3
     for table in tables:
         assert table.origin in ("published", "derived")
@@ -71,7 +71,7 @@ def test_a_profile_reads_back(tmp_path: Path) -> None:
 
 def test_whole_numbers_are_numbers_too(tmp_path: Path) -> None:
     power = read_profile(save(tmp_path, changed("power.idle_watts", 2))).power
-    assert isinstance(power, Power) and power.idle_watts == 2.0
+    assert isinstance(power, BoardPower) and power.idle_watts == 2.0
 
 
 def test_loading_needs_nothing_heavy() -> None:
@@ -190,7 +190,7 @@ def test_garbage_is_a_profile_error(tmp_path: Path, contents: bytes) -> None:
 def test_a_wrong_value_anywhere_is_a_profile_error(tmp_path: Path, path: str, value: object) -> None:
     file = save(tmp_path, changed(path, value))
     try:
-        assert isinstance(read_profile(file), Profile)
+        assert isinstance(read_profile(file), BoardProfile)
     except ProfileError as error:
         assert str(file) in str(error)
 
@@ -217,7 +217,7 @@ def test_what_exhausts_the_parser_is_a_profile_error(tmp_path: Path, text: str) 
 def test_another_draft_is_modelled_from_bandwidth() -> None:
     """A token reads every weight once: 50 MB at 5 GB/s take 10 ms, at 4 W above idle 40 mJ."""
     profile = board()
-    assert profile.measured(50_000_000, 0) is None
+    assert profile.find_measurement(50_000_000, 0) is None
     assert profile.draft_seconds(50_000_000) == pytest.approx(0.010)
     assert profile.draft_seconds(50_000_000, 1000, cache_bytes=5000) == pytest.approx(0.011)
     assert profile.draft_joules(50_000_000) == pytest.approx(0.040)

@@ -1,4 +1,4 @@
-"""Rounds played on what was watched: by hand, and against the simulator that plays them in earnest."""
+"""Replay of drafted rounds on shadow guesses: by hand, and against the simulator."""
 
 from __future__ import annotations
 
@@ -10,128 +10,139 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.planning.acceptance_table import BINS, STAGES, Stage, Table
-from edge_runtime.planning.counterfactual import Way, replay
+from edge_runtime.planning.acceptance_table import CONFIDENCE_BINS, STAGE_STREAKS, AcceptanceTable, StageAcceptance
+from edge_runtime.planning.counterfactual import ReplayedRounds, RoundChoice, replay_rounds
 from edge_runtime.planning.objective import Objective
-from edge_runtime.planning.plan import UNNAMED, FixedPlanner, Plan, Watched
-from edge_runtime.planning.search import Draft, Prices
-from edge_runtime.simulation.recorded_texts import Text, read_texts
+from edge_runtime.planning.plan import UNRANKED, FixedPlanner, Plan, ShadowGuess
+from edge_runtime.planning.search import DraftedRound, RoundPrices
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import Simulator
 from tests.edge_runtime.simulation.worlds import FORWARD, HALF_TRIP, NODE, STEP, make_world
 
 TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 ROUND_TRIP = 2 * HALF_TRIP
-# The world of `worlds`.
-PRICES = Prices(
+# The prices that correspond to `make_world`.
+PRICES = RoundPrices(
     exchange=ROUND_TRIP,
     step=STEP,
-    identity=0.0,
-    second=1.0,
-    worked=1.0,
-    ahead=0.0,
+    id=0.0,
+    flight_second=1.0,
+    forward_second=1.0,
+    step_ahead=0.0,
     void=0.0,
     step_seconds=STEP,
     flight_seconds=ROUND_TRIP + FORWARD,
     overhead_seconds=0.0,
     queue_seconds=0.0,
-    widths=[1.0, 72.0],
-    forwards=[FORWARD, FORWARD + 71 * NODE],
+    forward_nodes=[1.0, 72.0],
+    forward_seconds=[FORWARD, FORWARD + 71 * NODE],
 )
-EVEN = Stage([1.0 / BINS] * BINS, ((np.arange(BINS) + 0.5) / BINS).tolist())
-TABLE = Table([EVEN] * len(STAGES), np.zeros(8))
+# Uniform confidences that equal the acceptance probability.
+UNIFORM = StageAcceptance(
+    [1.0 / CONFIDENCE_BINS] * CONFIDENCE_BINS, ((np.arange(CONFIDENCE_BINS) + 0.5) / CONFIDENCE_BINS).tolist()
+)
+TABLE = AcceptanceTable([UNIFORM] * len(STAGE_STREAKS), np.zeros(8))
 
 
-def way(draft: Draft) -> Way:
-    return Way(draft, TABLE)
+def replay(
+    guesses: list[ShadowGuess], first_stage: DraftedRound, last_stage: DraftedRound | None = None, streak: int = 0
+) -> ReplayedRounds:
+    """Replay at `PRICES`, with the same round in the last stage unless there is another one."""
+    return replay_rounds(
+        guesses,
+        streak=streak,
+        first_stage=RoundChoice(first_stage, TABLE),
+        last_stage=RoundChoice(last_stage or first_stage, TABLE),
+        prices=PRICES,
+    )
 
 
-def seen(ranks: str, confidence: float = 0.9) -> list[Watched]:
-    """`.` a right guess, a digit the place of the right sibling, `x` none of them."""
-    return [(confidence, 0 if mark == "." else UNNAMED if mark == "x" else int(mark)) for mark in ranks]
+def make_guesses(ranks: str, confidence: float = 0.9) -> list[ShadowGuess]:
+    """Return guesses by one mark per token: `.` correct, a digit the rank of the correct sibling, `x` none."""
+    return [(confidence, 0 if mark == "." else UNRANKED if mark == "x" else int(mark)) for mark in ranks]
 
 
-def test_rounds_by_hand() -> None:
-    four = way(Draft(0.05, 4, 0.0))
-    # All of four and the target's own; two and the own; two, the own token being the last.
-    played = replay(seen("....." + "..x" + "..."), 0, four, four, PRICES)
-    assert played.tokens == 11
+def test_replays_rounds_computed_by_hand() -> None:
+    # All four and the bonus token; two and the own token; two, with the last token as the own one.
+    replayed = replay(make_guesses("....." + "..x" + "..."), DraftedRound(0.05, 4, 0.0))
+    assert replayed.tokens == 11
     forwards = 3 * FORWARD + (4 + 4 + 2) * NODE
-    assert played.cost == pytest.approx(3 * ROUND_TRIP + 10 * STEP + forwards)
-    assert played.told == pytest.approx(11 * 0.05)
-    assert played.running == 0
+    assert replayed.cost == pytest.approx(3 * ROUND_TRIP + 10 * STEP + forwards)
+    assert replayed.predicted_cost == pytest.approx(11 * 0.05)
+    assert replayed.last_stage_tokens == 0
 
 
-def test_the_stop_rule_and_siblings() -> None:
-    # One token of 0.9 survives with 0.925, two with 0.86.
-    stopping = way(Draft(0.05, 8, 0.9, siblings=2, sibling_confidence=0.95))
-    played = replay(seen(".2.."), 0, stopping, stopping, PRICES)
-    # Both tokens are drafted; the second sibling beside the second is right, and the target's own follows.
-    assert played.tokens == 3
-    assert played.cost == pytest.approx(ROUND_TRIP + 2 * STEP + FORWARD + (2 + 4) * NODE)
+def test_replays_stop_rule_and_siblings() -> None:
+    # A token of confidence 0.9 has a calibrated acceptance of 0.925; the survival of two is 0.86.
+    stopping = DraftedRound(0.05, 8, 0.9, siblings=2, sibling_confidence=0.95)
+    replayed = replay(make_guesses(".2.."), stopping)
+    # Both tokens are drafted; the second sibling of the second token is correct, and the own token follows.
+    assert replayed.tokens == 3
+    assert replayed.cost == pytest.approx(ROUND_TRIP + 2 * STEP + FORWARD + (2 + 4) * NODE)
 
 
-def test_behind_a_streak_it_drafts_the_other_way() -> None:
-    short, long = way(Draft(0.05, 2, 0.0)), way(Draft(0.02, 20, 0.0))
-    behind = replay(seen("." * 21), STAGES[-1], short, long, PRICES)
-    assert (behind.running, behind.tokens) == (21, 21)
-    assert behind.told == pytest.approx(21 * 0.02)
-    growing = replay(seen("." * 60), 0, short, long, PRICES)
-    assert 0 < growing.running < growing.tokens
+def test_uses_the_last_stage_round_after_a_long_streak() -> None:
+    short, long = DraftedRound(0.05, 2, 0.0), DraftedRound(0.02, 20, 0.0)
+    after_streak = replay(make_guesses("." * 21), short, long, streak=STAGE_STREAKS[-1])
+    assert (after_streak.last_stage_tokens, after_streak.tokens) == (21, 21)
+    assert after_streak.predicted_cost == pytest.approx(21 * 0.02)
+    growing = replay(make_guesses("." * 60), short, long)
+    assert 0 < growing.last_stage_tokens < growing.tokens
 
 
 @pytest.mark.parametrize(
-    "draft",
+    "round_",
     [
-        Draft(0.05, 5, 0.0),
-        Draft(0.05, 12, 0.3, siblings=3, sibling_confidence=0.8),
-        Draft(0.05, 6, 0.2, ahead=6),
-        Draft(0.05, 8, 0.2, ahead=8, in_flight=2),
+        DraftedRound(0.05, 5, 0.0),
+        DraftedRound(0.05, 12, 0.3, siblings=3, sibling_confidence=0.8),
+        DraftedRound(0.05, 6, 0.2, ahead=6),
+        DraftedRound(0.05, 8, 0.2, ahead=8, in_flight=2),
     ],
     ids=["plain", "stop rule and siblings", "ahead", "two in flight"],
 )
 @pytest.mark.parametrize(("target", "temperature"), [("target-v1", 0.0), ("target-v2", 1.0)])
-def test_it_comes_to_what_the_simulator_comes_to(draft: Draft, target: str, temperature: float) -> None:
-    """Recorded texts, drafted in earnest and replayed from what a stream would have shown of them."""
+def test_replay_agrees_with_the_simulator(round_: DraftedRound, target: str, temperature: float) -> None:
+    """Simulate drafted rounds on recorded texts, and replay them on the shadow guesses for the same texts."""
     texts = read_texts(TRACES, target=target, temperature=temperature)[:24]
     plan = Plan(
-        draft.length,
-        siblings=draft.siblings,
-        sibling_confidence=draft.sibling_confidence,
-        min_survival=draft.survival,
+        round_.length,
+        siblings=round_.siblings,
+        sibling_confidence=round_.sibling_confidence,
+        min_survival=round_.min_survival,
         calibration=TABLE.calibration,
-        ahead=draft.ahead,
-        in_flight=draft.in_flight,
+        ahead=round_.ahead,
+        in_flight=round_.in_flight,
     )
     simulator = Simulator(make_world(), FixedPlanner(plan))
-    real = sum(simulator.play(text).latency_seconds for text in texts) / sum(map(len, texts))
-    replays = [replay(watched(text), 0, way(draft), way(draft), PRICES) for text in texts]
-    told = sum(played.cost for played in replays) / sum(played.tokens for played in replays)
-    assert told == pytest.approx(real, rel=0.06)
+    simulated = sum(simulator.play(text).latency_seconds for text in texts) / sum(map(len, texts))
+    results = [replay(shadow_guesses(text), round_) for text in texts]
+    replayed = sum(result.cost for result in results) / sum(result.tokens for result in results)
+    assert replayed == pytest.approx(simulated, rel=0.06)
 
 
-def watched(text: Text) -> list[Watched]:
+def shadow_guesses(text: RecordedText) -> list[ShadowGuess]:
     return list(zip(text.confidences, text.ranks, strict=True))
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.sampled_from((0, 0, 0, 1, 5, UNNAMED))), max_size=80),
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from((0, 0, 0, 1, 5, UNRANKED))), max_size=80),
     st.integers(0, 40),
     st.builds(
-        Draft,
+        DraftedRound,
         cost=st.just(0.05),
         length=st.integers(1, 31),
-        survival=st.floats(0, 1),
+        min_survival=st.floats(0, 1),
         siblings=st.integers(0, 7),
         sibling_confidence=st.floats(0, 1),
         ahead=st.integers(0, 24),
         in_flight=st.integers(1, 2),
     ),
 )
-def test_all_but_the_last_token_is_played(text: list[Watched], streak: int, draft: Draft) -> None:
-    played = replay(text, streak, way(draft), way(msgspec.structs.replace(draft, length=31)), PRICES)
-    assert max(0, len(text) - 1) <= played.tokens <= len(text)
-    assert 0 <= played.running <= played.tokens
-    if played.tokens:
+def test_all_tokens_but_the_last_are_replayed(guesses: list[ShadowGuess], streak: int, round_: DraftedRound) -> None:
+    replayed = replay(guesses, round_, msgspec.structs.replace(round_, length=31), streak=streak)
+    assert max(0, len(guesses) - 1) <= replayed.tokens <= len(guesses)
+    assert 0 <= replayed.last_stage_tokens <= replayed.tokens
+    if replayed.tokens:
         objective = Objective()
-        assert objective.cost(FORWARD, FORWARD, 0.0, 0) / 3 < played.cost
-        assert played.told == pytest.approx(0.05 * played.tokens)
+        assert objective.cost(FORWARD, FORWARD, 0.0, 0) / 3 < replayed.cost
+        assert replayed.predicted_cost == pytest.approx(0.05 * replayed.tokens)

@@ -15,23 +15,23 @@ from hypothesis import strategies as st
 
 from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.energy_budget import Budget
-from edge_runtime.planning.factory import NAMES, make_planner
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.energy_budget import EnergyBudget
+from edge_runtime.planning.factory import POLICY_NAMES, make_planner
 from edge_runtime.planning.learned import (
     CORRECTIONS,
-    MODEL,
+    MODEL_PATH,
     OBSERVATIONS,
     CorrectedPlanner,
     Correction,
+    CorrectionPolicy,
     Floats,
     LearnedPlanner,
-    Policy,
 )
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.simulation.recorded_texts import Text, read_texts
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world
 
@@ -40,7 +40,7 @@ LATENCY = PRESETS["latency"]
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[Text]:
+def texts() -> list[RecordedText]:
     return read_texts(TRACES, target="target-v1", temperature=0.7)[:2]
 
 
@@ -48,12 +48,12 @@ class Chosen(CorrectedPlanner):
     """Always the same correction, or one at random; keeps what it observed."""
 
     def __init__(self, correction: Correction | None) -> None:
-        super().__init__(LATENCY, Device())
+        super().__init__(LATENCY, DeviceModel())
         self._correction = correction
         self._random = random.Random(0)
         self.observations: list[Floats] = []
 
-    def correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
+    def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
         self.observations.append(observation)
         return self._correction or self._random.choice(CORRECTIONS), "chosen"
 
@@ -72,17 +72,17 @@ def check(plan: Plan, conditions: Conditions) -> None:
 
 
 def test_the_shipped_policy_is_small_and_the_one_that_its_training_made() -> None:
-    policy = Policy()
-    assert policy.training.sha256 == hashlib.sha256(MODEL.read_bytes()).hexdigest()
-    assert policy.training.objective == LATENCY
-    assert MODEL.stat().st_size + MODEL.with_suffix(".json").stat().st_size < 100_000
-    middle = (np.array(policy.training.low, np.float32) + np.array(policy.training.high, np.float32)) / 2
+    policy = CorrectionPolicy()
+    assert policy.metadata.sha256 == hashlib.sha256(MODEL_PATH.read_bytes()).hexdigest()
+    assert policy.metadata.objective == LATENCY
+    assert MODEL_PATH.stat().st_size + MODEL_PATH.with_suffix(".json").stat().st_size < 100_000
+    middle = (np.array(policy.metadata.low, np.float32) + np.array(policy.training.high, np.float32)) / 2
     scores = policy.scores(middle)
     assert scores.shape == (len(CORRECTIONS),)
     assert np.isfinite(scores).all()
 
 
-def test_the_policy_decides_where_it_knows_its_way(texts: list[Text]) -> None:
+def test_the_policy_decides_where_it_knows_its_way(texts: list[RecordedText]) -> None:
     planner = make_planner("learned", LATENCY, make_world("4g", "raspberry-pi-5", "loaded").device)
     log = simulate(texts, planner, make_world("4g", "raspberry-pi-5", "loaded"), log=True).log
     decided = [outcome.plan.reason.endswith("(learned)") for outcome in log if outcome.plan.draft]
@@ -92,17 +92,17 @@ def test_the_policy_decides_where_it_knows_its_way(texts: list[Text]) -> None:
         check(outcome.plan, outcome.conditions)
 
 
-def test_without_corrections_it_is_the_analytic_planner(texts: list[Text]) -> None:
+def test_without_corrections_it_is_the_analytic_planner(texts: list[RecordedText]) -> None:
     for link, board, verifier in (("4g", "raspberry-pi-5", "32b"), ("lan", "server", "loaded")):
         corrected = simulate(texts, Chosen(CORRECTIONS[0]), make_world(link, board, verifier), log=True)
-        analytic = simulate(texts, AnalyticPlanner(LATENCY, Device()), make_world(link, board, verifier), log=True)
+        analytic = simulate(texts, AnalyticPlanner(LATENCY, DeviceModel()), make_world(link, board, verifier), log=True)
         assert [msgspec.structs.replace(outcome.plan, reason="") for outcome in corrected.log] == [
             msgspec.structs.replace(outcome.plan, reason="") for outcome in analytic.log
         ]
 
 
 @pytest.mark.parametrize("correction", [None, *CORRECTIONS], ids=lambda correction: getattr(correction, "name", "any"))
-def test_every_correction_can_be_played(texts: list[Text], correction: Correction | None) -> None:
+def test_every_correction_can_be_played(texts: list[RecordedText], correction: Correction | None) -> None:
     planner = Chosen(correction)
     result = simulate(texts, planner, make_world("lan", "laptop", "loaded"), log=True)
     assert result.tokens == sum(map(len, texts))
@@ -114,22 +114,22 @@ def test_every_correction_can_be_played(texts: list[Text], correction: Correctio
 
 
 def _another_objective() -> LearnedPlanner:
-    return LearnedPlanner(Objective(verifier=4.0), Device())
+    return LearnedPlanner(Objective(verifier=4.0), DeviceModel())
 
 
 def _a_budget() -> LearnedPlanner:
-    return LearnedPlanner(LATENCY, Device(), budget=Budget(5.0))
+    return LearnedPlanner(LATENCY, DeviceModel(), budget=EnergyBudget(5.0))
 
 
 def _no_model() -> LearnedPlanner:
-    return LearnedPlanner(LATENCY, Device(), model=Path("nowhere.onnx"))
+    return LearnedPlanner(LATENCY, DeviceModel(), model=Path("nowhere.onnx"))
 
 
 @pytest.mark.parametrize(
     ("make", "why"),
     [(_another_objective, "another objective"), (_a_budget, "budgeted"), (_no_model, "no learned policy")],
 )
-def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[Text]) -> None:
+def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[RecordedText]) -> None:
     world = make_world("4g", "raspberry-pi-5", "loaded")
     log = simulate(texts[:1], make(), world, log=True).log
     drafted = [outcome.plan for outcome in log if outcome.plan.draft]
@@ -139,18 +139,18 @@ def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[Text]) 
 
 
 def test_it_hands_over_what_nobody_has_seen() -> None:
-    policy = Policy()
-    low, high = (np.array(bound, np.float32) for bound in (policy.training.low, policy.training.high))
+    policy = CorrectionPolicy()
+    low, high = (np.array(bound, np.float32) for bound in (policy.metadata.low, policy.training.high))
     inside = (low + high) / 2
-    assert policy.strange(inside) == ""
+    assert policy.out_of_range(inside) == ""
     for index, name in enumerate(OBSERVATIONS):
         for value in (low[index] - (high[index] - low[index]) - 1.0, high[index] * 2 + 1.0, np.nan):
             outside = inside.copy()
             outside[index] = value
-            assert policy.strange(outside) == name
+            assert policy.out_of_range(outside) == name
 
 
-def test_what_it_hands_over_is_planned_as_if_it_were_not_there(texts: list[Text]) -> None:
+def test_what_it_hands_over_is_planned_as_if_it_were_not_there(texts: list[RecordedText]) -> None:
     strange = [msgspec.structs.replace(text, temperature=5.0) for text in texts]
     device = make_world("wifi", "server", "loaded").device
     learned = simulate(strange, LearnedPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True)
@@ -166,20 +166,20 @@ def test_what_it_hands_over_is_planned_as_if_it_were_not_there(texts: list[Text]
 
 def test_a_model_that_was_altered_is_not_used(tmp_path: Path) -> None:
     for suffix in (".onnx", ".json"):
-        shutil.copy(MODEL.with_suffix(suffix), tmp_path)
-    altered = tmp_path / MODEL.name
-    Policy(altered)
+        shutil.copy(MODEL_PATH.with_suffix(suffix), tmp_path)
+    altered = tmp_path / MODEL_PATH.name
+    CorrectionPolicy(altered)
     altered.write_bytes(altered.read_bytes() + b"\0")
     with pytest.raises(InputError, match="hash differs"):
-        Policy(altered)
+        CorrectionPolicy(altered)
     altered.with_suffix(".json").write_bytes(b"{}")
     with pytest.raises(InputError, match="training"):
-        Policy(altered)
+        CorrectionPolicy(altered)
 
 
 def test_it_has_a_name() -> None:
-    assert "learned" in NAMES
-    assert isinstance(make_planner("learned", LATENCY, Device()), LearnedPlanner)
+    assert "learned" in POLICY_NAMES
+    assert isinstance(make_planner("learned", LATENCY, DeviceModel()), LearnedPlanner)
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,7 +187,7 @@ def test_it_has_a_name() -> None:
 def test_no_plan_is_ever_impossible(data: st.DataObject) -> None:
     # Nobody measures less than a tenth of a millisecond, but for nothing.
     seconds = st.just(0.0) | st.floats(1e-4, 10.0)
-    device = Device(step_seconds=data.draw(st.floats(1e-5, 2.0)), prefill_seconds=data.draw(st.floats(0.0, 0.1)))
+    device = DeviceModel(step_seconds=data.draw(st.floats(1e-5, 2.0)), prefill_seconds=data.draw(st.floats(0.0, 0.1)))
     planner = LearnedPlanner(LATENCY, device)
     now = 0.0
     for _ in range(data.draw(st.integers(1, 12))):
