@@ -174,15 +174,10 @@ class AnalyticPlanner:
         comparison = self._comparison = self._compare(conditions, table, acceptance)
         plan = self._decide(conditions, comparison, table, acceptance)
         if log.isEnabledFor(logging.DEBUG):
+            drafted, streamed = (1e3 * cost / comparison.left for cost in (comparison.drafted, comparison.streamed))
             log.debug(
-                "K=%d n=%d: %.1f ms/token drafted, %.1f streamed, %d left, regret budget %.0f tokens: %s",
-                plan.draft,
-                plan.own,
-                1e3 * comparison.drafted / comparison.left,
-                1e3 * comparison.streamed / comparison.left,
-                comparison.left,
-                self._regret.tokens,
-                plan.reason,
+                f"K={plan.draft} n={plan.own}: {drafted:.1f} ms/token drafted, {streamed:.1f} streamed, "
+                f"{comparison.left} left, regret budget {self._regret.tokens:.0f} tokens: {plan.reason}"
             )
         return plan
 

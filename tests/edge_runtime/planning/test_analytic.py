@@ -1,4 +1,4 @@
-"""The analytic planner: valid plans whatever comes, the right side of streaming and drafting, budgets, step changes."""
+"""The analytic planner: valid plans, the choice between streaming and drafting, budgets, and step changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
+from edge_runtime.planning.acceptance_table import MAX_DRAFT_LENGTH, MAX_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.energy_budget import EnergyBudget
@@ -23,7 +23,7 @@ from tests.edge_runtime.planning.rounds import conditions, make_outcome, outcome
 
 ACCEPTANCE = {"T=0": 0.58, "T=0.7": 0.56, "T=1": 0.547}
 TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
-WHOLE = Plan(0, 1 << 20)
+STREAMING = Plan(0, 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +31,24 @@ def texts() -> list[RecordedText]:
     return read_texts(TRACES, target="target-v1", temperature=0.7)[:8]
 
 
-def planner_for(
+def make_planner(
     world: World, objective: Objective | None = None, budget: EnergyBudget | None = None
 ) -> AnalyticPlanner:
     return AnalyticPlanner(objective or Objective(), world.device, acceptance=ACCEPTANCE, budget=budget)
 
 
-def check(plan: Plan, told: Conditions) -> None:
-    assert 0 <= plan.draft <= max(LONGEST, told.ready)
-    assert 1 <= plan.own <= told.left
+def check_plan(plan: Plan, conditions_: Conditions) -> None:
+    """Assert that `plan` is valid under the conditions."""
+    assert 0 <= plan.draft <= max(MAX_DRAFT_LENGTH, conditions_.ready)
+    assert 1 <= plan.own <= conditions_.left
     assert plan.in_flight in (1, 2)
-    assert 0 <= plan.ahead <= LONGEST
-    # Ahead of a round without a draft, the board only reads.
+    assert 0 <= plan.ahead <= MAX_DRAFT_LENGTH
+    # Without a draft, `ahead` only lets the draft prefill.
     assert not plan.ahead or plan.own == 1 or not plan.draft
     assert not plan.watch or not plan.draft
-    assert 0 <= plan.siblings <= MOST_SIBLINGS
+    assert 0 <= plan.siblings <= MAX_SIBLINGS
     assert 0.0 <= plan.min_survival <= 1.0 and 0.0 <= plan.sibling_confidence <= 1.0
-    assert all(0.0 < chance < 1.0 for chance in plan.calibration)
+    assert all(0.0 < probability < 1.0 for probability in plan.calibration)
     assert plan.reason
 
 
@@ -57,28 +58,28 @@ def check(plan: Plan, told: Conditions) -> None:
     st.sampled_from([*PRESETS.values(), Objective(latency=0.0, byte=1e-4)]),
     st.sampled_from([None, EnergyBudget(watts=0.1), EnergyBudget(watts=5.0), EnergyBudget(until=5e5)]),
 )
-def test_plans_are_valid_whatever_comes(rounds: list, objective: Objective, budget: EnergyBudget | None) -> None:
+def test_plans_are_always_valid(rounds: list, objective: Objective, budget: EnergyBudget | None) -> None:
     planner = AnalyticPlanner(objective, DeviceModel(radio_watts=1.0, joules_per_byte=1e-6), budget=budget)
-    for told, outcome, heard in rounds:
-        plan = planner.plan(told)
-        check(plan, told)
-        if heard:
-            planner.observe(msgspec.structs.replace(outcome, plan=plan, conditions=told))
+    for conditions_, outcome, planned in rounds:
+        plan = planner.plan(conditions_)
+        check_plan(plan, conditions_)
+        if planned:
+            planner.observe(msgspec.structs.replace(outcome, plan=plan, conditions=conditions_))
         else:
             planner.observe(outcome)
 
 
-def test_same_rounds_same_plans(texts: list[RecordedText]) -> None:
+def test_planning_is_deterministic(texts: list[RecordedText]) -> None:
     logs = []
     for _ in range(2):
         world = make_world("4g", "laptop", "32b", seed=3)
-        logs.append(simulate(texts[:3], planner_for(world), world, log=True).log)
+        logs.append(simulate(texts[:3], make_planner(world), world, log=True).log)
     assert logs[0] == logs[1]
 
 
-def cost(link: str, board: str, verifier: str, texts: list[RecordedText], plan: Plan | None = None) -> float:
+def simulate_cost(link: str, board: str, verifier: str, texts: list[RecordedText], plan: Plan | None = None) -> float:
     world = make_world(link, board, verifier, seed=1)
-    planner = planner_for(world) if plan is None else FixedPlanner(plan)
+    planner = make_planner(world) if plan is None else FixedPlanner(plan)
     return simulate(texts, planner, world).seconds_per_token
 
 
@@ -91,10 +92,8 @@ def cost(link: str, board: str, verifier: str, texts: list[RecordedText], plan: 
         ("lan", "raspberry-pi-zero-2w", "loaded"),
     ],
 )
-def test_where_drafting_does_not_pay_it_steps_aside(
-    link: str, board: str, verifier: str, texts: list[RecordedText]
-) -> None:
-    assert cost(link, board, verifier, texts) <= 1.04 * cost(link, board, verifier, texts, WHOLE)
+def test_streams_if_drafting_does_not_pay_off(link: str, board: str, verifier: str, texts: list[RecordedText]) -> None:
+    assert simulate_cost(link, board, verifier, texts) <= 1.04 * simulate_cost(link, board, verifier, texts, STREAMING)
 
 
 @pytest.mark.parametrize(
@@ -106,51 +105,51 @@ def test_where_drafting_does_not_pay_it_steps_aside(
         ("lan", "server", "32b"),
     ],
 )
-def test_where_drafting_pays_it_beats_streaming_and_every_fixed_length(
+def test_beats_streaming_and_every_fixed_length_if_drafting_pays_off(
     link: str, board: str, verifier: str, texts: list[RecordedText]
 ) -> None:
-    planned = cost(link, board, verifier, texts)
-    assert planned < 0.85 * cost(link, board, verifier, texts, WHOLE)
-    fixed = [cost(link, board, verifier, texts, Plan(count)) for count in (1, 2, 3, 4, 5, 6, 8, 12)]
+    planned = simulate_cost(link, board, verifier, texts)
+    assert planned < 0.85 * simulate_cost(link, board, verifier, texts, STREAMING)
+    fixed = [simulate_cost(link, board, verifier, texts, Plan(count)) for count in (1, 2, 3, 4, 5, 6, 8, 12)]
     assert planned < min(fixed)
 
 
-def test_what_drafting_would_be_worth_is_seen_beside_a_stream(texts: list[RecordedText]) -> None:
-    """A bundle that says that its draft is hardly ever right: nothing is drafted, until streams have shown better."""
+def test_shadow_drafting_corrects_a_pessimistic_prior(texts: list[RecordedText]) -> None:
+    """The bundle reports a very low acceptance: the planner streams until shadow drafting has shown a higher one."""
     world = make_world("lan", "laptop", "7b")
     planner = AnalyticPlanner(Objective(), world.device, acceptance={"T=0.7": 0.05})
     simulator = Simulator(world, planner, log=True)
-    rounds = [outcome for text in texts for outcome in simulator.play(text).log]
+    rounds = [outcome for text in texts for outcome in simulator.run(text).log]
     assert rounds[1].plan.watch and not rounds[1].plan.draft
     first = next(index for index, outcome in enumerate(rounds) if outcome.plan.draft)
     assert sum(len(outcome.watched) for outcome in rounds[:first]) > 64
-    assert "trying" not in rounds[first].plan.reason
+    assert "exploring" not in rounds[first].plan.reason
     assert all(outcome.plan.draft for outcome in rounds[-20:])
 
 
-def test_nobody_guesses_along_where_drafting_is_hopeless_or_joules_are_dear(texts: list[RecordedText]) -> None:
+def test_no_shadow_drafting_if_drafting_is_hopeless_or_joules_are_expensive(texts: list[RecordedText]) -> None:
     for link, board, verifier, objective in (
         ("lan", "raspberry-pi-zero-2w", "7b", "latency"),
         ("wifi", "raspberry-pi-4", "7b", "energy"),
     ):
         world = make_world(link, board, verifier)
-        simulator = Simulator(world, planner_for(world, PRESETS[objective]), log=True)
-        rounds = [outcome for text in texts for outcome in simulator.play(text).log]
-        watched = sum(len(outcome.watched) for outcome in rounds)
-        assert watched < 0.05 * sum(outcome.own for outcome in rounds if not outcome.drafted)
+        simulator = Simulator(world, make_planner(world, PRESETS[objective]), log=True)
+        rounds = [outcome for text in texts for outcome in simulator.run(text).log]
+        shadowed = sum(len(outcome.watched) for outcome in rounds)
+        assert shadowed < 0.05 * sum(outcome.own for outcome in rounds if not outcome.drafted)
 
 
-def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
+def test_follows_a_step_change_of_the_link_within_five_rounds() -> None:
     planner = AnalyticPlanner(Objective(), DeviceModel(step_seconds=0.005, overhead_seconds=0.0))
     now = 0.0
 
-    def play(rounds: int, link: float) -> Plan:
+    def run_rounds(rounds: int, link: float) -> Plan:
         nonlocal now
         for index in range(rounds):
-            # Each round begins a text of its own.
-            told = Conditions(60, 100 + index, 1, now=now, version="v1")
-            plan = planner.plan(told)
-            heard = make_outcome(
+            # Each round begins a new text.
+            conditions_ = Conditions(60, 100 + index, 1, now=now, version="v1")
+            plan = planner.plan(conditions_)
+            outcome = make_outcome(
                 [0.72] * min(plan.draft, 6),
                 (3, 1, 5, 0)[index % 4] if plan.draft >= 5 else min(plan.draft, 2),
                 own=plan.own,
@@ -161,61 +160,61 @@ def test_a_step_change_of_the_link_is_followed_within_five_rounds() -> None:
                 step=0.005,
                 overhead=0.0,
             )
-            planner.observe(msgspec.structs.replace(heard, plan=plan, conditions=told))
-            now += heard.draft_seconds + heard.exchange_seconds
+            planner.observe(msgspec.structs.replace(outcome, plan=plan, conditions=conditions_))
+            now += outcome.draft_seconds + outcome.exchange_seconds
         return planner.plan(Conditions(60, 100, 1, now=now, version="v1"))
 
-    assert play(40, 0.005).draft
-    assert not play(5, 0.4).draft
-    assert not play(10, 0.4).draft
-    assert play(5, 0.005).draft
+    assert run_rounds(40, 0.005).draft
+    assert not run_rounds(5, 0.4).draft
+    assert not run_rounds(10, 0.4).draft
+    assert run_rounds(5, 0.005).draft
 
 
-def test_long_prompts_are_read_while_the_cloud_goes_ahead(texts: list[RecordedText]) -> None:
+def test_streams_while_the_draft_prefills_a_long_prompt(texts: list[RecordedText]) -> None:
     world = make_world("wifi", "raspberry-pi-5", "loaded", weight_bytes=270_000_000, seed=1)
     log: list[Outcome] = []
-    simulator = Simulator(world, planner_for(world), log=True)
+    simulator = Simulator(world, make_planner(world), log=True)
     for text in texts:
-        log += simulator.play(text).log
-    reading = [outcome.plan for outcome in log if outcome.plan.ahead and not outcome.plan.draft]
-    assert len(reading) >= 4
-    assert all(plan.own < 40 for plan in reading)
+        log += simulator.run(text).log
+    prefill_plans = [outcome.plan for outcome in log if outcome.plan.ahead and not outcome.plan.draft]
+    assert len(prefill_plans) >= 4
+    assert all(plan.own < 40 for plan in prefill_plans)
     assert all(outcome.conditions.unread < 60 for outcome in log if outcome.drafted)
 
 
-def test_prices_of_the_verifier_move_work_to_the_board(texts: list[RecordedText]) -> None:
+def test_price_of_the_verifier_moves_work_to_the_board(texts: list[RecordedText]) -> None:
     spent = {}
     for name in ("latency", "cloud"):
         world = make_world("wifi", "laptop", "7b", seed=1)
-        result = simulate(texts, planner_for(world, PRESETS[name]), world)
+        result = simulate(texts, make_planner(world, PRESETS[name]), world)
         spent[name] = result.verifier_seconds / result.tokens
     assert spent["cloud"] < 0.7 * spent["latency"]
 
 
-def test_prices_of_joules_spare_them(texts: list[RecordedText]) -> None:
+def test_price_of_joules_saves_energy(texts: list[RecordedText]) -> None:
     spent = {}
     for name in ("latency", "energy"):
         world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
-        result = simulate(texts, planner_for(world, PRESETS[name]), world)
+        result = simulate(texts, make_planner(world, PRESETS[name]), world)
         spent[name] = result.joules / result.tokens
     assert spent["energy"] < 0.8 * spent["latency"]
 
 
-def test_a_budget_is_held(texts: list[RecordedText]) -> None:
+def test_energy_budget_is_met(texts: list[RecordedText]) -> None:
     many = texts * 3
     world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
-    free = simulate(many, planner_for(world), world)
-    watts = 0.7 * free.joules / free.latency_seconds
+    unlimited = simulate(many, make_planner(world), world)
+    watts = 0.7 * unlimited.joules / unlimited.latency_seconds
     world = make_world("wifi", "raspberry-pi-5", "32b", seed=1)
-    held = simulate(many, planner_for(world, budget=EnergyBudget(watts=watts)), world)
-    assert held.joules / held.latency_seconds == pytest.approx(watts, rel=0.03)
+    limited = simulate(many, make_planner(world, budget=EnergyBudget(watts=watts)), world)
+    assert limited.joules / limited.latency_seconds == pytest.approx(watts, rel=0.03)
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(joule=0.02)])
 def test_hot_boards_draft_less(objective: Objective, texts: list[RecordedText]) -> None:
     def drafted(surroundings: Surroundings) -> float:
         world = make_world("wifi", "raspberry-pi-5", "loaded", seed=1)
-        planner = planner_for(world, objective)
+        planner = make_planner(world, objective)
         simulate(texts, planner, world)
         plan = planner.plan(
             Conditions(60, 100, 1, now=1e3, version="target-v1", temperature=0.7, surroundings=surroundings)
@@ -225,8 +224,8 @@ def test_hot_boards_draft_less(objective: Objective, texts: list[RecordedText]) 
     assert drafted(Surroundings(celsius=84.0, throttled=True)) < drafted(Surroundings(celsius=50.0))
 
 
-def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
-    """A chain pays for its exchange with its first round; without the others, drafts would seem dear."""
+def test_early_rounds_count_in_the_cost_calibration() -> None:
+    """The first round of a chain bears its exchange; without the early rounds, drafting would seem expensive."""
     planners = []
     for early in (True, False):
         planner = AnalyticPlanner(Objective(), DeviceModel(step_seconds=0.002, overhead_seconds=0.0))
@@ -243,39 +242,39 @@ def test_rounds_that_were_sent_early_count_for_what_drafts_cost() -> None:
                 )
         planners.append(planner)
     assert planners[0]._costs.link.now.value == pytest.approx(planners[1]._costs.link.now.value)
-    assert planners[0]._bias.factor(1.0) < planners[1]._bias.factor(1.0) - 0.02
+    assert planners[0]._calibration.factor(1.0) < planners[1]._calibration.factor(1.0) - 0.02
 
 
-def test_what_one_version_taught_is_kept_apart() -> None:
+def test_acceptance_is_learned_per_version() -> None:
     planner = AnalyticPlanner(Objective(), DeviceModel())
     for version, accepted in (("v1", 6), ("v2", 0)) * 120:
         outcome = make_outcome([0.7] * 6, accepted, version=version, forward=0.08)
         planner.observe(outcome)
-    tables = [planner._survivals.of(version, 0.0).fresh_table() for version in ("v1", "v2")]
+    tables = [planner._acceptance.get(version, 0.0).first_stage_table() for version in ("v1", "v2")]
     assert tables[0].calibration[14] > tables[1].calibration[14] + 0.3
 
 
-def test_every_decision_is_logged_as_value_and_reason(
+def test_every_decision_is_logged_with_values_and_reason(
     caplog: pytest.LogCaptureFixture, texts: list[RecordedText]
 ) -> None:
     world = make_world("wifi", "laptop", "loaded", seed=1)
     with caplog.at_level(logging.DEBUG, "edge_runtime.planning"):
-        result = simulate(texts[:1], planner_for(world), world, log=True)
+        result = simulate(texts[:1], make_planner(world), world, log=True)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) >= result.rounds
-    assert any("ms a token drafted" in line and "siblings" in line for line in lines)
+    assert any("ms/token drafted" in line and "siblings" in line for line in lines)
     assert all(outcome.plan.reason in "\n".join(lines) for outcome in result.log)
 
 
-def test_an_outage_is_no_step_change(texts: list[RecordedText]) -> None:
-    """Rounds repeated through an outage say nothing of the link, and the plans go on as before."""
+def test_outage_is_no_step_change(texts: list[RecordedText]) -> None:
+    """Rounds retried during an outage do not measure the link, and planning continues as before."""
     world = make_world("wifi:3,offline:4,wifi", "laptop", "loaded", seed=1)
-    simulator = Simulator(world, planner_for(world), log=True)
+    simulator = Simulator(world, make_planner(world), log=True)
     log: list[Outcome] = []
     for text in texts:
-        log += simulator.play(text).log
+        log += simulator.run(text).log
     repeated = [index for index, outcome in enumerate(log) if outcome.repeated and outcome.exchange_seconds > 1]
     assert repeated
-    back = repeated[-1] + 1
-    drafting = [outcome.plan.draft > 0 for outcome in log[back : back + 10]]
+    recovered = repeated[-1] + 1
+    drafting = [outcome.plan.draft > 0 for outcome in log[recovered : recovered + 10]]
     assert sum(drafting) >= 8

@@ -1,4 +1,4 @@
-"""What boards are: the shipped profiles, the errors of a wrong one, and what costs are measured or modelled."""
+"""Board profiles: the shipped ones, errors of invalid ones, and measured and modeled figures."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ NAMES = {"raspberry-pi-4", "raspberry-pi-5", "raspberry-pi-zero-2w", "jetson-ori
 SHIPPED = shipped_profiles()
 
 
-def board(**changes: Any) -> BoardProfile:
+def make_profile(**changes: Any) -> BoardProfile:
     return msgspec.structs.replace(msgspec.convert(BOARD, BoardProfile, strict=False), **changes)
 
 
-def test_the_six_boards_are_shipped() -> None:
+def test_six_boards_are_shipped() -> None:
     assert {profile.name for profile in SHIPPED} == NAMES == {path.stem for path in BOARDS_DIRECTORY.glob("*.toml")}
 
 
 @pytest.mark.parametrize("profile", SHIPPED, ids=lambda profile: profile.name)
-def test_a_shipped_board_says_where_every_figure_is_from(profile: BoardProfile) -> None:
+def test_shipped_profiles_cite_sources(profile: BoardProfile) -> None:
     assert profile.origin == "published"
     assert profile.draft == []
     assert profile.power is not None
@@ -56,25 +56,25 @@ def test_a_shipped_board_says_where_every_figure_is_from(profile: BoardProfile) 
             assert any(re.search(r"20\d\d|\.com|\.lol", source) for source in table.sources)
 
 
-def test_the_boards_are_in_the_order_that_everybody_knows() -> None:
+def test_shipped_boards_rank_as_expected() -> None:
     speed = {profile.name: profile.draft_seconds(20_000_000, 0) for profile in SHIPPED}
     order = ["server", "laptop", "raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2w"]
     assert sorted(order, key=speed.__getitem__) == order
 
 
-def test_a_profile_reads_back(tmp_path: Path) -> None:
+def test_profile_round_trips(tmp_path: Path) -> None:
     profile = read_profile(save(tmp_path))
     assert msgspec.to_builtins(profile, str_keys=True) == BOARD
     (tmp_path / "board.toml").write_bytes(msgspec.toml.encode(profile))
     assert read_profile(tmp_path / "board.toml") == profile
 
 
-def test_whole_numbers_are_numbers_too(tmp_path: Path) -> None:
+def test_integers_are_accepted_as_floats(tmp_path: Path) -> None:
     power = read_profile(save(tmp_path, changed("power.idle_watts", 2))).power
     assert isinstance(power, BoardPower) and power.idle_watts == 2.0
 
 
-def test_loading_needs_nothing_heavy() -> None:
+def test_import_is_lightweight() -> None:
     program = "import sys, edge_runtime.planning.board_profile; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert not {"numpy", "onnxruntime", "rich", "httpx", "psutil"} & set(re.findall(r"'(\w+)'", modules))
@@ -112,41 +112,41 @@ def test_loading_needs_nothing_heavy() -> None:
         ("draft.1.threads", 0),
     ],
 )
-def test_an_error_names_file_field_and_cure(tmp_path: Path, path: str, value: object) -> None:
+def test_error_names_file_field_and_remedy(tmp_path: Path, path: str, value: object) -> None:
     file = save(tmp_path, changed(path, value))
     with pytest.raises(ProfileError) as caught:
         read_profile(file)
     field = re.sub(r"\.(\d+)", r"[\1]", path)
-    cure = "add it|remove it|correct it"
+    remedy = "add it|remove it|correct it"
     assert re.fullmatch(
-        rf"{re.escape(str(file))} is not a profile: {re.escape(field)}\b.*({cure}).*", str(caught.value)
+        rf"{re.escape(str(file))} is not a valid profile: {re.escape(field)}\b.*({remedy}).*", str(caught.value)
     )
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "sentence"),
+    ("path", "value", "message"),
     [
         ("power.busy_watts", 1.0, "power: busy_watts 1.0 is below idle_watts 2.0"),
-        ("draft.1.threads", 1, "two [[draft]] tables are of the same bundle and number of threads"),
+        ("draft.1.threads", 1, "two [[draft]] tables have the same bundle and number of threads"),
         ("draft.0.milliseconds", {"zero": 1.0}, "draft[0].milliseconds"),
-        ("name", "other", "calls itself 'other'; name and file name must be the same"),
+        ("name", "other", "the name 'other' in "),
     ],
 )
-def test_fields_that_contradict_each_other(tmp_path: Path, path: str, value: object, sentence: str) -> None:
-    with pytest.raises(ProfileError, match=re.escape(sentence)):
+def test_contradicting_fields_are_rejected(tmp_path: Path, path: str, value: object, message: str) -> None:
+    with pytest.raises(ProfileError, match=re.escape(message)):
         read_profile(save(tmp_path, changed(path, value)))
 
 
-def test_broken_toml_is_found_by_its_line(tmp_path: Path) -> None:
+def test_invalid_toml_is_located_by_line(tmp_path: Path) -> None:
     file = tmp_path / "board.toml"
     file.write_text('name = "board"\ntitle = \n')
-    with pytest.raises(ProfileError, match=r"board\.toml is not TOML: .*line 2, column 9.*correct it there"):
+    with pytest.raises(ProfileError, match=r"board\.toml is not valid TOML: .*line 2, column 9.*correct it there"):
         read_profile(file)
 
 
 @pytest.mark.parametrize("where", ["", "nowhere.toml"])
-def test_what_cannot_be_read(tmp_path: Path, where: str) -> None:
-    with pytest.raises(ProfileError, match=r"cannot read the profile .*; `device-profile list` names"):
+def test_unreadable_file(tmp_path: Path, where: str) -> None:
+    with pytest.raises(ProfileError, match=r"cannot read the profile .*; `device-profile list` lists"):
         read_profile(tmp_path / where)
 
 
@@ -179,7 +179,7 @@ quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], de
 
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode(errors="replace"))))
 @quick
-def test_garbage_is_a_profile_error(tmp_path: Path, contents: bytes) -> None:
+def test_arbitrary_bytes_raise_profile_error(tmp_path: Path, contents: bytes) -> None:
     (tmp_path / "board.toml").write_bytes(contents)
     with pytest.raises(ProfileError, match=r"board\.toml"):
         read_profile(tmp_path / "board.toml")
@@ -187,7 +187,7 @@ def test_garbage_is_a_profile_error(tmp_path: Path, contents: bytes) -> None:
 
 @given(st.sampled_from(PATHS), TOML_VALUES)
 @quick
-def test_a_wrong_value_anywhere_is_a_profile_error(tmp_path: Path, path: str, value: object) -> None:
+def test_wrong_value_anywhere_raises_profile_error(tmp_path: Path, path: str, value: object) -> None:
     file = save(tmp_path, changed(path, value))
     try:
         assert isinstance(read_profile(file), BoardProfile)
@@ -197,7 +197,7 @@ def test_a_wrong_value_anywhere_is_a_profile_error(tmp_path: Path, path: str, va
 
 @given(st.text('[]{}"=.#\n az0_-', max_size=80))
 @quick
-def test_nearly_toml_is_a_profile_error_too(tmp_path: Path, text: str) -> None:
+def test_nearly_valid_toml_raises_profile_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "board.toml"
     file.write_text(tomli_w.dumps(BOARD) + text)
     try:
@@ -207,38 +207,38 @@ def test_nearly_toml_is_a_profile_error_too(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = 1" + "0" * 5000, "a" * 100_000])
-def test_what_exhausts_the_parser_is_a_profile_error(tmp_path: Path, text: str) -> None:
+def test_input_that_exhausts_the_parser_raises_profile_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "board.toml"
     file.write_text(text)
     with pytest.raises(ProfileError, match=r"board\.toml"):
         read_profile(file)
 
 
-def test_another_draft_is_modelled_from_bandwidth() -> None:
-    """A token reads every weight once: 50 MB at 5 GB/s take 10 ms, at 4 W above idle 40 mJ."""
-    profile = board()
+def test_unmeasured_draft_is_modeled_from_bandwidth() -> None:
+    """A token reads all weights once: 50 MB at 5 GB/s take 10 ms, and 40 mJ at 4 W above idle."""
+    profile = make_profile()
     assert profile.find_measurement(50_000_000, 0) is None
     assert profile.draft_seconds(50_000_000) == pytest.approx(0.010)
     assert profile.draft_seconds(50_000_000, 1000, cache_bytes=5000) == pytest.approx(0.011)
     assert profile.draft_joules(50_000_000) == pytest.approx(0.040)
-    # 200 tokens times 50 MB at 20 GB/s; a single token costs a decoding step all the same.
+    # 200 tokens times 50 MB at 20 GB/s; a single token takes at least a decode step.
     assert profile.prefill_seconds(50_000_000, 200) == pytest.approx(0.5)
     assert profile.prefill_seconds(50_000_000, 1) == pytest.approx(0.010)
     assert profile.prefill_seconds(50_000_000, 0) == 0.0
 
 
-def test_the_measured_draft_is_as_it_was_measured() -> None:
-    profile = board()
+def test_measured_draft_uses_its_measurements() -> None:
+    profile = make_profile()
     assert profile.draft_seconds(9_000_000, 66, threads=1) == pytest.approx(0.0025)
     assert profile.draft_seconds(9_000_000, 1116, threads=4) == pytest.approx(0.006)
-    # Without a number of threads, whichever is faster there.
+    # Without a number of threads, the faster measurement at that context.
     assert profile.draft_seconds(9_000_000, 16) == pytest.approx(0.001)
     assert profile.draft_seconds(9_000_000, 1116) == pytest.approx(0.005)
-    # 4 W while it ran, idle 2 W; with 4 threads nobody measured watts, so it is all cores' 6 W.
+    # 4 W measured, 2 W idle; no watts were measured with 4 threads, so the busy draw of 6 W applies.
     assert profile.draft_joules(9_000_000, 16, threads=1) == pytest.approx(0.004)
     assert profile.draft_joules(9_000_000, 16, threads=4) == pytest.approx(0.004)
     assert profile.prefill_seconds(9_000_000, 1000) == pytest.approx(0.2)
-    # A number of threads that was not measured is modelled.
+    # An unmeasured number of threads is modeled.
     assert profile.draft_seconds(9_000_000, 16, threads=2) == pytest.approx(9e6 / 5e9)
 
 
@@ -247,39 +247,39 @@ def test_the_measured_draft_is_as_it_was_measured() -> None:
     st.lists(st.integers(0, 20_000), min_size=2, max_size=2).map(sorted),
 )
 @quick
-def test_interpolation_stays_within_what_was_measured(times: dict[int, float], two: list[int]) -> None:
+def test_interpolation_stays_within_the_measurements(times: dict[int, float], contexts: list[int]) -> None:
     rising = dict(zip(sorted(times), sorted(times.values()), strict=True))
-    speed = msgspec.structs.replace(board().draft[0], milliseconds=rising)
-    early, late = speed.seconds(two[0]), speed.seconds(two[1])
+    speed = msgspec.structs.replace(make_profile().draft[0], milliseconds=rising)
+    early, late = speed.seconds(contexts[0]), speed.seconds(contexts[1])
     assert early <= late * (1 + 1e-12)
     assert min(rising.values()) * (1 - 1e-12) <= 1e3 * early and 1e3 * late <= max(rising.values()) * (1 + 1e-12)
     for context, milliseconds in rising.items():
         assert speed.seconds(context) == pytest.approx(milliseconds / 1e3)
 
 
-def test_talking_costs_bytes_time_and_a_tail() -> None:
-    profile = board()
+def test_transfers_cost_bytes_time_and_a_tail() -> None:
+    profile = make_profile()
     assert profile.transfer_joules("lte", 1000, 2000, 2.0) == pytest.approx(0.004 + 0.001 + 3.0)
     assert profile.transfer_joules("lte", 0, 0, 0.0) == 0.0
     assert profile.tail_joules("lte", 4.0) == pytest.approx(4.0)
     assert profile.tail_joules("lte", 60.0) == pytest.approx(10.0)
 
 
-def test_what_nobody_knows_is_none() -> None:
-    profile = board(power=None)
+def test_unknown_figures_are_none() -> None:
+    profile = make_profile(power=None)
     assert profile.draft_joules(50_000_000) is None
     assert profile.idle_joules(1.0) is None
     assert profile.transfer_joules("5g", 1, 1, 1.0) is None
     assert profile.tail_joules("pigeon", 1.0) is None
-    assert board().idle_joules(3.0) == pytest.approx(6.0)
+    assert make_profile().idle_joules(3.0) == pytest.approx(6.0)
 
 
-def test_a_bundle_is_known_by_its_weights_and_not_by_its_tokenizer(family: Path) -> None:
+def test_bundle_is_identified_by_weights_without_tokenizer(family: Path) -> None:
     manifest = read_bundle(family / "bundle", verify=False).manifest
     files = {name: record for name, record in manifest.files.items() if name != "tokenizer.json"}
     assert weight_bytes(manifest) == sum((family / "bundle" / name).stat().st_size for name in files)
     assert draft_sha256(manifest) == draft_sha256(msgspec.structs.replace(manifest, files=files))
     other = {name: msgspec.structs.replace(record, sha256="0" * 64) for name, record in files.items()}
     assert draft_sha256(manifest) != draft_sha256(msgspec.structs.replace(manifest, files=other))
-    # 3 layers of 2 heads of 64 numbers of 4 bytes, keys and values.
+    # 3 layers, 2 heads, 64 values of 4 bytes, keys and values.
     assert cache_bytes(manifest) == 3 * 2 * 64 * 4 * 2

@@ -114,7 +114,7 @@ def test_replay_agrees_with_the_simulator(round_: DraftedRound, target: str, tem
         in_flight=round_.in_flight,
     )
     simulator = Simulator(make_world(), FixedPlanner(plan))
-    simulated = sum(simulator.play(text).latency_seconds for text in texts) / sum(map(len, texts))
+    simulated = sum(simulator.run(text).latency_seconds for text in texts) / sum(map(len, texts))
     results = [replay(shadow_guesses(text), round_) for text in texts]
     replayed = sum(result.cost for result in results) / sum(result.tokens for result in results)
     assert replayed == pytest.approx(simulated, rel=0.06)

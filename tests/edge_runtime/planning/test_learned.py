@@ -1,4 +1,4 @@
-"""The learned planner: the shipped policy is sound, hands over where it should, and never plans what cannot be."""
+"""The learned planner: the shipped policy, its fallbacks, and valid plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.planning.acceptance_table import LONGEST, MOST_SIBLINGS
+from edge_runtime.planning.acceptance_table import MAX_DRAFT_LENGTH, MAX_SIBLINGS
 from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.energy_budget import EnergyBudget
@@ -44,8 +44,8 @@ def texts() -> list[RecordedText]:
     return read_texts(TRACES, target="target-v1", temperature=0.7)[:2]
 
 
-class Chosen(CorrectedPlanner):
-    """Always the same correction, or one at random; keeps what it observed."""
+class ScriptedPlanner(CorrectedPlanner):
+    """Applies one correction, or random ones if it is None, and records the observations."""
 
     def __init__(self, correction: Correction | None) -> None:
         super().__init__(LATENCY, DeviceModel())
@@ -55,46 +55,46 @@ class Chosen(CorrectedPlanner):
 
     def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
         self.observations.append(observation)
-        return self._correction or self._random.choice(CORRECTIONS), "chosen"
+        return self._correction or self._random.choice(CORRECTIONS), "scripted"
 
 
-def check(plan: Plan, conditions: Conditions) -> None:
-    """That a loop can play `plan`."""
-    assert 0 <= plan.draft <= max(LONGEST, conditions.ready)
+def check_plan(plan: Plan, conditions: Conditions) -> None:
+    """Assert that `plan` is valid."""
+    assert 0 <= plan.draft <= max(MAX_DRAFT_LENGTH, conditions.ready)
     assert 1 <= plan.own <= conditions.left
-    assert 0 <= plan.siblings <= MOST_SIBLINGS
+    assert 0 <= plan.siblings <= MAX_SIBLINGS
     assert 0.0 <= plan.sibling_confidence <= 1.0
     assert 0.0 <= plan.min_survival <= 1.0
-    assert 0 <= plan.ahead <= 2 * LONGEST
+    assert 0 <= plan.ahead <= 2 * MAX_DRAFT_LENGTH
     assert plan.in_flight in (1, 2)
     assert plan.ahead == 0 or plan.own == 1 or plan.draft == 0
     assert plan.reason
 
 
-def test_the_shipped_policy_is_small_and_the_one_that_its_training_made() -> None:
+def test_shipped_policy_is_small_and_matches_its_metadata() -> None:
     policy = CorrectionPolicy()
     assert policy.metadata.sha256 == hashlib.sha256(MODEL_PATH.read_bytes()).hexdigest()
     assert policy.metadata.objective == LATENCY
     assert MODEL_PATH.stat().st_size + MODEL_PATH.with_suffix(".json").stat().st_size < 100_000
-    middle = (np.array(policy.metadata.low, np.float32) + np.array(policy.training.high, np.float32)) / 2
+    middle = (np.array(policy.metadata.low, np.float32) + np.array(policy.metadata.high, np.float32)) / 2
     scores = policy.scores(middle)
     assert scores.shape == (len(CORRECTIONS),)
     assert np.isfinite(scores).all()
 
 
-def test_the_policy_decides_where_it_knows_its_way(texts: list[RecordedText]) -> None:
+def test_policy_decides_within_its_range(texts: list[RecordedText]) -> None:
     planner = make_planner("learned", LATENCY, make_world("4g", "raspberry-pi-5", "loaded").device)
     log = simulate(texts, planner, make_world("4g", "raspberry-pi-5", "loaded"), log=True).log
     decided = [outcome.plan.reason.endswith("(learned)") for outcome in log if outcome.plan.draft]
     assert len(decided) > 10
     assert sum(decided) > 0.8 * len(decided)
     for outcome in log:
-        check(outcome.plan, outcome.conditions)
+        check_plan(outcome.plan, outcome.conditions)
 
 
-def test_without_corrections_it_is_the_analytic_planner(texts: list[RecordedText]) -> None:
+def test_without_corrections_plans_equal_the_analytic_ones(texts: list[RecordedText]) -> None:
     for link, board, verifier in (("4g", "raspberry-pi-5", "32b"), ("lan", "server", "loaded")):
-        corrected = simulate(texts, Chosen(CORRECTIONS[0]), make_world(link, board, verifier), log=True)
+        corrected = simulate(texts, ScriptedPlanner(CORRECTIONS[0]), make_world(link, board, verifier), log=True)
         analytic = simulate(texts, AnalyticPlanner(LATENCY, DeviceModel()), make_world(link, board, verifier), log=True)
         assert [msgspec.structs.replace(outcome.plan, reason="") for outcome in corrected.log] == [
             msgspec.structs.replace(outcome.plan, reason="") for outcome in analytic.log
@@ -102,12 +102,12 @@ def test_without_corrections_it_is_the_analytic_planner(texts: list[RecordedText
 
 
 @pytest.mark.parametrize("correction", [None, *CORRECTIONS], ids=lambda correction: getattr(correction, "name", "any"))
-def test_every_correction_can_be_played(texts: list[RecordedText], correction: Correction | None) -> None:
-    planner = Chosen(correction)
+def test_every_correction_gives_valid_plans(texts: list[RecordedText], correction: Correction | None) -> None:
+    planner = ScriptedPlanner(correction)
     result = simulate(texts, planner, make_world("lan", "laptop", "loaded"), log=True)
     assert result.tokens == sum(map(len, texts))
     for outcome in result.log:
-        check(outcome.plan, outcome.conditions)
+        check_plan(outcome.plan, outcome.conditions)
     observations = np.array(planner.observations)
     assert observations.shape[1] == len(OBSERVATIONS)
     assert np.isfinite(observations).all() and np.abs(observations).max() <= 5.0
@@ -129,7 +129,7 @@ def _no_model() -> LearnedPlanner:
     ("make", "why"),
     [(_another_objective, "another objective"), (_a_budget, "budgeted"), (_no_model, "no learned policy")],
 )
-def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[RecordedText]) -> None:
+def test_falls_back_to_the_analytic_planner(make: type[LearnedPlanner], why: str, texts: list[RecordedText]) -> None:
     world = make_world("4g", "raspberry-pi-5", "loaded")
     log = simulate(texts[:1], make(), world, log=True).log
     drafted = [outcome.plan for outcome in log if outcome.plan.draft]
@@ -138,9 +138,9 @@ def test_it_hands_over(make: type[LearnedPlanner], why: str, texts: list[Recorde
         assert why in plan.reason.rpartition("(analytic: ")[2]
 
 
-def test_it_hands_over_what_nobody_has_seen() -> None:
+def test_features_outside_the_trained_range_are_detected() -> None:
     policy = CorrectionPolicy()
-    low, high = (np.array(bound, np.float32) for bound in (policy.metadata.low, policy.training.high))
+    low, high = (np.array(bound, np.float32) for bound in (policy.metadata.low, policy.metadata.high))
     inside = (low + high) / 2
     assert policy.out_of_range(inside) == ""
     for index, name in enumerate(OBSERVATIONS):
@@ -157,14 +157,14 @@ def test_what_it_hands_over_is_planned_as_if_it_were_not_there(texts: list[Recor
     analytic = simulate(strange, AnalyticPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True)
     drafted = [outcome.plan for outcome in learned.log if outcome.plan.draft]
     assert drafted
-    assert all("'temperature' is outside of what was learned" in plan.reason for plan in drafted)
+    assert all("'temperature' is outside the trained range" in plan.reason for plan in drafted)
     assert learned.log == [
         msgspec.structs.replace(before, plan=after.plan)
         for before, after in zip(analytic.log, learned.log, strict=True)
     ]
 
 
-def test_a_model_that_was_altered_is_not_used(tmp_path: Path) -> None:
+def test_altered_model_is_rejected(tmp_path: Path) -> None:
     for suffix in (".onnx", ".json"):
         shutil.copy(MODEL_PATH.with_suffix(suffix), tmp_path)
     altered = tmp_path / MODEL_PATH.name
@@ -177,15 +177,15 @@ def test_a_model_that_was_altered_is_not_used(tmp_path: Path) -> None:
         CorrectionPolicy(altered)
 
 
-def test_it_has_a_name() -> None:
+def test_policy_is_created_by_name() -> None:
     assert "learned" in POLICY_NAMES
     assert isinstance(make_planner("learned", LATENCY, DeviceModel()), LearnedPlanner)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_no_plan_is_ever_impossible(data: st.DataObject) -> None:
-    # Nobody measures less than a tenth of a millisecond, but for nothing.
+def test_plans_are_always_valid(data: st.DataObject) -> None:
+    # Measured times are 0 or at least 0.1 ms.
     seconds = st.just(0.0) | st.floats(1e-4, 10.0)
     device = DeviceModel(step_seconds=data.draw(st.floats(1e-5, 2.0)), prefill_seconds=data.draw(st.floats(0.0, 0.1)))
     planner = LearnedPlanner(LATENCY, device)
@@ -201,7 +201,7 @@ def test_no_plan_is_ever_impossible(data: st.DataObject) -> None:
             temperature=data.draw(st.sampled_from([0.0, 0.7, 1.0])),
         )
         plan = planner.plan(conditions)
-        check(plan, conditions)
+        check_plan(plan, conditions)
         drafted = min(plan.draft, left - 1)
         accepted = data.draw(st.integers(0, drafted))
         outcome = Outcome(
