@@ -1,4 +1,4 @@
-"""Tiny models with random weights, as ordinary Hugging Face directories."""
+"""Tiny models with random weights, in memory and as ordinary Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 300
+# Depth of `make_target`.
+BLOCKS = 5
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -23,8 +25,11 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_target(path: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Saves a model of `model_type` with random weights, sharp enough to have opinions, and its tokenizer."""
+def save_target(path: Path, model_type: str = "llama", seed: int = 0, **config_changes: Any) -> Path:
+    """Save a model of `model_type` and its tokenizer.
+
+    The weights are random, with a spread that makes the distributions of tokens peaked.
+    """
     settings = {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": 64,
@@ -39,8 +44,43 @@ def save_target(path: Path, model_type: str = "llama", seed: int = 0, **changes:
         "pad_token_id": None,
         "initializer_range": 0.2,
     }
-    config = AutoConfig.for_model(model_type, **(settings | changes))
+    config = AutoConfig.for_model(model_type, **(settings | config_changes))
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="<|endoftext|>").save_pretrained(path)
     return path
+
+
+def make_target(model_type: str, seed: int = 0, **config_changes: Any) -> PreTrainedModel:
+    """A float32 model with bfloat16-exact values, as if loaded from a stored checkpoint."""
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **(settings | config_changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Vectors are initialized to ones everywhere; with noise, a mixed-up norm shows.
+            parameter.add_(torch.randn_like(parameter) * 0.1).copy_(parameter.to(torch.bfloat16))
+    return model.eval()
+
+
+def make_stored_target(
+    directory: Path, model_type: str, seed: int = 0, **config_changes: Any
+) -> tuple[PreTrainedModel, Path]:
+    """A model of `make_target`, and the subdirectory in which it is saved in bfloat16."""
+    target = make_target(model_type, seed, **config_changes)
+    path = directory / f"{model_type}-{seed}"
+    target.to(torch.bfloat16).save_pretrained(path)
+    return target.to(torch.float32), path

@@ -1,20 +1,27 @@
-"""Which tensors a draft shares, and that shared really means equal."""
+"""Draft layouts: which tensors a draft shares with its target, and that those stay equal."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from cloud_verifier.draft_models.layouts import FAMILIES, LAYOUTS, DraftPlan, build_draft, parameter_names, plan_draft
+from cloud_verifier.draft_models.layouts import (
+    LAYOUTS,
+    SUPPORTED_MODEL_TYPES,
+    DraftPlan,
+    build_draft,
+    parameter_names,
+    plan_draft,
+)
 from edge_runtime.protocol.errors import InputError
-from tests.export.conftest import BLOCKS, make_target
+from tests.models import BLOCKS, make_target
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_shared_tensors_are_the_targets_own_and_frozen(model_type: str, layout: str) -> None:
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_shared_tensors_equal_the_targets_and_are_frozen(model_type: str, layout: str) -> None:
     target = make_target(model_type)
     draft, plan = build_draft(target, layout)
     shared = plan.shared_tensors(parameter_names(target))
@@ -29,29 +36,29 @@ def test_shared_tensors_are_the_targets_own_and_frozen(model_type: str, layout: 
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_draft_of_all_blocks_is_the_target(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_a_draft_with_all_blocks_equals_the_target(model_type: str) -> None:
     target = make_target(model_type)
     for layout in ("anchor", "prefix"):
         draft, _ = build_draft(target, layout, new_blocks=BLOCKS - 2, shared_blocks=2)
         assert torch.equal(draft(input_ids=IDS).logits, target(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_training_changes_nothing_that_is_shared(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_training_changes_no_shared_tensor(model_type: str) -> None:
     target = make_target(model_type)
     draft, plan = build_draft(target)
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    optimiser = torch.optim.AdamW([value for value in draft.parameters() if value.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW([value for value in draft.parameters() if value.requires_grad], lr=0.1)
     draft(input_ids=IDS).logits.square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     shared = plan.shared_tensors(target.state_dict())
     changed = {name for name, tensor in draft.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert not changed & shared.keys()
 
 
-def test_untied_heads_belong_to_the_anchor_and_not_to_the_prefix() -> None:
+def test_an_untied_head_is_shared_by_anchor_and_not_by_prefix() -> None:
     target = make_target("llama", tie_word_embeddings=False)
     for layout, shared in (("anchor", True), ("prefix", False)):
         draft, plan = build_draft(target, layout)
@@ -70,12 +77,12 @@ def test_untied_heads_belong_to_the_anchor_and_not_to_the_prefix() -> None:
         (DraftPlan("standalone", 3, 0, 8), (0, 4, 7), []),
     ],
 )
-def test_where_blocks_come_from(plan: DraftPlan, origins: tuple[int, ...], shared: list[int]) -> None:
+def test_origins_of_blocks(plan: DraftPlan, origins: tuple[int, ...], shared: list[int]) -> None:
     assert plan.origins == origins
     assert list(plan.shared_range) == shared
 
 
-def test_shared_names_are_renumbered() -> None:
+def test_shared_tensors_are_renumbered() -> None:
     names = ["model.embed_tokens.weight", "model.layers.7.mlp.up_proj.weight", "model.layers.6.mlp.up_proj.weight"]
     assert DraftPlan("anchor", 2, 1, 8).shared_tensors(names) == {
         "model.embed_tokens.weight": "model.embed_tokens.weight",
@@ -83,7 +90,7 @@ def test_shared_names_are_renumbered() -> None:
     }
 
 
-def test_an_anchor_without_a_block_shares_what_is_around_the_blocks() -> None:
+def test_an_anchor_without_shared_blocks_shares_norm_head_and_embedding() -> None:
     names = ["model.embed_tokens.weight", "model.layers.7.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
     assert set(DraftPlan("anchor", 3, 0, 8).shared_tensors(names)) == set(names) - {"model.layers.7.mlp.up_proj.weight"}
 

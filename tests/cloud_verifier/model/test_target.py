@@ -1,4 +1,4 @@
-"""Targets of several architectures: trees, roll-back, versions, adapters, and what is refused."""
+"""Loading targets: version, identity and vocabulary; adapters; and checkpoints that are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cloud_verifier.model.kv_cache import Pool, Text
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 from cloud_verifier.model.target import Target
-from cloud_verifier.model.tree import Tree
+from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.errors import TargetError
 from tests.models import VOCABULARY_SIZE, save_target
 
@@ -25,14 +25,14 @@ def load(path: Path, **options: Any) -> Target:
     return Target(path, **{"device": "cpu", "dtype": torch.float32, **options})
 
 
-def test_facts_of_a_target(tiny: Target, tiny_path: Path) -> None:
+def test_properties_of_a_target(tiny: Target, tiny_path: Path) -> None:
     assert tiny.name == tiny_path.name
     assert tiny.version.startswith(f"{tiny.name}@")
     assert (tiny.vocabulary_size, tiny.context, tiny.end_ids) == (VOCABULARY_SIZE, 512, {0})
 
 
-def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of a checkpoint with other weights."""
+def copy_with_weights(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Copy a checkpoint and change its weights."""
     shutil.copytree(source, target)
     weights = load_file(target / "model.safetensors")
     change(weights)
@@ -40,38 +40,38 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
     return target
 
 
-def test_the_version_is_that_of_the_contents(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+def test_the_version_follows_from_the_contents(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
     same = load(shutil.copytree(tiny_path, tmp_path / "copy" / tiny_path.name))
     assert same.version == tiny.version
 
     def nudge(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
 
-    other = load(edited(tiny_path, tmp_path / "other" / tiny_path.name, nudge))
+    other = load(copy_with_weights(tiny_path, tmp_path / "other" / tiny_path.name, nudge))
     assert other.name == tiny.name
     assert other.version != tiny.version
     assert other.vocabulary == tiny.vocabulary
 
 
-def test_shared_identity_is_that_of_the_shared_tensors(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+def test_shared_identity_depends_on_the_shared_tensors_only(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
     def change_first_block(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
 
-    other = load(edited(tiny_path, tmp_path / "other", change_first_block))
+    other = load(copy_with_weights(tiny_path, tmp_path / "other", change_first_block))
     assert other.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
     assert other.shared_identity("anchor", 2) != tiny.shared_identity("anchor", 2)
     assert other.shared_identity("prefix", 1) != tiny.shared_identity("prefix", 1)
     assert other.shared_identity("standalone", 0) == tiny.shared_identity("standalone", 0)
 
 
-def test_shared_identity_does_not_depend_on_the_type_we_compute_in(tiny: Target, tiny_path: Path) -> None:
+def test_shared_identity_does_not_depend_on_the_compute_dtype(tiny: Target, tiny_path: Path) -> None:
     half = load(tiny_path, dtype=torch.bfloat16)
     assert half.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
     assert half.version == tiny.version
 
 
 def save_adapter(base: Path, path: Path, **options: Any) -> Path:
-    """A LoRA adapter with random weights in both of its matrices."""
+    """Save a LoRA adapter with random weights in both of its matrices."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | options
@@ -85,19 +85,20 @@ def test_an_adapter_is_another_version_of_its_base(tiny: Target, tiny_path: Path
     assert tuned.name == "tuned"
     assert tuned.version.split("@")[1] != tiny.version.split("@")[1]
     assert tuned.vocabulary == tiny.vocabulary
-    tree = Tree(17, 1, [30, 205, 9, 77, 150, 3], {})
+    tree = TokenTree(17, 1, [30, 205, 9, 77, 150, 3], {})
     logits = [
-        target.runner.logits(Pool(target.runner.shape, 64), [target.piece(Text(), tree)])[0] for target in (tuned, tiny)
+        target.runner.logits(KVCachePool(target.runner.shape, 64), [target.tree_segment(CachedSequence(), tree)])[0]
+        for target in (tuned, tiny)
     ]
     assert not torch.allclose(*logits, atol=1e-2)
-    # Block 0 changed; block 1, the norm and the head, which an anchor draft shares, did not.
+    # Block 0 changed; block 1, the norm and the head, which an anchor draft of one block shares, did not.
     assert tuned.shared_identity("anchor", 1) == tiny.shared_identity("anchor", 1)
     assert tuned.shared_identity("anchor", 2) != tiny.shared_identity("anchor", 2)
     assert tuned.shared_identity("prefix", 1) != tiny.shared_identity("prefix", 1)
 
 
 @pytest.mark.parametrize(
-    "touched",
+    "options",
     [
         {"target_modules": ["lm_head"]},
         {"target_modules": ["embed_tokens"]},
@@ -108,9 +109,9 @@ def test_an_adapter_is_another_version_of_its_base(tiny: Target, tiny_path: Path
     ids=["head", "embedding", "last block", "whole head", "dora"],
 )
 def test_an_adapter_of_shared_tensors_changes_the_identity(
-    tiny: Target, tiny_path: Path, tmp_path: Path, touched: dict[str, Any]
+    tiny: Target, tiny_path: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    tuned = load(save_adapter(tiny_path, tmp_path / "tuned", **touched))
+    tuned = load(save_adapter(tiny_path, tmp_path / "tuned", **options))
     assert tuned.shared_identity("anchor", 1) != tiny.shared_identity("anchor", 1)
 
 
@@ -122,8 +123,8 @@ def test_an_ia3_adapter_of_shared_tensors_changes_the_identity(tiny: Target, tin
     assert tuned.shared_identity("anchor", 1) != tiny.shared_identity("anchor", 1)
 
 
-def test_an_adapter_finds_its_base_beside_it(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
-    """A relative name is one from the adapter's own directory, so that a family of models can be moved."""
+def test_an_adapter_finds_its_base_by_a_relative_path(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
+    """It is relative to the adapter's own directory, so that a family of models can be moved."""
     base = shutil.copytree(tiny_path, tmp_path / "base")
     path = save_adapter(base, tmp_path / "tuned", target_modules=["q_proj"])
     rename_base(path, "../base")
@@ -142,7 +143,7 @@ def test_an_adapter_without_its_base_is_refused(tiny_path: Path, tmp_path: Path)
         load(path)
 
 
-def test_a_sliding_window_is_refused_with_advice_that_works(tmp_path: Path) -> None:
+def test_a_sliding_window_is_refused_and_the_advised_context_works(tmp_path: Path) -> None:
     path = save_target(tmp_path / "slides", "mistral", sliding_window=64)
     with pytest.raises(TargetError, match=r"sliding window of 64 tokens.*--max-context 64"):
         load(path)
@@ -153,7 +154,7 @@ def test_a_sliding_window_as_long_as_the_context_is_plain_attention(tmp_path: Pa
     assert load(save_target(tmp_path / "model", "mistral", sliding_window=512)).context == 512
 
 
-def test_a_sliding_window_that_is_switched_off_does_not_count(tmp_path: Path) -> None:
+def test_a_disabled_sliding_window_is_ignored(tmp_path: Path) -> None:
     path = save_target(tmp_path / "model", "qwen2", sliding_window=64, use_sliding_window=False)
     assert load(path).context == 512
 
@@ -171,8 +172,8 @@ def test_a_context_beyond_training_is_refused(tiny_path: Path) -> None:
         ("mamba", {}),
         ("rwkv", {}),
         ("recurrent_gemma", {}),
-        pytest.param("falcon_h1", {}),
-        pytest.param("bamba", {}),
+        ("falcon_h1", {}),
+        ("bamba", {}),
     ],
     ids=["qwen3_next", "lfm2", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "bamba"],
 )
@@ -182,7 +183,7 @@ def test_states_that_cannot_roll_back_are_refused(tmp_path: Path, model_type: st
         load(path)
 
 
-def test_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"no target at .*nowhere: give the directory of a Hugging Face checkpoint"):
         load(tmp_path / "nowhere")
 
@@ -192,12 +193,12 @@ def test_no_directory_is_refused(tmp_path: Path) -> None:
     [
         ("config.json", "{"),
         ("config.json", "{}"),
-        ("config.json", '{"model_type": "never heard of"}'),
-        pytest.param("config.json", "[]"),
-        pytest.param("tokenizer.json", "{"),
-        pytest.param("model.safetensors", "short"),
-        pytest.param("adapter_config.json", "{"),
-        pytest.param("adapter_config.json", "{}"),
+        ("config.json", '{"model_type": "unknown type"}'),
+        ("config.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("model.safetensors", "short"),
+        ("adapter_config.json", "{"),
+        ("adapter_config.json", "{}"),
     ],
     ids=str,
 )
@@ -231,16 +232,16 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tiny_path: Path, 
 
 
 def test_a_checkpoint_with_missing_tensors_is_refused(tiny_path: Path, tmp_path: Path) -> None:
-    def forget(weights: dict[str, torch.Tensor]) -> None:
+    def remove(weights: dict[str, torch.Tensor]) -> None:
         del weights["model.layers.1.mlp.up_proj.weight"]
 
     with pytest.raises(TargetError, match="up_proj"):
-        load(edited(tiny_path, tmp_path / "gap", forget))
+        load(copy_with_weights(tiny_path, tmp_path / "incomplete", remove))
 
 
-def test_weights_that_are_not_numbers_are_refused(tiny_path: Path, tmp_path: Path) -> None:
-    def spoil(weights: dict[str, torch.Tensor]) -> None:
+def test_weights_with_nan_are_refused(tiny_path: Path, tmp_path: Path) -> None:
+    def set_nan(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"][3] = torch.nan
 
     with pytest.raises(TargetError, match="differ by nan"):
-        load(edited(tiny_path, tmp_path / "nan", spoil))
+        load(copy_with_weights(tiny_path, tmp_path / "nan", set_nan))

@@ -13,7 +13,7 @@ from edge_runtime.protocol.errors import InputError
 from export.data.token_stream import TokenStream
 from export.draft.distill import _blended, distillation_loss, divide, kl_divergence, lk_weight, overlap
 from export.draft.samples import SamplePlan, sample
-from tests.export.conftest import make_target
+from tests.models import make_target
 
 P = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log()
 Q = torch.tensor([[0.25, 0.25, 0.5], [1 / 3, 1 / 3, 1 / 3]]).log()

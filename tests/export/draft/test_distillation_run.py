@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cloud_verifier.draft_models.checkpoint import WEIGHTS, load_draft
+from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft
 from cloud_verifier.draft_models.layouts import plan_draft
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from export.cli import main
@@ -21,8 +21,7 @@ from export.draft import distillation_run, training
 from export.draft.distillation_run import Order, distill
 from export.draft.teachers import plain, siblings
 from export.draft.training import Plan
-from tests.export.conftest import make_target
-from tests.models import save_target
+from tests.models import make_target, save_target
 
 CPU = torch.device("cpu")
 PLAN = Plan(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
@@ -40,7 +39,7 @@ def order(tmp_path: Path) -> Order:
 def test_what_is_written(order: Order, tmp_path: Path) -> None:
     agreement = distill(order, tmp_path / "draft", CPU)
     names = {path.name for path in (tmp_path / "draft").iterdir()}
-    assert names == {"distill.json", "distill.png", "draft.json", WEIGHTS}
+    assert names == {"distill.json", "distill.png", "draft.json", WEIGHTS_FILE}
     assert not list(tmp_path.glob("*.partial"))
     record = json.loads((tmp_path / "draft" / "distill.json").read_text())
     assert record["agreement"] == agreement.record()
@@ -96,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(order: Order, tmp_path: Path, mo
     assert not output.exists()
     monkeypatch.setitem(training.fit.__kwdefaults__, "record_every", 2)
     distill(order, output, CPU)
-    mine, theirs = load_file(output / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
+    mine, theirs = load_file(output / WEIGHTS_FILE), load_file(tmp_path / "whole" / WEIGHTS_FILE)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
@@ -114,7 +113,7 @@ def test_another_order_does_not_take_over(order: Order, tmp_path: Path, monkeypa
 
 def test_a_full_disk_is_told(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "draft.partial" / WEIGHTS))
+        raise OSError(28, "No space left on device", str(tmp_path / "draft.partial" / WEIGHTS_FILE))
 
     monkeypatch.setattr(distillation_run, "save_draft", full)
     with pytest.raises(FlexSpecError, match="No space left on device; make room"):

@@ -10,23 +10,22 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from cloud_verifier.draft_models.layouts import FAMILIES, LAYOUTS, build_draft, draft_config, plan_draft
-from cloud_verifier.model.rollback import forgetless_layers, sliding_window
+from cloud_verifier.draft_models.layouts import LAYOUTS, SUPPORTED_MODEL_TYPES, build_draft, draft_config, plan_draft
+from cloud_verifier.model.rollback import layers_without_rollback, sliding_window
 from edge_runtime.planning.board_profile import shipped_profiles, weight_bytes
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import InputError
-from export.bundle.build import BundleOrder, make_bundle
+from export.bundle.build import BundleConfig, make_bundle
 from export.cli.main import main
-from export.evaluate.doctor import Finding, Question, examine
-from export.evaluate.estimates import estimate
-from tests.export.conftest import make_target
-from tests.models import save_target
+from export.evaluate.doctor import DraftQuery, Finding, diagnose
+from export.evaluate.estimates import estimate_size
+from tests.models import make_target, save_target
 
 Rewrite = Callable[..., Path]
 
 
 def by_subject(target: Path, **settings: Any) -> dict[str, Finding]:
-    return {finding.subject: finding for finding in examine(Question(target, **settings))}
+    return {finding.subject: finding for finding in diagnose(DraftQuery(target, **settings))}
 
 
 def faults(target: Path, **settings: Any) -> dict[str, Finding]:
@@ -53,7 +52,7 @@ def sick(tiny_path: Path, tmp_path: Path) -> Rewrite:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bool, layout: str) -> None:
     # A sliding window as long as the context never drops anything.
     target = save_target(tmp_path / "t", model_type, num_hidden_layers=4, tie_word_embeddings=tied, sliding_window=512)
@@ -67,11 +66,11 @@ def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_the_size_is_that_of_the_draft_that_is_built(model_type: str, layout: str) -> None:
     target = make_target(model_type)
     draft, plan = build_draft(target, layout)
-    expected = estimate(draft_config(target.config, plan))
+    expected = estimate_size(draft_config(target.config, plan))
     assert expected.parameters == sum(parameter.numel() for parameter in draft.parameters())
 
 
@@ -81,9 +80,9 @@ def test_the_size_is_that_of_the_bundle(tmp_path: Path, model_type: str, tied: b
     target = save_target(
         tmp_path / "t", model_type, hidden_size=128, intermediate_size=512, vocab_size=2048, tie_word_embeddings=tied
     )
-    order = BundleOrder(target, target, "fused", weights, "x = 1\n" * 9, positions=20)
+    order = BundleConfig(target, target, "fused", weights, "x = 1\n" * 9, positions=20)
     manifest = make_bundle(order, tmp_path / "bundle", lambda step: None)
-    expected = estimate(draft_config(*_whole(target)), weights)
+    expected = estimate_size(draft_config(*_whole(target)), weights)
     graph = manifest.files["model.onnx"].bytes
     assert weight_bytes(manifest) - graph == pytest.approx(expected.weight_bytes, rel=0.02)
 
@@ -159,7 +158,7 @@ def test_layers_that_cannot_forget_are_a_fault(sick: Rewrite) -> None:
 def test_rollback_by_configuration(model_type: str, settings: dict, layers: list[str], window: int | None) -> None:
     config = PretrainedConfig(**settings)
     config.model_type = model_type
-    assert forgetless_layers(config) == layers
+    assert layers_without_rollback(config) == layers
     assert sliding_window(config) == window
 
 
