@@ -267,8 +267,8 @@ class BoardProfile(ProfileTable, frozen=True):
         entry = self.find_measurement(weight_bytes, 0, threads)
         if entry is not None:
             return max(tokens / entry.prefill_tokens_per_second, entry.seconds(0))
-        modelled = tokens * weight_bytes / self.processor.prefill_bytes_per_second
-        return max(modelled, self.draft_seconds(weight_bytes))
+        modeled = tokens * weight_bytes / self.processor.prefill_bytes_per_second
+        return max(modeled, self.draft_seconds(weight_bytes))
 
     def draft_joules(
         self, weight_bytes: int, context: int = 0, *, cache_bytes: int = 0, threads: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -113,29 +114,35 @@ def test_every_correction_gives_valid_plans(texts: list[RecordedText], correctio
     assert np.isfinite(observations).all() and np.abs(observations).max() <= 5.0
 
 
-def _another_objective() -> LearnedPlanner:
+def make_with_another_objective() -> LearnedPlanner:
     return LearnedPlanner(Objective(verifier=4.0), DeviceModel())
 
 
-def _a_budget() -> LearnedPlanner:
+def make_with_budget() -> LearnedPlanner:
     return LearnedPlanner(LATENCY, DeviceModel(), budget=EnergyBudget(5.0))
 
 
-def _no_model() -> LearnedPlanner:
+def make_without_model() -> LearnedPlanner:
     return LearnedPlanner(LATENCY, DeviceModel(), model=Path("nowhere.onnx"))
 
 
 @pytest.mark.parametrize(
-    ("make", "why"),
-    [(_another_objective, "another objective"), (_a_budget, "budgeted"), (_no_model, "no learned policy")],
+    ("make", "reason"),
+    [
+        (make_with_another_objective, "another objective"),
+        (make_with_budget, "budgeted"),
+        (make_without_model, "no learned policy"),
+    ],
 )
-def test_falls_back_to_the_analytic_planner(make: type[LearnedPlanner], why: str, texts: list[RecordedText]) -> None:
+def test_falls_back_to_the_analytic_planner(
+    make: Callable[[], LearnedPlanner], reason: str, texts: list[RecordedText]
+) -> None:
     world = make_world("4g", "raspberry-pi-5", "loaded")
     log = simulate(texts[:1], make(), world, log=True).log
     drafted = [outcome.plan for outcome in log if outcome.plan.draft]
     assert drafted
     for plan in drafted:
-        assert why in plan.reason.rpartition("(analytic: ")[2]
+        assert reason in plan.reason.rpartition("(analytic: ")[2]
 
 
 def test_features_outside_the_trained_range_are_detected() -> None:
@@ -150,11 +157,13 @@ def test_features_outside_the_trained_range_are_detected() -> None:
             assert policy.out_of_range(outside) == name
 
 
-def test_what_it_hands_over_is_planned_as_if_it_were_not_there(texts: list[RecordedText]) -> None:
-    strange = [msgspec.structs.replace(text, temperature=5.0) for text in texts]
+def test_fallback_plans_equal_the_analytic_ones(texts: list[RecordedText]) -> None:
+    out_of_range = [msgspec.structs.replace(text, temperature=5.0) for text in texts]
     device = make_world("wifi", "server", "loaded").device
-    learned = simulate(strange, LearnedPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True)
-    analytic = simulate(strange, AnalyticPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True)
+    learned = simulate(out_of_range, LearnedPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True)
+    analytic = simulate(
+        out_of_range, AnalyticPlanner(LATENCY, device), make_world("wifi", "server", "loaded"), log=True
+    )
     drafted = [outcome.plan for outcome in learned.log if outcome.plan.draft]
     assert drafted
     assert all("'temperature' is outside the trained range" in plan.reason for plan in drafted)
