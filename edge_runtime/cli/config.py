@@ -1,50 +1,110 @@
-"""`edge-runtime config`: whether the configuration is right, and what it comes to."""
+"""`edge-runtime config`: check the configuration, show the effective settings, or print a reference of all."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+from msgspec import inspect
+
+from edge_runtime.cli.settings_options import warn
+from edge_runtime.settings.table import SETTINGS, TABLES, SettingEntry
+from edge_runtime.settings.validators import bare_type
+
 if TYPE_CHECKING:
-    from edge_runtime.settings.loading import Effective
+    from edge_runtime.settings.loading import EffectiveSettings
 
 DESCRIPTION = """\
 The configuration is one TOML file: the one given, else $FLEXSPEC_CONFIG, else flexspec/config.toml below
-$XDG_CONFIG_HOME (~/.config), else /etc/flexspec/config.toml. FLEXSPEC_<TABLE>__<FIELD> in the environment overrides it.
+$XDG_CONFIG_HOME (~/.config), else /etc/flexspec/config.toml. FLEXSPEC_<TABLE>__<FIELD> in the environment overrides it,
+and command-line options override both.
 
 examples:
   edge-runtime config check /etc/flexspec/config.toml      # every error with its line; exit code 2 if there is one
-  edge-runtime config show                                 # as TOML, with where each value comes from
+  edge-runtime config show                                 # as TOML, with the origin of each value
   FLEXSPEC_PLANNER__POLICY=ucb edge-runtime config show --json
+  edge-runtime config reference                            # all settings, as Markdown
 """
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `config` to argparse's sub-parsers."""
+    """Add `config` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "config",
-        help="check the configuration, or show what it comes to",
+        help="check the configuration, show the effective settings, or print all settings",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="name every error with its line")
+    check = actions.add_parser("check", help="list every error with its line")
     check.set_defaults(run=_check)
-    show = actions.add_parser("show", help="print every value and where it comes from; secrets stay in their files")
+    show = actions.add_parser("show", help="print every value and its origin; secrets stay in their files")
     show.add_argument("--json", action="store_true", help="print one JSON object instead of TOML")
     show.set_defaults(run=_show)
     for action in (check, show):
-        action.add_argument("file", nargs="?", type=Path, metavar="FILE", help="default: where services look")
+        action.add_argument(
+            "file", nargs="?", type=Path, metavar="FILE", help="default: see `edge-runtime config --help`"
+        )
+    reference = actions.add_parser("reference", help="print all settings as Markdown: type, default, option, variable")
+    reference.set_defaults(run=_reference)
+
+
+def markdown_reference() -> str:
+    """Return a Markdown table of all settings per TOML table."""
+    lines = []
+    for table, struct in TABLES.items():
+        summary = (struct.__doc__ or "").partition(": ")[2]
+        lines += [
+            f"### [{table}]",
+            "",
+            f"{summary[0].upper()}{summary[1:]}",
+            "",
+            "| setting | value | default | option | environment | meaning |",
+            "|---|---|---|---|---|---|",
+            *(_markdown_row(entry) for entry in SETTINGS.values() if entry.table == table),
+            "",
+        ]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _markdown_row(entry: SettingEntry) -> str:
+    spec = entry.spec
+    option = f"`{spec.flag}{f' {spec.metavar}' if spec.metavar else ''}`"
+    variables = ", ".join(f"`{name}`" for name in (spec.variable, entry.variable) if name)
+    notes = [
+        *([f"Credential `{spec.credential}`."] if spec.credential else []),
+        *([f"Formerly {', '.join(f'`{name}`' for name in spec.deprecated_names)}."] if spec.deprecated_names else []),
+        *(["Applied on reload."] if spec.reloadable else []),
+    ]
+    meaning = " ".join([f"{spec.help[0].upper()}{spec.help[1:]}.", *notes])
+    cells = (f"`{entry.name}`", _describe_value(entry), entry.default, option, variables, meaning)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _describe_value(entry: SettingEntry) -> str:
+    match bare_type(entry.type):
+        case inspect.BoolType():
+            return "true, false"
+        case inspect.IntType(ge=low, le=high):
+            return f"integer, {low} to {high}"
+        case inspect.FloatType(gt=low, le=high):
+            return f"number, above {low:g} to {high:g}"
+        case inspect.ListType():
+            return "list of strings"
+        case inspect.LiteralType(values=values):
+            return ", ".join(f"`{value}`" for value in values if value)
+        case inspect.CustomType():
+            return "path"
+        case _:
+            return "string"
 
 
 async def _check(options: argparse.Namespace) -> int:
     effective = _read(options)
-    print(f"{effective.file or 'no file, only defaults and the environment'}: fine")
+    print(f"{effective.file or 'no file, only defaults and the environment'}: no errors")
     return 0
 
 
@@ -55,41 +115,46 @@ async def _show(options: argparse.Namespace) -> int:
     if options.json:
         print(msgspec.json.encode(_report(effective), enc_hook=str).decode())
     else:
-        print("\n".join(_toml(effective)))
+        print("\n".join(_format_toml(effective)))
     return 0
 
 
-def _read(options: argparse.Namespace) -> Effective:
-    """The effective configuration, its warnings on standard error. Raises ConfigurationError."""
-    from edge_runtime.settings.loading import read_effective
+async def _reference(options: argparse.Namespace) -> int:
+    print(markdown_reference())
+    return 0
 
-    effective = read_effective(options.file, os.environ)
+
+def _read(options: argparse.Namespace) -> EffectiveSettings:
+    """Read the effective settings and print their warnings. Raises ConfigurationError."""
+    from edge_runtime.settings.loading import read_effective_settings
+
+    effective = read_effective_settings(options.file, os.environ)
     for warning in effective.warnings:
-        print(f"edge-runtime: warning: {warning}", file=sys.stderr)
+        warn(warning)
     return effective
 
 
-def _report(effective: Effective) -> dict[str, Any]:
+def _report(effective: EffectiveSettings) -> dict[str, Any]:
     values: dict[str, dict[str, Any]] = {}
-    for (table, name), origin in effective.origins.items():
-        value = getattr(getattr(effective.configuration, table), name)
-        values.setdefault(table, {})[name] = {"value": value, "origin": origin}
+    for key, origin in effective.origins.items():
+        table, _, name = key.partition(".")
+        values.setdefault(table, {})[name] = {"value": effective.settings.get(key), "origin": origin}
     return {"file": effective.file, "values": values, "warnings": effective.warnings}
 
 
-def _toml(effective: Effective) -> Iterator[str]:
-    """Lines of a TOML file that says the same, with origins as comments."""
+def _format_toml(effective: EffectiveSettings) -> Iterator[str]:
+    """Yield the lines of a TOML file with the same settings, and the origins as comments."""
     import tomlkit
 
     yield f"# {effective.file or 'no configuration file'}"
-    table = ""
-    for (inside, name), origin in effective.origins.items():
-        if inside != table:
-            table = inside
-            yield f"\n[{table}]"
-        value = getattr(getattr(effective.configuration, table), name)
-        if value is None:
-            yield f"# {name} is not set"
-        else:
-            written = tomlkit.item(str(value) if isinstance(value, Path) else value).as_string()
-            yield f"{f'{name} = {written}':48}  # {origin}"
+    for table in TABLES:
+        yield f"\n[{table}]"
+        for key, entry in SETTINGS.items():
+            if entry.table != table:
+                continue
+            value = effective.settings.get(key)
+            if value is None:
+                yield f"# {entry.name} is not set"
+            else:
+                written = tomlkit.item(str(value) if isinstance(value, Path) else value).as_string()
+                yield f"{f'{entry.name} = {written}':48}  # {effective.origins[key]}"

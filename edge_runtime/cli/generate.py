@@ -1,4 +1,4 @@
-"""`edge-runtime generate`: one answer on a terminal, into a pipe, or as JSON."""
+"""`edge-runtime generate`: continue one prompt, on a terminal, into a pipe, or as JSON."""
 
 from __future__ import annotations
 
@@ -7,55 +7,164 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-import psutil
-
-from edge_runtime.cli.memory import memory_of
-from edge_runtime.cli.planner_options import planner_of, watching
-from edge_runtime.cli.text_stream import TextStream
-from edge_runtime.cli.verifier_options import client_arguments
-from edge_runtime.decoding.generation import Generation
-from edge_runtime.decoding.statistics import Statistics
-from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
+from edge_runtime.cli.planner_options import add_planner_options, make_planner, run_probes
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.verifier.client import VerifierClient
-from edge_runtime.verifier.link_faults import HINTS, Fault
 
-# Between two looks whether the verifier is there.
-TROUBLE_SECONDS = 2.0
+# Imported by every command; these are slow to import.
+if TYPE_CHECKING:
+    from edge_runtime.decoding.statistics import GenerationStatistics
+    from edge_runtime.protocol.sampling import Sampling
+    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.verifier.link_faults import Fault
 
+DESCRIPTION = """\
+Continues a prompt: the draft model runs here, the target model on a verifier. On a terminal, accepted draft tokens are
+green and the target's own tokens yellow. The text depends only on target, prompt, sampling options and seed.
 
-class Report(msgspec.Struct):
-    """What `--json` prints.
+examples:
+  edge-runtime generate "import os" --verifier http://127.0.0.1:8500 --max-new-tokens 64
+  edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
+  git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
+  edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
+"""
 
-    Attributes:
-        text, ids: what the target said.
-        unverified: what the draft alone says comes behind it, for want of a verifier.
-        memory_bytes: the process's resident memory at the end.
-    """
-
-    text: str
-    ids: list[int]
-    unverified: str
-    finish: str
-    version: str
-    acceptance: float | None
-    memory_bytes: int
-    statistics: Statistics
+# Interval between checks whether the verifier can be reached.
+TROUBLE_CHECK_SECONDS = 2.0
 
 
-def sampling_of(temperature: float, top_k: int, top_p: float, seed: int, ignore_eos: bool = False) -> Sampling:
-    """Sampling from a user's numbers. Raises InputError."""
+def add_parser(commands: Any) -> None:
+    """Add `generate` to the subparsers."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", help="text to continue (default: standard input)")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    add_settings(parser, "draft.bundle", "draft.threads")
+    add_max_new_tokens_option(parser)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy decoding (default: %(default)g)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default: %(default)s)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default: %(default)g)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="continue after the end-of-text token, for measurements"
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print no statistics and no link trouble on standard error"
+    )
+    add_config_option(parser)
+    add_verifier_options(parser)
+    add_ngram_cache_options(parser)
+    add_planner_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_max_new_tokens_option(parser: argparse.ArgumentParser) -> None:
+    """Add --max-new-tokens of commands that generate one answer."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)"
+    )
+
+
+async def _run(options: argparse.Namespace) -> int:
+    import msgspec
+    import psutil
+
+    from edge_runtime.cli.text_stream import TextStream
+    from edge_runtime.decoding.generation import Generation
+    from edge_runtime.draft.model import OnnxDraft
+
+    settings = read_settings(options)
+    bundle = resolve_bundle(options, settings.draft)
+    prompt = _read_prompt(options)
+    sampling = _make_sampling(options)
+    draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
+    ids: list[int] = draft.tokenizer.encode(prompt).ids
+    planner = make_planner(options, settings.planner, draft)
+    async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
+        generation = Generation(
+            draft,
+            client,
+            ids,
+            sampling,
+            max_new_tokens=options.max_new_tokens,
+            planner=planner,
+            model=settings.verifier.model,
+            surroundings=surroundings,
+            on_link_loss=settings.service.on_link_loss,
+            ngram_cache=open_ngram_cache(settings.draft, draft.manifest, default_directory=None),
+        )
+        text = TextStream(draft.tokenizer, sys.stdout)
+        if options.echo and not options.json:
+            text.write_prompt(prompt)
+        async with _report_link_trouble(client, quiet=options.quiet):
+            async for verified in generation:
+                if not options.json:
+                    text.write(verified)
+    statistics = generation.statistics
+    if options.json:
+        new_ids = generation.ids[len(ids) :]
+        report = {
+            "text": draft.tokenizer.decode(new_ids),
+            "ids": new_ids,
+            # What the draft continued alone while no verifier could be reached.
+            "unverified": draft.tokenizer.decode(generation.unverified),
+            "finish": generation.finish,
+            "version": generation.version,
+            "acceptance": statistics.acceptance,
+            # Resident memory of this process at the end.
+            "memory_bytes": psutil.Process().memory_info().rss,
+            "statistics": statistics,
+        }
+        print(msgspec.json.encode(report).decode())
+        return 0
+    text.end(generation.unverified)
+    if generation.unverified:
+        count = len(generation.unverified)
+        print(f"edge-runtime: the last {count} tokens are unverified: {client.trouble}", file=sys.stderr)
+    if not options.quiet:
+        print(f"{generation.version or 'no verifier'}: {_summarize(statistics)}", file=sys.stderr)
+    return 0
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt is not None and options.file is not None:
+        raise InputError("give a prompt or --file, not both")
+    if options.file is not None:
+        try:
+            text: str = options.file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt: {error}") from None
+        return text
+    if options.prompt is not None:
+        return str(options.prompt)
+    return sys.stdin.read()
+
+
+def _make_sampling(options: argparse.Namespace) -> Sampling:
+    from edge_runtime.protocol.sampling import Sampling
+
     try:
-        return Sampling(temperature, top_k, top_p, seed, ignore_eos)
+        return Sampling(options.temperature, options.top_k, options.top_p, options.seed, options.ignore_eos)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def summary(statistics: Statistics) -> str:
-    """The statistics in one line."""
+def _summarize(statistics: GenerationStatistics) -> str:
     tokens = max(1, statistics.tokens)
     acceptance = "nothing drafted" if statistics.acceptance is None else f"{statistics.acceptance:.0%} accepted"
     return (
@@ -66,76 +175,23 @@ def summary(statistics: Statistics) -> str:
     )
 
 
-async def generate(options: argparse.Namespace, prompt: str) -> int:
-    """Runs the command. Returns the exit code; raises FlexSpecError."""
-    sampling = sampling_of(options.temperature, options.top_k, options.top_p, options.seed, options.ignore_eos)
-    draft = OnnxDraft.load(options.bundle, threads=options.threads)
-    ids: list[int] = draft.tokenizer.encode(prompt).ids
-    planner = planner_of(options, draft)
-    async with (
-        VerifierClient(**client_arguments(options)) as client,
-        watching(client.meter) as surroundings,
-    ):
-        generation = Generation(
-            draft,
-            client,
-            ids,
-            sampling,
-            max_new_tokens=options.max_new_tokens,
-            planner=planner,
-            model=options.model,
-            surroundings=surroundings,
-            on_link_loss=options.on_link_loss,
-            memory=memory_of(options, draft.manifest),
-        )
-        text = TextStream(draft.tokenizer, sys.stdout)
-        if options.echo and not options.json:
-            text.prompt(prompt)
-        async with _telling_trouble(client, quiet=options.quiet):
-            async for piece in generation:
-                if not options.json:
-                    text.piece(piece)
-    if options.json:
-        new = generation.ids[len(ids) :]
-        report = Report(
-            draft.tokenizer.decode(new),
-            new,
-            draft.tokenizer.decode(generation.unverified),
-            generation.finish,
-            generation.version,
-            generation.statistics.acceptance,
-            psutil.Process().memory_info().rss,
-            generation.statistics,
-        )
-        print(msgspec.json.encode(report).decode())
-    else:
-        text.end(generation.unverified)
-        if generation.unverified:
-            print(
-                f"edge-runtime: the last {len(generation.unverified)} tokens are unverified: {client.trouble}",
-                file=sys.stderr,
-            )
-        if not options.quiet:
-            print(f"{generation.version or 'no verifier'}: {summary(generation.statistics)}", file=sys.stderr)
-    return 0
-
-
 @contextlib.asynccontextmanager
-async def _telling_trouble(client: VerifierClient, *, quiet: bool) -> AsyncIterator[None]:
-    """Says on standard error why nothing comes, each reason once."""
+async def _report_link_trouble(client: VerifierClient, *, quiet: bool) -> AsyncIterator[None]:
+    """Print to standard error why no verifier can be reached; consecutive reports of the same fault only once."""
+    from edge_runtime.verifier.link_faults import HINTS
 
-    async def watch() -> None:
-        told: Fault | None = None
+    async def check() -> None:
+        reported: Fault | None = None
         while True:
-            await asyncio.sleep(TROUBLE_SECONDS)
+            await asyncio.sleep(TROUBLE_CHECK_SECONDS)
             trouble = client.trouble
-            if trouble and trouble.fault != told:
-                told = trouble.fault
-                print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[told]}", file=sys.stderr)
+            if trouble and trouble.fault != reported:
+                reported = trouble.fault
+                print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[reported]}", file=sys.stderr)
 
-    watching_it = None if quiet else asyncio.create_task(watch())
+    task = None if quiet else asyncio.create_task(check())
     try:
         yield
     finally:
-        if watching_it:
-            watching_it.cancel()
+        if task:
+            task.cancel()

@@ -1,92 +1,65 @@
-"""`edge-runtime memory`: what the board remembers on disk, and having it forget; and the options of who remembers."""
+"""`edge-runtime ngram-cache`: show or erase the n-gram cache on disk."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edge_runtime.cli.draft_options import NGRAM_CACHE_DIRECTORY_NAME, ngram_cache_state_directory
+from edge_runtime.cli.settings_options import add_config_option, read_settings
 from edge_runtime.protocol.errors import InputError
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
-if TYPE_CHECKING:
-    from edge_runtime.ngram_cache.lookup import Memory
-    from edge_runtime.protocol.bundle import Manifest
-
-SERVICE = Path("/var/lib/flexspec/memory")
+SERVICE_DIRECTORY = Path("/var/lib/flexspec") / NGRAM_CACHE_DIRECTORY_NAME
 DESCRIPTION = f"""\
-A board that serves remembers verified text, prompts too, as token ids: they help its frozen draft guess, and change no
-answer. On disk: half a MB for each vocabulary at most, readable by its user alone. `serve --no-memory`, or [draft]
-memory = false in the configuration, switches it off; `serve --memory DIR`, or [draft] memory_directory, says where.
+`edge-runtime serve` caches verified text, prompts included, as token ids. The cache improves the acceptance of the
+frozen draft and changes no answer. On disk it takes at most half a MB per vocabulary, readable by its owner only.
+`serve --no-ngram-cache`, or ngram_cache = false under [draft] in the configuration, switches it off;
+`serve --ngram-cache DIR`, or ngram_cache_directory, chooses the directory.
 
-The directory is the one given, else the configuration's, else $STATE_DIRECTORY/memory, else {SERVICE}.
+The directory is the one given, else the configured one, else $STATE_DIRECTORY/{NGRAM_CACHE_DIRECTORY_NAME}, else \
+{SERVICE_DIRECTORY}.
 
 examples:
-  edge-runtime memory show                         # texts and tokens by target version
-  sudo edge-runtime memory erase                   # a running service forgets when its next answer ends
-  edge-runtime memory erase /srv/board/memory
+  edge-runtime ngram-cache show                    # texts and tokens by target version
+  sudo edge-runtime ngram-cache erase              # a running service erases its copy after its next answer
+  edge-runtime ngram-cache erase /srv/board/cache
 """
 
 
-def add_options(parser: argparse.ArgumentParser, directory: Path | None = None) -> None:
-    """The options that `memory_of` reads; `directory` where nobody names one."""
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--memory",
-        type=Path,
-        default=directory,
-        metavar="DIR",
-        help="remember verified text there, prompts too (default: [draft] memory_directory, else what systemd gives a "
-        "service; else only in this process)",
-    )
-    memory.add_argument("--no-memory", action="store_true", help="the draft guesses without a memory of verified text")
-
-
-def state_directory() -> Path | None:
-    """Where a service of systemd may remember; None for other processes."""
-    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    return Path(state) / "memory" if state else None
-
-
-def memory_of(options: argparse.Namespace, manifest: Manifest) -> Memory | None:
-    """The memory that the options ask for; None for none. A disk that fails is logged, and not needed."""
-    from edge_runtime.ngram_cache.lookup import Memory
-    from edge_runtime.ngram_cache.store import Store
-
-    if options.no_memory:
-        return None
-    store = Store(options.memory, manifest.vocabulary.hash) if options.memory else None
-    return Memory(manifest.architecture.vocabulary_size, store)
-
-
 def add_parser(commands: Any) -> None:
-    """Adds `memory` to argparse's sub-parsers."""
+    """Add `ngram-cache` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "memory",
-        help="show or erase what the board remembers of verified text",
+        "ngram-cache",
+        help="show or erase the cache of verified text that improves the draft",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="how much is remembered, by target version; not what")
+    show = actions.add_parser("show", help="print the number of texts and tokens by target version, but no content")
     show.set_defaults(run=_show)
-    erase = actions.add_parser("erase", help="forget everything")
+    erase = actions.add_parser("erase", help="delete everything")
     erase.set_defaults(run=_erase)
     for action in (show, erase):
-        action.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="default: see `memory --help`")
-        action.add_argument("--config", type=Path, metavar="FILE", help="configuration (default: where services look)")
+        action.add_argument(
+            "directory",
+            nargs="?",
+            type=Path,
+            metavar="DIR",
+            help="directory of the cache (default: see `edge-runtime ngram-cache --help`)",
+        )
+        add_config_option(action)
 
 
 async def _show(options: argparse.Namespace) -> int:
-    from edge_runtime.ngram_cache.store import SUFFIX, Store
+    from edge_runtime.ngram_cache.store import SUFFIX, NgramStore
 
     directory = _directory(options)
-    for path in _there(directory):
+    for path in _list_files(directory):
         if path.suffix != SUFFIX:
             continue
-        store = Store(directory, path.stem)
+        store = NgramStore(directory, path.stem)
         records = store.read()
         print(f"{path}: {len(records)} texts, {path.stat().st_size} bytes, {store.damaged + store.failures} unreadable")
         tokens: Counter[str] = Counter()
@@ -98,29 +71,28 @@ async def _show(options: argparse.Namespace) -> int:
 
 
 async def _erase(options: argparse.Namespace) -> int:
-    from edge_runtime.ngram_cache.store import erase
+    from edge_runtime.ngram_cache.store import erase_stores
 
     directory = _directory(options)
     try:
-        count = erase(directory) if _there(directory) else 0
+        count = erase_stores(directory) if _list_files(directory) else 0
     except OSError as error:
-        raise InputError(f"cannot erase {directory}: {error.strerror or error}; do it as the service's user") from None
+        raise InputError(
+            f"cannot erase {directory}: {error.strerror or error}; run this as the service's user"
+        ) from None
     print(f"{directory}: {count} files erased")
     return 0
 
 
-def _there(directory: Path) -> list[Path]:
-    """The files in `directory`; none if it is not there. Raises InputError."""
+def _list_files(directory: Path) -> list[Path]:
     try:
         return sorted(directory.iterdir()) if directory.exists() else []
     except OSError as error:
-        raise InputError(f"cannot read {directory}: {error.strerror}; name the memory's directory") from None
+        raise InputError(f"cannot read {directory}: {error.strerror}; name the directory of the cache") from None
 
 
 def _directory(options: argparse.Namespace) -> Path:
-    """The directory that the options, or else the configuration, name. Raises InputError."""
-    from edge_runtime.settings.loading import read_configuration
-
+    """Return the directory of the cache. Raises InputError."""
     if options.directory:
         return Path(options.directory)
-    return read_configuration(options.config).draft.memory_directory or state_directory() or SERVICE
+    return read_settings(options).draft.ngram_cache_directory or ngram_cache_state_directory() or SERVICE_DIRECTORY

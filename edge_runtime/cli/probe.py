@@ -1,4 +1,4 @@
-"""`edge-runtime probe`: what the board knows of its link, its energy and its heat, live in a terminal or as JSON."""
+"""`edge-runtime probe`: show the readings of all sensors, live in a terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -12,80 +12,94 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+# Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.probes.snapshot import Prober
     from edge_runtime.verifier.client import VerifierClient
 
 DESCRIPTION = """\
-Shows what the board's probes measure: link, energy, heat, speed. A sensor that the board does not have is not shown.
+Shows the readings of the board's probes: link, energy, temperature, processor. A sensor that the board does not have is
+not shown.
 
 examples:
   edge-runtime probe                                       # live, until ^C
   edge-runtime probe --once --verifier https://verifier.example
-  edge-runtime probe --json | jq .surroundings             # what the planner is told
-  edge-runtime probe --json --watch                        # one object each period
+  edge-runtime probe --json | jq .surroundings             # the inputs of the planner
+  edge-runtime probe --json --watch                        # one object per period
   edge-runtime probe --path.sysfs board/sysfs --path.procfs board/procfs --path.recorded board/bin
 """
 
-# Between the two readings that one look takes: rates, load and energy counters need two.
-LOOK_SECONDS = 0.5
-LONGEST_PERIOD = 3600.0
+# Between the two readings that rates, load and energy counters need. Chosen: short enough to wait for.
+FIRST_INTERVAL_SECONDS = 0.5
+MAX_PERIOD_SECONDS = 3600.0
 SYSFS, PROCFS = Path("/sys"), Path("/proc")
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `probe` to argparse's sub-parsers."""
+    """Add `probe` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "probe",
-        help="show what the board's probes measure: link, energy, heat, speed",
+        help="show sensor readings: link, energy, temperature, processor",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    often = parser.add_mutually_exclusive_group()
-    often.add_argument("--watch", action="store_true", help="go on until ^C (default on a terminal, without --json)")
-    often.add_argument("--once", action="store_true", help="one look (the default elsewhere)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--watch", action="store_true", help="repeat until ^C (default on a terminal, unless --json is given)"
+    )
+    mode.add_argument("--once", action="store_true", help="read once and exit (default otherwise)")
     parser.add_argument(
-        "--period", type=float, default=5.0, metavar="SECONDS", help="between two readings (default: %(default)g)"
+        "--period", type=float, default=5.0, metavar="SECONDS", help="time between two readings (default: %(default)g)"
     )
     parser.add_argument(
-        "--verifier", metavar="URL", help="connect to this verifier, and show the connection as the kernel sees it"
+        "--verifier",
+        metavar="URL",
+        help="also connect to this verifier, and show the kernel's TCP statistics of the connection",
     )
     parser.add_argument(
-        "--path.sysfs", dest="sysfs", type=Path, default=SYSFS, metavar="DIR", help="default: %(default)s"
+        "--path.sysfs",
+        dest="sysfs",
+        type=Path,
+        default=SYSFS,
+        metavar="DIR",
+        help="sysfs to read (default: %(default)s)",
     )
     parser.add_argument(
-        "--path.procfs", dest="procfs", type=Path, default=PROCFS, metavar="DIR", help="default: %(default)s"
+        "--path.procfs",
+        dest="procfs",
+        type=Path,
+        default=PROCFS,
+        metavar="DIR",
+        help="procfs to read (default: %(default)s)",
     )
     parser.add_argument(
         "--path.recorded",
         dest="recorded",
         type=Path,
         metavar="DIR",
-        help="read what iw, nmcli, mmcli and vcgencmd print from files like DIR/vcgencmd_get_throttled, instead of "
-        "running them; with other roots than this machine's they are not run anyway",
+        help="read the output of iw, nmcli, mmcli and vcgencmd from files such as DIR/vcgencmd_get_throttled "
+        "instead of running them (default: run them, unless --path.sysfs or --path.procfs is given)",
     )
-    parser.set_defaults(run=probe)
+    parser.set_defaults(run=_run)
 
 
-async def probe(options: argparse.Namespace) -> int:
-    """Runs the command. Returns the exit code; raises FlexSpecError."""
-    from edge_runtime.probes.roots import Recorded, Roots, run_program
+async def _run(options: argparse.Namespace) -> int:
+    from edge_runtime.probes.roots import RecordedPrograms, Roots, run_program
     from edge_runtime.probes.snapshot import Prober
     from edge_runtime.verifier.client import VerifierClient
 
-    if not 0 < options.period <= LONGEST_PERIOD:
-        raise InputError(f"--period {options.period:g}: must be more than 0 and at most {LONGEST_PERIOD:g} seconds")
+    if not 0 < options.period <= MAX_PERIOD_SECONDS:
+        raise InputError(f"--period {options.period:g}: must be more than 0 and at most {MAX_PERIOD_SECONDS:g} seconds")
     for name in ("sysfs", "procfs", "recorded"):
         path = getattr(options, name)
         if path is not None and not path.is_dir():
             raise InputError(f"--path.{name} {path}: no such directory")
     roots = Roots(options.sysfs, options.procfs, run_program)
     if options.recorded is not None:
-        roots = Roots(options.sysfs, options.procfs, Recorded(options.recorded))
+        roots = Roots(options.sysfs, options.procfs, RecordedPrograms(options.recorded))
     elif (options.sysfs, options.procfs) != (SYSFS, PROCFS):
-        # Programs of this machine would say nothing of the one whose files these are.
+        # The files are another machine's, and this machine's programs know nothing about that.
         roots = Roots(options.sysfs, options.procfs, lambda _: None)
     async with contextlib.AsyncExitStack() as stack:
         client = None
@@ -94,9 +108,9 @@ async def probe(options: argparse.Namespace) -> int:
             await client.models()
         peer = client.meter.peer if client is not None else None
         prober = Prober(roots, options.period, host=None if peer is None else ipaddress.ip_address(peer))
-        # The first of two readings; the second has rates.
+        # The second reading, after the interval, has rates.
         await asyncio.to_thread(prober.take)
-        await asyncio.sleep(min(LOOK_SECONDS, options.period))
+        await asyncio.sleep(min(FIRST_INTERVAL_SECONDS, options.period))
         watch = options.watch or (not (options.once or options.json) and sys.stdout.isatty())
         await _show(prober, client, options.json, watch)
     return 0
@@ -107,7 +121,7 @@ async def _show(prober: Prober, client: VerifierClient | None, as_json: bool, wa
     from rich.console import Console
     from rich.live import Live
 
-    from edge_runtime.cli.probe_view import tables
+    from edge_runtime.cli.probe_view import render_snapshot
 
     console = Console()
     with contextlib.ExitStack() as stack:
@@ -125,12 +139,12 @@ async def _show(prober: Prober, client: VerifierClient | None, as_json: bool, wa
                 }
                 print(msgspec.json.encode(report).decode(), flush=True)
             elif screen is not None:
-                screen.update(tables(snapshot, tcp), refresh=True)
+                screen.update(render_snapshot(snapshot, tcp), refresh=True)
             else:
-                console.print(tables(snapshot, tcp))
+                console.print(render_snapshot(snapshot, tcp))
             if not watch:
                 return
             await asyncio.sleep(prober.period)
             if client is not None:
-                # An idle connection learns nothing new of its round-trip time.
+                # The kernel does not update the round-trip time of an idle connection.
                 await client.models()

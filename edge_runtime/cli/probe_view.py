@@ -1,4 +1,4 @@
-"""Snapshots as tables in a terminal."""
+"""Renders probe snapshots as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.snapshot import Snapshot
 from edge_runtime.probes.tcp import TcpInfo
 
+# Name and value.
 Line = tuple[str, str]
 
 
-def tables(snapshot: Snapshot, tcp: TcpInfo | None) -> Group:
-    """The snapshot for people: a table of what is known, one of what is broken, and what the planner is told."""
-    known = Table(box=None, show_header=False, pad_edge=False)
+def render_snapshot(snapshot: Snapshot, tcp: TcpInfo | None) -> Group:
+    """Render a snapshot: the readings, the inputs of the planner, and the probes that failed."""
+    readings = Table(box=None, show_header=False, pad_edge=False)
     for title, lines in (
         ("board", _board(snapshot)),
         ("energy", _energy(snapshot)),
@@ -26,15 +27,15 @@ def tables(snapshot: Snapshot, tcp: TcpInfo | None) -> Group:
         ("planner", _planner(snapshot.surroundings(tcp))),
     ):
         for index, (name, value) in enumerate(lines):
-            known.add_row(Text("" if index else title, style="bold"), Text(name, style="dim"), value)
-    broken = Table("probe", "failed", "what is broken", box=None, pad_edge=False, header_style="bold red")
+            readings.add_row(Text("" if index else title, style="bold"), Text(name, style="dim"), value)
+    failures = Table("probe", "failed", "error", box=None, pad_edge=False, header_style="bold red")
     for name, report in snapshot.probes.items():
         for error in report.errors:
-            broken.add_row(name, f"{report.failures} of {report.readings}", error)
+            failures.add_row(name, f"{report.failures} of {report.readings}", error)
     seconds = sum(report.seconds for report in snapshot.probes.values())
     failing = sum(bool(report.errors) for report in snapshot.probes.values())
-    summary = f"{len(snapshot.probes)} probes, {failing} with errors, {1e3 * seconds:.1f} ms at their last readings"
-    return Group(known, *([broken] if broken.row_count else []), Text(summary, style="dim"))
+    summary = f"{len(snapshot.probes)} probes, {failing} with errors, {1e3 * seconds:.1f} ms for the last readings"
+    return Group(readings, *([failures] if failures.row_count else []), Text(summary, style="dim"))
 
 
 def _board(snapshot: Snapshot) -> Iterator[Line]:
@@ -45,9 +46,9 @@ def _board(snapshot: Snapshot) -> Iterator[Line]:
         yield (
             "processor",
             _join(
-                _unit(processor.cores, "cores"),
-                _unit(processor.hertz, "Hz"),
-                _unit(processor.most_hertz, "Hz at most"),
+                _format_unit(processor.cores, "cores"),
+                _format_unit(processor.hertz, "Hz"),
+                _format_unit(processor.most_hertz, "Hz maximum"),
                 None if processor.busy is None else f"{processor.busy:.0%} busy",
                 None if processor.load is None else f"load {processor.load:g}",
             ),
@@ -56,17 +57,17 @@ def _board(snapshot: Snapshot) -> Iterator[Line]:
         yield "temperature", _join(*(f"{zone.name} {zone.celsius:.1f} °C" for zone in thermal.zones))
     if throttling is not None:
         now = {True: "yes", False: "no", None: "unknown"}[throttling.now]
-        since = f"since boot: {', '.join(throttling.since_boot)}" if throttling.since_boot else None
-        yield "throttled", _join(now, *throttling.reasons, since)
+        since_boot = f"since boot: {', '.join(throttling.since_boot)}" if throttling.since_boot else None
+        yield "throttled", _join(now, *throttling.reasons, since_boot)
 
 
 def _energy(snapshot: Snapshot) -> Iterator[Line]:
     if snapshot.power is not None:
         power = snapshot.power
-        part = "whole board" if power.whole_board else "a part of it: the board draws more"
-        yield "power", _join(_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
+        part = "whole board" if power.whole_board else "part of the board only"
+        yield "power", _join(_format_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
         for rail in power.rails if len(power.rails) > 1 else []:
-            yield "", f"{_unit(rail.watts, 'W')} {rail.chip} {rail.label}"
+            yield "", f"{_format_unit(rail.watts, 'W')} {rail.chip} {rail.label}"
     if snapshot.supply is not None:
         for battery in snapshot.supply.batteries:
             yield (
@@ -74,9 +75,9 @@ def _energy(snapshot: Snapshot) -> Iterator[Line]:
                 _join(
                     battery.state,
                     None if battery.percent is None else f"{battery.percent:.0f} %",
-                    _unit(battery.joules_left, "J left"),
-                    _unit(battery.joules_full, "J when full"),
-                    _unit(battery.watts, "W"),
+                    _format_unit(battery.joules_left, "J left"),
+                    _format_unit(battery.joules_full, "J when full"),
+                    _format_unit(battery.watts, "W"),
                 ),
             )
         if snapshot.supply.mains is not None:
@@ -89,32 +90,34 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
         yield (
             "connection",
             _join(
-                f"RTT {_unit(tcp.rtt_seconds, 's')} ± {_unit(tcp.rtt_variation_seconds, 's')}",
-                None if tcp.min_rtt_seconds is None else f"at least {_unit(tcp.min_rtt_seconds, 's')}",
+                f"RTT {_format_unit(tcp.rtt_seconds, 's')} ± {_format_unit(tcp.rtt_variation_seconds, 's')}",
+                None if tcp.min_rtt_seconds is None else f"minimum {_format_unit(tcp.min_rtt_seconds, 's')}",
                 f"{tcp.bytes_sent} bytes sent, {tcp.bytes_acked} acknowledged, {tcp.bytes_received} received",
                 f"{tcp.retransmits} retransmits",
             ),
         )
     if route is not None:
         metered = None if metering is None else {True: "metered", False: "not metered", None: None}[metering.metered]
-        yield "route", _join(route.interface, None if route.gateway is None else f"through {route.gateway}", metered)
+        yield "route", _join(route.interface, None if route.gateway is None else f"via {route.gateway}", metered)
     for interface in snapshot.interfaces or []:
         up = {True: "up", False: "down", None: None}[interface.up]
-        yield (
-            interface.name,
-            _join(
-                interface.kind,
-                up,
-                _unit(interface.bits_per_second, "bit/s"),
-                f"received {_unit(interface.received_bytes, 'B')}, {_unit(interface.received_bytes_per_second, 'B/s')}",
-                f"sent {_unit(interface.sent_bytes, 'B')}, {_unit(interface.sent_bytes_per_second, 'B/s')}",
-                f"{interface.lost} lost",
-            ),
+        parts = (
+            interface.kind,
+            up,
+            _format_unit(interface.bits_per_second, "bit/s"),
+            _format_traffic("received", interface.received_bytes, interface.received_bytes_per_second),
+            _format_traffic("sent", interface.sent_bytes, interface.sent_bytes_per_second),
+            f"{interface.lost} lost",
         )
+        yield interface.name, _join(*parts)
     for wireless in snapshot.wireless or []:
         yield (
             f"{wireless.interface} signal",
-            _join(_unit(wireless.signal_dbm, "dBm"), f"quality {wireless.quality:g}", f"{wireless.retries} given up"),
+            _join(
+                _format_unit(wireless.signal_dbm, "dBm"),
+                f"quality {wireless.quality:g}",
+                f"{wireless.retries} given up",
+            ),
         )
     for station in snapshot.stations or []:
         if station.connected:
@@ -122,9 +125,9 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
             yield (
                 f"{station.interface} nl80211",
                 _join(
-                    _unit(station.signal_dbm, "dBm"),
-                    *(f"{way} {_unit(rate, 'bit/s')}" for way, rate in zip(("down", "up"), rates, strict=True)),
-                    _unit(station.hertz, "Hz"),
+                    _format_unit(station.signal_dbm, "dBm"),
+                    *(f"{way} {_format_unit(rate, 'bit/s')}" for way, rate in zip(("down", "up"), rates, strict=True)),
+                    _format_unit(station.hertz, "Hz"),
                 ),
             )
     if snapshot.modem is not None:
@@ -139,7 +142,7 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
                 "",
                 _join(
                     radio.technology,
-                    *(f"{name} {_unit(*value)}" for name, value in values.items() if value[0] is not None),
+                    *(f"{name} {_format_unit(*value)}" for name, value in values.items() if value[0] is not None),
                 ),
             )
 
@@ -157,8 +160,12 @@ def _join(*parts: str | None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _unit(value: float | None, unit: str) -> str | None:
-    """With a prefix, to four digits, such as 1.2 GHz, 300 µs."""
+def _format_traffic(direction: str, count: int | None, rate: float | None) -> str:
+    return f"{direction} {_format_unit(count, 'B')}, {_format_unit(rate, 'B/s')}"
+
+
+def _format_unit(value: float | None, unit: str) -> str | None:
+    """Format with an SI prefix and four significant digits, such as 1.2 GHz or 300 µs."""
     if value is None:
         return None
     if unit.startswith(("dB", "cores")) or value == 0:

@@ -1,6 +1,7 @@
-"""SIGHUP: the configuration is read again, and what can change while answers are written changes.
+"""Reloads the configuration of a running service on SIGHUP.
 
-A configuration with errors changes nothing. What can only change with a new process is named in the log.
+What can change without a restart changes at once; what cannot is named in the log. A configuration with errors changes
+nothing.
 """
 
 from __future__ import annotations
@@ -8,106 +9,115 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
-from typing import Any
+from pathlib import Path
 
 import msgspec
 
-from edge_runtime.cli import planner_options, verifier_options
-from edge_runtime.cli.serve_limits import check_memory, keys_of, limits_of
+from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.planner_options import PLANNER_KEYS, make_planner, read_board_power
+from edge_runtime.cli.serve_limits import check_memory, make_limits, read_api_keys
+from edge_runtime.cli.settings_options import read_settings
+from edge_runtime.cli.verifier_client import check_encryption, check_verifier_settings, read_token
 from edge_runtime.common import logs
 from edge_runtime.common.http_server import watch_reload_signal
 from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.state import BoardRuntime
+from edge_runtime.settings.table import SETTINGS, Settings
 from edge_runtime.verifier.client import VerifierClient
 
 log = logging.getLogger(__name__)
 
-# Options that a planner is made from.
-PLANNING = ("policy", "objective", "profile", "radio", "energy_budget")
-# These change at once; the contents of the files, too, where the names stay.
-AT_ONCE = {
-    *PLANNING,
-    *("max_concurrent", "max_waiting", "api_key_file"),
-    *("model", "deadline", "token_file", "on_link_loss"),
-    *("log_level", "log_prompts"),
-}
-FAILED = "the configuration has errors, and the one before is in use: see the log"
+FAILED_STATUS = "the configuration has errors, and the previous one is in use: see the log"
 
 
-class Reloading:
-    """What SIGHUP does, from the time this is made; before the draft is loaded it has to wait."""
+class ConfigurationReloader:
+    """Applies the configuration again on SIGHUP.
+
+    It catches the signal from its creation on; a reload has to wait until the draft is loaded.
+    """
 
     def __init__(
-        self, options: argparse.Namespace, service: Service, client: VerifierClient, notifier: Notifier
+        self,
+        options: argparse.Namespace,
+        settings: Settings,
+        bundle: Path,
+        *,
+        service: Service,
+        client: VerifierClient,
+        notifier: Notifier,
     ) -> None:
         """
         Args:
-            options: of `serve`; `options.reread` reads them, and the configuration, once more.
+            options: of `serve`; they override the configuration at every reload, too.
+            settings, bundle: those in use.
         """
         self._options = options
+        self._settings = settings.replace({"draft.bundle": bundle})
         self._service = service
         self._client = client
         self._notifier = notifier
         self._failed = False
-        self._asked = watch_reload_signal()
+        self._requested = watch_reload_signal()
 
     def status(self) -> str:
-        """What the service does, and whether its configuration is another than the file's."""
-        return self._service.metrics.status() + (f"; {FAILED}" if self._failed else "")
+        """Return the service's status for systemd, and whether the last reload failed."""
+        return self._service.metrics.status() + (f"; {FAILED_STATUS}" if self._failed else "")
 
     async def run(self, board: BoardRuntime) -> None:
-        """Reloads whenever it is asked, until cancelled."""
+        """Reload on every SIGHUP, until cancelled."""
         while True:
-            await self._asked.wait()
-            self._asked.clear()
+            await self._requested.wait()
+            self._requested.clear()
             self._notifier.reloading()
             try:
                 board = await self._reload(board)
                 self._failed = False
             except FlexSpecError as error:
                 self._failed = True
-                log.error("not reloaded, everything stays as it was: %s", error)
+                log.error("configuration not reloaded, the previous one stays in use: %s", error)
             except Exception:
                 self._failed = True
-                log.exception("not reloaded, everything stays as it was")
+                log.exception("configuration not reloaded, the previous one stays in use")
             self._notifier.ready(self.status())
 
     async def _reload(self, board: BoardRuntime) -> BoardRuntime:
-        """Puts the configuration as it is now into effect. Raises FlexSpecError, and then has changed nothing."""
-        old = self._options
-        new: argparse.Namespace = await asyncio.to_thread(old.reread)
-        changed = {name for name, value in _values(new).items() if value != _values(old).get(name)}
-        limits, keys, arguments = limits_of(new), keys_of(new), verifier_options.client_arguments(new)
-        # The verifiers stay those of the start, whatever the configuration says now: a new token goes to them.
-        here = [endpoint.url for endpoint in self._client.endpoints]
-        verifier_options.check_private(here, bool(arguments["token"]), insecure=True)
-        if new.max_concurrent > old.max_concurrent:
-            check_memory(board.draft.manifest, new.max_concurrent - old.max_concurrent)
+        """Apply the configuration as it is now. If this raises, nothing has changed."""
+        old = self._settings
+        new = await asyncio.to_thread(self._read)
+        changed = {key for key in SETTINGS if new.get(key) != old.get(key)}
+        limits, keys = make_limits(self._options, new), read_api_keys(new.service.api_key_file)
+        check_verifier_settings(new.verifier)
+        token = read_token(new.verifier)
+        # The URLs change only with a restart, so a new token would go to those of the start.
+        urls = [endpoint.url for endpoint in self._client.endpoints]
+        check_encryption(urls, has_token=bool(token), insecure=True)
+        if new.service.max_concurrent > old.service.max_concurrent:
+            check_memory(board.draft.manifest, new.service.max_concurrent - old.service.max_concurrent)
         planner = board.planner
-        if changed & set(PLANNING):
-            # What the old one has learned of the verifiers goes with it.
-            planner = await asyncio.to_thread(planner_options.planner_of, new, board.draft)
-        power = planner_options.power_of(new)
-        # Nothing below fails.
+        if changed & set(PLANNER_KEYS):
+            # This discards what the old planner has learned about the verifiers.
+            planner = await asyncio.to_thread(make_planner, self._options, new.planner, board.draft)
         board = msgspec.structs.replace(
-            board, planner=planner, model=new.model, power=power, on_link_loss=new.on_link_loss
+            board,
+            planner=planner,
+            model=new.verifier.model,
+            power=read_board_power(new.planner),
+            on_link_loss=new.service.on_link_loss,
         )
-        logs.configure(new.log_level, "edge-runtime", prompts=new.log_prompts)
+        # Nothing below raises.
+        logs.configure(new.log.level, "edge-runtime", prompts=new.log.prompts)
         self._service.reconfigure(limits, keys, board)
-        self._client.deadline = arguments["deadline"]
-        self._client.set_token(arguments["token"])
-        for name in changed & AT_ONCE:
-            setattr(old, name, getattr(new, name))
-        log.info("the configuration was read again; new: %s", ", ".join(sorted(changed & AT_ONCE)) or "nothing")
-        if later := sorted(changed - AT_ONCE):
-            log.warning("new only after a restart: %s", ", ".join(later))
+        self._client.deadline = new.verifier.deadline_seconds
+        self._client.set_token(token)
+        applied = sorted(key for key in changed if SETTINGS[key].spec.reloadable)
+        self._settings = old.replace({key: new.get(key) for key in applied})
+        log.info("configuration reloaded; changed: %s", ", ".join(applied) or "nothing")
+        if pending := sorted(changed.difference(applied)):
+            log.warning("these settings change only after a restart: %s", ", ".join(pending))
         return board
 
-
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    """What a user can say; not the parsers and functions among the options."""
-    kinds = (str, int, float, bool, list, os.PathLike, type(None))
-    return {name: value for name, value in vars(options).items() if isinstance(value, kinds)}
+    def _read(self) -> Settings:
+        settings = read_settings(self._options)
+        return settings.replace({"draft.bundle": resolve_bundle(self._options, settings.draft)})

@@ -1,4 +1,4 @@
-"""`edge-runtime serve`: any OpenAI client on or beside the board can ask the target."""
+"""`edge-runtime serve`: run the OpenAI-compatible service of this board."""
 
 from __future__ import annotations
 
@@ -12,31 +12,43 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.cli import memory, planner_options, verifier_options
+from edge_runtime.cli.draft_options import (
+    add_ngram_cache_options,
+    ngram_cache_state_directory,
+    open_ngram_cache,
+    resolve_bundle,
+)
+from edge_runtime.cli.planner_options import add_planner_options, make_planner, read_board_power, run_probes
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.settings.table import Settings
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+# Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.service.app import Service
-    from edge_runtime.service.state import Board
+    from edge_runtime.service.state import BoardRuntime
     from edge_runtime.verifier.client import VerifierClient
 
 log = logging.getLogger(__name__)
 
-# Of malloc.h; and from how many bytes on memory is given back, and taken by itself.
+# Parameters of mallopt() in glibc's malloc.h: free bytes at the end of the heap above which it shrinks, and the size
+# from which a block is mapped alone. Chosen: small, because answers allocate and free much, and glibc's own thresholds
+# would grow and keep that memory.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES, MAPPED_BYTES = 1 << 17, 1 << 16
+TRIM_BYTES, MMAP_BYTES = 1 << 17, 1 << 16
 
 DESCRIPTION = """\
-Serves OpenAI's HTTP interface on this board: /v1/completions, /v1/chat/completions and /v1/models, with streaming. The
-draft runs here, the target in the cloud. Prometheus finds /metrics, programs /openapi.json, watchdogs /readyz. SIGHUP
-has it read the configuration again. `edge-runtime service` has systemd run it.
+Serves an OpenAI-compatible HTTP API on this board, with streaming: /v1/completions, /v1/chat/completions, /v1/models.
+The draft model runs here, the target model on a verifier. Also served: a dashboard for browsers (/), its events
+(/events), Prometheus metrics (/metrics), an OpenAPI document (/openapi.json) and readiness (/readyz). `edge-runtime
+top` shows the same as the dashboard in a terminal, and `edge-runtime service` installs a systemd service.
 
-At its URL is a dashboard for browsers; `edge-runtime top` shows the same in a terminal, and /events tells programs.
+SIGHUP reloads the configuration; one with errors changes nothing.
 
 examples:
-  edge-runtime serve --verifier https://verifier.example
+  edge-runtime serve --verifier http://127.0.0.1:8500
   edge-runtime serve --host 0.0.0.0 --api-key-file keys --certificate board.pem --key board.key
   curl http://127.0.0.1:8400/v1/completions -H 'content-type: application/json' \\
       -d '{"prompt": "import os", "max_tokens": 32, "stream": true}'
@@ -45,148 +57,146 @@ examples:
 """
 
 
-def add_parser(commands: Any, bundle: Path) -> None:
-    """Adds `serve` to argparse's sub-parsers; `bundle` is the draft where none is named."""
+def add_parser(commands: Any) -> None:
+    """Add `serve` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
-        help="serve OpenAI's HTTP interface on this board",
+        help="run the OpenAI-compatible service of this board",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", type=Path, default=bundle, metavar="DIR", help="draft (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the draft (default: one per core, to 4)")
-    verifier_options.add_options(parser)
-    memory.add_options(parser, memory.state_directory())
+    add_settings(parser, "draft.bundle", "draft.threads")
+    add_config_option(parser)
+    add_verifier_options(parser)
+    add_ngram_cache_options(parser)
 
     listening = parser.add_argument_group("listening")
-    listening.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    listening.add_argument("--port", type=int, default=8400, help="0 picks a free one (default: %(default)s)")
-    listening.add_argument("--certificate", type=Path, metavar="FILE", help="PEM certificate chain: serve over TLS")
-    listening.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the certificate")
+    add_settings(listening, "service.host", "service.port")
     listening.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="serve only who presents one of these keys, one a line"
+        "--certificate", type=Path, metavar="FILE", help="PEM certificate chain (default: no TLS, plain HTTP)"
     )
+    listening.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the certificate")
+    add_settings(listening, "service.api_key_file")
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-concurrent",
-        type=int,
-        default=2,
-        metavar="N",
-        help="answers that are written at once; each takes memory (default: %(default)s)",
-    )
-    limits.add_argument(
-        "--max-waiting",
-        type=int,
-        default=8,
-        metavar="N",
-        help="requests that wait for that; more are told to come back (default: %(default)s)",
-    )
+    add_settings(limits, "service.max_concurrent", "service.max_waiting")
     limits.add_argument(
         "--max-new-tokens",
         type=int,
         default=1024,
         metavar="N",
-        help="tokens of an answer; also what a request gets that names no max_tokens (default: %(default)s)",
+        help="tokens per answer at most, also for a request without max_tokens (default: %(default)s)",
     )
     limits.add_argument(
-        "--max-body", type=int, default=1 << 18, metavar="BYTES", help="of a request (default: %(default)s)"
+        "--max-body",
+        type=int,
+        default=1 << 18,
+        metavar="BYTES",
+        help="size of a request body at most (default: %(default)s)",
     )
     limits.add_argument(
         "--grace",
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="for answers to end at SIGTERM (default: %(default)g)",
+        help="time for running answers to finish after SIGTERM (default: %(default)g)",
     )
-    logging_ = parser.add_argument_group("log")
-    logging_.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default: %(default)s")
-    logging_.add_argument("--log-prompts", action="store_true", help="prompts and answers, too")
-    planner_options.add_options(parser)
-    parser.set_defaults(run=serve)
+    add_settings(parser.add_argument_group("log"), "log.level", "log.prompts")
+    add_planner_options(parser)
+    parser.set_defaults(run=_run)
 
 
-async def serve(options: argparse.Namespace) -> int:
-    """Runs the command until SIGINT or SIGTERM. Returns the exit code; raises FlexSpecError."""
-    from edge_runtime.cli.reload import Reloading
-    from edge_runtime.cli.serve_limits import keys_of, limits_of
-    from edge_runtime.common.http_server import Listening, Server, stop_requested
+async def _run(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM."""
+    from edge_runtime.cli.reload import ConfigurationReloader
+    from edge_runtime.cli.serve_limits import make_limits, read_api_keys
+    from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
+    from edge_runtime.common.network import is_loopback
     from edge_runtime.common.sd_notify import Notifier
     from edge_runtime.service.app import Service
-    from edge_runtime.settings.validators import is_loopback
-    from edge_runtime.verifier.client import VerifierClient
 
-    logs.set_up(options.log_level, "edge-runtime", prompts=options.log_prompts)
-    # A watchdog ends a process that hangs with SIGABRT: then it says where.
+    settings = read_settings(options)
+    bundle = resolve_bundle(options, settings.draft)
+    host, port = settings.service.host, settings.service.port
+    logs.configure(settings.log.level, "edge-runtime", prompts=settings.log.prompts)
+    # systemd's watchdog ends a process that hangs with SIGABRT: print every thread's stack then.
     faulthandler.enable(2)
-    _return_memory()
-    limits, keys = limits_of(options), keys_of(options)
-    if not 0 <= options.port < 1 << 16:
-        raise InputError(f"--port {options.port}: must be in [0, 65535]")
+    _limit_heap_growth()
+    limits, keys = make_limits(options, settings), read_api_keys(settings.service.api_key_file)
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port {port}: must be in [0, 65535]")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
-    local = is_loopback(options.host)
+    local = is_loopback(host)
     if not local and not keys:
         log.warning(
-            "everybody who reaches %s can use this service, and read what others ask it: --api-key-file asks for keys",
-            options.host,
+            "everyone who can reach %s can use this service and read what others ask; --api-key-file requires keys",
+            host,
         )
-    stopping, notifier = stop_requested(), Notifier()
+    stop, notifier = watch_stop_signals(), Notifier()
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(VerifierClient(**verifier_options.client_arguments(options)))
+        client = await stack.enter_async_context(make_client(settings.verifier))
         service = Service(client, limits, keys, local=local)
-        reloading = Reloading(options, service, client, notifier)
-        server = Server(service.app, Listening(options.host, options.port, options.certificate, options.key))
+        reloader = ConfigurationReloader(options, settings, bundle, service=service, client=client, notifier=notifier)
+        server = HttpServer(service.app, ListenOptions(host, port, options.certificate, options.key))
         await server.start()
         stack.push_async_callback(server.stop)
         notifier.starting("loading the draft")
-        # Loading takes a while: requests meanwhile are told so, rather than refused a connection.
-        board = await _load(options, service, client, stack)
-        if not stopping.is_set():
-            print(f"edge-runtime: serving {options.verifier} on {server.url}", flush=True)
-            notifier.ready(reloading.status())
-        telling = notifier.keep_telling(reloading.status, lambda: board.draft.step_seconds)
-        stack.enter_context(_beside(telling))
-        stack.enter_context(_beside(reloading.run(board)))
-        await stopping.wait()
-        notifier.stopping("answers that are being written may end")
+        # Loading takes seconds. The server already listens, so that requests get a proper "not ready" answer.
+        board = await _load_board(options, settings, bundle, service=service, client=client, stack=stack)
+        if not stop.is_set():
+            print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
+            notifier.ready(reloader.status())
+        stack.enter_context(_background_task(notifier.run(reloader.status, lambda: board.draft.step_seconds)))
+        stack.enter_context(_background_task(reloader.run(board)))
+        await stop.wait()
+        notifier.stopping("waiting for running answers")
         await service.drain(options.grace)
     return 0
 
 
-def _return_memory() -> None:
-    """Has glibc give freed memory back: answers free much, and its own thresholds, which grow, would keep it."""
+def _limit_heap_growth() -> None:
+    """Make glibc return freed memory to the system early."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
-async def _load(
-    options: argparse.Namespace, service: Service, client: VerifierClient, stack: contextlib.AsyncExitStack
-) -> Board:
-    """Loads the draft, and opens the service."""
+async def _load_board(
+    options: argparse.Namespace,
+    settings: Settings,
+    bundle: Path,
+    *,
+    service: Service,
+    client: VerifierClient,
+    stack: contextlib.AsyncExitStack,
+) -> BoardRuntime:
+    """Load the draft and everything else that answers need, and activate the service."""
     from edge_runtime.cli.serve_limits import check_memory
     from edge_runtime.draft.model import OnnxDraft
-    from edge_runtime.service.chat_template import read_chat
-    from edge_runtime.service.state import Board
+    from edge_runtime.service.chat_template import load_chat_template
+    from edge_runtime.service.state import BoardRuntime
 
-    draft = await asyncio.to_thread(OnnxDraft.load, options.bundle, threads=options.threads)
-    check_memory(draft.manifest, options.max_concurrent)
-    chat = read_chat(options.bundle)
-    planner = await asyncio.to_thread(planner_options.planner_of, options, draft)
-    surroundings = await stack.enter_async_context(planner_options.watching(client.meter))
-    power = planner_options.power_of(options)
-    remembered = await asyncio.to_thread(memory.memory_of, options, draft.manifest)
-    board = Board(draft, chat, planner, surroundings, options.model, power, options.on_link_loss, remembered)
-    service.open(board)
+    draft = await asyncio.to_thread(OnnxDraft.load, bundle, threads=settings.draft.threads)
+    check_memory(draft.manifest, settings.service.max_concurrent)
+    board = BoardRuntime(
+        draft,
+        load_chat_template(bundle),
+        planner=await asyncio.to_thread(make_planner, options, settings.planner, draft),
+        surroundings=await stack.enter_async_context(run_probes(client.meter)),
+        model=settings.verifier.model,
+        power=read_board_power(settings.planner),
+        on_link_loss=settings.service.on_link_loss,
+        memory=await asyncio.to_thread(open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()),
+    )
+    service.activate(board)
     return board
 
 
 @contextlib.contextmanager
-def _beside(work: Coroutine[None, None, None]) -> Iterator[None]:
-    """Runs `work` on the event loop until the end."""
-    task = asyncio.create_task(work)
+def _background_task(coroutine: Coroutine[None, None, None]) -> Iterator[None]:
+    task = asyncio.create_task(coroutine)
     try:
         yield
     finally:

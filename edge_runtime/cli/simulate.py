@@ -1,4 +1,4 @@
-"""`edge-runtime simulate`: what a person would get on such a board, over such a link, from such a verifier."""
+"""`edge-runtime simulate`: model the speed and cost of decoding with a given board, link and verifier."""
 
 from __future__ import annotations
 
@@ -9,74 +9,84 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+# Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.planning.objective import Objective
-    from edge_runtime.simulation.recorded_texts import Text
-    from edge_runtime.simulation.result import Result
+    from edge_runtime.simulation.recorded_texts import RecordedText
+    from edge_runtime.simulation.result import SimulationResult
     from edge_runtime.simulation.world import World
 
 TRACES = Path(__file__).resolve().parents[2] / "export" / "example_family" / "acceptance.npz"
 
 DESCRIPTION = """\
-Plays recorded texts on a modelled board, link and verifier, and shows what each way of decoding them would cost. The
-acceptance is recorded; times, joules and bytes are modelled.
+Simulates the decoding of recorded texts with a modelled board, link and verifier, and compares the planner with fixed
+plans. Acceptance is recorded; times, joules and bytes are modelled.
 
 examples:
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier loaded
   edge-runtime simulate --link wifi:20,offline:5,weak-4g --profile jetson-orin-nano --verifier 32b --temperature 0.7
-  edge-runtime simulate --link mahimahi:TRACE.up:TRACE.down:40 --weights 270e6 --objective balanced --json
+  edge-runtime simulate --link bursty --weights 270e6 --objective balanced --json
 
-links: lan, wifi, 5g, 4g, weak-4g, bursty; a schedule of them with seconds, in which offline is an outage; or
-mahimahi:UP:DOWN:MS, two recordings in Mahimahi's format behind a round trip of MS milliseconds.
-verifiers: 7b, 7b-16 and 7b-64 (sessions), 32b, loaded (80 ms a forward); each with +spec, where the verifier drafts
-beside its target by itself.
+links: lan, wifi, 5g, 4g, weak-4g, bursty; a schedule such as wifi:20,offline:5 (seconds; offline is an outage); or
+mahimahi:UP:DOWN:MS, two trace files in Mahimahi's format and a round-trip time of MS milliseconds.
+verifiers: 7b; 7b-16 and 7b-64 (with that many sessions); 32b; loaded (80 ms per forward pass). Append +spec for a
+verifier that also speculates itself, such as 32b+spec.
 """
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `simulate` to argparse's sub-parsers."""
+    """Add `simulate` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "simulate",
-        help="model what a board, a link and a verifier would give",
+        help="model the speed of a board, a link and a verifier",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--link", default="4g", help="see above (default: %(default)s)")
+    parser.add_argument("--link", default="4g", help="link, see above (default: %(default)s)")
     parser.add_argument(
-        "--profile", default="raspberry-pi-5", help="a shipped device profile, or a .toml file (default: %(default)s)"
+        "--profile", default="raspberry-pi-5", help="shipped device profile, or a .toml file (default: %(default)s)"
     )
-    parser.add_argument("--verifier", default="32b", metavar="NAME", help="see above (default: %(default)s)")
-    parser.add_argument("--policy", default="", metavar="NAME", help="who plans (default: the board's own default)")
+    parser.add_argument("--verifier", default="32b", metavar="NAME", help="verifier, see above (default: %(default)s)")
+    parser.add_argument("--policy", default="", metavar="NAME", help="policy of the planner (default: analytic)")
     parser.add_argument(
-        "--objective", default="latency", help="latency, cloud, energy, balanced, or prices (default: %(default)s)"
+        "--objective",
+        default="latency",
+        help="what to minimize: latency, cloud, energy, balanced, or prices such as "
+        "verifier=2,joule=0.05 (default: %(default)s)",
     )
     parser.add_argument(
-        "--weights", type=float, default=40e6, metavar="BYTES", help="of the draft (default: %(default)g)"
+        "--weights",
+        type=float,
+        default=40e6,
+        metavar="BYTES",
+        help="size of the draft's weights (default: %(default)g)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="that was recorded (default: %(default)g)")
-    parser.add_argument("--target", default="target-v1", help="that was recorded (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=8, help="how many, one after the other (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="recorded temperature to use (default: %(default)g)"
+    )
+    parser.add_argument("--target", default="target-v1", help="recorded target to use (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=int, default=8, help="number of texts, one after the other (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
     parser.add_argument(
         "--traces",
         type=Path,
         default=TRACES,
         metavar="FILE",
-        help="recorded acceptance (default: the example family's, where the source is)",
+        help="recorded acceptance (default: the file shipped with a source checkout)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.set_defaults(run=simulate_command)
+    parser.set_defaults(run=_run)
 
 
-async def simulate_command(options: argparse.Namespace) -> int:
-    """Runs the command. Returns the exit code; raises FlexSpecError."""
+async def _run(options: argparse.Namespace) -> int:
     from edge_runtime.planning.objective import parse_objective
     from edge_runtime.simulation.recorded_texts import read_texts
     from edge_runtime.simulation.world import make_world
 
     if options.texts < 1:
-        raise InputError(f"--texts {options.texts}: at least one text must be played")
+        raise InputError(f"--texts {options.texts}: must be at least 1")
     if not 1 <= options.weights < 1e12:
         raise InputError(f"--weights {options.weights:g}: give the draft's bytes, such as 40e6")
     objective = parse_objective(options.objective)
@@ -91,29 +101,30 @@ async def simulate_command(options: argparse.Namespace) -> int:
             seed=options.seed,
         )
 
-    rows = _play(options.policy, objective, texts, world)
+    rows = _simulate_all(options.policy, objective, texts, world)
     name = f"{world().name}, {options.target} T={options.temperature:g}, objective {options.objective}"
     (_print_json if options.json else _print_table)(name, rows)
     return 0
 
 
-class Row:
-    """One way of decoding, and what it costs.
+class DecodingResult:
+    """The result of one way of decoding, a policy or a fixed plan.
 
     Attributes:
-        label: for people.
-        result: of all texts.
-        cost: per token, by the objective.
-        plan: the last one, in words.
-        hindsight: whether it could only be known afterwards.
+        result: sum over all texts.
+        cost: cost per token, by the objective.
+        plan: the last plan, in words.
+        hindsight: whether the plan was chosen after the fact, for these texts.
     """
 
-    def __init__(self, label: str, result: Result, objective: Objective, plan: str, *, hindsight: bool = False) -> None:
+    def __init__(
+        self, label: str, result: SimulationResult, objective: Objective, plan: str, *, hindsight: bool = False
+    ) -> None:
         self.label, self.result, self.plan, self.hindsight = label, result, plan, hindsight
         self.cost = result.cost(objective)
 
     def record(self) -> dict[str, float | int | bool | str]:
-        """As plain data, per token where that makes sense."""
+        """Return the result as plain data for JSON."""
         result = self.result
         return {
             "plan": self.plan,
@@ -130,30 +141,37 @@ class Row:
         }
 
 
-def _play(policy: str, objective: Objective, texts: list[Text], world: Callable[[], World]) -> list[Row]:
-    """All rows, the policy's first."""
-    from edge_runtime.planning.factory import DEFAULT, make_planner
+def _simulate_all(
+    policy: str, objective: Objective, texts: list[RecordedText], world: Callable[[], World]
+) -> list[DecodingResult]:
+    """Return the results of the policy, which comes first, and of the plans to compare it with."""
+    from edge_runtime.planning.factory import DEFAULT_POLICY, make_planner
     from edge_runtime.planning.plan import FixedPlanner, Plan
     from edge_runtime.simulation import oracle
     from edge_runtime.simulation.simulator import simulate
 
-    planner = make_planner(policy or DEFAULT, objective, world().device)
+    planner = make_planner(policy or DEFAULT_POLICY, objective, world().device)
     played = simulate(texts, planner, world(), log=True)
-    rows = [Row(policy or DEFAULT, played, objective, played.log[-1].plan.reason)]
+    rows = [DecodingResult(policy or DEFAULT_POLICY, played, objective, played.log[-1].plan.reason)]
     for label, plan in (
         ("streaming", Plan(0, oracle.WHOLE_TEXT)),
         ("edge-drafted", Plan(5)),
         ("token by token", Plan(0)),
     ):
-        rows.append(Row(label, simulate(texts, FixedPlanner(plan), world()), objective, oracle.describe(plan)))
-    plans = oracle.static_plans(oracle.calibration(texts))
-    for label, space, ahead in (("best fixed draft", list(oracle.FIXED), False), ("best single plan", plans, True)):
-        best, result = oracle.Footprints(texts, space).best(world, objective, ahead=ahead)
-        rows.append(Row(label, result, objective, oracle.describe(best), hindsight=True))
+        rows.append(
+            DecodingResult(label, simulate(texts, FixedPlanner(plan), world()), objective, oracle.describe_plan(plan))
+        )
+    plans = oracle.make_static_plans(oracle.measure_calibration(texts))
+    for label, space, ahead in (
+        ("best fixed draft", list(oracle.FIXED_PLANS), False),
+        ("best single plan", plans, True),
+    ):
+        best, result = oracle.PlanFootprints(texts, space).best(world, objective, ahead=ahead)
+        rows.append(DecodingResult(label, result, objective, oracle.describe_plan(best), hindsight=True))
     return rows
 
 
-def _print_json(name: str, rows: list[Row]) -> None:
+def _print_json(name: str, rows: list[DecodingResult]) -> None:
     import msgspec
 
     record = {
@@ -165,7 +183,7 @@ def _print_json(name: str, rows: list[Row]) -> None:
     print(msgspec.json.format(msgspec.json.encode(record)).decode())
 
 
-def _print_table(name: str, rows: list[Row]) -> None:
+def _print_table(name: str, rows: list[DecodingResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -173,7 +191,7 @@ def _print_table(name: str, rows: list[Row]) -> None:
     for title in (
         "ms per\ntoken",
         "cost",
-        "tokens\na round",
+        "tokens/\nround",
         "accep-\nted",
         "verifier\nms/token",
         "J per\n100",
@@ -182,7 +200,7 @@ def _print_table(name: str, rows: list[Row]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         result = row.result
-        table.add_row(
+        cells = (
             row.label + " *" * row.hindsight,
             f"{1e3 * result.seconds_per_token:.1f}",
             f"{row.cost / rows[0].cost:.2f}",
@@ -192,11 +210,12 @@ def _print_table(name: str, rows: list[Row]) -> None:
             f"{100 * result.joules / result.tokens:.1f}",
             f"{(result.sent + result.received) / result.tokens:.1f}",
         )
+        table.add_row(*cells)
     console = Console(highlight=False)
     console.print(f"{name}: modelled", soft_wrap=True)
     console.print(table)
     for row in rows:
         console.print(f"{row.label}: {row.plan}", soft_wrap=True)
     console.print(
-        "cost is per token, by the objective, against the first row; * chosen afterwards, for these very texts"
+        "cost: per token, by the objective, relative to the first row; *: chosen in hindsight, for these very texts"
     )

@@ -1,4 +1,4 @@
-"""`edge-runtime top`: what a board does, live in a terminal or as JSON, from the service's own feed."""
+"""`edge-runtime top`: watch a board's service, live in a terminal or as JSON, from its GET /events."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
-# Every command of `edge-runtime` adds this parser; only this one should pay for what it needs.
+# Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     import httpx
 
-    from edge_runtime.service.monitoring.dashboard_state import Onlooker
-    from edge_runtime.service.monitoring.events import News
+    from edge_runtime.service.monitoring.dashboard_state import DashboardState
+    from edge_runtime.service.monitoring.events import Event
 
 DESCRIPTION = """\
-Watches the service of this board, or of another: tokens as they come, plans and their reasons, rounds, link, energy.
-The same as the dashboard, which the service serves at its URL.
+Watches the service of this board or another: tokens as they arrive, plans and their reasons, rounds, link, energy. The
+dashboard that the service has at its URL shows the same in a browser.
 
 examples:
   edge-runtime top                                         # live, until ^C
@@ -32,103 +32,115 @@ examples:
 """
 
 CONNECT_SECONDS = 5.0
-# The feed says something at least every 15 seconds.
+# The service sends an event or a comment at least every 15 seconds.
 READ_SECONDS = 20.0
 RETRY_SECONDS = 1.0
-# For the first gauges of a service that has just begun.
-LOOK_SECONDS = 3.0
+# How long --once waits for the gauges of a service that has just started.
+ONCE_SECONDS = 3.0
 
 
 class ServiceUnreachable(FlexSpecError):
-    """No service answers, or not as one."""
+    """No service answers at the URL, or something else does."""
 
     exit_code = 4
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `top` to argparse's sub-parsers."""
+    """Add `top` to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "top",
-        help="watch what a board does, live",
+        help="watch a board's service, live",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8400", help="of the service (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8400", help="URL of the service (default: %(default)s)")
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="of one of the keys that the service asks for"
+        "--api-key-file", type=Path, metavar="FILE", help="file with one of the service's API keys (default: no key)"
     )
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="PEM authorities to trust instead of the system's")
-    parser.add_argument("--once", action="store_true", help="one look (the default without a terminal)")
     parser.add_argument(
-        "--json", action="store_true", help="print every event as a line of JSON; with --once, one object that sums up"
+        "--ca-file",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of certificate authorities to trust (default: the system's)",
     )
-    parser.set_defaults(run=top)
+    parser.add_argument(
+        "--once", action="store_true", help="print the current state and exit (default without a terminal)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print every event as a line of JSON; with --once, a summary as one object"
+    )
+    parser.set_defaults(run=_run)
 
 
-async def top(options: argparse.Namespace) -> int:
-    """Runs the command. Returns the exit code; raises FlexSpecError."""
-    from edge_runtime.service.monitoring.dashboard_state import Onlooker
+async def _run(options: argparse.Namespace) -> int:
+    from edge_runtime.service.monitoring.dashboard_state import DashboardState
 
     async with _client(options) as client:
         if options.json and not options.once:
             async for line, _ in _events(client, options.url):
                 print(line, flush=True)
             raise ServiceUnreachable(f"the service at {options.url} has closed the stream; it may have been stopped")
-        onlooker = Onlooker()
+        dashboard = DashboardState()
         if options.once or not sys.stdout.isatty():
-            await _look(client, options, onlooker)
+            await _print_once(client, options, dashboard)
         else:
-            await _watch(client, options, onlooker)
+            await _watch(client, options, dashboard)
     return 0
 
 
-async def _look(client: httpx.AsyncClient, options: argparse.Namespace, onlooker: Onlooker) -> None:
+async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, dashboard: DashboardState) -> None:
     import msgspec
     from rich.console import Console
 
-    from edge_runtime.cli.top_view import screen
-    from edge_runtime.service.monitoring.events import Gauges
+    from edge_runtime.cli.top_view import render_dashboard
+    from edge_runtime.service.monitoring.events import GaugeSample
 
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(CONNECT_SECONDS + LOOK_SECONDS):
+        async with asyncio.timeout(CONNECT_SECONDS + ONCE_SECONDS):
             started = time.time()
             async for _, event in _events(client, options.url):
-                onlooker.hear(event)
-                # The board's clock may be another: after a while, any gauges will do.
-                if isinstance(event, Gauges) and (event.at >= started or time.time() > started + LOOK_SECONDS):
+                dashboard.apply(event)
+                # A remote board's clock may differ from ours: after ONCE_SECONDS, accept any gauges.
+                if isinstance(event, GaugeSample) and (event.at >= started or time.time() > started + ONCE_SECONDS):
                     break
     if options.json:
-        print(msgspec.json.encode(onlooker.summary()).decode())
+        print(msgspec.json.encode(dashboard.summary()).decode())
     else:
-        Console().print(screen(onlooker, "live" if onlooker.gauges else "loading the draft"))
+        Console().print(render_dashboard(dashboard, "live" if dashboard.gauges else "loading the draft"))
 
 
-async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, onlooker: Onlooker) -> None:
+async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, dashboard: DashboardState) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from edge_runtime.cli.top_view import screen
+    from edge_runtime.cli.top_view import render_dashboard
 
-    # Refused at first, this ends with a sentence; later, the service may come back.
-    state, met = "connecting", False
+    # A failure of the first connection ends the command; later, the service may come back.
+    state, connected = "connecting", False
     console = Console()
-    with Live(console=console, screen=True, refresh_per_second=8, get_renderable=lambda: screen(onlooker, state)):
+    with Live(
+        console=console, screen=True, refresh_per_second=8, get_renderable=lambda: render_dashboard(dashboard, state)
+    ):
         while True:
             try:
                 async for _, event in _events(client, options.url):
-                    onlooker.hear(event)
-                    met = True
-                    state = "live" if onlooker.gauges else "loading the draft"
-                state = "the service has closed the stream; trying again"
+                    dashboard.apply(event)
+                    connected = True
+                    state = "live" if dashboard.gauges else "loading the draft"
+                state = "the service has closed the stream; reconnecting"
             except ServiceUnreachable as error:
-                if not met:
+                if not connected:
                     raise
                 state = str(error)
             await asyncio.sleep(RETRY_SECONDS)
 
 
 def _client(options: argparse.Namespace) -> httpx.AsyncClient:
-    """Raises InputError: the URL, the key or the authorities are unusable, or the key would travel in clear."""
+    """Create the HTTP client.
+
+    Raises:
+        InputError: the URL, the key or the authorities are unusable, or the key would be sent unencrypted.
+    """
     import ssl
 
     import httpx
@@ -143,7 +155,9 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError(f"--url {options.url}: not the URL of a service; write for instance http://127.0.0.1:8400")
     if key and is_in_clear(options.url):
-        raise InputError(f"the key would go to {options.url} unencrypted; serve with --certificate, and use https")
+        raise InputError(
+            f"the key would be sent to {options.url} unencrypted; start the service with --certificate, and use https"
+        )
     trust: ssl.SSLContext | bool = True
     if options.ca_file:
         try:
@@ -157,20 +171,20 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
     )
 
 
-async def _events(client: httpx.AsyncClient, url: str) -> AsyncIterator[tuple[str, News]]:
-    """Each event, as JSON and as a struct. Raises ServiceUnreachable and InputError."""
+async def _events(client: httpx.AsyncClient, url: str) -> AsyncIterator[tuple[str, Event]]:
+    """Yield each event, as JSON and as a struct. Raises ServiceUnreachable and InputError."""
     import httpx
     import msgspec
 
-    from edge_runtime.service.monitoring.events import AnyNews
+    from edge_runtime.service.monitoring.events import AnyEvent
 
-    decoder = msgspec.json.Decoder(AnyNews)
+    decoder = msgspec.json.Decoder(AnyEvent)
     try:
         async with client.stream("GET", url.rstrip("/") + "/events") as response:
             if not response.is_success:
-                raise _refused(url, response.status_code, await response.aread())
+                raise _refusal_error(url, response.status_code, await response.aread())
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                raise ServiceUnreachable(f"what answers at {url} is no service of a board; check --url")
+                raise ServiceUnreachable(f"the server at {url} is not a board's service; check --url")
             async for line in response.aiter_lines():
                 if line.startswith("data: "):
                     event = line.removeprefix("data: ")
@@ -179,18 +193,20 @@ async def _events(client: httpx.AsyncClient, url: str) -> AsyncIterator[tuple[st
         cause = str(error) or type(error).__name__
         raise ServiceUnreachable(f"no service answers at {url} ({cause}); is `edge-runtime serve` running?") from None
     except msgspec.MsgspecError as error:
-        raise ServiceUnreachable(f"the service at {url} says what this version does not know: {error}") from None
+        raise ServiceUnreachable(
+            f"the service at {url} sent an event that this version does not know: {error}"
+        ) from None
 
 
-def _refused(url: str, status: int, body: bytes) -> FlexSpecError:
+def _refusal_error(url: str, status: int, body: bytes) -> FlexSpecError:
     import msgspec
 
     from edge_runtime.service.errors import ErrorBody
 
     if status == 401:
-        return InputError(f"the service at {url} wants one of its API keys: name a file of it with --api-key-file")
+        return InputError(f"the service at {url} requires an API key: name a file that holds one with --api-key-file")
     try:
         message = msgspec.json.decode(body, type=ErrorBody).error.message
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        message = "and not as a service of a board does; check --url"
+        message = "the response is not a board's; check --url"
     return ServiceUnreachable(f"{url} answered {status}: {message}")

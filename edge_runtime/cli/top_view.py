@@ -1,4 +1,4 @@
-"""What an onlooker knows, in a terminal."""
+"""Renders the dashboard of `edge-runtime top` for a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from edge_runtime.service.monitoring.dashboard_state import Onlooker
+from edge_runtime.service.monitoring.dashboard_state import DashboardState
 
-# As on the dashboard: none is told from the others by its colour alone.
+# As in the browser dashboard: no kind of token differs from another by color alone.
 STYLES = {
     "accepted": "green underline",
     "corrected": "bold magenta underline2",
@@ -21,7 +21,7 @@ STYLES = {
     "withdrawn": "strike dim",
 }
 LEGEND = {
-    "accepted": "drafted here and accepted",
+    "accepted": "drafted on the board and accepted",
     "corrected": "corrected by the target",
     "own": "the target's own",
     "unverified": "unverified",
@@ -29,77 +29,86 @@ LEGEND = {
 }
 PRIVACY = {"tls": "encrypted (TLS)", "loopback": "on this machine", "clear": "NOT encrypted"}
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 24
-# Characters of the newest answer that are shown.
-SHOWN = 1200
+SPARKLINE_CHARACTERS = 24
+# Of the newest answer.
+MAX_TEXT_CHARACTERS = 1200
 
-Curve = list[float | None]
-
-
-def screen(onlooker: Onlooker, state: str) -> RenderableType:
-    """Everything; `state` says how the connection does."""
-    return Group(_head(onlooker, state), _gauges(onlooker), *_round(onlooker), *_answer(onlooker))
+# One value per second; None if there is none.
+Series = list[float | None]
 
 
-def curve(values: Curve, least: float = 1.0) -> str:
-    """The values as bars of text, from 0 to their greatest, or to `least`; a blank where there is none."""
-    top = max([least, *(value for value in values if value is not None)])
+def render_dashboard(dashboard: DashboardState, state: str) -> RenderableType:
+    """Render everything. `state` describes the connection."""
+    return Group(
+        _render_header(dashboard, state),
+        _render_gauges(dashboard),
+        *_render_round(dashboard),
+        *_render_answer(dashboard),
+    )
+
+
+def sparkline(values: Series, min_scale: float = 1.0) -> str:
+    """Draw the values as bars, one character each, from 0 to the maximum or `min_scale`, whichever is greater."""
+    top = max([min_scale, *(value for value in values if value is not None)])
     return "".join(
         " " if value is None else BARS[min(len(BARS) - 1, int(max(0.0, value) / top * len(BARS)))] for value in values
     )
 
 
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey: models write escape sequences, too."""
+def replace_control_characters(text: str) -> str:
+    """Replace what a terminal would interpret: a model may write escape sequences."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "�" for c in text)
 
 
-def _head(onlooker: Onlooker, state: str) -> Text:
-    board = onlooker.board
+def _render_header(dashboard: DashboardState, state: str) -> Text:
+    board = dashboard.board
     head = Text.assemble(("FlexSpec", "bold"), f" {state}" if board is None else f" {board.version}, {state}")
-    gauges = onlooker.gauges[-1] if onlooker.gauges else None
+    gauges = dashboard.gauges[-1] if dashboard.gauges else None
     known = gauges or board
     if known:
         style = "bold red" if known.privacy == "clear" else "green"
-        head.append(f"\nverifier {plain(known.verifier)}, ").append(PRIVACY[known.privacy], style)
+        head.append(f"\nverifier {replace_control_characters(known.verifier)}, ").append(PRIVACY[known.privacy], style)
     if gauges:
-        head.append(f"\n{gauges.running} answers being written, {gauges.waiting} waiting")
-        for said, text in (
+        head.append(f"\n{gauges.running} answers running, {gauges.waiting} waiting")
+        for active, text in (
             (gauges.on_battery, "on battery"),
             (gauges.metered, "metered link"),
             (gauges.throttled, "throttled"),
         ):
-            head.append(f", {text}" if said else "", "bold" if text == "throttled" else "")
+            head.append(f", {text}" if active else "", "bold" if text == "throttled" else "")
         if gauges.fault:
-            head.append(f"\nno verifier: {plain(gauges.fault)}", "bold red")
+            head.append(f"\nno verifier: {replace_control_characters(gauges.fault)}", "bold red")
     return head
 
 
-def _gauges(onlooker: Onlooker) -> Table:
+def _render_gauges(dashboard: DashboardState) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, values, unit, note, least in _lines(onlooker):
+    for name, values, unit, note, min_scale in _gauge_rows(dashboard):
         value = values[-1]
-        said = "" if value is None else f"{value:.4g} {unit}"
+        shown = "" if value is None else f"{value:.4g} {unit}"
         table.add_row(
-            Text(name, "dim"), said, Text(curve(values[-CURVE:], least), "cyan", no_wrap=True), Text(note, "dim")
+            Text(name, "dim"),
+            shown,
+            Text(sparkline(values[-SPARKLINE_CHARACTERS:], min_scale), "cyan", no_wrap=True),
+            Text(note, "dim"),
         )
     return table
 
 
-def _lines(onlooker: Onlooker) -> Iterator[tuple[str, Curve, str, str, float]]:
-    """Name, values, unit, note, and least scale of what the board has; a sensor that it lacks has no line."""
-    rates, gauges = list(onlooker.rates), list(onlooker.gauges)
+def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str, str, float]]:
+    """Yield name, values, unit, note and minimum scale of each gauge; a sensor that the board lacks has no row."""
+    rates, gauges = list(dashboard.rates), list(dashboard.gauges)
     if not gauges:
         return
     now = gauges[-1]
-    count = f"{now.tokens} since the start"
+    count = f"{now.tokens} since start"
     yield "tokens per second", [rate.tokens_per_second for rate in rates], "", count, 10.0
     acceptance = [None if rate.acceptance is None else 100 * rate.acceptance for rate in rates]
     yield "acceptance", acceptance, "%", f"{now.accepted} of {now.drafted}", 100.0
     yield "draft length", [rate.draft_length for rate in rates], "", f"{now.rounds} rounds", 4.0
-    moved = f"sent {now.sent} B, received {now.received} B"
-    yield "link", [rate.bytes_per_second for rate in rates], "B/s", moved, 100.0
-    sensors: list[tuple[str, Curve, str, str, float]] = [
+    traffic = f"sent {now.sent} B, received {now.received} B"
+    yield "link", [rate.bytes_per_second for rate in rates], "B/s", traffic, 100.0
+    sensors: list[tuple[str, Series, str, str, float]] = [
         ("round trip", [None if g.rtt_seconds is None else 1e3 * g.rtt_seconds for g in gauges], "ms", "", 1.0),
         (
             "power",
@@ -110,15 +119,15 @@ def _lines(onlooker: Onlooker) -> Iterator[tuple[str, Curve, str, str, float]]:
         ),
         ("temperature", [g.celsius for g in gauges], "°C", "", 90.0),
         ("battery", [g.battery_percent for g in gauges], "%", "", 100.0),
-        ("in the battery", [g.battery_joules for g in gauges], "J", "", 1.0),
+        ("energy left", [g.battery_joules for g in gauges], "J", "", 1.0),
     ]
     yield from (sensor for sensor in sensors if sensor[1][-1] is not None)
 
 
-def _round(onlooker: Onlooker) -> Iterator[Text]:
-    plan, round_ = onlooker.plan, onlooker.round
+def _render_round(dashboard: DashboardState) -> Iterator[Text]:
+    plan, round_ = dashboard.plan, dashboard.round
     if plan:
-        head = f"plan: {plan.draft} drafted here + {plan.own} by the target"
+        head = f"plan: {plan.draft} drafted + {plan.own} by the target"
         yield Text.assemble((head, "bold"), f", {plan.reason}" if plan.reason else "")
     if round_:
         times = {"draft": round_.draft_seconds, "link": round_.link_seconds, "verifier": round_.verifier_seconds}
@@ -129,14 +138,15 @@ def _round(onlooker: Onlooker) -> Iterator[Text]:
         )
 
 
-def _answer(onlooker: Onlooker) -> Iterator[RenderableType]:
-    begun, ended = onlooker.begun, onlooker.ended
-    if begun is None:
+def _render_answer(dashboard: DashboardState) -> Iterator[RenderableType]:
+    started, finished = dashboard.started, dashboard.finished
+    if started is None:
         return
-    text = Text(plain(begun.prompt), "dim")
-    for kind, token in onlooker.tokens:
-        text.append(plain(token), STYLES[kind])
-    over = ended is not None and ended.answer == begun.answer
-    title = f"answer {begun.answer}" + (f": {ended.tokens} tokens, {plain(ended.outcome)}" if over and ended else "")
-    yield Panel(text[max(0, len(text) - SHOWN) :], title=title, title_align="left")
+    text = Text(replace_control_characters(started.prompt), "dim")
+    for kind, token in dashboard.tokens:
+        text.append(replace_control_characters(token), STYLES[kind])
+    title = f"answer {started.answer}"
+    if finished is not None and finished.answer == started.answer:
+        title += f": {finished.tokens} tokens, {replace_control_characters(finished.outcome)}"
+    yield Panel(text[max(0, len(text) - MAX_TEXT_CHARACTERS) :], title=title, title_align="left")
     yield Text(", ").join([Text(meaning, STYLES[kind]) for kind, meaning in LEGEND.items()])

@@ -1,1 +1,1 @@
-"""The configuration file of a board."""
+"""The settings of a board: one table (`table`), read from TOML and the environment (`loading`)."""

@@ -1,12 +1,15 @@
-"""What a board is told once, in one TOML file: the draft, the verifiers, the planner, the local service, the log.
+"""Loads the settings from the configuration file, systemd credentials and the environment.
 
-Read from the file that is named, else $FLEXSPEC_CONFIG, else flexspec/config.toml below $XDG_CONFIG_HOME (~/.config),
-else /etc/flexspec/config.toml, else defaults. The environment overrides the file: FLEXSPEC_<TABLE>__<FIELD>, such as
-FLEXSPEC_PLANNER__POLICY=ucb, with commas between the strings of a list; FLEXSPEC_BUNDLE and FLEXSPEC_VERIFIER are short
-for FLEXSPEC_DRAFT__BUNDLE and FLEXSPEC_VERIFIER__URLS. A variable that is empty counts as not set.
+The file is the one named, else $FLEXSPEC_CONFIG, else flexspec/config.toml below $XDG_CONFIG_HOME (~/.config), else
+/etc/flexspec/config.toml, else there is none. Precedence: environment over file over credentials over defaults.
+Command-line options override all of them (`cli.settings_options`).
 
-Secrets are never in the file or the environment: fields name files that hold them, or systemd passes them as
-credentials (`CREDENTIALS`). A path that is not absolute starts at the folder of the file that says it.
+Environment variables are FLEXSPEC_<TABLE>__<FIELD>, such as FLEXSPEC_PLANNER__POLICY=ucb, with commas between the
+strings of a list. FLEXSPEC_BUNDLE and FLEXSPEC_VERIFIER are short for FLEXSPEC_DRAFT__BUNDLE and
+FLEXSPEC_VERIFIER__URLS, which override them. An empty variable counts as not set.
+
+Neither file nor environment ever holds a secret: settings name files that hold them, or systemd passes them as
+credentials. A relative path in a file starts at that file's directory.
 """
 
 from __future__ import annotations
@@ -17,163 +20,33 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from edge_runtime.planning.plan import OnLinkLoss
+from edge_runtime.common.network import is_loopback
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import toml_positions, validators
+from edge_runtime.settings.table import (
+    ENVIRONMENT_PREFIX,
+    SETTINGS,
+    TABLES,
+    SettingEntry,
+    Settings,
+    default_store,
+    xdg_directory,
+)
 
 logger = logging.getLogger(__name__)
 
 SYSTEM_FILE = Path("/etc/flexspec/config.toml")
-PREFIX = "FLEXSPEC_"
-SHORT = {"FLEXSPEC_BUNDLE": ("draft", "bundle"), "FLEXSPEC_VERIFIER": ("verifier", "urls")}
-# Names that systemd's LoadCredential= is to use for what a field would otherwise name.
-CREDENTIALS = {
-    ("verifier", "token_file"): "verifier-token",
-    ("verifier", "key_file"): "verifier-key",
-    ("service", "api_key_file"): "api-key",
+SHORT_VARIABLES = {entry.spec.variable: entry for entry in SETTINGS.values() if entry.spec.variable}
+# Former keys, such as `draft.memory`, of settings that have been renamed.
+DEPRECATED_KEYS = {
+    f"{entry.table}.{name}": entry for entry in SETTINGS.values() for name in entry.spec.deprecated_names
 }
-# How people call what must not be in the file, and the field that names the file it belongs in.
-SECRETS = {
-    "token": "token_file",
-    "api_token": "token_file",
-    "password": "token_file",
-    "secret": "token_file",
-    "api_key": "api_key_file",
-    "key": "api_key_file",
-    "client_key": "key_file",
-    "private_key": "key_file",
-}
-
-Field = tuple[str, str]
-
-Directory = Annotated[Path | None, msgspec.Meta(extra={"refine": validators.directory})]
-File = Annotated[Path | None, msgspec.Meta(extra={"refine": validators.file})]
-SecretFile = Annotated[Path | None, msgspec.Meta(extra={"refine": validators.secret_file})]
-Authorities = Annotated[Path | None, msgspec.Meta(extra={"refine": validators.authorities})]
-Somewhere = Annotated[Path | None, msgspec.Meta(extra={"refine": validators.path})]
-Place = Annotated[Path, msgspec.Meta(extra={"refine": validators.path})]
-Urls = Annotated[list[str], msgspec.Meta(min_length=1, extra={"refine": validators.urls})]
-Objective = Annotated[str, msgspec.Meta(extra={"refine": validators.objective})]
-Profile = Annotated[str, msgspec.Meta(extra={"refine": validators.profile})]
-EnergyBudget = Annotated[str, msgspec.Meta(extra={"refine": validators.energy_budget})]
-Policy = Annotated[str | None, msgspec.Meta(extra={"refine": validators.policy})]
-Host = Annotated[str, msgspec.Meta(extra={"refine": validators.host})]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
-
-Radio = Literal["", "wifi", "ethernet", "lte", "5g"]
-
-
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all tables."""
-
-
-class Draft(Table, frozen=True):
-    """The draft model.
-
-    Attributes:
-        bundle: directory of one bundle; None for the current one of the store.
-        store: directory of the bundle store (see `edge_runtime.bundles`).
-        public_key_file: PEM file of the keys of which one must have signed a bundle; None asks for no signature.
-        threads: CPU threads of a step; 0 for one per physical core, at most 4.
-        memory: whether verified text, prompts too, is remembered and helps the draft guess.
-        memory_directory: where, across restarts; None for a service's state directory, else nowhere on disk.
-    """
-
-    bundle: Directory = None
-    store: Place = msgspec.field(default_factory=lambda: default_store(os.environ))
-    public_key_file: File = None
-    threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    memory: bool = True
-    memory_directory: Somewhere = None
-
-
-class Verifier(Table, frozen=True):
-    """Who has the last word.
-
-    Attributes:
-        urls: base URLs, the preferred one first.
-        model: which target; empty for the verifier's choice.
-        token_file: file of the token that the verifier asks for.
-        ca_file: PEM file of the authorities to trust instead of the system's.
-        certificate_file: PEM file of this board's own certificate, for verifiers that ask for one.
-        key_file: PEM file of its private key.
-        deadline_seconds: for how long an answer may stand still, attempts to reach a verifier included.
-        http2: use HTTP/2 where the verifier offers it.
-        insecure: prompts and answers may travel in clear to another machine; the token never does.
-    """
-
-    urls: Urls = msgspec.field(default_factory=lambda: ["http://127.0.0.1:8500"])
-    model: str = ""
-    token_file: SecretFile = None
-    ca_file: Authorities = None
-    certificate_file: File = None
-    key_file: File = None
-    deadline_seconds: Seconds = 600.0
-    http2: bool = True
-    insecure: bool = False
-
-
-class Planner(Table, frozen=True):
-    """Who decides how much to draft; as the options of `edge-runtime generate`.
-
-    Attributes:
-        policy: None for the release's own choice.
-        objective: what a token should cost least of, by name or as prices.
-        profile: what this board is: name of a shipped profile, or a .toml file; empty if nobody knows.
-        radio: what the link goes over, for its energy; empty leaves that out.
-        energy_budget: joules per hour, or until when the battery must last; empty for no budget.
-    """
-
-    policy: Policy = None
-    objective: Objective = "latency"
-    profile: Profile = ""
-    radio: Radio = ""
-    energy_budget: EnergyBudget = ""
-
-
-class Service(Table, frozen=True):
-    """The local HTTP service.
-
-    Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        max_concurrent: answers written at once.
-        max_waiting: requests that may wait behind them.
-        api_key_file: file of the key that clients must present; None asks for none.
-        on_link_loss: without a verifier: wait for it, go on with the draft alone, or fail at once.
-    """
-
-    host: Host = "127.0.0.1"
-    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8400
-    max_concurrent: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
-    max_waiting: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 8
-    api_key_file: SecretFile = None
-    on_link_loss: OnLinkLoss = "wait"
-
-
-class Log(Table, frozen=True):
-    """What is logged.
-
-    Attributes:
-        level: the least important messages that are.
-        prompts: whether prompts and answers may be in them.
-    """
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    prompts: bool = False
-
-
-class Configuration(Table, frozen=True):
-    """Everything; every field has a default."""
-
-    draft: Draft = msgspec.field(default_factory=Draft)
-    verifier: Verifier = msgspec.field(default_factory=Verifier)
-    planner: Planner = Planner()
-    service: Service = Service()
-    log: Log = Log()
+# What people call a secret, and the setting that names the file where it belongs.
+MISTAKEN_NAMES = {name: entry for entry in SETTINGS.values() for name in entry.spec.mistaken_names}
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -181,8 +54,8 @@ class Origin(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: `default`, `file`, `environment` or `credential`.
-        name: the file or the variable.
-        line, column: in the file, from 1; 0 where unknown.
+        name: name of the file or the variable.
+        line, column: in the file, from 1; 0 if unknown.
     """
 
     kind: Literal["default", "file", "environment", "credential"]
@@ -197,7 +70,7 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class Problem(NamedTuple):
-    """Something wrong, and where."""
+    """One error in the configuration, and where it is."""
 
     origin: Origin
     message: str
@@ -207,10 +80,10 @@ class Problem(NamedTuple):
 
 
 class ConfigurationError(InputError):
-    """A configuration with errors; the message has a line for each.
+    """The configuration has errors; the message has one line for each.
 
     Attributes:
-        problems: all of them, those of the file first and in its order.
+        problems: all errors, those in the file first and in its order.
     """
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -220,203 +93,201 @@ class ConfigurationError(InputError):
         super().__init__("\n  ".join([f"{count} in the configuration:", *map(str, self.problems)]))
 
 
-class Effective(msgspec.Struct, frozen=True):
-    """A configuration, and how it came about.
+class EffectiveSettings(msgspec.Struct, frozen=True):
+    """The settings and their origins.
 
     Attributes:
-        file: that was read; None if there was none.
-        origins: of every field.
-        warnings: what works and should not stay so, a sentence each.
+        file: the file that was read; None if there was none.
+        origins: origin of every setting, by key such as `draft.threads`.
+        warnings: what works but should be changed, one sentence each.
     """
 
-    configuration: Configuration
+    settings: Settings
     file: Path | None
-    origins: dict[Field, Origin]
+    origins: dict[str, Origin]
     warnings: list[str]
 
 
-class _Given(NamedTuple):
+class _SourceValue(NamedTuple):
     value: Any
     origin: Origin
     folder: Path
 
 
-def read_configuration(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Configuration:
-    """The configuration in the file at `path`, or in the one that the module's docstring says; warnings are logged.
+class _Source:
+    """The values of one source (file or environment), and what is wrong with it."""
 
-    Raises ConfigurationError, which names every error.
+    def __init__(self, problems: list[Problem], warnings: list[str]) -> None:
+        self.values: dict[str, _SourceValue] = {}
+        self._problems = problems
+        self._warnings = warnings
+
+    def add(self, table: str, name: str, value: Any, origin: Origin, folder: Path) -> None:
+        """Add a value; if there is no such setting, add a problem instead."""
+        key = f"{table}.{name}"
+        if key in SETTINGS:
+            self.values[key] = _SourceValue(value, origin, folder)
+        elif entry := DEPRECATED_KEYS.get(key):
+            self._warnings.append(f"{origin}: {key} is deprecated; use {entry.key}")
+            self.values.setdefault(entry.key, _SourceValue(value, origin, folder))
+        else:
+            self.report(origin, _describe_unknown_field(table, name))
+
+    def report(self, origin: Origin, message: str) -> None:
+        self._problems.append(Problem(origin, message))
+
+
+def read_settings(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings from the file at `path`, or from the one that is used by default, and the environment.
+
+    Warnings are logged. Raises ConfigurationError, which lists every error.
     """
-    effective = read_effective(path, environ)
+    effective = read_effective_settings(path, environ)
     for warning in effective.warnings:
         logger.warning(warning)
-    return effective.configuration
+    return effective.settings
 
 
-def read_effective(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Effective:
-    """As `read_configuration`, with where everything comes from."""
+def read_effective_settings(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> EffectiveSettings:
+    """Read the settings like `read_settings`; also return where each value comes from, and the warnings."""
     problems: list[Problem] = []
+    warnings: list[str] = []
     file = find_file(path, environ)
-    given: dict[Field, _Given] = {}
-    for field, name in CREDENTIALS.items():
-        credential = Path(environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), name)
-        if os.path.lexists(credential):
-            given[field] = _Given(str(credential), Origin("credential", name), Path())
+    sources = _read_credentials(environ)
     if file is not None:
-        given |= _from_file(file, problems)
-    given |= _from_environment(environ, problems)
-    tables: dict[str, Table] = {}
-    origins: dict[Field, Origin] = {}
-    for table, kind in TABLES.items():
-        values = {"store": default_store(environ)} if kind is Draft else {}
-        for name, info in FIELDS[table].items():
-            field = (table, name)
-            origins[field] = Origin("default")
-            if field in given:
-                value, origins[field], folder = given[field]
-                try:
-                    values[name] = validators.convert(value, info.type, folder)
-                except InputError as error:
-                    problems.append(Problem(origins[field], f"{table}.{name}: {error}"))
-        tables[table] = kind(**values)
+        sources |= _read_file(file, _Source(problems, warnings))
+    sources |= _read_environment(environ, _Source(problems, warnings))
+    values: dict[str, Any] = {"draft.store": default_store(environ)}
+    origins = dict.fromkeys(SETTINGS, Origin("default"))
+    for key, (value, origin, folder) in sources.items():
+        origins[key] = origin
+        try:
+            values[key] = _validate(SETTINGS[key], value, folder)
+        except InputError as error:
+            problems.append(Problem(origin, f"{key}: {error}"))
     if problems:
         raise ConfigurationError(problems)
-    configuration = Configuration(**tables)  # type: ignore[arg-type]
-    return Effective(configuration, file, origins, list(_warnings(configuration)))
+    settings = Settings().replace(values)
+    return EffectiveSettings(settings, file, origins, [*warnings, *_find_risks(settings)])
 
 
 def find_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The configuration file; one that is named need not exist. None if there is none."""
+    """Return the configuration file to read; None if there is none. A file that is named need not exist."""
     named = path or environ.get("FLEXSPEC_CONFIG")
     if named:
         return Path(named)
-    home = _xdg(environ, "XDG_CONFIG_HOME", ".config")
+    home = xdg_directory(environ, "XDG_CONFIG_HOME", ".config")
     candidates = [*([home / "flexspec" / "config.toml"] if home else []), SYSTEM_FILE]
     return next((file for file in candidates if os.path.lexists(file)), None)
 
 
-def default_store(environ: Mapping[str, str]) -> Path:
-    """Where bundles are kept unless told otherwise.
-
-    `bundles` below the first of systemd's $STATE_DIRECTORY, else flexspec/bundles below $XDG_STATE_HOME, by default
-    ~/.local/state.
-    """
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if state:
-        return Path(state) / "bundles"
-    return (_xdg(environ, "XDG_STATE_HOME", ".local/state") or Path("/var/lib")) / "flexspec" / "bundles"
+def _validate(entry: SettingEntry, value: Any, folder: Path) -> Any:
+    converted = validators.convert(value, entry.type)
+    return entry.spec.validate(converted, folder) if entry.spec.validate else converted
 
 
-def _xdg(environ: Mapping[str, str], variable: str, below_home: str) -> Path | None:
-    """A base directory; a relative one is to be ignored, and a service has no home."""
-    base = Path(environ.get(variable, ""))
-    if base.is_absolute():
-        return base
-    return Path(environ["HOME"], below_home) if environ.get("HOME") else None
+def _read_credentials(environ: Mapping[str, str]) -> dict[str, _SourceValue]:
+    directory = Path(environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
+    return {
+        key: _SourceValue(str(directory / entry.spec.credential), Origin("credential", entry.spec.credential), Path())
+        for key, entry in SETTINGS.items()
+        if entry.spec.credential and os.path.lexists(directory / entry.spec.credential)
+    }
 
 
-def _from_file(file: Path, problems: list[Problem]) -> dict[Field, _Given]:
-    """What the file says, by field; what it says that no field is adds to `problems`."""
+def _read_file(file: Path, source: _Source) -> dict[str, _SourceValue]:
     try:
         document = toml_positions.parse(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        reason = "there is no such file; leave it out for defaults" if isinstance(error, FileNotFoundError) else ""
-        problems.append(Problem(Origin("file", str(file)), reason or f"cannot be read: {error.strerror}"))
+        missing = isinstance(error, FileNotFoundError)
+        reason = "there is no such file; leave it out for defaults" if missing else f"cannot be read: {error.strerror}"
+        source.report(Origin("file", str(file)), reason)
         return {}
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        problems.append(Problem(Origin("file", str(file), line), "is not UTF-8; save it as UTF-8"))
+        source.report(Origin("file", str(file), line), "is not UTF-8; save it as UTF-8")
         return {}
     except toml_positions.TomlError as error:
-        problems.append(Problem(Origin("file", str(file), *error.place), f"not TOML: {error}; correct it there"))
+        source.report(Origin("file", str(file), *error.position), f"not TOML: {error}; correct it there")
         return {}
 
-    given: dict[Field, _Given] = {}
-    for table, values in document.values.items():
-        origin = Origin("file", str(file), *document.place((table,)))
+    for table, fields in document.values.items():
+        origin = Origin("file", str(file), *document.position((table,)))
         if table not in TABLES:
-            problems.append(Problem(origin, _no_table(table)))
-        elif not isinstance(values, dict):
-            problems.append(Problem(origin, f"{table}: must be a table; write [{table}], and its fields below"))
+            source.report(origin, _describe_unknown_table(table))
+        elif not isinstance(fields, dict):
+            source.report(origin, f"{table}: must be a table; write [{table}], and its fields below")
         else:
-            for name, value in values.items():
-                origin = Origin("file", str(file), *document.place((table, name)))
-                if name in FIELDS[table]:
-                    given[table, name] = _Given(value, origin, file.parent)
-                else:
-                    problems.append(Problem(origin, _no_field(table, name)))
-    return given
+            for name, value in fields.items():
+                origin = Origin("file", str(file), *document.position((table, name)))
+                source.add(table, name, value, origin, file.parent)
+    return source.values
 
 
-def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[Field, _Given]:
-    """The same of the environment; values are typed like their fields, as far as they can be."""
-    given: dict[Field, _Given] = {}
-    # The short names come first, so that the long ones override them.
-    for variable in sorted(environ, key=lambda variable: (variable not in SHORT, variable)):
-        table, separator, name = variable.removeprefix(PREFIX).lower().partition("__")
-        field = SHORT.get(variable, (table, name))
-        if variable not in SHORT and not (variable.startswith(PREFIX) and separator):
-            continue
+def _read_environment(environ: Mapping[str, str], source: _Source) -> dict[str, _SourceValue]:
+    # Short variables come first, so that the long ones override them.
+    for variable in sorted(environ, key=lambda variable: (variable not in SHORT_VARIABLES, variable)):
         origin, text = Origin("environment", variable), environ[variable]
-        if field[0] not in TABLES:
-            problems.append(Problem(origin, _no_table(table)))
-        elif field[1] not in FIELDS[field[0]]:
-            problems.append(Problem(origin, _no_field(table, name)))
+        if entry := SHORT_VARIABLES.get(variable):
+            table, name = entry.table, entry.name
+        else:
+            table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+            if not (variable.startswith(ENVIRONMENT_PREFIX) and separator):
+                continue
+        key = f"{table}.{name}"
+        known = SETTINGS.get(key) or DEPRECATED_KEYS.get(key)
+        if table not in TABLES:
+            source.report(origin, _describe_unknown_table(table))
+        elif known is None:
+            source.report(origin, _describe_unknown_field(table, name))
         elif text:
-            given[field] = _Given(validators.from_text(text, FIELDS[field[0]][field[1]].type), origin, Path())
-    return given
+            source.add(table, name, validators.from_text(text, known.type), origin, Path())
+    return source.values
 
 
-def _no_table(table: str) -> str:
-    if advice := _misplaced(table):
+def _describe_unknown_table(table: str) -> str:
+    if advice := _suggest_place(table):
         return f"{table}: {advice}"
     close = difflib.get_close_matches(table, TABLES, 1)
     advice = f"did you mean [{close[0]}]?" if close else f"there are {', '.join(f'[{name}]' for name in TABLES)}"
     return f"there is no table {json.dumps(table, ensure_ascii=False)}; {advice}"
 
 
-def _no_field(table: str, name: str) -> str:
-    if advice := _misplaced(name):
+def _describe_unknown_field(table: str, name: str) -> str:
+    if advice := _suggest_place(name):
         return f"{table}.{name}: {advice}"
-    close = difflib.get_close_matches(name, FIELDS[table], 1)
-    advice = f"did you mean {close[0]}?" if close else f"[{table}] has {', '.join(FIELDS[table])}"
+    fields = [entry.name for entry in SETTINGS.values() if entry.table == table]
+    close = difflib.get_close_matches(name, fields, 1)
+    advice = f"did you mean {close[0]}?" if close else f"[{table}] has {', '.join(fields)}"
     return f"{table}.{name}: there is no such field; {advice}"
 
 
-def _misplaced(name: str) -> str:
-    """Where `name` should be instead; empty if nobody knows."""
-    file = SECRETS.get(name.lower().replace("-", "_"), name)
-    table = next((table for table, fields in FIELDS.items() if file in fields), "")
-    if file == name:
-        return f"belongs in [{table}]" if table else ""
-    return (
-        f"secrets do not belong here; put it into a file that only its user can read, and name that file as "
-        f"{table}.{file}, or pass it as the systemd credential {CREDENTIALS[table, file]}"
-    )
+def _suggest_place(name: str) -> str:
+    """Return where a misplaced field or secret belongs; empty if `name` is neither."""
+    if entry := MISTAKEN_NAMES.get(name.lower().replace("-", "_")):
+        return (
+            f"secrets do not belong here; put it into a file that only its user can read, and name that file as "
+            f"{entry.key}, or pass it as the systemd credential {entry.spec.credential}"
+        )
+    return next((f"belongs in [{entry.table}]" for entry in SETTINGS.values() if entry.name == name), "")
 
 
-def _warnings(configuration: Configuration) -> Iterator[str]:
-    verifier, service = configuration.verifier, configuration.service
-    for name, file in (
-        ("verifier.token_file", verifier.token_file),
-        ("verifier.key_file", verifier.key_file),
-        ("service.api_key_file", service.api_key_file),
-    ):
+def _find_risks(settings: Settings) -> Iterator[str]:
+    verifier, service = settings.verifier, settings.service
+    for key, entry in SETTINGS.items():
+        file = settings.get(key) if entry.spec.credential else None
         if file is not None and file.stat().st_mode & 0o004:
-            yield f"{name}: everybody on this machine can read {file}; `chmod o-r` it"
-    for url in verifier.urls:
-        if validators.is_in_clear(url) and verifier.token_file is not None:
-            yield f"verifier.urls: the token would go to {url} unencrypted, which no command does; use https"
-        elif validators.is_in_clear(url) and not verifier.insecure:
-            yield f"verifier.urls: prompts would go to {url} unencrypted, which is refused; use https, or say insecure"
-    if service.api_key_file is None and not validators.is_loopback(service.host):
-        yield f"service.host: whoever reaches {service.host} can use the service; set service.api_key_file"
-
-
-TABLES: dict[str, type[Table]] = {
-    "draft": Draft,
-    "verifier": Verifier,
-    "planner": Planner,
-    "service": Service,
-    "log": Log,
-}
-FIELDS = {name: {info.name: info for info in msgspec.structs.fields(table)} for name, table in TABLES.items()}
+            yield f"{key}: every user of this machine can read {file}; run `chmod o-r` on it"
+    for url in filter(validators.is_in_clear, verifier.urls):
+        if verifier.token_file is not None:
+            yield f"verifier.urls: the token would be sent to {url} unencrypted, which every command refuses; use https"
+        elif not verifier.insecure:
+            yield (
+                f"verifier.urls: prompts would be sent to {url} unencrypted, which is refused; use https, or set "
+                "verifier.insecure"
+            )
+    if service.api_key_file is None and not is_loopback(service.host):
+        yield (
+            f"service.host: everyone who can reach {service.host} can use the service; set service.api_key_file to "
+            "require a key"
+        )

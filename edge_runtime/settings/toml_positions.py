@@ -1,8 +1,8 @@
-"""TOML with the place of every key: values by the standard library's parser, places by tomlkit's.
+"""Parses TOML with the line and column of every key: values by the standard library, positions by tomlkit.
 
-tomlkit writes a document back exactly as it was read. So a mark put in the white space before every item shows, in what
-is written back, where each item stands. The standard library's parser is asked first because it names the line of every
-syntax error, which tomlkit's does not of a key that is there twice.
+tomlkit writes a document back exactly as it was read. A marker inserted into the white space before every item
+therefore shows, in the text that tomlkit writes, where each item is. The standard library parses first because its
+syntax errors always have a line; tomlkit's error for a duplicate key has none.
 """
 
 from __future__ import annotations
@@ -17,106 +17,109 @@ from tomlkit.container import Container
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import AoT, InlineTable, Item, Table
 
-# No TOML document contains it.
-MARK = "\0"
-_SYNTAX = re.compile(r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL)
+# No TOML document contains this character.
+MARKER = "\0"
+_SYNTAX_ERROR = re.compile(
+    r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
+)
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
-class Place(NamedTuple):
-    """Line and column in a file, both from 1; 0 where unknown."""
+class TomlPosition(NamedTuple):
+    """Line and column in a file, both from 1; 0 if unknown."""
 
     line: int
     column: int
 
 
-class Document(NamedTuple):
+class TomlDocument(NamedTuple):
     """A parsed document.
 
     Attributes:
-        values: as `tomllib` gives them.
-        places: of every key in tables and inline tables, by its path; of arrays of tables, their beginning.
+        values: the values, as `tomllib` returns them.
+        positions: position of every key in tables and inline tables, by its path; of an array of tables, its start.
     """
 
     values: dict[str, Any]
-    places: dict[Path, Place]
+    positions: dict[KeyPath, TomlPosition]
 
-    def place(self, path: Path) -> Place:
-        """Where `path` is: the first key that it, or else what it is in, begins with."""
+    def position(self, path: KeyPath) -> TomlPosition:
+        """Return the first position of a key or of its contents, else that of the table that contains it."""
         while path:
-            inside = [place for key, place in self.places.items() if key[: len(path)] == path]
+            inside = [position for key, position in self.positions.items() if key[: len(path)] == path]
             if inside:
                 return min(inside)
             path = path[:-1]
-        return Place(0, 0)
+        return TomlPosition(0, 0)
 
 
 class TomlError(ValueError):
-    """Not TOML.
+    """The text is not TOML.
 
     Attributes:
-        place: where the parser stumbled.
+        position: position of the syntax error.
     """
 
-    def __init__(self, message: str, place: Place) -> None:
+    def __init__(self, message: str, position: TomlPosition) -> None:
         super().__init__(message)
-        self.place = place
+        self.position = position
 
 
-def parse(text: str) -> Document:
-    """The document in `text`. Raises TomlError."""
+def parse(text: str) -> TomlDocument:
+    """Parse a TOML document. Raises TomlError."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = _SYNTAX.fullmatch(str(error))
-        if found is None:
-            raise TomlError(str(error), Place(0, 0)) from None
-        place = Place(int(found["line"]), int(found["column"])) if found["line"] else _place(text, len(text))
-        raise TomlError(found["what"], place) from None
+        match = _SYNTAX_ERROR.fullmatch(str(error))
+        if match is None:
+            raise TomlError(str(error), TomlPosition(0, 0)) from None
+        if match["line"]:
+            position = TomlPosition(int(match["line"]), int(match["column"]))
+        else:
+            position = _position_at(text, len(text))
+        raise TomlError(match["message"], position) from None
     except RecursionError:
-        raise TomlError("nested too deeply", Place(0, 0)) from None
-    return Document(values, _places(text))
+        raise TomlError("nested too deeply", TomlPosition(0, 0)) from None
+    return TomlDocument(values, _find_positions(text))
 
 
-def _places(text: str) -> dict[Path, Place]:
-    # tomllib forgives \r\n by turning it into \n, and so do we, lest a carriage return count as a column.
+def _find_positions(text: str) -> dict[KeyPath, TomlPosition]:
+    # tomllib converts \r\n to \n. Do the same here, so that a carriage return does not count as a column.
     text = text.replace("\r\n", "\n")
     try:
         document = tomlkit.parse(text)
     except (TOMLKitError, ValueError, RecursionError):
-        # What one parser accepts and the other does not is rare, and then only the line is lost.
+        # The two parsers rarely disagree, and if they do, only the positions are lost.
         return {}
-    paths: list[Path] = []
-    for path, item in _items(document, ()):
-        item.trivia.indent += f"{MARK}{len(paths)}{MARK}"
+    paths: list[KeyPath] = []
+    for path, item in _walk(document, ()):
+        item.trivia.indent += f"{MARKER}{len(paths)}{MARKER}"
         paths.append(path)
-    places: dict[Path, Place] = {}
-    written = ""
-    # The text before a mark, the number in it, the text before the next mark, and so on.
-    before, *rest = document.as_string().split(MARK)
-    written += before
-    for number, behind in zip(rest[::2], rest[1::2], strict=True):
+    positions: dict[KeyPath, TomlPosition] = {}
+    # Text before the first marker, then alternately an item's number and the text up to the next marker.
+    written, *rest = document.as_string().split(MARKER)
+    for number, text_after in zip(rest[::2], rest[1::2], strict=True):
         # A table may be written in several parts; the first one counts.
-        places.setdefault(paths[int(number)], _place(text, len(written)))
-        written += behind
-    return places if written == text else {}
+        positions.setdefault(paths[int(number)], _position_at(text, len(written)))
+        written += text_after
+    return positions if written == text else {}
 
 
-def _items(container: Container, path: Path) -> Iterator[tuple[Path, Item]]:
+def _walk(container: Container, path: KeyPath) -> Iterator[tuple[KeyPath, Item]]:
     for key, item in container.body:
         if key is None:
             continue
-        inner = (*path, key.key)
+        item_path = (*path, key.key)
         if isinstance(item, AoT):
-            yield inner, item.body[0]
+            yield item_path, item.body[0]
             continue
-        # The super-table of [a.b] or a.b = 1 is nowhere itself.
+        # The super-table `a` of [a.b] or of a.b = 1 has no position of its own.
         if not (isinstance(item, Table) and item.is_super_table()):
-            yield inner, item
+            yield item_path, item
         if isinstance(item, Table | InlineTable):
-            yield from _items(item.value, inner)
+            yield from _walk(item.value, item_path)
 
 
-def _place(text: str, offset: int) -> Place:
-    return Place(text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset))
+def _position_at(text: str, offset: int) -> TomlPosition:
+    return TomlPosition(text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset))

@@ -1,15 +1,14 @@
-"""Values of a configuration: from what TOML or the environment says to what a field holds, or why not.
+"""Validators: convert a value from TOML or the environment to the type of its setting, or explain why it is wrong.
 
-A field's type says what it takes, and the `refine` in its `msgspec.Meta(extra=...)` does what types cannot: it gets a
-value of the right type and the folder where relative paths start, and returns the value to hold. Everything here raises
-InputError, whose message goes behind the field's name.
+`convert` checks types and ranges, from the setting's annotation. The other functions are the `validate` of a
+`SettingSpec`: each takes a value of the right type and the directory that relative paths start at, and returns the
+value to store. They raise InputError; its message is written to follow the setting's name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import ipaddress
 import json
 import re
 from collections.abc import Iterator
@@ -20,55 +19,49 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import inspect
 
+from edge_runtime.common.network import check_ca_file, is_loopback
 from edge_runtime.protocol.errors import InputError
 
-# Longest piece of a wrong value that a message repeats.
-SHOWN = 40
-LONGEST_SECRET = 16384
-SCALARS: dict[type[inspect.Type], Any] = {inspect.BoolType: bool, inspect.IntType: int, inspect.FloatType: float}
+# Chosen: a message repeats this much of a wrong value.
+MAX_QUOTED_CHARACTERS = 40
+# Chosen: more than any token needs; a larger file was named by mistake.
+MAX_SECRET_BYTES = 16384
+SCALAR_TYPES: dict[type[inspect.Type], Any] = {inspect.BoolType: bool, inspect.IntType: int, inspect.FloatType: float}
 
 
-def convert(value: Any, kind: Any, folder: Path) -> Any:
-    """`value`, as TOML has it, as a value of the type `kind`.
-
-    Raises:
-        InputError: it is of another type, out of range, or `refine` says no.
-    """
+def convert(value: Any, annotation: Any) -> Any:
+    """Convert a TOML value to the annotated type. Raises InputError: wrong type or out of range."""
     try:
-        converted = msgspec.convert(value, kind, dec_hook=_custom)
+        return msgspec.convert(value, annotation, dec_hook=_decode_path)
     except msgspec.ValidationError:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-        raise InputError(
-            f"must be {expected(kind)}, and is {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
-        ) from None
-    for meta in getattr(kind, "__metadata__", ()):
-        if meta.extra is not None:
-            converted = meta.extra["refine"](converted, folder)
-    return converted
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        if len(text) > MAX_QUOTED_CHARACTERS:
+            text = f"{text[:MAX_QUOTED_CHARACTERS]}..."
+        raise InputError(f"must be {describe_type(annotation)}, and is {text}") from None
 
 
-def from_text(text: str, kind: Any) -> Any:
-    """What the variable's `text` would be in TOML, for a field of the type `kind`; itself where it is no such thing."""
-    info = _bare(kind)
+def from_text(text: str, annotation: Any) -> Any:
+    """Return the TOML value that the text of an environment variable stands for; the text itself if there is none."""
+    info = bare_type(annotation)
     if isinstance(info, inspect.ListType):
         return [part.strip() for part in text.split(",") if part.strip()]
-    if type(info) in SCALARS:
+    if type(info) in SCALAR_TYPES:
         try:
-            return msgspec.convert(text.strip(), SCALARS[type(info)], strict=False)
+            return msgspec.convert(text.strip(), SCALAR_TYPES[type(info)], strict=False)
         except msgspec.ValidationError:
             return text
     return text
 
 
-def expected(kind: Any) -> str:
-    """What a field of the type `kind` takes, in words."""
-    match _bare(kind):
+def describe_type(annotation: Any) -> str:
+    """Return the values that an annotated type allows, in words."""
+    match bare_type(annotation):
         case inspect.BoolType():
             return "true or false"
-        case inspect.IntType(ge=least, le=most):
-            return f"a whole number from {least} to {most}"
-        case inspect.FloatType(gt=least, le=most):
-            return f"a number above {least:g} and at most {most:g}"
+        case inspect.IntType(ge=low, le=high):
+            return f"a whole number from {low} to {high}"
+        case inspect.FloatType(gt=low, le=high):
+            return f"a number above {low:g} and at most {high:g}"
         case inspect.ListType():
             return "a list of at least one string"
         case inspect.LiteralType(values=values):
@@ -79,96 +72,89 @@ def expected(kind: Any) -> str:
             return "a string, in quotes"
 
 
+def bare_type(annotation: Any) -> inspect.Type:
+    """Return the type without its metadata and without None."""
+    info = inspect.type_info(annotation)
+    while isinstance(info, inspect.Metadata):
+        info = info.type
+    if isinstance(info, inspect.UnionType):
+        return next(member for member in info.types if not isinstance(member, inspect.NoneType))
+    return info
+
+
 def path(value: Path, folder: Path) -> Path:
-    """A path that need not exist."""
+    """Accept a path that need not exist; make it absolute."""
     try:
         return folder / value.expanduser()
     except RuntimeError:
-        raise InputError(f"{value}: nobody has that home; write the whole path") from None
+        raise InputError(f"{value}: there is no such user; write the absolute path") from None
 
 
 def directory(value: Path, folder: Path) -> Path:
-    """A directory that exists."""
-    place = path(value, folder)
-    with _reading(place):
-        is_there = place.is_dir()
-    if not is_there:
-        raise InputError(f"there is no directory {place}; create it, or correct the path")
-    return place
+    """Accept a directory that exists."""
+    absolute = path(value, folder)
+    with _os_errors_as_input_errors(absolute):
+        exists = absolute.is_dir()
+    if not exists:
+        raise InputError(f"there is no directory {absolute}; create it, or correct the path")
+    return absolute
 
 
 def file(value: Path, folder: Path) -> Path:
-    """A file that can be read."""
-    place = path(value, folder)
-    _read(place)
-    return place
+    """Accept a readable file."""
+    absolute = path(value, folder)
+    _read(absolute)
+    return absolute
 
 
 def secret_file(value: Path, folder: Path) -> Path:
-    """A file that holds a secret."""
-    place = path(value, folder)
-    with _reading(place):
-        is_there = place.is_file()
-    if not is_there:
-        # Its name is not repeated: this happens to those who write the secret itself.
+    """Accept a file that holds a secret."""
+    absolute = path(value, folder)
+    with _os_errors_as_input_errors(absolute):
+        exists = absolute.is_file()
+    if not exists:
+        # The message does not repeat the value: it may be the secret itself, written here by mistake.
         raise InputError("the file that it names does not exist; name a file, and put the secret into it")
-    read_secret(place)
-    return place
+    read_secret(absolute)
+    return absolute
 
 
-def read_secret(place: Path) -> str:
-    """The secret in the file at `place`, without the white space around it.
+def read_secret(source: Path) -> str:
+    """Read a secret from a file, without surrounding white space.
 
     Raises:
-        InputError: the file cannot be read, or does not hold one line of printable ASCII, as HTTP headers need.
+        InputError: the file cannot be read, or is not one line of printable ASCII, as HTTP headers require.
     """
-    secret = _read(place, LONGEST_SECRET + 1).strip()
-    if not secret or len(secret) > LONGEST_SECRET or not re.fullmatch(rb"[\x21-\x7e]+", secret):
-        raise InputError(f"{place} must hold the secret and nothing else: one line of ASCII without blanks")
+    secret = _read(source, MAX_SECRET_BYTES + 1).strip()
+    if not secret or len(secret) > MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", secret):
+        raise InputError(f"{source} must hold the secret and nothing else: one line of ASCII without blanks")
     return secret.decode("ascii")
 
 
 def authorities(value: Path, folder: Path) -> Path:
-    """A PEM file of certificates."""
-    import ssl
-
-    place = path(value, folder)
-    _read(place)
-    try:
-        ssl.create_default_context(cafile=str(place))
-    except ssl.SSLError:
-        raise InputError(f"{place} holds no certificate; give the authority's in PEM, as -----BEGIN CERTI...") from None
-    return place
+    """Accept a PEM file of certificates."""
+    return check_ca_file(path(value, folder))
 
 
 def urls(values: list[str], folder: Path) -> list[str]:
-    """URLs of verifiers, without the slash at their end."""
+    """Accept base URLs of verifiers; remove trailing slashes."""
     for url in values:
         try:
             parts = urlsplit(url)
-            fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
-            fine = False
-        if not fine or re.search(r"\s", url):
-            raise InputError(f"{_without_password(url)!r} is not a URL; write for instance https://verifier.example")
+            valid = False
+        if not valid or re.search(r"\s", url):
+            raise InputError(f"{_hide_password(url)!r} is not a URL; write for instance https://verifier.example")
         if parts.username is not None or parts.password is not None:
-            raise InputError(f"{_without_password(url)!r} holds a user or password; use verifier.token_file instead")
+            raise InputError(f"{_hide_password(url)!r} holds a user or password; use verifier.token_file instead")
         if parts.query or parts.fragment:
-            raise InputError(f"{url!r} goes on behind its path; end it there")
+            raise InputError(f"{url!r} has a query or fragment; end the URL after its path")
     return [url.rstrip("/") for url in values]
 
 
-def policy(value: str, folder: Path) -> str:
-    """Name of a policy."""
-    from edge_runtime.planning.factory import NAMES
-
-    if value not in NAMES:
-        raise InputError(f"{value!r} is no policy; there are {', '.join(NAMES)}")
-    return value
-
-
 def objective(value: str, folder: Path) -> str:
-    """A planner's objective."""
+    """Accept an objective of the planner."""
     from edge_runtime.planning.objective import parse_objective
 
     parse_objective(value)
@@ -176,7 +162,7 @@ def objective(value: str, folder: Path) -> str:
 
 
 def profile(value: str, folder: Path) -> str:
-    """Name of a shipped profile, or path of one; empty for none."""
+    """Accept the name of a shipped device profile, or the path of one, which becomes absolute; empty for none."""
     from edge_runtime.planning.board_profile import find_profile
 
     if not value:
@@ -187,31 +173,23 @@ def profile(value: str, folder: Path) -> str:
 
 
 def energy_budget(value: str, folder: Path) -> str:
-    """An energy budget; empty for none."""
-    from edge_runtime.planning.energy_budget import parse_budget
+    """Accept an energy budget; empty for none."""
+    from edge_runtime.planning.energy_budget import parse_energy_budget
 
     if value:
-        parse_budget(value, datetime.datetime.now().astimezone(), 0.0)
+        parse_energy_budget(value, datetime.datetime.now().astimezone(), 0.0)
     return value
 
 
 def host(value: str, folder: Path) -> str:
-    """An address or a host name to listen on."""
+    """Accept an address or a host name to listen on."""
     if not re.fullmatch(r"[0-9A-Za-z_.:%-]+", value):
-        raise InputError(f"{value!r} is neither an address nor a name; write for instance 127.0.0.1")
+        raise InputError(f"{value!r} is neither an address nor a host name; write for instance 127.0.0.1")
     return value
 
 
-def is_loopback(name: str) -> bool:
-    """Whether `name` is this machine and nobody else's."""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
-
-
 def is_in_clear(url: str) -> bool:
-    """Whether people on the way can read what goes to `url`; false also for what is no http URL."""
+    """Return whether data sent to this URL leaves the machine unencrypted; False if it is not an http URL at all."""
     try:
         parts = urlsplit(url)
         return parts.scheme == "http" and not is_loopback(parts.hostname or "")
@@ -219,39 +197,27 @@ def is_in_clear(url: str) -> bool:
         return False
 
 
-def _read(place: Path, most: int = 1) -> bytes:
-    """The first bytes of a file. Raises InputError."""
-    with _reading(place), place.open("rb") as opened:
-        return opened.read(most)
+def _read(source: Path, max_bytes: int = 1) -> bytes:
+    with _os_errors_as_input_errors(source), source.open("rb") as opened:
+        return opened.read(max_bytes)
 
 
 @contextlib.contextmanager
-def _reading(place: Path) -> Iterator[None]:
-    """Makes what the system says of a path an InputError."""
+def _os_errors_as_input_errors(source: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {place}: {error.strerror}; correct the path, or its permissions") from None
+        raise InputError(f"cannot read {source}: {error.strerror}; correct the path, or its permissions") from None
     except ValueError as error:
-        raise InputError(f"{str(place)!r} is no path: {error}") from None
+        raise InputError(f"{str(source)!r} is not a path: {error}") from None
 
 
-def _without_password(url: str) -> str:
+def _hide_password(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//...@", url)
 
 
-def _custom(kind: type, value: Any) -> Path:
-    """What msgspec asks for types that it does not know, which is `Path` alone."""
+def _decode_path(kind: type, value: Any) -> Path:
+    # msgspec calls this for every type that it does not know itself, which here is Path alone.
     if not isinstance(value, str) or not value:
         raise ValueError("not a path")
     return Path(value)
-
-
-def _bare(kind: Any) -> inspect.Type:
-    """The type without its metadata, and without None."""
-    info = inspect.type_info(kind)
-    while isinstance(info, inspect.Metadata):
-        info = info.type
-    if isinstance(info, inspect.UnionType):
-        return next(part for part in info.types if not isinstance(part, inspect.NoneType))
-    return info

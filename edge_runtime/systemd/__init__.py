@@ -1,4 +1,4 @@
-"""Board and verifier as services of systemd: what they tell it, their units, and putting those in place.
+"""systemd services of the board and the verifier: unit files, their installation, and their state.
 
-The verifier shares this, as it does `edge_runtime.common.http_server`.
+`cloud_verifier` uses this package, too.
 """

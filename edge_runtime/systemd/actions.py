@@ -1,4 +1,4 @@
-"""`edge-runtime service` and `cloud-verifier service`: the program as a service of this machine."""
+"""`edge-runtime service` and `cloud-verifier service`: install, remove and inspect the program's systemd service."""
 
 from __future__ import annotations
 
@@ -7,156 +7,164 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.systemd.units import Kind
+from edge_runtime.systemd.units import ServiceUnit
 
-EDGE = Kind("edge_runtime.cli", "flexspec-edge", "flexspec", Path(__file__).with_name("flexspec-edge.service"))
+BOARD_UNIT = ServiceUnit(
+    module="edge_runtime.cli",
+    name="flexspec-edge",
+    state_directory="flexspec",
+    template=Path(__file__).with_name("flexspec-edge.service"),
+)
 DESCRIPTION = """\
-Runs the board's service with systemd: from boot on, watched, started again after a fault, and with few rights. It reads
-/etc/flexspec/config.toml if that exists, and again at `systemctl reload flexspec-edge`; its bundle store is
-/var/lib/flexspec/bundles. Secrets are files that only root can read: flexspec.verifier-token, flexspec.verifier-key
-(of a client certificate) and flexspec.api-key in /etc/credstore; systemd reads them when the service starts, so a new
-one needs a restart.
+Runs the board's service under systemd: started at boot, watched, restarted after a fault, and with few privileges. It
+reads /etc/flexspec/config.toml if that exists, and reloads it on `systemctl reload flexspec-edge`. Its bundle store is
+/var/lib/flexspec/bundles. Secrets are files in /etc/credstore that only root can read: flexspec.verifier-token,
+flexspec.verifier-key (of a client certificate) and flexspec.api-key. systemd reads them when the service starts, so a
+new secret needs a restart.
 
 examples:
   edge-runtime config check /etc/flexspec/config.toml
   edge-runtime bundle install draft.tar.gz --store /var/lib/flexspec/bundles
   edge-runtime service install --now
   edge-runtime service install --config /etc/flexspec/lab.toml --name flexspec-lab -- --port 8401
-  edge-runtime service install --root /mnt/image --python /opt/flexspec/bin/python --now     # starts with the image
-  edge-runtime service status --json            # exit code 0: it runs; 3: it does not
+  edge-runtime service install --root /mnt/image --python /opt/flexspec/bin/python --now     # into an image
+  edge-runtime service status --json            # exit code 0: running; 3: not running
   journalctl -u flexspec-edge -f
   edge-runtime service uninstall
 """
 
+# Parses arguments as the program itself does.
+ArgumentsParser = Callable[[list[str]], argparse.Namespace]
+
 
 def add_parser(commands: Any, run: Callable[[argparse.Namespace], Any]) -> None:
-    """Adds `service` to the board's sub-parsers; `run` is what it runs."""
-    install = add_actions(commands, run, "run this board's service with systemd", DESCRIPTION, EDGE)
+    """Add the board's `service` to the subparsers; `run` calls `run_action`."""
+    install = add_service_parser(commands, run, "run this board's service under systemd", DESCRIPTION, BOARD_UNIT)
     install.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration (default: as `edge-runtime config`)"
+        "--config", type=Path, metavar="FILE", help="configuration file (default: see `edge-runtime config --help`)"
     )
 
 
-def add_actions(
-    commands: Any, run: Callable[[argparse.Namespace], Any], text: str, description: str, kind: Kind
+def add_service_parser(
+    commands: Any, run: Callable[[argparse.Namespace], Any], text: str, description: str, unit: ServiceUnit
 ) -> argparse.ArgumentParser:
-    """Adds `service` and its actions to argparse's sub-parsers.
+    """Add `service` and its actions to the subparsers.
 
     Args:
-        run: what the command runs, with `run_action`.
+        run: runs the command, by calling `run_action`.
+        text: one line for the list of commands.
 
     Returns:
-        The parser of `install`.
+        The parser of `service install`.
     """
-    raw = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = commands.add_parser(
-        "service", help=text, description=description, formatter_class=raw
+        "service", help=text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(run=run, service_kind=kind)
+    parser.set_defaults(run=run, service_unit=unit)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--name", metavar="NAME", help=f"of the unit (default: {kind.name})")
+    shared.add_argument("--name", metavar="NAME", help=f"name of the unit (default: {unit.name})")
 
-    install = actions.add_parser("install", parents=[shared], help="write the unit, and with --now start it")
-    install.add_argument("--now", action="store_true", help="start it now, and with the machine")
-    install.add_argument("--python", type=Path, metavar="FILE", help="interpreter to run (default: this one)")
+    install = actions.add_parser("install", parents=[shared], help="write the unit; with --now, start it")
+    install.add_argument("--now", action="store_true", help="start the service now and at every boot")
+    install.add_argument(
+        "--python", type=Path, metavar="FILE", help="Python interpreter of the service (default: the one in use)"
+    )
     install.add_argument(
         "serve",
         nargs="*",
         metavar="ARGUMENT",
-        help="of `serve`; those that begin with a dash stand behind `--`",
+        help="arguments of `serve`; options come after `--`",
     )
     install.set_defaults(action=_install)
 
-    uninstall = actions.add_parser("uninstall", parents=[shared], help="stop and remove it; its state stays")
+    uninstall = actions.add_parser(
+        "uninstall", parents=[shared], help="stop the service and remove its unit, not its state"
+    )
     uninstall.set_defaults(action=_uninstall)
     for action in (install, uninstall):
-        action.add_argument("--root", type=Path, metavar="DIR", help="of an image, instead of this machine")
+        action.add_argument(
+            "--root", type=Path, metavar="DIR", help="root directory of an image to change (default: this machine)"
+        )
 
-    status = actions.add_parser("status", parents=[shared], help="how it is; exit code 0 if it runs, 3 if not")
+    status = actions.add_parser("status", parents=[shared], help="print the state; exit code 0: running, 3: not")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.set_defaults(action=_status)
     return install
 
 
-def run_action(options: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace]) -> int:
-    """Runs the command.
+def run_action(options: argparse.Namespace, parse: ArgumentsParser) -> int:
+    """Run an action of `service`. Returns the exit code.
 
     Args:
-        parse: the program's own parsing, for the arguments that the service is to be started with.
-
-    Returns:
-        The exit code.
+        parse: the program's own parser, to check the arguments that the service will be started with.
 
     Raises:
         InputError: the options are wrong, or the user is not root.
-        ServiceError: systemd did not do what it was asked.
+        ServiceError: systemd reported an error.
     """
-    from edge_runtime.systemd.units import check_name
+    from edge_runtime.systemd.units import validate_unit_name
 
-    kind = options.service_kind
-    name = check_name(options.name or kind.name)
-    code: int = options.action(options, kind, name, parse)
+    unit: ServiceUnit = options.service_unit
+    name = validate_unit_name(options.name or unit.name)
+    code: int = options.action(options, unit, name, parse)
     return code
 
 
-Parse = Callable[[list[str]], argparse.Namespace]
-
-
-def _install(options: argparse.Namespace, kind: Kind, name: str, parse: Parse) -> int:
+def _install(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
     import sys
 
-    from edge_runtime.systemd.units import Units, check_paths, installation, unit_text
+    from edge_runtime.systemd.units import UnitManager, installation_paths, render_unit, validate_paths
 
-    units = Units(options.root)
+    units = UnitManager(options.root)
     arguments = list(options.serve)
     if config := getattr(options, "config", None):
         arguments += ["--config", str(config)]
         if options.root is None:
             _check_configuration(config)
-    # What the service would not understand is better said now.
-    check_paths(_paths(parse(["serve", *arguments]), arguments))
+    # Parsing the arguments now reports an error that otherwise would only end the service later.
+    validate_paths(_named_paths(parse(["serve", *arguments]), arguments))
     if options.root is None and options.python is None:
-        check_paths(installation())
-    text = unit_text(kind, name, options.python or Path(sys.executable), arguments)
+        validate_paths(installation_paths())
+    text = render_unit(unit, name, options.python or Path(sys.executable), arguments)
     changed = units.install(name, text, now=options.now)
-    print(f"{units.path(name)}: {'written' if changed else 'as it was'}")
+    print(f"{units.path(name)}: {'written' if changed else 'unchanged'}")
     if not options.now:
-        print(f"`systemctl enable --now {name}` starts it, now and with the machine; so does --now here")
+        print(f"`systemctl enable --now {name}`, or --now here, starts it now and at every boot")
     return 0
 
 
-def _paths(served: argparse.Namespace, arguments: list[str]) -> list[Path]:
-    """The paths that the arguments name; not those that are the options' own defaults."""
+def _named_paths(served: argparse.Namespace, arguments: list[str]) -> list[Path]:
+    """Return the paths that the arguments name, without those that are defaults of options."""
     named = {Path(word) for argument in arguments for word in (argument, argument.partition("=")[2]) if word}
     values = [value for field in vars(served).values() for value in (field if isinstance(field, list) else [field])]
     return [value for value in values if isinstance(value, Path) and value in named]
 
 
 def _check_configuration(path: Path) -> None:
-    """Raises InputError unless the service, a user of its own, can read the file, and it has no errors."""
+    """Raise InputError if the file has errors, or if the service, which runs as its own user, cannot read it."""
     from edge_runtime.protocol.errors import InputError
-    from edge_runtime.settings.loading import read_effective
+    from edge_runtime.settings.loading import read_effective_settings
 
-    read_effective(path, {})
+    read_effective_settings(path, {})
     if not path.stat().st_mode & 0o004:
-        raise InputError(f"{path}: the service is a user of its own and cannot read it; `chmod o+r` it")
+        raise InputError(f"{path}: the service runs as its own user and cannot read it; run `chmod o+r` on it")
 
 
-def _uninstall(options: argparse.Namespace, kind: Kind, name: str, parse: Parse) -> int:
-    from edge_runtime.systemd.units import Units
+def _uninstall(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
+    from edge_runtime.systemd.units import UnitManager
 
-    units = Units(options.root)
+    units = UnitManager(options.root)
     removed = units.uninstall(name)
-    print(f"{units.path(name)}: {'removed' if removed else 'there is none'}")
+    print(f"{units.path(name)}: {'removed' if removed else 'not installed'}")
     return 0
 
 
-def _status(options: argparse.Namespace, kind: Kind, name: str, parse: Parse) -> int:
+def _status(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
     import msgspec
 
-    from edge_runtime.systemd.unit_state import lines, read_state
+    from edge_runtime.systemd.unit_state import format_unit_state, read_unit_state
 
-    state = read_state(name)
-    print(msgspec.json.encode(state).decode() if options.json else "\n".join(lines(state)))
-    return state.code
+    state = read_unit_state(name)
+    print(msgspec.json.encode(state).decode() if options.json else "\n".join(format_unit_state(state)))
+    return state.exit_code

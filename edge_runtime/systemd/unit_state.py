@@ -1,4 +1,4 @@
-"""How a service is, as systemd sees it."""
+"""The state of a service, as systemd reports it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ PROPERTIES = {
     "StateChangeTimestamp",
     "Result",
 }
-# As `systemctl status` ends.
-ACTIVE, NOT_RUNNING = 0, 3
+# The exit codes of `systemctl status`.
+EXIT_ACTIVE, EXIT_NOT_RUNNING = 0, 3
 
 
-class State(msgspec.Struct, frozen=True):
-    """One service.
+class UnitState(msgspec.Struct, frozen=True):
+    """State of one service.
 
     Attributes:
-        name: of its unit.
-        installed: whether there is such a unit.
+        name: name of its unit.
+        installed: whether the unit exists.
         state: `active`, `reloading`, `inactive`, `failed`, `activating` or `deactivating`.
-        detail: the same more closely, such as `running` or `auto-restart`.
-        enabled: whether it starts with the machine.
-        text: what it says of itself.
-        pid: of its main process; 0 for none.
-        memory_bytes: its memory, or its main process's where the kernel does not account for services; None for none.
-        restarts: how often systemd has started it again.
-        since: when it came into this state; None if it never was in another.
-        result: why it ended, `success` while all is well.
+        detail: systemd's sub-state, such as `running` or `auto-restart`.
+        enabled: whether it starts at boot.
+        text: its own status text.
+        pid: process id of its main process; 0 if there is none.
+        memory_bytes: memory of the service, or of its main process if the kernel does not account for services; None
+            if it does not run.
+        restarts: number of restarts by systemd.
+        since: time of the last change of state; None if there was none.
+        result: reason of the last failure, or `success`.
     """
 
     name: str
@@ -55,50 +56,50 @@ class State(msgspec.Struct, frozen=True):
     result: str
 
     @property
-    def code(self) -> int:
-        """The exit code that says whether it runs."""
-        return ACTIVE if self.state in ("active", "reloading") else NOT_RUNNING
+    def exit_code(self) -> int:
+        """Exit code of `service status`."""
+        return EXIT_ACTIVE if self.state in ("active", "reloading") else EXIT_NOT_RUNNING
 
 
-def read_state(name: str) -> State:
-    """The state of the unit `name`. Raises ServiceError: systemd does not answer."""
-    said = systemctl("show", f"{name}.service", "--timestamp=unix", f"--property={','.join(sorted(PROPERTIES))}")
-    shown = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
-    pid = int(shown.get("MainPID") or 0)
-    memory = shown.get("MemoryCurrent", "")
-    changed = shown.get("StateChangeTimestamp", "").removeprefix("@")
-    return State(
+def read_unit_state(name: str) -> UnitState:
+    """Read the state of the unit `name`. Raises ServiceError: systemd does not answer."""
+    output = systemctl("show", f"{name}.service", "--timestamp=unix", f"--property={','.join(sorted(PROPERTIES))}")
+    properties = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    pid = int(properties.get("MainPID") or 0)
+    memory = properties.get("MemoryCurrent", "")
+    changed = properties.get("StateChangeTimestamp", "").removeprefix("@")
+    return UnitState(
         name=name,
-        installed=shown.get("LoadState") != "not-found",
-        state=shown.get("ActiveState", "unknown"),
-        detail=shown.get("SubState", ""),
-        enabled=shown.get("UnitFileState") == "enabled",
-        text=shown.get("StatusText", ""),
+        installed=properties.get("LoadState") != "not-found",
+        state=properties.get("ActiveState", "unknown"),
+        detail=properties.get("SubState", ""),
+        enabled=properties.get("UnitFileState") == "enabled",
+        text=properties.get("StatusText", ""),
         pid=pid,
-        memory_bytes=int(memory) if memory.isdecimal() and int(memory) < 1 << 63 else _resident(pid),
-        restarts=int(shown.get("NRestarts") or 0),
+        memory_bytes=int(memory) if memory.isdecimal() and int(memory) < 1 << 63 else _read_resident_memory(pid),
+        restarts=int(properties.get("NRestarts") or 0),
         since=datetime.datetime.fromtimestamp(int(changed)).astimezone() if changed.isdecimal() else None,
-        result=shown.get("Result", ""),
+        result=properties.get("Result", ""),
     )
 
 
-def lines(state: State) -> list[str]:
-    """For people."""
+def format_unit_state(state: UnitState) -> list[str]:
+    """Return lines for a terminal."""
     if not state.installed:
         return [f"{state.name}: not installed"]
     since = f" since {state.since:%Y-%m-%d %H:%M:%S}" if state.since else ""
     result = f", {state.result}" if state.result not in ("", "success") else ""
-    facts = [
-        f"{'starts' if state.enabled else 'does not start'} with the machine",
+    details = [
+        f"{'starts' if state.enabled else 'does not start'} at boot",
         *([f"process {state.pid}"] if state.pid else []),
         *([f"{state.memory_bytes / 1e6:.0f} MB"] if state.memory_bytes is not None else []),
         f"{state.restarts} restarts",
     ]
-    said = [f"  {state.text}"] if state.text else []
-    return [f"{state.name}: {state.state} ({state.detail}{result}){since}", *said, f"  {', '.join(facts)}"]
+    text = [f"  {state.text}"] if state.text else []
+    return [f"{state.name}: {state.state} ({state.detail}{result}){since}", *text, f"  {', '.join(details)}"]
 
 
-def _resident(pid: int) -> int | None:
+def _read_resident_memory(pid: int) -> int | None:
     import psutil
 
     if not pid:

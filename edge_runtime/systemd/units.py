@@ -1,4 +1,4 @@
-"""The unit of a service: written whole or not at all, started, stopped and removed."""
+"""Unit files of systemd services: rendered from a template, installed atomically, started, stopped and removed."""
 
 from __future__ import annotations
 
@@ -12,116 +12,116 @@ from typing import NamedTuple
 
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
-UNITS = Path("etc/systemd/system")
-# Exists while systemd is the init of this machine.
-RUNNING = Path("/run/systemd/system")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-# What the units' ProtectHome= and PrivateTmp= hide from a service.
-HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
-# A start ends when the service is ready, and the unit says when that takes too long.
-SYSTEMCTL_SECONDS = 3600.0
+UNIT_DIRECTORY = Path("etc/systemd/system")
+# Exists if systemd is the init system of this machine.
+SYSTEMD_RUNNING = Path("/run/systemd/system")
+UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# Hidden from a service by ProtectHome= and PrivateTmp= of the units.
+HIDDEN_DIRECTORIES = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
+# `systemctl start` returns when the service is ready or its own TimeoutStartSec= has passed; this only guards against
+# a hang.
+SYSTEMCTL_TIMEOUT_SECONDS = 3600.0
 
 
-class Kind(NamedTuple):
-    """One of the two services.
+class ServiceUnit(NamedTuple):
+    """A service, and the template of its unit.
 
     Attributes:
-        module: that is run, as `python -m` takes it.
-        name: of the unit, unless another is given.
-        state: directory below /var/lib of a service of that name.
-        template: the unit, with blanks between at signs.
+        module: module to run with `python -m`.
+        name: default name of the unit.
+        state_directory: directory below /var/lib, if the unit has its default name; else it is named like the unit.
+        template: unit file with placeholders such as @NAME@.
     """
 
     module: str
     name: str
-    state: str
+    state_directory: str
     template: Path
 
 
 class ServiceError(FlexSpecError):
-    """A unit could not be written, or systemd did not do what it was asked."""
+    """A unit could not be written, or systemd reported an error."""
 
 
-def unit_text(kind: Kind, name: str, python: Path, arguments: Sequence[str]) -> str:
-    """The unit `name`, which runs `serve` with these arguments. Raises InputError: no unit could say them."""
-    words = [str(python), "-m", kind.module, "serve", *arguments]
-    text = kind.template.read_text(encoding="utf-8")
-    for blank, value in {
+def render_unit(unit: ServiceUnit, name: str, python: Path, arguments: Sequence[str]) -> str:
+    """Return a unit file that runs `serve` with these arguments. Raises InputError: they cannot be quoted."""
+    words = [str(python), "-m", unit.module, "serve", *arguments]
+    text = unit.template.read_text(encoding="utf-8")
+    for placeholder, value in {
         "@NAME@": name,
-        "@COMMAND@": " ".join(map(quoted, words)),
-        "@STATE@": kind.state if name == kind.name else name,
+        "@COMMAND@": " ".join(map(quote_argument, words)),
+        "@STATE@": unit.state_directory if name == unit.name else name,
     }.items():
-        text = text.replace(blank, value)
+        text = text.replace(placeholder, value)
     return text
 
 
-def check_name(name: str) -> str:
-    """`name` without `.service` at its end. Raises InputError if no unit may be called that."""
+def validate_unit_name(name: str) -> str:
+    """Return `name` without the suffix `.service`. Raises InputError: it is not a valid name of a unit."""
     stem = name.removesuffix(".service")
-    if not NAME.fullmatch(stem):
-        raise InputError(f"{name[:80]!r} is no name for a service; use letters, digits, - and _")
+    if not UNIT_NAME.fullmatch(stem):
+        raise InputError(f"{name[:80]!r} is not a valid name of a service; use letters, digits, - and _")
     return stem
 
 
-def check_paths(paths: Iterable[Path]) -> None:
-    """Raises InputError unless a service, which starts in / and sees no homes, can find all of these."""
+def validate_paths(paths: Iterable[Path]) -> None:
+    """Raise InputError unless a service, which runs in / and cannot see home directories, can find these paths."""
     for path in paths:
         if not path.is_absolute():
-            raise InputError(f"{path}: a service starts in /; write the whole path")
-        for place in {path, path.resolve()}:
-            if hidden := next((root for root in HIDDEN if place.is_relative_to(root)), None):
+            raise InputError(f"{path}: a service runs in /; write the absolute path")
+        for actual in {path, path.resolve()}:
+            if hidden := next((root for root in HIDDEN_DIRECTORIES if actual.is_relative_to(root)), None):
                 raise InputError(
-                    f"{place}: a service sees nothing below {hidden}; put it elsewhere, such as below /opt or /srv"
+                    f"{actual}: a service cannot see files below {hidden}; move it, for instance below /opt or /srv"
                 )
 
 
-def installation() -> list[Path]:
-    """What a service needs of this installation of FlexSpec: interpreter and packages."""
+def installation_paths() -> list[Path]:
+    """Return the paths of this installation that a service needs: interpreter and packages."""
     return [Path(sys.executable), Path(sys.prefix), Path(sys.base_prefix), Path(__file__)]
 
 
-def quoted(word: str) -> str:
-    """`word` as ExecStart= takes it: no specifiers, no variables, one word. Raises InputError."""
+def quote_argument(word: str) -> str:
+    """Quote a word for ExecStart=, so that it stays one word without specifiers and variables. Raises InputError."""
     if not word.isprintable():
-        raise InputError(f"{word!r}: a unit takes no such characters")
+        raise InputError(f"{word!r}: a unit file cannot hold control characters")
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    # A command must not be quoted before systemd has seen its first character; none of ours needs it.
+    # systemd looks for a prefix such as - or @ at the start of the command itself, which must therefore not be quoted.
+    # None of our commands needs quotes.
     return escaped if re.fullmatch(r"[\w@%+=:,./-]+", escaped, re.ASCII) else f'"{escaped}"'
 
 
-class Units:
-    """The units of a machine, or of the image below `root`."""
+class UnitManager:
+    """Installs and removes the units of this machine, or of the image below `root`."""
 
     def __init__(self, root: Path | None = None) -> None:
         """
         Raises:
-            InputError: there is no such root; or this machine's units are meant, and the user is not root, or systemd
-                does not run here.
+            InputError: `root` does not exist; or it is None, and the user is not root or systemd does not run here.
         """
         self._root = root
         if root is not None:
             if not root.is_dir():
-                raise InputError(f"--root {root}: there is no such directory")
+                raise InputError(f"--root {root}: no such directory")
         elif os.geteuid() != 0:
-            raise InputError("services are root's: run this with sudo, or write into an image with --root DIR")
-        elif not RUNNING.is_dir():
-            raise InputError("systemd does not run this machine; write into an image with --root DIR, or run `serve`")
+            raise InputError("only root can change services: run this with sudo, or change an image with --root DIR")
+        elif not SYSTEMD_RUNNING.is_dir():
+            raise InputError(
+                "systemd is not the init system here; change an image with --root DIR, or run `serve` yourself"
+            )
 
     def path(self, name: str) -> Path:
-        """Where the unit `name` is, or would be."""
-        return (self._root or Path("/")) / UNITS / f"{name}.service"
+        """Return the path of the unit file, whether or not it exists."""
+        return (self._root or Path("/")) / UNIT_DIRECTORY / f"{name}.service"
 
     def install(self, name: str, text: str, *, now: bool) -> bool:
-        """Writes a unit.
+        """Write a unit file. Returns whether that changed it.
 
         Args:
-            now: enable it, and unless it is in an image start it, or start it again where it has changed.
-
-        Returns:
-            Whether there is anything new.
+            now: also enable the unit and, unless it is in an image, start it, or restart it if it has changed.
 
         Raises:
-            ServiceError: it cannot be written or started; an older one then stays.
+            ServiceError: the unit cannot be written, which leaves the old one in place, or it cannot be started.
         """
         path = self.path(name)
         changed = _write(path, text)
@@ -130,13 +130,13 @@ class Units:
         if now:
             self._enable("enable", name)
             if self._root is None:
-                # With the start limit used up by an earlier fault, a start would be refused.
+                # If earlier failures have used up the start limit, systemd would refuse to start it.
                 systemctl("reset-failed", path.name, check=False)
                 systemctl("restart" if changed else "start", path.name)
         return changed
 
     def uninstall(self, name: str) -> bool:
-        """Stops, disables and removes a unit. Returns whether there was one. Raises ServiceError."""
+        """Stop, disable and remove a unit. Returns whether it existed. Raises ServiceError."""
         path = self.path(name)
         if not path.exists():
             return False
@@ -157,27 +157,29 @@ class Units:
 
 
 def systemctl(*arguments: str, check: bool = True) -> str:
-    """What `systemctl` prints. Raises ServiceError: there is none; or it failed, and `check` is set."""
+    """Run systemctl and return its output. Raises ServiceError: not installed, or it failed and `check` is set."""
     try:
         done = subprocess.run(
             ["systemctl", "--no-pager", "--no-ask-password", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=SYSTEMCTL_SECONDS,
+            timeout=SYSTEMCTL_TIMEOUT_SECONDS,
         )
     except FileNotFoundError:
-        raise ServiceError("there is no systemctl here: is this a machine with systemd?") from None
+        raise ServiceError("systemctl is not installed: does this machine use systemd?") from None
     except subprocess.TimeoutExpired:
-        raise ServiceError(f"`systemctl {' '.join(arguments)}` did not end within {SYSTEMCTL_SECONDS:g} s") from None
+        raise ServiceError(
+            f"`systemctl {' '.join(arguments)}` did not return within {SYSTEMCTL_TIMEOUT_SECONDS:g} s"
+        ) from None
     if check and done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ServiceError(f"`systemctl {' '.join(arguments)}` failed: {said}")
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ServiceError(f"`systemctl {' '.join(arguments)}` failed: {message}")
     return done.stdout
 
 
 def _write(path: Path, text: str) -> bool:
-    """Puts `text` at `path` in one step, for everybody to read. Returns whether that changed anything."""
+    """Replace the file atomically, readable by everyone. Returns whether that changed it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text:

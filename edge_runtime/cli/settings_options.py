@@ -1,0 +1,109 @@
+"""Command-line options made from the settings table, and the settings that result with the configuration.
+
+Precedence: command line over environment over configuration file over credentials over defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import inspect
+
+from edge_runtime.settings.table import SETTINGS, SettingEntry, Settings
+from edge_runtime.settings.validators import bare_type
+
+ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> None:
+    """Add the options of the settings with these keys, such as `draft.threads`.
+
+    The parsed namespace holds an option's value under the setting's key, and only if the option was given.
+
+    Args:
+        default: the default to show in the help, if this command's is not the table's.
+    """
+    for key in keys:
+        entry = SETTINGS[key]
+        spec = entry.spec
+        arguments: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS, **_value_arguments(entry)}
+        text = spec.flag_help or spec.help
+        # For an on/off setting, the default is that the option is not given.
+        if not isinstance(entry.value, bool):
+            text += f" (default: {default or entry.default})"
+        parser.add_argument(spec.flag, help=text.replace("%", "%%"), **arguments)
+        for flag in spec.deprecated_flags:
+            action = functools.partial(_DeprecatedOption, replacement=spec.flag)
+            parser.add_argument(flag, help=argparse.SUPPRESS, **{**arguments, "action": action})
+
+
+def add_config_option(parser: ArgumentContainer) -> None:
+    """Add --config, the configuration file that applies where no option is given."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration file; options override it (default: see `edge-runtime config --help`)",
+    )
+
+
+def read_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings from the configuration, if the command reads it (--config), and the command line.
+
+    Raises ConfigurationError. Warnings are logged.
+    """
+    from edge_runtime.settings import loading
+
+    configured = loading.read_settings(options.config) if hasattr(options, "config") else Settings()
+    return configured.replace({key: value for key, value in vars(options).items() if key in SETTINGS})
+
+
+def warn(message: str) -> None:
+    """Print a warning to standard error."""
+    print(f"edge-runtime: warning: {message}", file=sys.stderr)
+
+
+class _DeprecatedOption(argparse.Action):
+    """Stores an option's value under a former name of the option, with a warning."""
+
+    def __init__(self, *arguments: Any, replacement: str, const: Any = None, **keywords: Any) -> None:
+        super().__init__(*arguments, nargs=None if const is None else 0, const=const, **keywords)
+        self._replacement = replacement
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        warn(f"{option_string} is deprecated; use {self._replacement}")
+        setattr(namespace, self.dest, values if self.const is None else self.const)
+
+
+def _value_arguments(entry: SettingEntry) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that follow from a setting's type."""
+    match bare_type(entry.type):
+        case inspect.BoolType():
+            return {"action": "store_const", "const": not entry.value}
+        case inspect.LiteralType(values=values):
+            return {"choices": [value for value in values if value]}
+        case inspect.ListType():
+            return {"type": _split_list, "metavar": entry.spec.metavar}
+        case inspect.IntType():
+            return {"type": int, "metavar": entry.spec.metavar}
+        case inspect.FloatType():
+            return {"type": float, "metavar": entry.spec.metavar}
+        case inspect.CustomType():
+            return {"type": Path, "metavar": entry.spec.metavar}
+        case _:
+            return {"metavar": entry.spec.metavar}
+
+
+def _split_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]

@@ -1,0 +1,448 @@
+"""The settings of a board, each declared once, as an annotated field of one of the tables below.
+
+A field's name is its TOML key, its type and constraints are what a value is checked against, its value is the default,
+and its `SettingSpec` holds the rest: help, command-line option, environment variable, validator, former names.
+Everything else is derived from that: configuration files and the environment (`settings.loading`), the options of the
+commands (`cli.settings_options`), `edge-runtime config show`, and the reference that `edge-runtime config reference`
+prints. To add a setting, add a field.
+
+Every command imports this module, so it imports nothing slow.
+"""
+
+# No `from __future__ import annotations`: the annotations are data here.
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import msgspec
+
+from edge_runtime.planning.plan import OnLinkLoss
+from edge_runtime.settings import validators
+
+ENVIRONMENT_PREFIX = "FLEXSPEC_"
+
+# As `planning.factory.POLICY_NAMES`, whose module takes long to import; a test compares the two.
+PolicyName = Literal["analytic", "learned", "fixed", "hf-dynamic", "genai-ewma", "ucb"]
+RadioName = Literal["", "wifi", "ethernet", "lte", "5g"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+DEFAULT_VERIFIER_URL = "http://127.0.0.1:8500"
+
+
+class SettingSpec(NamedTuple):
+    """What a field's annotation says about a setting besides its type.
+
+    Attributes:
+        help: one phrase, without the default.
+        flag: command-line option of the commands that take the setting.
+        flag_help: help of the option, if it differs: an option such as --no-http2 says the opposite of its setting.
+        metavar: placeholder of the option's value.
+        default: the default in words; empty shows the value.
+        variable: short environment variable, in addition to FLEXSPEC_<TABLE>__<FIELD>, which overrides it.
+        credential: systemd credential (LoadCredential=) that is used if nothing else sets the value.
+        validate: checks and normalizes a value of the right type, given the directory of relative paths.
+        mistaken_names: keys that people write for the secret itself, which must never be in a configuration.
+        deprecated_names: former TOML keys (and environment variables made from them), which still work.
+        deprecated_flags: former options, which still work.
+        reloadable: whether a running service applies a change on SIGHUP, without a restart.
+    """
+
+    help: str
+    flag: str
+    flag_help: str = ""
+    metavar: str | None = None
+    default: str = ""
+    variable: str = ""
+    credential: str = ""
+    validate: Callable[[Any, Path], Any] | None = None
+    mistaken_names: tuple[str, ...] = ()
+    deprecated_names: tuple[str, ...] = ()
+    deprecated_flags: tuple[str, ...] = ()
+    reloadable: bool = False
+
+
+class SettingsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all tables."""
+
+
+def default_store(environ: Mapping[str, str]) -> Path:
+    """Return the default directory of the bundle store.
+
+    That is `bundles` below the first directory of systemd's $STATE_DIRECTORY, else flexspec/bundles below
+    $XDG_STATE_HOME, by default ~/.local/state.
+    """
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if state:
+        return Path(state) / "bundles"
+    return (xdg_directory(environ, "XDG_STATE_HOME", ".local/state") or Path("/var/lib")) / "flexspec" / "bundles"
+
+
+def xdg_directory(environ: Mapping[str, str], variable: str, below_home: str) -> Path | None:
+    """Return an XDG base directory; None for a service, which has no home. The standard ignores relative ones."""
+    base = Path(environ.get(variable, ""))
+    if base.is_absolute():
+        return base
+    return Path(environ["HOME"], below_home) if environ.get("HOME") else None
+
+
+class DraftSettings(SettingsTable, frozen=True):
+    """[draft]: the draft model and what supports it."""
+
+    bundle: Annotated[
+        Path | None,
+        SettingSpec(
+            help="directory of the draft bundle",
+            flag="--bundle",
+            metavar="DIR",
+            default="$FLEXSPEC_BUNDLE, else the store's current bundle, else the bundle shipped with a source checkout",
+            variable="FLEXSPEC_BUNDLE",
+            validate=validators.directory,
+        ),
+    ] = None
+    store: Annotated[
+        Path,
+        SettingSpec(
+            help="directory of the bundle store",
+            flag="--store",
+            metavar="DIR",
+            default="bundles below $STATE_DIRECTORY under systemd, else ~/.local/state/flexspec/bundles",
+            validate=validators.path,
+        ),
+    ] = msgspec.field(default_factory=lambda: default_store(os.environ))
+    public_key_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="PEM file of public keys, one of which must have signed a bundle",
+            flag="--key",
+            metavar="FILE",
+            default="none, unsigned bundles are accepted",
+            validate=validators.file,
+        ),
+    ] = None
+    threads: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=256),
+        SettingSpec(
+            help="CPU threads of the draft model; 0 uses one per physical core, at most 4",
+            flag="--threads",
+            metavar="N",
+        ),
+    ] = 0
+    ngram_cache: Annotated[
+        bool,
+        SettingSpec(
+            help="cache verified text, prompts included, to improve the draft",
+            flag="--no-ngram-cache",
+            flag_help="draft without the n-gram cache of verified text",
+            deprecated_names=("memory",),
+            deprecated_flags=("--no-memory",),
+        ),
+    ] = True
+    ngram_cache_directory: Annotated[
+        Path | None,
+        SettingSpec(
+            help="keep the n-gram cache here across restarts; its files hold what users wrote, as token ids",
+            flag="--ngram-cache",
+            metavar="DIR",
+            default="the state directory of a systemd service, else not kept",
+            validate=validators.path,
+            deprecated_names=("memory_directory",),
+            deprecated_flags=("--memory",),
+        ),
+    ] = None
+
+
+class VerifierSettings(SettingsTable, frozen=True):
+    """[verifier]: the verifiers and the connection to them."""
+
+    urls: Annotated[
+        list[str],
+        msgspec.Meta(min_length=1),
+        SettingSpec(
+            help="base URLs of verifiers, the preferred one first; the next one is used while one cannot be reached",
+            flag="--verifier",
+            metavar="URL[,URL...]",
+            default=f"$FLEXSPEC_VERIFIER, else {DEFAULT_VERIFIER_URL}",
+            variable="FLEXSPEC_VERIFIER",
+            validate=validators.urls,
+        ),
+    ] = msgspec.field(default_factory=lambda: [DEFAULT_VERIFIER_URL])
+    model: Annotated[
+        str,
+        SettingSpec(
+            help="target model, if a request names none",
+            flag="--model",
+            metavar="NAME",
+            default="the verifier's default",
+            reloadable=True,
+        ),
+    ] = ""
+    token_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="file with the bearer token for the verifier",
+            flag="--token-file",
+            metavar="FILE",
+            default="no token",
+            credential="verifier-token",
+            validate=validators.secret_file,
+            mistaken_names=("token", "api_token", "password", "secret"),
+            reloadable=True,
+        ),
+    ] = None
+    ca_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="PEM file of certificate authorities to trust",
+            flag="--ca-file",
+            metavar="FILE",
+            default="the system's",
+            validate=validators.authorities,
+        ),
+    ] = None
+    certificate_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="PEM client certificate of this board, for verifiers that require one",
+            flag="--client-certificate",
+            metavar="FILE",
+            default="no client certificate",
+            validate=validators.file,
+        ),
+    ] = None
+    key_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="PEM private key of the client certificate",
+            flag="--client-key",
+            metavar="FILE",
+            default="no client certificate",
+            credential="verifier-key",
+            validate=validators.file,
+            mistaken_names=("client_key", "private_key"),
+        ),
+    ] = None
+    deadline_seconds: Annotated[
+        float,
+        msgspec.Meta(gt=0, le=3600),
+        SettingSpec(
+            help="give up when no token has arrived for this long, retries included",
+            flag="--deadline",
+            metavar="SECONDS",
+            reloadable=True,
+        ),
+    ] = 600.0
+    http2: Annotated[
+        bool,
+        SettingSpec(
+            help="use HTTP/2 if the verifier offers it",
+            flag="--no-http2",
+            flag_help="use HTTP/1.1 even if the verifier offers HTTP/2",
+        ),
+    ] = True
+    insecure: Annotated[
+        bool,
+        SettingSpec(
+            help="allow unencrypted prompts and answers to an http:// verifier on another machine; a token is never "
+            "sent unencrypted",
+            flag="--insecure",
+        ),
+    ] = False
+
+
+class PlannerSettings(SettingsTable, frozen=True):
+    """[planner]: how much to draft."""
+
+    policy: Annotated[
+        PolicyName | None,
+        SettingSpec(
+            help="policy that decides how much to draft",
+            flag="--policy",
+            default="analytic",
+            reloadable=True,
+        ),
+    ] = None
+    objective: Annotated[
+        str,
+        SettingSpec(
+            help="what to minimize per token: latency, cloud, energy, balanced, or prices in seconds of waiting, such "
+            "as verifier=2,joule=0.05",
+            flag="--objective",
+            metavar="OBJECTIVE",
+            validate=validators.objective,
+            reloadable=True,
+        ),
+    ] = "latency"
+    profile: Annotated[
+        str,
+        SettingSpec(
+            help="device profile of this board: a name from `device-profile list`, or a .toml file",
+            flag="--profile",
+            metavar="NAME",
+            default="none, joules are not modelled",
+            validate=validators.profile,
+            reloadable=True,
+        ),
+    ] = ""
+    radio: Annotated[
+        RadioName,
+        SettingSpec(
+            help="what carries the link, to model its energy with the profile",
+            flag="--radio",
+            default="none, the link's energy is not counted",
+            reloadable=True,
+        ),
+    ] = ""
+    energy_budget: Annotated[
+        str,
+        SettingSpec(
+            help="joules per hour such as 18000, or a time of day such as 18:00 that the battery must last until",
+            flag="--energy-budget",
+            metavar="BUDGET",
+            default="no budget",
+            validate=validators.energy_budget,
+            reloadable=True,
+        ),
+    ] = ""
+
+
+class ServiceSettings(SettingsTable, frozen=True):
+    """[service]: the local HTTP service of `edge-runtime serve`."""
+
+    host: Annotated[
+        str,
+        SettingSpec(help="address to listen on", flag="--host", metavar="ADDRESS", validate=validators.host),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=65535),
+        SettingSpec(help="port to listen on; 0 picks a free one", flag="--port", metavar="PORT"),
+    ] = 8400
+    max_concurrent: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=64),
+        SettingSpec(
+            help="answers generated at the same time; each takes memory for a draft context",
+            flag="--max-concurrent",
+            metavar="N",
+            reloadable=True,
+        ),
+    ] = 2
+    max_waiting: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=4096),
+        SettingSpec(
+            help="requests that may wait for one of those; more are refused with a Retry-After",
+            flag="--max-waiting",
+            metavar="N",
+            reloadable=True,
+        ),
+    ] = 8
+    api_key_file: Annotated[
+        Path | None,
+        SettingSpec(
+            help="file with the API key that clients must present",
+            flag="--api-key-file",
+            flag_help="file of API keys, one per line, one of which clients must present",
+            metavar="FILE",
+            default="no key required",
+            credential="api-key",
+            validate=validators.secret_file,
+            mistaken_names=("api_key", "key"),
+            reloadable=True,
+        ),
+    ] = None
+    on_link_loss: Annotated[
+        OnLinkLoss,
+        SettingSpec(
+            help="if no verifier can be reached: wait for one and continue the answer; let the draft continue alone, "
+            "marked as unverified until a verifier is back; or fail immediately",
+            flag="--on-link-loss",
+            reloadable=True,
+        ),
+    ] = "wait"
+
+
+class LogSettings(SettingsTable, frozen=True):
+    """[log]: what is logged."""
+
+    level: Annotated[
+        LogLevel,
+        SettingSpec(help="least severe messages that are logged", flag="--log-level", reloadable=True),
+    ] = "info"
+    prompts: Annotated[
+        bool, SettingSpec(help="log prompts and answers, too", flag="--log-prompts", reloadable=True)
+    ] = False
+
+
+class Settings(SettingsTable, frozen=True):
+    """All settings; every field has a default."""
+
+    draft: DraftSettings = msgspec.field(default_factory=DraftSettings)
+    verifier: VerifierSettings = msgspec.field(default_factory=VerifierSettings)
+    planner: PlannerSettings = PlannerSettings()
+    service: ServiceSettings = ServiceSettings()
+    log: LogSettings = LogSettings()
+
+    def get(self, key: str) -> Any:
+        """Return the value of a setting, such as `draft.threads`."""
+        table, _, name = key.partition(".")
+        return getattr(getattr(self, table), name)
+
+    def replace(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with other values, by key such as `draft.threads`; they are not validated."""
+        tables: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            table, _, name = key.partition(".")
+            tables.setdefault(table, {})[name] = value
+        changed = {table: msgspec.structs.replace(getattr(self, table), **fields) for table, fields in tables.items()}
+        return msgspec.structs.replace(self, **changed)
+
+
+class SettingEntry(NamedTuple):
+    """One setting, as declared by a field of a table.
+
+    Attributes:
+        type: the annotated type, for `validators.convert`.
+        value: the default value; None if it depends on the environment.
+    """
+
+    table: str
+    name: str
+    type: Any
+    value: Any
+    spec: SettingSpec
+
+    @property
+    def key(self) -> str:
+        """Table and field, such as `draft.threads`."""
+        return f"{self.table}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """Environment variable, such as FLEXSPEC_DRAFT__THREADS."""
+        return f"{ENVIRONMENT_PREFIX}{self.table}__{self.name}".upper()
+
+    @property
+    def default(self) -> str:
+        """The default in words, or as in TOML."""
+        if self.spec.default:
+            return self.spec.default
+        if isinstance(self.value, bool):
+            return str(self.value).lower()
+        return f"{self.value:g}" if isinstance(self.value, float) else str(self.value)
+
+
+def _entries() -> list[SettingEntry]:
+    entries = []
+    for table in msgspec.structs.fields(Settings):
+        for field in msgspec.structs.fields(table.type):
+            spec = next(item for item in field.type.__metadata__ if isinstance(item, SettingSpec))
+            value = None if field.default is msgspec.NODEFAULT else field.default
+            entries.append(SettingEntry(table.name, field.name, field.type, value, spec))
+    return entries
+
+
+# All settings by key, in the order of the tables.
+SETTINGS = {entry.key: entry for entry in _entries()}
+TABLES: dict[str, type[SettingsTable]] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
