@@ -44,7 +44,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    options = _build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except FlexSpecError as error:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED_EXIT_CODE
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -124,7 +124,7 @@ def record_text(draft: OnnxDraft, target: str, prompt: list[int], new: list[int]
         prompt=len(prompt),
         confidences=confidences,
         ranks=ranks,
-        behind=continuations,
+        continuations=continuations,
     )
 
 

@@ -87,7 +87,7 @@ def model_speed(
         link = parse_link(deployment.link, 0)
         device = DeviceModel.from_profile(profile, draft.weight_bytes, radio=link.radio, cache_bytes=draft.cache_bytes)
         world = World(deployment.name, device, link, make_verifier(deployment.verifier, 1), 2)
-        results = Simulator(world, FixedPlanner(plan)).play_all(texts)
+        results = Simulator(world, FixedPlanner(plan)).run_all(texts)
         interval = bootstrap.ratio([(1e3 * result.latency_seconds, result.tokens) for result in results])
         assert interval is not None
         milliseconds[name] = interval

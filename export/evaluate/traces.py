@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cloud_verifier.acceptance.measure import Passage, RankedTokens
-from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, NONE, RecordedText, accepted_runs
+from edge_runtime.planning.plan import UNRANKED
+from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, RecordedText, accepted_runs
 from export.evaluate.loops import find_loops
 
 
 def rank_of(token: int, candidates: list[int]) -> int:
     """Rank of the target's token among the draft's candidates: 0 is the draft token, NONE is none of them."""
-    return candidates.index(token) if token in candidates else NONE
+    return candidates.index(token) if token in candidates else UNRANKED
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class AcceptanceTrace:
             prompt=self.passage.start,
             confidences=self.confidences[:length],
             ranks=ranks,
-            behind=[[1.0] * CONTINUATION_TOKENS if rank else [] for rank in ranks],
+            continuations=[[1.0] * CONTINUATION_TOKENS if rank else [] for rank in ranks],
         )
 
     def _is_clear(self, start: int, count: int) -> bool:

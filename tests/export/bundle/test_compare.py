@@ -1,4 +1,4 @@
-"""The table of forms: what it measures, which it chooses, and that it goes on where it was stopped."""
+"""Comparing variants of a draft: what is measured, which one is chosen, and resuming."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import pytest
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import DraftError, InputError
 from export.bundle import footprint
-from export.bundle.build import BundleOrder
-from export.bundle.compare import JSON, MARKDOWN, Comparison, Form, choose, compare
+from export.bundle.build import BundleConfig
+from export.bundle.compare import (
+    JSON_FILE,
+    MARKDOWN_FILE,
+    ComparisonConfig,
+    DraftVariant,
+    choose_variant,
+    compare_variants,
+)
 from export.bundle.footprint import Footprint
 from export.cli import main
 
@@ -21,33 +28,33 @@ NAMES = ("fused-int8", "fused-int4", "concat-int8", "fused-int8-trimmed")
 FOOTPRINT = Footprint(1, 100, 50, 100, 1.0, 0.1)
 
 
-def form(name: str, size: int, greedy: float, coupled: float) -> Form:
-    return Form(name, 300, size, 1.0, 0.0, {"T=0": greedy, "T=0.7": 0.0, "T=1": coupled}, FOOTPRINT)
+def make_variant(name: str, size: int, greedy: float, coupled: float) -> DraftVariant:
+    return DraftVariant(name, 300, size, 1.0, 0.0, {"T=0": greedy, "T=0.7": 0.0, "T=1": coupled}, FOOTPRINT)
 
 
-def test_the_smallest_that_is_accepted_as_often_is_chosen() -> None:
+def test_the_smallest_variant_within_the_tolerance_is_chosen() -> None:
     rows = [
-        form("fused-fp32", 100, 0.70, 0.60),
-        form("fused-int8", 30, 0.6950, 0.61),
-        form("fused-mixed", 20, 0.69, 0.60),
-        form("fused-int4", 10, 0.75, 0.5899),
-        form("concat-int8", 5, 0.70, 0.60),
+        make_variant("fused-fp32", 100, 0.70, 0.60),
+        make_variant("fused-int8", 30, 0.6950, 0.61),
+        make_variant("fused-mixed", 20, 0.69, 0.60),
+        make_variant("fused-int4", 10, 0.75, 0.5899),
+        make_variant("concat-int8", 5, 0.70, 0.60),
     ]
-    assert choose(rows, 0.01).name == "fused-mixed"
-    assert choose(rows, 0.005).name == "fused-int8"
-    assert choose(rows, 0.0).name == "fused-fp32"
-    assert choose(rows, 0.02).name == "fused-int4"
+    assert choose_variant(rows, 0.01).name == "fused-mixed"
+    assert choose_variant(rows, 0.005).name == "fused-int8"
+    assert choose_variant(rows, 0.0).name == "fused-fp32"
+    assert choose_variant(rows, 0.02).name == "fused-int4"
 
 
 @pytest.fixture(scope="module")
-def comparison(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    order = BundleOrder(tiny_path, tiny_path, "fused", "fp32", TEXT, head_text="for index in range(10):\n")
-    return Comparison(order, tmp_path_factory.mktemp("forms") / "table", 0.01, NAMES)
+def comparison(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+    config = BundleConfig(tiny_path, tiny_path, "fused", "fp32", TEXT, head_text="for index in range(10):\n")
+    return ComparisonConfig(config, tmp_path_factory.mktemp("forms") / "table", 0.01, NAMES)
 
 
-def test_what_was_measured_is_not_measured_again(comparison: Comparison) -> None:
+def test_existing_results_are_reused(comparison: ComparisonConfig) -> None:
     output = comparison.output
-    table = compare(comparison)
+    table = compare_variants(comparison)
     rows = {row.name: row for row in table.forms}
     assert set(rows) == {"fused-fp32", *NAMES}
     assert rows["fused-fp32"].acceptance == {"T=0": 1.0, "T=0.7": 1.0, "T=1": 1.0}
@@ -58,46 +65,48 @@ def test_what_was_measured_is_not_measured_again(comparison: Comparison) -> None
         assert 20e6 < row.footprint.own_bytes < row.footprint.resident_bytes <= row.footprint.peak_bytes < 400e6
         assert 0.0 < row.footprint.milliseconds < 200
         assert row.acceptance == read_bundle(output / row.name).manifest.acceptance
-    assert json.loads((output / JSON).read_text())["chosen"] == table.chosen
-    text = (output / MARKDOWN).read_text()
+    assert json.loads((output / JSON_FILE).read_text())["chosen"] == table.chosen
+    text = (output / MARKDOWN_FILE).read_text()
     assert len(re.findall(r"^\| ", text, re.MULTILINE)) == 1 + len(rows)
     assert f"| **{table.chosen}** |" in text
-    # A run that was killed while it made the last one, and one that had not measured it yet.
+    # As left behind by a run killed while building one bundle, with another one not measured yet.
     files = {path: path.stat().st_mtime_ns for path in output.rglob("model.onnx")}
     (output / "fused-int4.json").unlink()
     (output / ".fused-int8.partial").mkdir()
-    again = compare(comparison)
+    again = compare_variants(comparison)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("model.onnx")} == files
     assert [row for row in again.forms if row.name != "fused-int4"] == [
         r for r in table.forms if r.name != "fused-int4"
     ]
 
 
-def test_forms_of_something_else_are_not_mixed_in(comparison: Comparison, tiny_path: Path, tmp_path: Path) -> None:
-    order = BundleOrder(tiny_path, tiny_path, "fused", "fp32", TEXT)
+def test_variants_of_other_inputs_are_refused(comparison: ComparisonConfig, tiny_path: Path, tmp_path: Path) -> None:
+    config = BundleConfig(tiny_path, tiny_path, "fused", "fp32", TEXT)
     output = tmp_path / "table"
-    compare(Comparison(order, output, names=("fused-fp32",)))
+    compare_variants(ComparisonConfig(config, output, names=("fused-fp32",)))
     with pytest.raises(InputError, match="holds forms of another text, positions; remove it"):
-        compare(Comparison(BundleOrder(tiny_path, tiny_path, "fused", "fp32", TEXT * 2, positions=9), output))
-    with pytest.raises(InputError, match="has other things in it"):
-        compare(Comparison(order, tiny_path))
+        compare_variants(
+            ComparisonConfig(BundleConfig(tiny_path, tiny_path, "fused", "fp32", TEXT * 2, positions=9), output)
+        )
+    with pytest.raises(InputError, match="holds other files"):
+        compare_variants(ComparisonConfig(config, tiny_path))
     with pytest.raises(InputError, match="no form 'fused-int3'; there are fused-fp32, "):
-        compare(Comparison(order, output, names=("fused-int3",)))
+        compare_variants(ComparisonConfig(config, output, names=("fused-int3",)))
     with pytest.raises(InputError, match="no directory"):
-        compare(Comparison(BundleOrder(tiny_path, tmp_path / "none", "fused", "fp32", TEXT), output))
+        compare_variants(ComparisonConfig(BundleConfig(tiny_path, tmp_path / "none", "fused", "fp32", TEXT), output))
 
 
-def test_a_bundle_that_does_not_load_is_told(tmp_path: Path) -> None:
+def test_a_bundle_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DraftError, match="cannot be measured: no draft bundle at"):
-        footprint.measure(tmp_path)
+        footprint.measure_footprint(tmp_path)
 
 
 def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(TEXT)
     arguments = ["forms", str(tiny_path), str(tiny_path), "--text", str(tmp_path / "text"), "--form", "fused-int8"]
     assert main.main([*arguments, "--tolerance", "0", "--output", str(tmp_path / "forms")]) == 0
-    said = capsys.readouterr().out
-    assert "| fused-int8 | 300 | " in said or "| **fused-int8** | 300 | " in said
-    assert f"the bundle to take is {tmp_path / 'forms' / 'fused-'}" in said
+    printed = capsys.readouterr().out
+    assert "| fused-int8 | 300 | " in printed or "| **fused-int8** | 300 | " in printed
+    assert f"the bundle to take is {tmp_path / 'forms' / 'fused-'}" in printed
     assert main.main([*arguments, "--form", "int8", "--output", str(tmp_path / "forms")]) == 2
     assert "no form 'int8'" in capsys.readouterr().err

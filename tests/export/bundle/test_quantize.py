@@ -1,4 +1,4 @@
-"""Quantised graphs: the same bytes as onnxruntime's own quantiser makes, on both kinds of graph, and close to float."""
+"""Quantized graphs: the same bytes as onnxruntime's own quantizer, on both kinds of graph, and close to float."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer as theirs
 
 from export.bundle import quantize
-from export.bundle.build import BundleOrder, make_bundle
-from export.bundle.onnx_graph import KINDS, WEIGHTS
-from export.bundle.quantize import EMBEDDING, SCHEMES, Scheme, halve, quantise, to_blocks
+from export.bundle.build import BundleConfig, make_bundle
+from export.bundle.onnx_graph import GRAPH_KINDS, WEIGHT_TYPES
+from export.bundle.quantize import (
+    EMBEDDING,
+    QUANTIZATION_SCHEMES,
+    QuantizationScheme,
+    quantize_blocks,
+    quantize_model,
+    store_half_precision,
+)
 from tests.models import save_target
 
 ROWS, WIDTH = 300, 96
@@ -24,10 +31,10 @@ TEXT = "for index in range(10):\n    print(index)\n" * 3
 
 @pytest.fixture
 def model() -> onnx.ModelProto:
-    """Embedding, and head: ids (b, s) to logits (b, s, ROWS)."""
-    chance = np.random.default_rng(0)
-    table = chance.standard_normal((ROWS, WIDTH)).astype(np.float32)
-    head = chance.standard_normal((WIDTH, ROWS)).astype(np.float32)
+    """Embedding and head: ids (b, s) to logits (b, s, ROWS)."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
+    head = rng.standard_normal((WIDTH, ROWS)).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("Gather", [EMBEDDING, "ids"], ["hidden"], name="/model/embed_tokens/Gather"),
@@ -52,22 +59,22 @@ def run(model: ir.Model, path: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("k_quant", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rounds_as_onnxruntime_does(model: onnx.ModelProto, bits: int, k_quant: bool) -> None:
-    """64 inputs: with an odd number of blocks onnxruntime's zero points of 4 bits do not fit their own operator."""
+def test_quantizes_as_onnxruntime_does(model: onnx.ModelProto, bits: int, k_quant: bool) -> None:
+    """64 inputs: with an odd number of blocks onnxruntime's 4-bit zero points do not fit its own operator."""
     weight = np.random.default_rng(1).standard_normal((64, ROWS)).astype(np.float32)
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(weight, "head"))
     kind = theirs.KQuantWeightOnlyQuantConfig if k_quant else theirs.RTNWeightOnlyQuantConfig
     config = kind(customized_weight_config={"/lm_head/MatMul": {"bits": bits}})
-    quantiser = theirs.MatMulNBitsQuantizer(
+    quantizer = theirs.MatMulNBitsQuantizer(
         model, block_size=32, is_symmetric=not k_quant, accuracy_level=4, algo_config=config
     )
-    quantiser.process()
+    quantizer.process()
     expected = {
         tensor.name: numpy_helper.to_array(tensor)
-        for tensor in quantiser.model.model.graph.initializer
+        for tensor in quantizer.model.model.graph.initializer
         if tensor.name != EMBEDDING
     }
-    blocks = to_blocks(weight.T, bits, k_quant)
+    blocks = quantize_blocks(weight.T, bits, k_quant)
     assert np.array_equal(blocks.packed, expected[f"head_Q{bits}G32"])
     assert np.array_equal(blocks.scales, expected["head_scale"])
     assert (blocks.zeros is not None) is k_quant
@@ -76,30 +83,38 @@ def test_rounds_as_onnxruntime_does(model: onnx.ModelProto, bits: int, k_quant: 
 
 
 @pytest.mark.parametrize("k_quant", [False, True])
-def test_a_weight_in_pieces_is_the_same_weight(k_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_in_parts_gives_the_same_blocks(k_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(2).standard_normal((37, 80)).astype(np.float32)
-    whole = to_blocks(weight, 4, k_quant)
-    monkeypatch.setattr(quantize, "PIECE", 5 * 96)
-    pieces = to_blocks(weight, 4, k_quant)
+    whole = quantize_blocks(weight, 4, k_quant)
+    monkeypatch.setattr(quantize, "MAX_WEIGHTS_AT_ONCE", 5 * 96)
+    pieces = quantize_blocks(weight, 4, k_quant)
     assert np.array_equal(whole.packed, pieces.packed)
     assert np.array_equal(whole.scales, pieces.scales)
     assert k_quant == (whole.zeros is not None and np.array_equal(whole.zeros, pieces.zeros))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scheme", [Scheme(8, 8), Scheme(8, 8, k_quant=True), Scheme(4, 4), Scheme(4, 4, k_quant=True)])
-def test_head_and_embedding_compute_what_they_did(
-    model: onnx.ModelProto, scheme: Scheme, tied: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantizationScheme(8, 8),
+        QuantizationScheme(8, 8, k_quant=True),
+        QuantizationScheme(4, 4),
+        QuantizationScheme(4, 4, k_quant=True),
+    ],
+)
+def test_quantized_head_and_embedding_are_close_to_float(
+    model: onnx.ModelProto, scheme: QuantizationScheme, tied: bool, tmp_path: Path
 ) -> None:
-    """Three blocks a row: an odd number, whose last byte of zero points is half used."""
+    """Three blocks a row: an odd number, so the last byte of zero points is half used."""
     table = numpy_helper.to_array(model.graph.initializer[0])
     if tied:
         model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(table.T), "head"))
     head = numpy_helper.to_array(model.graph.initializer[1])
     small = ir.from_proto(model)
-    quantise(small, scheme, 1, tied=tied)
+    quantize_model(small, scheme, 1, tied=tied)
     logits, hidden = run(small, tmp_path / "small.onnx")
-    # Half a step of the rounding, and half a step of the zero point where there is one.
+    # Half a step of rounding, plus half a step of the zero point with k-quant.
     step = 2 * np.abs(table).max() / 2**scheme.bits
     assert np.abs(hidden[0] - table).max() < step * 1.3
     assert np.abs(logits[0] - hidden[0] @ head).mean() < step * WIDTH**0.5
@@ -107,18 +122,18 @@ def test_head_and_embedding_compute_what_they_did(
     assert len(tables) == (1 if tied else 2)
 
 
-def test_a_float_head_leaves_the_embedding(model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_a_float_head_leaves_the_embedding_float(model: onnx.ModelProto, tmp_path: Path) -> None:
     small = ir.from_proto(model)
-    quantise(small, SCHEMES["int4-head32"], 1, tied=True)
+    quantize_model(small, QUANTIZATION_SCHEMES["int4-head32"], 1, tied=True)
     logits, hidden = run(small, tmp_path / "small.onnx")
     table, head = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
     assert np.array_equal(hidden[0], table)
     assert np.allclose(logits[0], table @ head, atol=1e-4)
 
 
-def test_half_the_bytes_and_nearly_the_same(model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_half_precision_halves_the_file_and_is_close(model: onnx.ModelProto, tmp_path: Path) -> None:
     small = ir.from_proto(model)
-    halve(small)
+    store_half_precision(small)
     logits, hidden = run(small, tmp_path / "small.onnx")
     table, head = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
     assert np.array_equal(hidden[0], table.astype(np.float16).astype(np.float32))
@@ -126,19 +141,19 @@ def test_half_the_bytes_and_nearly_the_same(model: onnx.ModelProto, tmp_path: Pa
     assert (tmp_path / "small.onnx").stat().st_size < 0.52 * (table.nbytes + head.nbytes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_form_of_either_graph(weights: str, kind: str, tmp_path: Path) -> None:
-    """Fewer bits are fewer bytes and never a broken graph: it agrees with PyTorch far more than by chance."""
+@pytest.mark.parametrize("kind", GRAPH_KINDS)
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_every_weight_type_of_both_graphs(weights: str, kind: str, tmp_path: Path) -> None:
+    """Fewer bits give fewer bytes, and a graph that agrees with PyTorch far more than by chance."""
     target = save_target(
         tmp_path / "target", hidden_size=128, intermediate_size=256, tie_word_embeddings=kind == "fused"
     )
-    manifest = make_bundle(BundleOrder(target, target, kind, weights, TEXT), tmp_path / "bundle", lambda _: None)
+    manifest = make_bundle(BundleConfig(target, target, kind, weights, TEXT), tmp_path / "bundle", lambda _: None)
     table, blocks = 300 * 128, 2 * (2 * 128 * 64 + 2 * 128 * 32 + 3 * 128 * 256)
-    # With a scale of 32 bits for 32 weights, and a zero point where k-quant has one.
+    # Each block of 32 weights has a scale of 32 bits, and with k-quant a zero point.
     bits = {"fp32": 32, "fp16": 16, "int8": 9, "mixed": 9.25, "int4-k": 5.25}.get(weights, 5)
     head_bits = {"int4-head8": 9, "int4-head32": 32}.get(weights, bits)
-    # The fused graph has rotary tables, and either has norms and constants.
+    # Rotary tables of the fused graph, and norms and constants of both.
     spare = 2 * 4 * 512 * 8 + 20_000
     assert manifest.files["model.onnx.data"].bytes < (2 * table * head_bits + blocks * bits) / 8 + spare
     assert manifest.parity.greedy_agreement > (0.15 if weights.startswith("int4") else 0.35)

@@ -144,7 +144,7 @@ def test_targets_that_are_none(order: Order, tmp_path: Path) -> None:
 def test_the_command(order: Order, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", str(order.texts[0]), "--steps", "2", "--rows", "2", "--length", "16", "--device", "cpu"]
     assert main.main(["distill", str(order.target), *options, "--output", str(tmp_path / "draft")]) == 0
-    assert "likeliest tokens" in capsys.readouterr().out
+    assert "acceptance on held-out text" in capsys.readouterr().out
     wrong = ["--rows", "3", "--accumulate", "2", "--output", str(tmp_path / "x")]
     assert main.main(["distill", str(order.target), *options, *wrong]) == 2
     assert "3 rows cannot be taken in 2 equal parts" in capsys.readouterr().err

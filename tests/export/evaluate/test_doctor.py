@@ -1,4 +1,4 @@
-"""The doctor: what it says of healthy targets of every architecture, and of everything that is in the way."""
+"""The doctor: findings on healthy targets of every architecture, and on every kind of fault."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tests.models import make_target, save_target
 Rewrite = Callable[..., Path]
 
 
-def by_subject(target: Path, **settings: Any) -> dict[str, Finding]:
+def findings_by_subject(target: Path, **settings: Any) -> dict[str, Finding]:
     return {finding.subject: finding for finding in diagnose(DraftQuery(target, **settings))}
 
 
 def faults(target: Path, **settings: Any) -> dict[str, Finding]:
-    found = by_subject(target, **settings).items()
+    found = findings_by_subject(target, **settings).items()
     assert all(finding.advice for _, finding in found if finding.state != "ok")
     return {subject: finding for subject, finding in found if finding.state == "fault"}
 
 
 @pytest.fixture
-def sick(tiny_path: Path, tmp_path: Path) -> Rewrite:
-    """A copy of the tiny target with another configuration; a setting that is None is left out."""
+def modify_target(tiny_path: Path, tmp_path: Path) -> Rewrite:
+    """Copies the tiny target with another configuration; settings that are None are removed."""
 
     def make(**settings: Any) -> Path:
-        copy = tmp_path / "sick"
+        copy = tmp_path / "modified"
         copy.mkdir()
         for file in tiny_path.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
@@ -54,9 +54,9 @@ def sick(tiny_path: Path, tmp_path: Path) -> Rewrite:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bool, layout: str) -> None:
-    # A sliding window as long as the context never drops anything.
+    # A sliding window as long as the context has no effect.
     target = save_target(tmp_path / "t", model_type, num_hidden_layers=4, tie_word_embeddings=tied, sliding_window=512)
-    found = by_subject(target, layout=layout, profiles=tuple(shipped_profiles()))
+    found = findings_by_subject(target, layout=layout, profiles=tuple(shipped_profiles()))
     assert {finding.state for finding in found.values()} == {"ok"}, found
     assert found["head"].found.startswith("tied" if tied else "untied")
     assert {f"speed, {profile.name}" for profile in shipped_profiles()} <= found.keys()
@@ -67,7 +67,7 @@ def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
-def test_the_size_is_that_of_the_draft_that_is_built(model_type: str, layout: str) -> None:
+def test_the_estimate_matches_the_built_draft(model_type: str, layout: str) -> None:
     target = make_target(model_type)
     draft, plan = build_draft(target, layout)
     expected = estimate_size(draft_config(target.config, plan))
@@ -76,12 +76,12 @@ def test_the_size_is_that_of_the_draft_that_is_built(model_type: str, layout: st
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen3", False)])
-def test_the_size_is_that_of_the_bundle(tmp_path: Path, model_type: str, tied: bool, weights: str) -> None:
+def test_the_estimate_matches_the_bundle(tmp_path: Path, model_type: str, tied: bool, weights: str) -> None:
     target = save_target(
         tmp_path / "t", model_type, hidden_size=128, intermediate_size=512, vocab_size=2048, tie_word_embeddings=tied
     )
-    order = BundleConfig(target, target, "fused", weights, "x = 1\n" * 9, positions=20)
-    manifest = make_bundle(order, tmp_path / "bundle", lambda step: None)
+    config = BundleConfig(target, target, "fused", weights, "x = 1\n" * 9, positions=20)
+    manifest = make_bundle(config, tmp_path / "bundle", lambda step: None)
     expected = estimate_size(draft_config(*_whole(target)), weights)
     graph = manifest.files["model.onnx"].bytes
     assert weight_bytes(manifest) - graph == pytest.approx(expected.weight_bytes, rel=0.02)
@@ -102,7 +102,7 @@ def test_the_shipped_family(family: Path, capsys: pytest.CaptureFixture[str]) ->
     found = {finding["subject"]: finding for finding in record["findings"]}
     bundle = read_bundle(family / "bundle").manifest
     assert found["size on disk"]["figures"]["weight_bytes"] == pytest.approx(weight_bytes(bundle), rel=0.01)
-    # As `device-profile compare` says of the bundle itself.
+    # The figure of `device-profile compare` for the bundle itself.
     assert found["speed, raspberry-pi-5"]["figures"]["milliseconds"] == pytest.approx(0.92, rel=0.02)
 
 
@@ -115,11 +115,11 @@ def test_the_shipped_family(family: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"model_type": "nobody-knows"}, "configuration", "nobody-knows"),
         ({"model_type": None}, "configuration", "not one that transformers knows"),
         ({"tie_word_embeddings": False}, None, ""),
-        ({"vocab_size": 200}, "tokenizer", "the id 299, and the model only 200 logits"),
+        ({"vocab_size": 200}, "tokenizer", "the id 299, but the model has only 200 logits"),
     ],
 )
-def test_what_a_configuration_has_wrong(sick: Rewrite, settings: dict, subject: str | None, words: str) -> None:
-    found = faults(sick(**settings))
+def test_faults_of_a_configuration(modify_target: Rewrite, settings: dict, subject: str | None, words: str) -> None:
+    found = faults(modify_target(**settings))
     if subject is None:
         assert not found
     else:
@@ -131,13 +131,13 @@ def test_windows_shorter_than_the_context_are_a_warning(tmp_path: Path, model_ty
     sliding: dict[str, Any] = {"sliding_window": 128}
     if model_type == "qwen2":
         sliding |= {"use_sliding_window": True, "max_window_layers": 0}
-    finding = by_subject(save_target(tmp_path / "t", model_type, **sliding))["roll-back"]
+    finding = findings_by_subject(save_target(tmp_path / "t", model_type, **sliding))["roll-back"]
     assert finding.state == "warning" and finding.figures == {"window": 128, "context": 512}
     assert "--max-context 128" in finding.advice
 
 
-def test_layers_that_cannot_forget_are_a_fault(sick: Rewrite) -> None:
-    target = sick(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+def test_layers_without_rollback_are_a_fault(modify_target: Rewrite) -> None:
+    target = modify_target(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
     found = faults(target)
     assert found.keys() >= {"architecture", "roll-back"}
     assert "linear_attention" in found["roll-back"].found
@@ -162,8 +162,8 @@ def test_rollback_by_configuration(model_type: str, settings: dict, layers: list
     assert sliding_window(config) == window
 
 
-def test_what_a_checkpoint_lacks(sick: Rewrite) -> None:
-    target = sick()
+def test_incomplete_checkpoints_are_faults(modify_target: Rewrite) -> None:
+    target = modify_target()
     (target / "tokenizer.json").unlink()
     assert "no tokenizer.json" in faults(target)["tokenizer"].found
     (target / "tokenizer.json").write_text("{")
@@ -202,14 +202,14 @@ def test_impossible_drafts(tiny_path: Path) -> None:
 
 
 def test_a_board_that_is_too_slow_is_a_warning(tmp_path: Path) -> None:
-    """A 7B shape: no weights are needed to say so."""
+    """A 7B shape; no weights are needed."""
     target = save_target(tmp_path / "t")
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
     shape |= {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "tie_word_embeddings": False}
     config = json.loads((target / "config.json").read_text()) | shape | {"max_position_embeddings": 4096}
     (target / "config.json").write_text(json.dumps(config))
     profiles = tuple(shipped_profiles())
-    found = by_subject(target, weights="int4", profiles=profiles)
+    found = findings_by_subject(target, weights="int4", profiles=profiles)
     size = found["size on disk"].figures
     # Three blocks, head and embedding, at 5/8 of a byte each.
     assert size["weight_bytes"] == pytest.approx(0.625 * (3 * 202.4e6 + 2 * 131.1e6), rel=0.01)

@@ -1,4 +1,4 @@
-"""Recording acceptance: what is recorded replays the real loop, round by round."""
+"""Recorded acceptance: a trace replays the real decoding loop round by round."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.acceptance.measure import read_calibration_text
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.simulation.recorded_texts import Text, read_texts
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world
 from edge_runtime.verifier.client import VerifierClient
 from export.cli.main import main
-from export.evaluate.record import Recording, follow, record
+from export.evaluate.record import RecordingConfig, record_acceptance, record_text
 from tests.conftest import serving
 
 TOKENS = 40
@@ -35,8 +36,8 @@ PLANS = [
 ]
 
 
-class Listening(FixedPlanner):
-    """Keeps what it is told."""
+class ObservingPlanner(FixedPlanner):
+    """Records the outcomes that it observes."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -60,22 +61,22 @@ async def test_recorded_texts_replay_the_real_loop(
     sampling = Sampling(temperature=temperature, seed=5, ignore_eos=True)
     prompt = draft.tokenizer.encode(PROMPT).ids
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
-    new = decode_alone(model, prompt, sampling, TOKENS, end_ids)
-    text = follow(draft, "target-v1", prompt, new, sampling)
+    new = generate_reference(model, prompt, sampling, TOKENS, end_ids)
+    text = record_text(draft, "target-v1", prompt, new, sampling)
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
         for plan in PLANS:
-            planner = Listening(plan)
+            planner = ObservingPlanner(plan)
             generation = Generation(draft, client, prompt, sampling, max_new_tokens=TOKENS, planner=planner)
             async for _ in generation:
                 pass
             simulated = simulate([text], FixedPlanner(plan), make_world("lan", "server", "7b"), log=True)
-            assert [_told(outcome) for outcome in planner.outcomes] == [_told(o) for o in simulated.log], plan
+            assert [_comparable(outcome) for outcome in planner.outcomes] == [_comparable(o) for o in simulated.log], plan
             for real, modelled in zip(planner.outcomes, simulated.log, strict=True):
                 # int8 kernels round differently when several tokens go through together.
                 assert real.confidences == pytest.approx(modelled.confidences, abs=0.02)
 
 
-def _told(outcome: Outcome) -> tuple[object, ...]:
+def _comparable(outcome: Outcome) -> tuple[object, ...]:
     conditions = outcome.conditions
     return (
         (conditions.left, conditions.position, conditions.unread, conditions.ready),
@@ -83,26 +84,34 @@ def _told(outcome: Outcome) -> tuple[object, ...]:
     )
 
 
-def test_a_recording_says_the_same_again(family: Path, tmp_path: Path) -> None:
+def test_a_recording_is_reproducible(family: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text((Path(__file__).parent / "test_acceptance.py").read_text())
-    order = Recording(
+    prompts.write_text(read_calibration_text())
+    config = RecordingConfig(
         family / "bundle", (family / "target-v1",), (0.7,), prompts=2, tokens=12, longest=40, text=prompts
     )
-    texts = record(order, tmp_path / "a.npz")
+    texts = record_acceptance(config, tmp_path / "a.npz")
     assert [len(text) for text in texts] == [12, 12] and texts[0].seed == 0 and texts[1].seed == 1
     assert all(24 <= text.prompt <= 40 for text in texts)
-    assert record(order, tmp_path / "b.npz") == texts
+    assert record_acceptance(config, tmp_path / "b.npz") == texts
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    read: list[Text] = read_texts(tmp_path / "a.npz", target="target-v1", temperature=0.7)
+    read: list[RecordedText] = read_texts(tmp_path / "a.npz", target="target-v1", temperature=0.7)
     assert [text.ranks for text in read] == [text.ranks for text in texts]
 
 
 def test_the_command_records(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "trace.npz"
-    text = str(Path(__file__))
-    arguments = ["record", str(family / "bundle"), "--target", str(family / "target-v1"), "--output", str(output)]
-    assert main([*arguments, "--text", text, "--prompts", "1", "--tokens", "8", "--temperature", "0"]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text(read_calibration_text())
+    arguments = [
+        "record_acceptance",
+        str(family / "bundle"),
+        "--target",
+        str(family / "target-v1"),
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, "--text", str(text), "--prompts", "1", "--tokens", "8", "--temperature", "0"]) == 0
     assert "target-v1 T=0" in capsys.readouterr().out
     assert len(read_texts(output)) == 1
     assert main([*arguments, "--text", str(tmp_path / "absent")]) == InputError.exit_code

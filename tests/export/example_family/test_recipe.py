@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from cloud_verifier.draft_models.checkpoint import read_description
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError
-from export.cli.family import STAGES, main, with_steps
+from export.cli import main
+from export.cli.family import STAGES, override_steps
 from export.draft.base_target import load_target
 from export.example_family.evolution import break_contract, load_evolved
 from export.example_family.sizes import SIZES
@@ -20,8 +21,18 @@ from export.example_family.sizes import SIZES
 
 @pytest.mark.slow
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--size", "smoke", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path), "--device", "cpu"]
-    assert main(arguments) == 0
+    arguments = [
+        "family",
+        "--size",
+        "smoke",
+        "--corpus",
+        str(tmp_path / "corpus"),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert main.main(arguments) == 0
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["target"]["losses"][-1] < record["target"]["losses"][0]
     assert set(record["distill"]["agreement"]) == {"target-v1", "target-v2", "target-v3", "target-v4"}
@@ -44,7 +55,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "evaluation" / "evaluation.png").stat().st_size > 1000
 
     capsys.readouterr()
-    assert main(arguments) == 0
+    assert main.main(arguments) == 0
     assert capsys.readouterr().out.count("nothing to do") == len(STAGES)
 
 
@@ -54,18 +65,28 @@ def check_gate(family: Path) -> None:
     break_contract(family / "target-v1", family / "target-v5", "../target-v1")
     for version in ("target-v1", "target-v2", "target-v3", "target-v4", "target-v5"):
         target = Target(family / version, device="cpu", dtype=torch.float32)
-        assert (target.identity_like(identity) == identity) == (version != "target-v5")
+        assert (target.expected_identity(identity) == identity) == (version != "target-v5")
 
 
 def test_steps_can_be_set_by_stage() -> None:
-    size = with_steps(SIZES["full"], ["target=7", "distill=9"])
+    size = override_steps(SIZES["full"], ["target=7", "distill=9"])
     assert (size.target.steps, size.evolve.steps, size.distill.steps) == (7, 600, 9)
     for wrong in ("target", "target=x", "corpus=3", "evolve=0"):
         with pytest.raises(InputError, match="--steps"):
-            with_steps(size, [wrong])
+            override_steps(size, [wrong])
 
 
 def test_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--size", "smoke", "--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--stage", "target"]
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.startswith("error: no token stream at")
+    arguments = [
+        "family",
+        "--size",
+        "smoke",
+        "--corpus",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--stage",
+        "target",
+    ]
+    assert main.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("draft-export: no token stream at")
