@@ -1,4 +1,4 @@
-"""From token ids to text as it comes, whole characters only."""
+"""Streaming detokenizer: turns token ids into text as they arrive, in whole characters."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-REPLACEMENT = "\ufffd"
-# Tokens that say how a text behind them begins: no character spans more.
-CONTEXT = 8
+REPLACEMENT_CHARACTER = "\ufffd"
+# Tokens of context that determine how the following tokens decode. Chosen: no character spans more tokens.
+CONTEXT_TOKENS = 8
 
 
-class Detokeniser:
-    """Decodes one text, token by token, without special tokens."""
+class Detokenizer:
+    """Decodes one text token by token, without special tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._last: deque[int] = deque(maxlen=CONTEXT)
+        self._context: deque[int] = deque(maxlen=CONTEXT_TOKENS)
 
     def step(self, token: int) -> str:
-        """What `token` completes; characters that span tokens come with their last."""
-        self._last.append(token)
+        """Append `token` and return the text that it completes; a character that spans tokens comes with its last."""
+        self._context.append(token)
         try:
             return self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # the library's own, where bytes that were a character turn out to be none
+        except Exception:  # raised by tokenizers when pending bytes turn out not to be a character
             self._stream = DecodeStream(skip_special_tokens=True)
-            return REPLACEMENT + (self._stream.step(self._tokenizer, token) or "")
+            return REPLACEMENT_CHARACTER + (self._stream.step(self._tokenizer, token) or "")
 
-    def behind(self, tail: list[int]) -> list[str]:
-        """What each token of `tail` would add now."""
-        return texts_behind(self._tokenizer, self._last, tail)
+    def preview(self, tail: list[int]) -> list[str]:
+        """Return the text that each token of `tail` would add now, without appending it."""
+        return decode_after(self._tokenizer, self._context, tail)
 
 
-def texts_behind(tokenizer: Tokenizer, before: Iterable[int], tail: list[int]) -> list[str]:
-    """What each token of `tail` adds behind a text that ends with `before`, of which CONTEXT tokens are enough."""
-    text = Detokeniser(tokenizer)
-    for token in before:
-        text.step(token)
-    return [text.step(token) for token in tail]
+def decode_after(tokenizer: Tokenizer, context: Iterable[int], tail: list[int]) -> list[str]:
+    """Return the text that each token of `tail` adds to a text that ends with `context`.
+
+    Args:
+        context: the last CONTEXT_TOKENS tokens of the text are enough.
+    """
+    detokenizer = Detokenizer(tokenizer)
+    for token in context:
+        detokenizer.step(token)
+    return [detokenizer.step(token) for token in tail]

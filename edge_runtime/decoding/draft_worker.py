@@ -1,4 +1,8 @@
-"""The draft at work for one text: in a thread of its own, on time and ahead of time."""
+"""The draft model at work for one generation: a thread that drafts on demand, ahead of time, and in shadow.
+
+`DraftWorker` is the interface that the decoding loop uses. `ThreadedDraftWorker` runs a `DraftContext` off the event
+loop; `NullDraftWorker` drafts nothing and leaves every token to the target.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from edge_runtime.draft.model import NOTHING, DraftContext, OnnxDraft, Proposal
-from edge_runtime.ngram_cache.lookup import Memory
-from edge_runtime.planning.plan import UNNAMED, Plan, Watched
+from edge_runtime.decoding.round_rules import limit_ahead
+from edge_runtime.draft.model import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
+from edge_runtime.ngram_cache.lookup import NgramCache
+from edge_runtime.planning.plan import UNRANKED, Plan, ShadowGuess
 from edge_runtime.protocol.errors import DraftError
 from edge_runtime.protocol.sampling import Sampling
 
@@ -22,167 +27,248 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Ahead(msgspec.Struct, frozen=True):
-    """What was drafted while a round was in flight.
+class AheadDraft(msgspec.Struct, frozen=True):
+    """Tokens drafted while a round was in flight.
 
     Attributes:
-        guess: the target's own token, as the draft guesses it.
-        proposal: tokens behind it.
+        bonus_token: the draft's guess of the bonus token.
+        proposal: draft tokens that follow it, at least one.
     """
 
-    guess: int
+    bonus_token: int
     proposal: Proposal
 
 
-class Watch(msgspec.Struct):
-    """What the draft does beside a stream, a token at a time.
+class DraftWorker(Protocol):
+    """Drafts for one generation. All methods are called on the event loop's thread."""
+
+    @property
+    def ahead_cancelled(self) -> bool:
+        """Whether `cancel_ahead` was called since the last draft was requested."""
+
+    def tokens_to_prefill(self, ids: list[int]) -> int:
+        """Return how many of `ids` the draft model still has to prefill. Only while the worker is idle."""
+
+    def tokens_drafted_ahead(self, ids: list[int]) -> int:
+        """Return how many tokens after `ids` are drafted already. Only while the worker is idle."""
+
+    async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
+        """Draft up to `count` tokens after `ids`; none if the draft's context is full. Raises DraftError."""
+
+    async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
+        """Continue drafting after `ids` and `proposal`, until `cancel_ahead`. Raises DraftError.
+
+        Args:
+            left: tokens that may still be generated after the proposal.
+
+        Returns:
+            None if no token was drafted after the guess of the bonus token.
+        """
+
+    def cancel_ahead(self) -> None:
+        """End `draft_ahead` at the draft's next step."""
+
+    def start_shadow(self, ids: list[int], plan: Plan) -> None:
+        """Prefill `ids` while the target generates; predict its tokens as well if the plan says `watch`."""
+
+    def shadow(self, ids: list[int], tokens: list[int]) -> None:
+        """Predict `tokens`, which the target generated after `ids`, if `start_shadow` asked for it.
+
+        Call this before `append_verified` with the same tokens, so that the n-gram cache does not know them yet.
+        """
+
+    def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
+        """End shadow drafting at the draft's next step.
+
+        Returns:
+            The predictions of consecutive tokens so far, and the seconds that the draft worked on them.
+        """
+
+    async def wait_until_idle(self) -> None:
+        """Wait for the step that `stop_shadow` may have left running."""
+
+    def precompute_noise(self, start: int, count: int) -> None:
+        """Compute the noise of `count` positions from `start` on in the background."""
+
+    def append_verified(self, ids: list[int], version: str = "") -> None:
+        """Append `ids` to the n-gram cache in the background: the prompt, or tokens verified by target `version`."""
+
+    def close(self) -> None:
+        """End the thread at its next step, once the n-gram cache has the text."""
+
+
+class NullDraftWorker:
+    """A draft worker without a draft model."""
+
+    ahead_cancelled = False
+
+    def tokens_to_prefill(self, ids: list[int]) -> int:
+        return len(ids)
+
+    def tokens_drafted_ahead(self, ids: list[int]) -> int:
+        return 0
+
+    async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
+        return EMPTY_PROPOSAL
+
+    async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
+        return None
+
+    def cancel_ahead(self) -> None:
+        pass
+
+    def start_shadow(self, ids: list[int], plan: Plan) -> None:
+        pass
+
+    def shadow(self, ids: list[int], tokens: list[int]) -> None:
+        pass
+
+    def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
+        return [], 0.0
+
+    async def wait_until_idle(self) -> None:
+        pass
+
+    def precompute_noise(self, start: int, count: int) -> None:
+        pass
+
+    def append_verified(self, ids: list[int], version: str = "") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ShadowRun(msgspec.Struct):
+    """Shadow drafting during one round.
 
     Attributes:
-        plan: of the stream.
-        guesses: what came of them so far, of consecutive tokens.
-        seconds: that the draft worked.
-        over: it ends at the next step.
-        working: the last of its jobs.
+        plan: the round's plan.
+        guesses: predictions of consecutive tokens so far.
+        seconds: time that the draft worked.
+        stopped: no further step is started.
+        job: the last job submitted to the thread.
     """
 
     plan: Plan
-    guesses: list[Watched] = []
+    guesses: list[ShadowGuess] = []
     seconds: float = 0.0
-    over: bool = False
-    working: Future[None] | None = None
+    stopped: bool = False
+    job: Future[None] | None = None
 
 
-class Drafter:
-    """Runs a `DraftContext` off the event loop, one job at a time.
+class ThreadedDraftWorker:
+    """Runs a `DraftContext` in a thread of its own, one job at a time; see `DraftWorker`."""
 
-    Attributes:
-        halted: the job that runs ahead ends at its next step.
-    """
-
-    def __init__(self, draft: OnnxDraft, sampling: Sampling, memory: Memory | None = None) -> None:
-        self.halted = False
-        self._context: DraftContext = draft.context(memory)
+    def __init__(self, draft: OnnxDraft, sampling: Sampling, ngram_cache: NgramCache | None = None) -> None:
+        self._context: DraftContext = draft.new_context(ngram_cache)
         self._sampling = sampling
         self._thread = ThreadPoolExecutor(1, "draft")
-        self._watch: Watch | None = None
+        self._ahead_cancelled = False
+        self._shadow: ShadowRun | None = None
 
-    def unread(self, ids: list[int]) -> int:
-        """How many of `ids` the draft has still to read. Not while it works."""
-        return self._context.unread(ids)
+    @property
+    def ahead_cancelled(self) -> bool:
+        return self._ahead_cancelled
 
-    def ready(self, ids: list[int]) -> int:
-        """How many tokens behind `ids` are drafted already. Not while it works."""
-        return self._context.ready(ids)
+    def tokens_to_prefill(self, ids: list[int]) -> int:
+        return self._context.tokens_to_prefill(ids)
+
+    def tokens_drafted_ahead(self, ids: list[int]) -> int:
+        return self._context.tokens_drafted_ahead(ids)
 
     async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
-        """Up to `count` tokens behind `ids`; none where the draft's context is full. Raises DraftError."""
-        self.halted = False
+        self._ahead_cancelled = False
         if count < 1 or len(ids) >= self._context.limit:
-            return NOTHING
+            return EMPTY_PROPOSAL
         return await self._run(lambda: self._propose(ids, plan, count))
 
-    async def run_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> Ahead | None:
-        """Drafts on behind `ids` and `proposal`, until `halted`.
-
-        Args:
-            left: tokens that the text can take behind the proposal.
-
-        Returns:
-            None where there is not even a token behind the guess of the target's own.
-        """
-        self.halted = False
+    async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
+        self._ahead_cancelled = False
         text = ids + proposal.tokens
         if len(text) >= self._context.limit:
             return None
 
-        def draft() -> Ahead | None:
-            further = self._propose(text, plan, min(1 + plan.ahead, left), proposal.survival)
+        def draft() -> AheadDraft | None:
+            further = self._propose(text, plan, limit_ahead(plan, left), proposal.survival)
             if len(further.tokens) < 2:
                 return None
-            guess = further.tokens[0]
-            # These are known by now: naming them costs no step of the draft.
-            return Ahead(guess, self._propose([*text, guess], plan, len(further.tokens) - 1))
+            bonus_token = further.tokens[0]
+            # These tokens are drafted already: proposing them again takes no step of the draft.
+            return AheadDraft(bonus_token, self._propose([*text, bonus_token], plan, len(further.tokens) - 1))
 
         return await self._run(draft)
 
-    def watch(self, ids: list[int], plan: Plan) -> None:
-        """The cloud is about to go on behind `ids`: reads them meanwhile, and guesses along if that is planned."""
-        watch = self._watch = Watch(plan)
-        text = list(ids)
-        watch.working = self._thread.submit(self._read, watch, text)
+    def cancel_ahead(self) -> None:
+        self._ahead_cancelled = True
 
-    def see(self, ids: list[int], tokens: list[int]) -> None:
-        """Where the draft is to guess along: `tokens` came behind `ids`. Before it may `learn` them."""
-        watch = self._watch
-        if watch and watch.plan.watch and not watch.over:
-            watch.working = self._thread.submit(self._guess_along, watch, list(ids), tokens)
+    def start_shadow(self, ids: list[int], plan: Plan) -> None:
+        shadow = self._shadow = ShadowRun(plan)
+        shadow.job = self._thread.submit(self._prefill, shadow, list(ids))
 
-    def look_away(self) -> tuple[list[Watched], float]:
-        """Ends what `watch` began, at the draft's next step. Returns what came of it, and how long the draft worked."""
-        watch = self._watch
-        if watch is None:
+    def shadow(self, ids: list[int], tokens: list[int]) -> None:
+        shadow = self._shadow
+        if shadow and shadow.plan.watch and not shadow.stopped:
+            shadow.job = self._thread.submit(self._predict, shadow, list(ids), tokens)
+
+    def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
+        shadow = self._shadow
+        if shadow is None:
             return [], 0.0
-        watch.over = True
-        return list(watch.guesses), watch.seconds
+        shadow.stopped = True
+        return list(shadow.guesses), shadow.seconds
 
-    async def rest(self) -> None:
-        """Until a step is over that `look_away` has left under way."""
-        watch, self._watch = self._watch, None
-        if watch and watch.working:
-            await asyncio.wrap_future(watch.working)
+    async def wait_until_idle(self) -> None:
+        shadow, self._shadow = self._shadow, None
+        if shadow and shadow.job:
+            await asyncio.wrap_future(shadow.job)
 
-    def prepare(self, start: int, count: int) -> None:
-        """Uses the time in which a round is in flight for what the next guesses need."""
+    def precompute_noise(self, start: int, count: int) -> None:
         if self._sampling.temperature > 0.0:
-            self._thread.submit(self._context.prepare, start, count, self._sampling)
+            self._thread.submit(self._context.precompute_noise, start, count, self._sampling)
 
-    def learn(self, ids: list[int], version: str = "") -> None:
-        """The text goes on with `ids`: the prompt, or what `version` has verified. The memory learns them in time."""
-        if self._context.recall:
-            self._thread.submit(self._context.recall.learn, ids, version)
+    def append_verified(self, ids: list[int], version: str = "") -> None:
+        if self._context.ngram_lookup:
+            self._thread.submit(self._context.ngram_lookup.append, ids, version)
 
     def close(self) -> None:
-        """Ends the thread, at its next step and once the memory has the text."""
-        self.halted = True
-        self.look_away()
-        if self._context.recall:
-            self._thread.submit(self._context.recall.end)
+        self.cancel_ahead()
+        self.stop_shadow()
+        if self._context.ngram_lookup:
+            self._thread.submit(self._context.ngram_lookup.finish)
         self._thread.shutdown(wait=False)
 
     async def _run(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, job)
 
-    def _read(self, watch: Watch, ids: list[int]) -> None:
-        """Reads `ids`, in the draft's thread; nobody is to hear of it where that fails, but who drafts next."""
+    def _prefill(self, shadow: ShadowRun, ids: list[int]) -> None:
+        """Prefill `ids` on the draft thread. A failure only ends the shadow run; the next `propose` raises it again."""
         started = time.perf_counter()
         try:
             if len(ids) <= self._context.limit:
-                self._context.follow(ids, lambda: watch.over)
+                self._context.sync_to(ids, lambda: shadow.stopped)
         except DraftError as error:
-            log.debug("not watching: %s", error)
-            watch.over = True
-        watch.seconds += time.perf_counter() - started
+            log.debug("shadow drafting ends: %s", error)
+            shadow.stopped = True
+        shadow.seconds += time.perf_counter() - started
 
-    def _guess_along(self, watch: Watch, ids: list[int], tokens: list[int]) -> None:
-        """Guesses each of `tokens` behind `ids` and those before it, likewise."""
+    def _predict(self, shadow: ShadowRun, ids: list[int], tokens: list[int]) -> None:
+        """Predict each of `tokens` from those before it, on the draft thread; failures as in `_prefill`."""
         for index, token in enumerate(tokens):
             text = ids + tokens[:index]
-            if watch.over or len(text) > self._context.limit:
+            if shadow.stopped or len(text) > self._context.limit:
                 return
             started = time.perf_counter()
             try:
-                guess = self._context.propose(text, 1, self._sampling, siblings=watch.plan.siblings)
+                guess = self._context.propose(text, 1, self._sampling, siblings=shadow.plan.siblings)
             except DraftError as error:
-                log.debug("not watching: %s", error)
-                watch.over = True
+                log.debug("shadow drafting ends: %s", error)
+                shadow.stopped = True
                 return
-            named = guess.tokens + guess.siblings.get(0, [])
-            rank = named.index(token) if token in named else UNNAMED
-            watch.seconds += time.perf_counter() - started
-            watch.guesses.append((guess.confidences[0], rank))
-
-    def _is_halted(self) -> bool:
-        return self.halted
+            candidates = guess.tokens + guess.siblings.get(0, [])
+            rank = candidates.index(token) if token in candidates else UNRANKED
+            shadow.seconds += time.perf_counter() - started
+            shadow.guesses.append((guess.confidences[0], rank))
 
     def _propose(self, ids: list[int], plan: Plan, count: int, survival: float = 1.0) -> Proposal:
         return self._context.propose(
@@ -195,5 +281,5 @@ class Drafter:
             min_survival=plan.min_survival,
             calibration=plan.calibration,
             survival=survival,
-            stopped=self._is_halted,
+            should_stop=lambda: self._ahead_cancelled,
         )

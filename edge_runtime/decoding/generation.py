@@ -1,13 +1,14 @@
-"""The speculative loop: plan, draft, verify, commit, until the text is done.
+"""The speculative decoding loop of one answer: plan, draft, verify, commit, until the text ends.
 
-    while the text is not done:
-        plan (K, n)
-        draft K tokens, with the same noise that the target will be sampled with
-        the verifier accepts those that are its own choice, and says n tokens more;
-            meanwhile the draft may run ahead, and the next round may be on its way before this one is answered
+    while the text continues:
+        plan K and n
+        draft K tokens, with the noise that the target will be sampled with
+        the verifier accepts those that equal the target's own choice, and generates n tokens after them
+            meanwhile the draft may work ahead, and the next round may be sent before this one is answered
 
-The text is a function of target version, prompt and sampling alone; the draft, the plans and the link decide only how
-soon it comes. Nothing here changes a token.
+The text is a function of target version, prompt and sampling parameters alone. The draft, the plans and the link decide
+only how fast it arrives; nothing here may change a token. The limits of a round are in `round_rules`, which the
+simulator shares.
 """
 
 from __future__ import annotations
@@ -20,39 +21,50 @@ from contextlib import aclosing
 
 import msgspec
 
-from edge_runtime.decoding.draft_worker import Drafter
-from edge_runtime.decoding.offline import Alone, heard, link_watch
-from edge_runtime.decoding.statistics import Statistics
-from edge_runtime.draft.model import NOTHING, OnnxDraft, Proposal
-from edge_runtime.ngram_cache.lookup import Memory
+from edge_runtime.decoding.draft_worker import DraftWorker, NullDraftWorker, ThreadedDraftWorker
+from edge_runtime.decoding.offline import OfflineDraft, make_loss_detector, poll_link_loss
+from edge_runtime.decoding.round_rules import (
+    InFlightWork,
+    PendingRound,
+    limit_continuation,
+    limit_draft,
+    limit_early_draft,
+    work_in_flight,
+)
+from edge_runtime.decoding.statistics import GenerationStatistics
+from edge_runtime.draft.model import OnnxDraft, Proposal
+from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import (
-    FIXED,
+    FIXED_PLAN,
     Conditions,
     FixedPlanner,
     OnLinkLoss,
     Outcome,
     Plan,
     Planner,
+    ShadowGuess,
     Surroundings,
-    Watched,
 )
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.protocol.sampling import Sampling, check_prompt
+from edge_runtime.protocol.sampling import Sampling, validate_prompt
 from edge_runtime.verifier.client import VerifierClient
-from edge_runtime.verifier.session import EarlyRound, Said, VerifierSession
+from edge_runtime.verifier.session import EarlyRound, RoundUpdate, VerifierSession
 
 log = logging.getLogger(__name__)
 
+# Bound of the prompt's ids if there is no draft whose vocabulary limits them: ids are 31-bit on the wire.
+ID_LIMIT = 1 << 31
 
-class Piece(msgspec.Struct, frozen=True):
-    """Verified tokens, in the order of the text.
+
+class VerifiedTokens(msgspec.Struct, frozen=True):
+    """Newly verified tokens, in the order of the text.
 
     Attributes:
-        accepted: tokens that the board had drafted.
-        own: tokens of the target's own behind them.
-        unverified: all that now stands behind the verified text, for want of a verifier: the draft's alone, and to be
-            taken back where the next piece says otherwise. Nothing, normally.
+        accepted: draft tokens that the target accepted.
+        own: the target's own tokens after them.
+        unverified: everything that now follows the verified text without having been verified: offline draft tokens,
+            to be taken back if a later piece differs. Empty while a verifier answers.
     """
 
     accepted: list[int]
@@ -60,38 +72,30 @@ class Piece(msgspec.Struct, frozen=True):
     unverified: list[int] = []
 
 
-class Round(msgspec.Struct):
-    """One round, from its plan to its request.
+class ProposedRound(PendingRound):
+    """A round whose tokens have been drafted.
 
     Attributes:
-        plan, conditions: what was decided, and for what.
-        proposal: what was drafted.
-        draft_seconds: what drafting took, apart from what was ready.
-        sent: when the request went out, by `time.perf_counter`.
-        early: the request, where it was sent before the last round was answered.
-        position, expected: where the text must end then, and with which token: what the verifier goes by, too.
+        proposal: the draft.
+        request: the request, if it was sent before the previous round was answered.
+        position, expected_token: the length of the text and its last token for which such a request is valid; the
+            verifier checks the same.
     """
 
-    plan: Plan
-    conditions: Conditions
     proposal: Proposal
-    draft_seconds: float
-    sent: float
-    early: EarlyRound | None = None
+    request: EarlyRound | None = None
     position: int = 0
-    expected: int = -1
+    expected_token: int = -1
 
 
 class Generation:
-    """One answer. Iterate over it for pieces as they are verified; leaving the loop early cancels the rest.
+    """One answer. Iterate over it for tokens as they are verified; leaving the loop early cancels the rest.
 
     Attributes:
         ids: prompt and verified tokens so far.
-        statistics: what it cost so far.
-        unverified: what the draft alone has said behind them, where there is no verifier.
-        finish: `stop` (the target ended the text), `length` (max_new_tokens or the context is full), or empty. With
-            unverified tokens it is the draft that says so.
-        version: the exact target version, once known.
+        statistics: cost so far.
+        finish: `stop` (the target ended the text), `length` (max_new_tokens or the context is exhausted), or empty. If
+            there are unverified tokens, the draft model decided it.
     """
 
     def __init__(
@@ -106,43 +110,46 @@ class Generation:
         model: str = "",
         surroundings: Callable[[], Surroundings] | None = None,
         on_link_loss: OnLinkLoss = "wait",
-        memory: Memory | None = None,
+        ngram_cache: NgramCache | None = None,
     ) -> None:
         """
         Args:
-            draft: None leaves everything to the cloud.
+            draft: None leaves every token to the target.
             prompt: at least one id.
-            planner: None for a fixed plan; not asked where there is no draft.
-            model: which target; empty for the verifier's default.
-            surroundings: what the probes know now; asked before every round, so it must be quick. None for what the
-                connection alone tells.
-            on_link_loss: without a verifier, `wait` for one, to the client's deadline, and go on where the text stood;
-                let the `draft` go on alone, unverified, until there is one again; or `fail` at once.
-            memory: of verified text, which helps the draft guess, and learns this one; None for none.
+            planner: None for a fixed plan; unused without a draft.
+            model: target model; empty for the verifier's default.
+            surroundings: current probe readings; called before every round, so it must be fast. None uses only the
+                round-trip time of the connection.
+            on_link_loss: without a verifier, `wait` for one until the client's deadline and continue the text; let the
+                `draft` continue alone, unverified, until one is back; or `fail` at once.
+            ngram_cache: verified text that improves the drafts, and to which this text is added.
 
         Raises:
-            InputError: an empty prompt, an id outside the draft's vocabulary, or nothing to generate.
+            InputError: the prompt is empty or has an id outside the draft's vocabulary, or max_new_tokens < 1.
         """
         if max_new_tokens < 1:
             raise InputError(f"nothing to generate: max_new_tokens is {max_new_tokens}")
-        vocabulary_size = draft.manifest.architecture.vocabulary_size if draft else 1 << 31
-        check_prompt(prompt, vocabulary_size)
+        validate_prompt(prompt, draft.manifest.architecture.vocabulary_size if draft else ID_LIMIT)
         self.ids = list(prompt)
-        self.statistics = Statistics()
+        self.statistics = GenerationStatistics()
         self.finish = ""
         self._left = max_new_tokens
         self._temperature = sampling.temperature
-        alone = FixedPlanner(Plan(0, own=max_new_tokens, reason="there is no draft"))
-        self._planner = (planner or FixedPlanner(FIXED)) if draft else alone
         self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
-        self._drafter = Drafter(draft, sampling, memory) if draft else None
-        self._alone: Alone | None = None
-        if draft and self._drafter and on_link_loss == "draft":
-            special = [] if sampling.ignore_eos else draft.manifest.vocabulary.special_ids.values()
-            self._alone = Alone(self._drafter, frozenset(special))
-        # Sent before the round in flight was answered.
-        self._next: Round | None = None
+        self._planner: Planner
+        self._worker: DraftWorker
+        if draft:
+            self._planner = planner or FixedPlanner(FIXED_PLAN)
+            self._worker = ThreadedDraftWorker(draft, sampling, ngram_cache)
+        else:
+            self._planner = FixedPlanner(Plan(0, own=max_new_tokens, reason="there is no draft"))
+            self._worker = NullDraftWorker()
+        self._drafts_offline = draft is not None and on_link_loss == "draft"
+        special = draft.manifest.vocabulary.special_ids.values() if draft and not sampling.ignore_eos else ()
+        self._offline = OfflineDraft(self._worker, frozenset(special))
+        # The round that was sent before the one in flight was answered.
+        self._next: ProposedRound | None = None
         self._session = VerifierSession(
             client,
             prompt,
@@ -155,32 +162,32 @@ class Generation:
 
     @property
     def unverified(self) -> list[int]:
-        return self._alone.tail if self._alone else []
+        """Tokens that the draft model generated after `ids` without a verifier."""
+        return self._offline.tail
 
     @property
     def version(self) -> str:
+        """Exact target version; empty before the first reply."""
         return self._session.version
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Pieces of the text, as they are verified. Raises VerifierError and DraftError."""
+    async def __aiter__(self) -> AsyncIterator[VerifiedTokens]:
+        """Yield tokens as they are verified. Raises VerifierError and DraftError."""
         started = time.perf_counter()
         retries = self._client.retries
         self._client.meter.take()
-        if self._drafter:
-            self._drafter.learn(list(self.ids))
+        self._worker.append_verified(list(self.ids))
         try:
             while not self.finish:
-                async for piece in self._play(await self._prepare()):
+                async for piece in self._run_round(await self._prepare_round()):
                     statistics = self.statistics
                     if not statistics.tokens and not piece.unverified:
                         statistics.first_token_seconds = time.perf_counter() - started
                     statistics.tokens += len(piece.accepted) + len(piece.own)
                     yield piece
         finally:
-            if self._drafter:
-                self._drafter.close()
-            if self._next and self._next.early:
-                self._next.early.drop()
+            self._worker.close()
+            if self._next and self._next.request:
+                self._next.request.drop()
             self._session.close()
             self._count_bytes()
             self.statistics.retries = self._client.retries - retries
@@ -188,191 +195,200 @@ class Generation:
             known = self.statistics.seconds - self.statistics.loop_seconds
             self.statistics.loop_seconds = time.perf_counter() - started - known
 
-    async def _prepare(self) -> Round:
-        """The next round, ready to be played: the one that is on its way already if the text came out as it assumed."""
+    async def _prepare_round(self) -> ProposedRound:
+        """Plan and draft the next round, or take the one that was sent early if the text came out as it assumed."""
         early, self._next = self._next, None
-        if early and early.early:
-            if (early.position, early.expected) == (len(self.ids), self.ids[-1]):
+        if early and early.request:
+            if (early.position, early.expected_token) == (len(self.ids), self.ids[-1]):
                 early.sent = time.perf_counter()
                 return early
-            early.early.drop()
-        if self._drafter:
-            await self._drafter.rest()
+            early.request.drop()
+        await self._worker.wait_until_idle()
         conditions = self._conditions(self.ids, self._left)
-        plan = self._alone.plan if self._alone and self._alone.tail else self._decide(conditions)
-        if not self._drafter:
-            return Round(plan, conditions, NOTHING, 0.0, time.perf_counter())
+        plan = self._offline.plan if self._offline.tail else self._plan(conditions)
         started = time.perf_counter()
-        # With K tokens accepted there are K + 1 at least, so a longer draft could only be thrown away.
-        proposal = await self._drafter.propose(self.ids, plan, min(plan.draft, self._left - 1, messages.MOST_DRAFT))
-        proposal = proposal.within(messages.MOST_NODES - 1)
-        sent = time.perf_counter()
-        return Round(plan, conditions, proposal, sent - started, sent)
+        proposal = await self._worker.propose(self.ids, plan, limit_draft(plan, self._left))
+        return _make_round(plan, conditions, proposal, time.perf_counter() - started)
 
-    async def _play(self, round: Round) -> AsyncIterator[Piece]:
-        """Plays one round; yields its pieces."""
+    async def _run_round(self, round: ProposedRound) -> AsyncIterator[VerifiedTokens]:
+        """Have one round verified; yield its tokens and let the planner learn from the outcome."""
         plan, proposal = round.plan, round.proposal
-        drafted, attempts = len(proposal.tokens), self._attempts()
+        attempts = self._count_attempts()
         accepted = own = sibling = 0
         first_seconds = ahead_seconds = 0.0
-        n = max(1, min(plan.own, self._left - drafted, messages.MOST_OWN))
+        n = limit_continuation(plan, self._left, round.drafted)
         ahead: asyncio.Future[float] | None = None
-        if self._drafter and not plan.draft and (plan.ahead or plan.watch):
-            self._drafter.watch(self.ids, plan)
-        elif self._drafter and plan.ahead:
-            ahead = asyncio.ensure_future(self._run_ahead(self._drafter, plan, proposal))
-        if self._drafter and drafted and not ahead:
-            # The next round begins behind at least one token, and guesses as many as this one, if all are accepted.
-            self._drafter.prepare(len(self.ids) + 1, 2 * plan.draft + 1)
+        work = work_in_flight(plan)
+        if work is InFlightWork.SHADOW:
+            self._worker.start_shadow(self.ids, plan)
+        elif work is InFlightWork.AHEAD:
+            ahead = asyncio.ensure_future(self._draft_ahead(plan, proposal))
+        if round.drafted and not ahead:
+            # The next round starts at least one token later; if all tokens are accepted, its draft ends 2K + 1 later.
+            self._worker.precompute_noise(len(self.ids) + 1, 2 * plan.draft + 1)
         try:
-            said: Said | None = None
-            async for news in self._listen(proposal, n, round.early):
+            update: RoundUpdate | None = None
+            async for news in self._verify(round, n):
                 if news is None:
-                    if self._drafter and ahead:
-                        self._drafter.halted = True
+                    if ahead:
+                        self._worker.cancel_ahead()
                         ahead_seconds = await ahead
-                    if self._drafter:
-                        self._drafter.look_away()
-                    if await self._go_on_alone():
-                        yield Piece([], [], list(self.unverified))
+                    self._worker.stop_shadow()
+                    if await self._extend_offline():
+                        yield VerifiedTokens([], [], list(self.unverified))
                     if self.finish:
                         return
                     continue
-                said = news
+                update = news
                 first_seconds = first_seconds or time.perf_counter() - round.sent
-                accepted += len(said.accepted)
-                if said.own and not own:
-                    beside = proposal.siblings.get(accepted, [])
-                    sibling = beside.index(said.own[0]) + 1 if said.own[0] in beside else 0
-                own += len(said.own)
-                piece = self._commit(said)
+                accepted += len(update.accepted)
+                if update.own and not own:
+                    siblings = proposal.siblings.get(accepted, [])
+                    sibling = siblings.index(update.own[0]) + 1 if update.own[0] in siblings else 0
+                own += len(update.own)
+                piece = self._commit(update)
                 if piece.accepted or piece.own:
                     yield piece
         finally:
-            if self._drafter and ahead:
-                self._drafter.halted = True
+            if ahead:
+                self._worker.cancel_ahead()
                 ahead_seconds = await ahead
-        assert said is not None
-        watched: list[Watched] = []
-        if self._drafter and not plan.draft:
-            watched, ahead_seconds = self._drafter.look_away()
-        seconds = time.perf_counter() - round.sent
-        sent, received = self._count_bytes()
-        frame = said.frame
-        outcome = Outcome(
-            plan,
-            round.conditions,
-            accepted,
-            own,
-            proposal.confidences,
-            [len(proposal.siblings.get(index, ())) for index in range(drafted)],
-            sibling,
-            proposal.ready,
-            round.draft_seconds,
-            first_seconds,
-            seconds,
-            frame.queue_100us / 1e4,
-            frame.forward_100us / 1e4,
-            sent,
-            received,
-            repeated=self._attempts() > attempts,
-            early=round.early is not None,
+        assert update is not None
+        watched: list[ShadowGuess] = []
+        if not plan.draft:
+            watched, ahead_seconds = self._worker.stop_shadow()
+        exchange_seconds = time.perf_counter() - round.sent
+        sent_bytes, received_bytes = self._count_bytes()
+        frame = update.frame
+        outcome = round.to_outcome(
+            accepted=accepted,
+            own=own,
+            sibling=sibling,
+            first_seconds=first_seconds,
+            exchange_seconds=exchange_seconds,
+            queue_seconds=frame.queue_100us / 1e4,
+            forward_seconds=frame.forward_100us / 1e4,
             prefill_seconds=frame.prefill_100us / 1e4,
-            ahead_seconds=ahead_seconds,
             further=frame.further,
+            ahead_seconds=ahead_seconds,
             watched=watched,
+            sent_bytes=sent_bytes,
+            received_bytes=received_bytes,
+            repeated=self._count_attempts() > attempts,
         )
-        self.statistics.add_round(outcome)
-        self.statistics.early += round.early is not None
-        self.statistics.close_calls += frame.close_calls
-        self._planner.observe(outcome)
+        self._learn(outcome, frame.close_calls)
         self.finish = self.finish or self._session.finish
 
-    async def _listen(self, proposal: Proposal, n: int, early: EarlyRound | None) -> AsyncGenerator[Said | None, None]:
-        """What the verifier says to a round; and None, again and again, while the draft has to go on alone."""
-        saying = self._session.play(proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=early)
-        async with aclosing(heard(saying, link_watch(self._client)) if self._alone else saying) as news:
-            async for said in news:
-                yield said
+    async def _verify(self, round: ProposedRound, n: int) -> AsyncGenerator[RoundUpdate | None, None]:
+        """Yield the verifier's replies to a round, and None repeatedly while the draft has to continue offline."""
+        proposal = round.proposal
+        replies = self._session.play(
+            proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.request
+        )
+        polled = poll_link_loss(replies, make_loss_detector(self._client)) if self._drafts_offline else replies
+        async with aclosing(polled) as updates:
+            async for update in updates:
+                yield update
 
-    async def _go_on_alone(self) -> bool:
-        """Drafts on without a verifier. Returns whether there is more to show."""
-        assert self._alone is not None
-        more = await self._alone.extend(self.ids, self._left)
-        self.finish = self._alone.finish
+    async def _extend_offline(self) -> bool:
+        """Draft on without a verifier; return whether there are more tokens to show."""
+        grown = await self._offline.extend(self.ids, self._left)
+        self.finish = self._offline.finish
         if self.finish:
             self.statistics.unverified = len(self.unverified)
-        return more
+        return grown
 
-    async def _run_ahead(self, drafter: Drafter, plan: Plan, proposal: Proposal) -> float:
-        """While a round is in flight: drafts on, and sends the next round if that is ready first.
+    async def _draft_ahead(self, plan: Plan, proposal: Proposal) -> float:
+        """While a round is in flight, draft the next one, and send it early if the plan allows two rounds in flight.
 
         Returns the seconds that the draft worked.
         """
         started = time.perf_counter()
-        before = list(self.ids)
+        text = list(self.ids)
         left = self._left - len(proposal.tokens)
-        ahead = await drafter.run_ahead(before, plan, proposal, left)
+        ahead = await self._worker.draft_ahead(text, plan, proposal, left)
         seconds = time.perf_counter() - started
-        if ahead is None or plan.in_flight < 2 or drafter.halted or len(self.ids) > len(before):
+        answered = self._worker.ahead_cancelled or len(self.ids) > len(text)
+        if ahead is None or plan.in_flight < 2 or answered:
             return seconds
-        after = [*proposal.tokens, ahead.guess]
-        conditions = self._conditions(before + after, left - 1)
-        following = self._decide(conditions)
-        drafted = ahead.proposal.first(min(following.draft, left - 2, messages.MOST_DRAFT)).within(
-            messages.MOST_NODES - 1
-        )
-        if not drafted.tokens or following.own > 1:
+        # The next round assumes that the whole draft is accepted and that the bonus token is as guessed.
+        assumed = [*proposal.tokens, ahead.bonus_token]
+        conditions = self._conditions(text + assumed, left - 1)
+        next_plan = self._plan(conditions)
+        count = limit_early_draft(next_plan, left - 1, len(ahead.proposal.tokens))
+        if not count:
             return seconds
-        early = self._session.play_early(after, drafted.tokens, drafted.siblings)
-        if early:
-            position = len(before) + len(after)
-            self._next = Round(following, conditions, drafted, 0.0, time.perf_counter(), early, position, ahead.guess)
+        early = _make_round(next_plan, conditions, ahead.proposal.truncate(count), 0.0)
+        early.request = self._session.play_early(assumed, early.proposal.tokens, early.proposal.siblings)
+        if early.request:
+            early.early = True
+            early.position, early.expected_token = len(text) + len(assumed), ahead.bonus_token
+            self._next = early
         return seconds
 
-    def _decide(self, conditions: Conditions) -> Plan:
+    def _plan(self, conditions: Conditions) -> Plan:
         plan = self._planner.plan(conditions)
         log.debug("position %d: K=%d n=%d, %s", conditions.position, plan.draft, plan.own, plan.reason)
         return plan
 
     def _conditions(self, text: list[int], left: int) -> Conditions:
-        drafter = self._drafter
         return Conditions(
-            left,
-            len(text),
-            drafter.unread(text) if drafter else len(text),
-            drafter.ready(text) if drafter else 0,
-            time.monotonic(),
-            self.version,
-            self._temperature,
-            self._surroundings(),
+            left=left,
+            position=len(text),
+            unread=self._worker.tokens_to_prefill(text),
+            ready=self._worker.tokens_drafted_ahead(text),
+            now=time.monotonic(),
+            version=self.version,
+            temperature=self._temperature,
+            surroundings=self._surroundings(),
         )
 
-    def _commit(self, said: Said) -> Piece:
-        """Adds what fits to the text."""
-        accepted = said.accepted[: self._left]
-        own = said.own[: self._left - len(accepted)]
-        self._left -= len(accepted) + len(own)
-        if self._drafter:
-            self._drafter.see(self.ids, accepted + own)
-            self._drafter.learn(accepted + own, self.version)
-        self.ids += accepted + own
+    def _commit(self, update: RoundUpdate) -> VerifiedTokens:
+        """Append verified tokens to the text, up to max_new_tokens."""
+        accepted = update.accepted[: self._left]
+        own = update.own[: self._left - len(accepted)]
+        verified = accepted + own
+        self._left -= len(verified)
+        self._worker.shadow(self.ids, verified)
+        self._worker.append_verified(verified, self.version)
+        self.ids += verified
         if not self._left:
-            # A text that ends exactly at its limit has ended by itself all the same.
-            whole = len(accepted) + len(own) == len(said.accepted) + len(said.own)
-            self.finish = said.frame.finish if whole and said.frame.finish else "length"
-        if self._alone and self._alone.tail:
-            over = bool(self.finish or said.frame.finish)
-            self._alone.verify(accepted + own, over=over)
-            self.statistics.withdrawn = self._alone.withdrawn
-        return Piece(accepted, own, list(self.unverified))
+            # A text whose last token falls exactly on the limit keeps the target's finish reason.
+            complete = len(verified) == len(update.accepted) + len(update.own)
+            self.finish = update.frame.finish if complete and update.frame.finish else "length"
+        if self._offline.tail:
+            self._offline.verify(verified, ended=bool(self.finish or update.frame.finish))
+            self.statistics.withdrawn = self._offline.withdrawn
+        return VerifiedTokens(accepted, own, list(self.unverified))
 
-    def _attempts(self) -> int:
-        """Grows with every connection and every repetition, of other texts over the same client too."""
+    def _learn(self, outcome: Outcome, close_calls: list[tuple[int, float]]) -> None:
+        self.statistics.add_round(outcome)
+        self.statistics.close_calls += close_calls
+        self._planner.observe(outcome)
+
+    def _count_attempts(self) -> int:
+        """Connections and retries so far, those of other generations that share the client included."""
         return self._client.retries + self._client.meter.opened
 
     def _count_bytes(self) -> tuple[int, int]:
+        """Add the bytes since the last call to the statistics, and return them as (sent, received)."""
         sent, received = self._client.meter.take()
         self.statistics.bytes_sent += sent
         self.statistics.bytes_received += received
         return sent, received
+
+
+def _make_round(plan: Plan, conditions: Conditions, proposal: Proposal, draft_seconds: float) -> ProposedRound:
+    """Build the round that is to be sent now, its siblings reduced to what one verification takes."""
+    # One node of the verified tree is the last known token.
+    proposal = proposal.limit_nodes(messages.MAX_TREE_NODES - 1)
+    return ProposedRound(
+        plan=plan,
+        conditions=conditions,
+        confidences=proposal.confidences,
+        offered=[len(proposal.siblings.get(index, ())) for index in range(len(proposal.tokens))],
+        drafted_ahead=proposal.drafted_ahead,
+        draft_seconds=draft_seconds,
+        sent=time.perf_counter(),
+        proposal=proposal,
+    )

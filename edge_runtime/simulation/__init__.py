@@ -1,1 +1,1 @@
-"""The planner's proving ground: the same planners, modelled links, boards and verifiers, recorded acceptance."""
+"""Simulation of the decoding loop: real planners, modelled links, boards and verifiers, recorded acceptance."""

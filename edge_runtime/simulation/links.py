@@ -22,10 +22,10 @@ import msgspec
 
 from edge_runtime.protocol.errors import InputError
 
-PACKET = 1500
-LEAST_TIMEOUT = 0.2
+PACKET_BYTES = 1500
+MIN_RETRANSMIT_SECONDS = 0.2
 # How far up or down the clock is from the start of the next part of a schedule before it belongs to that part.
-TINY = 1e-9
+CLOCK_TOLERANCE_SECONDS = 1e-9
 
 
 class Transfer(NamedTuple):
@@ -55,7 +55,7 @@ class Link(Protocol):
         """What carries it, as device profiles name it."""
 
 
-class Conduct(msgspec.Struct, frozen=True):
+class LinkParameters(msgspec.Struct, frozen=True):
     """Figures of a steady link.
 
     Attributes:
@@ -78,13 +78,13 @@ class Conduct(msgspec.Struct, frozen=True):
     @property
     def timeout(self) -> float:
         """Seconds until a lost packet is sent again."""
-        return max(LEAST_TIMEOUT, 2 * self.rtt_seconds)
+        return max(MIN_RETRANSMIT_SECONDS, 2 * self.rtt_seconds)
 
 
-class Steady:
+class SteadyLink:
     """A link whose conduct does not change."""
 
-    def __init__(self, conduct: Conduct, seed: int) -> None:
+    def __init__(self, conduct: LinkParameters, seed: int) -> None:
         self.conduct = conduct
         self.radio = conduct.radio
         self._random = Random(seed).random
@@ -102,7 +102,7 @@ class Steady:
     def mean(self, sent: int, received: int) -> float:
         conduct = self.conduct
         carrying = 8 * (sent / conduct.up_rate + received / conduct.down_rate)
-        lost = sum(packets(count) for count in (sent, received)) * conduct.loss * conduct.timeout
+        lost = sum(count_packets(count) for count in (sent, received)) * conduct.loss * conduct.timeout
         # A timeout that doubles at every further loss: loss * timeout * (1 + 2 loss + 4 loss^2 + ...).
         return conduct.rtt_seconds + carrying + lost / (1 - 2 * conduct.loss)
 
@@ -112,7 +112,7 @@ class Steady:
         if not conduct.loss:
             return Transfer(seconds, False)
         lost = False
-        for _ in range(packets(count)):
+        for _ in range(count_packets(count)):
             timeout = conduct.timeout
             while self._random() < conduct.loss:
                 seconds += timeout
@@ -121,17 +121,17 @@ class Steady:
         return Transfer(seconds, lost)
 
 
-class Part(NamedTuple):
+class LinkPhase(NamedTuple):
     """A stretch of a schedule; `link` None is an outage."""
 
     seconds: float
     link: Link | None
 
 
-class Schedule:
+class ScheduledLink:
     """Links one after the other. The last lasts for ever, unless all of them repeat."""
 
-    def __init__(self, parts: list[Part], *, repeat: bool = False) -> None:
+    def __init__(self, parts: list[LinkPhase], *, repeat: bool = False) -> None:
         self._links = [part.link for part in parts]
         self._ends = list(accumulate(part.seconds for part in parts))
         self._repeat = repeat
@@ -152,7 +152,7 @@ class Schedule:
             if math.isinf(until):
                 return until
             now = until
-            index, until = self._find(now + TINY)
+            index, until = self._find(now + CLOCK_TOLERANCE_SECONDS)
         link = self._links[index]
         assert link is not None
         return link.available(now)
@@ -167,7 +167,7 @@ class Schedule:
         return sum(seconds * link.mean(sent, received) for seconds, link in there) / whole
 
     def _at(self, now: float) -> Link:
-        link = self._links[self._find(now + TINY)[0]]
+        link = self._links[self._find(now + CLOCK_TOLERANCE_SECONDS)[0]]
         assert link is not None, "ask for `available` first"
         return link
 
@@ -182,7 +182,7 @@ class Schedule:
         return index, start + self._ends[index]
 
 
-class Recorded:
+class RecordedLink:
     """A recorded cellular link: one packet may pass at each of the recorded times, and the recording repeats.
 
     Attributes:
@@ -201,7 +201,7 @@ class Recorded:
         self.radio = radio
         self._propagation = propagation_seconds
         self._start = start
-        self._up, self._down = Opportunities(up), Opportunities(down)
+        self._up, self._down = DeliveryOpportunities(up), DeliveryOpportunities(down)
 
     def up(self, now: float, count: int) -> Transfer:
         return self._transfer(self._up, now, count)
@@ -213,15 +213,15 @@ class Recorded:
         return now
 
     def mean(self, sent: int, received: int) -> float:
-        waits = self._up.mean_wait * packets(sent) + self._down.mean_wait * packets(received)
+        waits = self._up.mean_wait * count_packets(sent) + self._down.mean_wait * count_packets(received)
         return 2 * self._propagation + waits
 
-    def _transfer(self, opportunities: Opportunities, now: float, count: int) -> Transfer:
+    def _transfer(self, opportunities: DeliveryOpportunities, now: float, count: int) -> Transfer:
         there = now + self._start + self._propagation
-        return Transfer(opportunities.take(there, packets(count)) - there + self._propagation, False)
+        return Transfer(opportunities.take(there, count_packets(count)) - there + self._propagation, False)
 
 
-class Opportunities:
+class DeliveryOpportunities:
     """When packets may pass in one direction.
 
     Attributes:
@@ -264,47 +264,47 @@ def read_opportunities(path: Path) -> list[int]:
 
 
 # Simulations make the same link over and over, each time from its start.
-_read_once = functools.lru_cache(maxsize=8)(read_opportunities)
+_read_cached = functools.lru_cache(maxsize=8)(read_opportunities)
 
 
-def packets(count: int) -> int:
+def count_packets(count: int) -> int:
     """How many packets carry `count` bytes."""
-    return max(1, -(-count // PACKET))
+    return max(1, -(-count // PACKET_BYTES))
 
 
 # DESIGN's presets: round-trip time and jitter in seconds, rates up and down in bits per second.
-CONDUCTS = {
+LINK_PRESETS = {
     conduct.name: conduct
     for conduct in (
-        Conduct("lan", "ethernet", 0.002, 0.0, 1e9, 1e9),
-        Conduct("wifi", "wifi", 0.015, 0.005, 20e6, 40e6),
-        Conduct("5g", "5g", 0.025, 0.008, 30e6, 120e6),
-        Conduct("4g", "lte", 0.055, 0.020, 10e6, 35e6),
-        Conduct("weak-4g", "lte", 0.120, 0.060, 2e6, 5e6, loss=0.01),
+        LinkParameters("lan", "ethernet", 0.002, 0.0, 1e9, 1e9),
+        LinkParameters("wifi", "wifi", 0.015, 0.005, 20e6, 40e6),
+        LinkParameters("5g", "5g", 0.025, 0.008, 30e6, 120e6),
+        LinkParameters("4g", "lte", 0.055, 0.020, 10e6, 35e6),
+        LinkParameters("weak-4g", "lte", 0.120, 0.060, 2e6, 5e6, loss=0.01),
     )
 }
-GOOD_SPELL = Conduct("bursty, good", "lte", 0.040, 0.0, 15e6, 30e6)
-BAD_SPELL = Conduct("bursty, bad", "lte", 0.250, 0.0, 2e6, 5e6)
-GOOD_SECONDS, BAD_SECONDS = 8.0, 2.0
-PRESETS = (*CONDUCTS, "bursty", "offline")
+BURSTY_GOOD = LinkParameters("bursty, good", "lte", 0.040, 0.0, 15e6, 30e6)
+BURSTY_BAD = LinkParameters("bursty, bad", "lte", 0.250, 0.0, 2e6, 5e6)
+BURSTY_GOOD_SECONDS, BURSTY_BAD_SECONDS = 8.0, 2.0
+PRESET_NAMES = (*LINK_PRESETS, "bursty", "offline")
 
 
-def preset(name: str, seed: int) -> Link:
+def make_preset_link(name: str, seed: int) -> Link:
     """The shipped link of that name. Raises InputError."""
-    if name in CONDUCTS:
-        return Steady(CONDUCTS[name], seed)
+    if name in LINK_PRESETS:
+        return SteadyLink(LINK_PRESETS[name], seed)
     if name == "bursty":
-        good, bad = Steady(GOOD_SPELL, seed), Steady(BAD_SPELL, seed + 1)
-        return Schedule([Part(GOOD_SECONDS, good), Part(BAD_SECONDS, bad)], repeat=True)
+        good, bad = SteadyLink(BURSTY_GOOD, seed), SteadyLink(BURSTY_BAD, seed + 1)
+        return ScheduledLink([LinkPhase(BURSTY_GOOD_SECONDS, good), LinkPhase(BURSTY_BAD_SECONDS, bad)], repeat=True)
     if name == "offline":
-        return Schedule([Part(1.0, None)])
-    raise InputError(f"no link preset {name!r}; there are {', '.join(PRESETS)}")
+        return ScheduledLink([LinkPhase(1.0, None)])
+    raise InputError(f"no link preset {name!r}; there are {', '.join(PRESET_NAMES)}")
 
 
 def parse_link(text: str, seed: int) -> Link:
     """A link as people write it. Raises InputError.
 
-    `4g` is a preset. `wifi:20,offline:5,wifi` is a schedule: each link lasts its seconds, the last for ever.
+    `4g` is a make_preset_link. `wifi:20,offline:5,wifi` is a schedule: each link lasts its seconds, the last for ever.
     `mahimahi:UP:DOWN:MS` is a recording: files of the two directions, and the round-trip time in front of them.
     """
     if text.startswith("mahimahi:"):
@@ -317,22 +317,22 @@ def parse_link(text: str, seed: int) -> Link:
             raise InputError(
                 f"--link {text!r}: every link but the last takes its seconds, as in wifi:20,offline:5,wifi"
             )
-        link = None if name == "offline" else preset(name, seed + index)
-        parts.append(Part(1.0 if last else float(seconds), link))
+        link = None if name == "offline" else make_preset_link(name, seed + index)
+        parts.append(LinkPhase(1.0 if last else float(seconds), link))
     if parts[-1].link is None:
         raise InputError(
             f"--link {text!r} ends offline, where no text is ever done: let it come back, as in offline:5,4g"
         )
-    return Schedule(parts) if len(parts) > 1 else parts[-1].link
+    return ScheduledLink(parts) if len(parts) > 1 else parts[-1].link
 
 
 def _parse_recording(text: str, seed: int) -> Link:
     fields = text.split(":")
     if len(fields) != 4 or not _is_positive(fields[3]):
         raise InputError(f"--link {text!r} is not mahimahi:UP:DOWN:MS, two trace files and a round-trip time in ms")
-    up, down = _read_once(Path(fields[1])), _read_once(Path(fields[2]))
+    up, down = _read_cached(Path(fields[1])), _read_cached(Path(fields[2]))
     start = Random(seed).uniform(0, up[-1] / 1e3)
-    return Recorded(up, down, propagation_seconds=float(fields[3]) / 2e3, start=start)
+    return RecordedLink(up, down, propagation_seconds=float(fields[3]) / 2e3, start=start)
 
 
 def _is_positive(text: str) -> bool:

@@ -4,7 +4,7 @@ Dynamic programming backwards over the text's positions, for a link and a verifi
 The clairvoyant drafts only what will be accepted, names a sibling only where it is the target's token, reads prompts
 for nothing, and may draft ahead and have two rounds in flight as far as physics allows. Where rounds follow each other
 in flight, two limits hold and either alone gives a bound: the board makes every guess one step after the other
-(`BOARD`), and no more than two rounds are on their way at once (`FLIGHT`). The larger of both is taken.
+(`BOARD_LIMIT`), and no more than two rounds are on their way at once (`FLIGHT_LIMIT`). The larger of both is taken.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edge_runtime.planning.objective import Objective
-from edge_runtime.simulation.recorded_texts import NONE, Text, runs
-from edge_runtime.simulation.verifiers import LONGEST_DRAFT
+from edge_runtime.protocol.messages import MAX_DRAFT_TOKENS
+from edge_runtime.simulation.recorded_texts import UNRANKED, RecordedText, accepted_runs
 from edge_runtime.simulation.world import ID_BYTES, ROUND_BYTES, World
 
-BOARD, FLIGHT = "board", "flight"
+BOARD_LIMIT, FLIGHT_LIMIT = "board", "flight"
 
 
-def clairvoyant(texts: list[Text], world: World, objective: Objective) -> float:
+def compute_lower_bound(texts: list[RecordedText], world: World, objective: Objective) -> float:
     """Least cost per token, of any plans whatsoever."""
-    least = sum(max(_least(text, world, objective, limit) for limit in (BOARD, FLIGHT)) for text in texts)
+    least = sum(
+        max(_lower_bound_of_text(text, world, objective, limit) for limit in (BOARD_LIMIT, FLIGHT_LIMIT))
+        for text in texts
+    )
     return least / sum(map(len, texts))
 
 
-class Prices(NamedTuple):
+class UnitCosts(NamedTuple):
     """Cost of one second, or of one byte, of each kind.
 
     Attributes:
@@ -43,7 +46,7 @@ class Prices(NamedTuple):
     byte: float
 
     @classmethod
-    def of(cls, world: World, objective: Objective) -> Prices:
+    def of(cls, world: World, objective: Objective) -> UnitCosts:
         device, joule = world.device, objective.joule
         return cls(
             objective.latency + joule * device.idle_watts,
@@ -54,7 +57,7 @@ class Prices(NamedTuple):
         )
 
 
-def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
+def _lower_bound_of_text(text: RecordedText, world: World, objective: Objective, limit: str) -> float:
     """Least cost of the whole text under one of the limits.
 
     Cost to go from each position in four states:
@@ -63,21 +66,21 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
         chained   the last round is still in flight, and its text is guessed
         streamed  the verifier may say more tokens in the round that brought us here
     """
-    prices = Prices.of(world, objective)
+    prices = UnitCosts.of(world, objective)
     device, verifier = world.device, world.verifier
     step = device.step_at(text.prompt)
     exchange = device.overhead_seconds + world.link.mean(ROUND_BYTES, ROUND_BYTES) + verifier.cost.queue_seconds
     fixed_bytes = 2 * ROUND_BYTES * prices.byte
     # A round within a chain takes at least this long by the limit on rounds in flight, or by its forward alone.
-    between = max((exchange + verifier.forward[1]) / 2, verifier.forward[1])
-    run, length = runs(text.ranks), len(text)
+    between = max((exchange + verifier.forward_seconds[1]) / 2, verifier.forward_seconds[1])
+    run, length = accepted_runs(text.ranks), len(text)
     far = float("inf")
     alone, hidden, chained, streamed = ([0.0] * (length + 1) for _ in range(4))
     for position in range(length - 1, -1, -1):
         left = length - position
         best = {"alone": far, "hidden": far, "chained": far}
-        for drafted, siblings, said in _rounds(text.ranks, run, position, left):
-            forward = verifier.forward[1 + drafted + siblings]
+        for drafted, siblings, said in _useful_rounds(text.ranks, run, position, left):
+            forward = verifier.forward_seconds[1 + drafted + siblings]
             after = position + said
             paid = prices.forward * forward + fixed_bytes + prices.byte * ID_BYTES * (drafted + siblings)
             drafting = drafted * step
@@ -91,35 +94,35 @@ def _least(text: Text, world: World, objective: Objective, limit: str) -> float:
                 ended = whole
                 if state == "alone":
                     start = prices.second * drafting
-                elif state == "chained" and limit == BOARD:
+                elif state == "chained" and limit == BOARD_LIMIT:
                     start = prices.second * (drafting + step)
                 else:
                     start = 0.0
-                if state == "chained" and limit == FLIGHT:
+                if state == "chained" and limit == FLIGHT_LIMIT:
                     ended = prices.second * between
                 go_on = ended + min(alone[after], streamed[after] if state != "chained" else far)
                 if guessed and state == "hidden":
                     go_on = min(go_on, ended + hidden[after])
                 if guessed and drafted:
-                    leaving = prices.second * between if limit == FLIGHT else 0.0
+                    leaving = prices.second * between if limit == FLIGHT_LIMIT else 0.0
                     go_on = min(go_on, ended + hidden[after], leaving + chained[after])
                 best[state] = min(best[state], paid + extra + start + go_on)
         alone[position], hidden[position], chained[position] = best.values()
         streamed[position] = alone[position]
-        most = min(verifier.speculated, run[position], left - 1)
+        most = min(verifier.draft_tokens, run[position], left - 1)
         for guesses in range(most + 1):
-            seconds = verifier.forward[1 + guesses] + guesses * verifier.cost.draft_seconds
+            seconds = verifier.forward_seconds[1 + guesses] + guesses * verifier.cost.draft_seconds
             cost = (prices.second + prices.flight + prices.forward) * seconds + streamed[position + guesses + 1]
             streamed[position] = min(streamed[position], cost)
     return alone[0]
 
 
-def _rounds(ranks: list[int], run: list[int], position: int, left: int) -> list[tuple[int, int, int]]:
+def _useful_rounds(ranks: list[int], run: list[int], position: int, left: int) -> list[tuple[int, int, int]]:
     """(tokens drafted, siblings named, tokens said) of every round worth playing."""
-    right = min(run[position], left - 1, LONGEST_DRAFT)
+    right = min(run[position], left - 1, MAX_DRAFT_TOKENS)
     rounds = [(drafted, 0, drafted + 1) for drafted in range(right + 1)]
     missed = position + run[position]
     # One wrong guess more, whose sibling is right, and what follows it.
-    if run[position] + 2 <= left and run[position] < LONGEST_DRAFT and ranks[missed] != NONE:
+    if run[position] + 2 <= left and run[position] < MAX_DRAFT_TOKENS and ranks[missed] != UNRANKED:
         rounds.append((run[position] + 1, ranks[missed], run[position] + 2))
     return rounds

@@ -6,7 +6,7 @@
 `clairvoyance` has the lower bound that no plan whatsoever reaches.
 
 Without ahead-of-time drafting, how a static plan's rounds fall does not depend on link, board or verifier. So every
-plan of a coarse space is played once for its `Footprint`, which prices it for any world from mean delays; only the best
+plan of a coarse space is played once for its `PlanFootprint`, which prices it for any world from mean delays; only the best
 few, these with drafting ahead, and then their neighbours are played in the world itself.
 """
 
@@ -19,30 +19,31 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.planning.device_model import Device
+from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.links import CONDUCTS, Steady
-from edge_runtime.simulation.recorded_texts import SIBLINGS, Text
-from edge_runtime.simulation.result import Result
+from edge_runtime.protocol.messages import MAX_TREE_NODES
+from edge_runtime.simulation.links import LINK_PRESETS, SteadyLink
+from edge_runtime.simulation.recorded_texts import MAX_SIBLINGS, RecordedText
+from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.simulator import simulate
-from edge_runtime.simulation.verifiers import VERIFIERS, WIDEST, SimulatedVerifier
+from edge_runtime.simulation.verifiers import VERIFIERS, SimulatedVerifier
 from edge_runtime.simulation.world import ROUND_BYTES, World
 
-BINS = 10
+CALIBRATION_BINS = 10
 # Reading this many tokens costs no more than the step that it saves.
-STEPS_WORTH = 4
+FREE_PREFILL_TOKENS = 4
 WHOLE_TEXT = 1 << 20
-FIXED = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
+FIXED_PLANS = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
 # How many plans, the cheapest by their footprints, are played in the world itself; and how many of them with drafting
 # ahead.
-PLAYED, PLAYED_AHEAD = 6, 2
-AHEAD = (2, 4, 8, 16)
+SIMULATED_PLANS, SIMULATED_AHEAD_PLANS = 6, 2
+AHEAD_TOKENS = (2, 4, 8, 16)
 # How often the best of the coarse space is then refined.
-PASSES = 2
+REFINEMENT_PASSES = 2
 
 
-class Footprint(msgspec.Struct, frozen=True):
+class PlanFootprint(msgspec.Struct, frozen=True):
     """What a static plan does to a set of texts in any world.
 
     Attributes:
@@ -51,7 +52,7 @@ class Footprint(msgspec.Struct, frozen=True):
         steps: of the draft.
         read: tokens that the draft read in its first step of a round, less one step's each.
         position: mean of tokens in front of a step.
-        widths: (WIDEST + 1,) verifying forwards by their nodes.
+        widths: (MAX_TREE_NODES + 1,) verifying forwards by their nodes.
         own: forwards for the target's own tokens, of a verifier that does not speculate; and of one that does, where
             those that draft less count as less.
         sent, received: bytes.
@@ -69,18 +70,18 @@ class Footprint(msgspec.Struct, frozen=True):
     received: int
 
 
-def calibration(texts: list[Text]) -> tuple[float, ...]:
+def measure_calibration(texts: list[RecordedText]) -> tuple[float, ...]:
     """How often guesses of each tenth of confidence are right; its middle where there was none."""
-    right, seen = [0] * BINS, [0] * BINS
+    right, seen = [0] * CALIBRATION_BINS, [0] * CALIBRATION_BINS
     for text in texts:
         for confidence, rank in zip(text.confidences, text.ranks, strict=True):
-            index = min(int(confidence * BINS), BINS - 1)
+            index = min(int(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1)
             seen[index] += 1
             right[index] += rank == 0
-    return tuple((r + (i + 0.5) / BINS) / (s + 1) for i, (r, s) in enumerate(zip(right, seen, strict=True)))
+    return tuple((r + (i + 0.5) / CALIBRATION_BINS) / (s + 1) for i, (r, s) in enumerate(zip(right, seen, strict=True)))
 
 
-def static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
+def make_static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
     """The coarse plan space: lengths, stopping, siblings, own tokens."""
     plans = [Plan(0, own) for own in (1, 2, 4, 8, 16, 32, WHOLE_TEXT)]
     lengths = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24)
@@ -114,14 +115,14 @@ def _neighbours(plan: Plan) -> list[Plan]:
         {"min_survival": plan.min_survival + 0.05},
     ]
     if plan.siblings:
-        changes += [{"siblings": max(1, plan.siblings - 2)}, {"siblings": min(SIBLINGS, plan.siblings + 2)}]
+        changes += [{"siblings": max(1, plan.siblings - 2)}, {"siblings": min(MAX_SIBLINGS, plan.siblings + 2)}]
         changes += [{"sibling_confidence": plan.sibling_confidence + step} for step in (-0.1, 0.05)]
     if plan.ahead:
         changes += [{"ahead": max(1, plan.ahead * 3 // 4)}, {"ahead": plan.ahead * 3 // 2}]
     return [msgspec.structs.replace(plan, **change) for change in changes]
 
 
-def describe(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
     """The plan in a few words."""
     own = "all" if plan.own >= WHOLE_TEXT else plan.own
     text = f"K={plan.draft} n={own}"
@@ -134,32 +135,32 @@ def describe(plan: Plan) -> str:
     return text
 
 
-class Footprints:
+class PlanFootprints:
     """Footprints of many plans on one set of texts, priced for any world at once."""
 
-    def __init__(self, texts: list[Text], plans: list[Plan]) -> None:
+    def __init__(self, texts: list[RecordedText], plans: list[Plan]) -> None:
         self.plans = plans
         self._texts = texts
-        self._rows = _columns([footprint(texts, plan) for plan in plans])
+        self._rows = _columns([measure_footprint(texts, plan) for plan in plans])
 
     def costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
         """(plans,) expected costs per token."""
         return _costs(self._rows, world, objective)
 
-    def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, Result]:
+    def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, SimulationResult]:
         """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
         world = make()
         order = np.argsort(self.costs(world, objective), kind="stable")
         ranked = [self.plans[int(index)] for index in order]
         drafting = [plan for plan in ranked if plan.draft and plan.own == 1]
         # Where a link's mean says little, the cheapest of each kind is worth a try.
-        candidates = [*ranked[:PLAYED], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
+        candidates = [*ranked[:SIMULATED_PLANS], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
         if ahead:
             candidates += [
                 msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
-                for plan, count, in_flight in product(drafting[:PLAYED_AHEAD], AHEAD, (1, 2))
+                for plan, count, in_flight in product(drafting[:SIMULATED_AHEAD_PLANS], AHEAD_TOKENS, (1, 2))
             ]
-        played: dict[Plan, Result] = {}
+        played: dict[Plan, SimulationResult] = {}
 
         def cheapest(plans: list[Plan]) -> Plan:
             for plan in plans:
@@ -169,13 +170,13 @@ class Footprints:
 
         best = cheapest(candidates)
         if ahead:
-            for _ in range(PASSES):
+            for _ in range(REFINEMENT_PASSES):
                 best = cheapest(_neighbours(best))
         return best, played[best]
 
 
-def _columns(marks: list[Footprint]) -> dict[str, npt.NDArray[np.float64]]:
-    names = [name for name in Footprint.__struct_fields__ if name != "plan"]
+def _columns(marks: list[PlanFootprint]) -> dict[str, npt.NDArray[np.float64]]:
+    names = [name for name in PlanFootprint.__struct_fields__ if name != "plan"]
     return {name: np.array([getattr(mark, name) for mark in marks], float) for name in names}
 
 
@@ -184,8 +185,8 @@ def _costs(rows: dict[str, npt.NDArray[np.float64]], world: World, objective: Ob
     device, verifier = world.device, world.verifier
     step = device.step_seconds + device.step_seconds_per_token * rows["position"]
     drafting = step * rows["steps"] + device.prefill_seconds * rows["read"]
-    own = rows["own"][:, 1 if verifier.speculated else 0]
-    forwards = rows["widths"] @ np.array(verifier.forward) + own * verifier.own_forward
+    own = rows["own"][:, 1 if verifier.draft_tokens else 0]
+    forwards = rows["widths"] @ np.array(verifier.forward_seconds) + own * verifier.continuation_seconds
     rounds = rows["rounds"]
     exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
     latency = drafting + exchanges + forwards
@@ -201,24 +202,24 @@ def _costs(rows: dict[str, npt.NDArray[np.float64]], world: World, objective: Ob
     return cost
 
 
-def footprint(texts: list[Text], plan: Plan) -> Footprint:
+def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
     """Plays `plan`, which drafts nothing ahead, for what it does in any world."""
-    plain = _played(texts, plan, "7b")
+    plain = _simulate_neutral(texts, plan, "7b")
     # With n = 1 the target says no token by itself that a speculating verifier could draft.
-    speculating = _played(texts, plan, "7b+spec") if plan.own > 1 else plain
-    widths = [0] * (WIDEST + 1)
+    speculating = _simulate_neutral(texts, plan, "7b+spec") if plan.own > 1 else plain
+    widths = [0] * (MAX_TREE_NODES + 1)
     read = 0
     places: list[int] = []
     for outcome in plain.log:
         widths[1 + outcome.drafted + sum(outcome.offered)] += 1
         if outcome.drafted:
-            read += max(0, outcome.conditions.unread - STEPS_WORTH)
+            read += max(0, outcome.conditions.unread - FREE_PREFILL_TOKENS)
             places.append(outcome.conditions.position)
     verifier = SimulatedVerifier(VERIFIERS["7b+spec"], 0)
-    verifying = sum(count * seconds for count, seconds in zip(widths, verifier.forward, strict=True))
-    own = (plain.forwards - plain.rounds, (speculating.verifier_seconds - verifying) / verifier.own_forward)
+    verifying = sum(count * seconds for count, seconds in zip(widths, verifier.forward_seconds, strict=True))
+    own = (plain.forwards - plain.rounds, (speculating.verifier_seconds - verifying) / verifier.continuation_seconds)
     position = sum(places) / len(places) if places else 0.0
-    return Footprint(
+    return PlanFootprint(
         plan,
         plain.rounds,
         plain.tokens,
@@ -232,8 +233,8 @@ def footprint(texts: list[Text], plan: Plan) -> Footprint:
     )
 
 
-def _played(texts: list[Text], plan: Plan, verifier: str) -> Result:
-    neutral = World("any", Device(), Steady(CONDUCTS["lan"], 0), SimulatedVerifier(VERIFIERS[verifier], 0))
+def _simulate_neutral(texts: list[RecordedText], plan: Plan, verifier: str) -> SimulationResult:
+    neutral = World("any", DeviceModel(), SteadyLink(LINK_PRESETS["lan"], 0), SimulatedVerifier(VERIFIERS[verifier], 0))
     return simulate(texts, FixedPlanner(plan), neutral, log=True)
 
 

@@ -1,16 +1,17 @@
-"""Recorded acceptance: what a draft would have guessed at every position of texts that a target wrote.
+"""Recorded acceptance: the draft's guesses at every position of texts that a target generated.
 
-The same noise drives target and draft, so whether the draft's guess at a position, given the true text before it, is
-the target's token is a fixed fact of that text. Recorded once, it replays every plan exactly. A file is one .npz:
+Target and draft are driven by the same noise, so whether the draft's guess at a position, given the true text before it,
+equals the target's token is a fixed property of that text. One recording replays every plan exactly. A file is one
+.npz:
 
-    format          () int32, FORMAT
-    made            () str, JSON: where it is from, seeds and versions
+    format          () int32, FORMAT_VERSION
+    made            () str, JSON: provenance, seeds and versions
     target          (texts,) str, the target's name
-    temperature, top_p, prompt, seed, length    (texts,) sampling, tokens of the prompt, seed, tokens of the text
-    confidence      (positions,) float16, the draft's probability of its guess; texts one behind the other
-    rank            (positions,) uint8, place of the target's token among the draft's best by coupled score: 0 is the
+    temperature, top_p, prompt, seed, length    (texts,) sampling, prompt length, seed, text length in tokens
+    confidence      (positions,) float16, the draft's probability of its guess; texts concatenated
+    rank            (positions,) uint8, rank of the target's token among the draft's best by coupled score: 0 is the
                     guess itself, 1 to 7 a sibling, 255 none of these
-    behind          (misses, 16) float16, confidences of what the draft goes on with behind each wrong guess
+    behind          (misses, 16) float16, confidences with which the draft continues after each wrong guess
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.planning.plan import UNRANKED
 from edge_runtime.protocol.errors import InputError
 
-FORMAT = 1
-SIBLINGS = 7
-NONE = 255
-BEHIND = 16
-# The least and the most of each column of texts.
-BOUNDS = {
+FORMAT_VERSION = 1
+# Recorded siblings per guess, and guesses after each wrong guess.
+MAX_SIBLINGS = 7
+CONTINUATION_TOKENS = 16
+# Minimum and maximum of each per-text column.
+COLUMN_BOUNDS = {
     "temperature": (0, 100),
     "top_p": (1e-9, 1),
     "prompt": (1, 1 << 24),
@@ -41,16 +43,16 @@ BOUNDS = {
 }
 
 
-class Text(msgspec.Struct, frozen=True):
-    """One text that a target wrote, as its draft sees it.
+class RecordedText(msgspec.Struct, frozen=True):
+    """One text that a target generated, as its draft sees it.
 
     Attributes:
-        target: its name.
-        temperature, top_p, seed: of the sampling.
-        prompt: tokens in front of the text.
+        target: name of the target.
+        temperature, top_p, seed: sampling parameters.
+        prompt: length of the prompt in tokens.
         confidences: for each position, the draft's probability of its guess.
-        ranks: for each position, where the target's token stands among the draft's candidates: 0 the guess itself.
-        behind: for each position whose guess is wrong, confidences of the guesses behind it; else empty.
+        ranks: for each position, rank of the target's token among the draft's candidates: 0 is the guess itself.
+        continuations: for each position whose guess is wrong, confidences of the guesses after it; otherwise empty.
     """
 
     target: str
@@ -60,7 +62,7 @@ class Text(msgspec.Struct, frozen=True):
     prompt: int
     confidences: list[float]
     ranks: list[int]
-    behind: list[list[float]]
+    continuations: list[list[float]]
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -71,18 +73,22 @@ class Text(msgspec.Struct, frozen=True):
         return self.ranks.count(0) / len(self.ranks)
 
 
-def runs(ranks: list[int]) -> list[int]:
-    """For each position, and for the one behind the last, how many right guesses begin there."""
+def accepted_runs(ranks: list[int]) -> list[int]:
+    """Return, for each position and the one after the last, how many correct guesses in a row begin there."""
     run = [0] * (len(ranks) + 1)
     for index in range(len(ranks) - 1, -1, -1):
         run[index] = 0 if ranks[index] else run[index + 1] + 1
     return run
 
 
-def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
-    """Writes `texts`, at least one, compressed; `made` says where they are from."""
+def write_texts(path: Path, texts: list[RecordedText], made: dict[str, Any]) -> None:
+    """Write `texts`, at least one, compressed.
+
+    Args:
+        made: provenance, JSON-compatible.
+    """
     columns: dict[str, npt.NDArray[Any]] = {
-        "format": np.array(FORMAT, np.int32),
+        "format": np.array(FORMAT_VERSION, np.int32),
         "made": np.array(json.dumps(made, sort_keys=True)),
         "target": np.array([text.target for text in texts]),
         "temperature": np.array([text.temperature for text in texts], np.float32),
@@ -92,7 +98,9 @@ def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
         "length": np.array([len(text) for text in texts], np.int32),
         "confidence": np.array([c for text in texts for c in text.confidences], np.float16),
         "rank": np.array([rank for text in texts for rank in text.ranks], np.uint8),
-        "behind": np.array([row for text in texts for row in text.behind if row], np.float16).reshape(-1, BEHIND),
+        "behind": np.array([row for text in texts for row in text.continuations if row], np.float16).reshape(
+            -1, CONTINUATION_TOKENS
+        ),
     }
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -100,11 +108,11 @@ def write_texts(path: Path, texts: list[Text], made: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read_texts(path: Path, *, target: str | None = None, temperature: float | None = None) -> list[Text]:
-    """The texts of the file at `path`, all or those of one target and temperature.
+def read_texts(path: Path, *, target: str | None = None, temperature: float | None = None) -> list[RecordedText]:
+    """Read the texts of a file, all or those of one target and temperature.
 
     Raises:
-        InputError: no such file, not an acceptance trace, or none of its texts is asked for.
+        InputError: there is no such file, it is not an acceptance trace, or it has no such text.
     """
     texts = _texts(_columns(path), path)
     wanted = [
@@ -120,8 +128,8 @@ def read_texts(path: Path, *, target: str | None = None, temperature: float | No
 
 
 def _columns(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Every array of the file, whatever its shape."""
-    names = ("format", "made", "target", *BOUNDS, "confidence", "rank", "behind")
+    """Read every array of the file; shapes are not checked."""
+    names = ("format", "made", "target", *COLUMN_BOUNDS, "confidence", "rank", "behind")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: np.asarray(file[name]) for name in names}
@@ -129,61 +137,61 @@ def _columns(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise InputError(f"no acceptance trace at {path}: record one with `draft-export record`") from None
     except KeyError as error:
         raise _malformed(path, f"it lacks {error}") from None
-    # numpy and zipfile raise all of these at bytes that are not theirs.
+    # numpy and zipfile raise all of these for malformed files.
     except (
         OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, SyntaxError,
         zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
     found = columns["format"]
-    if found.shape != () or found.dtype.kind not in "iu" or int(found) != FORMAT:
-        raise InputError(f"{path} has format {found!r} and this release reads {FORMAT}: record it again")
+    if found.shape != () or found.dtype.kind not in "iu" or int(found) != FORMAT_VERSION:
+        raise InputError(f"{path} has format {found!r} and this release reads {FORMAT_VERSION}: record it again")
     return columns
 
 
-def _texts(columns: dict[str, npt.NDArray[Any]], path: Path) -> list[Text]:
+def _texts(columns: dict[str, npt.NDArray[Any]], path: Path) -> list[RecordedText]:
     count = columns["target"].shape[0] if columns["target"].ndim == 1 else 0
     if not count or columns["target"].dtype.kind != "U":
         raise _malformed(path, "target is not a list of names")
-    for name, (least, most) in BOUNDS.items():
+    for name, (low, high) in COLUMN_BOUNDS.items():
         column = columns[name]
         kinds = "f" if name in ("temperature", "top_p") else "iu"
         if column.shape != (count,) or column.dtype.kind not in kinds:
-            raise _malformed(path, f"{name} is not one number a text")
-        if not (np.isfinite(column).all() and least <= column.min() and column.max() <= most):
-            raise _malformed(path, f"{name} is not within {least} and {most}")
+            raise _malformed(path, f"{name} is not one number per text")
+        if not (np.isfinite(column).all() and low <= column.min() and column.max() <= high):
+            raise _malformed(path, f"{name} is not within {low} and {high}")
     confidence, rank, behind = columns["confidence"], columns["rank"], columns["behind"]
     positions = int(columns["length"].sum(dtype=np.int64))
     if confidence.shape != (positions,) or rank.shape != (positions,):
-        raise _malformed(path, f"its texts have {positions} positions, and confidence and rank others")
+        raise _malformed(path, f"its texts have {positions} positions, but confidence and rank do not")
     if confidence.dtype.kind != "f" or behind.dtype.kind != "f" or rank.dtype.kind not in "iu":
         raise _malformed(path, "confidence or behind is not of floats, or rank not of integers")
-    if behind.shape != (int(np.count_nonzero(rank)), BEHIND):
-        raise _malformed(path, f"behind has not {BEHIND} confidences for each wrong guess")
+    if behind.shape != (int(np.count_nonzero(rank)), CONTINUATION_TOKENS):
+        raise _malformed(path, f"behind does not have {CONTINUATION_TOKENS} confidences for each wrong guess")
     for name, values in (("confidence", confidence), ("behind", behind)):
         if not ((values >= 0) & (values <= 1)).all():
             raise _malformed(path, f"{name} is not within 0 and 1")
-    if not (((rank >= 0) & (rank <= SIBLINGS)) | (rank == NONE)).all():
-        raise _malformed(path, f"a rank is neither {NONE} nor at most {SIBLINGS}")
+    if not (((rank >= 0) & (rank <= MAX_SIBLINGS)) | (rank == UNRANKED)).all():
+        raise _malformed(path, f"a rank is neither {UNRANKED} nor at most {MAX_SIBLINGS}")
     texts = []
     start, misses = 0, iter(behind.astype(float).tolist())
     for index in range(count):
         end = start + int(columns["length"][index])
         ranks = rank[start:end].tolist()
-        text = Text(
-            str(columns["target"][index]),
-            round(float(columns["temperature"][index]), 6),
-            round(float(columns["top_p"][index]), 6),
-            int(columns["seed"][index]),
-            int(columns["prompt"][index]),
-            confidence[start:end].astype(float).tolist(),
-            ranks,
-            [next(misses) if rank else [] for rank in ranks],
+        text = RecordedText(
+            target=str(columns["target"][index]),
+            temperature=round(float(columns["temperature"][index]), 6),
+            top_p=round(float(columns["top_p"][index]), 6),
+            seed=int(columns["seed"][index]),
+            prompt=int(columns["prompt"][index]),
+            confidences=confidence[start:end].astype(float).tolist(),
+            ranks=ranks,
+            continuations=[next(misses) if rank else [] for rank in ranks],
         )
         texts.append(text)
         start = end
     return texts
 
 
-def _malformed(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not an acceptance trace ({why}): record it again with `draft-export record`")
+def _malformed(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is not an acceptance trace ({reason}): record it again with `draft-export record`")

@@ -1,7 +1,7 @@
-"""Plays recorded texts round by round: the planners that boards run, on a simulated clock.
+"""Simulates the decoding loop on recorded texts: real planners on a simulated clock.
 
-The rounds are those of `edge_runtime.decoding`, its order of calls included, and the verifier's answers those that the
-recorded acceptance implies. All times are modelled.
+Rounds follow `edge_runtime.decoding.round_rules`, which the real loop shares, and its order of calls to the planner; the
+verifier's replies are those that the recorded acceptance implies. All times are modelled.
 """
 
 from __future__ import annotations
@@ -10,31 +10,51 @@ from itertools import islice
 
 import msgspec
 
-from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan, Planner, Surroundings, Watched, calibrated
-from edge_runtime.simulation.recorded_texts import Text, runs
-from edge_runtime.simulation.result import Result
-from edge_runtime.simulation.verifiers import LONGEST_DRAFT, WIDEST
+from edge_runtime.decoding.round_rules import (
+    InFlightWork,
+    PendingRound,
+    limit_ahead,
+    limit_continuation,
+    limit_draft,
+    limit_early_draft,
+    work_in_flight,
+)
+from edge_runtime.planning.plan import (
+    UNRANKED,
+    Conditions,
+    Plan,
+    Planner,
+    ShadowGuess,
+    Surroundings,
+    apply_stop_rule,
+)
+from edge_runtime.protocol import messages
+from edge_runtime.simulation.recorded_texts import RecordedText, accepted_runs
+from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
 
-# Tokens that the draft reads at once (`edge_runtime.draft.onnx_runner.PREFILL_PIECE`).
-PIECE = 128
+# `draft.onnx_runner.PREFILL_CHUNK_TOKENS`, repeated here because that module loads onnxruntime.
+PREFILL_CHUNK_TOKENS = 128
 
 
-class Early(msgspec.Struct, frozen=True):
-    """A round on its way before the last one is answered: its tokens, its bytes, when it reaches the verifier, and
-    whether it had to be repeated for that."""
+class SimulatedRound(PendingRound):
+    """A round on its way to the simulated verifier.
 
-    plan: Plan
-    conditions: Conditions
-    drafted: int
-    offered: list[int]
-    size: int
+    Attributes:
+        survival: probability that all draft tokens are accepted, by the plan's calibration.
+        sent_bytes: payload of the request.
+        arrival: when it reaches the verifier.
+        repeated: whether it had to be repeated for that.
+    """
+
+    survival: float
+    sent_bytes: int
     arrival: float
     repeated: bool
 
 
 class Simulator:
-    """A board that answers one text after the other with one planner.
+    """A board that generates one text after the other with one planner.
 
     Attributes:
         now: seconds on the simulated clock.
@@ -47,313 +67,373 @@ class Simulator:
         self._planner = planner
         self._log = log
 
-    def play(self, text: Text) -> Result:
-        """Plays one text to its end."""
-        return _Play(self.world, self._planner, text, self.now, self._log).run(self)
+    def run(self, text: RecordedText) -> SimulationResult:
+        """Generate one text."""
+        simulation = _TextSimulation(self.world, self._planner, text, now=self.now, log=self._log)
+        result = simulation.run()
+        self.now = simulation.now
+        return result
 
-    def play_all(self, texts: list[Text]) -> list[Result]:
-        """One after the other, without a pause."""
-        return [self.play(text) for text in texts]
+    def run_all(self, texts: list[RecordedText]) -> list[SimulationResult]:
+        """Generate one text after the other, without pauses."""
+        return [self.run(text) for text in texts]
 
 
-def simulate(texts: list[Text], planner: Planner, world: World, *, log: bool = False) -> Result:
-    """All of `texts`, at least one, as one result."""
-    first, *others = Simulator(world, planner, log=log).play_all(texts)
+def simulate(texts: list[RecordedText], planner: Planner, world: World, *, log: bool = False) -> SimulationResult:
+    """Generate all of `texts`, at least one, and return their total cost."""
+    first, *others = Simulator(world, planner, log=log).run_all(texts)
     return sum(others, first)
 
 
-class _Play:
-    """One text being played. Indices count from the text's first token; `_run[i]` right guesses begin at i."""
+class _TextSimulation:
+    """The simulation of one text. Indices count from the text's first generated token.
 
-    def __init__(self, world: World, planner: Planner, text: Text, now: float, log: bool) -> None:
+    Attributes:
+        now: seconds on the simulated clock.
+    """
+
+    def __init__(self, world: World, planner: Planner, text: RecordedText, *, now: float, log: bool) -> None:
+        self.now = now
         self._world, self._planner, self._log = world, planner, log
         self._text = text
-        self._now = now
-        self._result = Result(log=[])
-        self._run = runs(text.ranks)
-        # Tokens of prompt and text that the draft holds; guesses for the next positions that it has made.
-        self._read = 0
-        self._made = 0
-        # When what it does meanwhile is done.
-        self._working = 0.0
+        self._result = SimulationResult(log=[])
+        # `_runs[i]` correct guesses in a row begin at index i.
+        self._runs = accepted_runs(text.ranks)
+        # Tokens of prompt and text in the draft's KV cache, and tokens drafted for the next positions.
+        self._prefilled = 0
+        self._drafted = 0
+        # When shadow drafting of the last round ends.
+        self._shadow_until = 0.0
+        # When the verifier is done with the last round.
+        self._verified_at = 0.0
         self._version = ""
 
-    def run(self, simulator: Simulator) -> Result:
-        """Plays, and moves the simulator's clock."""
-        started = self._now
+    def run(self) -> SimulationResult:
+        started = self.now
         done, length = 0, len(self._text)
-        early: Early | None = None
-        ended = 0.0
+        early: SimulatedRound | None = None
         while done < length:
-            done, early, ended = self._round(done, early, ended)
-        result = self._result
+            done, early = self._run_round(done, early)
+        result, device = self._result, self._world.device
         result.tokens = length
-        result.latency_seconds = self._now - started
-        device = self._world.device
+        result.latency_seconds = self.now - started
         result.joules += device.idle_watts * result.latency_seconds
         result.joules += (device.busy_watts - device.idle_watts) * result.draft_seconds
         result.joules += device.joules_per_byte * (result.sent + result.received)
-        simulator.now = self._now
         return result
 
-    def _round(self, done: int, early: Early | None, ended: float) -> tuple[int, Early | None, float]:
-        """Plays the round that begins behind `done` tokens; `ended` is when the verifier was done with the last one.
+    def _run_round(self, done: int, early: SimulatedRound | None) -> tuple[int, SimulatedRound | None]:
+        """Simulate the round that follows `done` tokens, which may have been sent early.
 
-        Returns the tokens then done, the next round if it is on its way and stands, and when the verifier was done.
+        Returns the tokens done after it, and the next round if it was sent early and is valid.
         """
         world, text, result = self._world, self._text, self._result
-        verifier = world.verifier
         left = len(text) - done
-        run = self._run[done]
-        # What the draft is still at, it ends first.
-        began = self._now = max(self._now, self._working) if early is None else self._now
+        run = self._runs[done]
         if early is None:
-            conditions = self._conditions(left, done, self._made)
-            plan = self._planner.plan(conditions)
-            cap = min(plan.draft, left - 1, LONGEST_DRAFT)
-            path = self._path(done, run, cap)
-            drafted, survival = _stopped(path, plan, 0, cap, 1.0)
-            ready = min(self._made, drafted)
-            seconds = self._extend(done, drafted)
-            offered = _offered(path, plan, drafted)
-            sent = began + seconds
-            out = int(ROUND_BYTES + ID_BYTES * (drafted + sum(offered)))
-            arrival, repeated = world.up(sent + world.device.overhead_seconds, out)
+            # A step of the draft that is still running ends first.
+            began = self.now = max(self.now, self._shadow_until)
+            round = self._prepare_round(done, left)
+            sent_bytes = round.sent_bytes
         else:
-            plan, conditions, drafted, offered = early.plan, early.conditions, early.drafted, early.offered
-            path = self._path(done, run, drafted)
-            survival = _survival(path, plan, drafted)
-            ready, seconds, sent, out = drafted, 0.0, began, 0
-            arrival, repeated = max(early.arrival, ended), early.repeated
-            result.early += 1
-        n = max(1, min(plan.own, left - drafted))
+            began = self.now
+            round = early
+            round.sent, round.arrival = began, max(early.arrival, self._verified_at)
+            # They were counted when it was sent.
+            sent_bytes = 0
+        plan, drafted, offered, sent = round.plan, round.drafted, round.offered, round.sent
+        n = limit_continuation(plan, left, drafted)
         accepted = min(drafted, run)
-        queue = verifier.wait()
-        forward = verifier.forward[1 + drafted + sum(offered)]
+        queue = world.verifier.sample_queue_seconds()
+        forward = world.verifier.forward_seconds[1 + drafted + sum(offered)]
         own, sibling = 1, 0
         if accepted < drafted and text.ranks[done + accepted] <= offered[accepted]:
+            # The verifying forward covers the accepted sibling, and so gives the token after it, too.
             own, sibling = 2, text.ranks[done + accepted]
-            result.sibling_hits += 1
-        first_done = arrival + queue + forward
-        forwards, busy = 1, forward
+        first_done = round.arrival + queue + forward
+        further, busy = 0, forward
         if n > 1:
             own = min(own, n)
-            more, extra = self._own(done + accepted + own, n - own)
-            own, forwards, busy = n, forwards + more, busy + extra
-        ended = arrival + queue + busy
-        received = int(ROUND_BYTES + ID_BYTES * own)
-        answered, again = world.down(ended, received)
+            further, extra = self._continue(done + accepted + own, n - own)
+            own, busy = n, busy + extra
+        self._verified_at = round.arrival + queue + busy
+        received_bytes = int(ROUND_BYTES + ID_BYTES * own)
+        answered, reply_repeated = world.down(self._verified_at, received_bytes)
         if n > 1:
-            received += FRAME_BYTES * min(forwards, 1 + int(busy / FRAME_SECONDS))
-        # A stream's first tokens leave as soon as they are known.
-        first = answered - (ended - first_done)
+            received_bytes += FRAME_BYTES * min(1 + further, 1 + int(busy / FRAME_SECONDS))
+        # The first tokens of a stream leave as soon as they are known.
+        first = answered - (self._verified_at - first_done)
         following = None
         finished, watched = answered, 0
-        worked = result.draft_seconds
-        if plan.ahead or plan.watch:
-            if plan.draft:
-                finished, following = self._go_ahead(done, drafted, plan, survival, sent, answered)
-            else:
-                watched = self._watch(plan, done, own, sent, first, answered)
+        draft_seconds = result.draft_seconds
+        work = work_in_flight(plan)
+        if work is InFlightWork.AHEAD:
+            finished, following = self._draft_ahead(done, round, answered)
+        elif work is InFlightWork.SHADOW:
+            watched = self._shadow(plan, done, own, sent=sent, first=first, answered=answered)
         if following:
-            out += following.size
+            sent_bytes += following.sent_bytes
             if run < drafted + 1:
+                # The round did not come out as assumed: the next one is void, and its reply says so.
                 following = None
-                received += ROUND_BYTES
-                result.void += 1
-        outcome = Outcome(
-            plan,
-            conditions,
-            accepted,
-            own,
-            path[:drafted],
-            offered,
-            sibling,
-            ready,
-            seconds,
-            max(0.0, first - sent),
-            max(0.0, finished - sent),
-            round(queue, 4),
-            round(busy, 4),
-            out,
-            received,
-            repeated or again,
-            early is not None,
-            ahead_seconds=result.draft_seconds - worked,
-            further=forwards - 1,
-            watched=self._guessed(plan, done, watched),
+                received_bytes += ROUND_BYTES
+                result.void_rounds += 1
+        outcome = round.to_outcome(
+            accepted=accepted,
+            own=own,
+            sibling=sibling,
+            first_seconds=max(0.0, first - sent),
+            exchange_seconds=max(0.0, finished - sent),
+            # The verifier reports its times in units of 0.1 ms.
+            queue_seconds=_to_100us(queue),
+            forward_seconds=_to_100us(busy),
+            further=further,
+            ahead_seconds=result.draft_seconds - draft_seconds,
+            watched=self._shadow_guesses(plan, done, watched),
+            sent_bytes=sent_bytes,
+            received_bytes=received_bytes,
+            repeated=round.repeated or reply_repeated,
         )
         if not result.rounds:
             result.first_token_seconds = first - began
-        result.rounds += 1
-        result.drafted += drafted
-        result.accepted += accepted
-        result.sent += out
-        result.received += received
+        result.add_round(outcome)
         result.verifier_seconds += busy
-        result.forwards += forwards
         result.joules += world.device.radio_watts * (answered - sent)
         if self._log:
             result.log.append(outcome)
-        self._settle(done, run, accepted + own)
-        self._now = finished
+        self._roll_draft(done, run, outcome.tokens)
+        self.now = finished
         self._version = text.target
         self._planner.observe(outcome)
-        return done + accepted + own, following, ended
+        return done + outcome.tokens, following
 
-    def _conditions(self, left: int, done: int, ready: int) -> Conditions:
-        position = self._text.prompt + done
-        return Conditions(
-            left,
-            position,
-            0 if ready else max(0, position - self._read),
-            ready,
-            self._now,
-            self._version,
-            self._text.temperature,
-            Surroundings(rtt_seconds=self._world.rtt_seconds),
+    def _prepare_round(self, done: int, left: int) -> SimulatedRound:
+        """Plan, draft and send the next round."""
+        conditions = self._conditions(left, done, self._drafted)
+        plan = self._planner.plan(conditions)
+        limit = limit_draft(plan, left)
+        path = self._path(done, limit)
+        count, survival = _count_drafted(path, plan, 0, limit, 1.0)
+        drafted_ahead = min(self._drafted, count)
+        draft_seconds = self._draft(done, count)
+        return self._send(
+            plan,
+            conditions,
+            confidences=path[:count],
+            offered=_count_siblings(path, plan, count),
+            survival=survival,
+            drafted_ahead=drafted_ahead,
+            draft_seconds=draft_seconds,
+            now=self.now + draft_seconds,
         )
 
-    def _path(self, done: int, run: int, count: int) -> list[float]:
-        """Confidences of the first `count` guesses behind `done` tokens, `run` of which are right."""
-        text = self._text
+    def _send(
+        self,
+        plan: Plan,
+        conditions: Conditions,
+        *,
+        confidences: list[float],
+        offered: list[int],
+        survival: float,
+        drafted_ahead: int,
+        draft_seconds: float,
+        now: float,
+        early: bool = False,
+    ) -> SimulatedRound:
+        size = int(ROUND_BYTES + ID_BYTES * (len(confidences) + sum(offered)))
+        arrival, repeated = self._world.up(now + self._world.device.overhead_seconds, size)
+        return SimulatedRound(
+            plan=plan,
+            conditions=conditions,
+            confidences=confidences,
+            offered=offered,
+            survival=survival,
+            drafted_ahead=drafted_ahead,
+            draft_seconds=draft_seconds,
+            sent=now,
+            early=early,
+            sent_bytes=size,
+            arrival=arrival,
+            repeated=repeated,
+        )
+
+    def _conditions(self, left: int, done: int, drafted_ahead: int) -> Conditions:
+        position = self._text.prompt + done
+        return Conditions(
+            left=left,
+            position=position,
+            unread=0 if drafted_ahead else max(0, position - self._prefilled),
+            ready=drafted_ahead,
+            now=self.now,
+            version=self._version,
+            temperature=self._text.temperature,
+            surroundings=Surroundings(rtt_seconds=self._world.rtt_seconds),
+        )
+
+    def _path(self, done: int, count: int) -> list[float]:
+        """Confidences of the first `count` guesses after `done` tokens.
+
+        The draft follows the recorded text up to its first wrong guess, then the continuation recorded for that miss.
+        """
+        text, run = self._text, self._runs[done]
         if count <= run + 1:
             return text.confidences[done : done + count]
-        behind = text.behind[done + run]
-        further = count - run - 1
-        path = text.confidences[done : done + run + 1] + behind[:further]
-        return path + behind[-1:] * (count - len(path))
+        continuation = text.continuations[done + run]
+        path = text.confidences[done : done + run + 1] + continuation[: count - run - 1]
+        return path + continuation[-1:] * (count - len(path))
 
-    def _extend(self, done: int, count: int) -> float:
-        """Makes guesses until there are `count`; the seconds that it takes."""
+    def _draft(self, done: int, count: int) -> float:
+        """Draft until there are `count` tokens; return the seconds that it takes."""
         device = self._world.device
         position = self._text.prompt + done
         seconds = 0.0
-        if count > self._made:
+        if count > self._drafted:
             step = device.step_at(position)
-            if not self._made:
-                seconds = max(0.0, device.prefill_seconds * (position - self._read) - step)
-                self._read = position
-            seconds += step * (count - self._made)
-            self._made = count
+            if not self._drafted:
+                seconds = max(0.0, device.prefill_seconds * (position - self._prefilled) - step)
+                self._prefilled = position
+            seconds += step * (count - self._drafted)
+            self._drafted = count
         self._result.draft_seconds += seconds
         return seconds
 
-    def _own(self, start: int, count: int) -> tuple[int, float]:
-        """Forwards, and their seconds, for `count` tokens of the target's own from `start` on."""
+    def _continue(self, start: int, count: int) -> tuple[int, float]:
+        """Return the target's forwards, and their seconds, for `count` own tokens from index `start` on."""
         verifier = self._world.verifier
-        if not verifier.speculated:
-            return count, count * verifier.own_forward
+        if not verifier.draft_tokens:
+            return count, count * verifier.continuation_seconds
         forwards, seconds = 0, 0.0
         while count > 0:
-            guessed = min(verifier.speculated, count - 1)
-            seconds += verifier.forward[1 + guessed] + guessed * verifier.cost.draft_seconds
-            said = 1 + min(guessed, self._run[start])
-            forwards, start, count = forwards + 1, start + said, count - said
+            drafted = min(verifier.draft_tokens, count - 1)
+            seconds += verifier.forward_seconds[1 + drafted] + drafted * verifier.cost.draft_seconds
+            tokens = 1 + min(drafted, self._runs[start])
+            forwards, start, count = forwards + 1, start + tokens, count - tokens
         return forwards, seconds
 
-    def _go_ahead(
-        self, done: int, drafted: int, plan: Plan, survival: float, sent: float, answered: float
-    ) -> tuple[float, Early | None]:
-        """What the board does while a round is in flight.
+    def _draft_ahead(self, done: int, round: SimulatedRound, answered: float) -> tuple[float, SimulatedRound | None]:
+        """Draft while a round is in flight.
 
-        Returns when the round is over, a step under way included, and the next round if it could be sent.
+        Returns when the board can continue, after the step under way, and the next round if it was sent early.
         """
-        device, result = self._world.device, self._result
+        device, result, plan, drafted = self._world.device, self._result, round.plan, round.drafted
         position = self._text.prompt + done
         step = device.step_at(position)
-        now = sent
-        if plan.own > 1:
-            return answered, None
+        now = round.sent
         left = len(self._text) - done
-        most = drafted + min(1 + plan.ahead, left - drafted)
-        path = self._path(done, self._run[done], most)
-        wanted, _ = _stopped(path, plan, drafted, most, survival)
-        if not self._made:
-            self._read = position
-        while self._made < wanted and now < answered:
+        limit = drafted + limit_ahead(plan, left - drafted)
+        path = self._path(done, limit)
+        wanted, _ = _count_drafted(path, plan, drafted, limit, round.survival)
+        if not self._drafted:
+            self._prefilled = position
+        while self._drafted < wanted and now < answered:
             now += step
             result.draft_seconds += step
-            self._made += 1
-        # The verifier cannot tie a round to a session that it has yet to open.
-        if self._made < wanted or now >= answered or plan.in_flight < 2 or not self._version:
+            self._drafted += 1
+        # The first round opens the session; until it is answered, no other can be sent.
+        if self._drafted < wanted or now >= answered or plan.in_flight < 2 or not self._version:
             return max(answered, now), None
-        behind = wanted - drafted - 1
-        if behind < 1:
+        # Drafted after the guess of the bonus token.
+        drafted_ahead = wanted - drafted - 1
+        if drafted_ahead < 1:
             return answered, None
-        over, self._now = self._now, now
-        conditions = self._conditions(left - drafted - 1, done + drafted + 1, behind)
-        self._now = over
-        following = self._planner.plan(conditions)
-        count = min(following.draft, left - drafted - 2, behind, LONGEST_DRAFT)
-        if count < 1 or following.own > 1:
+        self.now, resumed = now, self.now
+        conditions = self._conditions(left - drafted - 1, done + drafted + 1, drafted_ahead)
+        self.now = resumed
+        next_plan = self._planner.plan(conditions)
+        count = limit_early_draft(next_plan, left - drafted - 1, drafted_ahead)
+        if not count:
             return answered, None
-        offered = _offered(path[drafted + 1 :], plan, count)
-        size = int(ROUND_BYTES + ID_BYTES * (count + sum(offered)))
-        arrival, repeated = self._world.up(now + device.overhead_seconds, size)
-        return answered, Early(following, conditions, count, offered, size, arrival, repeated)
+        path = path[drafted + 1 :]
+        early = self._send(
+            next_plan,
+            conditions,
+            confidences=path[:count],
+            offered=_count_siblings(path, plan, count),
+            survival=_survival(path, next_plan, count),
+            drafted_ahead=count,
+            draft_seconds=0.0,
+            now=now,
+            early=True,
+        )
+        return answered, early
 
-    def _watch(self, plan: Plan, done: int, own: int, sent: float, first: float, answered: float) -> int:
-        """What the board does while a stream comes in. Returns how many of its tokens it has guessed by its end."""
+    def _shadow(self, plan: Plan, done: int, own: int, *, sent: float, first: float, answered: float) -> int:
+        """Prefill and predict while a stream arrives; return how many of its tokens are predicted by its end."""
         device, result = self._world.device, self._result
         position = self._text.prompt + done
-        now, watched = sent, 0
-        while self._read < position and now < answered and not self._made:
-            piece = min(PIECE, position - self._read)
-            seconds = max(device.step_at(position), piece * device.prefill_seconds)
+        now, predicted = sent, 0
+        while self._prefilled < position and now < answered and not self._drafted:
+            chunk = min(PREFILL_CHUNK_TOKENS, position - self._prefilled)
+            seconds = max(device.step_at(position), chunk * device.prefill_seconds)
             now += seconds
             result.draft_seconds += seconds
-            self._read += piece
-        pace = (answered - first) / max(1, own - 1)
-        while plan.watch and now < answered and watched < own and not self._made:
-            # A token is guessed once it is there, so that a text that is streamed to its end waits for no guess.
-            now = max(now, first + watched * pace)
-            seconds = device.step_at(position + watched)
+            self._prefilled += chunk
+        interval = (answered - first) / max(1, own - 1)
+        while plan.watch and now < answered and predicted < own and not self._drafted:
+            # A token is predicted only after it has arrived, and the end of the stream waits for no prediction.
+            now = max(now, first + predicted * interval)
+            seconds = device.step_at(position + predicted)
             if now + seconds > answered:
                 break
             now += seconds
             result.draft_seconds += seconds
-            self._read = max(self._read, position + watched)
-            watched += 1
-        self._working = now
-        return watched
+            self._prefilled = max(self._prefilled, position + predicted)
+            predicted += 1
+        self._shadow_until = now
+        return predicted
 
-    def _guessed(self, plan: Plan, done: int, count: int) -> list[Watched]:
-        """What the draft made of `count` tokens behind `done`."""
-        ranks = (rank if rank <= plan.siblings else UNNAMED for rank in self._text.ranks[done : done + count])
+    def _shadow_guesses(self, plan: Plan, done: int, count: int) -> list[ShadowGuess]:
+        """The draft's predictions of `count` tokens after `done`."""
+        ranks = (rank if rank <= plan.siblings else UNRANKED for rank in self._text.ranks[done : done + count])
         return list(zip(self._text.confidences[done : done + count], ranks, strict=True))
 
-    def _settle(self, done: int, run: int, grown: int) -> None:
-        """What the draft still knows behind `grown` more tokens."""
+    def _roll_draft(self, done: int, run: int, tokens: int) -> None:
+        """Roll the draft forward by `tokens` verified tokens, or back to its first wrong guess."""
         position = self._text.prompt + done
-        if self._made:
-            self._read = position + min(run, grown, self._made - 1)
-        self._made = max(0, self._made - grown) if run >= grown else 0
+        if self._drafted:
+            self._prefilled = position + min(run, tokens, self._drafted - 1)
+        self._drafted = max(0, self._drafted - tokens) if run >= tokens else 0
 
 
-def _stopped(path: list[float], plan: Plan, start: int, most: int, survival: float) -> tuple[int, float]:
-    """How many of at most `most` guesses the stop rule leaves, going on from `start`; the chance that all survive."""
-    least, bound, calibration = plan.min_confidence, plan.min_survival, plan.calibration
-    if not bound and not least:
-        return most, survival
+def _to_100us(seconds: float) -> float:
+    return round(seconds, 4)
+
+
+def _count_drafted(path: list[float], plan: Plan, start: int, limit: int, survival: float) -> tuple[int, float]:
+    """Apply the stop rule to the guesses from index `start` on.
+
+    Returns how many of at most `limit` guesses are drafted, and the survival of all of them; `survival` unchanged if
+    the plan has no stop rule, which is then not needed.
+    """
+    if not plan.min_survival and not plan.min_confidence:
+        return limit, survival
     count = start
-    for confidence in islice(path, start, most):
+    for confidence in islice(path, start, limit):
         count += 1
-        survival *= calibrated(confidence, calibration)
-        if confidence < least or survival < bound:
+        survival, stop = apply_stop_rule(
+            survival,
+            confidence,
+            min_confidence=plan.min_confidence,
+            min_survival=plan.min_survival,
+            calibration=plan.calibration,
+        )
+        if stop:
             break
     return count, survival
 
 
 def _survival(path: list[float], plan: Plan, count: int) -> float:
-    """The chance that `count` guesses, made already, all survive."""
-    return _stopped(path, msgspec.structs.replace(plan, min_confidence=0.0), 0, count, 1.0)[1]
+    """Probability that all of `count` tokens that are drafted already are accepted."""
+    return _count_drafted(path, msgspec.structs.replace(plan, min_confidence=0.0), 0, count, 1.0)[1]
 
 
-def _offered(path: list[float], plan: Plan, count: int) -> list[int]:
-    """How many siblings are named beside each of the first `count` guesses, as long as a forward has room for them."""
+def _count_siblings(path: list[float], plan: Plan, count: int) -> list[int]:
+    """Number of siblings sent with each of the first `count` guesses, within what one verification takes.
+
+    The real loop drops the whole sibling set that does not fit (`Proposal.limit_nodes`); this model shortens it.
+    """
     if not plan.siblings:
         return [0] * count
-    doubt, room = plan.sibling_confidence, WIDEST - 1 - count
-    offered = [plan.siblings if confidence <= doubt else 0 for confidence in islice(path, count)]
-    return offered if sum(offered) <= room else [max(0, min(n, room - sum(offered[:i]))) for i, n in enumerate(offered)]
+    room = messages.MAX_TREE_NODES - 1 - count
+    wanted = [plan.siblings if confidence <= plan.sibling_confidence else 0 for confidence in islice(path, count)]
+    return wanted if sum(wanted) <= room else [max(0, min(n, room - sum(wanted[:i]))) for i, n in enumerate(wanted)]

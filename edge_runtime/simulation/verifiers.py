@@ -1,9 +1,10 @@
-"""Modelled verifiers: what a forward costs by its width, and how long a round waits for its turn.
+"""Modelled verifiers: forward time by width, and queueing time.
 
-Forwards are DESIGN's measured rows (one H200, bf16, context 512, CUDA graphs); `loaded` has the 32B row's shape at the
-80 ms of a loaded or cheap GPU. Waiting is modelled: on an idle verifier the batching window, on a busy one the forward
-that is under way. A verifier may speculate by itself: it drafts SPECULATED tokens beside the target for each of its own
-forwards, with the very same frozen draft, at the cost that DESIGN's table of co-located speculation implies.
+Forward times are measured (one H200, bf16, context 512, CUDA graphs; `tests.benchmarks.verifier`); `loaded` has the
+shape of the 32B row at the 80 ms of a loaded or cheap GPU. Queueing is modelled: the batching window on an idle
+verifier, the forward under way on a busy one. A verifier may speculate on the server too: it then drafts
+SERVER_DRAFT_TOKENS tokens for each forward that continues the text, with the same frozen draft model, at a cost that
+follows from measurements of co-located speculation.
 """
 
 from __future__ import annotations
@@ -14,22 +15,21 @@ from random import Random
 import msgspec
 
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.messages import MAX_TREE_NODES
 
-# What the verifier takes by default: nodes of a forward, and drafted tokens of a round.
-WIDEST = 72
-LONGEST_DRAFT = 32
-SPECULATED = 5
+# Draft tokens per forward of a verifier that speculates on the server.
+SERVER_DRAFT_TOKENS = 5
 
 
 class VerifierCost(msgspec.Struct, frozen=True):
-    """Figures of a verifier; times in seconds.
+    """Cost figures of a verifier; times in seconds.
 
     Attributes:
-        name: for people; `+spec` at its end if it speculates.
-        forwards: (nodes, seconds) of a forward, by growing width; between and beyond them on straight lines.
+        name: display name; ends in `+spec` if it speculates.
+        forwards: (nodes, seconds) of a forward, by ascending width; linear between and beyond them.
         queue_seconds: mean wait of a round; uniform from 0 to twice this.
-        draft_seconds: for each token that it drafts beside the target.
-        speculates: whether it does.
+        draft_seconds: drafting one token on the server.
+        speculates: whether it drafts on the server.
     """
 
     name: str
@@ -44,30 +44,31 @@ class SimulatedVerifier:
 
     Attributes:
         cost: its figures.
-        forward: seconds of a forward by its number of nodes, 0 to WIDEST.
-        own_forward: seconds of a forward for tokens of its own, and of drafting them.
-        speculated: tokens that it drafts for each of these.
+        forward_seconds: time of a forward by its number of nodes, 0 to MAX_TREE_NODES.
+        draft_tokens: tokens that it drafts for each forward that continues the text; 0 if it does not speculate.
+        continuation_seconds: time of such a forward, drafting included.
     """
 
     def __init__(self, cost: VerifierCost, seed: int) -> None:
         self.cost = cost
-        self.forward = [_interpolated(cost.forwards, width) for width in range(WIDEST + 1)]
-        self.speculated = SPECULATED if cost.speculates else 0
-        self.own_forward = self.forward[1 + self.speculated] + self.speculated * cost.draft_seconds
+        self.forward_seconds = [_interpolate(cost.forwards, width) for width in range(MAX_TREE_NODES + 1)]
+        self.draft_tokens = SERVER_DRAFT_TOKENS if cost.speculates else 0
+        self.continuation_seconds = self.forward_seconds[1 + self.draft_tokens] + self.draft_tokens * cost.draft_seconds
         self._random = Random(seed).random
 
-    def wait(self) -> float:
-        """Seconds until a round that has just come gets its forward."""
+    def sample_queue_seconds(self) -> float:
+        """Draw the wait of a round that has just arrived."""
         return 2 * self.cost.queue_seconds * self._random()
 
 
-def _interpolated(points: tuple[tuple[int, float], ...], width: int) -> float:
+def _interpolate(points: tuple[tuple[int, float], ...], width: int) -> float:
     lines = list(pairwise(points))
     (left, low), (right, high) = next((line for line in lines if width <= line[1][0]), lines[-1])
     return low + (high - low) * (width - left) / (right - left)
 
 
 def _rows(one: float, five: float, seventeen: float) -> tuple[tuple[int, float], ...]:
+    """The forwards of 1, 5 and 17 nodes, given in milliseconds."""
     return (1, one / 1e3), (5, five / 1e3), (17, seventeen / 1e3)
 
 
@@ -85,8 +86,8 @@ VERIFIERS = {
 }
 
 
-def verifier(name: str, seed: int) -> SimulatedVerifier:
-    """The shipped verifier of that name. Raises InputError."""
+def make_verifier(name: str, seed: int) -> SimulatedVerifier:
+    """Return the preset verifier of that name. Raises InputError."""
     if name not in VERIFIERS:
         raise InputError(f"no verifier preset {name!r}; there are {', '.join(VERIFIERS)}")
     return SimulatedVerifier(VERIFIERS[name], seed)

@@ -1,10 +1,9 @@
-"""The property that everything leans on: the text is a function of target, prompt, sampling and seed alone.
+"""Exactness, the central property: the text is a function of target, prompt, sampling parameters and seed alone.
 
-Every prompt is continued by the target alone, token by token (`cloud_verifier.model.reference`), and then through a
-real verifier under every draft, plan and fault below; the ids must be the same. So that this takes minutes, every plan
-and fault meets every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of
-K, siblings and n. FLEXSPEC_EXACT=full plays all plans of drafts x K x siblings x n, and all faults, under all
-samplings.
+The target alone continues every prompt token by token (`cloud_verifier.model.reference`); a real verifier continues
+it under every draft, plan and fault below, and the ids must be equal. To finish within minutes, every plan and fault
+meets every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of K,
+siblings and n. FLEXSPEC_EXACT=full runs all plans of drafts x K x siblings x n, and all faults, under all samplings.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cloud_verifier.api.app import VerifierLimits
-from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache.lookup import Memory
+from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
@@ -65,15 +64,15 @@ COVERING_PLANS = [
 ]
 PLANS = ALL_PLANS if FULL else COVERING_PLANS
 
-# It helps all drafts guess, and must change no text.
-MEMORY = Memory(8192)
+# Shared by all generations: it improves their drafts and must not change any text.
+NGRAM_CACHE = NgramCache(8192)
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def prompts(family: Path) -> list[list[int]]:
-    """The first tokens of forty modules of the standard library."""
+    """The first tokens of 40 modules of the standard library."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(family / "target-v1" / "tokenizer.json"))
     library = Path(sysconfig.get_path("stdlib"))
     texts = [path.read_text() for path in sorted(library.glob("[a-z]*.py"))]
@@ -83,12 +82,12 @@ def prompts(family: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(family: Path) -> Alone:
-    return Alone(load_model(family / "target-v1", "cpu", "float32")[0])
+def reference(family: Path) -> ReferenceTexts:
+    return ReferenceTexts(load_model(family / "target-v1", "cpu", "float32")[0])
 
 
-class Alone:
-    """What the target writes by itself, computed once per prompt and sampling."""
+class ReferenceTexts:
+    """Continuations by the target reference, computed once per prompt and sampling."""
 
     def __init__(self, model) -> None:
         self._model = model
@@ -97,17 +96,17 @@ class Alone:
     def __call__(self, prompt: list[int], sampling: Sampling) -> list[int]:
         key = (*prompt, sampling)
         if key not in self._known:
-            self._known[key] = decode_alone(self._model, prompt, sampling, NEW_TOKENS, frozenset([0]))
+            self._known[key] = generate_reference(self._model, prompt, sampling, NEW_TOKENS, frozenset([0]))
         return self._known[key]
 
 
 def samplings_for(prompt: int, case: int) -> list[Sampling]:
-    """Under which samplings a prompt meets a plan or fault."""
+    """Samplings under which a prompt meets a plan or fault."""
     samplings = list(SAMPLINGS.values())
     return samplings if FULL else [samplings[(prompt + case) % len(samplings)]]
 
 
-async def through(
+async def generate(
     client: VerifierClient,
     draft: OnnxDraft | None,
     prompt: list[int],
@@ -115,16 +114,18 @@ async def through(
     planner: Planner,
     new_tokens: int = NEW_TOKENS,
 ) -> Generation:
-    generation = Generation(draft, client, prompt, sampling, max_new_tokens=new_tokens, planner=planner, memory=MEMORY)
+    generation = Generation(
+        draft, client, prompt, sampling, max_new_tokens=new_tokens, planner=planner, ngram_cache=NGRAM_CACHE
+    )
     async for _ in generation:
         pass
     return generation
 
 
 @pytest.mark.parametrize("first", range(0, PROMPTS, CHUNK))
-async def test_every_draft_and_plan_writes_what_the_target_writes(
+async def test_every_draft_and_plan_gives_the_reference_text(
     first: int,
-    alone: Alone,
+    reference: ReferenceTexts,
     target_v1: Target,
     prompts: list[list[int]],
     shipped_draft: OnnxDraft,
@@ -136,25 +137,25 @@ async def test_every_draft_and_plan_writes_what_the_target_writes(
             prompt = prompts[index]
             for case, (draft, plan) in enumerate(PLANS):
                 for sampling in samplings_for(index, case):
-                    expected = alone(prompt, sampling)
-                    generation = await through(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
+                    expected = reference(prompt, sampling)
+                    generation = await generate(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
                     assert generation.ids[len(prompt) :] == expected, (draft, plan, sampling)
                     assert generation.finish == ("stop" if expected[-1] == 0 else "length")
 
 
 class Fault:
-    """What goes wrong in the middle of one answer."""
+    """A fault in the middle of one answer; this one is none."""
 
     def __init__(self, server: Ingress, client: VerifierClient) -> None:
         self.server, self.client, self.pieces = server, client, 0
 
     async def after_piece(self) -> None:
-        """Called behind every piece of the answer."""
+        """Called after every piece of the answer."""
         self.pieces += 1
 
 
 class Restart(Fault):
-    """The verifier goes away, sessions and all, and comes back at the same address."""
+    """The verifier restarts at the same address and loses all sessions."""
 
     async def after_piece(self) -> None:
         await super().after_piece()
@@ -163,7 +164,7 @@ class Restart(Fault):
 
 
 class Evict(Fault):
-    """Somebody else's session takes the only slot."""
+    """Another session takes the only slot."""
 
     async def after_piece(self) -> None:
         await super().after_piece()
@@ -173,7 +174,7 @@ class Evict(Fault):
 
 
 class Twice(httpx.AsyncBaseTransport):
-    """Delivers every request twice and hands over the second reply."""
+    """Sends every request twice and returns the second reply."""
 
     def __init__(self) -> None:
         self._inner = httpx.AsyncHTTPTransport(http1=False, http2=True)
@@ -188,9 +189,9 @@ class Twice(httpx.AsyncBaseTransport):
 
 
 class Ingress:
-    """One address in front of verifiers that come and go: a restart cuts every connection and loses every session.
+    """One address in front of restarting verifiers: a restart cuts every connection and loses every session.
 
-    What the board sees is what it would see of a process that was killed and started again.
+    The board sees the same as if the process had been killed and started again.
     """
 
     def __init__(self, target: Target, limits: VerifierLimits | None = None) -> None:
@@ -248,7 +249,7 @@ FAULTS = {
 async def test_no_fault_changes_the_text(
     fault: str,
     first: int,
-    alone: Alone,
+    reference: ReferenceTexts,
     target_v1: Target,
     prompts: list[list[int]],
     shipped_draft: OnnxDraft,
@@ -273,14 +274,14 @@ async def test_no_fault_changes_the_text(
                     faults = kind(server, client)
                     async for _ in generation:
                         await faults.after_piece()
-                    assert generation.ids[len(prompt) :] == alone(prompt, sampling)
+                    assert generation.ids[len(prompt) :] == reference(prompt, sampling)
                     recoveries += generation.statistics.recoveries
-    # Texts can end before the fault strikes, but not all of them.
+    # Some texts may end before the fault occurs, but not all.
     assert (recoveries > 0) == (not fault.startswith("twice"))
 
 
 class RandomPlanner:
-    """Plays anything at any time."""
+    """Returns random plans."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -303,31 +304,31 @@ class RandomPlanner:
     def observe(self, outcome: Outcome) -> None: ...
 
 
-async def test_a_planner_that_plays_at_random_and_many_texts_at_once(
-    alone: Alone, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
+async def test_random_plans_with_many_concurrent_texts(
+    reference: ReferenceTexts, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
     jobs = list(itertools.product(prompts[:4], SAMPLINGS.values()))
     async with serving(target_v1, VerifierLimits(max_sessions=6)) as server, VerifierClient(server.url) as client:
         texts = await asyncio.gather(
             *(
-                through(client, shipped_draft, prompt, sampling, RandomPlanner(seed), new_tokens=64)
+                generate(client, shipped_draft, prompt, sampling, RandomPlanner(seed), new_tokens=64)
                 for seed, (prompt, sampling) in enumerate(jobs)
             )
         )
     for (prompt, sampling), generation in zip(jobs, texts, strict=True):
-        assert generation.ids[len(prompt) :] == alone(prompt, sampling)[:64]
+        assert generation.ids[len(prompt) :] == reference(prompt, sampling)[:64]
 
 
-async def test_drafting_ahead_and_rounds_ahead_come_to_something(
+async def test_drafting_ahead_and_early_rounds_occur(
     target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
-    ready = early = 0
+    drafted_ahead = early_rounds = 0
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
         for prompt in prompts[:4]:
-            generation = await through(client, shipped_draft, prompt, SAMPLINGS["greedy"], FixedPlanner(AHEAD))
-            ready += generation.statistics.ready
-            early += generation.statistics.early
-    assert ready > early > 0
+            generation = await generate(client, shipped_draft, prompt, SAMPLINGS["greedy"], FixedPlanner(AHEAD))
+            drafted_ahead += generation.statistics.drafted_ahead
+            early_rounds += generation.statistics.early_rounds
+    assert drafted_ahead > early_rounds > 0
 
 
 async def test_leaving_early_closes_the_session(
@@ -345,5 +346,5 @@ async def test_leaving_early_closes_the_session(
         await client.aclose()
         assert generation.statistics.rounds >= 1
         async with VerifierClient(server.url) as another:
-            again = await through(another, shipped_draft, prompts[0], Sampling(), FixedPlanner(Plan(4)), 8)
+            again = await generate(another, shipped_draft, prompts[0], Sampling(), FixedPlanner(Plan(4)), 8)
             assert again.finish == "length"

@@ -1,4 +1,4 @@
-"""The draft beside a stream: what it makes of the cloud's tokens, and that nobody waits for it."""
+"""Shadow drafting: what the draft worker predicts next to a stream, and that the stream never waits for it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime.decoding.draft_worker import Drafter
+from edge_runtime.decoding.draft_worker import NullDraftWorker, ThreadedDraftWorker
 from edge_runtime.decoding.generation import Generation
-from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.planning.plan import UNNAMED, Conditions, Outcome, Plan
+from edge_runtime.draft.model import EMPTY_PROPOSAL, OnnxDraft
+from edge_runtime.planning.plan import UNRANKED, Conditions, Outcome, Plan
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from tests.conftest import serving
@@ -20,8 +20,8 @@ SIBLINGS = 3
 STREAM = Plan(0, own=48, siblings=SIBLINGS, watch=True)
 
 
-class Listening:
-    """Plays one plan, and keeps what came of it."""
+class RecordingPlanner:
+    """Returns one plan and records the outcomes."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -34,8 +34,8 @@ class Listening:
         self.outcomes.append(outcome)
 
 
-async def streamed(target: Target, draft: OnnxDraft, sampling: Sampling, plan: Plan) -> tuple[list[int], list[Outcome]]:
-    planner = Listening(plan)
+async def stream(target: Target, draft: OnnxDraft, sampling: Sampling, plan: Plan) -> tuple[list[int], list[Outcome]]:
+    planner = RecordingPlanner(plan)
     async with serving(target) as server, VerifierClient(server.url) as client:
         prompt = draft.tokenizer.encode(TEXT).ids
         generation = Generation(draft, client, prompt, sampling, max_new_tokens=48, planner=planner)
@@ -45,56 +45,66 @@ async def streamed(target: Target, draft: OnnxDraft, sampling: Sampling, plan: P
 
 
 @pytest.mark.parametrize("sampling", [Sampling(ignore_eos=True), Sampling(0.7, seed=3, ignore_eos=True)])
-async def test_it_guesses_what_it_would_have_drafted(
+async def test_shadow_guesses_equal_what_it_would_have_drafted(
     target_v1: Target, shipped_draft: OnnxDraft, sampling: Sampling
 ) -> None:
-    ids, (outcome,) = await streamed(target_v1, shipped_draft, sampling, STREAM)
+    ids, (outcome,) = await stream(target_v1, shipped_draft, sampling, STREAM)
     start = len(ids) - 48
-    # Frames come every 50 ms, and those that come last are not waited for.
+    # The round does not wait for the predictions of its last frames.
     assert 0 < len(outcome.watched) <= outcome.own == 48
     assert outcome.ahead_seconds > 0 and not outcome.drafted
-    context = shipped_draft.context()
+    context = shipped_draft.new_context()
     for index, (confidence, rank) in enumerate(outcome.watched):
         guess = context.propose(ids[: start + index], 1, sampling, siblings=SIBLINGS)
-        named = guess.tokens + guess.siblings.get(0, [])
+        candidates = guess.tokens + guess.siblings.get(0, [])
         token = ids[start + index]
-        assert rank == (named.index(token) if token in named else UNNAMED)
+        assert rank == (candidates.index(token) if token in candidates else UNRANKED)
         assert confidence == pytest.approx(guess.confidences[0], abs=1e-5)
 
 
-async def test_it_only_reads_where_it_is_not_to_guess(target_v1: Target, shipped_draft: OnnxDraft) -> None:
-    _, rounds = await streamed(target_v1, shipped_draft, Sampling(ignore_eos=True), Plan(0, own=24, ahead=1))
+async def test_without_watch_it_only_prefills(target_v1: Target, shipped_draft: OnnxDraft) -> None:
+    _, rounds = await stream(target_v1, shipped_draft, Sampling(ignore_eos=True), Plan(0, own=24, ahead=1))
     assert [outcome.watched for outcome in rounds] == [[], []]
-    # The prompt is read by then.
+    # The prompt has been prefilled during the first round.
     assert rounds[1].conditions.unread <= 24
 
 
-async def test_nobody_waits_for_it(shipped_draft: OnnxDraft) -> None:
-    """It is left behind by a text that is said faster than it can read, and ends within a step."""
-    drafter = Drafter(shipped_draft, Sampling())
+async def test_stopping_does_not_wait_for_the_backlog(shipped_draft: OnnxDraft) -> None:
+    """A stream that is faster than the draft leaves it behind; it ends within a step."""
+    worker = ThreadedDraftWorker(shipped_draft, Sampling())
     ids = shipped_draft.tokenizer.encode(TEXT).ids
     try:
-        drafter.watch(ids, STREAM)
-        drafter.see(ids, [300] * 400)
+        worker.start_shadow(ids, STREAM)
+        worker.shadow(ids, [300] * 400)
         await asyncio.sleep(0.02)
-        assert len(drafter.look_away()[0]) < 400
-        await drafter.rest()
-        assert drafter.look_away() == ([], 0.0)
-        # Behind it the draft is free for what is asked of it.
-        assert len((await drafter.propose([*ids, 300], Plan(4), 4)).tokens) == 4
+        assert len(worker.stop_shadow()[0]) < 400
+        await worker.wait_until_idle()
+        assert worker.stop_shadow() == ([], 0.0)
+        # Afterwards the draft is free for the next request.
+        assert len((await worker.propose([*ids, 300], Plan(4), 4)).tokens) == 4
     finally:
-        drafter.close()
+        worker.close()
 
 
-async def test_a_text_beyond_the_draft_s_context_is_not_watched(shipped_draft: OnnxDraft) -> None:
-    drafter = Drafter(shipped_draft, Sampling())
+async def test_shadow_drafting_ends_at_the_draft_context(shipped_draft: OnnxDraft) -> None:
+    worker = ThreadedDraftWorker(shipped_draft, Sampling())
     limit = shipped_draft.manifest.architecture.context
     try:
-        drafter.watch([7] * (limit - 3), STREAM)
-        drafter.see([7] * (limit - 3), [9] * 10)
-        assert drafter._watch and drafter._watch.working
-        await asyncio.wrap_future(drafter._watch.working)
-        watched, _ = drafter.look_away()
+        worker.start_shadow([7] * (limit - 3), STREAM)
+        worker.shadow([7] * (limit - 3), [9] * 10)
+        assert worker._shadow and worker._shadow.job
+        await asyncio.wrap_future(worker._shadow.job)
+        watched, _ = worker.stop_shadow()
         assert len(watched) == 4
     finally:
-        drafter.close()
+        worker.close()
+
+
+async def test_the_null_worker_drafts_nothing() -> None:
+    worker = NullDraftWorker()
+    assert worker.tokens_to_prefill([1, 2, 3]) == 3 and worker.tokens_drafted_ahead([1, 2, 3]) == 0
+    assert await worker.propose([1], Plan(4), 4) == EMPTY_PROPOSAL
+    assert await worker.draft_ahead([1], Plan(4, ahead=2), EMPTY_PROPOSAL, 8) is None
+    worker.start_shadow([1], STREAM)
+    worker.shadow([1], [2, 3])
+    assert worker.stop_shadow() == ([], 0.0)

@@ -1,4 +1,4 @@
-"""An answer whose verifier goes and comes back: what is shown meanwhile, and that the text is the target's."""
+"""Generation across the loss of the verifier: what is shown meanwhile, and that the text is the target's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cloud_verifier.api.server import Server
+from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
-from edge_runtime.decoding.generation import Generation, Piece
+from edge_runtime.decoding.generation import Generation, VerifiedTokens
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.planning.plan import FIXED, FixedPlanner, OnLinkLoss, Plan
+from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, OnLinkLoss, Plan
 from edge_runtime.protocol.errors import VerifierUnreachable
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
@@ -25,37 +25,37 @@ TEXT = "def read_config(path):\n"
 TOKENS = 96
 LONG = 300
 GREEDY, SAMPLED = Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)
-PLANS = [FIXED, Plan(0, own=24, watch=True), Plan(2, ahead=3, in_flight=2)]
+PLANS = [FIXED_PLAN, Plan(0, own=24, watch=True), Plan(2, ahead=3, in_flight=2)]
 
 
-class Cloud:
-    """A verifier that comes and goes at one address."""
+class RestartableVerifier:
+    """A verifier that can be stopped and started again at one address."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._stack = contextlib.AsyncExitStack()
         self._port = 0
-        self.is_there = False
+        self.is_running = False
 
-    async def come(self) -> None:
-        server: Server = await self._stack.enter_async_context(serving(self._target, port=self._port))
+    async def start(self) -> None:
+        server: VerifierServer = await self._stack.enter_async_context(serving(self._target, port=self._port))
         self.url = server.url
         self._port = int(server.url.rsplit(":", 1)[1])
-        self.is_there = True
+        self.is_running = True
 
-    async def go(self) -> None:
-        self.is_there = False
+    async def stop(self) -> None:
+        self.is_running = False
         await self._stack.aclose()
 
 
 @pytest.fixture
-async def cloud(target_v1: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cloud]:
-    # Connections that are kept alive are not waited for.
+async def cloud(target_v1: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RestartableVerifier]:
+    # Stop without waiting for kept-alive connections.
     monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
-    cloud = Cloud(target_v1)
-    await cloud.come()
+    cloud = RestartableVerifier(target_v1)
+    await cloud.start()
     yield cloud
-    await cloud.go()
+    await cloud.stop()
 
 
 def generation(
@@ -64,7 +64,7 @@ def generation(
     on_link_loss: OnLinkLoss,
     sampling: Sampling,
     *,
-    plan: Plan = FIXED,
+    plan: Plan = FIXED_PLAN,
     tokens: int = TOKENS,
     prompt: list[int] | None = None,
 ) -> Generation:
@@ -73,7 +73,9 @@ def generation(
     return Generation(draft, client, ids, sampling, max_new_tokens=tokens, planner=planner, on_link_loss=on_link_loss)
 
 
-async def target_text(cloud: Cloud, draft: OnnxDraft, sampling: Sampling, tokens: int = TOKENS) -> list[int]:
+async def target_text(
+    cloud: RestartableVerifier, draft: OnnxDraft, sampling: Sampling, tokens: int = TOKENS
+) -> list[int]:
     async with VerifierClient(cloud.url) as client:
         plain = generation(draft, client, "wait", sampling, tokens=tokens)
         async for _ in plain:
@@ -82,17 +84,17 @@ async def target_text(cloud: Cloud, draft: OnnxDraft, sampling: Sampling, tokens
 
 
 class Reader:
-    """Puts a text together from pieces, as whoever shows it does."""
+    """Assembles the text from its pieces, as a client does."""
 
     def __init__(self, prompt: list[int]) -> None:
         self.verified = list(prompt)
         self.tail: list[int] = []
-        self.most = 0
+        self.longest_tail = 0
 
-    def read(self, piece: Piece) -> None:
+    def read(self, piece: VerifiedTokens) -> None:
         self.verified += piece.accepted + piece.own
         self.tail = piece.unverified
-        self.most = max(self.most, len(self.tail))
+        self.longest_tail = max(self.longest_tail, len(self.tail))
 
 
 @pytest.mark.parametrize(
@@ -100,33 +102,39 @@ class Reader:
     [(PLANS[0], SAMPLED), (PLANS[1], GREEDY), (PLANS[2], GREEDY)],
     ids=["drafted", "streamed", "early"],
 )
-async def test_what_the_draft_said_alone_is_verified_when_the_link_is_back(
-    cloud: Cloud, shipped_draft: OnnxDraft, sampling: Sampling, plan: Plan, monkeypatch: pytest.MonkeyPatch
+async def test_offline_tokens_are_verified_when_the_link_is_back(
+    cloud: RestartableVerifier,
+    shipped_draft: OnnxDraft,
+    sampling: Sampling,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The draft alone must not be through before the link is back.
-    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    # Offline drafting must not finish the text before the link is back.
+    monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     wanted = await target_text(cloud, shipped_draft, sampling, LONG)
     async with VerifierClient(cloud.url) as client:
         answer = generation(shipped_draft, client, "draft", sampling, plan=plan, tokens=LONG)
         reader = Reader(answer.ids)
-        steps = iter([cloud.go, cloud.come])
+        steps = iter([cloud.stop, cloud.start])
         async for piece in answer:
             reader.read(piece)
-            assert cloud.is_there or not piece.unverified or not piece.accepted + piece.own
-            if answer.statistics.tokens >= 20 and (cloud.is_there or len(piece.unverified) >= 24):
+            assert cloud.is_running or not piece.unverified or not piece.accepted + piece.own
+            if answer.statistics.tokens >= 20 and (cloud.is_running or len(piece.unverified) >= 24):
                 for step in itertools.islice(steps, 1):
                     await step()
         assert reader.verified == answer.ids == wanted
         assert reader.tail == answer.unverified == []
-        assert reader.most >= 24
+        assert reader.longest_tail >= 24
         assert answer.statistics.unverified == 0
         assert answer.statistics.recoveries == 1
-        assert answer.statistics.withdrawn <= reader.most
+        assert answer.statistics.withdrawn <= reader.longest_tail
         assert answer.statistics.withdrawn > 0 or not sampling.temperature
         assert answer.finish == "length"
 
 
-async def test_where_no_verifier_comes_back_the_rest_stays_unverified(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+async def test_without_a_verifier_the_rest_stays_unverified(
+    cloud: RestartableVerifier, shipped_draft: OnnxDraft
+) -> None:
     sampling = Sampling(ignore_eos=True)
     wanted = await target_text(cloud, shipped_draft, sampling)
     async with VerifierClient(cloud.url) as client:
@@ -135,7 +143,7 @@ async def test_where_no_verifier_comes_back_the_rest_stays_unverified(cloud: Clo
         async for piece in answer:
             reader.read(piece)
             if answer.statistics.tokens >= 20:
-                await cloud.go()
+                await cloud.stop()
     prompt = len(shipped_draft.tokenizer.encode(TEXT).ids)
     assert answer.finish == "length"
     assert answer.ids == reader.verified == wanted[: len(answer.ids)]
@@ -145,8 +153,8 @@ async def test_where_no_verifier_comes_back_the_rest_stays_unverified(cloud: Clo
     assert answer.statistics.tokens == len(answer.ids) - prompt
 
 
-async def test_without_any_verifier_the_draft_ends_its_text_itself(shipped_draft: OnnxDraft) -> None:
-    """Greedy, the draft alone would say this; behind a special token it says nothing more."""
+async def test_an_offline_draft_ends_the_text_itself(shipped_draft: OnnxDraft) -> None:
+    """No verifier was ever reached: every token is the draft's, and a special token ends the text."""
     async with VerifierClient("http://127.0.0.1:9", deadline=60.0) as client:
         answer = generation(shipped_draft, client, "draft", Sampling(1.0, seed=1), tokens=400)
         async for piece in answer:
@@ -158,7 +166,7 @@ async def test_without_any_verifier_the_draft_ends_its_text_itself(shipped_draft
     assert answer.finish == "stop" or len(answer.unverified) == 400
 
 
-async def test_waiting_goes_on_where_the_text_stood(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+async def test_waiting_continues_the_text(cloud: RestartableVerifier, shipped_draft: OnnxDraft) -> None:
     sampling = Sampling(0.7, seed=3, ignore_eos=True)
     wanted = await target_text(cloud, shipped_draft, sampling)
     async with VerifierClient(cloud.url, deadline=60.0) as client:
@@ -167,24 +175,24 @@ async def test_waiting_goes_on_where_the_text_stood(cloud: Cloud, shipped_draft:
         async for piece in answer:
             assert not piece.unverified
             if coming is None and answer.statistics.tokens >= 20:
-                await cloud.go()
+                await cloud.stop()
                 coming = asyncio.create_task(_after(1.0, cloud))
         assert answer.ids == wanted
         assert answer.statistics.recoveries == 1
 
 
-async def _after(seconds: float, cloud: Cloud) -> None:
+async def _after(seconds: float, cloud: RestartableVerifier) -> None:
     await asyncio.sleep(seconds)
-    await cloud.come()
+    await cloud.start()
 
 
-async def test_failing_does_not_wait(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+async def test_failing_does_not_wait(cloud: RestartableVerifier, shipped_draft: OnnxDraft) -> None:
     async with VerifierClient(cloud.url, deadline=600.0) as client:
         answer = generation(shipped_draft, client, "fail", Sampling(ignore_eos=True))
         with pytest.raises(VerifierUnreachable) as caught:
             async with asyncio.timeout(20.0):
                 async for _ in answer:
-                    await cloud.go()
+                    await cloud.stop()
     assert caught.value.fault == "connection_refused"
 
 
@@ -204,15 +212,15 @@ async def test_a_slow_verifier_is_no_lost_link(target_v1: Target, shipped_draft:
     assert answer.statistics.tokens == 12
 
 
-async def test_leaving_while_the_draft_is_alone(cloud: Cloud, shipped_draft: OnnxDraft) -> None:
+async def test_leaving_while_the_draft_is_alone(cloud: RestartableVerifier, shipped_draft: OnnxDraft) -> None:
     async with VerifierClient(cloud.url) as client:
         answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True))
         async with contextlib.aclosing(aiter(answer)) as pieces:
             async for piece in pieces:
                 if piece.unverified:
                     break
-                await cloud.go()
-        await cloud.come()
+                await cloud.stop()
+        await cloud.start()
         again = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True), tokens=4)
         async for _ in again:
             pass

@@ -1,4 +1,4 @@
-"""Acceptance traces on disk: what goes in comes out, and whatever else is there is refused in words."""
+"""Acceptance traces on disk: they round-trip, and malformed files are refused with a message."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.planning.plan import UNRANKED
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.simulation.recorded_texts import NONE, Text, read_texts, write_texts
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts, write_texts
 from tests.conftest import FAMILY
 from tests.edge_runtime.simulation.worlds import make_text, texts
 
@@ -28,18 +29,18 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(written=st.lists(texts, min_size=1, max_size=4))
-def test_what_is_written_is_read(written: list[Text], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_texts_round_trip(written: list[RecordedText], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.npz"
     write_texts(path, written, {})
     read = read_texts(path)
     assert [text.ranks for text in read] == [text.ranks for text in written]
     for before, after in zip(written, read, strict=True):
         assert after.confidences == pytest.approx(before.confidences, abs=1e-3)
-        assert [len(row) for row in after.behind] == [len(row) for row in before.behind]
+        assert [len(row) for row in after.continuations] == [len(row) for row in before.continuations]
         assert (after.target, after.prompt, after.seed) == (before.target, before.prompt, before.seed)
 
 
-def test_the_shipped_trace_is_of_every_target_and_temperature() -> None:
+def test_the_shipped_trace_covers_every_target_and_temperature() -> None:
     path = FAMILY / "acceptance.npz"
     assert path.stat().st_size < 1_000_000
     kinds = {(text.target, text.temperature) for text in read_texts(path)}
@@ -50,7 +51,7 @@ def test_the_shipped_trace_is_of_every_target_and_temperature() -> None:
         assert 0.4 < sum(text.acceptance for text in some) / len(some) < 0.95
 
 
-def test_what_is_not_there_is_named(file: Path) -> None:
+def test_missing_texts_and_files_are_named(file: Path) -> None:
     with pytest.raises(InputError, match="no text of target-v9"):
         read_texts(file, target="target-v9")
     with pytest.raises(InputError, match="draft-export record"):
@@ -60,14 +61,14 @@ def test_what_is_not_there_is_named(file: Path) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_other_bytes_are_refused(content: bytes) -> None:
+def test_arbitrary_bytes_are_refused(content: bytes) -> None:
     path = Path(__file__).parent / "unused"
     with pytest.raises(InputError):
         read_texts(_Bytes(content, path))  # type: ignore[arg-type]
 
 
 @given(st.data())
-def test_a_damaged_file_is_refused_or_still_a_trace(file: Path, data: st.DataObject) -> None:
+def test_a_damaged_file_is_refused_or_still_valid(file: Path, data: st.DataObject) -> None:
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -76,12 +77,12 @@ def test_a_damaged_file_is_refused_or_still_a_trace(file: Path, data: st.DataObj
         read = read_texts(_Bytes(bytes(content[:cut]), file))  # type: ignore[arg-type]
     except InputError:
         return
-    # The archive's checksums cover the arrays, not every byte around them.
-    assert all(rank <= 7 or rank == NONE for text in read for rank in text.ranks)
+    # The checksums of the archive cover the arrays, but not every byte around them.
+    assert all(rank <= 7 or rank == UNRANKED for text in read for rank in text.ranks)
 
 
 class _Bytes(io.BytesIO):
-    """A file's content where `numpy.load` takes a path; its name for messages."""
+    """File content in place of the path that `numpy.load` takes; prints as that path."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         super().__init__(content)

@@ -1,13 +1,13 @@
-"""Small worlds whose times can be computed by hand, and texts made up for them."""
+"""Small worlds whose times can be computed by hand, and synthetic texts for them."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.simulation.links import Conduct, Steady
-from edge_runtime.simulation.recorded_texts import BEHIND, NONE, Text
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.plan import UNRANKED, Conditions, Outcome, Plan
+from edge_runtime.simulation.links import LinkParameters, SteadyLink
+from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, RecordedText
 from edge_runtime.simulation.verifiers import SimulatedVerifier, VerifierCost
 from edge_runtime.simulation.world import World
 
@@ -24,22 +24,22 @@ def make_world(
     speculates: bool = False,
     overhead: float = 0.0,
 ) -> World:
-    """Constant delays; bytes take no time."""
-    device = Device(
+    """A world with constant delays, in which bytes take no time."""
+    device = DeviceModel(
         step_seconds=step, prefill_seconds=0.0, overhead_seconds=overhead, idle_watts=2.0, busy_watts=7.0,
         radio_watts=1.0, joules_per_byte=0.001,
     )  # fmt: skip
-    link = Steady(Conduct("constant", "wifi", 2 * half_trip, 0.0, 1e15, 1e15), 0)
+    link = SteadyLink(LinkParameters("constant", "wifi", 2 * half_trip, 0.0, 1e15, 1e15), 0)
     cost = VerifierCost("constant", ((1, FORWARD), (2, FORWARD + NODE)), queue, 0.001, speculates)
     return World("constant", device, link, SimulatedVerifier(cost, 0))
 
 
-def make_text(ranks: str, confidence: float = 0.9, behind: float = 0.5) -> Text:
-    """A text by its ranks: `.` a right guess, a digit the place of the right sibling, `x` none of them."""
-    places = [0 if mark == "." else NONE if mark == "x" else int(mark) for mark in ranks]
-    return Text(
-        "made-up", 0.0, 1.0, 0, PROMPT, [confidence] * len(places), places,
-        [[behind] * BEHIND if place else [] for place in places],
+def make_text(ranks: str, confidence: float = 0.9, continuation: float = 0.5) -> RecordedText:
+    """A text by its ranks: `.` is a correct guess, a digit the rank of the correct sibling, `x` none of them."""
+    values = [0 if mark == "." else UNRANKED if mark == "x" else int(mark) for mark in ranks]
+    return RecordedText(
+        "made-up", 0.0, 1.0, 0, PROMPT, [confidence] * len(values), values,
+        [[continuation] * CONTINUATION_TOKENS if rank else [] for rank in values],
     )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ plans = st.builds(
 )
 
 
-class Wandering:
-    """Goes through its plans, and keeps what it is told."""
+class CyclingPlanner:
+    """Cycles through its plans and records conditions and outcomes."""
 
     def __init__(self, plans: list[Plan]) -> None:
         self._plans = plans
