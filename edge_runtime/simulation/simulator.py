@@ -31,7 +31,7 @@ from edge_runtime.planning.plan import (
 from edge_runtime.protocol import messages
 from edge_runtime.simulation.recorded_texts import RecordedText, accepted_runs
 from edge_runtime.simulation.result import SimulationResult
-from edge_runtime.simulation.world import FRAME_BYTES, FRAME_SECONDS, ID_BYTES, ROUND_BYTES, World
+from edge_runtime.simulation.world import FRAME_BYTES, ID_BYTES, ROUND_BYTES, World
 
 # `draft.onnx_runner.PREFILL_CHUNK_TOKENS`, repeated here because that module loads onnxruntime.
 PREFILL_CHUNK_TOKENS = 128
@@ -160,7 +160,8 @@ class _TextSimulation:
         received_bytes = int(ROUND_BYTES + ID_BYTES * own)
         answered, reply_repeated = world.down(self._verified_at, received_bytes)
         if n > 1:
-            received_bytes += FRAME_BYTES * min(1 + further, 1 + int(busy / FRAME_SECONDS))
+            # One frame per forward, but at most one per interval.
+            received_bytes += FRAME_BYTES * min(1 + further, 1 + int(busy / messages.STREAM_FRAME_SECONDS))
         # The first tokens of a stream leave as soon as they are known.
         first = answered - (self._verified_at - first_done)
         following = None

@@ -17,12 +17,10 @@ LONGEST_PAUSE_SECONDS = 2.0
 # The kernel's weight of a new sample of the round-trip time (RFC 6298).
 SRTT_SHARE = 1 / 8
 
-# TCP payload with HTTP/2 framing: a round in one direction without its ids; one id in msgpack; one frame of a stream, of
-# which the verifier sends at most one in FRAME_SECONDS.
+# TCP payload with HTTP/2 framing: a round in one direction without its ids; one id in msgpack; one frame of a stream.
 ROUND_BYTES = 75
 ID_BYTES = 1.3
 FRAME_BYTES = 15
-FRAME_SECONDS = 0.05
 
 # Weights of a small standalone draft, and of an anchor draft whose head comes from a larger target.
 SMALL_DRAFT_BYTES = 40_000_000
