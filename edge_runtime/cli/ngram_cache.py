@@ -53,11 +53,11 @@ def add_parser(commands: Any) -> None:
 
 
 async def _show(options: argparse.Namespace) -> int:
-    from edge_runtime.ngram_cache.store import SUFFIX, NgramStore
+    from edge_runtime.ngram_cache.store import STORE_SUFFIX, NgramStore
 
     directory = _directory(options)
     for path in _list_files(directory):
-        if path.suffix != SUFFIX:
+        if path.suffix != STORE_SUFFIX:
             continue
         store = NgramStore(directory, path.stem)
         records = store.read()

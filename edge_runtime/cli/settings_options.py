@@ -71,8 +71,10 @@ def warn(message: str) -> None:
 class _DeprecatedOption(argparse.Action):
     """Stores an option's value under a former name of the option, with a warning."""
 
-    def __init__(self, *arguments: Any, replacement: str, const: Any = None, **keywords: Any) -> None:
-        super().__init__(*arguments, nargs=None if const is None else 0, const=const, **keywords)
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, replacement: str, const: Any = None, **keywords: Any
+    ) -> None:
+        super().__init__(option_strings, dest, nargs=None if const is None else 0, const=const, **keywords)
         self._replacement = replacement
 
     def __call__(

@@ -1,4 +1,4 @@
-"""What leaves the board: nothing in clear that nobody allowed, and nothing that the README does not name."""
+"""What leaves the board: nothing unencrypted without permission, and no field that the README does not list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import h11
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime.cli import main, verifier_options
+from edge_runtime.cli import verifier_client
+from edge_runtime.cli.main import main
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import MSGPACK, OpenRequest, RoundRequest
@@ -24,14 +25,14 @@ from edge_runtime.settings.validators import is_in_clear
 from tests.cloud_verifier.protocol_client import running
 
 README = Path(__file__).resolve().parents[2] / "edge_runtime" / "README.md"
-PROMPT = "def a_secret_that_nobody_should_read(password):\n"
-FAR = "http://verifier.example"
+PROMPT = "def an_unmistakable_prompt(password):\n"
+REMOTE = "http://verifier.example"
 
 
 @pytest.mark.parametrize(
     ("url", "clear"),
     [
-        (FAR, True),
+        (REMOTE, True),
         ("HTTP://10.0.0.7:8500", True),
         ("http://127.0.0.1.example", True),
         ("http://[2001:db8::1]:8500", True),
@@ -44,48 +45,49 @@ FAR = "http://verifier.example"
         ("http://[::1", False),
     ],
 )
-def test_what_is_in_clear(url: str, clear: bool) -> None:
+def test_is_in_clear(url: str, clear: bool) -> None:
     assert is_in_clear(url) == clear
 
 
 @pytest.mark.parametrize("command", [["generate", "x"], ["serve", "--port", "0"]])
-def test_prompts_go_to_other_machines_in_clear_only_where_that_is_allowed(
+def test_unencrypted_prompts_to_another_machine_are_refused(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main([*command, "--policy", "fixed", "--verifier", FAR]) == 2
+    assert main([*command, "--policy", "fixed", "--verifier", REMOTE]) == 2
     error = capsys.readouterr().err
-    assert f"would go to {FAR} unencrypted" in error
+    assert f"would be sent to {REMOTE} unencrypted" in error
     assert "--insecure" in error
     assert "https://" in error
 
 
-def test_a_token_never_travels_in_clear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_is_never_sent_unencrypted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "token").write_text("secret")
     options = ["--policy", "fixed", "--token-file", str(tmp_path / "token"), "--insecure"]
-    assert main.main(["generate", "x", "--verifier", FAR, *options]) == 2
-    assert f"the token would go to {FAR} unencrypted" in capsys.readouterr().err
-    # One such URL among several is one too many.
-    with pytest.raises(InputError, match="the token would go"):
-        verifier_options.check_private(["https://verifier.example", FAR], token=True, insecure=True)
+    assert main(["generate", "x", "--verifier", REMOTE, *options]) == 2
+    assert f"the token would be sent to {REMOTE} unencrypted" in capsys.readouterr().err
+    # One unencrypted URL among several is enough.
+    with pytest.raises(InputError, match="the token would be sent"):
+        verifier_client.check_encryption(["https://verifier.example", REMOTE], has_token=True, insecure=True)
 
 
-def test_what_is_private_or_allowed_is_not_refused(tmp_path: Path) -> None:
-    verifier_options.check_private(["https://verifier.example", "http://127.0.0.1:8500"], token=True, insecure=False)
-    verifier_options.check_private([FAR], token=False, insecure=True)
+def test_encrypted_local_or_permitted_urls_are_accepted() -> None:
+    urls = ["https://verifier.example", "http://127.0.0.1:8500"]
+    verifier_client.check_encryption(urls, has_token=True, insecure=False)
+    verifier_client.check_encryption([REMOTE], has_token=False, insecure=True)
 
 
-def test_the_configuration_may_allow_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.toml").write_text(f"[verifier]\nurls = ['{FAR}']\ninsecure = true\ndeadline_seconds = 0.2\n")
-    assert main.main(["generate", "x", "--policy", "fixed", "--config", str(tmp_path / "config.toml")]) == 4
+def test_the_configuration_can_permit_unencrypted_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.toml").write_text(f"[verifier]\nurls = ['{REMOTE}']\ninsecure = true\ndeadline_seconds = 0.2\n")
+    assert main(["generate", "x", "--policy", "fixed", "--config", str(tmp_path / "config.toml")]) == 4
     assert "unencrypted" not in capsys.readouterr().err
 
 
-# What is sent
+# Recording what is sent
 
 
 @contextlib.contextmanager
-def recording(url: str) -> Iterator[tuple[str, list[bytes]]]:
-    """A relay before the verifier at `url`: its URL, and what clients sent over each connection."""
+def recording_relay(url: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Run a relay in front of the verifier at `url`; yield its URL, and what clients sent on each connection."""
     host, port = url.removeprefix("http://").split(":")
     sent: list[bytes] = []
 
@@ -94,16 +96,16 @@ def recording(url: str) -> Iterator[tuple[str, list[bytes]]]:
             index = len(sent)
             sent.append(b"")
             with socket.create_connection((host, int(port))) as verifier:
-                threading.Thread(target=self.back, args=[verifier], daemon=True).start()
-                while piece := self.request.recv(65536):
-                    sent[index] += piece
-                    verifier.sendall(piece)
+                threading.Thread(target=self.relay_replies, args=[verifier], daemon=True).start()
+                while data := self.request.recv(65536):
+                    sent[index] += data
+                    verifier.sendall(data)
                 verifier.shutdown(socket.SHUT_WR)
 
-        def back(self, verifier: socket.socket) -> None:
+        def relay_replies(self, verifier: socket.socket) -> None:
             with contextlib.suppress(OSError):
-                while piece := verifier.recv(65536):
-                    self.request.sendall(piece)
+                while data := verifier.recv(65536):
+                    self.request.sendall(data)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
         server.daemon_threads = True
@@ -112,8 +114,8 @@ def recording(url: str) -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown()
 
 
-def requests(sent: bytes) -> Iterator[tuple[h11.Request, bytes]]:
-    """The requests on one connection."""
+def parse_requests(sent: bytes) -> Iterator[tuple[h11.Request, bytes]]:
+    """Yield the requests on one connection, with their bodies."""
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(sent)
     while isinstance(request := connection.next_event(), h11.Request):
@@ -128,42 +130,42 @@ def requests(sent: bytes) -> Iterator[tuple[h11.Request, bytes]]:
         connection.start_next_cycle()
 
 
-def documented(name: str) -> tuple[str, ...]:
-    """The fields that the README's table names for `name`."""
+def documented_fields(name: str) -> tuple[str, ...]:
+    """Return the fields that the README's table lists for `name`."""
     (row,) = (line for line in README.read_text().splitlines() if line.startswith("|") and f"(`{name}`)" in line)
     return tuple(re.findall(r"`([\w-]+)`", row.split("|")[2]))
 
 
 @pytest.mark.parametrize("plan", [("--num-assistant-tokens", "5", "--siblings", "2"), ("--policy", "analytic")])
-def test_what_is_sent_is_what_the_readme_says(
+def test_requests_hold_only_the_documented_fields(
     target_v1: Target, family: Path, tmp_path: Path, plan: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "token").write_text("a-token")
     sampled = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--seed", "7", "--max-new-tokens", "40")
-    with running(target_v1) as url, recording(url) as (relay, sent):
+    with running(target_v1) as url, recording_relay(url) as (relay, sent):
         options = (*sampled, *plan, "--no-http2", "--token-file", str(tmp_path / "token"), "--json")
-        assert main.main(["generate", PROMPT, "--verifier", relay, *options]) == 0
+        assert main(["generate", PROMPT, "--verifier", relay, *options]) == 0
     answer = json.loads(capsys.readouterr().out)
     opened, rounds = [], []
-    for request, body in (found for stream in sent for found in requests(stream)):
+    for request, body in (parsed for stream in sent for parsed in parse_requests(stream)):
         names = [name.decode() for name, _ in request.headers]
-        assert set(names) <= set(documented("headers")), names
+        assert set(names) <= set(documented_fields("headers")), names
         if request.method == b"DELETE":
             assert body == b""
             continue
         kind = RoundRequest if request.target.endswith(b"/rounds") else OpenRequest
         session = request.target.decode().split("/")[3] if kind is RoundRequest else ""
         message = messages.decode(body, kind, MSGPACK, session)
-        # Nothing lies between or behind the fields.
+        # There are no bytes besides the fields.
         assert messages.encode(message, MSGPACK, session) == body
         (rounds if kind is RoundRequest else opened).append(message)
     (opening,) = opened
     assert opening.sampling == Sampling(0.7, 50, 0.9, 7)
-    # Rounds that were sent early and came to nothing are among them.
+    # Includes rounds that were sent early and then discarded.
     assert len(rounds) + 1 >= answer["statistics"]["rounds"]
     for kind in (OpenRequest, RoundRequest, Sampling):
-        assert kind.__struct_fields__ == documented(kind.__name__)
-    # No text, neither of the prompt nor of the answer.
+        assert kind.__struct_fields__ == documented_fields(kind.__name__)
+    # Neither the prompt nor the answer is sent as text.
     everything = b"".join(sent)
     for text in (PROMPT[:12], PROMPT[-12:], *re.findall(r"\w{6,}", answer["text"])):
         assert text.encode() not in everything

@@ -1,4 +1,4 @@
-"""`edge-runtime` as people run it: real processes, a real verifier, the shipped family."""
+"""`edge-runtime generate` and `demo`, in real processes, with a real verifier and the shipped model family."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 
 PROMPT = "def read_config(path):\n"
 MEGABYTE = 1 << 20
-# A board has no torch; whatever imports it there fails. Here it is installed, so its absence must be watched.
-HEAVY = ("torch", "transformers", "optimum", "peft", "scipy", "onnx.")
+# Not installed on a board. Here they are, so check that nothing imports them.
+FORBIDDEN = ("torch", "transformers", "optimum", "peft", "scipy", "onnx.")
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,14 @@ def verifier(family: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(family / "target-v1"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split()[-1]
-        # It listens while it loads; requests meanwhile are repeated, and that costs bytes.
+        # It listens while it loads the target. Requests before it is ready are repeated, which costs bytes.
         while httpx.get(f"{url}/readyz").status_code != 200:
             time.sleep(0.1)
         yield url
         process.terminate()
 
 
-def test_generates_from_argument_file_and_standard_input_alike(verifier: str, tmp_path: Path) -> None:
+def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp_path: Path) -> None:
     options = ("--verifier", verifier, "--max-new-tokens", "24")
     by_argument = run("generate", PROMPT, *options)
     assert by_argument.returncode == 0, by_argument.stderr
@@ -48,7 +48,7 @@ def test_generates_from_argument_file_and_standard_input_alike(verifier: str, tm
     assert "\x1b" not in by_argument.stdout
 
 
-def test_json_says_everything(verifier: str) -> None:
+def test_json_report(verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
         json.loads(run("generate", PROMPT, *shared, "--temperature", "0.7", "--num-assistant-tokens", k).stdout)
@@ -70,8 +70,8 @@ FIXED = ("--policy", "fixed")
 @pytest.mark.parametrize(
     ("options", "limit"), [(FIXED, 5000), ((*FIXED, "--no-http2"), 10_000), ((), 10_000)], ids=["2", "1.1", "planned"]
 )
-def test_a_hundred_tokens_cost_few_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
-    """A planner that goes by time plans shorter rounds on a busy machine, and those cost more bytes: it has room."""
+def test_a_hundred_tokens_take_few_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
+    """The limit is higher with the planner: on a busy machine it plans shorter rounds, which take more bytes."""
     arguments = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json")
     answer = run("generate", PROMPT, *arguments, *options)
     statistics = json.loads(answer.stdout)["statistics"]
@@ -79,8 +79,8 @@ def test_a_hundred_tokens_cost_few_kilobytes(verifier: str, options: tuple[str, 
     assert 500 < statistics["bytes_sent"] + statistics["bytes_received"] <= limit
 
 
-def test_the_board_stays_small(verifier: str) -> None:
-    """Under 150 MB of resident memory at its peak, and nothing heavy imported."""
+def test_memory_and_imports_of_the_board(verifier: str) -> None:
+    """Peak resident memory is below 150 MB, and nothing that a board lacks is imported."""
     program = (
         "import re, sys\n"
         "from edge_runtime.cli import main\n"
@@ -90,15 +90,15 @@ def test_the_board_stays_small(verifier: str) -> None:
     )
     arguments = ["generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "100", "--quiet"]
     command = [sys.executable, "-c", program, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     code, peak, *modules = result.stderr.split()
     assert code == "0"
     assert int(peak) * 1024 < 150 * MEGABYTE
-    assert not [module for module in modules if module.startswith(HEAVY)]
+    assert not [module for module in modules if module.startswith(FORBIDDEN)]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "code", "message"),
     [
         (["generate", ""], 2, "the prompt is empty"),
         (["generate", "x", "--file", "/nowhere"], 2, "not both"),
@@ -108,36 +108,36 @@ def test_the_board_stays_small(verifier: str) -> None:
         (["generate", "x", "--max-new-tokens", "0"], 2, "nothing to generate"),
         (["generate", "x", "--siblings", "-1"], 2, "--siblings -1"),
         (["generate", "x", "--siblings", "1", "--policy", "ucb"], 2, "--siblings is part of a fixed plan"),
-        (["generate", "x", "--objective", "cheap"], 2, "is no objective: name one of latency"),
+        (["generate", "x", "--objective", "cheap"], 2, "is not an objective: use one of latency"),
         (["generate", "x", "--profile", "toaster"], 2, "no shipped profile 'toaster': there are"),
         (["generate", "x", "--profile", "/nowhere.toml"], 2, "cannot read the profile /nowhere.toml"),
-        (["generate", "x", "--energy-budget", "plenty"], 2, "is no energy budget"),
+        (["generate", "x", "--energy-budget", "plenty"], 2, "is not an energy budget"),
         (["generate", "x", "--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
         (["generate", "x", "--verifier", "nonsense"], 2, "is not the URL of a verifier"),
         (["generate", "x", "--verifier", "http://127.0.0.1:9", "--deadline", "0.3"], 4, "is it running"),
     ],
 )
-def test_errors_are_a_sentence_and_an_exit_code(arguments: list[str], code: int, sentence: str) -> None:
+def test_errors_are_one_sentence_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
     result = run(*arguments, input="")
     assert result.returncode == code
     assert result.stderr.startswith("edge-runtime: ")
-    assert sentence in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("policy", ["analytic", "hf-dynamic", "genai-ewma", "ucb"])
-def test_every_policy_writes_the_same_text_and_says_why(verifier: str, policy: str) -> None:
+def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifier: str, policy: str) -> None:
     shared = ("generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos")
     options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
     answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
     assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
     decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding: position ")]
-    # Of rounds that were sent early and came to nothing, too.
+    # Includes rounds that were sent early and then discarded.
     assert len(decisions) >= int(re.search(r"in (\d+) rounds", answer.stderr)[1])
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
 
 
-def test_the_configuration_speaks_where_no_option_does(tmp_path: Path) -> None:
+def test_options_override_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[verifier]\nurls = ["http://127.0.0.1:9"]\ndeadline_seconds = 0.3\n')
     configured = run("generate", "x", "--config", str(file))
@@ -145,23 +145,25 @@ def test_the_configuration_speaks_where_no_option_does(tmp_path: Path) -> None:
         4,
         True,
     )
-    told = run("generate", "x", "--verifier", "http://127.0.0.1:10", env=os.environ | {"FLEXSPEC_CONFIG": str(file)})
-    assert "no usable answer from http://127.0.0.1:10 within 0." in told.stderr
+    overridden = run(
+        "generate", "x", "--verifier", "http://127.0.0.1:10", env=os.environ | {"FLEXSPEC_CONFIG": str(file)}
+    )
+    assert "no usable answer from http://127.0.0.1:10 within 0." in overridden.stderr
     file.write_text("[verifier]\nurl = 3\n")
-    wrong = run("generate", "x", "--config", str(file))
-    assert wrong.returncode == 2
-    assert f"{file}:2:1: " in wrong.stderr
+    invalid = run("generate", "x", "--config", str(file))
+    assert invalid.returncode == 2
+    assert f"{file}:2:1: " in invalid.stderr
 
 
-def test_a_refusal_names_its_code(verifier: str) -> None:
+def test_a_refusal_of_the_verifier_names_its_code(verifier: str) -> None:
     result = run("generate", "x", "--verifier", verifier, "--model", "gpt")
     assert result.returncode == 4
     assert "[unknown_model]" in result.stderr
 
 
-def test_a_reader_that_leaves_is_no_error(verifier: str) -> None:
+def test_a_closed_pipe_is_not_an_error(verifier: str) -> None:
     command = f"{sys.executable} -m edge_runtime.cli generate 'import os' --verifier {verifier} | head -c 1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in result.stderr
 
 
@@ -176,6 +178,31 @@ def test_the_demo_is_exact(family: Path) -> None:
     assert [row[-1] for row in rows] == ["yes"] * 6
 
 
+@pytest.mark.parametrize(
+    "command",
+    [[], ["generate"], ["serve"], ["demo"], ["bundle", "install"], ["config", "show"], ["service", "install"]],
+)
+def test_help_imports_nothing_slow(command: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from edge_runtime.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, *sys.modules, file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, timeout=300, check=True
+    )
+    code, *modules = result.stderr.split()
+    assert code == "0"
+    assert not {"onnxruntime", "numpy", "httpx", "tokenizers", "rich", "tomlkit"} & set(modules)
+    assert str(Path(__file__).resolve().parents[3]) not in result.stdout
+
+
 def test_help_has_examples() -> None:
     assert "edge-runtime generate" in run("--help").stdout
-    assert "--num-assistant-tokens" in run("generate", "--help").stdout
+    text = " ".join(run("generate", "--help").stdout.split())
+    assert "--num-assistant-tokens" in text
+    assert "else the bundle shipped with a source checkout" in text
+    assert "--memory" not in text

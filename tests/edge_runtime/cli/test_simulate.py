@@ -1,4 +1,4 @@
-"""`edge-runtime simulate`."""
+"""`edge-runtime simulate`: its table, its JSON and its errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_runtime.cli.main import main
 QUICK = ["simulate", "--texts", "1", "--link", "wifi", "--profile", "laptop"]
 
 
-def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "--verifier", "loaded"]) == 0
     printed = capsys.readouterr().out
     assert "modelled" in printed
@@ -27,7 +27,7 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         assert label in printed
 
 
-def test_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for _ in range(2):
         assert main([*QUICK, "--policy", "fixed", "--weights", "270e6", "--temperature", "0.7", "--json"]) == 0
@@ -37,13 +37,13 @@ def test_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["modelled"] is True and record["policy"] == "fixed"
     ways = record["ways"]
     assert {way["tokens"] for way in ways.values()} == {128}
-    afterwards = ways["best single plan"]
-    assert afterwards["hindsight"] and not ways["fixed"]["hindsight"]
-    assert all(afterwards["cost_per_token"] <= way["cost_per_token"] * 1.001 for way in ways.values())
+    hindsight = ways["best single plan"]
+    assert hindsight["hindsight"] and not ways["fixed"]["hindsight"]
+    assert all(hindsight["cost_per_token"] <= way["cost_per_token"] * 1.001 for way in ways.values())
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "options",
     [
         ["--link", "6g"],
         ["--link", "offline"],
@@ -59,13 +59,13 @@ def test_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
         ["--traces", "absent.npz"],
     ],
 )
-def test_what_cannot_be_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*QUICK, *wrong]) == 2
+def test_errors_are_one_sentence(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("edge-runtime: ") and error.count("\n") == 1
 
 
-def test_a_recorded_link_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_from_trace_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("x.up", "x.down"):
         (tmp_path / name).write_text("".join(f"{time}\n" for time in range(5, 400, 7)))
     link = f"mahimahi:{tmp_path / 'x.up'}:{tmp_path / 'x.down'}:30"

@@ -8,7 +8,8 @@ from typing import get_args
 
 import pytest
 
-from edge_runtime.cli import config, main, planner_options
+from edge_runtime.cli import config, planner_options
+from edge_runtime.cli.main import main
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.common import logs
 from edge_runtime.planning import factory
@@ -97,7 +98,7 @@ def test_deprecated_options_work_with_a_warning(
 
 
 def test_the_deprecated_command_works_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["memory", "erase", str(tmp_path / "none")]) == 0
+    assert main(["memory", "erase", str(tmp_path / "none")]) == 0
     captured = capsys.readouterr()
     assert "0 files erased" in captured.out
     assert (
@@ -106,7 +107,7 @@ def test_the_deprecated_command_works_with_a_warning(tmp_path: Path, capsys: pyt
 
 
 def test_the_reference_lists_every_setting_and_is_part_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["config", "reference"]) == 0
+    assert main(["config", "reference"]) == 0
     reference = capsys.readouterr().out
     assert reference == config.markdown_reference() + "\n"
     for table in TABLES:

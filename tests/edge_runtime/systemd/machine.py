@@ -1,4 +1,4 @@
-"""A machine with an init of its own: systemd in a container, over this machine's programs and its network."""
+"""A booted machine for tests: systemd in a container, with this machine's programs and network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("systemd-nspawn", "nsenter", "systemctl", "dbus-daemon")
-# What init and its services read of /etc; the rest is made anew.
+# What systemd and the services read in /etc; the container has nothing else there.
 ETC = (
     *("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "login.defs", "alternatives"),
     *("dbus-1", "pam.d", "security", "ssl", "hosts"),
 )
-BOOT_SECONDS = 90.0
-# Where the container finds what may lie in a home here, which no service can see.
+# Only a limit for hangs: booting takes a few seconds.
+BOOT_TIMEOUT_SECONDS = 300.0
+# Paths inside the container. On this machine they may be in a home directory, which services cannot see.
 VENV, PYTHON, PACKAGES, SOURCE = "/opt/flexspec", "/opt/python", "/opt/packages", "/opt/source"
 
 
@@ -30,8 +31,8 @@ class Machine:
     """A booted container.
 
     Attributes:
-        root: its file system, from here; /usr is this machine's, read-only.
-        python: an interpreter in it that knows FlexSpec.
+        root: path of its file system on this machine; /usr is this machine's, read-only.
+        python: path in the container of an interpreter with FlexSpec installed.
     """
 
     python = f"{VENV}/bin/python"
@@ -42,44 +43,44 @@ class Machine:
         self._environment = environment
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs a command in it, as root."""
+        """Run a command in the container, as root."""
         done = subprocess.run(
             ["nsenter", "--all", "--target", str(self._leader), *command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._environment},
         )
         assert not check or done.returncode == 0, (command, done.returncode, done.stdout, done.stderr)
         return done
 
     def edge(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs `edge-runtime` in it."""
+        """Run `edge-runtime` in the container."""
         return self.run(self.python, "-m", "edge_runtime.cli", *arguments, check=check)
 
     def cloud(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs `cloud-verifier` in it."""
+        """Run `cloud-verifier` in the container."""
         return self.run(self.python, "-m", "cloud_verifier.cli", *arguments, check=check)
 
-    def shown(self, unit: str, name: str) -> str:
-        """A property of a unit."""
+    def unit_property(self, unit: str, name: str) -> str:
+        """Return a property of a unit."""
         return self.run("systemctl", "show", unit, f"--property={name}", "--value").stdout.strip()
 
     def journal(self, unit: str, *options: str) -> str:
-        """What a unit has logged."""
+        """Return the log of a unit."""
         return self.run("journalctl", "--no-pager", "--unit", unit, *options).stdout
 
 
 @contextlib.contextmanager
 def booted(directory: Path) -> Iterator[Machine]:
-    """Boots a machine in `directory`; skips the test, with a word, where that cannot be."""
+    """Boot a machine in `directory`; skip the test with a reason if that is impossible."""
     if os.geteuid() != 0:
         pytest.skip("booting a machine needs root")
     if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
         pytest.skip(f"booting a machine needs {', '.join(missing)} (packages systemd-container and dbus)")
     root = directory / "root"
-    binds, environment = _furnish(root)
+    binds, environment = _make_root(root)
     output = directory / "boot.log"
     command = [
         *("systemd-nspawn", "--boot", "--quiet", f"--directory={root}", f"--machine=flexspec-{os.getpid()}"),
@@ -89,21 +90,21 @@ def booted(directory: Path) -> Iterator[Machine]:
     with output.open("wb") as log:
         nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        machine = _wait(nspawn, root, environment, output)
+        machine = _wait_for_boot(nspawn, root, environment, output)
         yield machine
     finally:
-        # Twice means at once.
+        # systemd-nspawn shuts down on the first SIGTERM and terminates at once on the second.
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             nspawn.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 nspawn.wait(3)
                 break
-        # Its state directory holds a bundle, and pytest keeps what it is not told to remove.
+        # Its state directory holds a bundle, and pytest keeps temporary directories.
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _furnish(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Makes a root file system. Returns what is bound into it, and the environment of everything in it."""
+def _make_root(root: Path) -> tuple[list[str], dict[str, str]]:
+    """Create a root file system. Returns the bind mounts, and the environment of all its processes."""
     for name in ("etc/systemd/system.conf.d", "usr/lib", "var", "tmp", "opt", "work", "proc", "sys", "dev", "root"):
         (root / name).mkdir(parents=True, exist_ok=True)
     binds = ["/usr"]
@@ -113,14 +114,14 @@ def _furnish(root: Path) -> tuple[list[str], dict[str, str]]:
         elif path.is_dir():
             binds.append(str(path))
     for name in ETC:
-        source, place = Path("/etc", name), root / "etc" / name
+        source, copy = Path("/etc", name), root / "etc" / name
         if source.is_dir():
-            shutil.copytree(source, place, symlinks=True, ignore_dangling_symlinks=True)
+            shutil.copytree(source, copy, symlinks=True, ignore_dangling_symlinks=True)
         elif source.exists():
-            shutil.copy2(source, place)
-    # nspawn looks for it before it binds /usr.
-    for place in (root / "usr/lib/os-release", root / "etc/os-release"):
-        shutil.copy("/usr/lib/os-release", place)
+            shutil.copy2(source, copy)
+    # systemd-nspawn requires it before it mounts /usr.
+    for copy in (root / "usr/lib/os-release", root / "etc/os-release"):
+        shutil.copy("/usr/lib/os-release", copy)
     (root / "etc/machine-id").touch()
 
     base = Path(sys.base_prefix)
@@ -143,17 +144,17 @@ def _furnish(root: Path) -> tuple[list[str], dict[str, str]]:
     return binds, environment
 
 
-def _wait(nspawn: subprocess.Popen[bytes], root: Path, environment: dict[str, str], output: Path) -> Machine:
-    """Until init has started everything. Skips the test where it does not."""
+def _wait_for_boot(nspawn: subprocess.Popen[bytes], root: Path, environment: dict[str, str], output: Path) -> Machine:
+    """Wait until systemd has started everything. Skips the test if it does not."""
     children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children")
-    until, state = time.monotonic() + BOOT_SECONDS, "nothing yet"
-    while time.monotonic() < until and nspawn.poll() is None:
+    deadline, state = time.monotonic() + BOOT_TIMEOUT_SECONDS, "no state"
+    while time.monotonic() < deadline and nspawn.poll() is None:
         with contextlib.suppress(OSError, AssertionError, subprocess.TimeoutExpired):
             if leader := children.read_text().split():
                 machine = Machine(root, int(leader[0]), environment)
                 state = machine.run("systemctl", "is-system-running", check=False).stdout.strip()
-                # Degraded: something that this kernel lacks, and nothing of ours.
+                # Degraded: a unit of the container failed, such as one that needs a feature this kernel lacks.
                 if state in ("running", "degraded"):
                     return machine
         time.sleep(0.2)
-    pytest.skip(f"no machine boots here: {state}; {output.read_text(errors='replace')[-500:]}")
+    pytest.skip(f"no container boots here: {state}; {output.read_text(errors='replace')[-500:]}")
