@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.common.http_server import Listening, Server
+from edge_runtime.common.http_server import HttpServer, ListenOptions
 
 
 async def nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -18,7 +18,7 @@ async def nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_the_kernel_asks_for_clients_that_say_nothing(host: str) -> None:
-    server = Server(nothing, Listening(host, 0))
+    server = HttpServer(nothing, ListenOptions(host, 0))
     await server.start()
     try:
         port = int(server.url.rsplit(":", 1)[1])

@@ -15,13 +15,13 @@ import pytest
 
 PROGRAM = """
 import logging, pathlib, sys
-from edge_runtime import logs
+from edge_runtime.common import logs
 logs.JOURNAL = pathlib.Path(sys.argv[1])
-logs.set_up(sys.argv[2], "edge-runtime")
-logs.set_up(sys.argv[2], "edge-runtime", form=sys.argv[3])
+logs.configure(sys.argv[2], "edge-runtime")
+logs.configure(sys.argv[2], "edge-runtime", form=sys.argv[3])
 log = logging.getLogger("edge_runtime.service")
 log.debug("in detail")
-log.info("two\\nlines", extra={logs.FIELDS: {"FLEXSPEC_TOKENS": 7}})
+log.info("two\\nlines", extra={logs.EXTRA_FIELDS: {"FLEXSPEC_TOKENS": 7}})
 logging.getLogger("httpx").info("a header")
 try:
     1 / 0

@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.engine.scheduler import Engine
-from cloud_verifier.engine.sessions import Answer, Session
+from cloud_verifier.engine.scheduler import Scheduler
+from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.target import Target
 from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.draft.model import OnnxDraft
@@ -144,10 +144,10 @@ def test_sighup_reads_the_configuration_again(ear: Ear, tmp_path: Path) -> None:
 
         process.terminate()
         _, said = process.communicate(timeout=SECONDS)
-    assert "read again; new: policy\n" in said
+    assert "configuration reloaded; changed: planner.policy\n" in said
     # The port was given on the command line, which is not read again.
     assert "restart" not in said
-    assert f"not reloaded, everything stays as it was: an error in the configuration:\n  {config}:1:" in said
+    assert f"the previous one stays in use: an error in the configuration:\n  {config}:1:" in said
 
 
 def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(ear: Ear, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(ear: Ear,
         assert "the configuration has errors" in ear.until("READY=1")
         process.terminate()
         _, said = process.communicate(timeout=SECONDS)
-    assert "the token would go to http://verifier.invalid unencrypted" in said
+    assert "the token would be sent to http://verifier.invalid unencrypted" in said
 
 
 def test_a_verifier_is_ready_when_its_target_is(ear: Ear) -> None:
@@ -181,7 +181,7 @@ def test_a_verifier_is_ready_when_its_target_is(ear: Ear) -> None:
 async def test_who_makes_no_progress_does_not_feed_the_watchdog(ear: Ear) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": ear.address, "WATCHDOG_USEC": "300000"})
     stalled = 0.0
-    telling = asyncio.create_task(notifier.keep_telling(lambda: "fine", lambda: stalled))
+    telling = asyncio.create_task(notifier.run(lambda: "fine", lambda: stalled))
     await asyncio.to_thread(ear.until, "WATCHDOG=1")
     stalled = 0.4
     await asyncio.to_thread(ear.until, "STATUS=stalled: no progress for 0 s")
@@ -196,10 +196,10 @@ async def test_who_makes_no_progress_does_not_feed_the_watchdog(ear: Ear) -> Non
 def test_nobody_listens(tmp_path: Path) -> None:
     notifier = Notifier({})
     notifier.ready("fine")
-    assert not notifier.listening and notifier.watchdog_seconds is None
+    assert not notifier.enabled and notifier.watchdog_seconds is None
     # Gone, or of a kind for virtual machines: a service does not mind.
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("fine")
-    assert not Notifier({"NOTIFY_SOCKET": "vsock:2:1234", "WATCHDOG_USEC": "1000000"}).listening
+    assert not Notifier({"NOTIFY_SOCKET": "vsock:2:1234", "WATCHDOG_USEC": "1000000"}).enabled
 
 
 def test_the_watchdog_of_another_process_is_none_of_ours() -> None:
@@ -241,12 +241,12 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
             go_on.wait(SECONDS)
             return super().run(*arguments)  # type: ignore[arg-type]
 
-    engine = Engine(Held, lambda target: None, lambda: 0)
+    engine = Scheduler(Held, lambda target: None, lambda: 0)
     assert engine.stalled_seconds == float("inf")
     engine.start()
     await until(lambda: engine.target is not None)
     assert engine.stalled_seconds == 0.0
-    answer = Answer(messages.RoundRequest(messages.VERSION, 0, 3, [], n=1))
+    answer = RoundReply(messages.RoundRequest(messages.PROTOCOL_VERSION, 0, 3, [], n=1))
     engine.submit(Session([1, 2, 3], Sampling(), engine.target, answer), answer)
     await asyncio.to_thread(held.wait, SECONDS)
     await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The draft's choice beside the exact one."""
+"""The draft's float32 sampler, compared with the exact one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.draft.sampler import Guesser
-from edge_runtime.protocol.sampling import Chooser, Sampling, candidates, confidence, counters
+from edge_runtime.draft.sampler import DraftSampler
+from edge_runtime.protocol.sampling import CoupledSampler, Sampling, filter_candidates, hash_counters, token_probability
 
 SIZE = 3000
-CHOOSER = Chooser(SIZE)
+CHOOSER = CoupledSampler(SIZE)
 NEAR = 0.01
 
 samplings = st.builds(
@@ -29,46 +29,48 @@ def row(seed: int, spread: float) -> np.ndarray:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.5, 8.0), samplings, st.integers(0, 4000), st.integers(1, 5))
-def test_guesses_what_the_exact_choice_is(
+def test_samples_equal_the_exact_choice(
     seed: int, spread: float, sampling: Sampling, position: int, count: int
 ) -> None:
     logits = row(seed, spread)
-    ids, sure = Guesser(counters(np.arange(SIZE))).guess(logits, sampling, position, count)
+    ids, confidence = DraftSampler(hash_counters(np.arange(SIZE))).sample(logits, sampling, position, count)
     exact = CHOOSER.rank(logits, sampling, position, count + 1)
-    kept = candidates(logits, sampling) if sampling.temperature else np.array(exact.ids)
+    kept = filter_candidates(logits, sampling) if sampling.temperature else np.array(exact.ids)
     mass = np.exp((logits - logits.max()).astype(np.float64) / (sampling.temperature or 1.0))
     close = any(a - b < NEAR for a, b in zip(exact.scores, exact.scores[1:], strict=False))
-    # Of tokens that are equally probable, or nearly so, the other may be the last that top-p keeps.
+    # If the last token of the nucleus is nearly tied with another, the sampler may keep the other.
     edge = mass[kept].min()
     close |= bool(np.any((mass != edge) & (abs(mass / edge - 1.0) < 1e-3))) or int((mass == edge).sum()) > 1
     if not close:
         assert set(ids) <= set(kept.tolist())
         assert ids == exact.ids[: len(ids)]
         assert len(ids) == min(count, kept.size) or sampling.top_p < 1.0
-    assert sure == pytest.approx(confidence(logits, ids[0], sampling.temperature), rel=1e-4)
+    assert confidence == pytest.approx(token_probability(logits, ids[0], sampling.temperature), rel=1e-4)
 
 
-def test_all_siblings_come_where_there_are_enough() -> None:
-    guesser = Guesser(counters(np.arange(SIZE)))
+def test_all_siblings_are_returned_if_enough_candidates_exist() -> None:
+    sampler = DraftSampler(hash_counters(np.arange(SIZE)))
     for position in range(50):
-        ids, _ = guesser.guess(row(position, 2.0), Sampling(temperature=1.0, seed=1), position, 4)
+        ids, _ = sampler.sample(row(position, 2.0), Sampling(temperature=1.0, seed=1), position, 4)
         assert len(set(ids)) == 4
 
 
-def test_noise_made_beforehand_is_the_same_and_is_bounded() -> None:
+def test_precomputed_noise_is_identical_and_bounded() -> None:
     sampling = Sampling(temperature=1.0, seed=9)
-    ready, late = Guesser(counters(np.arange(SIZE))), Guesser(counters(np.arange(SIZE)))
+    ready, late = DraftSampler(hash_counters(np.arange(SIZE))), DraftSampler(hash_counters(np.arange(SIZE)))
     for start in range(0, 200, 7):
-        ready.prepare(sampling, range(start, start + 9))
+        ready.precompute_noise(sampling, range(start, start + 9))
         assert len(ready._noise) <= 60
         for position in range(start, start + 9):
-            assert ready.guess(row(position, 2.0), sampling, position, 3) == late.guess(
+            assert ready.sample(row(position, 2.0), sampling, position, 3) == late.sample(
                 row(position, 2.0), sampling, position, 3
             )
 
 
-def test_the_noise_is_gumbels() -> None:
-    noise = np.concatenate([Guesser(counters(np.arange(SIZE)))._noise_at(3, position) for position in range(40)])
+def test_the_noise_is_gumbel() -> None:
+    noise = np.concatenate(
+        [DraftSampler(hash_counters(np.arange(SIZE)))._noise_at(3, position) for position in range(40)]
+    )
     assert np.isfinite(noise).all()
     assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
     assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.05)

@@ -1,4 +1,4 @@
-"""A board that serves, in a process of its own: it remembers across restarts, and not where it is told not to."""
+"""The n-gram cache of a service in its own process: it survives restarts, and can be erased and switched off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from cloud_verifier.model.target import Target
 from edge_runtime.cli import main
-from edge_runtime.ngram_cache.store import Store
+from edge_runtime.ngram_cache.store import NgramStore
 from tests.cloud_verifier.protocol_client import running
 from tests.edge_runtime.service.conftest import board_process
 
@@ -27,55 +27,55 @@ def ask(url: str) -> str:
         return str(json.load(response)["choices"][0]["text"])
 
 
-def remembered(url: str) -> int | None:
-    """Tokens, by the board's metrics; None where it has no memory."""
+def cached_tokens(url: str) -> int | None:
+    """Tokens in the n-gram cache, from the board's metrics; None without a cache."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
         found = re.search(r"^flexspec_memory_tokens (\S+)$", response.read().decode(), re.MULTILINE)
     return int(float(found[1])) if found else None
 
 
 @pytest.mark.slow
-def test_a_service_remembers_until_it_is_erased(
+def test_the_cache_survives_a_restart_until_it_is_erased(
     target_v1: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     options = ("--policy", "fixed", "--threads", "1")
     with running(target_v1) as verifier:
         with board_process(verifier, *options) as (process, url):
-            assert remembered(url) == 0
+            assert cached_tokens(url) == 0
             texts = [ask(url)]
-            # What is being written down when it stops still is.
+            # A text that is being stored at shutdown is still written.
             process.terminate()
             process.wait(30)
         (file,) = (tmp_path / "state" / "memory").glob("*.jsonl")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        (record,) = Store(file.parent, file.stem).read()
+        (record,) = NgramStore(file.parent, file.stem).read()
         assert record.version.startswith("target-v1@")
         with board_process(verifier, *options) as (_, url):
-            assert remembered(url) == len(record.ids) + 1
+            assert cached_tokens(url) == len(record.ids) + 1
             texts.append(ask(url))
-        assert main.main(["memory", "show"]) == 0
+        assert main(["ngram-cache", "show"]) == 0
         shown = capsys.readouterr().out
         assert record.version in shown
         assert "password" not in shown
-        assert main.main(["memory", "erase"]) == 0
+        assert main(["ngram-cache", "erase"]) == 0
         config = tmp_path / "config.toml"
-        config.write_text("[draft]\nmemory = false\n")
-        for silent in (("--no-memory",), ("--config", str(config))):
-            with board_process(verifier, *options, *silent) as (_, url):
-                assert remembered(url) is None
+        config.write_text("[draft]\nngram_cache = false\n")
+        for disabled in (("--no-ngram-cache",), ("--config", str(config))):
+            with board_process(verifier, *options, *disabled) as (_, url):
+                assert cached_tokens(url) is None
                 texts.append(ask(url))
         assert not list(file.parent.glob("*.jsonl"))
-        # The configuration may say where, for `generate` too.
-        config.write_text("[draft]\nmemory_directory = 'kept'\n")
+        # The configured directory applies to `generate` as well.
+        config.write_text("[draft]\nngram_cache_directory = 'kept'\n")
         command = ["generate", SECRET, "--verifier", verifier, "--max-new-tokens", "24", "--policy", "fixed", "--quiet"]
-        assert main.main([*command, "--config", str(config)]) == 0
-        # Here the process goes on, and the thread that writes it down has its time.
-        deadline = time.monotonic() + 30
+        assert main([*command, "--config", str(config)]) == 0
+        # This process goes on, and the draft thread stores the text some time later.
+        deadline = time.monotonic() + 300
         while not list((tmp_path / "kept").glob("*.jsonl")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         texts.append(capsys.readouterr().out.split("erased\n")[-1].removesuffix("\n"))
-        assert main.main(command) == 0
+        assert main(command) == 0
         assert not list(file.parent.glob("*.jsonl"))
     assert len({text.rstrip("\n") for text in texts}) == 1

@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from edge_runtime.protocol import bundle
 from edge_runtime.protocol.bundle import (
     FORMAT_VERSION,
-    MANIFEST,
+    MANIFEST_NAME,
     Architecture,
     Bundle,
-    Graph,
     Manifest,
+    OnnxGraph,
     Parity,
     SharedTensors,
     Vocabulary,
-    fingerprint,
+    draft_identity,
+    fingerprint_tensor,
+    hash_vocabulary,
     read_bundle,
     record_file,
-    shared_identity,
-    shared_names,
-    vocabulary_hash,
+    shared_tensor_names,
     write_manifest,
 )
 from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing
@@ -45,7 +45,7 @@ def manifest_of(path: Path) -> Manifest:
         architecture=Architecture("llama", 64, 2, 2, 16, 300, 512),
         vocabulary=Vocabulary(300, "0123456789abcdef", {"eos": 0}),
         shared=SharedTensors("anchor", 1, {"lm_head.weight": "00", "model.norm.weight": "11"}),
-        graph=Graph("model.onnx", "fused", "int4"),
+        graph=OnnxGraph("model.onnx", "fused", "int4"),
         parity=Parity(100, 0.99, 0.01),
         files={name: record_file(path / name) for name in FILES},
         acceptance={"code": 0.8},
@@ -66,9 +66,9 @@ def path(tmp_path: Path) -> Path:
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes the manifest's JSON behind the back of the struct."""
-    fields = json.loads((path / MANIFEST).read_text())
+    fields = json.loads((path / MANIFEST_NAME).read_text())
     change(fields)
-    (path / MANIFEST).write_text(json.dumps(fields))
+    (path / MANIFEST_NAME).write_text(json.dumps(fields))
 
 
 def test_a_bundle_reads_back(path: Path) -> None:
@@ -78,16 +78,16 @@ def test_a_bundle_reads_back(path: Path) -> None:
 
 
 def test_the_same_manifest_has_the_same_bytes(path: Path) -> None:
-    before = (path / MANIFEST).read_bytes()
+    before = (path / MANIFEST_NAME).read_bytes()
     write_manifest(path, read_bundle(path).manifest)
-    assert (path / MANIFEST).read_bytes() == before
+    assert (path / MANIFEST_NAME).read_bytes() == before
 
 
 def test_record_file_hashes_in_pieces(tmp_path: Path) -> None:
-    contents = bytes(range(251)) * (bundle.READ_SIZE // 100)
+    contents = bytes(range(251)) * (bundle.READ_CHUNK_BYTES // 100)
     (tmp_path / "file").write_bytes(contents)
     record = record_file(tmp_path / "file")
-    assert record.bytes == len(contents) > bundle.READ_SIZE
+    assert record.bytes == len(contents) > bundle.READ_CHUNK_BYTES
     assert record.sha256 == hashlib.sha256(contents).hexdigest()
 
 
@@ -140,7 +140,7 @@ def test_a_newer_format_asks_for_an_upgrade(path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', '{"format_version": 1}', "\x00"])
 def test_a_malformed_manifest(path: Path, text: str) -> None:
-    (path / MANIFEST).write_text(text)
+    (path / MANIFEST_NAME).write_text(text)
     with pytest.raises(BundleCorrupt, match=r"manifest\.json is not a bundle manifest .*: copy the bundle again"):
         read_bundle(path)
 
@@ -195,11 +195,11 @@ def test_a_needed_file_without_a_record_is_refused(path: Path, name: str) -> Non
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_manifest_reads_or_is_a_bundle_error(path: Path, data: st.DataObject) -> None:
     write_manifest(path, manifest_of(path))
-    text = bytearray((path / MANIFEST).read_bytes())
+    text = bytearray((path / MANIFEST_NAME).read_bytes())
     start = data.draw(st.integers(0, len(text)))
     ascii_only = st.binary(max_size=4).map(lambda piece: bytes(byte & 0x7F for byte in piece))
     text[start : start + data.draw(st.integers(0, 4))] = data.draw(ascii_only)
-    (path / MANIFEST).write_bytes(text)
+    (path / MANIFEST_NAME).write_bytes(text)
     try:
         read_bundle(path)
     except BundleError as error:
@@ -207,20 +207,20 @@ def test_a_damaged_manifest_reads_or_is_a_bundle_error(path: Path, data: st.Data
 
 
 def test_a_manifest_that_is_not_utf8(path: Path) -> None:
-    text = (path / MANIFEST).read_bytes()
-    (path / MANIFEST).write_bytes(text.replace(b"tiny", b"tin\xff"))
+    text = (path / MANIFEST_NAME).read_bytes()
+    (path / MANIFEST_NAME).write_bytes(text.replace(b"tiny", b"tin\xff"))
     with pytest.raises(BundleCorrupt):
         read_bundle(path)
 
 
 def test_a_manifest_that_is_a_nesting_bomb(path: Path) -> None:
-    (path / MANIFEST).write_bytes(b'{"made":' * 100_000)
+    (path / MANIFEST_NAME).write_bytes(b'{"made":' * 100_000)
     with pytest.raises(BundleCorrupt):
         read_bundle(path)
 
 
 def test_a_manifest_that_is_a_directory(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).mkdir()
+    (tmp_path / MANIFEST_NAME).mkdir()
     with pytest.raises(BundleError):
         read_bundle(tmp_path)
 
@@ -232,7 +232,7 @@ halves = st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), mi
 def test_a_fingerprint_does_not_depend_on_the_storage_type(values: list[float], dtype: torch.dtype) -> None:
     stored = torch.tensor(values, dtype=torch.float32).bfloat16().half().float()  # representable in every type
     stored = torch.where(stored.to(torch.bfloat16).float() == stored, stored, 0.0)
-    assert fingerprint(stored.to(dtype).float().numpy()) == fingerprint(stored.numpy())
+    assert fingerprint_tensor(stored.to(dtype).float().numpy()) == fingerprint_tensor(stored.numpy())
 
 
 @given(halves, st.data())
@@ -241,17 +241,17 @@ def test_a_fingerprint_sees_every_value(values: list[float], data: st.DataObject
     other = tensor.copy()
     index = data.draw(st.integers(0, len(values) - 1))
     other[index] = np.nextafter(other[index], np.float32(np.inf))
-    assert fingerprint(tensor) != fingerprint(other)
+    assert fingerprint_tensor(tensor) != fingerprint_tensor(other)
 
 
 def test_a_fingerprint_sees_shape_and_order_but_not_memory_layout() -> None:
     tensor = np.arange(12, dtype=np.float32).reshape(3, 4)
     shapes = [tensor, tensor.reshape(4, 3), tensor.reshape(12), tensor.reshape(1, 3, 4), tensor.T, tensor[::-1]]
-    assert len({fingerprint(shape) for shape in shapes}) == len(shapes)
-    assert fingerprint(np.asfortranarray(tensor)) == fingerprint(tensor)
-    assert fingerprint(np.repeat(tensor, 2, axis=1)[:, ::2]) == fingerprint(tensor)
-    assert fingerprint(tensor.astype(">f4")) == fingerprint(tensor)
-    assert len(fingerprint(tensor)) == 16
+    assert len({fingerprint_tensor(shape) for shape in shapes}) == len(shapes)
+    assert fingerprint_tensor(np.asfortranarray(tensor)) == fingerprint_tensor(tensor)
+    assert fingerprint_tensor(np.repeat(tensor, 2, axis=1)[:, ::2]) == fingerprint_tensor(tensor)
+    assert fingerprint_tensor(tensor.astype(">f4")) == fingerprint_tensor(tensor)
+    assert len(fingerprint_tensor(tensor)) == 16
 
 
 NAMES = [
@@ -267,7 +267,7 @@ NAMES = [
 
 
 def test_anchor_shares_the_last_blocks_norm_head_and_embedding() -> None:
-    assert shared_names("anchor", 1, 12, NAMES) == [
+    assert shared_tensor_names("anchor", 1, 12, NAMES) == [
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.layers.11.mlp.up_proj.weight",
@@ -278,7 +278,7 @@ def test_anchor_shares_the_last_blocks_norm_head_and_embedding() -> None:
 
 def test_prefix_shares_the_embedding_and_the_first_blocks() -> None:
     """Block 1 is not blocks 10 and 11."""
-    assert shared_names("prefix", 2, 12, NAMES) == [
+    assert shared_tensor_names("prefix", 2, 12, NAMES) == [
         "model.embed_tokens.weight",
         *(
             f"model.layers.{layer}.{part}"
@@ -289,27 +289,27 @@ def test_prefix_shares_the_embedding_and_the_first_blocks() -> None:
 
 
 def test_standalone_shares_nothing() -> None:
-    assert shared_names("standalone", 0, 12, NAMES) == []
+    assert shared_tensor_names("standalone", 0, 12, NAMES) == []
 
 
 @pytest.mark.parametrize("layout", ["anchor", "prefix"])
 def test_all_blocks_shared(layout: str) -> None:
-    shared = shared_names(layout, 12, 12, NAMES)
+    shared = shared_tensor_names(layout, 12, 12, NAMES)
     assert [name for name in NAMES if "layers" in name and name not in shared] == []
 
 
 def test_identity_tells_layout_blocks_and_any_fingerprint() -> None:
     prints = {"b": "1", "a": "2"}
-    identity = shared_identity("anchor", 1, prints)
+    identity = draft_identity("anchor", 1, prints)
     assert identity.startswith("anchor/1/")
-    assert identity == shared_identity("anchor", 1, dict(reversed(prints.items())))
+    assert identity == draft_identity("anchor", 1, dict(reversed(prints.items())))
     assert identity == SharedTensors("anchor", 1, prints).identity
     others = [
-        shared_identity("prefix", 1, prints),
-        shared_identity("anchor", 2, prints),
-        shared_identity("anchor", 1, {"b": "1", "a": "3"}),
-        shared_identity("anchor", 1, {"b": "1"}),
-        shared_identity("anchor", 1, {"b": "2", "a": "1"}),
+        draft_identity("prefix", 1, prints),
+        draft_identity("anchor", 2, prints),
+        draft_identity("anchor", 1, {"b": "1", "a": "3"}),
+        draft_identity("anchor", 1, {"b": "1"}),
+        draft_identity("anchor", 1, {"b": "2", "a": "1"}),
     ]
     assert len({identity, *others}) == 6
 
@@ -317,7 +317,7 @@ def test_identity_tells_layout_blocks_and_any_fingerprint() -> None:
 @given(st.dictionaries(st.text(max_size=5), st.integers(0, 50), min_size=1, max_size=10))
 def test_vocabulary_hash_depends_on_the_mapping_alone(vocabulary: dict[str, int]) -> None:
     vocabulary = {token: index for index, token in enumerate(sorted(vocabulary))}
-    assert vocabulary_hash(vocabulary) == vocabulary_hash(dict(reversed(vocabulary.items())))
-    assert vocabulary_hash(vocabulary) != vocabulary_hash({**vocabulary, "one more token": len(vocabulary)})
+    assert hash_vocabulary(vocabulary) == hash_vocabulary(dict(reversed(vocabulary.items())))
+    assert hash_vocabulary(vocabulary) != hash_vocabulary({**vocabulary, "one more token": len(vocabulary)})
     shifted = {token: index + 1 for token, index in vocabulary.items()}
-    assert vocabulary_hash(vocabulary) != vocabulary_hash(shifted)
+    assert hash_vocabulary(vocabulary) != hash_vocabulary(shifted)

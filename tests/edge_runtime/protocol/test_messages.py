@@ -15,15 +15,15 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import (
     JSON,
     MSGPACK,
-    VERSION,
+    PROTOCOL_VERSION,
+    ErrorReply,
     Frame,
     FrameSplitter,
     Message,
-    Model,
+    ModelCard,
     ModelList,
     OpenReply,
     OpenRequest,
-    Refusal,
     RoundRequest,
 )
 from edge_runtime.protocol.sampling import Sampling
@@ -40,7 +40,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 
 rounds = st.builds(
     RoundRequest,
-    v=st.just(VERSION),
+    v=st.just(PROTOCOL_VERSION),
     round=counts,
     position=counts,
     draft=id_lists,
@@ -59,7 +59,7 @@ samplings = st.builds(
 )
 openings = st.builds(
     OpenRequest,
-    v=st.just(VERSION),
+    v=st.just(PROTOCOL_VERSION),
     key=st.text(string.ascii_letters, min_size=8, max_size=64),
     prompt=st.lists(ids, min_size=1, max_size=40),
     first=rounds,
@@ -70,7 +70,7 @@ openings = st.builds(
 )
 frames = st.builds(
     Frame,
-    v=st.just(VERSION),
+    v=st.just(PROTOCOL_VERSION),
     round=counts,
     accepted=counts,
     tokens=id_lists,
@@ -83,11 +83,11 @@ frames = st.builds(
     prefill_100us=counts,
     further=counts,
 )
-replies = st.builds(OpenReply, v=st.just(VERSION), session=names, version=names, context=counts, first=frames)
+replies = st.builds(OpenReply, v=st.just(PROTOCOL_VERSION), session=names, version=names, context=counts, first=frames)
 details = st.dictionaries(names, st.one_of(counts, names, st.lists(names, max_size=3)), max_size=3)
-refusals = st.builds(Refusal, v=st.just(VERSION), code=names, message=names, detail=details)
+refusals = st.builds(ErrorReply, v=st.just(PROTOCOL_VERSION), code=names, message=names, detail=details)
 models = st.builds(
-    Model,
+    ModelCard,
     id=names,
     version=names,
     vocabulary=names,
@@ -100,7 +100,7 @@ models = st.builds(
 messages = st.one_of(
     rounds, openings, frames, replies, refusals, models, st.builds(ModelList, data=st.lists(models, max_size=3))
 )
-kinds = st.sampled_from([RoundRequest, OpenRequest, Frame, OpenReply, Refusal, ModelList])
+kinds = st.sampled_from([RoundRequest, OpenRequest, Frame, OpenReply, ErrorReply, ModelList])
 
 
 def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Message | None:
@@ -122,29 +122,31 @@ def test_round_trip(message: Message, media_type: str) -> None:
 def test_json_is_the_struct_as_declared(message: RoundRequest) -> None:
     fields = msgspec.json.decode(wire.encode(message, JSON))
     assert fields == msgspec.to_builtins(message, str_keys=True)
-    assert fields["v"] == VERSION
+    assert fields["v"] == PROTOCOL_VERSION
 
 
 def test_trailing_defaults_cost_nothing() -> None:
-    assert wire.encode(RoundRequest(VERSION, 0, 5), MSGPACK) == wire.sealed(b"\x93\x01\x00\x05")
-    two_ids = wire.sealed(b"\x94\x01\x02\x05\xc4\x03\x07\xac\x02")
-    assert wire.encode(RoundRequest(VERSION, 2, 5, [7, 300]), MSGPACK) == two_ids
+    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), MSGPACK) == wire.add_checksum(b"\x93\x01\x00\x05")
+    two_ids = wire.add_checksum(b"\x94\x01\x02\x05\xc4\x03\x07\xac\x02")
+    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 2, 5, [7, 300]), MSGPACK) == two_ids
     # A default in the middle keeps its place.
-    assert wire.encode(RoundRequest(VERSION, 0, 5, n=9), MSGPACK) == wire.sealed(b"\x95\x01\x00\x05\x90\x09")
-    assert wire.encode(Frame(VERSION, 1, 2), MSGPACK) == wire.sealed(b"\x93\x01\x01\x02")
-    assert wire.encode(RoundRequest(VERSION, 0, 5), JSON) == b'{"v":1,"round":0,"position":5}'
+    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5, n=9), MSGPACK) == wire.add_checksum(
+        b"\x95\x01\x00\x05\x90\x09"
+    )
+    assert wire.encode(Frame(PROTOCOL_VERSION, 1, 2), MSGPACK) == wire.add_checksum(b"\x93\x01\x01\x02")
+    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), JSON) == b'{"v":1,"round":0,"position":5}'
 
 
 def test_a_round_that_is_sent_ahead_costs_its_guess_and_four_bytes_more() -> None:
     """The defaults before the last field are written where that one is: n, siblings, stream."""
-    usual = RoundRequest(VERSION, 3, 700, [8191] * 5)
+    usual = RoundRequest(PROTOCOL_VERSION, 3, 700, [8191] * 5)
     ahead = msgspec.structs.replace(usual, expects=[8191])
     assert len(wire.encode(ahead, MSGPACK)) - len(wire.encode(usual, MSGPACK)) == 3 + 2 + 2
 
 
 def test_the_round_of_the_manual_costs_what_it_says() -> None:
     """The module promises 23 bytes for five ids of an 8k vocabulary, at most."""
-    assert len(wire.encode(RoundRequest(VERSION, 3, 700, [8191] * 5), MSGPACK)) <= 23
+    assert len(wire.encode(RoundRequest(PROTOCOL_VERSION, 3, 700, [8191] * 5), MSGPACK)) <= 23
 
 
 vocabulary_ids = st.lists(st.integers(0, 152_000), max_size=32)
@@ -152,8 +154,8 @@ vocabulary_ids = st.lists(st.integers(0, 152_000), max_size=32)
 
 @given(st.integers(0, 65_535), st.integers(0, 131_072), vocabulary_ids, st.integers(1, 127))
 def test_a_request_stays_in_its_budget(number: int, position: int, draft: list[int], n: int) -> None:
-    body = wire.encode(RoundRequest(VERSION, number, position, draft, n), MSGPACK)
-    assert len(body) <= 12 + 4 * len(draft) + wire.CHECK_BYTES
+    body = wire.encode(RoundRequest(PROTOCOL_VERSION, number, position, draft, n), MSGPACK)
+    assert len(body) <= 12 + 4 * len(draft) + wire.CHECKSUM_BYTES
 
 
 short_times = st.integers(0, 65_535)
@@ -164,16 +166,18 @@ any_times = st.integers(0, 2**31 - 1)
 def test_a_frame_of_a_fast_target_stays_in_its_budget(
     number: int, accepted: int, tokens: list[int], queue_100us: int, forward_100us: int
 ) -> None:
-    body = wire.encode(Frame(VERSION, number, accepted, tokens, queue_100us, forward_100us, load=100), MSGPACK)
-    assert len(body) <= 12 + 4 * len(tokens) + wire.CHECK_BYTES
+    body = wire.encode(Frame(PROTOCOL_VERSION, number, accepted, tokens, queue_100us, forward_100us, load=100), MSGPACK)
+    assert len(body) <= 12 + 4 * len(tokens) + wire.CHECKSUM_BYTES
 
 
 @given(st.integers(0, 65_535), vocabulary_ids, vocabulary_ids.filter(bool), any_times, any_times)
 def test_a_round_with_any_timings_stays_in_36_bytes_there_and_back(
     number: int, draft: list[int], tokens: list[int], queue_100us: int, forward_100us: int
 ) -> None:
-    there = wire.encode(RoundRequest(VERSION, number, 65_535, draft), MSGPACK)
-    back = wire.encode(Frame(VERSION, number, len(draft), tokens, queue_100us, forward_100us, load=100), MSGPACK)
+    there = wire.encode(RoundRequest(PROTOCOL_VERSION, number, 65_535, draft), MSGPACK)
+    back = wire.encode(
+        Frame(PROTOCOL_VERSION, number, len(draft), tokens, queue_100us, forward_100us, load=100), MSGPACK
+    )
     assert len(there) + len(back) <= 36 + 4 * (len(draft) + len(tokens))
 
 
@@ -250,7 +254,7 @@ def test_a_damaged_message_is_refused_or_another_message(
 ) -> None:
     # Behind a checksum that fits: what the checksum refuses, the parser never sees.
     body = wire.encode(message, media_type)
-    body = damaged(data, body) if media_type == JSON else wire.sealed(damaged(data, body[: -wire.CHECK_BYTES]))
+    body = damaged(data, body) if media_type == JSON else wire.add_checksum(damaged(data, body[: -wire.CHECKSUM_BYTES]))
     survivor = decoded_or_refused(body, type(message), media_type)
     if isinstance(survivor, RoundRequest | OpenRequest):  # the kinds without free floats, whose NaN equals nothing
         assert wire.decode(wire.encode(survivor, media_type), type(message), media_type) == survivor
@@ -283,7 +287,7 @@ nested = st.one_of(flat, st.lists(flat, max_size=7), st.dictionaries(keys, flat,
 @given(st.one_of(nested, st.lists(nested, min_size=3, max_size=10)), kinds)
 @settings(max_examples=400, deadline=None)
 def test_well_formed_msgpack_of_any_shape_is_refused_or_a_message(value: Any, kind: type[Message]) -> None:
-    decoded_or_refused(wire.sealed(msgspec.msgpack.encode(value)), kind, MSGPACK)
+    decoded_or_refused(wire.add_checksum(msgspec.msgpack.encode(value)), kind, MSGPACK)
 
 
 @given(st.dictionaries(st.sampled_from(RoundRequest.__struct_fields__), nested), st.sampled_from([1, "1", None, []]))
@@ -338,25 +342,27 @@ def test_wrong_fields_are_refused_in_msgpack(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         values[order.index(name)] = value
     with pytest.raises(InputError, match="not a RoundRequest in application/msgpack"):
-        wire.decode(wire.sealed(msgspec.msgpack.encode(values)), RoundRequest, MSGPACK)
+        wire.decode(wire.add_checksum(msgspec.msgpack.encode(values)), RoundRequest, MSGPACK)
 
 
 def test_more_fields_than_the_struct_has_are_refused() -> None:
-    with pytest.raises(InputError, match="9 fields where RoundRequest has 8"):
-        wire.decode(wire.sealed(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, [], 0])), RoundRequest, MSGPACK)
+    with pytest.raises(InputError, match="9 fields, but RoundRequest has 8"):
+        wire.decode(
+            wire.add_checksum(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, [], 0])), RoundRequest, MSGPACK
+        )
 
 
 @given(frames, st.data())
 def test_a_flipped_bit_is_noticed(frame: Frame, data: st.DataObject) -> None:
     body = bytearray(wire.encode(frame, MSGPACK))
     body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises(wire.Damaged, match="CRC-32"):
+    with pytest.raises(wire.DamagedMessage, match="CRC-32"):
         wire.decode(bytes(body), Frame, MSGPACK)
 
 
 def test_bytes_behind_the_message_are_refused() -> None:
     for media_type in ENCODINGS:
-        body = wire.encode(RoundRequest(VERSION, 0, 5), media_type)
+        body = wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), media_type)
         with pytest.raises(InputError):
             wire.decode(body + body, RoundRequest, media_type)
 
@@ -367,8 +373,8 @@ def test_bytes_behind_the_message_are_refused() -> None:
 )
 def test_nesting_bombs_are_refused_in_msgpack(opener: bytes, depth: int) -> None:
     for body in (opener * depth, opener * depth + b"\x01" * 7 * depth):
-        for kind in (RoundRequest, OpenRequest, Refusal):
-            assert decoded_or_refused(wire.sealed(body), kind, MSGPACK) is None
+        for kind in (RoundRequest, OpenRequest, ErrorReply):
+            assert decoded_or_refused(wire.add_checksum(body), kind, MSGPACK) is None
 
 
 @pytest.mark.parametrize("depth", [20, 400, 2_000, 100_000])
@@ -376,14 +382,14 @@ def test_nesting_bombs_are_refused_in_msgpack(opener: bytes, depth: int) -> None
     "opener", [b"[", b'{"v":', b'{"v":1,"siblings":{"0":', b'{"v":1,"code":"","message":"","detail":{"a":']
 )
 def test_nesting_bombs_are_refused_in_json(opener: bytes, depth: int) -> None:
-    for kind in (RoundRequest, OpenRequest, Refusal):
+    for kind in (RoundRequest, OpenRequest, ErrorReply):
         assert decoded_or_refused(opener * depth, kind, JSON) is None
 
 
 @pytest.mark.parametrize("header", [b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9"], ids=repr)
 def test_a_header_that_announces_gigabytes_is_refused(header: bytes) -> None:
     with pytest.raises(InputError):
-        wire.decode(wire.sealed(header + b"\xff\xff\xff\xff"), RoundRequest, MSGPACK)
+        wire.decode(wire.add_checksum(header + b"\xff\xff\xff\xff"), RoundRequest, MSGPACK)
 
 
 def test_sampling_out_of_range_is_refused_with_the_reason() -> None:

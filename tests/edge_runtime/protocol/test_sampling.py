@@ -17,7 +17,14 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from cloud_verifier.model import sampling as torch_form
 from edge_runtime.protocol import sampling as coupling
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.protocol.sampling import MASK, Chooser, Sampling, accepted_length, candidates, uniforms
+from edge_runtime.protocol.sampling import (
+    MASK_64,
+    CoupledSampler,
+    Sampling,
+    accepted_length,
+    filter_candidates,
+    uniform_noise,
+)
 
 Logits = npt.NDArray[np.float32]
 
@@ -82,23 +89,23 @@ def brute_force(logits: Logits, sampling: Sampling, position: int, count: int) -
             before = np.cumsum(mass[order]) - mass[order]
             nucleus = order[1.0 - before > 1.0 - sampling.top_p]
             keep &= np.isin(ids, [*nucleus, order[0]])
-        scores = np.where(keep, scaled - np.log(-np.log(uniforms(sampling.seed, position, ids))), -np.inf)
+        scores = np.where(keep, scaled - np.log(-np.log(uniform_noise(sampling.seed, position, ids))), -np.inf)
     best = [int(i) for i in np.lexsort((ids, -scores))[:count] if scores[i] > -np.inf]
     return best, [float(scores[i]) for i in best]
 
 
 @pytest.mark.parametrize(("seed", "position", "token", "expected"), VECTORS)
 def test_published_vectors(seed: int, position: int, token: int, expected: float) -> None:
-    assert uniforms(seed, position, np.array([token]))[0] == expected
-    assert torch_form.uniforms(seed, [position], torch.tensor([token]))[0, 0].item() == expected
+    assert uniform_noise(seed, position, np.array([token]))[0] == expected
+    assert torch_form.uniform_noise(seed, [position], torch.tensor([token]))[0, 0].item() == expected
     assert hash_in_integers(seed, position, token) == expected
 
 
 @given(seeds, st.lists(positions, min_size=1, max_size=3), st.lists(token_ids, min_size=1, max_size=20))
 def test_numpy_and_torch_draw_the_same_bits(seed: int, places: list[int], ids: list[int]) -> None:
-    rows = torch_form.uniforms(seed, places, torch.tensor(ids)).numpy()
+    rows = torch_form.uniform_noise(seed, places, torch.tensor(ids)).numpy()
     for row, position in zip(rows, places, strict=True):
-        assert row.tobytes() == uniforms(seed, position, np.array(ids)).tobytes()
+        assert row.tobytes() == uniform_noise(seed, position, np.array(ids)).tobytes()
         assert row.tolist() == [hash_in_integers(seed, position, token) for token in ids]
 
 
@@ -112,20 +119,20 @@ def id_with_bits(bits: int) -> int:
         return out
 
     z = unshift(bits, 31)
-    z = unshift(z * pow(coupling.MULTIPLIER_2, -1, 2**64) & MASK, 27)
-    z = unshift(z * pow(coupling.MULTIPLIER_1, -1, 2**64) & MASK, 30)
-    return ((z - coupling.position_key(0, 0)) * pow(coupling.GOLDEN, -1, 2**64) - 1) & MASK
+    z = unshift(z * pow(coupling.MIX_MULTIPLIER_2, -1, 2**64) & MASK_64, 27)
+    z = unshift(z * pow(coupling.MIX_MULTIPLIER_1, -1, 2**64) & MASK_64, 30)
+    return ((z - coupling.position_key(0, 0)) * pow(coupling.GOLDEN_GAMMA, -1, 2**64) - 1) & MASK_64
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53), (MASK >> 1, 0.5 - 2.0**-53)])
+@pytest.mark.parametrize(("bits", "expected"), [(0, 2.0**-53), (MASK_64, 1 - 2.0**-53), (MASK_64 >> 1, 0.5 - 2.0**-53)])
 def test_extreme_bits_stay_strictly_inside(bits: int, expected: float) -> None:
     token = id_with_bits(bits)
-    in_numpy = uniforms(0, 0, np.array([token], dtype=np.uint64))
+    in_numpy = uniform_noise(0, 0, np.array([token], dtype=np.uint64))
     signed = token - 2**64 if token >> 63 else token
-    in_torch = torch_form.uniforms(0, [0], torch.tensor([signed]))
+    in_torch = torch_form.uniform_noise(0, [0], torch.tensor([signed]))
     assert in_numpy[0] == in_torch[0, 0].item() == expected
     assert 0.0 < expected < 1.0
-    assert np.isfinite(coupling.gumbel(in_numpy)).all()
+    assert np.isfinite(coupling.gumbel_noise(in_numpy)).all()
 
 
 @pytest.mark.parametrize("axis", ["ids", "positions", "seeds"])
@@ -133,9 +140,9 @@ def test_uniforms_are_uniform_along_every_axis(axis: str) -> None:
     count = 200_000
     match axis:
         case "ids":
-            u = uniforms(7, 11, np.arange(count))
+            u = uniform_noise(7, 11, np.arange(count))
         case "positions":
-            u = torch_form.uniforms(7, list(range(count)), torch.tensor([13])).numpy()[:, 0]
+            u = torch_form.uniform_noise(7, list(range(count)), torch.tensor([13])).numpy()[:, 0]
         case _:
             u = np.array([hash_in_integers(seed, 11, 13) for seed in range(count // 4)])
     assert u.min() > 0.0
@@ -166,18 +173,18 @@ def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
 @settings(deadline=None)
 def test_candidates_are_those_of_transformers(logits: Logits, temperature: float, top_k: int, top_p: float) -> None:
     sampling = Sampling(temperature, top_k, top_p)
-    assert candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
+    assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
 
 
 def test_ties_with_the_kth_logit_stay() -> None:
     logits = np.array([1, 3, 2, 2, 2, 0], dtype=np.float32)
     sampling = Sampling(1.0, top_k=2)
-    assert candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling) == [1, 2, 3, 4]
+    assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling) == [1, 2, 3, 4]
 
 
 def test_of_equally_probable_tokens_the_nucleus_takes_the_lower_ids() -> None:
-    assert candidates(np.zeros(8, dtype=np.float32), Sampling(1.0, top_p=0.5)).tolist() == [0, 1, 2, 3]
-    assert candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
+    assert filter_candidates(np.zeros(8, dtype=np.float32), Sampling(1.0, top_p=0.5)).tolist() == [0, 1, 2, 3]
+    assert filter_candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
 
 
 @given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]))
@@ -187,7 +194,7 @@ def test_rank_is_the_definition(
 ) -> None:
     if decimals is not None and sampling.top_p == 1.0:
         logits = logits.round(decimals)  # many ties
-    ranked = Chooser(logits.size).rank(logits, sampling, position, count)
+    ranked = CoupledSampler(logits.size).rank(logits, sampling, position, count)
     ids, scores = brute_force(logits, sampling, position, count)
     assert ranked.ids == ids
     assert ranked.scores == pytest.approx(scores, rel=1e-12)
@@ -196,9 +203,9 @@ def test_rank_is_the_definition(
 def test_greedy_ties_go_to_the_lower_id() -> None:
     logits = np.zeros(1000, dtype=np.float32)
     logits[[500, 20, 900]] = 1.0
-    assert Chooser(1000).rank(logits, Sampling(), 0, count=4).ids == [20, 500, 900, 0]
-    warping = torch_form.Warping.of([(Sampling(), [0])], torch.device("cpu"))
-    assert torch_form.choose(torch.from_numpy(logits)[None], warping).tolist() == [[20.0], [0.0]]
+    assert CoupledSampler(1000).rank(logits, Sampling(), 0, count=4).ids == [20, 500, 900, 0]
+    warping = torch_form.SamplingBatch.from_segments([(Sampling(), [0])], torch.device("cpu"))
+    assert torch_form.sample_tokens(torch.from_numpy(logits)[None], warping).tolist() == [[20.0], [0.0]]
 
 
 def test_an_outsider_wins_with_extraordinary_noise() -> None:
@@ -206,7 +213,7 @@ def test_an_outsider_wins_with_extraordinary_noise() -> None:
     size, peak = 100_000, 20
     logits = np.full(size, -5.0, dtype=np.float32)
     logits[:peak] = 5.0
-    chooser = Chooser(size)
+    chooser = CoupledSampler(size)
     outside = sum(chooser.rank(logits, Sampling(1.0, seed=seed), 0).ids[0] >= peak for seed in range(200))
     share = (size - peak) / (size - peak + peak * math.exp(10))
     assert stats.binomtest(outside, 200, share).pvalue > 1e-4
@@ -218,13 +225,13 @@ def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, r
     logits = np.stack([data.draw(logits_rows(largest=3000))] * rows)
     logits[1:] = logits[1:, ::-1]
     places = data.draw(st.lists(positions, min_size=rows, max_size=rows))
-    chooser = Chooser(logits.shape[1])
-    warping = torch_form.Warping.of([(sampling, places)], torch.device("cpu"))
+    chooser = CoupledSampler(logits.shape[1])
+    warping = torch_form.SamplingBatch.from_segments([(sampling, places)], torch.device("cpu"))
     chosen = [
-        torch_form.Choice(int(token), margin)
-        for token, margin in torch_form.choose(torch.from_numpy(logits), warping).T.tolist()
+        torch_form.SampledToken(int(token), margin)
+        for token, margin in torch_form.sample_tokens(torch.from_numpy(logits), warping).T.tolist()
     ]
-    through_rows = torch_form.Choices(torch.from_numpy(logits), places, sampling, chooser)
+    through_rows = torch_form.LazySampledTokens(torch.from_numpy(logits), places, sampling, chooser)
     for row, position in enumerate(places):
         ranked = chooser.rank(logits[row], sampling, position, count=2)
         margin = ranked.scores[0] - ranked.scores[1] if len(ranked.scores) > 1 else math.inf
@@ -239,7 +246,7 @@ def test_torch_and_numpy_draw_the_same_nucleus_of_a_flat_distribution() -> None:
     for size, top_p in itertools.product([4, 10, 100, 300, 1000], [0.1, 0.3, 0.5, 0.7, 0.9]):
         logits, sampling = torch.zeros(1, size), Sampling(1.0, top_p=top_p)
         excluded = torch_form.excluded_mask(logits, logits.double(), sampling)[0]
-        if (~excluded).nonzero()[:, 0].tolist() != candidates(logits[0].numpy(), sampling).tolist():
+        if (~excluded).nonzero()[:, 0].tolist() != filter_candidates(logits[0].numpy(), sampling).tolist():
             differing.append((size, top_p))
     assert differing == []
 
@@ -249,8 +256,8 @@ def test_torch_and_numpy_draw_the_same_nucleus_of_a_flat_distribution() -> None:
 )
 def test_sampled_frequencies_follow_softmax(sampling: Sampling) -> None:
     logits = (np.random.default_rng(1).standard_normal(200) * 2).astype(np.float32)
-    chooser, draws = Chooser(logits.size), 6000
-    kept = candidates(logits, sampling)
+    chooser, draws = CoupledSampler(logits.size), 6000
+    kept = filter_candidates(logits, sampling)
     mass = np.exp(logits[kept].astype(np.float64) / sampling.temperature)
     expected = draws * mass / mass.sum()
     counts = np.zeros(logits.size)
@@ -275,7 +282,7 @@ def test_acceptance_is_that_of_the_theorem(difference: float) -> None:
     promised = sum(1 / np.maximum(p / p[i], q / q[i]).sum() for i in range(p.size))
     variation = np.abs(p - q).sum() / 2
     assert promised >= (1 - variation) / (1 + variation) - 1e-12
-    chooser, draws = Chooser(p.size), 6000
+    chooser, draws = CoupledSampler(p.size), 6000
     accepted = 0
     for seed in range(draws):
         sampling = Sampling(1.0, seed=seed)
@@ -315,22 +322,22 @@ def test_sampling_rejects_what_has_no_meaning(wrong: dict[str, float]) -> None:
 
 
 def test_sampling_takes_its_bounds() -> None:
-    assert Sampling(100.0, 0, 1.0, 2**64 - 1).seed == MASK
+    assert Sampling(100.0, 0, 1.0, 2**64 - 1).seed == MASK_64
     assert Sampling(0.001, top_p=1e-9).top_p == 1e-9
 
 
 @pytest.mark.parametrize("prompt", [[], [300], [-1], [5, 300, 1]], ids=str)
 def test_a_prompt_outside_the_vocabulary_is_refused(prompt: list[int]) -> None:
     with pytest.raises(InputError, match=r"prompt is empty|outside the vocabulary of 300"):
-        coupling.check_prompt(prompt, 300)
+        coupling.validate_prompt(prompt, 300)
 
 
 def test_a_negative_id_is_the_one_that_is_named() -> None:
     with pytest.raises(InputError, match="-1"):
-        coupling.check_prompt([-1, 7], 300)
+        coupling.validate_prompt([-1, 7], 300)
 
 
 @given(logits_rows(largest=500), st.sampled_from([0.0, 0.5, 1.0]))
 def test_confidence_is_a_softmax(logits: Logits, temperature: float) -> None:
-    total = sum(coupling.confidence(logits, token, temperature) for token in range(logits.size))
+    total = sum(coupling.token_probability(logits, token, temperature) for token in range(logits.size))
     assert total == pytest.approx(1.0, abs=1e-4)
