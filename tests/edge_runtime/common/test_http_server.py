@@ -1,4 +1,4 @@
-"""What every server of the project does with its connections."""
+"""TCP keep-alive of the shared HTTP server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-async def test_the_kernel_asks_for_clients_that_say_nothing(host: str) -> None:
+async def test_accepted_connections_have_tcp_keepalive(host: str) -> None:
     server = HttpServer(nothing, ListenOptions(host, 0))
     await server.start()
     try:

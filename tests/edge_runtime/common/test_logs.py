@@ -31,7 +31,7 @@ except ZeroDivisionError:
 
 
 def run(tmp_path: Path, level: str, *, journal: bool, form: str = "text") -> str:
-    """What the program above says on standard error."""
+    """Run the program above and return its standard error."""
     with (tmp_path / "stderr").open("w+") as stderr:
         status = os.fstat(stderr.fileno())
         environ = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}

@@ -1,4 +1,4 @@
-"""What services tell systemd, heard at a real socket."""
+"""Notifications of the services to systemd, received on a real socket."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from edge_runtime.protocol import messages
 from edge_runtime.protocol.sampling import Sampling
 from tests.conftest import FAMILY
 
-SECONDS = 60.0
+TIMEOUT_SECONDS = 300.0
 
 
-class Ear:
-    """A socket as systemd listens at.
+class NotifySocket:
+    """A notification socket like systemd's.
 
     Attributes:
-        heard: all messages so far, and when they came.
+        received: (arrival time, text) of all messages so far.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.heard: list[tuple[float, str]] = []
+        self.received: list[tuple[float, str]] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
-        self._socket.settimeout(SECONDS)
+        self._socket.settimeout(TIMEOUT_SECONDS)
 
     def until(self, text: str) -> str:
-        """The next message with `text` in it."""
+        """Wait for the next message that contains `text`."""
         while True:
             message = self._socket.recv(1 << 16).decode()
-            self.heard.append((time.monotonic(), message))
+            self.received.append((time.monotonic(), message))
             if text in message:
                 return message
 
@@ -57,16 +57,16 @@ class Ear:
 
 
 @pytest.fixture
-def ear(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ear]:
-    listening = Ear(getattr(request, "param", str(tmp_path / "notify")))
+def notify(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NotifySocket]:
+    listening = NotifySocket(getattr(request, "param", str(tmp_path / "notify")))
     yield listening
     listening.close()
 
 
 @contextlib.contextmanager
-def started(ear: Ear, module: str, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
-    """A service as systemd starts one."""
-    environment = {**os.environ, "NOTIFY_SOCKET": ear.address, **environ}
+def started(notify: NotifySocket, module: str, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a service as systemd does."""
+    environment = {**os.environ, "NOTIFY_SOCKET": notify.address, **environ}
     command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -83,38 +83,38 @@ def url(process: subprocess.Popen[str]) -> str:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         while not true():  # noqa: ASYNC110 - there is nothing to wait for but this
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("ear", [f"@flexspec-test-{os.getpid()}"], indirect=True, ids=["abstract"])
-def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(ear: Ear) -> None:
-    with started(ear, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
-        assert ear.until("STATUS=") == "STATUS=loading the draft"
-        assert ear.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
+@pytest.mark.parametrize("notify", [f"@flexspec-test-{os.getpid()}"], indirect=True, ids=["abstract"])
+def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(notify: NotifySocket) -> None:
+    with started(notify, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
+        assert notify.until("STATUS=") == "STATUS=loading the draft"
+        assert notify.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
         # A watchdog starts with READY=1: nothing was told before.
-        assert [text for _, text in ear.heard if "WATCHDOG" in text] == []
+        assert [text for _, text in notify.received if "WATCHDOG" in text] == []
         assert httpx.get(f"{url(process)}/readyz").status_code == 200
         for _ in range(6):
-            ear.until("WATCHDOG=1")
-        times = [at for at, text in ear.heard if text == "WATCHDOG=1"]
+            notify.until("WATCHDOG=1")
+        times = [at for at, text in notify.received if text == "WATCHDOG=1"]
         # Three to its time; a busy machine may be late, but not always.
         assert sorted(b - a for a, b in itertools.pairwise(times))[2] < 0.9
         process.send_signal(signal.SIGTERM)
-        assert ear.until("STOPPING=1").startswith("STOPPING=1\nSTATUS=")
-        assert process.wait(SECONDS) == 0
+        assert notify.until("STOPPING=1").startswith("STOPPING=1\nSTATUS=")
+        assert process.wait(TIMEOUT_SECONDS) == 0
 
 
-def test_a_board_without_a_draft_is_never_ready(ear: Ear, tmp_path: Path) -> None:
-    with started(ear, "edge_runtime.cli", "--bundle", str(tmp_path)) as process:
-        assert process.wait(SECONDS) == 3
-    ear._socket.settimeout(0.2)
+def test_a_board_without_a_draft_is_never_ready(notify: NotifySocket, tmp_path: Path) -> None:
+    with started(notify, "edge_runtime.cli", "--bundle", str(tmp_path)) as process:
+        assert process.wait(TIMEOUT_SECONDS) == 3
+    notify._socket.settimeout(0.2)
     with pytest.raises(TimeoutError):
-        ear.until("READY=1")
+        notify.until("READY=1")
 
 
-def test_sighup_reads_the_configuration_again(ear: Ear, tmp_path: Path) -> None:
+def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Path) -> None:
     config, keys = tmp_path / "config.toml", tmp_path / "keys"
     keys.write_text("first-key")
     config.write_text('[service]\napi_key_file = "keys"\n')
@@ -123,77 +123,77 @@ def test_sighup_reads_the_configuration_again(ear: Ear, tmp_path: Path) -> None:
         # 415: who has a key is told that this is no JSON.
         return httpx.post(f"{address}/v1/completions", headers={"authorization": f"Bearer {key}"}).status_code
 
-    with started(ear, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
-        ear.until("READY=1")
+    with started(notify, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
+        notify.until("READY=1")
         address = url(process)
         assert (status("first-key"), status("second-key")) == (415, 401)
 
         keys.write_text("second-key")
         config.write_text('[service]\napi_key_file = "keys"\nport = 1234\n[planner]\npolicy = "ucb"\n')
         process.send_signal(signal.SIGHUP)
-        reloading = dict(line.split("=") for line in ear.until("RELOADING=1").splitlines())
-        assert abs(int(reloading["MONOTONIC_USEC"]) / 1e6 - time.monotonic()) < SECONDS
-        assert ear.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
+        reloading = dict(line.split("=") for line in notify.until("RELOADING=1").splitlines())
+        assert abs(int(reloading["MONOTONIC_USEC"]) / 1e6 - time.monotonic()) < TIMEOUT_SECONDS
+        assert notify.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
         assert (status("first-key"), status("second-key")) == (401, 415)
 
         keys.write_text("")
         config.write_text("[planner\n")
         process.send_signal(signal.SIGHUP)
-        assert "the configuration has errors" in ear.until("READY=1")
+        assert "the configuration has errors" in notify.until("READY=1")
         assert (status("first-key"), status("second-key")) == (401, 415)
 
         process.terminate()
-        _, said = process.communicate(timeout=SECONDS)
+        _, said = process.communicate(timeout=TIMEOUT_SECONDS)
     assert "configuration reloaded; changed: planner.policy\n" in said
     # The port was given on the command line, which is not read again.
     assert "restart" not in said
     assert f"the previous one stays in use: an error in the configuration:\n  {config}:1:" in said
 
 
-def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(ear: Ear, tmp_path: Path) -> None:
+def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(notify: NotifySocket, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     (tmp_path / "token").write_text("secret")
     config.write_text('[verifier]\nurls = ["http://verifier.invalid"]\ninsecure = true\n')
-    with started(ear, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
-        ear.until("READY=1")
+    with started(notify, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
+        notify.until("READY=1")
         # That URL counts after a restart only.
         config.write_text('[verifier]\nurls = ["https://verifier.invalid"]\ntoken_file = "token"\n')
         process.send_signal(signal.SIGHUP)
-        assert "the configuration has errors" in ear.until("READY=1")
+        assert "the configuration has errors" in notify.until("READY=1")
         process.terminate()
-        _, said = process.communicate(timeout=SECONDS)
+        _, said = process.communicate(timeout=TIMEOUT_SECONDS)
     assert "the token would be sent to http://verifier.invalid unencrypted" in said
 
 
-def test_a_verifier_is_ready_when_its_target_is(ear: Ear) -> None:
+def test_a_verifier_is_ready_when_its_target_is(notify: NotifySocket) -> None:
     arguments = (str(FAMILY / "target-v1"), "--threads", "1")
-    with started(ear, "cloud_verifier.cli", *arguments, WATCHDOG_USEC="900000") as process:
-        assert ear.until("STATUS=") == "STATUS=loading the target"
-        assert "STATUS=target-v1@" in ear.until("READY=1")
+    with started(notify, "cloud_verifier.cli", *arguments, WATCHDOG_USEC="900000") as process:
+        assert notify.until("STATUS=") == "STATUS=loading the target"
+        assert "STATUS=target-v1@" in notify.until("READY=1")
         assert httpx.get(f"{url(process)}/readyz").status_code == 200
         for _ in range(3):
-            ear.until("WATCHDOG=1")
+            notify.until("WATCHDOG=1")
         process.send_signal(signal.SIGTERM)
-        ear.until("STOPPING=1")
-        assert process.wait(SECONDS) == 0
+        notify.until("STOPPING=1")
+        assert process.wait(TIMEOUT_SECONDS) == 0
 
 
-async def test_who_makes_no_progress_does_not_feed_the_watchdog(ear: Ear) -> None:
-    notifier = Notifier({"NOTIFY_SOCKET": ear.address, "WATCHDOG_USEC": "300000"})
+async def test_a_stalled_service_does_not_feed_the_watchdog(notify: NotifySocket) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": notify.address, "WATCHDOG_USEC": "300000"})
     stalled = 0.0
     telling = asyncio.create_task(notifier.run(lambda: "fine", lambda: stalled))
-    await asyncio.to_thread(ear.until, "WATCHDOG=1")
+    await asyncio.to_thread(notify.until, "WATCHDOG=1")
     stalled = 0.4
-    await asyncio.to_thread(ear.until, "STATUS=stalled: no progress for 0 s")
-    ear.heard.clear()
+    await asyncio.to_thread(notify.until, "STATUS=stalled: no progress for 0 s")
+    notify.received.clear()
     await asyncio.sleep(0.5)
     stalled = 0.0
-    await asyncio.to_thread(ear.until, "STATUS=fine")
-    assert [text for _, text in ear.heard] == ["STATUS=fine"]
+    await asyncio.to_thread(notify.until, "STATUS=fine")
+    assert [text for _, text in notify.received] == ["STATUS=fine"]
     telling.cancel()
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_without_a_usable_socket_nothing_happens(tmp_path: Path) -> None:
     notifier = Notifier({})
     notifier.ready("fine")
     assert not notifier.enabled and notifier.watchdog_seconds is None
@@ -202,7 +202,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     assert not Notifier({"NOTIFY_SOCKET": "vsock:2:1234", "WATCHDOG_USEC": "1000000"}).enabled
 
 
-def test_the_watchdog_of_another_process_is_none_of_ours() -> None:
+def test_the_watchdog_of_another_process_is_ignored() -> None:
     for environ, seconds in (
         ({"WATCHDOG_USEC": "2500000"}, 2.5),
         ({"WATCHDOG_USEC": "2500000", "WATCHDOG_PID": str(os.getpid())}, 2.5),
@@ -213,7 +213,7 @@ def test_the_watchdog_of_another_process_is_none_of_ours() -> None:
         assert Notifier({"NOTIFY_SOCKET": "/run/nothing", **environ}).watchdog_seconds == seconds
 
 
-def test_a_draft_shows_the_step_that_it_is_in(shipped_draft: OnnxDraft) -> None:
+def test_a_draft_reports_the_age_of_its_current_step(shipped_draft: OnnxDraft) -> None:
     assert shipped_draft.step_seconds == 0.0
     context = shipped_draft.context()
     reading = threading.Thread(target=context.prefill, args=([1] * context.limit,))
@@ -229,7 +229,7 @@ def test_a_draft_shows_the_step_that_it_is_in(shipped_draft: OnnxDraft) -> None:
     assert shipped_draft.step_seconds == 0.0
 
 
-async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
+async def test_an_engine_reports_the_age_of_its_current_forward(tiny: Target) -> None:
     held, go_on = threading.Event(), threading.Event()
 
     class Held(Target):
@@ -238,7 +238,7 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
 
         def run(self, *arguments: object):  # type: ignore[no-untyped-def]
             held.set()
-            go_on.wait(SECONDS)
+            go_on.wait(TIMEOUT_SECONDS)
             return super().run(*arguments)  # type: ignore[arg-type]
 
     engine = Scheduler(Held, lambda target: None, lambda: 0)
@@ -248,12 +248,12 @@ async def test_an_engine_shows_the_forward_that_it_is_in(tiny: Target) -> None:
     assert engine.stalled_seconds == 0.0
     answer = RoundReply(messages.RoundRequest(messages.PROTOCOL_VERSION, 0, 3, [], n=1))
     engine.submit(Session([1, 2, 3], Sampling(), engine.target, answer), answer)
-    await asyncio.to_thread(held.wait, SECONDS)
+    await asyncio.to_thread(held.wait, TIMEOUT_SECONDS)
     await asyncio.sleep(0.05)
     assert engine.stalled_seconds >= 0.05
     go_on.set()
     await answer.whole()
     await until(lambda: not engine.stalled_seconds)
     engine.stop()
-    # Its thread has ended: nobody would be served.
+    # Its thread has ended, so no request would be served.
     assert engine.stalled_seconds == float("inf")

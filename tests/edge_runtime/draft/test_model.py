@@ -224,7 +224,8 @@ def read_manifest_only(path: Path):
 
 def test_onnxruntime_telemetry_is_disabled(family: Path, tmp_path: Path) -> None:
     """onnxruntime stores and sends usage events unless ORT_DISABLE_TELEMETRY is set before it is loaded."""
-    program = f"from pathlib import Path; from edge_runtime.draft.model import OnnxDraft; OnnxDraft.load(Path({str(family / 'bundle')!r})).measure_speed()"
+    imports = "from pathlib import Path; from edge_runtime.draft.model import OnnxDraft"
+    program = f"{imports}; OnnxDraft.load(Path({str(family / 'bundle')!r})).measure_speed()"
     environ = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environ |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=300)
