@@ -1,11 +1,11 @@
-"""Modelled links: what a request and its answer take, at any time of a simulated clock, the same for the same seed.
+"""Modelled links: transfer times on a simulated clock, deterministic for a seed.
 
-    Steady      one delay with jitter, two rates, loss
-    Schedule    other links one after the other, once or for ever: step changes, bursts, outages
-    Recorded    Mahimahi's traces of cellular links, behind a propagation delay
+    SteadyLink       one delay with jitter, two rates, loss
+    ScheduledLink    other links in sequence, once or repeatedly: step changes, bursts, outages
+    RecordedLink     Mahimahi's traces of cellular links, after a propagation delay
 
-Delays are one-way and in seconds, rates in bits per second. A packet that is lost comes after a retransmission timeout
-of max(200 ms, 2 RTT), which doubles if it is lost again.
+Delays are one-way and in seconds, rates in bits per second. A lost packet arrives after a retransmission timeout of
+max(200 ms, 2 RTT), which doubles each time it is lost again.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from edge_runtime.protocol.errors import InputError
 
 PACKET_BYTES = 1500
 MIN_RETRANSMIT_SECONDS = 0.2
-# How far up or down the clock is from the start of the next part of a schedule before it belongs to that part.
+# A clock this close to the end of a phase counts as in the next one, so that rounding cannot stall a schedule.
 CLOCK_TOLERANCE_SECONDS = 1e-9
 
 
 class Transfer(NamedTuple):
-    """How long bytes took in one direction, and whether a packet was lost on the way."""
+    """The time that bytes took in one direction, and whether a packet was lost on the way."""
 
     seconds: float
     lost: bool
 
 
 class Link(Protocol):
-    """A way to the verifier. Calls come with a clock that only goes forward, up to a round's length."""
+    """A link to the verifier. The clock of successive calls advances, except for steps back within a round."""
 
     def up(self, now: float, count: int) -> Transfer:
-        """Sends `count` bytes at `now`, at which the link must be available."""
+        """Send `count` bytes at `now`, when the link must be available."""
 
     def down(self, now: float, count: int) -> Transfer:
-        """Receives `count` bytes that the verifier sends at `now`, at which the link must be available."""
+        """Receive `count` bytes that the verifier sends at `now`, when the link must be available."""
 
     def available(self, now: float) -> float:
-        """The first time from `now` on at which the link is there; infinite if it never is again."""
+        """Return the first time from `now` on at which the link is up; infinite if it never is."""
 
     def mean(self, sent: int, received: int) -> float:
-        """Expected seconds of both directions together, in the long run, while the link is there."""
+        """Return the expected seconds of both directions together, in the long run, while the link is up."""
 
     @property
     def radio(self) -> str:
-        """What carries it, as device profiles name it."""
+        """Kind of radio, as device profiles name it."""
 
 
 class LinkParameters(msgspec.Struct, frozen=True):
-    """Figures of a steady link.
+    """Parameters of a steady link.
 
     Attributes:
-        name: for people.
+        name: display name.
         radio: `ethernet`, `wifi`, `lte` or `5g`.
         rtt_seconds: mean round-trip time of an empty packet.
-        jitter_seconds: the round-trip time is at most this much above or below, each half of it uniformly.
+        jitter_seconds: maximum deviation of the round-trip time; each direction contributes half, uniformly.
         up_rate, down_rate: bits per second.
         loss: share of packets lost.
     """
@@ -77,44 +77,44 @@ class LinkParameters(msgspec.Struct, frozen=True):
 
     @property
     def timeout(self) -> float:
-        """Seconds until a lost packet is sent again."""
+        """Retransmission timeout in seconds."""
         return max(MIN_RETRANSMIT_SECONDS, 2 * self.rtt_seconds)
 
 
 class SteadyLink:
-    """A link whose conduct does not change."""
+    """A link with constant parameters."""
 
-    def __init__(self, conduct: LinkParameters, seed: int) -> None:
-        self.conduct = conduct
-        self.radio = conduct.radio
+    def __init__(self, parameters: LinkParameters, seed: int) -> None:
+        self.parameters = parameters
+        self.radio = parameters.radio
         self._random = Random(seed).random
-        self._least = (conduct.rtt_seconds - conduct.jitter_seconds) / 2
+        self._min_seconds = (parameters.rtt_seconds - parameters.jitter_seconds) / 2
 
     def up(self, now: float, count: int) -> Transfer:
-        return self._transfer(count, self.conduct.up_rate)
+        return self._transfer(count, self.parameters.up_rate)
 
     def down(self, now: float, count: int) -> Transfer:
-        return self._transfer(count, self.conduct.down_rate)
+        return self._transfer(count, self.parameters.down_rate)
 
     def available(self, now: float) -> float:
         return now
 
     def mean(self, sent: int, received: int) -> float:
-        conduct = self.conduct
-        carrying = 8 * (sent / conduct.up_rate + received / conduct.down_rate)
-        lost = sum(count_packets(count) for count in (sent, received)) * conduct.loss * conduct.timeout
-        # A timeout that doubles at every further loss: loss * timeout * (1 + 2 loss + 4 loss^2 + ...).
-        return conduct.rtt_seconds + carrying + lost / (1 - 2 * conduct.loss)
+        parameters = self.parameters
+        transmission = 8 * (sent / parameters.up_rate + received / parameters.down_rate)
+        lost = sum(count_packets(count) for count in (sent, received)) * parameters.loss * parameters.timeout
+        # The timeout doubles at every further loss: loss * timeout * (1 + 2 loss + 4 loss^2 + ...).
+        return parameters.rtt_seconds + transmission + lost / (1 - 2 * parameters.loss)
 
     def _transfer(self, count: int, rate: float) -> Transfer:
-        conduct = self.conduct
-        seconds = self._least + conduct.jitter_seconds * self._random() + 8 * count / rate
-        if not conduct.loss:
+        parameters = self.parameters
+        seconds = self._min_seconds + parameters.jitter_seconds * self._random() + 8 * count / rate
+        if not parameters.loss:
             return Transfer(seconds, False)
         lost = False
         for _ in range(count_packets(count)):
-            timeout = conduct.timeout
-            while self._random() < conduct.loss:
+            timeout = parameters.timeout
+            while self._random() < parameters.loss:
                 seconds += timeout
                 timeout *= 2
                 lost = True
@@ -122,18 +122,18 @@ class SteadyLink:
 
 
 class LinkPhase(NamedTuple):
-    """A stretch of a schedule; `link` None is an outage."""
+    """One phase of a schedule; a `link` of None is an outage."""
 
     seconds: float
     link: Link | None
 
 
 class ScheduledLink:
-    """Links one after the other. The last lasts for ever, unless all of them repeat."""
+    """Links in sequence. The last phase lasts forever, unless the whole sequence repeats."""
 
-    def __init__(self, parts: list[LinkPhase], *, repeat: bool = False) -> None:
-        self._links = [part.link for part in parts]
-        self._ends = list(accumulate(part.seconds for part in parts))
+    def __init__(self, phases: list[LinkPhase], *, repeat: bool = False) -> None:
+        self._links = [phase.link for phase in phases]
+        self._ends = list(accumulate(phase.seconds for phase in phases))
         self._repeat = repeat
 
     @property
@@ -162,17 +162,17 @@ class ScheduledLink:
         if not self._repeat and last:
             return last.mean(sent, received)
         lengths = [end - start for start, end in zip([0.0, *self._ends], self._ends, strict=False)]
-        there = [(seconds, link) for seconds, link in zip(lengths, self._links, strict=True) if link]
-        whole = sum(seconds for seconds, _ in there)
-        return sum(seconds * link.mean(sent, received) for seconds, link in there) / whole
+        up = [(seconds, link) for seconds, link in zip(lengths, self._links, strict=True) if link]
+        total = sum(seconds for seconds, _ in up)
+        return sum(seconds * link.mean(sent, received) for seconds, link in up) / total
 
     def _at(self, now: float) -> Link:
         link = self._links[self._find(now + CLOCK_TOLERANCE_SECONDS)[0]]
-        assert link is not None, "ask for `available` first"
+        assert link is not None, "call `available` first"
         return link
 
     def _find(self, now: float) -> tuple[int, float]:
-        """Index of the part at `now`, and when it ends."""
+        """Return the index of the phase at `now`, and its end."""
         period = self._ends[-1] if self._repeat else 0.0
         start = now // period * period if period else 0.0
         index = bisect_left(self._ends, now - start)
@@ -183,10 +183,10 @@ class ScheduledLink:
 
 
 class RecordedLink:
-    """A recorded cellular link: one packet may pass at each of the recorded times, and the recording repeats.
+    """A recorded cellular link: one packet can pass at each recorded time, and the recording repeats.
 
     Attributes:
-        radio: what carried it.
+        radio: kind of radio.
     """
 
     def __init__(
@@ -194,9 +194,9 @@ class RecordedLink:
     ) -> None:
         """
         Args:
-            up, down: milliseconds at which a packet of 1500 bytes may pass, in order (`read_opportunities`).
-            propagation_seconds: one-way delay in front of the recorded queue.
-            start: seconds into the recording at which the clock begins.
+            up, down: times in milliseconds at which a packet of 1500 bytes can pass, ascending (`read_opportunities`).
+            propagation_seconds: one-way delay before the recorded queue.
+            start: position in the recording, in seconds, at which the clock starts.
         """
         self.radio = radio
         self._propagation = propagation_seconds
@@ -217,15 +217,15 @@ class RecordedLink:
         return 2 * self._propagation + waits
 
     def _transfer(self, opportunities: DeliveryOpportunities, now: float, count: int) -> Transfer:
-        there = now + self._start + self._propagation
-        return Transfer(opportunities.take(there, count_packets(count)) - there + self._propagation, False)
+        queued = now + self._start + self._propagation
+        return Transfer(opportunities.take(queued, count_packets(count)) - queued + self._propagation, False)
 
 
 class DeliveryOpportunities:
-    """When packets may pass in one direction.
+    """The times at which packets can pass in one direction.
 
     Attributes:
-        mean_wait: seconds that a packet coming at a random time waits.
+        mean_wait: mean wait in seconds of a packet that arrives at a random time.
     """
 
     def __init__(self, milliseconds: list[int]) -> None:
@@ -236,7 +236,7 @@ class DeliveryOpportunities:
         self._next = 0
 
     def take(self, now: float, count: int) -> float:
-        """Uses the first `count` opportunities from `now` on that are not used; the time of the last of them."""
+        """Use the first `count` unused opportunities from `now` on; return the time of the last of them."""
         cycle = int(now // self._period)
         first = cycle * len(self._times) + bisect_left(self._times, now - cycle * self._period)
         last = max(first, self._next) + count - 1
@@ -246,7 +246,7 @@ class DeliveryOpportunities:
 
 
 def read_opportunities(path: Path) -> list[int]:
-    """Milliseconds in a Mahimahi trace: one a line, not falling, the last one above 0. Raises InputError."""
+    """Read a Mahimahi trace: milliseconds, one per line, ascending, the last above 0. Raises InputError."""
     try:
         lines = path.read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -259,23 +259,23 @@ def read_opportunities(path: Path) -> list[int]:
         if len(times) > 1 and times[-1] < times[-2]:
             raise InputError(f"{path}: entry {number} goes back in time, from {times[-2]} to {times[-1]} ms")
     if not times or not times[-1]:
-        raise InputError(f"{path} holds no time above 0 ms: a link trace has one number of milliseconds a line")
+        raise InputError(f"{path} has no time above 0 ms: a link trace has one number of milliseconds per line")
     return times
 
 
-# Simulations make the same link over and over, each time from its start.
+# Cached, because simulations build the same link repeatedly.
 _read_cached = functools.lru_cache(maxsize=8)(read_opportunities)
 
 
 def count_packets(count: int) -> int:
-    """How many packets carry `count` bytes."""
+    """Return the number of packets that carry `count` bytes."""
     return max(1, -(-count // PACKET_BYTES))
 
 
-# DESIGN's presets: round-trip time and jitter in seconds, rates up and down in bits per second.
+# Round-trip time and jitter in seconds, rates up and down in bits per second. Chosen: typical figures of each kind.
 LINK_PRESETS = {
-    conduct.name: conduct
-    for conduct in (
+    parameters.name: parameters
+    for parameters in (
         LinkParameters("lan", "ethernet", 0.002, 0.0, 1e9, 1e9),
         LinkParameters("wifi", "wifi", 0.015, 0.005, 20e6, 40e6),
         LinkParameters("5g", "5g", 0.025, 0.008, 30e6, 120e6),
@@ -290,7 +290,7 @@ PRESET_NAMES = (*LINK_PRESETS, "bursty", "offline")
 
 
 def make_preset_link(name: str, seed: int) -> Link:
-    """The shipped link of that name. Raises InputError."""
+    """Return the preset link of that name. Raises InputError."""
     if name in LINK_PRESETS:
         return SteadyLink(LINK_PRESETS[name], seed)
     if name == "bursty":
@@ -302,28 +302,28 @@ def make_preset_link(name: str, seed: int) -> Link:
 
 
 def parse_link(text: str, seed: int) -> Link:
-    """A link as people write it. Raises InputError.
+    """Parse the notation of `--link`. Raises InputError.
 
-    `4g` is a make_preset_link. `wifi:20,offline:5,wifi` is a schedule: each link lasts its seconds, the last for ever.
-    `mahimahi:UP:DOWN:MS` is a recording: files of the two directions, and the round-trip time in front of them.
+    `4g` is a preset. `wifi:20,offline:5,wifi` is a schedule: each link lasts the given seconds, the last forever.
+    `mahimahi:UP:DOWN:MS` is a recording: trace files of the two directions, and the round-trip time added to them.
     """
     if text.startswith("mahimahi:"):
         return _parse_recording(text, seed)
-    parts = []
+    phases = []
     for index, item in enumerate(text.split(",")):
         name, _, seconds = item.strip().partition(":")
         last = index == text.count(",")
         if bool(seconds) == last or not (last or _is_positive(seconds)):
             raise InputError(
-                f"--link {text!r}: every link but the last takes its seconds, as in wifi:20,offline:5,wifi"
+                f"--link {text!r}: every link but the last needs its seconds, as in wifi:20,offline:5,wifi"
             )
         link = None if name == "offline" else make_preset_link(name, seed + index)
-        parts.append(LinkPhase(1.0 if last else float(seconds), link))
-    if parts[-1].link is None:
+        phases.append(LinkPhase(1.0 if last else float(seconds), link))
+    if phases[-1].link is None:
         raise InputError(
-            f"--link {text!r} ends offline, where no text is ever done: let it come back, as in offline:5,4g"
+            f"--link {text!r} ends offline, so no text would ever finish: let the link come back, as in offline:5,4g"
         )
-    return ScheduledLink(parts) if len(parts) > 1 else parts[-1].link
+    return ScheduledLink(phases) if len(phases) > 1 else phases[-1].link
 
 
 def _parse_recording(text: str, seed: int) -> Link:

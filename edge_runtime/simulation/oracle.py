@@ -1,13 +1,13 @@
-"""What planners are measured against: the best that hindsight, and second sight, could have done in the same world.
+"""Baselines that planners are compared with: the best static plan in hindsight, for the same world.
 
-    hindsight     the best single Plan for all rounds of all texts, the true calibration given; chosen afterwards
-    fixed K       the same over plain draft lengths: K tokens, n = 1, nothing else
+    best single plan     the best Plan for all rounds of all texts, given the true calibration, chosen afterwards
+    best fixed draft     the same among plain draft lengths: K tokens, n = 1, nothing else
 
-`clairvoyance` has the lower bound that no plan whatsoever reaches.
+`lower_bound` has the bound that no plan reaches.
 
-Without ahead-of-time drafting, how a static plan's rounds fall does not depend on link, board or verifier. So every
-plan of a coarse space is played once for its `PlanFootprint`, which prices it for any world from mean delays; only the best
-few, these with drafting ahead, and then their neighbours are played in the world itself.
+Without drafting ahead, the rounds of a static plan do not depend on link, board or verifier. So every plan of a coarse
+space is simulated once for its `PlanFootprint`, which gives its cost in any world from mean delays. Only the cheapest
+few, these with drafting ahead, and then their neighbors are simulated in the world itself.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from edge_runtime.simulation.verifiers import VERIFIERS, SimulatedVerifier
 from edge_runtime.simulation.world import ROUND_BYTES, World
 
 CALIBRATION_BINS = 10
-# Reading this many tokens costs no more than the step that it saves.
+# Prefilling this many tokens is treated as free: it costs no more than the decode step that it replaces.
 FREE_PREFILL_TOKENS = 4
 WHOLE_TEXT = 1 << 20
 FIXED_PLANS = tuple(Plan(count, reason=f"fixed {count}") for count in range(17))
-# How many plans, the cheapest by their footprints, are played in the world itself; and how many of them with drafting
-# ahead.
+# Number of plans, the cheapest by their footprints, that are simulated in the world itself; and of those, number that
+# are simulated with drafting ahead too. Chosen: enough to include the best, few enough to stay fast.
 SIMULATED_PLANS, SIMULATED_AHEAD_PLANS = 6, 2
 AHEAD_TOKENS = (2, 4, 8, 16)
-# How often the best of the coarse space is then refined.
+# Rounds of local search from the best plan of the coarse space.
 REFINEMENT_PASSES = 2
 
 
 class PlanFootprint(msgspec.Struct, frozen=True):
-    """What a static plan does to a set of texts in any world.
+    """What a static plan does to a set of texts, whatever the world.
 
     Attributes:
-        plan: which.
+        plan: the plan.
         rounds, tokens: how many.
-        steps: of the draft.
-        read: tokens that the draft read in its first step of a round, less one step's each.
-        position: mean of tokens in front of a step.
-        widths: (MAX_TREE_NODES + 1,) verifying forwards by their nodes.
-        own: forwards for the target's own tokens, of a verifier that does not speculate; and of one that does, where
-            those that draft less count as less.
+        steps: decode steps of the draft.
+        prefill: tokens that the draft prefills before the first step of a round, beyond FREE_PREFILL_TOKENS.
+        position: mean text length at a step.
+        widths: (MAX_TREE_NODES + 1,) number of verifying forwards by their nodes.
+        own: number of forwards that continue the text, on a verifier that does not speculate and on one that does;
+            there a forward with fewer draft tokens counts as less than one.
         sent, received: bytes.
     """
 
@@ -62,7 +62,7 @@ class PlanFootprint(msgspec.Struct, frozen=True):
     rounds: int
     tokens: int
     steps: int
-    read: int
+    prefill: int
     position: float
     widths: list[int]
     own: tuple[float, float]
@@ -71,7 +71,7 @@ class PlanFootprint(msgspec.Struct, frozen=True):
 
 
 def measure_calibration(texts: list[RecordedText]) -> tuple[float, ...]:
-    """How often guesses of each tenth of confidence are right; its middle where there was none."""
+    """Return the share of correct guesses in each tenth of confidence, smoothed by one guess at its middle."""
     right, seen = [0] * CALIBRATION_BINS, [0] * CALIBRATION_BINS
     for text in texts:
         for confidence, rank in zip(text.confidences, text.ranks, strict=True):
@@ -82,19 +82,19 @@ def measure_calibration(texts: list[RecordedText]) -> tuple[float, ...]:
 
 
 def make_static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
-    """The coarse plan space: lengths, stopping, siblings, own tokens."""
+    """Return the coarse plan space: draft lengths, stop thresholds, siblings, own tokens."""
     plans = [Plan(0, own) for own in (1, 2, 4, 8, 16, 32, WHOLE_TEXT)]
     lengths = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24)
     stops = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
-    beside = ((0, 0.0), (1, 0.8), (3, 0.8), (7, 0.6), (7, 0.9))
-    for length, stop, (siblings, doubt) in product(lengths, stops, beside):
-        # A single guess is stopped by nothing.
+    sibling_rules = ((0, 0.0), (1, 0.8), (3, 0.8), (7, 0.6), (7, 0.9))
+    for length, stop, (siblings, sibling_confidence) in product(lengths, stops, sibling_rules):
+        # The stop rule does not affect a draft of one token.
         if length > 1 or not stop:
             plans.append(
                 Plan(
                     length,
                     siblings=siblings,
-                    sibling_confidence=doubt,
+                    sibling_confidence=sibling_confidence,
                     min_survival=stop,
                     calibration=true_calibration,
                 )
@@ -104,8 +104,8 @@ def make_static_plans(true_calibration: tuple[float, ...]) -> list[Plan]:
     return plans
 
 
-def _neighbours(plan: Plan) -> list[Plan]:
-    """Plans between this one and the next of the coarse space, in every direction that matters to it."""
+def _neighbors(plan: Plan) -> list[Plan]:
+    """Return plans between this one and the next ones of the coarse space, along every dimension that it uses."""
     if not plan.draft:
         return []
     changes: list[dict[str, float | int]] = [
@@ -123,7 +123,7 @@ def _neighbours(plan: Plan) -> list[Plan]:
 
 
 def describe_plan(plan: Plan) -> str:
-    """The plan in a few words."""
+    """Return a short description of the plan."""
     own = "all" if plan.own >= WHOLE_TEXT else plan.own
     text = f"K={plan.draft} n={own}"
     if plan.min_survival:
@@ -136,100 +136,107 @@ def describe_plan(plan: Plan) -> str:
 
 
 class PlanFootprints:
-    """Footprints of many plans on one set of texts, priced for any world at once."""
+    """Footprints of many plans on one set of texts, to compare the plans in any world."""
 
     def __init__(self, texts: list[RecordedText], plans: list[Plan]) -> None:
         self.plans = plans
         self._texts = texts
         self._rows = _columns([measure_footprint(texts, plan) for plan in plans])
 
-    def costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
-        """(plans,) expected costs per token."""
+    def estimate_costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
+        """Return the expected costs per token, (plans,)."""
         return _costs(self._rows, world, objective)
 
-    def best(self, make: Callable[[], World], objective: Objective, *, ahead: bool) -> tuple[Plan, SimulationResult]:
-        """The plan that costs least when played in the world that `make` makes anew each time, and what it costs."""
+    def find_best(
+        self, make: Callable[[], World], objective: Objective, *, ahead: bool
+    ) -> tuple[Plan, SimulationResult]:
+        """Return the plan with the least simulated cost, and its result.
+
+        Args:
+            make: makes the world anew for each simulation.
+            ahead: also try drafting ahead.
+        """
         world = make()
-        order = np.argsort(self.costs(world, objective), kind="stable")
+        order = np.argsort(self.estimate_costs(world, objective), kind="stable")
         ranked = [self.plans[int(index)] for index in order]
         drafting = [plan for plan in ranked if plan.draft and plan.own == 1]
-        # Where a link's mean says little, the cheapest of each kind is worth a try.
+        # The cheapest plan of each kind is tried too, because the mean says little about an irregular link.
         candidates = [*ranked[:SIMULATED_PLANS], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
         if ahead:
             candidates += [
                 msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
                 for plan, count, in_flight in product(drafting[:SIMULATED_AHEAD_PLANS], AHEAD_TOKENS, (1, 2))
             ]
-        played: dict[Plan, SimulationResult] = {}
+        results: dict[Plan, SimulationResult] = {}
 
         def cheapest(plans: list[Plan]) -> Plan:
             for plan in plans:
-                if plan not in played:
-                    played[plan] = simulate(self._texts, FixedPlanner(plan), make())
-            return min(played, key=lambda plan: played[plan].cost(objective))
+                if plan not in results:
+                    results[plan] = simulate(self._texts, FixedPlanner(plan), make())
+            return min(results, key=lambda plan: results[plan].cost(objective))
 
         best = cheapest(candidates)
         if ahead:
             for _ in range(REFINEMENT_PASSES):
-                best = cheapest(_neighbours(best))
-        return best, played[best]
+                best = cheapest(_neighbors(best))
+        return best, results[best]
 
 
-def _columns(marks: list[PlanFootprint]) -> dict[str, npt.NDArray[np.float64]]:
+def _columns(footprints: list[PlanFootprint]) -> dict[str, npt.NDArray[np.float64]]:
     names = [name for name in PlanFootprint.__struct_fields__ if name != "plan"]
-    return {name: np.array([getattr(mark, name) for mark in marks], float) for name in names}
+    return {name: np.array([getattr(footprint, name) for footprint in footprints], float) for name in names}
 
 
 def _costs(rows: dict[str, npt.NDArray[np.float64]], world: World, objective: Objective) -> npt.NDArray[np.float64]:
-    """(plans,) costs per token, from mean delays."""
+    """Return the costs per token from mean delays, (plans,)."""
     device, verifier = world.device, world.verifier
     step = device.step_seconds + device.step_seconds_per_token * rows["position"]
-    drafting = step * rows["steps"] + device.prefill_seconds * rows["read"]
+    drafting = step * rows["steps"] + device.prefill_seconds * rows["prefill"]
     own = rows["own"][:, 1 if verifier.draft_tokens else 0]
     forwards = rows["widths"] @ np.array(verifier.forward_seconds) + own * verifier.continuation_seconds
     rounds = rows["rounds"]
     exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
     latency = drafting + exchanges + forwards
-    carried = rows["sent"] + rows["received"]
+    traffic = rows["sent"] + rows["received"]
     joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
-    joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * carried
+    joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * traffic
     cost: npt.NDArray[np.float64] = (
         objective.latency * latency
         + objective.verifier * forwards
         + objective.joule * joules
-        + objective.byte * carried
+        + objective.byte * traffic
     ) / rows["tokens"]
     return cost
 
 
 def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
-    """Plays `plan`, which drafts nothing ahead, for what it does in any world."""
+    """Simulate `plan`, which must not draft ahead, and return its footprint."""
     plain = _simulate_neutral(texts, plan, "7b")
-    # With n = 1 the target says no token by itself that a speculating verifier could draft.
+    # With n = 1 no forward continues the text, so there is nothing to speculate on.
     speculating = _simulate_neutral(texts, plan, "7b+spec") if plan.own > 1 else plain
     widths = [0] * (MAX_TREE_NODES + 1)
-    read = 0
-    places: list[int] = []
+    prefill = 0
+    positions: list[int] = []
     for outcome in plain.log:
         widths[1 + outcome.drafted + sum(outcome.offered)] += 1
         if outcome.drafted:
-            read += max(0, outcome.conditions.unread - FREE_PREFILL_TOKENS)
-            places.append(outcome.conditions.position)
+            prefill += max(0, outcome.conditions.unread - FREE_PREFILL_TOKENS)
+            positions.append(outcome.conditions.position)
     verifier = SimulatedVerifier(VERIFIERS["7b+spec"], 0)
     verifying = sum(count * seconds for count, seconds in zip(widths, verifier.forward_seconds, strict=True))
     own = (plain.forwards - plain.rounds, (speculating.verifier_seconds - verifying) / verifier.continuation_seconds)
-    position = sum(places) / len(places) if places else 0.0
+    position = sum(positions) / len(positions) if positions else 0.0
     return PlanFootprint(
-        plan,
-        plain.rounds,
-        plain.tokens,
-        plain.drafted,
-        read,
-        position,
-        widths,
-        own,
-        plain.sent,
-        plain.received,
+        plan=plan,
+        rounds=plain.rounds,
+        tokens=plain.tokens,
+        steps=plain.drafted,
+        prefill=prefill,
+        position=position,
+        widths=widths,
+        own=own,
+        sent=plain.sent,
+        received=plain.received,
     )
 
 

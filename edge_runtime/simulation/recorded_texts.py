@@ -1,7 +1,7 @@
 """Recorded acceptance: the draft's guesses at every position of texts that a target generated.
 
-Target and draft are driven by the same noise, so whether the draft's guess at a position, given the true text before it,
-equals the target's token is a fixed property of that text. One recording replays every plan exactly. A file is one
+Target and draft are driven by the same noise, so whether the draft's guess at a position, given the true text before
+it, equals the target's token is a fixed property of that text. One recording replays every plan exactly. A file is one
 .npz:
 
     format          () int32, FORMAT_VERSION

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from edge_runtime.decoding.statistics import RoundTotals
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Outcome
@@ -33,7 +35,7 @@ class SimulationResult(RoundTotals):
     joules: float = 0.0
     sent: int = 0
     received: int = 0
-    log: list[Outcome] = []
+    log: list[Outcome] = msgspec.field(default_factory=list)
 
     def add_round(self, outcome: Outcome) -> None:
         super().add_round(outcome)

@@ -1,7 +1,7 @@
 """Simulates the decoding loop on recorded texts: real planners on a simulated clock.
 
-Rounds follow `edge_runtime.decoding.round_rules`, which the real loop shares, and its order of calls to the planner; the
-verifier's replies are those that the recorded acceptance implies. All times are modelled.
+Rounds follow `edge_runtime.decoding.round_rules`, which the real loop shares, and make the same calls to the planner in
+the same order; the verifier's replies follow from the recorded acceptance. All times are modelled.
 """
 
 from __future__ import annotations

@@ -30,35 +30,35 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.energy_budget import Budget
-from edge_runtime.planning.factory import DEFAULT, NAMES, make_planner
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.energy_budget import EnergyBudget
+from edge_runtime.planning.factory import DEFAULT_POLICY, POLICY_NAMES, make_planner
 from edge_runtime.planning.objective import PRESETS, Objective, parse_objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.simulation import oracle
-from edge_runtime.simulation.links import CONDUCTS
-from edge_runtime.simulation.lower_bound import clairvoyant
-from edge_runtime.simulation.recorded_texts import Text, read_texts
-from edge_runtime.simulation.result import Result
+from edge_runtime.simulation.links import LINK_PRESETS
+from edge_runtime.simulation.lower_bound import compute_lower_bound
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
+from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.verifiers import VERIFIERS
-from edge_runtime.simulation.world import ANCHOR_DRAFT, SMALL_DRAFT, World, make_world
+from edge_runtime.simulation.world import ANCHOR_DRAFT_BYTES, SMALL_DRAFT_BYTES, World, make_world
 
 FAMILY = Path(__file__).parent.parent.parent / "export" / "example_family"
-LINKS = (*CONDUCTS, "bursty")
+LINKS = (*LINK_PRESETS, "bursty")
 # An anchor draft of a 7B target does not fit a Zero's memory, and is hopeless on a Pi 4.
 BOARDS = (
-    ("raspberry-pi-zero-2w", SMALL_DRAFT),
-    ("raspberry-pi-4", SMALL_DRAFT),
-    ("raspberry-pi-5", SMALL_DRAFT),
-    ("raspberry-pi-5", ANCHOR_DRAFT),
-    ("jetson-orin-nano", SMALL_DRAFT),
-    ("jetson-orin-nano", ANCHOR_DRAFT),
-    ("laptop", SMALL_DRAFT),
-    ("laptop", ANCHOR_DRAFT),
-    ("server", SMALL_DRAFT),
-    ("server", ANCHOR_DRAFT),
+    ("raspberry-pi-zero-2w", SMALL_DRAFT_BYTES),
+    ("raspberry-pi-4", SMALL_DRAFT_BYTES),
+    ("raspberry-pi-5", SMALL_DRAFT_BYTES),
+    ("raspberry-pi-5", ANCHOR_DRAFT_BYTES),
+    ("jetson-orin-nano", SMALL_DRAFT_BYTES),
+    ("jetson-orin-nano", ANCHOR_DRAFT_BYTES),
+    ("laptop", SMALL_DRAFT_BYTES),
+    ("laptop", ANCHOR_DRAFT_BYTES),
+    ("server", SMALL_DRAFT_BYTES),
+    ("server", ANCHOR_DRAFT_BYTES),
 )
 KINDS = tuple((target, temperature) for temperature in (0.0, 0.7, 1.0) for target in ("target-v1", "target-v2"))
 BASELINES = {
@@ -79,13 +79,13 @@ ASKED = 100
 BUDGET_SHARE = 0.7
 # Where the unconstrained planner drafts enough that streaming draws less than the budget.
 BUDGETED = (
-    ("lan", "raspberry-pi-4", SMALL_DRAFT, "32b"),
-    ("lan", "raspberry-pi-5", SMALL_DRAFT, "loaded"),
-    ("wifi", "raspberry-pi-4", SMALL_DRAFT, "loaded"),
-    ("wifi", "raspberry-pi-5", SMALL_DRAFT, "32b"),
-    ("wifi", "raspberry-pi-5", ANCHOR_DRAFT, "loaded"),
-    ("wifi", "jetson-orin-nano", SMALL_DRAFT, "32b"),
-    ("4g", "laptop", ANCHOR_DRAFT, "loaded"),
+    ("lan", "raspberry-pi-4", SMALL_DRAFT_BYTES, "32b"),
+    ("lan", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded"),
+    ("wifi", "raspberry-pi-4", SMALL_DRAFT_BYTES, "loaded"),
+    ("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "32b"),
+    ("wifi", "raspberry-pi-5", ANCHOR_DRAFT_BYTES, "loaded"),
+    ("wifi", "jetson-orin-nano", SMALL_DRAFT_BYTES, "32b"),
+    ("4g", "laptop", ANCHOR_DRAFT_BYTES, "loaded"),
 )
 
 
@@ -111,7 +111,7 @@ class Cell(NamedTuple):
             self.link, self.board, self.verifier, weight_bytes=self.weight_bytes, slower=self.slower, seed=self.seed
         )
 
-    def believed(self) -> Device:
+    def believed(self) -> DeviceModel:
         """What the profile says of the board, which the planner starts from."""
         return self._replace(slower=1.0).world().device
 
@@ -128,16 +128,16 @@ def cells(links: list[str], every: int, slower: float, seed: int = 1) -> Iterato
 class Prints(NamedTuple):
     """Texts of one kind, and what every static plan does to them."""
 
-    texts: list[Text]
-    every: oracle.Footprints
-    fixed: oracle.Footprints
+    texts: list[RecordedText]
+    every: oracle.PlanFootprints
+    fixed: oracle.PlanFootprints
 
     @classmethod
     def of(cls, kind: tuple[str, float], count: int, traces: Path) -> Prints:
         texts = read_texts(traces, target=kind[0], temperature=kind[1])
-        plans = oracle.static_plans(oracle.calibration(texts))
+        plans = oracle.make_static_plans(oracle.measure_calibration(texts))
         some = texts[:count]
-        return cls(some, oracle.Footprints(some, plans), oracle.Footprints(some, list(oracle.FIXED)))
+        return cls(some, oracle.PlanFootprints(some, plans), oracle.PlanFootprints(some, list(oracle.FIXED_PLANS)))
 
 
 class Row(NamedTuple):
@@ -159,10 +159,10 @@ class Bench:
         self.options = options
         self.acceptance = read_bundle(FAMILY / "bundle", verify=False).manifest.acceptance
 
-    def policy(self, name: str, device: Device, budget: Budget | None = None) -> Planner:
+    def policy(self, name: str, device: DeviceModel, budget: EnergyBudget | None = None) -> Planner:
         return make_planner(name, self.objective, device, acceptance=self.acceptance, budget=budget)
 
-    def texts(self, kind: tuple[str, float]) -> list[Text]:
+    def texts(self, kind: tuple[str, float]) -> list[RecordedText]:
         return read_texts(self.options.traces, target=kind[0], temperature=kind[1])
 
     def cells(self) -> None:
@@ -176,22 +176,22 @@ class Bench:
                 self.console.print(f"{len(rows)} of {len(all_cells)} cells, {time.perf_counter() - started:.0f} s")
                 for row in some if options.each else ():
                     costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in row.costs.items())
-                    self.console.print(f"{row.cell.name}: {costs}  ({oracle.describe(row.best)})")
+                    self.console.print(f"{row.cell.name}: {costs}  ({oracle.describe_plan(row.best)})")
         self._print_cells(rows)
 
     def row(self, cell: Cell, prints: Prints) -> Row:
-        best, result = prints.every.best(cell.world, self.objective, ahead=True)
-        _, fixed = prints.fixed.best(cell.world, self.objective, ahead=False)
+        best, result = prints.every.find_best(cell.world, self.objective, ahead=True)
+        _, fixed = prints.fixed.find_best(cell.world, self.objective, ahead=False)
         costs = {
             "hindsight": result.cost(self.objective),
-            "clairvoyant": clairvoyant(prints.texts, cell.world(), self.objective),
+            "clairvoyant": compute_lower_bound(prints.texts, cell.world(), self.objective),
             "fixed K": fixed.cost(self.objective),
         }
         for name, plan in BASELINES.items():
             costs[name] = simulate(prints.texts, FixedPlanner(plan), cell.world()).cost(self.objective)
         warm = {}
         for name in self.names:
-            results = Simulator(cell.world(), self.policy(name, cell.believed())).play_all(prints.texts)
+            results = Simulator(cell.world(), self.policy(name, cell.believed())).run_all(prints.texts)
             costs[name] = _sum(results).cost(self.objective)
             warm[name] = _sum(results[1:]).cost(self.objective)
         return Row(cell, costs, warm, best)
@@ -218,12 +218,12 @@ class Bench:
                 f"{sum(ratio <= 1.03 for ratio in ratios) / len(rows):.0%}",
                 f"{sum(ratio <= 1.08 for ratio in ratios) / len(rows):.0%}",
                 f"{max(ratios):.3f}",
-                f"{worst.cell.name} ({oracle.describe(worst.best)})",
+                f"{worst.cell.name} ({oracle.describe_plan(worst.best)})",
             )
         self.console.print(table)
         table = Table("policy", "against", "mean", "more than 2 % dearer", "worst", "in the cell", box=None)
         for name in self.names:
-            rivals = [other for other in self.names if other != name] if name == DEFAULT else []
+            rivals = [other for other in self.names if other != name] if name == DEFAULT_POLICY else []
             for other in ["fixed K", *BASELINES, *rivals]:
                 ratios = [row.costs[name] / row.costs[other] for row in rows]
                 worst = rows[ratios.index(max(ratios))]
@@ -240,20 +240,20 @@ class Bench:
         for name in self.names:
             settled = []
             for (before, after), (board, verifier) in ((c, w) for c in CHANGES for w in CHANGING):
-                changing = Cell(f"{before}:{CHANGE_AT:g},{after}", board, SMALL_DRAFT, verifier)
+                changing = Cell(f"{before}:{CHANGE_AT:g},{after}", board, SMALL_DRAFT_BYTES, verifier)
                 then = changing._replace(link=after.rpartition(",")[2])
                 back = CHANGE_AT + (5.0 if "offline" in after else 0.0)
                 asked = Asked(self.policy(name, changing.believed()), back)
                 simulator = Simulator(changing.world(), asked)
                 # A world in which all texts are written before the change plays them again.
                 for text in itertools.islice(itertools.cycle(texts), MOST_TEXTS):
-                    simulator.play(text)
+                    simulator.run(text)
                     if len(asked.plans) >= ROUNDS_BEHIND:
                         break
                 plans = asked.plans
                 rounds = _settling(plans, functools.cache(functools.partial(_cost_of, texts, then, self.objective)))
                 settled.append(rounds)
-                if name == DEFAULT:
+                if name == DEFAULT_POLICY:
                     table.add_row(name, f"{before} to {after}", f"{board}, {verifier}", str(rounds))
             table.add_row(name, "all", "", f"worst {max(settled)}, median {median(settled):g}")
         self.console.print(table)
@@ -269,7 +269,7 @@ class Bench:
             cell = Cell(link, board, weight_bytes, verifier)
             free = simulate(texts, self.policy("analytic", cell.believed()), cell.world())
             wanted = BUDGET_SHARE * free.joules / free.latency_seconds
-            held = simulate(texts, self.policy("analytic", cell.believed(), Budget(wanted)), cell.world())
+            held = simulate(texts, self.policy("analytic", cell.believed(), EnergyBudget(wanted)), cell.world())
             streamed = simulate(texts, FixedPlanner(BASELINES["streaming"]), cell.world())
             sparing = make_planner("analytic", PRESETS["energy"], cell.believed(), acceptance=self.acceptance)
             table.add_row(
@@ -293,7 +293,7 @@ class Bench:
         table = Table(
             "target, sampling, K", *(f"+{count}" for count in counts), "+3 where unsure", "ids sent", box=None
         )
-        world = Cell("wifi", "raspberry-pi-5", SMALL_DRAFT, "loaded").world()
+        world = Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").world()
         for target, temperature in KINDS:
             texts = self.texts((target, temperature))
             for length in (4, 8):
@@ -312,8 +312,8 @@ class Bench:
         table = Table("policy", "decision, microseconds: median", "mean", "slowest 1 %", "learning: median", box=None)
         texts = self.texts(("target-v1", 0.7))
         for name in self.names:
-            timed = Timed(self.policy(name, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT, "loaded").believed()))
-            simulate(texts, timed, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT, "loaded").world())
+            timed = Timed(self.policy(name, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").believed()))
+            simulate(texts, timed, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").world())
             plans = sorted(timed.plans)
             table.add_row(
                 name,
@@ -384,23 +384,23 @@ def _settling(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
     return len(costs)
 
 
-def _cost_of(texts: list[Text], cell: Cell, objective: Objective, plan: Plan) -> float:
+def _cost_of(texts: list[RecordedText], cell: Cell, objective: Objective, plan: Plan) -> float:
     """Cost per token of one plan for all rounds."""
     return simulate(texts, FixedPlanner(plan), cell.world()).cost(objective)
 
 
-def _sum(results: list[Result]) -> Result:
+def _sum(results: list[SimulationResult]) -> SimulationResult:
     return sum(results[1:], results[0])
 
 
-def _joules(result: Result) -> str:
+def _joules(result: SimulationResult) -> str:
     return f"{100 * result.joules / result.tokens:.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="latency", help=f"{', '.join(PRESETS)}, or prices (default: latency)")
-    parser.add_argument("--policies", nargs="*", default=list(NAMES), metavar="NAME", help="default: all")
+    parser.add_argument("--policies", nargs="*", default=list(POLICY_NAMES), metavar="NAME", help="default: all")
     parser.add_argument(
         "--links",
         nargs="*",

@@ -60,7 +60,7 @@ def test_footprints_predict_simulated_costs(
     recorded: list[RecordedText], footprints: PlanFootprints, speculates: bool
 ) -> None:
     objective = Objective(verifier=0.5, joule=0.02, byte=1e-5)
-    costs = footprints.costs(make_world(speculates=speculates, overhead=0.003), objective)
+    costs = footprints.estimate_costs(make_world(speculates=speculates, overhead=0.003), objective)
     for plan, expected in zip(footprints.plans, costs, strict=True):
         result = simulate(recorded, FixedPlanner(plan), make_world(speculates=speculates, overhead=0.003))
         # The cost ratio of short and full forwards of a speculating verifier differs between verifiers.
@@ -70,7 +70,7 @@ def test_footprints_predict_simulated_costs(
 def test_hindsight_costs_no_more_than_any_static_plan(recorded: list[RecordedText], footprints: PlanFootprints) -> None:
     objective = Objective()
     for step in (0.001, 0.03):
-        best, result = footprints.best(lambda step=step: make_world(step=step), objective, ahead=True)  # type: ignore[misc]
+        best, result = footprints.find_best(lambda step=step: make_world(step=step), objective, ahead=True)  # type: ignore[misc]
         assert result.cost(objective) == simulate(recorded, FixedPlanner(best), make_world(step=step)).cost(objective)
         for plan in footprints.plans:
             other = simulate(recorded, FixedPlanner(plan), make_world(step=step)).cost(objective)
