@@ -272,19 +272,27 @@ def count_packets(count: int) -> int:
     return max(1, -(-count // PACKET_BYTES))
 
 
+def _parameters(
+    name: str, radio: str, *, rtt: float, jitter: float, up: float, down: float, loss: float = 0.0
+) -> LinkParameters:
+    return LinkParameters(
+        name=name, radio=radio, rtt_seconds=rtt, jitter_seconds=jitter, up_rate=up, down_rate=down, loss=loss
+    )
+
+
 # Round-trip time and jitter in seconds, rates up and down in bits per second. Chosen: typical figures of each kind.
 LINK_PRESETS = {
     parameters.name: parameters
     for parameters in (
-        LinkParameters("lan", "ethernet", 0.002, 0.0, 1e9, 1e9),
-        LinkParameters("wifi", "wifi", 0.015, 0.005, 20e6, 40e6),
-        LinkParameters("5g", "5g", 0.025, 0.008, 30e6, 120e6),
-        LinkParameters("4g", "lte", 0.055, 0.020, 10e6, 35e6),
-        LinkParameters("weak-4g", "lte", 0.120, 0.060, 2e6, 5e6, loss=0.01),
+        _parameters("lan", "ethernet", rtt=0.002, jitter=0.0, up=1e9, down=1e9),
+        _parameters("wifi", "wifi", rtt=0.015, jitter=0.005, up=20e6, down=40e6),
+        _parameters("5g", "5g", rtt=0.025, jitter=0.008, up=30e6, down=120e6),
+        _parameters("4g", "lte", rtt=0.055, jitter=0.020, up=10e6, down=35e6),
+        _parameters("weak-4g", "lte", rtt=0.120, jitter=0.060, up=2e6, down=5e6, loss=0.01),
     )
 }
-BURSTY_GOOD = LinkParameters("bursty, good", "lte", 0.040, 0.0, 15e6, 30e6)
-BURSTY_BAD = LinkParameters("bursty, bad", "lte", 0.250, 0.0, 2e6, 5e6)
+BURSTY_GOOD = _parameters("bursty, good", "lte", rtt=0.040, jitter=0.0, up=15e6, down=30e6)
+BURSTY_BAD = _parameters("bursty, bad", "lte", rtt=0.250, jitter=0.0, up=2e6, down=5e6)
 BURSTY_GOOD_SECONDS, BURSTY_BAD_SECONDS = 8.0, 2.0
 PRESET_NAMES = (*LINK_PRESETS, "bursty", "offline")
 

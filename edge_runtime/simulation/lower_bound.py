@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edge_runtime.planning.objective import Objective
+from edge_runtime.planning.plan import UNRANKED
 from edge_runtime.protocol.messages import MAX_DRAFT_TOKENS
-from edge_runtime.simulation.recorded_texts import UNRANKED, RecordedText, accepted_runs
+from edge_runtime.simulation.recorded_texts import RecordedText, accepted_runs
 from edge_runtime.simulation.world import ID_BYTES, ROUND_BYTES, World
 
 BOARD_LIMIT, FLIGHT_LIMIT = "board", "flight"

@@ -1,4 +1,4 @@
-"""A reply that comes to the wrong round: over HTTP/2 one flipped bit of a stream's number sends it to another text."""
+"""Replies delivered to the wrong session: over HTTP/2, one flipped bit of a stream id does that."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.conftest import serving
 PROMPTS = ("def read_config(path):\n", "import unittest\n\nclass Test")
 
 
-class Crossing(httpx.AsyncBaseTransport):
-    """Once, gives each of two rounds that are under way together the other's reply.
+class CrossingTransport(httpx.AsyncBaseTransport):
+    """Swaps the replies of two concurrent rounds, once.
 
     Attributes:
-        crossed: it has.
+        crossed: whether it has done so.
     """
 
     def __init__(self, *, cross: bool) -> None:
@@ -37,18 +37,18 @@ class Crossing(httpx.AsyncBaseTransport):
         if self._first is None:
             self._first = body, asyncio.get_running_loop().create_future()
             return httpx.Response(200, content=await self._first[1])
-        theirs, future = self._first
+        other_body, future = self._first
         future.set_result(body)
         self.crossed = True
-        return httpx.Response(200, content=theirs)
+        return httpx.Response(200, content=other_body)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
 
 
 async def texts(url: str, draft: OnnxDraft, *, cross: bool) -> list[list[int]]:
-    """What both prompts are continued with, at the same time."""
-    transport = Crossing(cross=cross)
+    """Generate from both prompts concurrently."""
+    transport = CrossingTransport(cross=cross)
     async with VerifierClient(url, transport=transport) as client:
 
         async def write(prompt: str) -> list[int]:
@@ -64,6 +64,6 @@ async def texts(url: str, draft: OnnxDraft, *, cross: bool) -> list[list[int]]:
     return written
 
 
-async def test_a_reply_that_strays_to_another_text_changes_nothing(target_v1: Target, shipped_draft: OnnxDraft) -> None:
+async def test_a_reply_to_another_session_does_not_change_the_text(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     async with serving(target_v1) as server:
         assert await texts(server.url, shipped_draft, cross=True) == await texts(server.url, shipped_draft, cross=False)
