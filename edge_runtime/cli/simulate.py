@@ -166,7 +166,7 @@ def _simulate_all(
         ("best fixed draft", list(oracle.FIXED_PLANS), False),
         ("best single plan", plans, True),
     ):
-        best, result = oracle.PlanFootprints(texts, space).best(world, objective, ahead=ahead)
+        best, result = oracle.PlanFootprints(texts, space).find_best(world, objective, ahead=ahead)
         rows.append(DecodingResult(label, result, objective, oracle.describe_plan(best), hindsight=True))
     return rows
 

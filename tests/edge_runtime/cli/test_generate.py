@@ -131,7 +131,7 @@ def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifie
     options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
     answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
     assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
-    decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding: position ")]
+    decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding.generation: position ")]
     # Includes rounds that were sent early and then discarded.
     assert len(decisions) >= int(re.search(r"in (\d+) rounds", answer.stderr)[1])
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
