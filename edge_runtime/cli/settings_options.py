@@ -43,7 +43,7 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
 
 
 def add_config_option(parser: ArgumentContainer) -> None:
-    """Add --config, the configuration file that applies where no option is given."""
+    """Add --config, the configuration file that applies if no option is given."""
     parser.add_argument(
         "--config",
         type=Path,
