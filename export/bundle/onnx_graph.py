@@ -123,7 +123,14 @@ def _build_fused_graph(draft: PreTrainedModel, scratch: Path, context: int | Non
         "hf_token": "false",
     }
     build = getattr(builders, GENAI_BUILDERS[config.model_type])
-    builder = build(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), options)
+    builder = build(
+        config,
+        io_dtype=ir.DataType.FLOAT,
+        onnx_dtype=ir.DataType.FLOAT,
+        ep="cpu",
+        cache_dir=str(scratch),
+        extra_options=options,
+    )
     builder.rope_attrs["cache_length"] = context or config.max_position_embeddings
     # The builder would read the model from disk; it is already in memory, and may be large.
     builder.load_weights = lambda path: draft

@@ -243,7 +243,7 @@ def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic])
     if existing is not None:
         return existing
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
@@ -254,7 +254,14 @@ def _is_weight_matmul(node: ir.Node) -> bool:
 
 
 def _replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    convenience.replace_nodes_and_values(model.graph, old, [old], [new], old.outputs, new.outputs)
+    convenience.replace_nodes_and_values(
+        model.graph,
+        insertion_point=old,
+        old_nodes=[old],
+        new_nodes=[new],
+        old_values=old.outputs,
+        new_values=new.outputs,
+    )
 
 
 def _remove_unused(model: ir.Model, value: ir.Value) -> None:

@@ -70,10 +70,11 @@ async def test_recorded_texts_replay_the_real_loop(
             async for _ in generation:
                 pass
             simulated = simulate([text], FixedPlanner(plan), make_world("lan", "server", "7b"), log=True)
-            assert [_comparable(outcome) for outcome in planner.outcomes] == [_comparable(o) for o in simulated.log], plan
-            for real, modelled in zip(planner.outcomes, simulated.log, strict=True):
+            real_rounds = [_comparable(outcome) for outcome in planner.outcomes]
+            assert real_rounds == [_comparable(outcome) for outcome in simulated.log], plan
+            for real, simulated_outcome in zip(planner.outcomes, simulated.log, strict=True):
                 # int8 kernels round differently when several tokens go through together.
-                assert real.confidences == pytest.approx(modelled.confidences, abs=0.02)
+                assert real.confidences == pytest.approx(simulated_outcome.confidences, abs=0.02)
 
 
 def _comparable(outcome: Outcome) -> tuple[object, ...]:
