@@ -199,14 +199,14 @@ async def test_failing_does_not_wait(verifier: RestartableVerifier, shipped_draf
 async def test_a_slow_verifier_is_not_a_lost_link(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     """A verifier that acknowledges its input but replies late does not trigger offline drafting."""
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
-        engine = server._service.engine
+        scheduler = server._service.scheduler
         answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True), tokens=12)
-        held = engine.submit
+        submit = scheduler.submit
 
         def slow(*arguments: object) -> None:
-            asyncio.get_running_loop().call_later(0.9, held, *arguments)
+            asyncio.get_running_loop().call_later(0.9, submit, *arguments)
 
-        engine.submit = slow
+        scheduler.submit = slow
         async for piece in answer:
             assert not piece.unverified
     assert answer.statistics.tokens == 12
