@@ -35,7 +35,7 @@ from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest, read_bundle, r
 from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing, InputError
 from edge_runtime.settings.table import DraftSettings
 from export.bundle.sign import generate_key_pair, sign_bundle
-from export.cli import main as export
+from export.cli.main import main as export
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -261,7 +261,7 @@ def test_with_a_key_only_what_it_signed_is_installed_and_used(
         configured_bundle(msgspec.structs.replace(draft, bundle=shipped))
     # Whoever changes a file must change its hash in the manifest, and that is signed.
     change(another, acceptance={})
-    with pytest.raises(BundleUntrusted, match="the bundle was changed"):
+    with pytest.raises(BundleUntrusted, match="the bundle was modified"):
         store.install(another)
     with pytest.raises(BundleUntrusted):
         configured_bundle(draft)

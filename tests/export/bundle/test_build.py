@@ -23,7 +23,7 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import InputError
 from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
-from export.cli import main
+from export.cli.main import main
 from tests.models import save_target
 
 TEXT = "for index in range(10):\n    print(index)\n" * 3
@@ -203,16 +203,16 @@ def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     output = tmp_path / "bundle"
     (tmp_path / "text").write_text(TEXT)
     arguments = ["onnx", str(tiny_path), str(tiny_path), "--weights", "fp32", "--text", str(tmp_path / "text")]
-    assert main.main([*arguments, "--output", str(output)]) == 0
+    assert main([*arguments, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "100.0% same argmax" in printed
     assert "100.0% at T=1" in printed
     made = json.loads((output / "manifest.json").read_text())["made"]
     assert made["onnxruntime-genai"]
     assert read_bundle(output).manifest.graph.weights == "fp32"
-    assert main.main([*arguments, "--output", str(output)]) == 2
+    assert main([*arguments, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main.main(["onnx", str(tiny_path), str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
+    assert main(["onnx", str(tiny_path), str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
 
 
 def test_the_shipped_bundle_matches_the_shipped_targets(family: Path) -> None:

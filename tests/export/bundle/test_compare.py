@@ -21,7 +21,7 @@ from export.bundle.compare import (
     compare_variants,
 )
 from export.bundle.footprint import Footprint
-from export.cli import main
+from export.cli.main import main
 
 TEXT = "for index in range(10):\n    print(index)\n" * 3
 NAMES = ("fused-int8", "fused-int4", "concat-int8", "fused-int8-trimmed")
@@ -104,9 +104,9 @@ def test_a_bundle_that_does_not_load_is_an_error(tmp_path: Path) -> None:
 def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(TEXT)
     arguments = ["forms", str(tiny_path), str(tiny_path), "--text", str(tmp_path / "text"), "--form", "fused-int8"]
-    assert main.main([*arguments, "--tolerance", "0", "--output", str(tmp_path / "forms")]) == 0
+    assert main([*arguments, "--tolerance", "0", "--output", str(tmp_path / "forms")]) == 0
     printed = capsys.readouterr().out
     assert "| fused-int8 | 300 | " in printed or "| **fused-int8** | 300 | " in printed
     assert f"the bundle to take is {tmp_path / 'forms' / 'fused-'}" in printed
-    assert main.main([*arguments, "--form", "int8", "--output", str(tmp_path / "forms")]) == 2
+    assert main([*arguments, "--form", "int8", "--output", str(tmp_path / "forms")]) == 2
     assert "no form 'int8'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 from edge_runtime.verifier.client import VerifierClient
 from export.bundle.build import HEAD_FILE, BundleConfig, make_bundle
 from export.bundle.vocab_trim import select_head_ids
-from export.cli import main
+from export.cli.main import main
 from tests.conftest import serving
 from tests.models import VOCABULARY_SIZE, byte_tokenizer, save_target
 
@@ -162,12 +162,10 @@ def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "text").write_text(TEXT)
     arguments = ["onnx", str(tiny_path), str(tiny_path), "--weights", "int8", "--no-acceptance", "--text"]
     arguments += [str(tmp_path / "text"), "--trim-vocabulary", str(tmp_path / "text"), "--head-size", "12"]
-    assert main.main([*arguments, "--output", str(tmp_path / "bundle")]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "bundle")]) == 0
     assert "acceptance by the target on given text: not measured" in capsys.readouterr().out
     bundle = read_bundle(tmp_path / "bundle")
     assert len(read_head_ids(bundle)) == 12
     assert bundle.manifest.acceptance == {}
-    assert (
-        main.main([*arguments[:-4], "--trim-vocabulary", str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
-    )
+    assert main([*arguments[:-4], "--trim-vocabulary", str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
     assert "cannot read the text" in capsys.readouterr().err

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft
 from cloud_verifier.draft_models.layouts import plan_draft
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
-from export.cli import main
+from export.cli.main import main
 from export.draft import distillation_run, training
 from export.draft.distillation_run import Order, distill
 from export.draft.teachers import plain, siblings
-from export.draft.training import Plan
+from export.draft.training import TrainingSchedule
 from tests.models import make_target, save_target
 
 CPU = torch.device("cpu")
-PLAN = Plan(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
+PLAN = TrainingSchedule(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
 TEXT = "the quick brown fox jumps over the lazy dog; " * 80
 
 
@@ -53,7 +53,9 @@ def test_what_is_written(order: Order, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["prefix", "standalone"])
 def test_other_layouts(order: Order, tmp_path: Path, layout: str) -> None:
-    changed = Order(order.target, order.texts, Plan(2, 1e-2, 2, 16), layout, 1, 1 if layout == "prefix" else 0)
+    changed = Order(
+        order.target, order.texts, TrainingSchedule(2, 1e-2, 2, 16), layout, 1, 1 if layout == "prefix" else 0
+    )
     distill(changed, tmp_path / layout, CPU)
     assert load_draft(tmp_path / layout, order.target).config.num_hidden_layers == (2 if layout == "prefix" else 1)
 
@@ -64,7 +66,7 @@ def test_learning_helps(order: Order, tmp_path: Path) -> None:
 
 
 def distilling_losses(order: Order, tmp_path: Path) -> list[float]:
-    longer = Order(order.target, order.texts, Plan(60, 1e-2, 4, 24, warm_up=2), objective="kl")
+    longer = Order(order.target, order.texts, TrainingSchedule(60, 1e-2, 4, 24, warm_up=2), objective="kl")
     distill(longer, tmp_path / "longer", CPU)
     losses: list[float] = json.loads((tmp_path / "longer" / "distill.json").read_text())["curve"]["losses"]
     return losses
@@ -83,7 +85,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(order: Order, tmp_path: Path, mo
         "t.fit.__kwdefaults__.update(seconds_between_checkpoints=0.0, record_every=2)\n"
         "def slow(*a): save(*a); time.sleep(0.5)\n"
         "t._save = slow\n"
-        "from export.cli import main\n"
+        "from export.cli.main import main\n"
         "sys.exit(main(['distill', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, "-c", program, *options, "--output", str(output), "--device", "cpu"]
@@ -106,7 +108,7 @@ def test_another_order_does_not_take_over(order: Order, tmp_path: Path, monkeypa
     monkeypatch.setattr(distillation_run, "distil", fail)
     with pytest.raises(KeyboardInterrupt):
         distill(order, tmp_path / "draft", CPU)
-    changed = Order(order.target, order.texts, Plan(13, 1e-2, 4, 24))
+    changed = Order(order.target, order.texts, TrainingSchedule(13, 1e-2, 4, 24))
     with pytest.raises(InputError, match="begun with other options"):
         distill(changed, tmp_path / "draft", CPU)
 
@@ -143,10 +145,10 @@ def test_targets_that_are_none(order: Order, tmp_path: Path) -> None:
 
 def test_the_command(order: Order, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", str(order.texts[0]), "--steps", "2", "--rows", "2", "--length", "16", "--device", "cpu"]
-    assert main.main(["distill", str(order.target), *options, "--output", str(tmp_path / "draft")]) == 0
+    assert main(["distill", str(order.target), *options, "--output", str(tmp_path / "draft")]) == 0
     assert "acceptance on held-out text" in capsys.readouterr().out
     wrong = ["--rows", "3", "--accumulate", "2", "--output", str(tmp_path / "x")]
-    assert main.main(["distill", str(order.target), *options, *wrong]) == 2
+    assert main(["distill", str(order.target), *options, *wrong]) == 2
     assert "3 rows cannot be taken in 2 equal parts" in capsys.readouterr().err
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.draft.training import Plan, Step, fit
+from export.draft.training import MicroBatch, TrainingSchedule, fit
 
-PLAN = Plan(steps=40, peak_rate=0.05, rows=16, length=4, warm_up=5, weight_decay=0.0)
+PLAN = TrainingSchedule(steps=40, peak_rate=0.05, rows=16, length=4, warm_up=5, weight_decay=0.0)
 
 
 class Killed(Exception):
@@ -19,7 +19,7 @@ class Killed(Exception):
 def regression(model: torch.nn.Linear, killed_at: int | None = None):
     """A loss that teaches `model` to sum its inputs."""
 
-    def loss(step: Step) -> torch.Tensor:
+    def loss(step: MicroBatch) -> torch.Tensor:
         if step.number == killed_at:
             raise Killed
         inputs = torch.from_numpy(step.random.standard_normal((step.rows, step.length))).float()
@@ -54,7 +54,7 @@ def test_a_checkpoint_of_another_plan_is_not_used(tmp_path: Path, capsys: pytest
     first = fresh()
     fit(first, regression(first), PLAN, **options)
     second = fresh()
-    curve = fit(second, regression(second), Plan(10, 0.05, 16, 4, warm_up=5), **options)
+    curve = fit(second, regression(second), TrainingSchedule(10, 0.05, 16, 4, warm_up=5), **options)
     assert curve.steps[0] == 5
     assert "another plan" in capsys.readouterr().out
 
@@ -74,7 +74,7 @@ def test_a_diverged_run_stops() -> None:
 
 
 def test_rates_and_shapes() -> None:
-    plan = Plan(100, 1.0, 8, 64, long_length=128, long_share=0.1, warm_up=10)
+    plan = TrainingSchedule(100, 1.0, 8, 64, long_length=128, long_share=0.1, warm_up=10)
     assert plan.rate(0) == pytest.approx(0.1)
     assert plan.rate(10) == pytest.approx(1.0)
     assert plan.rate(100) == pytest.approx(0.1)

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from cloud_verifier.draft_models.checkpoint import read_description
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError
-from export.cli import main
 from export.cli.family import STAGES, override_steps
+from export.cli.main import main
 from export.draft.base_target import load_target
 from export.example_family.evolution import break_contract, load_evolved
 from export.example_family.sizes import SIZES
@@ -32,7 +32,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "--device",
         "cpu",
     ]
-    assert main.main(arguments) == 0
+    assert main(arguments) == 0
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["target"]["losses"][-1] < record["target"]["losses"][0]
     assert set(record["distill"]["agreement"]) == {"target-v1", "target-v2", "target-v3", "target-v4"}
@@ -55,7 +55,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "evaluation" / "evaluation.png").stat().st_size > 1000
 
     capsys.readouterr()
-    assert main.main(arguments) == 0
+    assert main(arguments) == 0
     assert capsys.readouterr().out.count("nothing to do") == len(STAGES)
 
 
@@ -88,5 +88,5 @@ def test_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         "--stage",
         "target",
     ]
-    assert main.main(arguments) == 2
+    assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("draft-export: no token stream at")
