@@ -102,7 +102,7 @@ def _store(
     pool: KVCachePool, sequence: CachedSequence, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write rows (heads, rows, head size) after the sequence; return all its keys and values, those rows included."""
-    page_tokens, past = pool.page, sequence.length
+    page_tokens, past = pool.page_tokens, sequence.length
     length = past + key.shape[1]
     position = past
     while position < length:

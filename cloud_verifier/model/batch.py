@@ -41,8 +41,8 @@ class Segment:
         visible_prefix: how many leading rows of the segment each row attends to, in addition to itself.
         sampling: how the token after each row is sampled; None if no sampling is wanted (prefill).
         adapter_slot: LoRA slot that the rows go through; 0 is the base model.
-        keep_all: extend the sequence by all rows right after the forward (see `KVCachePool.keep`). Otherwise whoever
-            submitted the segment decides which rows stay.
+        keep_all: extend the sequence by all rows right after the forward (see `KVCachePool.keep`). Otherwise the
+            submitter of the segment decides which rows stay.
         runner: the runner of the model that the segment is for; None is that of the session's target.
     """
 

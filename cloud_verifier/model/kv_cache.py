@@ -70,36 +70,37 @@ class KVCachePool:
         tokens: capacity on an accelerator, rounded up to whole pages.
 
     Attributes:
-        page: tokens per page.
+        page_tokens: tokens per page.
+        capacity_pages: pages that an accelerator's pool can give to sequences.
         slabs: tensors (pages, layers, 2, heads, page, head size); index 0 of the third dimension holds keys, 1 values.
             One slab on an accelerator; on a CPU one for every page allocated so far.
     """
 
     def __init__(self, shape: KVCacheShape, tokens: int) -> None:
         self.shape = shape
-        self.page = PAGE_TOKENS.get(shape.device.type, PAGE_TOKENS["cuda"])
+        self.page_tokens = PAGE_TOKENS.get(shape.device.type, PAGE_TOKENS["cuda"])
         self._preallocated = shape.device.type != "cpu"
-        self.pages = -(-tokens // self.page) + SLACK_PAGES
+        self.capacity_pages = -(-tokens // self.page_tokens) + SLACK_PAGES
         self._free: list[int] = []
         self._moves: list[tuple[int, int, int, int]] = []
         self.slabs: list[torch.Tensor] = []
         if self._preallocated:
             # Page 0 belongs to no sequence and is never read: padding rows of a batch are written there.
-            self.slabs.append(self._allocate(self.pages + 1))
-            self._free = list(range(self.pages, 0, -1))
+            self.slabs.append(self._allocate(self.capacity_pages + 1))
+            self._free = list(range(self.capacity_pages, 0, -1))
 
     def _allocate(self, pages: int) -> torch.Tensor:
         shape = self.shape
-        size = (pages, shape.layers, 2, shape.heads, self.page, shape.head_size)
+        size = (pages, shape.layers, 2, shape.heads, self.page_tokens, shape.head_size)
         slab = torch.empty(size, dtype=shape.dtype, device=shape.device)
         if not self._preallocated:
             slab[..., :PRETOUCHED_TOKENS, :] = 0
         return slab
 
     @property
-    def used(self) -> int:
-        """Number of pages that sequences hold."""
-        return (self.pages if self._preallocated else len(self.slabs)) - len(self._free)
+    def used_pages(self) -> int:
+        """Pages that sequences hold."""
+        return (self.capacity_pages if self._preallocated else len(self.slabs)) - len(self._free)
 
     def reserve(self, sequence: CachedSequence, length: int) -> None:
         """Give `sequence` the pages for `length` tokens.
@@ -107,7 +108,7 @@ class KVCachePool:
         Raises:
             KVCacheFull: too few pages are free; nothing changed.
         """
-        missing = -(-length // self.page) - len(sequence.pages)
+        missing = -(-length // self.page_tokens) - len(sequence.pages)
         if self._preallocated and missing > len(self._free):
             raise KVCacheFull
         for _ in range(missing):
@@ -155,4 +156,4 @@ class KVCachePool:
             self.view(to_page)[..., to_row, :] = self.view(from_page)[..., from_row, :]
 
     def _locate(self, sequence: CachedSequence, position: int) -> tuple[int, int]:
-        return sequence.pages[position // self.page], position % self.page
+        return sequence.pages[position // self.page_tokens], position % self.page_tokens

@@ -126,7 +126,7 @@ def test_chunked_prefill_equals_one_forward(tiny_loaded: LoadedTarget, length: i
 
 def test_sequences_longer_than_a_page(tmp_path: Path) -> None:
     loaded = load_with_reference(save_target(tmp_path / "long", max_position_embeddings=2048))
-    page = loaded.pool.page
+    page = loaded.pool.page_tokens
     ids = [(31 * index + 7) % VOCABULARY_SIZE for index in range(2 * page + 90)]
     sequence = loaded.new_sequence(ids[: page - 3])
     other = loaded.new_sequence(ids[5:20])
@@ -144,9 +144,9 @@ def test_sequences_longer_than_a_page(tmp_path: Path) -> None:
     logits = loaded.score(TokenTree(9, len(text) + 1, [], {}), sequence)
     assert_equal_logits(logits[0], loaded.reference_logits([*text, 9]))
     assert len(sequence.pages) == 3
-    before = loaded.pool.used
+    before = loaded.pool.used_pages
     loaded.pool.release(sequence)
-    assert (loaded.pool.used, sequence.length) == (before - 3, 0)
+    assert (loaded.pool.used_pages, sequence.length) == (before - 3, 0)
     logits = loaded.score(TokenTree(9, 16, [], {}), other)
     assert_equal_logits(logits[0], loaded.reference_logits([*ids[5:20], 9]))
 
@@ -192,12 +192,12 @@ def test_sequences_in_one_forward_do_not_influence_each_other(tiny_loaded: Loade
 
 def test_pages_are_reserved_and_released(tiny_loaded: LoadedTarget) -> None:
     pool = KVCachePool(tiny_loaded.target.runner.shape, 0)
-    assert pool.used == 0
+    assert pool.used_pages == 0
     sequence = CachedSequence()
     pool.reserve(sequence, 1)
-    assert (pool.used, len(sequence.pages)) == (1, 1)
+    assert (pool.used_pages, len(sequence.pages)) == (1, 1)
     pool.release(sequence)
-    assert pool.used == 0
+    assert pool.used_pages == 0
 
 
 def save_lora_adapter(base: Path, path: Path, seed: int, **options: Any) -> Path:

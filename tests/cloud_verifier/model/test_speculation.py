@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
-from cloud_verifier.cli import main
+from cloud_verifier.cli.main import main
 from cloud_verifier.model import attention
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
@@ -319,7 +319,7 @@ def test_serve_with_an_invalid_draft_reports_an_error(
     tiny_path: Path, family: Path, options: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [option.replace("FAMILY", str(family / "bundle")) for option in options]
-    assert main.main(["serve", str(tiny_path), "--port", "0", *options]) == code
+    assert main(["serve", str(tiny_path), "--port", "0", *options]) == code
     out, err = capfd.readouterr()
     assert out == ""
     assert message in err
