@@ -52,7 +52,7 @@ MAX_LOAD = 0.25
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 for a bad profile or argument, or as `edge-runtime`."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except ProfileError as error:
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="device-profile", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -216,14 +216,14 @@ class BundleStore:
             problem = "" if not self._keys or signature == "valid" else "not signed by a configured key"
             entries.append(
                 StoredBundle(
-                    name,
-                    state,
-                    size,
-                    path.stat().st_mtime,
-                    signature,
-                    f"{manifest.graph.kind} {manifest.graph.weights}",
-                    manifest.shared.identity,
-                    problem,
+                    name=name,
+                    state=state,
+                    bytes=size,
+                    installed=path.stat().st_mtime,
+                    signature=signature,
+                    weights=f"{manifest.graph.kind} {manifest.graph.weights}",
+                    shared=manifest.shared.identity,
+                    problem=problem,
                 )
             )
         return entries

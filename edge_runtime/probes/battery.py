@@ -110,7 +110,12 @@ def _battery(reader: Reader, path: str, name: str) -> Battery:
     state = STATES.get(reader.text(f"{path}/status") or "", "unknown")
     # Drivers disagree on the sign of a discharge; `state` gives the direction.
     return Battery(
-        name, state, None if percent is None else float(percent), left, full, None if watts is None else abs(watts)
+        name=name,
+        state=state,
+        percent=None if percent is None else float(percent),
+        joules_left=left,
+        joules_full=full,
+        watts=None if watts is None else abs(watts),
     )
 
 

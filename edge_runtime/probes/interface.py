@@ -88,13 +88,13 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
         for counter in ("rx_bytes", "tx_bytes", "rx_errors", "tx_errors", "rx_dropped", "tx_dropped")
     }
     return Interface(
-        name,
-        KINDS.get(kind, kind),
-        {"up": True, "down": False, "lowerlayerdown": False, "dormant": False, "notpresent": False}.get(state or ""),
-        speed * 1e6 if speed > 0 else None,
-        counters.pop("rx_bytes"),
-        counters.pop("tx_bytes"),
-        sum(count or 0 for count in counters.values()),
+        name=name,
+        kind=KINDS.get(kind, kind),
+        up={"up": True, "down": False, "lowerlayerdown": False, "dormant": False, "notpresent": False}.get(state or ""),
+        bits_per_second=speed * 1e6 if speed > 0 else None,
+        received_bytes=counters.pop("rx_bytes"),
+        sent_bytes=counters.pop("tx_bytes"),
+        lost=sum(count or 0 for count in counters.values()),
     )
 
 

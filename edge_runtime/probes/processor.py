@@ -82,10 +82,10 @@ class ProcessorProbe:
             most.append(reader.integer(f"{policies}/{name}/cpuinfo_max_freq"))
         known = [kilohertz for kilohertz in now if kilohertz is not None]
         return ProcessorLoad(
-            read_model(reader),
-            times.cores if times is not None else None,
-            1e3 * sum(known) / len(known) if known else None,
-            max((1e3 * kilohertz for kilohertz in most if kilohertz is not None), default=None),
-            busy,
-            reader.parsed(f"{reader.procfs}/loadavg", parse_load),
+            model=read_model(reader),
+            cores=times.cores if times is not None else None,
+            hertz=1e3 * sum(known) / len(known) if known else None,
+            most_hertz=max((1e3 * kilohertz for kilohertz in most if kilohertz is not None), default=None),
+            busy=busy,
+            load=reader.parsed(f"{reader.procfs}/loadavg", parse_load),
         )

@@ -73,16 +73,16 @@ def tcp_info(connection: Any) -> TcpInfo | None:
     delivery_rate, busy_us = struct.unpack_from("=QQ", info, DELIVERY_RATE_OFFSET)
     (sent,) = struct.unpack_from("=Q", info, BYTES_SENT_OFFSET)
     return TcpInfo(
-        sent,
-        received,
-        rtt_us / 1e6,
-        None if min_rtt_us == NO_RTT else min_rtt_us / 1e6,
-        variation_us / 1e6,
-        retransmits,
-        float(delivery_rate) or None,
-        acked,
-        busy_us / 1e6,
-        info[BACKOFF_OFFSET],
+        bytes_sent=sent,
+        bytes_received=received,
+        rtt_seconds=rtt_us / 1e6,
+        min_rtt_seconds=None if min_rtt_us == NO_RTT else min_rtt_us / 1e6,
+        rtt_variation_seconds=variation_us / 1e6,
+        retransmits=retransmits,
+        delivery_rate=float(delivery_rate) or None,
+        bytes_acked=acked,
+        busy_seconds=busy_us / 1e6,
+        backoff=info[BACKOFF_OFFSET],
     )
 
 

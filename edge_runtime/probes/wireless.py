@@ -60,12 +60,12 @@ def parse_link(interface: str, text: str) -> Station:
         raise ProbeError(f"not the state of a Wi-Fi link: {excerpt(text)}")
     signal, frequency, rates = _SIGNAL.search(text), _FREQUENCY.search(text), dict(_RATE.findall(text))
     return Station(
-        interface,
-        True,
-        decimal(signal[1]) if signal else None,
-        decimal(rates["rx"]) * 1e6 if "rx" in rates else None,
-        decimal(rates["tx"]) * 1e6 if "tx" in rates else None,
-        decimal(frequency[1]) * 1e6 if frequency else None,
+        interface=interface,
+        connected=True,
+        signal_dbm=decimal(signal[1]) if signal else None,
+        receive_bits_per_second=decimal(rates["rx"]) * 1e6 if "rx" in rates else None,
+        send_bits_per_second=decimal(rates["tx"]) * 1e6 if "tx" in rates else None,
+        hertz=decimal(frequency[1]) * 1e6 if frequency else None,
     )
 
 
@@ -92,13 +92,13 @@ def _wireless(line: str) -> Wireless:
         _, quality, level, noise, _, _, _, retries, _, beacons, *_ = [word.rstrip(".") for word in rest.split()]
         signal_dbm, noise_dbm = decimal(level), decimal(noise)
         return Wireless(
-            interface,
-            decimal(quality),
+            interface=interface,
+            quality=decimal(quality),
             # Old drivers report a level on their own scale, which is not negative.
-            signal_dbm if signal_dbm < 0 else None,
-            noise_dbm if NO_NOISE < noise_dbm < 0 else None,
-            int(decimal(retries)),
-            int(decimal(beacons)),
+            signal_dbm=signal_dbm if signal_dbm < 0 else None,
+            noise_dbm=noise_dbm if NO_NOISE < noise_dbm < 0 else None,
+            retries=int(decimal(retries)),
+            missed_beacons=int(decimal(beacons)),
         )
     except ValueError:
         raise ProbeError(f"not a wireless interface: {excerpt(line)}") from None

@@ -89,7 +89,7 @@ class VerifierSession:
     def play_early(
         self, after: list[int], draft: list[int], siblings: dict[int, list[int]] | None = None
     ) -> EarlyRound | None:
-        """Send the next round before the one in flight is answered; pass the result to `play`, or drop it.
+        """Send the next round before the one in flight is answered; pass the result to `run_episode`, or drop it.
 
         Args:
             after: the exact ids that the round in flight must append; otherwise the verifier voids this round at no
@@ -214,7 +214,16 @@ class VerifierSession:
                 model=self.version or self._opening.model,
             )
         return _ActiveRound(
-            self, RoundRequest(messages.PROTOCOL_VERSION, self._round, len(self.ids), draft, n, siblings, stream)
+            self,
+            RoundRequest(
+                v=messages.PROTOCOL_VERSION,
+                round=self._round,
+                position=len(self.ids),
+                draft=draft,
+                n=n,
+                siblings=siblings,
+                stream=stream,
+            ),
         )
 
 

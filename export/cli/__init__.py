@@ -1,5 +1,1 @@
-"""`draft-export`: the command line, one module per command."""
-
-from export.cli.main import main
-
-__all__ = ["main"]
+"""`draft-export`: the command line, one module per command; `main.main` is the entry point."""

@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from cloud_verifier.draft_models.layouts import LAYOUTS as LAYOUT_DEFINITIONS
-    from export.draft.distillation_run import Order, distill
-    from export.draft.training import Plan
+    from export.draft.distillation_run import DistillationConfig, distill
+    from export.draft.training import TrainingSchedule
 
     if options.siblings < 0 or options.samples < 0:
         raise InputError("--siblings and --samples must be at least 0")
-    plan = Plan(
+    plan = TrainingSchedule(
         options.steps,
         options.rate,
         options.rows,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         accumulate=options.accumulate,
     )
-    order = Order(
+    order = DistillationConfig(
         target=options.target,
         texts=tuple(options.text),
         plan=plan,

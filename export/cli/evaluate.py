@@ -108,7 +108,7 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
 
     from cloud_verifier.model.target import load_model
     from cloud_verifier.registry.checkpoint import base_directory
-    from export.data.held_out import encoded, held_out
+    from export.data.held_out import encode_documents, load_held_out
     from export.evaluate.evaluation import EvaluationConfig, evaluate
     from export.evaluate.speeds import SimulatedDeployment
 
@@ -135,8 +135,8 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
         _check_tokenizer(path, other_tokenizer, versions[version])
         retrained[version] = other
     texts = {
-        name: [*chain.from_iterable(encoded(tokenizer, documents))]
-        for name, documents in held_out(options.text).items()
+        name: [*chain.from_iterable(encode_documents(tokenizer, documents))]
+        for name, documents in load_held_out(options.text).items()
     }
 
     def make_loader(path: Path) -> Callable[[], Any]:

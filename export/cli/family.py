@@ -14,8 +14,8 @@ from edge_runtime.protocol.errors import InputError
 from export.cli.choices import FAMILY_SIZES, OBJECTIVES
 
 if TYPE_CHECKING:
-    from export.example_family.recipe import Recipe
-    from export.example_family.sizes import Size
+    from export.example_family.recipe import FamilyRecipe
+    from export.example_family.sizes import FamilySize
 
 DESCRIPTION = """\
 Builds the example family from scratch: corpus and tokenizer, target v1, its next versions, draft, bundle, evaluation.
@@ -33,7 +33,7 @@ STAGES = (
     *("corpus", "target", "evolve", "evolve-v3", "evolve-v4", "futures"),
     *("distill", "bundle", "controls", "evaluate"),
 )
-# Stages of a `Size` whose number of steps --steps can change.
+# Stages of a `FamilySize` whose number of steps --steps can change.
 TRAINED_STAGES = ("target", "evolve", "tune", "distill", "settle", "control")
 
 
@@ -65,10 +65,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the selected stages that are not done yet. Returns the exit code; raises FlexSpecError."""
     import torch
 
-    from export.example_family.recipe import Recipe
+    from export.example_family.recipe import FamilyRecipe
     from export.example_family.sizes import SIZES
 
-    recipe = Recipe(
+    recipe = FamilyRecipe(
         size=override_steps(SIZES[options.size], options.steps),
         corpus=options.corpus,
         out=options.out,
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stage_functions(recipe: Recipe) -> dict[str, tuple[Path, Callable[[], None]]]:
+def _stage_functions(recipe: FamilyRecipe) -> dict[str, tuple[Path, Callable[[], None]]]:
     """Result of each stage, and the function that makes it."""
     from export.example_family.recipe import BUNDLE, CONTROLS, DRAFT, EVALUATION, FUTURES, SETTLED, TARGET, TUNED
 
@@ -107,7 +107,7 @@ def _stage_functions(recipe: Recipe) -> dict[str, tuple[Path, Callable[[], None]
     }
 
 
-def override_steps(size: Size, overrides: list[str]) -> Size:
+def override_steps(size: FamilySize, overrides: list[str]) -> FamilySize:
     """Return the size with other numbers of steps.
 
     Raises:

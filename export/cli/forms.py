@@ -67,11 +67,11 @@ def run(options: argparse.Namespace) -> int:
     from edge_runtime.protocol.errors import InputError
     from export.bundle.build import BundleConfig
     from export.bundle.compare import MARKDOWN_FILE, ComparisonConfig, compare_variants, format_table
-    from export.data.held_out import held_out
+    from export.data.held_out import load_held_out
 
     if not (options.target / "config.json").is_file():
         raise InputError(f"no target at {options.target}: it has no config.json")
-    texts = held_out(options.text or ())
+    texts = load_held_out(options.text or ())
     # Without --text only the first domain of the held-out files, which is Python.
     documents = (
         next(iter(texts.values())) if options.text is None else [text for some in texts.values() for text in some]
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         size = max(MIN_DOCUMENT_CHARACTERS, CHARACTERS_PER_TOKEN * positions // len(documents))
     head_text = None
     if options.trim_vocabulary is not None:
-        ((head_text,),) = held_out([options.trim_vocabulary]).values()
+        ((head_text,),) = load_held_out([options.trim_vocabulary]).values()
     bundle = BundleConfig(
         target=options.target,
         draft=options.draft,

@@ -45,9 +45,11 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises FlexSpecError."""
     from edge_runtime.planning.objective import parse_objective
-    from export.planner_policy.train import Lesson, make_policy
+    from export.planner_policy.train import PolicyTrainingConfig, make_policy
 
-    lesson = Lesson(parse_objective(options.objective), options.steps, options.seed, options.settings, options.drills)
+    lesson = PolicyTrainingConfig(
+        parse_objective(options.objective), options.steps, options.seed, options.settings, options.drills
+    )
     training = make_policy(lesson, options.output)
     evaluation = training.trained["evaluation"]
     print(f"{options.output}: cost on held-out texts, as a multiple of the analytic planner's, modeled:")
