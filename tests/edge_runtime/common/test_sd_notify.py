@@ -215,7 +215,7 @@ def test_the_watchdog_of_another_process_is_ignored() -> None:
 
 def test_a_draft_reports_the_age_of_its_current_step(shipped_draft: OnnxDraft) -> None:
     assert shipped_draft.step_seconds == 0.0
-    context = shipped_draft.context()
+    context = shipped_draft.new_context()
     reading = threading.Thread(target=context.prefill, args=([1] * context.limit,))
     reading.start()
     seen = 0.0
@@ -225,7 +225,7 @@ def test_a_draft_reports_the_age_of_its_current_step(shipped_draft: OnnxDraft) -
     assert shipped_draft.step_seconds == 0.0
     # One that fails ends, too.
     with contextlib.suppress(Exception):
-        shipped_draft.context().prefill([10**9])
+        shipped_draft.new_context().prefill([10**9])
     assert shipped_draft.step_seconds == 0.0
 
 
