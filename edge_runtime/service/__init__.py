@@ -1,1 +1,1 @@
-"""The local service: OpenAI's HTTP surface for programs on and beside the board."""
+"""The local service: OpenAI's HTTP API for programs on the board and on its network."""

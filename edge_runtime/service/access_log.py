@@ -1,4 +1,4 @@
-"""One line in the log for each answer; with its text only where the configuration says so."""
+"""One log line per answer. Prompt and text are logged only if the configuration asks for it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 from tokenizers import Tokenizer
 
 from edge_runtime.common import logs
-from edge_runtime.service.completions import Answer
+from edge_runtime.service.answer import Answer
 
 log = logging.getLogger(__name__)
 
 
 def log_answer(answer: Answer, outcome: str, tokenizer: Tokenizer) -> None:
-    """Logs how an answer ended."""
+    """Log how an answer ended; `outcome` is its finish reason or an error code."""
     fields = {
         "FLEXSPEC_OUTCOME": outcome,
         "FLEXSPEC_VERSION": answer.version,
@@ -24,16 +24,16 @@ def log_answer(answer: Answer, outcome: str, tokenizer: Tokenizer) -> None:
         "FLEXSPEC_SECONDS": round(answer.seconds, 3),
     }
     log.info(
-        "%s: %d tokens in %d rounds and %.2f s, %d of %d drafted tokens accepted",
+        "%s: %d tokens in %d rounds and %.2f s, %d of %d draft tokens accepted",
         outcome,
         answer.tokens,
         answer.rounds,
         answer.seconds,
         answer.accepted,
         answer.drafted,
-        extra={logs.FIELDS: fields},
+        extra={logs.EXTRA_FIELDS: fields},
     )
-    if logs.prompts_wanted():
-        # Decoding costs more than all the rest.
-        prompt, text = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (answer.order.prompt, answer.ids))
+    if logs.are_prompts_logged():
+        # Decoded only now: this costs more than the rest of the function.
+        prompt, text = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (answer.request.prompt, answer.ids))
         log.info("prompt %r, answer %r", prompt, text)

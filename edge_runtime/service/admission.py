@@ -1,4 +1,4 @@
-"""Who writes now and who waits: so many answers at once, so many waiting, first come, first served."""
+"""Admission control: a bounded number of answers at once, a bounded FIFO queue for the rest."""
 
 from __future__ import annotations
 
@@ -9,63 +9,64 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-from edge_runtime.service.errors import LIMIT, Refusal
+from edge_runtime.service.errors import RATE_LIMIT, ApiError
 
-# Bounds of what is said in Retry-After, in seconds; a guess at an answer's duration before there was one.
-SOONEST, LATEST = 1, 60
-FIRST_GUESS = 2.0
-# Weight of the newest answer in their mean duration.
-NEWEST = 0.25
+# Bounds of Retry-After in seconds, and the assumed duration of an answer before the first has finished; all chosen.
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 60
+INITIAL_MEAN_SECONDS = 2.0
+# Weight of the newest answer in the moving average of durations; chosen.
+MEAN_WEIGHT = 0.25
 
 
-class Queue:
-    """Places for answers.
+class AdmissionQueue:
+    """Slots for running answers, granted in order of arrival.
 
     Attributes:
-        running: answers that are being written.
-        waiting: requests that wait for a place.
+        running: answers that hold a slot.
+        waiting: requests that wait for one.
     """
 
     def __init__(self, max_concurrent: int, max_waiting: int) -> None:
         """
         Args:
-            max_concurrent: each has keys and values of its own in the draft, which is what a board's memory bounds.
-            max_waiting: each holds its prompt only.
+            max_concurrent: slots; each answer has a KV cache of its own in the draft model, which is what the board's
+                memory bounds.
+            max_waiting: requests in the queue; each holds only its prompt.
         """
         self.running = 0
         self.waiting = 0
         self._max_waiting = max_waiting
-        # Wakes those who wait in the order in which they came.
-        self._places = anyio.CapacityLimiter(max_concurrent)
-        self._mean_seconds = FIRST_GUESS
+        # Wakes waiting tasks in the order of their arrival.
+        self._slots = anyio.CapacityLimiter(max_concurrent)
+        self._mean_seconds = INITIAL_MEAN_SECONDS
 
     @property
     def _max_concurrent(self) -> int:
-        return int(self._places.total_tokens)
+        return int(self._slots.total_tokens)
 
     def resize(self, max_concurrent: int, max_waiting: int) -> None:
-        """From now on so many; whoever has a place, or waits for one, keeps it."""
+        """Change both limits. Requests that hold a slot or a place in the queue keep it."""
         self._max_waiting = max_waiting
-        self._places.total_tokens = max_concurrent
+        self._slots.total_tokens = max_concurrent
 
-    def check_room(self) -> None:
-        """Raises Refusal (429) unless there is a place, or room to wait for one."""
+    def check_capacity(self) -> None:
+        """Raise ApiError (429) if no slot is free and the queue is full."""
         if self.running + self.waiting >= self._max_concurrent + self._max_waiting:
-            raise Refusal(
+            raise ApiError(
                 429,
-                f"{self.running} answers are being written and {self.waiting} requests wait: try again later",
-                kind=LIMIT,
+                f"{self.running} answers are running and {self.waiting} requests are waiting: try again later",
+                kind=RATE_LIMIT,
                 code="rate_limit_exceeded",
                 retry_after=self._retry_after(),
             )
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Waits for a place, and holds it. Raises Refusal (429) where too many wait already."""
-        self.check_room()
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises ApiError (429) if the queue is full."""
+        self.check_capacity()
         self.waiting += 1
         try:
-            await self._places.acquire()
+            await self._slots.acquire()
         finally:
             self.waiting -= 1
         self.running += 1
@@ -74,9 +75,9 @@ class Queue:
             yield
         finally:
             self.running -= 1
-            self._places.release()
-            self._mean_seconds += NEWEST * (time.monotonic() - started - self._mean_seconds)
+            self._slots.release()
+            self._mean_seconds += MEAN_WEIGHT * (time.monotonic() - started - self._mean_seconds)
 
     def _retry_after(self) -> int:
-        """Seconds until the one who waits longest has a place, as far as the last answers tell."""
-        return min(max(SOONEST, math.ceil(self._mean_seconds / self._max_concurrent)), LATEST)
+        """Estimated seconds until the first request in the queue gets a slot."""
+        return min(max(MIN_RETRY_SECONDS, math.ceil(self._mean_seconds / self._max_concurrent)), MAX_RETRY_SECONDS)

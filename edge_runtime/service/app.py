@@ -16,32 +16,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_runtime.decoding.generation import Generation
-from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.decoding import Generation
+from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import DraftError, FlexSpecError, VerifierUnreachable
 from edge_runtime.service import dashboard, openai_schema
 from edge_runtime.service.access_log import log_answer
-from edge_runtime.service.admission import Queue
-from edge_runtime.service.auth import Callers
-from edge_runtime.service.completions import Answer, Order, Unwanted
-from edge_runtime.service.errors import MOMENT_SECONDS, SERVER, Refusal, refusal_of
-from edge_runtime.service.monitoring.hub import Telling
-from edge_runtime.service.monitoring.prometheus import DRAFT_FAILED, SWITCHED_OFF, Metrics, Watched
-from edge_runtime.service.monitoring.reporter import Reporter
-from edge_runtime.service.openapi import document
+from edge_runtime.service.admission import AdmissionQueue
+from edge_runtime.service.answer import Answer, AnswerAbandoned, AnswerRequest
+from edge_runtime.service.auth import RequestGuard
+from edge_runtime.service.errors import BRIEF_RETRY_SECONDS, SERVER_ERROR, ApiError, to_api_error
+from edge_runtime.service.monitoring.hub import MonitoringHub
+from edge_runtime.service.monitoring.prometheus import DRAFT_FAILED, SWITCHED_OFF, ObservedPlanner, ServiceMetrics
+from edge_runtime.service.monitoring.reporter import AnswerReporter
+from edge_runtime.service.openapi import build_document
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    parse,
-    prompt_of,
-    sampling_of,
-    stops_of,
+    get_prompt,
+    get_sampling,
+    get_stop_strings,
+    parse_request,
 )
-from edge_runtime.service.sse import EventStream, events, gone_from
-from edge_runtime.service.state import Board, ServiceLimits
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.service.sse import EventStream, stream_answer, wait_for_disconnect
+from edge_runtime.service.state import BoardRuntime, ServiceLimits
+from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +74,20 @@ class Service:
     ) -> None:
         """
         Args:
-            keys, local: see `Callers`.
+            keys, local: see `RequestGuard`.
         """
         self._client = client
         self._limits = limits
         self._keys = bool(keys)
         self._local = local
-        self._callers = Callers(keys, local)
-        self._queue = Queue(limits.max_concurrent, limits.max_waiting)
-        self._telling = Telling(self._queue, client, limits.max_new_tokens)
-        self.metrics = Metrics(self._queue, client, self._telling.pulse)
+        self._callers = RequestGuard(keys, local)
+        self._queue = AdmissionQueue(limits.max_concurrent, limits.max_waiting)
+        self._telling = MonitoringHub(self._queue, client, limits.max_new_tokens)
+        self.metrics = ServiceMetrics(self._queue, client, self._telling.pulse)
         # One text at a time, in one thread: each would keep memory of its own.
         self._tokenising = ThreadPoolExecutor(1, "tokenising")
-        self._board: Board | None = None
-        self._models: openai_schema.ModelList | None = None
+        self._board: BoardRuntime | None = None
+        self._models: openai_schema.OpenAIModelList | None = None
         self._stopping = False
         self._writing: set[asyncio.Task[None]] = set()
         self.app = Starlette(
@@ -101,25 +101,25 @@ class Service:
                 Route("/metrics", self._answering(self.show_metrics)),
                 Route("/openapi.json", self._answering(self.openapi)),
                 Route("/events", self._answering(self.watch)),
-                *(Route(path, self._answering(dashboard.file)) for path in dashboard.FILES),
+                *(Route(path, self._answering(dashboard.serve_file)) for path in dashboard.PAGE_FILES),
             ],
             exception_handlers={HTTPException: _no_such_route},
         )
         self.app.router.redirect_slashes = False
 
-    def open(self, board: Board) -> None:
+    def activate(self, board: BoardRuntime) -> None:
         """From now on there are answers."""
         self._board = board
         self._telling.open(board.surroundings, board.power)
         if board.memory:
             self.metrics.add_memory(board.memory)
 
-    def change(self, limits: ServiceLimits, keys: frozenset[str], board: Board) -> None:
+    def reconfigure(self, limits: ServiceLimits, keys: frozenset[str], board: BoardRuntime) -> None:
         """From now on other limits, keys and means; answers that are being written go on with the old ones."""
         self._board = board
         self._limits = limits
         self._keys = bool(keys)
-        self._callers = Callers(keys, self._local)
+        self._callers = RequestGuard(keys, self._local)
         self._queue.resize(limits.max_concurrent, limits.max_waiting)
         self._telling.change(board.power, limits.max_new_tokens)
 
@@ -136,24 +136,24 @@ class Service:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions: continues a text."""
         board = self._ready_board()
-        asked = parse(await self._body(request), CompletionRequest)
-        prompt = prompt_of(asked)
+        asked = parse_request(await self._body(request), CompletionRequest)
+        prompt = get_prompt(asked)
         ids = prompt if isinstance(prompt, list) else await self._encode(board, prompt, True)
         echo = ""
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
-        form = openai_schema.CompletionForm(echo, _wants_usage(asked))
+        form = openai_schema.CompletionFormatter(echo, _wants_usage(asked))
         return await self._answer(request, asked, self._order(board, asked, ids, [], asked.max_tokens), form)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: the next message of a conversation."""
         board = self._ready_board()
-        asked = parse(await self._body(request), ChatRequest)
+        asked = parse_request(await self._body(request), ChatRequest)
         text = board.chat.text([{"role": message.role, "content": message.text} for message in asked.messages])
         # The template writes the special tokens itself.
         ids = await self._encode(board, text, False)
         order = self._order(board, asked, ids, board.chat.stops, asked.max_completion_tokens or asked.max_tokens)
-        return await self._answer(request, asked, order, openai_schema.ChatForm(_wants_usage(asked)))
+        return await self._answer(request, asked, order, openai_schema.ChatFormatter(_wants_usage(asked)))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: what the verifier serves, or served when it was last heard of."""
@@ -165,7 +165,7 @@ class Service:
         for model in (await self._model_list()).data:
             if wanted in (model.id, model.version):
                 return _json(model)
-        raise Refusal(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
+        raise ApiError(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process lives."""
@@ -178,30 +178,30 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: for Prometheus."""
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json: this service, described."""
         size = self._board.draft.manifest.architecture.vocabulary_size if self._board else 1 << 31
-        described = document(self._limits.max_body, self._keys, size)
+        described = build_document(self._limits.max_body, self._keys, size)
         return Response(msgspec.json.encode(described), media_type="application/json")
 
     async def watch(self, request: Request) -> Response:
         """GET /events: what the board did of late, and does."""
         return self._telling.respond(request)
 
-    def _ready_board(self) -> Board:
+    def _ready_board(self) -> BoardRuntime:
         if self._stopping or self._board is None:
-            raise Refusal(
+            raise ApiError(
                 503,
                 "the service is stopping" if self._stopping else "the draft is still loading; try again shortly",
-                kind=SERVER,
+                kind=SERVER_ERROR,
                 code="stopping" if self._stopping else "starting",
-                retry_after=MOMENT_SECONDS,
+                retry_after=BRIEF_RETRY_SECONDS,
             )
         return self._board
 
-    async def _encode(self, board: Board, text: str, special: bool) -> list[int]:
+    async def _encode(self, board: BoardRuntime, text: str, special: bool) -> list[int]:
         def encode() -> list[int]:
             ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=special).ids
             return ids
@@ -209,21 +209,21 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
 
     def _order(
-        self, board: Board, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None
-    ) -> Order:
+        self, board: BoardRuntime, asked: GenerationRequest, ids: list[int], stops: list[str], max_tokens: int | None
+    ) -> AnswerRequest:
         most = self._limits.max_new_tokens
-        return Order(
+        return AnswerRequest(
             ids,
-            sampling_of(asked, secrets.randbits(63)),
+            get_sampling(asked, secrets.randbits(63)),
             min(max_tokens or most, most),
-            stops + stops_of(asked),
+            stops + get_stop_strings(asked),
             asked.model or board.model,
             asked.speculation is not False,
             asked.on_link_loss or board.on_link_loss,
         )
 
     async def _answer(
-        self, request: Request, asked: GenerationRequest, order: Order, form: openai_schema.Form
+        self, request: Request, asked: GenerationRequest, order: AnswerRequest, form: openai_schema.ResponseFormatter
     ) -> Response:
         """Has `order` written, as long as somebody listens."""
         board = self._ready_board()
@@ -232,44 +232,44 @@ class Service:
         writing = asyncio.create_task(self._write(answer, board))
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
-        gone = asyncio.create_task(gone_from(request))
+        gone = asyncio.create_task(wait_for_disconnect(request))
         gone.add_done_callback(lambda _: _abandon(answer, writing))
         try:
             if asked.stream:
                 # Awaited here, so that a refusal still has its own status.
                 await answer.begun(FIRST_SECONDS)
-                return EventStream(events(answer, form, _wants_usage(asked)), gone)
+                return EventStream(stream_answer(answer, form, _wants_usage(asked)), gone)
             return _json(form.whole(answer, await answer.whole()))
         finally:
             if answer.error or not asked.stream:
                 gone.cancel()
 
-    async def _write(self, answer: Answer, board: Board) -> None:
+    async def _write(self, answer: Answer, board: BoardRuntime) -> None:
         """Writes `answer` when its turn comes. Never raises: what goes wrong is the answer's."""
         outcome = "cancelled"
         error: Exception | None = ClientDisconnect()
         reporter = self._telling.reporter(answer, board.draft.tokenizer)
         try:
-            async with self._queue.place():
+            async with self._queue.slot():
                 reporter.begin()
                 await self._play(answer, board, reporter)
             outcome, error = answer.finish, None
-        except (asyncio.CancelledError, Unwanted):
+        except (asyncio.CancelledError, AnswerAbandoned):
             if self._stopping:
-                error = Refusal(503, "the service was stopped", kind=SERVER, code="stopping")
+                error = ApiError(503, "the service was stopped", kind=SERVER_ERROR, code="stopping")
         except Exception as problem:
-            if not isinstance(problem, (FlexSpecError, Refusal)):
+            if not isinstance(problem, (FlexSpecError, ApiError)):
                 log.exception("an answer failed")
             error = problem
-            outcome = refusal_of(problem).body.error.code or "invalid_request"
+            outcome = to_api_error(problem).body.error.code or "invalid_request"
         finally:
             answer.end(error)
             self.metrics.add_answer(answer, outcome)
             reporter.end(outcome)
             log_answer(answer, outcome, board.draft.tokenizer)
 
-    async def _play(self, answer: Answer, board: Board, reporter: Reporter) -> None:
-        order, alone = answer.order, SWITCHED_OFF
+    async def _play(self, answer: Answer, board: BoardRuntime, reporter: AnswerReporter) -> None:
+        order, alone = answer.request, SWITCHED_OFF
         if order.speculation:
             generation = self._generation(order, board, board.draft, reporter)
             try:
@@ -288,21 +288,23 @@ class Service:
         finally:
             self.metrics.add_alone(generation.statistics, alone)
 
-    def _generation(self, order: Order, board: Board, draft: OnnxDraft | None, reporter: Reporter) -> Generation:
+    def _generation(
+        self, order: AnswerRequest, board: BoardRuntime, draft: OnnxDraft | None, reporter: AnswerReporter
+    ) -> Generation:
         return Generation(
             draft,
             self._client,
             order.prompt,
             order.sampling,
             max_new_tokens=order.max_new_tokens,
-            planner=Watched(board.planner, self.metrics, reporter),
+            planner=ObservedPlanner(board.planner, self.metrics, reporter),
             model=order.model,
             surroundings=board.surroundings,
             on_link_loss=order.on_link_loss,
-            memory=board.memory,
+            ngram_cache=board.memory,
         )
 
-    async def _model_list(self) -> openai_schema.ModelList:
+    async def _model_list(self) -> openai_schema.OpenAIModelList:
         try:
             async with asyncio.timeout(MODELS_SECONDS):
                 listed = await self._client.models()
@@ -319,7 +321,7 @@ class Service:
         """The body. Raises Refusal: it is no JSON by its type, too long, or too slow."""
         # A web page elsewhere may send anything but this type without asking first.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "send the body as JSON, with the header content-type: application/json")
+            raise ApiError(415, "send the body as JSON, with the header content-type: application/json")
         limit, body, size = self._limits.max_body, bytearray(), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -329,9 +331,9 @@ class Service:
                     if size <= limit:
                         body += piece
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
         if size > limit:
-            raise Refusal(413, f"the body is over {limit} bytes", code="body_too_large")
+            raise ApiError(413, f"the body is over {limit} bytes", code="body_too_large")
         return bytes(body)
 
     def _answering(self, handler: Handler) -> Handler:
@@ -344,9 +346,9 @@ class Service:
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                if not isinstance(error, (FlexSpecError, Refusal)):
+                if not isinstance(error, (FlexSpecError, ApiError)):
                     log.exception("%s %s failed", request.method, request.scope["path"])
-                return _refused(refusal_of(error))
+                return _refused(to_api_error(error))
 
         return answering
 
@@ -364,10 +366,10 @@ def _wants_usage(asked: GenerationRequest) -> bool:
     return bool(asked.stream and asked.stream_options and asked.stream_options.include_usage)
 
 
-def _models(listed: messages.ModelList) -> openai_schema.ModelList:
+def _models(listed: messages.ModelList) -> openai_schema.OpenAIModelList:
     created = int(time.time())
-    return openai_schema.ModelList(
-        [openai_schema.Model(model.id, created, model.version, model.context) for model in listed.data]
+    return openai_schema.OpenAIModelList(
+        [openai_schema.OpenAIModel(model.id, created, model.version, model.context) for model in listed.data]
     )
 
 
@@ -375,7 +377,7 @@ def _json(message: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(message), status, media_type="application/json")
 
 
-def _refused(refusal: Refusal) -> Response:
+def _refused(refusal: ApiError) -> Response:
     response = _json(refusal.body, refusal.status)
     if refusal.retry_after is not None:
         response.headers["retry-after"] = str(refusal.retry_after)
@@ -387,6 +389,6 @@ def _refused(refusal: Refusal) -> Response:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentence = f"no {request.method} {request.scope['path'][:80]} here; see /openapi.json"
-    response = _refused(Refusal(error.status_code, sentence, code="unknown_route"))
+    response = _refused(ApiError(error.status_code, sentence, code="unknown_route"))
     response.headers.update(error.headers or {})
     return response

@@ -25,7 +25,7 @@ import msgspec
 
 from edge_runtime.protocol.errors import BundleCorrupt, InputError
 
-Messages = list[dict[str, str]]
+Conversation = list[dict[str, str]]
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -33,23 +33,23 @@ PLAIN_ROLES = {"system": "System", "developer": "System", "user": "User", "assis
 PLAIN_STOPS = ["\nUser:"]
 
 
-class Chat:
+class ChatTemplate:
     """How conversations are written.
 
     Attributes:
         stops: where an answer ends, beside what the request says.
     """
 
-    def __init__(self, render: Callable[[Messages], str], stops: list[str]) -> None:
+    def __init__(self, render: Callable[[Conversation], str], stops: list[str]) -> None:
         self.stops = stops
         self._render = render
 
-    def text(self, messages: Messages) -> str:
+    def text(self, messages: Conversation) -> str:
         """The text to continue. Raises InputError: the template does not take such a conversation."""
         return self._render(messages)
 
 
-def read_chat(bundle: Path) -> Chat:
+def load_chat_template(bundle: Path) -> ChatTemplate:
     """The chat template in the directory `bundle`, or the plain one. Raises BundleCorrupt if it does not parse."""
     config: dict[str, Any] = {}
     try:
@@ -64,12 +64,12 @@ def read_chat(bundle: Path) -> Chat:
         # Several by name, as older checkpoints have them.
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if not isinstance(source, str):
-        return Chat(_plain, PLAIN_STOPS)
+        return ChatTemplate(_plain, PLAIN_STOPS)
     special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
-    return Chat(_compile(source, special, bundle), [])
+    return ChatTemplate(_compile(source, special, bundle), [])
 
 
-def _compile(source: str, special: dict[str, str], bundle: Path) -> Callable[[Messages], str]:
+def _compile(source: str, special: dict[str, str], bundle: Path) -> Callable[[Conversation], str]:
     # Boards without a template need not hold this in memory.
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -89,7 +89,7 @@ def _compile(source: str, special: dict[str, str], bundle: Path) -> Callable[[Me
     except TemplateError as error:
         raise BundleCorrupt(f"the chat template in {bundle} does not parse: {error}; copy the bundle again") from None
 
-    def render(messages: Messages) -> str:
+    def render(messages: Conversation) -> str:
         try:
             return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
         except Exception as error:  # a template can do anything that an expression can
@@ -98,7 +98,7 @@ def _compile(source: str, special: dict[str, str], bundle: Path) -> Callable[[Me
     return render
 
 
-def _plain(messages: Messages) -> str:
+def _plain(messages: Conversation) -> str:
     said = [f"{PLAIN_ROLES[message['role']]}: {message['content']}\n\n" for message in messages]
     return "".join(said) + "Assistant:"
 

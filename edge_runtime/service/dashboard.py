@@ -1,4 +1,4 @@
-"""The dashboard's files: one page that asks nobody but the board that it came from."""
+"""Serves the static files of the dashboard, a page that talks to no host but the board it was loaded from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-FOLDER = Path(__file__).parent / "static"
-FILES = {
+STATIC_DIRECTORY = Path(__file__).parent / "static"
+# File name and media type by path.
+PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/dashboard.css": ("dashboard.css", "text/css"),
     "/dashboard.js": ("dashboard.js", "text/javascript"),
@@ -17,7 +18,7 @@ FILES = {
     "/feed.js": ("feed.js", "text/javascript"),
 }
 HEADERS = {
-    # Whatever a model writes into this page, it can neither run nor call home.
+    # Text that a model writes into this page can neither run as a script nor contact another host.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "cross-origin-opener-policy": "same-origin",
@@ -25,17 +26,17 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
-    # A board that was updated must not be watched by yesterday's page.
+    # After an update, browsers must not keep showing the previous page.
     "cache-control": "no-cache",
 }
 
 
-async def file(request: Request) -> Response:
-    """GET of one of the page's files. They hold no secret, so they need no key: the page asks for it."""
-    name, media_type = FILES[request.scope["path"]]
+async def serve_file(request: Request) -> Response:
+    """GET one of `PAGE_FILES`. The files contain no secrets and need no API key; the page asks for one if required."""
+    name, media_type = PAGE_FILES[request.scope["path"]]
     return Response(_read(name), headers=HEADERS, media_type=media_type)
 
 
 @cache
 def _read(name: str) -> bytes:
-    return (FOLDER / name).read_bytes()
+    return (STATIC_DIRECTORY / name).read_bytes()

@@ -13,13 +13,13 @@ from edge_runtime.protocol.errors import (
 )
 from edge_runtime.protocol.messages import ErrorCode
 
-INVALID = "invalid_request_error"
-SERVER = "server_error"
-LIMIT = "rate_limit_error"
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+RATE_LIMIT = "rate_limit_error"
 
 # Seconds after which another attempt is worth while: the link is back, the verifier has loaded.
-LINK_SECONDS = 5
-MOMENT_SECONDS = 1
+LINK_RETRY_SECONDS = 5
+BRIEF_RETRY_SECONDS = 1
 
 
 class ErrorObject(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorObject
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """Ends a request; never leaves the service otherwise than as an answer.
 
     Attributes:
@@ -58,7 +58,7 @@ class Refusal(Exception):
         status: int,
         message: str,
         *,
-        kind: str = INVALID,
+        kind: str = INVALID_REQUEST,
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
@@ -78,27 +78,27 @@ _ASKED_WRONGLY = {
 }
 
 
-def refusal_of(error: Exception) -> Refusal:
+def to_api_error(error: Exception) -> ApiError:
     """How an error of an answer looks to the one who asked."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        return Refusal(400, str(error))
+        return ApiError(400, str(error))
     if isinstance(error, ContextOverflow):
-        return Refusal(400, str(error), code="context_length_exceeded")
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, VerifierUnreachable):
-        return Refusal(503, str(error), kind=SERVER, code=error.fault, retry_after=LINK_SECONDS)
+        return ApiError(503, str(error), kind=SERVER_ERROR, code=error.fault, retry_after=LINK_RETRY_SECONDS)
     if isinstance(error, VerifierRefused):
         sentence = str(error).removesuffix(f" [{error.code}]")
         if error.code in _ASKED_WRONGLY:
             status, param, code = _ASKED_WRONGLY[ErrorCode(error.code)]
-            return Refusal(status, sentence, param=param, code=code)
-        wait = error.retry_after or MOMENT_SECONDS
+            return ApiError(status, sentence, param=param, code=code)
+        wait = error.retry_after or BRIEF_RETRY_SECONDS
         if error.code == ErrorCode.RATE_LIMITED:
-            return Refusal(429, sentence, kind=LIMIT, code=error.code, retry_after=wait)
+            return ApiError(429, sentence, kind=RATE_LIMIT, code=error.code, retry_after=wait)
         if error.code in (ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.DRAINING):
-            return Refusal(503, sentence, kind=SERVER, code=error.code, retry_after=wait)
-        return Refusal(502, f"the verifier refused: {sentence}", kind=SERVER, code=error.code)
+            return ApiError(503, sentence, kind=SERVER_ERROR, code=error.code, retry_after=wait)
+        return ApiError(502, f"the verifier refused: {sentence}", kind=SERVER_ERROR, code=error.code)
     if isinstance(error, FlexSpecError):
-        return Refusal(500, str(error), kind=SERVER, code=type(error).__name__)
-    return Refusal(500, "a fault of the service; its log says more", kind=SERVER, code="internal_error")
+        return ApiError(500, str(error), kind=SERVER_ERROR, code=type(error).__name__)
+    return ApiError(500, "a fault of the service; its log says more", kind=SERVER_ERROR, code="internal_error")

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from edge_runtime.service.completions import Answer, Change
+from edge_runtime.service.answer import Answer, TextChange
 
 Finish = Literal["stop", "length"]
 # Left out where it is 0.
@@ -57,7 +57,7 @@ class Timings(msgspec.Struct, frozen=True):
     withdrawn_n: int
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True):
+class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same in all answers and chunks."""
 
     id: str
@@ -76,7 +76,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: Finish | None = None
 
 
-class Completion(Head, frozen=True, kw_only=True):
+class Completion(ResponseHeader, frozen=True, kw_only=True):
     """The answer of `POST /v1/completions`."""
 
     choices: list[CompletionChoice]
@@ -86,7 +86,7 @@ class Completion(Head, frozen=True, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
 
 
-class CompletionChunk(Head, frozen=True, kw_only=True):
+class CompletionChunk(ResponseHeader, frozen=True, kw_only=True):
     """One event of its stream. `usage` is there where it was asked for, and not null in the last."""
 
     choices: list[CompletionChoice]
@@ -104,7 +104,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     content: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatAnswer(msgspec.Struct, frozen=True):
+class AssistantMessage(msgspec.Struct, frozen=True):
     """The message that was written."""
 
     content: str
@@ -115,7 +115,7 @@ class ChatAnswer(msgspec.Struct, frozen=True):
 class ChatChoice(msgspec.Struct, frozen=True):
     """The message, and why it ended."""
 
-    message: ChatAnswer
+    message: AssistantMessage
     finish_reason: Finish
     index: int = 0
     logprobs: None = None
@@ -130,7 +130,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     logprobs: None = None
 
 
-class ChatCompletion(Head, frozen=True, kw_only=True):
+class ChatCompletion(ResponseHeader, frozen=True, kw_only=True):
     """The answer of `POST /v1/chat/completions`."""
 
     choices: list[ChatChoice]
@@ -140,7 +140,7 @@ class ChatCompletion(Head, frozen=True, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
 
 
-class ChatChunk(Head, frozen=True, kw_only=True):
+class ChatChunk(ResponseHeader, frozen=True, kw_only=True):
     """One event of its stream; see `CompletionChunk`."""
 
     choices: list[ChatChunkChoice]
@@ -151,7 +151,7 @@ class ChatChunk(Head, frozen=True, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
-class Model(msgspec.Struct, frozen=True):
+class OpenAIModel(msgspec.Struct, frozen=True):
     """One target. `version` is exact: it can be asked for, too; `context` is in tokens."""
 
     id: str
@@ -162,20 +162,20 @@ class Model(msgspec.Struct, frozen=True):
     owned_by: str = "verifier"
 
 
-class ModelList(msgspec.Struct, frozen=True):
+class OpenAIModelList(msgspec.Struct, frozen=True):
     """The answer of `GET /v1/models`."""
 
-    data: list[Model]
+    data: list[OpenAIModel]
     object: Literal["list"] = "list"
 
 
-class Form(Protocol):
+class ResponseFormatter(Protocol):
     """How one endpoint words an answer."""
 
     def whole(self, answer: Answer, text: str) -> msgspec.Struct:
         """All of it."""
 
-    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
+    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
         """A piece of the text."""
 
     def last(self, answer: Answer) -> msgspec.Struct:
@@ -185,7 +185,7 @@ class Form(Protocol):
         """Nothing but how many tokens it was."""
 
 
-class CompletionForm:
+class CompletionFormatter:
     """Words answers of `/v1/completions`.
 
     Args:
@@ -202,7 +202,7 @@ class CompletionForm:
         choice = CompletionChoice(self._echo + text, finish_reason=_finish(answer))
         return Completion(**self._head.of(answer), choices=[choice], **_cost(answer))
 
-    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
+    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
         choice = CompletionChoice(self._echo + change.text if first else change.text)
         return CompletionChunk(**self._head.of(answer), choices=[choice], usage=self._usage, **_standing(change))
 
@@ -215,18 +215,18 @@ class CompletionForm:
         return CompletionChunk(**self._head.of(answer), choices=[], usage=_usage(answer))
 
 
-class ChatForm:
-    """Words answers of `/v1/chat/completions`; see `CompletionForm`."""
+class ChatFormatter:
+    """Words answers of `/v1/chat/completions`; see `CompletionFormatter`."""
 
     def __init__(self, usage: bool) -> None:
         self._head = _Heads("chatcmpl-")
         self._usage: msgspec.UnsetType | None = None if usage else msgspec.UNSET
 
     def whole(self, answer: Answer, text: str) -> msgspec.Struct:
-        choice = ChatChoice(ChatAnswer(text), _finish(answer))
+        choice = ChatChoice(AssistantMessage(text), _finish(answer))
         return ChatCompletion(**self._head.of(answer), choices=[choice], **_cost(answer))
 
-    def chunk(self, answer: Answer, change: Change, *, first: bool) -> msgspec.Struct:
+    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
         delta = Delta("assistant", change.text) if first else Delta(content=change.text)
         choices = [ChatChunkChoice(delta)]
         return ChatChunk(**self._head.of(answer), choices=choices, usage=self._usage, **_standing(change))
@@ -251,9 +251,9 @@ class _Heads:
         return {
             "id": self._id,
             "created": self._created,
-            "model": answer.order.model or answer.version.partition("@")[0],
+            "model": answer.request.model or answer.version.partition("@")[0],
             "system_fingerprint": answer.version,
-            "seed": answer.order.sampling.seed,
+            "seed": answer.request.sampling.seed,
         }
 
 
@@ -261,7 +261,7 @@ def _finish(answer: Answer) -> Finish:
     return "stop" if answer.finish == "stop" else "length"
 
 
-def _standing(change: Change) -> dict[str, Any]:
+def _standing(change: TextChange) -> dict[str, Any]:
     return {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
 
 
@@ -275,14 +275,14 @@ def _cost(answer: Answer) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> Usage:
-    prompt, written = len(answer.order.prompt), answer.tokens + answer.unverified_tokens
+    prompt, written = len(answer.request.prompt), answer.tokens + answer.unverified_tokens
     return Usage(prompt, written, prompt + written)
 
 
 def _timings(answer: Answer) -> Timings:
     writing = max(answer.seconds - answer.queued_seconds, 1e-9)
     return Timings(
-        len(answer.order.prompt),
+        len(answer.request.prompt),
         answer.tokens,
         round(1e3 * answer.queued_seconds, 3),
         round(1e3 * answer.first_seconds, 3),

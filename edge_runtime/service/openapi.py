@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.common.openapi import JSON, REF, TEXT, of, operation
+from edge_runtime.common.openapi import JSON, REF, TEXT, build_operation, schema_ref
 from edge_runtime.service import openai_schema, requests
-from edge_runtime.service.auth import GUARDED
+from edge_runtime.service.auth import GUARDED_PATHS
 from edge_runtime.service.errors import ErrorBody
 from edge_runtime.service.monitoring import events
 
@@ -45,7 +45,7 @@ ASKING = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", 
 LISTING = ("401", "403", "404", "500", "502", "503")
 
 
-def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
+def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     """The description of a service that takes bodies of `max_body` bytes, and wants API keys or not."""
     kinds = [
         requests.CompletionRequest,
@@ -54,16 +54,16 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
         openai_schema.CompletionChunk,
         openai_schema.ChatCompletion,
         openai_schema.ChatChunk,
-        openai_schema.Model,
-        openai_schema.ModelList,
-        events.AnyNews,
+        openai_schema.OpenAIModel,
+        openai_schema.OpenAIModelList,
+        events.AnyEvent,
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
     for name, neutral in (
-        ("CompletionRequest", requests.NEUTRAL),
-        ("ChatRequest", requests.NEUTRAL),
-        ("ChatMessage", requests.MESSAGE_NEUTRAL),
+        ("CompletionRequest", requests.NEUTRAL_VALUES),
+        ("ChatRequest", requests.NEUTRAL_VALUES),
+        ("ChatMessage", requests.NEUTRAL_MESSAGE_VALUES),
     ):
         properties = schemas[name]["properties"]
         for field in properties.keys() & neutral.keys():
@@ -74,9 +74,9 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")},
         "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", "ChatChunk")},
-        "/v1/models": {"get": _operation("What the verifier serves", {JSON: of("ModelList")}, LISTING)},
+        "/v1/models": {"get": _operation("What the verifier serves", {JSON: schema_ref("ModelList")}, LISTING)},
         "/v1/models/{model}": {
-            "get": _operation("One of them", {JSON: of("Model")}, LISTING),
+            "get": _operation("One of them", {JSON: schema_ref("Model")}, LISTING),
             "parameters": [
                 {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             ],
@@ -92,7 +92,7 @@ def document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, item in paths.items():
-            if path.startswith(GUARDED):
+            if path.startswith(GUARDED_PATHS):
                 item["post" if "post" in item else "get"]["security"] = [{"key": []}]
     return {
         "openapi": "3.1.0",
@@ -115,11 +115,11 @@ def _asking(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
         "required": ["data"],
         "description": "One event of the stream.",
     }
-    content = {JSON: of(answer), EVENTS: event}
+    content = {JSON: schema_ref(answer), EVENTS: event}
     asking = _operation(summary, content, ASKING)
-    asking["requestBody"] = {"required": True, "content": {JSON: {"schema": of(body)}}}
+    asking["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(body)}}}
     return asking
 
 
 def _operation(summary: str, content: dict[str, Any], refused: tuple[str, ...]) -> dict[str, Any]:
-    return operation(summary, content, {status: REFUSED[status] for status in refused}, "ErrorBody")
+    return build_operation(summary, content, {status: REFUSED[status] for status in refused}, "ErrorBody")

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from edge_runtime.planning.plan import OnLinkLoss
-from edge_runtime.protocol.sampling import MASK, Sampling
-from edge_runtime.service.errors import Refusal
+from edge_runtime.protocol.sampling import MASK_64, Sampling
+from edge_runtime.service.errors import ApiError
 
 # Fields that clients may send, with the values that change nothing. Any other value asks for what is not done here.
-NEUTRAL: dict[str, list[Any]] = {
+NEUTRAL_VALUES: dict[str, list[Any]] = {
     "audio": [None],
     "best_of": [None, 1],
     "frequency_penalty": [None, 0],
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, list[Any]] = {
     "tools": [None, []],
     "top_logprobs": [None, 0],
 }
-MESSAGE_NEUTRAL: dict[str, list[Any]] = {
+NEUTRAL_MESSAGE_VALUES: dict[str, list[Any]] = {
     "annotations": [None, []],
     "audio": [None],
     "function_call": [None],
@@ -44,9 +44,9 @@ MESSAGE_NEUTRAL: dict[str, list[Any]] = {
     "tool_calls": [None, []],
 }
 
-Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-# Exactly what `prompt_of` takes: the decoder cannot tell lists apart by what is in them.
+TokenCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+# Exactly what `get_prompt` takes: the decoder cannot tell lists apart by what is in them.
 PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -57,7 +57,7 @@ PROMPT_SCHEMA = {
 }
 # What lies between would be greedy but for rounding (see `Sampling`).
 TEMPERATURE_SCHEMA = {"anyOf": [{"const": 0}, {"minimum": 0.001}]}
-SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK}
+SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK_64}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,12 +89,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     """
 
     model: str | None = None
-    max_tokens: Tokens | None = None
+    max_tokens: TokenCount | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2, extra_json_schema=TEMPERATURE_SCHEMA)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
     seed: Annotated[int, msgspec.Meta(extra_json_schema=SEED_SCHEMA)] | None = None
-    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -147,7 +147,7 @@ class ChatRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw
     """The body of `POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
-    max_completion_tokens: Tokens | None = None
+    max_completion_tokens: TokenCount | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
@@ -168,36 +168,36 @@ class ChatRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw
 R = TypeVar("R", bound=GenerationRequest)
 
 
-def parse(body: bytes, kind: type[R]) -> R:
+def parse_request(body: bytes, kind: type[R]) -> R:
     """The request in `body`. Raises Refusal (400), naming the field that is wrong or not done here."""
     try:
         request = msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
-    _check_neutral(request, NEUTRAL, "")
+    _check_neutral(request, NEUTRAL_VALUES, "")
     if isinstance(request, ChatRequest):
         for index, message in enumerate(request.messages):
-            _check_neutral(message, MESSAGE_NEUTRAL, f"messages[{index}].")
+            _check_neutral(message, NEUTRAL_MESSAGE_VALUES, f"messages[{index}].")
     if request.seed is not None and not SEED_SCHEMA["minimum"] <= request.seed <= SEED_SCHEMA["maximum"]:
-        raise Refusal(400, "seed is no 64-bit integer", param="seed")
+        raise ApiError(400, "seed is no 64-bit integer", param="seed")
     return request
 
 
-def prompt_of(request: CompletionRequest) -> str | list[int]:
+def get_prompt(request: CompletionRequest) -> str | list[int]:
     """The text to continue, or its ids. Raises Refusal (400): it is none, or more than one."""
     prompt = request.prompt
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]  # type: ignore[assignment]
     if not prompt:
-        raise Refusal(400, "the prompt is empty: give at least one token", param="prompt")
+        raise ApiError(400, "the prompt is empty: give at least one token", param="prompt")
     if isinstance(prompt, str):
         return prompt
     if all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
         return prompt  # type: ignore[return-value]
-    raise Refusal(400, "one prompt a request: a text, or a list of token ids", param="prompt")
+    raise ApiError(400, "one prompt a request: a text, or a list of token ids", param="prompt")
 
 
-def sampling_of(request: GenerationRequest, seed: int) -> Sampling:
+def get_sampling(request: GenerationRequest, seed: int) -> Sampling:
     """How to sample, with `seed` where the request has none. Raises Refusal (400)."""
     try:
         return Sampling(
@@ -205,14 +205,14 @@ def sampling_of(request: GenerationRequest, seed: int) -> Sampling:
             request.top_k or 0,
             1.0 if request.top_p is None else request.top_p,
             # OpenAI's seeds are signed.
-            (seed if request.seed is None else request.seed) & MASK,
+            (seed if request.seed is None else request.seed) & MASK_64,
             bool(request.ignore_eos),
         )
     except ValueError as error:
-        raise Refusal(400, str(error), param="temperature") from None
+        raise ApiError(400, str(error), param="temperature") from None
 
 
-def stops_of(request: GenerationRequest) -> list[str]:
+def get_stop_strings(request: GenerationRequest) -> list[str]:
     """Where to end the text."""
     return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
 
@@ -225,7 +225,7 @@ def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], where:
         # In Python, though not in JSON, true is 1.
         if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[field]):
             known = " or ".join(msgspec.json.encode(value).decode() for value in neutral[field] if value is not None)
-            raise Refusal(
+            raise ApiError(
                 400,
                 f"{where}{field} is not supported: leave it out{f', or send {known}' if known else ''}",
                 param=where + field,
@@ -233,12 +233,12 @@ def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], where:
             )
 
 
-def _malformed(error: Exception) -> Refusal:
+def _malformed(error: Exception) -> ApiError:
     sentence, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     unknown = re.search(r"(?:unknown|missing required) field `(.+)`", sentence)
     if unknown:
         path = f"{path}.{unknown[1]}" if path else unknown[1]
     if not path:
-        return Refusal(400, f"the body is not such a request in JSON: {sentence}", code="invalid_json")
-    return Refusal(400, f"{path}: {sentence}", param=path, code="unknown_parameter" if "unknown" in sentence else None)
+        return ApiError(400, f"the body is not such a request in JSON: {sentence}", code="invalid_json")
+    return ApiError(400, f"{path}: {sentence}", param=path, code="unknown_parameter" if "unknown" in sentence else None)

@@ -10,13 +10,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.service.completions import Answer, Change
-from edge_runtime.service.errors import refusal_of
-from edge_runtime.service.openai_schema import Form
+from edge_runtime.service.answer import Answer, TextChange
+from edge_runtime.service.errors import to_api_error
+from edge_runtime.service.openai_schema import ResponseFormatter
 
-DONE = b"data: [DONE]\n\n"
+DONE_EVENT = b"data: [DONE]\n\n"
 # A comment, for whatever gives up on connections where nothing comes: the answer waits for its turn, or for the link.
-WAITING = b": waiting\n\n"
+WAITING_COMMENT = b": waiting\n\n"
 WAITING_SECONDS = 10.0
 # Those that JSON lets stand as they are.
 LINE_ENDS = "\x85\u2028\u2029"
@@ -54,38 +54,38 @@ class EventStream(Response):
             self._gone.cancel()
 
 
-async def events(answer: Answer, form: Form, usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream. An error ends it, without `[DONE]`."""
+async def stream_answer(answer: Answer, form: ResponseFormatter, usage: bool) -> AsyncIterator[bytes]:
+    """The events of a stream. An error ends it, without `[DONE_EVENT]`."""
     try:
         first, over = True, False
         while not over:
             try:
                 change = await answer.news(WAITING_SECONDS)
             except TimeoutError:
-                yield WAITING
+                yield WAITING_COMMENT
                 continue
             over = change is None
             if change or first:
-                yield event_of(form.chunk(answer, change or Change(""), first=first))
+                yield encode_event(form.chunk(answer, change or TextChange(""), first=first))
             first = False
     except ClientDisconnect:
         return
     except Exception as error:
-        yield b"event: error\n" + event_of(refusal_of(error).body)
+        yield b"event: error\n" + encode_event(to_api_error(error).body)
         return
-    yield event_of(form.last(answer))
+    yield encode_event(form.last(answer))
     if usage:
-        yield event_of(form.usage(answer))
-    yield DONE
+        yield encode_event(form.usage(answer))
+    yield DONE_EVENT
 
 
-async def gone_from(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def event_of(message: msgspec.Struct) -> bytes:
+def encode_event(message: msgspec.Struct) -> bytes:
     """One event. What Unicode calls a line's end is escaped: many a client splits lines there, too."""
     data = msgspec.json.encode(message)
     for character in LINE_ENDS:

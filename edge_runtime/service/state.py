@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache.lookup import Memory
-from edge_runtime.planning.board_profile import Power
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.ngram_cache import NgramCache
+from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
-from edge_runtime.service.chat_template import Chat
+from edge_runtime.service.chat_template import ChatTemplate
 
 
 class ServiceLimits(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class ServiceLimits(msgspec.Struct, frozen=True):
     max_body: int = 1 << 18
 
 
-class Board(msgspec.Struct, frozen=True):
+class BoardRuntime(msgspec.Struct, frozen=True):
     """What answers are made with, once it is loaded; one for the whole process.
 
     Attributes:
@@ -41,10 +41,10 @@ class Board(msgspec.Struct, frozen=True):
     """
 
     draft: OnnxDraft
-    chat: Chat
+    chat: ChatTemplate
     planner: Planner
     surroundings: Callable[[], Surroundings]
     model: str = ""
-    power: Power | None = None
+    power: BoardPower | None = None
     on_link_loss: OnLinkLoss = "wait"
-    memory: Memory | None = None
+    memory: NgramCache | None = None

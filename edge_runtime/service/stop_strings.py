@@ -1,42 +1,44 @@
-"""Text as it comes, and nothing of what may be a stop string."""
+"""Filters generated text for stop strings while it streams."""
 
 from __future__ import annotations
 
 
-class StopFinder:
-    """Passes text through up to the stop string that is complete first; the same text, however it is cut.
+class StopStringFilter:
+    """Passes text through up to the stop string that completes first, however the text is split into pieces.
+
+    Text that may still become part of a stop string is held back until this is decided.
 
     Attributes:
-        found: it has come, and nothing more passes.
+        found: a stop string is complete; no more text passes.
     """
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stop_strings: list[str]) -> None:
         self.found = False
-        self._stops = stops
-        # The longest end of the text that may yet become a stop string.
+        self._stop_strings = stop_strings
+        # The longest suffix of the text so far that may still become a stop string.
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """What can be shown, now that `text` is known too."""
+        """Append `text` and return what can be shown now."""
         if self.found:
             return ""
         self._held += text
-        matches = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        matches = [(start + len(stop), start) for stop in self._stop_strings if (start := self._held.find(stop)) >= 0]
         if matches:
             self.found = True
             shown, self._held = self._held[: min(matches)[1]], ""
             return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]
         return shown
 
-    def end(self) -> str:
-        """What was held back, now that the text is over."""
+    def flush(self) -> str:
+        """Return what was held back; to be called at the end of the text."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`, but not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

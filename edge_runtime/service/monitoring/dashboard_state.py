@@ -9,8 +9,8 @@ import msgspec
 from edge_runtime.service.monitoring import events
 
 # Gauges that are kept, one a second; tokens of the newest answer that are.
-MOST_GAUGES = 120
-MOST_TOKENS = 2000
+MAX_GAUGES = 120
+MAX_TOKENS = 2000
 # Seconds of rounds that acceptance and draft length are means of.
 ROUNDS_SECONDS = 10.0
 
@@ -29,17 +29,17 @@ class Rates(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_length: float | None = None
 
 
-class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
+class DashboardSummary(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is known at one moment."""
 
-    board: events.Board | None
-    gauges: events.Gauges | None
+    board: events.BoardInfo | None
+    gauges: events.GaugeSample | None
     rates: Rates
-    plan: events.Planned | None
-    round: events.Round | None
+    plan: events.PlanChosen | None
+    round: events.RoundFinished | None
 
 
-class Onlooker:
+class DashboardState:
     """Grows with every event.
 
     Attributes:
@@ -49,49 +49,49 @@ class Onlooker:
             `unverified`.
     """
 
-    board: events.Board | None = None
-    plan: events.Planned | None
-    round: events.Round | None
-    begun: events.Begun | None
-    ended: events.Ended | None
+    board: events.BoardInfo | None = None
+    plan: events.PlanChosen | None
+    round: events.RoundFinished | None
+    started: events.AnswerStarted | None
+    finished: events.AnswerFinished | None
     tokens: list[list[str]]
 
     def __init__(self) -> None:
-        self.gauges: deque[events.Gauges] = deque(maxlen=MOST_GAUGES)
-        self.rates: deque[Rates] = deque(maxlen=MOST_GAUGES)
+        self.gauges: deque[events.GaugeSample] = deque(maxlen=MAX_GAUGES)
+        self.rates: deque[Rates] = deque(maxlen=MAX_GAUGES)
         self._forget()
 
-    def hear(self, event: events.News) -> None:
-        """Adds what `event` says."""
+    def apply(self, event: events.Event) -> None:
+        """Adds what `encode_log_event` says."""
         match event:
-            case events.Board():
+            case events.BoardInfo():
                 if self.board is None or self.board.feed != event.feed:
                     self._forget()
                 self.board = event
-            case events.Gauges():
+            case events.GaugeSample():
                 self.gauges.append(event)
                 self.rates.append(self._rates())
-            case events.Planned():
+            case events.PlanChosen():
                 self.plan = event
-            case events.Begun():
-                self.begun, self.ended = event, None
+            case events.AnswerStarted():
+                self.started, self.finished = event, None
                 self._clear()
-            case events.Tokens() if self.begun and event.answer == self.begun.answer:
+            case events.TokensAdded() if self.started and event.answer == self.started.answer:
                 self._grow(event)
-            case events.Round():
+            case events.RoundFinished():
                 self.round = event
-                if self.begun and event.answer == self.begun.answer and event.corrected is not None:
+                if self.started and event.answer == self.started.answer and event.corrected is not None:
                     self._correct(event.corrected)
-            case events.Ended():
-                self.ended = event
+            case events.AnswerFinished():
+                self.finished = event
 
-    def summary(self) -> Summary:
+    def summary(self) -> DashboardSummary:
         """All of it, but for texts."""
         gauges = self.gauges[-1] if self.gauges else None
-        return Summary(self.board, gauges, self.rates[-1] if self.rates else Rates(), self.plan, self.round)
+        return DashboardSummary(self.board, gauges, self.rates[-1] if self.rates else Rates(), self.plan, self.round)
 
     def _forget(self) -> None:
-        self.plan = self.round = self.begun = self.ended = None
+        self.plan = self.round = self.started = self.finished = None
         self.gauges.clear()
         self.rates.clear()
         self._clear()
@@ -101,7 +101,7 @@ class Onlooker:
         # The verified ones, in order, whatever was withdrawn between them.
         self._verified: list[list[str]] = []
 
-    def _grow(self, event: events.Tokens) -> None:
+    def _grow(self, event: events.TokensAdded) -> None:
         tail = [token for token in self.tokens if token[0] == "unverified"]
         confirmed = max(0, len(tail) - len(event.withdrawn))
         self.tokens = [token for token in self.tokens if token[0] != "unverified"]
@@ -110,7 +110,7 @@ class Onlooker:
         struck = [["withdrawn", text] for text in event.withdrawn]
         unverified = [["unverified", text] for text in event.unverified]
         self.tokens += verified[:confirmed] + struck + verified[confirmed:] + unverified
-        del self.tokens[:-MOST_TOKENS]
+        del self.tokens[:-MAX_TOKENS]
 
     def _correct(self, index: int) -> None:
         if index < len(self._verified) and self._verified[index][0] == "own":

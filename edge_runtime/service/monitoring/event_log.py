@@ -13,23 +13,23 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from edge_runtime.service.errors import LIMIT, Refusal
-from edge_runtime.service.monitoring.events import Gauges, News
-from edge_runtime.service.sse import event_of
+from edge_runtime.service.errors import RATE_LIMIT, ApiError
+from edge_runtime.service.monitoring.events import Event, GaugeSample
+from edge_runtime.service.sse import encode_event
 
 # Events that are kept: two or three a round; and one each second.
-MOST_MOMENTS = 4000
-MOST_GAUGES = 600
-MOST_WATCHERS = 16
+MAX_EVENTS = 4000
+MAX_GAUGES = 600
+MAX_WATCHERS = 16
 RETRY_SECONDS = 10
 # Events that are a hundredth of a second apart go out together.
-GATHERING_SECONDS = 0.03
+BATCH_SECONDS = 0.03
 # Something is said so often, so that both ends learn when the other has gone.
-SILENCE_SECONDS = 15.0
+KEEPALIVE_SECONDS = 15.0
 # Events of one write.
-MOST_TOGETHER = 200
+MAX_EVENTS_PER_WRITE = 200
 # A watcher that takes nothing for so long is dropped.
-PATIENCE_SECONDS = 20.0
+SEND_TIMEOUT_SECONDS = 20.0
 
 
 class _Kept:
@@ -37,19 +37,19 @@ class _Kept:
 
     __slots__ = ("_bytes", "_make", "number")
 
-    def __init__(self, number: int, make: Callable[[], News]) -> None:
+    def __init__(self, number: int, make: Callable[[], Event]) -> None:
         self.number = number
-        self._make: Callable[[], News] | None = make
+        self._make: Callable[[], Event] | None = make
         self._bytes = b""
 
     def bytes(self, feed: str) -> bytes:
         if self._make is not None:
-            self._bytes = event(self._make(), f"{feed}-{self.number}")
+            self._bytes = encode_log_event(self._make(), f"{feed}-{self.number}")
             self._make = None
         return self._bytes
 
 
-class Feed:
+class EventLog:
     """Everything that happened of late. On the event loop only.
 
     Attributes:
@@ -58,8 +58,8 @@ class Feed:
 
     def __init__(self) -> None:
         self.name = secrets.token_hex(4)
-        self._moments: deque[_Kept] = deque(maxlen=MOST_MOMENTS)
-        self._gauges: deque[_Kept] = deque(maxlen=MOST_GAUGES)
+        self._moments: deque[_Kept] = deque(maxlen=MAX_EVENTS)
+        self._gauges: deque[_Kept] = deque(maxlen=MAX_GAUGES)
         self._last = 0
         # The newest moment that is in the ring no more.
         self._forgotten = 0
@@ -67,13 +67,13 @@ class Feed:
         self._dismissals = 0
         self._closed = False
 
-    def add(self, make: Callable[[], News]) -> None:
+    def add(self, make: Callable[[], Event]) -> None:
         """Something happened: `make` says what, if anybody wants to know. It must say the same whenever it is asked."""
-        if len(self._moments) == MOST_MOMENTS:
+        if len(self._moments) == MAX_EVENTS:
             self._forgotten = self._moments[0].number
         self._add(self._moments, make)
 
-    def add_gauges(self, gauges: Gauges) -> None:
+    def add_gauges(self, gauges: GaugeSample) -> None:
         """How the board does now."""
         self._add(self._gauges, lambda: gauges)
 
@@ -89,16 +89,16 @@ class Feed:
 
     def check_room(self) -> None:
         """Raises Refusal (429) where too many watch already."""
-        if len(self._watchers) >= MOST_WATCHERS:
-            raise Refusal(
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise ApiError(
                 429,
-                f"{MOST_WATCHERS} watch this board already: close one of its pages",
-                kind=LIMIT,
+                f"{MAX_WATCHERS} watch this board already: close one of its pages",
+                kind=RATE_LIMIT,
                 code="rate_limit_exceeded",
                 retry_after=RETRY_SECONDS,
             )
 
-    async def stream(self, greeting: News, after: str, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
+    async def stream(self, greeting: Event, after: str, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         """Server-sent events: `greeting`, the history, and what happens from now on.
 
         Ends when the feed is closed, when `gone` is done, when all are dismissed, or when the next event is forgotten:
@@ -111,7 +111,7 @@ class Feed:
         self._watchers.add(changed)
         gone.add_done_callback(lambda _: changed.set())
         try:
-            yield event(greeting)
+            yield encode_log_event(greeting)
             feed, _, number = after.partition("-")
             known = int(number) if feed == self.name and number.isdecimal() else 0
             first, dismissals = True, self._dismissals
@@ -121,23 +121,23 @@ class Feed:
                     return
                 first = False
                 news = self._since(known)
-                for start in range(0, len(news), MOST_TOGETHER):
-                    together = news[start : start + MOST_TOGETHER]
+                for start in range(0, len(news), MAX_EVENTS_PER_WRITE):
+                    together = news[start : start + MAX_EVENTS_PER_WRITE]
                     yield b"".join(kept.bytes(self.name) for kept in together)
                     known = together[-1].number
                 if self._closed and known == self._last:
                     return
                 if known == self._last:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(SILENCE_SECONDS):
+                        async with asyncio.timeout(KEEPALIVE_SECONDS):
                             await changed.wait()
                     if not changed.is_set():
                         yield b": still here\n\n"
-                    await asyncio.sleep(GATHERING_SECONDS)
+                    await asyncio.sleep(BATCH_SECONDS)
         finally:
             self._watchers.discard(changed)
 
-    def _add(self, ring: deque[_Kept], make: Callable[[], News]) -> None:
+    def _add(self, ring: deque[_Kept], make: Callable[[], Event]) -> None:
         self._last += 1
         ring.append(_Kept(self._last, make))
         self._wake()
@@ -157,6 +157,6 @@ class Feed:
         return sorted(found, key=lambda kept: kept.number)
 
 
-def event(news: News, name: str = "") -> bytes:
+def encode_log_event(news: Event, name: str = "") -> bytes:
     """One server-sent event."""
-    return (f"id: {name}\n".encode() if name else b"") + event_of(news)
+    return (f"id: {name}\n".encode() if name else b"") + encode_event(news)

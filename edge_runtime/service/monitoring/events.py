@@ -13,7 +13,7 @@ import msgspec
 Privacy = Literal["tls", "loopback", "clear"]
 
 
-class News(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
     """Base of all events.
 
     Attributes:
@@ -23,7 +23,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.
     at: float
 
 
-class Board(News, frozen=True):
+class BoardInfo(Event, frozen=True, tag="board"):
     """Who speaks; the first event of every stream.
 
     Attributes:
@@ -43,7 +43,7 @@ class Board(News, frozen=True):
     max_new_tokens: int
 
 
-class Begun(News, frozen=True):
+class AnswerStarted(Event, frozen=True, tag="begun"):
     """An answer is being written.
 
     Attributes:
@@ -63,7 +63,7 @@ class Begun(News, frozen=True):
     queued_seconds: float
 
 
-class Planned(News, frozen=True):
+class PlanChosen(Event, frozen=True, tag="planned"):
     """A decision, and why; see `planning.plan.Plan`."""
 
     answer: int
@@ -75,7 +75,7 @@ class Planned(News, frozen=True):
     watch: bool = False
 
 
-class Tokens(News, frozen=True):
+class TokensAdded(Event, frozen=True, tag="tokens"):
     """An answer grew. Each string is what one token adds to the text; it may be empty.
 
     Attributes:
@@ -92,7 +92,7 @@ class Tokens(News, frozen=True):
     unverified: list[str] = []
 
 
-class Round(News, frozen=True):
+class RoundFinished(Event, frozen=True, tag="round"):
     """What a round came to; see `planning.plan.Outcome`.
 
     Attributes:
@@ -116,7 +116,7 @@ class Round(News, frozen=True):
     corrected: int | None = None
 
 
-class Ended(News, frozen=True):
+class AnswerFinished(Event, frozen=True, tag="ended"):
     """An answer is over.
 
     Attributes:
@@ -134,7 +134,7 @@ class Ended(News, frozen=True):
     message: str = ""
 
 
-class Gauges(News, frozen=True):
+class GaugeSample(Event, frozen=True, tag="gauges"):
     """How the board does; once a second.
 
     Attributes:
@@ -142,7 +142,7 @@ class Gauges(News, frozen=True):
         tokens, rounds, drafts, drafted, accepted: since the start: tokens of answers, rounds, rounds with a draft,
             drafted tokens, and those that were accepted.
         sent, received: since the start, over all connections to the verifier.
-        verifier, privacy: see `Board`; the verifier may change.
+        verifier, privacy: see `BoardInfo`; the verifier may change.
         fault: why the last answer or round failed on the way to the verifier; empty once one has worked again.
         joules: that the board drew since the start, as far as known.
         watts: that it draws now.
@@ -175,4 +175,4 @@ class Gauges(News, frozen=True):
     metered: bool | None = None
 
 
-AnyNews = Board | Begun | Planned | Tokens | Round | Ended | Gauges
+AnyEvent = BoardInfo | AnswerStarted | PlanChosen | TokensAdded | RoundFinished | AnswerFinished | GaugeSample

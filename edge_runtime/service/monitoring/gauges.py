@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from edge_runtime.planning.board_profile import Power
+from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import Surroundings
-from edge_runtime.service.admission import Queue
-from edge_runtime.service.monitoring.event_log import Feed
-from edge_runtime.service.monitoring.events import Gauges, Privacy
-from edge_runtime.service.monitoring.reporter import Totals
-from edge_runtime.settings.validators import is_in_clear
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.service.admission import AdmissionQueue
+from edge_runtime.service.monitoring.event_log import EventLog
+from edge_runtime.service.monitoring.events import GaugeSample, Privacy
+from edge_runtime.service.monitoring.reporter import ServiceTotals
+from edge_runtime.settings import is_in_clear
+from edge_runtime.verifier import VerifierClient
 
 PERIOD_SECONDS = 1.0
 # After a longer pause nobody knows what the board drew meanwhile: it slept.
-LONGEST_SECONDS = 10.0
+MAX_GAP_SECONDS = 10.0
 
 
-class Pulse:
+class GaugeSampler:
     """Gauges, and the energy that nobody else adds up.
 
     Attributes:
@@ -30,9 +30,9 @@ class Pulse:
         joules: drawn since the start, by source; empty as long as nothing is known.
     """
 
-    def __init__(self, feed: Feed, totals: Totals, queue: Queue, client: VerifierClient) -> None:
+    def __init__(self, feed: EventLog, totals: ServiceTotals, queue: AdmissionQueue, client: VerifierClient) -> None:
         self.surroundings: Callable[[], Surroundings] | None = None
-        self.power: Power | None = None
+        self.power: BoardPower | None = None
         self.joules: dict[Literal["sensor", "profile"], float] = {}
         self._feed = feed
         self._totals = totals
@@ -47,12 +47,12 @@ class Pulse:
             await asyncio.sleep(PERIOD_SECONDS)
             self._feed.add_gauges(self.take())
 
-    def take(self) -> Gauges:
+    def take(self) -> GaugeSample:
         """The gauges now; adds what the board drew since the last call to `joules`."""
         known = self.surroundings() if self.surroundings else Surroundings()
         energy, watts = self._draw(known)
         totals, (sent, received) = self._totals, self._client.meter.total
-        return Gauges(
+        return GaugeSample(
             at=time.time(),
             running=self._queue.running,
             waiting=self._queue.waiting,
@@ -64,7 +64,7 @@ class Pulse:
             sent=sent,
             received=received,
             verifier=self._client.url,
-            privacy=privacy(self._client.url),
+            privacy=classify_privacy(self._client.url),
             fault=totals.fault,
             rtt_seconds=known.rtt_seconds,
             joules=round(sum(self.joules.values()), 2) if self.joules else None,
@@ -91,11 +91,11 @@ class Pulse:
             source, watts = "profile", self.power.idle_watts + share * (self.power.busy_watts - self.power.idle_watts)
         if watts is None:
             return "", None
-        self.joules[source] = self.joules.get(source, 0.0) + watts * (seconds if seconds <= LONGEST_SECONDS else 0.0)
+        self.joules[source] = self.joules.get(source, 0.0) + watts * (seconds if seconds <= MAX_GAP_SECONDS else 0.0)
         return source, round(watts, 3)
 
 
-def privacy(url: str) -> Privacy:
+def classify_privacy(url: str) -> Privacy:
     """Who can read on the way to `url`: nobody for one of two reasons, or everybody."""
     if is_in_clear(url):
         return "clear"

@@ -16,15 +16,15 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edge_runtime.decoding.statistics import Statistics
-from edge_runtime.ngram_cache.lookup import Memory
+from edge_runtime.decoding import GenerationStatistics
+from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import VerifierUnreachable
-from edge_runtime.service.admission import Queue
-from edge_runtime.service.completions import Answer
-from edge_runtime.service.monitoring.gauges import Pulse
-from edge_runtime.service.monitoring.reporter import Reporter
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.service.admission import AdmissionQueue
+from edge_runtime.service.answer import Answer
+from edge_runtime.service.monitoring.gauges import GaugeSampler
+from edge_runtime.service.monitoring.reporter import AnswerReporter
+from edge_runtime.verifier import VerifierClient
 
 FIRST_TEXT_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 DURATION_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -47,7 +47,7 @@ DRAFT_FAILED = "draft_failed"  # and the cloud went on alone
 NO_ROOM = "no_room"  # the text is over the draft's context, or has one token left
 
 
-class Metrics:
+class ServiceMetrics:
     """Counts, from the start of the process. Everything on the event loop.
 
     Attributes:
@@ -55,7 +55,7 @@ class Metrics:
         rtt_seconds: the link's round-trip time in it; None if nobody knew.
     """
 
-    def __init__(self, queue: Queue, client: VerifierClient, pulse: Pulse) -> None:
+    def __init__(self, queue: AdmissionQueue, client: VerifierClient, pulse: GaugeSampler) -> None:
         # When a counter began is of no use here, and would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
@@ -119,7 +119,7 @@ class Metrics:
         registry.register(_Board(pulse))
         ProcessCollector(registry=registry)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
 
@@ -154,7 +154,7 @@ class Metrics:
         self._verifier_seconds.inc(outcome.verifier_seconds)
         self._link_seconds.inc(max(0.0, outcome.exchange_seconds - outcome.verifier_seconds))
 
-    def add_memory(self, memory: Memory) -> None:
+    def add_memory(self, memory: NgramCache) -> None:
         """From now on `memory` is among them."""
         tokens = Gauge("flexspec_memory_tokens", "Of verified text that help the draft guess.", registry=self._registry)
         tokens.set_function(lambda: memory.tokens)
@@ -165,7 +165,7 @@ class Metrics:
         )
         failures.set_function(lambda: memory.failures)
 
-    def add_alone(self, statistics: Statistics, reason: str) -> None:
+    def add_alone(self, statistics: GenerationStatistics, reason: str) -> None:
         """Counts what the cloud wrote without a draft, or without one any more: no planner hears of such rounds."""
         self._cloud_rounds.labels(reason).inc(statistics.rounds)
         self._sent.inc(statistics.bytes_sent)
@@ -181,7 +181,7 @@ class Metrics:
         if not answer.queued_seconds:
             # It never had its turn.
             return
-        self._prompt_tokens.inc(len(answer.order.prompt))
+        self._prompt_tokens.inc(len(answer.request.prompt))
         self._tokens.inc(answer.tokens)
         self._unverified.inc(answer.unverified_tokens)
         self._withdrawn.inc(answer.withdrawn_tokens)
@@ -190,10 +190,10 @@ class Metrics:
         self._duration.observe(answer.seconds)
 
 
-class Watched:
+class ObservedPlanner:
     """A planner whose rounds are counted, and told."""
 
-    def __init__(self, planner: Planner, metrics: Metrics, reporter: Reporter) -> None:
+    def __init__(self, planner: Planner, metrics: ServiceMetrics, reporter: AnswerReporter) -> None:
         self._planner = planner
         self._metrics = metrics
         self._reporter = reporter
@@ -228,7 +228,7 @@ class _Link(Collector):
 class _Board(Collector):
     """What the probes know, and what it drew; a sensor that the board does not have has no metric."""
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: GaugeSampler) -> None:
         self._pulse = pulse
 
     def collect(self) -> Iterable[Metric]:

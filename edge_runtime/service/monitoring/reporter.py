@@ -7,22 +7,21 @@ import time
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.decoding.detokenizer import CONTEXT, Detokeniser, texts_behind
-from edge_runtime.decoding.generation import Piece
+from edge_runtime.decoding import CONTEXT_TOKENS, Detokenizer, VerifiedTokens, decode_after
 from edge_runtime.planning.plan import Outcome, Plan
 from edge_runtime.protocol.errors import VerifierUnreachable
 from edge_runtime.protocol.sampling import accepted_length
-from edge_runtime.service.completions import Answer
+from edge_runtime.service.answer import Answer
 from edge_runtime.service.monitoring import events
-from edge_runtime.service.monitoring.event_log import Feed
+from edge_runtime.service.monitoring.event_log import EventLog
 
 # Tokens at the end of a prompt that are shown.
 PROMPT_TOKENS = 300
 ALONE = "none can be reached; the draft goes on alone, and what it says is to be verified yet"
 
 
-class Totals(msgspec.Struct):
-    """What is told of all answers together, from the start of the process; see `news.Gauges`."""
+class ServiceTotals(msgspec.Struct):
+    """What is told of all answers together, from the start of the process; see `news.GaugeSample`."""
 
     answers: int = 0
     tokens: int = 0
@@ -34,10 +33,10 @@ class Totals(msgspec.Struct):
     fault: str = ""
 
 
-class Reporter:
+class AnswerReporter:
     """Tells the feed of one answer."""
 
-    def __init__(self, feed: Feed, totals: Totals, answer: Answer, tokenizer: Tokenizer) -> None:
+    def __init__(self, feed: EventLog, totals: ServiceTotals, answer: Answer, tokenizer: Tokenizer) -> None:
         # Given when it begins: some never do.
         self._number = 0
         self._asked = time.perf_counter()
@@ -54,12 +53,12 @@ class Reporter:
         self._totals.answers += 1
         self._number = self._totals.answers
         # What is kept must not keep the answer, with the draft's keys and values: no `self` in what makes news.
-        order, at, tokenizer, number = self._answer.order, time.time(), self._text.tokenizer, self._number
+        order, at, tokenizer, number = self._answer.request, time.time(), self._text.tokenizer, self._number
         queued_seconds = round(time.perf_counter() - self._asked, 4)
         end, count = order.prompt[-PROMPT_TOKENS:], len(order.prompt)
         most, sampling, speculation = order.max_new_tokens, order.sampling, order.speculation
         self._feed.add(
-            lambda: events.Begun(
+            lambda: events.AnswerStarted(
                 at=at,
                 answer=number,
                 prompt=("… " if count > len(end) else "") + tokenizer.decode(end),
@@ -72,7 +71,7 @@ class Reporter:
             )
         )
 
-    def hear(self, piece: Piece) -> None:
+    def hear(self, piece: VerifiedTokens) -> None:
         """It grew, verified or not."""
         text, at, tail, number = self._text, time.time(), self._unverified, self._number
         start, middle = len(text.ids), len(text.ids) + len(piece.accepted)
@@ -89,7 +88,7 @@ class Reporter:
         withdrawn = tail[accepted_length(tail, text.ids[start:] + self._unverified) :]
         unverified = self._unverified
         self._feed.add(
-            lambda: events.Tokens(
+            lambda: events.TokensAdded(
                 at=at,
                 answer=number,
                 accepted=text.between(start, middle),
@@ -102,7 +101,7 @@ class Reporter:
 
     def plan(self, plan: Plan) -> None:
         """A round was planned."""
-        planned = events.Planned(
+        planned = events.PlanChosen(
             at=time.time(),
             answer=self._number,
             draft=plan.draft,
@@ -124,7 +123,7 @@ class Reporter:
         totals.draft_seconds += outcome.draft_seconds
         corrected = self._first_own if outcome.accepted < outcome.drafted else None
         self._first_own = None
-        round_ = events.Round(
+        round_ = events.RoundFinished(
             at=time.time(),
             answer=self._number,
             planned=outcome.plan.draft,
@@ -153,7 +152,7 @@ class Reporter:
             self._totals.fault = str(answer.error)
         if not self._number:
             return
-        ended = events.Ended(
+        ended = events.AnswerFinished(
             at=time.time(),
             answer=self._number,
             outcome=outcome,
@@ -177,7 +176,7 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._detokeniser = Detokeniser(tokenizer)
+        self._detokeniser = Detokenizer(tokenizer)
         self._texts: list[str] = []
 
     def between(self, start: int, end: int) -> list[str]:
@@ -190,4 +189,4 @@ class Transcript:
         """What each token of `tail` would add behind the first `end` tokens."""
         if not tail:
             return []
-        return texts_behind(self.tokenizer, self.ids[max(0, end - CONTEXT) : end], tail)
+        return decode_after(self.tokenizer, self.ids[max(0, end - CONTEXT_TOKENS) : end], tail)

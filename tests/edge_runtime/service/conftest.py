@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from cloud_verifier.api import app as cloud
-from cloud_verifier.api.server import Server as Verifier
+from cloud_verifier.api.server import VerifierServer as Verifier
 from cloud_verifier.model.target import Target
-from edge_runtime.common.http_server import Listening, Server
+from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.planning.plan import FIXED, FixedPlanner, Planner, Surroundings
+from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
 from edge_runtime.service.app import Service
-from edge_runtime.service.chat_template import Chat, read_chat
-from edge_runtime.service.state import Board, ServiceLimits
+from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
+from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 from tests.cloud_verifier.protocol_client import running
 from tests.conftest import FAMILY
@@ -63,7 +63,7 @@ def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Pop
 def url(verifier: str) -> Iterator[str]:
     """A board in a process of its own, with a plan that drafts."""
     # What is drafted must not depend on which test came before.
-    options = ("--policy", "fixed", "--no-memory", "--threads", "1", "--max-new-tokens", "32")
+    options = ("--policy", "fixed", "--no-ngram-cache", "--threads", "1", "--max-new-tokens", "32")
     with board_process(verifier, *options) as (_, address):
         yield address
 
@@ -83,8 +83,8 @@ class Cloud:
         self._server: Verifier | None = None
 
     async def start(self) -> None:
-        self._service = cloud.Service(lambda: self._target, cloud.VerifierLimits())
-        self._server = Verifier(self._service, Listening(port=self._port))
+        self._service = cloud.VerifierService(lambda: self._target, cloud.VerifierLimits())
+        self._server = Verifier(self._service, ListenOptions(port=self._port))
         await self._server.start()
         self.url = self._server.url
         self._port = int(self.url.rsplit(":", 1)[1])
@@ -119,24 +119,28 @@ async def both(
     key: str = "none",
     deadline: float = 30.0,
     planner: Planner | None = None,
-    chat: Chat | None = None,
+    chat: ChatTemplate | None = None,
     **board: Any,
 ) -> AsyncIterator[Both]:
     """A board and its verifier in this event loop, for whoever wants to look inside or break something.
 
     Args:
-        board: other fields of `Board`.
+        board: other fields of `BoardRuntime`.
     """
     verifier = Cloud(target)
     await verifier.start()
     try:
         async with VerifierClient(verifier.url, deadline=deadline) as client:
             service = Service(client, limits or ServiceLimits(), keys)
-            server = Server(service.app, Listening(port=0))
+            server = HttpServer(service.app, ListenOptions(port=0))
             await server.start()
             try:
                 fields: dict[str, Any] = {"surroundings": Surroundings, **board}
-                service.open(Board(draft, chat or read_chat(BUNDLE), planner or FixedPlanner(FIXED), **fields))
+                service.open(
+                    BoardRuntime(
+                        draft, chat or load_chat_template(BUNDLE), planner or FixedPlanner(FIXED_PLAN), **fields
+                    )
+                )
                 async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as talking:
                     yield Both(server.url, service, verifier, talking)
                 await service.drain(0.0)

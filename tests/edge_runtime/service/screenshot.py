@@ -16,7 +16,7 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.snapshot import Prober
 from edge_runtime.probes.tcp import ByteMeter
-from edge_runtime.service.dashboard import FOLDER
+from edge_runtime.service.dashboard import STATIC_DIRECTORY
 from tests.conftest import FAMILY
 from tests.edge_runtime.probes.conftest import BOARDS, roots_of
 from tests.edge_runtime.service.browser import Tab, chromium
@@ -55,7 +55,7 @@ async def main() -> None:
     async with both(target, OnnxDraft.load(BUNDLE), surroundings=surroundings) as pair:
         # The link is this one.
         meter = pair.service._client.meter
-        await asyncio.to_thread(shoot, pair.url, FOLDER / "dashboard.png")
+        await asyncio.to_thread(shoot, pair.url, STATIC_DIRECTORY / "dashboard.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.cli import main
+from edge_runtime.cli.main import main
 from edge_runtime.draft.model import OnnxDraft
 from tests.edge_runtime.service.conftest import board_process
 
@@ -347,7 +347,7 @@ def test_a_board_by_itself(verifier: str, keys: Path) -> None:
 def test_errors_at_start_are_a_sentence_and_an_exit_code(
     options: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["serve", "--port", "0", *options]) == code
+    assert main(["serve", "--port", "0", *options]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert sentence in err

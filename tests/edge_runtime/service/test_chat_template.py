@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from edge_runtime.protocol.errors import BundleCorrupt, InputError
-from edge_runtime.service.chat_template import PLAIN_STOPS, read_chat
+from edge_runtime.service.chat_template import PLAIN_STOPS, load_chat_template
 from tests.conftest import FAMILY
 from tests.edge_runtime.service.conftest import bundle_with
 
@@ -45,7 +45,7 @@ def test_templates_say_what_they_say_in_transformers(
     tmp_path: Path, reference: PreTrainedTokenizerFast, template: str
 ) -> None:
     config = (FAMILY / "target-v1" / "tokenizer_config.json").read_text()
-    chat = read_chat(bundle_with(tmp_path, template=template, config=config))
+    chat = load_chat_template(bundle_with(tmp_path, template=template, config=config))
     talk = TALK[1:]
     expected = reference.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert chat.text(talk) == expected
@@ -64,18 +64,18 @@ def test_templates_say_what_they_say_in_transformers(
     ],
 )
 def test_a_template_in_the_configuration(tmp_path: Path, config: object) -> None:
-    chat = read_chat(bundle_with(tmp_path, config=json.dumps(config)))
+    chat = load_chat_template(bundle_with(tmp_path, config=json.dumps(config)))
     assert chat.text(TALK[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_file_is_preferred(tmp_path: Path) -> None:
-    chat = read_chat(bundle_with(tmp_path, template="file", config='{"chat_template": "configuration"}'))
+    chat = load_chat_template(bundle_with(tmp_path, template="file", config='{"chat_template": "configuration"}'))
     assert chat.text(TALK) == "file"
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"chat_template": [{"name": "rag", "template": "x"}]}'])
 def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -> None:
-    chat = read_chat(bundle_with(tmp_path, config=config) if config else tmp_path)
+    chat = load_chat_template(bundle_with(tmp_path, config=config) if config else tmp_path)
     assert chat.text(TALK[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
     assert chat.stops == PLAIN_STOPS
 
@@ -91,7 +91,7 @@ def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -
     ],
 )
 def test_a_template_may_refuse(tmp_path: Path, template: str, sentence: str) -> None:
-    chat = read_chat(bundle_with(tmp_path, template=template))
+    chat = load_chat_template(bundle_with(tmp_path, template=template))
     with pytest.raises(InputError, match=sentence):
         chat.text(TALK)
 
@@ -102,4 +102,4 @@ def test_a_template_may_refuse(tmp_path: Path, template: str, sentence: str) -> 
 )
 def test_a_template_that_does_not_parse_is_told_at_start(tmp_path: Path, files: dict[str, str]) -> None:
     with pytest.raises(BundleCorrupt, match="copy the bundle again"):
-        read_chat(bundle_with(tmp_path, **files))
+        load_chat_template(bundle_with(tmp_path, **files))

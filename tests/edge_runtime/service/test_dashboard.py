@@ -217,7 +217,7 @@ def test_a_board_that_goes_and_comes_back(browser: Any, verifier: str) -> None:
 def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
     browser: Any, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
     with (
         start_blocking_portal() as portal,
@@ -249,10 +249,10 @@ def test_unverified_tokens_are_marked_and_struck_when_withdrawn(
 
 
 def test_the_files_are_served_with_a_strict_policy(url: str) -> None:
-    for path, (name, media_type) in dashboard.FILES.items():
+    for path, (name, media_type) in dashboard.PAGE_FILES.items():
         answer = httpx.get(url + path)
         assert answer.status_code == 200
-        assert answer.content == (dashboard.FOLDER / name).read_bytes()
+        assert answer.content == (dashboard.STATIC_DIRECTORY / name).read_bytes()
         assert answer.headers["content-type"].partition(";")[0] == media_type
         policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; ")
@@ -264,8 +264,8 @@ def test_the_files_are_served_with_a_strict_policy(url: str) -> None:
 
 
 def test_the_files_name_no_other_host_and_write_no_html() -> None:
-    for name, _ in dashboard.FILES.values():
-        text = (dashboard.FOLDER / name).read_text()
+    for name, _ in dashboard.PAGE_FILES.values():
+        text = (dashboard.STATIC_DIRECTORY / name).read_text()
         for address in re.findall(r"(?:https?:)?//[\w.]+\.\w+", text):
             assert address == "http://www.w3.org", f"{name}: {address}"
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text), name

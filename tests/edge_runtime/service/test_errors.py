@@ -6,7 +6,7 @@ import pytest
 
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
-from edge_runtime.service.errors import refusal_of
+from edge_runtime.service.errors import to_api_error
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from edge_runtime.service.errors import refusal_of
 def test_who_is_to_come_back_and_who_is_not(
     code: ErrorCode, theirs: int, wait: int | None, status: int, kind: str, retry_after: int | None
 ) -> None:
-    refusal = refusal_of(VerifierRefused(code, "because of this", theirs, retry_after=wait))
+    refusal = to_api_error(VerifierRefused(code, "because of this", theirs, retry_after=wait))
     assert (refusal.status, refusal.body.error.type, refusal.retry_after) == (status, kind, retry_after)
     assert refusal.body.error.code == code
     assert "because of this" in refusal.body.error.message

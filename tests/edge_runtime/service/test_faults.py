@@ -15,10 +15,10 @@ import pytest
 from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
 from edge_runtime.draft.model import DraftContext, OnnxDraft
-from edge_runtime.ngram_cache.lookup import Memory
+from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.protocol.errors import DraftError
-from edge_runtime.service.chat_template import read_chat
+from edge_runtime.service.chat_template import load_chat_template
 from edge_runtime.service.state import ServiceLimits
 from tests.edge_runtime.service.conftest import Both, both, bundle_with
 
@@ -40,7 +40,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def metric(pair: Both, name: str) -> float:
-    lines = pair.service.metrics.page().decode().splitlines()
+    lines = pair.service.metrics.render().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
@@ -131,17 +131,17 @@ class Failing(OnnxDraft):
         vars(self).update(vars(draft))
         self.guesses = guesses
 
-    def context(self, memory: Memory | None = None) -> DraftContext:
-        context = super().context(memory)
-        guess = context._guess
+    def new_context(self, memory: NgramCache | None = None) -> DraftContext:
+        context = super().new_context(memory)
+        draft_token = context._draft_token
 
         def failing(*arguments: object) -> object:
             self.guesses -= 1
             if self.guesses < 0:
                 raise DraftError("the draft failed at position 1: out of memory")
-            return guess(*arguments)  # type: ignore[arg-type]
+            return draft_token(*arguments)  # type: ignore[arg-type]
 
-        context._guess = failing  # type: ignore[method-assign, assignment]
+        context._draft_token = failing  # type: ignore[method-assign, assignment]
         return context
 
 
@@ -198,7 +198,7 @@ async def test_before_the_draft_is_loaded_nothing_is_ready(target: Target, draft
 
 async def test_a_template_in_the_bundle_is_used(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:
     template = "{% for m in messages %}<|endoftext|>{{ m.content }}{% endfor %}"
-    chat = read_chat(bundle_with(tmp_path, template=template))
+    chat = load_chat_template(bundle_with(tmp_path, template=template))
     async with both(target, draft, chat=chat) as pair:
         options = {"model": "", "temperature": 0, "max_tokens": 8}
         said = await pair.client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **options)

@@ -80,7 +80,7 @@ class Page:
 async def test_unverified_text_is_marked_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     async with both(target, draft) as pair:
         wanted = await target_text(pair)
         page, steps = Page(), iter([pair.cloud.stop, pair.cloud.start])

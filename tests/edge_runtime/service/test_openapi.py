@@ -7,7 +7,7 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 
-from edge_runtime.service.openapi import document
+from edge_runtime.service.openapi import build_document
 from tests.fuzzing import CHECKS, fuzz, whole
 
 
@@ -42,7 +42,7 @@ def test_what_takes_no_arguments_conforms(url: str, path: str) -> None:
 
 
 def test_the_document_is_what_the_structs_say() -> None:
-    described = document(1 << 20, True, 300)
+    described = build_document(1 << 20, True, 300)
     schemas = described["components"]["schemas"]
     completion = schemas["CompletionRequest"]
     assert completion["required"] == ["prompt"]
@@ -51,4 +51,4 @@ def test_the_document_is_what_the_structs_say() -> None:
     assert {"type": "boolean"} in completion["properties"]["speculation"]["anyOf"]
     assert described["paths"]["/v1/completions"]["post"]["security"] == [{"key": []}]
     assert "security" not in described["paths"]["/healthz"]["get"]
-    assert "securitySchemes" not in document(1 << 20, False, 300)["components"]
+    assert "securitySchemes" not in build_document(1 << 20, False, 300)["components"]

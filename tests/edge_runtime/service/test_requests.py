@@ -11,24 +11,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.service.errors import Refusal
+from edge_runtime.service.errors import ApiError
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    parse,
-    prompt_of,
-    sampling_of,
-    stops_of,
+    get_prompt,
+    get_sampling,
+    get_stop_strings,
+    parse_request,
 )
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    return parse(json.dumps({"prompt": "x"} | fields).encode(), CompletionRequest)
+    return parse_request(json.dumps({"prompt": "x"} | fields).encode(), CompletionRequest)
 
 
 def chat(*messages: Any, **fields: Any) -> ChatRequest:
-    return parse(json.dumps({"messages": list(messages)} | fields).encode(), ChatRequest)
+    return parse_request(json.dumps({"messages": list(messages)} | fields).encode(), ChatRequest)
 
 
 HELLO = {"role": "user", "content": "hello"}
@@ -71,10 +71,10 @@ HELLO = {"role": "user", "content": "hello"}
     ],
 )
 def test_what_is_not_done_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         asked = completion(**fields)
-        prompt_of(asked)
-        sampling_of(asked, 0)
+        get_prompt(asked)
+        get_sampling(asked, 0)
     error = caught.value.body.error
     assert (caught.value.status, error.type, error.param) == (400, "invalid_request_error", param)
     assert error.message
@@ -95,14 +95,14 @@ def test_what_is_not_done_is_refused_by_name(fields: dict[str, Any], param: str)
     ],
 )
 def test_conversations_that_are_not_done(request_body: Any, param: str) -> None:
-    with pytest.raises(Refusal) as caught:
-        parse(json.dumps(request_body).encode(), ChatRequest)
+    with pytest.raises(ApiError) as caught:
+        parse_request(json.dumps(request_body).encode(), ChatRequest)
     assert (caught.value.status, caught.value.body.error.param) == (400, param)
 
 
 def test_what_clients_send_along_is_taken() -> None:
     asked = completion(n=1, best_of=1, logprobs=None, frequency_penalty=0.0, logit_bias={}, user="me", echo=False)
-    assert (asked.user, prompt_of(asked)) == ("me", "x")
+    assert (asked.user, get_prompt(asked)) == ("me", "x")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     reply = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": []}
     asked_chat = chat(
@@ -119,7 +119,7 @@ def test_what_clients_send_along_is_taken() -> None:
 
 
 def test_prompts_in_their_four_forms() -> None:
-    assert [prompt_of(completion(prompt=prompt)) for prompt in ("a", ["a"], [1, 2], [[1, 2]], [5])] == [
+    assert [get_prompt(completion(prompt=prompt)) for prompt in ("a", ["a"], [1, 2], [[1, 2]], [5])] == [
         "a",
         "a",
         [1, 2],
@@ -129,11 +129,15 @@ def test_prompts_in_their_four_forms() -> None:
 
 
 def test_sampling_defaults_are_openais_and_seeds_are_signed() -> None:
-    assert sampling_of(completion(), 7) == Sampling(1.0, 0, 1.0, 7)
+    assert get_sampling(completion(), 7) == Sampling(1.0, 0, 1.0, 7)
     asked = completion(temperature=0, top_p=0.5, top_k=3, seed=-1, ignore_eos=True)
-    assert sampling_of(asked, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
-    assert sampling_of(completion(seed=0), 7).seed == 0
-    assert (stops_of(completion()), stops_of(completion(stop="a")), stops_of(completion(stop=["a", "b"]))) == (
+    assert get_sampling(asked, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
+    assert get_sampling(completion(seed=0), 7).seed == 0
+    assert (
+        get_stop_strings(completion()),
+        get_stop_strings(completion(stop="a")),
+        get_stop_strings(completion(stop=["a", "b"])),
+    ) == (
         [],
         ["a"],
         ["a", "b"],
@@ -156,10 +160,10 @@ FIELDS = st.sampled_from([*ChatRequest.__struct_fields__, *CompletionRequest.__s
 @example(body=b'{"prompt":"x","seed":' + b"9" * 5000 + b"}")
 def test_garbage_is_parsed_or_refused(kind: type[GenerationRequest], body: bytes) -> None:
     try:
-        request = parse(body, kind)
-        sampling_of(request, 0)
+        request = parse_request(body, kind)
+        get_sampling(request, 0)
         if isinstance(request, CompletionRequest):
-            assert prompt_of(request)
-    except Refusal as refusal:
+            assert get_prompt(request)
+    except ApiError as refusal:
         assert refusal.status == 400
         assert msgspec.json.encode(refusal.body)

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_runtime.service.sse import event_of
+from edge_runtime.service.sse import encode_event
 
 
 class Said(msgspec.Struct):
@@ -18,7 +18,7 @@ class Said(msgspec.Struct):
 @given(st.text())
 @example('a\x85b\u2028c\u2029d\x1e\x0b\x0c\r\n"')
 def test_an_event_is_one_line_for_everybody(text: str) -> None:
-    event = event_of(Said(text))
+    event = encode_event(Said(text))
     line, *rest = event.decode().splitlines()
     assert rest == [""]
     assert json.loads(line.removeprefix("data: ")) == {"text": text}

@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from edge_runtime.decoding.detokenizer import Detokeniser
+from edge_runtime.decoding.detokenizer import Detokenizer
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.service.stop_strings import StopFinder
+from edge_runtime.service.stop_strings import StopStringFilter
 
 TEXT = st.text("ab\n", max_size=24)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 def passed(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
-    finder = StopFinder(stops)
+    finder = StopStringFilter(stops)
     shown = "".join(finder.feed(piece) for piece in pieces)
-    return shown + finder.end(), finder.found
+    return shown + finder.flush(), finder.found
 
 
 @given(TEXT, STOPS, st.data())
@@ -37,7 +37,7 @@ def test_the_text_does_not_depend_on_how_it_is_cut(text: str, stops: list[str], 
 
 @given(TEXT, STOPS)
 def test_nothing_is_shown_that_may_be_taken_back_and_nothing_else_held(text: str, stops: list[str]) -> None:
-    finder = StopFinder(stops)
+    finder = StopStringFilter(stops)
     shown = ""
     for index, character in enumerate(text):
         shown += finder.feed(character)
@@ -49,7 +49,7 @@ def test_nothing_is_shown_that_may_be_taken_back_and_nothing_else_held(text: str
 
 def test_special_tokens_and_half_characters_are_not_shown(draft: OnnxDraft) -> None:
     ids = draft.tokenizer.encode("größer: 語 🙂").ids
-    detokeniser = Detokeniser(draft.tokenizer)
+    detokeniser = Detokenizer(draft.tokenizer)
     pieces = [detokeniser.step(token) for token in [0, *ids[:-1], 0, ids[-1]]]
     assert "".join(pieces) == "größer: 語 🙂"
     assert not any("\ufffd" in piece for piece in pieces)
@@ -61,7 +61,7 @@ def test_bytes_that_are_no_text_end_nothing(ids: list[int]) -> None:
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁hello": 256, "world": 257, "é": 258}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    detokeniser = Detokeniser(tokenizer)
+    detokeniser = Detokenizer(tokenizer)
     text = "".join(detokeniser.step(token) for token in ids)
     assert text.count("world") == ids.count(257)
     assert not any(0xD800 <= ord(character) < 0xE000 for character in text)

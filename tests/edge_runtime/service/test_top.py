@@ -187,7 +187,7 @@ def dashboard_of(*events: Event) -> DashboardState:
     dashboard = DashboardState()
     for event in events:
         # Encoded and decoded, as they arrive over the wire.
-        dashboard.hear(msgspec.json.decode(msgspec.json.encode(event), type=AnyEvent))
+        dashboard.apply(msgspec.json.decode(msgspec.json.encode(event), type=AnyEvent))
     return dashboard
 
 
@@ -241,7 +241,7 @@ def test_token_kinds_corrections_and_withdrawn_tokens() -> None:
         ["own", "d"],
     ]
     for number in range(MAX_TOKENS):
-        dashboard.hear(TokensAdded(at=6.0, answer=7, own=[str(number)]))
+        dashboard.apply(TokensAdded(at=6.0, answer=7, own=[str(number)]))
     assert len(dashboard.tokens) == MAX_TOKENS
 
 
@@ -256,7 +256,7 @@ def test_rates_and_sparklines() -> None:
     assert (second.tokens_per_second, second.bytes_per_second) == (30.0, 150.0)
     assert (second.acceptance, second.draft_length) == (0.75, 5.0)
     assert (third.tokens_per_second, third.acceptance) == (0.0, 0.75)
-    dashboard.hear(gauges(20.0, drafted=20))
+    dashboard.apply(gauges(20.0, drafted=20))
     assert dashboard.rates[-1].acceptance is None
     assert sparkline([None, 0.0, 5.0, 10.0]) == " ▁▅█"
     assert sparkline([0.1], min_scale=10.0) == "▁"
@@ -265,9 +265,9 @@ def test_rates_and_sparklines() -> None:
 def test_a_restart_of_the_service_resets_the_dashboard() -> None:
     board = BoardInfo(at=1, feed="a", version="1", ready=True, verifier="v", privacy="tls", max_new_tokens=1)
     dashboard = dashboard_of(board, BEGUN, gauges(1.0), board)
-    assert dashboard.begun is not None
-    dashboard.hear(msgspec.structs.replace(board, feed="b"))
-    assert (dashboard.begun, list(dashboard.gauges)) == (None, [])
+    assert dashboard.started is not None
+    dashboard.apply(msgspec.structs.replace(board, feed="b"))
+    assert (dashboard.started, list(dashboard.gauges)) == (None, [])
 
 
 def test_sensors_faults_and_encryption_are_shown() -> None:

@@ -19,21 +19,31 @@ import pytest
 from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
-from edge_runtime.decoding.generation import Piece
+from edge_runtime.decoding.generation import VerifiedTokens
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.board_profile import find_profile
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.service.admission import Queue
-from edge_runtime.service.completions import Answer, Order
-from edge_runtime.service.errors import Refusal
+from edge_runtime.service.admission import AdmissionQueue
+from edge_runtime.service.answer import Answer, AnswerRequest
+from edge_runtime.service.errors import ApiError
 from edge_runtime.service.monitoring import event_log as feeding
-from edge_runtime.service.monitoring.dashboard_state import Onlooker
-from edge_runtime.service.monitoring.event_log import Feed
-from edge_runtime.service.monitoring.events import AnyNews, Begun, Board, Ended, Gauges, News, Planned, Round, Tokens
-from edge_runtime.service.monitoring.gauges import Pulse, privacy
-from edge_runtime.service.monitoring.prometheus import Metrics
-from edge_runtime.service.monitoring.reporter import Reporter, Totals
+from edge_runtime.service.monitoring.dashboard_state import DashboardState
+from edge_runtime.service.monitoring.event_log import EventLog
+from edge_runtime.service.monitoring.events import (
+    AnswerFinished,
+    AnswerStarted,
+    AnyEvent,
+    BoardInfo,
+    Event,
+    GaugeSample,
+    PlanChosen,
+    RoundFinished,
+    TokensAdded,
+)
+from edge_runtime.service.monitoring.gauges import GaugeSampler, classify_privacy
+from edge_runtime.service.monitoring.prometheus import ServiceMetrics
+from edge_runtime.service.monitoring.reporter import AnswerReporter, ServiceTotals
 from edge_runtime.service.sse import EventStream
 from edge_runtime.service.state import ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
@@ -47,7 +57,7 @@ class Line(msgspec.Struct):
     """One event as it came."""
 
     id: str
-    news: News
+    news: Event
 
 
 def parsed(text: str) -> Iterator[Line]:
@@ -60,7 +70,7 @@ def parsed(text: str) -> Iterator[Line]:
         *named, data = block.split("\n")
         assert len(named) <= 1
         name = named[0].removeprefix("id: ") if named else ""
-        yield Line(name, msgspec.json.decode(data.removeprefix("data: "), type=AnyNews))
+        yield Line(name, msgspec.json.decode(data.removeprefix("data: "), type=AnyEvent))
 
 
 @contextlib.contextmanager
@@ -80,7 +90,7 @@ def watching(url: str, headers: dict[str, str] | None = None) -> Iterator[Iterat
         yield lines(response)
 
 
-def until(lines: Iterator[Line], kind: type[News]) -> list[Line]:
+def until(lines: Iterator[Line], kind: type[Event]) -> list[Line]:
     """All lines up to the first of this kind."""
     heard = []
     for line in lines:
@@ -94,33 +104,33 @@ def until_now(lines: Iterator[Line]) -> list[Line]:
     """All lines of the history."""
     now, heard = time.time(), []
     while not heard or heard[-1].news.at < now:
-        heard += until(lines, Gauges)
+        heard += until(lines, GaugeSample)
     return heard
 
 
 def test_an_answer_from_its_prompt_to_its_end(url: str, client: openai.OpenAI) -> None:
     with watching(url) as lines:
         first = next(lines)
-        assert isinstance(first.news, Board)
+        assert isinstance(first.news, BoardInfo)
         assert (first.id, first.news.ready, first.news.privacy) == ("", True, "loopback")
         before = until_now(lines)
         answer = client.completions.create(**ORDER, max_tokens=32)
-        heard = until(lines, Ended)
+        heard = until(lines, AnswerFinished)
     numbers = [int(line.id.removeprefix(first.news.feed + "-")) for line in before + heard]
     assert numbers == sorted(set(numbers))
-    begun = [line.news for line in heard if isinstance(line.news, Begun)][-1]
+    begun = [line.news for line in heard if isinstance(line.news, AnswerStarted)][-1]
     assert (begun.prompt, begun.temperature, begun.seed, begun.speculation) == (PROMPT, 0.7, 5, True)
     about = [line.news for line in heard if getattr(line.news, "answer", 0) == begun.answer]
-    texts = [text for news in about if isinstance(news, Tokens) for text in news.accepted + news.own]
+    texts = [text for news in about if isinstance(news, TokensAdded) for text in news.accepted + news.own]
     assert "".join(texts) == answer.choices[0].text
-    rounds = [news for news in about if isinstance(news, Round)]
-    assert len([news for news in about if isinstance(news, Planned)]) >= len(rounds) == answer.timings["rounds"]
-    assert {news.reason for news in about if isinstance(news, Planned)} == {"fixed"}
+    rounds = [news for news in about if isinstance(news, RoundFinished)]
+    assert len([news for news in about if isinstance(news, PlanChosen)]) >= len(rounds) == answer.timings["rounds"]
+    assert {news.reason for news in about if isinstance(news, PlanChosen)} == {"fixed"}
     assert sum(news.accepted for news in rounds) == answer.timings["draft_n_accepted"]
     assert sum(news.accepted + news.own for news in rounds) >= len(texts) == 32
     assert all(news.sent > 10 and news.received > 10 and news.verifier_seconds > 0 for news in rounds)
     ended = about[-1]
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, AnswerFinished)
     assert (ended.outcome, ended.tokens, ended.rounds) == ("length", 32, len(rounds))
     assert ended.drafted == answer.timings["draft_n"]
 
@@ -129,16 +139,16 @@ def test_each_token_is_of_the_kind_that_its_round_says(url: str, client: openai.
     with watching(url) as lines:
         until_now(lines)
         client.completions.create(**ORDER | {"temperature": 1.0}, max_tokens=32)
-        heard = [line.news for line in until(lines, Ended)]
+        heard = [line.news for line in until(lines, AnswerFinished)]
     kinds: list[str] = []
     accepted = 0
     for news in heard:
-        if isinstance(news, Begun):
+        if isinstance(news, AnswerStarted):
             kinds, accepted = [], 0
-        if isinstance(news, Tokens):
+        if isinstance(news, TokensAdded):
             kinds += ["accepted"] * len(news.accepted) + ["own"] * len(news.own)
             accepted += len(news.accepted)
-        if isinstance(news, Round):
+        if isinstance(news, RoundFinished):
             assert (news.corrected is not None) == (news.accepted < news.drafted)
             if news.corrected is not None:
                 # The last round may say more than the answer's limit lets in.
@@ -151,7 +161,7 @@ def test_who_comes_late_hears_the_last_minutes_and_who_comes_back_goes_on(url: s
     with watching(url) as lines:
         until_now(lines)
         client.completions.create(**ORDER, max_tokens=8)
-        heard = until(lines, Ended)
+        heard = until(lines, AnswerFinished)
     with watching(url) as lines:
         next(lines)
         late = until_now(lines)
@@ -159,8 +169,8 @@ def test_who_comes_late_hears_the_last_minutes_and_who_comes_back_goes_on(url: s
     assert all(known[line.id] == line for line in heard)
     middle = heard[len(heard) // 2].id
     with watching(url, {"last-event-id": middle}) as lines:
-        assert isinstance(next(lines).news, Board)
-        after = until(lines, Ended)
+        assert isinstance(next(lines).news, BoardInfo)
+        after = until(lines, AnswerFinished)
     assert after == heard[len(heard) // 2 + 1 :][: len(after)]
     # The feed of another life of the service is another.
     with watching(url, {"last-event-id": "feedbeef-999999"}) as lines:
@@ -171,11 +181,11 @@ def test_without_a_draft_the_tokens_are_the_targets_own(url: str, client: openai
     with watching(url) as lines:
         until_now(lines)
         client.completions.create(**ORDER | {"extra_body": {"speculation": False}}, max_tokens=6)
-        heard = [line.news for line in until(lines, Ended)]
-    begun = max(index for index, news in enumerate(heard) if isinstance(news, Begun))
-    plan = next(news for news in heard[begun:] if isinstance(news, Planned))
+        heard = [line.news for line in until(lines, AnswerFinished)]
+    begun = max(index for index, news in enumerate(heard) if isinstance(news, AnswerStarted))
+    plan = next(news for news in heard[begun:] if isinstance(news, PlanChosen))
     assert (plan.draft, plan.own, plan.reason) == (0, 6, "the request switched speculation off")
-    tokens = [news for news in heard[begun:] if isinstance(news, Tokens)]
+    tokens = [news for news in heard[begun:] if isinstance(news, TokensAdded)]
     assert sum(len(news.own) for news in tokens) == 6
     assert not any(news.accepted for news in tokens)
 
@@ -190,7 +200,7 @@ def test_prompts_and_answers_are_for_those_with_a_key(verifier: str, tmp_path: P
         # The page itself knows nothing.
         assert httpx.get(f"{url}/").status_code == 200
         with watching(url, {"authorization": "Bearer first-key"}) as lines:
-            assert isinstance(next(lines).news, Board)
+            assert isinstance(next(lines).news, BoardInfo)
 
 
 async def test_a_verifier_that_is_gone_is_told_until_it_is_back(target: Target, draft: OnnxDraft) -> None:
@@ -198,11 +208,11 @@ async def test_a_verifier_that_is_gone_is_told_until_it_is_back(target: Target, 
         await pair.cloud.stop()
         with contextlib.suppress(openai.APIStatusError):
             await pair.client.completions.create(**ORDER, max_tokens=2)
-        gauges = pair.service.metrics.page().decode()
+        gauges = pair.service.metrics.render().decode()
         assert 'flexspec_link_faults_total{fault="connection_refused"} 1.0' in gauges
         async with httpx.AsyncClient() as client:
-            heard = await some(client, pair.url, Ended, Gauges)
-            ended = next(line.news for line in heard if isinstance(line.news, Ended))
+            heard = await some(client, pair.url, AnswerFinished, GaugeSample)
+            ended = next(line.news for line in heard if isinstance(line.news, AnswerFinished))
             assert ended.outcome == "connection_refused"
             assert heard[-1].news.fault == ended.message != ""
             await pair.cloud.start()
@@ -216,7 +226,7 @@ async def test_a_verifier_that_is_gone_is_told_until_it_is_back(target: Target, 
 async def test_what_the_draft_says_alone_is_told_as_such_and_comes_out_right(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "BREATH_SECONDS", 0.1)
+    monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
     body = {"prompt": PROMPT, "max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
     async with both(target, draft) as pair, httpx.AsyncClient(timeout=60.0) as client:
@@ -235,13 +245,13 @@ async def test_what_the_draft_says_alone_is_told_as_such_and_comes_out_right(
                 elif not started and chunk.get("unverified"):
                     started = True
                     await pair.cloud.start()
-        onlooker, tails, verified = Onlooker(), [], ""
-        for line in await some(client, pair.url, Ended):
-            onlooker.hear(line.news)
-            if isinstance(line.news, Tokens):
+        onlooker, tails, verified = DashboardState(), [], ""
+        for line in await some(client, pair.url, AnswerFinished):
+            onlooker.apply(line.news)
+            if isinstance(line.news, TokensAdded):
                 tails.append(len(line.news.unverified))
                 verified += "".join(line.news.accepted + line.news.own)
-        page = pair.service.metrics.page().decode()
+        page = pair.service.metrics.render().decode()
     withdrawn = sum(kind == "withdrawn" for kind, _ in onlooker.tokens)
     assert f"flexspec_withdrawn_tokens_total {withdrawn:.1f}\n" in page
     assert max(tails) > tails[-1] == 0
@@ -251,7 +261,7 @@ async def test_what_the_draft_says_alone_is_told_as_such_and_comes_out_right(
     assert shown == text
 
 
-async def some(client: httpx.AsyncClient, url: str, *kinds: type[News]) -> list[Line]:
+async def some(client: httpx.AsyncClient, url: str, *kinds: type[Event]) -> list[Line]:
     """The events up to one of each of `kinds`, in this order."""
     text, wanted = "", list(kinds)
     async with client.stream("GET", f"{url}/events") as response:
@@ -283,17 +293,17 @@ async def test_watchers_end_with_the_service(target: Target, draft: OnnxDraft) -
 # The ring
 
 
-def moment(number: int) -> Planned:
-    return Planned(at=float(number), answer=number, draft=0, own=1, reason="")
+def moment(number: int) -> PlanChosen:
+    return PlanChosen(at=float(number), answer=number, draft=0, own=1, reason="")
 
 
-def stream(feed: Feed, after: str = "") -> tuple[AsyncIterator[bytes], asyncio.Future[None]]:
+def stream(feed: EventLog, after: str = "") -> tuple[AsyncIterator[bytes], asyncio.Future[None]]:
     gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     return feed.stream(moment(0), after, gone), gone
 
 
 async def test_nothing_is_worked_out_before_somebody_asks_and_then_once() -> None:
-    feed, made = Feed(), []
+    feed, made = EventLog(), []
     for number in (1, 2):
         feed.add(lambda number=number: made.append(number) or moment(number))
     assert made == []
@@ -306,12 +316,12 @@ async def test_nothing_is_worked_out_before_somebody_asks_and_then_once() -> Non
 
 
 async def test_the_history_is_bounded_and_who_falls_behind_it_is_dropped() -> None:
-    feed = Feed()
+    feed = EventLog()
     watcher, _ = stream(feed)
     await anext(watcher)
     feed.add(lambda: moment(1))
     await anext(watcher)
-    for number in range(2, feeding.MOST_MOMENTS + 10):
+    for number in range(2, feeding.MAX_EVENTS + 10):
         feed.add(lambda number=number: moment(number))
     with pytest.raises(StopAsyncIteration):
         while True:
@@ -319,21 +329,21 @@ async def test_the_history_is_bounded_and_who_falls_behind_it_is_dropped() -> No
     late, _ = stream(feed)
     await anext(late)
     heard = []
-    while len(heard) < feeding.MOST_MOMENTS:
+    while len(heard) < feeding.MAX_EVENTS:
         heard += parsed((await anext(late)).decode())
-    assert [line.news.answer for line in heard] == list(range(10, feeding.MOST_MOMENTS + 10))
+    assert [line.news.answer for line in heard] == list(range(10, feeding.MAX_EVENTS + 10))
     # Gauges have a ring of their own, that moments do not push out.
-    assert len(feed._moments) == feeding.MOST_MOMENTS
+    assert len(feed._moments) == feeding.MAX_EVENTS
     await late.aclose()
 
 
 async def test_a_watcher_that_goes_leaves_nothing_behind_and_there_are_not_too_many() -> None:
-    feed = Feed()
-    watchers = [stream(feed) for _ in range(feeding.MOST_WATCHERS)]
+    feed = EventLog()
+    watchers = [stream(feed) for _ in range(feeding.MAX_WATCHERS)]
     for watcher, _ in watchers:
         feed.check_room()
         await anext(watcher)
-    with pytest.raises(Refusal, match="watch this board already") as refused:
+    with pytest.raises(ApiError, match="watch this board already") as refused:
         feed.check_room()
     assert (refused.value.status, refused.value.retry_after) == (429, feeding.RETRY_SECONDS)
     ending = [asyncio.create_task(anext(watcher, b"end")) for watcher, _ in watchers]
@@ -352,7 +362,7 @@ async def test_with_other_keys_who_watches_must_show_one_again(target: Target, d
             await anext(pieces)
             board = pair.service._board
             assert board is not None
-            pair.service.change(ServiceLimits(max_new_tokens=9), frozenset({"other"}), board)
+            pair.service.reconfigure(ServiceLimits(max_new_tokens=9), frozenset({"other"}), board)
             async with asyncio.timeout(5):
                 async for _ in pieces:
                     pass
@@ -381,7 +391,7 @@ async def test_who_takes_nothing_is_dropped() -> None:
 
 async def test_silence_is_broken_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "SILENCE_SECONDS", 0.01)
-    watcher, _ = stream(Feed())
+    watcher, _ = stream(EventLog())
     await anext(watcher)
     assert await anext(watcher) == b": still here\n\n"
 
@@ -389,15 +399,15 @@ async def test_silence_is_broken_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 # Reports
 
 
-def reporter(draft: OnnxDraft, totals: Totals | None = None) -> tuple[Feed, Reporter]:
-    feed = Feed()
-    order = Order(draft.tokenizer.encode(PROMPT).ids, Sampling(), 8, [])
-    telling = Reporter(feed, totals or Totals(), Answer(order, draft.tokenizer), draft.tokenizer)
+def reporter(draft: OnnxDraft, totals: ServiceTotals | None = None) -> tuple[EventLog, AnswerReporter]:
+    feed = EventLog()
+    order = AnswerRequest(draft.tokenizer.encode(PROMPT).ids, Sampling(), 8, [])
+    telling = AnswerReporter(feed, totals or ServiceTotals(), Answer(order, draft.tokenizer), draft.tokenizer)
     telling.begin()
     return feed, telling
 
 
-def told(feed: Feed, kind: type[News]) -> list[News]:
+def told(feed: EventLog, kind: type[Event]) -> list[Event]:
     """What was added, in JSON and back."""
     lines = [line.news for kept in feed._moments for line in parsed(kept.bytes("x").decode())]
     return [news for news in lines if isinstance(news, kind)]
@@ -410,14 +420,14 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
 
     a, b, c, d = ids("\n")[:1], ids("    return")[:1], ids(" config")[:1], ids(" path")[:1]
     feed, telling = reporter(draft)
-    telling.hear(Piece(a, [], []))
-    telling.hear(Piece([], [], b))
-    telling.hear(Piece([], [], b + c))
+    telling.hear(VerifiedTokens(a, [], []))
+    telling.hear(VerifiedTokens([], [], b))
+    telling.hear(VerifiedTokens([], [], b + c))
     # The verifier is back: it agrees to the first, says another second, and the draft has gone on behind that.
-    telling.hear(Piece(b, d, c))
-    telling.hear(Piece([], [], []))
+    telling.hear(VerifiedTokens(b, d, c))
+    telling.hear(VerifiedTokens([], [], []))
     text = {id_: draft.tokenizer.decode([id_]) for (id_,) in (a, b, c, d)}
-    first, second, third, fourth, fifth = told(feed, Tokens)
+    first, second, third, fourth, fifth = told(feed, TokensAdded)
     assert (first.accepted, second.unverified, third.unverified) == (
         [text[a[0]]],
         [text[b[0]]],
@@ -432,13 +442,13 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
 async def test_what_is_kept_keeps_no_answer(draft: OnnxDraft) -> None:
     """Nobody has asked yet what happened, and the answer is gone with all that it was made with."""
     feed, telling = reporter(draft)
-    telling.hear(Piece([1], [2], [3]))
+    telling.hear(VerifiedTokens([1], [2], [3]))
     telling.end("stop")
     answer = weakref.ref(telling._answer)
     del telling
     gc.collect()
     assert answer() is None
-    assert len(told(feed, Tokens)) == len(told(feed, Begun)) == len(told(feed, Ended)) == 1
+    assert len(told(feed, TokensAdded)) == len(told(feed, AnswerStarted)) == len(told(feed, AnswerFinished)) == 1
 
 
 async def test_characters_that_span_tokens_come_whole(draft: OnnxDraft) -> None:
@@ -446,18 +456,18 @@ async def test_characters_that_span_tokens_come_whole(draft: OnnxDraft) -> None:
     ids = draft.tokenizer.encode(word, add_special_tokens=False).ids
     feed, telling = reporter(draft)
     for id_ in ids:
-        telling.hear(Piece([id_], [], []))
-    assert "".join(text for news in told(feed, Tokens) for text in news.accepted) == draft.tokenizer.decode(ids)
+        telling.hear(VerifiedTokens([id_], [], []))
+    assert "".join(text for news in told(feed, TokensAdded) for text in news.accepted) == draft.tokenizer.decode(ids)
 
 
 async def test_a_long_prompt_is_told_by_its_end(draft: OnnxDraft) -> None:
-    feed = Feed()
-    order = Order(draft.tokenizer.encode("import os\n" * 400).ids, Sampling(), 8, [])
-    telling = Reporter(feed, Totals(), Answer(order, draft.tokenizer), draft.tokenizer)
+    feed = EventLog()
+    order = AnswerRequest(draft.tokenizer.encode("import os\n" * 400).ids, Sampling(), 8, [])
+    telling = AnswerReporter(feed, ServiceTotals(), Answer(order, draft.tokenizer), draft.tokenizer)
     telling.end("cancelled")
     assert not feed._moments, "it never began"
     telling.begin()
-    (begun,) = told(feed, Begun)
+    (begun,) = told(feed, AnswerStarted)
     assert begun.prompt_tokens == len(order.prompt) > 500
     assert begun.prompt.startswith("… ")
     assert begun.prompt.endswith("import os\n")
@@ -467,10 +477,12 @@ async def test_a_long_prompt_is_told_by_its_end(draft: OnnxDraft) -> None:
 # Gauges
 
 
-async def gauges(known: Surroundings | None, profile: str = "", draft_seconds: float = 0.0) -> tuple[Gauges, Pulse]:
+async def gauges(
+    known: Surroundings | None, profile: str = "", draft_seconds: float = 0.0
+) -> tuple[GaugeSample, GaugeSampler]:
     async with VerifierClient("https://verifier.example") as client:
-        totals = Totals()
-        pulse = Pulse(Feed(), totals, Queue(1, 1), client)
+        totals = ServiceTotals()
+        pulse = GaugeSampler(EventLog(), totals, AdmissionQueue(1, 1), client)
         pulse.surroundings = None if known is None else lambda: known
         pulse.power = find_profile(profile).power if profile else None
         pulse.take()
@@ -509,7 +521,7 @@ async def test_joules_are_the_sensors_or_else_modelled() -> None:
     half, pulse = await gauges(Surroundings(), "raspberry-pi-5", draft_seconds=1.0)
     busy, _ = await gauges(Surroundings(), "raspberry-pi-5", draft_seconds=50.0)
     async with VerifierClient("http://127.0.0.1:1") as client:
-        page = Metrics(Queue(1, 1), client, pulse).page().decode()
+        page = ServiceMetrics(AdmissionQueue(1, 1), client, pulse).render().decode()
     assert f'flexspec_board_energy_joules_total{{source="profile"}} {pulse.joules["profile"]!r}\n' in page
     assert "flexspec_board_power_watts" not in page, "that is for sensors"
     assert (idle.watts, busy.watts) == (power.idle_watts, power.busy_watts)
@@ -519,7 +531,7 @@ async def test_joules_are_the_sensors_or_else_modelled() -> None:
 
 async def test_a_board_that_slept_did_not_draw_all_the_while() -> None:
     async with VerifierClient("http://127.0.0.1:1") as client:
-        pulse = Pulse(Feed(), Totals(), Queue(1, 1), client)
+        pulse = GaugeSampler(EventLog(), ServiceTotals(), AdmissionQueue(1, 1), client)
         pulse.surroundings = lambda: Surroundings(watts=5.0)
         pulse._last -= 3600.0
         assert pulse.take().joules == 0.0
@@ -535,13 +547,13 @@ async def test_a_board_that_slept_did_not_draw_all_the_while() -> None:
     ],
 )
 def test_who_can_read_on_the_way(url: str, who: str) -> None:
-    assert privacy(url) == who
+    assert classify_privacy(url) == who
 
 
 def test_it_costs_little_when_nobody_watches(draft: OnnxDraft) -> None:
     """An order of magnitude below what a round's own Python costs."""
     _, telling = reporter(draft)
-    piece = Piece([1, 2, 3], [4], [])
+    piece = VerifiedTokens([1, 2, 3], [4], [])
     started = time.thread_time()
     for _ in range(1000):
         telling.hear(piece)

@@ -12,14 +12,13 @@ from contextlib import aclosing
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.decoding.detokenizer import Detokeniser
-from edge_runtime.decoding.generation import Generation, Piece
+from edge_runtime.decoding import Detokenizer, Generation, VerifiedTokens
 from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.service.stop_strings import StopFinder
+from edge_runtime.service.stop_strings import StopStringFilter
 
 
-class Order(msgspec.Struct, frozen=True):
+class AnswerRequest(msgspec.Struct, frozen=True):
     """What is to be written.
 
     Attributes:
@@ -39,7 +38,7 @@ class Order(msgspec.Struct, frozen=True):
     on_link_loss: OnLinkLoss = "wait"
 
 
-class Change(msgspec.Struct, frozen=True):
+class TextChange(msgspec.Struct, frozen=True):
     """What became of an answer's text; sizes are in characters.
 
     Attributes:
@@ -52,14 +51,14 @@ class Change(msgspec.Struct, frozen=True):
     withdrawn: int = 0
     unverified: int = 0
 
-    def then(self, later: Change) -> Change:
+    def then(self, later: TextChange) -> TextChange:
         """Both in one."""
         cut = min(later.withdrawn, len(self.text))
         text = self.text[: len(self.text) - cut] + later.text
-        return Change(text, self.withdrawn + later.withdrawn - cut, later.unverified)
+        return TextChange(text, self.withdrawn + later.withdrawn - cut, later.unverified)
 
 
-class Unwanted(Exception):
+class AnswerAbandoned(Exception):
     """Nobody wants the answer any more."""
 
 
@@ -77,8 +76,8 @@ class Answer:
         unwanted: it is to end at the next piece.
     """
 
-    def __init__(self, order: Order, tokenizer: Tokenizer) -> None:
-        self.order = order
+    def __init__(self, order: AnswerRequest, tokenizer: Tokenizer) -> None:
+        self.request = order
         self.tokens = self.unverified_tokens = 0
         self.finish = ""
         self.queued_seconds = self.first_seconds = self.seconds = 0.0
@@ -86,11 +85,11 @@ class Answer:
         self.done = self.unwanted = False
         # More than one where a draft failed and the cloud went on.
         self._generations: list[Generation] = []
-        self._text = Detokeniser(tokenizer)
-        self._stops = StopFinder(order.stops)
+        self._text = Detokenizer(tokenizer)
+        self._stops = StopStringFilter(order.stops)
         # What of the text shown so far is unverified.
         self._tail = ""
-        self._unread: Change | None = None
+        self._unread: TextChange | None = None
         self._changed = asyncio.Event()
         self._started = time.perf_counter()
 
@@ -107,7 +106,7 @@ class Answer:
     @property
     def ids(self) -> list[int]:
         """Tokens of the answer so far."""
-        return self._generations[-1].ids[len(self.order.prompt) :] if self._generations else []
+        return self._generations[-1].ids[len(self.request.prompt) :] if self._generations else []
 
     @property
     def drafted(self) -> int:
@@ -134,7 +133,7 @@ class Answer:
         """Tokens that the draft had said alone and the target did not."""
         return sum(generation.statistics.withdrawn for generation in self._generations)
 
-    async def write(self, generation: Generation, hear: Callable[[Piece], None]) -> None:
+    async def write(self, generation: Generation, hear: Callable[[VerifiedTokens], None]) -> None:
         """Plays `generation` to its end or to a stop string; `hear` is told every piece.
 
         Raises what the generation raises, and Unwanted.
@@ -144,7 +143,7 @@ class Answer:
         async with aclosing(generation.__aiter__()) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if self.unwanted:
-                    raise Unwanted
+                    raise AnswerAbandoned
                 hear(piece)
                 text = ""
                 for token in piece.accepted + piece.own:
@@ -156,14 +155,14 @@ class Answer:
                         return
                 # What may yet turn out to be none is not searched in the finder itself.
                 stops = copy.copy(self._stops)
-                tail = stops.feed("".join(self._text.behind(piece.unverified))) if piece.unverified else ""
+                tail = stops.feed("".join(self._text.preview(piece.unverified))) if piece.unverified else ""
                 over = stops.found or (piece.unverified and generation.finish)
-                self._show(text, tail + stops.end() if over else tail)
+                self._show(text, tail + stops.flush() if over else tail)
                 if over:
                     self.unverified_tokens = len(piece.unverified)
                     self.finish = "stop" if stops.found else generation.finish
                     return
-        self._show(self._stops.end())
+        self._show(self._stops.flush())
         self.finish = generation.finish
 
     def end(self, error: Exception | None = None) -> None:
@@ -181,7 +180,7 @@ class Answer:
         if self._unread is None and self.error:
             raise self.error
 
-    async def news(self, seconds: float | None = None) -> Change | None:
+    async def news(self, seconds: float | None = None) -> TextChange | None:
         """What was not read yet, as soon as there is some; None when all was read.
 
         Raises the answer's error, and TimeoutError: there was nothing for so many `seconds`.
@@ -195,7 +194,7 @@ class Answer:
 
     async def whole(self) -> str:
         """All text that was not read yet, at the end. Raises the answer's error."""
-        whole = Change("")
+        whole = TextChange("")
         while change := await self.news():
             whole = whole.then(change)
         return whole.text
@@ -211,7 +210,7 @@ class Answer:
         after, kept = text + tail, 0
         while kept < min(len(before), len(after)) and before[kept] == after[kept]:
             kept += 1
-        change = Change(after[kept:], len(before) - kept, len(tail))
+        change = TextChange(after[kept:], len(before) - kept, len(tail))
         if not change.text and len(before) == len(tail):
             return
         self.first_seconds = self.first_seconds or self._elapsed()
