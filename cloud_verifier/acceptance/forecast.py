@@ -24,7 +24,7 @@ from cloud_verifier.acceptance.measure import (
 )
 from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory, load_tokenizer, tokenizer_vocabulary_hash
-from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import InputError, TargetError
 from edge_runtime.protocol.sampling import Sampling

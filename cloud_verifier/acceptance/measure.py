@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cloud_verifier.model.sampling import SamplingBatch, coupled_scores, sample_tokens
-from edge_runtime.draft.model import DraftContext, Proposal
+from edge_runtime.draft import DraftContext, Proposal
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 
 # Reported by default: greedy decoding, a common chat setting, and unmodified sampling.

@@ -14,8 +14,7 @@ from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
 from cloud_verifier.model.target import Target
-from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS
+from edge_runtime.draft import PREFILL_CHUNK_TOKENS, OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
 from edge_runtime.protocol.sampling import Sampling

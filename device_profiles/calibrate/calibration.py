@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from device_profiles.calibrate import machine
-from edge_runtime.draft.model import DraftContext, OnnxDraft
+from edge_runtime.draft import DraftContext, OnnxDraft
 from edge_runtime.planning.board_profile import (
     BoardPower,
     BoardProfile,
@@ -35,7 +35,7 @@ from edge_runtime.planning.board_profile import (
 )
 from edge_runtime.protocol.bundle import Bundle, read_bundle
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.verifier import VerifierClient
 
 # Sampling costs least when greedy and most with top-p; this is in between.
 SAMPLING = Sampling(temperature=0.7)

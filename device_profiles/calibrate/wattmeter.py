@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 
-from edge_runtime.probes.battery import read_supply
-from edge_runtime.probes.firmware import read_firmware
-from edge_runtime.probes.power import PowerReading, read_sensors
-from edge_runtime.probes.rapl import RaplProbe
-from edge_runtime.probes.roots import Reader, Roots
-from edge_runtime.probes.snapshot import best_power
+from edge_runtime.probes import (
+    PowerReading,
+    RaplProbe,
+    Reader,
+    Roots,
+    best_power,
+    read_firmware,
+    read_sensors,
+    read_supply,
+)
 
 
 class Wattmeter:

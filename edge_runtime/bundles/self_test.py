@@ -82,7 +82,7 @@ def check_draft(path: Path) -> SelfTestReport:
         FlexSpecError: the draft does not load, does not run, or drafts other tokens after a rollback.
     """
     # Imported here, because callers of `run_self_test` do not need onnxruntime.
-    from edge_runtime.draft.model import DraftContext, OnnxDraft, Proposal
+    from edge_runtime.draft import DraftContext, OnnxDraft, Proposal
     from edge_runtime.protocol.bundle import hash_vocabulary
     from edge_runtime.protocol.sampling import Sampling
 

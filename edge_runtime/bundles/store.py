@@ -33,7 +33,7 @@ from edge_runtime.protocol.bundle import MANIFEST_NAME, Bundle, Manifest, read_b
 from edge_runtime.protocol.errors import BundleCorrupt, BundleError, BundleMissing, FlexSpecError, InputError
 
 if TYPE_CHECKING:
-    from edge_runtime.settings.table import DraftSettings
+    from edge_runtime.settings import DraftSettings
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from edge_runtime.protocol.errors import InputError, VerifierUnreachable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edge_runtime.decoding.generation import Generation
+    from edge_runtime.decoding import Generation
     from edge_runtime.protocol.sampling import Sampling
 
 DESCRIPTION = """\
@@ -93,10 +93,10 @@ async def _run(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from edge_runtime.cli.text_stream import TextStream
-    from edge_runtime.decoding.generation import Generation
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.decoding import Generation
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.sampling import Sampling
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.verifier import VerifierClient
 
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("cloud_verifier") is None:
         raise InputError('the demo runs the verifier here too: pip install "flexspec[cloud]", or use `make demo`')

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.settings_options import add_settings
-from edge_runtime.settings.table import DraftSettings
+from edge_runtime.settings import DraftSettings
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
-    from edge_runtime.ngram_cache.lookup import NgramCache
+    from edge_runtime.ngram_cache import NgramCache
     from edge_runtime.protocol.bundle import Manifest
 
 # Part of a source checkout only, not of an installed package.
@@ -53,8 +53,7 @@ def open_ngram_cache(draft: DraftSettings, manifest: Manifest, default_directory
     Args:
         default_directory: where to keep it if the settings name no directory; None keeps it in memory only.
     """
-    from edge_runtime.ngram_cache.lookup import NgramCache
-    from edge_runtime.ngram_cache.store import NgramStore
+    from edge_runtime.ngram_cache import NgramCache, NgramStore
 
     if not draft.ngram_cache:
         return None

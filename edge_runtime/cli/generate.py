@@ -18,10 +18,9 @@ from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
-    from edge_runtime.decoding.statistics import GenerationStatistics
+    from edge_runtime.decoding import GenerationStatistics
     from edge_runtime.protocol.sampling import Sampling
-    from edge_runtime.verifier.client import VerifierClient
-    from edge_runtime.verifier.link_faults import Fault
+    from edge_runtime.verifier import Fault, VerifierClient
 
 DESCRIPTION = """\
 Continues a prompt: the draft model runs here, the target model on a verifier. On a terminal, accepted draft tokens are
@@ -85,8 +84,8 @@ async def _run(options: argparse.Namespace) -> int:
     import psutil
 
     from edge_runtime.cli.text_stream import TextStream
-    from edge_runtime.decoding.generation import Generation
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.decoding import Generation
+    from edge_runtime.draft import OnnxDraft
 
     settings = read_settings(options)
     bundle = resolve_bundle(options, settings.draft)
@@ -178,7 +177,7 @@ def _summarize(statistics: GenerationStatistics) -> str:
 @contextlib.asynccontextmanager
 async def _report_link_trouble(client: VerifierClient, *, quiet: bool) -> AsyncIterator[None]:
     """Print to standard error why no verifier can be reached; consecutive reports of the same fault only once."""
-    from edge_runtime.verifier.link_faults import HINTS
+    from edge_runtime.verifier import HINTS
 
     async def check() -> None:
         reported: Fault | None = None

@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 async def _show(options: argparse.Namespace) -> int:
-    from edge_runtime.ngram_cache.store import STORE_SUFFIX, NgramStore
+    from edge_runtime.ngram_cache import STORE_SUFFIX, NgramStore
 
     directory = _directory(options)
     for path in _list_files(directory):
@@ -71,7 +71,7 @@ async def _show(options: argparse.Namespace) -> int:
 
 
 async def _erase(options: argparse.Namespace) -> int:
-    from edge_runtime.ngram_cache.store import erase_stores
+    from edge_runtime.ngram_cache import erase_stores
 
     directory = _directory(options)
     try:

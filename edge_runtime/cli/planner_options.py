@@ -17,13 +17,13 @@ import msgspec
 from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.planning.plan import FIXED_PLAN, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings.table import PlannerSettings, PolicyName
+from edge_runtime.settings import PlannerSettings, PolicyName
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.planning.board_profile import BoardPower
-    from edge_runtime.probes.tcp import ByteMeter
+    from edge_runtime.probes import ByteMeter
 
 PLANNER_KEYS = ("planner.policy", "planner.objective", "planner.profile", "planner.radio", "planner.energy_budget")
 
@@ -120,7 +120,7 @@ def read_board_power(settings: PlannerSettings) -> BoardPower | None:
 @contextlib.asynccontextmanager
 async def run_probes(meter: ByteMeter) -> AsyncIterator[Callable[[], Surroundings]]:
     """Run the probes in the background; yield a function that quickly returns their latest readings."""
-    from edge_runtime.probes.snapshot import Prober
+    from edge_runtime.probes import Prober
 
     prober = Prober()
 

@@ -14,8 +14,8 @@ from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
-    from edge_runtime.probes.snapshot import Prober
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.probes import Prober
+    from edge_runtime.verifier import VerifierClient
 
 DESCRIPTION = """\
 Shows the readings of the board's probes: link, energy, temperature, processor. A sensor that the board does not have is
@@ -85,9 +85,8 @@ def add_parser(commands: Any) -> None:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    from edge_runtime.probes.roots import RecordedPrograms, Roots, run_program
-    from edge_runtime.probes.snapshot import Prober
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.probes import Prober, RecordedPrograms, Roots, run_program
+    from edge_runtime.verifier import VerifierClient
 
     if not 0 < options.period <= MAX_PERIOD_SECONDS:
         raise InputError(f"--period {options.period:g}: must be more than 0 and at most {MAX_PERIOD_SECONDS:g} seconds")

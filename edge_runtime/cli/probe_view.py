@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_runtime.planning.plan import Surroundings
-from edge_runtime.probes.snapshot import Snapshot
-from edge_runtime.probes.tcp import TcpInfo
+from edge_runtime.probes import Snapshot, TcpInfo
 
 # Name and value.
 Line = tuple[str, str]

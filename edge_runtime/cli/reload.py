@@ -24,8 +24,8 @@ from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.state import BoardRuntime
-from edge_runtime.settings.table import SETTINGS, Settings
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.settings import SETTINGS, Settings
+from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from edge_runtime.cli.settings_options import add_config_option, add_settings, r
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings.table import Settings
+from edge_runtime.settings import Settings
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.service.app import Service
     from edge_runtime.service.state import BoardRuntime
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ async def _load_board(
 ) -> BoardRuntime:
     """Load the draft and everything else that answers need, and activate the service."""
     from edge_runtime.cli.serve_limits import check_memory
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.service.chat_template import load_chat_template
     from edge_runtime.service.state import BoardRuntime
 

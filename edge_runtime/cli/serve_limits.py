@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings.table import Settings
+from edge_runtime.settings import Settings
 
 # `serve` checks its options before it loads what takes long.
 if TYPE_CHECKING:

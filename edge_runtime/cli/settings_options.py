@@ -14,8 +14,7 @@ from typing import Any
 
 from msgspec import inspect
 
-from edge_runtime.settings.table import SETTINGS, SettingEntry, Settings
-from edge_runtime.settings.validators import bare_type
+from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
 
 ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
 

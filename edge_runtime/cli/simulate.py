@@ -12,9 +12,7 @@ from edge_runtime.protocol.errors import InputError
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.planning.objective import Objective
-    from edge_runtime.simulation.recorded_texts import RecordedText
-    from edge_runtime.simulation.result import SimulationResult
-    from edge_runtime.simulation.world import World
+    from edge_runtime.simulation import RecordedText, SimulationResult, World
 
 TRACES = Path(__file__).resolve().parents[2] / "export" / "example_family" / "acceptance.npz"
 
@@ -82,8 +80,7 @@ def add_parser(commands: Any) -> None:
 
 async def _run(options: argparse.Namespace) -> int:
     from edge_runtime.planning.objective import parse_objective
-    from edge_runtime.simulation.recorded_texts import read_texts
-    from edge_runtime.simulation.world import make_world
+    from edge_runtime.simulation import make_world, read_texts
 
     if options.texts < 1:
         raise InputError(f"--texts {options.texts}: must be at least 1")
@@ -147,8 +144,7 @@ def _simulate_all(
     """Return the results of the policy, which comes first, and of the plans to compare it with."""
     from edge_runtime.planning.factory import DEFAULT_POLICY, make_planner
     from edge_runtime.planning.plan import FixedPlanner, Plan
-    from edge_runtime.simulation import oracle
-    from edge_runtime.simulation.simulator import simulate
+    from edge_runtime.simulation import oracle, simulate
 
     planner = make_planner(policy or DEFAULT_POLICY, objective, world().device)
     played = simulate(texts, planner, world(), log=True)

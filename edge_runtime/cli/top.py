@@ -145,7 +145,7 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
 
     import httpx
 
-    from edge_runtime.settings.validators import is_in_clear, read_secret
+    from edge_runtime.settings import is_in_clear, read_secret
 
     key = read_secret(options.api_key_file) if options.api_key_file else ""
     try:

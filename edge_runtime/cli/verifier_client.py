@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings.table import VerifierSettings
-from edge_runtime.settings.validators import is_in_clear, read_secret
+from edge_runtime.settings import VerifierSettings, is_in_clear, read_secret
 
 # Imported by every command; the client is slow to import.
 if TYPE_CHECKING:
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.verifier import VerifierClient
 
 
 VERIFIER_KEYS = (
@@ -50,7 +49,7 @@ def read_token(verifier: VerifierSettings) -> str:
 
 def make_client(verifier: VerifierSettings) -> VerifierClient:
     """Create the client. Raises InputError: the settings are unusable, or would send something private unencrypted."""
-    from edge_runtime.verifier.client import VerifierClient
+    from edge_runtime.verifier import VerifierClient
 
     check_verifier_settings(verifier)
     certificate = None

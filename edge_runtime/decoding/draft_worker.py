@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from edge_runtime.decoding.round_rules import limit_ahead
-from edge_runtime.draft.model import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
-from edge_runtime.ngram_cache.lookup import NgramCache
+from edge_runtime.draft import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
+from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import UNRANKED, Plan, ShadowGuess
 from edge_runtime.protocol.errors import DraftError
 from edge_runtime.protocol.sampling import Sampling

@@ -32,8 +32,8 @@ from edge_runtime.decoding.round_rules import (
     work_in_flight,
 )
 from edge_runtime.decoding.statistics import GenerationStatistics
-from edge_runtime.draft.model import OnnxDraft, Proposal
-from edge_runtime.ngram_cache.lookup import NgramCache
+from edge_runtime.draft import OnnxDraft, Proposal
+from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import (
     FIXED_PLAN,
     Conditions,
@@ -48,8 +48,7 @@ from edge_runtime.planning.plan import (
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling, validate_prompt
-from edge_runtime.verifier.client import VerifierClient
-from edge_runtime.verifier.session import EarlyRound, RoundUpdate, VerifierSession
+from edge_runtime.verifier import EarlyRound, RoundUpdate, VerifierClient, VerifierSession
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from edge_runtime.decoding.draft_worker import DraftWorker
 from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.sampling import accepted_length
-from edge_runtime.verifier.client import VerifierClient
+from edge_runtime.verifier import VerifierClient
 
 T = TypeVar("T")
 

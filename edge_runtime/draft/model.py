@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS, Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.sampler import DraftSampler
-from edge_runtime.ngram_cache.lookup import NgramCache, NgramLookup
+from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import apply_stop_rule
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError

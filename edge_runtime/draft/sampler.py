@@ -14,7 +14,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.ngram_cache.lookup import NgramProposal
+from edge_runtime.ngram_cache import NgramProposal
 from edge_runtime.protocol.sampling import Sampling, noise_bits, position_key
 
 Row = npt.NDArray[np.float32]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.decoding.statistics import RoundTotals
+from edge_runtime.decoding import RoundTotals
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Outcome
 

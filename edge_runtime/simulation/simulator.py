@@ -10,7 +10,7 @@ from itertools import islice
 
 import msgspec
 
-from edge_runtime.decoding.round_rules import (
+from edge_runtime.decoding import (
     InFlightWork,
     PendingRound,
     limit_ahead,

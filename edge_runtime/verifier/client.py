@@ -14,7 +14,7 @@ from typing import TypeVar
 import httpx
 import tenacity
 
-from edge_runtime.probes.tcp import ByteMeter
+from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.protocol.messages import ErrorCode, Message

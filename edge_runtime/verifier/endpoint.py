@@ -14,7 +14,7 @@ from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
 
-from edge_runtime.probes.tcp import ByteMeter
+from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Message

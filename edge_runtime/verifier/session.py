@@ -89,7 +89,7 @@ class VerifierSession:
     def play_early(
         self, after: list[int], draft: list[int], siblings: dict[int, list[int]] | None = None
     ) -> EarlyRound | None:
-        """Send the next round before the one in flight is answered; pass the result to `run_episode`, or drop it.
+        """Send the next round before the one in flight is answered; pass the result to `play`, or drop it.
 
         Args:
             after: the exact ids that the round in flight must append; otherwise the verifier voids this round at no

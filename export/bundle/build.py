@@ -25,7 +25,7 @@ from cloud_verifier.acceptance.measure import TEMPERATURES, choose_tokens, count
 from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, load_draft, read_description
 from cloud_verifier.draft_models.layouts import DraftPlan, fingerprint_shared
 from cloud_verifier.draft_models.safetensors_io import find_tensor_files, read_tensors
-from edge_runtime.draft.onnx_runner import OnnxRunner, make_runner
+from edge_runtime.draft import OnnxRunner, make_runner
 from edge_runtime.protocol.bundle import (
     FORMAT_VERSION,
     Architecture,

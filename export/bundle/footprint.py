@@ -61,7 +61,7 @@ def measure_footprint(bundle: Path, threads: int = 1) -> Footprint:
 
 def measure_in_process(bundle: Path, threads: int) -> Footprint:
     """Measure `bundle` in this process, which should have done nothing else before. Raises as `OnnxDraft` does."""
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.sampling import Sampling
 
     started = time.perf_counter()

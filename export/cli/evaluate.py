@@ -168,7 +168,7 @@ def open_draft(path: Path, target: Path, device: str = "cpu", threads: int = 1) 
     """
     from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, load_draft
     from cloud_verifier.registry.checkpoint import load_tokenizer
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.bundle import MANIFEST_NAME
     from export.evaluate.estimates import estimate_size
     from export.evaluate.proposers import OnnxProposer, TorchProposer
@@ -186,7 +186,7 @@ def open_draft(path: Path, target: Path, device: str = "cpu", threads: int = 1) 
 
 def _open_with_ngram_cache(path: Path, threads: int) -> Proposer:
     """The bundle at `path` with an n-gram cache."""
-    from edge_runtime.draft.model import OnnxDraft
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.bundle import MANIFEST_NAME
     from export.evaluate.proposers import OnnxProposer
 

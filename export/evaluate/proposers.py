@@ -19,11 +19,11 @@ from cloud_verifier.acceptance.measure import (
     propose_tokens,
     rank_tokens,
 )
-from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache.lookup import NgramCache
+from edge_runtime.draft import OnnxDraft
+from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import cache_bytes, weight_bytes
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.simulation.recorded_texts import MAX_SIBLINGS
+from edge_runtime.simulation import MAX_SIBLINGS
 
 # Chosen: batch size at which a target generates; larger ones gain little on one GPU.
 GENERATED_ROWS = 64

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from cloud_verifier.acceptance.measure import TEMPERATURES, Passage, propose_tokens
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import load_model
-from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, MAX_SIBLINGS, RecordedText, write_texts
+from edge_runtime.simulation import CONTINUATION_TOKENS, MAX_SIBLINGS, RecordedText, write_texts
 from export.common.progress import Progress
-from export.data.held_out import encoded, held_out
+from export.data.held_out import encode_documents, load_held_out
 from export.evaluate.traces import rank_of
 
 
@@ -131,9 +131,10 @@ def record_text(draft: OnnxDraft, target: str, prompt: list[int], new: list[int]
 def _choose_prompts(tokenizer: Tokenizer, config: RecordingConfig) -> Iterator[list[int]]:
     """Choose `config.prompts` prompts, from the texts in turn."""
     rng = random.Random(config.seed)
-    texts = held_out([config.text] if config.text is not None else [])
+    texts = load_held_out([config.text] if config.text is not None else [])
     pools = [
-        [ids for ids in encoded(tokenizer, documents) if len(ids) > config.shortest] for documents in texts.values()
+        [ids for ids in encode_documents(tokenizer, documents) if len(ids) > config.shortest]
+        for documents in texts.values()
     ]
     if not all(pools):
         raise InputError(f"not enough text for prompts of {config.shortest} tokens: give a longer --text")

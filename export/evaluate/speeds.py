@@ -12,11 +12,7 @@ from cloud_verifier.acceptance.bootstrap import Bootstrap, Interval
 from edge_runtime.planning.board_profile import BoardProfile, find_profile
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.plan import FixedPlanner, Plan
-from edge_runtime.simulation.links import parse_link
-from edge_runtime.simulation.recorded_texts import RecordedText
-from edge_runtime.simulation.simulator import Simulator
-from edge_runtime.simulation.verifiers import make_verifier
-from edge_runtime.simulation.world import World
+from edge_runtime.simulation import RecordedText, Simulator, World, make_verifier, parse_link
 from export.evaluate.proposers import Proposer
 
 CLOUD_ALONE = "cloud alone"

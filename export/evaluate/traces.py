@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cloud_verifier.acceptance.measure import Passage, RankedTokens
 from edge_runtime.planning.plan import UNRANKED
-from edge_runtime.simulation.recorded_texts import CONTINUATION_TOKENS, RecordedText, accepted_runs
+from edge_runtime.simulation import CONTINUATION_TOKENS, RecordedText, accepted_runs
 from export.evaluate.loops import find_loops
 
 

@@ -10,7 +10,7 @@ import torch
 
 from edge_runtime.protocol.errors import InputError
 from export.data.corpus import DOMAINS, Domain, Source, gather, is_held_out, refuse
-from export.data.token_stream import Mixture, TokenStream, read_ids, tokenise, write_ids
+from export.data.token_stream import MixedStream, TokenStream, read_ids, tokenize_texts, write_ids
 from export.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 SMALL = Domain("python", (".py",), (Source("httpx", "BSD-3-Clause", "BSD", ("httpx",)),))
@@ -82,7 +82,7 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
     assert (tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|pad|>")) == (0, 1)
     text = "def héllo(x):\n\treturn '✓', 1234\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    ids = tokenise(tokenizer, [text, text])
+    ids = tokenize_texts(tokenizer, [text, text])
     assert ids.dtype == np.uint16
     assert (ids == 0).nonzero()[0].tolist() == [len(ids) // 2 - 1, len(ids) - 1]
     with pytest.raises(InputError, match="fill only"):
@@ -114,5 +114,5 @@ def test_a_mixture_keeps_its_shares() -> None:
     parts = [
         (TokenStream(torch.full((99,), number, dtype=torch.int32)), share) for number, share in enumerate((6, 3, 1))
     ]
-    windows = Mixture(tuple(parts)).windows(20, 4, np.random.default_rng(0))
+    windows = MixedStream(tuple(parts)).windows(20, 4, np.random.default_rng(0))
     assert windows[:, 0].bincount().tolist() == [12, 6, 2]

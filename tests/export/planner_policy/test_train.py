@@ -11,10 +11,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from edge_runtime.planning.analytic import AnalyticPlanner
-from edge_runtime.planning.learned import CORRECTIONS, Policy, Training
+from edge_runtime.planning.learned import CORRECTIONS, CorrectionPolicy, PolicyMetadata
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.simulation.recorded_texts import Text, read_texts
+from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from export.cli.main import main
 from export.planner_policy.environment import FAMILY, HELD_OUT, Reference, RoundEnvironment, Settings, play, split_texts
@@ -24,7 +24,7 @@ SMALL = Lesson(steps=512, settings=4, drills=30)
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[Text]:
+def texts() -> list[RecordedText]:
     return read_texts(FAMILY / "acceptance.npz")
 
 
@@ -41,7 +41,7 @@ def test_the_environment_keeps_gymnasiums_contract() -> None:
     environment.close()
 
 
-def test_an_episodes_rewards_are_the_tokens_that_it_saves(texts: list[Text]) -> None:
+def test_an_episodes_rewards_are_the_tokens_that_it_saves(texts: list[RecordedText]) -> None:
     environment = RoundEnvironment(texts=texts)
     for seed in range(6):
         environment.reset(seed=seed)
@@ -79,7 +79,7 @@ def test_an_episode_can_be_left_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("objective", PRESETS.values(), ids=PRESETS)
-def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[Text], objective: Objective) -> None:
+def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[RecordedText], objective: Objective) -> None:
     settings = Settings(texts)
     for seed in range(5):
         setting = settings.draw(seed)
@@ -92,7 +92,7 @@ def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[Text], obj
         assert spent == pytest.approx(result.cost(objective) * result.tokens, rel=0.1 if objective.joule else 1e-3)
 
 
-def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[Text]) -> None:
+def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[RecordedText]) -> None:
     settings = Settings(texts)
     first, again = settings.draw(5), settings.draw(5)
     assert first == again
@@ -101,7 +101,7 @@ def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[Text]) 
         assert any(part in name for name in names), part
 
 
-def test_texts_to_be_judged_on_are_not_learned_from(texts: list[Text]) -> None:
+def test_texts_to_be_judged_on_are_not_learned_from(texts: list[RecordedText]) -> None:
     learnt, held_out = split_texts(texts)
     assert len(learnt) + len(held_out) == len(texts)
     assert {text.seed for text in learnt}.isdisjoint({text.seed for text in held_out})
@@ -110,8 +110,8 @@ def test_texts_to_be_judged_on_are_not_learned_from(texts: list[Text]) -> None:
 
 
 def test_training_ends_in_a_policy_that_the_board_takes(trained: Path) -> None:
-    policy = Policy(trained / "learned.onnx")
-    training = policy.training
+    policy = CorrectionPolicy(trained / "learned.onnx")
+    training = policy.metadata
     assert training.objective == PRESETS["latency"]
     assert training.trained["difference"] < 1e-3
     assert training.trained["seed"] == 0
@@ -123,12 +123,12 @@ def test_training_ends_in_a_policy_that_the_board_takes(trained: Path) -> None:
     # Barely trained, it is what it started as.
     assert 0.9 < ratios["mean"] < 1.1
     middle = (np.array(training.low, np.float32) + np.array(training.high, np.float32)) / 2
-    assert policy.choice(middle) == 0
+    assert policy.choose(middle) == 0
 
 
 def test_the_same_seed_gives_the_same_policy(trained: Path, tmp_path: Path) -> None:
     again = make_policy(SMALL, tmp_path)
-    before = msgspec.json.decode((trained / "learned.json").read_bytes(), type=Training)
+    before = msgspec.json.decode((trained / "learned.json").read_bytes(), type=PolicyMetadata)
     assert again.low == before.low
     assert again.sha256 == before.sha256
 
@@ -154,5 +154,5 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         == 0
     )
     assert "settings 2" in capsys.readouterr().out
-    assert Policy(output / "learned.onnx").training.objective == PRESETS["cloud"]
+    assert CorrectionPolicy(output / "learned.onnx").metadata.objective == PRESETS["cloud"]
     assert main(["policy", "--steps", "0", "--output", str(output)]) == InputError.exit_code
