@@ -252,7 +252,7 @@ async def test_an_engine_reports_the_age_of_its_current_forward(tiny: Target) ->
     await asyncio.sleep(0.05)
     assert engine.stalled_seconds >= 0.05
     go_on.set()
-    await answer.whole()
+    await answer.result()
     await until(lambda: not engine.stalled_seconds)
     engine.stop()
     # Its thread has ended, so no request would be served.
