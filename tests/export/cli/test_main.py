@@ -14,7 +14,7 @@ from export.bundle.onnx_graph import GRAPH_KINDS, WEIGHT_TYPES
 from export.cli import choices
 from export.cli.family import STAGES, TRAINED_STAGES
 from export.draft.distill import Objective
-from export.example_family.sizes import SIZES, Size
+from export.example_family.sizes import SIZES, FamilySize
 
 # Runs `draft-export` with the packages of the extras blocked, as on a base install.
 BASE_INSTALL = """
@@ -38,7 +38,7 @@ def test_choices_match_their_definitions() -> None:
     assert tuple(LAYOUTS) == choices.LAYOUTS
     assert get_args(Objective) == choices.OBJECTIVES
     assert tuple(SIZES) == choices.FAMILY_SIZES
-    assert set(TRAINED_STAGES) <= set(Size.__dataclass_fields__)
+    assert set(TRAINED_STAGES) <= set(FamilySize.__dataclass_fields__)
     assert len(set(STAGES)) == len(STAGES)
 
 
