@@ -1,9 +1,13 @@
-"""The HTTP verifier: it says what the target itself would have said.
+"""The verifier: verifies the tokens that boards draft with a large target model, over HTTP.
 
-    doors       HTTP: routes, servers, and replicas behind one door
-    serving     sessions and rounds: who may ask, in which order, and what becomes of it
-    model       a target at work: its forwards, its choices, its memory
-    versions    target versions at rest: what they are made of, and which of them is served
+    cli             `cloud-verifier`, one module per command
+    replicas        several replicas at one address, with Ray Serve
+    api             HTTP routes, admin API, OpenAPI, server
+    engine          scheduler, sessions, rounds, admission, rate limits, authentication, rollout, metrics
+    acceptance      acceptance of a draft by target versions
+    model           forward passes: batch, KV cache, attention, CUDA graphs, LoRA, tensor parallelism, speculation
+    draft_models    how a draft model and its target are assembled in PyTorch
+    registry        target versions: contents, compatibility, and which of them is served
 
-Each imports what is below it. The commands stand on all four.
+Each layer imports only layers below it.
 """

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_verifier.api.app import VerifierLimits, Service
-from cloud_verifier.api.server import Server
-from cloud_verifier.engine.auth import Doors
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.model.target import Target
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 from tests.models import save_target
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "example_family"
@@ -54,11 +54,14 @@ def target_v1(family: Path) -> Target:
 
 @contextlib.asynccontextmanager
 async def serving(
-    target: Target, limits: VerifierLimits | None = None, doors: Doors | None = None, **listening: object
-) -> AsyncIterator[Server]:
-    """A real verifier on a free port of loopback, in this process; see `Server.url`."""
-    service = Service(lambda: target, limits or VerifierLimits(), doors=doors)
-    server = Server(service, Listening(**{"port": 0, **listening}))
+    target: Target,
+    limits: VerifierLimits | None = None,
+    authenticator: Authenticator | None = None,
+    **listening: object,
+) -> AsyncIterator[VerifierServer]:
+    """A real verifier on a free port of loopback, in this process; see `VerifierServer.url`."""
+    service = VerifierService(lambda: target, limits or VerifierLimits(), authenticator=authenticator)
+    server = VerifierServer(service, ListenOptions(**{"port": 0, **listening}))
     await server.start()
     try:
         yield server

@@ -1,1 +1,1 @@
-"""HTTP: routes, servers, and replicas behind one door."""
+"""The HTTP API: routes, admin API, OpenAPI document and server."""

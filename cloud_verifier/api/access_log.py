@@ -1,4 +1,4 @@
-"""One line in the log for each request. Never a token of a text in it."""
+"""The access log: one line per request. It never contains tokens of a text."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from edge_runtime.protocol.messages import ErrorCode
 
 log = logging.getLogger(__name__)
 
-# A client's own name of a request, to be found in the log; others get one of ours.
+# Accepted values of the header x-request-id.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 
 def request_id(request: Request) -> str:
-    """What the client calls its request; empty where it does not say, or nothing that a log should hold."""
-    named: str = request.headers.get("x-request-id", "")
-    return named if REQUEST_ID.fullmatch(named) else ""
+    """The client's own id of the request; empty if there is none, or if it is unfit for a log."""
+    header: str = request.headers.get("x-request-id", "")
+    return header if REQUEST_ID.fullmatch(header) else ""
 
 
-def log_request(request: Request, what: str, status: int, code: str, seconds: float) -> None:
-    """`code`: of a refusal, else empty. Rounds that went well are only for those who look for faults."""
-    usual = code == ErrorCode.ROUND_VOID or (not code and what != "open")
-    level = logging.DEBUG if usual else logging.INFO
+def log_request(request: Request, handler: str, status: int, code: str, seconds: float) -> None:
+    """Log a request. `code` is its error code, or empty. Successful rounds are logged at debug level only."""
+    routine = code == ErrorCode.ROUND_VOID or (not code and handler != "open")
+    level = logging.DEBUG if routine else logging.INFO
     if not log.isEnabledFor(level):
         return
-    named = request_id(request) or secrets.token_hex(8)
+    logged_id = request_id(request) or secrets.token_hex(8)
     principal = getattr(request.state, "principal", "")
-    # The beginning alone: the whole id is as good as a key where nobody is asked for a token.
+    # Only the beginning: without tokens, the whole id grants access to the session.
     session = getattr(request.state, "session", "")[:4]
     fields = {
-        "FLEXSPEC_REQUEST_ID": named,
+        "FLEXSPEC_REQUEST_ID": logged_id,
         "FLEXSPEC_PRINCIPAL": principal,
         "FLEXSPEC_SESSION": session,
         "FLEXSPEC_STATUS": status,
@@ -44,12 +44,12 @@ def log_request(request: Request, what: str, status: int, code: str, seconds: fl
     log.log(
         level,
         "%s: %d%s in %.1f ms, request %s%s%s",
-        what,
+        handler,
         status,
         f" {code}" if code else "",
         1e3 * seconds,
-        named,
+        logged_id,
         f" of {principal}" if principal else "",
         f", session {session}..." if session else "",
-        extra={logs.FIELDS: fields},
+        extra={logs.EXTRA_FIELDS: fields},
     )

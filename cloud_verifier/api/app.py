@@ -1,6 +1,6 @@
-"""The HTTP surface of the verifier: an ASGI application over one engine.
+"""The verifier as an ASGI application: the routes of the protocol over one scheduler.
 
-Every answer but 2xx is a `Refusal` with a typed code (see `wire.ErrorCode`), in the encoding that the client speaks.
+Every response other than 2xx is an `ErrorReply` with a typed code (see `messages.ErrorCode`), in the client's encoding.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cloud_verifier.api.access_log import log_request, request_id
-from cloud_verifier.api.admin import OPERATIONS, Admin
-from cloud_verifier.api.codec import message_of, refuse, reply, respond, while_connected
-from cloud_verifier.api.openapi import document
-from cloud_verifier.engine.admission import Counted, InFlight
-from cloud_verifier.engine.auth import Doors, Principal, Role
-from cloud_verifier.engine.metrics import Metrics
+from cloud_verifier.api.admin import ADMIN_OPERATIONS, AdminApi
+from cloud_verifier.api.codec import (
+    await_while_connected,
+    error_response,
+    message_response,
+    read_message,
+    reply_to_round,
+)
+from cloud_verifier.api.openapi import build_document
+from cloud_verifier.engine.admission import AdmissionController, InFlightMiddleware
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.metrics import VerifierMetrics
+from cloud_verifier.engine.principals import Principal, Role
 from cloud_verifier.engine.rate_limits import check_prompt_length
 from cloud_verifier.engine.rollout import Rollout
-from cloud_verifier.engine.scheduler import WINDOW_SECONDS, Engine, Make
+from cloud_verifier.engine.scheduler import BATCH_WINDOW_SECONDS, Scheduler, TargetFactory
 from cloud_verifier.engine.sessions import SessionStore
-from cloud_verifier.engine.submitter import Submitter
+from cloud_verifier.engine.submitter import RoundSubmitter
 from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
@@ -41,223 +48,236 @@ from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequ
 log = logging.getLogger(__name__)
 
 
-class Service:
-    """Handlers over one engine. `app` is the ASGI application; it owns the engine's life.
+class VerifierService:
+    """The request handlers and the state of one verifier. Its lifespan starts and stops the scheduler.
 
     Args:
-        load: makes the target, in the engine's thread.
-        speculate: makes the draft beside it, likewise; None goes without.
-        doors: who is served; by default everybody is.
-        make, window: see `Engine`.
-        rollout: makes what leads sessions to versions, of the engine and the sessions; None where there is one target.
-        check_options: see `Admin`.
+        load_target: makes the initial target, in the scheduler's thread.
+        load_speculation: makes the verifier's own draft model, or None; called in the scheduler's thread.
+        authenticator: by default requests need no token.
+        make_rollout: makes the rollout for the scheduler and the sessions; None to serve one target only.
+        check_options: see `AdminApi`.
+        target_factory, window: see `Scheduler`.
+
+    Attributes:
+        app: the ASGI application.
     """
 
     def __init__(
         self,
-        load: Callable[[], Target],
+        load_target: Callable[[], Target],
         limits: VerifierLimits,
-        speculate: Callable[[Target], Speculation | None] = lambda target: None,
-        doors: Doors | None = None,
-        rollout: Callable[[Engine, SessionStore], Rollout] | None = None,
+        *,
+        load_speculation: Callable[[Target], Speculation | None] = lambda target: None,
+        authenticator: Authenticator | None = None,
+        make_rollout: Callable[[Scheduler, SessionStore], Rollout] | None = None,
         check_options: Sequence[str] = (),
-        make: Make | None = None,
-        window: float = WINDOW_SECONDS,
+        target_factory: TargetFactory | None = None,
+        window: float = BATCH_WINDOW_SECONDS,
     ) -> None:
         self.limits = limits
-        self.doors = doors or Doors()
+        self.authenticator = authenticator or Authenticator()
         self.sessions = SessionStore(
             limits.max_sessions,
             limits.max_tokens,
             limits.idle_seconds,
-            lambda session: self.engine.release(session),
+            lambda session: self.scheduler.release(session),
             limits.page,
         )
-        self.in_flight = InFlight(limits.max_queue_seconds)
-        self.metrics = _metrics(self)
-        self.engine = Engine(load, speculate, lambda: self.sessions.load, limits.max_tokens, self.metrics, window, make)
-        self.rollout = rollout(self.engine, self.sessions) if rollout else None
-        self._submitter = Submitter(self.engine, self.sessions, self.in_flight, self.metrics)
-        # Nobody could use it where nobody is an admin.
-        self._administered = self.rollout is not None and self.doors.file is not None
+        self.admission = AdmissionController(limits.max_queue_seconds)
+        self.metrics = _build_metrics(self)
+        self.scheduler = Scheduler(
+            load_target,
+            load_speculation,
+            lambda: self.sessions.load,
+            cache_tokens=limits.max_tokens,
+            metrics=self.metrics,
+            window=window,
+            target_factory=target_factory,
+        )
+        self.rollout = make_rollout(self.scheduler, self.sessions) if make_rollout else None
+        self._submitter = RoundSubmitter(self.scheduler, self.sessions, self.admission, self.metrics)
+        # Without tokens there are no admins, so nobody could use the admin API.
+        self._has_admin_api = self.rollout is not None and self.authenticator.file is not None
         self.app = Starlette(
             routes=[
                 *self._admin_routes(check_options),
-                Route("/v1/sessions", self._answering(self.open), methods=["POST"]),
-                Route("/v1/sessions/{session}/rounds", self._answering(self.round), methods=["POST"]),
-                Route("/v1/sessions/{session}", self._answering(self.close), methods=["DELETE"]),
-                Route("/v1/models", self._answering(self.models)),
-                Route("/healthz", self._answering(self.health)),
-                Route("/readyz", self._answering(self.ready)),
-                Route("/metrics", self._answering(self.show_metrics)),
-                Route("/openapi.json", self._answering(self.openapi)),
+                Route("/v1/sessions", self._endpoint(self.open), methods=["POST"]),
+                Route("/v1/sessions/{session}/rounds", self._endpoint(self.round), methods=["POST"]),
+                Route("/v1/sessions/{session}", self._endpoint(self.close), methods=["DELETE"]),
+                Route("/v1/models", self._endpoint(self.models)),
+                Route("/healthz", self._endpoint(self.health)),
+                Route("/readyz", self._endpoint(self.ready)),
+                Route("/metrics", self._endpoint(self.show_metrics)),
+                Route("/openapi.json", self._endpoint(self.openapi)),
             ],
-            middleware=[Middleware(Counted, self.in_flight)],
-            exception_handlers={HTTPException: _no_such_route},
+            middleware=[Middleware(InFlightMiddleware, self.admission)],
+            exception_handlers={HTTPException: _unknown_route},
             lifespan=self._lifespan,
         )
-        self.app.state.doors = self.doors
+        self.app.state.authenticator = self.authenticator
         self.app.router.redirect_slashes = False
 
     @property
     def target(self) -> Target | None:
-        """What a session gets that asks for no model, canaries aside; None while it is loading."""
+        """The target for sessions that request no model, apart from canaries; None while it is loading."""
         if self.rollout is not None:
-            return self.rollout.default if self.rollout.ready else None
-        return self.engine.target
+            return self.rollout.default_target if self.rollout.ready else None
+        return self.scheduler.target
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a target."""
         return self.target is not None
 
     @property
     def failure(self) -> BaseException | None:
-        """Why there is none, and will be none."""
-        return self.engine.failure or (self.rollout.failure if self.rollout is not None else None)
+        """Why the target did not load."""
+        return self.scheduler.failure or (self.rollout.failure if self.rollout is not None else None)
 
     @property
     def stalled_seconds(self) -> float:
-        """How long the engine has been at one step."""
-        return self.engine.stalled_seconds
+        """How long the scheduler has been in its current step."""
+        return self.scheduler.stalled_seconds
 
     @property
     def in_use(self) -> bool:
-        """Whether boards may be about to ask for their next round."""
+        """Whether boards may be about to send their next round."""
         return len(self.sessions) > 0
 
-    def abandon(self) -> None:
-        """Ends the engine where the application's lifespan was not left."""
-        self.engine.stop()
+    def abort(self) -> None:
+        """Stop the scheduler after a shutdown that did not run the application's lifespan to its end."""
+        self.scheduler.stop()
 
     def status(self) -> str:
-        """What it does now, in a line."""
+        """One line about the current state."""
         target = self.target
-        draining = ", about to end" if self.in_flight.draining else ""
+        draining = ", draining" if self.admission.draining else ""
         return f"{target.version if target else 'no target'}, {len(self.sessions)} sessions{draining}"
 
     def reload(self) -> None:
-        """Reads the tokens again; sessions stay. Raises InputError, and then everything stays as it was."""
-        self.doors.reload()
-        log.info("%d tokens", len(self.doors))
+        """Read the token file again; sessions stay. On InputError nothing changes."""
+        self.authenticator.reload()
+        log.info("%d tokens", len(self.authenticator))
 
     async def drain(self, seconds: float) -> bool:
-        """From now on plays nothing new; whether what is being played was over within `seconds`."""
-        return await self.in_flight.drain(seconds)
+        """Admit no new rounds, and wait up to `seconds` for those in progress. Return whether they all ended."""
+        return await self.admission.drain(seconds)
 
     async def open(self, request: Request) -> Response:
-        """POST /v1/sessions: a session, and its first round."""
-        principal = self._admit(request, Role.BOARD)
-        opening = await message_of(request, OpenRequest, self.limits.max_body)
-        target = self._resolve(opening, principal.name)
+        """POST /v1/sessions: open a session and execute its first round."""
+        principal = self._authorize(request, Role.BOARD)
+        opening = await read_message(request, OpenRequest, self.limits.max_body)
+        target = self._resolve_target(opening, principal.name)
         await check_opening(opening, target, self.limits)
         check_prompt_length(principal, opening)
-        # From here to `add` nothing waits, so that two requests with one key cannot both open a session.
-        session = self.sessions.by_key(opening.key, principal.name)
+        # No await from here to the store's `add`, so that two requests with one key cannot both open a session.
+        session = self.sessions.find_by_key(opening.key, principal.name)
         if session is not None and not session.closed:
             if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
                 raise VerifierRefused(
                     ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt", 409
                 )
-            answer = session.next_round(opening.first)
-            if answer is None:
+            reply = session.recorded_reply(opening.first)
+            if reply is None:
                 raise VerifierRefused(
                     ErrorCode.ROUND_OUT_OF_ORDER,
-                    "this session is open already; play its rounds at its own address",
+                    "this session is already open; send its rounds to its own URL",
                     409,
-                    {"expected": session.answer.request.round + 1},
+                    {"expected": session.reply.request.round + 1},
                 )
             target = session.target
         else:
-            session = self._submitter.open(principal, opening, target)
-            answer = session.answer
-        request.state.session = opened = session.id
+            session = self._submitter.open_session(principal, opening, target)
+            reply = session.reply
+        request.state.session = session_id = session.id
 
-        def introduce(frame: Frame) -> OpenReply:
-            return OpenReply(messages.VERSION, opened, target.version, target.context, frame)
+        def open_reply(frame: Frame) -> OpenReply:
+            return OpenReply(messages.PROTOCOL_VERSION, session_id, target.version, target.context, frame)
 
-        return await reply(request, answer, opening.first.stream, opened, introduce)
+        return await reply_to_round(
+            request, reply, stream=opening.first.stream, session=session_id, open_reply=open_reply
+        )
 
     async def round(self, request: Request) -> Response:
-        """POST /v1/sessions/{id}/rounds: verify a draft, continue."""
-        principal = self._admit(request, Role.BOARD)
-        request.state.session = named = request.path_params["session"]
-        playing = await message_of(request, RoundRequest, self.limits.max_body, named)
-        session = self.sessions.get(named, principal.name)
-        running = session.ahead_of(playing)
+        """POST /v1/sessions/{id}/rounds: verify a draft and continue."""
+        principal = self._authorize(request, Role.BOARD)
+        request.state.session = session_id = request.path_params["session"]
+        round_request = await read_message(request, RoundRequest, self.limits.max_body, session_id)
+        session = self.sessions.get(session_id, principal.name)
+        running = session.running_predecessor(round_request)
         if running is not None:
-            await while_connected(request, running.over())
-            session = self.sessions.get(named, principal.name)
-        # From here to `submit` nothing waits: of several rounds that were sent ahead, one is played.
-        answer = session.next_round(playing)
-        if answer is None:
-            check_round(playing, session.target, self.limits)
-            answer = self._submitter.play(principal, session, playing)
-        return await reply(request, answer, playing.stream, session.id)
+            await await_while_connected(request, running.wait_done())
+            session = self.sessions.get(session_id, principal.name)
+        # No await from here to `submit_round`: of several rounds that were sent ahead, only one is executed.
+        reply = session.recorded_reply(round_request)
+        if reply is None:
+            check_round(round_request, session.target, self.limits)
+            reply = self._submitter.submit_round(principal, session, round_request)
+        return await reply_to_round(request, reply, stream=round_request.stream, session=session.id)
 
     async def close(self, request: Request) -> Response:
-        """DELETE /v1/sessions/{id}: frees it; closing a session that is gone is no error."""
-        principal = self._admit(request, Role.BOARD)
-        # Somebody else's is as gone as any.
+        """DELETE /v1/sessions/{id}: close a session. Closing one that does not exist is not an error."""
+        principal = self._authorize(request, Role.BOARD)
+        # Sessions of other principals do not exist for this one.
         with contextlib.suppress(VerifierRefused):
             self.sessions.remove(self.sessions.get(request.path_params["session"], principal.name).id)
         return Response(status_code=204)
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models: what can be asked for."""
-        self._admit(request, Role.BOARD)
-        self._target()
-        speculates = self.engine.speculation is not None
-        served = self.rollout.models() if self.rollout is not None else {self._target().name: self._target()}
+        """GET /v1/models: the models that sessions can request."""
+        self._authorize(request, Role.BOARD)
+        default = self._require_target()
+        speculates = self.scheduler.speculation is not None
+        served = self.rollout.models() if self.rollout is not None else {default.name: default}
         models = [
-            messages.Model(
-                name,
-                target.version,
-                target.vocabulary,
-                target.vocabulary_size,
-                target.context,
-                self.limits.max_draft,
-                messages.MOST_NODES - 1,
+            messages.ModelCard(
+                id=name,
+                version=target.version,
+                vocabulary=target.vocabulary,
+                vocabulary_size=target.vocabulary_size,
+                context=target.context,
+                max_draft=self.limits.max_draft,
+                max_nodes=messages.MAX_TREE_NODES - 1,
                 speculates=speculates,
             )
             for name, target in served.items()
         ]
-        return respond(request, messages.ModelList(models))
+        return message_response(request, messages.ModelList(models))
 
     async def health(self, request: Request) -> Response:
-        """GET /healthz: the process lives."""
+        """GET /healthz: the process is alive."""
         return Response("ok\n", media_type="text/plain")
 
     async def ready(self, request: Request) -> Response:
-        """GET /readyz: the target is loaded, and new sessions are welcome."""
-        self._target()
-        if self.in_flight.draining:
-            self.in_flight.check(opening=True)
+        """GET /readyz: the target is loaded and new sessions are admitted."""
+        self._require_target()
+        if self.admission.draining:
+            self.admission.check(opening=True)
         return Response("ready\n", media_type="text/plain")
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: for Prometheus."""
-        self._admit(request, Role.MONITOR)
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+        self._authorize(request, Role.MONITOR)
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json: this verifier, described."""
-        target = self._target()
-        described = document(
+        """GET /openapi.json: the OpenAPI document of this verifier."""
+        target = self._require_target()
+        document = build_document(
             target.vocabulary_size,
             target.context,
             self.limits.max_body,
-            tokens=self.doors.file is not None,
-            admin=self._administered,
+            tokens=self.authenticator.file is not None,
+            admin=self._has_admin_api,
         )
-        return Response(msgspec.json.encode(described), media_type="application/json")
+        return Response(msgspec.json.encode(document), media_type="application/json")
 
-    def _admit(self, request: Request, *roles: Role) -> Principal:
-        principal = self.doors.admit(request, *roles)
+    def _authorize(self, request: Request, *roles: Role) -> Principal:
+        principal = self.authenticator.authorize(request, *roles)
         request.state.principal = principal.name
         return principal
 
-    def _target(self) -> Target:
+    def _require_target(self) -> Target:
         target = self.target
         if target is None:
             if self.failure:
@@ -265,84 +285,90 @@ class Service:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
         return target
 
-    def _resolve(self, opening: OpenRequest, owner: str) -> Target:
-        """The target that the opening's session gets, or has."""
+    def _resolve_target(self, opening: OpenRequest, owner: str) -> Target:
+        """The target of the session that `opening` opens, or has opened already."""
         if self.rollout is not None:
-            session = self.sessions.by_key(opening.key, owner)
+            session = self.sessions.find_by_key(opening.key, owner)
             if session is not None and not session.closed:
                 return session.target
             return self.rollout.resolve(opening.model, opening.key)
-        target = self._target()
+        target = self._require_target()
         if opening.model not in ("", target.name, target.version):
             raise VerifierRefused(
                 ErrorCode.UNKNOWN_MODEL,
-                f"no model {opening.model[:80]!r} here; there is {target.version}",
+                f"the model {opening.model[:80]!r} does not exist here; available: {target.version}",
                 404,
                 {"available": [target.version]},
             )
         return target
 
     def _admin_routes(self, check_options: Sequence[str]) -> list[Route]:
-        if self.rollout is None or not self._administered:
+        if self.rollout is None or not self._has_admin_api:
             return []
-        admin = Admin(self.rollout, list(check_options))
-        return [Route(one.path, self._answering(admin.handler(one)), methods=[one.method]) for one in OPERATIONS]
+        admin = AdminApi(self.rollout, list(check_options))
+        return [
+            Route(operation.path, self._endpoint(admin.handler(operation)), methods=[operation.method])
+            for operation in ADMIN_OPERATIONS
+        ]
 
-    def _answering(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Turns errors into typed refusals, and writes the log's line."""
+    def _endpoint(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Wrap a handler: errors become typed replies, and the request is counted and logged."""
 
-        async def answering(request: Request) -> Response:
-            began, code = time.perf_counter(), ""
+        async def endpoint(request: Request) -> Response:
+            started, code = time.perf_counter(), ""
             try:
                 response = await handler(request)
             except VerifierRefused as error:
-                code, response = error.code, refuse(request, error)
+                code, response = error.code, error_response(request, error)
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:
                 log.exception("%s %s failed", request.method, handler.__name__)
-                error = VerifierRefused(ErrorCode.INTERNAL, "a fault of the verifier; its log says more", 500)
-                code, response = error.code, refuse(request, error)
+                error = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500)
+                code, response = error.code, error_response(request, error)
             if code:
-                self.metrics.refused(code)
-            if named := request_id(request):
-                response.headers["x-request-id"] = named
-            log_request(request, handler.__name__, response.status_code, code, time.perf_counter() - began)
+                self.metrics.count_refusal(code)
+            if client_id := request_id(request):
+                response.headers["x-request-id"] = client_id
+            log_request(request, handler.__name__, response.status_code, code, time.perf_counter() - started)
             return response
 
-        return answering
+        return endpoint
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.engine.start()
-        following = asyncio.create_task(self.rollout.run()) if self.rollout is not None else None
+        self.scheduler.start()
+        rollout_task = asyncio.create_task(self.rollout.run()) if self.rollout is not None else None
         yield
-        if following is not None:
-            following.cancel()
+        if rollout_task is not None:
+            rollout_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await following
-        self.engine.stop()
+                await rollout_task
+        self.scheduler.stop()
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
+async def _unknown_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
-    sentence = f"no {request.method} {request.url.path} here; see the protocol in edge_runtime/protocol/messages.py"
-    return refuse(request, VerifierRefused(ErrorCode.UNKNOWN_ROUTE, sentence, status))
+    sentence = (
+        f"this verifier has no route {request.method} {request.url.path}; "
+        "see the protocol in edge_runtime/protocol/messages.py"
+    )
+    return error_response(request, VerifierRefused(ErrorCode.UNKNOWN_ROUTE, sentence, status))
 
 
-def _metrics(service: Service) -> Metrics:
-    """Counters, and gauges of what the service holds."""
-    metrics, sessions, limits = Metrics(), service.sessions, service.limits
+def _build_metrics(service: VerifierService) -> VerifierMetrics:
+    """Counters, and gauges of the service's state."""
+    metrics, sessions, limits = VerifierMetrics(), service.sessions, service.limits
     for name, text, value in (
-        ("sessions", "Sessions that are open.", lambda: len(sessions)),
-        ("session_limit", "Sessions that there may be.", lambda: limits.max_sessions),
-        ("cache_tokens", "Tokens of all sessions, whose keys and values are kept.", lambda: sessions.tokens),
-        ("cache_token_limit", "Tokens that there may be.", lambda: limits.max_tokens),
-        ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.in_flight)),
-        ("rounds_waiting", "Of these, those that have no token yet.", lambda: service.in_flight.waiting),
-        ("queue_oldest_seconds", "That the oldest of them has waited.", lambda: service.in_flight.queue_seconds),
-        ("draining", "1 when it is about to end.", lambda: service.in_flight.draining),
+        ("sessions", "Open sessions.", lambda: len(sessions)),
+        ("session_limit", "Most sessions that can be open.", lambda: limits.max_sessions),
+        ("cache_tokens", "Tokens of all sessions in the KV cache.", lambda: sessions.tokens),
+        ("cache_token_limit", "Most tokens in the KV cache.", lambda: limits.max_tokens),
+        ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.admission)),
+        ("rounds_waiting", "Of these, rounds that have no token yet.", lambda: service.admission.waiting),
+        ("queue_oldest_seconds", "Longest time that one of them has waited.", lambda: service.admission.queue_seconds),
+        ("draining", "1 while the verifier drains before it stops.", lambda: service.admission.draining),
     ):
-        metrics.gauge(name, text, value)
-    metrics.counter("session_evictions", "Sessions that had to go to make room.", lambda: sessions.evictions)
+        metrics.add_gauge(name, text, value)
+    metrics.add_counter("session_evictions", "Sessions evicted to make room.", lambda: sessions.evictions)
     return metrics

@@ -1,4 +1,4 @@
-"""From a request's bytes to a message, and from an answer back to bytes, in the encoding that the client speaks."""
+"""Decodes request bodies into messages and encodes replies, in the encoding that the client uses."""
 
 from __future__ import annotations
 
@@ -10,135 +10,147 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from cloud_verifier.engine.sessions import Answer
+from cloud_verifier.engine.sessions import RoundReply
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, Message, OpenReply
 
 M = TypeVar("M", bound=Message)
 
-# Seconds after which another attempt is worth while, where a refusal does not say.
-MOMENT_SECONDS = 1
-# Statuses with which a client is told when to come back.
-LATER = (429, 503)
-# Paths where everything is JSON.
-ADMIN = "/admin/"
+# Retry-After if the error names no time.
+DEFAULT_RETRY_SECONDS = 1
+# Statuses that carry Retry-After.
+RETRY_STATUSES = (429, 503)
+# Paths whose bodies are always JSON.
+ADMIN_PREFIX = "/admin/"
 
 
-async def message_of(request: Request, kind: type[M], limit: int, session: str = "") -> M:
-    """The message in a body of at most `limit` bytes; for `session` see `wire.decode`. Raises VerifierRefused."""
-    body = await body_of(request, limit)
+async def read_message(request: Request, kind: type[M], limit: int, session: str = "") -> M:
+    """Decode a body of at most `limit` bytes; see `messages.decode` for `session`. Raises VerifierRefused."""
+    body = await read_body(request, limit)
     try:
-        message = messages.decode(body, kind, media_type_of(request), session)
+        message = messages.decode(body, kind, request_media_type(request), session)
     except InputError as error:
-        if isinstance(error, messages.Damaged):
+        if isinstance(error, messages.DamagedMessage):
             raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
-        _check_version(messages.version_of(body, media_type_of(request)))
+        _check_protocol_version(messages.peek_version(body, request_media_type(request)))
         code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
         raise VerifierRefused(code, str(error), 400) from None
-    _check_version(message.v)
+    _check_protocol_version(message.v)
     return message
 
 
-async def reply(
+async def reply_to_round(
     request: Request,
-    answer: Answer,
+    reply: RoundReply,
+    *,
     stream: bool,
     session: str,
-    introduce: Callable[[Frame], OpenReply] | None = None,
+    open_reply: Callable[[Frame], OpenReply] | None = None,
 ) -> Response:
-    """The frames of `answer`, one by one or as one, for `session`; `introduce` dresses the first of an opening."""
+    """Respond with the frames of a round, streamed or merged into one.
+
+    Args:
+        session: id of the session that the round belongs to.
+        open_reply: for an opening: wraps the first frame.
+
+    Raises:
+        VerifierRefused: the round failed before its first frame.
+    """
     if not stream:
-        whole = await answer.whole()
-        return respond(request, introduce(whole)) if introduce else respond(request, whole, session=session)
-    media_type = _answer_type(request)
-    frames = answer.frames()
-    # The first frame is awaited here, so that a refusal still has its own status.
+        result = await reply.result()
+        if open_reply:
+            return message_response(request, open_reply(result))
+        return message_response(request, result, session=session)
+    media_type = _reply_media_type(request)
+    frames = reply.frames()
+    # Await the first frame here, so that an error still gets its own status.
     first = await anext(frames)
 
     async def body() -> AsyncIterator[bytes]:
-        if introduce:
-            yield messages.encode_frame(introduce(first), media_type)
+        if open_reply:
+            yield messages.encode_frame(open_reply(first), media_type)
         else:
             yield messages.encode_frame(first, media_type, session)
-        # A round that fails from here on ends the body in mid-stream: its last frame still says `more`.
+        # A round that fails from here on ends the stream early; the client notices, since the last frame says `more`.
         with contextlib.suppress(VerifierRefused):
             async for frame in frames:
                 yield messages.encode_frame(frame, media_type, session)
 
-    return StreamingResponse(body(), media_type=messages.STREAMS[media_type])
+    return StreamingResponse(body(), media_type=messages.STREAM_MEDIA_TYPES[media_type])
 
 
-def respond(request: Request, message: Message, status: int = 200, session: str = "") -> Response:
-    """One message."""
-    media_type = _answer_type(request)
-    # Who names no type, as boards do not, expects msgpack (see `wire`): they pay for every header.
-    known = {"accept", "content-type"} & set(request.headers.keys()) or request.url.path.startswith(ADMIN)
-    said = media_type if known else None
-    return Response(messages.encode(message, media_type, session), status, media_type=said)
+def message_response(request: Request, message: Message, status: int = 200, session: str = "") -> Response:
+    """Respond with one message."""
+    media_type = _reply_media_type(request)
+    # A client that names no type, as boards do, expects msgpack (see `messages`): every header costs it bytes.
+    names_type = {"accept", "content-type"} & set(request.headers.keys()) or request.url.path.startswith(ADMIN_PREFIX)
+    body = messages.encode(message, media_type, session)
+    return Response(body, status, media_type=media_type if names_type else None)
 
 
-def refuse(request: Request, error: VerifierRefused) -> Response:
-    """A refusal, with what HTTP wants to be told besides."""
+def error_response(request: Request, error: VerifierRefused) -> Response:
+    """Respond with an `ErrorReply` and the headers that belong to its status."""
     sentence = str(error).removesuffix(f" [{error.code}]")
-    response = respond(request, messages.Refusal(messages.VERSION, error.code, sentence, error.detail), error.status)
-    if error.status in LATER:
-        response.headers["retry-after"] = str(error.retry_after or MOMENT_SECONDS)
+    message = messages.ErrorReply(messages.PROTOCOL_VERSION, error.code, sentence, error.detail)
+    response = message_response(request, message, error.status)
+    if error.status in RETRY_STATUSES:
+        response.headers["retry-after"] = str(error.retry_after or DEFAULT_RETRY_SECONDS)
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response
 
 
-async def while_connected(request: Request, waiting: Coroutine[None, None, None]) -> None:
-    """Awaits `waiting`, but no longer than the client does. Raises ClientDisconnect."""
-    over, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(request.receive())
+async def await_while_connected(request: Request, coroutine: Coroutine[None, None, None]) -> None:
+    """Await `coroutine` until it ends or the client disconnects. Raises ClientDisconnect."""
+    awaited, disconnected = asyncio.ensure_future(coroutine), asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({over, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not over.done():
+        await asyncio.wait({awaited, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not awaited.done():
             raise ClientDisconnect
     finally:
-        over.cancel()
-        gone.cancel()
+        awaited.cancel()
+        disconnected.cancel()
 
 
-async def body_of(request: Request, limit: int) -> bytes:
-    """A request's body of at most `limit` bytes. Raises VerifierRefused."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """Read a body of at most `limit` bytes. Raises VerifierRefused (`too_large`)."""
     body = bytearray()
     size = 0
-    # Read to the end even so: a client that is still writing would not read our answer.
-    async for piece in request.stream():
-        size += len(piece)
+    # Read to the end even if it is too large: a client that is still writing does not read the response.
+    async for chunk in request.stream():
+        size += len(chunk)
         if size <= limit:
-            body += piece
+            body += chunk
     if size > limit:
-        raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is over {limit} bytes", 413, {"limit": limit})
+        raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is longer than {limit} bytes", 413, {"limit": limit})
     return bytes(body)
 
 
-def _check_version(version: int | None) -> None:
-    if version not in (None, messages.VERSION):
+def _check_protocol_version(version: int | None) -> None:
+    if version not in (None, messages.PROTOCOL_VERSION):
         raise VerifierRefused(
             ErrorCode.UNSUPPORTED_VERSION,
-            f"this verifier speaks protocol {messages.VERSION}; upgrade the older of the two ends",
+            f"this verifier uses protocol version {messages.PROTOCOL_VERSION}; upgrade the older of the two ends",
             400,
         )
 
 
-def media_type_of(request: Request) -> str:
-    """What the client writes in."""
-    # Admins are people with curl, which names another type unless it is told.
-    if request.url.path.startswith(ADMIN):
+def request_media_type(request: Request) -> str:
+    """The encoding of the request body."""
+    # People call the admin API with curl, which sends another content type by default.
+    if request.url.path.startswith(ADMIN_PREFIX):
         return messages.JSON
     return messages.JSON if "json" in request.headers.get("content-type", "") else messages.MSGPACK
 
 
-def _answer_type(request: Request) -> str:
-    """What the client wants to read: what it says, else what it writes; a browser's or curl's GET gets JSON."""
-    accepts = request.headers.get("accept", "")
-    if request.url.path.startswith(ADMIN):
+def _reply_media_type(request: Request) -> str:
+    """The encoding of the reply: what the client accepts, else what it sends; JSON for a GET without either."""
+    accepted = request.headers.get("accept", "")
+    if request.url.path.startswith(ADMIN_PREFIX):
         return messages.JSON
-    if "json" in accepts or "msgpack" in accepts:
-        return messages.JSON if "json" in accepts else messages.MSGPACK
+    if "json" in accepted or "msgpack" in accepted:
+        return messages.JSON if "json" in accepted else messages.MSGPACK
     if request.method == "GET" and "content-type" not in request.headers:
         return messages.JSON
-    return media_type_of(request)
+    return request_media_type(request)

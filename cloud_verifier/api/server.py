@@ -1,4 +1,4 @@
-"""Runs the service until it is told to end."""
+"""Runs a verifier until it is told to stop: readiness, systemd notifications, reload, and drain."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import logging
 from collections.abc import Callable, Sized
 from typing import Any, Protocol
 
-from edge_runtime.common import http_server as listening
-from edge_runtime.common.http_server import Listening, reload_requested, stop_requested
+from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_reload_signal, watch_stop_signals
 from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.protocol.errors import FlexSpecError
 
 log = logging.getLogger(__name__)
 
-# For rounds to end once this process has been told to.
+# How long rounds in progress may take to end after SIGTERM. Default of --grace.
 GRACE_SECONDS = 10.0
-# Then, for their last bytes to leave granian, which says nothing of that; and for boards in the middle of a text to ask
-# for their next round, and learn that they should ask elsewhere.
+# After that: time for granian, which does not report it, to send the last bytes, and for boards in the middle of a text
+# to send their next round and learn that they must go elsewhere.
 LINGER_SECONDS = 0.5
+# How often `serve` checks whether the target is loaded.
+LOAD_POLL_SECONDS = 0.02
 
 
-class Served(Protocol):
-    """What a process serves: a `service.Service`, or the `ingress.Ingress` of several."""
+class ServedApplication(Protocol):
+    """What a process serves: an `app.VerifierService`, or the `ingress.Ingress` of several replicas."""
 
     app: Any
 
     @property
-    def in_flight(self) -> Sized: ...
+    def admission(self) -> Sized: ...
 
     @property
     def loaded(self) -> bool: ...
@@ -47,72 +48,74 @@ class Served(Protocol):
 
     async def drain(self, seconds: float) -> bool: ...
 
-    def abandon(self) -> None: ...
+    def abort(self) -> None: ...
 
 
-class Server(listening.Server):
-    """One listening verifier, inside a running event loop."""
+class VerifierServer(HttpServer):
+    """A listening verifier, inside a running event loop."""
 
-    def __init__(self, service: Served, listening: Listening) -> None:
+    def __init__(self, service: ServedApplication, listening: ListenOptions) -> None:
         super().__init__(service.app, listening)
         self._service = service
 
     async def stop(self) -> bool:
-        peaceful = await super().stop()
-        if not peaceful:
-            self._service.abandon()
-        return peaceful
+        clean = await super().stop()
+        if not clean:
+            self._service.abort()
+        return clean
 
 
 async def serve(
-    service: Served, listening: Listening, announce: Callable[[str], None], grace: float = GRACE_SECONDS
+    service: ServedApplication,
+    listening: ListenOptions,
+    announce: Callable[[str], None],
+    grace: float = GRACE_SECONDS,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, and tells systemd. At SIGHUP it reads its tokens again.
+    """Serve until SIGINT or SIGTERM, and notify systemd. SIGHUP reloads the token file.
 
     Args:
-        announce: called with the service's URL once the target is loaded and requests can come.
-        grace: seconds that rounds in progress have to end, while new ones are refused.
+        announce: called with the service's URL once the target is loaded and requests are accepted.
+        grace: seconds for rounds in progress to end, while new ones are refused.
 
     Raises:
-        FlexSpecError: the port is taken, or the target did not load.
+        FlexSpecError: the port is in use, or the target did not load.
     """
-    stopping, notifier = stop_requested(), Notifier()
-    asked = reload_requested()
+    stop_requested, notifier = watch_stop_signals(), Notifier()
+    reload_requested = watch_reload_signal()
     notifier.starting("loading the target")
-    server = Server(service, listening)
+    server = VerifierServer(service, listening)
     await server.start()
     try:
-        while not service.loaded and not stopping.is_set():
+        while not service.loaded and not stop_requested.is_set():
             if service.failure:
                 raise service.failure
-            await asyncio.sleep(0.02)
-        if not stopping.is_set():
+            await asyncio.sleep(LOAD_POLL_SECONDS)
+        if not stop_requested.is_set():
             announce(server.url)
             notifier.ready(service.status())
-        telling = asyncio.create_task(notifier.keep_telling(service.status, lambda: service.stalled_seconds))
-        reloading = asyncio.create_task(_keep_reloading(service, asked, notifier))
-        await stopping.wait()
-        telling.cancel()
+        notifying = asyncio.create_task(notifier.run(service.status, lambda: service.stalled_seconds))
+        reloading = asyncio.create_task(_reload_on_request(service, reload_requested, notifier))
+        await stop_requested.wait()
+        notifying.cancel()
         reloading.cancel()
-        notifier.stopping("rounds in progress may end")
+        notifier.stopping("draining: rounds in progress may end")
         if not await service.drain(grace):
-            log.warning("%d rounds were not over within %g s", len(service.in_flight), grace)
+            log.warning("%d rounds did not end within %g s", len(service.admission), grace)
         if service.in_use:
             await asyncio.sleep(LINGER_SECONDS)
     finally:
         await server.stop()
 
 
-async def _keep_reloading(service: Served, asked: asyncio.Event, notifier: Notifier) -> None:
-    """Reloads whenever it is asked, until cancelled."""
+async def _reload_on_request(service: ServedApplication, requested: asyncio.Event, notifier: Notifier) -> None:
     while True:
-        await asked.wait()
-        asked.clear()
+        await requested.wait()
+        requested.clear()
         notifier.reloading()
         try:
             await asyncio.to_thread(service.reload)
         except FlexSpecError as error:
-            log.error("not reloaded, everything stays as it was: %s", error)
+            log.error("reload failed, nothing has changed: %s", error)
         except Exception:
-            log.exception("not reloaded, everything stays as it was")
+            log.exception("reload failed, nothing has changed")
         notifier.ready(service.status())

@@ -1,4 +1,4 @@
-"""`cloud-verifier serve`: a target, or all versions of a registry, over HTTP."""
+"""`cloud-verifier serve`: serves one target, or all versions of a registry, over HTTP."""
 
 from __future__ import annotations
 
@@ -13,225 +13,244 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
 
+# Imports that need the extras are inside the functions: see `cli.main`.
 if TYPE_CHECKING:
-    from cloud_verifier.api.app import Service
-    from cloud_verifier.engine.auth import Doors
+    from cloud_verifier.api.app import VerifierService
+    from cloud_verifier.engine.auth import Authenticator
     from cloud_verifier.model.limits import VerifierLimits
-    from cloud_verifier.model.loading import Loading
+    from cloud_verifier.model.loading import TargetLoader
     from cloud_verifier.model.speculation import Speculation
     from cloud_verifier.model.target import Target
-    from edge_runtime.common.http_server import Listening
+    from edge_runtime.common.http_server import ListenOptions
 
 log = logging.getLogger(__name__)
 
 
-def add_parser(commands: Any, model: argparse.ArgumentParser) -> None:
-    """Adds `serve` to argparse's sub-parsers; `model`: options of how targets are loaded."""
-    serve = commands.add_parser("serve", parents=[model], help="serve a target, or several, over HTTP")
+def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
+    """Add `serve` to argparse's subparsers. `model_options` has the options of how targets are loaded."""
+    serve = commands.add_parser("serve", parents=[model_options], help="serve a target, or several, over HTTP")
     serve.add_argument(
         "target",
         type=Path,
         nargs="?",
         metavar="TARGET",
-        help="directory of a Hugging Face checkpoint or a PEFT adapter; or else --registry",
+        help="directory of a Hugging Face checkpoint or a PEFT adapter; alternatively --registry",
     )
     serve.add_argument(
         "--registry",
         type=Path,
         metavar="DIR",
-        help="serve every version that `cloud-verifier targets` has put there, and follow what it changes",
+        help="serve every version in this registry, and apply its changes (see `cloud-verifier targets`)",
     )
     serve.add_argument(
         "--retired-seconds",
         type=_seconds,
         default=3600.0,
         metavar="SECONDS",
-        help="that sessions of a retired version have to end (default: %(default)g)",
+        help="close the sessions of a retired version after this time (default: %(default)g)",
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8500, help="0 picks a free one (default: %(default)s)")
-    serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="versions (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8500, help="0 picks a free port (default: %(default)s)")
+    serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="HTTP version (default: %(default)s)")
     for name, text in (
         ("certificate", "PEM certificate chain: serve over TLS"),
         ("key", "PEM private key of the certificate"),
-        ("client-ca", "PEM authorities: serve only who has a certificate of theirs"),
+        ("client-ca", "PEM certificate authorities: require a client certificate signed by one of them"),
     ):
         credential = name if name == "client-ca" else f"tls-{name}"
         serve.add_argument(
             f"--{name}",
             type=Path,
-            default=_credential(credential),
+            default=_systemd_credential(credential),
             metavar="FILE",
             help=f"{text} (default: systemd's credential {credential}, if there is one)",
         )
     serve.add_argument(
         "--tokens",
         type=Path,
-        default=_credential("verifier-tokens"),
+        default=_systemd_credential("verifier-tokens"),
         metavar="FILE",
-        help="serve only who shows one of these, see `cloud-verifier token --help`; read again at SIGHUP "
-        "(default: systemd's credential verifier-tokens, else everybody is served)",
+        help="require a token from this file, see `cloud-verifier token --help`; reread at SIGHUP "
+        "(default: systemd's credential verifier-tokens, else no token is required)",
     )
     serve.add_argument(
         "--batch-window",
         type=_milliseconds,
         default=2.0,
         metavar="MS",
-        help="that a forward waits for boards that are about to send a round; 0: for nobody (default: %(default)g)",
+        help="how long a forward waits for boards that are about to send a round; 0: not at all (default: %(default)g)",
     )
     serve.add_argument(
-        "--compile", action="store_true", help="on CUDA: let torch fuse layers; a minute at start, a third less a round"
+        "--compile",
+        action="store_true",
+        help="on CUDA: let torch fuse layers; takes a minute at start and makes rounds a third faster",
     )
     serve.add_argument(
         "--exact",
         action="store_true",
-        help="on CUDA in 16 bits: no text may depend on what it was computed together with, not even in a near tie; "
-        "costs a single board some 15 %% a round",
+        help="on CUDA in 16 bits: make every text independent of the batch it was computed in, even in a near tie; "
+        "costs a single board about 15 %% per round",
     )
-    serve.add_argument("--max-sessions", type=positive, default=256, help="default: %(default)s")
+    serve.add_argument("--max-sessions", type=positive, default=256, help="concurrent sessions (default: %(default)s)")
     serve.add_argument(
-        "--max-tokens", type=positive, default=262_144, help="tokens of all sessions together (default: %(default)s)"
+        "--max-tokens",
+        type=positive,
+        default=262_144,
+        help="KV cache capacity in tokens, all sessions together (default: %(default)s)",
     )
     serve.add_argument(
-        "--idle-seconds", type=float, default=600.0, help="drop sessions unused for longer (default: %(default)s)"
+        "--idle-seconds",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="evict sessions unused for longer (default: %(default)g)",
     )
     serve.add_argument(
         "--max-queue-seconds",
         type=_seconds,
         default=3.0,
         metavar="SECONDS",
-        help="that rounds may wait for their first token; then new ones are told to come back (default: %(default)g)",
+        help="refuse new rounds while one has waited longer for its first token (default: %(default)g)",
     )
     serve.add_argument(
         "--grace",
         type=_seconds,
         default=10.0,
         metavar="SECONDS",
-        help="for rounds to end at SIGTERM, while new ones are refused (default: %(default)g)",
+        help="at SIGTERM, let rounds in progress run this long while new ones are refused (default: %(default)g)",
     )
     serve.add_argument(
         "--draft",
         type=Path,
         metavar="DRAFT",
-        help="to say the target's own tokens several to a forward: a bundle, as boards have it, which runs on the CPU, "
-        "or a draft's directory (draft.json), which runs where the target does",
+        help="speculate on the server too: draft the target's own tokens with this bundle, on the CPU, or with this "
+        "draft checkpoint (a directory with draft.json), on the target's device",
     )
     serve.add_argument(
         "--draft-tokens",
         type=positive,
         default=5,
         metavar="K",
-        help="tokens to draft for one forward (default: %(default)s)",
+        help="tokens to draft per forward (default: %(default)s)",
     )
     serve.add_argument(
-        "--draft-threads", type=int, default=0, help="CPU threads for the draft (default: one per core, at most 4)"
+        "--draft-threads", type=int, default=0, help="CPU threads of the draft (default: one per core, at most 4)"
     )
     serve.add_argument(
         "--draft-rounds",
         type=positive,
         default=4,
         metavar="N",
-        help="with more rounds than these at once nothing is drafted here; boards do (default: %(default)s)",
+        help="leave drafting to the boards while more than N rounds are running (default: %(default)s)",
     )
-    scale = serve.add_argument_group("several replicas, on Ray Serve")
+    scale = serve.add_argument_group("replicas, with Ray Serve")
     scale.add_argument(
         "--replicas",
-        type=_replicas,
-        metavar="N[-MOST]",
-        help="so many, or between them as many as the rounds need, each with its own copy of the target (a GPU of its "
-        "own with --device cuda); all limits are each replica's",
+        type=_replica_range,
+        metavar="MIN[-MAX]",
+        help="number of replicas, or a range that is scaled with the load; each has its own copy of the target (and "
+        "its own GPU with --device cuda), and all limits apply per replica",
     )
     scale.add_argument(
         "--replica-rounds",
         type=positive,
         default=16,
         metavar="N",
-        help="that a replica should have at once, waiting ones included, before there are more (default: %(default)s)",
+        help="target number of rounds per replica, waiting ones included, for scaling (default: %(default)s)",
     )
     scale.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="of a Ray cluster, such as auto; its machines need FlexSpec and TARGET at the same places "
-        "(default: one of its own, on this machine)",
+        help="address of a Ray cluster, or auto; its machines need FlexSpec and TARGET at the same paths "
+        "(default: start a cluster on this machine)",
     )
     serve.set_defaults(run=_serve)
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, for argparse."""
+    """Parse a number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
 
 
-def _up_to(most: int, text: str) -> float:
+def _number_up_to(limit: int, text: str) -> float:
     number = float(text)
-    if not 0 <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {most}")
+    if not 0 <= number <= limit:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {limit}")
     return number
 
 
 def _seconds(text: str) -> float:
-    return _up_to(3600, text)
+    return _number_up_to(3600, text)
 
 
 def _milliseconds(text: str) -> float:
-    return _up_to(1000, text)
+    return _number_up_to(1000, text)
 
 
-def _replicas(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
-    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= fewest <= most:
+def _replica_range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    minimum, maximum = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= minimum <= maximum:
         raise argparse.ArgumentTypeError(f"{text} is neither a number of replicas, such as 2, nor a range, such as 1-8")
-    return fewest, most
+    return minimum, maximum
 
 
-def _credential(name: str) -> Path | None:
-    """What systemd's LoadCredential= passes under that name; None where it does not."""
-    place = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), name)
-    return place if place.is_file() else None
+def _systemd_credential(name: str) -> Path | None:
+    """The file that systemd's LoadCredential= passes under this name; None if it does not."""
+    path = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
+    return path if path.is_file() else None
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if options.replicas is not None:
+        import ray.serve  # noqa: F401 - if it is missing, the error names the extra for replicas
     import uvloop
 
     from cloud_verifier.api.server import serve
-    from cloud_verifier.engine.auth import Doors
-    from edge_runtime.common.http_server import Listening
-    from edge_runtime.settings.validators import authorities, is_loopback
+    from cloud_verifier.engine.auth import Authenticator
+    from edge_runtime.common.http_server import ListenOptions
+    from edge_runtime.common.network import check_ca_file, is_loopback
 
-    # A watchdog ends a process that hangs with SIGABRT: then it says where.
+    # The watchdog ends a hanging process with SIGABRT; this prints the stacks of its threads.
     faulthandler.enable(2)
     if (options.target is None) == (options.registry is None):
         raise InputError("give a TARGET to serve, or --registry DIR for all versions of a registry")
     if bool(options.certificate) != bool(options.key):
-        raise InputError("--certificate and --key go together")
+        raise InputError("--certificate and --key must be given together")
     if options.client_ca and not options.certificate:
-        raise InputError("--client-ca asks for certificates over TLS: give --certificate and --key, too")
-    client_ca = authorities(options.client_ca, Path()) if options.client_ca else None
-    listening = Listening(options.host, options.port, options.certificate, options.key, options.http, client_ca)
-    doors = Doors(options.tokens)
+        raise InputError("--client-ca requires TLS: give --certificate and --key too")
+    client_ca = check_ca_file(options.client_ca) if options.client_ca else None
+    listening = ListenOptions(
+        host=options.host,
+        port=options.port,
+        certificate=options.certificate,
+        key=options.key,
+        http=options.http,
+        client_ca=client_ca,
+    )
+    authenticator = Authenticator(options.tokens)
     if not is_loopback(options.host):
         if options.tokens is None and client_ca is None:
-            log.warning("everybody who reaches %s can use this verifier: --tokens asks for tokens", options.host)
+            log.warning("anyone who can reach %s can use this verifier: --tokens requires tokens", options.host)
         if options.certificate is None:
             log.warning(
-                "prompts and tokens arrive at %s in clear: give --certificate and --key, unless something in front of "
-                "it does TLS",
+                "prompts and tokens are sent to %s unencrypted: give --certificate and --key, unless a proxy in front "
+                "of it terminates TLS",
                 options.host,
             )
-    if options.tokens and not len(doors):
-        log.warning("nobody in %s has a token, so nobody is served", options.tokens)
+    if options.tokens and not len(authenticator):
+        log.warning("%s has no tokens, so every request is refused", options.tokens)
     if options.replicas is not None:
-        return _serve_replicas(options, listening, doors)
-    loading = _loading(options)
-    if options.registry is None and loading.is_team and int(os.environ["RANK"]):
-        loading.follow(options.target, options.max_tokens)
+        return _serve_replicas(options, listening, authenticator)
+    loader = _target_loader(options)
+    if options.registry is None and loader.is_tensor_parallel and int(os.environ["RANK"]):
+        loader.follow_leader(options.target, options.max_tokens)
         return 0
-    # Loading takes seconds: requests meanwhile are told so, rather than refused a connection.
-    service = _service(options, loading, doors)
+    # The service answers while the target loads: clients get `starting` instead of a refused connection.
+    service = _build_service(options, loader, authenticator)
 
     def announce(url: str) -> None:
         assert service.target is not None
@@ -241,56 +260,85 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _serve_replicas(options: argparse.Namespace, listening: Listening, doors: Doors) -> int:
-    from cloud_verifier.replicas.fleet import Scaling, serve_replicas
+def _serve_replicas(options: argparse.Namespace, listening: ListenOptions, authenticator: Authenticator) -> int:
+    from cloud_verifier.replicas.deployment import ScalingOptions, serve_replicas
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torchrun splits one target over several GPUs, --replicas has one whole target on each")
+        raise InputError("torchrun splits one target over several GPUs; --replicas puts a whole target on each")
     device, _, number = options.device.partition(":")
     if number:
-        raise InputError(f"--device {options.device}: Ray chooses each replica's GPU; give --device {device}")
-    fewest, most = options.replicas
-    cpus = max(1, options.threads)
-    scaling = Scaling(fewest, most, options.replica_rounds, cpus, float(device == "cuda"), options.ray or "")
-    # What a replica's process is told has to travel there.
-    told = argparse.Namespace(**{name: value for name, value in vars(options).items() if not callable(value)})
+        raise InputError(f"--device {options.device}: Ray chooses the GPU of each replica; give --device {device}")
+    minimum, maximum = options.replicas
+    scaling = ScalingOptions(
+        min_replicas=minimum,
+        max_replicas=maximum,
+        target_rounds=options.replica_rounds,
+        cpus=max(1, options.threads),
+        gpus=float(device == "cuda"),
+        cluster=options.ray or "",
+    )
+    # The options are pickled and sent to the replicas; the callables that argparse adds are not needed there.
+    replica_options = argparse.Namespace(
+        **{name: value for name, value in vars(options).items() if not callable(value)}
+    )
 
     def announce(url: str) -> None:
         print(f"cloud-verifier: replicas of {options.target or options.registry} on {url}", flush=True)
 
     serve_replicas(
-        functools.partial(_replica, told), scaling, _limits(options), listening, doors, announce, options.grace
+        functools.partial(_build_replica, replica_options),
+        scaling=scaling,
+        limits=_limits(options),
+        listening=listening,
+        authenticator=authenticator,
+        announce=announce,
+        grace=options.grace,
     )
     return 0
 
 
-def _replica(options: argparse.Namespace) -> Service:
-    """The service of one replica, in its own process."""
-    from cloud_verifier.engine.auth import Doors
+def _build_replica(options: argparse.Namespace) -> VerifierService:
+    """Build the service of one replica, in its own process."""
+    from cloud_verifier.engine.auth import Authenticator
     from edge_runtime.common import logs
 
-    logs.set_up(options.log_level, "cloud-verifier", form=options.log_format)
-    return _service(options, _loading(options), Doors(options.tokens))
+    logs.configure(options.log_level, "cloud-verifier", form=options.log_format)
+    return _build_service(options, _target_loader(options), Authenticator(options.tokens))
 
 
-def _service(options: argparse.Namespace, loading: Loading, doors: Doors) -> Service:
-    """What serves, in this process."""
-    from cloud_verifier.api.app import Service
+def _build_service(options: argparse.Namespace, loader: TargetLoader, authenticator: Authenticator) -> VerifierService:
+    """Build the service of one target, or of all versions of a registry."""
+    from cloud_verifier.api.app import VerifierService
+    from cloud_verifier.engine.rollout import RetirementPolicy, Rollout, load_default_target
+    from cloud_verifier.registry.registry import Registry
 
-    limits = _limits(options)
-    if options.registry is not None:
-        return _several(options, loading, limits, doors)
-    return Service(
-        lambda: loading.alone(options.target),
+    limits, window = _limits(options), options.batch_window / 1e3
+    load_speculation = functools.partial(_load_speculation, options)
+    if options.registry is None:
+        return VerifierService(
+            lambda: loader.load_single(options.target),
+            limits,
+            load_speculation=load_speculation,
+            authenticator=authenticator,
+            window=window,
+        )
+    registry = Registry(options.registry)
+    policy = RetirementPolicy(grace_seconds=options.retired_seconds)
+    return VerifierService(
+        lambda: load_default_target(registry, loader.load_version),
         limits,
-        lambda target: _speculate(options, target),
-        doors,
-        window=options.batch_window / 1e3,
+        load_speculation=load_speculation,
+        authenticator=authenticator,
+        make_rollout=lambda scheduler, sessions: Rollout(registry, scheduler, sessions, policy),
+        # One thread: a check must not slow the verifier down.
+        check_options=["--device", options.device, "--dtype", options.dtype, "--threads", "1"],
+        target_factory=loader.load_version,
+        window=window,
     )
 
 
 def _limits(options: argparse.Namespace) -> VerifierLimits:
-    from cloud_verifier.model.kv_cache import page_of
+    from cloud_verifier.model.kv_cache import allocation_granularity
     from cloud_verifier.model.limits import VerifierLimits
 
     return VerifierLimits(
@@ -298,54 +346,44 @@ def _limits(options: argparse.Namespace) -> VerifierLimits:
         max_tokens=options.max_tokens,
         idle_seconds=options.idle_seconds,
         max_queue_seconds=options.max_queue_seconds,
-        page=page_of(options.device),
+        page=allocation_granularity(options.device),
     )
 
 
-def _several(options: argparse.Namespace, loading: Loading, limits: VerifierLimits, doors: Doors) -> Service:
-    """A service of all versions of a registry."""
-    from cloud_verifier.api.app import Service
-    from cloud_verifier.engine.rollout import Patience, Rollout, load_default
-    from cloud_verifier.registry.registry import Registry
+def _target_loader(options: argparse.Namespace) -> TargetLoader:
+    """Raises InputError if this machine cannot load targets with these options."""
+    from cloud_verifier.model.loading import TargetLoader
 
-    registry = Registry(options.registry)
-    # A check gives way to those who are served.
-    check_options = ["--device", options.device, "--dtype", options.dtype, "--threads", "1"]
-    return Service(
-        lambda: load_default(registry, loading.beside),
-        limits,
-        lambda target: _speculate(options, target),
-        doors,
-        lambda engine, sessions: Rollout(registry, engine, sessions, Patience(grace=options.retired_seconds)),
-        check_options,
-        loading.beside,
-        options.batch_window / 1e3,
+    loader = TargetLoader(
+        device=options.device,
+        dtype=options.dtype,
+        context=options.max_context,
+        threads=options.threads,
+        exact=options.exact,
+        compiled=options.compile,
     )
+    loader.validate()
+    return loader
 
 
-def _loading(options: argparse.Namespace) -> Loading:
-    """How targets are loaded. Raises InputError."""
-    from cloud_verifier.model.loading import Loading
-
-    loading = Loading(
-        options.device, options.dtype, options.max_context, options.threads, options.exact, options.compile
-    )
-    loading.check()
-    return loading
-
-
-def _speculate(options: argparse.Namespace, target: Target) -> Speculation | None:
-    from cloud_verifier.model.speculation import Speculation
-
+def _load_speculation(options: argparse.Namespace, target: Target) -> Speculation | None:
+    """Load the draft of --draft: a bundle runs on the CPU, a draft checkpoint on the target's device."""
     if options.draft is None:
         return None
     if not (options.draft / "draft.json").is_file():
-        return Speculation(options.draft, target, options.draft_tokens, options.draft_threads, options.draft_rounds)
-    # The one place where the verifier asks the export, which alone knows how a draft and its target are put together.
+        from cloud_verifier.model.onnx_speculation import OnnxSpeculation
+
+        return OnnxSpeculation(
+            options.draft,
+            target,
+            max_draft_tokens=options.draft_tokens,
+            threads=options.draft_threads,
+            max_rounds=options.draft_rounds,
+        )
     from cloud_verifier.draft_models.checkpoint import load_draft
     from cloud_verifier.model import attention
-    from cloud_verifier.model.torch_speculation import Drafting
+    from cloud_verifier.model.torch_speculation import TorchSpeculation
 
     draft = load_draft(options.draft, target.base)
-    draft.set_attn_implementation(attention.NAME)
-    return Drafting(draft, target, options.draft_tokens, options.draft_rounds)
+    draft.set_attn_implementation(attention.IMPLEMENTATION_NAME)
+    return TorchSpeculation(draft, target, max_draft_tokens=options.draft_tokens, max_rounds=options.draft_rounds)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Manages the target versions that `cloud-verifier serve --registry DIR` serves. A version is admitted only if the drafts
-deployed on boards (`add --draft`) are compatible with it: the same tokenizer, special ids, and shared tensors. An alias,
-such as `latest`, leads new sessions to a version; an open session stays on the version it was opened with. A running
-service applies every change within seconds.
+deployed on boards (`add --draft`) are compatible with it: the same tokenizer, special ids, and shared tensors. An
+alias, such as `latest`, leads new sessions to a version; an open session stays on the version it was opened with. A
+running service applies every change within seconds.
 
 examples:
   export FLEXSPEC_REGISTRY=registry
@@ -168,13 +168,13 @@ def _list(options: argparse.Namespace) -> int:
         }
         print(msgspec.json.encode(listing).decode())
         return 0
-    table = _table("version", "kind", "admitted", "state", "new sessions", "added", "directory", "problem")
+    columns = ["version", "kind", "admitted", "state", "new sessions", "added", "directory", "problem"]
+    table = _table(*columns)
     for listed in versions:
         shares = ", ".join(f"{percent:g} % of {alias}" for alias, percent in listed.aliases.items())
         added = f"{listed.added.astimezone():%Y-%m-%d %H:%M}"
-        table.add_row(
-            listed.version, listed.kind, listed.admitted, listed.state, shares, added, listed.path, listed.problem
-        )
+        row = [listed.version, listed.kind, listed.admitted, listed.state, shares, added, listed.path, listed.problem]
+        table.add_row(*row)
     _print_table(table)
     print(f"default alias: {catalog.default}; deployed drafts: {', '.join(catalog.drafts) or 'none'}")
     return 0

@@ -1,1 +1,1 @@
-"""Sessions and rounds: who may ask, in which order, and what becomes of it."""
+"""Sessions and rounds: authentication, admission control, scheduling, rollout of target versions, and metrics."""

@@ -1,7 +1,7 @@
-"""The rounds that are being played: no more than can be answered soon, and none any more when the end comes.
+"""Admission control: sheds load while rounds wait too long, and drains the verifier before it stops.
 
-A batch begins with everybody at once, so a queue is where rounds have no token yet. What an opening takes to read its
-prompt by itself is no waiting, and is taken to be what others took lately.
+The scheduler starts on all submitted rounds at once, so the queue is the set of rounds that have no token yet. The time
+that an opening spends on prefilling its own prompt is not waiting: it is estimated from recent prompts and subtracted.
 """
 
 from __future__ import annotations
@@ -15,146 +15,147 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cloud_verifier.engine.sessions import Answer
+from cloud_verifier.engine.sessions import RoundReply
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
-# So few waiting rounds are no queue: a slow target may take this long over one forward.
-FEW = 4
-# How much the latest prompt says about how long the next one takes.
-LATEST = 0.2
-# Of the longest wait: from this share on no texts begin, so that those that have begun can go on.
+# Load is not shed while at most this many rounds wait: a slow target may take that long over one forward.
+MIN_QUEUED_ROUNDS = 4
+# Weight of the latest prompt in the moving average of prefill time per token.
+PREFILL_SMOOTHING = 0.2
+# New sessions are refused from this share of the longest wait on, so that running ones can go on. Chosen.
 OPENING_SHARE = 0.5
+# Retry-After of the refusals.
 RETRY_SECONDS = 1
 
 
-class _Waiting(NamedTuple):
-    answer: Answer
+class _QueuedRound(NamedTuple):
+    reply: RoundReply
     since: float
-    prompt: int
+    prompt_tokens: int
+
+    @property
+    def waits(self) -> bool:
+        return not self.reply.has_frames and not self.reply.done
 
 
-class InFlight:
-    """Rounds from their submission to their end, on the event loop.
+class AdmissionController:
+    """Tracks rounds from their submission to their end. Belongs to the event loop.
 
     Attributes:
-        draining: nothing new is played.
+        draining: no new round is admitted.
     """
 
     def __init__(self, max_queue_seconds: float) -> None:
         """
         Args:
-            max_queue_seconds: that the round which has waited longest may have waited; while it has waited longer, new
-                ones are refused. Openings are, from half of that on, whether rounds wait or openings.
+            max_queue_seconds: longest time that a round may wait for its first token. While one has waited longer, new
+                rounds are refused. New sessions are refused from `OPENING_SHARE` of it on, whether rounds or openings
+                wait.
         """
         self.draining = False
         self._max_queue_seconds = max_queue_seconds
-        self._playing: set[Answer] = set()
-        self._rounds: deque[_Waiting] = deque()
-        self._openings: deque[_Waiting] = deque()
-        # Of a prompt, for each of its tokens; None while nobody knows.
-        self._reading_seconds: float | None = None
+        self._active: set[RoundReply] = set()
+        self._queued_rounds: deque[_QueuedRound] = deque()
+        self._queued_openings: deque[_QueuedRound] = deque()
+        # None until the first prompt has been prefilled.
+        self._prefill_seconds_per_token: float | None = None
         self._exchanges = 0
-        self._none_left = asyncio.Event()
-        self._none_left.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def __len__(self) -> int:
-        return len(self._playing)
+        """Number of rounds in progress."""
+        return len(self._active)
 
     @property
     def waiting(self) -> int:
-        """How many have no token yet."""
-        return sum(_waits(each) for each in (*self._rounds, *self._openings))
+        """Number of rounds that have no token yet."""
+        return sum(queued.waits for queued in (*self._queued_rounds, *self._queued_openings))
 
     @property
     def queue_seconds(self) -> float:
-        """How long the round, or the opening, has waited that has waited longest: what a new one would, about."""
-        return max(self._waited(self._rounds), self._waited(self._openings))
+        """Longest time that a round or an opening has been waiting; about what a new one would wait."""
+        return max(self._longest_wait(self._queued_rounds), self._longest_wait(self._queued_openings))
 
     def check(self, *, opening: bool) -> None:
-        """Raises VerifierRefused: `draining`, or `overloaded` where a new round would have to wait for too long."""
+        """Raises VerifierRefused: `draining`, or `overloaded` if a new round would have to wait too long."""
         if self.draining:
             raise VerifierRefused(
                 ErrorCode.DRAINING,
-                "this verifier is about to end; open the session elsewhere, or here when it is back",
+                "this verifier is shutting down; open the session elsewhere, or here when it is back",
                 503,
                 retry_after=RETRY_SECONDS,
             )
-        most = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
-        # Texts that have begun do not wait for those that begin: a forward has room for both.
-        queues = (self._rounds, self._openings) if opening else (self._rounds,)
-        waited = max(self._waited(queue) for queue in queues)
-        if waited > most and self.waiting > FEW:
+        limit = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
+        # Rounds of running sessions do not wait for prompts: a forward has room for both.
+        queues = (self._queued_rounds, self._queued_openings) if opening else (self._queued_rounds,)
+        wait = max(self._longest_wait(queue) for queue in queues)
+        if wait > limit and self.waiting > MIN_QUEUED_ROUNDS:
             raise VerifierRefused(
                 ErrorCode.OVERLOADED,
-                f"rounds wait {waited:.1f} s for their turn; try again shortly",
+                f"rounds have been waiting for {wait:.1f} s; try again shortly",
                 503,
                 retry_after=RETRY_SECONDS,
             )
 
-    def enter(self, answer: Answer, prompt: int = 0) -> None:
-        """A round has been submitted; `prompt`: tokens that have to be read before."""
-        self._playing.add(answer)
-        queue = self._openings if prompt else self._rounds
-        queue.append(_Waiting(answer, time.monotonic(), prompt))
-        self._none_left.clear()
+    def register(self, reply: RoundReply, prompt_tokens: int = 0) -> None:
+        """Record a submitted round. `prompt_tokens` is the length of the prompt that it has to prefill first."""
+        self._active.add(reply)
+        queue = self._queued_openings if prompt_tokens else self._queued_rounds
+        queue.append(_QueuedRound(reply, time.monotonic(), prompt_tokens))
+        self._idle.clear()
 
-    def leave(self, answer: Answer, prompt: int = 0) -> None:
-        """It is over."""
-        self._playing.discard(answer)
-        if prompt and answer.told:
-            took = 1e-4 * answer.so_far().prefill_100us / prompt
-            known = took if self._reading_seconds is None else self._reading_seconds
-            self._reading_seconds = known + LATEST * (took - known)
-        self._look()
+    def unregister(self, reply: RoundReply, prompt_tokens: int = 0) -> None:
+        """Record the end of a round."""
+        self._active.discard(reply)
+        if prompt_tokens and reply.has_frames:
+            latest = 1e-4 * reply.merged().prefill_100us / prompt_tokens
+            average = latest if self._prefill_seconds_per_token is None else self._prefill_seconds_per_token
+            self._prefill_seconds_per_token = average + PREFILL_SMOOTHING * (latest - average)
+        self._update_idle()
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
-        """A request, until the last byte of its answer is on its way."""
+        """Count an HTTP request as in flight until the last byte of its response has been sent."""
         self._exchanges += 1
-        self._none_left.clear()
+        self._idle.clear()
         try:
             yield
         finally:
             self._exchanges -= 1
-            self._look()
-
-    def _waited(self, queue: deque[_Waiting]) -> float:
-        """How long the oldest of `queue` has waited."""
-        while queue and not _waits(queue[0]):
-            queue.popleft()
-        if not queue or (queue[0].prompt and self._reading_seconds is None):
-            return 0.0
-        reading = queue[0].prompt * (self._reading_seconds or 0.0)
-        return max(0.0, time.monotonic() - queue[0].since - reading)
-
-    def _look(self) -> None:
-        if not self._playing and not self._exchanges:
-            self._none_left.set()
+            self._update_idle()
 
     async def drain(self, seconds: float) -> bool:
-        """From now on plays nothing new. Returns when all rounds are over and told, or after `seconds`; whether they
-        were."""
+        """Admit nothing new and wait for rounds and responses in flight, up to `seconds`. Return whether all ended."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
-                await self._none_left.wait()
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True
 
+    def _longest_wait(self, queue: deque[_QueuedRound]) -> float:
+        while queue and not queue[0].waits:
+            queue.popleft()
+        if not queue or (queue[0].prompt_tokens and self._prefill_seconds_per_token is None):
+            return 0.0
+        prefill_seconds = queue[0].prompt_tokens * (self._prefill_seconds_per_token or 0.0)
+        return max(0.0, time.monotonic() - queue[0].since - prefill_seconds)
 
-def _waits(each: _Waiting) -> bool:
-    return not each.answer.told and not each.answer.done
+    def _update_idle(self) -> None:
+        if not self._active and not self._exchanges:
+            self._idle.set()
 
 
-class Counted:
-    """An ASGI application whose requests `in_flight` knows of, streams to their end."""
+class InFlightMiddleware:
+    """ASGI middleware that registers every request with an admission controller, streams to their end."""
 
-    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
+    def __init__(self, app: ASGIApp, admission: AdmissionController) -> None:
         self._app = app
-        self._in_flight = in_flight
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._in_flight.exchange() if scope["type"] == "http" else contextlib.nullcontext():
+        with self._admission.exchange() if scope["type"] == "http" else contextlib.nullcontext():
             await self._app(scope, receive, send)

@@ -1,9 +1,9 @@
-"""The roll-out: keeps what is loaded in step with the registry, and leads each new session to a version.
+"""The rollout: keeps the loaded targets in step with the registry and routes each new session to a version.
 
-A version is loaded while it is in the registry and not retired. An alias leads to what the registry says as soon as
-that is loaded, and until then to where it led before; a canary that is not loaded (yet) gets no sessions. A retired
-version goes when its last session has been gone for a while, or when its time of grace is over. A session that is open
-stays with its version whatever happens to aliases.
+A version is loaded while it is in the registry and not retired. An alias leads to the version that the registry names
+as soon as that is loaded, and until then to the previous one. A canary that is not loaded (yet) gets no sessions.
+A retired version is unloaded some time after its last session, or when its grace period is over. An open session stays
+on its version, whatever happens to aliases.
 """
 
 from __future__ import annotations
@@ -14,327 +14,346 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from cloud_verifier.engine.scheduler import Make
+from cloud_verifier.engine.scheduler import TargetFactory
 from cloud_verifier.model.target import Target
-from cloud_verifier.registry.catalog import Entry, Setting, Unknown
-from cloud_verifier.registry.registry import Listed, Registry, RegistryError
+from cloud_verifier.registry.catalog import TargetVersion, TrafficSplit, UnknownVersion
+from cloud_verifier.registry.registry import ListedVersion, Registry, RegistryError
 from edge_runtime.protocol.errors import FlexSpecError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
 log = logging.getLogger(__name__)
 
-# How often the registry's file is looked at, since others may change it.
+# How often the registry's file is checked for changes by other processes.
 POLL_SECONDS = 1.0
-# And whether the first version is loaded.
-FIRST_POLL_SECONDS = 0.02
+# How often the rollout checks whether the initial version is loaded.
+INITIAL_POLL_SECONDS = 0.02
 
 
-class Loader(Protocol):
-    """Whatever holds the targets: the engine.
+class TargetHost(Protocol):
+    """What holds the loaded targets: the scheduler.
 
     Attributes:
-        target: the first one, which it loads by itself (see `load_default`); None until then.
+        target: the initial target, which the host loads itself (see `load_default_target`); None until it is loaded.
     """
 
     target: Target | None
 
     @property
     def versions(self) -> Mapping[str, Target]:
-        """What is loaded, by exact version."""
+        """All loaded targets, by exact version."""
 
     async def load(self, path: Path, name: str) -> Target:
-        """Loads one more, while the others go on. Raises TargetError."""
+        """Load one more target while the others are served. Raises TargetError."""
 
     async def unload(self, version: str) -> None:
-        """Forgets one, once no round of it is in progress."""
+        """Unload a target once no round of it is running."""
 
 
-def load_default(registry: Registry, make: Make) -> Target:
-    """The version that the default alias leads to, which is loaded before anything is served.
+class PinnedSessions(Protocol):
+    """What the rollout needs of the session store."""
 
-    Raises:
-        RegistryError: there is no registry, it makes no sense, or nothing in it is the default.
-        TargetError: the version does not load, or is not the one that was added.
-    """
-    roster = registry.read()
-    alias = roster.aliases.get(roster.default)
-    if alias is None:
-        raise _nothing(registry, roster.default)
-    entry = roster.entry(alias.now.version)
-    return checked(make(registry.path_of(entry), entry.name, []), entry)
-
-
-def checked(target: Target, entry: Entry) -> Target:
-    """`target`. Raises TargetError unless it is still what was added."""
-    if target.version != entry.version:
-        raise TargetError(
-            f"{entry.version}: its files have changed since it was added: it is {target.version} now; add it again"
-        )
-    return target
-
-
-def _nothing(registry: Registry, default: str) -> RegistryError:
-    return RegistryError(
-        f"{registry.file} leads nowhere: there is no alias {default!r}, its default; "
-        "`cloud-verifier targets promote` a version"
-    )
-
-
-class Pinned(Protocol):
-    """The sessions, as far as they matter here."""
-
-    def of_version(self, version: str) -> Sequence[str]:
-        """Ids of the sessions that are pinned to it."""
+    def ids_of_version(self, version: str) -> Sequence[str]:
+        """Ids of the sessions that are pinned to a version."""
 
     def remove(self, session_id: str) -> None:
-        """Closes one."""
+        """Close a session."""
 
 
-class Patience(msgspec.Struct, frozen=True):
-    """With retired versions, in seconds.
+class RetirementPolicy(msgspec.Struct, frozen=True):
+    """When a retired version is unloaded, in seconds.
 
     Attributes:
-        lost: after its last session a version stays for so long: a board whose session was lost comes back for it.
-        grace: for its sessions to end; then they are closed.
+        linger_seconds: time after its last session: a board whose session was lost reopens it on the same version.
+        grace_seconds: time for its sessions to end; after that they are closed.
     """
 
-    lost: float = 60.0
-    grace: float = 3600.0
+    linger_seconds: float = 60.0
+    grace_seconds: float = 3600.0
 
 
-class Served(Listed, frozen=True):
-    """One version, as it is here.
+DEFAULT_RETIREMENT_POLICY = RetirementPolicy()
+
+
+class ServedVersion(ListedVersion, frozen=True):
+    """One version of the registry and its state in this process.
 
     Attributes:
-        loaded: whether it is.
-        sessions: that are pinned to it.
+        loaded: whether it is loaded.
+        sessions: number of sessions pinned to it.
     """
 
     loaded: bool = False
     sessions: int = 0
 
 
-PATIENCE = Patience()
+class _Retirement(NamedTuple):
+    """Times by `time.monotonic`: start of the grace period, and when the version last had a session."""
+
+    started_at: float
+    last_used_at: float
+
+
+def load_default_target(registry: Registry, make_target: TargetFactory) -> Target:
+    """Load the version of the default alias, which is loaded before anything is served.
+
+    Raises:
+        RegistryError: there is no registry, it is invalid, or its default alias does not exist.
+        TargetError: the version does not load, or its files have changed since it was added.
+    """
+    catalog = registry.read()
+    alias = catalog.aliases.get(catalog.default)
+    if alias is None:
+        raise _no_default_error(registry, catalog.default)
+    entry = catalog.find_exact(alias.now.version)
+    return require_same_version(make_target(registry.path_of(entry), entry.name, []), entry)
+
+
+def require_same_version(target: Target, entry: TargetVersion) -> Target:
+    """Return `target`. Raises TargetError if its files have changed since the version was added."""
+    if target.version != entry.version:
+        raise TargetError(
+            f"the files of {entry.version} have changed since it was added: it is {target.version} now; add it again"
+        )
+    return target
+
+
+def _no_default_error(registry: Registry, default: str) -> RegistryError:
+    return RegistryError(
+        f"{registry.file} has no alias {default!r}, which is its default; `cloud-verifier targets promote` a version"
+    )
 
 
 class Rollout:
-    """Which versions this process serves. Belongs to the event loop.
+    """Decides which versions this process loads and which version a session gets. Belongs to the event loop.
 
     Attributes:
-        roster: the registry's, as it was read last.
+        catalog: the registry's catalog, as of the last refresh.
     """
 
-    def __init__(self, registry: Registry, loader: Loader, pinned: Pinned, patience: Patience = PATIENCE) -> None:
-        """Raises RegistryError: there is no registry, or it makes no sense."""
+    def __init__(
+        self,
+        registry: Registry,
+        host: TargetHost,
+        sessions: PinnedSessions,
+        policy: RetirementPolicy = DEFAULT_RETIREMENT_POLICY,
+    ) -> None:
+        """Read the registry. Raises RegistryError if it is missing or invalid."""
         self.registry = registry
-        self._loader = loader
-        self._pinned = pinned
-        self._patience = patience
-        self.roster = registry.read()
-        self._stamp = registry.stamp()
-        self._leads: dict[str, Setting] = {}
-        # Of entries that did not load: why. One that is added again is another entry.
-        self._failures: dict[Entry, str] = {}
-        # Of versions that are to go: since when, and when a session of theirs was last here.
-        self._leaving: dict[str, tuple[float, float]] = {}
+        self._host = host
+        self._sessions = sessions
+        self._policy = policy
+        self.catalog = registry.read()
+        self._file_stamp = registry.file_stamp()
+        # Traffic splits in force, by alias: their versions are loaded.
+        self._active_splits: dict[str, TrafficSplit] = {}
+        # Why versions did not load. A version that is added again is another key.
+        self._failures: dict[TargetVersion, str] = {}
+        # Loaded versions that are to be unloaded.
+        self._retirements: dict[str, _Retirement] = {}
         self._loading: asyncio.Task[None] | None = None
-        self._looked = asyncio.Event()
+        self._refresh_requested = asyncio.Event()
 
     @property
     def ready(self) -> bool:
-        """Whether sessions that ask for no model can be opened."""
-        return self.roster.default in self._leads
+        """Whether sessions that request no model can be opened."""
+        return self.catalog.default in self._active_splits
 
     @property
     def failure(self) -> TargetError | None:
-        """Why that can never be, as things stand: the default's version did not load, and nothing was before."""
-        alias = self.roster.aliases.get(self.roster.default)
+        """Why `ready` cannot become true without a change of the registry; None if it is or may become true."""
+        alias = self.catalog.aliases.get(self.catalog.default)
         if self.ready:
             return None
         if alias is None:
-            return _nothing(self.registry, self.roster.default)
-        why = self._failures.get(self.roster.entry(alias.now.version))
+            return _no_default_error(self.registry, self.catalog.default)
+        why = self._failures.get(self.catalog.find_exact(alias.now.version))
         return TargetError(f"{alias.now.version}: {why}") if why else None
 
     @property
-    def default(self) -> Target:
-        """What sessions that ask for no model get, canaries aside. Raises VerifierRefused (`starting`)."""
+    def default_target(self) -> Target:
+        """The target for sessions that request no model, apart from canaries. Raises VerifierRefused (`starting`)."""
         if not self.ready:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
-        return self._loader.versions[self._leads[self.roster.default].version]
+        return self._host.versions[self._active_splits[self.catalog.default].version]
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """Where aliases lead, canaries aside."""
-        return {name: setting.version for name, setting in self._leads.items()}
+    def active_aliases(self) -> dict[str, str]:
+        """The version that each alias leads to in this process, apart from canaries."""
+        return {name: split.version for name, split in self._active_splits.items()}
 
     def resolve(self, model: str, key: str) -> Target:
-        """The target for the session that is opened with `key`; see `Roster.resolve` for `model`.
+        """Return the target for the session that is opened with `key`; see `Catalog.resolve` for `model`.
 
         Raises:
-            VerifierRefused: `unknown_model`, or `starting` while it is being loaded.
+            VerifierRefused: `unknown_model`, or `starting` while the version is being loaded.
         """
-        loaded, name = self._loader.versions, model or self.roster.default
-        setting = self._leads.get(name)
-        if setting is not None:
-            chosen = setting.choose(name, key)
-            return loaded[chosen if chosen in loaded else setting.version]
-        since, _ = self._leaving.get(name, (time.monotonic(), 0.0))
-        if name in loaded and time.monotonic() - since <= self._patience.grace:
-            if name in self._leaving:
-                self._leaving[name] = (since, time.monotonic())
+        loaded, name = self._host.versions, model or self.catalog.default
+        split = self._active_splits.get(name)
+        if split is not None:
+            version = split.choose_version(name, key)
+            return loaded[version if version in loaded else split.version]
+        now = time.monotonic()
+        retirement = self._retirements.get(name)
+        if name in loaded and (retirement is None or now - retirement.started_at <= self._policy.grace_seconds):
+            if retirement is not None:
+                self._retirements[name] = retirement._replace(last_used_at=now)
             return loaded[name]
         try:
-            entry = self.roster.find(name)
-        except Unknown:
-            raise self._unknown(name, "is not here") from None
-        named = [other for other in self.roster.targets if other.name == name and not other.retired]
-        there = [other for other in named if other.version in loaded]
-        if there:
-            return loaded[max(there, key=lambda other: other.added).version]
+            entry = self.catalog.find(name)
+        except UnknownVersion:
+            raise self._unknown_model_error(name, "does not exist here") from None
+        candidates = [
+            other
+            for other in self.catalog.targets
+            if other.name == name and not other.retired and other.version in loaded
+        ]
+        if candidates:
+            return loaded[max(candidates, key=lambda other: other.added).version]
         if entry.retired:
-            raise self._unknown(name, "is retired")
+            raise self._unknown_model_error(name, "is retired")
         if entry in self._failures:
-            raise self._unknown(name, "could not be loaded")
+            raise self._unknown_model_error(name, "could not be loaded")
         raise VerifierRefused(ErrorCode.STARTING, f"{entry.version} is still loading; try again shortly", 503)
 
     def models(self) -> dict[str, Target]:
-        """What sessions can ask for, the default first: aliases, names, and versions whose name is a newer one's."""
-        loaded = self._loader.versions
-        found = {name: loaded[self._leads[name].version] for name in sorted(self._leads, key=self._rank)}
-        for entry in sorted(self.roster.targets, key=lambda entry: entry.added, reverse=True):
+        """The names that sessions can request, the default first, and their targets.
+
+        These are aliases, names of versions, and exact versions if the name belongs to a newer one.
+        """
+        loaded = self._host.versions
+        aliases = sorted(self._active_splits, key=lambda alias: (alias != self.catalog.default, alias))
+        models = {alias: loaded[self._active_splits[alias].version] for alias in aliases}
+        for entry in sorted(self.catalog.targets, key=lambda entry: entry.added, reverse=True):
             if entry.version in loaded and not entry.retired:
-                found[entry.version if entry.name in found else entry.name] = loaded[entry.version]
-        return found
+                models[entry.version if entry.name in models else entry.name] = loaded[entry.version]
+        return models
 
-    def _rank(self, alias: str) -> tuple[bool, str]:
-        return (alias != self.roster.default, alias)
-
-    def listing(self) -> list[Served]:
-        """All versions of the registry, and how they are doing here."""
-        loaded = self._loader.versions
+    def list_versions(self) -> list[ServedVersion]:
+        """All versions of the registry, with their state in this process."""
+        loaded = self._host.versions
         served = []
-        for listed in self.registry.listing(self.roster):
-            failure = self._failures.get(self.roster.entry(listed.version), "")
-            told = msgspec.structs.asdict(listed) | {"problem": failure or listed.problem}
-            here = listed.version in loaded
-            served.append(Served(**told, loaded=here, sessions=len(self._pinned.of_version(listed.version))))
+        for listed in self.registry.list_versions(self.catalog):
+            failure = self._failures.get(self.catalog.find_exact(listed.version), "")
+            fields = msgspec.structs.asdict(listed) | {"problem": failure or listed.problem}
+            sessions = len(self._sessions.ids_of_version(listed.version))
+            served.append(ServedVersion(**fields, loaded=listed.version in loaded, sessions=sessions))
         return served
 
     async def refresh(self) -> None:
-        """Follows the registry now, as far as that is possible without loading anything."""
-        stamp = await asyncio.to_thread(self.registry.stamp)
-        if stamp != self._stamp:
-            self._stamp = stamp
+        """Apply changes of the registry as far as possible without loading, and start to load what is missing."""
+        stamp = await asyncio.to_thread(self.registry.file_stamp)
+        if stamp != self._file_stamp:
+            self._file_stamp = stamp
             try:
-                self.roster = await asyncio.to_thread(self.registry.read)
+                self.catalog = await asyncio.to_thread(self.registry.read)
             except RegistryError as error:
-                log.error("the roll-out stays as it was: %s", error)
-        self._follow()
+                log.error("the rollout does not change: %s", error)
+        self._apply_catalog()
 
-    def look(self) -> None:
-        """Has `run` look at once."""
-        self._looked.set()
+    def request_refresh(self) -> None:
+        """Make `run` refresh at once."""
+        self._refresh_requested.set()
 
     async def run(self) -> None:
-        """Follows the registry until it is cancelled."""
+        """Follow the registry until cancelled."""
         try:
             while True:
                 try:
                     await self.refresh()
-                    await self._sweep()
+                    await self._unload_retired()
                 except Exception:
-                    log.exception("the roll-out stays as it was")
+                    log.exception("the rollout does not change")
                 with contextlib.suppress(TimeoutError):
-                    seconds = POLL_SECONDS if self._begun else FIRST_POLL_SECONDS
-                    await asyncio.wait_for(self._looked.wait(), seconds)
-                self._looked.clear()
+                    seconds = POLL_SECONDS if self._initial_loaded else INITIAL_POLL_SECONDS
+                    await asyncio.wait_for(self._refresh_requested.wait(), seconds)
+                self._refresh_requested.clear()
         finally:
             if self._loading is not None:
                 self._loading.cancel()
 
-    def _follow(self) -> None:
-        """Brings aliases up to date, and sees to it that what is missing gets loaded."""
-        loaded, roster = self._loader.versions, self.roster
-        leads = {}
-        for name, alias in roster.aliases.items():
-            before = self._leads.get(name)
+    def _apply_catalog(self) -> None:
+        """Update the aliases, and start to load a missing version unless one is being loaded."""
+        loaded, catalog = self._host.versions, self.catalog
+        splits = {}
+        for name, alias in catalog.aliases.items():
+            previous = self._active_splits.get(name)
             if alias.now.version in loaded:
-                leads[name] = alias.now
-            elif before is not None and before.version in loaded:
-                leads[name] = before
-            if leads.get(name) != before:
-                log.info("the alias %s leads to %s", name, leads[name].version if name in leads else "nothing")
-        self._leads = leads
-        self._failures = {entry: why for entry, why in self._failures.items() if entry in roster.targets}
+                splits[name] = alias.now
+            elif previous is not None and previous.version in loaded:
+                splits[name] = previous
+            if splits.get(name) != previous:
+                version = splits[name].version if name in splits else "no version"
+                log.info("the alias %s leads to %s", name, version)
+        self._active_splits = splits
+        self._failures = {entry: why for entry, why in self._failures.items() if entry in catalog.targets}
         missing = [
             entry
-            for entry in roster.targets
+            for entry in catalog.targets
             if not entry.retired and entry.version not in loaded and entry not in self._failures
         ]
-        free = self._loading is None or self._loading.done()
-        if missing and free and self._begun:
-            self._loading = asyncio.create_task(self._load(min(missing, key=self._urgency)))
+        if missing and self._initial_loaded and (self._loading is None or self._loading.done()):
+            self._loading = asyncio.create_task(self._load(min(missing, key=self._load_order)))
 
     @property
-    def _begun(self) -> bool:
-        """Whether the first version is loaded, or was."""
-        return self._loader.target is not None or bool(self._loader.versions)
+    def _initial_loaded(self) -> bool:
+        """Whether the initial version is loaded, or was."""
+        return self._host.target is not None or bool(self._host.versions)
 
-    def _urgency(self, entry: Entry) -> tuple[bool, bool]:
-        """What most wait for comes first."""
-        shares = self.roster.shares(entry.version)
-        return (shares.get(self.roster.default, 0) < 50, not shares)
+    def _load_order(self, entry: TargetVersion) -> tuple[bool, bool]:
+        """Sort key: versions that most sessions wait for come first."""
+        shares = self.catalog.traffic_shares(entry.version)
+        return (shares.get(self.catalog.default, 0) < 50, not shares)
 
-    async def _load(self, entry: Entry) -> None:
-        began = time.monotonic()
+    async def _load(self, entry: TargetVersion) -> None:
+        started = time.monotonic()
         try:
-            target = await self._loader.load(self.registry.path_of(entry), entry.name)
-            if all(target.version != other.version for other in self.roster.targets):
-                await self._loader.unload(target.version)
-            checked(target, entry)
-            log.info("%s was loaded in %.1f s", entry.version, time.monotonic() - began)
+            target = await self._host.load(self.registry.path_of(entry), entry.name)
+            if all(target.version != other.version for other in self.catalog.targets):
+                await self._host.unload(target.version)
+            require_same_version(target, entry)
+            log.info("%s was loaded in %.1f s", entry.version, time.monotonic() - started)
         except FlexSpecError as error:
             log.error("%s did not load: %s", entry.version, error)
             self._failures[entry] = str(error)
         except Exception as error:
             log.exception("%s did not load", entry.version)
             self._failures[entry] = repr(error)
-        self.look()
+        self.request_refresh()
 
-    async def _sweep(self) -> None:
-        """Unloads what is retired, or no longer in the registry, once nobody is left who needs it."""
+    async def _unload_retired(self) -> None:
+        """Unload versions that are retired, or no longer in the registry, as the retirement policy says."""
         now = time.monotonic()
-        active = {entry.version for entry in self.roster.targets if not entry.retired}
-        needed = active | {setting.version for setting in self._leads.values()}
-        for version in list(self._loader.versions):
+        active = {entry.version for entry in self.catalog.targets if not entry.retired}
+        needed = active | {split.version for split in self._active_splits.values()}
+        for version in list(self._host.versions):
             if version in needed:
-                self._leaving.pop(version, None)
+                self._retirements.pop(version, None)
                 continue
-            sessions = self._pinned.of_version(version)
-            since, used = self._leaving.get(version, (now, now))
-            used = now if sessions else used
-            self._leaving[version] = (since, used)
-            over = now - since > self._patience.grace
-            if over and sessions:
+            sessions = self._sessions.ids_of_version(version)
+            retirement = self._retirements.get(version, _Retirement(now, now))
+            if sessions:
+                retirement = retirement._replace(last_used_at=now)
+            self._retirements[version] = retirement
+            expired = now - retirement.started_at > self._policy.grace_seconds
+            if expired and sessions:
                 log.warning("%s is retired: %d sessions were closed", version, len(sessions))
                 for session in sessions:
-                    self._pinned.remove(session)
-            if over or (not sessions and now - used > self._patience.lost):
-                await self._loader.unload(version)
-                del self._leaving[version]
+                    self._sessions.remove(session)
+            if expired or (not sessions and now - retirement.last_used_at > self._policy.linger_seconds):
+                await self._host.unload(version)
+                del self._retirements[version]
                 log.info("%s was unloaded", version)
 
-    def _unknown(self, name: str, why: str) -> VerifierRefused:
-        active = {entry.version for entry in self.roster.targets if not entry.retired}
-        available = [*self._leads, *sorted(active & self._loader.versions.keys())]
+    def _unknown_model_error(self, name: str, why: str) -> VerifierRefused:
+        active = {entry.version for entry in self.catalog.targets if not entry.retired}
+        available = [*self._active_splits, *sorted(active & self._host.versions.keys())]
         return VerifierRefused(
             ErrorCode.UNKNOWN_MODEL,
-            f"the model {name[:100]!r} {why}; there is {', '.join(available) or 'none yet'}",
+            f"the model {name[:100]!r} {why}; available: {', '.join(available) or 'none yet'}",
             404,
             {"available": available},
         )

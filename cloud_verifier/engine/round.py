@@ -1,7 +1,7 @@
-"""A round in progress: what it wants of the target next, and what it makes of the target's choices.
+"""A round in progress: which forward it needs next, and what it does with the sampled tokens.
 
-A round is a generator that yields what it wants run, and is sent what the target chose. It may yield None to let others
-go first while it works on the CPU. Everything here happens in the engine's thread.
+A round is a generator. It yields the work that it needs run and is sent the tokens that the model sampled. It yields
+None to let other rounds proceed while it works on the CPU. Everything here runs in the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -10,174 +10,178 @@ import asyncio
 import time
 from collections.abc import Callable, Generator
 
-from cloud_verifier.engine.sessions import Answer, Session
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.runner import Chosen, Reading, Runner, Wanted
+from cloud_verifier.engine.sessions import RoundReply, Session
+from cloud_verifier.model.batch import Segment, SegmentRunner
+from cloud_verifier.model.runner import PendingPrefill, RoundWork
+from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
-from cloud_verifier.model.tree import CLOSE_CALL, Tree
+from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
 from edge_runtime.protocol.errors import VerifierRefused
-from edge_runtime.protocol.messages import VERSION, Frame
-
-# A streamed continuation sends its tokens at most this often: a frame costs some 25 bytes, an eye sees no difference.
-FRAME_SECONDS = 0.02
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame
 
 
-class Round:
+class ActiveRound:
     """One round in progress.
 
     Args:
-        keep: what `Pool.keep` does, for one text.
-        speculation: the draft beside the target; asked before every forward, since it depends on the load.
-        session_load: percent of session slots in use, told to the client in every frame.
+        keep_rows: `KVCachePool.keep` for the cache of a session.
+        current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
+            depends on the load.
+        session_load: returns the percentage of session slots in use, which every frame reports.
 
     Attributes:
-        wanted: what is to be run before `proceed`; None where there is nothing.
-        over: nothing is wanted any more.
+        work: what has to run before the next `advance`; None if the round only yielded.
+        done: the round has ended.
+        submitted_at: time of construction, by `time.perf_counter`.
     """
 
     def __init__(
         self,
         session: Session,
-        answer: Answer,
-        keep: Callable[[Session, list[int]], None],
-        speculation: Callable[[], Speculation | None],
+        reply: RoundReply,
+        *,
+        keep_rows: Callable[[Session, list[int]], None],
+        current_speculation: Callable[[], Speculation | None],
         session_load: Callable[[], int],
     ) -> None:
         self.session = session
-        self.answer = answer
-        self.wanted: Wanted = None
-        self.over = False
-        self.submitted = time.perf_counter()
+        self.reply = reply
+        self.work: RoundWork = None
+        self.done = False
+        self.submitted_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
-        self._keep = keep
-        self._speculation = speculation
+        self._keep_rows = keep_rows
+        self._current_speculation = current_speculation
         self._session_load = session_load
-        self._told = 0.0
+        self._last_frame_at = 0.0
         self._prefill_seconds = 0.0
         self._forward_seconds = 0.0
-        self._further = 0
-        self._tokens: list[int] = []
-        self._close_calls: list[tuple[int, float]] = []
-        self._steps = self._play()
+        self._further_forwards = 0
+        self._unsent_tokens: list[int] = []
+        self._unsent_close_calls: list[tuple[int, float]] = []
+        self._steps = self._execute()
 
-    def proceed(self, chosen: Chosen | None, seconds: float) -> None:
-        """Goes on to what is wanted next, after a forward of `seconds` in which `chosen` was said.
+    @property
+    def runner(self) -> SegmentRunner:
+        """The runner of the model that `work` is for."""
+        runner = self.work.runner if isinstance(self.work, Segment) else None
+        return runner or self.session.target.runner
 
-        Raises whatever goes wrong; the round is then to be failed.
+    def advance(self, sampled: SampledTokens | None, seconds: float) -> None:
+        """Continue to the next `work`, after a forward of `seconds` that sampled `sampled`.
+
+        Any exception propagates; the caller then fails the round.
         """
         self._forward_seconds += seconds
         try:
-            self.wanted = self._steps.send(chosen)
+            self.work = self._steps.send(sampled)
         except StopIteration:
-            self.wanted, self.over = None, True
+            self.work, self.done = None, True
 
-    @property
-    def runner(self) -> Runner:
-        """That what is wanted is for."""
-        runner = self.wanted.runner if isinstance(self.wanted, Piece) else None
-        return runner or self.session.target.runner
-
-    def add_seconds(self, seconds: float) -> None:
-        """Counts a forward that ran a part of what is wanted."""
+    def add_forward_seconds(self, seconds: float) -> None:
+        """Count a forward that ran only a part of `work`."""
         self._forward_seconds += seconds
 
     def fail(self, error: VerifierRefused) -> None:
-        """Ends the round badly."""
-        self.wanted, self.over = None, True
-        self._loop.call_soon_threadsafe(self.answer.fail, error)
+        """End the round with an error."""
+        self.work, self.done = None, True
+        self._loop.call_soon_threadsafe(self.reply.fail, error)
 
-    def _play(self) -> Generator[Wanted, Chosen | None, None]:
-        session, request = self.session, self.answer.played
-        if unread := session.ids[session.cache.length : -1]:
-            yield Reading(unread)
+    def _execute(self) -> Generator[RoundWork, SampledTokens | None, None]:
+        session, request = self.session, self.reply.executed_request
+        if uncached := session.ids[session.cache.length : -1]:
+            yield PendingPrefill(uncached)
         self._prefill_seconds, self._forward_seconds = self._forward_seconds, 0.0
-        draft = request.draft[: self._room()]
+        draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
         if session.target.runner.exact:
             siblings = {}
-        accepted, own = yield from self._score(draft, siblings)
-        left = request.n - len(own)
-        self._tell(accepted, own, more=not session.finish and left > 0)
-        while not session.finish and left > 0:
-            guesses = yield from self._guess(min(left - 1, self._room()))
-            accepted, own = yield from self._score(guesses, {})
-            self._further += 1
-            own = guesses[:accepted] + own
-            left -= len(own)
-            self._tell(0, own, more=not session.finish and left > 0)
+        accepted, tokens = yield from self._verify(draft, siblings)
+        remaining = request.n - len(tokens)
+        self._emit(accepted, tokens, more=not session.finish and remaining > 0)
+        while not session.finish and remaining > 0:
+            draft = yield from self._draft(min(remaining - 1, self._max_draft_length()))
+            accepted, tokens = yield from self._verify(draft, {})
+            self._further_forwards += 1
+            tokens = draft[:accepted] + tokens
+            remaining -= len(tokens)
+            self._emit(0, tokens, more=not session.finish and remaining > 0)
 
-    def _room(self) -> int:
-        """How long a draft may be: a text that is nearly full has no room for the whole, and the target's own token."""
+    def _max_draft_length(self) -> int:
+        """Draft tokens for which the context has room, in addition to the target's own token."""
         return self.session.target.context - len(self.session.ids) - 1
 
-    def _guess(self, count: int) -> Generator[Wanted, Chosen | None, list[int]]:
-        """Up to `count` tokens drafted beside the target; none where there is no draft, or nothing worth drafting."""
-        session, speculation = self.session, self._speculation()
-        # Versions may have other vocabularies than the one that the draft was loaded beside.
+    def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+        """Draft up to `count` tokens with the verifier's own draft model; returns none if it may not draft now."""
+        session, speculation = self.session, self._current_speculation()
+        # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
             return []
-        if session.guesses is None:
-            session.guesses = speculation.guesses()
-        steps = session.guesses.behind(session.ids, min(count, speculation.tokens), session.sampling)
-        chosen: Chosen | None = None
+        if session.draft is None:
+            session.draft = speculation.new_session_draft()
+        steps = session.draft.propose(session.ids, min(count, speculation.max_draft_tokens), session.sampling)
+        sampled: SampledTokens | None = None
         while True:
             started = time.perf_counter()
             try:
-                wanted = steps.send(chosen)
+                work = steps.send(sampled)
             except StopIteration as end:
-                guesses: list[int] = end.value
-                return guesses
+                tokens: list[int] = end.value
+                return tokens
             finally:
                 self._forward_seconds += time.perf_counter() - started
-            chosen = yield wanted
+            sampled = yield work
 
-    def _score(
+    def _verify(
         self, draft: list[int], siblings: dict[int, list[int]]
-    ) -> Generator[Wanted, Chosen | None, tuple[int, list[int]]]:
-        """One forward: scores the draft, extends the text by what the target says, rolls the rest back.
+    ) -> Generator[RoundWork, SampledTokens | None, tuple[int, list[int]]]:
+        """Verify `draft` in one forward, extend the text by the target's tokens, and roll the KV cache back.
 
-        Returns how many draft tokens the target accepted, and its own tokens behind them.
+        Returns the accepted length, and the target's own tokens after the accepted ones.
         """
         session, target = self.session, self.session.target
-        tree = Tree(session.ids[-1], len(session.ids), draft, siblings)
-        chosen = yield target.piece(session.cache, tree, session.sampling)
-        assert chosen is not None
-        verdict = tree.walk(chosen.__getitem__, frozenset() if session.sampling.ignore_eos else target.end_ids)
-        self._keep(session, verdict.rows)
-        session.ids += draft[: verdict.accepted] + verdict.tokens
-        # The one token that may not fit is a sibling's bonus.
+        tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
+        sampled = yield target.tree_segment(session.cache, tree, session.sampling)
+        assert sampled is not None
+        end_ids = frozenset() if session.sampling.ignore_eos else target.end_ids
+        verification = tree.verify(sampled.__getitem__, end_ids)
+        self._keep_rows(session, verification.rows)
+        session.ids += draft[: verification.accepted] + verification.tokens
+        # At most one token exceeds the context: the bonus token after a sibling.
         excess = max(0, len(session.ids) - target.context)
         if excess:
             del session.ids[-excess:]
-        if verdict.ended and not excess:
+        if verification.ended and not excess:
             session.finish = "stop"
         elif len(session.ids) == target.context:
             session.finish = "length"
-        threshold = CLOSE_CALL[str(target.dtype).removeprefix("torch.")]
-        self._close_calls += [(p, round(margin, 9)) for p, margin in verdict.margins if margin < threshold]
-        return verdict.accepted, verdict.tokens[: len(verdict.tokens) - excess]
+        threshold = CLOSE_CALL_MARGIN[str(target.dtype).removeprefix("torch.")]
+        self._unsent_close_calls += [
+            (position, round(margin, 9)) for position, margin in verification.margins if margin < threshold
+        ]
+        return verification.accepted, verification.tokens[: len(verification.tokens) - excess]
 
-    def _tell(self, accepted: int, own: list[int], more: bool) -> None:
-        """Hands the tokens so far to the answer: at once the first and the last time, else now and then."""
-        self._tokens += own
+    def _emit(self, accepted: int, tokens: list[int], more: bool) -> None:
+        """Push a frame with all unsent tokens: the first and the last at once, others at `STREAM_FRAME_SECONDS`."""
+        self._unsent_tokens += tokens
         now = time.perf_counter()
-        if more and self._told and now - self._told < FRAME_SECONDS:
+        if more and self._last_frame_at and now - self._last_frame_at < STREAM_FRAME_SECONDS:
             return
-        self._told = now
-        busy = self._prefill_seconds + self._forward_seconds
+        self._last_frame_at = now
+        busy_seconds = self._prefill_seconds + self._forward_seconds
         frame = Frame(
-            VERSION,
-            self.answer.request.round,
+            PROTOCOL_VERSION,
+            self.reply.request.round,
             accepted=accepted,
-            tokens=self._tokens,
-            queue_100us=round(1e4 * max(0.0, now - self.submitted - busy)),
+            tokens=self._unsent_tokens,
+            queue_100us=round(1e4 * max(0.0, now - self.submitted_at - busy_seconds)),
             forward_100us=round(1e4 * self._forward_seconds),
             load=self._session_load(),
             finish=self.session.finish,
             more=more,
-            close_calls=self._close_calls,
+            close_calls=self._unsent_close_calls,
             prefill_100us=round(1e4 * self._prefill_seconds),
-            further=0 if more else self._further,
+            further=0 if more else self._further_forwards,
         )
-        self._tokens, self._close_calls = [], []
-        self._loop.call_soon_threadsafe(self.answer.push, frame)
+        self._unsent_tokens, self._unsent_close_calls = [], []
+        self._loop.call_soon_threadsafe(self.reply.push, frame)

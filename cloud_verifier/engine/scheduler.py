@@ -1,8 +1,8 @@
-"""The engine: one thread that owns the targets' caches and runs the sessions' rounds, many to a forward.
+"""The batch scheduler: one thread that owns the KV cache pools and runs the rounds of all sessions.
 
-Whoever has something to be scored goes into the next forward, whatever its draft's length, its siblings, and its
-version among the adapters of one base; who is in the middle of a long prompt goes in with a part of it, so that nobody
-waits for a whole one. Everything else of the verifier lives on the event loop.
+Continuous batching: every round that has something to be scored joins the next forward, whatever its draft length, its
+siblings, and its version among the adapters of one base model. Prompts are prefilled in chunks that share a forward
+with verification, so that no round waits for a whole prompt. Everything else of the verifier runs on the event loop.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from cloud_verifier.engine.metrics import Metrics
-from cloud_verifier.engine.round import Round
-from cloud_verifier.engine.sessions import Answer, Session
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Pool, PoolFull, Shape
-from cloud_verifier.model.runner import Chosen, Reading, Runner
+from cloud_verifier.engine.metrics import VerifierMetrics
+from cloud_verifier.engine.round import ActiveRound
+from cloud_verifier.engine.sessions import RoundReply, Session
+from cloud_verifier.model.batch import Segment, SegmentRunner
+from cloud_verifier.model.kv_cache import KVCacheFull, KVCachePool, KVCacheShape
+from cloud_verifier.model.runner import PendingPrefill
+from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
@@ -34,63 +35,74 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Make: TypeAlias = Callable[[Path, str, list[Target]], Target]
+# Makes a target from its path, its name, and the targets that are loaded, with which it may share memory.
+TargetFactory: TypeAlias = Callable[[Path, str, list[Target]], Target]
 
-# A session is expected back when it usually comes; so much later, nobody waits for it any more.
-LATE_SECONDS = 0.0005
-# Between attempts to forget a version whose closed sessions have rounds that are not over.
-UNLOAD_SECONDS = 0.01
+# Default of how long a forward waits for sessions whose next round is expected soon.
+BATCH_WINDOW_SECONDS = 0.002
+# A session that is this much later than its usual pause is no longer waited for.
+LATE_ARRIVAL_SECONDS = 0.0005
+# Pause between attempts to unload a version while rounds of its closed sessions are still running.
+UNLOAD_RETRY_SECONDS = 0.01
+# Default capacity of the KV cache, in tokens.
+CACHE_TOKENS = 1 << 18
 
 
-# How long a forward waits for sessions that are expected at any moment.
-WINDOW_SECONDS = 0.002
+class ScheduledSegment(NamedTuple):
+    """A segment of the next forward and the round that it belongs to."""
+
+    round: ActiveRound
+    segment: Segment
 
 
-class Engine:
-    """Runs rounds on targets.
+class Scheduler:
+    """Runs rounds on targets, in batches, in a thread of its own.
 
     Args:
-        load: makes the first target; called once, in the engine's thread. None where all come by `load`.
-        speculate: makes the draft beside it, or None; called likewise.
-        session_load: percent of session slots in use, told to clients in every frame.
-        tokens: that the texts of all sessions may have together.
-        metrics: is told of forwards, and of rounds that begin.
-        window: seconds that a forward may wait for sessions that are expected within them; 0 waits for nobody.
-        make: makes a target for `load`, from its path, its name, and those that are loaded.
+        load_target: makes the initial target; called once, in the scheduler's thread. None if all targets come through
+            `load`.
+        load_speculation: makes the draft model for the initial target, or None; called likewise.
+        session_load: returns the percentage of session slots in use, which every frame reports.
+        cache_tokens: capacity of the KV cache in tokens, all sessions together.
+        window: seconds that a forward may wait for sessions whose next round is expected within them; 0 never waits.
+        target_factory: makes the targets of `load`; None if the scheduler serves only the initial target.
 
     Attributes:
-        target: the first target, once it is loaded and until it is unloaded.
-        versions: all targets that are loaded, by their exact version.
-        failure: why the first did not load.
+        target: the initial target, from when it is loaded until it is unloaded.
+        speculation: the verifier's own draft model, if any.
+        failure: why the initial target did not load.
     """
 
     def __init__(
         self,
-        load: Callable[[], Target] | None,
-        speculate: Callable[[Target], Speculation | None],
+        load_target: Callable[[], Target] | None,
+        load_speculation: Callable[[Target], Speculation | None],
         session_load: Callable[[], int],
-        tokens: int = 1 << 18,
-        metrics: Metrics | None = None,
-        window: float = WINDOW_SECONDS,
-        make: Make | None = None,
+        *,
+        cache_tokens: int = CACHE_TOKENS,
+        metrics: VerifierMetrics | None = None,
+        window: float = BATCH_WINDOW_SECONDS,
+        target_factory: TargetFactory | None = None,
     ) -> None:
-        self._load_first = load
-        self._make = make
-        self._speculate = speculate
+        self._load_target = load_target
+        self._target_factory = target_factory
+        self._load_speculation = load_speculation
         self._session_load = session_load
-        self._tokens = tokens
-        self._metrics = metrics or Metrics()
+        self._cache_tokens = cache_tokens
+        self._metrics = metrics or VerifierMetrics()
         self._window = window
-        self._arrived: deque[Round] = deque()
+        self._submitted: deque[ActiveRound] = deque()
         self._released: deque[Session] = deque()
-        self._chores: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
-        self._rounds: list[Round] = []
-        self._due: list[tuple[float, int, Session]] = []
-        self._pools: dict[tuple[Shape, bool], Pool] = {}
+        self._tasks: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._running: list[ActiveRound] = []
+        # Heap of (expected arrival of the next round, tie-breaker, session).
+        self._expected: list[tuple[float, int, Session]] = []
+        # By shape of the KV cache, and whether the pool is the draft model's.
+        self._pools: dict[tuple[KVCacheShape, bool], KVCachePool] = {}
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stepping_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._step_started_at: float | None = None
         self._versions: dict[str, Target] = {}
         self.target: Target | None = None
         self.speculation: Speculation | None = None
@@ -98,280 +110,295 @@ class Engine:
 
     @property
     def versions(self) -> Mapping[str, Target]:
+        """All loaded targets, by exact version."""
         return self._versions
 
     @property
     def stalled_seconds(self) -> float:
-        """How long the step in progress has been at it; 0 where there is none, infinite if the thread has ended."""
-        since = self._stepping_since
+        """How long the current step has been running; 0 between steps, infinite if the thread has ended."""
+        started_at = self._step_started_at
         if not self._thread.is_alive():
             return float("inf")
-        return 0.0 if since is None else time.perf_counter() - since
+        return 0.0 if started_at is None else time.perf_counter() - started_at
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finishes the forward in progress and ends the thread."""
+        """Finish the forward in progress and end the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
 
-    def submit(self, session: Session, answer: Answer) -> None:
-        """Queues the round of `answer`; its frames appear there. Call from the event loop."""
-        playing = Round(session, answer, self._keep, self._speculation_now, self._session_load)
+    def submit(self, session: Session, reply: RoundReply) -> None:
+        """Queue the round of `reply`, which receives its frames. Call from the event loop."""
+        active_round = ActiveRound(
+            session,
+            reply,
+            keep_rows=self._keep_rows,
+            current_speculation=self._current_speculation,
+            session_load=self._session_load,
+        )
         with self._wake:
-            self._arrived.append(playing)
+            self._submitted.append(active_round)
             self._wake.notify()
 
     def release(self, session: Session) -> None:
-        """Takes back what a closed session holds, once its round in progress, if any, has ended."""
+        """Free the KV cache of a closed session, once its round in progress, if any, has ended."""
         self._released.append(session)
 
     async def load(self, path: Path, name: str) -> Target:
-        """Adds the version at `path`, while the others go on being served; it shares what memory it can with them.
+        """Load the version at `path` while the others are served. It shares memory with them if it can.
 
         Raises:
             TargetError: it does not load; nothing has changed.
         """
-        assert self._make is not None, "this engine serves the one target that it began with"
-        target = await asyncio.to_thread(self._make, path, name, list(self._versions.values()))
+        assert self._target_factory is not None, "this scheduler serves only its initial target"
+        target = await asyncio.to_thread(self._target_factory, path, name, list(self._versions.values()))
 
-        def admit() -> Target:
+        def install() -> Target:
             self._pool(target.runner.shape)
-            target.settle()
+            target.attach_adapter()
             self._versions[target.version] = target
             return target
 
-        return await self._between_forwards(admit)
+        return await self._run_between_steps(install)
 
     async def unload(self, version: str) -> None:
-        """Forgets a version, which no session is pinned to any more, once its last round has ended."""
-        forgotten = await self._between_forwards(lambda: self._forget(version))
-        while not forgotten:
-            await asyncio.sleep(UNLOAD_SECONDS)
-            forgotten = await self._between_forwards(lambda: self._forget(version))
+        """Unload a version that no session is pinned to any more, once its last round has ended."""
+        unloaded = await self._run_between_steps(lambda: self._try_unload(version))
+        while not unloaded:
+            await asyncio.sleep(UNLOAD_RETRY_SECONDS)
+            unloaded = await self._run_between_steps(lambda: self._try_unload(version))
 
-    def _forget(self, version: str) -> bool:
-        """Whether that was possible."""
-        if any(playing.session.target.version == version for playing in self._rounds):
+    def _try_unload(self, version: str) -> bool:
+        """Unload `version`, unless a round of it is running. Return whether it was unloaded."""
+        if any(running.session.target.version == version for running in self._running):
             return False
-        # Pages go back to the pool that they are from, while that is here.
-        self._reclaim()
+        # The pages of closed sessions must go back to their pool before the pool is dropped.
+        self._free_released_sessions()
         target = self._versions.pop(version, None)
         if target is not None:
-            target.retire()
+            target.detach_adapter()
             if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
                 self._pools.pop((target.runner.shape, False), None)
             if self.target is target:
                 self.target = None
         return True
 
-    async def _between_forwards(self, chore: Callable[[], T]) -> T:
+    async def _run_between_steps(self, task: Callable[[], T]) -> T:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._wake:
-            self._chores.append((chore, future))
+            self._tasks.append((task, future))
             self._wake.notify()
         return await future
 
-    def _speculation_now(self) -> Speculation | None:
-        """The draft beside the target, unless there are so many rounds that the boards should draft."""
+    def _current_speculation(self) -> Speculation | None:
+        """The verifier's own draft model, unless so many rounds are running that the boards should draft."""
         speculation = self.speculation
-        return speculation if speculation and len(self._rounds) <= speculation.most_rounds else None
+        return speculation if speculation and len(self._running) <= speculation.max_rounds else None
 
     def _run(self) -> None:
+        """Body of the thread."""
         try:
-            if self._load_first is not None:
-                self._begin(self._load_first())
+            if self._load_target is not None:
+                self._install_initial_target(self._load_target())
         except BaseException as error:
             self.failure = error
             return
         while not self._stopping:
             with self._wake:
-                self._wake.wait_for(lambda: self._arrived or self._rounds or self._chores or self._stopping)
-                while not self._stopping and (seconds := self._missing_for()) > 0:
+                self._wake.wait_for(lambda: self._submitted or self._running or self._tasks or self._stopping)
+                while not self._stopping and (seconds := self._batching_delay()) > 0:
                     self._wake.wait(seconds)
-            self._stepping_since = time.perf_counter()
+            self._step_started_at = time.perf_counter()
             self._step()
-            self._stepping_since = None
+            self._step_started_at = None
         for runner in {id(target.runner): target.runner for target in self._versions.values()}.values():
-            runner.end()
+            runner.shut_down()
 
-    def _begin(self, target: Target) -> None:
-        self.speculation = self._speculate(target)
-        target.settle()
-        target.runner.warm(self._pool(target.runner.shape))
+    def _install_initial_target(self, target: Target) -> None:
+        self.speculation = self._load_speculation(target)
+        target.attach_adapter()
+        target.runner.warm_up(self._pool(target.runner.shape))
         if self.speculation and self.speculation.runner:
-            self.speculation.runner.warm(self._pool(self.speculation.runner.shape, drafts=True))
+            self.speculation.runner.warm_up(self._pool(self.speculation.runner.shape, for_draft=True))
         self._versions[target.version] = target
-        # Last, because with it the verifier is ready.
+        # Last: it makes the verifier ready.
         self.target = target
 
-    def _missing_for(self) -> float:
-        """How long to wait for sessions that are expected at any moment. Nobody is waited for beyond the window."""
-        if not self._arrived and not self._rounds:
+    def _batching_delay(self) -> float:
+        """Seconds to wait for sessions whose next round is expected soon, within the window of the oldest round."""
+        if not self._submitted and not self._running:
             return 0.0
-        now, first = time.perf_counter(), min(r.submitted for r in (*self._arrived, *self._rounds))
-        close = min(first, now) + self._window
-        while self._due and self._due[0][0] < now - LATE_SECONDS:
-            heapq.heappop(self._due)
-        coming = [due for due, _, session in self._due if due < close and session.answer.done and not session.closed]
-        return min(max(coming) + LATE_SECONDS, close) - now if coming else 0.0
+        now = time.perf_counter()
+        oldest = min(waiting.submitted_at for waiting in (*self._submitted, *self._running))
+        window_end = min(oldest, now) + self._window
+        while self._expected and self._expected[0][0] < now - LATE_ARRIVAL_SECONDS:
+            heapq.heappop(self._expected)
+        arrivals = [
+            arrival
+            for arrival, _, session in self._expected
+            if arrival < window_end and session.reply.done and not session.closed
+        ]
+        return min(max(arrivals) + LATE_ARRIVAL_SECONDS, window_end) - now if arrivals else 0.0
 
     def _step(self) -> None:
-        """Chores, newcomers, one forward, and what follows from it."""
-        while self._chores:
-            chore, future = self._chores.popleft()
-            _settle(future, chore)
-        while self._arrived:
-            playing = self._arrived.popleft()
-            self._metrics.queued(time.perf_counter() - playing.submitted)
-            self._rounds.append(playing)
-            target = playing.session.target
+        """Run pending tasks, admit submitted rounds, run one forward, and advance the rounds in it."""
+        while self._tasks:
+            task, future = self._tasks.popleft()
+            _run_task(task, future)
+        while self._submitted:
+            submitted = self._submitted.popleft()
+            self._metrics.observe_queue(time.perf_counter() - submitted.submitted_at)
+            self._running.append(submitted)
+            target = submitted.session.target
             if self._versions.get(target.version) is not target:
-                # It was unloaded since the session was led to it.
-                playing.session.closed = True
-            self._proceed(playing, None, 0.0)
-        self._reclaim()
-        members = self._members()
-        for playing in self._rounds:
-            if playing.wanted is None and not playing.over:
-                self._proceed(playing, None, 0.0)
-        if members:
-            self._forward(members)
-        self._rounds = [playing for playing in self._rounds if not playing.over]
+                # The version was unloaded after the session had been routed to it.
+                submitted.session.closed = True
+            self._advance(submitted, None, 0.0)
+        self._free_released_sessions()
+        batch = self._schedule_batch()
+        for running in self._running:
+            if running.work is None and not running.done:
+                self._advance(running, None, 0.0)
+        if batch:
+            self._run_forward(batch)
+        self._running = [running for running in self._running if not running.done]
 
-    def _members(self) -> list[tuple[Round, Piece]]:
-        """Who goes into the next forward: of the runner of who waits longest, all that have something to be scored."""
-        runner: Runner | None = None
-        members: list[tuple[Round, Piece]] = []
-        readers: list[Round] = []
+    def _schedule_batch(self) -> list[ScheduledSegment]:
+        """Select the segments of the next forward: everything pending for the runner of the longest-waiting round."""
+        runner: SegmentRunner | None = None
+        batch: list[ScheduledSegment] = []
+        prefilling: list[ActiveRound] = []
         rows = 0
-        for playing in self._rounds:
-            if playing.wanted is None:
+        for running in self._running:
+            if running.work is None:
                 continue
-            runner = runner or playing.runner
-            if playing.runner is not runner:
+            runner = runner or running.runner
+            if running.runner is not runner:
                 continue
-            if isinstance(playing.wanted, Reading):
-                readers.append(playing)
-            elif rows + len(playing.wanted) <= runner.most_rows and len(members) < runner.most_pieces:
-                members.append((playing, playing.wanted))
-                rows += len(playing.wanted)
+            if isinstance(running.work, PendingPrefill):
+                prefilling.append(running)
+            elif rows + len(running.work) <= runner.max_rows and len(batch) < runner.max_segments:
+                batch.append(ScheduledSegment(running, running.work))
+                rows += len(running.work)
         if runner is None:
             return []
-        room = min(runner.prompt_rows, runner.most_rows - rows)
-        for playing in readers[: runner.most_pieces - len(members)]:
-            reading = playing.wanted
-            assert isinstance(reading, Reading)
-            if room < 1:
+        prefill_rows = min(runner.max_prefill_rows, runner.max_rows - rows)
+        for running in prefilling[: runner.max_segments - len(batch)]:
+            prefill = running.work
+            assert isinstance(prefill, PendingPrefill)
+            if prefill_rows < 1:
                 break
-            piece = playing.session.target.reading(playing.session.cache, reading.ids[:room])
-            members.append((playing, piece))
-            room -= len(piece)
-        # Who waits longest comes first, and who was in this one goes to the end of the queue.
-        served = {id(playing) for playing, _ in members}
-        self._rounds.sort(key=lambda playing: id(playing) in served)
-        return members
+            session = running.session
+            chunk = session.target.prefill_segment(session.cache, prefill.ids[:prefill_rows])
+            batch.append(ScheduledSegment(running, chunk))
+            prefill_rows -= len(chunk)
+        # The list is ordered by waiting time: rounds of this forward go to its end.
+        scheduled = {id(member.round) for member in batch}
+        self._running.sort(key=lambda running: id(running) in scheduled)
+        return batch
 
-    def _forward(self, members: list[tuple[Round, Piece]]) -> None:
-        """Runs the pieces in one forward; if that fails, each in one of its own, so that one cannot harm another."""
-        # For whom it is: the target's forwards are run by one of its versions, a draft's by its runner.
-        runner = members[0][1].runner or members[0][0].session.target
+    def _run_forward(self, batch: list[ScheduledSegment]) -> None:
+        """Run the batch in one forward. If that fails, run each segment alone, so that only the faulty round fails."""
+        # A segment of the draft model names its runner; segments of the target are run by one of its versions.
+        first = batch[0]
+        runner = first.segment.runner or first.round.session.target
         started = time.perf_counter()
         try:
-            pool = self._pool_of(members[0][0])
-            chosen = runner.run(pool, [piece for _, piece in members])
+            pool = self._pool_for_work(first.round)
+            sampled_by_segment = runner.run(pool, [member.segment for member in batch])
         except Exception as error:
-            if len(members) > 1:
-                for member in members:
-                    self._forward([member])
+            if len(batch) > 1:
+                for member in batch:
+                    self._run_forward([member])
                 return
-            self._fail(members[0][0], error)
+            self._fail(first.round, error)
             return
         seconds = time.perf_counter() - started
-        if members[0][1].runner is None:
-            self._metrics.forward(sum(len(piece) for _, piece in members), len(members), seconds)
-        for (playing, piece), said in zip(members, chosen, strict=True):
-            if piece.stays:
-                pool.keep(piece.text, list(range(len(piece))))
-            if isinstance(playing.wanted, Reading):
-                left = playing.wanted.ids[len(piece) :]
-                if left:
-                    playing.wanted = Reading(left)
-                    playing.add_seconds(seconds)
+        if first.segment.runner is None:
+            self._metrics.observe_forward(sum(len(member.segment) for member in batch), len(batch), seconds)
+        for (running, segment), sampled in zip(batch, sampled_by_segment, strict=True):
+            if segment.keep_all:
+                pool.keep(segment.sequence, list(range(len(segment))))
+            if isinstance(running.work, PendingPrefill):
+                remaining = running.work.ids[len(segment) :]
+                if remaining:
+                    running.work = PendingPrefill(remaining)
+                    running.add_forward_seconds(seconds)
                     continue
-            self._proceed(playing, said, seconds)
+            self._advance(running, sampled, seconds)
 
-    def _proceed(self, playing: Round, chosen: Chosen | None, seconds: float) -> None:
-        if playing.session.closed:
-            playing.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+    def _advance(self, running: ActiveRound, sampled: SampledTokens | None, seconds: float) -> None:
+        session = running.session
+        if session.closed:
+            running.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
             return
         try:
-            playing.proceed(chosen, seconds)
+            running.advance(sampled, seconds)
         except Exception as error:
-            self._fail(playing, error)
-        if playing.over:
-            session = playing.session
-            session.answered_at = time.perf_counter()
-            if session.pause is not None:
-                heapq.heappush(self._due, (session.answered_at + session.pause, id(session), session))
+            self._fail(running, error)
+        if running.done:
+            session.replied_at = time.perf_counter()
+            if session.pause_seconds is not None:
+                heapq.heappush(self._expected, (session.replied_at + session.pause_seconds, id(session), session))
 
-    def _fail(self, playing: Round, error: Exception) -> None:
-        # The cache may hold half a round: the session is lost, and its client opens another.
-        playing.session.closed = True
-        self.release(playing.session)
-        if isinstance(error, PoolFull):
-            playing.fail(VerifierRefused(ErrorCode.OVERLOADED, "the cache is full; try again shortly", 503))
+    def _fail(self, running: ActiveRound, error: Exception) -> None:
+        # The cache may hold an incomplete round, so the session is lost and its client opens another.
+        running.session.closed = True
+        self.release(running.session)
+        if isinstance(error, KVCacheFull):
+            running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly", 503))
             return
         log.error("a round failed", exc_info=error)
-        playing.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; the verifier's log says why", 500))
+        running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log", 500))
 
-    def _pool(self, shape: Shape, drafts: bool = False) -> Pool:
-        if (shape, drafts) not in self._pools:
+    def _pool(self, shape: KVCacheShape, for_draft: bool = False) -> KVCachePool:
+        if (shape, for_draft) not in self._pools:
             try:
-                self._pools[shape, drafts] = Pool(shape, self._tokens)
+                self._pools[shape, for_draft] = KVCachePool(shape, self._cache_tokens)
             except torch.OutOfMemoryError:
-                wanted = self._tokens * shape.bytes_per_token / 2**30
+                gibibytes = self._cache_tokens * shape.bytes_per_token / 2**30
                 raise TargetError(
-                    f"keys and values of {self._tokens} tokens take {wanted:.1f} GiB, which {shape.device} does not "
-                    "have beside the target; lower --max-tokens"
+                    f"the KV cache of {self._cache_tokens} tokens takes {gibibytes:.1f} GiB, which {shape.device} does "
+                    "not have in addition to the target; lower --max-tokens"
                 ) from None
-        return self._pools[shape, drafts]
+        return self._pools[shape, for_draft]
 
-    def _pool_of(self, playing: Round) -> Pool:
-        return self._pool(playing.runner.shape, drafts=playing.runner is not playing.session.target.runner)
+    def _pool_for_work(self, running: ActiveRound) -> KVCachePool:
+        return self._pool(running.runner.shape, for_draft=running.runner is not running.session.target.runner)
 
-    def _keep(self, session: Session, rows: list[int]) -> None:
+    def _keep_rows(self, session: Session, rows: list[int]) -> None:
         self._pool(session.target.runner.shape).keep(session.cache, rows)
 
-    def _reclaim(self) -> None:
-        """Gives the pages of closed sessions back, but for those whose round is not over yet."""
-        busy = {id(playing.session) for playing in self._rounds if not playing.over}
+    def _free_released_sessions(self) -> None:
+        """Free the pages of closed sessions, except those that still have a round running."""
+        busy = {id(running.session) for running in self._running if not running.done}
         for _ in range(len(self._released)):
             session = self._released.popleft()
             if id(session) in busy:
                 self._released.append(session)
-            else:
-                self._pool(session.target.runner.shape).release(session.cache)
-                guesses, speculation = session.guesses, self.speculation
-                if guesses and guesses.text and speculation and speculation.runner:
-                    self._pool(speculation.runner.shape, drafts=True).release(guesses.text)
+                continue
+            self._pool(session.target.runner.shape).release(session.cache)
+            draft, speculation = session.draft, self.speculation
+            if draft and draft.cached_sequence and speculation and speculation.runner:
+                self._pool(speculation.runner.shape, for_draft=True).release(draft.cached_sequence)
 
 
-def _settle(future: asyncio.Future[Any], chore: Callable[[], Any]) -> None:
-    """Does `chore` and tells its future, on the future's own loop."""
+def _run_task(task: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+    """Run `task` and settle its future on the future's own event loop."""
     loop = future.get_loop()
     try:
-        result = chore()
+        result = task()
     except Exception as error:
-        loop.call_soon_threadsafe(_tell, future, None, error)
+        loop.call_soon_threadsafe(_settle_future, future, None, error)
     else:
-        loop.call_soon_threadsafe(_tell, future, result, None)
+        loop.call_soon_threadsafe(_settle_future, future, result, None)
 
 
-def _tell(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+def _settle_future(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
     if future.cancelled():
         return
     if error is not None:

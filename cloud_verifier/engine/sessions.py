@@ -1,4 +1,4 @@
-"""Sessions: the text and the cache of one request, found again by id, evicted when there are too many."""
+"""Sessions: the token ids and KV cache of one text, found again by id and evicted when there are too many."""
 
 from __future__ import annotations
 
@@ -10,54 +10,59 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from cloud_verifier.engine.rate_limits import Acceptance
-from cloud_verifier.model.kv_cache import Text
-from cloud_verifier.model.speculation import Guesses
+from cloud_verifier.engine.draft_breaker import DraftCircuitBreaker
+from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.speculation import SessionDraft
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 
+# Weight of the latest pause in the moving average of a session's pause between two rounds.
+PAUSE_SMOOTHING = 0.3
 
-class Answer:
-    """The frames of one round, as the engine produces them; any number of readers, at any time, see all of them.
 
-    The engine's thread calls `push` and `fail` through the event loop; a reader that is cut off can come back.
+class RoundReply:
+    """The frames of one round, in the order in which the scheduler produces them.
+
+    Any number of readers, at any time, see all frames from the first, so a client that lost its connection can repeat
+    the request. The scheduler's thread calls `push` and `fail` through the event loop.
 
     Attributes:
-        request: the round, as it was asked for.
-        played: as it is played: without its draft where that is not worth verifying.
-        on_end: called once, on the event loop, when it is over, well or badly.
+        request: the round as the client requested it.
+        executed_request: the round as it is executed: without its draft if that is not worth verifying.
+        done: the round has ended, successfully or not.
+        on_done: called once, on the event loop, when the round ends.
     """
 
-    def __init__(self, request: RoundRequest, *, verified: bool = True) -> None:
+    def __init__(self, request: RoundRequest, *, verify_draft: bool = True) -> None:
         self.request = request
-        self.played = request if verified else msgspec.structs.replace(request, draft=[], siblings={})
+        self.executed_request = request if verify_draft else msgspec.structs.replace(request, draft=[], siblings={})
         self.done = False
-        self.on_end: Callable[[], None] | None = None
+        self.on_done: Callable[[], None] | None = None
         self._frames: list[Frame] = []
         self._error: VerifierRefused | None = None
         self._changed = asyncio.Event()
 
+    @property
+    def has_frames(self) -> bool:
+        return bool(self._frames)
+
     def push(self, frame: Frame) -> None:
         self._frames.append(frame)
         self.done = not frame.more
-        self._wake()
+        self._notify()
 
     def fail(self, error: VerifierRefused) -> None:
+        """End the round with an error. Does nothing if it has ended already."""
         if not self.done:
             self._error = error
             self.done = True
-            self._wake()
-
-    @property
-    def told(self) -> bool:
-        """Whether there is anything to read yet."""
-        return bool(self._frames)
+            self._notify()
 
     async def frames(self) -> AsyncIterator[Frame]:
-        """All frames from the first, as they come. Raises VerifierRefused if the round failed."""
+        """Yield all frames from the first, as they arrive. Raises VerifierRefused if the round failed."""
         index = 0
         while True:
             while index < len(self._frames):
@@ -70,20 +75,20 @@ class Answer:
             changed = self._changed
             await changed.wait()
 
-    async def over(self) -> None:
-        """Returns when the round is, well or badly."""
+    async def wait_done(self) -> None:
+        """Return when the round has ended, successfully or not."""
         while not self.done:
             await self._changed.wait()
 
-    async def whole(self) -> Frame:
-        """The round as a single frame. Raises VerifierRefused if it failed."""
-        await self.over()
+    async def result(self) -> Frame:
+        """Wait for the end of the round and return it as a single frame. Raises VerifierRefused if it failed."""
+        await self.wait_done()
         if self._error:
             raise self._error
-        return self.so_far()
+        return self.merged()
 
-    def so_far(self) -> Frame:
-        """The frames until now as a single one."""
+    def merged(self) -> Frame:
+        """Return the frames so far as a single frame."""
         frames = self._frames
         if not frames:
             return Frame(self.request.v, self.request.round, more=True)
@@ -103,89 +108,95 @@ class Answer:
             further=last.further,
         )
 
-    def _wake(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-        if self.done and self.on_end:
-            on_end, self.on_end = self.on_end, None
-            on_end()
+        if self.done and self.on_done:
+            on_done, self.on_done = self.on_done, None
+            on_done()
 
 
 class Session:
-    """One request's text and cache. Belongs to the event loop, except `ids`, `cache` and `guesses`, which belong to the
-    engine while a round is running.
+    """One text and its KV cache, pinned to one target version.
+
+    Belongs to the event loop, except `ids`, `cache` and `draft`, which belong to the scheduler's thread while a round
+    is running.
 
     Attributes:
-        id: unguessable name in URLs; begins with `wire.mark_of` its key, once it is in a store.
-        key: what it was opened with, once it is in a store.
-        owner: name of the principal that opened it; empty where nobody is asked who they are.
-        draft: the fingerprint that the board's draft was opened with, for the statistics.
-        acceptance: whether its drafts are worth verifying.
+        id: unguessable id in URLs. In a store it begins with `messages.session_id_prefix(key)`.
+        key: the opening key, set when the session is added to a store.
+        owner: name of the principal that opened it; empty for anonymous requests.
+        draft_identity: fingerprint of the board's draft, for the metrics.
+        draft_breaker: circuit breaker for the drafts of this session.
         ids: all token ids, prompt included.
-        cache: what the pool holds: keys and values of all ids but the last.
-        guesses: of the draft beside the target, once it had something to draft.
-        answer: the latest round; a repeated request gets it again.
-        before: the one before, while the latest was sent ahead of its answer, which may yet be asked for again.
+        target: the target version that the session is pinned to.
+        cache: keys and values of all ids except the last.
+        draft: state of the verifier's own draft for this text; None until it first drafts.
+        reply: the latest round; a repeated request gets it again.
+        previous_reply: the round before it, kept while the latest was sent ahead, since it may be requested again.
         finish: why the text has ended, or empty.
-        closed: nobody will read what a running round still produces.
-        target: the version that it is pinned to.
-        answered_at: when the engine was done with the latest round, by `time.perf_counter`.
-        pause: seconds from there to the next round, as they usually are; None before there was one.
+        closed: the session was removed; frames of a running round are discarded.
+        last_used_at: time of the latest request, by `time.monotonic`.
+        replied_at: time at which the scheduler finished the latest round, by `time.perf_counter`.
+        pause_seconds: moving average of the time from there to the next round; None before the second round.
     """
 
-    def __init__(self, prompt: list[int], sampling: Sampling, target: Target, answer: Answer, owner: str = "") -> None:
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, target: Target, reply: RoundReply, owner: str = ""
+    ) -> None:
         self.id = secrets.token_urlsafe(9)
         self.key = ""
         self.owner = owner
-        self.draft = ""
-        self.acceptance = Acceptance()
+        self.draft_identity = ""
+        self.draft_breaker = DraftCircuitBreaker()
         self.ids = prompt
         self.sampling = sampling
         self.target = target
-        self.cache = Text()
-        self.guesses: Guesses | None = None
-        self.answer = answer
-        self.before: Answer | None = None
+        self.cache = CachedSequence()
+        self.draft: SessionDraft | None = None
+        self.reply = reply
+        self.previous_reply: RoundReply | None = None
         self.finish = ""
         self.closed = False
-        self.used_at = time.monotonic()
-        self.answered_at: float | None = None
-        self.pause: float | None = None
+        self.last_used_at = time.monotonic()
+        self.replied_at: float | None = None
+        self.pause_seconds: float | None = None
 
-    def begin(self, request: RoundRequest, *, verified: bool = True) -> Answer:
-        """Records `request` as the latest round, to be played now; `verified`: with its draft."""
-        self.before = self.answer if request.expects else None
-        self.answer = Answer(request, verified=verified)
-        if self.answered_at is not None:
-            pause = max(0.0, time.perf_counter() - self.answered_at)
-            self.pause = pause if self.pause is None else 0.7 * self.pause + 0.3 * pause
-        return self.answer
+    def begin_round(self, request: RoundRequest, *, verify_draft: bool = True) -> RoundReply:
+        """Record `request` as the latest round, which the caller submits now, and return its reply."""
+        self.previous_reply = self.reply if request.expects else None
+        self.reply = RoundReply(request, verify_draft=verify_draft)
+        if self.replied_at is not None:
+            pause = max(0.0, time.perf_counter() - self.replied_at)
+            average = pause if self.pause_seconds is None else self.pause_seconds
+            self.pause_seconds = average + PAUSE_SMOOTHING * (pause - average)
+        return self.reply
 
-    def ahead_of(self, request: RoundRequest) -> Answer | None:
-        """The latest round, if it is not over and `request` is the one behind it, sent ahead of its answer."""
-        follows = bool(request.expects) and request.round == self.answer.request.round + 1
-        return self.answer if follows and not self.answer.done else None
+    def running_predecessor(self, request: RoundRequest) -> RoundReply | None:
+        """The latest round, if it is still running and `request` is the next one, sent ahead of its reply."""
+        follows = bool(request.expects) and request.round == self.reply.request.round + 1
+        return self.reply if follows and not self.reply.done else None
 
-    def next_round(self, request: RoundRequest) -> Answer | None:
-        """The recorded answer if `request` repeats the latest round; None if it is the next one, now to be played.
+    def recorded_reply(self, request: RoundRequest) -> RoundReply | None:
+        """The recorded reply if `request` repeats a round; None if `request` is the next round, to be executed now.
 
         Raises:
-            VerifierRefused: it is neither, or was sent ahead on a wrong guess; the session stays as it was.
+            VerifierRefused: it is neither, or was sent ahead on a wrong expectation. The session does not change.
         """
-        self.used_at = time.monotonic()
-        for played in (self.answer, self.before):
-            if played and request.round == played.request.round:
-                # One that was sent ahead may come late, when the round that was right is known or even played.
-                self._check_expected(request, played.request.position)
-                # A reader that was cut off may ask again without streaming; that is still the same round.
-                if _contents(request) == _contents(played.request):
-                    return played
+        self.last_used_at = time.monotonic()
+        for recorded in (self.reply, self.previous_reply):
+            if recorded and request.round == recorded.request.round:
+                # A round that was sent ahead may arrive after the right one is known, or even executed.
+                self._check_expectation(request, recorded.request.position)
+                # A client that lost its connection may repeat the request without streaming: it is the same round.
+                if _round_contents(request) == _round_contents(recorded.request):
+                    return recorded
                 raise VerifierRefused(
-                    ErrorCode.ROUND_CONFLICT, f"round {request.round} was already played with other contents", 409
+                    ErrorCode.ROUND_CONFLICT, f"round {request.round} was already executed with other contents", 409
                 )
-        latest = self.answer.request
-        if request.round != latest.round + 1 or not self.answer.done:
-            expected = latest.round + self.answer.done
+        latest = self.reply.request
+        if request.round != latest.round + 1 or not self.reply.done:
+            expected = latest.round + self.reply.done
             raise VerifierRefused(
                 ErrorCode.ROUND_OUT_OF_ORDER,
                 f"round {request.round} is not the next one; send round {expected}",
@@ -193,36 +204,38 @@ class Session:
                 {"expected": expected},
             )
         if self.finish and request.expects:
-            raise _void(request, f"the text has ended ({self.finish})")
+            raise _void_error(request, f"the text has ended ({self.finish})")
         if self.finish:
             raise VerifierRefused(ErrorCode.SESSION_FINISHED, f"the text has ended ({self.finish})", 409)
-        self._check_expected(request, len(self.ids))
+        self._check_expectation(request, len(self.ids))
         if request.position != len(self.ids):
             raise VerifierRefused(
                 ErrorCode.WRONG_POSITION,
-                f"position {request.position} is not where the text ends; the next token's is {len(self.ids)}",
+                f"position {request.position} is not the end of the text; the next token's position is {len(self.ids)}",
                 409,
                 {"expected": len(self.ids)},
             )
         return None
 
-    def _check_expected(self, request: RoundRequest, position: int) -> None:
-        """Raises VerifierRefused (`round_void`) unless `request` stands at `position`, behind what it expects there."""
+    def _check_expectation(self, request: RoundRequest, position: int) -> None:
+        """Raises VerifierRefused (`round_void`) unless `request` starts at `position`, after the token it expects."""
         if request.expects and request.position != position:
-            raise _void(request, f"the text goes on at {position}, not {request.position}")
+            raise _void_error(request, f"the text continues at {position}, not {request.position}")
         if request.expects and request.expects != self.ids[position - 1 : position]:
-            raise _void(request, f"token {position - 1} is {self.ids[position - 1]}, not {request.expects[0]}")
+            raise _void_error(request, f"token {position - 1} is {self.ids[position - 1]}, not {request.expects[0]}")
 
 
 class SessionStore:
-    """Sessions by id and by opening key, least recently used first. To others than its owner a session does not exist.
+    """Sessions by id and by opening key, least recently used first.
+
+    A session is visible only to its owner: to others it does not exist.
 
     Args:
-        max_sessions: more than this and the least recently used is evicted.
-        max_tokens: bound on the tokens of all sessions together, which is what their caches' memory grows with.
+        max_sessions: with more, the least recently used session is evicted.
+        max_tokens: bound on the tokens of all sessions together; the memory of their KV caches is proportional to it.
         idle_seconds: sessions unused for longer are evicted.
-        forget: told of every session that is here no more.
-        page: tokens that a cache grows by at once.
+        on_remove: called with every session that leaves the store.
+        page: tokens by which a KV cache grows at a time.
     """
 
     def __init__(
@@ -230,13 +243,13 @@ class SessionStore:
         max_sessions: int,
         max_tokens: int,
         idle_seconds: float,
-        forget: Callable[[Session], None] = lambda session: None,
+        on_remove: Callable[[Session], None] = lambda session: None,
         page: int = 1,
     ) -> None:
         self._max_sessions = max_sessions
         self._max_tokens = max_tokens
         self._idle_seconds = idle_seconds
-        self._forget = forget
+        self._on_remove = on_remove
         self._page = page
         self._by_id: OrderedDict[str, Session] = OrderedDict()
         self._by_key: dict[tuple[str, str], Session] = {}
@@ -247,86 +260,94 @@ class SessionStore:
 
     @property
     def load(self) -> int:
-        """Share of the session slots in use, percent."""
+        """Share of the session slots in use, in percent."""
         return 100 * len(self._by_id) // self._max_sessions
 
     @property
     def tokens(self) -> int:
-        """Of all sessions together."""
+        """Token ids of all sessions together."""
         return sum(len(session.ids) for session in self._by_id.values())
 
-    def by_key(self, key: str, owner: str = "") -> Session | None:
-        """The session that `owner` has opened with `key`, if it is still here."""
+    def find_by_key(self, key: str, owner: str = "") -> Session | None:
+        """The session that `owner` opened with `key`, if it is still in the store."""
         return self._by_key.get((owner, key))
 
     def owned_by(self, owner: str) -> list[Session]:
-        """Their sessions, the least recently used first."""
+        """The sessions of `owner`, least recently used first."""
         return [session for session in self._by_id.values() if session.owner == owner]
 
-    def of_version(self, version: str) -> list[str]:
+    def ids_of_version(self, version: str) -> list[str]:
         """Ids of the sessions that are pinned to this exact target version."""
         return [session.id for session in self._by_id.values() if session.target.version == version]
 
     def get(self, session_id: str, owner: str = "") -> Session:
-        """Raises VerifierRefused (`session_lost`) if `owner` has no such session, or not any more."""
+        """Return a session of `owner` and mark it as used. Raises VerifierRefused (`session_lost`)."""
         session = self._by_id.get(session_id)
         if session is not None and session.closed:
             self.remove(session_id)
         if session is None or session.closed or session.owner != owner:
             raise VerifierRefused(
-                ErrorCode.SESSION_LOST, "no such session here (any more); open one with all ids so far", 404
+                ErrorCode.SESSION_LOST,
+                "this session does not exist (any more); open a new one with all ids so far",
+                404,
             )
         self._by_id.move_to_end(session_id)
         return session
 
     def add(self, key: str, session: Session) -> None:
-        """Adds a session, evicting others if there are too many.
+        """Add a session, evicting others if necessary.
 
         Raises:
-            VerifierRefused: `overloaded`: every other session is in the middle of a round.
+            VerifierRefused: `overloaded`: every other session has a round in progress.
         """
         self.make_room(1, len(session.ids))
-        session.id = messages.mark_of(key) + session.id[len(messages.mark_of(key)) :]
+        session.id = messages.session_id_prefix(key) + session.id[len(messages.session_id_prefix(key)) :]
         session.key = key
         self._by_id[session.id] = session
         self._by_key[session.owner, key] = session
 
     def remove(self, session_id: str) -> None:
-        """Forgets a session, if it is here; a running round of it stops at its next step."""
+        """Remove a session, if it exists. A running round of it stops at its next step."""
         session = self._by_id.pop(session_id, None)
         if session is not None:
             session.closed = True
-            self._forget(session)
-            session.answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+            self._on_remove(session)
+            session.reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
             if self._by_key.get((session.owner, session.key)) is session:
                 del self._by_key[session.owner, session.key]
 
-    def _held(self, session: Session) -> int:
-        return -(-len(session.ids) // self._page) * self._page
+    def make_room(self, sessions: int, tokens: int, exempt: Session | None = None) -> None:
+        """Evict idle sessions, then least recently used ones, until `sessions` and `tokens` more fit.
 
-    def make_room(self, sessions: int, tokens: int, spare: Session | None = None) -> None:
-        """Evicts idle sessions, then least recently used ones, until so many more fit."""
+        Sessions with a round in progress and `exempt` are never evicted.
+
+        Raises:
+            VerifierRefused: `overloaded`: the sessions that cannot be evicted leave too little room.
+        """
         now = time.monotonic()
-        fixed = [s for s in self._by_id.values() if s is spare or not s.answer.done]
-        if len(fixed) + sessions > self._max_sessions or sum(map(self._held, fixed)) + tokens > self._max_tokens:
-            raise VerifierRefused(
-                ErrorCode.OVERLOADED, "every session slot is in the middle of a round; try again shortly", 503
-            )
-        held = sum(map(self._held, self._by_id.values()))
+        pinned = [s for s in self._by_id.values() if s is exempt or not s.reply.done]
+        pinned_tokens = sum(map(self._reserved_tokens, pinned))
+        if len(pinned) + sessions > self._max_sessions or pinned_tokens + tokens > self._max_tokens:
+            raise VerifierRefused(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly", 503)
+        reserved = sum(map(self._reserved_tokens, self._by_id.values()))
         for session in list(self._by_id.values()):
-            full = len(self._by_id) + sessions > self._max_sessions or held + tokens > self._max_tokens
-            if session is spare or not session.answer.done:
+            full = len(self._by_id) + sessions > self._max_sessions or reserved + tokens > self._max_tokens
+            if session is exempt or not session.reply.done:
                 continue
-            if full or now - session.used_at > self._idle_seconds:
-                held -= self._held(session)
+            if full or now - session.last_used_at > self._idle_seconds:
+                reserved -= self._reserved_tokens(session)
                 self.remove(session.id)
                 self.evictions += 1
 
+    def _reserved_tokens(self, session: Session) -> int:
+        """Tokens of the session, rounded up to whole pages."""
+        return -(-len(session.ids) // self._page) * self._page
 
-def _void(request: RoundRequest, why: str) -> VerifierRefused:
+
+def _void_error(request: RoundRequest, why: str) -> VerifierRefused:
     return VerifierRefused(ErrorCode.ROUND_VOID, f"round {request.round} was sent ahead of another text: {why}", 409)
 
 
-def _contents(request: RoundRequest) -> tuple[object, ...]:
-    """What makes two requests the same round. Not `expects`: it was true of both, or one of them is void."""
+def _round_contents(request: RoundRequest) -> tuple[object, ...]:
+    """The fields that identify a round. Not `expects`: it holds for both requests, or one of them is void."""
     return (request.position, request.draft, request.n, request.siblings)

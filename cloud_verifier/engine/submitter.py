@@ -1,98 +1,110 @@
-"""From a round that may be played to the engine; and the books: who may have it, what it brought, what it cost."""
+"""Admits sessions and rounds, submits them to the scheduler, and accounts for them when they end."""
 
 from __future__ import annotations
 
 import time
 
-from cloud_verifier.engine.admission import InFlight
-from cloud_verifier.engine.auth import Principal
-from cloud_verifier.engine.metrics import Metrics, sibling_hit
-from cloud_verifier.engine.rate_limits import Standing, Standings
-from cloud_verifier.engine.scheduler import Engine
-from cloud_verifier.engine.sessions import Answer, Session, SessionStore
+from cloud_verifier.engine.admission import AdmissionController
+from cloud_verifier.engine.metrics import VerifierMetrics, is_sibling_hit
+from cloud_verifier.engine.principals import Principal
+from cloud_verifier.engine.rate_limits import PrincipalAccount, PrincipalAccounts
+from cloud_verifier.engine.scheduler import Scheduler
+from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, OpenRequest, RoundRequest
 
 
-class Submitter:
-    """Begins sessions and rounds. Everything on the event loop, and nothing here waits."""
+class RoundSubmitter:
+    """Starts sessions and rounds. Runs on the event loop; no method waits."""
 
-    def __init__(self, engine: Engine, sessions: SessionStore, in_flight: InFlight, metrics: Metrics) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        sessions: SessionStore,
+        admission: AdmissionController,
+        metrics: VerifierMetrics,
+    ) -> None:
+        self._scheduler = scheduler
         self._sessions = sessions
-        self._in_flight = in_flight
+        self._admission = admission
         self._metrics = metrics
-        self._standings = Standings()
+        self._accounts = PrincipalAccounts()
 
-    def open(self, principal: Principal, opening: OpenRequest, target: Target) -> Session:
-        """A session, whose first round is being played. Raises VerifierRefused."""
-        standing = self._standing(principal, opening=True)
-        self._make_room(principal)
-        answer = Answer(opening.first, verified=_worthwhile(opening.first, standing))
-        session = Session(list(opening.prompt), opening.sampling, target, answer, principal.name)
-        session.draft = opening.draft
+    def open_session(self, principal: Principal, opening: OpenRequest, target: Target) -> Session:
+        """Create a session and submit its first round. Raises VerifierRefused."""
+        account = self._admit(principal, opening=True)
+        self._enforce_max_sessions(principal)
+        reply = RoundReply(opening.first, verify_draft=_allows_draft(opening.first, account))
+        session = Session(list(opening.prompt), opening.sampling, target, reply, principal.name)
+        session.draft_identity = opening.draft
         self._sessions.add(opening.key, session)
-        self._submit(session, answer, standing, len(opening.prompt))
-        standing.pay(0, len(opening.prompt))
-        self._metrics.opened(len(opening.prompt))
+        self._submit(session, reply, account, len(opening.prompt))
+        account.charge(0, len(opening.prompt))
+        self._metrics.count_prompt(len(opening.prompt))
         return session
 
-    def play(self, principal: Principal, session: Session, playing: RoundRequest) -> Answer:
-        """The session's next round. Raises VerifierRefused, and then the session stays as it was."""
-        standing = self._standing(principal, opening=False)
-        self._sessions.make_room(0, len(playing.draft) + playing.n, session)
-        answer = session.begin(playing, verified=_worthwhile(playing, standing, session))
-        self._submit(session, answer, standing)
-        return answer
+    def submit_round(self, principal: Principal, session: Session, request: RoundRequest) -> RoundReply:
+        """Submit the session's next round. Raises VerifierRefused; the session does not change then."""
+        account = self._admit(principal, opening=False)
+        self._sessions.make_room(0, len(request.draft) + request.n, session)
+        reply = session.begin_round(request, verify_draft=_allows_draft(request, account, session))
+        self._submit(session, reply, account)
+        return reply
 
-    def _standing(self, principal: Principal, *, opening: bool) -> Standing:
-        """Of `principal`. Raises VerifierRefused where it may not have a round now."""
-        self._in_flight.check(opening=opening)
-        standing = self._standings.of(principal)
-        standing.check_rate()
-        return standing
+    def _admit(self, principal: Principal, *, opening: bool) -> PrincipalAccount:
+        """Return the principal's account. Raises VerifierRefused if it may not have a round now."""
+        self._admission.check(opening=opening)
+        account = self._accounts.get(principal)
+        account.check_rate()
+        return account
 
-    def _make_room(self, principal: Principal) -> None:
-        """Closes the principal's least recently used sessions where it would have one too many."""
+    def _enforce_max_sessions(self, principal: Principal) -> None:
+        """Close the principal's least recently used sessions, so that it may open one more."""
         if principal.max_sessions is None:
             return
         own = self._sessions.owned_by(principal.name)
-        idle = [session for session in own if session.answer.done]
+        idle = [session for session in own if session.reply.done]
         excess = len(own) + 1 - principal.max_sessions
         if excess > len(idle):
             raise VerifierRefused(
                 ErrorCode.RATE_LIMITED,
-                f"{principal.name} may have {principal.max_sessions} sessions, and all of them are in the middle of a "
-                "round; try again shortly",
+                f"{principal.name} may have {principal.max_sessions} sessions, and each of them has a round in "
+                "progress; try again shortly",
                 429,
                 {"max_sessions": principal.max_sessions},
             )
         for session in idle[: max(0, excess)]:
             self._sessions.remove(session.id)
 
-    def _submit(self, session: Session, answer: Answer, standing: Standing, prompt: int = 0) -> None:
-        """Has a round played, behind a prompt of so many tokens, and entered into the books when it is over."""
+    def _submit(self, session: Session, reply: RoundReply, account: PrincipalAccount, prompt_tokens: int = 0) -> None:
         arrived = time.perf_counter()
 
-        def over() -> None:
-            self._in_flight.leave(answer, prompt)
-            told, asked = answer.so_far(), answer.request
-            verified = answer.played is asked
-            standing.pay(told.accepted + len(told.tokens))
-            if asked.draft and verified and not told.more:
-                rows = len(asked.draft) + sum(map(len, asked.siblings.values()))
-                for account in filter(None, (standing.acceptance, session.acceptance)):
-                    account.add(rows, told.accepted + sibling_hit(asked, told))
-            seconds = time.perf_counter() - arrived
-            self._metrics.played(session.target.version, session.draft, session.owner, asked, told, seconds, verified)
+        def account_for_round() -> None:
+            self._admission.unregister(reply, prompt_tokens)
+            frame, request = reply.merged(), reply.request
+            verified = reply.executed_request is request
+            account.charge(frame.accepted + len(frame.tokens))
+            if request.draft and verified and not frame.more:
+                rows = len(request.draft) + sum(map(len, request.siblings.values()))
+                for breaker in filter(None, (account.draft_breaker, session.draft_breaker)):
+                    breaker.record(rows, frame.accepted + is_sibling_hit(request, frame))
+            self._metrics.observe_round(
+                version=session.target.version,
+                draft=session.draft_identity,
+                principal=session.owner,
+                request=request,
+                reply=frame,
+                seconds=time.perf_counter() - arrived,
+                verified=verified,
+            )
 
-        answer.on_end = over
-        self._in_flight.enter(answer, prompt)
-        self._engine.submit(session, answer)
+        reply.on_done = account_for_round
+        self._admission.register(reply, prompt_tokens)
+        self._scheduler.submit(session, reply)
 
 
-def _worthwhile(asked: RoundRequest, standing: Standing, session: Session | None = None) -> bool:
-    """Whether to verify the round's draft, if it has one. The text is the same either way."""
-    accounts = [standing.acceptance, session.acceptance if session else None]
-    return not asked.draft or all(account.worthwhile() for account in accounts if account)
+def _allows_draft(request: RoundRequest, account: PrincipalAccount, session: Session | None = None) -> bool:
+    """Whether to verify the draft of `request`, if it has one."""
+    breakers = [account.draft_breaker, session.draft_breaker if session else None]
+    return not request.draft or all(breaker.allows_draft() for breaker in breakers if breaker)

@@ -1,1 +1,1 @@
-"""."""
+"""Several replicas of a verifier at one address, run by Ray Serve."""

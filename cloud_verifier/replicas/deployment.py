@@ -1,6 +1,6 @@
-"""Several replicas of a verifier on Ray Serve: how many there are, where, and what becomes of one that dies is Ray's.
+"""Deploys several replicas of a verifier on Ray Serve, which starts, places, watches, scales and replaces them.
 
-A replica's death costs no token: its sessions are lost as evicted ones are, and boards open them again elsewhere.
+The death of a replica costs no token: its sessions are lost as evicted ones are, and boards reopen them elsewhere.
 """
 
 from __future__ import annotations
@@ -18,51 +18,51 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cloud_verifier.api.server import serve
-from cloud_verifier.engine.auth import Doors
+from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.model.limits import VerifierLimits
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol.errors import InputError, TargetError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-    from cloud_verifier.api.app import Service
+    from cloud_verifier.api.app import VerifierService
 
 log = logging.getLogger(__name__)
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-# Replicas share nothing through Ray's object store: messages travel inside calls. This is the least that Ray takes.
+# The smallest object store that Ray accepts: replicas share nothing through it, messages are arguments of calls.
 OBJECT_STORE_BYTES = 80 << 20
-# Between looks at the replicas; and between Ray's, at whether each of them is well.
-LOOK_SECONDS = 1.0
+# How often the number of running replicas is read from Ray.
+POLL_SECONDS = 1.0
+# How often Ray checks the health of each replica.
 HEALTH_SECONDS = 2.0
-# How often the first replicas may fail to load before that is an error.
+# How often a replica may fail to load at the start before that is an error.
 LOAD_ATTEMPTS = 2
-# To reach a cluster.
 CONNECT_SECONDS = 5.0
-# What a trace calls an error, in its last line.
-RAISED = re.compile(r"[\w.]+(Error|Exception): ")
-# Replicas come quickly when rounds wait, and go slowly: each one that goes has its sessions opened again elsewhere.
+# The last line of a Python traceback, up to the message.
+EXCEPTION_LINE = re.compile(r"[\w.]+(Error|Exception): ")
+# Scale up quickly when rounds wait, and down slowly: boards must reopen the sessions of a removed replica elsewhere.
 UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10.0, 300.0
-# A session has at most a round, one sent ahead of its answer, and repetitions of both.
+# A session has at most one round, one sent ahead of its reply, and repetitions of both.
 REQUESTS_PER_SESSION = 4
 
 
-class Scaling(msgspec.Struct, frozen=True):
-    """How many replicas, and of what.
+class ScalingOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Number and resources of the replicas.
 
     Attributes:
-        fewest, most: replicas; between them, as many as `rounds` says.
-        rounds: that a replica should have at once, waiting ones included.
-        cpus, gpus: of each replica.
-        cluster: address of a Ray cluster that is there; empty for one of this process's own, on this machine.
-        name: of the application in the cluster.
-        upscale_seconds, downscale_seconds: that there have to be too many rounds, or too few.
+        min_replicas, max_replicas: bounds of their number, which `target_rounds` decides.
+        target_rounds: rounds that each replica should have, waiting ones included.
+        cpus, gpus: resources of each replica.
+        cluster: address of an existing Ray cluster; empty to start one on this machine.
+        name: name of the Ray Serve application.
+        upscale_seconds, downscale_seconds: how long there must be too many or too few rounds before scaling.
     """
 
-    fewest: int
-    most: int
-    rounds: int = 16
+    min_replicas: int
+    max_replicas: int
+    target_rounds: int = 16
     cpus: float = 1.0
     gpus: float = 0.0
     cluster: str = ""
@@ -72,80 +72,87 @@ class Scaling(msgspec.Struct, frozen=True):
 
 
 def serve_replicas(
-    build: Callable[[], Service],
-    scaling: Scaling,
+    build_service: Callable[[], VerifierService],
+    *,
+    scaling: ScalingOptions,
     limits: VerifierLimits,
-    listening: Listening,
-    doors: Doors,
+    listening: ListenOptions,
+    authenticator: Authenticator,
     announce: Callable[[str], None],
     grace: float,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, as `server.serve` does.
+    """Serve until SIGINT or SIGTERM, as `server.serve` does.
 
     Args:
-        build: makes a replica's service, in its process; it must be picklable.
+        build_service: builds a replica's service in its process; must be picklable.
         limits: of each replica.
 
     Raises:
-        InputError: there is no such cluster, or it does not have what the replicas need.
-        FlexSpecError: the port is taken, or the target did not load.
+        InputError: the Ray cluster does not exist, or lacks the resources for the replicas.
+        FlexSpecError: the port is in use, or the target did not load.
     """
     import uvloop
 
-    with _ray(scaling):
+    with _ray_cluster(scaling):
         from cloud_verifier.replicas.ingress import Ingress
 
-        fleet = Fleet(build, scaling, limits, grace)
+        deployment = ReplicaDeployment(build_service, scaling, limits, grace)
         try:
-            uvloop.run(serve(Ingress(fleet, limits, doors), listening, announce, grace))
+            uvloop.run(serve(Ingress(deployment, limits, authenticator), listening, announce, grace))
         finally:
-            fleet.remove()
+            deployment.delete()
 
 
-class Fleet:
-    """The replicas of one application.
+class ReplicaDeployment:
+    """The replicas of one Ray Serve application.
 
     Attributes:
-        handle: the way to them, once Ray knows of them.
-        failure: why the first of them did not load.
-        running: how many there are that can be asked.
+        handle: Ray's handle for calls to the replicas; None until they are deployed.
+        failure: why no replica came up.
+        running: number of replicas that accept requests.
     """
 
-    def __init__(self, build: Callable[[], Service], scaling: Scaling, limits: VerifierLimits, grace: float) -> None:
-        """`grace`: seconds that a replica has, when it is to go, for the rounds that it plays."""
+    def __init__(
+        self,
+        build_service: Callable[[], VerifierService],
+        scaling: ScalingOptions,
+        limits: VerifierLimits,
+        grace: float,
+    ) -> None:
+        """`grace` is how many seconds a replica that is removed has to finish its rounds."""
         self.handle: DeploymentHandle[Any] | None = None
         self.failure: BaseException | None = None
         self.running = 0
-        self._build = build
+        self._build_service = build_service
         self._scaling = scaling
         self._limits = limits
         self._grace = grace
 
     def status(self) -> str:
-        """How many there are, in a line."""
-        least, most = self._scaling.fewest, self._scaling.most
-        return f"{self.running} replicas of {least if least == most else f'{least} to {most}'}"
+        """One line about the number of replicas."""
+        minimum, maximum = self._scaling.min_replicas, self._scaling.max_replicas
+        return f"{self.running} replicas of {minimum if minimum == maximum else f'{minimum} to {maximum}'}"
 
     async def run(self) -> None:
-        """Brings the replicas up, and looks after their number until cancelled."""
-        ready = False
+        """Deploy the replicas and monitor their number until cancelled. Errors are recorded in `failure`."""
+        was_running = False
         try:
             self.handle = await asyncio.to_thread(self._deploy)
             while True:
-                running, message = await asyncio.to_thread(self._look)
-                if message and not ready:
+                running, message = await asyncio.to_thread(self._read_status)
+                if message and not was_running:
                     raise TargetError(f"no replica came up: {message}")
                 if running != self.running:
-                    log.info("%d replicas are up", running)
-                ready, self.running = ready or running > 0, running
-                await asyncio.sleep(LOOK_SECONDS)
+                    log.info("%d replicas are running", running)
+                was_running, self.running = was_running or running > 0, running
+                await asyncio.sleep(POLL_SECONDS)
         except Exception as error:
             log.debug("no replicas", exc_info=True)
             self.failure = error
             self.running = 0
 
-    def remove(self) -> None:
-        """Ends the replicas, once they have ended their rounds."""
+    def delete(self) -> None:
+        """Stop the replicas after they have finished their rounds."""
         from ray import serve
 
         with contextlib.suppress(Exception):
@@ -157,23 +164,23 @@ class Fleet:
 
         from cloud_verifier.replicas.replica import Replica
 
-        scaling, requests = self._scaling, REQUESTS_PER_SESSION * self._limits.max_sessions
+        scaling, max_requests = self._scaling, REQUESTS_PER_SESSION * self._limits.max_sessions
         deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
             name="replica",
-            # Each keeps its own door to overload shut, see `inflight`; what Ray counts is only to grow by.
-            max_ongoing_requests=requests,
-            max_queued_requests=requests,
+            # Each replica sheds load itself (see `engine.admission`); Ray's counts only drive the scaling.
+            max_ongoing_requests=max_requests,
+            max_queued_requests=max_requests,
             autoscaling_config=AutoscalingConfig(
-                min_replicas=scaling.fewest,
-                max_replicas=scaling.most,
-                initial_replicas=scaling.fewest,
-                target_ongoing_requests=scaling.rounds,
+                min_replicas=scaling.min_replicas,
+                max_replicas=scaling.max_replicas,
+                initial_replicas=scaling.min_replicas,
+                target_ongoing_requests=scaling.target_rounds,
                 upscale_delay_s=scaling.upscale_seconds,
                 downscale_delay_s=scaling.downscale_seconds,
             ),
             request_router_config=RequestRouterConfig(
                 request_router_class=ROUTER,
-                # To another replica a session is a lost one.
+                # The least possible: on any other replica the session is lost.
                 request_router_kwargs={"num_fallback_replicas": 1},
             ),
             ray_actor_options={"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
@@ -183,14 +190,14 @@ class Fleet:
             max_constructor_retry_count=LOAD_ATTEMPTS,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        # Ray's own door would speak HTTP/1.1: three times the bytes of ours in every round.
+        # Ray's own proxy uses HTTP/1.1, which takes three times the bytes of our ingress per round.
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-        application = serve.RunTarget(deployment.bind(self._build), name=scaling.name, route_prefix=None)
+        application = serve.RunTarget(deployment.bind(self._build_service), name=scaling.name, route_prefix=None)
         (handle,) = serve.run_many([application], wait_for_applications_running=False)
         return handle
 
-    def _look(self) -> tuple[int, str]:
-        """How many replicas are up, and, where Ray has given up on them, why."""
+    def _read_status(self) -> tuple[int, str]:
+        """The number of running replicas, and, if Ray has given up on the deployment, the reason."""
         from ray import serve
         from ray.serve.schema import ApplicationStatus
 
@@ -200,45 +207,44 @@ class Fleet:
         deployment = application.deployments["replica"]
         running = deployment.replica_states.get("RUNNING", 0)
         failed = application.status == ApplicationStatus.DEPLOY_FAILED
-        return running, _cause(deployment.message or application.message) if failed else ""
+        return running, _error_message(deployment.message or application.message) if failed else ""
 
 
 @contextlib.contextmanager
-def _ray(scaling: Scaling) -> Iterator[None]:
-    """Connected to a Ray cluster, or with one of this process's own, which ends with it. Raises InputError."""
+def _ray_cluster(scaling: ScalingOptions) -> Iterator[None]:
+    """Connect to a Ray cluster, or start one that ends with this process. Raises InputError."""
     if scaling.cluster not in ("", "auto"):
         _check_reachable(scaling.cluster)
-    # Nothing about this machine goes to anybody; and nobody gets in who does not know the token.
+    # No usage statistics leave this machine, and our own cluster requires a random token.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not scaling.cluster:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Colours are for terminals, and the log may be anything.
+    # No colors: the log need not be a terminal.
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    try:
-        import ray
-        import ray.serve
-    except ImportError as error:
-        raise InputError(f"replicas need Ray Serve ({error}): pip install 'flexspec[scale]'") from None
+    import ray
+    import ray.serve
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    log_options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     try:
         if scaling.cluster:
-            ray.init(address=scaling.cluster, **quiet)
+            ray.init(address=scaling.cluster, **log_options)
         else:
-            # So many processors as are asked for: how to share them is not Ray's to decide on a machine of its own.
-            wanted = max(os.cpu_count() or 1, -int(-scaling.cpus * scaling.most // 1))
+            # Claim as many CPUs as the replicas request, even if there are fewer: on a cluster of our own Ray must not
+            # refuse replicas for lack of them.
+            cpus = max(os.cpu_count() or 1, -int(-scaling.cpus * scaling.max_replicas // 1))
             ray.init(
                 address="local",
-                num_cpus=wanted,
+                num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",
-                **quiet,
+                **log_options,
             )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"no Ray cluster at {scaling.cluster}" if scaling.cluster else "Ray did not start"
-        raise InputError(f"{where}: {error}") from None
+        problem = f"no Ray cluster at {scaling.cluster}" if scaling.cluster else "Ray did not start"
+        raise InputError(f"{problem}: {error}") from None
     try:
         _check_resources(scaling, ray.cluster_resources())
         yield
@@ -247,28 +253,28 @@ def _ray(scaling: Scaling) -> Iterator[None]:
 
 
 def _check_reachable(cluster: str) -> None:
-    """Raises InputError: Ray itself would try for minutes."""
+    """Raises InputError if nothing listens at `cluster`. Ray itself would retry for minutes."""
     host, _, port = cluster.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"no Ray cluster at {cluster} ({error}); give HOST:PORT of its head, such as 10.0.0.1:6379, or auto"
+            f"no Ray cluster at {cluster} ({error}); give HOST:PORT of its head node, such as 10.0.0.1:6379, or auto"
         ) from None
 
 
-def _check_resources(scaling: Scaling, there: dict[str, float]) -> None:
-    for name, each in (("CPU", scaling.cpus), ("GPU", scaling.gpus)):
-        needed, present = each * scaling.fewest, there.get(name, 0)
+def _check_resources(scaling: ScalingOptions, available: dict[str, float]) -> None:
+    for name, per_replica in (("CPU", scaling.cpus), ("GPU", scaling.gpus)):
+        needed, present = per_replica * scaling.min_replicas, available.get(name, 0)
         if needed > present:
             raise InputError(
-                f"{scaling.fewest} replicas need {needed:g} {name}s, and Ray has {present:g}: "
-                "give --replicas fewer, or add machines to the cluster"
+                f"{scaling.min_replicas} replicas need {needed:g} {name}s, and Ray has {present:g}: "
+                "reduce --replicas, or add machines to the cluster"
             )
 
 
-def _cause(message: str) -> str:
-    """What failed, of Ray's account of it: what the last line of a trace says."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["Ray does not say why"]
-    last = next((line for line in reversed(lines) if RAISED.match(line)), lines[-1])
-    return RAISED.sub("", last)
+def _error_message(report: str) -> str:
+    """The message of the last exception in Ray's report of a failure."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()] or ["Ray gives no reason"]
+    last = next((line for line in reversed(lines) if EXCEPTION_LINE.match(line)), lines[-1])
+    return EXCEPTION_LINE.sub("", last)

@@ -1,10 +1,11 @@
-"""The door of several replicas: boards speak HTTP/2, TLS and tokens with it as with one verifier, and Ray Serve carries
-each request to the replica that has its session.
+"""The ingress of several replicas: an ASGI application that forwards each request to the replica with its session.
 
-No table says which one that is. A session's id begins with a mark of the key that it was opened with (`wire.mark_of`);
-the mark's place on Ray's ring of consistent hashes names the replica, for the opening and for all its rounds. When a
-replica comes or goes, only the sessions of its own part of the ring move, and are opened again as lost ones. So an
-ingress remembers nothing.
+Boards use HTTP/2, TLS and tokens with it as with a single verifier; Ray Serve carries requests to the replicas.
+
+Routing needs no table. A session id begins with a mark derived from the opening key (`messages.session_id_prefix`). The
+position of the mark on Ray's consistent hash ring selects the replica, for the opening and for all rounds. When a
+replica is added or removed, only the sessions of its part of the ring move; they are lost there and reopened. The
+ingress itself is stateless.
 """
 
 from __future__ import annotations
@@ -29,53 +30,66 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from cloud_verifier.api.codec import body_of, media_type_of, refuse
-from cloud_verifier.engine.admission import Counted, InFlight
-from cloud_verifier.engine.auth import Doors, Role
+from cloud_verifier.api.codec import error_response, read_body, request_media_type
+from cloud_verifier.engine.admission import AdmissionController, InFlightMiddleware
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.principals import Role
 from cloud_verifier.model.limits import VerifierLimits
-from edge_runtime.protocol import messages as wire
 from edge_runtime.protocol.errors import VerifierRefused
-from edge_runtime.protocol.messages import ErrorCode
+from edge_runtime.protocol.messages import ErrorCode, peek_session_key, session_id_prefix
 
 log = logging.getLogger(__name__)
 
-SESSIONS = "/v1/sessions"
-MARK_CHARACTERS = len(wire.mark_of(""))
-# How often something that can be repeated is tried when replicas die under it.
-ATTEMPTS = 3
+SESSIONS_PATH = "/v1/sessions"
+MARK_CHARACTERS = len(session_id_prefix(""))
+# Attempts for a request that may be repeated, if replicas die while they handle it.
+MAX_ATTEMPTS = 3
+# Retry-After while no replica is running.
 RETRY_SECONDS = 1
-# For all replicas to say something.
-ALL_SECONDS = 10.0
-# Of an ASGI scope: what a replica needs, and can be carried there.
-CARRIED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "client", "server")
+# Timeout of a call to all replicas.
+BROADCAST_SECONDS = 10.0
+# The keys of an ASGI scope that a replica needs and that can be pickled.
+FORWARDED_SCOPE_KEYS = (
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "client",
+    "server",
+)
 
 
-class Replicas(Protocol):
-    """What an ingress stands before; see `scaling.Fleet`."""
+class ReplicaBackend(Protocol):
+    """What the ingress needs of the replicas; see `deployment.ReplicaDeployment`."""
 
     handle: DeploymentHandle[Any] | None
     failure: BaseException | None
 
     @property
     def running(self) -> int:
-        """How many replicas there are that can be asked."""
+        """Number of replicas that accept requests."""
 
     async def run(self) -> None:
-        """Brings them up, and keeps an eye on them until cancelled."""
+        """Deploy the replicas and monitor them until cancelled."""
 
     def status(self) -> str:
-        """What they do now, in a line."""
+        """One line about the current state."""
 
 
 class Ingress:
-    """An ASGI application, `app`, that is the verifier's, over its replicas."""
+    """The verifier's ASGI application, `app`, over its replicas."""
 
-    # Their work is their own: Ray looks after them.
+    # Ray watches the replicas; the ingress itself has no scheduler that could stall.
     stalled_seconds = 0.0
 
-    def __init__(self, replicas: Replicas, limits: VerifierLimits, doors: Doors) -> None:
-        self.doors = doors
-        self.in_flight = InFlight(float("inf"))
+    def __init__(self, replicas: ReplicaBackend, limits: VerifierLimits, authenticator: Authenticator) -> None:
+        self.authenticator = authenticator
+        # Only for draining: each replica sheds load itself.
+        self.admission = AdmissionController(float("inf"))
         self._replicas = replicas
         self._limits = limits
         self.app = Starlette(
@@ -85,166 +99,177 @@ class Ingress:
                 Route("/metrics", self._metrics),
                 Mount("", app=self._forward),
             ],
-            middleware=[Middleware(Counted, self.in_flight)],
+            middleware=[Middleware(InFlightMiddleware, self.admission)],
             lifespan=self._lifespan,
         )
         self.app.router.redirect_slashes = False
 
     @property
     def loaded(self) -> bool:
-        """Whether a replica can be asked."""
+        """Whether a replica accepts requests."""
         return self._replicas.running > 0
 
     @property
     def failure(self) -> BaseException | None:
-        """Why there is none, and will be none."""
+        """Why no replica came up."""
         return self._replicas.failure
 
     @property
     def in_use(self) -> bool:
-        """Whether boards may be about to ask for their next round."""
+        """Whether boards may be about to send their next round."""
         return self.loaded
 
     def status(self) -> str:
-        """What it does now, in a line."""
-        return self._replicas.status() + (", about to end" if self.in_flight.draining else "")
+        """One line about the current state."""
+        return self._replicas.status() + (", draining" if self.admission.draining else "")
 
     def reload(self) -> None:
-        """Has everyone read the tokens again. Raises InputError, and then everything stays as it was."""
-        self.doors.reload()
+        """Read the token file again, here and in all replicas. On InputError nothing changes."""
+        self.authenticator.reload()
         if self._replicas.handle is not None:
-            self._replicas.handle.broadcast("reload").results(timeout_s=ALL_SECONDS)
-        log.info("%d tokens", len(self.doors))
+            self._replicas.handle.broadcast("reload").results(timeout_s=BROADCAST_SECONDS)
+        log.info("%d tokens", len(self.authenticator))
 
     async def drain(self, seconds: float) -> bool:
-        """From now on plays nothing new; whether what is being played was over within `seconds`."""
-        return await self.in_flight.drain(seconds)
+        """Admit no new requests, and wait up to `seconds` for those in progress. Return whether they all ended."""
+        return await self.admission.drain(seconds)
 
-    def abandon(self) -> None:
-        """Its lifespan has not been left, and need not be."""
+    def abort(self) -> None:
+        """Nothing to stop: the replicas are stopped by their deployment."""
 
     async def _health(self, request: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
 
     async def _ready(self, request: Request) -> Response:
         try:
-            self._handle()
-            self.in_flight.check(opening=True)
+            self._require_handle()
+            self.admission.check(opening=True)
         except VerifierRefused as error:
-            return refuse(request, error)
+            return error_response(request, error)
         return Response("ready\n", media_type="text/plain")
 
     async def _metrics(self, request: Request) -> Response:
-        """All replicas' figures, each with the label of its replica: only they can be added up."""
+        """The metrics of all replicas, each with a label `replica`."""
         try:
-            self.doors.admit(request, Role.MONITOR)
-            pages = await self._handle().broadcast("page").results_async(timeout_s=ALL_SECONDS)
+            self.authenticator.authorize(request, Role.MONITOR)
+            pages = await self._require_handle().broadcast("page").results_async(timeout_s=BROADCAST_SECONDS)
         except VerifierRefused as error:
-            return refuse(request, error)
+            return error_response(request, error)
         except (RayError, RayServeException, TimeoutError) as error:
-            log.warning("not all replicas told their figures: %s", error)
-            return refuse(request, VerifierRefused(ErrorCode.OVERLOADED, "a replica did not tell its figures", 503))
-        return Response(merged(dict(pages), self._replicas.running), media_type="text/plain; version=0.0.4")
+            log.warning("a replica did not report its metrics: %s", error)
+            return error_response(
+                request, VerifierRefused(ErrorCode.OVERLOADED, "a replica did not report its metrics", 503)
+            )
+        page = merge_metrics(dict(pages), self._replicas.running)
+        return Response(page, media_type="text/plain; version=0.0.4")
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Any other request, to a replica and back."""
-        # Mounted applications have their own idea of where they are.
+        """Forward any other request to a replica, and its response back."""
+        # `Mount` has changed the path of the scope.
         scope = scope | {"root_path": "", "path": scope["path"]}
         request = Request(scope, receive)
-        began = False
+        response_started = False
         try:
             if scope["method"] == "POST":
-                self.in_flight.check(opening=True)
-            body = await body_of(request, self._limits.max_body)
-            async for message in self._asked(request, body):
-                began = True
+                self.admission.check(opening=True)
+            body = await read_body(request, self._limits.max_body)
+            async for message in self._call_replica(request, body):
+                response_started = True
                 await send(message)
         except ClientDisconnect:
             return
         except VerifierRefused as error:
-            if not began:
-                await refuse(request, error)(scope, receive, send)
+            if not response_started:
+                await error_response(request, error)(scope, receive, send)
             else:
-                # A round that fails in mid-stream ends there: its last frame still says `more`.
+                # A round that fails ends the stream early; the client notices, since the last frame says `more`.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _asked(self, request: Request, body: bytes) -> AsyncIterator[Message]:
-        """What a replica answers. Raises VerifierRefused, and ClientDisconnect when the client has gone before that."""
-        mark = affinity(request.method, request.url.path, media_type_of(request), body)
-        carried = {name: request.scope[name] for name in CARRIED if name in request.scope}
-        carried["headers"] = [(bytes(name), bytes(value)) for name, value in request.scope["headers"]]
-        round_ = request.url.path.startswith(f"{SESSIONS}/")
-        for attempt in range(ATTEMPTS):
-            began = over = False
-            answer = self._handle().options(method_name="exchange", stream=True, session_id=mark).remote(carried, body)
-            watching = asyncio.create_task(_cancel_when_gone(request, answer))
+    async def _call_replica(self, request: Request, body: bytes) -> AsyncIterator[Message]:
+        """Yield a replica's response.
+
+        Raises:
+            VerifierRefused: no replica could handle the request.
+            ClientDisconnect: the client disconnected first.
+        """
+        mark = session_mark(request.method, request.url.path, request_media_type(request), body)
+        scope = {name: request.scope[name] for name in FORWARDED_SCOPE_KEYS if name in request.scope}
+        scope["headers"] = [(bytes(name), bytes(value)) for name, value in request.scope["headers"]]
+        is_round = request.url.path.startswith(f"{SESSIONS_PATH}/")
+        for attempt in range(MAX_ATTEMPTS):
+            started = complete = False
+            handle = self._require_handle().options(method_name="exchange", stream=True, session_id=mark)
+            response = handle.remote(scope, body)
+            watcher = asyncio.create_task(_cancel_on_disconnect(request, response))
             try:
-                async for messages in answer:
-                    began = True
+                async for messages in response:
+                    started = True
                     for message in messages:
                         yield message
-                over = True
+                complete = True
                 return
             except (RequestCancelledError, TaskCancelledError, asyncio.CancelledError) as error:
-                if not watching.done():
+                if not watcher.done():
                     raise
                 raise ClientDisconnect from error
             except RayActorError as error:
-                log.warning("a replica has ended with a request: %s", str(error).split("\n", 1)[0])
-                # An opening is idempotent by its key, and its ring has lost that replica by now.
-                if began or round_ or attempt + 1 == ATTEMPTS:
-                    raise _lost(round_) from error
+                log.warning("a replica died with a request: %s", str(error).split("\n", 1)[0])
+                # Only an opening may be repeated: its key makes it idempotent, and the ring has dropped the replica.
+                if started or is_round or attempt + 1 == MAX_ATTEMPTS:
+                    raise _replica_died_error(is_round) from error
             except BackPressureError as error:
                 raise VerifierRefused(
                     ErrorCode.OVERLOADED, "too many requests wait for a replica; try again shortly", 503
                 ) from error
             except (RayError, RayServeException) as error:
                 log.exception("%s %s failed", request.method, request.url.path)
-                raise VerifierRefused(ErrorCode.INTERNAL, "a fault of the verifier; its log says more", 500) from error
+                raise VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500) from error
             finally:
-                watching.cancel()
-                if not over:
-                    answer.cancel()
+                watcher.cancel()
+                if not complete:
+                    response.cancel()
 
-    def _handle(self) -> DeploymentHandle[Any]:
-        """Raises VerifierRefused while there is no replica."""
+    def _require_handle(self) -> DeploymentHandle[Any]:
+        """Raises VerifierRefused (`starting`) while no replica is running."""
         if self._replicas.handle is None or not self.loaded:
             raise VerifierRefused(
-                ErrorCode.STARTING, "no replica is up yet, or again; try again shortly", 503, retry_after=RETRY_SECONDS
+                ErrorCode.STARTING, "no replica is running yet; try again shortly", 503, retry_after=RETRY_SECONDS
             )
         return self._replicas.handle
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(self._replicas.run())
+        task = asyncio.create_task(self._replicas.run())
         yield
-        running.cancel()
+        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await running
+            await task
 
 
-def affinity(method: str, path: str, media_type: str, body: bytes) -> str:
-    """What all requests of one session have in common, and few others: its mark. Empty where any replica will do."""
-    if path.startswith(f"{SESSIONS}/"):
-        return path[len(SESSIONS) + 1 :].partition("/")[0][:MARK_CHARACTERS]
-    key = wire.key_of(body, media_type) if (method, path) == ("POST", SESSIONS) else None
-    return wire.mark_of(key) if key else ""
+def session_mark(method: str, path: str, media_type: str, body: bytes) -> str:
+    """The routing key that all requests of one session share; empty if any replica can handle the request."""
+    if path.startswith(f"{SESSIONS_PATH}/"):
+        return path[len(SESSIONS_PATH) + 1 :].partition("/")[0][:MARK_CHARACTERS]
+    key = peek_session_key(body, media_type) if (method, path) == ("POST", SESSIONS_PATH) else None
+    return session_id_prefix(key) if key else ""
 
 
-def merged(pages: Mapping[str, bytes], running: int) -> bytes:
-    """Replicas' pages for Prometheus as one; every sample gets the label `replica`."""
+def merge_metrics(pages: Mapping[str, bytes], running: int) -> bytes:
+    """Merge the replicas' Prometheus pages, by replica id, into one. Every sample gets the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
-            one = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            one.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
-    families["flexspec_replicas"] = GaugeMetricFamily("flexspec_replicas", "Replicas that are up.", value=running)
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+            ]
+    families["flexspec_replicas"] = GaugeMetricFamily("flexspec_replicas", "Running replicas.", value=running)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(families.values()))
+    registry.register(_FixedCollector(families.values()))
     return generate_latest(registry)
 
 
-class _Collected(Collector):
+class _FixedCollector(Collector):
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
@@ -252,19 +277,21 @@ class _Collected(Collector):
         return self._families
 
 
-async def _cancel_when_gone(request: Request, answer: Any) -> None:
-    """Has the replica told when the client goes before its answer is over."""
+async def _cancel_on_disconnect(request: Request, response: Any) -> None:
+    """Cancel the call to the replica when the client disconnects before the response is complete."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    answer.cancel()
+    response.cancel()
 
 
-def _lost(round_: bool) -> VerifierRefused:
-    if round_:
+def _replica_died_error(is_round: bool) -> VerifierRefused:
+    if is_round:
         return VerifierRefused(
-            ErrorCode.SESSION_LOST, "the replica that held this session has ended; open one with all ids so far", 404
+            ErrorCode.SESSION_LOST, "the replica of this session has died; open a new one with all ids so far", 404
         )
     return VerifierRefused(
-        ErrorCode.STARTING, "replicas end faster than this can be told; try again shortly", 503,
+        ErrorCode.STARTING,
+        "replicas die repeatedly with this request; try again shortly",
+        503,
         retry_after=RETRY_SECONDS,
-    )  # fmt: skip
+    )

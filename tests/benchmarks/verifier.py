@@ -26,14 +26,14 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cloud_verifier.engine.scheduler import Engine
-from cloud_verifier.engine.sessions import Answer, Session
+from cloud_verifier.engine.scheduler import Scheduler
+from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model import attention
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Pool, Text
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 from cloud_verifier.model.target import Target
-from cloud_verifier.model.tree import Tree
-from edge_runtime.protocol.messages import VERSION, RoundRequest
+from cloud_verifier.model.tree import TokenTree
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 
 FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
@@ -82,12 +82,14 @@ PROMPTS = (
 def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A Llama of a real shape with random weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False)
-    config._attn_implementation = attention.NAME
+    config._attn_implementation = attention.IMPLEMENTATION_NAME
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             torch.nn.init.normal_ = lambda tensor, *_, **__: tensor  # type: ignore[assignment]
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention.IMPLEMENTATION_NAME, dtype=dtype
+            )
             with torch.no_grad():
                 for weights in model.parameters():
                     weights.copy_(torch.empty_like(weights).uniform_(-0.03, 0.03) if weights.ndim > 1 else 1.0)
@@ -110,15 +112,15 @@ def bandwidth() -> float:
     return 2 * one.nbytes / min(seconds)
 
 
-def rounds(pool: Pool, sessions: int, draft: int, context: int) -> list[Piece]:
+def rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> list[Segment]:
     """One round of each session behind `context` tokens."""
     pieces = []
     for _ in range(sessions):
-        text = Text()
+        text = CachedSequence()
         pool.reserve(text, context + 80)
         text.length = context
-        tree = Tree(7, context + 1, list(range(10, 10 + draft)), {})
-        pieces.append(Piece.of_tree(text, tree, Sampling(1.0, seed=5)))
+        tree = TokenTree(7, context + 1, list(range(10, 10 + draft)), {})
+        pieces.append(Segment.from_tree(text, tree, Sampling(1.0, seed=5)))
     return pieces
 
 
@@ -142,9 +144,9 @@ def profile(work: Any) -> None:
 
 def forwards(options: argparse.Namespace) -> None:
     from cloud_verifier.model.cuda_graphs import GraphRunner
-    from cloud_verifier.model.tensor_parallel import Team
+    from cloud_verifier.model.tensor_parallel import TensorParallelGroup
 
-    team = Team() if "RANK" in os.environ else None
+    team = TensorParallelGroup() if "RANK" in os.environ else None
     speed = bandwidth()
     gpus = f"{team.size if team else 1} x {torch.cuda.get_device_name()}"
     how = "".join(f", {name}" for name in ("exact", "compiled") if getattr(options, name))
@@ -162,18 +164,18 @@ def forwards(options: argparse.Namespace) -> None:
     for shape in options.shape:
         model = random_model(shape, "cuda")
         if team:
-            team.split(model)
+            team.shard_model(model)
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
         weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
-        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, team=team)
-        pool = Pool(runner.shape, max(options.sessions) * (options.context + 160))
+        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, group=team)
+        pool = KVCachePool(runner.shape, max(options.sessions) * (options.context + 160))
         if team and team.rank:
-            runner.follow(pool)
+            runner.follow_leader(pool)
             continue
         for sessions in options.sessions:
             for draft in options.draft:
                 pieces = rounds(pool, sessions, draft, options.context)
-                if sum(map(len, pieces)) > runner.most_rows:
+                if sum(map(len, pieces)) > runner.max_rows:
                     continue
                 started = time.perf_counter()
                 runner.run(pool, pieces)
@@ -189,9 +191,9 @@ def forwards(options: argparse.Namespace) -> None:
                 row = (str(sessions), str(draft), f"{whole:.2f}", f"{floor:.2f}", f"{whole / floor:.2f}")
                 table.add_row(shape, *row, told)
                 for piece in pieces:
-                    pool.release(piece.text)
+                    pool.release(piece.sequence)
         if team:
-            team.end()
+            team.stop_followers()
         del runner, model, pool, local
         torch.cuda.empty_cache()
     if team and team.rank:
@@ -201,7 +203,7 @@ def forwards(options: argparse.Namespace) -> None:
 
 
 async def text(
-    engine: Engine,
+    engine: Scheduler,
     target: Target,
     prompt: list[int],
     sampling: Sampling,
@@ -212,15 +214,15 @@ async def text(
 ) -> tuple[list[int], list[tuple[int, float]]]:
     """A text as a board would have it verified, whose drafts are right about 4 times of 5; and its close calls."""
     random = Random(seed)
-    own = RoundRequest(VERSION, 0, len(prompt), n=1 if draft else 16)
-    answer = Answer(own)
+    own = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=1 if draft else 16)
+    answer = RoundReply(own)
     session = Session(list(prompt), sampling, target, answer)
     new: list[int] = []
     calls: list[tuple[int, float]] = []
     number = 0
     while True:
         engine.submit(session, answer)
-        frame = await answer.whole()
+        frame = await answer.result()
         new += answer.request.draft[: frame.accepted] + frame.tokens
         calls += frame.close_calls
         if len(new) >= count or frame.finish:
@@ -230,7 +232,7 @@ async def text(
         known = truth[len(new) : len(new) + draft]
         guess = [token if random.random() < 0.8 else random.randrange(target.vocabulary_size) for token in known]
         n = 1 if draft else min(16, count - len(new))
-        answer = session.begin(RoundRequest(VERSION, number, len(prompt) + len(new), draft=guess, n=n))
+        answer = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(prompt) + len(new), draft=guess, n=n))
 
 
 async def all_texts(
@@ -242,7 +244,7 @@ async def all_texts(
     truths: Any = None,
 ) -> tuple[list[tuple[list[int], list[tuple[int, float]]]], float]:
     """The texts of all jobs, so many at once; seconds."""
-    engine = Engine(lambda: target, lambda _: None, lambda: 0, tokens=64 * 1024)
+    engine = Scheduler(lambda: target, lambda _: None, lambda: 0, cache_tokens=64 * 1024)
     engine.start()
     while engine.target is None:
         if engine.failure:

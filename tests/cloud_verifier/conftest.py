@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.registry import Registry
 from edge_runtime.protocol.messages import JSON, MSGPACK
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.protocol_client import GREEDY, Talker, running
+from tests.cloud_verifier.protocol_client import GREEDY, ProtocolClient, running
 from tests.models import save_target
 
 Alone = Callable[..., list[int]]
@@ -24,7 +24,7 @@ def alone(tiny_path: Path) -> Alone:
     model, _, end_ids = load_model(tiny_path, "cpu", "float32")
 
     def write(prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
-        return decode_alone(model, prompt, sampling, count, end_ids)
+        return generate_reference(model, prompt, sampling, count, end_ids)
 
     return write
 
@@ -37,9 +37,9 @@ def url(tiny: Target) -> Iterator[str]:
 
 
 @pytest.fixture(params=[MSGPACK, JSON], ids=["msgpack", "json"])
-def talker(url: str, request: pytest.FixtureRequest) -> Iterator[Talker]:
+def talker(url: str, request: pytest.FixtureRequest) -> Iterator[ProtocolClient]:
     """A client of that verifier, once in each encoding."""
-    with Talker(url, request.param) as client:
+    with ProtocolClient(url, request.param) as client:
         yield client
 
 

@@ -12,12 +12,12 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 
 from cloud_verifier.api.app import VerifierLimits
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Pool
-from cloud_verifier.model.runner import Chosen
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import KVCachePool
+from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
-from edge_runtime.protocol.messages import Frame, Message, OpenReply, OpenRequest, Refusal, RoundRequest
+from edge_runtime.protocol.messages import ErrorReply, Frame, Message, OpenReply, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.conftest import serving
 
@@ -42,12 +42,12 @@ def opening(prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: 
     """A fresh opening; `changes` are fields of OpenRequest (its `draft` is called `identity`) or of its first round."""
     first_draft, changes["draft"] = changes.pop("draft", []), changes.pop("identity", "")
     fields = {name: changes.pop(name) for name in list(changes) if name in OpenRequest.__struct_fields__}
-    first = {"v": messages.VERSION, "round": 0, "position": len(prompt), "draft": first_draft} | changes
-    settled = {"v": messages.VERSION, "key": f"key-{next(_keys):06}", "first": RoundRequest(**first)} | fields
+    first = {"v": messages.PROTOCOL_VERSION, "round": 0, "position": len(prompt), "draft": first_draft} | changes
+    settled = {"v": messages.PROTOCOL_VERSION, "key": f"key-{next(_keys):06}", "first": RoundRequest(**first)} | fields
     return OpenRequest(prompt=prompt, sampling=sampling, **settled)
 
 
-class Watched(Target):
+class ObservedTarget(Target):
     """A target, loaded already, that counts its forwards and can be held up before the next one.
 
     Attributes:
@@ -69,7 +69,7 @@ class Watched(Target):
     def release(self) -> None:
         self._released.set()
 
-    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
+    def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
         if not self._released.is_set():
             self.reached.set()
             self._released.wait(20)
@@ -80,7 +80,7 @@ class Watched(Target):
 class Session:
     """An open session and its text, as the client knows it."""
 
-    def __init__(self, talker: Talker, reply: OpenReply, request: OpenRequest) -> None:
+    def __init__(self, talker: ProtocolClient, reply: OpenReply, request: OpenRequest) -> None:
         self._talker = talker
         self.id = reply.session
         self.reply = reply
@@ -94,7 +94,9 @@ class Session:
 
     def next(self, **changes: Any) -> RoundRequest:
         """The next round, correct but for `changes`."""
-        return RoundRequest(**{"v": messages.VERSION, "round": self.number + 1, "position": len(self.ids)} | changes)
+        return RoundRequest(
+            **{"v": messages.PROTOCOL_VERSION, "round": self.number + 1, "position": len(self.ids)} | changes
+        )
 
     def play(self, **changes: Any) -> Frame:
         """Plays the next round and takes its tokens."""
@@ -108,7 +110,7 @@ class Session:
         self.ids += request.draft[: frame.accepted] + frame.tokens
 
 
-class Talker:
+class ProtocolClient:
     """Speaks one encoding with one verifier."""
 
     def __init__(self, url: str, media_type: str = messages.MSGPACK, token: str = "", **options: Any) -> None:
@@ -116,7 +118,7 @@ class Talker:
         headers = {"content-type": media_type} | ({"authorization": f"Bearer {token}"} if token else {})
         self.http = httpx.Client(base_url=url, headers=headers, timeout=20, **options)
 
-    def __enter__(self) -> Talker:
+    def __enter__(self) -> ProtocolClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,9 +135,9 @@ class Talker:
         assert response.headers["content-type"] == self.media_type
         return messages.decode(response.content, kind, self.media_type, session_in(response.request.url.path))
 
-    def refused(self, response: httpx.Response, status: int, code: str) -> Refusal:
+    def refused(self, response: httpx.Response, status: int, code: str) -> ErrorReply:
         """The refusal of a bad one; a sentence for people is part of it."""
-        refusal = refusal_of(response)
+        refusal = decode_error(response)
         assert (response.status_code, refusal.code) == (status, code)
         assert len(refusal.message.split()) > 3
         return refusal
@@ -152,6 +154,6 @@ def session_in(path: str) -> str:
     return parts[3] if path.endswith("/rounds") else ""
 
 
-def refusal_of(response: httpx.Response) -> Refusal:
+def decode_error(response: httpx.Response) -> ErrorReply:
     """The body of a refusal, in the encoding that the response says it has."""
-    return messages.decode(response.content, Refusal, response.headers["content-type"])
+    return messages.decode(response.content, ErrorReply, response.headers["content-type"])

@@ -1,4 +1,4 @@
-"""A verifier of several versions, as `cloud-verifier serve --registry` makes it."""
+"""A verifier of several target versions, set up as `cloud-verifier serve --registry` does."""
 
 from __future__ import annotations
 
@@ -10,56 +10,64 @@ from typing import Any
 import torch
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.api.app import Service
-from cloud_verifier.api.server import Server
-from cloud_verifier.engine.auth import Doors
-from cloud_verifier.engine.rollout import PATIENCE, Patience, Rollout, load_default
+from cloud_verifier.api.app import VerifierService
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.rollout import DEFAULT_RETIREMENT_POLICY, RetirementPolicy, Rollout, load_default_target
 from cloud_verifier.model.limits import VerifierLimits
+from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 
 
-def service_of(
+def make_target(path: Path, name: str, others: list[Target]) -> Target:
+    """A target factory for tests."""
+    return Target(path, device="cpu", dtype=torch.float32, name=name, share_with=others)
+
+
+def registry_service(
     registry: Registry,
     tokens: Path | None = None,
     *,
-    patience: Patience = PATIENCE,
+    policy: RetirementPolicy = DEFAULT_RETIREMENT_POLICY,
     check_options: Sequence[str] = (),
     draft: Path | None = None,
-) -> Service:
-    """Without tokens everybody is a board; with a `draft`, a bundle, it speculates beside the targets."""
+) -> VerifierService:
+    """A service of all versions of `registry`.
 
-    def make(path: Path, name: str, beside: list[Target]) -> Target:
-        return Target(path, device="cpu", dtype=torch.float32, name=name, beside=beside)
+    Args:
+        tokens: token file; None to require no tokens.
+        draft: bundle for server-side speculation.
+    """
 
-    def speculate(target: Target) -> Speculation | None:
-        return Speculation(draft, target, 4, threads=1) if draft else None
+    def load_speculation(target: Target) -> Speculation | None:
+        return OnnxSpeculation(draft, target, max_draft_tokens=4, threads=1) if draft else None
 
-    return Service(
-        lambda: load_default(registry, make),
+    return VerifierService(
+        lambda: load_default_target(registry, make_target),
         VerifierLimits(),
-        speculate,
-        Doors(tokens),
-        lambda engine, sessions: Rollout(registry, engine, sessions, patience),
-        check_options,
-        make,
+        load_speculation=load_speculation,
+        authenticator=Authenticator(tokens),
+        make_rollout=lambda scheduler, sessions: Rollout(registry, scheduler, sessions, policy),
+        check_options=check_options,
+        target_factory=make_target,
     )
 
 
 @contextlib.contextmanager
-def serving_registry(registry: Registry, tokens: Path | None = None, **options: Any) -> Iterator[str]:
-    """The URL of such a service, in a thread of its own."""
+def serve_registry(registry: Registry, tokens: Path | None = None, **options: Any) -> Iterator[str]:
+    """Serve `registry_service` in a thread of its own; yields its URL."""
 
     @contextlib.asynccontextmanager
-    async def serving() -> AsyncIterator[Server]:
-        server = Server(service_of(registry, tokens, **options), Listening(port=0))
+    async def listening() -> AsyncIterator[VerifierServer]:
+        server = VerifierServer(registry_service(registry, tokens, **options), ListenOptions(port=0))
         await server.start()
         try:
             yield server
         finally:
             await server.stop()
 
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(serving()) as server:
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(listening()) as server:
         yield server.url

@@ -15,20 +15,20 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.api.server import Server
-from cloud_verifier.engine.rollout import Patience
-from cloud_verifier.engine.sessions import Answer
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.engine.rollout import RetirementPolicy
+from cloud_verifier.engine.sessions import RoundReply
 from cloud_verifier.engine.sessions import Session as Pinned
-from cloud_verifier.model.reference import decode_alone
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.registry import Registry
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import JSON, ErrorCode, ModelList, OpenReply, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.protocol_client import PROMPT, Session, Talker, opening
-from tests.cloud_verifier.target_versions import service_of, serving_registry
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, Session, opening
+from tests.cloud_verifier.target_versions import registry_service, serve_registry
 from tests.models import save_target
 
 WARM = Sampling(temperature=0.8, seed=11, ignore_eos=True)
@@ -43,20 +43,20 @@ def alone(models: Path) -> Alone:
     texts = {}
     for seed in range(3):
         model, _, end_ids = load_model(models / f"v{seed}", "cpu", "float32")
-        texts[f"v{seed}"] = decode_alone(model, PROMPT, WARM, LENGTH, end_ids)
+        texts[f"v{seed}"] = generate_reference(model, PROMPT, WARM, LENGTH, end_ids)
     assert len({tuple(text) for text in texts.values()}) == 3
     return lambda version: texts[version.partition("@")[0]]
 
 
 @pytest.fixture
 def url(registry: Registry) -> Iterator[str]:
-    with serving_registry(registry, patience=Patience(lost=0.2, grace=3600)) as url:
+    with serve_registry(registry, policy=RetirementPolicy(linger_seconds=0.2, grace_seconds=3600)) as url:
         wait(url, lambda listed: {"v0", "v1"} <= {model.id for model in listed.data})
         yield url
 
 
 def models_of(url: str) -> ModelList:
-    with Talker(url) as talker:
+    with ProtocolClient(url) as talker:
         return talker.told(talker.http.get("/v1/models"), ModelList)
 
 
@@ -99,7 +99,7 @@ def finish(session: Session, **changes: object) -> list[int]:
 def test_a_session_stays_with_its_version_whatever_happens_to_others(
     url: str, registry: Registry, models: Path, alone: Alone
 ) -> None:
-    with Talker(url) as talker:
+    with ProtocolClient(url) as talker:
         old = talker.open(sampling=WARM, n=5)
         assert old.reply.version.startswith("v0@")
         registry.promote("latest", "v1")
@@ -115,7 +115,7 @@ def test_a_session_stays_with_its_version_whatever_happens_to_others(
 
 
 def test_a_lost_session_goes_on_with_its_version_until_that_is_gone(url: str, registry: Registry, alone: Alone) -> None:
-    with Talker(url) as talker:
+    with ProtocolClient(url) as talker:
         session = talker.open(sampling=WARM, n=5)
         version, text = session.reply.version, list(session.ids)
         registry.promote("latest", "v1")
@@ -143,15 +143,15 @@ def test_a_lost_session_goes_on_with_its_version_until_that_is_gone(url: str, re
 
 async def test_a_version_that_is_unloaded_leaves_nothing_behind(registry: Registry) -> None:
     """Even the first one, and though a draft was compared with it."""
-    service = service_of(registry, patience=Patience(lost=0, grace=3600))
-    server = Server(service, Listening(port=0))
+    service = registry_service(registry, policy=RetirementPolicy(linger_seconds=0, grace_seconds=3600))
+    server = VerifierServer(service, ListenOptions(port=0))
     await server.start()
     try:
-        versions = service.engine.versions
+        versions = service.scheduler.versions
         async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
             await until(lambda: len(versions) == 2)
-            version = service.rollout.default.version
-            identity = versions[version].identity_like("anchor/1/")
+            version = service.rollout.default_target.version
+            identity = versions[version].expected_identity("anchor/1/")
             asked = messages.encode(opening(sampling=WARM, n=5, identity=identity), JSON)
             opened = await client.post("/v1/sessions", content=asked)
             assert opened.json()["version"] == version
@@ -162,7 +162,7 @@ async def test_a_version_that_is_unloaded_leaves_nothing_behind(registry: Regist
             await until(lambda: version not in versions)
             assert (await client.post("/v1/sessions", content=messages.encode(opening(), JSON))).status_code == 200
             # Loading goes on.
-            registry.add(str(registry.path_of(registry.read().entry(version))))
+            registry.add(str(registry.path_of(registry.read().find_exact(version))))
             await until(lambda: version in versions)
         gc.collect()
         assert (target(), model()) == (None, None)
@@ -176,13 +176,13 @@ async def test_a_version_of_another_shape_takes_its_pool_along_and_whoever_comes
     wide = save_target(tmp_path / "wide", num_key_value_heads=4)
     registry.add(str(wide))
     model, _, end_ids = load_model(wide, "cpu", "float32")
-    text = decode_alone(model, PROMPT, WARM, LENGTH, end_ids)
-    service = service_of(registry, patience=Patience(lost=0, grace=3600))
-    server = Server(service, Listening(port=0))
+    text = generate_reference(model, PROMPT, WARM, LENGTH, end_ids)
+    service = registry_service(registry, policy=RetirementPolicy(linger_seconds=0, grace_seconds=3600))
+    server = VerifierServer(service, ListenOptions(port=0))
     await server.start()
 
     def loaded() -> list[str]:
-        return [version for version in service.engine.versions if version.startswith("wide@")]
+        return [version for version in service.scheduler.versions if version.startswith("wide@")]
 
     try:
         async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
@@ -194,17 +194,17 @@ async def test_a_version_of_another_shape_takes_its_pool_along_and_whoever_comes
 
             for _ in range(2):
                 await until(loaded)
-                target = service.engine.versions[loaded()[0]]
+                target = service.scheduler.versions[loaded()[0]]
                 written = [await write() for _ in range(3)]
                 assert [tokens for _, tokens in written] == [text] * 3
                 registry.retire("wide")
                 for session, _ in written:
                     await client.delete(f"/v1/sessions/{session}")
                 await until(lambda: not loaded())
-                late = Answer(RoundRequest(messages.VERSION, 0, len(PROMPT)))
-                service.engine.submit(Pinned(list(PROMPT), WARM, target, late), late)
+                late = RoundReply(RoundRequest(messages.PROTOCOL_VERSION, 0, len(PROMPT)))
+                service.scheduler.submit(Pinned(list(PROMPT), WARM, target, late), late)
                 with pytest.raises(VerifierRefused) as caught:
-                    await late.whole()
+                    await late.result()
                 assert caught.value.code == ErrorCode.SESSION_LOST
                 registry.add(str(wide))
     finally:
@@ -214,7 +214,7 @@ async def test_a_version_of_another_shape_takes_its_pool_along_and_whoever_comes
 def test_a_repeated_opening_gets_its_session_though_the_alias_has_moved(
     url: str, registry: Registry, alone: Alone
 ) -> None:
-    with Talker(url) as talker:
+    with ProtocolClient(url) as talker:
         request = opening(sampling=WARM, n=5)
         first = talker.told(talker.post("/v1/sessions", request), OpenReply)
         registry.promote("latest", "v1")
@@ -227,7 +227,7 @@ def test_a_repeated_opening_gets_its_session_though_the_alias_has_moved(
 def test_a_canary_gets_its_share_and_all_others_what_they_ask_for(url: str, registry: Registry) -> None:
     registry.canary("latest", "v1", 30)
     time.sleep(1.5)
-    with Talker(url) as talker:
+    with ProtocolClient(url) as talker:
 
         def version(model: str = "") -> str:
             session = talker.open(model=model)
@@ -264,7 +264,7 @@ def test_versions_are_promoted_ten_times_under_many_sessions(
 
     def board(number: int) -> Counter[str]:
         told: Counter[str] = Counter()
-        with Talker(url) as talker:
+        with ProtocolClient(url) as talker:
             while not over.is_set():
                 session = talker.open(sampling=WARM, n=1 + number % 3)
                 assert finish(session) == alone(session.reply.version), session.reply.version
@@ -305,13 +305,13 @@ def test_versions_of_one_base_and_a_foreign_one_share_an_engine_and_a_draft_besi
 
     def written(name: str) -> list[int]:
         model, _, end_ids = load_model(paths[name], "cpu", "float32")
-        return decode_alone(model, PROMPT, WARM, LENGTH, end_ids)
+        return generate_reference(model, PROMPT, WARM, LENGTH, end_ids)
 
-    with serving_registry(registry, draft=family / "bundle") as url:
+    with serve_registry(registry, draft=family / "bundle") as url:
         wait(url, lambda listed: paths.keys() <= {model.id for model in listed.data})
 
         def spoken(name: str) -> list[int]:
-            with Talker(url) as talker:
+            with ProtocolClient(url) as talker:
                 return talker.open(sampling=WARM, model=name, n=LENGTH).ids[len(PROMPT) :]
 
         expected = {name: written(name) for name in paths}

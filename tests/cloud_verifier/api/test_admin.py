@@ -15,12 +15,12 @@ import schemathesis
 from schemathesis import GenerationMode
 
 from cloud_verifier.api import admin
-from cloud_verifier.api.admin import OPERATIONS, Operation, Targets
+from cloud_verifier.api.admin import ADMIN_OPERATIONS, AdminOperation, TargetsReply
 from cloud_verifier.cli.main import main
 from cloud_verifier.registry.registry import Registry
-from edge_runtime.protocol.messages import Refusal
+from edge_runtime.protocol.messages import ErrorReply
 from tests.cloud_verifier.cli.test_targets import write_text
-from tests.cloud_verifier.target_versions import serving_registry
+from tests.cloud_verifier.target_versions import serve_registry
 from tests.fuzzing import fuzz, whole
 from tests.models import save_target
 
@@ -32,7 +32,7 @@ TOKENS = "tokens.toml"
 def registry(models: Path, tmp_path: Path) -> Registry:
     """With v0, which `latest` leads to; v1 and v2 lie in its roots."""
     registry = Registry(tmp_path / "registry")
-    registry.change(lambda roster: msgspec.structs.replace(roster, roots=[".", str(models)]))
+    registry.update(lambda roster: msgspec.structs.replace(roster, roots=[".", str(models)]))
     registry.add("v0")
     return registry
 
@@ -54,22 +54,22 @@ class Operator:
     def __init__(self, url: str, token: str) -> None:
         self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=240)
 
-    def list(self) -> Targets:
+    def list(self) -> TargetsReply:
         response = self.http.get(ADMIN)
         assert (response.status_code, response.headers["content-type"]) == (200, "application/json"), response.text
-        return msgspec.json.decode(response.content, type=Targets)
+        return msgspec.json.decode(response.content, type=TargetsReply)
 
-    def say(self, what: str = "", **said: object) -> Targets:
+    def say(self, what: str = "", **said: object) -> TargetsReply:
         response = self.http.post(f"{ADMIN}/{what}".rstrip("/"), content=msgspec.json.encode(said))
         assert response.status_code == 200, response.text
-        return msgspec.json.decode(response.content, type=Targets)
+        return msgspec.json.decode(response.content, type=TargetsReply)
 
-    def refused(self, what: str = "", body: bytes | None = None, **said: object) -> tuple[int, Refusal]:
+    def refused(self, what: str = "", body: bytes | None = None, **said: object) -> tuple[int, ErrorReply]:
         response = self.http.post(f"{ADMIN}/{what}".rstrip("/"), content=body or msgspec.json.encode(said))
         assert response.headers["content-type"] == "application/json"
-        return response.status_code, msgspec.json.decode(response.content, type=Refusal)
+        return response.status_code, msgspec.json.decode(response.content, type=ErrorReply)
 
-    def wait(self, holds: Callable[[Targets], object]) -> Targets:
+    def wait(self, holds: Callable[[TargetsReply], object]) -> TargetsReply:
         end = time.monotonic() + 30
         while not holds(self.list()):
             assert time.monotonic() < end
@@ -79,33 +79,33 @@ class Operator:
 
 @pytest.fixture
 def operator(registry: Registry, tokens: dict[str, str], tmp_path: Path) -> Iterator[Operator]:
-    with serving_registry(registry, tmp_path / TOKENS) as url:
+    with serve_registry(registry, tmp_path / TOKENS) as url:
         operator = Operator(url, tokens["admin"])
         operator.wait(lambda told: told.leading)
         yield operator
 
 
-def leads(told: Targets) -> dict[str, str]:
+def leads(told: TargetsReply) -> dict[str, str]:
     """Where aliases lead, by name."""
     return {alias: version.partition("@")[0] for alias, version in told.leading.items()}
 
 
 def test_only_an_admin_gets_in(registry: Registry, tokens: dict[str, str], tmp_path: Path) -> None:
-    with serving_registry(registry, tmp_path / TOKENS) as url:
+    with serve_registry(registry, tmp_path / TOKENS) as url:
         for token, status, code in (
             ("wrong", 401, "unauthorized"),
             (tokens["board"], 403, "forbidden"),
             (tokens["monitor"], 403, "forbidden"),
         ):
-            for one in OPERATIONS:
+            for one in ADMIN_OPERATIONS:
                 # The body is not looked at before it is known whose it is.
                 response = httpx.request(
                     one.method, url + one.path, headers={"authorization": f"Bearer {token}"}, content=b"{"
                 )
                 assert (response.status_code, response.json()["code"]) == (status, code)
     before = registry.file.read_bytes()
-    with serving_registry(registry) as url:
-        for one in OPERATIONS:
+    with serve_registry(registry) as url:
+        for one in ADMIN_OPERATIONS:
             response = httpx.request(one.method, url + one.path)
             assert (response.status_code, response.json()["code"]) == (404, "unknown_route")
         assert ADMIN not in httpx.get(f"{url}/openapi.json").json().get("paths", {})
@@ -196,14 +196,14 @@ def test_a_check_over_http(
     tokens: dict[str, str], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Beside other tests it would hardly get its turn.
-    monkeypatch.setattr(admin, "NICENESS", 0)
+    monkeypatch.setattr(admin, "CHECK_NICENESS", 0)
     own = Registry(tmp_path / "own")
     save_target(own.path / "foreign")
-    own.change(lambda roster: msgspec.structs.replace(roster, roots=[".", str(family)]))
+    own.update(lambda roster: msgspec.structs.replace(roster, roots=[".", str(family)]))
     own.add_draft(family / "bundle")
     own.add("target-v1")
     text = write_text(tmp_path / "text").read_text()
-    with serving_registry(own, tmp_path / TOKENS, check_options=["--threads", "1"]) as url:
+    with serve_registry(own, tmp_path / TOKENS, check_options=["--threads", "1"]) as url:
         operator = Operator(url, tokens["admin"])
 
         def check(version: str) -> httpx.Response:
@@ -221,15 +221,15 @@ def test_a_check_over_http(
     assert "tensor" in {difference["what"] for difference in bad["gate"]["fits"][0]["differences"]}
 
 
-FUZZED = [one for one in OPERATIONS if one.handler != "check_target"]  # that one starts a process each time
+FUZZED = [one for one in ADMIN_OPERATIONS if one.handler != "check_target"]  # that one starts a process each time
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
 @pytest.mark.parametrize("one", FUZZED, ids=lambda one: one.handler)
 def test_it_does_what_its_description_says(
-    one: Operation, mode: GenerationMode, operator: Operator, registry: Registry
+    one: AdminOperation, mode: GenerationMode, operator: Operator, registry: Registry
 ) -> None:
-    if one.asked is None and mode is GenerationMode.NEGATIVE:
+    if one.request is None and mode is GenerationMode.NEGATIVE:
         return  # there is nothing to say wrongly
     described = operator.http.get("/openapi.json").json()
     # The token is given here: what is to be tried is the rest.
@@ -253,8 +253,8 @@ def test_it_does_what_its_description_says(
 
 def test_the_api_is_described(operator: Operator) -> None:
     described = operator.http.get("/openapi.json").json()
-    for one in OPERATIONS:
+    for one in ADMIN_OPERATIONS:
         found = described["paths"][one.path][one.method.lower()]
         assert found["security"] == [{"token": []}]
         assert {"200", "401", "403", "409"} <= found["responses"].keys()
-    assert set(described["components"]["schemas"]["Add"]["properties"]) == {"name", "unshared", "v"}
+    assert set(described["components"]["schemas"]["AddTarget"]["properties"]) == {"name", "unshared", "v"}

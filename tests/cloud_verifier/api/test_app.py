@@ -10,15 +10,15 @@ import httpx
 import msgspec
 import pytest
 
-from cloud_verifier.api.app import VerifierLimits, Service
-from cloud_verifier.api.server import Server
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import (
     JSON,
     MSGPACK,
-    VERSION,
+    PROTOCOL_VERSION,
     ErrorCode,
     Frame,
     FrameSplitter,
@@ -28,13 +28,13 @@ from edge_runtime.protocol.messages import (
 )
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Session, Talker, opening, refusal_of, running
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, Session, decode_error, opening, running
 from tests.conftest import serving
 
 ENDLESS = Sampling(ignore_eos=True)
 
 
-def test_open_rounds_delete(talker: Talker, tiny: Target, alone: Alone) -> None:
+def test_open_rounds_delete(talker: ProtocolClient, tiny: Target, alone: Alone) -> None:
     truth = alone(PROMPT, 12)
     session = talker.open(n=2)
     assert session.reply.version == tiny.version
@@ -55,7 +55,7 @@ def test_open_rounds_delete(talker: Talker, tiny: Target, alone: Alone) -> None:
     assert "open one with all ids so far" in refusal.message
 
 
-def test_a_lost_session_goes_on_in_another(talker: Talker, alone: Alone) -> None:
+def test_a_lost_session_goes_on_in_another(talker: ProtocolClient, alone: Alone) -> None:
     sampling = Sampling(0.9, top_p=0.95, seed=5)
     first = talker.open(sampling=sampling, n=5)
     talker.http.delete(f"/v1/sessions/{first.id}")
@@ -63,13 +63,13 @@ def test_a_lost_session_goes_on_in_another(talker: Talker, alone: Alone) -> None
     assert second.ids == PROMPT + alone(PROMPT, 10, sampling)
 
 
-def test_models(talker: Talker, tiny: Target) -> None:
+def test_models(talker: ProtocolClient, tiny: Target) -> None:
     listed = talker.told(talker.http.get("/v1/models"), ModelList)
     assert listed.object == "list"
     [model] = listed.data
     assert (model.id, model.version, model.object) == (tiny.name, tiny.version, "model")
     assert (model.vocabulary, model.vocabulary_size) == (tiny.vocabulary, tiny.vocabulary_size)
-    assert (model.context, model.max_draft, model.max_nodes) == (512, 32, messages.MOST_NODES - 1)
+    assert (model.context, model.max_draft, model.max_nodes) == (512, 32, messages.MAX_TREE_NODES - 1)
 
 
 def test_health_and_readiness(url: str) -> None:
@@ -88,10 +88,10 @@ def test_a_browser_reads_json(url: str) -> None:
 
 
 @pytest.mark.parametrize("accepts", [MSGPACK, JSON])
-def test_the_answer_is_in_the_encoding_asked_for(talker: Talker, accepts: str) -> None:
+def test_the_answer_is_in_the_encoding_asked_for(talker: ProtocolClient, accepts: str) -> None:
     response = talker.http.post("/v1/sessions", content=b"", headers={"accept": accepts})
     assert response.headers["content-type"] == accepts
-    assert refusal_of(response).code == (ErrorCode.MALFORMED if talker.media_type == JSON else ErrorCode.DAMAGED)
+    assert decode_error(response).code == (ErrorCode.MALFORMED if talker.media_type == JSON else ErrorCode.DAMAGED)
 
 
 BAD_ROUNDS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -112,7 +112,7 @@ BAD_ROUNDS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 @pytest.mark.parametrize(("changes", "status", "code"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())
 def test_a_refused_round_changes_nothing(
-    talker: Talker, alone: Alone, changes: dict[str, Any], status: int, code: str
+    talker: ProtocolClient, alone: Alone, changes: dict[str, Any], status: int, code: str
 ) -> None:
     session = talker.open(n=2)
     refusal = talker.refused(talker.post(session.path, session.next(**changes)), status, code)
@@ -122,17 +122,17 @@ def test_a_refused_round_changes_nothing(
         case ErrorCode.ROUND_OUT_OF_ORDER:
             assert refusal.detail == {"expected": 1}
         case ErrorCode.DRAFT_TOO_LONG:
-            assert refusal.detail["limit"] in (32, messages.MOST_NODES - 1, 512)
+            assert refusal.detail["limit"] in (32, messages.MAX_TREE_NODES - 1, 512)
     session.play(draft=[5], n=3)
     assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"nonsense", b"[]", b"{}", b"\x93\x01\x01"], ids=repr)
-def test_a_body_that_is_no_round_changes_nothing(talker: Talker, alone: Alone, body: bytes) -> None:
+def test_a_body_that_is_no_round_changes_nothing(talker: ProtocolClient, alone: Alone, body: bytes) -> None:
     session = talker.open(n=2)
     if talker.media_type != JSON:
         talker.refused(talker.post(session.path, body), 400, ErrorCode.DAMAGED)
-        body = messages.sealed(body, session.id)
+        body = messages.add_checksum(body, session.id)
     talker.refused(talker.post(session.path, body), 400, ErrorCode.MALFORMED)
     session.play(n=3)
     assert session.ids == PROMPT + alone(PROMPT, 5)
@@ -140,7 +140,12 @@ def test_a_body_that_is_no_round_changes_nothing(talker: Talker, alone: Alone, b
 
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
     "unknown model": ({"model": "gpt-5"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
-    "older version": ({"model": "tiny@000000000000"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
+    "older version": (
+        {"model": "tiny@000000000000"},
+        404,
+        ErrorCode.UNKNOWN_MODEL,
+        {"available": ["VERSION"]},
+    ),
     "other vocabulary": ({"vocabulary": "0123456789abcdef"}, 409, ErrorCode.VOCABULARY_MISMATCH, {}),
     "other tensors": ({"identity": "anchor/1/0123456789abcdef"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
     "no layout": ({"identity": "nonsense"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
@@ -161,40 +166,40 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("changes", "status", "code", "detail"), BAD_OPENINGS.values(), ids=BAD_OPENINGS.keys())
 def test_a_refused_opening(
-    talker: Talker, tiny: Target, changes: dict[str, Any], status: int, code: str, detail: dict[str, Any]
+    talker: ProtocolClient, tiny: Target, changes: dict[str, Any], status: int, code: str, detail: dict[str, Any]
 ) -> None:
     refusal = talker.refused(talker.post("/v1/sessions", opening(**changes)), status, code)
     assert refusal.detail == ({"available": [tiny.version]} if "available" in detail else detail)
 
 
 @pytest.mark.parametrize("field", ["model", "vocabulary", "identity"])
-def test_an_opening_that_matches_exactly(talker: Talker, tiny: Target, field: str) -> None:
+def test_an_opening_that_matches_exactly(talker: ProtocolClient, tiny: Target, field: str) -> None:
     right = {"model": tiny.version, "vocabulary": tiny.vocabulary, "identity": tiny.shared_identity("anchor", 1)}
     assert talker.open(**{field: right[field]}).reply.version == tiny.version
     assert talker.open(model=tiny.name, identity=tiny.shared_identity("standalone", 0)).reply.version == tiny.version
 
 
-def test_bad_sampling_has_its_own_code(talker: Talker) -> None:
+def test_bad_sampling_has_its_own_code(talker: ProtocolClient) -> None:
     body = msgspec.json.encode(msgspec.to_builtins(opening()) | {"sampling": {"temperature": -1}})
     response = talker.http.post("/v1/sessions", content=body, headers={"content-type": JSON})
-    assert (response.status_code, refusal_of(response).code) == (400, ErrorCode.INVALID_SAMPLING)
+    assert (response.status_code, decode_error(response).code) == (400, ErrorCode.INVALID_SAMPLING)
 
 
-def test_a_message_of_another_version_with_other_fields_is_told_so(talker: Talker) -> None:
+def test_a_message_of_another_version_with_other_fields_is_told_so(talker: ProtocolClient) -> None:
     later = msgspec.to_builtins(opening(), str_keys=True) | {"v": 2, "colour": "blue"}
     body = msgspec.json.encode(later)
     if talker.media_type != JSON:
-        body = messages.sealed(msgspec.msgpack.encode([2, *range(12)]))
+        body = messages.add_checksum(msgspec.msgpack.encode([2, *range(12)]))
     talker.refused(talker.post("/v1/sessions", body), 400, ErrorCode.UNSUPPORTED_VERSION)
 
 
-def test_a_long_prompt_that_fits(talker: Talker, alone: Alone) -> None:
+def test_a_long_prompt_that_fits(talker: ProtocolClient, alone: Alone) -> None:
     prompt = [(7 * index) % 299 + 1 for index in range(505)]
     session = talker.open(prompt, ENDLESS, n=3)
     assert session.ids == prompt + alone(prompt, 3, ENDLESS)
 
 
-def test_a_body_over_the_limit(talker: Talker) -> None:
+def test_a_body_over_the_limit(talker: ProtocolClient) -> None:
     response = talker.post("/v1/sessions", opening([299] * 600_000))
     assert talker.refused(response, 413, ErrorCode.TOO_LARGE).detail == {"limit": 1 << 20}
 
@@ -207,7 +212,7 @@ async def test_a_board_that_sends_ten_megabytes_reads_the_refusal(tiny: Target, 
         httpx.AsyncClient(base_url=server.url, http1=not http2, http2=http2, timeout=2) as client,
     ):
         response = await client.post("/v1/sessions", content=bytes(10_000_000), headers={"content-type": MSGPACK})
-        assert (response.status_code, refusal_of(response).code) == (413, ErrorCode.TOO_LARGE)
+        assert (response.status_code, decode_error(response).code) == (413, ErrorCode.TOO_LARGE)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +228,12 @@ async def test_a_board_that_sends_ten_megabytes_reads_the_refusal(tiny: Target, 
         pytest.param("POST", "/v1/sessions/", 404),
     ],
 )
-def test_unknown_routes_and_methods(talker: Talker, method: str, path: str, status: int) -> None:
+def test_unknown_routes_and_methods(talker: ProtocolClient, method: str, path: str, status: int) -> None:
     refusal = talker.refused(talker.http.request(method, path), status, ErrorCode.UNKNOWN_ROUTE)
     assert f"{method} {path}" in refusal.message
 
 
-def test_a_replayed_round_gets_the_recorded_answer(talker: Talker, alone: Alone) -> None:
+def test_a_replayed_round_gets_the_recorded_answer(talker: ProtocolClient, alone: Alone) -> None:
     session = talker.open(n=2)
     request = session.next(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
     once, again = (talker.told(talker.post(session.path, request), Frame) for _ in range(2))
@@ -238,13 +243,13 @@ def test_a_replayed_round_gets_the_recorded_answer(talker: Talker, alone: Alone)
     session.play(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
     session.play(n=4)
     assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
-    stale = RoundRequest(VERSION, 1, len(PROMPT) + 2, [1, 2, 3], 2, {0: [7, 9]})
+    stale = RoundRequest(PROTOCOL_VERSION, 1, len(PROMPT) + 2, [1, 2, 3], 2, {0: [7, 9]})
     refusal = talker.refused(talker.post(session.path, stale), 409, ErrorCode.ROUND_OUT_OF_ORDER)
     assert refusal.detail == {"expected": 3}
 
 
 @pytest.mark.parametrize("change", [{"n": 3}, {"draft": [1]}, {"siblings": {0: [8]}}], ids=str)
-def test_the_same_round_with_other_contents_is_a_conflict(talker: Talker, change: dict[str, Any]) -> None:
+def test_the_same_round_with_other_contents_is_a_conflict(talker: ProtocolClient, change: dict[str, Any]) -> None:
     session = talker.open()
     contents = {"draft": [1, 2], "siblings": {0: [7]}, "n": 2}
     request = session.next(**contents)
@@ -254,7 +259,7 @@ def test_the_same_round_with_other_contents_is_a_conflict(talker: Talker, change
     assert talker.told(talker.post(session.path, request), Frame) == recorded
 
 
-def test_the_same_key_opens_the_same_session(talker: Talker) -> None:
+def test_the_same_key_opens_the_same_session(talker: ProtocolClient) -> None:
     request = opening(n=3)
     once, again = (talker.told(talker.post("/v1/sessions", request), OpenReply) for _ in range(2))
     assert once == again
@@ -265,14 +270,14 @@ def test_the_same_key_opens_the_same_session(talker: Talker) -> None:
     session.play()
 
 
-def test_a_key_that_is_taken_by_another_prompt_does_not_get_its_text(talker: Talker) -> None:
+def test_a_key_that_is_taken_by_another_prompt_does_not_get_its_text(talker: ProtocolClient) -> None:
     request = opening([10, 20, 30, 40])
     talker.told(talker.post("/v1/sessions", request), OpenReply)
     other = opening([40, 30, 20, 10], key=request.key)
     assert talker.post("/v1/sessions", other).status_code == 409
 
 
-def test_a_key_may_be_used_again_once_its_session_is_closed(talker: Talker) -> None:
+def test_a_key_may_be_used_again_once_its_session_is_closed(talker: ProtocolClient) -> None:
     request = opening()
     first = talker.told(talker.post("/v1/sessions", request), OpenReply)
     talker.http.delete(f"/v1/sessions/{first.session}")
@@ -291,7 +296,7 @@ def text_with_an_end(alone: Alone) -> tuple[Sampling, list[int]]:
     raise AssertionError("no seed ends early")
 
 
-def test_the_text_ends_where_the_target_says(talker: Talker, alone: Alone) -> None:
+def test_the_text_ends_where_the_target_says(talker: ProtocolClient, alone: Alone) -> None:
     sampling, text = text_with_an_end(alone)
     session = talker.open(sampling=sampling, n=512)
     assert session.frame.finish == "stop"
@@ -309,7 +314,7 @@ def test_the_text_ends_where_the_target_says(talker: Talker, alone: Alone) -> No
 
 
 @pytest.mark.parametrize("draft", [0, 3, 32])
-def test_a_full_context_ends_the_text(talker: Talker, alone: Alone, draft: int) -> None:
+def test_a_full_context_ends_the_text(talker: ProtocolClient, alone: Alone, draft: int) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(500)]
     truth = alone(prompt, 60, ENDLESS)
     session = talker.open(prompt, ENDLESS)
@@ -322,7 +327,7 @@ def test_a_full_context_ends_the_text(talker: Talker, alone: Alone, draft: int) 
     talker.refused(talker.post(session.path, session.next()), 409, ErrorCode.SESSION_FINISHED)
 
 
-def test_a_sibling_whose_bonus_no_longer_fits(talker: Talker, alone: Alone) -> None:
+def test_a_sibling_whose_bonus_no_longer_fits(talker: ProtocolClient, alone: Alone) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(510)]
     truth = alone(prompt, 3, ENDLESS)
     session = talker.open(prompt, ENDLESS)
@@ -343,11 +348,11 @@ async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone
         opened = await client.post("/v1/sessions", content=messages.encode(opening(sampling=ENDLESS), media_type))
         session = messages.decode(opened.content, OpenReply, media_type).session
         path = f"/v1/sessions/{session}/rounds"
-        request = RoundRequest(VERSION, 1, 5, [truth[1], 299], n=250, stream=True)
+        request = RoundRequest(PROTOCOL_VERSION, 1, 5, [truth[1], 299], n=250, stream=True)
         splitter, frames = FrameSplitter(media_type), []
         async with client.stream("POST", path, content=messages.encode(request, media_type, session)) as response:
             assert response.status_code == 200
-            assert response.headers["content-type"] == messages.STREAMS[media_type]
+            assert response.headers["content-type"] == messages.STREAM_MEDIA_TYPES[media_type]
             async for piece in response.aiter_raw():
                 frames += [messages.decode(body, Frame, media_type, session) for body in splitter.feed(piece)]
         assert not splitter.incomplete
@@ -389,7 +394,7 @@ async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, alone
 
 
 def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) -> None:
-    with running(tiny, VerifierLimits(max_sessions=2)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_sessions=2)) as url, ProtocolClient(url) as talker:
         first, second = talker.open(), talker.open([9, 9])
         first.play()
         third = talker.open([8, 8])
@@ -400,29 +405,29 @@ def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) 
 
 
 def test_tokens_are_bounded_too(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=300)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=300)) as url, ProtocolClient(url) as talker:
         first, second = talker.open([1] * 150), talker.open([2] * 150)
         talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
         second.play()
 
 
 def test_idle_sessions_are_evicted(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(idle_seconds=0.0)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(idle_seconds=0.0)) as url, ProtocolClient(url) as talker:
         first = talker.open()
         talker.open()
         talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
 
 
 def test_a_session_does_not_evict_itself(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=100)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as talker:
         talker.http.timeout = 1
         session = talker.open([5] * 60, ENDLESS)
         response = talker.post(session.path, session.next(n=50))
-        assert response.status_code == 200 or refusal_of(response).code == ErrorCode.OVERLOADED
+        assert response.status_code == 200 or decode_error(response).code == ErrorCode.OVERLOADED
 
 
 def test_a_prompt_that_can_never_fit_evicts_nobody(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=100)) as url, Talker(url) as talker:
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as talker:
         session = talker.open()
         assert talker.post("/v1/sessions", opening([5] * 200)).status_code in (413, 503)
         session.play()
@@ -439,7 +444,7 @@ async def test_a_full_house_of_busy_sessions_is_overloaded(tiny: Target) -> None
             pieces = response.aiter_raw()
             await anext(pieces)
             refused = await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))
-            assert (refused.status_code, refusal_of(refused).code) == (503, ErrorCode.OVERLOADED)
+            assert (refused.status_code, decode_error(refused).code) == (503, ErrorCode.OVERLOADED)
             assert refused.headers["retry-after"] == "1"
             async for _ in pieces:
                 pass
@@ -473,7 +478,7 @@ async def test_starting_while_the_target_loads(tiny: Target) -> None:
         loaded.wait(20)
         return tiny
 
-    server = Server(Service(load, VerifierLimits()), Listening(port=0))
+    server = VerifierServer(VerifierService(load, VerifierLimits()), ListenOptions(port=0))
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=server.url, headers={"content-type": MSGPACK}) as client:
@@ -482,7 +487,7 @@ async def test_starting_while_the_target_loads(tiny: Target) -> None:
                 await client.get("/v1/models"),
                 await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK)),
             ):
-                assert (response.status_code, refusal_of(response).code) == (503, ErrorCode.STARTING)
+                assert (response.status_code, decode_error(response).code) == (503, ErrorCode.STARTING)
                 assert response.headers["retry-after"] == "1"
             assert (await client.get("/healthz")).status_code == 200
             loaded.set()

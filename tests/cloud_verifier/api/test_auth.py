@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from cloud_verifier.api.app import VerifierLimits
-from cloud_verifier.cli import main
-from cloud_verifier.engine.auth import Doors, Role, hash_of, read_principals
+from cloud_verifier.cli.main import main
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.principals import Role, hash_token, read_principals
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.protocol.messages import ErrorCode
@@ -22,7 +23,7 @@ from edge_runtime.verifier.link_faults import Fault
 from edge_runtime.verifier.session import VerifierSession
 from tests.cloud_verifier.certificates import Authority
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Talker, opening, refusal_of, running
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, opening, running
 from tests.conftest import serving
 
 ENDLESS = Sampling(ignore_eos=True)
@@ -42,7 +43,7 @@ def add(tokens: Path, capsys: pytest.CaptureFixture[str]) -> Add:
 
     def add(name: str, *options: str) -> str:
         capsys.readouterr()
-        assert main.main(["token", "add", name, "--tokens", str(tokens), *options]) == 0
+        assert main(["token", "add", name, "--tokens", str(tokens), *options]) == 0
         return capsys.readouterr().out.strip()
 
     return add
@@ -57,7 +58,7 @@ def test_a_token_is_printed_once_and_kept_as_its_hash(tokens: Path, add: Add) ->
     assert token not in tokens.read_text()
     assert stat.S_IMODE(tokens.stat().st_mode) == 0o600
     kitchen = read_principals(tokens)["kitchen"]
-    assert (kitchen.name, kitchen.role, kitchen.sha256) == ("kitchen", Role.BOARD, hash_of(token))
+    assert (kitchen.name, kitchen.role, kitchen.sha256) == ("kitchen", Role.BOARD, hash_token(token))
     assert (kitchen.max_sessions, kitchen.tokens_per_second, kitchen.max_prompt) == (8, 50.0, 4096)
 
 
@@ -76,26 +77,26 @@ def test_a_token_is_replaced_only_where_that_is_said(
     tokens: Path, add: Add, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = add("kitchen", "--max-sessions", "2")
-    assert main.main(["token", "add", "kitchen", "--tokens", str(tokens)]) == 2
+    assert main(["token", "add", "kitchen", "--tokens", str(tokens)]) == 2
     assert "--replace makes another" in capsys.readouterr().err
-    assert read_principals(tokens)["kitchen"].sha256 == hash_of(first)
+    assert read_principals(tokens)["kitchen"].sha256 == hash_token(first)
     second = add("kitchen", "--replace")
-    assert read_principals(tokens)["kitchen"].sha256 == hash_of(second) != hash_of(first)
+    assert read_principals(tokens)["kitchen"].sha256 == hash_token(second) != hash_token(first)
 
 
 def test_list_and_revoke(tokens: Path, add: Add, capsys: pytest.CaptureFixture[str]) -> None:
     token = add("kitchen", "--max-sessions", "8")
     add("operator", "--role", "admin")
-    assert main.main(["token", "list", "--tokens", str(tokens)]) == 0
+    assert main(["token", "list", "--tokens", str(tokens)]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in listed] == [["kitchen", "board"], ["operator", "admin"]]
     assert "8 sessions" in listed[0]
-    assert main.main(["token", "list", "--json", "--tokens", str(tokens)]) == 0
+    assert main(["token", "list", "--json", "--tokens", str(tokens)]) == 0
     assert capsys.readouterr().out == '{"kitchen":{"role":"board","max_sessions":8},"operator":{"role":"admin"}}\n'
-    assert main.main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 0
+    assert main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 0
     assert list(read_principals(tokens)) == ["operator"]
-    assert hash_of(token) not in tokens.read_text()
-    assert main.main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 2
+    assert hash_token(token) not in tokens.read_text()
+    assert main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 2
     assert "nobody in" in capsys.readouterr().err
 
 
@@ -120,11 +121,11 @@ def test_a_file_with_errors(
     if text is not None:
         tokens.write_text(text)
     with pytest.raises(InputError, match=said):
-        Doors(tokens)
-    assert main.main(["serve", str(tiny_path), "--tokens", str(tokens)]) == 2
+        Authenticator(tokens)
+    assert main(["serve", str(tiny_path), "--tokens", str(tokens)]) == 2
     assert str(tokens) in capsys.readouterr().err
     if text is not None:
-        assert main.main(["token", "add", "c", "--tokens", str(tokens)]) == 2
+        assert main(["token", "add", "c", "--tokens", str(tokens)]) == 2
         assert tokens.read_text() == text
 
 
@@ -133,14 +134,14 @@ def test_a_file_with_errors(
     [["no/name"], ["x", "--max-sessions", "0"], ["x", "--tokens-per-second", "-1"], ["x", "--max-prompt", "0"]],
 )
 def test_bad_arguments_write_nothing(tokens: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["token", "add", *arguments, "--tokens", str(tokens)]) == 2
+    assert main(["token", "add", *arguments, "--tokens", str(tokens)]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
     assert not tokens.exists()
 
 
 def test_a_reload_with_errors_changes_nothing(tokens: Path, add: Add) -> None:
     add("kitchen")
-    doors = Doors(tokens)
+    doors = Authenticator(tokens)
     whole = tokens.read_text()
     tokens.write_text("[kitchen]\n")
     with pytest.raises(InputError):
@@ -166,7 +167,7 @@ GUARDED = [
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic {}", "{}", "Bearer x{}", "Bearer \xff"])
 def test_without_a_token_nothing_is_served(tiny: Target, tokens: Path, add: Add, header: str) -> None:
     token = add("kitchen", "--role", "admin")
-    with running(tiny, doors=Doors(tokens)) as url, httpx.Client(base_url=url) as client:
+    with running(tiny, authenticator=Authenticator(tokens)) as url, httpx.Client(base_url=url) as client:
         shown = {"authorization": header.format(token).encode("latin-1")} if header else {}
         for method, path, _ in GUARDED:
             response = client.request(method, path, headers=shown)
@@ -178,7 +179,7 @@ def test_without_a_token_nothing_is_served(tiny: Target, tokens: Path, add: Add,
 
 def test_roles_open_their_own_doors_and_an_admin_all(tiny: Target, tokens: Path, add: Add) -> None:
     shown = {role: add(role, "--role", role) for role in Role}
-    with running(tiny, doors=Doors(tokens)) as url, httpx.Client(base_url=url) as client:
+    with running(tiny, authenticator=Authenticator(tokens)) as url, httpx.Client(base_url=url) as client:
         for role, token in shown.items():
             for method, path, needed in GUARDED:
                 response = client.request(method, path, headers={"authorization": f"bearer {token}"})
@@ -189,44 +190,44 @@ def test_roles_open_their_own_doors_and_an_admin_all(tiny: Target, tokens: Path,
 
 
 def test_where_nobody_is_asked_a_token_does_no_harm(url: str) -> None:
-    with Talker(url, token="whatever") as talker:
+    with ProtocolClient(url, token="whatever") as talker:
         talker.open().play(n=2)
 
 
 def refusal_code(response: httpx.Response) -> str:
     """The code of a refusal whose request may not have named a type."""
     if "content-type" in response.headers:
-        return refusal_of(response).code
+        return decode_error(response).code
     return next(code for code in ErrorCode if code.encode() in response.content)
 
 
 @pytest.fixture
-def two(tiny: Target, tokens: Path, add: Add) -> Iterator[tuple[Talker, Talker]]:
+def two(tiny: Target, tokens: Path, add: Add) -> Iterator[tuple[ProtocolClient, ProtocolClient]]:
     """Two principals at one verifier."""
     shown = add("one"), add("two")
     with (
-        running(tiny, doors=Doors(tokens)) as url,
-        Talker(url, token=shown[0]) as one,
-        Talker(url, token=shown[1]) as other,
+        running(tiny, authenticator=Authenticator(tokens)) as url,
+        ProtocolClient(url, token=shown[0]) as one,
+        ProtocolClient(url, token=shown[1]) as other,
     ):
         yield one, other
 
 
-def test_another_principals_session_is_like_none(two: tuple[Talker, Talker], alone: Alone) -> None:
+def test_another_principals_session_is_like_none(two: tuple[ProtocolClient, ProtocolClient], alone: Alone) -> None:
     one, other = two
     session = one.open(n=2)
     invented = session.path.replace(session.id, "A" * len(session.id))
     for request in (session.next(), session.next(round=7), session.next(draft=[300])):
         theirs, nobodys = other.post(session.path, request), other.post(invented, request)
         assert theirs.status_code == nobodys.status_code == 404
-        assert refusal_of(theirs) == refusal_of(nobodys)
+        assert decode_error(theirs) == decode_error(nobodys)
         assert {*theirs.headers} == {*nobodys.headers}
     assert other.http.delete(f"/v1/sessions/{session.id}").status_code == 204
     session.play(n=3)
     assert session.ids == PROMPT + alone(PROMPT, 5)
 
 
-def test_the_same_key_of_two_principals_opens_two_sessions(two: tuple[Talker, Talker]) -> None:
+def test_the_same_key_of_two_principals_opens_two_sessions(two: tuple[ProtocolClient, ProtocolClient]) -> None:
     one, other = two
     first, second = one.open(key="the-same-key"), other.open([9, 9], key="the-same-key")
     assert first.id != second.id
@@ -240,9 +241,9 @@ def test_the_same_key_of_two_principals_opens_two_sessions(two: tuple[Talker, Ta
 def test_one_session_too_many_closes_the_principals_own_oldest(tiny: Target, tokens: Path, add: Add) -> None:
     small, large = add("small", "--max-sessions", "2"), add("large")
     with (
-        running(tiny, doors=Doors(tokens)) as url,
-        Talker(url, token=small) as talker,
-        Talker(url, token=large) as other,
+        running(tiny, authenticator=Authenticator(tokens)) as url,
+        ProtocolClient(url, token=small) as talker,
+        ProtocolClient(url, token=large) as other,
     ):
         theirs = other.open()
         first, second = talker.open([1, 1]), talker.open([2, 2])
@@ -255,7 +256,10 @@ def test_one_session_too_many_closes_the_principals_own_oldest(tiny: Target, tok
 
 async def test_a_principal_whose_sessions_are_all_busy_is_told_to_wait(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("small", "--max-sessions", "1")
-    async with serving(tiny, doors=Doors(tokens)) as server, VerifierClient(server.url, token=token) as client:
+    async with (
+        serving(tiny, authenticator=Authenticator(tokens)) as server,
+        VerifierClient(server.url, token=token) as client,
+    ):
         busy = VerifierSession(client, PROMPT, ENDLESS).play([], n=400, stream=True)
         await anext(busy)
         impatient = VerifierClient(server.url, token=token, deadline=1.0)
@@ -271,7 +275,7 @@ async def test_a_principal_whose_sessions_are_all_busy_is_told_to_wait(tiny: Tar
 
 def test_a_prompt_over_the_principals_limit(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("short", "--max-prompt", "5")
-    with running(tiny, doors=Doors(tokens)) as url, Talker(url, token=token) as talker:
+    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as talker:
         talker.open([1] * 5)
         refusal = talker.refused(talker.post("/v1/sessions", opening([1] * 6)), 413, ErrorCode.CONTEXT_OVERFLOW)
         assert refusal.detail == {"limit": 5}
@@ -281,7 +285,7 @@ def test_a_prompt_over_the_principals_limit(tiny: Target, tokens: Path, add: Add
 
 def test_tokens_per_second_are_what_a_board_gets_in_the_long_run(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("slow", "--tokens-per-second", "2")
-    with running(tiny, doors=Doors(tokens)) as url, Talker(url, token=token) as talker:
+    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as talker:
         session = talker.open(sampling=ENDLESS, n=200)
         response = talker.post(session.path, session.next())
         refusal = talker.refused(response, 429, ErrorCode.RATE_LIMITED)
@@ -295,7 +299,10 @@ def test_tokens_per_second_are_what_a_board_gets_in_the_long_run(tiny: Target, t
 
 async def test_a_board_waits_as_long_as_it_is_told_to(tiny: Target, tokens: Path, add: Add, alone: Alone) -> None:
     token = add("slow", "--tokens-per-second", "4")
-    async with serving(tiny, doors=Doors(tokens)) as server, VerifierClient(server.url, token=token) as client:
+    async with (
+        serving(tiny, authenticator=Authenticator(tokens)) as server,
+        VerifierClient(server.url, token=token) as client,
+    ):
         session = VerifierSession(client, PROMPT, ENDLESS)
         async for _ in session.play([], n=52):
             pass
@@ -309,7 +316,10 @@ async def test_a_board_waits_as_long_as_it_is_told_to(tiny: Target, tokens: Path
 
 async def test_a_board_without_the_time_to_wait_fails_at_once(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("slow", "--tokens-per-second", "1")
-    async with serving(tiny, doors=Doors(tokens)) as server, VerifierClient(server.url, token=token) as client:
+    async with (
+        serving(tiny, authenticator=Authenticator(tokens)) as server,
+        VerifierClient(server.url, token=token) as client,
+    ):
         session = VerifierSession(client, PROMPT, ENDLESS)
         async for _ in session.play([], n=100):
             pass
@@ -354,11 +364,11 @@ def test_a_certificate_that_is_none(tmp_path: Path) -> None:
 
 def test_client_certificates_need_tls(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authority = Authority(tmp_path)
-    assert main.main(["serve", str(tiny_path), "--client-ca", str(authority.certificate)]) == 2
+    assert main(["serve", str(tiny_path), "--client-ca", str(authority.certificate)]) == 2
     assert "give --certificate and --key, too" in capsys.readouterr().err
     certificate, key = authority.issue("verifier")
     arguments = ["--certificate", str(certificate), "--key", str(key), "--client-ca", str(key)]
-    assert main.main(["serve", str(tiny_path), *arguments]) == 2
+    assert main(["serve", str(tiny_path), *arguments]) == 2
     assert "holds no certificate" in capsys.readouterr().err
 
 
@@ -368,7 +378,7 @@ def test_client_certificates_need_tls(tiny_path: Path, tmp_path: Path, capsys: p
 async def test_a_token_costs_next_to_nothing_a_round(tiny: Target, tokens: Path, add: Add) -> None:
     spent = []
     shown = add("kitchen")
-    for doors, token in ((None, ""), (Doors(tokens), shown)):
+    for doors, token in ((None, ""), (Authenticator(tokens), shown)):
         async with serving(tiny, VerifierLimits(), doors) as server, VerifierClient(server.url, token=token) as client:
             session = VerifierSession(client, PROMPT, ENDLESS)
             async for _ in session.play([]):

@@ -15,7 +15,7 @@ from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Talker, refusal_of, running
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, running
 
 PATHS = [
     "/v1/sessions",
@@ -32,7 +32,7 @@ CALM = VerifierLimits(max_sessions=100_000, max_own=8)
 class Besieged:
     """A verifier under fire, one of its sessions that is the aim, and one that stands by."""
 
-    def __init__(self, talker: Talker) -> None:
+    def __init__(self, talker: ProtocolClient) -> None:
         self.talker = talker
         self.aim = talker.open([7, 7, 7])
         self.bystander = talker.open(sampling=Sampling(0.8, seed=3))
@@ -42,7 +42,7 @@ class Besieged:
         response = self.talker.http.request(method, path, content=body, headers=headers)
         assert response.status_code < 300 or 400 <= response.status_code < 500, response.text
         if response.status_code >= 400:
-            refusal = refusal_of(response)
+            refusal = decode_error(response)
             assert refusal.code in set(ErrorCode)
             assert refusal.message
 
@@ -50,14 +50,14 @@ class Besieged:
 @pytest.fixture(scope="module")
 def besieged(tiny: Target, alone: Alone) -> Iterator[Besieged]:
     """After all the fire, the bystander's text goes on as if nothing had happened."""
-    with running(tiny, CALM) as url, Talker(url) as talker:
+    with running(tiny, CALM) as url, ProtocolClient(url) as talker:
         siege = Besieged(talker)
         yield siege
         siege.bystander.play(n=8)
         assert siege.bystander.ids == PROMPT + alone(PROMPT, 9, Sampling(0.8, seed=3))
 
 
-bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.sealed)
+bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.add_checksum)
 types = st.sampled_from(CONTENT_TYPES).map(lambda kind: {"content-type": kind})
 
 
@@ -99,12 +99,12 @@ def test_damaged_messages(
 ) -> None:
     body = bytearray(messages.encode(message, media_type))
     if media_type == MSGPACK:
-        del body[-messages.CHECK_BYTES :]
+        del body[-messages.CHECKSUM_BYTES :]
     for _ in range(data.draw(st.integers(1, 2))):
         start = data.draw(st.integers(0, len(body)))
         body[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
     path, session = ("FUZZED", besieged.aim.id) if isinstance(message, RoundRequest) else ("/v1/sessions", "")
-    content = messages.sealed(bytes(body), session) if media_type == MSGPACK else bytes(body)
+    content = messages.add_checksum(bytes(body), session) if media_type == MSGPACK else bytes(body)
     besieged.fire("POST", path, content, {"content-type": media_type})
 
 

@@ -11,9 +11,9 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 
-from cloud_verifier.api.openapi import document
+from cloud_verifier.api.openapi import build_document
 from edge_runtime.protocol import messages
-from edge_runtime.protocol.messages import JSON, MOST_NODES, ErrorCode
+from edge_runtime.protocol.messages import JSON, MAX_TREE_NODES, ErrorCode
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.protocol_client import opening
 from tests.fuzzing import CHECKS, fuzz, whole
@@ -35,7 +35,7 @@ def _fitting(body: Any) -> None:
     for played in (body, body.get("first") or {}) if isinstance(body, dict) else ():
         draft, siblings = played.get("draft") or [], played.get("siblings") or {}
         fitting = {index: ids for index, ids in siblings.items() if int(index) < len(draft)}
-        room = MOST_NODES - 1 - len(draft)
+        room = MAX_TREE_NODES - 1 - len(draft)
         if siblings:
             played["siblings"] = {index: ids[: room // max(1, len(fitting))] for index, ids in fitting.items()}
 
@@ -82,17 +82,17 @@ def test_closing_conforms(url: str) -> None:
 
 
 def test_the_document_is_what_the_structs_say() -> None:
-    described = document(300, 512, 1 << 20, tokens=True)
+    described = build_document(300, 512, 1 << 20, tokens=True)
     schemas = described["components"]["schemas"]
     assert schemas["OpenRequest"]["required"] == ["v", "key", "prompt", "first"]
     assert schemas["OpenRequest"]["properties"]["prompt"]["maxItems"] == 511
     assert schemas["RoundRequest"]["properties"]["draft"]["items"]["exclusiveMaximum"] == 300
     assert schemas["RoundRequest"]["additionalProperties"] is False
-    assert schemas["Refusal"]["properties"]["code"]["enum"] == list(ErrorCode)
+    assert schemas["ErrorReply"]["properties"]["code"]["enum"] == list(ErrorCode)
     operations = {
         path: item.get("post") or item.get("get") or item["delete"] for path, item in described["paths"].items()
     }
     assert operations["/v1/sessions"]["security"] == operations["/metrics"]["security"] == [{"token": []}]
     assert "security" not in operations["/healthz"]
-    assert "securitySchemes" not in document(300, 512, 1 << 20, tokens=False)["components"]
+    assert "securitySchemes" not in build_document(300, 512, 1 << 20, tokens=False)["components"]
     assert set(operations["/v1/sessions"]["responses"]["429"]["headers"]) == {"Retry-After"}

@@ -158,7 +158,7 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
         opened = [messages.decode((await open_one(seed)).content, messages.OpenReply, MSGPACK) for seed in range(9)]
         target.hold()
         waiting = [asyncio.create_task(play_one(reply.session)) for reply in opened[:8]]
-        while server._service.in_flight.waiting < 8:  # noqa: ASYNC110
+        while server._service.admission.waiting < 8:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         # Whatever the machine does meanwhile, from now on the oldest of them has waited for more than half of that.
         await asyncio.sleep(0.4)
@@ -184,12 +184,12 @@ async def test_texts_that_begin_wait_for_one_another_and_not_for_their_own_promp
 
     def enter(prompt: int) -> RoundReply:
         answer = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, 1))
-        held.enter(answer, prompt)
+        held.register(answer, prompt)
         return answer
 
     first = enter(100)
     first.push(Frame(PROTOCOL_VERSION, 0, tokens=[1], prefill_100us=500))
-    held.leave(first, 100)
+    held.unregister(first, 100)
     # Half a millisecond a token: that long one alone would take a second, and is not waiting.
     answers = [enter(2000), *[enter(10) for _ in range(5)]]
     await asyncio.sleep(0.15)
@@ -254,7 +254,7 @@ async def test_a_drain_is_bounded(tiny: Target) -> None:
         playing = asyncio.create_task(anext(VerifierSession(client, PROMPT, ENDLESS).play([])))
         assert await asyncio.to_thread(target.reached.wait, 20)
         assert not await service.drain(0.1)
-        assert len(service.in_flight) == 1
+        assert len(service.admission) == 1
         target.release()
         await playing
         assert await service.drain(20)
@@ -284,7 +284,7 @@ async def test_a_board_waits_for_its_only_verifier_to_come_back(tiny: Target, al
         async for _ in session.play([], n=5):
             pass
         await service.drain(5)
-        asyncio.get_running_loop().call_later(1.0, setattr, service.in_flight, "draining", False)
+        asyncio.get_running_loop().call_later(1.0, setattr, service.admission, "draining", False)
         async for _ in session.play([], n=5):
             pass
         assert session.ids == PROMPT + alone(PROMPT, 10, ENDLESS)

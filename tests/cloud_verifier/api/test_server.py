@@ -16,22 +16,22 @@ import msgspec
 import pytest
 import torch
 
-from cloud_verifier.api.app import VerifierLimits, Service
-from cloud_verifier.api.server import Server
-from cloud_verifier.cli import main
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.cli.main import main
 from cloud_verifier.model.target import Target
-from edge_runtime.common.http_server import Listening
+from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol.errors import FlexSpecError, TargetError
 from edge_runtime.protocol.messages import ErrorCode
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Talker, refusal_of, running
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, running
 from tests.conftest import serving
 
 
 def version_spoken(url: str, **options: object) -> str:
     """Plays a session over one connection; says with which version of HTTP."""
-    with Talker(url, **options) as talker:
+    with ProtocolClient(url, **options) as talker:
         session = talker.open(n=3)
         session.play(draft=[1, 2, 3])
         response = talker.http.delete(f"/v1/sessions/{session.id}")
@@ -85,7 +85,9 @@ async def test_an_unusable_certificate_is_an_error_of_ours(tiny: Target, tmp_pat
     if contents:
         pem.write_text(contents)
     with pytest.raises(FlexSpecError, match=r"cert\.pem"):
-        await Server(Service(lambda: tiny, VerifierLimits()), Listening(port=0, certificate=pem, key=pem)).start()
+        await VerifierServer(
+            VerifierService(lambda: tiny, VerifierLimits()), ListenOptions(port=0, certificate=pem, key=pem)
+        ).start()
 
 
 @contextlib.contextmanager
@@ -107,7 +109,7 @@ def taken(listening: bool) -> Iterator[int]:
 )
 async def test_a_port_in_use_is_said_to_be(tiny: Target, listening: bool) -> None:
     with taken(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
-        await Server(Service(lambda: tiny, VerifierLimits()), Listening(port=port)).start()
+        await VerifierServer(VerifierService(lambda: tiny, VerifierLimits()), ListenOptions(port=port)).start()
 
 
 async def test_a_stopped_server_frees_its_port(tiny: Target) -> None:
@@ -125,13 +127,13 @@ async def test_a_target_that_does_not_load_is_told() -> None:
     def load() -> Target:
         raise TargetError("no such checkpoint")
 
-    server = Server(Service(load, VerifierLimits()), Listening(port=0))
+    server = VerifierServer(VerifierService(load, VerifierLimits()), ListenOptions(port=0))
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=server.url) as client:
             assert (await client.get("/healthz")).status_code == 200
             response = await client.get("/readyz")
-            refusal = refusal_of(response)
+            refusal = decode_error(response)
             assert (response.status_code, refusal.code) == (500, ErrorCode.INTERNAL)
             assert "no such checkpoint" in refusal.message
     finally:
@@ -177,7 +179,7 @@ def test_serve_announces_itself_and_ends_on_sigterm(tiny_path: Path, tiny: Targe
 
 
 def test_serve_of_a_bad_directory_ends_with_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 3
+    assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 3
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("cloud-verifier: no target at ")
@@ -186,14 +188,14 @@ def test_serve_of_a_bad_directory_ends_with_a_sentence(tmp_path: Path, capfd: py
 
 
 def test_a_certificate_without_its_key_is_refused(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["serve", str(tiny_path), "--certificate", "cert.pem"]) == 2
+    assert main(["serve", str(tiny_path), "--certificate", "cert.pem"]) == 2
     assert "--certificate and --key go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
 def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main.main(arguments)
+        main(arguments)
     assert caught.value.code == 2
     assert "usage: cloud-verifier" in capsys.readouterr().err
 
@@ -210,13 +212,13 @@ def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureF
 def test_what_does_not_go_together_ends_with_a_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(arguments) == 2
+    assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_asked_for_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["serve", "x", "--device", "cuda"]) == 2
+    assert main(["serve", "x", "--device", "cuda"]) == 2
     assert "use --device cpu" in capsys.readouterr().err
 
 
@@ -227,7 +229,7 @@ def test_generate_answers_jobs(
     jobs = tmp_path / "jobs"
     lines = [{"ids": PROMPT, "max_new_tokens": 9}, {"ids": [5], "max_new_tokens": 4, "sampling": sampling}]
     jobs.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
-    assert main.main(["generate", str(tiny_path), "--jobs", str(jobs)]) == 0
+    assert main(["generate", str(tiny_path), "--jobs", str(jobs)]) == 0
     answers = [msgspec.json.decode(line) for line in capsys.readouterr().out.splitlines()]
     assert answers == [alone(PROMPT, 9), alone([5], 4, Sampling(**sampling))]
 
@@ -248,7 +250,7 @@ def test_a_bad_job_ends_with_a_sentence(
     tiny_path: Path, tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "jobs").write_text(job)
-    assert main.main(["generate", str(tiny_path), "--jobs", str(tmp_path / "jobs")]) == 2
+    assert main(["generate", str(tiny_path), "--jobs", str(tmp_path / "jobs")]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
 
 
@@ -263,7 +265,7 @@ def test_a_bad_job_ends_with_a_sentence(
 def test_generate_with_bad_arguments_ends_with_a_sentence(
     tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["generate", str(tiny_path), *arguments]) == 2
+    assert main(["generate", str(tiny_path), *arguments]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
 
 

@@ -216,7 +216,7 @@ def test_what_cannot_be_served(
 def test_a_list_needs_no_torch(registry: Path, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     say(capsys, "add", family / "target-v1")
     program = (
-        "import sys; from cloud_verifier.cli import main; "
+        "import sys; from cloud_verifier.cli.main import main; "
         "code = main(['targets', 'list']); sys.exit(code or 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -15,16 +15,24 @@ from hypothesis import strategies as st
 
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
-from edge_runtime.protocol.messages import MSGPACK, VERSION, ErrorCode, Frame, FrameSplitter, OpenReply, RoundRequest
+from edge_runtime.protocol.messages import (
+    MSGPACK,
+    PROTOCOL_VERSION,
+    ErrorCode,
+    Frame,
+    FrameSplitter,
+    OpenReply,
+    RoundRequest,
+)
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
+    ObservedTarget,
+    ProtocolClient,
     Session,
-    Talker,
-    Watched,
+    decode_error,
     opening,
-    refusal_of,
     running,
     session_in,
 )
@@ -46,7 +54,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 def waiting_rounds() -> int:
     """Rounds that this process's verifier has received and not judged, since the round before them still runs."""
-    return sum(getattr(task.get_coro(), "__qualname__", "") == "Answer.over" for task in asyncio.all_tasks())
+    return sum(getattr(task.get_coro(), "__qualname__", "") == "RoundReply.wait_done" for task in asyncio.all_tasks())
 
 
 def client_of(url: str, http2: bool) -> httpx.AsyncClient:
@@ -57,7 +65,9 @@ def client_of(url: str, http2: bool) -> httpx.AsyncClient:
 class Board:
     """A session of the tiny target, held up before its first forward behind the opening, over either HTTP."""
 
-    def __init__(self, client: httpx.AsyncClient, http2: bool, target: Watched, session: str, truth: list[int]) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, http2: bool, target: ObservedTarget, session: str, truth: list[int]
+    ) -> None:
         self._client = client
         self._http2 = http2
         self.target = target
@@ -66,7 +76,7 @@ class Board:
 
     def round(self, number: int, known: int, draft: list[int], **changes: object) -> RoundRequest:
         """A round behind the first `known` tokens of the target's text."""
-        return RoundRequest(VERSION, number, len(PROMPT) + known, draft, **changes)
+        return RoundRequest(PROTOCOL_VERSION, number, len(PROMPT) + known, draft, **changes)
 
     async def post(self, request: RoundRequest) -> httpx.Response:
         return await self._client.post(
@@ -93,18 +103,18 @@ class Board:
 
 
 def frame_of(response: httpx.Response) -> Frame:
-    assert response.status_code == 200, refusal_of(response)
+    assert response.status_code == 200, decode_error(response)
     return messages.decode(response.content, Frame, MSGPACK, session_in(response.request.url.path))
 
 
 def code_of(response: httpx.Response) -> tuple[int, str]:
-    return response.status_code, refusal_of(response).code
+    return response.status_code, decode_error(response).code
 
 
 @pytest.fixture(params=[False, True], ids=["http1", "http2"])
 async def board(tiny: Target, alone: Alone, request: pytest.FixtureRequest) -> AsyncIterator[Board]:
     """One token of the text is known; no forward is counted yet."""
-    target = Watched(tiny)
+    target = ObservedTarget(tiny)
     async with serving(target) as server, client_of(server.url, request.param) as client:
         opened = await client.post("/v1/sessions", content=messages.encode(opening(sampling=ENDLESS), MSGPACK))
         reply = messages.decode(opened.content, OpenReply, MSGPACK)
@@ -135,7 +145,7 @@ async def test_a_round_that_was_sent_ahead_may_stream(board: Board) -> None:
     board.target.release()
     await now
     response = await ahead
-    assert response.headers["content-type"] == messages.STREAMS[MSGPACK]
+    assert response.headers["content-type"] == messages.STREAM_MEDIA_TYPES[MSGPACK]
     frames = [
         messages.decode(body, Frame, MSGPACK, board.session) for body in FrameSplitter(MSGPACK).feed(response.content)
     ]
@@ -166,7 +176,7 @@ async def test_a_wrong_guess_is_void_costs_no_forward_and_leaves_no_trace(board:
     forwards = board.target.forwards
     response = await ahead
     assert code_of(response) == (409, ErrorCode.ROUND_VOID)
-    assert "was sent ahead of another text" in refusal_of(response).message
+    assert "was sent ahead of another text" in decode_error(response).message
     assert board.target.forwards == forwards == changes.get("n", 1)
     # The round that is right has the same number; whether it is sent ahead or not is all the same.
     known = 1 + frame.accepted + len(frame.tokens)
@@ -220,7 +230,7 @@ async def test_of_two_different_rounds_sent_ahead_one_is_played(board: Board) ->
     await now
     responses = [await task for task in ahead]
     assert code_of(responses[0]) == (409, ErrorCode.ROUND_VOID)
-    codes = sorted("" if response.status_code == 200 else refusal_of(response).code for response in responses[1:])
+    codes = sorted("" if response.status_code == 200 else decode_error(response).code for response in responses[1:])
     assert codes == ["", ErrorCode.ROUND_CONFLICT]
     assert board.target.forwards == 2
 
@@ -261,7 +271,7 @@ async def test_only_one_step_ahead_and_only_by_who_says_so(board: Board) -> None
     ):
         response = await board.post(early)
         assert code_of(response) == (409, ErrorCode.ROUND_OUT_OF_ORDER)
-        assert refusal_of(response).detail == {"expected": 1}
+        assert decode_error(response).detail == {"expected": 1}
     board.target.release()
     await now
 
@@ -278,22 +288,22 @@ async def test_a_round_that_is_wrong_otherwise_is_refused_as_ever(board: Board) 
 async def test_a_text_that_ends_voids_what_was_sent_ahead(tiny: Target, alone: Alone) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(510)]
     truth = alone(prompt, 2, ENDLESS)
-    target = Watched(tiny)
+    target = ObservedTarget(tiny)
     async with serving(target) as server, client_of(server.url, False) as client:
         opened = await client.post("/v1/sessions", content=messages.encode(opening(prompt, ENDLESS), MSGPACK))
         board = Board(client, False, target, messages.decode(opened.content, OpenReply, MSGPACK).session, truth)
-        last = RoundRequest(VERSION, 1, 511)
-        now, ahead = await board.in_flight(last, RoundRequest(VERSION, 2, 512, expects=truth[1:]))
+        last = RoundRequest(PROTOCOL_VERSION, 1, 511)
+        now, ahead = await board.in_flight(last, RoundRequest(PROTOCOL_VERSION, 2, 512, expects=truth[1:]))
         target.release()
         assert frame_of(await now).finish == "length"
         assert code_of(await ahead) == (409, ErrorCode.ROUND_VOID)
-        assert "has ended" in refusal_of(await ahead).message
+        assert "has ended" in decode_error(await ahead).message
         assert target.forwards == 2
-        assert code_of(await board.post(RoundRequest(VERSION, 2, 512))) == (409, ErrorCode.SESSION_FINISHED)
+        assert code_of(await board.post(RoundRequest(PROTOCOL_VERSION, 2, 512))) == (409, ErrorCode.SESSION_FINISHED)
         assert frame_of(await board.post(msgspec.structs.replace(last, expects=truth[:1]))) == frame_of(await now)
 
 
-def test_an_opening_may_expect_only_how_its_own_prompt_ends(talker: Talker) -> None:
+def test_an_opening_may_expect_only_how_its_own_prompt_ends(talker: ProtocolClient) -> None:
     assert talker.open(expects=PROMPT[-1:]).frame.tokens == talker.open().frame.tokens
     talker.refused(talker.post("/v1/sessions", opening(expects=[1])), 409, ErrorCode.ROUND_VOID)
 
@@ -301,7 +311,7 @@ def test_an_opening_may_expect_only_how_its_own_prompt_ends(talker: Talker) -> N
 class Conversation:
     """A session whose board guesses: plays a round, and sends another before the first is answered."""
 
-    def __init__(self, talker: Talker, target: Watched, session: Session, truth: list[int]) -> None:
+    def __init__(self, talker: ProtocolClient, target: ObservedTarget, session: Session, truth: list[int]) -> None:
         self._talker = talker
         self._target = target
         self._session = session
@@ -338,9 +348,9 @@ class Conversation:
 
 
 @pytest.fixture(scope="module")
-def watched(tiny: Target) -> Iterator[tuple[Talker, Watched]]:
-    target = Watched(tiny)
-    with running(target) as url, Talker(url) as talker:
+def watched(tiny: Target) -> Iterator[tuple[ProtocolClient, ObservedTarget]]:
+    target = ObservedTarget(tiny)
+    with running(target) as url, ProtocolClient(url) as talker:
         yield talker, target
 
 
@@ -350,7 +360,10 @@ steps = st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans(), st.intege
 @given(st.lists(steps, min_size=1, max_size=4), st.sampled_from([ENDLESS, Sampling(1.0, seed=9, ignore_eos=True)]))
 @settings(max_examples=40, deadline=None)
 def test_whatever_is_guessed_the_text_is_the_targets(
-    watched: tuple[Talker, Watched], alone: Alone, told: list[tuple[int, int, bool, int]], sampling: Sampling
+    watched: tuple[ProtocolClient, ObservedTarget],
+    alone: Alone,
+    told: list[tuple[int, int, bool, int]],
+    sampling: Sampling,
 ) -> None:
     talker, target = watched
     truth = alone(PROMPT, LENGTH, sampling)

@@ -9,95 +9,94 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud_verifier.engine.auth import Doors, Principal, hash_of
-from cloud_verifier.engine.rate_limits import (
-    BURST_SECONDS,
-    FIRST_REST,
-    LONGEST_REST,
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.draft_breaker import (
+    MAX_BACKOFF_DRAFTS,
+    MIN_BACKOFF_DRAFTS,
     WINDOW_ROUNDS,
-    Acceptance,
-    Bucket,
-    Standing,
+    DraftCircuitBreaker,
 )
+from cloud_verifier.engine.principals import Principal, hash_token
+from cloud_verifier.engine.rate_limits import BURST_SECONDS, PrincipalAccount, TokenBucket
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.protocol_client import PROMPT, Talker, running
+from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, running
 
 ENDLESS = Sampling(ignore_eos=True)
 
 
-def verified(account: Acceptance, rounds: int, rows: int, gained: int) -> int:
+def verified(account: DraftCircuitBreaker, rounds: int, rows: int, gained: int) -> int:
     """How many of so many rounds were verified; each gained so much."""
     count = 0
     for _ in range(rounds):
-        if account.worthwhile():
-            account.add(rows, gained)
+        if account.allows_draft():
+            account.record(rows, gained)
             count += 1
     return count
 
 
 def test_drafts_that_never_match_are_soon_ignored_and_tried_ever_more_rarely() -> None:
-    account = Acceptance(lambda: 0.0)
+    account = DraftCircuitBreaker(lambda: 0.0)
     assert verified(account, WINDOW_ROUNDS, 8, 0) == WINDOW_ROUNDS
-    assert account.resting
-    assert verified(account, FIRST_REST, 8, 0) == 0
+    assert account.is_open
+    assert verified(account, MIN_BACKOFF_DRAFTS, 8, 0) == 0
     assert verified(account, 1, 8, 0) == 1
     # 16, 32, 64, 128 and from then on 256 between two trials.
     assert verified(account, 16 + 1 + 32 + 1 + 64 + 1 + 128 + 1, 8, 0) == 4
-    assert verified(account, 10 * (LONGEST_REST + 1), 8, 0) == 10
+    assert verified(account, 10 * (MAX_BACKOFF_DRAFTS + 1), 8, 0) == 10
 
 
 def test_a_board_that_hardly_drafts_any_more_is_tried_in_time() -> None:
     now = 0.0
-    account = Acceptance(lambda: now)
+    account = DraftCircuitBreaker(lambda: now)
     verified(account, 1000, 8, 0)
-    assert account.resting and not account.worthwhile()
+    assert account.is_open and not account.allows_draft()
     now = 31.0
-    assert account.worthwhile()
-    assert not account.worthwhile()
+    assert account.allows_draft()
+    assert not account.allows_draft()
 
 
 def test_one_good_draft_brings_a_board_back() -> None:
-    account = Acceptance(lambda: 0.0)
+    account = DraftCircuitBreaker(lambda: 0.0)
     verified(account, WINDOW_ROUNDS, 8, 0)
-    assert verified(account, FIRST_REST + 1, 8, 5) == 1
-    assert not account.resting
+    assert verified(account, MIN_BACKOFF_DRAFTS + 1, 8, 5) == 1
+    assert not account.is_open
     assert verified(account, 1000, 8, 5) == 1000
 
 
 def test_a_board_that_matches_once_in_a_while_is_held_by_its_average() -> None:
-    account = Acceptance(lambda: 0.0)
+    account = DraftCircuitBreaker(lambda: 0.0)
     trials = 0
     for index in range(20_000):
-        if account.worthwhile():
+        if account.allows_draft():
             trials += 1
             # Good once on every hundredth draft: a share of 0.0025, far below what a row costs.
-            account.add(4, int(trials % 100 == 0))
+            account.record(4, int(trials % 100 == 0))
         assert index < 2000 or trials < 0.2 * index
-    assert account.resting
+    assert account.is_open
 
 
 @pytest.mark.parametrize(("rows", "chance"), [(1, 0.1), (5, 0.3), (4, 0.5), (32, 0.8), (71, 0.8)])
 def test_honest_boards_are_never_held(rows: int, chance: float) -> None:
     """Drafts whose every token survives with this chance, siblings counted: none is ever ignored, in 20,000 rounds."""
-    account, noise = Acceptance(lambda: 0.0), random.Random(3)
+    account, noise = DraftCircuitBreaker(lambda: 0.0), random.Random(3)
     for _ in range(20_000):
-        assert account.worthwhile()
+        assert account.allows_draft()
         gained = sum(1 for _ in itertools.takewhile(lambda _: noise.random() < chance, range(min(rows, 32))))
-        account.add(rows, gained)
+        account.record(rows, gained)
 
 
 def test_a_few_bad_drafts_prove_nothing() -> None:
-    account = Acceptance(lambda: 0.0)
+    account = DraftCircuitBreaker(lambda: 0.0)
     assert verified(account, 90, 1, 0) == 90
-    assert not account.resting
+    assert not account.is_open
 
 
 def test_a_bucket_gives_its_rate_in_the_long_run_and_a_burst_after_a_silence() -> None:
     now = 0.0
-    bucket = Bucket(4.0, lambda: now)
+    bucket = TokenBucket(4.0, lambda: now)
     bucket.take(4 * BURST_SECONDS + 8)
     assert bucket.wait_seconds == pytest.approx(2.0)
     now = 1.5
@@ -111,17 +110,17 @@ def test_a_bucket_gives_its_rate_in_the_long_run_and_a_burst_after_a_silence() -
 
 def test_what_a_prompt_costs_and_a_limit_that_changes() -> None:
     slow = Principal("", tokens_per_second=1.0, name="slow")
-    standing = Standing(slow)
-    standing.pay(0, 159)
-    standing.check_rate()
-    standing.pay(0, 16)
+    account = PrincipalAccount(slow)
+    account.charge(0, 159)
+    account.check_rate()
+    account.charge(0, 16)
     with pytest.raises(VerifierRefused, match="wait"):
-        standing.check_rate()
-    standing.limit(Principal("", tokens_per_second=100.0, name="slow"))
-    standing.check_rate()
-    standing.pay(10**9)
-    standing.limit(Principal("", name="slow"))
-    standing.check_rate()
+        account.check_rate()
+    account.update_limits(Principal("", tokens_per_second=100.0, name="slow"))
+    account.check_rate()
+    account.charge(10**9)
+    account.update_limits(Principal("", name="slow"))
+    account.check_rate()
 
 
 # Over HTTP
@@ -141,17 +140,17 @@ def test_ignored_drafts_change_no_text_and_a_board_that_recovers_is_served_again
     def wrong(at: int) -> list[int]:
         return [(truth[at] + 1) % 300] * 8
 
-    with running(tiny) as url, Talker(url) as talker:
+    with running(tiny) as url, ProtocolClient(url) as talker:
         session = talker.open(sampling=ENDLESS)
         for _ in range(WINDOW_ROUNDS):
             session.play(draft=wrong(len(session.ids) - 4))
         assert value(url, "flexspec_spec_decode_num_drafts_total") == WINDOW_ROUNDS
-        for _ in range(FIRST_REST):
+        for _ in range(MIN_BACKOFF_DRAFTS):
             # Right as they are, nobody looks at them: accepted is 0, and the target's own token comes as always.
             known = len(session.ids) - 4
             frame = session.play(draft=truth[known : known + 4], n=2)
             assert (frame.accepted, frame.tokens) == (0, truth[known : known + 2])
-        assert value(url, "flexspec_drafts_ignored_total") == FIRST_REST
+        assert value(url, "flexspec_drafts_ignored_total") == MIN_BACKOFF_DRAFTS
         # A repeated round is still the same round.
         assert talker.post(session.path, session.next(round=session.number)).status_code == 409
         for _ in range(10):
@@ -162,7 +161,7 @@ def test_ignored_drafts_change_no_text_and_a_board_that_recovers_is_served_again
 
 def test_an_ignored_round_is_answered_again_as_it_was(tiny: Target, alone: Alone) -> None:
     truth = alone(PROMPT, 60, ENDLESS)
-    with running(tiny) as url, Talker(url) as talker:
+    with running(tiny) as url, ProtocolClient(url) as talker:
         session = talker.open(sampling=ENDLESS)
         for _ in range(WINDOW_ROUNDS):
             session.play(draft=[(truth[len(session.ids) - 4] + 1) % 300] * 8)
@@ -175,9 +174,13 @@ def test_an_ignored_round_is_answered_again_as_it_was(tiny: Target, alone: Alone
 
 def test_a_principals_new_session_is_no_way_around_its_books(tiny: Target, alone: Alone, tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
-    file.write_text(f"[bad]\nsha256 = '{hash_of('bad')}'\n[good]\nsha256 = '{hash_of('good')}'\n")
+    file.write_text(f"[bad]\nsha256 = '{hash_token('bad')}'\n[good]\nsha256 = '{hash_token('good')}'\n")
     truth = alone(PROMPT, 60, ENDLESS)
-    with running(tiny, doors=Doors(file)) as url, Talker(url, token="bad") as bad, Talker(url, token="good") as good:
+    with (
+        running(tiny, authenticator=Authenticator(file)) as url,
+        ProtocolClient(url, token="bad") as bad,
+        ProtocolClient(url, token="good") as good,
+    ):
         for _ in range(4):
             session = bad.open(sampling=ENDLESS)
             for _ in range(WINDOW_ROUNDS // 4):

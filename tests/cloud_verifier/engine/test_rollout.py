@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import torch
 
-from cloud_verifier.engine.rollout import Patience, Rollout
+from cloud_verifier.engine.rollout import RetirementPolicy, Rollout
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry, RegistryError
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
 
-NOW = Patience(lost=0, grace=3600)
+NOW = RetirementPolicy(linger_seconds=0, grace_seconds=3600)
 
 
 class Shelf:
@@ -40,7 +40,7 @@ class Shelf:
     async def unload(self, version: str) -> None:
         del self.versions[version]
 
-    def of_version(self, version: str) -> list[str]:
+    def ids_of_version(self, version: str) -> list[str]:
         return [session for session, pinned in self.sessions.items() if pinned == version]
 
     def remove(self, session_id: str) -> None:
@@ -72,10 +72,10 @@ async def test_everything_that_is_active_is_loaded_the_default_first(registry: R
         assert (caught.value.code, caught.value.status) == ("starting", 503)
     await until(lambda: rollout.ready, rollout)
     assert next(iter(shelf.versions)).startswith("v0@")
-    assert rollout.resolve("", "key").name == rollout.default.name == "v0"
+    assert rollout.resolve("", "key").name == rollout.default_target.name == "v0"
     await until(lambda: len(shelf.versions) == 2, rollout)
     assert rollout.resolve("v1", "key").name == "v1"
-    assert [(one.version[:2], one.loaded) for one in rollout.listing()] == [("v1", True), ("v0", True)]
+    assert [(one.version[:2], one.loaded) for one in rollout.list_versions()] == [("v1", True), ("v0", True)]
 
 
 async def test_what_the_engine_loads_by_itself_is_not_loaded_twice(registry: Registry, shelf: Shelf) -> None:
@@ -84,7 +84,7 @@ async def test_what_the_engine_loads_by_itself_is_not_loaded_twice(registry: Reg
     await rollout.refresh()
     await asyncio.sleep(0)
     assert shelf.loads == 0
-    shelf.target = await shelf.load(registry.in_use(registry.read()), "v0")
+    shelf.target = await shelf.load(registry.default_path(registry.read()), "v0")
     await until(lambda: len(shelf.versions) == 2, rollout)
     assert shelf.loads == 2
 
@@ -103,7 +103,7 @@ async def test_an_alias_follows_as_soon_as_its_version_is_loaded_and_not_before(
     registry.canary("latest", "v0", 100)
     await rollout.refresh()
     assert rollout.resolve("", "key").name == "v1"
-    assert rollout.aliases["latest"].startswith("v1@")
+    assert rollout.active_aliases["latest"].startswith("v1@")
     with pytest.raises(VerifierRefused) as caught:
         rollout.resolve("v2", "key")
     assert caught.value.code == "starting"
@@ -140,8 +140,8 @@ async def test_what_does_not_load_leaves_everything_as_it_was(
     entry = registry.add(str(copy))
     registry.promote("latest", "v2")
     shutil.copy(models / "v1" / "model.safetensors", copy / "model.safetensors")
-    await until(lambda: any(one.problem for one in rollout.listing()), rollout)
-    (problem,) = (one.problem for one in rollout.listing() if one.problem)
+    await until(lambda: any(one.problem for one in rollout.list_versions()), rollout)
+    (problem,) = (one.problem for one in rollout.list_versions() if one.problem)
     assert "files have changed since it was added" in problem
     assert rollout.resolve("", "key").name == "v0"
     assert entry.version not in shelf.versions and len(shelf.versions) == 2
@@ -166,7 +166,7 @@ async def test_a_default_that_cannot_be_loaded_is_said(shelf: Shelf, models: Pat
     assert rollout.failure is None
     await until(lambda: rollout.failure, rollout)
     assert isinstance(rollout.failure, TargetError) and "no target at" in str(rollout.failure)
-    registry.change(lambda roster: msgspec.structs.replace(roster, default="stable"))
+    registry.update(lambda roster: msgspec.structs.replace(roster, default="stable"))
     await rollout.refresh()
     assert "no alias 'stable'" in str(rollout.failure)
 
@@ -178,21 +178,21 @@ async def test_a_retired_version_goes_when_its_last_session_has(registry: Regist
     shelf.sessions["one"] = version
     registry.retire("v1")
     running = asyncio.create_task(rollout.run())
-    await until(lambda: any(one.state == "retired" for one in rollout.listing()), rollout)
+    await until(lambda: any(one.state == "retired" for one in rollout.list_versions()), rollout)
     for _ in range(3):
-        rollout.look()
+        rollout.request_refresh()
         await asyncio.sleep(0.02)
     assert version in shelf.versions
     assert rollout.resolve(version, "key").version == version  # a session that was lost goes on with it
     with pytest.raises(VerifierRefused) as caught:
         rollout.resolve("v1", "key")
     assert caught.value.code == "unknown_model"
-    assert caught.value.detail["available"] == ["latest", rollout.default.version]
-    assert [one.sessions for one in rollout.listing() if one.version == version] == [1]
+    assert caught.value.detail["available"] == ["latest", rollout.default_target.version]
+    assert [one.sessions for one in rollout.list_versions() if one.version == version] == [1]
     shelf.sessions.clear()
     async with asyncio.timeout(20):
         while version in shelf.versions:
-            rollout.look()
+            rollout.request_refresh()
             await asyncio.sleep(0.01)
     with pytest.raises(VerifierRefused, match="retired") as caught:
         rollout.resolve(version, "key")
@@ -203,17 +203,17 @@ async def test_a_retired_version_goes_when_its_last_session_has(registry: Regist
 async def test_sessions_of_a_retired_version_are_closed_when_its_grace_is_over(
     registry: Registry, shelf: Shelf
 ) -> None:
-    rollout = Rollout(registry, shelf, shelf, Patience(lost=60, grace=0))
+    rollout = Rollout(registry, shelf, shelf, RetirementPolicy(linger_seconds=60, grace_seconds=0))
     await until(lambda: len(shelf.versions) == 2, rollout)
-    shelf.sessions |= {"one": rollout.resolve("v1", "key").version, "two": rollout.default.version}
+    shelf.sessions |= {"one": rollout.resolve("v1", "key").version, "two": rollout.default_target.version}
     registry.retire("v1")
     running = asyncio.create_task(rollout.run())
     async with asyncio.timeout(20):
         while len(shelf.versions) == 2:
-            rollout.look()
+            rollout.request_refresh()
             await asyncio.sleep(0.01)
     assert list(shelf.sessions) == ["two"]
-    assert rollout.default.name == "v0"
+    assert rollout.default_target.name == "v0"
     running.cancel()
 
 

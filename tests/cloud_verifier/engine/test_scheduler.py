@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_verifier.engine.scheduler import Engine
-from cloud_verifier.engine.sessions import Answer, Session
-from cloud_verifier.model.batch import Piece
-from cloud_verifier.model.kv_cache import Pool
-from cloud_verifier.model.reference import decode_alone
-from cloud_verifier.model.runner import Chosen
+from cloud_verifier.engine.scheduler import Scheduler
+from cloud_verifier.engine.sessions import RoundReply, Session
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import KVCachePool
+from cloud_verifier.model.reference import generate_reference
+from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
-from edge_runtime.protocol.messages import VERSION, RoundRequest
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import Alone
-from tests.cloud_verifier.model.test_runner import adapter
+from tests.cloud_verifier.model.test_runner import save_lora_adapter
 from tests.cloud_verifier.protocol_client import GREEDY, PROMPT
 from tests.models import VOCABULARY_SIZE
 
@@ -39,9 +39,9 @@ class Slow(Target):
         self.forwards: list[list[int]] = []
         self.may_run = threading.Event()
         self.may_run.set()
-        self.fails: Callable[[Piece], bool] = lambda piece: False
+        self.fails: Callable[[Segment], bool] = lambda piece: False
 
-    def run(self, pool: Pool, pieces: Sequence[Piece]) -> list[Chosen | None]:
+    def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
         self.may_run.wait(20)
         if any(map(self.fails, pieces)):
             raise RuntimeError("as the test wants it")
@@ -50,8 +50,8 @@ class Slow(Target):
 
 
 @asynccontextmanager
-async def engine_of(target: Target, **options: Any) -> AsyncIterator[Engine]:
-    engine = Engine(lambda: target, lambda _: None, lambda: 0, **options)
+async def engine_of(target: Target, **options: Any) -> AsyncIterator[Scheduler]:
+    engine = Scheduler(lambda: target, lambda _: None, lambda: 0, **options)
     engine.start()
     while engine.target is None:  # noqa: ASYNC110 - another thread sets it
         await asyncio.sleep(0.001)
@@ -61,9 +61,9 @@ async def engine_of(target: Target, **options: Any) -> AsyncIterator[Engine]:
         await asyncio.to_thread(engine.stop)
 
 
-def opened(engine: Engine, target: Target, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **round: Any):  # type: ignore[no-untyped-def]
+def opened(engine: Scheduler, target: Target, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **round: Any):  # type: ignore[no-untyped-def]
     """A session whose first round is submitted; and its answer."""
-    answer = Answer(RoundRequest(VERSION, 0, len(prompt), **round))
+    answer = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, len(prompt), **round))
     session = Session(list(prompt), sampling, target, answer)
     engine.submit(session, answer)
     return session, answer
@@ -79,7 +79,7 @@ async def test_rounds_that_wait_share_a_forward(tiny: Target) -> None:
         await asyncio.sleep(0.1)
         target.may_run.set()
         for answer in answers:
-            await answer.whole()
+            await answer.result()
         # One may have begun before the others came.
         assert len(target.forwards) <= 2
         assert sorted(rows for forward in target.forwards for rows in forward) == [1, 3, 4, 5, 6]
@@ -93,9 +93,9 @@ async def test_a_long_prompt_keeps_nobody_waiting(tiny: Target, alone: Alone) ->
         _, long = opened(engine, target, prompt=prompt)
         _, short = opened(engine, target, prompt=[7], n=3)
         target.may_run.set()
-        assert (await short.whole()).tokens == alone([7], 3)
-        assert (await long.whole()).tokens == alone(prompt, 1)
-    assert all(sum(forward) <= target.runner.prompt_rows + 1 for forward in target.forwards)
+        assert (await short.result()).tokens == alone([7], 3)
+        assert (await long.result()).tokens == alone(prompt, 1)
+    assert all(sum(forward) <= target.runner.max_prefill_rows + 1 for forward in target.forwards)
     # The short text's three tokens came in three of the forwards in which the prompt was read.
     assert [len(forward) for forward in target.forwards].count(2) >= 2
 
@@ -105,13 +105,13 @@ async def test_who_is_expected_is_waited_for(tiny: Target) -> None:
     async with engine_of(target, window=5.0) as engine:
         sessions = [opened(engine, target, sampling=ENDLESS) for _ in range(3)]
         for _, answer in sessions:
-            await answer.whole()
+            await answer.result()
 
         async def play(session: Session, number: int, pause: float) -> None:
             await asyncio.sleep(pause)
-            answer = session.begin(RoundRequest(VERSION, number, len(session.ids), draft=[5]))
+            answer = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(session.ids), draft=[5]))
             engine.submit(session, answer)
-            await answer.whole()
+            await answer.result()
 
         for number in (1, 2, 3):
             before = len(target.forwards)
@@ -131,20 +131,20 @@ async def test_a_round_that_fails_harms_nobody_in_its_forward(tiny: Target, alon
         bad, answer = opened(engine, target, draft=[13])
         target.may_run.set()
         with pytest.raises(VerifierRefused, match="the round failed"):
-            await answer.whole()
+            await answer.result()
         assert bad.closed
         for k, each in enumerate(good):
-            frame = await each.whole()
+            frame = await each.result()
             assert ([k] * frame.accepted + frame.tokens)[0] == alone(PROMPT, 1)[0]
         # And the engine lives.
-        assert (await opened(engine, target)[1].whole()).tokens == alone(PROMPT, 1)
+        assert (await opened(engine, target)[1].result()).tokens == alone(PROMPT, 1)
 
 
 async def test_pages_of_closed_sessions_are_used_again(tiny: Target) -> None:
     async with engine_of(tiny) as engine:
         for _ in range(5):
             session, answer = opened(engine, tiny)
-            await answer.whole()
+            await answer.result()
             engine.release(session)
         (pool,) = engine._pools.values()
         assert len(pool.slabs) <= 2
@@ -154,14 +154,17 @@ async def test_pages_of_closed_sessions_are_used_again(tiny: Target) -> None:
 async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -> None:
     """Texts of three versions come and go, are left and taken up again, while versions are loaded and retired."""
     base = Target(tiny_path, device="cpu", dtype=torch.float32)
-    paths = {name: adapter(tiny_path, tmp_path / name, seed) for seed, name in enumerate(("one", "two", "three"), 1)}
+    paths = {
+        name: save_lora_adapter(tiny_path, tmp_path / name, seed)
+        for seed, name in enumerate(("one", "two", "three"), 1)
+    }
     models = {name: load_model(path, "cpu", "float32")[0] for name, path in [("tiny", tiny_path), *paths.items()]}
     samplings = [ENDLESS, Sampling(0.7, seed=3, ignore_eos=True), Sampling(1.0, top_p=0.9, seed=4, ignore_eos=True)]
 
     def make(path: Path, name: str, others: list[Target]) -> Target:
-        return Target(path, device="cpu", dtype=torch.float32, name=name, beside=others)
+        return Target(path, device="cpu", dtype=torch.float32, name=name, share_with=others)
 
-    async with engine_of(base, make=make) as engine:
+    async with engine_of(base, target_factory=make) as engine:
         ready = {
             "tiny": base,
             "one": await engine.load(paths["one"], "one"),
@@ -174,7 +177,9 @@ async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -
             while not over.is_set():
                 third = await engine.load(paths["three"], "three")
                 _, answer = opened(engine, third, n=5, sampling=ENDLESS)
-                assert (await answer.whole()).tokens == decode_alone(models["three"], PROMPT, ENDLESS, 5, frozenset())
+                assert (await answer.result()).tokens == generate_reference(
+                    models["three"], PROMPT, ENDLESS, 5, frozenset()
+                )
                 await engine.unload(third.version)
 
         async def write(seed: int) -> None:
@@ -182,11 +187,11 @@ async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -
             name, sampling = random.choice(list(ready)), random.choice(samplings)
             prompt = [random.randrange(1, VOCABULARY_SIZE) for _ in range(random.choice([1, 5, 200]))]
             count = random.randint(5, 40)
-            truth = decode_alone(models[name], prompt, sampling, count + 40, frozenset())
+            truth = generate_reference(models[name], prompt, sampling, count + 40, frozenset())
             said: list[int] = []
             session, answer = opened(engine, ready[name], prompt=prompt, sampling=sampling, n=random.choice([1, 4]))
             while True:
-                frame = await answer.whole()
+                frame = await answer.result()
                 said += answer.request.draft[: frame.accepted] + frame.tokens
                 if len(said) >= count:
                     break
@@ -202,9 +207,9 @@ async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -
                 ]
                 siblings = {i: [truth[len(said) + i], 5] for i in range(len(draft)) if random.random() < 0.3}
                 number = answer.request.round + 1
-                answer = session.begin(
+                answer = session.begin_round(
                     RoundRequest(
-                        VERSION,
+                        PROTOCOL_VERSION,
                         number,
                         len(prompt) + len(said),
                         draft=draft,
@@ -228,10 +233,10 @@ async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -
 
 async def test_a_version_that_does_not_load_changes_nothing(tiny: Target, tmp_path: Path, alone: Alone) -> None:
     def make(path: Path, name: str, others: list[Target]) -> Target:
-        return Target(path, device="cpu", dtype=torch.float32, name=name, beside=others)
+        return Target(path, device="cpu", dtype=torch.float32, name=name, share_with=others)
 
-    async with engine_of(tiny, make=make) as engine:
+    async with engine_of(tiny, target_factory=make) as engine:
         with pytest.raises(TargetError, match="nowhere"):
             await engine.load(tmp_path / "nowhere", "nowhere")
         assert list(engine.versions) == [tiny.version]
-        assert (await opened(engine, tiny)[1].whole()).tokens == alone(PROMPT, 1)
+        assert (await opened(engine, tiny)[1].result()).tokens == alone(PROMPT, 1)

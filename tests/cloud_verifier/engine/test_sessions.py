@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cloud_verifier.engine.sessions import Answer, Session, SessionStore
+from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import VerifierRefused
-from edge_runtime.protocol.messages import VERSION, ErrorCode, Frame, RoundRequest
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 
 
 def request(number: int = 0, position: int = 3, **changes: Any) -> RoundRequest:
-    return RoundRequest(VERSION, number, position, **changes)
+    return RoundRequest(PROTOCOL_VERSION, number, position, **changes)
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def session_of(tiny: Target) -> Callable[..., Session]:
 
 def a_session(target: Target, length: int = 3, *, playing: bool = False) -> Session:
     """A session of `length` tokens whose first round is over, unless it is `playing`."""
-    answer = Answer(request(position=length))
+    answer = RoundReply(request(position=length))
     session = Session(list(range(length)), Sampling(), target, answer)
     if not playing:
-        answer.push(Frame(VERSION, 0, tokens=[7]))
+        answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[7]))
         session.ids.append(7)
     return session
 
@@ -47,28 +47,28 @@ def code_of(caught: pytest.ExceptionInfo[VerifierRefused]) -> tuple[str, int, di
 
 
 async def test_readers_see_all_frames_whenever_they_come() -> None:
-    answer = Answer(request(n=3))
-    early = asyncio.create_task(answer.whole())
+    answer = RoundReply(request(n=3))
+    early = asyncio.create_task(answer.result())
     await asyncio.sleep(0)
-    answer.push(Frame(VERSION, 0, 2, [5], 1, 10, 50, "", True, [(4, 0.5)]))
-    middle = asyncio.create_task(answer.whole())
+    answer.push(Frame(PROTOCOL_VERSION, 0, 2, [5], 1, 10, 50, "", True, [(4, 0.5)]))
+    middle = asyncio.create_task(answer.result())
     await asyncio.sleep(0)
     assert not answer.done
     assert not early.done()
-    answer.push(Frame(VERSION, 0, 0, [6, 7], 2, 20, 60, "stop", False, [(6, 0.25)]))
-    expected = Frame(VERSION, 0, 2, [5, 6, 7], 2, 20, 60, "stop", False, [(4, 0.5), (6, 0.25)])
+    answer.push(Frame(PROTOCOL_VERSION, 0, 0, [6, 7], 2, 20, 60, "stop", False, [(6, 0.25)]))
+    expected = Frame(PROTOCOL_VERSION, 0, 2, [5, 6, 7], 2, 20, 60, "stop", False, [(4, 0.5), (6, 0.25)])
     assert answer.done
-    assert [await early, await middle, await answer.whole()] == [expected] * 3
+    assert [await early, await middle, await answer.result()] == [expected] * 3
     assert len([frame async for frame in answer.frames()]) == 2
 
 
 async def test_a_failure_reaches_every_reader_after_the_frames_there_are() -> None:
-    answer = Answer(request())
-    answer.push(Frame(VERSION, 0, tokens=[5], more=True))
-    waiting = asyncio.create_task(answer.whole())
+    answer = RoundReply(request())
+    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5], more=True))
+    waiting = asyncio.create_task(answer.result())
     await asyncio.sleep(0)
     answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    for reader in (waiting, answer.whole()):
+    for reader in (waiting, answer.result()):
         with pytest.raises(VerifierRefused, match="gone"):
             await reader
     frames = answer.frames()
@@ -78,41 +78,41 @@ async def test_a_failure_reaches_every_reader_after_the_frames_there_are() -> No
 
 
 async def test_an_answer_that_is_complete_cannot_fail_any_more() -> None:
-    answer = Answer(request())
-    answer.push(Frame(VERSION, 0, tokens=[5]))
+    answer = RoundReply(request())
+    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
     answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    assert (await answer.whole()).tokens == [5]
+    assert (await answer.result()).tokens == [5]
 
 
 async def test_a_frame_that_comes_after_the_failure_does_not_undo_it() -> None:
     """The engine may push once more before it sees that the session was closed."""
-    answer = Answer(request())
+    answer = RoundReply(request())
     answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    answer.push(Frame(VERSION, 0, tokens=[5]))
+    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
     with pytest.raises(VerifierRefused, match="gone"):
-        await answer.whole()
+        await answer.result()
 
 
 def test_next_round(session_of: Callable[..., Session]) -> None:
     session = session_of()
-    assert session.next_round(request(1, 4, draft=[1])) is None
-    assert session.next_round(request()) is session.answer
-    assert session.next_round(request(stream=True)) is session.answer
+    assert session.recorded_reply(request(1, 4, draft=[1])) is None
+    assert session.recorded_reply(request()) is session.reply
+    assert session.recorded_reply(request(stream=True)) is session.reply
 
 
 def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again(session_of: Callable[..., Session]) -> None:
     session = session_of()
-    first = session.answer
-    ahead = session.begin(request(1, 4, expects=[7]))
+    first = session.reply
+    ahead = session.begin_round(request(1, 4, expects=[7]))
     ahead.done = True
-    assert session.next_round(request()) is first
-    assert session.next_round(request(1, 4, expects=[7])) is ahead
+    assert session.recorded_reply(request()) is first
+    assert session.recorded_reply(request(1, 4, expects=[7])) is ahead
     with pytest.raises(VerifierRefused) as caught:
-        session.next_round(request(0, 3, n=2))
+        session.recorded_reply(request(0, 3, n=2))
     assert caught.value.code == ErrorCode.ROUND_CONFLICT
-    session.begin(request(2, 4))
+    session.begin_round(request(2, 4))
     with pytest.raises(VerifierRefused) as caught:
-        session.next_round(request(1, 4, expects=[7]))
+        session.recorded_reply(request(1, 4, expects=[7]))
     assert caught.value.code == ErrorCode.ROUND_OUT_OF_ORDER
 
 
@@ -130,7 +130,7 @@ def test_a_round_that_is_neither_next_nor_latest(
 ) -> None:
     session = session_of()
     with pytest.raises(VerifierRefused) as caught:
-        session.next_round(round_request)
+        session.recorded_reply(round_request)
     assert code_of(caught) == (code, 409, detail)
     assert session.ids == [0, 1, 2, 7]
 
@@ -138,18 +138,18 @@ def test_a_round_that_is_neither_next_nor_latest(
 def test_no_next_round_while_one_is_playing(session_of: Callable[..., Session]) -> None:
     session = session_of(playing=True)
     with pytest.raises(VerifierRefused) as caught:
-        session.next_round(request(1, 3))
+        session.recorded_reply(request(1, 3))
     assert code_of(caught) == (ErrorCode.ROUND_OUT_OF_ORDER, 409, {"expected": 0})
-    assert session.next_round(request()) is session.answer
+    assert session.recorded_reply(request()) is session.reply
 
 
 def test_no_next_round_after_the_end(session_of: Callable[..., Session]) -> None:
     session = session_of()
     session.finish = "length"
     with pytest.raises(VerifierRefused, match=r"ended \(length\)") as caught:
-        session.next_round(request(1, 4))
+        session.recorded_reply(request(1, 4))
     assert caught.value.code == ErrorCode.SESSION_FINISHED
-    assert session.next_round(request()) is session.answer
+    assert session.recorded_reply(request()) is session.reply
 
 
 def test_ids_are_unguessable(session_of: Callable[..., Session]) -> None:
@@ -161,11 +161,11 @@ def test_ids_are_unguessable(session_of: Callable[..., Session]) -> None:
 def test_a_session_is_found_by_id_and_key_until_it_is_removed(session_of: Callable[..., Session]) -> None:
     store, session = SessionStore(5, 100, 60), session_of()
     store.add("its key", session)
-    assert store.get(session.id) is store.by_key("its key") is session
+    assert store.get(session.id) is store.find_by_key("its key") is session
     assert (len(store), store.load) == (1, 20)
     store.remove(session.id)
     store.remove(session.id)
-    assert (len(store), store.load, store.by_key("its key")) == (0, 0, None)
+    assert (len(store), store.load, store.find_by_key("its key")) == (0, 0, None)
     assert session.closed
     with pytest.raises(VerifierRefused) as caught:
         store.get(session.id)
@@ -175,7 +175,7 @@ def test_a_session_is_found_by_id_and_key_until_it_is_removed(session_of: Callab
 async def test_removing_a_session_in_mid_round_tells_its_reader(session_of: Callable[..., Session]) -> None:
     session = session_of(playing=True)
     store = filled(SessionStore(5, 100, 60), session)
-    reader = asyncio.create_task(session.answer.whole())
+    reader = asyncio.create_task(session.reply.result())
     await asyncio.sleep(0)
     store.remove(session.id)
     with pytest.raises(VerifierRefused, match="closed"):
@@ -198,7 +198,7 @@ def test_a_key_whose_session_the_engine_gave_up_can_open_another(session_of: Cal
     failed.closed = True
     store.add("the key", second)
     store.remove(failed.id)
-    assert store.by_key("the key") is second
+    assert store.find_by_key("the key") is second
     store.remove(second.id)
 
 

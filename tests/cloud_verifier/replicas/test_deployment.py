@@ -16,7 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_verifier.cli import main
+from cloud_verifier.cli.main import main
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, Frame, OpenReply
@@ -38,31 +38,31 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("media_type", [MSGPACK, JSON])
 def test_all_requests_of_a_session_have_one_mark(media_type: str) -> None:
     # Ray takes seconds to import: not for everybody who only collects this module.
-    from cloud_verifier.replicas.ingress import affinity
+    from cloud_verifier.replicas.ingress import session_mark
 
     asked = opening()
-    mark = affinity("POST", "/v1/sessions", media_type, messages.encode(asked, media_type))
-    session = messages.mark_of(asked.key) + "-rest_of"
-    assert mark == messages.mark_of(asked.key) != ""
-    assert affinity("POST", f"/v1/sessions/{session}/rounds", media_type, b"") == mark
-    assert affinity("DELETE", f"/v1/sessions/{session}", media_type, b"") == mark
+    mark = session_mark("POST", "/v1/sessions", media_type, messages.encode(asked, media_type))
+    session = messages.session_id_prefix(asked.key) + "-rest_of"
+    assert mark == messages.session_id_prefix(asked.key) != ""
+    assert session_mark("POST", f"/v1/sessions/{session}/rounds", media_type, b"") == mark
+    assert session_mark("DELETE", f"/v1/sessions/{session}", media_type, b"") == mark
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\x93\x01\x02\x03....", b"\xc1", b'{"key": 7}', b"\x91" * 5000])
 def test_whatever_is_no_session_goes_anywhere(body: bytes) -> None:
-    from cloud_verifier.replicas.ingress import affinity
+    from cloud_verifier.replicas.ingress import session_mark
 
     for media_type in (MSGPACK, JSON):
-        assert affinity("POST", "/v1/sessions", media_type, body) == ""
-    assert affinity("GET", "/v1/models", JSON, body) == ""
-    assert affinity("POST", "/v1/sessions/", JSON, body) == ""
+        assert session_mark("POST", "/v1/sessions", media_type, body) == ""
+    assert session_mark("GET", "/v1/models", JSON, body) == ""
+    assert session_mark("POST", "/v1/sessions/", JSON, body) == ""
 
 
 def test_pages_of_several_replicas_are_one() -> None:
-    from cloud_verifier.replicas.ingress import merged
+    from cloud_verifier.replicas.ingress import merge_metrics
 
     page = b'# HELP a_total Of a.\n# TYPE a_total counter\na_total{of="x"} %d\n# HELP g Of g.\n# TYPE g gauge\ng 3.0\n'
-    told = merged({"one": page % 1, "two": page % 2}, running=2).decode()
+    told = merge_metrics({"one": page % 1, "two": page % 2}, running=2).decode()
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(told)
@@ -81,7 +81,7 @@ def test_pages_of_several_replicas_are_one() -> None:
 @pytest.mark.parametrize("replicas", ["0", "3-2", "-1", "two"])
 def test_no_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main.main(["serve", "target", f"--replicas={replicas}"])
+        main(["serve", "target", f"--replicas={replicas}"])
     assert "neither a number of replicas" in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_no_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_replicas_that_cannot_be(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["serve", "target", "--replicas", "2", *options]) == 2
+    assert main(["serve", "target", "--replicas", "2", *options]) == 2
     assert word in capsys.readouterr().err
 
 

@@ -136,7 +136,7 @@ async def both(
             await server.start()
             try:
                 fields: dict[str, Any] = {"surroundings": Surroundings, **board}
-                service.open(
+                service.activate(
                     BoardRuntime(
                         draft, chat or load_chat_template(BUNDLE), planner or FixedPlanner(FIXED_PLAN), **fields
                     )
