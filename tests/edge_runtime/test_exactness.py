@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 import random
 import sysconfig
@@ -19,11 +21,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
+from edge_runtime.common.files import write_atomically
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache
@@ -82,22 +85,32 @@ def prompts(family: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(family: Path) -> ReferenceTexts:
-    return ReferenceTexts(load_model(family / "target-v1", "cpu", "float32")[0])
+def reference(family: Path, tmp_path_factory: pytest.TempPathFactory) -> ReferenceTexts:
+    # The parent of this process's temporary directory is common to all processes of a parallel run.
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    return ReferenceTexts(family / "target-v1", shared / "reference-texts")
 
 
 class ReferenceTexts:
-    """Continuations by the target reference, computed once per prompt and sampling."""
+    """Continuations by the target alone, computed once per prompt and sampling and run of the tests."""
 
-    def __init__(self, model) -> None:
-        self._model = model
-        self._known: dict[tuple[object, ...], list[int]] = {}
+    def __init__(self, target: Path, directory: Path) -> None:
+        self._target = target
+        self._directory = directory
+        self._model: PreTrainedModel | None = None
+        directory.mkdir(exist_ok=True)
 
     def __call__(self, prompt: list[int], sampling: Sampling) -> list[int]:
-        key = (*prompt, sampling)
-        if key not in self._known:
-            self._known[key] = generate_reference(self._model, prompt, sampling, NEW_TOKENS, frozenset([0]))
-        return self._known[key]
+        key = hashlib.sha256(repr((prompt, sampling)).encode()).hexdigest()
+        path = self._directory / key
+        if not path.is_file():
+            if self._model is None:
+                self._model = load_model(self._target, "cpu", "float32")[0]
+            ids = generate_reference(self._model, prompt, sampling, NEW_TOKENS, frozenset([0]))
+            write_atomically(path, json.dumps(ids).encode())
+        known: list[int] = json.loads(path.read_text())
+        return known
 
 
 def samplings_for(prompt: int, case: int) -> list[Sampling]:
@@ -135,11 +148,24 @@ async def test_every_draft_and_plan_gives_the_reference_text(
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
         for index in range(first, first + CHUNK):
             prompt = prompts[index]
-            for case, (draft, plan) in enumerate(PLANS):
-                for sampling in samplings_for(index, case):
-                    expected = reference(prompt, sampling)
-                    generation = await generate(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
-                    assert generation.ids[len(prompt) :] == expected, (draft, plan, sampling)
+            cases = [
+                (draft, plan, sampling)
+                for case, (draft, plan) in enumerate(PLANS)
+                for sampling in samplings_for(index, case)
+            ]
+            # The texts of the first prompt are generated one by one, those of the others in one batch.
+            size = 1 if index == first else len(cases)
+            for start in range(0, len(cases), size):
+                batch = cases[start : start + size]
+                generations = await asyncio.gather(
+                    *(
+                        generate(client, drafts[draft], prompt, sampling, FixedPlanner(plan))
+                        for draft, plan, sampling in batch
+                    )
+                )
+                for case, generation in zip(batch, generations, strict=True):
+                    expected = reference(prompt, case[2])
+                    assert generation.ids[len(prompt) :] == expected, case
                     assert generation.finish == ("stop" if expected[-1] == 0 else "length")
 
 
