@@ -1,4 +1,4 @@
-# The two commands of the README: make demo, make test. Both set up .venv first, from pyproject.toml and constraints.txt.
+# The commands of README and CONTRIBUTING. Each sets up .venv first, from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,13 +7,18 @@ STAMP := $(VENV)/.installed
 # Parallel tests: one process per core, each with one torch thread.
 JOBS ?= auto
 
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test test-quick lint bench clean setup
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# For the loop of daily work: without the tests marked slow, and without types, which `make lint` checks.
+test-quick: $(STAMP)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,7 +33,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.service
 	$(BIN)/python -m tests.benchmarks.reality
 	$(BIN)/python -m tests.benchmarks.planning
-	$(BIN)/python -m tests.benchmarks.memory
+	$(BIN)/python -m tests.benchmarks.ngram_cache
 
 setup: $(STAMP)
 

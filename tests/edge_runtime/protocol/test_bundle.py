@@ -1,4 +1,4 @@
-"""The draft bundle on disk: it reads back, or says in which way it is unusable and what to do."""
+"""The draft bundle on disk: a round trip, and a typed error with a remedy for every unusable bundle."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest's JSON behind the back of the struct."""
+    """Change the manifest's JSON directly, bypassing the struct."""
     fields = json.loads((path / MANIFEST_NAME).read_text())
     change(fields)
     (path / MANIFEST_NAME).write_text(json.dumps(fields))
 
 
-def test_a_bundle_reads_back(path: Path) -> None:
+def test_a_bundle_round_trip(path: Path) -> None:
     assert read_bundle(path) == Bundle(path, manifest_of(path))
     assert read_bundle(path).graph_path.read_bytes() == FILES["model.onnx"]
     assert read_bundle(path).tokenizer_path.read_bytes() == FILES["tokenizer.json"]
@@ -115,7 +115,7 @@ def test_a_missing_file_is_named(path: Path, name: str, verify: bool) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_truncated_file_is_noticed_even_without_hashing(path: Path, verify: bool) -> None:
+def test_a_truncated_file_is_detected_even_without_hashing(path: Path, verify: bool) -> None:
     data = path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(BundleCorrupt, match=r"model\.onnx\.data has 2303 bytes instead of 2304.*copy it again"):
@@ -123,7 +123,7 @@ def test_a_truncated_file_is_noticed_even_without_hashing(path: Path, verify: bo
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_noticed(path: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected(path: Path, name: str) -> None:
     contents = bytearray(FILES[name])
     contents[len(contents) // 2] ^= 1
     (path / name).write_bytes(contents)
@@ -171,7 +171,7 @@ def test_files_outside_the_bundle_are_not_touched(path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["..", ""])
-def test_directories_are_no_files_of_a_bundle(path: Path, name: str) -> None:
+def test_a_directory_is_not_accepted_as_a_file(path: Path, name: str) -> None:
     edit(path, lambda fields: fields["files"].update({name: {"bytes": 6, "sha256": "0" * 64}}))
     with pytest.raises(BundleError):
         read_bundle(path)
@@ -236,7 +236,7 @@ def test_a_fingerprint_does_not_depend_on_the_storage_type(values: list[float], 
 
 
 @given(halves, st.data())
-def test_a_fingerprint_sees_every_value(values: list[float], data: st.DataObject) -> None:
+def test_a_fingerprint_covers_every_value(values: list[float], data: st.DataObject) -> None:
     tensor = np.array(values, dtype=np.float32)
     other = tensor.copy()
     index = data.draw(st.integers(0, len(values) - 1))
@@ -244,7 +244,7 @@ def test_a_fingerprint_sees_every_value(values: list[float], data: st.DataObject
     assert fingerprint_tensor(tensor) != fingerprint_tensor(other)
 
 
-def test_a_fingerprint_sees_shape_and_order_but_not_memory_layout() -> None:
+def test_a_fingerprint_covers_shape_and_order_but_not_memory_layout() -> None:
     tensor = np.arange(12, dtype=np.float32).reshape(3, 4)
     shapes = [tensor, tensor.reshape(4, 3), tensor.reshape(12), tensor.reshape(1, 3, 4), tensor.T, tensor[::-1]]
     assert len({fingerprint_tensor(shape) for shape in shapes}) == len(shapes)
@@ -277,7 +277,7 @@ def test_anchor_shares_the_last_blocks_norm_head_and_embedding() -> None:
 
 
 def test_prefix_shares_the_embedding_and_the_first_blocks() -> None:
-    """Block 1 is not blocks 10 and 11."""
+    """Block 1 must not match blocks 10 and 11."""
     assert shared_tensor_names("prefix", 2, 12, NAMES) == [
         "model.embed_tokens.weight",
         *(
@@ -298,7 +298,7 @@ def test_all_blocks_shared(layout: str) -> None:
     assert [name for name in NAMES if "layers" in name and name not in shared] == []
 
 
-def test_identity_tells_layout_blocks_and_any_fingerprint() -> None:
+def test_the_identity_covers_layout_blocks_and_every_fingerprint() -> None:
     prints = {"b": "1", "a": "2"}
     identity = draft_identity("anchor", 1, prints)
     assert identity.startswith("anchor/1/")

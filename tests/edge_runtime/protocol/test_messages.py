@@ -1,4 +1,4 @@
-"""The messages: what one end writes the other reads, in both encodings, and nothing else gets through."""
+"""Wire messages: round trips in both encodings, size budgets, and rejection of malformed input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.protocol import messages as wire
+from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import (
     JSON,
@@ -104,9 +104,9 @@ kinds = st.sampled_from([RoundRequest, OpenRequest, Frame, OpenReply, ErrorReply
 
 
 def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Message | None:
-    """What `body` decodes to, or None where it is refused; any other exception fails the test."""
+    """The decoded `body`, or None if it is rejected; any other exception fails the test."""
     try:
-        return wire.decode(body, kind, media_type)
+        return messages.decode(body, kind, media_type)
     except InputError as error:
         assert kind.__name__ in str(error)
         return None
@@ -115,47 +115,47 @@ def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Mes
 @given(messages, encodings)
 @settings(max_examples=400, deadline=None)
 def test_round_trip(message: Message, media_type: str) -> None:
-    assert wire.decode(wire.encode(message, media_type), type(message), media_type) == message
+    assert messages.decode(messages.encode(message, media_type), type(message), media_type) == message
 
 
 @given(rounds)
 def test_json_is_the_struct_as_declared(message: RoundRequest) -> None:
-    fields = msgspec.json.decode(wire.encode(message, JSON))
+    fields = msgspec.json.decode(messages.encode(message, JSON))
     assert fields == msgspec.to_builtins(message, str_keys=True)
     assert fields["v"] == PROTOCOL_VERSION
 
 
-def test_trailing_defaults_cost_nothing() -> None:
-    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), MSGPACK) == wire.add_checksum(b"\x93\x01\x00\x05")
-    two_ids = wire.add_checksum(b"\x94\x01\x02\x05\xc4\x03\x07\xac\x02")
-    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 2, 5, [7, 300]), MSGPACK) == two_ids
-    # A default in the middle keeps its place.
-    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5, n=9), MSGPACK) == wire.add_checksum(
+def test_trailing_defaults_are_omitted() -> None:
+    assert messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), MSGPACK) == messages.add_checksum(b"\x93\x01\x00\x05")
+    two_ids = messages.add_checksum(b"\x94\x01\x02\x05\xc4\x03\x07\xac\x02")
+    assert messages.encode(RoundRequest(PROTOCOL_VERSION, 2, 5, [7, 300]), MSGPACK) == two_ids
+    # A default before a non-default field is written.
+    assert messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 5, n=9), MSGPACK) == messages.add_checksum(
         b"\x95\x01\x00\x05\x90\x09"
     )
-    assert wire.encode(Frame(PROTOCOL_VERSION, 1, 2), MSGPACK) == wire.add_checksum(b"\x93\x01\x01\x02")
-    assert wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), JSON) == b'{"v":1,"round":0,"position":5}'
+    assert messages.encode(Frame(PROTOCOL_VERSION, 1, 2), MSGPACK) == messages.add_checksum(b"\x93\x01\x01\x02")
+    assert messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), JSON) == b'{"v":1,"round":0,"position":5}'
 
 
-def test_a_round_that_is_sent_ahead_costs_its_guess_and_four_bytes_more() -> None:
-    """The defaults before the last field are written where that one is: n, siblings, stream."""
+def test_an_early_round_costs_its_expected_token_and_four_bytes() -> None:
+    """If the last field is present, the defaults before it are written: n, siblings, stream."""
     usual = RoundRequest(PROTOCOL_VERSION, 3, 700, [8191] * 5)
     ahead = msgspec.structs.replace(usual, expects=[8191])
-    assert len(wire.encode(ahead, MSGPACK)) - len(wire.encode(usual, MSGPACK)) == 3 + 2 + 2
+    assert len(messages.encode(ahead, MSGPACK)) - len(messages.encode(usual, MSGPACK)) == 3 + 2 + 2
 
 
-def test_the_round_of_the_manual_costs_what_it_says() -> None:
-    """The module promises 23 bytes for five ids of an 8k vocabulary, at most."""
-    assert len(wire.encode(RoundRequest(PROTOCOL_VERSION, 3, 700, [8191] * 5), MSGPACK)) <= 23
+def test_a_documented_round_has_its_documented_size() -> None:
+    """The module documents at most 23 bytes for five ids of an 8k vocabulary."""
+    assert len(messages.encode(RoundRequest(PROTOCOL_VERSION, 3, 700, [8191] * 5), MSGPACK)) <= 23
 
 
 vocabulary_ids = st.lists(st.integers(0, 152_000), max_size=32)
 
 
 @given(st.integers(0, 65_535), st.integers(0, 131_072), vocabulary_ids, st.integers(1, 127))
-def test_a_request_stays_in_its_budget(number: int, position: int, draft: list[int], n: int) -> None:
-    body = wire.encode(RoundRequest(PROTOCOL_VERSION, number, position, draft, n), MSGPACK)
-    assert len(body) <= 12 + 4 * len(draft) + wire.CHECKSUM_BYTES
+def test_a_request_stays_within_its_budget(number: int, position: int, draft: list[int], n: int) -> None:
+    body = messages.encode(RoundRequest(PROTOCOL_VERSION, number, position, draft, n), MSGPACK)
+    assert len(body) <= 12 + 4 * len(draft) + messages.CHECKSUM_BYTES
 
 
 short_times = st.integers(0, 65_535)
@@ -163,39 +163,41 @@ any_times = st.integers(0, 2**31 - 1)
 
 
 @given(st.integers(0, 127), st.integers(0, 32), vocabulary_ids.filter(bool), short_times, short_times)
-def test_a_frame_of_a_fast_target_stays_in_its_budget(
+def test_a_frame_of_a_fast_target_stays_within_its_budget(
     number: int, accepted: int, tokens: list[int], queue_100us: int, forward_100us: int
 ) -> None:
-    body = wire.encode(Frame(PROTOCOL_VERSION, number, accepted, tokens, queue_100us, forward_100us, load=100), MSGPACK)
-    assert len(body) <= 12 + 4 * len(tokens) + wire.CHECKSUM_BYTES
+    body = messages.encode(
+        Frame(PROTOCOL_VERSION, number, accepted, tokens, queue_100us, forward_100us, load=100), MSGPACK
+    )
+    assert len(body) <= 12 + 4 * len(tokens) + messages.CHECKSUM_BYTES
 
 
 @given(st.integers(0, 65_535), vocabulary_ids, vocabulary_ids.filter(bool), any_times, any_times)
-def test_a_round_with_any_timings_stays_in_36_bytes_there_and_back(
+def test_a_round_trip_with_any_timings_stays_within_36_bytes(
     number: int, draft: list[int], tokens: list[int], queue_100us: int, forward_100us: int
 ) -> None:
-    there = wire.encode(RoundRequest(PROTOCOL_VERSION, number, 65_535, draft), MSGPACK)
-    back = wire.encode(
+    there = messages.encode(RoundRequest(PROTOCOL_VERSION, number, 65_535, draft), MSGPACK)
+    back = messages.encode(
         Frame(PROTOCOL_VERSION, number, len(draft), tokens, queue_100us, forward_100us, load=100), MSGPACK
     )
     assert len(there) + len(back) <= 36 + 4 * (len(draft) + len(tokens))
 
 
 @given(st.lists(frames, max_size=4), encodings, st.data())
-def test_frames_are_found_whatever_the_chunks(sent: list[Frame], media_type: str, data: st.DataObject) -> None:
-    stream = b"".join(wire.encode_frame(frame, media_type) for frame in sent)
+def test_frames_are_split_at_any_chunk_boundaries(sent: list[Frame], media_type: str, data: st.DataObject) -> None:
+    stream = b"".join(messages.encode_frame(frame, media_type) for frame in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     splitter = FrameSplitter(media_type)
     received = []
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        received += [wire.decode(body, Frame, media_type) for body in splitter.feed(stream[start:stop])]
+        received += [messages.decode(body, Frame, media_type) for body in splitter.feed(stream[start:stop])]
     assert received == sent
     assert not splitter.incomplete
 
 
 @given(frames, encodings, st.data())
-def test_a_stream_cut_in_mid_frame_is_incomplete(frame: Frame, media_type: str, data: st.DataObject) -> None:
-    stream = wire.encode_frame(frame, media_type)
+def test_a_truncated_stream_is_incomplete(frame: Frame, media_type: str, data: st.DataObject) -> None:
+    stream = messages.encode_frame(frame, media_type)
     splitter = FrameSplitter(media_type)
     assert list(splitter.feed(stream[: data.draw(st.integers(1, len(stream) - 1))])) == []
     assert splitter.incomplete
@@ -221,21 +223,21 @@ def test_a_frame_length_that_never_ends_is_refused() -> None:
 
 @given(st.lists(st.integers(0, 2**35 - 1)))
 def test_varints_round_trip(numbers: list[int]) -> None:
-    packed = wire.pack_varints(numbers)
-    assert wire.unpack_varints(packed) == numbers
+    packed = messages.pack_varints(numbers)
+    assert messages.unpack_varints(packed) == numbers
     assert len(packed) == sum(max(1, -(-number.bit_length() // 7)) for number in numbers)
 
 
 @pytest.mark.parametrize("packed", [b"\x80", b"\x01\xff", b"\x80\x80\x80\x80\x80\x01", b"\xff" * 20], ids=repr)
 def test_bad_varints_are_refused(packed: bytes) -> None:
     with pytest.raises(ValueError, match="token id"):
-        wire.unpack_varints(packed)
+        messages.unpack_varints(packed)
 
 
 @given(st.binary(max_size=50))
 def test_any_bytes_are_varints_or_a_value_error(packed: bytes) -> None:
     try:
-        numbers = wire.unpack_varints(packed)
+        numbers = messages.unpack_varints(packed)
     except ValueError:
         return
     assert all(0 <= number < 2**35 for number in numbers)
@@ -252,16 +254,20 @@ def test_garbage_is_refused(body: bytes, kind: type[Message], media_type: str) -
 def test_a_damaged_message_is_refused_or_another_message(
     message: Message, media_type: str, data: st.DataObject
 ) -> None:
-    # Behind a checksum that fits: what the checksum refuses, the parser never sees.
-    body = wire.encode(message, media_type)
-    body = damaged(data, body) if media_type == JSON else wire.add_checksum(damaged(data, body[: -wire.CHECKSUM_BYTES]))
+    # With a valid checksum, because the parser never sees what the checksum rejects.
+    body = messages.encode(message, media_type)
+    body = (
+        damaged(data, body)
+        if media_type == JSON
+        else messages.add_checksum(damaged(data, body[: -messages.CHECKSUM_BYTES]))
+    )
     survivor = decoded_or_refused(body, type(message), media_type)
     if isinstance(survivor, RoundRequest | OpenRequest):  # the kinds without free floats, whose NaN equals nothing
-        assert wire.decode(wire.encode(survivor, media_type), type(message), media_type) == survivor
+        assert messages.decode(messages.encode(survivor, media_type), type(message), media_type) == survivor
 
 
 def damaged(data: st.DataObject, body: bytes) -> bytes:
-    """`body` after up to three overwritten, deleted, inserted or repeated pieces."""
+    """`body` with up to three parts overwritten, deleted, inserted or repeated."""
     mutant = bytearray(body)
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(mutant)))
@@ -287,7 +293,7 @@ nested = st.one_of(flat, st.lists(flat, max_size=7), st.dictionaries(keys, flat,
 @given(st.one_of(nested, st.lists(nested, min_size=3, max_size=10)), kinds)
 @settings(max_examples=400, deadline=None)
 def test_well_formed_msgpack_of_any_shape_is_refused_or_a_message(value: Any, kind: type[Message]) -> None:
-    decoded_or_refused(wire.add_checksum(msgspec.msgpack.encode(value)), kind, MSGPACK)
+    decoded_or_refused(messages.add_checksum(msgspec.msgpack.encode(value)), kind, MSGPACK)
 
 
 @given(st.dictionaries(st.sampled_from(RoundRequest.__struct_fields__), nested), st.sampled_from([1, "1", None, []]))
@@ -332,7 +338,7 @@ WRONG = [
 @pytest.mark.parametrize("fields", WRONG, ids=str)
 def test_wrong_fields_are_refused_in_json(fields: Any) -> None:
     with pytest.raises(InputError, match="not a RoundRequest in application/json"):
-        wire.decode(msgspec.json.encode(fields), RoundRequest, JSON)
+        messages.decode(msgspec.json.encode(fields), RoundRequest, JSON)
 
 
 @pytest.mark.parametrize("fields", WRONG[2:-3], ids=str)
@@ -342,46 +348,46 @@ def test_wrong_fields_are_refused_in_msgpack(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         values[order.index(name)] = value
     with pytest.raises(InputError, match="not a RoundRequest in application/msgpack"):
-        wire.decode(wire.add_checksum(msgspec.msgpack.encode(values)), RoundRequest, MSGPACK)
+        messages.decode(messages.add_checksum(msgspec.msgpack.encode(values)), RoundRequest, MSGPACK)
 
 
 def test_more_fields_than_the_struct_has_are_refused() -> None:
     with pytest.raises(InputError, match="9 fields, but RoundRequest has 8"):
-        wire.decode(
-            wire.add_checksum(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, [], 0])), RoundRequest, MSGPACK
+        messages.decode(
+            messages.add_checksum(msgspec.msgpack.encode([1, 0, 1, [], 1, {}, False, [], 0])), RoundRequest, MSGPACK
         )
 
 
 @given(frames, st.data())
-def test_a_flipped_bit_is_noticed(frame: Frame, data: st.DataObject) -> None:
-    body = bytearray(wire.encode(frame, MSGPACK))
+def test_a_flipped_bit_is_detected(frame: Frame, data: st.DataObject) -> None:
+    body = bytearray(messages.encode(frame, MSGPACK))
     body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises(wire.DamagedMessage, match="CRC-32"):
-        wire.decode(bytes(body), Frame, MSGPACK)
+    with pytest.raises(messages.DamagedMessage, match="CRC-32"):
+        messages.decode(bytes(body), Frame, MSGPACK)
 
 
-def test_bytes_behind_the_message_are_refused() -> None:
+def test_trailing_bytes_are_refused() -> None:
     for media_type in ENCODINGS:
-        body = wire.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), media_type)
+        body = messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), media_type)
         with pytest.raises(InputError):
-            wire.decode(body + body, RoundRequest, media_type)
+            messages.decode(body + body, RoundRequest, media_type)
 
 
 @pytest.mark.parametrize("depth", [20, 400, 2_000, 100_000])
 @pytest.mark.parametrize(
     "opener", [b"\x91", b"\x81\x01", b"\x93\x01\x00", b"\x96\x01\x00\x05\x90\x01\x81\x00"], ids=repr
 )
-def test_nesting_bombs_are_refused_in_msgpack(opener: bytes, depth: int) -> None:
+def test_deeply_nested_bodies_are_refused_in_msgpack(opener: bytes, depth: int) -> None:
     for body in (opener * depth, opener * depth + b"\x01" * 7 * depth):
         for kind in (RoundRequest, OpenRequest, ErrorReply):
-            assert decoded_or_refused(wire.add_checksum(body), kind, MSGPACK) is None
+            assert decoded_or_refused(messages.add_checksum(body), kind, MSGPACK) is None
 
 
 @pytest.mark.parametrize("depth", [20, 400, 2_000, 100_000])
 @pytest.mark.parametrize(
     "opener", [b"[", b'{"v":', b'{"v":1,"siblings":{"0":', b'{"v":1,"code":"","message":"","detail":{"a":']
 )
-def test_nesting_bombs_are_refused_in_json(opener: bytes, depth: int) -> None:
+def test_deeply_nested_bodies_are_refused_in_json(opener: bytes, depth: int) -> None:
     for kind in (RoundRequest, OpenRequest, ErrorReply):
         assert decoded_or_refused(opener * depth, kind, JSON) is None
 
@@ -389,7 +395,7 @@ def test_nesting_bombs_are_refused_in_json(opener: bytes, depth: int) -> None:
 @pytest.mark.parametrize("header", [b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9"], ids=repr)
 def test_a_header_that_announces_gigabytes_is_refused(header: bytes) -> None:
     with pytest.raises(InputError):
-        wire.decode(wire.add_checksum(header + b"\xff\xff\xff\xff"), RoundRequest, MSGPACK)
+        messages.decode(messages.add_checksum(header + b"\xff\xff\xff\xff"), RoundRequest, MSGPACK)
 
 
 def test_sampling_out_of_range_is_refused_with_the_reason() -> None:
@@ -402,4 +408,4 @@ def test_sampling_out_of_range_is_refused_with_the_reason() -> None:
             "sampling": {field: value},
         }
         with pytest.raises(InputError, match=r"sampling|temperature|seed"):
-            wire.decode(msgspec.json.encode(fields), OpenRequest, JSON)
+            messages.decode(msgspec.json.encode(fields), OpenRequest, JSON)

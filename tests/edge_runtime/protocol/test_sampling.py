@@ -1,4 +1,4 @@
-"""The noise, the warping, the choice and the acceptance rule, in numpy and in torch."""
+"""Noise, logits warping, coupled sampling and the acceptance rule, in numpy and torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy import stats
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cloud_verifier.model import sampling as torch_form
-from edge_runtime.protocol import sampling as coupling
+from edge_runtime.protocol import sampling as sampling_module
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import (
     MASK_64,
@@ -52,7 +52,7 @@ samplings = st.one_of(
 
 @st.composite
 def logits_rows(draw: st.DrawFn, largest: int = 9000) -> Logits:
-    """Flat to peaked, of any size: float32 of many sizes is too much for a list strategy, hence a generator's seed."""
+    """Logits of any size, flat to peaked, from a drawn seed: a list strategy is too slow for vocabularies."""
     size = draw(st.one_of(st.integers(2, 200), st.integers(2, largest)))
     scale = draw(st.sampled_from([0.01, 1.0, 5.0, 40.0]))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -60,7 +60,7 @@ def logits_rows(draw: st.DrawFn, largest: int = 9000) -> Logits:
 
 
 def hash_in_integers(seed: int, position: int, token: int) -> float:
-    """The definition, in Python's integers and nothing shared with the code under test."""
+    """The definition in Python integers, independent of the code under test."""
 
     def mix(z: int) -> int:
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -73,7 +73,7 @@ def hash_in_integers(seed: int, position: int, token: int) -> float:
 
 
 def brute_force(logits: Logits, sampling: Sampling, position: int, count: int) -> tuple[list[int], list[float]]:
-    """The `count` best by the definition: every score computed, everything sorted."""
+    """The `count` best candidates by definition: compute all scores and sort."""
     ids = np.arange(logits.size)
     if sampling.temperature == 0.0:
         scores = logits.astype(np.float64)
@@ -110,7 +110,7 @@ def test_numpy_and_torch_draw_the_same_bits(seed: int, places: list[int], ids: l
 
 
 def id_with_bits(bits: int) -> int:
-    """The 64-bit id whose hash at seed 0, position 0 is `bits`: every step of the hash can be undone."""
+    """The 64-bit id whose hash at seed 0, position 0 is `bits`; every step of the hash is invertible."""
 
     def unshift(z: int, by: int) -> int:
         out = z
@@ -119,9 +119,9 @@ def id_with_bits(bits: int) -> int:
         return out
 
     z = unshift(bits, 31)
-    z = unshift(z * pow(coupling.MIX_MULTIPLIER_2, -1, 2**64) & MASK_64, 27)
-    z = unshift(z * pow(coupling.MIX_MULTIPLIER_1, -1, 2**64) & MASK_64, 30)
-    return ((z - coupling.position_key(0, 0)) * pow(coupling.GOLDEN_GAMMA, -1, 2**64) - 1) & MASK_64
+    z = unshift(z * pow(sampling_module.MIX_MULTIPLIER_2, -1, 2**64) & MASK_64, 27)
+    z = unshift(z * pow(sampling_module.MIX_MULTIPLIER_1, -1, 2**64) & MASK_64, 30)
+    return ((z - sampling_module.position_key(0, 0)) * pow(sampling_module.GOLDEN_GAMMA, -1, 2**64) - 1) & MASK_64
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(0, 2.0**-53), (MASK_64, 1 - 2.0**-53), (MASK_64 >> 1, 0.5 - 2.0**-53)])
@@ -132,7 +132,7 @@ def test_extreme_bits_stay_strictly_inside(bits: int, expected: float) -> None:
     in_torch = torch_form.uniform_noise(0, [0], torch.tensor([signed]))
     assert in_numpy[0] == in_torch[0, 0].item() == expected
     assert 0.0 < expected < 1.0
-    assert np.isfinite(coupling.gumbel_noise(in_numpy)).all()
+    assert np.isfinite(sampling_module.gumbel_noise(in_numpy)).all()
 
 
 @pytest.mark.parametrize("axis", ["ids", "positions", "seeds"])
@@ -148,7 +148,7 @@ def test_uniforms_are_uniform_along_every_axis(axis: str) -> None:
     assert u.min() > 0.0
     assert u.max() < 1.0
     assert stats.chisquare(np.histogram(u, bins=256, range=(0, 1))[0]).pvalue > 1e-4
-    # Neighbours are independent: pairs fill the unit square evenly too.
+    # Neighbors are independent: pairs fill the unit square evenly too.
     pairs = np.histogram2d(u[:-1:2], u[1::2], bins=16, range=((0, 1), (0, 1)))[0]
     assert stats.chisquare(pairs.ravel()).pvalue > 1e-4
 
@@ -159,7 +159,7 @@ def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    # In float64: in float32 the two sum the tail in another order and may differ in a token of mass 1e-7.
+    # In float64: in float32 the two sum the tail in different orders and may differ in a token of mass 1e-7.
     scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(logits.astype(np.float64))[None])
     return torch.isfinite(scores[0]).nonzero()[:, 0].tolist()
 
@@ -176,20 +176,20 @@ def test_candidates_are_those_of_transformers(logits: Logits, temperature: float
     assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
 
 
-def test_ties_with_the_kth_logit_stay() -> None:
+def test_ties_with_the_kth_logit_are_kept() -> None:
     logits = np.array([1, 3, 2, 2, 2, 0], dtype=np.float32)
     sampling = Sampling(1.0, top_k=2)
     assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling) == [1, 2, 3, 4]
 
 
-def test_of_equally_probable_tokens_the_nucleus_takes_the_lower_ids() -> None:
+def test_the_nucleus_prefers_lower_ids_among_equal_probabilities() -> None:
     assert filter_candidates(np.zeros(8, dtype=np.float32), Sampling(1.0, top_p=0.5)).tolist() == [0, 1, 2, 3]
     assert filter_candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
 
 
 @given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]))
 @settings(deadline=None, max_examples=300)
-def test_rank_is_the_definition(
+def test_rank_equals_the_definition(
     logits: Logits, sampling: Sampling, position: int, count: int, decimals: int | None
 ) -> None:
     if decimals is not None and sampling.top_p == 1.0:
@@ -208,8 +208,8 @@ def test_greedy_ties_go_to_the_lower_id() -> None:
     assert torch_form.sample_tokens(torch.from_numpy(logits)[None], warping).tolist() == [[20.0], [0.0]]
 
 
-def test_an_outsider_wins_with_extraordinary_noise() -> None:
-    """A flat tail of 100k tokens behind a peak: the shortcut of `rank` must not lose the tail's mass."""
+def test_an_improbable_token_wins_with_extreme_noise() -> None:
+    """A peak and a flat tail of 100k tokens: the shortcut in `rank` must not lose the mass of the tail."""
     size, peak = 100_000, 20
     logits = np.full(size, -5.0, dtype=np.float32)
     logits[:peak] = 5.0
@@ -241,7 +241,7 @@ def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, r
 
 
 def test_torch_and_numpy_draw_the_same_nucleus_of_a_flat_distribution() -> None:
-    """Where partial sums are near ties with top_p, both forms must still keep the same tokens."""
+    """If partial sums are nearly equal to top_p, both implementations must still keep the same tokens."""
     differing = []
     for size, top_p in itertools.product([4, 10, 100, 300, 1000], [0.1, 0.3, 0.5, 0.7, 0.9]):
         logits, sampling = torch.zeros(1, size), Sampling(1.0, top_p=top_p)
@@ -273,7 +273,7 @@ def test_sampled_frequencies_follow_softmax(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("difference", [0.0, 0.5, 2.0])
-def test_acceptance_is_that_of_the_theorem(difference: float) -> None:
+def test_the_acceptance_rate_matches_the_theorem(difference: float) -> None:
     """Pr[accept] = sum_i 1 / sum_j max(p_j/p_i, q_j/q_i), which is at least (1 - TV) / (1 + TV)."""
     generator = np.random.default_rng(2)
     target = (generator.standard_normal(40) * 2).astype(np.float32)
@@ -316,12 +316,12 @@ def test_accepted_length_is_the_common_prefix(draft: list[int], chosen: list[int
     ],
     ids=str,
 )
-def test_sampling_rejects_what_has_no_meaning(wrong: dict[str, float]) -> None:
+def test_invalid_sampling_parameters_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_sampling_takes_its_bounds() -> None:
+def test_the_bounds_of_sampling_parameters_are_valid() -> None:
     assert Sampling(100.0, 0, 1.0, 2**64 - 1).seed == MASK_64
     assert Sampling(0.001, top_p=1e-9).top_p == 1e-9
 
@@ -329,15 +329,15 @@ def test_sampling_takes_its_bounds() -> None:
 @pytest.mark.parametrize("prompt", [[], [300], [-1], [5, 300, 1]], ids=str)
 def test_a_prompt_outside_the_vocabulary_is_refused(prompt: list[int]) -> None:
     with pytest.raises(InputError, match=r"prompt is empty|outside the vocabulary of 300"):
-        coupling.validate_prompt(prompt, 300)
+        sampling_module.validate_prompt(prompt, 300)
 
 
-def test_a_negative_id_is_the_one_that_is_named() -> None:
+def test_the_error_names_a_negative_id() -> None:
     with pytest.raises(InputError, match="-1"):
-        coupling.validate_prompt([-1, 7], 300)
+        sampling_module.validate_prompt([-1, 7], 300)
 
 
 @given(logits_rows(largest=500), st.sampled_from([0.0, 0.5, 1.0]))
 def test_confidence_is_a_softmax(logits: Logits, temperature: float) -> None:
-    total = sum(coupling.token_probability(logits, token, temperature) for token in range(logits.size))
+    total = sum(sampling_module.token_probability(logits, token, temperature) for token in range(logits.size))
     assert total == pytest.approx(1.0, abs=1e-4)
