@@ -324,8 +324,8 @@ class VerifierService:
                 response = Response(status_code=499)
             except Exception:
                 log.exception("%s %s failed", request.method, handler.__name__)
-                error = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500)
-                code, response = error.code, error_response(request, error)
+                internal = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500)
+                code, response = internal.code, error_response(request, internal)
             if code:
                 self.metrics.count_refusal(code)
             if client_id := request_id(request):

@@ -36,7 +36,8 @@ async def read_message(request: Request, kind: type[M], limit: int, session: str
         _check_protocol_version(messages.peek_version(body, request_media_type(request)))
         code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
         raise VerifierRefused(code, str(error), 400) from None
-    _check_protocol_version(message.v)
+    # The field is declared by every kind of message, but not by their base.
+    _check_protocol_version(getattr(message, "v", None))
     return message
 
 

@@ -179,7 +179,7 @@ class ReplicaDeployment:
                 downscale_delay_s=scaling.downscale_seconds,
             ),
             request_router_config=RequestRouterConfig(
-                request_router_class=ROUTER,
+                request_router_class=ROUTER,  # type: ignore[arg-type]
                 # The least possible: on any other replica the session is lost.
                 request_router_kwargs={"num_fallback_replicas": 1},
             ),
@@ -205,7 +205,8 @@ class ReplicaDeployment:
         if application is None or "replica" not in application.deployments:
             return 0, ""
         deployment = application.deployments["replica"]
-        running = deployment.replica_states.get("RUNNING", 0)
+        # The keys are members of a private enum of strings.
+        running = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
         failed = application.status == ApplicationStatus.DEPLOY_FAILED
         return running, _error_message(deployment.message or application.message) if failed else ""
 
@@ -246,7 +247,7 @@ def _ray_cluster(scaling: ScalingOptions) -> Iterator[None]:
         problem = f"no Ray cluster at {scaling.cluster}" if scaling.cluster else "Ray did not start"
         raise InputError(f"{problem}: {error}") from None
     try:
-        _check_resources(scaling, ray.cluster_resources())
+        _check_resources(scaling, ray.cluster_resources())  # type: ignore[no-untyped-call]
         yield
     finally:
         ray.shutdown()

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -166,7 +166,7 @@ class Ingress:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward any other request to a replica, and its response back."""
         # `Mount` has changed the path of the scope.
-        scope = scope | {"root_path": "", "path": scope["path"]}
+        scope = dict(scope) | {"root_path": "", "path": scope["path"]}
         request = Request(scope, receive)
         response_started = False
         try:
@@ -199,7 +199,8 @@ class Ingress:
         for attempt in range(MAX_ATTEMPTS):
             started = complete = False
             handle = self._require_handle().options(method_name="exchange", stream=True, session_id=mark)
-            response = handle.remote(scope, body)
+            # A generator, because of `stream`.
+            response: DeploymentResponseGenerator[Any] = handle.remote(scope, body)  # type: ignore[assignment]
             watcher = asyncio.create_task(_cancel_on_disconnect(request, response))
             try:
                 async for messages in response:
@@ -227,7 +228,7 @@ class Ingress:
             finally:
                 watcher.cancel()
                 if not complete:
-                    response.cancel()
+                    response.cancel()  # type: ignore[no-untyped-call]
 
     def _require_handle(self) -> DeploymentHandle[Any]:
         """Raises VerifierRefused (`starting`) while no replica is running."""

@@ -32,7 +32,8 @@ class Replica:
         TargetError: the target does not load.
     """
 
-    async def __init__(self, build_service: Callable[[], VerifierService]) -> None:
+    # Ray awaits it.
+    async def __init__(self, build_service: Callable[[], VerifierService]) -> None:  # type: ignore[misc]
         self._service = build_service()
         self._app = self._service.app
         self._lifespan = self._app.router.lifespan_context(self._app)
