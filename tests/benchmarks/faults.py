@@ -1,9 +1,10 @@
-"""Answers while things go wrong: `python -m tests.benchmarks.faults [--answers 200] [--fault NAME ...]`. An hour.
+"""Answers under injected faults: `python -m tests.benchmarks.faults [--answers 200] [--fault NAME ...]`. One hour.
 
-A real verifier and a real board, in network namespaces with an emulated link of 20 ms between them, and four who ask:
-streamed and whole, greedy and sampled, with drafts and without. One row for each fault. What is promised, whatever
-happens: the target's own text or a typed error, in time; nothing unverified that is not marked so; and no memory and
-no files lost. Exit code 1 if a promise was broken.
+Runs a real verifier and a real board in network namespaces, joined by an emulated link of 20 ms, and four clients that
+request answers streamed and whole, greedy and sampled, with and without drafts. Prints one row per fault. The
+guarantees
+under every fault: the target's own text or a typed error, in time; unverified text is marked as such; no leak of memory
+or open files. Exit code 1 if a guarantee was broken.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.emulator.asking import Kind, cases
-from tests.emulator.faults import FAULTS, Row, run
-from tests.emulator.network import Network, lacking
-from tests.emulator.scene import TARGET, Scene, Which
+from tests.emulator.answer_checker import AnswerKind, make_cases
+from tests.emulator.faults import FAULTS, FaultResult
+from tests.emulator.network import Network, missing_requirement
+from tests.emulator.test_bed import TARGET, ProcessName, TestBed
 
-DEFAULT = [name for name in FAULTS if name != "cable-4s"]
+DEFAULT_FAULTS = [name for name in FAULTS if name != "cable-4s"]
 
 
-def show(rows: list[Row], console: Console) -> None:
+def print_results(rows: list[FaultResult], console: Console) -> None:
     table = Table(title="answers under faults")
     for column in (
         "fault",
         "answers",
         "right",
-        "unverified (chars taken back)",
+        "unverified (chars withdrawn)",
         "typed errors",
         "lost",
         "hung",
@@ -43,18 +44,18 @@ def show(rows: list[Row], console: Console) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         counts = row.answers
-        errors = ", ".join(f"{count} {code}" for code, count in row.codes.items()) if counts[Kind.ERROR] else "0"
-        kinds = (Kind.LOST, Kind.HUNG, Kind.DIFFERENT, Kind.PASSED_OFF)
+        errors = ", ".join(f"{count} {code}" for code, count in row.codes.items()) if counts[AnswerKind.ERROR] else "0"
+        kinds = (AnswerKind.LOST, AnswerKind.HUNG, AnswerKind.DIFFERENT, AnswerKind.PASSED_OFF)
         table.add_row(
             f"[red]{row.name}[/red]" if row.broken else row.name,
             str(counts.total()),
-            str(counts[Kind.RIGHT]),
-            f"{counts[Kind.UNVERIFIED]} ({row.withdrawn})",
+            str(counts[AnswerKind.RIGHT]),
+            f"{counts[AnswerKind.UNVERIFIED]} ({row.withdrawn})",
             errors,
             *(str(counts[kind]) for kind in kinds),
             f"{row.strikes} ({row.hit})",
             *(f"{seconds:.2f}" for seconds in (row.median, row.quantile(0.95), row.seconds[-1])),
-            *(growth(row, which) for which in ("board", "verifier")),
+            *(describe_growth(row, which) for which in ("board", "verifier")),
         )
     console.print(table)
     for row in rows:
@@ -64,7 +65,7 @@ def show(rows: list[Row], console: Console) -> None:
             console.print(f"{row.name}: {detail}", markup=False)
 
 
-def growth(row: Row, which: Which) -> str:
+def describe_growth(row: FaultResult, which: ProcessName) -> str:
     if which not in row.after:
         return "killed"
     before, after = row.before[which], row.after[which]
@@ -72,22 +73,24 @@ def growth(row: Row, which: Which) -> str:
     return f"{before.resident >> 20} {grown:+.0f}, {before.files} {after.files - before.files:+}"
 
 
-async def measure(network: Network, options: argparse.Namespace, console: Console) -> list[Row]:
+async def measure(network: Network, options: argparse.Namespace, console: Console) -> list[FaultResult]:
     answers, path = options.answers, options.json
-    known = cases(TARGET)
+    cases = make_cases(TARGET)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
-    async with Scene(network) as scene:
+    async with TestBed(network) as test_bed:
         with Progress(*columns, console=console) as progress:
             for name in options.fault:
                 task = progress.add_task(name, total=answers)
-                row = await run(
-                    scene, name, known, answers, lambda task=task: progress.advance(task), options=options.board
+                row = await run_fault(
+                    test_bed, name, cases, answers, lambda task=task: progress.advance(task), options=options.board
                 )
                 rows.append(row)
-                # An hour is long: what is known is said, and on disk.
+                # The whole run takes an hour, so print and save the results of each fault at once.
                 counted = ", ".join(f"{count} {kind}" for kind, count in row.answers.items())
-                progress.console.print(f"{name}: {counted}; broken: {'; '.join(row.broken) or 'nothing'}", markup=False)
+                progress.console.print(
+                    f"{name}: {counted}; broken guarantees: {'; '.join(row.broken) or 'none'}", markup=False
+                )
                 if path:
                     path.write_text(json.dumps([summary(row) for row in rows], indent=1))
     return rows
@@ -95,25 +98,29 @@ async def measure(network: Network, options: argparse.Namespace, console: Consol
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=200, help="under each fault (default: %(default)s)")
-    parser.add_argument("--fault", nargs="+", choices=FAULTS, default=DEFAULT, metavar="NAME", help=", ".join(FAULTS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument(
-        "--board", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="for edge-runtime serve"
+        "--answers", type=int, default=200, help="number of answers under each fault (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fault", nargs="+", choices=FAULTS, default=DEFAULT_FAULTS, metavar="NAME", help=", ".join(FAULTS)
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument(
+        "--board", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="options for edge-runtime serve"
     )
     options = parser.parse_args()
     console = Console(width=170)
-    reason = lacking()
+    reason = missing_requirement()
     if reason:
-        console.print(f"no emulator: {reason}")
+        console.print(f"the emulator cannot run: {reason}")
         return 2
     with Network(seed=1) as network, network.inside("board"):
         rows = asyncio.run(measure(network, options, console))
-    show(rows, console)
+    print_results(rows, console)
     return 1 if any(row.broken for row in rows) else 0
 
 
-def summary(row: Row) -> dict[str, object]:
+def summary(row: FaultResult) -> dict[str, object]:
     return {
         "fault": row.name,
         "answers": dict(row.answers),

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tests.benchmarks.service import process
-from tests.emulator.asking import Case, Kind, ask, cases
-from tests.emulator.scene import BUNDLE, TARGET, Usage
+from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases, request_answer
+from tests.emulator.test_bed import BUNDLE, TARGET, Usage
 
 # One that leaves nobody for longer than any answer takes.
 LIMIT = 60.0
@@ -77,7 +77,7 @@ class Load:
         broken: promises that were not kept, in words.
     """
 
-    def __init__(self, url: str, known: Sequence[Case], seed: int = 0) -> None:
+    def __init__(self, url: str, known: Sequence[AnswerCase], seed: int = 0) -> None:
         self.counts: Counter[str] = Counter()
         self.broken: list[str] = []
         self._url = url
@@ -118,10 +118,10 @@ class Load:
 
     async def _check(self, client: httpx.AsyncClient, *, stream: bool) -> None:
         case = self._random.choice(self._known)
-        judged = await ask(client, case, stream=stream, limit=LIMIT)
-        told_to_wait = judged.kind == Kind.ERROR and judged.code == "rate_limit_exceeded"
+        judged = await request_answer(client, case, stream=stream, limit=LIMIT)
+        told_to_wait = judged.kind == AnswerKind.ERROR and judged.code == "rate_limit_exceeded"
         self.counts["told to come back" if told_to_wait else str(judged.kind)] += 1
-        if judged.kind != Kind.RIGHT and not told_to_wait:
+        if judged.kind != AnswerKind.RIGHT and not told_to_wait:
             self.broken.append(f"{judged.kind}: {judged.code} {judged.detail}")
 
     async def _leave(self, client: httpx.AsyncClient) -> None:
@@ -223,7 +223,7 @@ class Load:
 
 
 async def measure(
-    seconds: float, every: float, known: Sequence[Case], tell: Callable[[Sample, Counter[str]], None]
+    seconds: float, every: float, known: Sequence[AnswerCase], tell: Callable[[Sample, Counter[str]], None]
 ) -> tuple[Load, list[Sample]]:
     """The load, and samples of what board and verifier held: before, every so often, and once all is quiet."""
     verifier_options = ("serve", str(TARGET), "--threads", "1")
@@ -233,7 +233,7 @@ async def measure(
             started = time.monotonic()
 
             def sample() -> Sample:
-                return Sample(time.monotonic() - started, Usage.of(board.pid), Usage.of(verifier.pid))
+                return Sample(time.monotonic() - started, Usage.from_pid(board.pid), Usage.from_pid(verifier.pid))
 
             load = Load(url, known)
             warm_up = Load(url, known)
@@ -306,11 +306,11 @@ def main() -> int:
             )
             console.print(
                 "{:5.1f} min: board {}; verifier {}; {} right".format(
-                    sample.seconds / 60, *held, counts[str(Kind.RIGHT)]
+                    sample.seconds / 60, *held, counts[str(AnswerKind.RIGHT)]
                 )
             )
 
-        load, samples = asyncio.run(measure(seconds, min(60.0, seconds / 6), cases(TARGET), tell))
+        load, samples = asyncio.run(measure(seconds, min(60.0, seconds / 6), make_cases(TARGET), tell))
     console.print(", ".join(f"{count} {name}" for name, count in sorted(load.counts.items())))
     broken = load.broken[:20] + verdict(samples)
     for sentence in broken:

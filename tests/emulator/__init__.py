@@ -1,1 +1,1 @@
-"""A link between a board and a cloud, each in a network namespace, that is as bad as a test wants it: see `network`."""
+"""Link emulator: a board and a cloud in two network namespaces, joined by a configurable link; see `network`."""

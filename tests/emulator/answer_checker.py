@@ -1,4 +1,4 @@
-"""Asks a board for answers whose text is known, and judges what comes."""
+"""Requests answers whose correct text is known from a board, and classifies what comes withdrawn_now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import httpx
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.decoding.detokenizer import Detokeniser
+from edge_runtime.decoding.detokenizer import Detokenizer
 
 PROMPTS = (
     "class Connection:\n    def __init__(self, host, port",
@@ -36,12 +36,12 @@ SAMPLINGS: tuple[dict[str, float], ...] = (
 LENGTHS = (16, 32, 48)
 
 
-class Case(msgspec.Struct, frozen=True):
-    """A request, and the one right answer.
+class AnswerCase(msgspec.Struct, frozen=True):
+    """A request and its only correct answer.
 
     Attributes:
-        fields: of the request's body.
-        text, finish: what the target says by itself.
+        fields: fields of the request body.
+        text, finish: the text and finish reason of the target model without speculation.
     """
 
     fields: dict[str, Any]
@@ -49,142 +49,150 @@ class Case(msgspec.Struct, frozen=True):
     finish: str
 
 
-class Kind(enum.StrEnum):
-    """How an answer came out."""
+class AnswerKind(enum.StrEnum):
+    """Classification of an answer."""
 
     RIGHT = "right"
-    UNVERIFIED = "unverified"  # and marked so; what of it is verified is right
-    ERROR = "error"  # a typed one, and whatever text came before it was right
-    LOST = "lost"  # the connection to the board broke: only a board that was killed may do that
-    HUNG = "hung"  # nothing came to an end in time
-    DIFFERENT = "different"  # from the target's own text
-    PASSED_OFF = "passed off"  # unverified text that was not marked so
-    UNTYPED = "untyped"  # an error that no program can tell from others
+    UNVERIFIED = "unverified"  # contains text marked as unverified; its verified part is correct
+    ERROR = "error"  # a typed error; any text before it was correct
+    LOST = "lost"  # the connection to the board broke, which is allowed only if the board was killed
+    HUNG = "hung"  # no complete answer within the time limit
+    DIFFERENT = "different"  # verified text differs from the target's
+    PASSED_OFF = "passed off"  # unverified text that was not marked as such
+    UNTYPED = "untyped"  # an error without a machine-readable code
 
 
-class Judged(msgspec.Struct, frozen=True):
-    """One answer. `code`: of its error; `withdrawn`: characters that were taken back."""
+class CheckedAnswer(msgspec.Struct, frozen=True):
+    """A classified answer. `code`: error code, if any; `withdrawn`: number of characters that were withdrawn."""
 
-    kind: Kind
+    kind: AnswerKind
     seconds: float
     code: str = ""
     withdrawn: int = 0
     detail: str = ""
 
 
-def cases(target: Path) -> list[Case]:
-    """Every prompt under every sampling, some long and some short; the texts by `cloud-verifier generate`."""
+def make_cases(target: Path) -> list[AnswerCase]:
+    """Make a case of every prompt and sampling; `cloud-verifier generate` writes the correct texts."""
     tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
-    asked: list[dict[str, Any]] = []
+    bodies: list[dict[str, Any]] = []
     jobs = []
     for number, (prompt, sampling) in enumerate(itertools.product(PROMPTS, SAMPLINGS)):
         length = LENGTHS[(number + number // 3) % 3]
-        asked.append({"prompt": prompt, "max_tokens": length, **sampling})
+        bodies.append({"prompt": prompt, "max_tokens": length, **sampling})
         ids = tokenizer.encode(prompt).ids
         jobs.append(json.dumps({"ids": ids, "max_new_tokens": length, "sampling": sampling}))
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.write("\n".join(jobs))
         file.flush()
         command = [sys.executable, "-m", "cloud_verifier.cli", "generate", str(target), "--jobs", file.name]
-        # More threads than one only wait for each other on a busy machine.
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=alone).stdout
-    made = []
-    for fields, line in zip(asked, output.splitlines(), strict=True):
+        # One thread: on a busy machine several threads mostly wait for each other.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    cases = []
+    for fields, line in zip(bodies, output.splitlines(), strict=True):
         ids = json.loads(line)
-        text = Detokeniser(tokenizer)
+        text = Detokenizer(tokenizer)
         finish = "stop" if ids[-1] == 0 else "length"
-        made.append(Case(fields, "".join(text.step(token) for token in ids), finish))
-    return made
+        cases.append(AnswerCase(fields, "".join(text.step(token) for token in ids), finish))
+    return cases
 
 
-async def ask(client: httpx.AsyncClient, case: Case, *, stream: bool, limit: float, **more: Any) -> Judged:
-    """One answer, within `limit` seconds. `client` knows the board's URL; `more` are fields of the request."""
+async def request_answer(
+    client: httpx.AsyncClient, case: AnswerCase, *, stream: bool, limit: float, **extra_fields: Any
+) -> CheckedAnswer:
+    """Request and classify one answer.
+
+    Args:
+        client: its base URL is the board's.
+        limit: seconds after which the answer counts as hung.
+        extra_fields: added to the request body.
+    """
     started = time.perf_counter()
-    body = case.fields | {"stream": stream} | more
+    body = case.fields | {"stream": stream} | extra_fields
     try:
         async with asyncio.timeout(limit):
             if stream:
-                kind, code, withdrawn, detail = await _streamed(client, case, body)
+                kind, code, withdrawn, detail = await _request_stream(client, case, body)
             else:
-                kind, code, withdrawn, detail = await _whole(client, case, body)
+                kind, code, withdrawn, detail = await _request_whole(client, case, body)
     except TimeoutError:
-        kind, code, withdrawn, detail = Kind.HUNG, "", 0, f"{case.fields}, stream={stream}"
+        kind, code, withdrawn, detail = AnswerKind.HUNG, "", 0, f"{case.fields}, stream={stream}"
     except httpx.TransportError as error:
-        kind, code, withdrawn, detail = Kind.LOST, type(error).__name__, 0, str(error)
-    return Judged(kind, time.perf_counter() - started, code, withdrawn, detail)
+        kind, code, withdrawn, detail = AnswerKind.LOST, type(error).__name__, 0, str(error)
+    return CheckedAnswer(kind, time.perf_counter() - started, code, withdrawn, detail)
 
 
-Verdict = tuple[Kind, str, int, str]
+Verdict = tuple[AnswerKind, str, int, str]
 
 
-async def _whole(client: httpx.AsyncClient, case: Case, body: dict[str, Any]) -> Verdict:
+async def _request_whole(client: httpx.AsyncClient, case: AnswerCase, body: dict[str, Any]) -> Verdict:
     response = await client.post("/v1/completions", json=body)
     if response.status_code != 200:
-        return _error(response.status_code, response.text)
-    said = response.json()
-    (choice,) = said["choices"]
-    unverified = _mark(said, "unverified")
-    return _compare(case, choice["text"], unverified, choice["finish_reason"], 0)
+        return _classify_error(response.status_code, response.text)
+    answer = response.json()
+    (choice,) = answer["choices"]
+    unverified = _count_marked(answer, "unverified")
+    return _classify_text(case, choice["text"], unverified, choice["finish_reason"], 0)
 
 
-async def _streamed(client: httpx.AsyncClient, case: Case, body: dict[str, Any]) -> Verdict:
+async def _request_stream(client: httpx.AsyncClient, case: AnswerCase, body: dict[str, Any]) -> Verdict:
     text, finish, done, failed, withdrawn, unverified = "", "", False, False, 0, 0
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            return _error(response.status_code, response.text)
+            return _classify_error(response.status_code, response.text)
         async for line in response.aiter_lines():
             if line == "event: error":
                 failed = True
             elif line == "data: [DONE]":
                 done = True
             elif failed and line:
-                return _error(200, line.removeprefix("data: "))
-            # Comments say that it waits.
+                return _classify_error(200, line.removeprefix("data: "))
+            # Comment lines report that the request is still waiting.
             elif line and not line.startswith(":"):
                 chunk = json.loads(line.removeprefix("data: "))
-                back = _mark(chunk, "withdrawn")
-                withdrawn += back
-                unverified = _mark(chunk, "unverified")
-                if back > len(text):
-                    return Kind.DIFFERENT, "", withdrawn, f"{back} of {len(text)} characters withdrawn"
+                withdrawn_now = _count_marked(chunk, "withdrawn")
+                withdrawn += withdrawn_now
+                unverified = _count_marked(chunk, "unverified")
+                if withdrawn_now > len(text):
+                    return AnswerKind.DIFFERENT, "", withdrawn, f"{withdrawn_now} of {len(text)} characters withdrawn"
                 for choice in chunk["choices"]:
-                    text = text[: len(text) - back] + choice["text"]
+                    text = text[: len(text) - withdrawn_now] + choice["text"]
                     finish = choice["finish_reason"] or finish
                 verified = text[: len(text) - unverified]
                 if not case.text.startswith(verified):
                     marked = unverified or withdrawn
                     return (
-                        (Kind.PASSED_OFF if marked else Kind.DIFFERENT),
+                        (AnswerKind.PASSED_OFF if marked else AnswerKind.DIFFERENT),
                         "",
                         withdrawn,
                         f"{verified!r}, not {case.text!r}",
                     )
     if not done:
-        return Kind.LOST, "no end", withdrawn, f"the stream ended behind {text!r}"
-    return _compare(case, text, unverified, finish, withdrawn)
+        return AnswerKind.LOST, "no end", withdrawn, f"the stream ended after {text!r}"
+    return _classify_text(case, text, unverified, finish, withdrawn)
 
 
-def _compare(case: Case, text: str, unverified: int, finish: str, withdrawn: int) -> Verdict:
+def _classify_text(case: AnswerCase, text: str, unverified: int, finish: str, withdrawn: int) -> Verdict:
     if (text, finish, unverified) == (case.text, case.finish, 0):
-        return Kind.RIGHT, "", withdrawn, ""
+        return AnswerKind.RIGHT, "", withdrawn, ""
     if unverified and case.text.startswith(text[: len(text) - unverified]):
-        return Kind.UNVERIFIED, "", withdrawn, ""
-    kind = Kind.PASSED_OFF if unverified or withdrawn else Kind.DIFFERENT
+        return AnswerKind.UNVERIFIED, "", withdrawn, ""
+    kind = AnswerKind.PASSED_OFF if unverified or withdrawn else AnswerKind.DIFFERENT
     return kind, "", withdrawn, f"{text!r} ({finish}), not {case.text!r} ({case.finish})"
 
 
-def _error(status: int, body: str) -> Verdict:
+def _classify_error(status: int, body: str) -> Verdict:
     try:
         error = json.loads(body)["error"]
         code, message = error["code"], error["message"]
     except (ValueError, KeyError, TypeError):
-        return Kind.UNTYPED, str(status), 0, body[:200]
-    return (Kind.ERROR if code and message else Kind.UNTYPED), code or str(status), 0, message
+        return AnswerKind.UNTYPED, str(status), 0, body[:200]
+    return (AnswerKind.ERROR if code and message else AnswerKind.UNTYPED), code or str(status), 0, message
 
 
-def _mark(said: dict[str, Any], name: str) -> int:
-    """Of an answer or a chunk: how many characters are unverified, or withdrawn."""
-    choices = said.get("choices") or [{}]
-    return int(said.get(name) or choices[0].get(name) or 0)
+def _count_marked(answer: dict[str, Any], name: str) -> int:
+    """Return the number of "unverified" or "withdrawn" characters that an answer or a chunk reports."""
+    choices = answer.get("choices") or [{}]
+    return int(answer.get(name) or choices[0].get(name) or 0)

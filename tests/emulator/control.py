@@ -1,4 +1,4 @@
-"""A child process that is told what to do: one line of JSON each way, and the answer means that it is done."""
+"""A child process that executes commands: one line of JSON per command, and one per reply once it has been executed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ import msgspec
 T = TypeVar("T")
 
 
-class Controlled:
-    """A process that takes orders on its standard input; it ends when that is closed, so it never outlives us.
+class ControlledProcess:
+    """A process that reads commands from its standard input.
+
+    It ends when its standard input is closed, so it never outlives its parent.
 
     Attributes:
-        process: the child.
+        process: the child process.
     """
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        """`options` are those of `subprocess.Popen`."""
+        """Start the process; `options` are passed to `subprocess.Popen`."""
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
-    def order(self, what: msgspec.Struct, answer: type[T]) -> T:
-        """Raises RuntimeError if the child is gone."""
+    def send(self, command: msgspec.Struct, reply_type: type[T]) -> T:
+        """Send a command and wait for its reply. Raises RuntimeError if the child has ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(msgspec.json.encode(what) + b"\n")
+            self.process.stdin.write(msgspec.json.encode(command) + b"\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except OSError:
             line = b""
         if not line:
             raise RuntimeError(f"{self.process.args} ended with {self.process.wait(5)}")
-        return msgspec.json.decode(line, type=answer)
+        return msgspec.json.decode(line, type=reply_type)
 
     def stop(self) -> None:
+        """End the process: close its standard input, and kill it if it is still alive after five seconds."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()

@@ -1,7 +1,7 @@
-"""What goes wrong between a board and its verifier, over and over, while the board is asked for answers.
+"""Injects faults between a board and its verifier while the board answers requests.
 
-Each fault is a coroutine that strikes for ever, at its own pace and by the answers that are done; `run` asks, lets it
-strike, and counts what came.
+Each fault is a coroutine that strikes again and again, paced by the number of completed answers; `run_fault` sends the
+requests, lets the fault strike, and counts the results.
 """
 
 from __future__ import annotations
@@ -18,190 +18,192 @@ from typing import Any
 import httpx
 import msgspec
 
-from tests.emulator.asking import Case, Judged, Kind, ask
-from tests.emulator.middlebox import Done, Mischief
-from tests.emulator.scene import Scene, Usage, Which
-from tests.emulator.weather import steady
+from tests.emulator.answer_checker import AnswerCase, AnswerKind, CheckedAnswer, request_answer
+from tests.emulator.link_conditions import steady_conditions
+from tests.emulator.middlebox import FaultCounts, FaultRates
+from tests.emulator.test_bed import ProcessName, TestBed, Usage
 
-CALM = steady(0.02)
-ASKERS = 4
+CALM = steady_conditions(0.02)
+CLIENTS = 4
 WARM_UP = 12
-# Seconds in which a process may let go of what a fault left it with.
+# Time after a fault in which a process may release memory and files; chosen.
 SETTLING = 60.0
-# What a process may hold more of, at the end: the feed's history fills, allocators keep some, connections are kept
-# alive. Whether memory goes on growing is for an hour of load to tell.
+# Allowed growth of a process: the event history fills, allocators retain memory, connections are kept alive. Chosen;
+# unbounded growth is detected by an hour of `tests.benchmarks.load`.
 RESIDENT_SLACK = 100 << 20
 CALM_FILES, FILES_SLACK = 2, 8
-# What an answer is to do without a verifier.
+# Values of `on_link_loss`, used in turn.
 MODES = ("wait", "draft", "draft", "wait", "draft", "wait", "fail")
-# A plan with drafts and streams in it, whatever the link.
-PLAN = ("--num-assistant-tokens", "4", "--siblings", "2", "--cloud-tokens", "3", "--max-concurrent", str(ASKERS))
+# A fixed plan that both drafts and streams on any link.
+PLAN = ("--num-assistant-tokens", "4", "--siblings", "2", "--cloud-tokens", "3", "--max-concurrent", str(CLIENTS))
 
 
-class Strikes:
-    """What a fault goes by.
+class FaultContext:
+    """The state that a fault reads to pace its strikes, and the count of its strikes.
 
     Attributes:
-        scene: what it breaks.
-        count: how often it has struck.
-        hit: answers that were under way when it did.
+        test_bed: the processes and the link that the fault breaks.
+        count: number of strikes.
+        hit: number of answers in progress when it struck.
+        in_progress: number of answers in progress now.
+        answered: number of completed answers.
     """
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-        self.count = self.hit = self.under_way = self.answered = 0
+    def __init__(self, test_bed: TestBed) -> None:
+        self.test_bed = test_bed
+        self.count = self.hit = self.in_progress = self.answered = 0
         self._random = Random(9)
         self._changed = asyncio.Event()
 
     def begin(self) -> None:
-        self.under_way += 1
+        self.in_progress += 1
 
     def end(self) -> None:
-        self.under_way -= 1
+        self.in_progress -= 1
         self.answered += 1
         self._changed.set()
 
     async def after(self, answers: int) -> None:
-        """Waits for so many more, and until the next one is somewhere in its middle; then it strikes."""
-        wanted = self.answered + answers
-        while self.answered < wanted:
+        """Wait for `answers` more completed answers, then until the next one is about half done, and count a strike."""
+        target = self.answered + answers
+        while self.answered < target:
             self._changed.clear()
             await self._changed.wait()
         await asyncio.sleep(self._random.uniform(0.0, 0.3))
-        self.struck()
+        self.record_strike()
 
-    def struck(self) -> None:
+    def record_strike(self) -> None:
         self.count += 1
-        self.hit += self.under_way
+        self.hit += self.in_progress
 
 
-Strike = Callable[[Strikes], Coroutine[None, None, None]]
+Strike = Callable[[FaultContext], Coroutine[None, None, None]]
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One way in which things go wrong.
+    """One kind of fault.
 
     Attributes:
-        strike: never returns.
-        box: the board goes through the middlebox.
-        seconds: that it takes the board to notice and to get over one strike, at most; for deadlines.
-        kills: whom it kills.
-        losable: connections to the board may break.
-        mischief: for the middlebox, all the time.
+        strike: the coroutine that strikes; it never returns.
+        box: whether the board reaches the verifier through the middlebox.
+        seconds: the longest time that the board needs to detect one strike and recover; used for deadlines.
+        kills: the process that it kills, if any.
+        losable: whether connections to the board may break.
+        fault_rates: rates of the middlebox throughout the run.
     """
 
     strike: Strike
     box: bool = False
     seconds: float = 30.0
-    kills: Which | None = None
+    kills: ProcessName | None = None
     losable: bool = False
-    mischief: Mischief = Mischief()
+    fault_rates: FaultRates = FaultRates()
 
 
-async def _nothing(strikes: Strikes) -> None:
+async def _no_fault(context: FaultContext) -> None:
     await asyncio.Event().wait()
 
 
-def _cable(seconds: float, every: int) -> Strike:
-    async def strike(strikes: Strikes) -> None:
-        network = strikes.scene.network
+def _unplug(seconds: float, every: int) -> Strike:
+    async def strike(context: FaultContext) -> None:
+        network = context.test_bed.network
         while True:
-            await strikes.after(every)
-            network.pull()
+            await context.after(every)
+            network.unplug()
             try:
                 await asyncio.sleep(seconds)
             finally:
-                network.plug()
+                network.replug()
 
     return strike
 
 
-async def _loss(strikes: Strikes) -> None:
-    strikes.scene.network.become(steady(0.02, loss=0.05))
+async def _packet_loss(context: FaultContext) -> None:
+    context.test_bed.network.set_conditions(steady_conditions(0.02, loss=0.05))
     while True:
-        await strikes.after(1)
+        await context.after(1)
 
 
-async def _jumping(strikes: Strikes) -> None:
+async def _rtt_jumps(context: FaultContext) -> None:
     while True:
-        await strikes.after(5)
-        strikes.scene.network.become(steady(0.6))
-        await strikes.after(5)
-        strikes.scene.network.become(CALM)
+        await context.after(5)
+        context.test_bed.network.set_conditions(steady_conditions(0.6))
+        await context.after(5)
+        context.test_bed.network.set_conditions(CALM)
 
 
-async def _verifier_dies(strikes: Strikes) -> None:
+async def _kill_verifier(context: FaultContext) -> None:
     while True:
-        await strikes.after(6)
-        strikes.scene.kill("verifier")
-        await strikes.scene.start_verifier()
+        await context.after(6)
+        context.test_bed.kill("verifier")
+        await context.test_bed.start_verifier()
 
 
-async def _board_dies(strikes: Strikes) -> None:
+async def _kill_board(context: FaultContext) -> None:
     while True:
-        await strikes.after(6)
-        await strikes.scene.restart_board()
+        await context.after(6)
+        await context.test_bed.restart_board()
 
 
-async def _forgetting(strikes: Strikes) -> None:
+async def _forget_connections(context: FaultContext) -> None:
     while True:
-        await strikes.after(6)
-        strikes.scene.network.forget()
+        await context.after(6)
+        context.test_bed.network.forget_connections()
 
 
-async def _boxed(strikes: Strikes) -> None:
-    """The middlebox does it, by chance, and counts."""
+async def _middlebox_only(context: FaultContext) -> None:
+    """Only count strikes: the middlebox injects the faults at random and counts them itself."""
     while True:
-        await strikes.after(1)
+        await context.after(1)
 
 
-async def _unavailable(strikes: Strikes) -> None:
-    """Some requests at all times, and sometimes all of them for a while."""
+async def _unavailable(context: FaultContext) -> None:
+    """Refuse some requests at all times, and from time to time all of them for 1.5 seconds."""
     while True:
-        await strikes.after(5)
-        strikes.scene.spoil(Mischief(refuse=1.0))
+        await context.after(5)
+        context.test_bed.set_fault_rates(FaultRates(refuse=1.0))
         await asyncio.sleep(1.5)
-        strikes.scene.spoil(Mischief(refuse=0.2))
+        context.test_bed.set_fault_rates(FaultRates(refuse=0.2))
 
 
 FAULTS = {
-    "none": Fault(_nothing),
-    "cable-1s": Fault(_cable(1.0, 4), seconds=20),
-    "cable-4s": Fault(_cable(4.0, 4), seconds=30),
-    "cable-10s": Fault(_cable(10.0, 20), seconds=60),
-    "cable-60s": Fault(_cable(60.0, 60), seconds=180),
-    "loss": Fault(_loss, seconds=60),
-    "rtt-jumps": Fault(_jumping, seconds=60),
-    "verifier-killed": Fault(_verifier_dies, seconds=60, kills="verifier"),
-    "503": Fault(_unavailable, box=True, mischief=Mischief(refuse=0.2)),
-    "half-open": Fault(_forgetting, seconds=90),
-    "cut": Fault(_boxed, box=True, seconds=60, mischief=Mischief(cut=0.1, cut_raw=0.02)),
-    "corrupted": Fault(_boxed, box=True, seconds=90, mischief=Mischief(corrupt=0.2, corrupt_raw=0.02)),
-    "board-killed": Fault(_board_dies, seconds=60, kills="board", losable=True),
+    "none": Fault(_no_fault),
+    "cable-1s": Fault(_unplug(1.0, 4), seconds=20),
+    "cable-4s": Fault(_unplug(4.0, 4), seconds=30),
+    "cable-10s": Fault(_unplug(10.0, 20), seconds=60),
+    "cable-60s": Fault(_unplug(60.0, 60), seconds=180),
+    "loss": Fault(_packet_loss, seconds=60),
+    "rtt-jumps": Fault(_rtt_jumps, seconds=60),
+    "verifier-killed": Fault(_kill_verifier, seconds=60, kills="verifier"),
+    "503": Fault(_unavailable, box=True, fault_rates=FaultRates(refuse=0.2)),
+    "half-open": Fault(_forget_connections, seconds=90),
+    "cut": Fault(_middlebox_only, box=True, seconds=60, fault_rates=FaultRates(cut=0.1, cut_raw=0.02)),
+    "corrupted": Fault(_middlebox_only, box=True, seconds=90, fault_rates=FaultRates(corrupt=0.2, corrupt_raw=0.02)),
+    "board-killed": Fault(_kill_board, seconds=60, kills="board", losable=True),
 }
 
 
-class Row(msgspec.Struct):
-    """What came of one fault.
+class FaultResult(msgspec.Struct):
+    """Results under one fault.
 
     Attributes:
-        answers: by how they came out.
-        codes: of typed errors.
-        strikes, hit: how often it struck, and answers that were under way then.
-        before, after: what board and verifier held; None for who was killed meanwhile.
-        seconds: of all answers, in order.
-        withdrawn: characters that the draft had said alone and that were taken back.
-        details: of what should not have been.
-        broken: promises that were, in words; nothing if all were kept.
+        answers: number of answers by kind.
+        codes: number of typed errors by code.
+        strikes, hit: number of strikes, and of answers in progress at those times.
+        before, after: resources of board and verifier; a process that was killed is missing from `after`.
+        seconds: latencies of all answers, ascending.
+        withdrawn: number of unverified characters that were later withdrawn.
+        details: descriptions of the answers that were neither right nor marked as unverified.
+        broken: descriptions of broken guarantees; empty if all held.
     """
 
     name: str
-    answers: Counter[Kind]
+    answers: Counter[AnswerKind]
     codes: Counter[str]
     strikes: int
     hit: int
-    before: dict[Which, Usage]
-    after: dict[Which, Usage]
+    before: dict[ProcessName, Usage]
+    after: dict[ProcessName, Usage]
     seconds: list[float]
     withdrawn: int
     details: list[str]
@@ -215,138 +217,139 @@ class Row(msgspec.Struct):
         return self.seconds[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
 
 
-async def run(
-    scene: Scene,
+async def run_fault(
+    test_bed: TestBed,
     name: str,
-    cases: Sequence[Case],
+    cases: Sequence[AnswerCase],
     answers: int,
     progress: Callable[[], None] = lambda: None,
     *,
     options: Sequence[str] = (),
     warm_up: int = WARM_UP,
     settling: float = SETTLING,
-) -> Row:
-    """Asks a fresh board of `scene` for so many answers while `FAULTS[name]` strikes.
+) -> FaultResult:
+    """Request `answers` answers from a newly started board of `test_bed` while `FAULTS[name]` strikes.
 
     Args:
-        progress: called behind every answer.
-        options: more of them for the board.
-        warm_up: answers before anything goes wrong.
-        settling: seconds in which processes may let go of what they were left with.
+        progress: called after every answer.
+        options: additional command-line options of the board.
+        warm_up: number of answers before the first strike.
+        settling: seconds after the run in which processes may release memory and files.
     """
     fault = FAULTS[name]
-    scene.network.become(CALM)
-    scene.spoil(Mischief())
-    await scene.start_board("--deadline", str(fault.seconds), *PLAN, *options, box=fault.box)
-    strikes = Strikes(scene)
+    test_bed.network.set_conditions(CALM)
+    test_bed.set_fault_rates(FaultRates())
+    await test_bed.start_board("--deadline", str(fault.seconds), *PLAN, *options, box=fault.box)
+    context = FaultContext(test_bed)
     limit = 3 * fault.seconds + 60
-    numbers, judged = itertools.count(), list[Judged]()
+    numbers, checked = itertools.count(), list[CheckedAnswer]()
 
-    async def asking(client: httpx.AsyncClient, most: int, progress: Callable[[], None]) -> None:
-        while (number := next(numbers)) < most:
+    async def run_client(client: httpx.AsyncClient, count: int, progress: Callable[[], None]) -> None:
+        while (number := next(numbers)) < count:
             case = cases[number % len(cases)]
-            await _awake(client)
-            strikes.begin()
-            # All ways in turn: streamed or whole, drafted or by the cloud alone.
-            more: dict[str, Any] = {"on_link_loss": MODES[number % len(MODES)]}
+            await _wait_ready(client)
+            context.begin()
+            # Cover all combinations in turn: streamed or not, with drafts or from the cloud only.
+            extra_fields: dict[str, Any] = {"on_link_loss": MODES[number % len(MODES)]}
             if number % 5 == 4:
-                more["speculation"] = False
-            judged.append(await ask(client, case, stream=number % 2 == 0, limit=limit, **more))
-            strikes.end()
+                extra_fields["speculation"] = False
+            checked.append(await request_answer(client, case, stream=number % 2 == 0, limit=limit, **extra_fields))
+            context.end()
             progress()
 
-    async def all_asking(most: int, progress: Callable[[], None]) -> None:
-        async with _client(scene.url) as client:
-            await asyncio.gather(*(asking(client, most, progress) for _ in range(ASKERS)))
+    async def run_clients(count: int, progress: Callable[[], None]) -> None:
+        async with _open_client(test_bed.url) as client:
+            await asyncio.gather(*(run_client(client, count, progress) for _ in range(CLIENTS)))
 
-    await all_asking(warm_up, lambda: None)
-    warm, judged[:] = list(judged), []
+    await run_clients(warm_up, lambda: None)
+    warm_up_answers, checked[:] = list(checked), []
     numbers = itertools.count()
-    before = {which: scene.usage(which) for which in ("board", "verifier")}
-    done = scene.spoil(fault.mischief)
-    striking = asyncio.ensure_future(fault.strike(strikes))
+    before = {which: test_bed.usage(which) for which in ("board", "verifier")}
+    counts_before = test_bed.set_fault_rates(fault.fault_rates)
+    striking = asyncio.ensure_future(fault.strike(context))
     try:
-        await all_asking(answers, progress)
+        await run_clients(answers, progress)
     finally:
         striking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await striking
-        scene.network.become(CALM)
-    done = _less(scene.spoil(Mischief()), done)
-    if done.total:
-        strikes.count = strikes.hit = done.total
-    after = await _settled(scene, before, fault.kills, settling)
-    row = Row(
+        test_bed.network.set_conditions(CALM)
+    injected = _subtract(test_bed.set_fault_rates(FaultRates()), counts_before)
+    if injected.total:
+        context.count = context.hit = injected.total
+    after = await _wait_settled(test_bed, before, fault.kills, settling)
+    row = FaultResult(
         name,
-        Counter(each.kind for each in judged),
-        Counter(each.code for each in judged if each.code),
-        strikes.count,
-        strikes.hit,
+        Counter(answer.kind for answer in checked),
+        Counter(answer.code for answer in checked if answer.code),
+        context.count,
+        context.hit,
         before,
         after,
-        sorted(each.seconds for each in judged),
-        sum(each.withdrawn for each in judged),
+        sorted(answer.seconds for answer in checked),
+        sum(answer.withdrawn for answer in checked),
         [
-            f"{each.kind}: {each.code} {each.detail}".strip()
-            for each in judged
-            if each.kind not in (Kind.RIGHT, Kind.UNVERIFIED)
+            f"{answer.kind}: {answer.code} {answer.detail}".strip()
+            for answer in checked
+            if answer.kind not in (AnswerKind.RIGHT, AnswerKind.UNVERIFIED)
         ],
         [],
     )
-    row.broken = list(_broken(fault, row))
-    if any(each.kind != Kind.RIGHT for each in warm):
-        row.broken.append("an answer went wrong before anything else did")
+    row.broken = list(_find_broken_guarantees(fault, row))
+    if any(answer.kind != AnswerKind.RIGHT for answer in warm_up_answers):
+        row.broken.append("an answer of the warm-up was not right")
     return row
 
 
-def _broken(fault: Fault, row: Row) -> list[str]:
-    never = (Kind.HUNG, Kind.DIFFERENT, Kind.PASSED_OFF, Kind.UNTYPED)
+def _find_broken_guarantees(fault: Fault, row: FaultResult) -> list[str]:
+    never = (AnswerKind.HUNG, AnswerKind.DIFFERENT, AnswerKind.PASSED_OFF, AnswerKind.UNTYPED)
     broken = [f"{row.answers[kind]} {kind}" for kind in never if row.answers[kind]]
-    if row.answers[Kind.LOST] and not fault.losable:
-        broken.append(f"{row.answers[Kind.LOST]} lost")
-    if fault.strike is not _nothing and not row.hit:
-        broken.append("nothing was struck: this proves nothing")
+    if row.answers[AnswerKind.LOST] and not fault.losable:
+        broken.append(f"{row.answers[AnswerKind.LOST]} lost")
+    if fault.strike is not _no_fault and not row.hit:
+        broken.append("the fault hit no answer, so the run proves nothing")
     for which, usage in row.after.items():
         grown = usage.resident - row.before[which].resident
         if grown > RESIDENT_SLACK:
             broken.append(f"{which} grew by {grown >> 20} MB")
-        more = usage.files - row.before[which].files
-        if more > FILES_SLACK:
-            broken.append(f"{which} holds {more} more files")
+        more_files = usage.files - row.before[which].files
+        if more_files > FILES_SLACK:
+            broken.append(f"{which} holds {more_files} more files")
     return broken
 
 
-async def _settled(
-    scene: Scene, before: dict[Which, Usage], killed: Which | None, seconds: float
-) -> dict[Which, Usage]:
-    """What those hold that were not killed, once they have let go of what they will."""
-    left = [which for which in before if which != killed]
+async def _wait_settled(
+    test_bed: TestBed, before: dict[ProcessName, Usage], killed: ProcessName | None, seconds: float
+) -> dict[ProcessName, Usage]:
+    """Return the resources of the processes that were not killed, once their open files are down to `before` or after
+    `seconds`."""
+    alive = [which for which in before if which != killed]
     end = asyncio.get_running_loop().time() + seconds
     while True:
-        now = {which: scene.usage(which) for which in left}
-        calm = all(usage.files <= before[which].files + CALM_FILES for which, usage in now.items())
-        if calm or asyncio.get_running_loop().time() > end:
+        now = {which: test_bed.usage(which) for which in alive}
+        settled = all(usage.files <= before[which].files + CALM_FILES for which, usage in now.items())
+        if settled or asyncio.get_running_loop().time() > end:
             return now
         await asyncio.sleep(0.25)
 
 
 @contextlib.asynccontextmanager
-async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=ASKERS)
+async def _open_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         yield client
 
 
-async def _awake(client: httpx.AsyncClient) -> None:
-    """Returns when the board answers: one that was killed takes a moment."""
+async def _wait_ready(client: httpx.AsyncClient) -> None:
+    """Wait until the board is ready; one that was killed takes a moment to restart."""
     for _ in range(1200):
         with contextlib.suppress(httpx.TransportError):
             if (await client.get("/readyz")).status_code == 200:
                 return
         await asyncio.sleep(0.05)
-    raise RuntimeError("the board does not come back")
+    raise RuntimeError("the board did not become ready again")
 
 
-def _less(done: Done, before: Done) -> Done:
-    counts = zip(msgspec.structs.astuple(done), msgspec.structs.astuple(before), strict=True)
-    return Done(*(now - then for now, then in counts))
+def _subtract(counts: FaultCounts, before: FaultCounts) -> FaultCounts:
+    pairs = zip(msgspec.structs.astuple(counts), msgspec.structs.astuple(before), strict=True)
+    return FaultCounts(*(now - then for now, then in pairs))

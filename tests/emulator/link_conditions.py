@@ -1,4 +1,4 @@
-"""What a link does to its packets, now and later."""
+"""Conditions of an emulated link: delay, jitter, rate, loss, queue, and how long they last."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.simulation.links import (
-    BAD_SECONDS,
-    BAD_SPELL,
-    CONDUCTS,
-    GOOD_SECONDS,
-    GOOD_SPELL,
-    Conduct,
+    BURSTY_BAD,
+    BURSTY_BAD_SECONDS,
+    BURSTY_GOOD,
+    BURSTY_GOOD_SECONDS,
+    LINK_PRESETS,
+    LinkParameters,
     read_opportunities,
 )
 
 
-class Spell(msgspec.Struct, frozen=True):
-    """How packets fare for a while.
+class LinkConditions(msgspec.Struct, frozen=True):
+    """The conditions of a link for a period of time.
 
     Attributes:
-        conduct: delay, jitter, rates and loss. Packets never overtake each other, so jitter comes out smaller
-            where they follow each other closely.
-        burst: packets lost in a row, on average; 1 loses each by itself. Either way `conduct.loss` is lost.
-        queue_bytes: that may wait, in each direction, for their turn at the rate; what comes on top is dropped.
-        plugged: without, nothing passes, and what is on its way is lost.
-        up_trace, down_trace: milliseconds at which a packet may pass (Mahimahi's traces, repeated) instead of a rate.
-        seconds: how long it lasts; 0 for ever.
+        link: delay, jitter, rates and loss. Packets are never reordered, so the observed jitter is smaller if they
+            follow each other closely.
+        burst: mean number of packets lost in a row; 1 makes losses independent. The share `link.loss` stays the same.
+        queue_bytes: capacity of the queue in each direction; packets that do not fit are dropped.
+        plugged: if False, all packets are dropped, including those in flight.
+        up_trace, down_trace: milliseconds at which a packet may pass (Mahimahi traces, repeated), instead of a rate.
+        seconds: duration; 0 means forever.
     """
 
-    conduct: Conduct = CONDUCTS["lan"]
+    link: LinkParameters = LINK_PRESETS["lan"]
     burst: float = 1.0
     queue_bytes: int = 150_000
     plugged: bool = True
@@ -39,21 +39,26 @@ class Spell(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
-def steady(rtt: float = 0.02, *, jitter: float = 0.0, rate: float = 20e6, loss: float = 0.0) -> Spell:
-    """The same both ways: seconds, bits per second, and a share."""
-    return Spell(Conduct("steady", "ethernet", rtt, jitter, rate, rate, loss))
+def steady_conditions(
+    rtt: float = 0.02, *, jitter: float = 0.0, rate: float = 20e6, loss: float = 0.0
+) -> LinkConditions:
+    """Return constant conditions, equal in both directions: seconds, bits per second, and a share of lost packets."""
+    return LinkConditions(LinkParameters("steady", "ethernet", rtt, jitter, rate, rate, loss))
 
 
-def weather(name: str) -> list[Spell]:
-    """One of `edge_runtime.simulation.links.PRESETS`: a spell, or several that repeat."""
+def preset_conditions(name: str) -> list[LinkConditions]:
+    """Return a preset of `edge_runtime.simulation.links`: one set of conditions, or several that repeat."""
     if name == "offline":
-        return [Spell(plugged=False)]
+        return [LinkConditions(plugged=False)]
     if name == "bursty":
-        return [Spell(GOOD_SPELL, seconds=GOOD_SECONDS), Spell(BAD_SPELL, seconds=BAD_SECONDS)]
-    return [Spell(CONDUCTS[name])]
+        return [
+            LinkConditions(BURSTY_GOOD, seconds=BURSTY_GOOD_SECONDS),
+            LinkConditions(BURSTY_BAD, seconds=BURSTY_BAD_SECONDS),
+        ]
+    return [LinkConditions(LINK_PRESETS[name])]
 
 
-def recorded(up: Path, down: Path, rtt: float) -> Spell:
-    """A recorded cellular link behind a delay. Raises InputError."""
-    conduct = msgspec.structs.replace(CONDUCTS["4g"], name=up.stem, rtt_seconds=rtt, jitter_seconds=0.0)
-    return Spell(conduct, up_trace=read_opportunities(up), down_trace=read_opportunities(down))
+def recorded_conditions(up: Path, down: Path, rtt: float) -> LinkConditions:
+    """Return a recorded cellular link with a fixed delay. Raises InputError for a malformed trace."""
+    link = msgspec.structs.replace(LINK_PRESETS["4g"], name=up.stem, rtt_seconds=rtt, jitter_seconds=0.0)
+    return LinkConditions(link, up_trace=read_opportunities(up), down_trace=read_opportunities(down))

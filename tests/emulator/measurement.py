@@ -1,4 +1,4 @@
-"""What a link really does, by plain sockets at its two ends."""
+"""Measures round-trip time, throughput and loss of a link with plain sockets at its two ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from tests.emulator.network import ADDRESSES, Network, Side
 
-# Of a TCP segment with timestamps, in a packet of 1500 bytes.
-PAYLOAD = 1448 / 1500
+# Share of payload in a full TCP segment with timestamps: 1448 of 1500 bytes.
+PAYLOAD_SHARE = 1448 / 1500
 
 
 class RoundTrips(NamedTuple):
-    """Seconds. `low` and `high` hold nine tenths of them between them."""
+    """Round-trip times in seconds: the median, and the 5 % and 95 % quantiles."""
 
     median: float
     low: float
@@ -24,15 +24,15 @@ class RoundTrips(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`run`: packets lost in a row, on average."""
+    """Number of packets sent and lost. `run`: mean number of packets lost in a row."""
 
     sent: int
     lost: int
     run: float
 
 
-def datagrams(network: Network, side: Side) -> socket.socket:
-    """A UDP socket at that end, which waits at most a second for anything."""
+def open_udp_socket(network: Network, side: Side) -> socket.socket:
+    """Open a UDP socket with a timeout of one second at one end."""
     with network.inside(side):
         opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     opened.bind((ADDRESSES[side], 0))
@@ -40,9 +40,9 @@ def datagrams(network: Network, side: Side) -> socket.socket:
     return opened
 
 
-def round_trips(network: Network, count: int = 100, pause: float = 0.005) -> RoundTrips:
-    """Times of an echo, one after the other; those that were lost are not among them."""
-    with datagrams(network, "board") as board, datagrams(network, "cloud") as cloud:
+def measure_round_trips(network: Network, count: int = 100, pause: float = 0.005) -> RoundTrips:
+    """Measure `count` echoes one after the other; lost ones are left out."""
+    with open_udp_socket(network, "board") as board, open_udp_socket(network, "cloud") as cloud:
         there, times = cloud.getsockname(), []
         for number in range(count):
             message = number.to_bytes(4, "big")
@@ -63,8 +63,8 @@ def round_trips(network: Network, count: int = 100, pause: float = 0.005) -> Rou
     return RoundTrips(statistics.median(times), low, high)
 
 
-def throughput(network: Network, sender: Side, seconds: float = 2.0, *, warm_up: float = 1.0) -> float:
-    """Bits per second of the link that one TCP connection fills, headers counted, once it is up to speed."""
+def measure_throughput(network: Network, sender: Side, seconds: float = 2.0, *, warm_up: float = 1.0) -> float:
+    """Return the rate in bits per second, headers included, of one TCP connection after `warm_up` seconds."""
     receiver: Side = "cloud" if sender == "board" else "board"
     with network.inside(receiver):
         listener = socket.create_server((ADDRESSES[receiver], 0))
@@ -91,12 +91,12 @@ def throughput(network: Network, sender: Side, seconds: float = 2.0, *, warm_up:
         stopping.set()
         while sending.is_alive():
             sink.recv(1 << 16)
-    return 8 * received / taken / PAYLOAD
+    return 8 * received / taken / PAYLOAD_SHARE
 
 
-def losses(network: Network, count: int = 3000, per_second: float = 3000) -> Loss:
-    """What becomes of small datagrams from the board to the cloud."""
-    with datagrams(network, "board") as board, datagrams(network, "cloud") as cloud:
+def measure_loss(network: Network, count: int = 3000, per_second: float = 3000) -> Loss:
+    """Count the small datagrams that are lost on their way from the board to the cloud."""
+    with open_udp_socket(network, "board") as board, open_udp_socket(network, "cloud") as cloud:
         there, arrived = cloud.getsockname(), set()
         started = time.perf_counter()
 

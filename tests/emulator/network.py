@@ -1,11 +1,12 @@
 """Two network namespaces, `board` and `cloud`, and the relay between them.
 
     with Network() as network:
-        network.become(steady(rtt=0.02))
+        network.set_conditions(steady_conditions(rtt=0.02))
         verifier = subprocess.Popen(network.command("cloud", ["cloud-verifier", "serve", ...]))
-        network.pull()
+        network.unplug()
 
-Each namespace lives as long as a process in it that ends with ours, so nothing is left behind, however we end.
+Each namespace lives as long as a holder process in it, which ends with this process, so nothing is left over even after
+a crash.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from tests.emulator.control import Controlled
-from tests.emulator.relay import Become, Count, Counters, Forget
-from tests.emulator.weather import Spell
+from tests.emulator.control import ControlledProcess
+from tests.emulator.link_conditions import LinkConditions
+from tests.emulator.relay import Counters, ForgetConnections, GetCounters, SetConditions
 
 Side = Literal["board", "cloud"]
 ADDRESSES: dict[Side, str] = {"board": "10.99.0.1", "cloud": "10.99.0.2"}
@@ -38,13 +39,13 @@ MTU = 1500
 
 
 class Network:
-    """The link and its two ends. Use as a context manager, in the main thread.
+    """The link and its two ends. Use it as a context manager, in the main thread.
 
     Attributes:
-        relay: the process between them.
+        relay: the process that forwards packets between the ends.
     """
 
-    relay: Controlled
+    relay: ControlledProcess
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -53,9 +54,9 @@ class Network:
 
     def __enter__(self) -> Network:
         with self._stack as stack:
-            devices = {side: self._end(side, index, stack) for index, side in enumerate(ADDRESSES)}
+            devices = {side: self._create_end(side, index, stack) for index, side in enumerate(ADDRESSES)}
             command = [sys.executable, "-m", "tests.emulator.relay", *map(str, devices.values()), str(self._seed)]
-            self.relay = Controlled(command, pass_fds=tuple(devices.values()))
+            self.relay = ControlledProcess(command, pass_fds=tuple(devices.values()))
             for device in devices.values():
                 os.close(device)
             stack.callback(self.relay.stop)
@@ -69,13 +70,13 @@ class Network:
         self._stack.close()
 
     def command(self, side: Side, command: list[str]) -> list[str]:
-        """`command`, to be run at that end; it is killed when the thread that started it ends."""
+        """Wrap `command` so that it runs at one end and is killed when the thread that started it ends."""
         path = f"/proc/{self._holders[side]}/ns/net"
         return ["nsenter", f"--net={path}", "setpriv", "--pdeathsig", "KILL", *command]
 
     @contextlib.contextmanager
     def inside(self, side: Side) -> Iterator[None]:
-        """Sockets that this thread opens within belong to that end."""
+        """Context manager: sockets that this thread opens inside it belong to that end."""
         there_path = Path(f"/proc/{self._holders[side]}/ns/net")
         with Path("/proc/thread-self/ns/net").open() as here, there_path.open() as there:
             _enter(there.fileno())
@@ -84,29 +85,30 @@ class Network:
             finally:
                 _enter(here.fileno())
 
-    def become(self, *spells: Spell) -> None:
-        """What the link is from now on: one spell, or several that repeat. Returns when it is so."""
-        self._spells = list(spells)
-        self.relay.order(Become(self._spells), Counters)
+    def set_conditions(self, *conditions: LinkConditions) -> None:
+        """Set the conditions of the link: one set, or several that repeat in turn. Returns once they apply."""
+        self._conditions = list(conditions)
+        self.relay.send(SetConditions(self._conditions), Counters)
 
-    def pull(self) -> None:
-        """Pulls the cable: nothing passes any more, either way, and nobody is told."""
-        self.relay.order(Become([Spell(plugged=False)]), Counters)
+    def unplug(self) -> None:
+        """Unplug the cable: drop all packets in both directions without notifying either end."""
+        self.relay.send(SetConditions([LinkConditions(plugged=False)]), Counters)
 
-    def plug(self) -> None:
-        """Puts it back: the link is what it was before."""
-        self.relay.order(Become(self._spells), Counters)
+    def replug(self) -> None:
+        """Undo `unplug`: restore the previous conditions."""
+        self.relay.send(SetConditions(self._conditions), Counters)
 
-    def forget(self) -> None:
-        """Of all TCP connections of now, no packet passes any more; new ones work."""
-        self.relay.order(Forget(), Counters)
+    def forget_connections(self) -> None:
+        """Drop all packets of the current TCP connections from now on; new connections work."""
+        self.relay.send(ForgetConnections(), Counters)
 
     def counters(self) -> Counters:
-        return self.relay.order(Count(), Counters)
+        return self.relay.send(GetCounters(), Counters)
 
-    def _end(self, side: Side, index: int, stack: contextlib.ExitStack) -> int:
-        """Makes a namespace with a device in it; the device's file."""
-        # `cat` ends when our end of its pipe is closed, by us or by the kernel; it speaks once it is inside.
+    def _create_end(self, side: Side, index: int, stack: contextlib.ExitStack) -> int:
+        """Create a namespace with a TUN device in it, and return the device's file descriptor."""
+        # `cat` ends when our end of its pipe is closed, by us or by the kernel. Its echo shows that it is in the
+        # namespace.
         holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         stack.callback(_close, holder)
         assert holder.stdin is not None and holder.stdout is not None
@@ -114,7 +116,7 @@ class Network:
             holder.stdin.write(b"inside\n")
             holder.stdin.flush()
         if holder.stdout.readline() != b"inside\n":
-            raise RuntimeError("cannot make a network namespace: this needs root, and CAP_SYS_ADMIN in a container")
+            raise RuntimeError("cannot create a network namespace: this needs root, and CAP_SYS_ADMIN in a container")
         self._holders[side] = holder.pid
         name = f"fx{holder.pid}"
         device = _open_device(name)
@@ -126,18 +128,18 @@ class Network:
         return device
 
 
-def lacking() -> str:
-    """Why there can be no network here, in a few words; empty if there can."""
+def missing_requirement() -> str:
+    """Return why this machine cannot run the emulator, or an empty string if it can."""
     for tool in ("ip", "unshare", "nsenter", "setpriv"):
         if shutil.which(tool) is None:
-            return f"no {tool} here"
+            return f"{tool} is not installed"
     if os.geteuid() != 0:
-        return "only root makes network namespaces"
+        return "creating network namespaces needs root"
     try:
         with Network():
             return ""
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        return f"no network namespaces with TUN devices here: {error}"
+        return f"cannot create network namespaces with TUN devices: {error}"
 
 
 def _open_device(name: str) -> int:
@@ -162,7 +164,7 @@ def _close(holder: subprocess.Popen[bytes]) -> None:
 
 
 def _enter(namespace: int) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.setns(namespace, CLONE_NEWNET):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

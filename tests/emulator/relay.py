@@ -1,9 +1,10 @@
-"""The process between two TUN devices: takes every IP packet, and gives it to the other side later, or never.
+"""The relay process between two TUN devices: forwards every IP packet to the other side after a delay, or drops it.
 
     python -m tests.emulator.relay BOARD_FD CLOUD_FD SEED      (started by `network`, which opened the devices)
 
-A packet is lost, or dropped where too many bytes wait already, or it waits for its turn at the link's rate, travels for
-half a round-trip time, and never overtakes another. The same seed loses and delays the same packets.
+A packet is lost at random, or dropped if the queue is full, or it waits in the queue for its turn at the link's rate
+and then travels for half a round-trip time. Packets are never reordered. The same seed loses and delays the same
+packets.
 """
 
 from __future__ import annotations
@@ -18,39 +19,39 @@ from random import Random
 
 import msgspec
 
-from edge_runtime.simulation.links import Opportunities
-from tests.emulator.weather import Spell
+from edge_runtime.simulation.links import DeliveryOpportunities
+from tests.emulator.link_conditions import LinkConditions
 
-BIGGEST = 2048
+MAX_PACKET_BYTES = 2048
 TCP = 6
 SYN, ACK = 0x02, 0x10
-# Packets that are read before others are delivered.
-AT_ONCE = 32
+# Packets that are read in one go before due packets are delivered; chosen.
+READ_BATCH = 32
 
 
-class Become(msgspec.Struct, tag=True):
-    """From now on: these spells one after the other, over and over."""
+class SetConditions(msgspec.Struct, tag=True):
+    """Command: apply these conditions one after the other, repeating from the start."""
 
-    spells: list[Spell]
-
-
-class Forget(msgspec.Struct, tag=True):
-    """As a NAT does: of all TCP connections known now, no packet passes any more, and nobody is told."""
+    conditions: list[LinkConditions]
 
 
-class Count(msgspec.Struct, tag=True):
-    """Only tell the counters."""
+class ForgetConnections(msgspec.Struct, tag=True):
+    """Command: silently drop all packets of the current TCP connections, like a NAT that lost its state."""
+
+
+class GetCounters(msgspec.Struct, tag=True):
+    """Command: only reply with the counters."""
 
 
 class Counters(msgspec.Struct):
-    """Packets since the start, both directions together.
+    """Number of packets since the start, both directions together.
 
     Attributes:
-        passed: delivered.
-        lost: by chance.
-        dropped: the queue was full.
-        cut: unplugged, or of a forgotten connection.
-        bytes: delivered.
+        passed: packets delivered.
+        lost: packets lost at random.
+        dropped: packets that found the queue full.
+        cut: packets dropped while unplugged or of a forgotten connection.
+        bytes: bytes delivered.
     """
 
     passed: int = 0
@@ -61,7 +62,7 @@ class Counters(msgspec.Struct):
 
 
 class Flows:
-    """TCP connections that pass, and those that are forgotten."""
+    """Tracks TCP connections: those that may pass, and those that were forgotten."""
 
     def __init__(self) -> None:
         self._known: set[bytes] = set()
@@ -71,8 +72,8 @@ class Flows:
         self._forgotten |= self._known
         self._known.clear()
 
-    def pass_through(self, packet: bytes) -> bool:
-        """Whether a packet may pass."""
+    def may_pass(self, packet: bytes) -> bool:
+        """Return whether a packet may pass."""
         if len(packet) < 20 or packet[0] >> 4 != 4 or packet[9] != TCP:
             return True
         start = 4 * (packet[0] & 0xF)
@@ -81,7 +82,7 @@ class Flows:
         ends = sorted((packet[12:16] + packet[start : start + 2], packet[16:20] + packet[start + 2 : start + 4]))
         flow = b"".join(ends)
         if packet[start + 13] & (SYN | ACK) == SYN:
-            # A new connection, if between old ports.
+            # A new connection between the same ports.
             self._forgotten.discard(flow)
         if flow in self._forgotten:
             return False
@@ -90,10 +91,10 @@ class Flows:
 
 
 class Direction:
-    """One way through the link.
+    """One direction of the link.
 
     Args:
-        up: from the board to the cloud.
+        up: whether it leads from the board to the cloud.
     """
 
     def __init__(self, source: int, sink: int, seed: int, counters: Counters, *, up: bool) -> None:
@@ -104,36 +105,36 @@ class Direction:
         self._random = Random(seed).random
         self._counters = counters
         self._last = 0.0
-        self.become(Spell(), 0.0)
+        self.set_conditions(LinkConditions(), 0.0)
 
-    def become(self, spell: Spell, now: float) -> None:
-        conduct = spell.conduct
-        self._spell = spell
-        self._rate = conduct.up_rate if self._up else conduct.down_rate
-        trace = spell.up_trace if self._up else spell.down_trace
-        self._opportunities = Opportunities(trace) if trace else None
+    def set_conditions(self, conditions: LinkConditions, now: float) -> None:
+        link = conditions.link
+        self._conditions = conditions
+        self._rate = link.up_rate if self._up else link.down_rate
+        trace = conditions.up_trace if self._up else conditions.down_trace
+        self._opportunities = DeliveryOpportunities(trace) if trace else None
         self._began = now
-        # What waited goes on at the old rate: it is on its way.
+        # Packets already queued keep the departure times of the old rate.
         self._free = now
         self._waiting: deque[tuple[float, int]] = deque()
         self._backlog = 0
         self._losing = False
-        if not spell.plugged:
+        if not conditions.plugged:
             self._counters.cut += len(self.flying)
             self.flying.clear()
 
     def take(self, packet: bytes, now: float) -> None:
-        """A packet comes in."""
-        spell, conduct = self._spell, self._spell.conduct
-        if not spell.plugged:
+        """Accept a packet: lose it, drop it, or schedule its delivery."""
+        conditions, link = self._conditions, self._conditions.link
+        if not conditions.plugged:
             self._counters.cut += 1
             return
-        if conduct.loss and self._loses(conduct.loss, spell.burst):
+        if link.loss and self._is_lost(link.loss, conditions.burst):
             self._counters.lost += 1
             return
         while self._waiting and self._waiting[0][0] <= now:
             self._backlog -= self._waiting.popleft()[1]
-        if self._backlog + len(packet) > spell.queue_bytes:
+        if self._backlog + len(packet) > conditions.queue_bytes:
             self._counters.dropped += 1
             return
         if self._opportunities:
@@ -142,101 +143,101 @@ class Direction:
             leaves = self._free = max(self._free, now) + 8 * len(packet) / self._rate
         self._waiting.append((leaves, len(packet)))
         self._backlog += len(packet)
-        travel = (conduct.rtt_seconds + conduct.jitter_seconds * (2 * self._random() - 1)) / 2
+        travel = (link.rtt_seconds + link.jitter_seconds * (2 * self._random() - 1)) / 2
         self._last = max(self._last, leaves + travel)
         self.flying.append((self._last, packet))
 
     def deliver(self, now: float) -> None:
-        """Packets whose time has come go out."""
+        """Write out the packets that are due."""
         while self.flying and self.flying[0][0] <= now:
             _, packet = self.flying.popleft()
-            # A device that is down, or a sender that left, takes none.
+            # The write fails if the device is down.
             with contextlib.suppress(OSError):
                 os.write(self._sink, packet)
                 self._counters.passed += 1
                 self._counters.bytes += len(packet)
 
-    def _loses(self, loss: float, burst: float) -> bool:
-        """Gilbert's model: every loss is the last in its row with chance 1 / burst; `loss` of all packets are lost."""
+    def _is_lost(self, loss: float, burst: float) -> bool:
+        """Gilbert's model: every loss ends its run with probability 1 / burst; `loss` is the share of lost packets."""
         if burst <= 1:
             return self._random() < loss
-        chance = 1 - 1 / burst if self._losing else loss / burst / (1 - loss)
-        self._losing = self._random() < chance
+        probability = 1 - 1 / burst if self._losing else loss / burst / (1 - loss)
+        self._losing = self._random() < probability
         return self._losing
 
 
 class Relay:
-    """Both directions, and the orders that change them."""
+    """Forwards packets in both directions and executes the commands from standard input."""
 
     def __init__(self, board: int, cloud: int, seed: int) -> None:
         self._counters = Counters()
         self._flows = Flows()
         self._up = Direction(board, cloud, seed, self._counters, up=True)
         self._down = Direction(cloud, board, seed + 1, self._counters, up=False)
-        self._become([Spell()])
+        self._set_conditions([LinkConditions()])
 
     def run(self) -> None:
-        """Until standard input ends."""
-        orders = sys.stdin.fileno()
+        """Forward packets until standard input ends."""
+        commands = sys.stdin.fileno()
         directions = {self._up.source: self._up, self._down.source: self._down}
         buffered = b""
         while True:
             due = [direction.flying[0][0] for direction in directions.values() if direction.flying]
-            wait = max(0.0, min([self._turns, *due]) - time.monotonic())
-            ready, _, _ = select.select([orders, *directions], [], [], min(wait, 60.0))
+            wait = max(0.0, min([self._next_change, *due]) - time.monotonic())
+            ready, _, _ = select.select([commands, *directions], [], [], min(wait, 60.0))
             for descriptor in ready:
-                if descriptor == orders:
-                    piece = os.read(orders, 1 << 20)
+                if descriptor == commands:
+                    piece = os.read(commands, 1 << 20)
                     if not piece:
                         return
                     *lines, buffered = (buffered + piece).split(b"\n")
                     for line in lines:
-                        self._obey(line)
+                        self._execute(line)
                 else:
                     self._read(directions[descriptor])
             now = time.monotonic()
-            if now >= self._turns:
-                self._turn(now)
+            if now >= self._next_change:
+                self._apply_next(now)
             for direction in directions.values():
                 direction.deliver(now)
 
     def _read(self, direction: Direction) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(READ_BATCH):
             try:
-                packet = os.read(direction.source, BIGGEST)
+                packet = os.read(direction.source, MAX_PACKET_BYTES)
             except OSError:
                 return
-            if self._flows.pass_through(packet):
+            if self._flows.may_pass(packet):
                 direction.take(packet, time.monotonic())
             else:
                 self._counters.cut += 1
 
-    def _obey(self, line: bytes) -> None:
-        match msgspec.json.decode(line, type=Become | Forget | Count):
-            case Become(spells):
-                self._become(spells)
-            case Forget():
+    def _execute(self, line: bytes) -> None:
+        match msgspec.json.decode(line, type=SetConditions | ForgetConnections | GetCounters):
+            case SetConditions(conditions):
+                self._set_conditions(conditions)
+            case ForgetConnections():
                 self._flows.forget()
         os.write(sys.stdout.fileno(), msgspec.json.encode(self._counters) + b"\n")
 
-    def _become(self, spells: list[Spell]) -> None:
-        self._spells = deque(spells)
-        self._turn(time.monotonic())
+    def _set_conditions(self, conditions: list[LinkConditions]) -> None:
+        self._cycle = deque(conditions)
+        self._apply_next(time.monotonic())
 
-    def _turn(self, now: float) -> None:
-        """The next spell begins."""
-        spell = self._spells[0]
-        self._spells.rotate(-1)
-        self._turns = now + spell.seconds if spell.seconds else float("inf")
+    def _apply_next(self, now: float) -> None:
+        """Apply the next conditions of the cycle."""
+        conditions = self._cycle[0]
+        self._cycle.rotate(-1)
+        self._next_change = now + conditions.seconds if conditions.seconds else float("inf")
         for direction in (self._up, self._down):
-            direction.become(spell, now)
+            direction.set_conditions(conditions, now)
 
 
 def main() -> None:
     board, cloud, seed = map(int, sys.argv[1:])
     for descriptor in (board, cloud):
         os.set_blocking(descriptor, False)
-    # Others on this machine work hard; this process hardly, but on time.
+    # Real-time priority: this process needs little CPU, but must run on time even if the machine is busy.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     Relay(board, cloud, seed).run()

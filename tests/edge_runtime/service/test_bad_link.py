@@ -1,4 +1,4 @@
-"""The board's service on a link that fails in every way, between real processes: right texts or typed errors, in time.
+"""The local service under link and process faults, with real processes: right texts or typed errors, in time.
 
 A short form of `python -m tests.benchmarks.faults`.
 """
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.emulator.asking import Case, Kind, cases
-from tests.emulator.faults import run
-from tests.emulator.network import Network, lacking
-from tests.emulator.scene import TARGET, Scene
+from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases
+from tests.emulator.faults import run_fault
+from tests.emulator.network import Network, missing_requirement
+from tests.emulator.test_bed import TARGET, TestBed
 
 pytestmark = pytest.mark.slow
 
 ANSWERS = 10
-# Every one of them strikes within so few answers.
+# Each of these strikes at least once within ANSWERS answers.
 FAULTS = (
     "cable-1s",
     "cable-4s",
@@ -34,33 +34,33 @@ FAULTS = (
 
 
 @pytest.fixture(scope="module")
-def known() -> list[Case]:
-    return cases(TARGET)
+def known() -> list[AnswerCase]:
+    return make_cases(TARGET)
 
 
 @pytest.fixture(scope="module")
-def scene() -> Iterator[Scene]:
-    reason = lacking()
+def test_bed() -> Iterator[TestBed]:
+    reason = missing_requirement()
     if reason:
         pytest.skip(reason)
     with Network(seed=2) as network:
-        made = Scene(network)
-        asyncio.run(made.start())
+        started = TestBed(network)
+        asyncio.run(started.start())
         try:
-            yield made
+            yield started
         finally:
-            made.stop()
+            started.stop()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_whatever_the_link_does_the_text_is_right_or_the_error_typed(
-    scene: Scene, known: list[Case], fault: str
+async def test_text_is_right_or_error_is_typed_under_every_fault(
+    test_bed: TestBed, known: list[AnswerCase], fault: str
 ) -> None:
-    with scene.network.inside("board"):
-        # Memory and files are for longer runs to judge.
-        row = await run(scene, fault, known, ANSWERS, warm_up=4, settling=0.0)
+    with test_bed.network.inside("board"):
+        # Growth of memory and open files is checked by longer runs.
+        row = await run_fault(test_bed, fault, known, ANSWERS, warm_up=4, settling=0.0)
     assert not row.broken, row.details
     assert row.answers.total() == ANSWERS
     if fault != "board-killed":
-        # Who waits is answered: errors are for those that asked not to wait, one in seven.
-        assert row.answers[Kind.RIGHT] + row.answers[Kind.UNVERIFIED] >= ANSWERS - 3, row.details
+        # Requests that wait for the link succeed; errors are for the one in seven that asked to fail instead.
+        assert row.answers[AnswerKind.RIGHT] + row.answers[AnswerKind.UNVERIFIED] >= ANSWERS - 3, row.details

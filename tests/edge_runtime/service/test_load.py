@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from tests.benchmarks.load import Sample, measure, verdict
-from tests.emulator.asking import cases
-from tests.emulator.scene import TARGET
+from tests.emulator.answer_checker import make_cases
+from tests.emulator.test_bed import TARGET
 
 SECONDS = 20.0
 # So short a run is mostly warming up: what it may add is what the feed's history takes.
@@ -19,7 +19,7 @@ GROWTH = 64 << 20
 async def test_hostile_and_friendly_clients_at_once() -> None:
     def tell(sample: Sample, counts: Counter[str]) -> None: ...
 
-    load, samples = await measure(SECONDS, SECONDS / 12, cases(TARGET), tell)
+    load, samples = await measure(SECONDS, SECONDS / 12, make_cases(TARGET), tell)
     assert not load.broken
     assert not verdict(samples, GROWTH)
     # All of them came, and were served or refused.
