@@ -37,11 +37,11 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import (
     MSGPACK,
     ErrorCode,
+    ErrorReply,
     Frame,
     FrameSplitter,
     OpenReply,
     OpenRequest,
-    Refusal,
     RoundRequest,
 )
 from edge_runtime.protocol.sampling import Sampling
@@ -118,7 +118,7 @@ class Fleet:
             ]
             siblings = {index: [truth[len(said) + index]] for index in range(len(draft)) if random.random() < 0.2}
             asked = RoundRequest(
-                messages.VERSION,
+                messages.PROTOCOL_VERSION,
                 number,
                 len(known),
                 draft=draft,
@@ -129,11 +129,11 @@ class Fleet:
             if path:
                 message: Any = asked
             else:
-                message = OpenRequest(messages.VERSION, key, list(known), asked, job.sampling, model=version)
+                message = OpenRequest(messages.PROTOCOL_VERSION, key, list(known), asked, job.sampling, model=version)
             await self._misbehave(client, path, message, random)
             started = time.monotonic()
             answer = await self._say(client, path or "/v1/sessions", message, random)
-            if isinstance(answer, Refusal):
+            if isinstance(answer, ErrorReply):
                 self.counts[f"refused: {answer.code}"] += 1
                 if answer.code not in FAIR:
                     self.broken.append(f"refused: {answer.code}: {answer.message}")
@@ -205,7 +205,7 @@ class Fleet:
 
     async def _say(
         self, client: httpx.AsyncClient, path: str, message: Any, random: Random
-    ) -> tuple[OpenReply | None, Frame] | Refusal:
+    ) -> tuple[OpenReply | None, Frame] | ErrorReply:
         """The answer to a round, read slowly where it is streamed."""
         session = session_of(path)
         kind = Frame if session else OpenReply
@@ -214,7 +214,7 @@ class Fleet:
                 await response.aread()
                 self._must_be_typed(response)
                 refusal = refusal_of(response)
-                return refusal or Refusal(messages.VERSION, "untyped", "")
+                return refusal or ErrorReply(messages.PROTOCOL_VERSION, "untyped", "")
             if response.headers["content-type"] == MSGPACK:
                 one = messages.decode(await response.aread(), kind, MSGPACK, session)
                 return (None, one) if isinstance(one, Frame) else (one, one.first)
@@ -243,9 +243,9 @@ def session_of(path: str) -> str:
     return path.split("/")[3] if path.endswith("/rounds") else ""
 
 
-def refusal_of(response: httpx.Response) -> Refusal | None:
+def refusal_of(response: httpx.Response) -> ErrorReply | None:
     with contextlib.suppress(InputError):
-        return messages.decode(response.content, Refusal, response.headers.get("content-type", ""))
+        return messages.decode(response.content, ErrorReply, response.headers.get("content-type", ""))
     return None
 
 

@@ -29,7 +29,7 @@ from cloud_verifier.model.target import load_model
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache, NgramLookup
 from edge_runtime.protocol.sampling import Sampling, accepted_length
-from export.data.corpus import DOMAINS, gather
+from export.data.corpus import DOMAINS, gather_corpus
 from export.evaluate.loops import find_loops
 from export.evaluate.proposers import TargetWriter
 
@@ -49,7 +49,7 @@ class Tally:
 def prompts(draft: OnnxDraft, target: str, count: int, files: int) -> list[list[int]]:
     """Pieces of `files` held-out files, in turn."""
     chance = random.Random(7)
-    documents = [d.text for d in gather(VERSIONS[target]).documents if d.held_out and len(d.text) > 3000]
+    documents = [d.text for d in gather_corpus(VERSIONS[target]).documents if d.held_out and len(d.text) > 3000]
     texts = [draft.tokenizer.encode(text[:50_000]).ids for text in chance.sample(documents, len(documents))]
     texts = [ids for ids in texts if len(ids) > 4 * PROMPT][:files]
     starts = [chance.randrange(len(texts[i % len(texts)]) - PROMPT) for i in range(count)]

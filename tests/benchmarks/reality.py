@@ -20,14 +20,14 @@ from rich.table import Table
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.factory import NAMES, make_planner
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.factory import POLICY_NAMES, make_planner
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from tests.benchmarks.speed import FAMILY, verifier
-from tests.emulator.asking import PROMPTS
+from tests.emulator.answer_checker import PROMPTS
 
 TOKENS = 96
 
@@ -64,8 +64,8 @@ async def relay(port: int, delay: float) -> AsyncIterator[str]:
 
 
 def planners(draft: OnnxDraft, policies: list[str]) -> dict[str, Planner]:
-    step, read = draft.measure()
-    device = Device(step_seconds=step, prefill_seconds=read, overhead_seconds=0.0)
+    step, read = draft.measure_speed()
+    device = DeviceModel(step_seconds=step, prefill_seconds=read, overhead_seconds=0.0)
     acceptance = draft.manifest.acceptance
     some: dict[str, Planner] = {
         "streaming": FixedPlanner(Plan(0, own=1 << 12)),
@@ -114,7 +114,7 @@ async def compare(url: str, options: argparse.Namespace, draft: OnnxDraft, specu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", choices=NAMES, default=["analytic"])
+    parser.add_argument("--policies", nargs="+", choices=POLICY_NAMES, default=["analytic"])
     options = parser.parse_args()
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
     console = Console(width=130)

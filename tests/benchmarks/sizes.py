@@ -31,11 +31,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cloud_verifier.draft_models.checkpoint import DESCRIPTION, FORMAT_VERSION, WEIGHTS, DraftDescription
-from cloud_verifier.draft_models.layouts import DraftPlan, describe_shared, draft_config, plan_draft
+from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, FORMAT_VERSION, WEIGHTS_FILE, DraftDescription
+from cloud_verifier.draft_models.layouts import DraftPlan, draft_config, fingerprint_shared, plan_draft
 from edge_runtime.planning.board_profile import find_profile
 from edge_runtime.protocol.bundle import read_bundle
-from export.bundle.footprint import measure
+from export.bundle.footprint import measure_footprint
 
 COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
 SHAPES = {
@@ -82,7 +82,10 @@ def tokenizer_of(size: int) -> Tokenizer:
 
 
 def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
-    """The shared part of a target, and a draft, as `draft_models.checkpoint` stores them; returns the draft's parameters."""
+    """Write the shared part of a target, and a draft as `draft_models.checkpoint` stores it.
+
+    Returns the number of parameters of the draft.
+    """
     target, own_directory = directory / "target", directory / "draft"
     target.mkdir()
     own_directory.mkdir()
@@ -106,12 +109,12 @@ def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(target)
     tokenizer_of(config.vocab_size).save(str(target / "tokenizer.json"))
-    identity = describe_shared(shared, plan).identity
+    identity = fingerprint_shared(shared, plan).identity
     del shared
     own = {name: values(name) for name in parameters.keys() - names.keys()}
-    save_file(own, own_directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(own, own_directory / WEIGHTS_FILE, metadata={"format": "pt"})
     description = DraftDescription(FORMAT_VERSION, config.model_type, plan, identity, tuple(sorted(own)))
-    (own_directory / DESCRIPTION).write_text(json.dumps(asdict(description)))
+    (own_directory / DESCRIPTION_FILE).write_text(json.dumps(asdict(description)))
     return sum(parameter.numel() for parameter in parameters.values())
 
 
@@ -163,7 +166,9 @@ def row(name: str, parameters: int, directory: Path, weights: str, *options: str
     file_bytes = sum(record.bytes for file, record in manifest.files.items() if file.startswith("model"))
     read = bytes_per_token(bundle / "model.onnx")
     # The faster of two: whatever else runs can only slow it down.
-    one, two = (min((measure(bundle, n), measure(bundle, n)), key=lambda m: m.milliseconds) for n in (1, 2))
+    one, two = (
+        min((measure_footprint(bundle, n), measure_footprint(bundle, n)), key=lambda m: m.milliseconds) for n in (1, 2)
+    )
     boards = {board: 1e3 * read / find_profile(board).processor.weight_bytes_per_second for board in BOARDS}
     memory, times = (one.resident_bytes, one.own_bytes), (one.milliseconds, two.milliseconds)
     return Row(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)

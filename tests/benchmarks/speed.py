@@ -34,7 +34,7 @@ from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
-from export.bundle.build import BundleOrder, make_bundle
+from export.bundle.build import BundleConfig, make_bundle
 from tests.models import save_target
 
 FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
@@ -42,9 +42,9 @@ PROMPT = "class Connection:\n    def __init__(self, host, port"
 COLD_START = """
 import time
 from pathlib import Path
-from edge_runtime.contract.coupling import Sampling
-from edge_runtime.draft import OnnxDraft
-context = OnnxDraft.load(Path({bundle!r})).context()
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.draft.model import OnnxDraft
+context = OnnxDraft.load(Path({bundle!r})).new_context()
 context.propose([5, 6, 7], 1, Sampling())
 """
 
@@ -67,7 +67,7 @@ def draft_step(directory: Path) -> tuple[float, float]:
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
     model = save_target(directory / "model", **shape, **heads, initializer_range=0.02)
-    make_bundle(BundleOrder(model, model, "fused", "fp32", "speed " * 20), directory / "bundle", lambda step: None)
+    make_bundle(BundleConfig(model, model, "fused", "fp32", "speed " * 20), directory / "bundle", lambda step: None)
     draft = OnnxDraft.load(directory / "bundle", threads=1)
     runner = make_runner(draft.session, draft.manifest.architecture)
     runner.append(list(range(100)))
@@ -143,13 +143,13 @@ def verifier_overhead(url: str) -> float:
                 answer += connection.recv(65536)
             return answer
 
-        first = messages.RoundRequest(messages.VERSION, 0, 100)
+        first = messages.RoundRequest(messages.PROTOCOL_VERSION, 0, 100)
         key, prompt = f"speed-{time.time_ns()}", list(range(100, 200))
-        opening = messages.OpenRequest(messages.VERSION, key, prompt, first, Sampling(ignore_eos=True))
+        opening = messages.OpenRequest(messages.PROTOCOL_VERSION, key, prompt, first, Sampling(ignore_eos=True))
         opened = messages.decode(post("/v1/sessions", opening), messages.OpenReply, messages.MSGPACK)
         position, overheads = 100 + len(opened.first.tokens), []
         for number in range(1, 300):
-            request = messages.RoundRequest(messages.VERSION, number, position, [5, 6, 7, 8])
+            request = messages.RoundRequest(messages.PROTOCOL_VERSION, number, position, [5, 6, 7, 8])
             started = time.perf_counter()
             reply = post(f"/v1/sessions/{opened.session}/rounds", request, opened.session)
             frame = messages.decode(reply, messages.Frame, messages.MSGPACK, opened.session)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.planning.plan import FIXED, FixedPlanner, Plan
+from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Plan
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from tests.benchmarks.speed import FAMILY, verifier
@@ -49,7 +49,7 @@ def main() -> None:
     with verifier(FAMILY / "target-v1", "--threads", "1") as url:
         for http2 in (True, False):
             for name, plan in (
-                ("K=5, 2 siblings", FIXED),
+                ("K=5, 2 siblings", FIXED_PLAN),
                 ("K=4", Plan(4)),
                 ("K=0, n=32 streamed", Plan(0, own=32)),
             ):

@@ -97,7 +97,7 @@ models = st.builds(
     max_nodes=counts,
     speculates=st.booleans(),
 )
-messages = st.one_of(
+any_message = st.one_of(
     rounds, openings, frames, replies, refusals, models, st.builds(ModelList, data=st.lists(models, max_size=3))
 )
 kinds = st.sampled_from([RoundRequest, OpenRequest, Frame, OpenReply, ErrorReply, ModelList])
@@ -112,7 +112,7 @@ def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Mes
         return None
 
 
-@given(messages, encodings)
+@given(any_message, encodings)
 @settings(max_examples=400, deadline=None)
 def test_round_trip(message: Message, media_type: str) -> None:
     assert messages.decode(messages.encode(message, media_type), type(message), media_type) == message
@@ -249,7 +249,7 @@ def test_garbage_is_refused(body: bytes, kind: type[Message], media_type: str) -
     decoded_or_refused(body, kind, media_type)
 
 
-@given(messages, encodings, st.data())
+@given(any_message, encodings, st.data())
 @settings(max_examples=800, deadline=None)
 def test_a_damaged_message_is_refused_or_another_message(
     message: Message, media_type: str, data: st.DataObject
