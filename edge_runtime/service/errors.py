@@ -1,4 +1,4 @@
-"""What the service says no with: OpenAI's error object, its HTTP status, and when to come back."""
+"""Errors of the HTTP API: OpenAI's error object, the HTTP status, and Retry-After."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RATE_LIMIT = "rate_limit_error"
 
-# Seconds after which another attempt is worth while: the link is back, the verifier has loaded.
+# Retry-After, chosen: after a link failure, and while the draft model or the verifier loads.
 LINK_RETRY_SECONDS = 5
 BRIEF_RETRY_SECONDS = 1
 
@@ -28,8 +28,8 @@ class ErrorObject(msgspec.Struct, frozen=True):
     Attributes:
         message: what was wrong, where, and what to do.
         type: `invalid_request_error`, `authentication_error`, `rate_limit_error` or `server_error`.
-        param: the field that was wrong, where there is one.
-        code: which error it is, for programs.
+        param: the invalid field, if the error concerns one.
+        code: machine-readable cause.
     """
 
     message: str
@@ -39,18 +39,18 @@ class ErrorObject(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every 4xx and 5xx answer, and the data of an `error` event."""
+    """The body of every 4xx and 5xx response, and the data of an `error` event."""
 
     error: ErrorObject
 
 
 class ApiError(Exception):
-    """Ends a request; never leaves the service otherwise than as an answer.
+    """Ends a request with an error response. Never leaves the service as an exception.
 
     Attributes:
-        status: of HTTP.
-        body: what is answered.
-        retry_after: seconds; None where coming back does not help.
+        status: HTTP status.
+        body: response body.
+        retry_after: seconds; None if a retry would not help.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
 
-# Refusals of a verifier that the request itself brought about; all others are between board and verifier.
-_ASKED_WRONGLY = {
+# Verifier errors that the client's request caused: (status, param, code). All others concern board and verifier only.
+_CLIENT_ERRORS = {
     ErrorCode.UNKNOWN_MODEL: (404, "model", "model_not_found"),
     ErrorCode.CONTEXT_OVERFLOW: (400, None, "context_length_exceeded"),
     ErrorCode.INVALID_TOKEN: (400, "prompt", "invalid_token"),
@@ -79,7 +79,7 @@ _ASKED_WRONGLY = {
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """How an error of an answer looks to the one who asked."""
+    """Convert an exception raised while handling a request to the error that the client gets."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
@@ -89,16 +89,16 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, VerifierUnreachable):
         return ApiError(503, str(error), kind=SERVER_ERROR, code=error.fault, retry_after=LINK_RETRY_SECONDS)
     if isinstance(error, VerifierRefused):
-        sentence = str(error).removesuffix(f" [{error.code}]")
-        if error.code in _ASKED_WRONGLY:
-            status, param, code = _ASKED_WRONGLY[ErrorCode(error.code)]
-            return ApiError(status, sentence, param=param, code=code)
-        wait = error.retry_after or BRIEF_RETRY_SECONDS
+        message = str(error).removesuffix(f" [{error.code}]")
+        if error.code in _CLIENT_ERRORS:
+            status, param, code = _CLIENT_ERRORS[ErrorCode(error.code)]
+            return ApiError(status, message, param=param, code=code)
+        retry_after = error.retry_after or BRIEF_RETRY_SECONDS
         if error.code == ErrorCode.RATE_LIMITED:
-            return ApiError(429, sentence, kind=RATE_LIMIT, code=error.code, retry_after=wait)
+            return ApiError(429, message, kind=RATE_LIMIT, code=error.code, retry_after=retry_after)
         if error.code in (ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.DRAINING):
-            return ApiError(503, sentence, kind=SERVER_ERROR, code=error.code, retry_after=wait)
-        return ApiError(502, f"the verifier refused: {sentence}", kind=SERVER_ERROR, code=error.code)
+            return ApiError(503, message, kind=SERVER_ERROR, code=error.code, retry_after=retry_after)
+        return ApiError(502, f"the verifier refused: {message}", kind=SERVER_ERROR, code=error.code)
     if isinstance(error, FlexSpecError):
         return ApiError(500, str(error), kind=SERVER_ERROR, code=type(error).__name__)
-    return ApiError(500, "a fault of the service; its log says more", kind=SERVER_ERROR, code="internal_error")
+    return ApiError(500, "internal error of the service; see its log", kind=SERVER_ERROR, code="internal_error")

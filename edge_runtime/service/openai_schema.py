@@ -1,10 +1,11 @@
-"""What is answered, in OpenAI's shapes: whole answers, the chunks of a stream, and lists of models.
+"""Response bodies in OpenAI's format: complete answers, the chunks of a stream, and lists of models.
 
-Beyond OpenAI's fields there are `seed`, with which the same text comes again, and `timings`, named as llama.cpp's
-server names them. `system_fingerprint` is the exact target version, once there was one.
+Fields beyond OpenAI's: `seed`, which reproduces the text, and `timings`, named as in llama.cpp's server.
+`system_fingerprint` is the exact target version once it is known.
 
-Where the draft went on alone for want of a verifier, `unverified` says of how many characters at the end of the text so
-far that is true, and `withdrawn` in a chunk how many to take back before its own come.
+If the draft model continued alone because no verifier was reachable, `unverified` is the number of characters at the
+end of the text so far that are not verified. In a chunk, `withdrawn` is the number of characters to remove from the end
+of the text before the chunk's own are appended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 from edge_runtime.service.answer import Answer, TextChange
 
 Finish = Literal["stop", "length"]
-# Left out where it is 0.
+# Omitted if it is 0.
 Count = int | msgspec.UnsetType
 
 
@@ -31,17 +32,16 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """What the answer cost.
+    """Times and counts of an answer.
 
     Attributes:
         prompt_n, predicted_n: tokens of the prompt, and of the answer.
-        queued_ms, first_text_ms, predicted_ms: from the request to its place in the queue, to the first text, and to
-            the end.
-        predicted_per_second: tokens, once there was a place.
-        draft_n, draft_n_accepted: tokens that the board drafted, and how many of them the target accepted.
+        queued_ms, first_text_ms, predicted_ms: from the request to its slot, to the first text, and to the end.
+        predicted_per_second: tokens per second since the request got its slot.
+        draft_n, draft_n_accepted: draft tokens, and how many of them the target accepted.
         rounds: requests that the verifier answered.
-        unverified_n: tokens at the end of the text that the draft said alone, for want of a verifier.
-        withdrawn_n: tokens that it had said alone, and that the target corrected when it was back.
+        unverified_n: tokens at the end of the text that the draft model generated without a verifier.
+        withdrawn_n: tokens that were shown unverified and later rejected by the target.
     """
 
     prompt_n: int
@@ -58,7 +58,7 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same in all answers and chunks."""
+    """Fields that all complete answers and chunks share."""
 
     id: str
     created: int
@@ -68,7 +68,7 @@ class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """The text, or a piece of it. Log probabilities never come."""
+    """The text or a piece of it. Log probabilities are not supported."""
 
     text: str
     index: int = 0
@@ -77,7 +77,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
 
 
 class Completion(ResponseHeader, frozen=True, kw_only=True):
-    """The answer of `POST /v1/completions`."""
+    """The response of `POST /v1/completions`."""
 
     choices: list[CompletionChoice]
     usage: Usage
@@ -87,7 +87,7 @@ class Completion(ResponseHeader, frozen=True, kw_only=True):
 
 
 class CompletionChunk(ResponseHeader, frozen=True, kw_only=True):
-    """One event of its stream. `usage` is there where it was asked for, and not null in the last."""
+    """One event of its stream. `usage` is present if it was requested, and null in all chunks but the last."""
 
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
@@ -98,14 +98,14 @@ class CompletionChunk(ResponseHeader, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a chunk adds to the message."""
+    """The part of the message that a chunk adds."""
 
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """The message that was written."""
+    """The generated message."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -113,7 +113,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """The message, and why it ended."""
+    """The message and its finish reason."""
 
     message: AssistantMessage
     finish_reason: Finish
@@ -131,7 +131,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(ResponseHeader, frozen=True, kw_only=True):
-    """The answer of `POST /v1/chat/completions`."""
+    """The response of `POST /v1/chat/completions`."""
 
     choices: list[ChatChoice]
     usage: Usage
@@ -152,7 +152,7 @@ class ChatChunk(ResponseHeader, frozen=True, kw_only=True):
 
 
 class OpenAIModel(msgspec.Struct, frozen=True):
-    """One target. `version` is exact: it can be asked for, too; `context` is in tokens."""
+    """One target model. Requests may name its `id` or its exact `version`; `context` is in tokens."""
 
     id: str
     created: int
@@ -163,91 +163,92 @@ class OpenAIModel(msgspec.Struct, frozen=True):
 
 
 class OpenAIModelList(msgspec.Struct, frozen=True):
-    """The answer of `GET /v1/models`."""
+    """The response of `GET /v1/models`."""
 
     data: list[OpenAIModel]
     object: Literal["list"] = "list"
 
 
 class ResponseFormatter(Protocol):
-    """How one endpoint words an answer."""
+    """Formats the answers of one endpoint."""
 
-    def whole(self, answer: Answer, text: str) -> msgspec.Struct:
-        """All of it."""
+    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
+        """Format a complete answer."""
 
-    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
-        """A piece of the text."""
+    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
+        """Format a change of the text."""
 
-    def last(self, answer: Answer) -> msgspec.Struct:
-        """Why it ended, and what it cost."""
+    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
+        """Format the finish reason and the timings."""
 
-    def usage(self, answer: Answer) -> msgspec.Struct:
-        """Nothing but how many tokens it was."""
+    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
+        """Format the token counts alone."""
 
 
 class CompletionFormatter:
-    """Words answers of `/v1/completions`.
+    """Formats answers of `/v1/completions`.
 
     Args:
-        echo: what the text begins with.
-        usage: chunks say that usage is to come.
+        echo: prompt text that precedes the generated text.
+        include_usage: announce the usage chunk with `usage: null` in all other chunks.
     """
 
-    def __init__(self, echo: str, usage: bool) -> None:
-        self._head = _Heads("cmpl-")
+    def __init__(self, echo: str, include_usage: bool) -> None:
+        self._header = _HeaderFields("cmpl-")
         self._echo = echo
-        self._usage: msgspec.UnsetType | None = None if usage else msgspec.UNSET
+        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
 
-    def whole(self, answer: Answer, text: str) -> msgspec.Struct:
-        choice = CompletionChoice(self._echo + text, finish_reason=_finish(answer))
-        return Completion(**self._head.of(answer), choices=[choice], **_cost(answer))
+    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
+        choice = CompletionChoice(self._echo + text, finish_reason=_finish_reason(answer))
+        return Completion(**self._header.for_answer(answer), choices=[choice], **_final_fields(answer))
 
-    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
+    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
         choice = CompletionChoice(self._echo + change.text if first else change.text)
-        return CompletionChunk(**self._head.of(answer), choices=[choice], usage=self._usage, **_standing(change))
+        fields = self._header.for_answer(answer) | _change_fields(change)
+        return CompletionChunk(**fields, choices=[choice], usage=self._usage)
 
-    def last(self, answer: Answer) -> msgspec.Struct:
-        choice = CompletionChoice("", finish_reason=_finish(answer))
-        cost = _cost(answer) | {"usage": self._usage}
-        return CompletionChunk(**self._head.of(answer), choices=[choice], **cost)
+    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
+        choice = CompletionChoice("", finish_reason=_finish_reason(answer))
+        fields = self._header.for_answer(answer) | _final_fields(answer) | {"usage": self._usage}
+        return CompletionChunk(**fields, choices=[choice])
 
-    def usage(self, answer: Answer) -> msgspec.Struct:
-        return CompletionChunk(**self._head.of(answer), choices=[], usage=_usage(answer))
+    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
+        return CompletionChunk(**self._header.for_answer(answer), choices=[], usage=_usage(answer))
 
 
 class ChatFormatter:
-    """Words answers of `/v1/chat/completions`; see `CompletionFormatter`."""
+    """Formats answers of `/v1/chat/completions`; see `CompletionFormatter`."""
 
-    def __init__(self, usage: bool) -> None:
-        self._head = _Heads("chatcmpl-")
-        self._usage: msgspec.UnsetType | None = None if usage else msgspec.UNSET
+    def __init__(self, include_usage: bool) -> None:
+        self._header = _HeaderFields("chatcmpl-")
+        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
 
-    def whole(self, answer: Answer, text: str) -> msgspec.Struct:
-        choice = ChatChoice(AssistantMessage(text), _finish(answer))
-        return ChatCompletion(**self._head.of(answer), choices=[choice], **_cost(answer))
+    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
+        choice = ChatChoice(AssistantMessage(text), _finish_reason(answer))
+        return ChatCompletion(**self._header.for_answer(answer), choices=[choice], **_final_fields(answer))
 
-    def chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
+    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
         delta = Delta("assistant", change.text) if first else Delta(content=change.text)
-        choices = [ChatChunkChoice(delta)]
-        return ChatChunk(**self._head.of(answer), choices=choices, usage=self._usage, **_standing(change))
+        fields = self._header.for_answer(answer) | _change_fields(change)
+        return ChatChunk(**fields, choices=[ChatChunkChoice(delta)], usage=self._usage)
 
-    def last(self, answer: Answer) -> msgspec.Struct:
-        choice = ChatChunkChoice(Delta(), _finish(answer))
-        cost = _cost(answer) | {"usage": self._usage}
-        return ChatChunk(**self._head.of(answer), choices=[choice], **cost)
+    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
+        choice = ChatChunkChoice(Delta(), _finish_reason(answer))
+        fields = self._header.for_answer(answer) | _final_fields(answer) | {"usage": self._usage}
+        return ChatChunk(**fields, choices=[choice])
 
-    def usage(self, answer: Answer) -> msgspec.Struct:
-        return ChatChunk(**self._head.of(answer), choices=[], usage=_usage(answer))
+    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
+        return ChatChunk(**self._header.for_answer(answer), choices=[], usage=_usage(answer))
 
 
-class _Heads:
-    """The head of one answer's messages, which say the same throughout."""
+class _HeaderFields:
+    """The fields of `ResponseHeader`; id and creation time are the same in all chunks of an answer."""
 
-    def __init__(self, prefix: str) -> None:
-        self._id = prefix + secrets.token_hex(12)
+    def __init__(self, id_prefix: str) -> None:
+        self._id = id_prefix + secrets.token_hex(12)
         self._created = int(time.time())
 
-    def of(self, answer: Answer) -> dict[str, Any]:
+    def for_answer(self, answer: Answer) -> dict[str, Any]:
         return {
             "id": self._id,
             "created": self._created,
@@ -257,16 +258,16 @@ class _Heads:
         }
 
 
-def _finish(answer: Answer) -> Finish:
+def _finish_reason(answer: Answer) -> Finish:
     return "stop" if answer.finish == "stop" else "length"
 
 
-def _standing(change: TextChange) -> dict[str, Any]:
+def _change_fields(change: TextChange) -> dict[str, Any]:
     return {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
 
 
-def _cost(answer: Answer) -> dict[str, Any]:
-    """What a whole answer says of itself, and the last chunk."""
+def _final_fields(answer: Answer) -> dict[str, Any]:
+    """Fields of a complete answer and of the last chunk."""
     return {
         "usage": _usage(answer),
         "timings": _timings(answer),
@@ -275,22 +276,22 @@ def _cost(answer: Answer) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> Usage:
-    prompt, written = len(answer.request.prompt), answer.tokens + answer.unverified_tokens
-    return Usage(prompt, written, prompt + written)
+    prompt, completion = len(answer.request.prompt), answer.tokens + answer.unverified_tokens
+    return Usage(prompt, completion, prompt + completion)
 
 
 def _timings(answer: Answer) -> Timings:
-    writing = max(answer.seconds - answer.queued_seconds, 1e-9)
+    generation_seconds = max(answer.seconds - answer.queued_seconds, 1e-9)
     return Timings(
-        len(answer.request.prompt),
-        answer.tokens,
-        round(1e3 * answer.queued_seconds, 3),
-        round(1e3 * answer.first_seconds, 3),
-        round(1e3 * answer.seconds, 3),
-        round(answer.tokens / writing, 3),
-        answer.drafted,
-        answer.accepted,
-        answer.rounds,
-        answer.unverified_tokens,
-        answer.withdrawn_tokens,
+        prompt_n=len(answer.request.prompt),
+        predicted_n=answer.tokens,
+        queued_ms=round(1e3 * answer.queued_seconds, 3),
+        first_text_ms=round(1e3 * answer.first_seconds, 3),
+        predicted_ms=round(1e3 * answer.seconds, 3),
+        predicted_per_second=round(answer.tokens / generation_seconds, 3),
+        draft_n=answer.drafted,
+        draft_n_accepted=answer.accepted,
+        rounds=answer.rounds,
+        unverified_n=answer.unverified_tokens,
+        withdrawn_n=answer.withdrawn_tokens,
     )

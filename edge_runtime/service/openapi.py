@@ -1,4 +1,4 @@
-"""The service, described in OpenAPI 3.1; the schemas are those of the structs that are read and written."""
+"""Builds the OpenAPI 3.1 document of the service. Its schemas are generated from the request and response structs."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from edge_runtime.service.monitoring import events
 EVENTS = "text/event-stream"
 HTML = "text/html"
 
-REFUSED = {
-    "400": "The request is malformed, asks for what is not done here, or does not fit the model.",
-    "401": "No API key, or a wrong one.",
-    "403": "The service is local, and the request is for another host's name.",
+ERROR_DESCRIPTIONS = {
+    "400": "The request is malformed, uses an unsupported feature, or does not fit the model.",
+    "401": "The API key is missing or wrong.",
+    "403": "The service is local, and the request names another host.",
     "404": "No such model.",
     "408": "The body did not arrive in time.",
-    "413": "The body is too long.",
-    "415": "The body is not JSON by its content type.",
-    "429": "Too many wait or watch already; come back after Retry-After.",
-    "500": "A fault of the service.",
+    "413": "The body is too large.",
+    "415": "The content type is not JSON.",
+    "429": "Too many requests are waiting, or too many clients are watching; retry after Retry-After.",
+    "500": "Internal error of the service.",
     "502": "The verifier refuses this board.",
-    "503": "The draft is still loading, the service is stopping, or the verifier cannot be reached.",
+    "503": "The draft model is still loading, the service is stopping, or the verifier cannot be reached.",
 }
-NEWS = {
+BOARD_EVENT = {
     "type": "object",
     "properties": {
-        "id": {"type": "string", "description": "Sent back as Last-Event-ID, the stream goes on behind it."},
+        "id": {"type": "string", "description": "Send it back as Last-Event-ID to resume the stream after this event."},
         "data": {
             "type": "string",
-            "description": "A Board, Begun, Planned, Tokens, Round, Ended or Gauges.",
+            "description": "JSON of one of the schemas of `type` board, begun, planned, tokens, "
+            "round, ended or gauges.",
         },
     },
     "required": ["data"],
     "description": "One event of the stream.",
 }
-ASKING = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
-LISTING = ("401", "403", "404", "500", "502", "503")
+GENERATION_ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
+MODEL_ERRORS = ("401", "403", "404", "500", "502", "503")
 
 
 def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
-    """The description of a service that takes bodies of `max_body` bytes, and wants API keys or not."""
-    kinds = [
+    """Build the document of a service that accepts bodies of `max_body` bytes and requires API keys if `keys`."""
+    schema_types = [
         requests.CompletionRequest,
         requests.ChatRequest,
         openai_schema.Completion,
@@ -59,32 +60,42 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
         events.AnyEvent,
         ErrorBody,
     ]
-    _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
-    for name, neutral in (
+    _, schemas = msgspec.json.schema_components(schema_types, ref_template=REF)
+    for name, neutral_values in (
         ("CompletionRequest", requests.NEUTRAL_VALUES),
         ("ChatRequest", requests.NEUTRAL_VALUES),
         ("ChatMessage", requests.NEUTRAL_MESSAGE_VALUES),
     ):
         properties = schemas[name]["properties"]
-        for field in properties.keys() & neutral.keys():
-            properties[field] = {"enum": neutral[field]}
+        for field in properties.keys() & neutral_values.keys():
+            properties[field] = {"enum": neutral_values[field]}
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
     paths: dict[str, Any] = {
-        "/v1/completions": {"post": _asking("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")},
-        "/v1/chat/completions": {"post": _asking("The next message", "ChatRequest", "ChatCompletion", "ChatChunk")},
-        "/v1/models": {"get": _operation("What the verifier serves", {JSON: schema_ref("ModelList")}, LISTING)},
+        "/v1/completions": {
+            "post": _generation_operation("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")
+        },
+        "/v1/chat/completions": {
+            "post": _generation_operation(
+                "Generate the next message of a conversation", "ChatRequest", "ChatCompletion", "ChatChunk"
+            )
+        },
+        "/v1/models": {
+            "get": _operation("List the verifier's models", {JSON: schema_ref("OpenAIModelList")}, MODEL_ERRORS)
+        },
         "/v1/models/{model}": {
-            "get": _operation("One of them", {JSON: schema_ref("Model")}, LISTING),
+            "get": _operation("Get one model", {JSON: schema_ref("OpenAIModel")}, MODEL_ERRORS),
             "parameters": [
                 {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             ],
         },
-        "/healthz": {"get": _operation("Whether the process lives", {TEXT: {"type": "string"}}, ("403",))},
-        "/readyz": {"get": _operation("Whether answers can begin", {TEXT: {"type": "string"}}, ("403", "503"))},
-        "/metrics": {"get": _operation("For Prometheus", {TEXT: {"type": "string"}}, ("403",))},
-        "/events": {"get": _operation("What the board did of late, and does", {EVENTS: NEWS}, ("401", "403", "429"))},
+        "/healthz": {"get": _operation("Check that the process is alive", {TEXT: {"type": "string"}}, ("403",))},
+        "/readyz": {"get": _operation("Check that answers can start", {TEXT: {"type": "string"}}, ("403", "503"))},
+        "/metrics": {"get": _operation("Prometheus metrics", {TEXT: {"type": "string"}}, ("403",))},
+        "/events": {
+            "get": _operation("Recent and live events of the board", {EVENTS: BOARD_EVENT}, ("401", "403", "429"))
+        },
         "/": {"get": _operation("The dashboard", {HTML: {"type": "string"}}, ("403",))},
         "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403",))},
     }
@@ -99,27 +110,27 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
         "info": {
             "title": "FlexSpec on this board",
             "version": importlib.metadata.version("flexspec"),
-            "summary": "OpenAI's surface over a local draft and a verifier in the cloud.",
-            "description": f"Bodies have at most {max_body} bytes.",
+            "summary": "OpenAI's HTTP API over a local draft model and a verifier in the cloud.",
+            "description": f"Request bodies are limited to {max_body} bytes.",
         },
         "paths": paths,
         "components": components,
     }
 
 
-def _asking(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
-    data = f"A {chunk} in JSON; an ErrorBody in the event `error`, which ends the stream; at its other end, [DONE]."
+def _generation_operation(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
+    """Build an operation that generates text; the arguments after `summary` are names of schemas."""
+    data = f"JSON of a {chunk}; [DONE] at the end; or, in the event `error`, an ErrorBody, which ends the stream."
     event = {
         "type": "object",
         "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string", "description": data}},
         "required": ["data"],
         "description": "One event of the stream.",
     }
-    content = {JSON: schema_ref(answer), EVENTS: event}
-    asking = _operation(summary, content, ASKING)
-    asking["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(body)}}}
-    return asking
+    built = _operation(summary, {JSON: schema_ref(answer), EVENTS: event}, GENERATION_ERRORS)
+    built["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(body)}}}
+    return built
 
 
-def _operation(summary: str, content: dict[str, Any], refused: tuple[str, ...]) -> dict[str, Any]:
-    return build_operation(summary, content, {status: REFUSED[status] for status in refused}, "ErrorBody")
+def _operation(summary: str, content: dict[str, Any], statuses: tuple[str, ...]) -> dict[str, Any]:
+    return build_operation(summary, content, {status: ERROR_DESCRIPTIONS[status] for status in statuses}, "ErrorBody")

@@ -1,7 +1,6 @@
-"""The bodies that OpenAI's clients send, read strictly: what is not done here is refused, not ignored.
+"""Request bodies of OpenAI's API, parsed strictly: unsupported fields and values are refused, not ignored.
 
-Beyond OpenAI's fields there are `top_k`, `ignore_eos`, `speculation` (false lets the cloud write alone) and
-`on_link_loss`.
+Fields beyond OpenAI's: `top_k`, `ignore_eos`, `speculation` (false: the target generates alone) and `on_link_loss`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.protocol.sampling import MASK_64, Sampling
 from edge_runtime.service.errors import ApiError
 
-# Fields that clients may send, with the values that change nothing. Any other value asks for what is not done here.
+# Unsupported fields that clients may nevertheless send, with the values that change nothing.
 NEUTRAL_VALUES: dict[str, list[Any]] = {
     "audio": [None],
     "best_of": [None, 1],
@@ -46,7 +45,7 @@ NEUTRAL_MESSAGE_VALUES: dict[str, list[Any]] = {
 
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-# Exactly what `get_prompt` takes: the decoder cannot tell lists apart by what is in them.
+# Exactly what `get_prompt` accepts; msgspec cannot distinguish lists by the type of their items.
 PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -55,17 +54,18 @@ PROMPT_SCHEMA = {
         {"type": "array", "items": {"$ref": "#/components/schemas/TokenIds"}, "minItems": 1, "maxItems": 1},
     ]
 }
-# What lies between would be greedy but for rounding (see `Sampling`).
+# Temperatures in between would be greedy but for rounding (see `Sampling`).
 TEMPERATURE_SCHEMA = {"anyOf": [{"const": 0}, {"minimum": 0.001}]}
 SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK_64}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to stream; without a stream, this changes nothing.
+    """Options of a stream; without effect otherwise.
 
     Attributes:
-        include_usage: a last chunk says how many tokens it was.
-        include_obfuscation: taken and not done: what it would hide travels over loopback.
+        include_usage: add a last chunk with the token counts.
+        include_obfuscation: accepted and ignored; it protects against eavesdroppers that see chunk sizes, and the
+            stream normally stays on loopback.
     """
 
     include_usage: bool | None = None
@@ -73,19 +73,19 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What both endpoints take.
+    """Fields that both endpoints accept.
 
     Attributes:
-        model: which target; absent or empty for the verifier's default.
-        max_tokens: the answer is no longer; the service has a limit of its own, which is also the default.
-        temperature, top_p, top_k: see `Sampling`; absent as OpenAI defaults them: 1, 1 and all.
-        seed: same seed, same text; absent: drawn at random, and returned.
+        model: target model; absent or empty for the verifier's default.
+        max_tokens: maximum length of the answer; the service has a limit of its own, which is also the default.
+        temperature, top_p, top_k: see `Sampling`; defaults as OpenAI's: 1, 1 and no limit.
+        seed: the same seed reproduces the text; default: drawn at random and returned.
         stop: the text ends before the first of these.
-        stream: as server-sent events.
-        ignore_eos: go on past the end of the text, for measurements.
-        speculation: false lets the cloud write alone; otherwise the planner decides, round by round.
-        on_link_loss: without a verifier, `wait` for one, let the `draft` go on alone, or `fail`; absent: as the service
-            is configured.
+        stream: respond with server-sent events.
+        ignore_eos: continue past the end-of-text token, for measurements.
+        speculation: false leaves every token to the target; otherwise the planner decides in every round.
+        on_link_loss: without a verifier, `wait` for one, let the `draft` model continue alone, or `fail`; default: as
+            configured.
     """
 
     model: str | None = None
@@ -109,7 +109,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
 
 class CompletionRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of `POST /v1/completions`. The prompt is one text, or its token ids. `echo` repeats it."""
+    """The body of `POST /v1/completions`. The prompt is one text or its token ids; `echo` returns it as well."""
 
     prompt: Annotated[str | list[str | int | list[int]], msgspec.Meta(extra_json_schema=PROMPT_SCHEMA)]
     echo: bool | None = None
@@ -118,7 +118,7 @@ class CompletionRequest(GenerationRequest, frozen=True, forbid_unknown_fields=Tr
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -138,6 +138,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def text(self) -> str:
+        """The content as one string."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -169,7 +170,7 @@ R = TypeVar("R", bound=GenerationRequest)
 
 
 def parse_request(body: bytes, kind: type[R]) -> R:
-    """The request in `body`. Raises Refusal (400), naming the field that is wrong or not done here."""
+    """Parse a request body. Raises ApiError (400), which names the invalid or unsupported field."""
     try:
         request = msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -179,12 +180,12 @@ def parse_request(body: bytes, kind: type[R]) -> R:
         for index, message in enumerate(request.messages):
             _check_neutral(message, NEUTRAL_MESSAGE_VALUES, f"messages[{index}].")
     if request.seed is not None and not SEED_SCHEMA["minimum"] <= request.seed <= SEED_SCHEMA["maximum"]:
-        raise ApiError(400, "seed is no 64-bit integer", param="seed")
+        raise ApiError(400, "seed is not a 64-bit integer", param="seed")
     return request
 
 
 def get_prompt(request: CompletionRequest) -> str | list[int]:
-    """The text to continue, or its ids. Raises Refusal (400): it is none, or more than one."""
+    """Return the prompt text or its token ids. Raises ApiError (400) if there is no prompt or more than one."""
     prompt = request.prompt
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]  # type: ignore[assignment]
@@ -194,51 +195,52 @@ def get_prompt(request: CompletionRequest) -> str | list[int]:
         return prompt
     if all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
         return prompt  # type: ignore[return-value]
-    raise ApiError(400, "one prompt a request: a text, or a list of token ids", param="prompt")
+    raise ApiError(400, "send one prompt per request: a text or a list of token ids", param="prompt")
 
 
 def get_sampling(request: GenerationRequest, seed: int) -> Sampling:
-    """How to sample, with `seed` where the request has none. Raises Refusal (400)."""
+    """Return the sampling parameters; `seed` is used if the request has none. Raises ApiError (400)."""
     try:
         return Sampling(
-            1.0 if request.temperature is None else request.temperature,
-            request.top_k or 0,
-            1.0 if request.top_p is None else request.top_p,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=request.top_k or 0,
+            top_p=1.0 if request.top_p is None else request.top_p,
             # OpenAI's seeds are signed.
-            (seed if request.seed is None else request.seed) & MASK_64,
-            bool(request.ignore_eos),
+            seed=(seed if request.seed is None else request.seed) & MASK_64,
+            ignore_eos=bool(request.ignore_eos),
         )
     except ValueError as error:
         raise ApiError(400, str(error), param="temperature") from None
 
 
 def get_stop_strings(request: GenerationRequest) -> list[str]:
-    """Where to end the text."""
+    """Return the stop strings of the request."""
     return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
 
 
-def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], where: str) -> None:
+def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], prefix: str) -> None:
+    """Raise ApiError (400) if an unsupported field has a value with an effect; `prefix` is the path of the struct."""
     for field in struct.__struct_fields__:
         value = getattr(struct, field)
         if value is None or field not in neutral:
             continue
-        # In Python, though not in JSON, true is 1.
+        # In Python, unlike JSON, True equals 1.
         if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[field]):
-            known = " or ".join(msgspec.json.encode(value).decode() for value in neutral[field] if value is not None)
+            allowed = " or ".join(msgspec.json.encode(value).decode() for value in neutral[field] if value is not None)
             raise ApiError(
                 400,
-                f"{where}{field} is not supported: leave it out{f', or send {known}' if known else ''}",
-                param=where + field,
+                f"{prefix}{field} is not supported: leave it out{f', or send {allowed}' if allowed else ''}",
+                param=prefix + field,
                 code="unsupported_parameter",
             )
 
 
 def _malformed(error: Exception) -> ApiError:
-    sentence, _, path = str(error).partition(" - at `$")
+    message, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
-    unknown = re.search(r"(?:unknown|missing required) field `(.+)`", sentence)
+    unknown = re.search(r"(?:unknown|missing required) field `(.+)`", message)
     if unknown:
         path = f"{path}.{unknown[1]}" if path else unknown[1]
     if not path:
-        return ApiError(400, f"the body is not such a request in JSON: {sentence}", code="invalid_json")
-    return ApiError(400, f"{path}: {sentence}", param=path, code="unknown_parameter" if "unknown" in sentence else None)
+        return ApiError(400, f"the body is not a valid JSON request: {message}", code="invalid_json")
+    return ApiError(400, f"{path}: {message}", param=path, code="unknown_parameter" if "unknown" in message else None)

@@ -1,4 +1,4 @@
-"""An answer as server-sent events, for as long as its reader is there."""
+"""Server-sent events: an answer as a stream of chunks, for as long as the client is connected."""
 
 from __future__ import annotations
 
@@ -15,79 +15,81 @@ from edge_runtime.service.errors import to_api_error
 from edge_runtime.service.openai_schema import ResponseFormatter
 
 DONE_EVENT = b"data: [DONE]\n\n"
-# A comment, for whatever gives up on connections where nothing comes: the answer waits for its turn, or for the link.
+# A comment that keeps idle connections open while an answer waits for its slot or for the link. Period: chosen.
 WAITING_COMMENT = b": waiting\n\n"
 WAITING_SECONDS = 10.0
-# Those that JSON lets stand as they are.
-LINE_ENDS = "\x85\u2028\u2029"
+# Line separators of Unicode that JSON does not escape.
+LINE_SEPARATORS = "\x85\u2028\u2029"
 
 
 class EventStream(Response):
-    """Server-sent events, until they end or the client has gone.
+    """A response of server-sent events that ends with the stream or when the client disconnects.
 
     Args:
-        stream: the events, as bytes.
-        gone: ends when the client goes; cancelled when the events have ended.
-        patience: seconds that the client may take nothing; None bears with it.
+        stream: encoded events.
+        disconnected: completes when the client disconnects; cancelled at the end of the stream.
+        send_timeout: seconds after which a client that takes no data is dropped; None waits for it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: AsyncIterator[bytes], gone: asyncio.Task[None], patience: float | None = None) -> None:
+    def __init__(
+        self, stream: AsyncIterator[bytes], disconnected: asyncio.Task[None], send_timeout: float | None = None
+    ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._stream = stream
-        self._gone = gone
-        self._patience = patience
+        self._disconnected = disconnected
+        self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._stream:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._send_timeout):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            # Without its end, the answer counts as broken off.
+            # Without a final message the server closes the connection, and the response counts as incomplete.
             return
         finally:
-            self._gone.cancel()
+            self._disconnected.cancel()
 
 
-async def stream_answer(answer: Answer, form: ResponseFormatter, usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream. An error ends it, without `[DONE_EVENT]`."""
+async def stream_answer(answer: Answer, formatter: ResponseFormatter, include_usage: bool) -> AsyncIterator[bytes]:
+    """Yield the events of an answer. An error ends the stream with an `error` event, without `[DONE]`."""
     try:
-        first, over = True, False
-        while not over:
+        first, complete = True, False
+        while not complete:
             try:
-                change = await answer.news(WAITING_SECONDS)
+                change = await answer.read(WAITING_SECONDS)
             except TimeoutError:
                 yield WAITING_COMMENT
                 continue
-            over = change is None
+            complete = change is None
             if change or first:
-                yield encode_event(form.chunk(answer, change or TextChange(""), first=first))
+                yield encode_event(formatter.format_chunk(answer, change or TextChange(""), first=first))
             first = False
     except ClientDisconnect:
         return
     except Exception as error:
         yield b"event: error\n" + encode_event(to_api_error(error).body)
         return
-    yield encode_event(form.last(answer))
-    if usage:
-        yield encode_event(form.usage(answer))
+    yield encode_event(formatter.format_last_chunk(answer))
+    if include_usage:
+        yield encode_event(formatter.format_usage_chunk(answer))
     yield DONE_EVENT
 
 
 async def wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def encode_event(message: msgspec.Struct) -> bytes:
-    """One event. What Unicode calls a line's end is escaped: many a client splits lines there, too."""
+    """Encode one event. Unicode line separators are escaped, because many clients split lines there as well."""
     data = msgspec.json.encode(message)
-    for character in LINE_ENDS:
+    for character in LINE_SEPARATORS:
         data = data.replace(character.encode(), f"\\u{ord(character):04x}".encode())
     return b"data: " + data + b"\n\n"

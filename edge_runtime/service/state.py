@@ -1,4 +1,4 @@
-"""What the local service grants, and what it makes answers with."""
+"""The mutable state of the service: its limits, its API keys, and the loaded draft model with all that answers need."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.service.chat_template import ChatTemplate
+from edge_runtime.service.errors import BRIEF_RETRY_SECONDS, SERVER_ERROR, ApiError
 
 
 class ServiceLimits(msgspec.Struct, frozen=True):
-    """What the service grants.
+    """Limits of the service.
 
     Attributes:
-        max_concurrent: answers that are written at once.
-        max_waiting: requests that wait for that.
-        max_new_tokens: of an answer; also what a request gets that does not say.
-        max_body: bytes of a request body; to tokenise such a text takes up to 250 times as much memory for a moment.
+        max_concurrent: answers that run at once.
+        max_waiting: requests that wait for one of these to finish.
+        max_new_tokens: tokens of one answer; also the default of a request that names no limit.
+        max_body: bytes of a request body. Tokenizing a text briefly takes up to 250 times its size in memory.
     """
 
     max_concurrent: int = 2
@@ -30,21 +31,50 @@ class ServiceLimits(msgspec.Struct, frozen=True):
 
 
 class BoardRuntime(msgspec.Struct, frozen=True):
-    """What answers are made with, once it is loaded; one for the whole process.
+    """What every answer is generated with; loaded once per process, replaced as a whole when the configuration changes.
 
     Attributes:
-        surroundings: what the probes know now.
-        model: which target, where a request names none; empty for the verifier's default.
-        power: what a board of its profile draws; None if nobody knows.
-        on_link_loss: without a verifier, where a request does not say; see `Generation`.
-        memory: of verified text; None for none.
+        surroundings: returns the current probe readings.
+        model: target model of requests that name none; empty for the verifier's default.
+        power: power draw of a board of this profile; None if the profile does not say.
+        on_link_loss: default of requests that do not say what to do without a verifier; see `Generation`.
+        ngram_cache: verified text that improves the drafts; None for none.
     """
 
     draft: OnnxDraft
-    chat: ChatTemplate
+    chat_template: ChatTemplate
     planner: Planner
     surroundings: Callable[[], Surroundings]
     model: str = ""
     power: BoardPower | None = None
     on_link_loss: OnLinkLoss = "wait"
-    memory: NgramCache | None = None
+    ngram_cache: NgramCache | None = None
+
+
+class ServiceState:
+    """What the lifecycle changes and request handlers read.
+
+    Attributes:
+        limits: current limits.
+        keys: accepted API keys; empty if none are required.
+        board: None until the draft model is loaded.
+        stopping: the service drains and accepts no new answers.
+    """
+
+    def __init__(self, limits: ServiceLimits, keys: frozenset[str]) -> None:
+        self.limits = limits
+        self.keys = keys
+        self.board: BoardRuntime | None = None
+        self.stopping = False
+
+    def require_board(self) -> BoardRuntime:
+        """Return the loaded board. Raises ApiError (503) while the draft model is loading or the service drains."""
+        if self.stopping or self.board is None:
+            raise ApiError(
+                503,
+                "the service is stopping" if self.stopping else "the draft model is still loading; try again shortly",
+                kind=SERVER_ERROR,
+                code="stopping" if self.stopping else "starting",
+                retry_after=BRIEF_RETRY_SECONDS,
+            )
+        return self.board

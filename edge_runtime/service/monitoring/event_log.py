@@ -1,8 +1,8 @@
-"""The last minutes of what the board did, for any number of late, slow and absent watchers.
+"""A bounded log of recent events that any number of late or slow subscribers can read without costing memory.
 
-Events wait in two rings: moments and gauges, so that many tokens do not push the gauges' history out. A watcher is no
-more than a place in the rings, so nothing is kept for it; one that falls behind the rings is dropped. What an event
-says is worked out when the first watcher asks for it, and not at all where nobody does.
+Events are kept in two ring buffers, gauges and all others, so that many tokens do not push out the history of the
+gauges. A subscriber is only a position in the log; one that falls behind the ring is disconnected. An event is built
+and encoded when the first subscriber reads it, and never if there is none.
 """
 
 from __future__ import annotations
@@ -17,117 +17,118 @@ from edge_runtime.service.errors import RATE_LIMIT, ApiError
 from edge_runtime.service.monitoring.events import Event, GaugeSample
 from edge_runtime.service.sse import encode_event
 
-# Events that are kept: two or three a round; and one each second.
+# All values below are chosen. History: two or three events per round, and one gauge sample per second.
 MAX_EVENTS = 4000
 MAX_GAUGES = 600
-MAX_WATCHERS = 16
+MAX_SUBSCRIBERS = 16
 RETRY_SECONDS = 10
-# Events that are a hundredth of a second apart go out together.
+# Events within this time are sent in one write.
 BATCH_SECONDS = 0.03
-# Something is said so often, so that both ends learn when the other has gone.
+# Interval of keep-alive comments, from which both ends notice a lost connection.
 KEEPALIVE_SECONDS = 15.0
-# Events of one write.
 MAX_EVENTS_PER_WRITE = 200
-# A watcher that takes nothing for so long is dropped.
+# A subscriber that takes no data for this long is disconnected.
 SEND_TIMEOUT_SECONDS = 20.0
 
 
-class _Kept:
-    """An event in a ring: what makes it until it is read, and its bytes from then on."""
+class _LogEntry:
+    """An event: the function that builds it until it is first read, its bytes afterwards."""
 
-    __slots__ = ("_bytes", "_make", "number")
+    __slots__ = ("_build", "_bytes", "number")
 
-    def __init__(self, number: int, make: Callable[[], Event]) -> None:
+    def __init__(self, number: int, build: Callable[[], Event]) -> None:
         self.number = number
-        self._make: Callable[[], Event] | None = make
+        self._build: Callable[[], Event] | None = build
         self._bytes = b""
 
-    def bytes(self, feed: str) -> bytes:
-        if self._make is not None:
-            self._bytes = encode_log_event(self._make(), f"{feed}-{self.number}")
-            self._make = None
+    def encode(self, log_id: str) -> bytes:
+        if self._build is not None:
+            self._bytes = encode_log_event(self._build(), f"{log_id}-{self.number}")
+            self._build = None
         return self._bytes
 
 
 class EventLog:
-    """Everything that happened of late. On the event loop only.
+    """Recent events. Used on the event loop only.
 
     Attributes:
-        name: of this feed, no other's.
+        id: random id of this log, the prefix of its event ids.
     """
 
     def __init__(self) -> None:
-        self.name = secrets.token_hex(4)
-        self._moments: deque[_Kept] = deque(maxlen=MAX_EVENTS)
-        self._gauges: deque[_Kept] = deque(maxlen=MAX_GAUGES)
-        self._last = 0
-        # The newest moment that is in the ring no more.
-        self._forgotten = 0
-        self._watchers: set[asyncio.Event] = set()
-        self._dismissals = 0
+        self.id = secrets.token_hex(4)
+        self._events: deque[_LogEntry] = deque(maxlen=MAX_EVENTS)
+        self._gauges: deque[_LogEntry] = deque(maxlen=MAX_GAUGES)
+        self._last_number = 0
+        # Number of the newest event that has been dropped from `_events`.
+        self._last_dropped = 0
+        self._subscribers: set[asyncio.Event] = set()
+        self._disconnects = 0
         self._closed = False
 
-    def add(self, make: Callable[[], Event]) -> None:
-        """Something happened: `make` says what, if anybody wants to know. It must say the same whenever it is asked."""
-        if len(self._moments) == MAX_EVENTS:
-            self._forgotten = self._moments[0].number
-        self._add(self._moments, make)
+    def append(self, build: Callable[[], Event]) -> None:
+        """Append an event. `build` is called at most once, at any later time, and must not depend on when."""
+        if len(self._events) == MAX_EVENTS:
+            self._last_dropped = self._events[0].number
+        self._append_to(self._events, build)
 
-    def add_gauges(self, gauges: GaugeSample) -> None:
-        """How the board does now."""
-        self._add(self._gauges, lambda: gauges)
+    def append_gauges(self, gauges: GaugeSample) -> None:
+        """Append a gauge sample."""
+        self._append_to(self._gauges, lambda: gauges)
 
-    def dismiss(self) -> None:
-        """Ends all streams at once: who may watch still will come again."""
-        self._dismissals += 1
+    def disconnect_all(self) -> None:
+        """End all streams at once; subscribers may reconnect."""
+        self._disconnects += 1
         self._wake()
 
     def close(self) -> None:
-        """Ends all streams, once they have said what there was."""
+        """End all streams after they have delivered every event."""
         self._closed = True
         self._wake()
 
-    def check_room(self) -> None:
-        """Raises Refusal (429) where too many watch already."""
-        if len(self._watchers) >= MAX_WATCHERS:
+    def check_capacity(self) -> None:
+        """Raise ApiError (429) if there are too many subscribers."""
+        if len(self._subscribers) >= MAX_SUBSCRIBERS:
             raise ApiError(
                 429,
-                f"{MAX_WATCHERS} watch this board already: close one of its pages",
+                f"{MAX_SUBSCRIBERS} clients already watch this board: close one of its pages",
                 kind=RATE_LIMIT,
                 code="rate_limit_exceeded",
                 retry_after=RETRY_SECONDS,
             )
 
-    async def stream(self, greeting: Event, after: str, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
-        """Server-sent events: `greeting`, the history, and what happens from now on.
+    async def stream(
+        self, greeting: Event, last_event_id: str, disconnected: asyncio.Future[None]
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events: `greeting`, the history, and everything that happens from now on.
 
-        Ends when the feed is closed, when `gone` is done, when all are dismissed, or when the next event is forgotten:
-        it is read too slowly.
+        Ends when the log is closed, `disconnected` completes, all subscribers are disconnected, or the subscriber has
+        fallen so far behind that its next event is no longer in the log.
 
         Args:
-            after: id of the last event that is known already; of another feed, it means nothing.
+            last_event_id: the last event that the subscriber has received; ignored if it is of another log.
         """
         changed = asyncio.Event()
-        self._watchers.add(changed)
-        gone.add_done_callback(lambda _: changed.set())
+        self._subscribers.add(changed)
+        disconnected.add_done_callback(lambda _: changed.set())
         try:
             yield encode_log_event(greeting)
-            feed, _, number = after.partition("-")
-            known = int(number) if feed == self.name and number.isdecimal() else 0
-            first, dismissals = True, self._dismissals
-            while not gone.done() and dismissals == self._dismissals:
+            log_id, _, number = last_event_id.partition("-")
+            position = int(number) if log_id == self.id and number.isdecimal() else 0
+            first, disconnects = True, self._disconnects
+            while not disconnected.done() and disconnects == self._disconnects:
                 changed.clear()
-                if self._forgotten > known and not first:
+                if self._last_dropped > position and not first:
                     return
                 first = False
-                news = self._since(known)
-                for start in range(0, len(news), MAX_EVENTS_PER_WRITE):
-                    together = news[start : start + MAX_EVENTS_PER_WRITE]
-                    yield b"".join(kept.bytes(self.name) for kept in together)
-                    known = together[-1].number
-                if self._closed and known == self._last:
+                entries = self._entries_after(position)
+                for start in range(0, len(entries), MAX_EVENTS_PER_WRITE):
+                    batch = entries[start : start + MAX_EVENTS_PER_WRITE]
+                    yield b"".join(entry.encode(self.id) for entry in batch)
+                    position = batch[-1].number
+                if self._closed and position == self._last_number:
                     return
-                if known == self._last:
+                if position == self._last_number:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(KEEPALIVE_SECONDS):
                             await changed.wait()
@@ -135,28 +136,28 @@ class EventLog:
                         yield b": still here\n\n"
                     await asyncio.sleep(BATCH_SECONDS)
         finally:
-            self._watchers.discard(changed)
+            self._subscribers.discard(changed)
 
-    def _add(self, ring: deque[_Kept], make: Callable[[], Event]) -> None:
-        self._last += 1
-        ring.append(_Kept(self._last, make))
+    def _append_to(self, ring: deque[_LogEntry], build: Callable[[], Event]) -> None:
+        self._last_number += 1
+        ring.append(_LogEntry(self._last_number, build))
         self._wake()
 
     def _wake(self) -> None:
-        for changed in self._watchers:
+        for changed in self._subscribers:
             changed.set()
 
-    def _since(self, number: int) -> list[_Kept]:
-        """What came behind `number` and is still known, in order."""
+    def _entries_after(self, number: int) -> list[_LogEntry]:
+        """Return the entries of both rings after `number`, in order."""
         found = []
-        for ring in (self._moments, self._gauges):
-            for kept in reversed(ring):
-                if kept.number <= number:
+        for ring in (self._events, self._gauges):
+            for entry in reversed(ring):
+                if entry.number <= number:
                     break
-                found.append(kept)
-        return sorted(found, key=lambda kept: kept.number)
+                found.append(entry)
+        return sorted(found, key=lambda entry: entry.number)
 
 
-def encode_log_event(news: Event, name: str = "") -> bytes:
-    """One server-sent event."""
-    return (f"id: {name}\n".encode() if name else b"") + encode_event(news)
+def encode_log_event(event: Event, event_id: str = "") -> bytes:
+    """Encode one server-sent event, with an id if it is part of the log."""
+    return (f"id: {event_id}\n".encode() if event_id else b"") + encode_event(event)

@@ -1,7 +1,7 @@
-"""What the board tells those who watch it: one struct for each kind of event of `GET /events`.
+"""The events of `GET /events`, one struct per type.
 
-An event's `type` is the struct's name in lower case. Times are seconds, sizes are bytes of TCP payload, all framing
-included. A field that the board has no sensor for, or that says nothing, is left out.
+The type of an event is its field `type`, the tag of its struct. Times are seconds, sizes are bytes of TCP payload with
+all framing included. Fields that equal their default, for example of sensors that the board does not have, are omitted.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_de
 
 
 class BoardInfo(Event, frozen=True, tag="board"):
-    """Who speaks; the first event of every stream.
+    """Identity and settings of the service; the first event of every stream.
 
     Attributes:
-        feed: another one means that the service was started anew, and that answers are numbered from 1 again.
+        feed: id of the event log. A new id means that the service was restarted and numbers answers from 1 again.
         version: of this software.
-        ready: the draft is loaded; false for the time until then.
+        ready: whether the draft model is loaded.
         verifier: base URL.
-        privacy: of the way there: encrypted, on this machine alone, or in clear.
-        max_new_tokens: of an answer.
+        privacy: whether traffic to the verifier is encrypted, stays on this machine, or travels in clear.
+        max_new_tokens: limit of one answer.
     """
 
     feed: str
@@ -44,13 +44,13 @@ class BoardInfo(Event, frozen=True, tag="board"):
 
 
 class AnswerStarted(Event, frozen=True, tag="begun"):
-    """An answer is being written.
+    """An answer got its slot.
 
     Attributes:
         answer: its number.
-        prompt: the end of the prompt.
-        prompt_tokens: of the whole prompt.
-        queued_seconds: that it waited for its place.
+        prompt: text of the end of the prompt.
+        prompt_tokens: length of the whole prompt.
+        queued_seconds: time in the admission queue.
     """
 
     answer: int
@@ -64,7 +64,7 @@ class AnswerStarted(Event, frozen=True, tag="begun"):
 
 
 class PlanChosen(Event, frozen=True, tag="planned"):
-    """A decision, and why; see `planning.plan.Plan`."""
+    """The planner decided on a round; see `planning.plan.Plan`."""
 
     answer: int
     draft: int
@@ -76,13 +76,13 @@ class PlanChosen(Event, frozen=True, tag="planned"):
 
 
 class TokensAdded(Event, frozen=True, tag="tokens"):
-    """An answer grew. Each string is what one token adds to the text; it may be empty.
+    """An answer grew. Each string is the text that one token adds; it may be empty.
 
     Attributes:
-        accepted: drafted on the board, and accepted by the target.
-        own: the target's own tokens behind them.
-        withdrawn: unverified tokens of the last such event that the target did not agree to; they come off first.
-        unverified: what the draft goes on with for now, behind all verified tokens: the whole of it.
+        accepted: draft tokens that the target accepted.
+        own: the target's own tokens after them.
+        withdrawn: unverified tokens of the previous such event that the target rejected; they are removed first.
+        unverified: all tokens after the verified text that the draft model generated without a verifier.
     """
 
     answer: int
@@ -93,12 +93,12 @@ class TokensAdded(Event, frozen=True, tag="tokens"):
 
 
 class RoundFinished(Event, frozen=True, tag="round"):
-    """What a round came to; see `planning.plan.Outcome`.
+    """The outcome of a round; see `planning.plan.Outcome`.
 
     Attributes:
-        corrected: index among the answer's tokens of the one that replaced a drafted token; none where all were
-            accepted, or none was drafted.
-        link_seconds: between sending the round and its last frame, without the verifier's own time.
+        corrected: index, among the answer's tokens, of the token that replaced a rejected draft token; None if all
+            were accepted or none was drafted.
+        link_seconds: from sending the round to its last frame, minus the verifier's own time.
     """
 
     answer: int
@@ -117,11 +117,11 @@ class RoundFinished(Event, frozen=True, tag="round"):
 
 
 class AnswerFinished(Event, frozen=True, tag="ended"):
-    """An answer is over.
+    """An answer ended.
 
     Attributes:
-        outcome: its finish reason, or an error's code.
-        message: the error's.
+        outcome: its finish reason or an error code.
+        message: the error message.
     """
 
     answer: int
@@ -135,18 +135,18 @@ class AnswerFinished(Event, frozen=True, tag="ended"):
 
 
 class GaugeSample(Event, frozen=True, tag="gauges"):
-    """How the board does; once a second.
+    """The state of the board, sampled once a second.
 
     Attributes:
-        running, waiting: requests.
-        tokens, rounds, drafts, drafted, accepted: since the start: tokens of answers, rounds, rounds with a draft,
-            drafted tokens, and those that were accepted.
-        sent, received: since the start, over all connections to the verifier.
+        running, waiting: answers that run, and requests in the admission queue.
+        tokens, rounds, drafts, drafted, accepted: totals since the start: tokens of answers, rounds, rounds with a
+            draft, draft tokens, and accepted draft tokens.
+        sent, received: bytes since the start, over all connections to the verifier.
         verifier, privacy: see `BoardInfo`; the verifier may change.
-        fault: why the last answer or round failed on the way to the verifier; empty once one has worked again.
-        joules: that the board drew since the start, as far as known.
-        watts: that it draws now.
-        energy: where these two come from: the board's own sensors, or its profile's figures, which are modelled.
+        fault: why the last answer or round could not reach the verifier; empty once one has succeeded again.
+        joules: energy drawn since the start, as far as known.
+        watts: current power draw.
+        energy: source of the last two: the board's sensors, or modelled from the figures of its profile.
         battery_joules, on_battery, celsius, throttled, metered: see `planning.plan.Surroundings`.
         battery_percent: charge.
     """

@@ -1,4 +1,4 @@
-"""How the board does, once a second: gauges for the feed, and the joules that it drew."""
+"""Samples the state of the board once a second and integrates the energy that it draws."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from edge_runtime.settings import is_in_clear
 from edge_runtime.verifier import VerifierClient
 
 PERIOD_SECONDS = 1.0
-# After a longer pause nobody knows what the board drew meanwhile: it slept.
+# After a longer gap between samples the board has been suspended, and its power draw meanwhile is unknown; chosen.
 MAX_GAP_SECONDS = 10.0
 
 
 class GaugeSampler:
-    """Gauges, and the energy that nobody else adds up.
+    """Samples gauges.
 
     Attributes:
-        surroundings: what the probes know; None before the draft is loaded.
-        power: what a board of this profile draws idle and busy; None where no profile says.
-        joules: drawn since the start, by source; empty as long as nothing is known.
+        surroundings: returns the current probe readings; None before the draft model is loaded.
+        power: idle and busy power draw of a board of this profile; None if the profile does not say.
+        joules: energy drawn since the start, by source; empty while nothing is known.
     """
 
-    def __init__(self, feed: EventLog, totals: ServiceTotals, queue: AdmissionQueue, client: VerifierClient) -> None:
+    def __init__(
+        self, event_log: EventLog, totals: ServiceTotals, queue: AdmissionQueue, client: VerifierClient
+    ) -> None:
         self.surroundings: Callable[[], Surroundings] | None = None
         self.power: BoardPower | None = None
         self.joules: dict[Literal["sensor", "profile"], float] = {}
-        self._feed = feed
+        self._event_log = event_log
         self._totals = totals
         self._queue = queue
         self._client = client
-        self._last = time.monotonic()
-        self._draft_seconds = totals.draft_seconds
+        self._last_sample = time.monotonic()
+        self._last_draft_seconds = totals.draft_seconds
 
     async def run(self) -> None:
-        """Tells the feed once a second, until it is cancelled."""
+        """Append a sample to the event log every second, until cancelled."""
         while True:
             await asyncio.sleep(PERIOD_SECONDS)
-            self._feed.add_gauges(self.take())
+            self._event_log.append_gauges(self.sample())
 
-    def take(self) -> GaugeSample:
-        """The gauges now; adds what the board drew since the last call to `joules`."""
-        known = self.surroundings() if self.surroundings else Surroundings()
-        energy, watts = self._draw(known)
+    def sample(self) -> GaugeSample:
+        """Return the current gauges, and add the energy drawn since the last call to `joules`."""
+        readings = self.surroundings() if self.surroundings else Surroundings()
+        energy, watts = self._integrate_energy(readings)
         totals, (sent, received) = self._totals, self._client.meter.total
         return GaugeSample(
             at=time.time(),
@@ -66,27 +68,27 @@ class GaugeSampler:
             verifier=self._client.url,
             privacy=classify_privacy(self._client.url),
             fault=totals.fault,
-            rtt_seconds=known.rtt_seconds,
+            rtt_seconds=readings.rtt_seconds,
             joules=round(sum(self.joules.values()), 2) if self.joules else None,
             watts=watts,
             energy=energy,
-            battery_joules=known.joules_left,
-            battery_percent=known.battery_percent,
-            on_battery=known.on_battery,
-            celsius=known.celsius,
-            throttled=known.throttled,
-            metered=known.metered,
+            battery_joules=readings.joules_left,
+            battery_percent=readings.battery_percent,
+            on_battery=readings.on_battery,
+            celsius=readings.celsius,
+            throttled=readings.throttled,
+            metered=readings.metered,
         )
 
-    def _draw(self, known: Surroundings) -> tuple[Literal["", "sensor", "profile"], float | None]:
-        """Counts the joules since the last call; their source, and the watts."""
-        now, drafted = time.monotonic(), self._totals.draft_seconds
-        seconds, busy = now - self._last, drafted - self._draft_seconds
-        self._last, self._draft_seconds = now, drafted
+    def _integrate_energy(self, readings: Surroundings) -> tuple[Literal["", "sensor", "profile"], float | None]:
+        """Add the energy since the last call to `joules`; return its source and the current power draw."""
+        now, draft_seconds = time.monotonic(), self._totals.draft_seconds
+        seconds, busy = now - self._last_sample, draft_seconds - self._last_draft_seconds
+        self._last_sample, self._last_draft_seconds = now, draft_seconds
         source: Literal["sensor", "profile"] = "sensor"
-        watts = known.watts
+        watts = readings.watts
         if watts is None and self.power is not None:
-            # Several answers draft at once, and no processor is more than busy.
+            # Several answers may draft at once, but the processor is never more than fully busy.
             share = min(1.0, busy / max(seconds, 1e-3))
             source, watts = "profile", self.power.idle_watts + share * (self.power.busy_watts - self.power.idle_watts)
         if watts is None:
@@ -96,7 +98,7 @@ class GaugeSampler:
 
 
 def classify_privacy(url: str) -> Privacy:
-    """Who can read on the way to `url`: nobody for one of two reasons, or everybody."""
+    """Return how traffic to `url` is protected: encrypted, local to this machine, or not at all."""
     if is_in_clear(url):
         return "clear"
     return "tls" if url.lower().startswith("https:") else "loopback"

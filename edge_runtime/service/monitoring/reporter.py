@@ -1,4 +1,4 @@
-"""What the feed hears of answers: their tokens as text, plans, rounds, and ends."""
+"""Reports one answer to the event log: its start, tokens as text, plans, rounds, and end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from edge_runtime.service.answer import Answer
 from edge_runtime.service.monitoring import events
 from edge_runtime.service.monitoring.event_log import EventLog
 
-# Tokens at the end of a prompt that are shown.
-PROMPT_TOKENS = 300
-ALONE = "none can be reached; the draft goes on alone, and what it says is to be verified yet"
+# Tokens shown of the end of a prompt; chosen.
+SHOWN_PROMPT_TOKENS = 300
+OFFLINE_FAULT = "none can be reached; the draft model continues alone, and its text is not yet verified"
 
 
 class ServiceTotals(msgspec.Struct):
-    """What is told of all answers together, from the start of the process; see `news.GaugeSample`."""
+    """Totals of all answers since the start of the process; see `events.GaugeSample`."""
 
     answers: int = 0
     tokens: int = 0
@@ -34,36 +34,39 @@ class ServiceTotals(msgspec.Struct):
 
 
 class AnswerReporter:
-    """Tells the feed of one answer."""
+    """Writes the events of one answer.
 
-    def __init__(self, feed: EventLog, totals: ServiceTotals, answer: Answer, tokenizer: Tokenizer) -> None:
-        # Given when it begins: some never do.
+    The functions that build events must not refer to the reporter: the log keeps them, and would keep the answer and
+    the KV cache of its draft model alive.
+    """
+
+    def __init__(self, event_log: EventLog, totals: ServiceTotals, answer: Answer, tokenizer: Tokenizer) -> None:
+        # Assigned when the answer starts; an answer may end in the queue.
         self._number = 0
-        self._asked = time.perf_counter()
-        self._feed = feed
+        self._created = time.perf_counter()
+        self._event_log = event_log
         self._totals = totals
         self._answer = answer
-        self._text = Transcript(tokenizer)
+        self._transcript = LazyTranscript(tokenizer)
         self._unverified: list[int] = []
-        # Index of the first token of the target's own in the round that is being told.
+        # Index of the first own token of the target in the current round.
         self._first_own: int | None = None
 
-    def begin(self) -> None:
-        """It has its place."""
+    def report_start(self) -> None:
+        """The answer got its slot."""
         self._totals.answers += 1
         self._number = self._totals.answers
-        # What is kept must not keep the answer, with the draft's keys and values: no `self` in what makes news.
-        order, at, tokenizer, number = self._answer.request, time.time(), self._text.tokenizer, self._number
-        queued_seconds = round(time.perf_counter() - self._asked, 4)
-        end, count = order.prompt[-PROMPT_TOKENS:], len(order.prompt)
-        most, sampling, speculation = order.max_new_tokens, order.sampling, order.speculation
-        self._feed.add(
+        request, at, tokenizer, number = self._answer.request, time.time(), self._transcript.tokenizer, self._number
+        queued_seconds = round(time.perf_counter() - self._created, 4)
+        end, prompt_tokens = request.prompt[-SHOWN_PROMPT_TOKENS:], len(request.prompt)
+        max_new_tokens, sampling, speculation = request.max_new_tokens, request.sampling, request.speculation
+        self._event_log.append(
             lambda: events.AnswerStarted(
                 at=at,
                 answer=number,
-                prompt=("… " if count > len(end) else "") + tokenizer.decode(end),
-                prompt_tokens=count,
-                max_new_tokens=most,
+                prompt=("… " if prompt_tokens > len(end) else "") + tokenizer.decode(end),
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=max_new_tokens,
                 temperature=sampling.temperature,
                 seed=sampling.seed,
                 speculation=speculation,
@@ -71,37 +74,36 @@ class AnswerReporter:
             )
         )
 
-    def hear(self, piece: VerifiedTokens) -> None:
-        """It grew, verified or not."""
-        text, at, tail, number = self._text, time.time(), self._unverified, self._number
-        start, middle = len(text.ids), len(text.ids) + len(piece.accepted)
-        text.ids += piece.accepted + piece.own
-        end = len(text.ids)
+    def report_tokens(self, tokens: VerifiedTokens) -> None:
+        """The text grew, or its unverified tail changed."""
+        transcript, at, tail, number = self._transcript, time.time(), self._unverified, self._number
+        start, middle = len(transcript.ids), len(transcript.ids) + len(tokens.accepted)
+        transcript.ids += tokens.accepted + tokens.own
+        end = len(transcript.ids)
         self._totals.tokens += end - start
         if end > start:
             self._totals.fault = ""
-        elif piece.unverified:
-            self._totals.fault = ALONE
-        if piece.own and self._first_own is None:
+        elif tokens.unverified:
+            self._totals.fault = OFFLINE_FAULT
+        if tokens.own and self._first_own is None:
             self._first_own = middle
-        self._unverified = list(piece.unverified)
-        withdrawn = tail[accepted_length(tail, text.ids[start:] + self._unverified) :]
-        unverified = self._unverified
-        self._feed.add(
+        unverified = self._unverified = list(tokens.unverified)
+        withdrawn = tail[accepted_length(tail, transcript.ids[start:] + unverified) :]
+        self._event_log.append(
             lambda: events.TokensAdded(
                 at=at,
                 answer=number,
-                accepted=text.between(start, middle),
-                own=text.between(middle, end),
-                # What they look like depends on what was before them then.
-                withdrawn=text.behind(start + len(tail) - len(withdrawn), withdrawn),
-                unverified=text.behind(end, unverified),
+                accepted=transcript.texts(start, middle),
+                own=transcript.texts(middle, end),
+                # Decoded after the tokens that preceded them when they were shown.
+                withdrawn=transcript.decode_after(start + len(tail) - len(withdrawn), withdrawn),
+                unverified=transcript.decode_after(end, unverified),
             )
         )
 
-    def plan(self, plan: Plan) -> None:
+    def report_plan(self, plan: Plan) -> None:
         """A round was planned."""
-        planned = events.PlanChosen(
+        event = events.PlanChosen(
             at=time.time(),
             answer=self._number,
             draft=plan.draft,
@@ -111,10 +113,10 @@ class AnswerReporter:
             ahead=plan.ahead,
             watch=plan.watch,
         )
-        self._feed.add(lambda: planned)
+        self._event_log.append(lambda: event)
 
-    def observe(self, outcome: Outcome) -> None:
-        """A round is over; its tokens have been told."""
+    def report_round(self, outcome: Outcome) -> None:
+        """A round finished; its tokens have been reported before."""
         totals = self._totals
         totals.rounds += 1
         totals.drafts += outcome.drafted > 0
@@ -123,7 +125,7 @@ class AnswerReporter:
         totals.draft_seconds += outcome.draft_seconds
         corrected = self._first_own if outcome.accepted < outcome.drafted else None
         self._first_own = None
-        round_ = events.RoundFinished(
+        event = events.RoundFinished(
             at=time.time(),
             answer=self._number,
             planned=outcome.plan.draft,
@@ -139,20 +141,20 @@ class AnswerReporter:
             ready=outcome.ready,
             corrected=corrected,
         )
-        self._feed.add(lambda: round_)
+        self._event_log.append(lambda: event)
 
-    def alone(self, reason: str, tokens: int) -> None:
-        """The cloud writes by itself, without planning."""
-        self.plan(Plan(0, own=tokens, reason=reason))
+    def report_target_only(self, reason: str, tokens: int) -> None:
+        """The target generates up to `tokens` tokens alone, without a planner."""
+        self.report_plan(Plan(0, own=tokens, reason=reason))
 
-    def end(self, outcome: str) -> None:
-        """It is over, if it ever began."""
+    def report_end(self, outcome: str) -> None:
+        """The answer ended with this finish reason or error code; no event if it never started."""
         answer = self._answer
         if isinstance(answer.error, VerifierUnreachable):
             self._totals.fault = str(answer.error)
         if not self._number:
             return
-        ended = events.AnswerFinished(
+        event = events.AnswerFinished(
             at=time.time(),
             answer=self._number,
             outcome=outcome,
@@ -163,30 +165,30 @@ class AnswerReporter:
             seconds=round(answer.seconds, 4),
             message=str(answer.error) if answer.error else "",
         )
-        self._feed.add(lambda: ended)
+        self._event_log.append(lambda: event)
 
 
-class Transcript:
-    """A text whose tokens become text when somebody reads them.
+class LazyTranscript:
+    """The tokens of an answer, decoded only when they are read.
 
     Attributes:
-        ids: all tokens; grows.
+        ids: all verified tokens so far; appended to by its owner.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._detokeniser = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer)
         self._texts: list[str] = []
 
-    def between(self, start: int, end: int) -> list[str]:
-        """What each of these tokens adds."""
+    def texts(self, start: int, end: int) -> list[str]:
+        """Return the text that each of the tokens from `start` to `end` adds."""
         for token in self.ids[len(self._texts) : end]:
-            self._texts.append(self._detokeniser.step(token))
+            self._texts.append(self._detokenizer.step(token))
         return self._texts[start:end]
 
-    def behind(self, end: int, tail: list[int]) -> list[str]:
-        """What each token of `tail` would add behind the first `end` tokens."""
+    def decode_after(self, end: int, tail: list[int]) -> list[str]:
+        """Return the text that each token of `tail` would add after the first `end` tokens."""
         if not tail:
             return []
         return decode_after(self.tokenizer, self.ids[max(0, end - CONTEXT_TOKENS) : end], tail)

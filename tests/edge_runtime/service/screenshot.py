@@ -54,7 +54,7 @@ async def main() -> None:
 
     async with both(target, OnnxDraft.load(BUNDLE), surroundings=surroundings) as pair:
         # The link is this one.
-        meter = pair.service._client.meter
+        meter = pair.service.client.meter
         await asyncio.to_thread(shoot, pair.url, STATIC_DIRECTORY / "dashboard.png")
 
 

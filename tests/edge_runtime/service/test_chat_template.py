@@ -48,8 +48,8 @@ def test_templates_say_what_they_say_in_transformers(
     chat = load_chat_template(bundle_with(tmp_path, template=template, config=config))
     talk = TALK[1:]
     expected = reference.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
-    assert chat.text(talk) == expected
-    assert chat.stops == []
+    assert chat.render(talk) == expected
+    assert chat.stop_strings == []
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_templates_say_what_they_say_in_transformers(
 )
 def test_a_template_in_the_configuration(tmp_path: Path, config: object) -> None:
     chat = load_chat_template(bundle_with(tmp_path, config=json.dumps(config)))
-    assert chat.text(TALK[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render(TALK[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_file_is_preferred(tmp_path: Path) -> None:
     chat = load_chat_template(bundle_with(tmp_path, template="file", config='{"chat_template": "configuration"}'))
-    assert chat.text(TALK) == "file"
+    assert chat.render(TALK) == "file"
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"chat_template": [{"name": "rag", "template": "x"}]}'])
 def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -> None:
     chat = load_chat_template(bundle_with(tmp_path, config=config) if config else tmp_path)
-    assert chat.text(TALK[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
-    assert chat.stops == PLAIN_STOPS
+    assert chat.render(TALK[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
+    assert chat.stop_strings == PLAIN_STOPS
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -
 def test_a_template_may_refuse(tmp_path: Path, template: str, sentence: str) -> None:
     chat = load_chat_template(bundle_with(tmp_path, template=template))
     with pytest.raises(InputError, match=sentence):
-        chat.text(TALK)
+        chat.render(TALK)
 
 
 @pytest.mark.parametrize(

@@ -187,12 +187,12 @@ async def test_draining_cuts_what_takes_too_long(target: Target, draft: OnnxDraf
 
 async def test_before_the_draft_is_loaded_nothing_is_ready(target: Target, draft: OnnxDraft) -> None:
     async with both(target, draft) as pair, httpx.AsyncClient(base_url=pair.url) as client:
-        board, pair.service._board = pair.service._board, None
+        board, pair.service.state.board = pair.service.state.board, None
         assert (await client.get("/healthz")).status_code == 200
         for response in (await client.get("/readyz"), await client.post("/v1/completions", json={"prompt": "x"})):
             assert (response.status_code, response.json()["error"]["code"]) == (503, "starting")
             assert response.headers["retry-after"] == "1"
-        pair.service._board = board
+        pair.service.state.board = board
         assert (await client.get("/readyz")).status_code == 200
 
 

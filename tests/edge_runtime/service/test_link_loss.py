@@ -15,7 +15,7 @@ from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.service import app, sse
+from edge_runtime.service import routes, sse
 from tests.edge_runtime.service.conftest import Both, both
 from tests.edge_runtime.service.test_faults import until
 
@@ -151,7 +151,7 @@ async def test_a_stop_string_in_unverified_text_ends_it(target: Target, draft: O
 
 
 async def test_waiting_says_that_it_waits(target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(routes, "FIRST_TEXT_SECONDS", 0.3)
     monkeypatch.setattr(sse, "WAITING_SECONDS", 0.3)
     async with both(target, draft) as pair:
         wanted = await target_text(pair)
@@ -187,4 +187,4 @@ async def test_an_answer_that_nobody_awaits_any_more_does_not_wait(target: Targe
         async with httpx.AsyncClient() as client:
             with pytest.raises(httpx.ReadTimeout):
                 await client.post(f"{pair.url}/v1/completions", json=ORDER, timeout=0.5)
-        await until(lambda: not pair.service._queue.running)
+        await until(lambda: not pair.service.queue.running)

@@ -220,7 +220,7 @@ async def test_a_verifier_that_is_gone_is_told_until_it_is_back(target: Target, 
                 with contextlib.suppress(openai.APIStatusError):
                     await pair.client.completions.create(**ORDER, max_tokens=2)
                     break
-            assert pair.service._telling.pulse.take().fault == ""
+            assert pair.service.monitoring.sampler.sample().fault == ""
 
 
 async def test_what_the_draft_says_alone_is_told_as_such_and_comes_out_right(
@@ -305,7 +305,7 @@ def stream(feed: EventLog, after: str = "") -> tuple[AsyncIterator[bytes], async
 async def test_nothing_is_worked_out_before_somebody_asks_and_then_once() -> None:
     feed, made = EventLog(), []
     for number in (1, 2):
-        feed.add(lambda number=number: made.append(number) or moment(number))
+        feed.append(lambda number=number: made.append(number) or moment(number))
     assert made == []
     for _ in range(2):
         watcher, _ = stream(feed)
@@ -319,10 +319,10 @@ async def test_the_history_is_bounded_and_who_falls_behind_it_is_dropped() -> No
     feed = EventLog()
     watcher, _ = stream(feed)
     await anext(watcher)
-    feed.add(lambda: moment(1))
+    feed.append(lambda: moment(1))
     await anext(watcher)
     for number in range(2, feeding.MAX_EVENTS + 10):
-        feed.add(lambda number=number: moment(number))
+        feed.append(lambda number=number: moment(number))
     with pytest.raises(StopAsyncIteration):
         while True:
             await anext(watcher)
@@ -333,26 +333,26 @@ async def test_the_history_is_bounded_and_who_falls_behind_it_is_dropped() -> No
         heard += parsed((await anext(late)).decode())
     assert [line.news.answer for line in heard] == list(range(10, feeding.MAX_EVENTS + 10))
     # Gauges have a ring of their own, that moments do not push out.
-    assert len(feed._moments) == feeding.MAX_EVENTS
+    assert len(feed._events) == feeding.MAX_EVENTS
     await late.aclose()
 
 
 async def test_a_watcher_that_goes_leaves_nothing_behind_and_there_are_not_too_many() -> None:
     feed = EventLog()
-    watchers = [stream(feed) for _ in range(feeding.MAX_WATCHERS)]
+    watchers = [stream(feed) for _ in range(feeding.MAX_SUBSCRIBERS)]
     for watcher, _ in watchers:
-        feed.check_room()
+        feed.check_capacity()
         await anext(watcher)
-    with pytest.raises(ApiError, match="watch this board already") as refused:
-        feed.check_room()
+    with pytest.raises(ApiError, match="already watch this board") as refused:
+        feed.check_capacity()
     assert (refused.value.status, refused.value.retry_after) == (429, feeding.RETRY_SECONDS)
     ending = [asyncio.create_task(anext(watcher, b"end")) for watcher, _ in watchers]
     await asyncio.sleep(0)
     for _, gone in watchers:
         gone.set_result(None)
     assert await asyncio.gather(*ending) == [b"end"] * len(watchers)
-    feed.check_room()
-    assert not feed._watchers
+    feed.check_capacity()
+    assert not feed._subscribers
 
 
 async def test_with_other_keys_who_watches_must_show_one_again(target: Target, draft: OnnxDraft) -> None:
@@ -360,7 +360,7 @@ async def test_with_other_keys_who_watches_must_show_one_again(target: Target, d
         async with client.stream("GET", f"{pair.url}/events") as response:
             pieces = response.aiter_text()
             await anext(pieces)
-            board = pair.service._board
+            board = pair.service.state.board
             assert board is not None
             pair.service.reconfigure(ServiceLimits(max_new_tokens=9), frozenset({"other"}), board)
             async with asyncio.timeout(5):
@@ -390,7 +390,7 @@ async def test_who_takes_nothing_is_dropped() -> None:
 
 
 async def test_silence_is_broken_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "SILENCE_SECONDS", 0.01)
+    monkeypatch.setattr(feeding, "KEEPALIVE_SECONDS", 0.01)
     watcher, _ = stream(EventLog())
     await anext(watcher)
     assert await anext(watcher) == b": still here\n\n"
@@ -401,15 +401,17 @@ async def test_silence_is_broken_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 def reporter(draft: OnnxDraft, totals: ServiceTotals | None = None) -> tuple[EventLog, AnswerReporter]:
     feed = EventLog()
-    order = AnswerRequest(draft.tokenizer.encode(PROMPT).ids, Sampling(), 8, [])
+    order = AnswerRequest(
+        prompt=draft.tokenizer.encode(PROMPT).ids, sampling=Sampling(), max_new_tokens=8, stop_strings=[]
+    )
     telling = AnswerReporter(feed, totals or ServiceTotals(), Answer(order, draft.tokenizer), draft.tokenizer)
-    telling.begin()
+    telling.report_start()
     return feed, telling
 
 
 def told(feed: EventLog, kind: type[Event]) -> list[Event]:
     """What was added, in JSON and back."""
-    lines = [line.news for kept in feed._moments for line in parsed(kept.bytes("x").decode())]
+    lines = [line.news for kept in feed._events for line in parsed(kept.encode("x").decode())]
     return [news for news in lines if isinstance(news, kind)]
 
 
@@ -420,12 +422,12 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
 
     a, b, c, d = ids("\n")[:1], ids("    return")[:1], ids(" config")[:1], ids(" path")[:1]
     feed, telling = reporter(draft)
-    telling.hear(VerifiedTokens(a, [], []))
-    telling.hear(VerifiedTokens([], [], b))
-    telling.hear(VerifiedTokens([], [], b + c))
+    telling.report_tokens(VerifiedTokens(a, [], []))
+    telling.report_tokens(VerifiedTokens([], [], b))
+    telling.report_tokens(VerifiedTokens([], [], b + c))
     # The verifier is back: it agrees to the first, says another second, and the draft has gone on behind that.
-    telling.hear(VerifiedTokens(b, d, c))
-    telling.hear(VerifiedTokens([], [], []))
+    telling.report_tokens(VerifiedTokens(b, d, c))
+    telling.report_tokens(VerifiedTokens([], [], []))
     text = {id_: draft.tokenizer.decode([id_]) for (id_,) in (a, b, c, d)}
     first, second, third, fourth, fifth = told(feed, TokensAdded)
     assert (first.accepted, second.unverified, third.unverified) == (
@@ -442,8 +444,8 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
 async def test_what_is_kept_keeps_no_answer(draft: OnnxDraft) -> None:
     """Nobody has asked yet what happened, and the answer is gone with all that it was made with."""
     feed, telling = reporter(draft)
-    telling.hear(VerifiedTokens([1], [2], [3]))
-    telling.end("stop")
+    telling.report_tokens(VerifiedTokens([1], [2], [3]))
+    telling.report_end("stop")
     answer = weakref.ref(telling._answer)
     del telling
     gc.collect()
@@ -456,17 +458,19 @@ async def test_characters_that_span_tokens_come_whole(draft: OnnxDraft) -> None:
     ids = draft.tokenizer.encode(word, add_special_tokens=False).ids
     feed, telling = reporter(draft)
     for id_ in ids:
-        telling.hear(VerifiedTokens([id_], [], []))
+        telling.report_tokens(VerifiedTokens([id_], [], []))
     assert "".join(text for news in told(feed, TokensAdded) for text in news.accepted) == draft.tokenizer.decode(ids)
 
 
 async def test_a_long_prompt_is_told_by_its_end(draft: OnnxDraft) -> None:
     feed = EventLog()
-    order = AnswerRequest(draft.tokenizer.encode("import os\n" * 400).ids, Sampling(), 8, [])
+    order = AnswerRequest(
+        prompt=draft.tokenizer.encode("import os\n" * 400).ids, sampling=Sampling(), max_new_tokens=8, stop_strings=[]
+    )
     telling = AnswerReporter(feed, ServiceTotals(), Answer(order, draft.tokenizer), draft.tokenizer)
-    telling.end("cancelled")
-    assert not feed._moments, "it never began"
-    telling.begin()
+    telling.report_end("cancelled")
+    assert not feed._events, "it never began"
+    telling.report_start()
     (begun,) = told(feed, AnswerStarted)
     assert begun.prompt_tokens == len(order.prompt) > 500
     assert begun.prompt.startswith("… ")
@@ -485,10 +489,10 @@ async def gauges(
         pulse = GaugeSampler(EventLog(), totals, AdmissionQueue(1, 1), client)
         pulse.surroundings = None if known is None else lambda: known
         pulse.power = find_profile(profile).power if profile else None
-        pulse.take()
-        pulse._last -= 2.0
+        pulse.sample()
+        pulse._last_sample -= 2.0
         totals.draft_seconds += draft_seconds
-        return pulse.take(), pulse
+        return pulse.sample(), pulse
 
 
 async def test_sensors_that_a_board_lacks_are_absent_and_not_zero() -> None:
@@ -533,8 +537,8 @@ async def test_a_board_that_slept_did_not_draw_all_the_while() -> None:
     async with VerifierClient("http://127.0.0.1:1") as client:
         pulse = GaugeSampler(EventLog(), ServiceTotals(), AdmissionQueue(1, 1), client)
         pulse.surroundings = lambda: Surroundings(watts=5.0)
-        pulse._last -= 3600.0
-        assert pulse.take().joules == 0.0
+        pulse._last_sample -= 3600.0
+        assert pulse.sample().joules == 0.0
 
 
 @pytest.mark.parametrize(
@@ -556,5 +560,5 @@ def test_it_costs_little_when_nobody_watches(draft: OnnxDraft) -> None:
     piece = VerifiedTokens([1, 2, 3], [4], [])
     started = time.thread_time()
     for _ in range(1000):
-        telling.hear(piece)
+        telling.report_tokens(piece)
     assert (time.thread_time() - started) / 1000 < 2e-4

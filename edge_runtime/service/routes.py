@@ -1,0 +1,282 @@
+"""The HTTP API of the local service: routes, request bodies, and error responses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edge_runtime.common.metrics import CONTENT_TYPE
+from edge_runtime.protocol.errors import FlexSpecError, VerifierUnreachable
+from edge_runtime.service import dashboard
+from edge_runtime.service.answer import AnswerRequest
+from edge_runtime.service.answer_runner import AnswerRunner
+from edge_runtime.service.auth import RequestGuard
+from edge_runtime.service.errors import ApiError, to_api_error
+from edge_runtime.service.monitoring.hub import MonitoringHub
+from edge_runtime.service.monitoring.prometheus import ServiceMetrics
+from edge_runtime.service.openai_schema import (
+    ChatFormatter,
+    CompletionFormatter,
+    OpenAIModel,
+    OpenAIModelList,
+    ResponseFormatter,
+)
+from edge_runtime.service.openapi import build_document
+from edge_runtime.service.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    get_prompt,
+    get_sampling,
+    get_stop_strings,
+    parse_request,
+)
+from edge_runtime.service.sse import EventStream, stream_answer, wait_for_disconnect
+from edge_runtime.service.state import BoardRuntime, ServiceState
+from edge_runtime.verifier import VerifierClient
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+# All chosen. A stream waits this long for its first text before it sends status 200: until then, an error still has a
+# status of its own.
+FIRST_TEXT_SECONDS = 10.0
+# Limits for asking the verifier for its models, and for the arrival of a request body.
+MODELS_SECONDS = 5.0
+BODY_SECONDS = 30.0
+
+
+class Routes:
+    """Request handlers.
+
+    Attributes:
+        app: the ASGI application.
+        guard: checks every request; replaced when the API keys change.
+    """
+
+    def __init__(
+        self,
+        client: VerifierClient,
+        state: ServiceState,
+        guard: RequestGuard,
+        *,
+        runner: AnswerRunner,
+        monitoring: MonitoringHub,
+        metrics: ServiceMetrics,
+    ) -> None:
+        self.guard = guard
+        self._client = client
+        self._state = state
+        self._runner = runner
+        self._monitoring = monitoring
+        self._metrics = metrics
+        # One thread, so that the memory of tokenizing is needed for one text at a time.
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        # The verifier's last known models.
+        self._models: OpenAIModelList | None = None
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+                Route("/v1/models", self._guarded(self._list_models)),
+                Route("/v1/models/{model:path}", self._guarded(self._get_model)),
+                Route("/healthz", self._guarded(self._get_health)),
+                Route("/readyz", self._guarded(self._get_readiness)),
+                Route("/metrics", self._guarded(self._get_metrics)),
+                Route("/openapi.json", self._guarded(self._get_openapi)),
+                Route("/events", self._guarded(self._stream_events)),
+                *(Route(path, self._guarded(dashboard.serve_file)) for path in dashboard.PAGE_FILES),
+            ],
+            exception_handlers={HTTPException: _unknown_route},
+        )
+        self.app.router.redirect_slashes = False
+
+    async def _complete(self, request: Request) -> Response:
+        """POST /v1/completions: continue a text."""
+        board = self._state.require_board()
+        body = parse_request(await self._read_body(request), CompletionRequest)
+        prompt = get_prompt(body)
+        ids = prompt if isinstance(prompt, list) else await self._tokenize(board, prompt, add_special_tokens=True)
+        echo = ""
+        if body.echo:
+            echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
+        answer_request = self._make_answer_request(board, body, ids, body.max_tokens)
+        return await self._answer(request, body, answer_request, CompletionFormatter(echo, _wants_usage(body)))
+
+    async def _chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions: generate the next message of a conversation."""
+        board = self._state.require_board()
+        body = parse_request(await self._read_body(request), ChatRequest)
+        template = board.chat_template
+        text = template.render([{"role": message.role, "content": message.text} for message in body.messages])
+        # The template contains the special tokens.
+        ids = await self._tokenize(board, text, add_special_tokens=False)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        answer_request = self._make_answer_request(board, body, ids, max_tokens, template.stop_strings)
+        return await self._answer(request, body, answer_request, ChatFormatter(_wants_usage(body)))
+
+    async def _list_models(self, request: Request) -> Response:
+        """GET /v1/models: the verifier's models, or the last known ones while it cannot be reached."""
+        return _json_response(await self._fetch_models())
+
+    async def _get_model(self, request: Request) -> Response:
+        """GET /v1/models/{model}: one model by its id or exact version."""
+        wanted = request.path_params["model"]
+        for model in (await self._fetch_models()).data:
+            if wanted in (model.id, model.version):
+                return _json_response(model)
+        raise ApiError(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
+
+    async def _get_health(self, request: Request) -> Response:
+        """GET /healthz: the process is alive."""
+        return Response("ok\n", media_type="text/plain")
+
+    async def _get_readiness(self, request: Request) -> Response:
+        """GET /readyz: the draft model is loaded and answers can start."""
+        self._state.require_board()
+        return Response("ready\n", media_type="text/plain")
+
+    async def _get_metrics(self, request: Request) -> Response:
+        """GET /metrics: Prometheus metrics."""
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+
+    async def _get_openapi(self, request: Request) -> Response:
+        """GET /openapi.json: the description of this service."""
+        board = self._state.board
+        vocabulary_size = board.draft.manifest.architecture.vocabulary_size if board else 1 << 31
+        document = build_document(self._state.limits.max_body, bool(self._state.keys), vocabulary_size)
+        return Response(msgspec.json.encode(document), media_type="application/json")
+
+    async def _stream_events(self, request: Request) -> Response:
+        """GET /events: recent and live events of the board."""
+        return self._monitoring.respond(request)
+
+    def _make_answer_request(
+        self,
+        board: BoardRuntime,
+        body: GenerationRequest,
+        ids: list[int],
+        max_tokens: int | None,
+        stop_strings: list[str] | None = None,
+    ) -> AnswerRequest:
+        limit = self._state.limits.max_new_tokens
+        return AnswerRequest(
+            prompt=ids,
+            sampling=get_sampling(body, secrets.randbits(63)),
+            max_new_tokens=min(max_tokens or limit, limit),
+            stop_strings=(stop_strings or []) + get_stop_strings(body),
+            model=body.model or board.model,
+            speculation=body.speculation is not False,
+            on_link_loss=body.on_link_loss or board.on_link_loss,
+        )
+
+    async def _answer(
+        self, request: Request, body: GenerationRequest, answer_request: AnswerRequest, formatter: ResponseFormatter
+    ) -> Response:
+        """Run an answer and return it whole or as a stream; it is abandoned when the client disconnects."""
+        disconnected = asyncio.create_task(wait_for_disconnect(request))
+        answer = None
+        try:
+            answer = self._runner.start(answer_request, disconnected)
+            if body.stream:
+                await answer.wait_for_text(FIRST_TEXT_SECONDS)
+                return EventStream(stream_answer(answer, formatter, _wants_usage(body)), disconnected)
+            return _json_response(formatter.format_response(answer, await answer.read_all()))
+        finally:
+            if answer is None or answer.error or not body.stream:
+                disconnected.cancel()
+
+    async def _tokenize(self, board: BoardRuntime, text: str, *, add_special_tokens: bool) -> list[int]:
+        def encode() -> list[int]:
+            ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, encode)
+
+    async def _fetch_models(self) -> OpenAIModelList:
+        try:
+            async with asyncio.timeout(MODELS_SECONDS):
+                models = await self._client.models()
+        except (VerifierUnreachable, TimeoutError):
+            if self._models is None:
+                raise VerifierUnreachable(
+                    f"no answer from {self._client.url} within {MODELS_SECONDS:g} s; is it running, is the link up?"
+                ) from None
+        else:
+            created = int(time.time())
+            self._models = OpenAIModelList(
+                [OpenAIModel(model.id, created, model.version, model.context) for model in models.data]
+            )
+        return self._models
+
+    async def _read_body(self, request: Request) -> bytes:
+        """Read the body. Raises ApiError if its type is not JSON, it is too long, or it takes too long."""
+        # Browsers send this content type across origins only after a CORS preflight, which the service does not pass.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "send the body as JSON, with the header content-type: application/json")
+        limit, body, size = self._state.limits.max_body, bytearray(), 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                # An oversized body is read to its end: a client that is still sending would not read the response.
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= limit:
+                        body += chunk
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+        if size > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        return bytes(body)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Wrap a handler: check access first, and convert errors to OpenAI's error responses."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                self.guard.check(request)
+                return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                if not isinstance(error, (FlexSpecError, ApiError)):
+                    log.exception("%s %s failed", request.method, request.scope["path"])
+                return _error_response(to_api_error(error))
+
+        return handle
+
+
+def _wants_usage(body: GenerationRequest) -> bool:
+    return bool(body.stream and body.stream_options and body.stream_options.include_usage)
+
+
+def _json_response(message: msgspec.Struct, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(message), status, media_type="application/json")
+
+
+def _error_response(error: ApiError) -> Response:
+    response = _json_response(error.body, error.status)
+    if error.retry_after is not None:
+        response.headers["retry-after"] = str(error.retry_after)
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _unknown_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"no {request.method} {request.scope['path'][:80]} here; see /openapi.json"
+    response = _error_response(ApiError(error.status_code, message, code="unknown_route"))
+    response.headers.update(error.headers or {})
+    return response
