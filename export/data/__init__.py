@@ -1,1 +1,1 @@
-"""."""
+"""Text of the example family and of drafts: corpora, tokenizer, and token streams."""

@@ -1,9 +1,9 @@
-"""Openly licensed source text that is already on this machine: what the example model family is trained on.
+"""Collect the training corpus of the example family: openly licensed source text that is installed on this machine.
 
-Three domains: `python`, and `cpp` and `stubs` (what type checkers read) for targets that drift away from it. Every
-package that contributes is named here with its licence, and that name is checked against what the installed
-distribution itself declares, so a package that changes its licence stops the build instead of slipping in. Nothing is
-fetched, and the same installed versions give the same documents in the same order.
+There are three domains: `python` for the base target, `cpp` (headers) and `stubs` (type stubs) for the later target
+versions. Every contributing package is listed with its license, which is checked against the metadata of the installed
+distribution, so that a package whose license changes stops the build. Nothing is downloaded, and the same installed
+versions give the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from edge_runtime.protocol.errors import InputError
 
 MEGABYTE = 1_000_000
 HELD_OUT_PERCENT = 2
-# A file that is larger, or has longer lines, is a table or was generated; so is one made of digits.
-LARGEST_FILE = 400_000
-LONGEST_LINE = 400
-MOST_DIGITS = 0.2
-# Lines shorter than this (braces, `else:`) repeat everywhere and say nothing about duplication.
-TELLING_LINE = 24
-MOST_REPEATED = 0.6
+# Chosen: larger files, files with longer lines and files with more digits are tables or generated code.
+MAX_FILE_CHARACTERS = 400_000
+MAX_LINE_CHARACTERS = 400
+MAX_DIGIT_SHARE = 0.2
+# Chosen: shorter lines (braces, `else:`) occur everywhere and are no sign of duplication.
+MIN_DISTINCTIVE_LINE_CHARACTERS = 24
+MAX_REPEATED_SHARE = 0.6
 
 GENERATED = re.compile(r"@generated|(auto-?|automatically |was )generated|do not (edit|modify)", re.IGNORECASE)
-# Some files of a package carry another licence than the package. These are the ones we could not pass on.
-OTHER_LICENCE = re.compile(
+# Some files have another license than their package. Text under these licenses could not be redistributed.
+OTHER_LICENSE = re.compile(
     r"General Public License|\bA?L?GPL|Mozilla Public|\bMPL[- ]2|Creative Commons|non-?commercial|proprietary|"
     r"NVIDIA (Software )?License|Intel Simplified|Eclipse Public",
     re.IGNORECASE,
@@ -41,15 +41,15 @@ VENDORED = re.compile(r"(^|/)(_?vendor(ed)?|third_?party|externals?|extern|site-
 
 @dataclass(frozen=True)
 class Source:
-    """Part of an installed distribution, under one licence.
+    """Part of an installed distribution that is under one license.
 
     Attributes:
-        package: name of the distribution; `cpython` is the running interpreter's standard library.
-        licence: its SPDX expression, for the part that is used.
-        declared: what the distribution's own metadata must mention for `licence` to be believed.
-        roots: folders to take, relative to site-packages.
-        megabytes: most text to take, so that no package dominates.
-        skip: pattern of relative paths to leave out.
+        package: name of the distribution; `cpython` means the standard library of the running interpreter.
+        licence: SPDX expression of the part that is used.
+        declared: text that the metadata of the distribution must contain to confirm `licence`.
+        roots: directories to read, relative to site-packages.
+        megabytes: upper bound on the text taken, so that no package dominates.
+        skip: pattern of relative paths to exclude.
     """
 
     package: str
@@ -62,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text: where it comes from and what its files are called."""
+    """A kind of text: its sources and the suffixes of its files."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -71,7 +71,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Document:
-    """One file: `path` is unique within its domain and stable across machines."""
+    """One file. `path` is unique within its domain and the same on every machine."""
 
     path: str
     text: str
@@ -80,7 +80,7 @@ class Document:
 
 @dataclass
 class Contribution:
-    """What one package gave, for the record."""
+    """What one package contributed; the field names are those of `sources.json`."""
 
     package: str
     version: str
@@ -91,21 +91,23 @@ class Contribution:
 
 @dataclass
 class Corpus:
-    """The documents of one domain, in an order that mixes packages."""
+    """The documents of one domain, with the packages shuffled together."""
 
     domain: str
     documents: list[Document]
     contributions: list[Contribution] = field(default_factory=list)
 
     def record(self) -> list[dict[str, object]]:
-        """The contributions as plain data, for `sources.json`."""
+        """Return the contributions as plain data for `sources.json`."""
         return [asdict(contribution) for contribution in self.contributions]
 
 
-def _permissive(package: str, licence: str, root: str | None = None, **rest: object) -> Source:
-    """A source in one folder named like its package, declaring the licence family it is listed under."""
+def _permissive(
+    package: str, licence: str, root: str | None = None, *, megabytes: float = 2.0, skip: str = r"^$"
+) -> Source:
+    """Return a source in one directory, `root` or named like the package, whose metadata names the license family."""
     family = licence.split("-")[0]
-    return Source(package, licence, family, (root or package,), **rest)  # type: ignore[arg-type]
+    return Source(package, licence, family, (root or package,), megabytes=megabytes, skip=skip)
 
 
 PYTHON = Domain(
@@ -117,7 +119,7 @@ PYTHON = Domain(
             "PSF-2.0",
             "",
             (),
-            26,
+            megabytes=26,
             skip=r"^(lib2to3/tests/data|test/encoded_modules|idlelib|pydoc_data)/",
         ),
         _permissive("torch", "BSD-3-Clause", megabytes=14),
@@ -127,8 +129,10 @@ PYTHON = Domain(
         _permissive("numpy", "BSD-3-Clause", megabytes=7),
         _permissive("sympy", "BSD-3-Clause", megabytes=5),
         _permissive("networkx", "BSD-3-Clause", megabytes=6),
-        # matplotlib's own licence is modelled on Python's; its metadata says so in words.
-        Source("matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), 6, r"^matplotlib/_cm"),
+        # The license of matplotlib is modeled on Python's; its metadata says so in prose.
+        Source(
+            "matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), megabytes=6, skip=r"^matplotlib/_cm"
+        ),
         _permissive("mypy", "MIT", megabytes=4, skip=r"typeshed"),
         _permissive("fonttools", "MIT", "fontTools", megabytes=2),
         _permissive("Pygments", "BSD-2-Clause", "pygments", megabytes=1.5, skip=r"_builtins\.py$|_mapping\.py$"),
@@ -170,7 +174,7 @@ CPP = Domain(
     "cpp",
     (".h", ".hpp", ".hh", ".cuh"),
     (
-        # The operator headers are written by a generator, thousands of them from one template.
+        # The thousands of operator headers are generated from one template.
         Source(
             "torch",
             "BSD-3-Clause",
@@ -198,7 +202,7 @@ STUBS = Domain(
     "stubs",
     (".pyi",),
     (
-        # Its stubs are typeshed's, which is Apache-2.0 with parts under MIT.
+        # The stubs come from typeshed, which is Apache-2.0 with parts under MIT.
         Source("mypy", "Apache-2.0 AND MIT", "MIT", ("mypy",), 4),
         _permissive("torch", "BSD-3-Clause", megabytes=3),
         _permissive("numpy", "BSD-3-Clause", megabytes=2),
@@ -214,77 +218,77 @@ STUBS = Domain(
 DOMAINS = (PYTHON, CPP, STUBS)
 
 
-def gather(domain: Domain, *, most_bytes: float | None = None) -> Corpus:
-    """Reads a domain's documents, the same ones in the same order for the same installed versions.
+def gather_corpus(domain: Domain, *, max_bytes: float | None = None) -> Corpus:
+    """Collect the documents of a domain; equal installed versions give equal documents in equal order.
 
     Args:
-        domain: what to gather.
-        most_bytes: a bound over all sources, shared in proportion to their own, for small runs.
+        domain: the domain to collect.
+        max_bytes: bound on the text of all sources, for small runs; it scales the bound of each source.
 
     Raises:
-        InputError: a listed package declares another licence, or nothing of the domain is installed.
+        InputError: a listed package declares another license, or no package of the domain is installed.
     """
     corpus = Corpus(domain.name, [])
     total = sum(source.megabytes for source in domain.sources) * MEGABYTE
-    share = 1.0 if most_bytes is None else min(1.0, most_bytes / total)
-    contents: set[bytes] = set()
-    lines: set[int] = set()
+    share = 1.0 if max_bytes is None else min(1.0, max_bytes / total)
+    seen_digests: set[bytes] = set()
+    seen_lines: set[int] = set()
     for source in domain.sources:
         version = _checked_version(source)
         if version is None:
             continue
-        given = Contribution(source.package, version, source.licence)
-        for path, text in _readable(source, domain.suffixes):
-            # Both bounds are checked before the file is taken: one file may pass the cap, never two.
-            if given.bytes >= source.megabytes * MEGABYTE * share:
+        contribution = Contribution(source.package, version, source.licence)
+        for path, text in _usable_files(source, domain.suffixes):
+            # Checked before a file is added, so that at most one file exceeds the bound.
+            if contribution.bytes >= source.megabytes * MEGABYTE * share:
                 break
             digest = hashlib.sha256(text.encode()).digest()
-            if digest in contents or _mostly_repeats(text, lines):
+            if digest in seen_digests or _is_mostly_repeated(text, seen_lines):
                 continue
-            contents.add(digest)
+            seen_digests.add(digest)
             name = f"{source.package}/{path}"
             corpus.documents.append(Document(name, text, is_held_out(name)))
-            given.files += 1
-            given.bytes += len(text.encode())
-        if given.files:
-            corpus.contributions.append(given)
+            contribution.files += 1
+            contribution.bytes += len(text.encode())
+        if contribution.files:
+            corpus.contributions.append(contribution)
     if not corpus.documents:
         packages = ", ".join(sorted({source.package for source in domain.sources}))
-        raise InputError(f"no {domain.name} text found: install some of {packages} beside this interpreter")
-    corpus.documents.sort(key=lambda document: _place(document.path))
+        raise InputError(f"no {domain.name} text found: install some of {packages} for this interpreter")
+    corpus.documents.sort(key=lambda document: _path_hash(document.path))
     return corpus
 
 
 def is_held_out(path: str) -> bool:
-    """Whether the file is kept for evaluation: a matter of its path alone, whatever else is there."""
-    return _place(path) % 100 < HELD_OUT_PERCENT
+    """Return whether the file is held out for evaluation. The answer depends on the path alone."""
+    return _path_hash(path) % 100 < HELD_OUT_PERCENT
 
 
-def refuse(text: str) -> str | None:
-    """Why a file's text is no use for training, or None."""
+def rejection_reason(text: str) -> str | None:
+    """Return why the text of a file is unsuitable for training, or None if it is suitable."""
     if len(text) < 200:
         return "too short"
-    if len(text) > LARGEST_FILE:
+    if len(text) > MAX_FILE_CHARACTERS:
         return "too large"
     head = text[:4000]
     if GENERATED.search(text[:1500]):
         return "generated"
-    if OTHER_LICENCE.search(head):
-        return "mentions another licence"
-    if max(map(len, text.splitlines())) > LONGEST_LINE:
+    if OTHER_LICENSE.search(head):
+        return "mentions another license"
+    if max(map(len, text.splitlines())) > MAX_LINE_CHARACTERS:
         return "long lines"
-    if sum(map(text.count, "0123456789")) > MOST_DIGITS * len(text):
+    if sum(map(text.count, "0123456789")) > MAX_DIGIT_SHARE * len(text):
         return "mostly digits"
     return None
 
 
-def _place(path: str) -> int:
-    """A number that shuffles paths and stays the same everywhere."""
+def _path_hash(path: str) -> int:
+    """Return a 64-bit hash: the shuffling order, equal on every machine."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8])
 
 
-def _readable(source: Source, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yields (relative path, text) of the source's usable files, shuffled by their paths."""
+def _usable_files(source: Source, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (relative path, text) of the suitable files of a source, in the order of their path hashes."""
     site = Path(sysconfig.get_path("purelib"))
     base = Path(sysconfig.get_path("stdlib")) if source.package == "cpython" else site
     roots = [base / root for root in source.roots] or [base]
@@ -295,47 +299,51 @@ def _readable(source: Source, suffixes: tuple[str, ...]) -> Iterator[tuple[str, 
             name = path.relative_to(base).as_posix()
             if path.suffix in suffixes and not skip.search(name) and not VENDORED.search(name) and path.is_file():
                 files[name] = path
-    for name in sorted(files, key=_place):
+    for name in sorted(files, key=_path_hash):
         try:
             text = files[name].read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if refuse(text) is None:
+        if rejection_reason(text) is None:
             yield name, text
 
 
-def _mostly_repeats(text: str, seen: set[int]) -> bool:
-    """Whether most telling lines were seen before; if not, they count as seen from now on."""
-    telling = {
+def _is_mostly_repeated(text: str, seen: set[int]) -> bool:
+    """Return whether most distinctive lines occur in `seen`; if not, add them to it."""
+    lines = {
         int.from_bytes(hashlib.blake2b(line.strip().encode(), digest_size=8).digest())
         for line in text.splitlines()
-        if len(line.strip()) >= TELLING_LINE
+        if len(line.strip()) >= MIN_DISTINCTIVE_LINE_CHARACTERS
     }
-    if telling and len(telling & seen) > MOST_REPEATED * len(telling):
+    if lines and len(lines & seen) > MAX_REPEATED_SHARE * len(lines):
         return True
-    seen |= telling
+    seen |= lines
     return False
 
 
 def _checked_version(source: Source) -> str | None:
-    """The installed version, once its metadata bears out the licence; None if it is not installed."""
+    """Return the installed version, or None if the package is not installed.
+
+    Raises:
+        InputError: the metadata of the distribution does not confirm the license.
+    """
     if source.package == "cpython":
         return platform.python_version()
     try:
         found = distribution(source.package)
     except PackageNotFoundError:
         return None
-    declared = declared_licence(found)
+    declared = declared_license(found)
     if source.declared.lower() not in declared.lower():
         raise InputError(
             f"{source.package} {found.version} is listed as {source.licence} but declares {declared!r}: "
-            "check its licence and correct export/data/corpus.py"
+            "check its license and correct export/data/corpus.py"
         )
     return found.version
 
 
-def declared_licence(found: Distribution) -> str:
-    """What a distribution says of its licence: expression, classifiers and the first line of the free text."""
+def declared_license(found: Distribution) -> str:
+    """Return the license metadata of a distribution: expression, classifiers and the first line of the free text."""
     fields = found.metadata.get_all("License-Expression") or []
     fields += [line for line in found.metadata.get_all("Classifier") or [] if line.startswith("License")]
     fields += [text.strip().splitlines()[0] for text in found.metadata.get_all("License") or [] if text.strip()]

@@ -1,4 +1,4 @@
-"""The tokenizer of the example family: byte-level BPE, saved as an ordinary Hugging Face tokenizer."""
+"""The tokenizer of the example family: byte-level BPE, saved as a regular Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """Learns a vocabulary of exactly `size` tokens, special ones included.
+    """Train a vocabulary of exactly `size` tokens, special tokens included.
 
-    Digits are split off one by one: numbers then need no tokens of their own, which a small vocabulary cannot spare.
+    Digits are split one by one, so that a small vocabulary spends no entries on numbers.
 
     Raises:
-        InputError: the texts hold too few distinct pairs to fill the vocabulary.
+        InputError: the texts contain too few distinct pairs to fill the vocabulary.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,15 +42,15 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != size:
         raise InputError(
             f"the texts fill only {tokenizer.get_vocab_size()} of {size} vocabulary entries: "
-            "give more text or ask for a smaller vocabulary"
+            "provide more text or choose a smaller vocabulary"
         )
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, context: int) -> None:
-    """Writes `tokenizer` so that AutoTokenizer and the bare `tokenizers` library both read it.
+    """Write `tokenizer` so that both AutoTokenizer and the `tokenizers` library read it.
 
-    The files are written here, not by transformers: release 5 names a tokenizer class that release 4 cannot load.
+    The files are not written by transformers, because release 5 stores a tokenizer class that release 4 cannot load.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -72,10 +72,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, context: int) -> No
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Reads the tokenizer at `directory`.
+    """Load the tokenizer in `directory`.
 
     Raises:
-        InputError: there is none.
+        InputError: `directory` has no tokenizer.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():

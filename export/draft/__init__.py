@@ -1,1 +1,1 @@
-"""."""
+"""Draft training: the base target, distillation losses, teachers, and the training loop."""

@@ -1,12 +1,14 @@
-"""The base target of the example family: a small Llama, trained from scratch."""
+"""The base target of the example family: a small Llama that is trained from scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -16,17 +18,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from export.data.token_stream import Mixture, TokenStream
+from export.data.token_stream import MixedStream, TokenStream
 from export.data.tokenizer import END_OF_TEXT_ID, PADDING_ID
-from export.draft.training import Curve, LossFunction, Plan, Step, fit
+from export.draft.training import LossFunction, MicroBatch, TrainingCurve, TrainingSchedule, fit
 
-# Anything that gives random windows of tokens.
-Text = TokenStream | Mixture
+TextSource = TokenStream | MixedStream
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a target; lengths in tokens."""
+class TargetShape:
+    """Dimensions of a Llama target; `context` is in tokens."""
 
     vocabulary: int
     hidden: int
@@ -38,8 +39,8 @@ class Shape:
     context: int
 
     def config(self) -> LlamaConfig:
-        """The Hugging Face configuration; embedding and head are tied."""
-        return LlamaConfig(
+        """Return the Hugging Face configuration; embedding and head are tied."""
+        return LlamaConfig(  # type: ignore[no-untyped-call]  # transformers annotates no constructor
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_hidden_layers=self.blocks,
@@ -56,31 +57,33 @@ class Shape:
 
 
 def pretrain(
-    shape: Shape,
-    text: Text,
-    plan: Plan,
+    shape: TargetShape,
+    text: TextSource,
+    schedule: TrainingSchedule,
     device: torch.device,
     *,
     checkpoint: Path | None = None,
     compiled: bool = False,
-) -> tuple[PreTrainedModel, Curve]:
-    """A new target, float32 on `device`, trained to predict `text`."""
-    torch.manual_seed(plan.seed)
-    model = LlamaForCausalLM(shape.config()).to(device)
-    model.generation_config = GenerationConfig(
+) -> tuple[PreTrainedModel, TrainingCurve]:
+    """Train a new target on `text`; return it in float32 on `device`, with its training curve."""
+    torch.manual_seed(schedule.seed)
+    model = to_device(LlamaForCausalLM(shape.config()), device)  # type: ignore[no-untyped-call]  # as above
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # as above
         bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID, pad_token_id=PADDING_ID
     )
-    curve = fit(model, next_token_loss(model, text, compiled=compiled), plan, label="target v1", checkpoint=checkpoint)
+    curve = fit(
+        model, next_token_loss(model, text, compiled=compiled), schedule, label="target v1", checkpoint=checkpoint
+    )
     return model, curve
 
 
-def next_token_loss(model: torch.nn.Module, text: Text, *, compiled: bool = False) -> LossFunction:
-    """Cross-entropy of the next token, in nats, mean over a batch."""
-    # Two batch shapes occur, each worth its own kernels.
-    forward: Callable[..., object] = torch.compile(model, dynamic=False) if compiled else model
+def next_token_loss(model: torch.nn.Module, text: TextSource, *, compiled: bool = False) -> LossFunction:
+    """Return the loss function of next-token prediction: mean cross-entropy over a batch, in nats."""
+    # Only two batch shapes occur, so that static shapes pay off.
+    forward: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
 
-    def loss(step: Step) -> torch.Tensor:
-        ids = text.windows(step.rows, step.length + 1, step.random)
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        ids = text.random_windows(batch.rows, batch.length + 1, batch.random)
         logits = forward(input_ids=ids[:, :-1], use_cache=False).logits  # (rows, length, vocabulary)
         return functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
@@ -88,5 +91,11 @@ def next_token_loss(model: torch.nn.Module, text: Text, *, compiled: bool = Fals
 
 
 def load_target(directory: Path, device: torch.device) -> PreTrainedModel:
-    """The target at `directory` in float32, ready for evaluation: what it computes is what bfloat16 storage kept."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    """Load the target in `directory` in float32 on `device`, in eval mode; the values are the stored bfloat16 ones."""
+    return to_device(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), device).eval()
+
+
+def to_device(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
+    """Move `model` to a device or convert it to a dtype; `PreTrainedModel.to` is annotated wrongly by transformers."""
+    moved: PreTrainedModel = nn.Module.to(model, target)
+    return moved

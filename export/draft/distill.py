@@ -1,10 +1,11 @@
-"""Teaching a draft what its target would say.
+"""Distillation losses, and the training of a draft with them.
 
-The losses compare two distributions over the next token, the target's p and the draft's q, at every position:
+The losses compare the next-token distributions of the target, p, and of the draft, q, at every position:
 
-    kl      sum p (log p - log q): every token that the target might say counts
-    lk      1 - sum min(p, q): the share of tokens that a verifier would reject; bounded, but flat where q is far off
-    mixed   kl first, then more and more lk
+    kl      sum p (log p - log q)
+    lk      1 - sum min(p, q), the total variation distance: the share of tokens that an optimal verifier would reject;
+            bounded, but its gradient vanishes when q is far from p
+    mixed   kl for the first half of training (LK_RAMP_START), then a linear transition to lk
 """
 
 from __future__ import annotations
@@ -19,45 +20,45 @@ import torch
 from transformers import PreTrainedModel
 
 from edge_runtime.protocol.errors import InputError
-from export.draft.base_target import Text
+from export.draft.base_target import TextSource
 from export.draft.teachers import Teacher
-from export.draft.training import Curve, Plan, Step, fit
+from export.draft.training import MicroBatch, TrainingCurve, TrainingSchedule, fit
 
 Objective = Literal["kl", "lk", "mixed"]
-# Where `mixed` starts to leave kl; at the end of training it is all lk.
-MIXED_FROM = 0.5
+# Training progress at which `mixed` starts to add lk; at the end of training it is lk alone.
+LK_RAMP_START = 0.5
 
 
 def kl_divergence(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats by position; (..., vocabulary) each -> (...)."""
+    """Return KL(p || q) in nats by position; (..., vocabulary) each -> (...)."""
     log_p = target_logits.float().log_softmax(-1)
     log_q = draft_logits.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def overlap(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
-    """sum min(p, q) by position, in [0, 1]: the best acceptance that any rule can reach; (..., vocabulary) -> (...)."""
+    """Return sum min(p, q) by position: the highest acceptance rate of any rule; (..., vocabulary) each -> (...)."""
     return torch.minimum(target_logits.float().softmax(-1), draft_logits.float().softmax(-1)).sum(-1)
 
 
-def lk_weight(objective: Objective, done: float) -> float:
-    """Share of the lk loss when `done` of the training, in [0, 1], is over.
+def lk_weight(objective: Objective, progress: float) -> float:
+    """Return the weight of the lk loss at a training progress in [0, 1].
 
     Raises:
-        InputError: no such objective.
+        InputError: the objective is unknown.
     """
     if objective not in get_args(Objective):
-        raise InputError(f"no objective {objective!r}: choose one of {', '.join(get_args(Objective))}")
+        raise InputError(f"unknown objective {objective!r}: choose one of {', '.join(get_args(Objective))}")
     if objective == "mixed":
-        return max(0.0, (done - MIXED_FROM) / (1 - MIXED_FROM))
+        return max(0.0, (progress - LK_RAMP_START) / (1 - LK_RAMP_START))
     return 1.0 if objective == "lk" else 0.0
 
 
 def distillation_loss(
-    target_logits: torch.Tensor, draft_logits: torch.Tensor, objective: Objective, done: float
+    target_logits: torch.Tensor, draft_logits: torch.Tensor, objective: Objective, progress: float
 ) -> torch.Tensor:
-    """The objective, mean over all positions, `done` of the way through training."""
-    weight = lk_weight(objective, done)
+    """Return the mean loss over all positions at a training progress in [0, 1]."""
+    weight = lk_weight(objective, progress)
     loss = torch.zeros((), device=draft_logits.device)
     if weight < 1:
         loss = loss + (1 - weight) * kl_divergence(target_logits, draft_logits).mean()
@@ -67,61 +68,66 @@ def distillation_loss(
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Who teaches, on what, and how much of every batch."""
+class TeacherMix:
+    """A teacher, the text that it is distilled on, and its relative share of the rows of every batch."""
 
     teacher: Teacher
-    text: Text
+    text: TextSource
     share: float = 1.0
 
 
-def distil(
-    lessons: Sequence[Lesson],
+def train_draft(
+    mixes: Sequence[TeacherMix],
     draft: PreTrainedModel,
-    plan: Plan,
+    schedule: TrainingSchedule,
     *,
     objective: Objective = "mixed",
     checkpoint: Path | None = None,
     compiled: bool = False,
-) -> Curve:
-    """Trains the unfrozen parameters of `draft`, in place, to say what the teachers of `lessons` say on their texts.
+) -> TrainingCurve:
+    """Train the parameters of `draft` that require a gradient, in place, to match the teachers on their texts.
 
-    Every batch has some of every lesson, if it has rows for all: a draft that is to outlive its target is not taught
-    one target's habits alone (see `export.draft.teachers`).
+    Every batch contains rows of every teacher if it has enough rows, so that the draft also matches plausible future
+    versions of its target (see `export.draft.teachers`).
 
     Args:
-        compiled: the loss becomes one kernel; it is half of a step's time where the model is small.
+        mixes: the teachers and their texts.
+        draft: the model to train.
+        schedule: length and batches of the training.
+        objective: the loss; see the module.
+        checkpoint: file to save to periodically and to resume from.
+        compiled: compile the loss into one kernel; with a small model the loss takes half of the time of a step.
     """
-    torch.manual_seed(plan.seed)
-    blended = torch.compile(_blended, dynamic=False) if compiled else None
+    torch.manual_seed(schedule.seed)
+    compiled_loss = torch.compile(blended_loss, dynamic=False) if compiled else None
 
-    def loss(step: Step) -> torch.Tensor:
-        counts = divide(step.rows, [lesson.share for lesson in lessons], step.random)
-        texts, wanted = [], []
-        for lesson, count in zip(lessons, counts, strict=True):
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        counts = split_rows(batch.rows, [mix.share for mix in mixes], batch.random)
+        texts, target_logits = [], []
+        for mix, count in zip(mixes, counts, strict=True):
             if count:
-                texts.append(lesson.text.windows(count, step.length, step.random))
+                texts.append(mix.text.random_windows(count, batch.length, batch.random))
                 with torch.no_grad():
-                    wanted.append(lesson.teacher(texts[-1]))
-        given = draft(input_ids=torch.cat(texts), use_cache=False).logits
-        if blended is None:
-            return distillation_loss(torch.cat(wanted), given, objective, step.done)
-        weight = torch.tensor(lk_weight(objective, step.done), device=given.device)
-        value: torch.Tensor = blended(torch.cat(wanted).flatten(0, 1), given.flatten(0, 1), weight)
+                    target_logits.append(mix.teacher(texts[-1]))
+        draft_logits = draft(input_ids=torch.cat(texts), use_cache=False).logits
+        if compiled_loss is None:
+            return distillation_loss(torch.cat(target_logits), draft_logits, objective, batch.progress)
+        weight = torch.tensor(lk_weight(objective, batch.progress), device=draft_logits.device)
+        value: torch.Tensor = compiled_loss(torch.cat(target_logits).flatten(0, 1), draft_logits.flatten(0, 1), weight)
         return value
 
-    return fit(draft, loss, plan, label=f"draft ({objective})", checkpoint=checkpoint)
+    return fit(draft, loss, schedule, label=f"draft ({objective})", checkpoint=checkpoint)
 
 
-def divide(rows: int, shares: Sequence[float], random: np.random.Generator) -> list[int]:
-    """How many of `rows` each share gets: whole numbers, right on average even for shares of less than a row."""
+def split_rows(rows: int, shares: Sequence[float], random: np.random.Generator) -> list[int]:
+    """Divide `rows` by shares into whole numbers whose expectation is exact, also for shares of less than one row."""
     edges = np.cumsum(shares) / np.sum(shares) * rows
-    whole = np.floor(edges + random.random())
-    whole[-1] = rows
-    return [int(count) for count in np.diff(whole, prepend=0)]
+    rounded_edges = np.floor(edges + random.random())
+    rounded_edges[-1] = rows
+    return [int(count) for count in np.diff(rounded_edges, prepend=0)]
 
 
-def _blended(target_logits: torch.Tensor, draft_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Both losses in the proportion that a tensor says, so that one compiled function serves a whole training."""
-    lost = 1 - overlap(target_logits, draft_logits).mean()
-    return (1 - weight) * kl_divergence(target_logits, draft_logits).mean() + weight * lost
+def blended_loss(target_logits: torch.Tensor, draft_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return both losses, weighted by a tensor so that one compiled function serves the whole training."""
+    lk_loss = 1 - overlap(target_logits, draft_logits).mean()
+    return (1 - weight) * kl_divergence(target_logits, draft_logits).mean() + weight * lk_loss

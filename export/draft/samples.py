@@ -1,23 +1,24 @@
-"""Text that a target wrote itself: what its draft will meet at work, and no corpus holds."""
+"""Sample training text from a target: the distribution that its draft meets in service, which no corpus has."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from export.common.progress import Progress
-from export.data.token_stream import Ids
+from export.data.token_stream import TokenIds
 from export.data.tokenizer import END_OF_TEXT_ID, PADDING_ID
-from export.draft.base_target import Text
+from export.draft.base_target import TextSource, to_device
 
 
 @dataclass(frozen=True)
-class SamplePlan:
-    """How much to sample: `batches` of `rows` texts of `length` tokens, the first `prompt` of them from a corpus."""
+class SampleConfig:
+    """Sample `batches` of `rows` texts of `length` tokens, whose first `prompt` tokens come from a corpus."""
 
     batches: int
     rows: int
@@ -26,31 +27,34 @@ class SamplePlan:
     seed: int = 0
 
 
-def sample(
+def sample_texts(
     target: PreTrainedModel,
-    prompts: Text,
-    plan: SamplePlan,
+    prompts: TextSource,
+    config: SampleConfig,
     *,
     end_id: int = END_OF_TEXT_ID,
     padding_id: int = PADDING_ID,
-) -> Ids:
-    """Samples at temperature 1 and returns one stream, an end-of-text id after each sample; shape (tokens,)."""
-    # In the type that serves: the samples are then what a verifier would have said.
+) -> TokenIds:
+    """Sample at temperature 1; return one stream, shape (tokens,), with `end_id` after each sample."""
+    # bfloat16 on a GPU, as in a verifier, so that the samples have the same distribution.
     model = copy.deepcopy(target)
     if target.device.type == "cuda":
-        model.to(torch.bfloat16)
-    # Fresh settings, for the saved ones stop at the end of a text: here the next text may follow, as in training.
-    # transformers keeps only the 50 likeliest tokens unless told otherwise.
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    model.generation_config.pad_token_id = padding_id
-    kind = np.uint16 if target.config.vocab_size <= 1 << 16 else np.uint32
-    torch.manual_seed(plan.seed)
-    pieces = []
-    with Progress("samples", plan.batches) as progress, torch.inference_mode():
-        for batch in range(plan.batches):
-            ids = prompts.windows(plan.rows, plan.prompt, np.random.default_rng([plan.seed, batch]))
-            texts = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=plan.length - plan.prompt)
+        to_device(model, torch.bfloat16)
+    # The saved configuration stops at the end of a text; here the next text may follow, as in the training data.
+    # top_k=0 because transformers keeps only the 50 most likely tokens by default.
+    generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers annotates no constructor
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=padding_id
+    )
+    model.generation_config = generation_config
+    generate: Any = model.generate
+    dtype = np.uint16 if target.config.vocab_size <= 1 << 16 else np.uint32
+    torch.manual_seed(config.seed)
+    samples = []
+    with Progress("samples", config.batches) as progress, torch.inference_mode():
+        for batch in range(config.batches):
+            ids = prompts.random_windows(config.rows, config.prompt, np.random.default_rng([config.seed, batch]))
+            texts = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.length - config.prompt)
             ends = torch.full_like(texts[:, :1], end_id)
-            pieces.append(torch.cat([texts, ends], dim=1).flatten().cpu().numpy().astype(kind))
-            progress.update(batch + 1, f"{sum(map(len, pieces))} tokens")
-    return np.concatenate(pieces)
+            samples.append(torch.cat([texts, ends], dim=1).flatten().cpu().numpy().astype(dtype))
+            progress.update(batch + 1, f"{sum(map(len, samples))} tokens")
+    return np.concatenate(samples)

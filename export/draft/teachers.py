@@ -1,7 +1,7 @@
-"""Who a draft learns from: its target, and what the target may yet become.
+"""Teachers of a draft: its target, and siblings that stand in for future versions of the target.
 
-A frozen draft meets versions of its target that nobody has trained yet. Their stand-ins are siblings: the target with
-a random low-rank change to every matrix that drafts do not share, as a LoRA for some unknown domain would make it.
+A frozen draft has to serve target versions that do not exist yet. A sibling is the target with a random low-rank change
+to every matrix that the draft does not share, as a LoRA for an unknown domain would change it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Teacher = Callable[[torch.Tensor], torch.Tensor]
 SIBLING_RANK = 8
 
 
-def plain(target: PreTrainedModel) -> Teacher:
-    """The target itself."""
+def target_teacher(target: PreTrainedModel) -> Teacher:
+    """Return the target itself as a teacher."""
 
     def teach(ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = target(input_ids=ids, use_cache=False).logits
@@ -32,41 +32,44 @@ def plain(target: PreTrainedModel) -> Teacher:
     return teach
 
 
-def siblings(target: PreTrainedModel, plan: DraftPlan, count: int, strength: float, *, seed: int = 0) -> list[Teacher]:
-    """Perturbed targets; they cost no memory to speak of, and leave `target` as it is.
+def make_siblings(
+    target: PreTrainedModel, plan: DraftPlan, count: int, strength: float, *, seed: int = 0
+) -> list[Teacher]:
+    """Return `count` perturbed targets; they need almost no memory and leave `target` unchanged.
 
     Args:
-        plan: what drafts share with the target, which stays as it is in every sibling.
-        strength: size of each change relative to its matrix, by Frobenius norm.
+        target: the model to perturb.
+        plan: layout of the draft; the blocks that it shares are the same in every sibling.
+        count: number of siblings.
+        strength: Frobenius norm of each change relative to that of its matrix.
+        seed: seed of the first sibling; each following one adds 1.
 
     Raises:
-        InputError: the strength is negative, or nothing is left to change.
+        InputError: the strength is negative, or the draft shares every block.
     """
     if strength < 0:
         raise InputError(f"a sibling's strength is at least 0, not {strength:g}")
     shared = {plan.origins[index] for index in plan.shared_range}
     changed = [
-        (name, module)
+        module
         for name, module in target.named_modules()
         if isinstance(module, nn.Linear)
-        and (place := re.match(r"model\.layers\.(\d+)\.", name))
-        and int(place[1]) not in shared
+        and (match := re.match(r"model\.layers\.(\d+)\.", name))
+        and int(match[1]) not in shared
     ]
     if count and not changed:
         raise InputError("every block is shared with the draft, so no sibling of the target can differ from it")
-    return [_Sibling(target, changed, strength, seed + index) for index in range(count)]
+    return [PerturbedTarget(target, changed, strength, seed + index) for index in range(count)]
 
 
-class _Sibling:
-    """Adds (x A) B to what each changed matrix gives, for the time of one forward."""
+class PerturbedTarget:
+    """A target whose matrices are changed during a forward pass: hooks add (x A) B to their outputs."""
 
-    def __init__(
-        self, target: PreTrainedModel, changed: list[tuple[str, nn.Linear]], strength: float, seed: int
-    ) -> None:
-        self._teach = plain(target)
+    def __init__(self, target: PreTrainedModel, changed: list[nn.Linear], strength: float, seed: int) -> None:
+        self._teach = target_teacher(target)
         self._changes: list[tuple[nn.Linear, torch.Tensor, torch.Tensor]] = []
         random = torch.Generator().manual_seed(seed)
-        for _, module in changed:
+        for module in changed:
             weight = module.weight
             rank = min(SIBLING_RANK, *weight.shape)
             inner = torch.randn(weight.shape[1], rank, generator=random)
@@ -75,22 +78,22 @@ class _Sibling:
             self._changes.append((module, (inner * scale).to(weight), outer.to(weight)))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        with self._changed():
+        with self._hooks():
             return self._teach(ids)
 
     @contextlib.contextmanager
-    def _changed(self) -> Iterator[None]:
+    def _hooks(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for module, inner, outer in self._changes:
 
-                def change(
+                def add_change(
                     _: nn.Module,
-                    given: tuple[torch.Tensor],
-                    result: torch.Tensor,
+                    inputs: tuple[torch.Tensor],
+                    output: torch.Tensor,
                     inner: torch.Tensor = inner,
                     outer: torch.Tensor = outer,
                 ) -> torch.Tensor:
-                    return result + given[0] @ inner @ outer
+                    return output + inputs[0] @ inner @ outer
 
-                stack.callback(module.register_forward_hook(change).remove)
+                stack.callback(module.register_forward_hook(add_change).remove)
             yield

@@ -1,7 +1,7 @@
-"""The one training loop: pretraining, adapters and distillation differ only in the loss they hand to it.
+"""The training loop of pretraining, adapters and distillation, which differ only in their loss functions.
 
-Batches are a function of (seed, step) alone, so a run that was killed goes on from its last checkpoint with the very
-batches it would have seen.
+Batches depend on (seed, step) alone, so that a killed run resumes from its last checkpoint with the same batches as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import nn
 from edge_runtime.protocol.errors import InputError
 from export.common.progress import Progress
 
-# What a step is given: its number, the batch's shape, and a generator that depends on seed and step alone.
-LossFunction = Callable[["Step"], torch.Tensor]
-BETAS = (0.9, 0.95)
-LARGEST_GRADIENT = 1.0
+# Computes the scalar loss of one micro-batch.
+LossFunction = Callable[["MicroBatch"], torch.Tensor]
+ADAM_BETAS = (0.9, 0.95)
+MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long, how fast and on how much text at once.
+class TrainingSchedule:
+    """Steps, learning rates and batch shapes of a training run. The field names are part of `distill.json`.
 
     Attributes:
-        steps: optimiser steps.
-        peak_rate: learning rate after warm-up; it falls along a cosine to a tenth of that.
+        steps: number of optimizer steps.
+        peak_rate: learning rate after warm-up; it decays along a cosine to a tenth of that.
         rows, length: batch shape in sequences and tokens.
-        long_length, long_share: in the last share of steps sequences are this long, with as many tokens per batch.
-        accumulate: parts that a batch is taken in, where it does not fit into memory at once; divides `rows`.
-        warm_up: steps until the peak rate.
-        weight_decay: of matrices; vectors have none.
-        seed: of every random choice.
+        long_length, long_share: sequence length in the last `long_share` of the steps, with equal tokens per batch.
+        warm_up: steps of linear warm-up.
+        weight_decay: weight decay of matrices; vectors have none.
+        seed: seed of every random choice.
+        accumulate: number of micro-batches per step, for batches that do not fit into memory; divides `rows`.
     """
 
     steps: int
@@ -56,19 +56,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1 or self.length < 2 or self.accumulate < 1:
-            raise InputError("training takes at least one step of one row of two tokens")
+            raise InputError("training needs at least one step with one row of two tokens")
         if self.rows % self.accumulate:
-            raise InputError(f"a batch of {self.rows} rows cannot be taken in {self.accumulate} equal parts")
+            raise InputError(f"a batch of {self.rows} rows cannot be split into {self.accumulate} equal parts")
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warm_up:
             return self.peak_rate * (step + 1) / self.warm_up
-        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return self.peak_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        progress = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.peak_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def shape(self, step: int) -> tuple[int, int]:
-        """Sequences and tokens per sequence of a part of a step's batch."""
+        """Return the sequences and the tokens per sequence of a micro-batch of a step."""
         rows = self.rows // self.accumulate
         if not self.long_length or step < self.steps * (1 - self.long_share):
             return rows, self.length
@@ -76,19 +76,34 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One part of a step of a plan; all parts draw from one generator."""
+class MicroBatch:
+    """The part of a batch that one forward pass takes.
 
-    number: int
+    Attributes:
+        step: number of the optimizer step, from 0.
+        rows, length: shape in sequences and tokens.
+        progress: share of the steps completed, in [0, 1).
+        random: generator seeded by (seed, step); shared by all micro-batches of the step.
+    """
+
+    step: int
     rows: int
     length: int
-    done: float
+    progress: float
     random: np.random.Generator
 
 
 @dataclass
-class Curve:
-    """What a run recorded: losses by step, and what it ran on."""
+class TrainingCurve:
+    """Losses of a run by step, with its schedule and machine. The field names are those of `training.json`.
+
+    Attributes:
+        plan: the schedule as plain data.
+        machine: device and versions.
+        steps: steps completed at each record.
+        losses: mean loss since the previous record.
+        seconds: training time, including that of earlier interrupted runs.
+    """
 
     plan: dict[str, object]
     machine: dict[str, object]
@@ -100,92 +115,104 @@ class Curve:
 def fit(
     model: nn.Module,
     loss: LossFunction,
-    plan: Plan,
+    schedule: TrainingSchedule,
     *,
     label: str,
     checkpoint: Path | None = None,
     seconds_between_checkpoints: float = 60.0,
     record_every: int = 25,
-) -> Curve:
-    """Trains the parameters of `model` that require a gradient, in place, to lower `loss`.
+) -> TrainingCurve:
+    """Train the parameters of `model` that require a gradient, in place, to minimize `loss`.
 
-    Parameters stay float32; on a GPU the forward runs under bfloat16 autocast.
+    Parameters stay float32; on a GPU the forward pass runs under bfloat16 autocast.
 
     Args:
-        loss: a scalar for a part of a step; it calls the model itself.
-        checkpoint: file to write now and then and to go on from; removed by whoever stores the result.
+        model: the model to train.
+        loss: returns the scalar loss of a micro-batch; it calls the model.
+        schedule: steps, learning rates and batch shapes.
+        label: name of the run in the progress output.
+        checkpoint: file to save to periodically and to resume from; the caller removes it after storing the result.
+        seconds_between_checkpoints: minimum time between two saves.
+        record_every: steps per point of the curve.
 
     Returns:
-        The loss curve, mean loss per `record_every` steps.
+        The training curve.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     device = next(iter(parameters.values())).device
-    optimiser = _optimiser(parameters, plan, device)
-    curve = Curve(asdict(plan), _machine(device))
-    first = _resume(checkpoint, parameters, optimiser, curve)
+    optimizer = _make_optimizer(parameters, schedule, device)
+    curve = TrainingCurve(asdict(schedule), _describe_machine(device))
+    first = _resume(checkpoint, parameters, optimizer, curve)
     started = saved = time.monotonic()
-    earlier = curve.seconds
-    # Summed on the device: reading a number back at every step would stall the queue of kernels.
+    seconds_before = curve.seconds
+    # Summed on the device: reading a value at every step would stall the kernel queue.
     total, summed = torch.zeros((), device=device), 0
     model.train()
-    with Progress(label, plan.steps, first) as progress:
-        for number in range(first, plan.steps):
-            for group in optimiser.param_groups:
-                group["lr"] = plan.rate(number)
-            step = Step(number, *plan.shape(number), number / plan.steps, np.random.default_rng([plan.seed, number]))
-            for _ in range(plan.accumulate):
+    with Progress(label, schedule.steps, first) as progress:
+        for number in range(first, schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(number)
+            rows, length = schedule.shape(number)
+            random = np.random.default_rng([schedule.seed, number])
+            batch = MicroBatch(number, rows, length, number / schedule.steps, random)
+            for _ in range(schedule.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    value = loss(step) / plan.accumulate
-                value.backward()
+                    value = loss(batch) / schedule.accumulate
+                torch.autograd.backward(value)
                 total += value.detach()
-            nn.utils.clip_grad_norm_(list(parameters.values()), LARGEST_GRADIENT)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            nn.utils.clip_grad_norm_(list(parameters.values()), MAX_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             summed += 1
-            last = number + 1 == plan.steps
+            last = number + 1 == schedule.steps
             if summed == record_every or last:
                 curve.steps.append(number + 1)
                 curve.losses.append(round(total.item() / summed, 5))
-                curve.seconds = round(earlier + time.monotonic() - started, 2)
+                curve.seconds = round(seconds_before + time.monotonic() - started, 2)
                 if not math.isfinite(curve.losses[-1]):
                     raise FloatingPointError(f"{label}: the loss is {curve.losses[-1]} at step {number + 1}")
                 total.zero_()
                 summed = 0
                 progress.update(number + 1, f"loss {curve.losses[-1]:.4f}")
-                # Only here, so that a run that goes on records the same means.
+                # Saved only at a record, so that a resumed run records the same means.
                 if checkpoint and not last and time.monotonic() - saved > seconds_between_checkpoints:
-                    _save(checkpoint, number + 1, parameters, optimiser, curve)
+                    _save(checkpoint, number + 1, parameters, optimizer, curve)
                     saved = time.monotonic()
     model.eval()
     return curve
 
 
 def write_json(path: Path, content: object) -> None:
-    """Replaces the JSON file at `path` in one step, so that a kill leaves the old one or the new one."""
+    """Replace the JSON file at `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _optimiser(parameters: dict[str, nn.Parameter], plan: Plan, device: torch.device) -> torch.optim.AdamW:
+def _make_optimizer(
+    parameters: dict[str, nn.Parameter], schedule: TrainingSchedule, device: torch.device
+) -> torch.optim.AdamW:
     groups = [
         {
             "params": [value for value in parameters.values() if value.ndim >= 2],
-            "weight_decay": plan.weight_decay,
+            "weight_decay": schedule.weight_decay,
         },
         {"params": [value for value in parameters.values() if value.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.peak_rate, betas=BETAS, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=schedule.peak_rate, betas=ADAM_BETAS, fused=device.type == "cuda")
 
 
 def _save(
-    path: Path, step: int, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, curve: Curve
+    path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, curve: TrainingCurve
 ) -> None:
     state = {
         "step": step,
         "parameters": parameters,
-        "optimiser": optimiser.state_dict(),
+        "optimiser": optimizer.state_dict(),
         "curve": asdict(curve),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,25 +225,25 @@ def _save(
 
 
 def _resume(
-    path: Path | None, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, curve: Curve
+    path: Path | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, curve: TrainingCurve
 ) -> int:
-    """Goes on from the checkpoint, if there is one of this very plan; returns the steps done."""
+    """Restore the checkpoint if it has the same schedule; return the number of completed steps."""
     if path is None or not path.is_file():
         return 0
     device = next(iter(parameters.values())).device
     state = torch.load(path, map_location=device, weights_only=True)
     if state["curve"]["plan"] != curve.plan or state["parameters"].keys() != parameters.keys():
-        print(f"{path} is of another plan: starting over", flush=True)
+        print(f"{path} belongs to another training schedule: starting over", flush=True)
         return 0
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
-    optimiser.load_state_dict(state["optimiser"])
+    optimizer.load_state_dict(state["optimiser"])
     curve.steps, curve.losses = state["curve"]["steps"], state["curve"]["losses"]
     curve.seconds = state["curve"]["seconds"]
     return int(state["step"])
 
 
-def _machine(device: torch.device) -> dict[str, object]:
+def _describe_machine(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": name, "torch": str(torch.__version__), "python": platform.python_version()}

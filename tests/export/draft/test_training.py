@@ -1,4 +1,4 @@
-"""The loop learns, goes on after a kill as if nothing had happened, and says what it did."""
+"""The training loop learns, resumes exactly after a kill, and records its losses."""
 
 from __future__ import annotations
 
@@ -7,76 +7,76 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.draft.training import MicroBatch, TrainingSchedule, fit
+from export.draft.training import LossFunction, MicroBatch, TrainingSchedule, fit
 
-PLAN = TrainingSchedule(steps=40, peak_rate=0.05, rows=16, length=4, warm_up=5, weight_decay=0.0)
+SCHEDULE = TrainingSchedule(steps=40, peak_rate=0.05, rows=16, length=4, warm_up=5, weight_decay=0.0)
 
 
 class Killed(Exception):
-    """Stands for the machine being taken away."""
+    """Simulates a kill."""
 
 
-def regression(model: torch.nn.Linear, killed_at: int | None = None):
-    """A loss that teaches `model` to sum its inputs."""
+def regression(model: torch.nn.Linear, killed_at: int | None = None) -> LossFunction:
+    """Return a loss that trains `model` to sum its inputs."""
 
-    def loss(step: MicroBatch) -> torch.Tensor:
-        if step.number == killed_at:
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        if batch.step == killed_at:
             raise Killed
-        inputs = torch.from_numpy(step.random.standard_normal((step.rows, step.length))).float()
+        inputs = torch.from_numpy(batch.random.standard_normal((batch.rows, batch.length))).float()
         return (model(inputs).squeeze(-1) - inputs.sum(-1)).square().mean()
 
     return loss
 
 
-def fresh() -> torch.nn.Linear:
+def make_model() -> torch.nn.Linear:
     torch.manual_seed(0)
     return torch.nn.Linear(4, 1)
 
 
-def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path: Path) -> None:
-    whole = fresh()
-    expected = fit(whole, regression(whole), PLAN, label="test", record_every=5)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    uninterrupted = make_model()
+    expected = fit(uninterrupted, regression(uninterrupted), SCHEDULE, label="test", record_every=5)
     assert expected.losses[-1] < expected.losses[0] / 5
 
     checkpoint = tmp_path / "run.checkpoint"
     options = {"label": "test", "record_every": 5, "checkpoint": checkpoint, "seconds_between_checkpoints": 0.0}
-    first = fresh()
+    killed = make_model()
     with pytest.raises(Killed):
-        fit(first, regression(first, killed_at=23), PLAN, **options)
-    second = fresh()
-    curve = fit(second, regression(second), PLAN, **options)
-    assert torch.equal(second.weight, whole.weight)
+        fit(killed, regression(killed, killed_at=23), SCHEDULE, **options)
+    resumed = make_model()
+    curve = fit(resumed, regression(resumed), SCHEDULE, **options)
+    assert torch.equal(resumed.weight, uninterrupted.weight)
     assert (curve.steps, curve.losses) == (expected.steps, expected.losses)
 
 
-def test_a_checkpoint_of_another_plan_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_schedule_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"label": "test", "checkpoint": tmp_path / "c", "seconds_between_checkpoints": 0.0, "record_every": 5}
-    first = fresh()
-    fit(first, regression(first), PLAN, **options)
-    second = fresh()
-    curve = fit(second, regression(second), TrainingSchedule(10, 0.05, 16, 4, warm_up=5), **options)
+    killed = make_model()
+    fit(killed, regression(killed), SCHEDULE, **options)
+    resumed = make_model()
+    curve = fit(resumed, regression(resumed), TrainingSchedule(10, 0.05, 16, 4, warm_up=5), **options)
     assert curve.steps[0] == 5
-    assert "another plan" in capsys.readouterr().out
+    assert "another training schedule" in capsys.readouterr().out
 
 
-def test_frozen_parameters_stay() -> None:
-    model = fresh()
+def test_frozen_parameters_do_not_change() -> None:
+    model = make_model()
     model.bias.requires_grad_(False)
     before = model.bias.clone()
-    fit(model, regression(model), PLAN, label="test")
+    fit(model, regression(model), SCHEDULE, label="test")
     assert torch.equal(model.bias, before)
 
 
-def test_a_diverged_run_stops() -> None:
-    model = fresh()
+def test_a_diverged_run_raises() -> None:
+    model = make_model()
     with pytest.raises(FloatingPointError, match="test: the loss is nan at step 25"):
-        fit(model, lambda step: model.weight.sum() * float("nan"), PLAN, label="test")
+        fit(model, lambda batch: model.weight.sum() * float("nan"), SCHEDULE, label="test")
 
 
-def test_rates_and_shapes() -> None:
-    plan = TrainingSchedule(100, 1.0, 8, 64, long_length=128, long_share=0.1, warm_up=10)
-    assert plan.rate(0) == pytest.approx(0.1)
-    assert plan.rate(10) == pytest.approx(1.0)
-    assert plan.rate(100) == pytest.approx(0.1)
-    assert plan.shape(89) == (8, 64)
-    assert plan.shape(90) == (4, 128)
+def test_learning_rates_and_batch_shapes() -> None:
+    schedule = TrainingSchedule(100, 1.0, 8, 64, long_length=128, long_share=0.1, warm_up=10)
+    assert schedule.rate(0) == pytest.approx(0.1)
+    assert schedule.rate(10) == pytest.approx(1.0)
+    assert schedule.rate(100) == pytest.approx(0.1)
+    assert schedule.shape(89) == (8, 64)
+    assert schedule.shape(90) == (4, 128)
