@@ -1,6 +1,6 @@
 """A target's next versions, which leave alone what drafts share: by LoRA, or by training some blocks in full.
 
-A version of the second kind is stored as the tensors that changed (`CHANGED`), beside a note of its base (`CHANGES`);
+A version of the second kind is stored as the tensors that changed (`CHANGED_TENSORS_FILE`), beside a note of its base (`CHANGES_FILE`);
 `cloud_verifier.model.target` puts the two together.
 """
 
@@ -16,23 +16,23 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cloud_verifier.draft_models.safetensors_io import read_tensors
-from cloud_verifier.registry.delta import CHANGED, CHANGES, put_changes
+from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, apply_changes
 from cloud_verifier.registry.int8 import pack
-from export.draft.base_target import Text, load_target, next_token_loss
-from export.draft.training import Curve, Plan, fit
+from export.draft.base_target import TextSource, load_target, next_token_loss
+from export.draft.training import TrainingCurve, TrainingSchedule, fit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def evolve(
     base: PreTrainedModel,
-    text: Text,
-    plan: Plan,
+    text: TextSource,
+    plan: TrainingSchedule,
     *,
     rank: int,
     frozen_blocks: int,
     checkpoint: Path | None = None,
-) -> tuple[PeftModel, Curve]:
+) -> tuple[PeftModel, TrainingCurve]:
     """Adapts `base` to `text`; it becomes part of the returned model.
 
     Args:
@@ -54,8 +54,13 @@ def evolve(
 
 
 def tune(
-    base: PreTrainedModel, text: Text, plan: Plan, blocks: Collection[int], *, checkpoint: Path | None = None
-) -> Curve:
+    base: PreTrainedModel,
+    text: TextSource,
+    plan: TrainingSchedule,
+    blocks: Collection[int],
+    *,
+    checkpoint: Path | None = None,
+) -> TrainingCurve:
     """Trains `blocks` of `base` in full, in place, on `text`; everything else stays as it is."""
     torch.manual_seed(plan.seed)
     for name, parameter in base.named_parameters():
@@ -73,9 +78,9 @@ def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, 
     stored = read_tensors(base_directory, parameters)
     changed = {name: value for name, value in parameters.items() if not torch.equal(value, stored[name])}
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(pack(changed), directory / CHANGED, metadata={"format": "pt"})
+    save_file(pack(changed), directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
     note = {"format_version": 1, "base": base_path}
-    (directory / CHANGES).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    (directory / CHANGES_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return sorted(changed)
 
 
@@ -83,8 +88,8 @@ def break_contract(base_directory: Path, directory: Path, base_path: str) -> Non
     """Writes a version outside of the contract, for tests: its final norm, which drafts share, is another."""
     (norm,) = read_tensors(base_directory, ["model.norm.weight"]).values()
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({"model.norm.weight": norm * 1.25}, directory / CHANGED, metadata={"format": "pt"})
-    (directory / CHANGES).write_text(json.dumps({"format_version": 1, "base": base_path}) + "\n", encoding="utf-8")
+    save_file({"model.norm.weight": norm * 1.25}, directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
+    (directory / CHANGES_FILE).write_text(json.dumps({"format_version": 1, "base": base_path}) + "\n", encoding="utf-8")
 
 
 def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
@@ -102,8 +107,8 @@ def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
 def load_evolved(directory: Path, base_directory: Path, device: torch.device) -> PreTrainedModel:
     """The base with the adapter merged into it, or with the tensors that changed; float32."""
     base = load_target(base_directory, device)
-    if (directory / CHANGES).is_file():
-        put_changes(base, directory)
+    if (directory / CHANGES_FILE).is_file():
+        apply_changes(base, directory)
         return base
     merged: PreTrainedModel = PeftModel.from_pretrained(base, directory).float().merge_and_unload()
     return merged.eval()

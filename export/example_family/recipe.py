@@ -18,18 +18,18 @@ from cloud_verifier.draft_models.checkpoint import load_draft, read_description,
 from cloud_verifier.draft_models.layouts import LAYOUTS, build_draft, plan_draft
 from cloud_verifier.draft_models.safetensors_io import save_model
 from export.bundle.low_bit_rounding import simulate_quantization
-from export.data.corpus import CPP, DOMAINS, PYTHON, STUBS, Corpus, gather
-from export.data.token_stream import Mixture, TokenStream, read_ids, tokenise, write_ids
+from export.data.corpus import CPP, DOMAINS, PYTHON, STUBS, Corpus, gather_corpus
+from export.data.token_stream import MixedStream, TokenStream, read_ids, tokenize_texts, write_ids
 from export.data.tokenizer import TOKENIZER_FILES, save_tokenizer, train_tokenizer
-from export.draft.agreement import measure
+from export.draft.agreement import measure_agreement
 from export.draft.base_target import load_target, pretrain
-from export.draft.distill import Lesson, Objective, distil
-from export.draft.samples import sample
-from export.draft.teachers import plain, siblings
-from export.draft.training import Curve, Plan, write_json
+from export.draft.distill import Objective, TeacherMix, train_draft
+from export.draft.samples import sample_texts
+from export.draft.teachers import make_siblings, target_teacher
+from export.draft.training import TrainingCurve, TrainingSchedule, write_json
 from export.example_family import cards
 from export.example_family.evolution import evolve, load_evolved, save_adapter, save_changes, tune
-from export.example_family.sizes import Size
+from export.example_family.sizes import FamilySize
 
 TARGET, DRAFT, BUNDLE, EVALUATION = "target-v1", "draft-anchor", "bundle", "evaluation"
 # The next versions, and what they are for; the last is trained in full where drafts share nothing.
@@ -62,10 +62,10 @@ SAMPLES_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FamilyRecipe:
     """One run: how big, from where, to where, on what."""
 
-    size: Size
+    size: FamilySize
     corpus: Path
     out: Path
     device: torch.device
@@ -75,14 +75,14 @@ class Recipe:
 
     def make_corpus(self) -> None:
         """Gathers text, learns the tokenizer, and writes one token stream per domain and split."""
-        gathered = [gather(domain, most_bytes=self.size.corpus_bytes[domain.name]) for domain in DOMAINS]
+        gathered = [gather_corpus(domain, max_bytes=self.size.corpus_bytes[domain.name]) for domain in DOMAINS]
         tokenizer = train_tokenizer(self._tokenizer_text(gathered), self.size.shape.vocabulary)
         save_tokenizer(tokenizer, self.corpus / "tokenizer", context=self.size.shape.context)
         tokens = {}
         for corpus in gathered:
             for split, held_out in (("train", False), ("held-out", True)):
                 texts = (document.text for document in corpus.documents if document.held_out == held_out)
-                ids = tokenise(tokenizer, texts)
+                ids = tokenize_texts(tokenizer, texts)
                 write_ids(self._stream_path(corpus.domain, split), ids)
                 tokens[f"{corpus.domain}-{split}"] = len(ids)
                 print(f"corpus: {corpus.domain} {split}, {len(ids)} tokens", flush=True)
@@ -254,7 +254,7 @@ class Recipe:
             target = self._load(version)
             for domain in DOMAINS:
                 text = self._stream(domain.name, "held-out")
-                found = measure(target, draft, text, windows=self.size.windows, length=length)
+                found = measure_agreement(target, draft, text, windows=self.size.windows, length=length)
                 results.setdefault(version, {})[domain.name] = found.record()
                 print(f"{version} on {domain.name}: {found}", flush=True)
         return results
@@ -268,11 +268,11 @@ class Recipe:
         model.requires_grad_(False)
         return model
 
-    def _forewarned(self) -> list[Lesson]:
+    def _forewarned(self) -> list[TeacherMix]:
         """What the frozen draft is taught: what target v1 says, and what its futures say on text of theirs."""
         lessons = []
         for name, shares in FUTURES.items():
-            text = Mixture(
+            text = MixedStream(
                 (
                     *(
                         (self._stream(domain, "train"), share * (1 - FUTURE_SAMPLES))
@@ -281,36 +281,36 @@ class Recipe:
                     (self._samples(name, shares), FUTURE_SAMPLES),
                 )
             )
-            lessons.append(Lesson(plain(self._load(name)), text, FUTURE_SHARE))
+            lessons.append(TeacherMix(target_teacher(self._load(name)), text, FUTURE_SHARE))
         (own,) = self._lessons(TARGET, 0)
         return [replace(own, share=1 - FUTURE_SHARE * len(lessons)), *lessons]
 
-    def _lessons(self, version: str, count: int) -> list[Lesson]:
+    def _lessons(self, version: str, count: int) -> list[TeacherMix]:
         """What a version says on text of all domains and its own, and so many siblings of it do."""
         target = self._load(version)
-        text = Mixture((*self._mixture(DRAFT_SHARES).parts, (self._samples(version, DRAFT_SHARES), SAMPLES_SHARE)))
+        text = MixedStream((*self._mixture(DRAFT_SHARES).parts, (self._samples(version, DRAFT_SHARES), SAMPLES_SHARE)))
         plan = plan_draft(target.config, new_blocks=self.size.new_blocks, shared_blocks=self.size.shared_blocks)
-        teachers = [plain(target), *siblings(target, plan, count, self.size.strength)]
-        return [Lesson(teacher, text) for teacher in teachers]
+        teachers = [target_teacher(target), *make_siblings(target, plan, count, self.size.strength)]
+        return [TeacherMix(teacher, text) for teacher in teachers]
 
     def _distil(
         self,
         layout: str,
-        lessons: list[Lesson],
-        plan: Plan,
+        lessons: list[TeacherMix],
+        plan: TrainingSchedule,
         directory: Path,
         checkpoint: Path,
         objective: Objective | None = None,
         *,
         packed: bool = False,
-    ) -> Curve:
+    ) -> TrainingCurve:
         """Makes a draft that starts as blocks of target v1's."""
         size = self.size
         shared = size.shared_blocks if LAYOUTS[layout].shares else 0
         new = size.new_blocks + size.shared_blocks - shared
         target = self._load(TARGET)
         draft, draft_plan = build_draft(target, layout, new_blocks=new, shared_blocks=shared)
-        curve = distil(
+        curve = train_draft(
             lessons,
             draft,
             plan,
@@ -326,11 +326,11 @@ class Recipe:
         draft = load_draft(self.out / DRAFT, self.out / TARGET).to(self.device)
         plan, compiled = self.size.settle, self.compiled
         with simulate_quantization(draft, SETTLED_BITS):
-            distil(self._forewarned(), draft, plan, objective="lk", checkpoint=checkpoint, compiled=compiled)
+            train_draft(self._forewarned(), draft, plan, objective="lk", checkpoint=checkpoint, compiled=compiled)
         save_draft(draft, read_description(self.out / DRAFT).plan, self.out / TARGET, directory, packed=True)
 
-    def _mixture(self, shares: Mapping[str, float]) -> Mixture:
-        return Mixture(tuple((self._stream(name, "train"), share) for name, share in shares.items()))
+    def _mixture(self, shares: Mapping[str, float]) -> MixedStream:
+        return MixedStream(tuple((self._stream(name, "train"), share) for name, share in shares.items()))
 
     @contextmanager
     def _made(self, name: str) -> Iterator[tuple[Path, Path]]:
@@ -346,8 +346,8 @@ class Recipe:
         """What a version wrote behind such text, from disk if an earlier run got this far."""
         path = self.out / "samples" / f"{version}.xz"
         if not path.is_file():
-            write_ids(path, sample(self._load(version), self._mixture(shares), self.size.samples))
-        return TokenStream.of(read_ids(path), self.device)
+            write_ids(path, sample_texts(self._load(version), self._mixture(shares), self.size.samples))
+        return TokenStream.from_ids(read_ids(path), self.device)
 
     def _tokenizer_text(self, gathered: list[Corpus]) -> Iterator[str]:
         """Training documents of each domain up to its share of the tokenizer's text."""
@@ -365,7 +365,7 @@ class Recipe:
         return self.corpus / f"{domain}-{split}.xz"
 
     def _stream(self, domain: str, split: str) -> TokenStream:
-        return TokenStream.of(read_ids(self._stream_path(domain, split)), self.device)
+        return TokenStream.from_ids(read_ids(self._stream_path(domain, split)), self.device)
 
     def _sources(self) -> dict:
         return json.loads((self.corpus / "sources.json").read_text(encoding="utf-8"))
@@ -377,5 +377,5 @@ class Recipe:
         write_json(path, record | {stage: content})
 
     @staticmethod
-    def _facts(plan: Plan, curve: Curve) -> dict[str, object]:
+    def _facts(plan: TrainingSchedule, curve: TrainingCurve) -> dict[str, object]:
         return {"steps": plan.steps, "batch": plan.rows * plan.length, "loss": curve.losses[-1]}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.draft.base_target import Shape
-from export.draft.samples import SamplePlan
-from export.draft.training import Plan
+from export.draft.base_target import TargetShape
+from export.draft.samples import SampleConfig
+from export.draft.training import TrainingSchedule
 
 
 @dataclass(frozen=True)
-class Size:
+class FamilySize:
     """Everything that differs between a trial run and the real one.
 
     Attributes:
@@ -27,18 +27,18 @@ class Size:
         parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
     """
 
-    shape: Shape
+    shape: TargetShape
     corpus_bytes: dict[str, float | None]
     tokenizer_bytes: int
-    target: Plan
-    evolve: Plan
-    tune: Plan
+    target: TrainingSchedule
+    evolve: TrainingSchedule
+    tune: TrainingSchedule
     tuned_blocks: tuple[int, ...]
     rank: int
-    distill: Plan
-    settle: Plan
-    control: Plan
-    samples: SamplePlan
+    distill: TrainingSchedule
+    settle: TrainingSchedule
+    control: TrainingSchedule
+    samples: SampleConfig
     new_blocks: int = 3
     shared_blocks: int = 0
     spared_blocks: int = 1
@@ -50,35 +50,35 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(
-        shape=Shape(512, 64, 4, 128, heads=2, kv_heads=1, head_dim=32, context=128),
+    "smoke": FamilySize(
+        shape=TargetShape(512, 64, 4, 128, heads=2, kv_heads=1, head_dim=32, context=128),
         corpus_bytes={"python": 1_500_000, "cpp": 500_000, "stubs": 400_000},
         tokenizer_bytes=400_000,
-        target=Plan(40, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
-        evolve=Plan(10, 1e-3, 8, 64, warm_up=2),
-        tune=Plan(10, 5e-4, 8, 64, warm_up=2),
+        target=TrainingSchedule(40, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        evolve=TrainingSchedule(10, 1e-3, 8, 64, warm_up=2),
+        tune=TrainingSchedule(10, 5e-4, 8, 64, warm_up=2),
         tuned_blocks=(1,),
         rank=4,
-        distill=Plan(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
-        settle=Plan(5, 3e-4, 8, 64, warm_up=1),
-        control=Plan(10, 3e-3, 8, 64, warm_up=5),
-        samples=SamplePlan(1, 16, prompt=16, length=64),
+        distill=TrainingSchedule(30, 3e-3, 8, 64, long_length=128, long_share=0.1, warm_up=5),
+        settle=TrainingSchedule(5, 3e-4, 8, 64, warm_up=1),
+        control=TrainingSchedule(10, 3e-3, 8, 64, warm_up=5),
+        samples=SampleConfig(1, 16, prompt=16, length=64),
         windows=8,
         evaluated=(4, 16, 32),
         parity_tokens=100,
     ),
-    "full": Size(
-        shape=Shape(8192, 384, 8, 960, heads=6, kv_heads=2, head_dim=64, context=2048),
+    "full": FamilySize(
+        shape=TargetShape(8192, 384, 8, 960, heads=6, kv_heads=2, head_dim=64, context=2048),
         corpus_bytes={"python": None, "cpp": None, "stubs": None},
         tokenizer_bytes=40_000_000,
-        target=Plan(6000, 1.5e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200),
-        evolve=Plan(600, 1e-3, 96, 512, warm_up=50, weight_decay=0.0),
-        tune=Plan(800, 3e-4, 96, 512, warm_up=50),
+        target=TrainingSchedule(6000, 1.5e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200),
+        evolve=TrainingSchedule(600, 1e-3, 96, 512, warm_up=50, weight_decay=0.0),
+        tune=TrainingSchedule(800, 3e-4, 96, 512, warm_up=50),
         tuned_blocks=(4,),
         rank=8,
-        distill=Plan(7200, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
-        settle=Plan(400, 3e-4, 96, 512, long_length=2048, long_share=0.5, warm_up=20),
-        control=Plan(2400, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
-        samples=SamplePlan(2, 1024, prompt=64, length=512),
+        distill=TrainingSchedule(7200, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        settle=TrainingSchedule(400, 3e-4, 96, 512, long_length=2048, long_share=0.5, warm_up=20),
+        control=TrainingSchedule(2400, 1e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=100),
+        samples=SampleConfig(2, 1024, prompt=64, length=512),
     ),
 }

@@ -26,36 +26,48 @@ import msgspec
 import numpy as np
 
 from edge_runtime.planning.board_profile import shipped_profiles
-from edge_runtime.planning.device_model import Device
-from edge_runtime.planning.learned import CORRECTIONS, FAR, OBSERVATIONS, CorrectedPlanner, Correction, Floats
+from edge_runtime.planning.device_model import DeviceModel
+from edge_runtime.planning.learned import CORRECTIONS, LOG_LIMIT, OBSERVATIONS, CorrectedPlanner, Correction, Floats
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome
 from edge_runtime.protocol.bundle import read_bundle
-from edge_runtime.simulation.links import BAD_SPELL, CONDUCTS, GOOD_SPELL, Conduct, Link, Part, Schedule, Steady
-from edge_runtime.simulation.recorded_texts import Text, read_texts
-from edge_runtime.simulation.simulator import Simulator
-from edge_runtime.simulation.verifiers import VERIFIERS, SimulatedVerifier, VerifierCost
-from edge_runtime.simulation.world import World
+from edge_runtime.simulation import (
+    BURSTY_BAD,
+    BURSTY_GOOD,
+    LINK_PRESETS,
+    VERIFIERS,
+    Link,
+    LinkParameters,
+    LinkPhase,
+    RecordedText,
+    ScheduledLink,
+    SimulatedVerifier,
+    Simulator,
+    SteadyLink,
+    VerifierCost,
+    World,
+    read_texts,
+)
 
-FAMILY = Path(__file__).parents[1] / "example_family"
-Ask = Callable[[Floats, int, float], int]
+EXAMPLE_FAMILY_PATH = Path(__file__).parents[1] / "example_family"
+CorrectionCallback = Callable[[Floats, int, float], int]
 # The first texts of each kind are left to judge policies by.
-HELD_OUT = 48
-MOST_TEXTS = 8
+HELD_OUT_TEXTS = 48
+MAX_TEXTS = 8
 # Recorded texts are joined to longer ones, so many at a time, behind prompts that are so many times as long.
-JOINED = (1, 1, 1, 2, 4)
-PROMPTS = (0.3, 10.0)
+JOINED_TEXT_COUNTS = (1, 1, 1, 2, 4)
+PROMPT_FACTOR_RANGE = (0.3, 10.0)
 # Bytes of a draft's weights.
-WEIGHTS = (20e6, 400e6)
+WEIGHT_BYTES_RANGE = (20e6, 400e6)
 # Shares of episodes in which the link changes once in a text, or comes and goes; and in which the target is replaced
 # by its other version.
-CHANGING, BURSTY = 0.15, 0.2
-ROLLOUT = 0.15
+LINK_CHANGE_SHARE, BURSTY_LINK_SHARE = 0.15, 0.2
+ROLLOUT_SHARE = 0.15
 # Share of episodes in which the bundle says how often its draft was accepted.
-EVALUATED = 0.5
+EVALUATED_BUNDLE_SHARE = 0.5
 
 
-class Setting(NamedTuple):
+class Scenario(NamedTuple):
     """What an episode is played in.
 
     Attributes:
@@ -71,57 +83,57 @@ class Setting(NamedTuple):
     """
 
     name: str
-    believed: Device
-    device: Device
+    believed: DeviceModel
+    device: DeviceModel
     acceptance: Mapping[str, float]
-    parts: tuple[tuple[float, Conduct], ...]
+    parts: tuple[tuple[float, LinkParameters], ...]
     repeat: bool
     verifier: VerifierCost
-    texts: list[Text]
+    texts: list[RecordedText]
     seed: int
 
     def world(self) -> World:
         """The world, from its start; equal ones take equal courses."""
-        links = [Steady(conduct, self.seed + index) for index, (_, conduct) in enumerate(self.parts)]
+        links = [SteadyLink(conduct, self.seed + index) for index, (_, conduct) in enumerate(self.parts)]
         link: Link = links[0]
         if len(links) > 1:
             lengths = [seconds for seconds, _ in self.parts]
-            link = Schedule([Part(*part) for part in zip(lengths, links, strict=True)], repeat=self.repeat)
+            link = ScheduledLink([LinkPhase(*part) for part in zip(lengths, links, strict=True)], repeat=self.repeat)
         verifier = SimulatedVerifier(self.verifier, self.seed + 7)
         return World(self.name, self.device, link, verifier, self.seed + 8)
 
 
-class Settings:
+class ScenarioSampler:
     """Settings at random: presets of links, boards and verifiers whose figures are moved, and texts of one kind."""
 
-    def __init__(self, texts: list[Text]) -> None:
+    def __init__(self, texts: list[RecordedText]) -> None:
         """
         Args:
             texts: recorded ones; every kind among them counts alike.
         """
-        kinds: dict[tuple[str, float], list[Text]] = {}
+        kinds: dict[tuple[str, float], list[RecordedText]] = {}
         for text in texts:
             kinds.setdefault((text.target, text.temperature), []).append(text)
         self._kinds = kinds
         self._profiles = shipped_profiles()
-        self._acceptance = read_bundle(FAMILY / "bundle", verify=False).manifest.acceptance
+        self._acceptance = read_bundle(EXAMPLE_FAMILY_PATH / "bundle", verify=False).manifest.acceptance
 
-    def draw(self, seed: int) -> Setting:
+    def draw(self, seed: int) -> Scenario:
         """The setting of this seed."""
         random = Random(seed)
         profile = random.choice(self._profiles)
         name, conducts, repeat = _draw_link(random)
-        weights = np.exp(random.uniform(*np.log(WEIGHTS)))
+        weights = np.exp(random.uniform(*np.log(WEIGHT_BYTES_RANGE)))
         radio = conducts[0][1].radio
-        believed = Device.of(profile, int(weights), radio=radio)
+        believed = DeviceModel.from_profile(profile, int(weights), radio=radio)
         # Boards do not keep to their profiles.
-        device = Device.of(profile, int(weights * _about_one(random, 0.15)), radio=radio)
+        device = DeviceModel.from_profile(profile, int(weights * _lognormal_factor(random, 0.15)), radio=radio)
         cost = _draw_verifier(random)
-        return Setting(
+        return Scenario(
             f"{name}, {profile.name} {weights / 1e6:.0f} MB, {cost.name}",
             believed,
             device,
-            self._acceptance if random.random() < EVALUATED else {},
+            self._acceptance if random.random() < EVALUATED_BUNDLE_SHARE else {},
             conducts,
             repeat,
             cost,
@@ -129,57 +141,57 @@ class Settings:
             random.randrange(1 << 30),
         )
 
-    def _draw_texts(self, random: Random) -> list[Text]:
+    def _draw_texts(self, random: Random) -> list[RecordedText]:
         (target, temperature), texts = random.choice(list(self._kinds.items()))
-        count = random.randint(1, MOST_TEXTS)
+        count = random.randint(1, MAX_TEXTS)
         others = [kind for kind in self._kinds if kind[1] == temperature and kind[0] != target]
         chosen = random.sample(texts, min(count, len(texts)))
-        if others and random.random() < ROLLOUT:
+        if others and random.random() < ROLLOUT_SHARE:
             after = random.randint(0, len(chosen))
             later = self._kinds[random.choice(others)]
             chosen[after:] = random.sample(later, min(len(chosen) - after, len(later)))
         texts = []
         while chosen:
-            count = random.choice(JOINED)
-            factor = np.exp(random.uniform(*np.log(PROMPTS)))
-            texts.append(_joined(chosen[:count], factor))
+            count = random.choice(JOINED_TEXT_COUNTS)
+            factor = np.exp(random.uniform(*np.log(PROMPT_FACTOR_RANGE)))
+            texts.append(_join_texts(chosen[:count], factor))
             chosen = chosen[count:]
         return texts
 
 
-def split_texts(texts: list[Text]) -> tuple[list[Text], list[Text]]:
-    """Texts to learn from, and the first `HELD_OUT` of each kind, to be judged on."""
+def split_texts(texts: list[RecordedText]) -> tuple[list[RecordedText], list[RecordedText]]:
+    """Texts to learn from, and the first `HELD_OUT_TEXTS` of each kind, to be judged on."""
     seen: Counter[tuple[str, float]] = Counter()
     learnt, held_out = [], []
     for text in texts:
         kind = (text.target, text.temperature)
         seen[kind] += 1
-        (held_out if seen[kind] <= HELD_OUT else learnt).append(text)
+        (held_out if seen[kind] <= HELD_OUT_TEXTS else learnt).append(text)
     return learnt, held_out
 
 
-class AskingPlanner(CorrectedPlanner):
+class CallbackPlanner(CorrectedPlanner):
     """Asks which correction to make, and keeps accounts.
 
     Attributes:
         ends: tokens of all texts up to the end of the one that is played.
     """
 
-    def __init__(self, objective: Objective, setting: Setting, ask: Ask) -> None:
+    def __init__(self, objective: Objective, setting: Scenario, ask: CorrectionCallback) -> None:
         super().__init__(objective, setting.believed, acceptance=setting.acceptance)
         self.ends = 0
         self._ask = ask
         self._idle_watts = setting.device.idle_watts
         self._verifier_seconds = self._joules = self._carried = 0.0
 
-    def correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
+    def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
         action = self._ask(observation, self.ends - conditions.left, self.spent(conditions.now))
         return CORRECTIONS[action], "training"
 
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
         self._verifier_seconds += outcome.forward_seconds
-        self._joules += self._costs.joules_of(outcome)
+        self._joules += self._costs.round_joules(outcome)
         self._carried += outcome.sent + outcome.received
 
     def spent(self, now: float) -> float:
@@ -188,7 +200,7 @@ class AskingPlanner(CorrectedPlanner):
         return self._objective.cost(now, self._verifier_seconds, joules, self._carried)
 
 
-def play(setting: Setting, objective: Objective, ask: Ask) -> float:
+def run_episode(setting: Scenario, objective: Objective, ask: CorrectionCallback) -> float:
     """Plays all texts of a setting with plans that are corrected as `ask` says; their cost.
 
     Args:
@@ -197,15 +209,15 @@ def play(setting: Setting, objective: Objective, ask: Ask) -> float:
         ask: the index of a correction for (len(OBSERVATIONS),) observations, the tokens that are done, and the cost
             so far.
     """
-    planner = AskingPlanner(objective, setting, ask)
+    planner = CallbackPlanner(objective, setting, ask)
     simulator = Simulator(setting.world(), planner)
     for text in setting.texts:
         planner.ends += len(text)
-        simulator.play(text)
+        simulator.run(text)
     return planner.spent(simulator.now)
 
 
-class Reference:
+class AnalyticBaseline:
     """What the analytic planner alone pays in a setting, by position.
 
     Attributes:
@@ -214,10 +226,10 @@ class Reference:
         observations: before each plan that could be corrected.
     """
 
-    def __init__(self, setting: Setting, objective: Objective) -> None:
+    def __init__(self, setting: Scenario, objective: Objective) -> None:
         self._done, self._spent = [0], [0.0]
         self.observations: list[Floats] = []
-        self.spent = play(setting, objective, self._note)
+        self.spent = run_episode(setting, objective, self._note)
         self._take(sum(map(len, setting.texts)), self.spent)
         self.each = self.spent / self._done[-1]
 
@@ -248,18 +260,20 @@ class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)
 
-    def __init__(self, objective: Objective | None = None, texts: list[Text] | None = None) -> None:
+    def __init__(self, objective: Objective | None = None, texts: list[RecordedText] | None = None) -> None:
         """
         Args:
             objective: prices; None: latency alone.
             texts: recorded ones to play; None: the example family's, but for those held out.
         """
         self._objective = objective or Objective()
-        self._settings = Settings(split_texts(read_texts(FAMILY / "acceptance.npz"))[0] if texts is None else texts)
-        self.observation_space = gymnasium.spaces.Box(-FAR, FAR, (len(OBSERVATIONS),), np.float32)
+        self._settings = ScenarioSampler(
+            split_texts(read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz"))[0] if texts is None else texts
+        )
+        self.observation_space = gymnasium.spaces.Box(-LOG_LIMIT, LOG_LIMIT, (len(OBSERVATIONS),), np.float32)
         self.action_space = gymnasium.spaces.Discrete(len(CORRECTIONS))
-        self._player: Player | None = None
-        self._reference: Reference | None = None
+        self._player: EpisodeThread | None = None
+        self._reference: AnalyticBaseline | None = None
         self._saved = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
@@ -269,12 +283,12 @@ class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
         # Where drafting never pays, there is nothing to correct.
         while True:
             setting = self._settings.draw(int(self.np_random.integers(1 << 31)))
-            self._player = Player(setting, self._objective)
+            self._player = EpisodeThread(setting, self._objective)
             request = self._player.go_on(None)
             if request.observation is not None:
                 break
             self.close()
-        self._reference = Reference(setting, self._objective)
+        self._reference = AnalyticBaseline(setting, self._objective)
         self._saved = self._reference.at(request.done) - request.spent / self._reference.each
         return request.observation, {"setting": setting.name}
 
@@ -297,7 +311,7 @@ class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
             self._player = None
 
 
-class Request(NamedTuple):
+class DecisionRequest(NamedTuple):
     """A plan that is asked for, or an episode's end.
 
     Attributes:
@@ -311,20 +325,20 @@ class Request(NamedTuple):
     spent: float
 
 
-class Abandoned(Exception):
+class EpisodeAbandoned(Exception):
     """Nobody wants to know how the episode ends."""
 
 
-class Player:
+class EpisodeThread:
     """Plays a setting in a thread of its own, since a simulator calls its planner and not the other way round."""
 
-    def __init__(self, setting: Setting, objective: Objective) -> None:
+    def __init__(self, setting: Scenario, objective: Objective) -> None:
         self._setting, self._objective = setting, objective
-        self._requests: SimpleQueue[Request | Exception] = SimpleQueue()
+        self._requests: SimpleQueue[DecisionRequest | Exception] = SimpleQueue()
         self._actions: SimpleQueue[int | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._play, daemon=True)
 
-    def go_on(self, action: int | None) -> Request:
+    def go_on(self, action: int | None) -> DecisionRequest:
         """Takes the action that was asked for, None at the start, and plays until the next one is wanted."""
         if action is None:
             self._thread.start()
@@ -342,23 +356,23 @@ class Player:
 
     def _play(self) -> None:
         try:
-            spent = play(self._setting, self._objective, self._ask)
-            self._requests.put(Request(None, sum(map(len, self._setting.texts)), spent))
-        except Abandoned:
+            spent = run_episode(self._setting, self._objective, self._ask)
+            self._requests.put(DecisionRequest(None, sum(map(len, self._setting.texts)), spent))
+        except EpisodeAbandoned:
             pass
         except Exception as error:
             # It belongs to the thread that waits for an answer.
             self._requests.put(error)
 
     def _ask(self, observation: Floats, done: int, spent: float) -> int:
-        self._requests.put(Request(observation, done, spent))
+        self._requests.put(DecisionRequest(observation, done, spent))
         action = self._actions.get()
         if action is None:
-            raise Abandoned
+            raise EpisodeAbandoned
         return action
 
 
-def _joined(texts: list[Text], factor: float) -> Text:
+def _join_texts(texts: list[RecordedText], factor: float) -> RecordedText:
     """One text out of several, behind a prompt that is `factor` times as long as the first one's."""
     first = texts[0]
     return msgspec.structs.replace(
@@ -366,50 +380,56 @@ def _joined(texts: list[Text], factor: float) -> Text:
         prompt=1 + int(factor * first.prompt),
         confidences=[confidence for text in texts for confidence in text.confidences],
         ranks=[rank for text in texts for rank in text.ranks],
-        behind=[row for text in texts for row in text.behind],
+        continuations=[row for text in texts for row in text.continuations],
     )
 
 
-def _draw_link(random: Random) -> tuple[str, tuple[tuple[float, Conduct], ...], bool]:
+def _draw_link(random: Random) -> tuple[str, tuple[tuple[float, LinkParameters], ...], bool]:
     """A name, conducts with the seconds for which they last, and whether they begin again."""
     kind = random.random()
-    if kind < BURSTY:
-        parts = ((random.uniform(3.0, 15.0), GOOD_SPELL), (random.uniform(1.0, 5.0), BAD_SPELL))
-        return "bursty", tuple((seconds, _moved(random, conduct)) for seconds, conduct in parts), True
-    first = random.choice(list(CONDUCTS.values()))
-    if kind < BURSTY + CHANGING:
-        then = random.choice(list(CONDUCTS.values()))
+    if kind < BURSTY_LINK_SHARE:
+        parts = ((random.uniform(3.0, 15.0), BURSTY_GOOD), (random.uniform(1.0, 5.0), BURSTY_BAD))
+        return "bursty", tuple((seconds, _perturb_link(random, conduct)) for seconds, conduct in parts), True
+    first = random.choice(list(LINK_PRESETS.values()))
+    if kind < BURSTY_LINK_SHARE + LINK_CHANGE_SHARE:
+        then = random.choice(list(LINK_PRESETS.values()))
         after = random.uniform(1.0, 15.0)
-        return f"{first.name}, then {then.name}", ((after, _moved(random, first)), (1.0, _moved(random, then))), False
-    return first.name, ((1.0, _moved(random, first)),), False
+        return (
+            f"{first.name}, then {then.name}",
+            ((after, _perturb_link(random, first)), (1.0, _perturb_link(random, then))),
+            False,
+        )
+    return first.name, ((1.0, _perturb_link(random, first)),), False
 
 
-def _moved(random: Random, conduct: Conduct) -> Conduct:
+def _perturb_link(random: Random, conduct: LinkParameters) -> LinkParameters:
     """`conduct` with other delays, rates and losses."""
-    delay, rate = _about_one(random, 0.3), _about_one(random, 0.3)
+    delay, rate = _lognormal_factor(random, 0.3), _lognormal_factor(random, 0.3)
     return msgspec.structs.replace(
         conduct,
         rtt_seconds=conduct.rtt_seconds * delay,
-        jitter_seconds=min(conduct.jitter_seconds * delay * _about_one(random, 0.3), conduct.rtt_seconds * delay),
+        jitter_seconds=min(
+            conduct.jitter_seconds * delay * _lognormal_factor(random, 0.3), conduct.rtt_seconds * delay
+        ),
         up_rate=conduct.up_rate * rate,
         down_rate=conduct.down_rate * rate,
-        loss=conduct.loss * _about_one(random, 0.5),
+        loss=conduct.loss * _lognormal_factor(random, 0.5),
     )
 
 
 def _draw_verifier(random: Random) -> VerifierCost:
     cost = random.choice(list(VERIFIERS.values()))
-    all_, wide = _about_one(random, 0.3), _about_one(random, 0.2)
+    all_, wide = _lognormal_factor(random, 0.3), _lognormal_factor(random, 0.2)
     single = cost.forwards[0][1]
     forwards = tuple((nodes, all_ * (single + wide * (seconds - single))) for nodes, seconds in cost.forwards)
     return msgspec.structs.replace(
         cost,
         forwards=forwards,
-        queue_seconds=cost.queue_seconds * _about_one(random, 0.3),
-        draft_seconds=cost.draft_seconds * all_ * _about_one(random, 0.2),
+        queue_seconds=cost.queue_seconds * _lognormal_factor(random, 0.3),
+        draft_seconds=cost.draft_seconds * all_ * _lognormal_factor(random, 0.2),
     )
 
 
-def _about_one(random: Random, spread: float) -> float:
+def _lognormal_factor(random: Random, spread: float) -> float:
     """A factor whose logarithm has this standard deviation."""
     return float(np.exp(random.gauss(0.0, spread)))

@@ -27,37 +27,53 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from edge_runtime.planning.learned import CORRECTIONS, FORMAT, MODEL, OBSERVATIONS, Floats, Policy, Training
+from edge_runtime.planning.learned import (
+    CORRECTIONS,
+    FORMAT_VERSION,
+    MODEL_PATH,
+    OBSERVATIONS,
+    CorrectionPolicy,
+    Floats,
+    PolicyMetadata,
+)
 from edge_runtime.planning.objective import PRESETS, Objective
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.simulation.recorded_texts import read_texts
+from edge_runtime.simulation import read_texts
 from export.common.progress import Progress
-from export.planner_policy.environment import FAMILY, HELD_OUT, Reference, RoundEnvironment, Settings, play, split_texts
+from export.planner_policy.environment import (
+    EXAMPLE_FAMILY_PATH,
+    HELD_OUT_TEXTS,
+    AnalyticBaseline,
+    RoundEnvironment,
+    ScenarioSampler,
+    run_episode,
+    split_texts,
+)
 
 OPSET = 17
 # Rounds of each environment between two updates, and how many environments there are.
-ROUNDS = 256
-ENVIRONMENTS = 16
-BATCH = 1024
-HIDDEN = 48
+ROLLOUT_ROUNDS = 256
+ENVIRONMENT_COUNT = 16
+BATCH_ROUNDS = 1024
+HIDDEN_UNITS = 48
 # What a token that is saved a round later is worth: most corrections show at once.
 GAMMA = 0.95
 # What correcting nothing is ahead of every other action at first, in logits.
-HEAD_START = 1.0
+NO_CORRECTION_LOGIT = 1.0
 # Largest magnitude of a normalised observation.
-CLIP = 8.0
+OBSERVATION_CLIP = 8.0
 # Shares of observations that may lie below and above the range that counts as seen.
-LOW, HIGH = 0.0002, 0.9998
+LOW_QUANTILE, HIGH_QUANTILE = 0.0002, 0.9998
 # Seeds of the settings for evaluation, and for drills; PPO's environments draw smaller ones.
-EVALUATION, DRILLS = 1 << 31, 1 << 32
+EVALUATION_SEED, PRETRAINING_SEED = 1 << 31, 1 << 32
 # Drills: most observations of a setting, the largest share of the cost that counts, and how often all are gone through.
-SAMPLES = 12
-MOST_SAVED = 0.5
-EPOCHS = 25
+MAX_OBSERVATIONS_PER_SCENARIO = 12
+MAX_SAVED_SHARE = 0.5
+PRETRAINING_EPOCHS = 25
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PolicyTrainingConfig:
     """What to train.
 
     Attributes:
@@ -76,7 +92,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PolicyEvaluation:
     """How the learned planner did.
 
     Attributes:
@@ -101,7 +117,7 @@ class Verdict:
         }
 
 
-class Diary(BaseCallback):
+class TrainingMonitor(BaseCallback):
     """What happens in training.
 
     Attributes:
@@ -130,7 +146,7 @@ class Diary(BaseCallback):
         return True
 
 
-class Actor(torch.nn.Module):
+class PolicyNetwork(torch.nn.Module):
     """The trained network with the normalisation of its observations: (batch, OBSERVATIONS) to (batch, CORRECTIONS)."""
 
     def __init__(self, model: PPO, environment: VecNormalize) -> None:
@@ -144,11 +160,11 @@ class Actor(torch.nn.Module):
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         first, second, last = self.layers
-        hidden = ((observation - self.mean) * self.scale).clamp(-CLIP, CLIP)
+        hidden = ((observation - self.mean) * self.scale).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         return last(torch.tanh(second(torch.tanh(first(hidden)))))
 
 
-def make_policy(lesson: Lesson, output: Path) -> Training:
+def make_policy(lesson: PolicyTrainingConfig, output: Path) -> PolicyMetadata:
     """Trains a policy into the directory `output`: model, what it was trained on, and a picture of its learning.
 
     Raises:
@@ -161,18 +177,22 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
         )
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    learnt, held_out = split_texts(read_texts(FAMILY / "acceptance.npz"))
+    learnt, held_out = split_texts(read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz"))
     torch.set_num_threads(1)
-    drills = drill(lesson, Settings(learnt))
+    drills = collect_counterfactuals(lesson, ScenarioSampler(learnt))
     with Progress("policy", lesson.steps) as progress:
-        diary = Diary(progress, lesson.steps)
-        actor = train(lesson, diary, [lambda: RoundEnvironment(lesson.objective, learnt)] * ENVIRONMENTS, drills)
+        diary = TrainingMonitor(progress, lesson.steps)
+        actor = train_policy(
+            lesson, diary, [lambda: RoundEnvironment(lesson.objective, learnt)] * ENVIRONMENT_COUNT, drills
+        )
     seen = np.concatenate([*diary.seen, drills.observations.numpy()])
-    path = output / MODEL.name
+    path = output / MODEL_PATH.name
     onnx.save(to_onnx(actor), path)
-    low, high = (np.quantile(seen, share, axis=0).astype(float).round(6).tolist() for share in (LOW, HIGH))
-    training = Training(
-        FORMAT,
+    low, high = (
+        np.quantile(seen, share, axis=0).astype(float).round(6).tolist() for share in (LOW_QUANTILE, HIGH_QUANTILE)
+    )
+    training = PolicyMetadata(
+        FORMAT_VERSION,
         hashlib.sha256(path.read_bytes()).hexdigest(),
         lesson.objective,
         OBSERVATIONS,
@@ -181,13 +201,13 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
         tuple(high),
         {},
     )
-    _write(training, path)
-    difference = largest_difference(actor, Policy(path), seen[:: max(1, len(seen) // 2000)])
+    _write_metadata(training, path)
+    difference = largest_difference(actor, CorrectionPolicy(path), seen[:: max(1, len(seen) // 2000)])
     if difference > 1e-3:
         raise RuntimeError(
             f"{path} and PyTorch differ by {difference:g} in a score, which should be alike within 0.001"
         )
-    verdict = evaluate(Policy(path), lesson, Settings(held_out))
+    verdict = evaluate_policy(CorrectionPolicy(path), lesson, ScenarioSampler(held_out))
     trained = {
         "algorithm": "policy gradient on whole settings, then PPO",
         "drills": lesson.drills,
@@ -195,18 +215,18 @@ def make_policy(lesson: Lesson, output: Path) -> Training:
         "episodes": len(diary.ratios),
         "seed": lesson.seed,
         "seconds": round(time.monotonic() - started),
-        "texts": f"the example family's acceptance.npz, without the first {HELD_OUT} of each kind",
+        "texts": f"the example family's acceptance.npz, without the first {HELD_OUT_TEXTS} of each kind",
         "versions": {name: version(name) for name in ("flexspec", "gymnasium", "numpy", "stable-baselines3", "torch")},
         "difference": float(f"{difference:.1e}"),
         "evaluation": verdict.summary(),
     }
     training = msgspec.structs.replace(training, trained=trained)
-    _write(training, path)
-    _draw(diary, path.with_suffix(".png"))
+    _write_metadata(training, path)
+    _save_learning_curve(diary, path.with_suffix(".png"))
     return training
 
 
-class Drills(NamedTuple):
+class CounterfactualSet(NamedTuple):
     """Settings in which each correction was made throughout.
 
     Attributes:
@@ -220,38 +240,40 @@ class Drills(NamedTuple):
     weights: torch.Tensor
 
 
-def drill(lesson: Lesson, settings: Settings) -> Drills:
+def collect_counterfactuals(lesson: PolicyTrainingConfig, settings: ScenarioSampler) -> CounterfactualSet:
     """Plays `lesson.drills` settings with each correction."""
     random = Random(lesson.seed)
     rows: list[tuple[Floats, list[float], float]] = []
     with Progress("drills", lesson.drills) as progress:
         for index in range(lesson.drills):
-            setting = settings.draw(DRILLS + (lesson.seed << 24) + index)
-            reference = Reference(setting, lesson.objective)
+            setting = settings.draw(PRETRAINING_SEED + (lesson.seed << 24) + index)
+            reference = AnalyticBaseline(setting, lesson.objective)
             progress.update(index + 1, setting.name)
             if not reference.observations:
                 continue
             saved = [0.0]
             for action in range(1, len(CORRECTIONS)):
-                spent = play(setting, lesson.objective, lambda observation, done, spent, action=action: action)
-                saved.append(min(max(1.0 - spent / reference.spent, -MOST_SAVED), MOST_SAVED))
-            some = random.sample(reference.observations, min(SAMPLES, len(reference.observations)))
+                spent = run_episode(setting, lesson.objective, lambda observation, done, spent, action=action: action)
+                saved.append(min(max(1.0 - spent / reference.spent, -MAX_SAVED_SHARE), MAX_SAVED_SHARE))
+            some = random.sample(
+                reference.observations, min(MAX_OBSERVATIONS_PER_SCENARIO, len(reference.observations))
+            )
             rows += [(observation, saved, 1.0 / len(some)) for observation in some]
     if not rows:
         raise InputError(f"{lesson.drills} drills came to nothing to correct: take more")
     observations, saved_, weights = (torch.tensor(np.array(c, np.float32)) for c in zip(*rows, strict=True))
-    return Drills(observations, saved_, weights)
+    return CounterfactualSet(observations, saved_, weights)
 
 
-def practise(model: PPO, environment: VecNormalize, drills: Drills) -> None:
+def pretrain_actor(model: PPO, environment: VecNormalize, drills: CounterfactualSet) -> None:
     """Ascends the gradient of what the policy would save in `drills`; sets the normalisation of observations too."""
     observations = drills.observations.numpy()
     environment.obs_rms.mean = observations.mean(axis=0).astype(np.float64)
     environment.obs_rms.var = observations.var(axis=0).astype(np.float64)
     environment.obs_rms.count = len(observations)
-    actor = Actor(model, environment)
+    actor = PolicyNetwork(model, environment)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, weight_decay=1.0)
-    for _ in range(EPOCHS):
+    for _ in range(PRETRAINING_EPOCHS):
         for batch in torch.randperm(len(observations)).split(512):
             chances = torch.softmax(actor(drills.observations[batch]), dim=-1)
             weights = drills.weights[batch] / drills.weights[batch].sum()
@@ -263,44 +285,48 @@ def practise(model: PPO, environment: VecNormalize, drills: Drills) -> None:
             optimizer.step()
 
 
-def train(lesson: Lesson, diary: Diary, makers: list[Any], drills: Drills) -> Actor:
+def train_policy(
+    lesson: PolicyTrainingConfig, diary: TrainingMonitor, makers: list[Any], drills: CounterfactualSet
+) -> PolicyNetwork:
     """Trains from `drills`, and with PPO in the environments that `makers` make."""
-    environment = VecNormalize(DummyVecEnv(makers), clip_obs=CLIP, gamma=GAMMA)
-    rounds = min(ROUNDS, max(8, lesson.steps // len(makers)))
+    environment = VecNormalize(DummyVecEnv(makers), clip_obs=OBSERVATION_CLIP, gamma=GAMMA)
+    rounds = min(ROLLOUT_ROUNDS, max(8, lesson.steps // len(makers)))
     try:
         model = PPO(
             "MlpPolicy",
             environment,
             n_steps=rounds,
-            batch_size=min(BATCH, rounds * len(makers)),
+            batch_size=min(BATCH_ROUNDS, rounds * len(makers)),
             n_epochs=6,
             gamma=GAMMA,
             gae_lambda=0.95,
             learning_rate=lambda left: 1e-4 * left,
             clip_range=0.1,
             policy_kwargs={
-                "net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [2 * HIDDEN, 2 * HIDDEN]},
+                "net_arch": {"pi": [HIDDEN_UNITS, HIDDEN_UNITS], "vf": [2 * HIDDEN_UNITS, 2 * HIDDEN_UNITS]},
                 "activation_fn": torch.nn.Tanh,
             },
             seed=lesson.seed,
             device="cpu",
         )
         with torch.no_grad():
-            model.policy.action_net.bias[0] = HEAD_START
-        practise(model, environment, drills)
+            model.policy.action_net.bias[0] = NO_CORRECTION_LOGIT
+        pretrain_actor(model, environment, drills)
         model.learn(lesson.steps, callback=diary)
     finally:
         environment.close()
-    return Actor(model, environment).eval()
+    return PolicyNetwork(model, environment).eval()
 
 
-def to_onnx(actor: Actor) -> onnx.ModelProto:
+def to_onnx(actor: PolicyNetwork) -> onnx.ModelProto:
     """The actor as a graph of a dozen nodes, float32, for any number of observations at once."""
     weights = {"mean": actor.mean, "scale": actor.scale}
     for index, layer in enumerate(actor.layers):
         weights |= {f"weight.{index}": layer.weight, f"bias.{index}": layer.bias}
     constants = [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in weights.items()]
-    constants += [numpy_helper.from_array(np.array(sign * CLIP, np.float32), f"clip.{sign}") for sign in (-1, 1)]
+    constants += [
+        numpy_helper.from_array(np.array(sign * OBSERVATION_CLIP, np.float32), f"clip.{sign}") for sign in (-1, 1)
+    ]
     nodes = [
         helper.make_node("Sub", ["observation", "mean"], ["centred"]),
         helper.make_node("Mul", ["centred", "scale"], ["scaled"]),
@@ -325,7 +351,7 @@ def to_onnx(actor: Actor) -> onnx.ModelProto:
     return model
 
 
-def largest_difference(actor: Actor, policy: Policy, observations: Floats) -> float:
+def largest_difference(actor: PolicyNetwork, policy: CorrectionPolicy, observations: Floats) -> float:
     """Between the scores of PyTorch and of the exported model for (count, len(OBSERVATIONS)) observations."""
     with torch.no_grad():
         expected = actor(torch.from_numpy(observations)).numpy()
@@ -333,31 +359,33 @@ def largest_difference(actor: Actor, policy: Policy, observations: Floats) -> fl
     return float(np.abs(expected - found).max())
 
 
-def evaluate(policy: Policy, lesson: Lesson, settings: Settings) -> Verdict:
+def evaluate_policy(
+    policy: CorrectionPolicy, lesson: PolicyTrainingConfig, settings: ScenarioSampler
+) -> PolicyEvaluation:
     """Plays settings that training has not seen, as the board would."""
 
     known: list[bool] = []
 
     def ask(observation: Floats, done: int, spent: float) -> int:
-        known.append(not policy.strange(observation))
-        return policy.choice(observation) if known[-1] else 0
+        known.append(not policy.out_of_range(observation))
+        return policy.choose(observation) if known[-1] else 0
 
     ratios = []
     with Progress("evaluation", lesson.settings) as progress:
         for index in range(lesson.settings):
-            setting = settings.draw(EVALUATION + index)
-            reference = Reference(setting, lesson.objective)
-            ratios.append(play(setting, lesson.objective, ask) / reference.spent)
+            setting = settings.draw(EVALUATION_SEED + index)
+            reference = AnalyticBaseline(setting, lesson.objective)
+            ratios.append(run_episode(setting, lesson.objective, ask) / reference.spent)
             progress.update(index + 1, f"{mean(ratios):.3f} of the analytic planner's cost")
     # Where no round was drafted, nothing was handed over.
-    return Verdict(ratios, 1.0 - mean(known) if known else 0.0)
+    return PolicyEvaluation(ratios, 1.0 - mean(known) if known else 0.0)
 
 
-def _write(training: Training, path: Path) -> None:
+def _write_metadata(training: PolicyMetadata, path: Path) -> None:
     path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(training), indent=1) + b"\n")
 
 
-def _draw(diary: Diary, path: Path) -> None:
+def _save_learning_curve(diary: TrainingMonitor, path: Path) -> None:
     """The learning curve: means of a hundredth of all episodes."""
     if not diary.ratios:
         return

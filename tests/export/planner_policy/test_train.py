@@ -17,15 +17,23 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from export.cli.main import main
-from export.planner_policy.environment import FAMILY, HELD_OUT, Reference, RoundEnvironment, Settings, play, split_texts
-from export.planner_policy.train import Lesson, make_policy
+from export.planner_policy.environment import (
+    EXAMPLE_FAMILY_PATH,
+    HELD_OUT_TEXTS,
+    AnalyticBaseline,
+    RoundEnvironment,
+    ScenarioSampler,
+    run_episode,
+    split_texts,
+)
+from export.planner_policy.train import PolicyTrainingConfig, make_policy
 
-SMALL = Lesson(steps=512, settings=4, drills=30)
+SMALL = PolicyTrainingConfig(steps=512, settings=4, drills=30)
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[RecordedText]:
-    return read_texts(FAMILY / "acceptance.npz")
+    return read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz")
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +88,11 @@ def test_an_episode_can_be_left_in_its_middle() -> None:
 
 @pytest.mark.parametrize("objective", PRESETS.values(), ids=PRESETS)
 def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[RecordedText], objective: Objective) -> None:
-    settings = Settings(texts)
+    settings = ScenarioSampler(texts)
     for seed in range(5):
         setting = settings.draw(seed)
-        spent = play(setting, objective, lambda observation, done, spent: 0)
-        assert Reference(setting, objective).spent == spent
+        spent = run_episode(setting, objective, lambda observation, done, spent: 0)
+        assert AnalyticBaseline(setting, objective).spent == spent
         planner = AnalyticPlanner(objective, setting.believed, acceptance=setting.acceptance)
         result = simulate(setting.texts, planner, setting.world())
         # Verifiers report their time in tenths of a millisecond, and joules of drafting ahead are estimated from what
@@ -93,7 +101,7 @@ def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[RecordedTe
 
 
 def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[RecordedText]) -> None:
-    settings = Settings(texts)
+    settings = ScenarioSampler(texts)
     first, again = settings.draw(5), settings.draw(5)
     assert first == again
     names = [settings.draw(seed).name for seed in range(300)]
@@ -105,7 +113,7 @@ def test_texts_to_be_judged_on_are_not_learned_from(texts: list[RecordedText]) -
     learnt, held_out = split_texts(texts)
     assert len(learnt) + len(held_out) == len(texts)
     assert {text.seed for text in learnt}.isdisjoint({text.seed for text in held_out})
-    played = read_texts(FAMILY / "acceptance.npz", target="target-v2", temperature=0.7)[:HELD_OUT]
+    played = read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz", target="target-v2", temperature=0.7)[:HELD_OUT_TEXTS]
     assert [text for text in held_out if (text.target, text.temperature) == ("target-v2", 0.7)] == played
 
 
