@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # How mmcli prints null.
 UNKNOWN = "--"
+MODEM_COMMAND = ("mmcli", "-m", "any", "-J")
+SIGNAL_COMMAND = ("mmcli", "-m", "any", "--signal-get", "-J")
 
 
 class ModemSignal(msgspec.Struct, frozen=True):
@@ -130,10 +132,10 @@ def read_modem(reader: Reader) -> Modem | None:
     ]
     if not devices:
         return None
-    modem = reader.program(parse_modem, "mmcli", "-m", "any", "-J")
+    modem = reader.program(parse_modem, *MODEM_COMMAND)
     if modem is None:
         return None
-    radio = reader.program(parse_signal, "mmcli", "-m", "any", "--signal-get", "-J")
+    radio = reader.program(parse_signal, *SIGNAL_COMMAND)
     return msgspec.structs.replace(modem, radio=radio)
 
 

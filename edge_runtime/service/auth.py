@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 from starlette.requests import Request
 
+from edge_runtime.common.network import is_loopback
 from edge_runtime.service.errors import ApiError
-from edge_runtime.settings import is_loopback
 
 # Path prefixes that give access to prompts and answers, and therefore require a key.
 GUARDED_PATHS = ("/v1/", "/events")

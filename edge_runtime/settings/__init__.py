@@ -11,7 +11,7 @@ from edge_runtime.settings.table import (
     Settings,
     VerifierSettings,
 )
-from edge_runtime.settings.validators import bare_type, is_in_clear, is_loopback, read_secret
+from edge_runtime.settings.validators import bare_type, is_in_clear, read_secret
 
 __all__ = [
     "SETTINGS",
@@ -25,7 +25,6 @@ __all__ = [
     "VerifierSettings",
     "bare_type",
     "is_in_clear",
-    "is_loopback",
     "read_effective_settings",
     "read_secret",
 ]
