@@ -1,9 +1,9 @@
-// Small charts in SVG, drawn anew whenever something has changed.
+// Small SVG charts, redrawn on every change.
 
 const SVG = "http://www.w3.org/2000/svg";
-// The curves cover so long, and less as long as there is less.
+// Time span of the curves; shorter, down to MIN_SECONDS, while there is less history.
 const SECONDS = 300;
-const LEAST_SECONDS = 30;
+const MIN_SECONDS = 30;
 const WIDTH = 300;
 const HEIGHT = 56;
 const ROUNDS = 48;
@@ -14,11 +14,11 @@ function shape(name, attributes) {
   return element;
 }
 
-/** A gauge: its value now, and its curve over the last minutes. Hidden until there is a value. */
-export class Tile {
-  /** `most` is the least that the scale goes up to; `fixed` keeps it there. */
-  constructor(home, { name, title, unit, kind = "", digits = 0, most = 1, fixed = false }) {
-    Object.assign(this, { title, unit, digits, most, fixed, points: [] });
+/** A gauge: its current value and its curve over the last minutes. Hidden until there is a value. */
+export class GaugeTile {
+  /** The scale ends at `scaleMax`, or above it if values are larger and the scale is not `fixed`. */
+  constructor(home, { name, title, unit, kind = "", digits = 0, scaleMax = 1, fixed = false }) {
+    Object.assign(this, { title, unit, digits, scaleMax, fixed, points: [] });
     this.figure = document.createElement("figure");
     this.figure.className = `tile card ${kind}`;
     this.figure.dataset.gauge = name;
@@ -35,7 +35,7 @@ export class Tile {
     home.append(this.figure);
   }
 
-  /** The value at Unix time `at`; null where there is none. */
+  /** Add the value at Unix time `at`; null if there is none. */
   add(at, value, note = "") {
     this.points.push([at, value ?? null]);
     while (this.points[0][0] < at - SECONDS) this.points.shift();
@@ -50,9 +50,9 @@ export class Tile {
   draw() {
     if (this.figure.hidden || !this.points.length) return;
     const [now, value] = this.points.at(-1);
-    const span = Math.max(LEAST_SECONDS, now - this.points[0][0]);
+    const span = Math.max(MIN_SECONDS, now - this.points[0][0]);
     const known = this.points.filter(([, y]) => y !== null).map(([, y]) => y);
-    const top = this.fixed ? this.most : Math.max(this.most, ...known) * 1.1;
+    const top = this.fixed ? this.scaleMax : Math.max(this.scaleMax, ...known) * 1.1;
     const unit = document.createElement("small");
     unit.textContent = this.unit;
     this.output.replaceChildren(value === null ? "–" : value.toFixed(this.digits), unit);
@@ -74,14 +74,14 @@ export class Tile {
     }
     this.area.setAttribute("d", area);
     this.curve.setAttribute("d", curve);
-    const most = known.length ? `, at most ${Math.max(...known).toFixed(this.digits)} ${this.unit} of late` : "";
-    const said = value === null ? "nothing now" : `${value.toFixed(this.digits)} ${this.unit}`;
-    this.svg.setAttribute("aria-label", `${this.title}: ${said}${most}`);
+    const maximum = known.length ? `, recent maximum ${Math.max(...known).toFixed(this.digits)} ${this.unit}` : "";
+    const current = value === null ? "no current value" : `${value.toFixed(this.digits)} ${this.unit}`;
+    this.svg.setAttribute("aria-label", `${this.title}: ${current}${maximum}`);
   }
 }
 
-/** The last rounds as bars: what was drafted, filled as far as it was accepted; what the cloud wrote without a draft. */
-export class Rounds {
+/** Recent rounds as bars: draft tokens, accepted ones filled; rounds without a draft by the target's own tokens. */
+export class RoundsChart {
   constructor(home) {
     this.rounds = [];
     this.svg = shape("svg", { viewBox: `0 0 ${ROUNDS * 6} 64`, preserveAspectRatio: "none", role: "img" });
@@ -98,19 +98,19 @@ export class Rounds {
   }
 
   draw() {
-    const most = Math.max(4, ...this.rounds.map((round) => round.drafted));
+    const scaleMax = Math.max(4, ...this.rounds.map((round) => round.drafted));
     const bars = this.rounds.flatMap((round, index) => {
       const x = 6 * (ROUNDS - this.rounds.length + index);
-      const bar = (of, kind) => {
-        const height = (60 * of) / most;
+      const bar = (count, kind) => {
+        const height = (60 * count) / scaleMax;
         return shape("rect", { x: x + 0.5, y: 63 - height, width: 4.5, height, class: kind });
       };
-      if (!round.drafted) return [bar(Math.min(most, round.own) / 3, "cloud")];
+      if (!round.drafted) return [bar(Math.min(scaleMax, round.own) / 3, "cloud")];
       return [bar(round.drafted, "drafted"), bar(round.accepted, "accepted")];
     });
     this.svg.replaceChildren(...bars);
     const drafted = this.rounds.reduce((sum, round) => sum + round.drafted, 0);
     const accepted = this.rounds.reduce((sum, round) => sum + round.accepted, 0);
-    this.svg.setAttribute("aria-label", `The last ${this.rounds.length} rounds: ${accepted} of ${drafted} drafted tokens accepted`);
+    this.svg.setAttribute("aria-label", `Last ${this.rounds.length} rounds: ${accepted} of ${drafted} draft tokens accepted`);
   }
 }

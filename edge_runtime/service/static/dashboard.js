@@ -1,19 +1,19 @@
-// The dashboard: what the feed says, drawn. All text of models is put in as text, never as HTML.
+// The dashboard: draws the events of the board. Text of models is inserted as text, never as HTML.
 
-import { Rounds, Tile } from "./charts.js";
-import { ask, eventsOf, listen } from "./feed.js";
+import { GaugeTile, RoundsChart } from "./charts.js";
+import { readEvents, request, subscribe } from "./feed.js";
 
-const MOST_ANSWERS = 8;
-const MOST_DECISIONS = 6;
+const MAX_ANSWERS = 8;
+const MAX_DECISIONS = 6;
 const PRIVACY = {
   tls: "✓ encrypted (TLS)",
-  loopback: "✓ on this machine: nothing leaves it",
+  loopback: "✓ on this machine, no network traffic",
   clear: "⚠ NOT encrypted",
 };
 
 const $ = (id) => document.getElementById(id);
 const show = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const made = (name, kind, text = "") => Object.assign(document.createElement(name), { className: kind, textContent: text });
+const createElement = (name, kind, text = "") => Object.assign(document.createElement(name), { className: kind, textContent: text });
 
 function bytes(count) {
   if (count < 1000) return `${count} B`;
@@ -26,36 +26,37 @@ const ms = (seconds) => `${(1e3 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
 
 const tiles = $("tiles");
 const gauges = {
-  rate: new Tile(tiles, { name: "rate", title: "Speed", unit: "tokens/s", digits: 1, most: 10 }),
-  acceptance: new Tile(tiles, { name: "acceptance", title: "Acceptance", unit: "%", kind: "accepted", most: 100, fixed: true }),
-  draft: new Tile(tiles, { name: "draft", title: "Draft length", unit: "tokens", kind: "accepted", digits: 1, most: 4 }),
-  rtt: new Tile(tiles, { name: "rtt", title: "Round trip", unit: "ms", digits: 1, most: 1 }),
-  bytes: new Tile(tiles, { name: "bytes", title: "Link, both ways", unit: "kB/s", digits: 2, most: 1 }),
-  watts: new Tile(tiles, { name: "watts", title: "Power", unit: "W", kind: "own", digits: 1, most: 5 }),
-  celsius: new Tile(tiles, { name: "celsius", title: "Temperature", unit: "°C", kind: "heat", digits: 1, most: 90, fixed: true }),
-  battery: new Tile(tiles, { name: "battery", title: "Battery", unit: "%", kind: "own", most: 100, fixed: true }),
+  rate: new GaugeTile(tiles, { name: "rate", title: "Speed", unit: "tokens/s", digits: 1, scaleMax: 10 }),
+  acceptance: new GaugeTile(tiles, { name: "acceptance", title: "Acceptance", unit: "%", kind: "accepted", scaleMax: 100, fixed: true }),
+  draft: new GaugeTile(tiles, { name: "draft", title: "Draft length", unit: "tokens", kind: "accepted", digits: 1, scaleMax: 4 }),
+  rtt: new GaugeTile(tiles, { name: "rtt", title: "Round trip", unit: "ms", digits: 1, scaleMax: 1 }),
+  bytes: new GaugeTile(tiles, { name: "bytes", title: "Link, both directions", unit: "kB/s", digits: 2, scaleMax: 1 }),
+  watts: new GaugeTile(tiles, { name: "watts", title: "Power", unit: "W", kind: "own", digits: 1, scaleMax: 5 }),
+  celsius: new GaugeTile(tiles, { name: "celsius", title: "Temperature", unit: "°C", kind: "heat", digits: 1, scaleMax: 90, fixed: true }),
+  battery: new GaugeTile(tiles, { name: "battery", title: "Battery", unit: "%", kind: "own", scaleMax: 100, fixed: true }),
 };
-let past = [];
+// Gauge samples of the last 30 seconds.
+let samples = [];
 
-/** How much `field` has grown of late, within `seconds`; null where that cannot be told. */
-function grown(field, seconds) {
-  const now = past.at(-1);
-  const before = past.find((gauge) => gauge.at >= now.at - seconds - 0.5);
+/** Increase of `field` over the last `seconds`; null if there is no earlier sample. */
+function increase(field, seconds) {
+  const now = samples.at(-1);
+  const before = samples.find((gauge) => gauge.at >= now.at - seconds - 0.5);
   return now === before ? null : now[field] - before[field];
 }
 
 function perSecond(field) {
-  const [before, now] = past.slice(-2);
+  const [before, now] = samples.slice(-2);
   return now ? (now[field] - before[field]) / Math.max(0.1, now.at - before.at) : null;
 }
 
-function hearGauges(gauge) {
-  past.push(gauge);
-  while (past[0].at < gauge.at - 30) past.shift();
-  const drafted = grown("drafted", 10);
+function applyGauges(gauge) {
+  samples.push(gauge);
+  while (samples[0].at < gauge.at - 30) samples.shift();
+  const drafted = increase("drafted", 10);
   gauges.rate.add(gauge.at, perSecond("tokens"));
-  gauges.acceptance.add(gauge.at, drafted ? (100 * grown("accepted", 10)) / drafted : null);
-  gauges.draft.add(gauge.at, drafted ? drafted / grown("drafts", 10) : null);
+  gauges.acceptance.add(gauge.at, drafted ? (100 * increase("accepted", 10)) / drafted : null);
+  gauges.draft.add(gauge.at, drafted ? drafted / increase("drafts", 10) : null);
   gauges.rtt.add(gauge.at, gauge.rtt_seconds == null ? null : 1e3 * gauge.rtt_seconds);
   const link = perSecond("sent");
   gauges.bytes.add(gauge.at, link === null ? null : (link + perSecond("received")) / 1e3);
@@ -70,14 +71,14 @@ function hearGauges(gauge) {
   show("fault", gauge.fault ? `No verifier: ${gauge.fault}` : "");
   $("fault").hidden = !gauge.fault;
   const chips = [
-    [gauge.running === 1 ? "1 answer" : `${gauge.running || "no"} answers`, ""],
+    [gauge.running === 1 ? "1 running answer" : `${gauge.running || "no"} running answers`, ""],
     [gauge.waiting ? `${gauge.waiting} waiting` : "", ""],
     [gauge.on_battery ? "on battery" : "", ""],
     [gauge.metered ? "metered link" : "", ""],
-    [gauge.throttled ? "throttled: too hot, or too little power" : "", "warning"],
+    [gauge.throttled ? "throttled because of heat or low voltage" : "", "warning"],
   ];
-  $("chips").replaceChildren(...chips.filter(([text]) => text).map(([text, kind]) => made("li", kind, text)));
-  if ($("status").dataset.state === "waiting") tell("live");
+  $("chips").replaceChildren(...chips.filter(([text]) => text).map(([text, kind]) => createElement("li", kind, text)));
+  if ($("status").dataset.state === "waiting") showConnection("live");
 }
 
 const energy = (joules) => (joules < 3600 ? `${joules.toFixed(0)} J` : `${(joules / 3600).toFixed(joules < 36000 ? 2 : 1)} Wh`);
@@ -98,22 +99,22 @@ function count(kind, change) {
   show(`count-${kind}`, String(counts[kind]));
 }
 
-function answerOf(number) {
+function findOrAddAnswer(number) {
   let answer = answers.get(number);
   if (!answer) {
-    const article = made("article", "answer");
+    const article = createElement("article", "answer");
     article.dataset.answer = number;
-    const title = article.appendChild(made("h3", ""));
-    const text = article.appendChild(made("pre", ""));
+    const title = article.appendChild(createElement("h3", ""));
+    const text = article.appendChild(createElement("pre", ""));
     text.tabIndex = 0;
     text.setAttribute("aria-label", `Answer ${number}`);
-    title.append(made("b", "", `Answer ${number}`));
+    title.append(createElement("b", "", `Answer ${number}`));
     answer = { article, title, text, tokens: [], tail: [] };
     answers.set(number, answer);
     $("answers").prepend(article);
     $("nothing").hidden = true;
     for (const oldest of answers.keys()) {
-      if (answers.size <= MOST_ANSWERS) break;
+      if (answers.size <= MAX_ANSWERS) break;
       answers.get(oldest).article.remove();
       answers.delete(oldest);
     }
@@ -121,28 +122,28 @@ function answerOf(number) {
   return answer;
 }
 
-function hearBegun(begun) {
-  const { article, title, text } = answerOf(begun.answer);
+function applyAnswerStarted(started) {
+  const { article, title, text } = findOrAddAnswer(started.answer);
   article.dataset.writing = "";
-  text.prepend(made("span", "prompt", begun.prompt));
+  text.prepend(createElement("span", "prompt", started.prompt));
   title.append(
-    made("span", "", `${begun.prompt_tokens} prompt tokens`),
-    made("span", "", begun.temperature ? `T = ${begun.temperature}` : "greedy"),
-    ...(begun.speculation ? [] : [made("span", "", "speculation off")]),
+    createElement("span", "", `${started.prompt_tokens} prompt tokens`),
+    createElement("span", "", started.temperature ? `T = ${started.temperature}` : "greedy"),
+    ...(started.speculation ? [] : [createElement("span", "", "speculation off")]),
   );
 }
 
-function hearTokens({ answer: number, accepted = [], own = [], withdrawn = [], unverified = [] }) {
-  const answer = answerOf(number);
+function applyTokens({ answer: number, accepted = [], own = [], withdrawn = [], unverified = [] }) {
+  const answer = findOrAddAnswer(number);
   const { text } = answer;
   const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 30;
   const confirmed = answer.tail.length - withdrawn.length;
   for (const span of answer.tail) span.remove();
-  const verified = [...accepted.map((t) => made("span", "accepted", t)), ...own.map((t) => made("span", "own", t))];
-  answer.tail = unverified.map((t) => made("span", "unverified", t));
-  const struck = withdrawn.map((t) => made("span", "withdrawn", t));
-  for (const span of struck) span.setAttribute("aria-hidden", "true");
-  text.append(...verified.slice(0, confirmed), ...struck, ...verified.slice(Math.max(0, confirmed)), ...answer.tail);
+  const verified = [...accepted.map((t) => createElement("span", "accepted", t)), ...own.map((t) => createElement("span", "own", t))];
+  answer.tail = unverified.map((t) => createElement("span", "unverified", t));
+  const removed = withdrawn.map((t) => createElement("span", "withdrawn", t));
+  for (const span of removed) span.setAttribute("aria-hidden", "true");
+  text.append(...verified.slice(0, confirmed), ...removed, ...verified.slice(Math.max(0, confirmed)), ...answer.tail);
   answer.tokens.push(...verified);
   count("accepted", accepted.length);
   count("own", own.length);
@@ -150,8 +151,8 @@ function hearTokens({ answer: number, accepted = [], own = [], withdrawn = [], u
   if (atEnd) text.scrollTop = text.scrollHeight;
 }
 
-function hearRound(round) {
-  const corrected = round.corrected == null ? null : answerOf(round.answer).tokens[round.corrected];
+function applyRound(round) {
+  const corrected = round.corrected == null ? null : findOrAddAnswer(round.answer).tokens[round.corrected];
   if (corrected?.className === "own") {
     corrected.className = "corrected";
     count("corrected", 1);
@@ -163,66 +164,66 @@ function hearRound(round) {
     show(`ms-${part}`, ms(seconds));
     $("split").querySelector(`.${part}`).style.flexGrow = Math.max(1, 1e4 * seconds);
   }
-  show("last-round", `last round: ${bytes(round.sent)} sent, ${bytes(round.received)} received, everything included`);
+  show("last-round", `Last round: ${bytes(round.sent)} sent, ${bytes(round.received)} received, all protocol overhead included`);
 }
 
-function hearEnded(ended) {
-  const { article, title } = answerOf(ended.answer);
+function applyAnswerFinished(finished) {
+  const { article, title } = findOrAddAnswer(finished.answer);
   delete article.dataset.writing;
-  const drafted = ended.drafted ? `, ${ended.accepted} of ${ended.drafted} drafted accepted` : "";
-  title.append(made("span", "", `${ended.tokens} tokens in ${ended.seconds.toFixed(1)} s${drafted}; ${ended.message || ended.outcome}`));
+  const drafted = finished.drafted ? `, ${finished.accepted} of ${finished.drafted} draft tokens accepted` : "";
+  title.append(createElement("span", "", `${finished.tokens} tokens in ${finished.seconds.toFixed(1)} s${drafted}; ${finished.message || finished.outcome}`));
 }
 
 // Plans
 
-const rounds = new Rounds($("rounds"));
-let decision = "";
+const rounds = new RoundsChart($("rounds"));
+let lastDecision = "";
 
-function hearPlanned(plan) {
+function applyPlan(plan) {
   show("plan-draft", String(plan.draft));
   show("plan-own", String(plan.own));
   show("plan-reason", plan.reason || "no reason given");
-  const siblings = plan.draft && plan.siblings ? `${plan.siblings} alternatives beside a doubtful token` : "";
-  const ahead = plan.draft && plan.ahead ? "drafts on while the round is on its way" : "";
-  const reads = !plan.draft && plan.ahead ? "the draft reads meanwhile" : "";
-  const watches = plan.watch ? "the draft guesses along, to see what it would be worth" : "";
-  show("plan-more", [siblings, ahead, reads, watches].filter(Boolean).join("; "));
-  const said = `${plan.draft} + ${plan.own}`;
-  if (said === decision) return;
-  decision = said;
-  const item = made("li", "");
-  item.append(made("b", "", said), made("span", "", plan.reason));
+  const siblings = plan.draft && plan.siblings ? `${plan.siblings} siblings per uncertain token` : "";
+  const ahead = plan.draft && plan.ahead ? "drafts ahead while the round is in flight" : "";
+  const prefills = !plan.draft && plan.ahead ? "the draft model prefills in the meantime" : "";
+  const shadow = plan.watch ? "shadow drafting, to measure the acceptance rate" : "";
+  show("plan-more", [siblings, ahead, prefills, shadow].filter(Boolean).join("; "));
+  const label = `${plan.draft} + ${plan.own}`;
+  if (label === lastDecision) return;
+  lastDecision = label;
+  const item = createElement("li", "");
+  item.append(createElement("b", "", label), createElement("span", "", plan.reason));
   $("decisions").prepend(item);
-  while ($("decisions").children.length > MOST_DECISIONS) $("decisions").lastChild.remove();
+  while ($("decisions").children.length > MAX_DECISIONS) $("decisions").lastChild.remove();
 }
 
-// The feed
+// Events
 
 let feed = "";
 
-function hearBoard(board) {
+function applyBoard(board) {
   showVerifier(board);
   show("version", `FlexSpec ${board.version}`);
   $("max-tokens").max = board.max_new_tokens;
   $("max-tokens").value = Math.min($("max-tokens").valueAsNumber || 128, board.max_new_tokens);
-  tell(board.ready ? "live" : "waiting", 0, "loading the draft");
+  showConnection(board.ready ? "live" : "waiting", 0, "loading the draft model");
   if (feed === board.feed) return;
   feed = board.feed;
   answers.clear();
-  past = [];
+  samples = [];
   for (const answer of document.querySelectorAll(".answer")) answer.remove();
   for (const part of [...Object.values(gauges), rounds]) part.clear();
   for (const kind of Object.keys(counts)) count(kind, -counts[kind]);
 }
 
-const HEARD = {
-  board: hearBoard, begun: hearBegun, planned: hearPlanned, tokens: hearTokens, round: hearRound, ended: hearEnded, gauges: hearGauges,
+const HANDLERS = {
+  board: applyBoard, begun: applyAnswerStarted, planned: applyPlan, tokens: applyTokens, round: applyRound, ended: applyAnswerFinished, gauges: applyGauges,
 };
 let drawing = false;
 
-function hear(news) {
-  // A newer board may tell what this page does not know.
-  HEARD[news.type]?.(news);
+function applyEvent(event) {
+  // A newer service may send events that this page does not know.
+  HANDLERS[event.type]?.(event);
   if (drawing) return;
   drawing = true;
   requestAnimationFrame(() => {
@@ -231,8 +232,8 @@ function hear(news) {
   });
 }
 
-function tell(state, seconds = 0, why = "") {
-  const words = { live: "live", waiting: why, lost: `no connection to the board (${why}); next attempt in ${seconds} s`, key: "an API key is needed" };
+function showConnection(state, seconds = 0, reason = "") {
+  const words = { live: "live", waiting: reason, lost: `no connection to the board (${reason}); retrying in ${seconds} s`, key: "API key required" };
   $("status").dataset.state = state;
   show("status", words[state]);
   $("key-form").hidden = state !== "key";
@@ -243,21 +244,21 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("flexspec-key", $("key").value);
   $("key").value = "";
-  listen(hear, tell);
+  subscribe(applyEvent, showConnection);
 });
 
-// Asking
+// Requests
 
-let asking = null;
+let abortController = null;
 
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (asking) return;
-  asking = new AbortController();
+  if (abortController) return;
+  abortController = new AbortController();
   $("go").disabled = true;
   $("stop").disabled = false;
-  show("asked", "waiting for a place");
-  const order = {
+  show("asked", "waiting for a free slot");
+  const body = {
     prompt: $("prompt").value,
     temperature: $("temperature").valueAsNumber,
     max_tokens: $("max-tokens").valueAsNumber,
@@ -266,27 +267,27 @@ $("ask").addEventListener("submit", async (event) => {
   };
   try {
     const headers = { "content-type": "application/json" };
-    const response = await ask("v1/completions", { method: "POST", headers, body: JSON.stringify(order), signal: asking.signal });
+    const response = await request("v1/completions", { method: "POST", headers, body: JSON.stringify(body), signal: abortController.signal });
     let characters = 0;
-    for await (const { event: kind, data } of eventsOf(response)) {
+    for await (const { event: kind, data } of readEvents(response)) {
       if (kind === "error") throw new Error(JSON.parse(data).error.message);
       if (data === "[DONE]") continue;
       const { choices: [choice], timings } = JSON.parse(data);
       characters += choice.text.length;
       show("asked", timings
-        ? `${timings.predicted_n} tokens, ${timings.predicted_per_second.toFixed(1)} per second, first text after ${timings.first_text_ms.toFixed(0)} ms, ${timings.rounds} rounds`
-        : `writing: ${characters} characters`);
+        ? `${timings.predicted_n} tokens, ${timings.predicted_per_second.toFixed(1)} tokens/s, first text after ${timings.first_text_ms.toFixed(0)} ms, ${timings.rounds} rounds`
+        : `generating: ${characters} characters`);
     }
   } catch (error) {
     show("asked", error.name === "AbortError" ? "stopped" : error.message);
   }
-  asking = null;
+  abortController = null;
   $("go").disabled = false;
   $("stop").disabled = true;
 });
-$("stop").addEventListener("click", () => asking?.abort());
+$("stop").addEventListener("click", () => abortController?.abort());
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
 });
 
-listen(hear, tell);
+subscribe(applyEvent, showConnection);

@@ -1,28 +1,28 @@
-// Server-sent events over fetch: unlike EventSource, it can show an API key.
+// Server-sent events over fetch, which unlike EventSource can send an API key.
 
-/** What the service says no with. */
-export class Refused extends Error {
+/** An error response of the service. */
+export class ResponseError extends Error {
   constructor(status, message) {
     super(message);
     this.status = status;
   }
 }
 
-/** Sends a request with the key of this tab. Throws Refused. */
-export async function ask(path, options = {}) {
+/** Send a request with the API key of this tab. Throws ResponseError. */
+export async function request(path, options = {}) {
   const key = sessionStorage.getItem("flexspec-key");
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
   if (response.ok) return response;
-  let message = `the board answered ${response.status}`;
+  let message = `the board responded with status ${response.status}`;
   try {
     message = (await response.json()).error.message;
-  } catch { /* no error of ours: the status must do */ }
-  throw new Refused(response.status, message);
+  } catch { /* not an error body of the service: report the status only */ }
+  throw new ResponseError(response.status, message);
 }
 
-/** The events in a response: {id, event, data}, data still being text. */
-export async function* eventsOf(response) {
+/** Yield the events of a response as {id, event, data}; data is text. */
+export async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -31,40 +31,40 @@ export async function* eventsOf(response) {
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
-      const found = { id: "", event: "message", data: "" };
+      const event = { id: "", event: "message", data: "" };
       for (const line of block.split("\n")) {
         const colon = line.indexOf(": ");
-        if (colon > 0) found[line.slice(0, colon)] = line.slice(colon + 2);
+        if (colon > 0) event[line.slice(0, colon)] = line.slice(colon + 2);
       }
-      if (found.data) yield found;
+      if (event.data) yield event;
     }
   }
 }
 
 /**
- * Hands every event of the board to `hear`, for ever: after a break it goes on behind the last one it heard.
- * `tell` hears of the connection: "live", "lost" with seconds until the next attempt, or "key".
- * Returns when a key is needed.
+ * Call `onEvent` with every event of the board. After a lost connection, resume after the last event received.
+ * `onState` is called with the state of the connection: "live", "lost" with the seconds until the next attempt, or "key".
+ * Returns only if an API key is required.
  */
-export async function listen(hear, tell) {
-  let last = "";
-  let pause = 1;
+export async function subscribe(onEvent, onState) {
+  let lastId = "";
+  let retrySeconds = 1;
   for (;;) {
-    let why = "the board has closed the stream";
+    let reason = "the board closed the stream";
     try {
-      const response = await ask("events", last ? { headers: { "last-event-id": last } } : {});
-      tell("live");
-      for await (const { id, data } of eventsOf(response)) {
-        hear(JSON.parse(data));
-        if (id) last = id;
-        pause = 1;
+      const response = await request("events", lastId ? { headers: { "last-event-id": lastId } } : {});
+      onState("live");
+      for await (const { id, data } of readEvents(response)) {
+        onEvent(JSON.parse(data));
+        if (id) lastId = id;
+        retrySeconds = 1;
       }
     } catch (error) {
-      if (error.status === 401) return tell("key", 0, error.message);
-      why = error.message;
+      if (error.status === 401) return onState("key", 0, error.message);
+      reason = error.message;
     }
-    tell("lost", pause, why);
-    await new Promise((resolve) => setTimeout(resolve, 1000 * pause));
-    pause = Math.min(2 * pause, 15);
+    onState("lost", retrySeconds, reason);
+    await new Promise((resolve) => setTimeout(resolve, 1000 * retrySeconds));
+    retrySeconds = Math.min(2 * retrySeconds, 15);
   }
 }
