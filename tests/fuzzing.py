@@ -1,4 +1,4 @@
-"""Schemathesis, quick and the same every time: asks what a service's own description allows, and what not."""
+"""Fast, deterministic Schemathesis fuzzing: sends requests that a service's OpenAPI document allows or forbids."""
 
 from __future__ import annotations
 
@@ -33,21 +33,26 @@ def fuzz(
     operation: Any,
     mode: GenerationMode,
     prepare: Callable[[schemathesis.Case], None],
-    heed: Callable[[schemathesis.Response], None] = lambda response: None,
+    inspect_response: Callable[[schemathesis.Response], None] = lambda response: None,
 ) -> None:
-    """Asks for `operation` twenty times; `prepare` may change what is asked, and `heed` hears what is answered."""
+    """Send twenty requests to `operation` and validate the responses against its schema.
+
+    Args:
+        prepare: may change each request before it is sent.
+        inspect_response: called with each valid response.
+    """
 
     @QUICK
     @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: schemathesis.Case) -> None:
+    def send(case: schemathesis.Case) -> None:
         prepare(case)
-        heed(case.call_and_validate(checks=CHECKS))
+        inspect_response(case.call_and_validate(checks=CHECKS))
 
-    ask()
+    send()
 
 
 def whole(value: Any) -> Any:
-    """`value` with integers for such numbers: 5.0 is an integer to JSON Schema only."""
+    """Return `value` with integral floats as integers, because 5.0 is an integer only to JSON Schema."""
     if isinstance(value, dict):
         return {name: whole(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.emulator.answer_checker import AnswerKind, make_cases
-from tests.emulator.faults import FAULTS, FaultResult
+from tests.emulator.faults import FAULTS, FaultResult, run_fault
 from tests.emulator.network import Network, missing_requirement
 from tests.emulator.test_bed import TARGET, ProcessName, TestBed
 
