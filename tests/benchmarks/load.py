@@ -26,7 +26,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.benchmarks.service import process
+from tests.benchmarks.service import run_server
 from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases, request_answer
 from tests.emulator.test_bed import BUNDLE, TARGET, Usage
 
@@ -233,9 +233,9 @@ async def measure(
 ) -> tuple[Load, list[Sample]]:
     """Run the load. Return it with samples of the resources: before it, every `interval` seconds, and once settled."""
     verifier_options = ("serve", str(TARGET), "--threads", "1")
-    async with process("cloud_verifier.cli", *verifier_options) as (verifier, address, _):
+    async with run_server("cloud_verifier.cli", *verifier_options) as (verifier, address, _):
         options = ("serve", "--bundle", str(BUNDLE), "--threads", "1", "--verifier", address)
-        async with process("edge_runtime.cli", *options, "--log-level", "error") as (board, url, _):
+        async with run_server("edge_runtime.cli", *options, "--log-level", "error") as (board, url, _):
             started = time.monotonic()
 
             def sample() -> Sample:

@@ -1,15 +1,15 @@
-"""How good the policies are, in simulation: `python -m tests.benchmarks.planning`.
+"""Quality of the planner policies in simulation: `python -m tests.benchmarks.planning`.
 
     cells       every link preset x board x verifier: cost per token of each policy against the best single plan in
                 hindsight, against fixed K, and against streaming, edge-drafted and per-token decoding
-    steps       rounds until what would be planned for the next text has settled after the link has changed
-    energy      a budget of 70 % of what the unconstrained planner draws: how well it is held, and what that costs
-    siblings    tokens per round, with siblings beside every drafted token or where the draft is unsure
+    steps       rounds after a change of the link until the plan for a new text has settled
+    energy      a budget of 70 % of the power that the unconstrained planner draws: how well it is kept, and its cost
+    siblings    tokens per round with siblings for every draft token, or only where the draft is uncertain
     decisions   microseconds per decision
 
-Everything is modelled but the acceptance, which was recorded. The hindsight plan is chosen for each cell after playing
-its very texts; no planner can know it beforehand. With `+spec` the verifier speculates beside its target, and streaming
-in these cells is streaming with speculation.
+Acceptance is recorded; everything else is modelled. The hindsight plan of a cell is the best one for exactly its texts,
+which no planner can know in advance. With `+spec` the verifier itself speculates, and streaming in these cells is
+streaming with speculation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from edge_runtime.simulation.world import ANCHOR_DRAFT_BYTES, SMALL_DRAFT_BYTES,
 
 FAMILY = Path(__file__).parent.parent.parent / "export" / "example_family"
 LINKS = (*LINK_PRESETS, "bursty")
-# An anchor draft of a 7B target does not fit a Zero's memory, and is hopeless on a Pi 4.
+# An anchor draft of a 7B target does not fit into the memory of a Zero, and is far too slow on a Pi 4.
 BOARDS = (
     ("raspberry-pi-zero-2w", SMALL_DRAFT_BYTES),
     ("raspberry-pi-4", SMALL_DRAFT_BYTES),
@@ -60,7 +60,7 @@ BOARDS = (
     ("server", SMALL_DRAFT_BYTES),
     ("server", ANCHOR_DRAFT_BYTES),
 )
-KINDS = tuple((target, temperature) for temperature in (0.0, 0.7, 1.0) for target in ("target-v1", "target-v2"))
+TEXT_KINDS = tuple((target, temperature) for temperature in (0.0, 0.7, 1.0) for target in ("target-v1", "target-v2"))
 BASELINES = {
     "streaming": Plan(0, oracle.WHOLE_TEXT),
     "edge-drafted K=5": Plan(5),
@@ -68,17 +68,18 @@ BASELINES = {
 }
 CHANGES = (("4g", "weak-4g"), ("weak-4g", "4g"), ("wifi", "offline:5,wifi"), ("lan", "4g"))
 CHANGING = (("laptop", "loaded"), ("raspberry-pi-5", "32b"), ("server", "32b"), ("raspberry-pi-4", "7b+spec"))
-CHANGE_AT = 12.0
+CHANGE_AT_SECONDS = 12.0
 SETTLING_TEXTS = 8
+# A plan has settled once the mean cost of WINDOW plans is at most this factor times the final cost; chosen.
 SETTLED = 1.05
 WINDOW = 5
-# Of a change of the link: rounds that are looked at behind it, and texts that may be played for them.
-ROUNDS_BEHIND, MOST_TEXTS = 300, 500
-# Tokens of the text that plans are asked for, and of its prompt.
-ASKED = 100
+# Number of rounds observed after a change of the link, and limit of the texts generated for them; chosen.
+ROUNDS_AFTER_CHANGE, MAX_TEXTS = 300, 500
+# Length in tokens of the hypothetical new text that is planned for, and of its prompt; chosen.
+NEW_TEXT_TOKENS = 100
 BUDGET_SHARE = 0.7
-# Where the unconstrained planner drafts enough that streaming draws less than the budget.
-BUDGETED = (
+# Worlds in which the unconstrained planner drafts so much that streaming draws less than the budget.
+BUDGET_WORLDS = (
     ("lan", "raspberry-pi-4", SMALL_DRAFT_BYTES, "32b"),
     ("lan", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded"),
     ("wifi", "raspberry-pi-4", SMALL_DRAFT_BYTES, "loaded"),
@@ -90,13 +91,13 @@ BUDGETED = (
 
 
 class Cell(NamedTuple):
-    """One world and the kind of text that is played in it."""
+    """One simulated world, and the kind of text that is generated in it."""
 
     link: str
     board: str
     weight_bytes: int
     verifier: str
-    kind: tuple[str, float] = KINDS[0]
+    kind: tuple[str, float] = TEXT_KINDS[0]
     slower: float = 1.0
     seed: int = 1
 
@@ -111,37 +112,39 @@ class Cell(NamedTuple):
             self.link, self.board, self.verifier, weight_bytes=self.weight_bytes, slower=self.slower, seed=self.seed
         )
 
-    def believed(self) -> DeviceModel:
-        """What the profile says of the board, which the planner starts from."""
+    def profiled_device(self) -> DeviceModel:
+        """Return the device model of the board's profile, which the planner starts from."""
         return self._replace(slower=1.0).world().device
 
 
-def cells(links: list[str], every: int, slower: float, seed: int = 1) -> Iterator[Cell]:
-    """Every so-many-th cell of the table, each with one kind of text, so that all kinds come with all parts."""
+def make_cells(links: list[str], every: int, slower: float, seed: int = 1) -> Iterator[Cell]:
+    """Yield every `every`-th cell, each with one kind of text; kinds alternate over links, boards and verifiers."""
     for i, link in enumerate(links):
         for j, board in enumerate(BOARDS):
             for k, name in enumerate(VERIFIERS):
                 if ((i * len(BOARDS) + j) * len(VERIFIERS) + k) % every == 0:
-                    yield Cell(link, *board, name, KINDS[(i + j + k) % len(KINDS)], slower, seed)
+                    yield Cell(link, *board, name, TEXT_KINDS[(i + j + k) % len(TEXT_KINDS)], slower, seed)
 
 
-class Prints(NamedTuple):
-    """Texts of one kind, and what every static plan does to them."""
+class TextFootprints(NamedTuple):
+    """Texts of one kind, and the footprints of all static plans and of the fixed plans on them."""
 
     texts: list[RecordedText]
-    every: oracle.PlanFootprints
+    static: oracle.PlanFootprints
     fixed: oracle.PlanFootprints
 
     @classmethod
-    def of(cls, kind: tuple[str, float], count: int, traces: Path) -> Prints:
+    def from_kind(cls, kind: tuple[str, float], count: int, traces: Path) -> TextFootprints:
         texts = read_texts(traces, target=kind[0], temperature=kind[1])
         plans = oracle.make_static_plans(oracle.measure_calibration(texts))
-        some = texts[:count]
-        return cls(some, oracle.PlanFootprints(some, plans), oracle.PlanFootprints(some, list(oracle.FIXED_PLANS)))
+        selected = texts[:count]
+        return cls(
+            selected, oracle.PlanFootprints(selected, plans), oracle.PlanFootprints(selected, list(oracle.FIXED_PLANS))
+        )
 
 
-class Row(NamedTuple):
-    """Costs in one cell, by name; `warm` without the first text."""
+class CellResult(NamedTuple):
+    """Costs per token in one cell by policy or baseline; `warm` leaves out the first text."""
 
     cell: Cell
     costs: dict[str, float]
@@ -149,8 +152,8 @@ class Row(NamedTuple):
     best: Plan
 
 
-class Bench:
-    """What all tables need."""
+class PlanningBenchmark:
+    """Prints the tables; holds the options that they share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.console = Console(width=220, highlight=False)
@@ -159,7 +162,7 @@ class Bench:
         self.options = options
         self.acceptance = read_bundle(FAMILY / "bundle", verify=False).manifest.acceptance
 
-    def policy(self, name: str, device: DeviceModel, budget: EnergyBudget | None = None) -> Planner:
+    def make_planner(self, name: str, device: DeviceModel, budget: EnergyBudget | None = None) -> Planner:
         return make_planner(name, self.objective, device, acceptance=self.acceptance, budget=budget)
 
     def texts(self, kind: tuple[str, float]) -> list[RecordedText]:
@@ -168,37 +171,37 @@ class Bench:
     def cells(self) -> None:
         started = time.perf_counter()
         options = self.options
-        all_cells = list(cells(options.links, 7 if options.quick else 1, options.slower, options.seed))
-        rows: list[Row] = []
-        with ProcessPoolExecutor(min(options.jobs, len(KINDS))) as pool:
-            for some in pool.map(functools.partial(_rows, options, all_cells), KINDS):
-                rows += some
+        all_cells = list(make_cells(options.links, 7 if options.quick else 1, options.slower, options.seed))
+        rows: list[CellResult] = []
+        with ProcessPoolExecutor(min(options.jobs, len(TEXT_KINDS))) as pool:
+            for finished in pool.map(functools.partial(_measure_cells, options, all_cells), TEXT_KINDS):
+                rows += finished
                 self.console.print(f"{len(rows)} of {len(all_cells)} cells, {time.perf_counter() - started:.0f} s")
-                for row in some if options.each else ():
+                for row in finished if options.each else ():
                     costs = "  ".join(f"{name} {1e3 * cost:.1f}" for name, cost in row.costs.items())
                     self.console.print(f"{row.cell.name}: {costs}  ({oracle.describe_plan(row.best)})")
         self._print_cells(rows)
 
-    def row(self, cell: Cell, prints: Prints) -> Row:
-        best, result = prints.every.find_best(cell.world, self.objective, ahead=True)
-        _, fixed = prints.fixed.find_best(cell.world, self.objective, ahead=False)
+    def measure_cell(self, cell: Cell, footprints: TextFootprints) -> CellResult:
+        best, result = footprints.static.find_best(cell.world, self.objective, ahead=True)
+        _, fixed = footprints.fixed.find_best(cell.world, self.objective, ahead=False)
         costs = {
             "hindsight": result.cost(self.objective),
-            "clairvoyant": compute_lower_bound(prints.texts, cell.world(), self.objective),
+            "clairvoyant": compute_lower_bound(footprints.texts, cell.world(), self.objective),
             "fixed K": fixed.cost(self.objective),
         }
         for name, plan in BASELINES.items():
-            costs[name] = simulate(prints.texts, FixedPlanner(plan), cell.world()).cost(self.objective)
+            costs[name] = simulate(footprints.texts, FixedPlanner(plan), cell.world()).cost(self.objective)
         warm = {}
         for name in self.names:
-            results = Simulator(cell.world(), self.policy(name, cell.believed())).run_all(prints.texts)
+            results = Simulator(cell.world(), self.make_planner(name, cell.profiled_device())).run_all(footprints.texts)
             costs[name] = _sum(results).cost(self.objective)
             warm[name] = _sum(results[1:]).cost(self.objective)
-        return Row(cell, costs, warm, best)
+        return CellResult(cell, costs, warm, best)
 
-    def _print_cells(self, rows: list[Row]) -> None:
+    def _print_cells(self, rows: list[CellResult]) -> None:
         table = Table(
-            "cost per token against hindsight",
+            "cost per token relative to hindsight",
             "mean",
             "without first text",
             "within 3 %",
@@ -221,37 +224,39 @@ class Bench:
                 f"{worst.cell.name} ({oracle.describe_plan(worst.best)})",
             )
         self.console.print(table)
-        table = Table("policy", "against", "mean", "more than 2 % dearer", "worst", "in the cell", box=None)
+        table = Table("policy", "relative to", "mean", "more than 2 % higher", "worst", "in the cell", box=None)
         for name in self.names:
-            rivals = [other for other in self.names if other != name] if name == DEFAULT_POLICY else []
-            for other in ["fixed K", *BASELINES, *rivals]:
+            others = [other for other in self.names if other != name] if name == DEFAULT_POLICY else []
+            for other in ["fixed K", *BASELINES, *others]:
                 ratios = [row.costs[name] / row.costs[other] for row in rows]
                 worst = rows[ratios.index(max(ratios))]
-                dearer = sum(ratio > 1.02 for ratio in ratios)
+                higher = sum(ratio > 1.02 for ratio in ratios)
                 table.add_row(
-                    name, other, f"{mean(ratios):.3f}", f"{dearer} cells", f"{max(ratios):.3f}", worst.cell.name
+                    name, other, f"{mean(ratios):.3f}", f"{higher} cells", f"{max(ratios):.3f}", worst.cell.name
                 )
         self.console.print(table)
 
     def steps(self) -> None:
-        """Step changes of the link."""
+        """Print how fast the policies settle after step changes of the link."""
         table = Table("policy", "change", "world", "rounds to settle", box=None)
         texts = self.texts(("target-v1", 0.7))[:SETTLING_TEXTS]
         for name in self.names:
             settled = []
             for (before, after), (board, verifier) in ((c, w) for c in CHANGES for w in CHANGING):
-                changing = Cell(f"{before}:{CHANGE_AT:g},{after}", board, SMALL_DRAFT_BYTES, verifier)
-                then = changing._replace(link=after.rpartition(",")[2])
-                back = CHANGE_AT + (5.0 if "offline" in after else 0.0)
-                asked = Asked(self.policy(name, changing.believed()), back)
-                simulator = Simulator(changing.world(), asked)
-                # A world in which all texts are written before the change plays them again.
-                for text in itertools.islice(itertools.cycle(texts), MOST_TEXTS):
+                changing = Cell(f"{before}:{CHANGE_AT_SECONDS:g},{after}", board, SMALL_DRAFT_BYTES, verifier)
+                after_change = changing._replace(link=after.rpartition(",")[2])
+                changed_at = CHANGE_AT_SECONDS + (5.0 if "offline" in after else 0.0)
+                recorder = NewTextPlans(self.make_planner(name, changing.profiled_device()), changed_at)
+                simulator = Simulator(changing.world(), recorder)
+                # Repeat the texts if all of them are finished before the change.
+                for text in itertools.islice(itertools.cycle(texts), MAX_TEXTS):
                     simulator.run(text)
-                    if len(asked.plans) >= ROUNDS_BEHIND:
+                    if len(recorder.plans) >= ROUNDS_AFTER_CHANGE:
                         break
-                plans = asked.plans
-                rounds = _settling(plans, functools.cache(functools.partial(_cost_of, texts, then, self.objective)))
+                plans = recorder.plans
+                rounds = _rounds_to_settle(
+                    plans, functools.cache(functools.partial(_cost_of, texts, after_change, self.objective))
+                )
                 settled.append(rounds)
                 if name == DEFAULT_POLICY:
                     table.add_row(name, f"{before} to {after}", f"{board}, {verifier}", str(rounds))
@@ -259,60 +264,66 @@ class Bench:
         self.console.print(table)
 
     def energy(self) -> None:
-        """A budget of energy."""
+        """Print how well an energy budget is kept, and its cost."""
         columns = ("W", "J/100 tokens", "ms/token")
         table = Table("world", *columns, "budget: W", "drawn", *columns[1:], box=None)
         table.add_column("streaming: J/100 tokens")
         table.add_column("objective energy: J/100 tokens")
-        texts = [text for kind in KINDS[:4] for text in self.texts(kind)[:12]]
-        for link, board, weight_bytes, verifier in BUDGETED:
+        texts = [text for kind in TEXT_KINDS[:4] for text in self.texts(kind)[:12]]
+        for link, board, weight_bytes, verifier in BUDGET_WORLDS:
             cell = Cell(link, board, weight_bytes, verifier)
-            free = simulate(texts, self.policy("analytic", cell.believed()), cell.world())
-            wanted = BUDGET_SHARE * free.joules / free.latency_seconds
-            held = simulate(texts, self.policy("analytic", cell.believed(), EnergyBudget(wanted)), cell.world())
+            unlimited = simulate(texts, self.make_planner("analytic", cell.profiled_device()), cell.world())
+            budget_watts = BUDGET_SHARE * unlimited.joules / unlimited.latency_seconds
+            limited = simulate(
+                texts, self.make_planner("analytic", cell.profiled_device(), EnergyBudget(budget_watts)), cell.world()
+            )
             streamed = simulate(texts, FixedPlanner(BASELINES["streaming"]), cell.world())
-            sparing = make_planner("analytic", PRESETS["energy"], cell.believed(), acceptance=self.acceptance)
+            frugal = make_planner("analytic", PRESETS["energy"], cell.profiled_device(), acceptance=self.acceptance)
             table.add_row(
                 f"{link}, {board} {weight_bytes / 1e6:.0f} MB, {verifier}",
-                f"{free.joules / free.latency_seconds:.2f}",
-                _joules(free),
-                f"{1e3 * free.seconds_per_token:.1f}",
-                f"{wanted:.2f}",
-                f"{held.joules / held.latency_seconds / wanted:.1%}",
-                _joules(held),
-                f"{1e3 * held.seconds_per_token:.1f}",
+                f"{unlimited.joules / unlimited.latency_seconds:.2f}",
+                _joules(unlimited),
+                f"{1e3 * unlimited.seconds_per_token:.1f}",
+                f"{budget_watts:.2f}",
+                f"{limited.joules / limited.latency_seconds / budget_watts:.1%}",
+                _joules(limited),
+                f"{1e3 * limited.seconds_per_token:.1f}",
                 _joules(streamed),
-                _joules(simulate(texts, sparing, cell.world())),
+                _joules(simulate(texts, frugal, cell.world())),
             )
         self.console.print(table)
-        self.console.print("the paper's line to beat: 8 J per 100 tokens, against 12 for others on its board")
+        self.console.print("published reference: 8 J per 100 tokens, and 12 for the alternatives on the paper's board")
 
     def siblings(self) -> None:
-        """What siblings bring, in tokens per round; no time, so any world will do."""
-        counts, unsure = (0, 1, 3, 7), 0.8
+        """Print tokens per round with siblings. Times do not matter, so any world will do."""
+        counts, uncertain = (0, 1, 3, 7), 0.8
         table = Table(
-            "target, sampling, K", *(f"+{count}" for count in counts), "+3 where unsure", "ids sent", box=None
+            "target, sampling, K", *(f"+{count}" for count in counts), "+3 if uncertain", "ids sent", box=None
         )
         world = Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").world()
-        for target, temperature in KINDS:
+        for target, temperature in TEXT_KINDS:
             texts = self.texts((target, temperature))
             for length in (4, 8):
                 plans = [Plan(length, siblings=count, sibling_confidence=1.0) for count in counts]
-                plans.append(Plan(length, siblings=3, sibling_confidence=unsure))
+                plans.append(Plan(length, siblings=3, sibling_confidence=uncertain))
                 results = [simulate(texts, FixedPlanner(plan), world, log=True) for plan in plans]
                 rates = [result.tokens / result.rounds for result in results]
                 shown = [f"{rate:.2f} ({rate / rates[0] - 1:+.0%})" for rate in rates[1:]]
                 offered = [sum(sum(round.offered) for round in result.log) for result in results]
-                few = f"{offered[-1] / offered[2]:.0%} of +3"
-                table.add_row(f"{target} T={temperature:g} K={length}", f"{rates[0]:.2f}", *shown, few)
+                share = f"{offered[-1] / offered[2]:.0%} of +3"
+                table.add_row(f"{target} T={temperature:g} K={length}", f"{rates[0]:.2f}", *shown, share)
         self.console.print(table)
 
     def decisions(self) -> None:
-        """What a decision costs."""
-        table = Table("policy", "decision, microseconds: median", "mean", "slowest 1 %", "learning: median", box=None)
+        """Print the time per decision and per observation."""
+        table = Table(
+            "policy", "decision, microseconds: median", "mean", "slowest 1 %", "observation: median", box=None
+        )
         texts = self.texts(("target-v1", 0.7))
         for name in self.names:
-            timed = Timed(self.policy(name, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").believed()))
+            timed = TimedPlanner(
+                self.make_planner(name, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").profiled_device())
+            )
             simulate(texts, timed, Cell("wifi", "raspberry-pi-5", SMALL_DRAFT_BYTES, "loaded").world())
             plans = sorted(timed.plans)
             table.add_row(
@@ -320,15 +331,15 @@ class Bench:
                 f"{1e6 * median(plans):.1f}",
                 f"{1e6 * mean(plans):.1f}",
                 f"{1e6 * plans[len(plans) * 99 // 100]:.1f}",
-                f"{1e6 * median(timed.lessons):.1f}",
+                f"{1e6 * median(timed.observations):.1f}",
             )
         self.console.print(table)
 
 
-class Asked:
-    """A planner that is asked, after every round from a time on, what it would plan for a text that begins now.
+class NewTextPlans:
+    """Wraps a planner and records, after every round from a time on, its plan for a text that would begin now.
 
-    What it does plan depends on the text as well, which no link changes.
+    Its actual plans also depend on the current text, which hides the effect of the link.
     """
 
     def __init__(self, planner: Planner, since: float) -> None:
@@ -341,20 +352,27 @@ class Asked:
 
     def observe(self, outcome: Outcome) -> None:
         self._planner.observe(outcome)
-        told = outcome.conditions
-        now = told.now + outcome.draft_seconds + outcome.exchange_seconds
-        if told.now >= self._since:
-            begins = Conditions(ASKED, ASKED, 1, now=now, version=told.version, temperature=told.temperature)
-            self.plans.append(copy.deepcopy(self._planner).plan(begins))
+        conditions = outcome.conditions
+        now = conditions.now + outcome.draft_seconds + outcome.exchange_seconds
+        if conditions.now >= self._since:
+            new_text = Conditions(
+                NEW_TEXT_TOKENS,
+                NEW_TEXT_TOKENS,
+                1,
+                now=now,
+                version=conditions.version,
+                temperature=conditions.temperature,
+            )
+            self.plans.append(copy.deepcopy(self._planner).plan(new_text))
 
 
-class Timed:
-    """A planner with a stopwatch."""
+class TimedPlanner:
+    """Wraps a planner and times its calls."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
         self.plans: list[float] = []
-        self.lessons: list[float] = []
+        self.observations: list[float] = []
 
     def plan(self, conditions: Conditions) -> Plan:
         started = time.perf_counter()
@@ -365,17 +383,17 @@ class Timed:
     def observe(self, outcome: Outcome) -> None:
         started = time.perf_counter()
         self._planner.observe(outcome)
-        self.lessons.append(time.perf_counter() - started)
+        self.observations.append(time.perf_counter() - started)
 
 
-def _rows(options: argparse.Namespace, all_cells: list[Cell], kind: tuple[str, float]) -> list[Row]:
-    """Of all cells with this kind of text, in a process of their own."""
-    bench, prints = Bench(options), Prints.of(kind, options.texts, options.traces)
-    return [bench.row(cell, prints) for cell in all_cells if cell.kind == kind]
+def _measure_cells(options: argparse.Namespace, all_cells: list[Cell], kind: tuple[str, float]) -> list[CellResult]:
+    """Measure all cells with one kind of text; runs in a worker process."""
+    benchmark, footprints = PlanningBenchmark(options), TextFootprints.from_kind(kind, options.texts, options.traces)
+    return [benchmark.measure_cell(cell, footprints) for cell in all_cells if cell.kind == kind]
 
 
-def _settling(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
-    """Rounds after which the next WINDOW plans cost what the later half does, within SETTLED."""
+def _rounds_to_settle(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
+    """Return after how many rounds the next WINDOW plans cost at most SETTLED times the mean of the second half."""
     costs = [cost(msgspec.structs.replace(plan, reason="")) for plan in plans]
     final = mean(costs[len(costs) // 2 :])
     for index in range(len(costs) - WINDOW):
@@ -385,7 +403,7 @@ def _settling(plans: list[Plan], cost: Callable[[Plan], float]) -> int:
 
 
 def _cost_of(texts: list[RecordedText], cell: Cell, objective: Objective, plan: Plan) -> float:
-    """Cost per token of one plan for all rounds."""
+    """Return the cost per token of one plan for all rounds."""
     return simulate(texts, FixedPlanner(plan), cell.world()).cost(objective)
 
 
@@ -406,23 +424,35 @@ def main() -> None:
         nargs="*",
         default=list(LINKS),
         metavar="LINK",
-        help="of the cells; schedules and mahimahi:UP:DOWN:MS too (default: all presets)",
+        help="links of the cells: presets, schedules, or mahimahi:UP:DOWN:MS (default: all presets)",
     )
-    parser.add_argument("--texts", type=int, default=96, help="in each cell (default: %(default)s, which is all)")
+    parser.add_argument("--texts", type=int, default=96, help="texts per cell (default: %(default)s, which is all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--traces", type=Path, default=FAMILY / "acceptance.npz", help="default: the family's")
-    parser.add_argument("--slower", type=float, default=1.0, help="boards are this much slower than their profiles say")
-    parser.add_argument("--seed", type=int, default=1, help="of the cells' links and verifiers (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="every seventh cell")
-    parser.add_argument("--each", action="store_true", help="a line for every cell")
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        default=FAMILY / "acceptance.npz",
+        help="recorded acceptance (default: the example family's)",
+    )
+    parser.add_argument(
+        "--slower",
+        type=float,
+        default=1.0,
+        help="factor by which boards are slower than their profiles (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the links and verifiers of the cells (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="only every seventh cell")
+    parser.add_argument("--each", action="store_true", help="print a line for every cell")
     tables = ("cells", "steps", "energy", "siblings", "decisions")
     parser.add_argument("--tables", nargs="*", default=tables, choices=tables, help="default: all")
     options = parser.parse_args()
-    bench = Bench(options)
+    benchmark = PlanningBenchmark(options)
     for name in options.tables:
-        bench.console.rule(name)
-        getattr(bench, name)()
-    bench.console.print("times, joules and bytes are modelled; acceptance was recorded")
+        benchmark.console.rule(name)
+        getattr(benchmark, name)()
+    benchmark.console.print("times, joules and bytes are modelled; acceptance is recorded")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Whether a verifier that runs keeps the rule: `python -m tests.benchmarks.plans http://127.0.0.1:8500`.
+"""Check that a running verifier gives the same text under all plans: `python -m tests.benchmarks.plans URL`.
 
-Every prompt is continued under four plans at once (streamed, with siblings, with rounds ahead, with several own
-tokens), by the example family's draft, and the texts must be one. It is how GPUs, adapters that have just come, and
-teams of GPUs are tried, which the tests of a machine without them cannot do; the hashes can be compared with those of
-another verifier of the same version, on a CPU for instance.
+Continues every prompt under four plans at once (streamed, with siblings, with rounds in flight, with several
+bonus tokens) with the example family's draft; all texts must be equal. Use it to check GPUs, newly loaded adapters and
+tensor parallelism, which tests on a machine without GPUs cannot cover. The hashes can be compared with those of another
+verifier of the same version, for instance on a CPU.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 
 
 async def compare(url: str, models: list[str], tokens: int) -> int:
-    """Prints a line for each model and temperature. Returns how many prompts had more than one text."""
+    """Print a line for each model and temperature. Return the number of prompts with more than one text."""
     draft = OnnxDraft.load(BUNDLE)
     differing = rounds = 0
     async with VerifierClient(url) as client:
 
-        async def text(model: str, prompt: str, temperature: float, plan: Plan) -> str:
+        async def hash_text(model: str, prompt: str, temperature: float, plan: Plan) -> str:
             nonlocal rounds
             sampling = Sampling(temperature, seed=5, ignore_eos=True)
             ids = draft.tokenizer.encode(prompt).ids
@@ -50,22 +50,25 @@ async def compare(url: str, models: list[str], tokens: int) -> int:
 
         for model in models:
             for temperature in TEMPERATURES:
-                every = [(prompt, plan) for prompt in PROMPTS for plan in PLANS]
-                hashes = await asyncio.gather(*(text(model, prompt, temperature, plan) for prompt, plan in every))
-                texts = [set(hashes[index : index + len(PLANS)]) for index in range(0, len(every), len(PLANS))]
-                several = sum(len(found) > 1 for found in texts)
-                differing += several
-                shown = " ".join("/".join(sorted(found)) for found in texts)
-                print(f"{model or 'default'} T={temperature:g}: {several} of {len(texts)} differ  {shown}", flush=True)
+                jobs = [(prompt, plan) for prompt in PROMPTS for plan in PLANS]
+                hashes = await asyncio.gather(*(hash_text(model, prompt, temperature, plan) for prompt, plan in jobs))
+                texts = [set(hashes[index : index + len(PLANS)]) for index in range(0, len(jobs), len(PLANS))]
+                differing_here = sum(len(hashes_of_prompt) > 1 for hashes_of_prompt in texts)
+                differing += differing_here
+                shown = " ".join("/".join(sorted(hashes_of_prompt)) for hashes_of_prompt in texts)
+                print(
+                    f"{model or 'default'} T={temperature:g}: {differing_here} of {len(texts)} differ  {shown}",
+                    flush=True,
+                )
     print(f"{rounds} rounds, {differing} prompts with more than one text")
     return differing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="of a verifier of the example family")
+    parser.add_argument("url", help="URL of a verifier of the example family")
     parser.add_argument("--model", nargs="+", default=[""], help="versions or aliases (default: the verifier's)")
-    parser.add_argument("--tokens", type=int, default=96, help="of each text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per text (default: %(default)s)")
     options = parser.parse_args()
     raise SystemExit(bool(asyncio.run(compare(options.url, options.model, options.tokens))))
 

@@ -1,9 +1,9 @@
-"""Planning on real ground: `python -m tests.benchmarks.reality`.
+"""Planner policies on a real verifier: `python -m tests.benchmarks.reality`. Three minutes.
 
-The board's real loop, a real verifier process with the example target, and a relay between them that holds every
-byte back for half a round-trip time. Each policy writes the same texts, with a new planner for each link; the policies
-take turns, so that a noisy machine is noisy for all. Milliseconds per token, the first text apart: that is where a
-policy learns. Three minutes.
+Runs the real decoding loop against a real verifier process with the example target, through a relay that delays every
+byte by half a round-trip time. Each policy generates the same texts, with a new planner for each link. The policies
+take turns, so that noise of the machine affects all of them. Prints milliseconds per token; the first text, in which a
+policy learns, is listed separately.
 """
 
 from __future__ import annotations
@@ -26,65 +26,65 @@ from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
-from tests.benchmarks.speed import FAMILY, verifier
+from tests.benchmarks.speed import FAMILY, run_verifier
 from tests.emulator.answer_checker import PROMPTS
 
 TOKENS = 96
 
 
 @contextlib.asynccontextmanager
-async def relay(port: int, delay: float) -> AsyncIterator[str]:
-    """A way to `port` on this machine that takes `delay` seconds each way; its URL."""
+async def run_relay(port: int, delay: float) -> AsyncIterator[str]:
+    """Relay connections to `port` on this machine with `delay` seconds each way; yields the relay's URL."""
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[float, bytes]]()
 
         async def deliver() -> None:
             while True:
-                due, piece = await queue.get()
+                due, chunk = await queue.get()
                 await asyncio.sleep(due - loop.time())
-                writer.write(piece)
+                writer.write(chunk)
 
         delivering = asyncio.create_task(deliver())
         with contextlib.suppress(OSError):
-            while piece := await reader.read(65536):
-                queue.put_nowait((loop.time() + delay, piece))
+            while chunk := await reader.read(65536):
+                queue.put_nowait((loop.time() + delay, chunk))
         await asyncio.sleep(delay)
         delivering.cancel()
         writer.close()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
+        verifier_reader, verifier_writer = await asyncio.open_connection("127.0.0.1", port)
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(carry(reader, back), carry(there, writer))
+            await asyncio.gather(copy(reader, verifier_writer), copy(verifier_reader, writer))
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-def planners(draft: OnnxDraft, policies: list[str]) -> dict[str, Planner]:
-    step, read = draft.measure_speed()
-    device = DeviceModel(step_seconds=step, prefill_seconds=read, overhead_seconds=0.0)
+def make_planners(draft: OnnxDraft, policies: list[str]) -> dict[str, Planner]:
+    step_seconds, prefill_seconds = draft.measure_speed()
+    device = DeviceModel(step_seconds=step_seconds, prefill_seconds=prefill_seconds, overhead_seconds=0.0)
     acceptance = draft.manifest.acceptance
-    some: dict[str, Planner] = {
+    baselines: dict[str, Planner] = {
         "streaming": FixedPlanner(Plan(0, own=1 << 12)),
         "K=5, 2 siblings": FixedPlanner(Plan(5, siblings=2)),
     }
-    return some | {name: make_planner(name, Objective(), device, acceptance=acceptance) for name in policies}
+    return baselines | {name: make_planner(name, Objective(), device, acceptance=acceptance) for name in policies}
 
 
 async def measure(
     url: str, draft: OnnxDraft, policies: list[str], temperature: float
 ) -> dict[str, tuple[float, float, float]]:
-    """(ms per token after the first text, of the first text, share of rounds that drafted) by policy."""
+    """Return by policy: (ms per token after the first text, ms per token of the first text, draft tokens per token)."""
     times: dict[str, list[float]] = {}
     drafted: dict[str, list[float]] = {}
     async with VerifierClient(url) as client:
-        made = planners(draft, policies)
+        planners = make_planners(draft, policies)
         for index, prompt in enumerate(PROMPTS):
             ids = draft.tokenizer.encode(prompt).ids
-            for name, planner in made.items():
+            for name, planner in planners.items():
                 sampling = Sampling(temperature, seed=index, ignore_eos=True)
                 generation = Generation(draft, client, ids, sampling, max_new_tokens=TOKENS, planner=planner)
                 started = time.perf_counter()
@@ -97,15 +97,15 @@ async def measure(
     }
 
 
-async def compare(url: str, options: argparse.Namespace, draft: OnnxDraft, speculates: str) -> Table:
-    table = Table("ms per token (first text) drafted/token", title=speculates)
+async def compare(url: str, options: argparse.Namespace, draft: OnnxDraft, title: str) -> Table:
+    table = Table("ms per token (first text) drafted/token", title=title)
     links = [0.0, 0.02, 0.06]
     columns = []
     for temperature in (0.0, 0.7):
         for rtt in links:
             table.add_column(f"T={temperature:g}\n{1e3 * rtt:.0f} ms", justify="right")
-            async with relay(int(url.rsplit(":", 1)[1]), rtt / 2) as way:
-                columns.append(await measure(way, draft, options.policies, temperature))
+            async with run_relay(int(url.rsplit(":", 1)[1]), rtt / 2) as relay_url:
+                columns.append(await measure(relay_url, draft, options.policies, temperature))
     for name in columns[0]:
         cells = [f"{column[name][0]:.1f} ({column[name][1]:.1f}) {column[name][2]:.1f}" for column in columns]
         table.add_row(name, *cells)
@@ -118,11 +118,11 @@ def main() -> None:
     options = parser.parse_args()
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
     console = Console(width=130)
-    for title, more in (
+    for title, verifier_options in (
         ("a plain verifier", ()),
         ("a verifier that speculates", ("--draft", str(FAMILY / "bundle"), "--draft-threads", "1")),
     ):
-        with verifier(FAMILY / "target-v1", "--threads", "1", *more) as url:
+        with run_verifier(FAMILY / "target-v1", "--threads", "1", *verifier_options) as url:
             console.print(asyncio.run(compare(url, options, draft, title)))
 
 

@@ -1,11 +1,11 @@
-"""What a board can carry: drafts of real shapes with random weights, exported and run.
+"""Size and speed of drafts of real shapes with random weights, exported and executed.
 
-    python -m tests.benchmarks.sizes                          # all of them: ten minutes, 10 GB of memory and of disk
-    python -m tests.benchmarks.sizes 8B 1+1 --weights int8    # only the shapes and layouts named
+    python -m tests.benchmarks.sizes                          # all: ten minutes, 10 GB of memory and of disk
+    python -m tests.benchmarks.sizes 8B 1+1 --weights int8    # only these shapes and layouts
 
-Of each target only what an anchor draft shares with it exists: embedding, last block, norm and head. File, memory and
-times are measured on this machine; the boards' times are modelled: bytes that a token reads, by what the profile's
-memory delivers (`device_profiles`). Choosing a token is cheap beside that.
+Of each target only the part that an anchor draft shares with it is created: embedding, last block, norm and head. File
+size, memory and times are measured on this machine. The times of boards are modelled: bytes read per token, divided by
+the memory bandwidth of the profile (`device_profiles`). The cost of sampling is negligible in comparison.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ SHAPES = {
     "8B": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
 }
 LAYOUTS = {"2+1": (2, 1), "1+1": (1, 1)}
-# Of 128k rows of a head, how many a trimmed one keeps.
-TRIMMED = 32000
+# Rows that a trimmed head keeps of 128k; chosen.
+TRIMMED_HEAD_ROWS = 32000
 CONTEXT = 4096
 BOARDS = ("raspberry-pi-5", "jetson-orin-nano")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One draft; bytes, seconds, milliseconds per token."""
+class DraftResult:
+    """Results of one draft: bytes, seconds, and milliseconds per token."""
 
     name: str
     parameters: int
@@ -66,8 +66,8 @@ class Row:
     boards: dict[str, float]
 
 
-def tokenizer_of(size: int) -> Tokenizer:
-    """A byte-level BPE of `size` tokens, pairs and then triples of bytes: as much for a board to hold as a real one."""
+def make_tokenizer(size: int) -> Tokenizer:
+    """Make a byte-level BPE of `size` tokens, pairs and triples of bytes; it takes as much memory as a real one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names, merges = ["<|endoftext|>", *alphabet], []
     parts = [(first, second) for first in alphabet for second in alphabet]
@@ -92,23 +92,27 @@ def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
     with torch.device("meta"):
         parameters = dict(AutoModelForCausalLM.from_config(draft_config(config, plan)).named_parameters())
     names = plan.shared_tensors({plan.origin_of(name) for name in parameters})
-    # 17M random numbers, over and over, as drawing billions would take longer than the export; each tensor starts at
-    # another of them, since onnxruntime keeps equal weights once.
+    # Repeat 17M random numbers, because drawing billions would take longer than the export. Each tensor starts at a
+    # different offset, because onnxruntime stores equal weights only once.
     torch.manual_seed(0)
-    stock = torch.empty(1 << 24).normal_(std=0.02).to(torch.bfloat16)
+    random_values = torch.empty(1 << 24).normal_(std=0.02).to(torch.bfloat16)
 
     def values(name: str) -> torch.Tensor:
         shape = parameters[name].shape
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
-        first = int(torch.randint(stock.numel(), ()))
-        return stock.repeat(1 + -(-shape.numel() // stock.numel()))[first:][: shape.numel()].view(shape).clone()
+        first = int(torch.randint(random_values.numel(), ()))
+        return (
+            random_values.repeat(1 + -(-shape.numel() // random_values.numel()))[first:][: shape.numel()]
+            .view(shape)
+            .clone()
+        )
 
     shared = {target_name: values(name) for name, target_name in names.items()}
     save_file(shared, target / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(target)
-    tokenizer_of(config.vocab_size).save(str(target / "tokenizer.json"))
+    make_tokenizer(config.vocab_size).save(str(target / "tokenizer.json"))
     identity = fingerprint_shared(shared, plan).identity
     del shared
     own = {name: values(name) for name in parameters.keys() - names.keys()}
@@ -118,8 +122,8 @@ def write_models(plan: DraftPlan, config: LlamaConfig, directory: Path) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-def export(directory: Path, output: Path, weights: str, *options: str) -> tuple[float, int]:
-    """Runs `draft-export onnx`; its seconds, and the most memory that it had."""
+def run_export(directory: Path, output: Path, weights: str, *options: str) -> tuple[float, int]:
+    """Run `draft-export onnx`. Return its duration in seconds and its peak memory in bytes."""
     (directory / "text").write_text("import os\n\nprint(os.getcwd())\n")
     command = [sys.executable, "-m", "export.cli", "onnx", str(directory / "target"), str(directory / "draft")]
     command += ["--weights", weights, "--context", str(CONTEXT), "--text", str(directory / "text"), "--no-acceptance"]
@@ -133,7 +137,7 @@ def export(directory: Path, output: Path, weights: str, *options: str) -> tuple[
 
 
 def bytes_per_token(graph: Path) -> int:
-    """Bytes of the weights that every token multiplies by: all but the embedding and the rotary tables."""
+    """Return the bytes of the weights read per token: all except the embedding and the rotary tables."""
     model = onnx.load(graph, load_external_data=False).graph
     used = {name for node in model.node if node.op_type.startswith("MatMul") for name in node.input}
     sizes = {tensor.name: math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -141,40 +145,40 @@ def bytes_per_token(graph: Path) -> int:
     return sum(size for name, size in sizes.items() if name in used)
 
 
-def rows(shape: str, layout: str, weights: str, directory: Path) -> Iterator[Row]:
-    """Makes one draft in `directory`, and exports and measures it with its whole head, and with a trimmed one."""
+def measure_layout(shape: str, layout: str, weights: str, directory: Path) -> Iterator[DraftResult]:
+    """Create one draft in `directory`; export and measure it with its full head and with a trimmed one."""
     config = LlamaConfig(**COMMON, **SHAPES[shape], max_position_embeddings=8192)
     new, shared = LAYOUTS[layout]
     plan = plan_draft(config, "anchor", new_blocks=new, shared_blocks=shared)
     parameters = write_models(plan, config, directory)
     name = f"{shape}, {layout}, {weights}"
-    yield row(name, parameters, directory, weights)
-    if config.vocab_size > TRIMMED:
+    yield measure_draft(name, parameters, directory, weights)
+    if config.vocab_size > TRIMMED_HEAD_ROWS:
         tokenizer = Tokenizer.from_file(str(directory / "target" / "tokenizer.json"))
         tokens = (tokenizer.decode([index]) for index in range(1, config.vocab_size))
         (directory / "vocabulary").write_text("\n".join(token for token in tokens if token.isprintable()))
-        options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(TRIMMED)]
-        parameters -= (config.vocab_size - TRIMMED) * config.hidden_size
-        yield row(f"{name}, head of {TRIMMED // 1000}k", parameters, directory, weights, *options)
+        options = ["--trim-vocabulary", str(directory / "vocabulary"), "--head-size", str(TRIMMED_HEAD_ROWS)]
+        parameters -= (config.vocab_size - TRIMMED_HEAD_ROWS) * config.hidden_size
+        yield measure_draft(f"{name}, head of {TRIMMED_HEAD_ROWS // 1000}k", parameters, directory, weights, *options)
 
 
-def row(name: str, parameters: int, directory: Path, weights: str, *options: str) -> Row:
-    """Exports and measures what `write_models` wrote."""
+def measure_draft(name: str, parameters: int, directory: Path, weights: str, *options: str) -> DraftResult:
+    """Export and measure the draft that `write_models` wrote."""
     bundle = directory / f"bundle-{len(options)}"
-    seconds, peak = export(directory, bundle, weights, *options)
+    seconds, peak = run_export(directory, bundle, weights, *options)
     manifest = read_bundle(bundle, verify=False).manifest
     file_bytes = sum(record.bytes for file, record in manifest.files.items() if file.startswith("model"))
     read = bytes_per_token(bundle / "model.onnx")
-    # The faster of two: whatever else runs can only slow it down.
+    # The faster of two runs: other processes can only slow it down.
     one, two = (
         min((measure_footprint(bundle, n), measure_footprint(bundle, n)), key=lambda m: m.milliseconds) for n in (1, 2)
     )
     boards = {board: 1e3 * read / find_profile(board).processor.weight_bytes_per_second for board in BOARDS}
     memory, times = (one.resident_bytes, one.own_bytes), (one.milliseconds, two.milliseconds)
-    return Row(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)
+    return DraftResult(name, parameters, file_bytes, read, *memory, *times, seconds, peak, boards)
 
 
-def cells(row: Row) -> list[str]:
+def format_cells(row: DraftResult) -> list[str]:
     return [
         row.name,
         f"{row.parameters / 1e6:.0f}M",
@@ -191,12 +195,12 @@ def cells(row: Row) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("only", nargs="*", help=f"of {', '.join([*SHAPES, *LAYOUTS])}")
+    parser.add_argument("only", nargs="*", help=f"shapes and layouts, of {', '.join([*SHAPES, *LAYOUTS])}")
     parser.add_argument("--weights", default="int4", help="default: %(default)s")
     parser.add_argument("--directory", type=Path, help="for temporary files (default: the system's)")
     options = parser.parse_args()
     table = Table(
-        "draft", "parameters", "file", "read per token", "resident (own)", "1 thread", "2 threads", "export", "peak"
+        "draft", "parameters", "file", "read per token", "resident (private)", "1 thread", "2 threads", "export", "peak"
     )
     for board in BOARDS:
         table.add_column(f"{board}, modelled")
@@ -205,9 +209,9 @@ def main() -> None:
     for shape in shapes:
         for layout in layouts:
             with tempfile.TemporaryDirectory(prefix="sizes-", dir=options.directory) as directory:
-                for found in rows(shape, layout, options.weights, Path(directory)):
-                    print(json.dumps(asdict(found)), file=sys.stderr, flush=True)
-                    table.add_row(*cells(found))
+                for result in measure_layout(shape, layout, options.weights, Path(directory)):
+                    print(json.dumps(asdict(result)), file=sys.stderr, flush=True)
+                    table.add_row(*format_cells(result))
     Console(width=180).print(table)
 
 

@@ -1,12 +1,12 @@
-"""What FlexSpec itself costs, as ratios and overheads within one run: `python -m tests.benchmarks.speed`.
+"""Overheads of FlexSpec, measured within one run: `python -m tests.benchmarks.speed`.
 
-    draft step      fp32 fused graph, one thread, against reading its weights once at the measured bandwidth
-    loop            Python per round outside onnxruntime and the HTTP client
+    draft step      fp32 fused graph, one thread, relative to reading its weights once at the measured bandwidth
+    loop            Python time per round outside onnxruntime and the HTTP client
     client          CPU time of the HTTP client per round
-    verifier        HTTP and scheduling over the verifier's own forward, by a bare socket on loopback
-    cold start      process start to first drafted token
+    verifier        HTTP and scheduling on top of the verifier's forward, with a bare socket on loopback
+    cold start      from process start to the first draft token
 
-Machines differ and are noisy: medians, and a column that says what was asked for.
+Machines differ and are noisy: figures are medians, and a column gives the goal.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ context.propose([5, 6, 7], 1, Sampling())
 """
 
 
-def read_bandwidth(size: int = 256 << 20) -> float:
-    """Bytes per second at which one thread reads memory, the best of several ways and tries."""
+def measure_read_bandwidth(size: int = 256 << 20) -> float:
+    """Return the bytes per second at which one thread reads memory: the best of several methods and repetitions."""
     data = np.ones(size // 4, np.float32)
-    ways: tuple[Callable[[], object], ...] = (data.sum, data.max, lambda: data.view(np.uint64).max())
-    return max(size / seconds(way) for way in ways for _ in range(4))
+    methods: tuple[Callable[[], object], ...] = (data.sum, data.max, lambda: data.view(np.uint64).max())
+    return max(size / time_seconds(method) for method in methods for _ in range(4))
 
 
-def seconds(work: Callable[[], object]) -> float:
+def time_seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def draft_step(directory: Path) -> tuple[float, float]:
-    """Seconds of a decode step of a 60M draft, and of reading its weights; a draft that no cache can hold."""
+def measure_draft_step(directory: Path) -> tuple[float, float]:
+    """Return the seconds of a decode step of a 60M draft, which exceeds CPU caches, and of reading its weights."""
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
     model = save_target(directory / "model", **shape, **heads, initializer_range=0.02)
@@ -71,12 +71,13 @@ def draft_step(directory: Path) -> tuple[float, float]:
     draft = OnnxDraft.load(directory / "bundle", threads=1)
     runner = make_runner(draft.session, draft.manifest.architecture)
     runner.append(list(range(100)))
-    times = [seconds(lambda: runner.append([7])) for _ in range(200)]
-    return statistics.median(times), draft.manifest.files["model.onnx.data"].bytes / read_bandwidth()
+    times = [time_seconds(lambda: runner.append([7])) for _ in range(200)]
+    return statistics.median(times), draft.manifest.files["model.onnx.data"].bytes / measure_read_bandwidth()
 
 
 @contextmanager
-def verifier(target: Path, *options: str) -> Iterator[str]:
+def run_verifier(target: Path, *options: str) -> Iterator[str]:
+    """Run a verifier process; yields its URL."""
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(target), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -84,8 +85,8 @@ def verifier(target: Path, *options: str) -> Iterator[str]:
         process.terminate()
 
 
-class Listener(FixedPlanner):
-    """Keeps what the loop reports of its rounds."""
+class OutcomeRecorder(FixedPlanner):
+    """A fixed plan that records the outcomes of all rounds."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -95,13 +96,13 @@ class Listener(FixedPlanner):
         self.outcomes.append(outcome)
 
 
-async def loop_costs(url: str, draft: OnnxDraft, sampling: Sampling) -> tuple[float, float]:
-    """Median seconds per round of (the loop's own Python, CPU of the client)."""
+async def measure_loop(url: str, draft: OnnxDraft, sampling: Sampling) -> tuple[float, float]:
+    """Return the median seconds per round of (the loop's own Python, CPU time of the HTTP client)."""
     own, client_cpu = [], []
     ids = draft.tokenizer.encode(PROMPT).ids
     async with VerifierClient(url) as client:
         for seed in range(12):
-            listener = Listener(Plan(5, siblings=3))
+            recorder = OutcomeRecorder(Plan(5, siblings=3))
             run, cpu, started = draft.run_seconds, time.process_time(), time.perf_counter()
             generation = Generation(
                 draft,
@@ -109,22 +110,22 @@ async def loop_costs(url: str, draft: OnnxDraft, sampling: Sampling) -> tuple[fl
                 ids,
                 Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed, ignore_eos=True),
                 max_new_tokens=64,
-                planner=listener,
+                planner=recorder,
             )
             async for _ in generation:
                 pass
-            rounds = len(listener.outcomes)
+            rounds = len(recorder.outcomes)
             wall, cpu = time.perf_counter() - started, time.process_time() - cpu
             run = draft.run_seconds - run
-            exchange = sum(outcome.exchange_seconds for outcome in listener.outcomes)
+            exchange = sum(outcome.exchange_seconds for outcome in recorder.outcomes)
             python = wall - exchange - run
             own.append(python / rounds)
             client_cpu.append((cpu - run - python) / rounds)
     return statistics.median(own), statistics.median(client_cpu)
 
 
-def verifier_overhead(url: str) -> float:
-    """Median seconds of a round over what the verifier reports for its forward, by a bare HTTP/1.1 socket."""
+def measure_verifier_overhead(url: str) -> float:
+    """Return the median seconds of a round minus the reported forward time, with a bare HTTP/1.1 socket."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -158,35 +159,36 @@ def verifier_overhead(url: str) -> float:
     return statistics.median(overheads)
 
 
-def cold_start() -> float:
+def measure_cold_start() -> float:
+    """Return the median seconds from process start to the first draft token."""
     program = COLD_START.format(bundle=str(FAMILY / "bundle"))
     return statistics.median(
-        seconds(lambda: subprocess.run([sys.executable, "-c", program], check=True)) for _ in range(5)
+        time_seconds(lambda: subprocess.run([sys.executable, "-c", program], check=True)) for _ in range(5)
     )
 
 
 def main() -> None:
-    table = Table("what", "measured", "asked for", title=f"{os.cpu_count()} cores")
+    table = Table("quantity", "measured", "goal", title=f"{os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as scratch:
-        step, floor = draft_step(Path(scratch))
+        step, floor = measure_draft_step(Path(scratch))
     table.add_row(
         "draft step / reading its weights",
         f"{step / floor:.2f}  ({1e3 * step:.2f} ms / {1e3 * floor:.2f} ms)",
         "at most 1.25",
     )
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
-    with verifier(FAMILY / "target-v1", "--threads", "1") as url:
+    with run_verifier(FAMILY / "target-v1", "--threads", "1") as url:
         for name, sampling in (
             ("greedy", Sampling()),
             ("T=1", Sampling(temperature=1.0)),
             ("T=0.7, top-p 0.9", Sampling(temperature=0.7, top_p=0.9)),
         ):
-            own, client = asyncio.run(loop_costs(url, draft, sampling))
+            own, client = asyncio.run(measure_loop(url, draft, sampling))
             table.add_row(f"loop's Python per round (K=5, 3 siblings), {name}", f"{1e3 * own:.2f} ms", "at most 0.5 ms")
             table.add_row(f"HTTP client's CPU per round, {name}", f"{1e3 * client:.2f} ms", "-")
-        overhead = verifier_overhead(url)
+        overhead = measure_verifier_overhead(url)
     table.add_row("verifier's HTTP and scheduling per round", f"{1e3 * overhead:.2f} ms", "at most 1.5 ms")
-    table.add_row("cold start to first drafted token", f"{cold_start():.2f} s", "under 2 s")
+    table.add_row("cold start to first draft token", f"{measure_cold_start():.2f} s", "under 2 s")
     Console(width=110).print(table)
 
 

@@ -1,10 +1,9 @@
-"""What verifying costs: `python -m tests.benchmarks.verifier forwards|sharing|texts`.
+"""Cost of verification: `python -m tests.benchmarks.verifier forwards|sharing|texts`.
 
-forwards   on CUDA: one round of many sessions on models of real shapes with random weights, beside the floor that
-           reading weights and cache once would take
-sharing    rounds of 16 sessions together and one by one, on the shipped family: tokens per second
-texts      how often a text depends on what it shared forwards with, where its margins were there, and what
-           `exact` costs
+forwards   on CUDA: one round of many sessions on models of real shapes with random weights, relative to the floor of
+           reading weights and KV cache once
+sharing    tokens per second of the shipped family with 16 sessions in one batch, and one by one
+texts      how often a text depends on the batch, the margins at the first difference, and the cost of `exact`
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 152064,
     },
 }
-# Milliseconds: asked for, and what a CUDA graph of transformers' own forward takes (DESIGN section 7).
-ASKED = {("7B", 1): (6.1, 7.9), ("7B", 16): (9.0, 11.2), ("7B", 64): (18.0, 26.0), ("32B", 1): (22.0, 25.5)}
+# Milliseconds: the goal, and the time of a CUDA graph of transformers' own forward (DESIGN section 7).
+GOALS = {("7B", 1): (6.1, 7.9), ("7B", 16): (9.0, 11.2), ("7B", 64): (18.0, 26.0), ("32B", 1): (22.0, 25.5)}
 
 PROMPTS = (
     "import os\n\n\ndef main(",
@@ -79,8 +78,8 @@ PROMPTS = (
 )
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A Llama of a real shape with random weights."""
+def make_random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Make a Llama of a real shape with random weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False)
     config._attn_implementation = attention.IMPLEMENTATION_NAME
     torch.set_default_dtype(dtype)
@@ -98,30 +97,30 @@ def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -
     return model.eval()
 
 
-def bandwidth() -> float:
-    """Bytes per second that this device's memory gives, read and written."""
-    one = torch.empty(1 << 30, dtype=torch.int64, device="cuda")
-    other = torch.empty_like(one)
+def measure_bandwidth() -> float:
+    """Return the bytes per second of this GPU's memory for a copy, reads and writes counted."""
+    source = torch.empty(1 << 30, dtype=torch.int64, device="cuda")
+    copy = torch.empty_like(source)
     seconds = []
     for _ in range(5):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        other.copy_(one)
+        copy.copy_(source)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * one.nbytes / min(seconds)
+    return 2 * source.nbytes / min(seconds)
 
 
-def rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> list[Segment]:
-    """One round of each session behind `context` tokens."""
-    pieces = []
+def make_rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> list[Segment]:
+    """Make one round for each session, after `context` tokens."""
+    segments = []
     for _ in range(sessions):
-        text = CachedSequence()
-        pool.reserve(text, context + 80)
-        text.length = context
+        sequence = CachedSequence()
+        pool.reserve(sequence, context + 80)
+        sequence.length = context
         tree = TokenTree(7, context + 1, list(range(10, 10 + draft)), {})
-        pieces.append(Segment.from_tree(text, tree, Sampling(1.0, seed=5)))
-    return pieces
+        segments.append(Segment.from_tree(sequence, tree, Sampling(1.0, seed=5)))
+    return segments
 
 
 def median_ms(work: Any, repeats: int = 30) -> float:
@@ -135,22 +134,22 @@ def median_ms(work: Any, repeats: int = 30) -> float:
 
 
 def profile(work: Any) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(5):
             work()
         torch.cuda.synchronize()
-    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))
+    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))
 
 
 def forwards(options: argparse.Namespace) -> None:
     from cloud_verifier.model.cuda_graphs import GraphRunner
     from cloud_verifier.model.tensor_parallel import TensorParallelGroup
 
-    team = TensorParallelGroup() if "RANK" in os.environ else None
-    speed = bandwidth()
-    gpus = f"{team.size if team else 1} x {torch.cuda.get_device_name()}"
-    how = "".join(f", {name}" for name in ("exact", "compiled") if getattr(options, name))
-    table = Table(title=f"one round, context {options.context}, bfloat16, {gpus}{how}")
+    group = TensorParallelGroup() if "RANK" in os.environ else None
+    speed = measure_bandwidth()
+    gpus = f"{group.size if group else 1} x {torch.cuda.get_device_name()}"
+    variant = "".join(f", {name}" for name in ("exact", "compiled") if getattr(options, name))
+    table = Table(title=f"one round, context {options.context}, bfloat16, {gpus}{variant}")
     for column in (
         "shape",
         "sessions",
@@ -158,51 +157,51 @@ def forwards(options: argparse.Namespace) -> None:
         "round, ms",
         "floor, ms",
         "round / floor",
-        "asked, ms",
+        "goal, ms",
     ):
         table.add_column(column, justify="right")
     for shape in options.shape:
-        model = random_model(shape, "cuda")
-        if team:
-            team.shard_model(model)
+        model = make_random_model(shape, "cuda")
+        if group:
+            group.shard_model(model)
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
         weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
-        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, group=team)
+        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, group=group)
         pool = KVCachePool(runner.shape, max(options.sessions) * (options.context + 160))
-        if team and team.rank:
+        if group and group.rank:
             runner.follow_leader(pool)
             continue
         for sessions in options.sessions:
             for draft in options.draft:
-                pieces = rounds(pool, sessions, draft, options.context)
-                if sum(map(len, pieces)) > runner.max_rows:
+                segments = make_rounds(pool, sessions, draft, options.context)
+                if sum(map(len, segments)) > runner.max_rows:
                     continue
                 started = time.perf_counter()
-                runner.run(pool, pieces)
+                runner.run(pool, segments)
                 ready = time.perf_counter() - started
                 print(f"{shape}, {sessions} sessions, K={draft}: ready in {ready:.1f} s", flush=True)
-                whole = median_ms(functools.partial(runner.run, pool, pieces))
+                round_ms = median_ms(functools.partial(runner.run, pool, segments))
                 if options.profile:
-                    profile(functools.partial(runner.run, pool, pieces))
+                    profile(functools.partial(runner.run, pool, segments))
                 cache = sessions * options.context * runner.shape.bytes_per_token
                 floor = 1e3 * (weights + cache) / speed
-                asked, naive = ASKED.get((shape, sessions), (None, None)) if draft == 5 else (None, None)
-                told = f"{asked} (naive graph {naive})" if asked else ""
-                row = (str(sessions), str(draft), f"{whole:.2f}", f"{floor:.2f}", f"{whole / floor:.2f}")
-                table.add_row(shape, *row, told)
-                for piece in pieces:
-                    pool.release(piece.sequence)
-        if team:
-            team.stop_followers()
+                goal, naive = GOALS.get((shape, sessions), (None, None)) if draft == 5 else (None, None)
+                goal_text = f"{goal} (naive graph {naive})" if goal else ""
+                row = (str(sessions), str(draft), f"{round_ms:.2f}", f"{floor:.2f}", f"{round_ms / floor:.2f}")
+                table.add_row(shape, *row, goal_text)
+                for segment in segments:
+                    pool.release(segment.sequence)
+        if group:
+            group.stop_followers()
         del runner, model, pool, local
         torch.cuda.empty_cache()
-    if team and team.rank:
+    if group and group.rank:
         return
     Console(width=120).print(table)
-    print(f"memory gives {speed / 1e12:.2f} TB/s (a copy, read and written)")
+    print(f"memory bandwidth: {speed / 1e12:.2f} TB/s (a copy, reads and writes counted)")
 
 
-async def text(
+async def generate_text(
     engine: Scheduler,
     target: Target,
     prompt: list[int],
@@ -210,12 +209,12 @@ async def text(
     count: int,
     draft: int,
     seed: int,
-    truth: Sequence[int] = (),
+    expected: Sequence[int] = (),
 ) -> tuple[list[int], list[tuple[int, float]]]:
-    """A text as a board would have it verified, whose drafts are right about 4 times of 5; and its close calls."""
+    """Generate a text as a board would, with 4 of 5 draft tokens right. Return it and its close calls."""
     random = Random(seed)
-    own = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=1 if draft else 16)
-    answer = RoundReply(own)
+    request = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=1 if draft else 16)
+    answer = RoundReply(request)
     session = Session(list(prompt), sampling, target, answer)
     new: list[int] = []
     calls: list[tuple[int, float]] = []
@@ -229,85 +228,91 @@ async def text(
             engine.release(session)
             return new[:count], calls
         number += 1
-        known = truth[len(new) : len(new) + draft]
-        guess = [token if random.random() < 0.8 else random.randrange(target.vocabulary_size) for token in known]
+        correct = expected[len(new) : len(new) + draft]
+        guesses = [token if random.random() < 0.8 else random.randrange(target.vocabulary_size) for token in correct]
         n = 1 if draft else min(16, count - len(new))
-        answer = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(prompt) + len(new), draft=guess, n=n))
+        answer = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(prompt) + len(new), draft=guesses, n=n))
 
 
-async def all_texts(
+async def generate_texts(
     target: Target,
     jobs: Sequence[tuple[list[int], Sampling]],
     count: int,
     draft: int,
-    together: int,
-    truths: Any = None,
+    concurrency: int,
+    expected_texts: Any = None,
 ) -> tuple[list[tuple[list[int], list[tuple[int, float]]]], float]:
-    """The texts of all jobs, so many at once; seconds."""
+    """Generate the texts of all jobs, `concurrency` at once. Return the results and the seconds."""
     engine = Scheduler(lambda: target, lambda _: None, lambda: 0, cache_tokens=64 * 1024)
     engine.start()
     while engine.target is None:
         if engine.failure:
             raise engine.failure
         await asyncio.sleep(0.01)
-    slots = asyncio.Semaphore(together)
+    slots = asyncio.Semaphore(concurrency)
 
     async def one(index: int) -> tuple[list[int], list[tuple[int, float]]]:
         async with slots:
             prompt, sampling = jobs[index]
-            truth = truths[index] if truths else ()
-            return await text(engine, target, prompt, sampling, count, draft, index, truth)
+            expected = expected_texts[index] if expected_texts else ()
+            return await generate_text(engine, target, prompt, sampling, count, draft, index, expected)
 
     started = time.perf_counter()
-    said = await asyncio.gather(*(one(index) for index in range(len(jobs))))
+    results = await asyncio.gather(*(one(index) for index in range(len(jobs))))
     seconds = time.perf_counter() - started
     await asyncio.to_thread(engine.stop)
-    return said, seconds
+    return results, seconds
 
 
-def family_jobs(copies: int, temperature: float) -> list[tuple[list[int], Sampling]]:
+def make_family_jobs(copies: int, temperature: float) -> list[tuple[list[int], Sampling]]:
     tokenizer = Tokenizer.from_file(str(FAMILY / "target-v1" / "tokenizer.json"))
-    sampling = [Sampling(temperature, seed=seed, ignore_eos=True) for seed in range(copies)]
-    return [(tokenizer.encode(prompt).ids, each) for each in sampling for prompt in PROMPTS]
+    samplings = [Sampling(temperature, seed=seed, ignore_eos=True) for seed in range(copies)]
+    return [(tokenizer.encode(prompt).ids, sampling) for sampling in samplings for prompt in PROMPTS]
 
 
 def sharing(options: argparse.Namespace) -> None:
     target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, options.dtype))
-    jobs = family_jobs(4, 1.0)
+    jobs = make_family_jobs(4, 1.0)
     table = Table(title=f"{len(jobs)} texts of {options.tokens} tokens, {options.device}, {options.dtype}")
-    for column in ("drafts", "one by one, tokens/s", "16 together, tokens/s", "ratio"):
+    for column in ("drafts", "one by one, tokens/s", "batch of 16, tokens/s", "ratio"):
         table.add_column(column, justify="right")
-    truths = [new for new, _ in asyncio.run(all_texts(target, jobs, options.tokens, 0, 16))[0]]
+    expected_texts = [new for new, _ in asyncio.run(generate_texts(target, jobs, options.tokens, 0, 16))[0]]
     for draft in (0, 5):
         rates = []
-        for together in (1, 16):
-            said, seconds = asyncio.run(all_texts(target, jobs, options.tokens, draft, together, truths))
-            assert [new for new, _ in said] == truths or options.dtype != "float32", "a text depends on its company"
+        for concurrency in (1, 16):
+            results, seconds = asyncio.run(
+                generate_texts(target, jobs, options.tokens, draft, concurrency, expected_texts)
+            )
+            assert [new for new, _ in results] == expected_texts or options.dtype != "float32", (
+                "a text depends on its batch"
+            )
             rates.append(len(jobs) * options.tokens / seconds)
-        name = "none (the cloud writes, n=16)" if not draft else f"K={draft}, 4 of 5 right"
+        name = "none (the target generates, n=16)" if not draft else f"K={draft}, 4 of 5 right"
         table.add_row(name, f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
     Console(width=120).print(table)
 
 
 def texts(options: argparse.Namespace) -> None:
-    table = Table(title=f"texts of {options.tokens} tokens on {options.device}: alone, and among 16 with drafts")
-    for column in ("dtype", "T", "texts", "differ", "margin where they first do", "close calls a text", "seconds"):
+    table = Table(
+        title=f"texts of {options.tokens} tokens on {options.device}: one by one, and in a batch of 16 with drafts"
+    )
+    for column in ("dtype", "T", "texts", "differ", "margin at first difference", "close calls per text", "seconds"):
         table.add_column(column, justify="right")
     for dtype, exact in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
         if exact and options.device == "cpu":
             continue
         target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, dtype), exact=exact)
         for temperature in (0.0, 1.0):
-            jobs = family_jobs(5, temperature)
-            alone = [new for new, _ in asyncio.run(all_texts(target, jobs, options.tokens, 0, 1))[0]]
-            said, seconds = asyncio.run(all_texts(target, jobs, options.tokens, 5, 16, alone))
+            jobs = make_family_jobs(5, temperature)
+            reference = [new for new, _ in asyncio.run(generate_texts(target, jobs, options.tokens, 0, 1))[0]]
+            results, seconds = asyncio.run(generate_texts(target, jobs, options.tokens, 5, 16, reference))
             margins = []
-            for (prompt, _), (new, calls), known in zip(jobs, said, alone, strict=True):
-                place = next((i for i, (a, b) in enumerate(zip(new, known, strict=True)) if a != b), None)
-                if place is not None:
-                    margins.append(dict(calls).get(len(prompt) + place, float("inf")))
+            for (prompt, _), (new, calls), correct in zip(jobs, results, reference, strict=True):
+                index = next((i for i, (a, b) in enumerate(zip(new, correct, strict=True)) if a != b), None)
+                if index is not None:
+                    margins.append(dict(calls).get(len(prompt) + index, float("inf")))
             shown = f"{min(margins):.3f} to {max(margins):.3f}" if margins else ""
-            close = sum(len(calls) for _, calls in said) / len(said)
+            close = sum(len(calls) for _, calls in results) / len(results)
             name = f"{dtype}, exact" if exact else dtype
             table.add_row(
                 name, f"{temperature:g}", str(len(jobs)), str(len(margins)), shown, f"{close:.1f}", f"{seconds:.1f}"
@@ -325,7 +330,7 @@ def main() -> None:
     command.add_argument("--context", type=int, default=512)
     command.add_argument("--exact", action="store_true")
     command.add_argument("--compiled", action="store_true")
-    command.add_argument("--profile", action="store_true", help="show where a forward's time goes")
+    command.add_argument("--profile", action="store_true", help="print the CUDA time of a forward by kernel")
     command.set_defaults(run=forwards)
     for name, run in (("sharing", sharing), ("texts", texts)):
         command = commands.add_parser(name)

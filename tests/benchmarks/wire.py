@@ -1,7 +1,7 @@
-"""What an answer costs on the wire: `python -m tests.benchmarks.wire`.
+"""Network traffic per answer: `python -m tests.benchmarks.wire`.
 
-Bytes are the kernel's own count of TCP payload in both directions, HTTP framing included, for 100-token answers of
-target v1 with the shipped draft. Rounds differ with the text, so several prompts are averaged.
+Bytes are the kernel's count of TCP payload in both directions, HTTP framing included, for 100-token answers of target
+v1 with the shipped draft. The number of rounds depends on the text, so the results are averaged over several prompts.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Plan
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
-from tests.benchmarks.speed import FAMILY, verifier
+from tests.benchmarks.speed import FAMILY, run_verifier
 
 PROMPTS = ["import argparse\n", "class Stack:\n", "def main():\n", "async def fetch(url", "for line in file:\n"]
 TOKENS = 100
 
 
 async def measure(url: str, http2: bool, plan: Plan, temperature: float) -> tuple[float, float, float]:
-    """Means per answer: (rounds, bytes, largest bytes)."""
+    """Return (mean rounds, mean bytes, maximum bytes) per answer."""
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
     rounds, totals = [], []
     for seed, prompt in enumerate(PROMPTS):
-        # A client of its own, so that opening the connection is counted too.
+        # A new client for each answer, so that opening the connection is counted.
         async with VerifierClient(url, http2=http2) as client:
             generation = Generation(
                 draft,
@@ -45,8 +45,8 @@ async def measure(url: str, http2: bool, plan: Plan, temperature: float) -> tupl
 
 
 def main() -> None:
-    table = Table("HTTP", "plan", "T", "rounds", "bytes per 100-token answer", "worst", "asked for")
-    with verifier(FAMILY / "target-v1", "--threads", "1") as url:
+    table = Table("HTTP", "plan", "T", "rounds", "bytes per 100-token answer", "worst", "goal")
+    with run_verifier(FAMILY / "target-v1", "--threads", "1") as url:
         for http2 in (True, False):
             for name, plan in (
                 ("K=5, 2 siblings", FIXED_PLAN),

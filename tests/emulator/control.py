@@ -34,7 +34,7 @@ class ControlledProcess:
         except OSError:
             line = b""
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with {self.process.wait(5)}")
+            raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait(5)}")
         return msgspec.json.decode(line, type=reply_type)
 
     def stop(self) -> None:

@@ -264,7 +264,8 @@ async def run_fault(
     await run_clients(warm_up, lambda: None)
     warm_up_answers, checked[:] = list(checked), []
     numbers = itertools.count()
-    before = {which: test_bed.usage(which) for which in ("board", "verifier")}
+    names: tuple[ProcessName, ...] = ("board", "verifier")
+    before = {which: test_bed.usage(which) for which in names}
     counts_before = test_bed.set_fault_rates(fault.fault_rates)
     striking = asyncio.ensure_future(fault.strike(context))
     try:
