@@ -47,11 +47,15 @@ def run(options: argparse.Namespace) -> int:
     from edge_runtime.planning.objective import parse_objective
     from export.planner_policy.train import PolicyTrainingConfig, make_policy
 
-    lesson = PolicyTrainingConfig(
-        parse_objective(options.objective), options.steps, options.seed, options.settings, options.drills
+    config = PolicyTrainingConfig(
+        objective=parse_objective(options.objective),
+        steps=options.steps,
+        seed=options.seed,
+        evaluation_scenarios=options.settings,
+        pretraining_scenarios=options.drills,
     )
-    training = make_policy(lesson, options.output)
-    evaluation = training.trained["evaluation"]
+    metadata = make_policy(config, options.output)
+    evaluation = metadata.trained["evaluation"]
     print(f"{options.output}: cost on held-out texts, as a multiple of the analytic planner's, modeled:")
     print("  " + ", ".join(f"{name} {value:g}" for name, value in evaluation.items()))
     return 0

@@ -27,12 +27,14 @@ def tokenize_texts(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int = 
     The dtype is uint16 if the vocabulary fits, otherwise uint32.
     """
     chunks: list[npt.NDArray[Any]] = []
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    dtype: type[np.uint16 | np.uint32] = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     remaining = iter(texts)
     while batch := list(islice(remaining, TOKENIZER_BATCH_DOCUMENTS)):
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         chunks += (np.array([*encoding.ids, end_id], dtype=dtype) for encoding in encodings)
-    return np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)
+    chunks.append(np.empty(0, dtype=dtype))
+    stream: TokenIds = np.concatenate(chunks)
+    return stream
 
 
 def write_ids(path: Path, ids: TokenIds) -> None:

@@ -92,7 +92,13 @@ def next_token_loss(model: torch.nn.Module, text: TextSource, *, compiled: bool 
 
 def load_target(directory: Path, device: torch.device) -> PreTrainedModel:
     """Load the target in `directory` in float32 on `device`, in eval mode; the values are the stored bfloat16 ones."""
-    return to_device(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), device).eval()
+    return for_inference(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), device)
+
+
+def for_inference(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move `model` to `device` and switch it to eval mode."""
+    nn.Module.eval(model)
+    return to_device(model, device)
 
 
 def to_device(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:

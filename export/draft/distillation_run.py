@@ -18,7 +18,7 @@ from cloud_verifier.draft_models.layouts import build_draft
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from export.data.token_stream import MixedStream, TokenStream, tokenize_texts
 from export.draft.agreement import Agreement, measure_agreement
-from export.draft.base_target import TextSource, to_device
+from export.draft.base_target import TextSource, for_inference, to_device
 from export.draft.distill import Objective, TeacherMix, train_draft
 from export.draft.samples import SampleConfig, sample_texts
 from export.draft.teachers import Teacher, make_siblings, target_teacher
@@ -145,7 +145,7 @@ def _load_target(directory: Path, device: torch.device) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise TargetError(f"{directory} is not a target that transformers can load: {error}") from None
     model.requires_grad_(False)
-    return to_device(model, device).eval()
+    return for_inference(model, device)
 
 
 def _end_id(target: PreTrainedModel) -> int:

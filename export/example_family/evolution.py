@@ -1,7 +1,7 @@
-"""A target's next versions, which leave alone what drafts share: by LoRA, or by training some blocks in full.
+"""Train later versions of a target without changing the tensors that drafts share: by LoRA, or some blocks in full.
 
-A version of the second kind is stored as the tensors that changed (`CHANGED_TENSORS_FILE`), beside a note of its base (`CHANGES_FILE`);
-`cloud_verifier.model.target` puts the two together.
+A version of the second kind is stored as its changed tensors (`CHANGED_TENSORS_FILE`) and a reference to its base
+(`CHANGES_FILE`). `cloud_verifier.model.target` combines it with the base.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from cloud_verifier.draft_models.safetensors_io import read_tensors
 from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, apply_changes
 from cloud_verifier.registry.int8 import pack
-from export.draft.base_target import TextSource, load_target, next_token_loss
+from export.draft.base_target import TextSource, for_inference, load_target, next_token_loss
 from export.draft.training import TrainingCurve, TrainingSchedule, fit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,20 +28,24 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def evolve(
     base: PreTrainedModel,
     text: TextSource,
-    plan: TrainingSchedule,
+    schedule: TrainingSchedule,
     *,
     rank: int,
     frozen_blocks: int,
     checkpoint: Path | None = None,
 ) -> tuple[PeftModel, TrainingCurve]:
-    """Adapts `base` to `text`; it becomes part of the returned model.
+    """Train a LoRA of `base` on `text`. `base` becomes part of the returned model.
 
     Args:
-        rank: of the adapter.
-        frozen_blocks: how many of the last blocks stay as they are, because drafts contain them.
+        base: the target, changed in place.
+        text: training text.
+        schedule: training schedule.
+        rank: rank of the adapter.
+        frozen_blocks: number of last blocks that stay unchanged because drafts may share them.
+        checkpoint: file to save to periodically and to resume from.
     """
-    torch.manual_seed(plan.seed)
-    settings = LoraConfig(
+    torch.manual_seed(schedule.seed)
+    config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=list(PROJECTIONS),
@@ -48,44 +53,47 @@ def evolve(
         layers_pattern="layers",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, settings)
-    curve = fit(model, next_token_loss(model, text), plan, label="adapter", checkpoint=checkpoint)
+    model = get_peft_model(base, config)
+    curve = fit(model, next_token_loss(model, text), schedule, label="adapter", checkpoint=checkpoint)
     return model, curve
 
 
 def tune(
     base: PreTrainedModel,
     text: TextSource,
-    plan: TrainingSchedule,
+    schedule: TrainingSchedule,
     blocks: Collection[int],
     *,
     checkpoint: Path | None = None,
 ) -> TrainingCurve:
-    """Trains `blocks` of `base` in full, in place, on `text`; everything else stays as it is."""
-    torch.manual_seed(plan.seed)
+    """Train all parameters of `blocks` of `base` in place on `text`; other parameters stay unchanged."""
+    torch.manual_seed(schedule.seed)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"model.layers.{block}.") for block in blocks))
-    return fit(base, next_token_loss(base, text), plan, label="some blocks", checkpoint=checkpoint)
+    return fit(base, next_token_loss(base, text), schedule, label="blocks", checkpoint=checkpoint)
 
 
 def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, base_path: str) -> list[str]:
-    """Writes the parameters that are no longer those of `base_directory`, matrices in 8 bits; returns their names.
+    """Write the parameters that differ from those in `base_directory`, matrices in 8 bits; return their names.
 
     Args:
-        base_path: how the result finds its base, relative to itself.
+        model: the changed target.
+        base_directory: checkpoint of the base target.
+        directory: output.
+        base_path: path of the base relative to `directory`.
     """
     parameters = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.named_parameters()}
     stored = read_tensors(base_directory, parameters)
     changed = {name: value for name, value in parameters.items() if not torch.equal(value, stored[name])}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(pack(changed), directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
-    note = {"format_version": 1, "base": base_path}
-    (directory / CHANGES_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    reference = {"format_version": 1, "base": base_path}
+    (directory / CHANGES_FILE).write_text(json.dumps(reference, indent=2) + "\n", encoding="utf-8")
     return sorted(changed)
 
 
 def break_contract(base_directory: Path, directory: Path, base_path: str) -> None:
-    """Writes a version outside of the contract, for tests: its final norm, which drafts share, is another."""
+    """Write a version that violates the contract, for tests: its final norm, which drafts share, is changed."""
     (norm,) = read_tensors(base_directory, ["model.norm.weight"]).values()
     directory.mkdir(parents=True, exist_ok=True)
     save_file({"model.norm.weight": norm * 1.25}, directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
@@ -93,22 +101,22 @@ def break_contract(base_directory: Path, directory: Path, base_path: str) -> Non
 
 
 def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
-    """Writes an ordinary adapter directory in bfloat16; `base_path` is how it finds its base, relative to itself."""
+    """Write a regular PEFT directory in bfloat16; `base_path` is the path of the base relative to it."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    # The base has no place on a hub to compare embeddings with, and the adapter has none.
-    model.save_pretrained(directory, save_embedding_layers=False)
+    # The adapter changes no embeddings, and the base is on no hub with which PEFT could compare them.
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     path = directory / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_path}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_path}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_evolved(directory: Path, base_directory: Path, device: torch.device) -> PreTrainedModel:
-    """The base with the adapter merged into it, or with the tensors that changed; float32."""
+    """Load a version in float32: the base with the adapter merged or the changed tensors applied."""
     base = load_target(base_directory, device)
     if (directory / CHANGES_FILE).is_file():
         apply_changes(base, directory)
         return base
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, directory).float().merge_and_unload()
-    return merged.eval()
+    adapted: Any = PeftModel.from_pretrained(base, directory)
+    return for_inference(adapted.float().merge_and_unload(), device)

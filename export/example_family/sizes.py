@@ -1,4 +1,4 @@
-"""How big a run of the recipe is: the real one, and one small enough for a test."""
+"""Sizes of a run of the recipe: `full`, and `smoke` for tests."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from export.draft.training import TrainingSchedule
 
 @dataclass(frozen=True)
 class FamilySize:
-    """Everything that differs between a trial run and the real one.
+    """Model dimensions, training schedules and amounts of text of a run.
 
     Attributes:
-        corpus_bytes: most text by domain name, None for all of it.
-        tokenizer_bytes: text that the vocabulary is learnt from.
-        evolve, tune: of a LoRA, and of the version whose blocks `tuned_blocks` learn on in full.
-        rank: of a LoRA; those that the draft learns from have twice as much.
-        spared_blocks: how many of the last blocks the next versions leave as they are.
-        distill, control, settle: of the draft, of those to compare it with, and of one that goes on with few bits.
-        new_blocks, shared_blocks: of the anchor draft. Without a shared block it shares norm, head and embedding.
-        siblings, strength: of a control: perturbed targets to learn from; see `export.draft.teachers`.
-        windows: of held-out text, per domain, on which agreement is measured.
-        evaluated: texts of the evaluation over all domains, tokens of each that are read, and that are judged.
-        parity_tokens: of held-out text, on which the exported graph is compared with PyTorch.
+        shape: dimensions of the target.
+        corpus_bytes: bound on the text by domain name; None for all of it.
+        tokenizer_bytes: amount of text that the vocabulary is trained on.
+        target: schedule of target v1.
+        evolve, tune: schedules of a LoRA, and of the version whose `tuned_blocks` are trained in full.
+        rank: rank of a LoRA; the stand-ins that teach the draft have twice this rank.
+        distill, control, settle: schedules of the draft, of the drafts that it is compared with, and of
+            quantization-aware training.
+        samples: amount of text sampled from each teacher.
+        new_blocks, shared_blocks: blocks of the anchor draft; without shared blocks it shares norm, head and embedding.
+        spared_blocks: number of last blocks that later versions leave unchanged.
+        siblings, strength: perturbed targets that teach one of the controls; see `export.draft.teachers`.
+        windows: windows of held-out text per domain for measuring agreement.
+        evaluated: texts of the evaluation over all domains, prompt tokens of each, and evaluated tokens of each.
+        parity_tokens: tokens of held-out text on which the exported graph is compared with PyTorch.
     """
 
     shape: TargetShape

@@ -1,14 +1,13 @@
-"""A Gymnasium environment in which policies learn to correct the analytic planner's plans: the simulated round.
+"""A Gymnasium environment of simulated rounds, in which a policy learns to correct the plans of the analytic planner.
 
-An episode is a few recorded texts, one after the other, on a board, a link and a verifier drawn at random around the
-shipped presets; a step is one drafted round's plan. Every episode is first played by the analytic planner alone, and
-what that cost at every position of every text is what an action's reward is measured against, so that easy texts and
-cheap worlds bring no reward by themselves:
+An episode is a sequence of recorded texts with a board, a link and a verifier drawn at random around the shipped
+presets. A step is the plan of one drafted round. Every episode is first run with the analytic planner alone. Its cost
+at every position of every text is the baseline of the reward, so that easy texts and cheap scenarios give no reward:
 
-    reward = (what the analytic planner paid for the tokens of this step - what was paid now) / its cost per token
+    reward = (baseline cost of the tokens of this step - cost of this step) / baseline cost per token
 
-The rewards of an episode add up to the tokens that were saved, in tokens at the analytic planner's cost. What a round
-that is sent early in vain seems to bring, the next one takes back.
+The rewards of an episode add up to the saved cost, in tokens at the baseline cost. If a round that was sent early is
+dropped, the reward credited for it is subtracted in the next step.
 """
 
 from __future__ import annotations
@@ -50,66 +49,67 @@ from edge_runtime.simulation import (
 )
 
 EXAMPLE_FAMILY_PATH = Path(__file__).parents[1] / "example_family"
+# Returns the index of a correction for (len(OBSERVATIONS),) observations, the completed tokens, and the cost so far.
 CorrectionCallback = Callable[[Floats, int, float], int]
-# The first texts of each kind are left to judge policies by.
+# The first texts of each kind are held out for the evaluation of policies.
 HELD_OUT_TEXTS = 48
 MAX_TEXTS = 8
-# Recorded texts are joined to longer ones, so many at a time, behind prompts that are so many times as long.
+# Recorded texts are joined into longer ones: number of texts, and range of the factor on the prompt length. Chosen.
 JOINED_TEXT_COUNTS = (1, 1, 1, 2, 4)
 PROMPT_FACTOR_RANGE = (0.3, 10.0)
-# Bytes of a draft's weights.
+# Range of the size of the draft weights, in bytes.
 WEIGHT_BYTES_RANGE = (20e6, 400e6)
-# Shares of episodes in which the link changes once in a text, or comes and goes; and in which the target is replaced
-# by its other version.
+# Shares of episodes in which the link changes once or is bursty, and in which another target version is rolled out.
+# Chosen.
 LINK_CHANGE_SHARE, BURSTY_LINK_SHARE = 0.15, 0.2
 ROLLOUT_SHARE = 0.15
-# Share of episodes in which the bundle says how often its draft was accepted.
+# Share of episodes in which the bundle manifest has measured acceptance rates. Chosen.
 EVALUATED_BUNDLE_SHARE = 0.5
 
 
 class Scenario(NamedTuple):
-    """What an episode is played in.
+    """The simulated conditions of an episode.
 
     Attributes:
-        name: for people.
-        believed: what the board's profile says.
-        device: what the board really does.
-        acceptance: as in the bundle's manifest; may be empty.
-        parts: conducts of the link with the seconds for which each lasts; one alone lasts for ever.
-        repeat: whether they begin again.
-        verifier: its figures.
-        texts: what is played.
-        seed: of all that is random in it.
+        name: for display.
+        profile_device: device model from the profile of the board, which the planner uses.
+        device: device model of the simulated board.
+        acceptance: acceptance rates of the bundle manifest; may be empty.
+        link_phases: link parameters with the seconds for which each applies; a single one applies for ever.
+        repeat: whether the phases repeat.
+        verifier: cost of the verifier.
+        texts: recorded texts, in order.
+        seed: seed of the link, the verifier and the world.
     """
 
     name: str
-    believed: DeviceModel
+    profile_device: DeviceModel
     device: DeviceModel
     acceptance: Mapping[str, float]
-    parts: tuple[tuple[float, LinkParameters], ...]
+    link_phases: tuple[tuple[float, LinkParameters], ...]
     repeat: bool
     verifier: VerifierCost
     texts: list[RecordedText]
     seed: int
 
     def world(self) -> World:
-        """The world, from its start; equal ones take equal courses."""
-        links = [SteadyLink(conduct, self.seed + index) for index, (_, conduct) in enumerate(self.parts)]
+        """Return the simulated world at its start. It is deterministic."""
+        links = [SteadyLink(parameters, self.seed + index) for index, (_, parameters) in enumerate(self.link_phases)]
         link: Link = links[0]
         if len(links) > 1:
-            lengths = [seconds for seconds, _ in self.parts]
-            link = ScheduledLink([LinkPhase(*part) for part in zip(lengths, links, strict=True)], repeat=self.repeat)
+            phases = [LinkPhase(seconds, steady) for (seconds, _), steady in zip(self.link_phases, links, strict=True)]
+            link = ScheduledLink(phases, repeat=self.repeat)
         verifier = SimulatedVerifier(self.verifier, self.seed + 7)
         return World(self.name, self.device, link, verifier, self.seed + 8)
 
 
 class ScenarioSampler:
-    """Settings at random: presets of links, boards and verifiers whose figures are moved, and texts of one kind."""
+    """Draws random scenarios: perturbed presets of links, boards and verifiers, with texts of one kind."""
 
     def __init__(self, texts: list[RecordedText]) -> None:
         """
         Args:
-            texts: recorded ones; every kind among them counts alike.
+            texts: recorded texts; every kind (target and temperature) is drawn equally often.
         """
         kinds: dict[tuple[str, float], list[RecordedText]] = {}
         for text in texts:
@@ -119,26 +119,26 @@ class ScenarioSampler:
         self._acceptance = read_bundle(EXAMPLE_FAMILY_PATH / "bundle", verify=False).manifest.acceptance
 
     def draw(self, seed: int) -> Scenario:
-        """The setting of this seed."""
+        """Return the scenario of this seed."""
         random = Random(seed)
         profile = random.choice(self._profiles)
-        name, conducts, repeat = _draw_link(random)
+        name, link_phases, repeat = _draw_link(random)
         weights = np.exp(random.uniform(*np.log(WEIGHT_BYTES_RANGE)))
-        radio = conducts[0][1].radio
-        believed = DeviceModel.from_profile(profile, int(weights), radio=radio)
-        # Boards do not keep to their profiles.
+        radio = link_phases[0][1].radio
+        profile_device = DeviceModel.from_profile(profile, int(weights), radio=radio)
+        # A real board deviates from its profile.
         device = DeviceModel.from_profile(profile, int(weights * _lognormal_factor(random, 0.15)), radio=radio)
         cost = _draw_verifier(random)
         return Scenario(
             f"{name}, {profile.name} {weights / 1e6:.0f} MB, {cost.name}",
-            believed,
-            device,
-            self._acceptance if random.random() < EVALUATED_BUNDLE_SHARE else {},
-            conducts,
-            repeat,
-            cost,
-            self._draw_texts(random),
-            random.randrange(1 << 30),
+            profile_device=profile_device,
+            device=device,
+            acceptance=self._acceptance if random.random() < EVALUATED_BUNDLE_SHARE else {},
+            link_phases=link_phases,
+            repeat=repeat,
+            verifier=cost,
+            texts=self._draw_texts(random),
+            seed=random.randrange(1 << 30),
         )
 
     def _draw_texts(self, random: Random) -> list[RecordedText]:
@@ -160,90 +160,84 @@ class ScenarioSampler:
 
 
 def split_texts(texts: list[RecordedText]) -> tuple[list[RecordedText], list[RecordedText]]:
-    """Texts to learn from, and the first `HELD_OUT_TEXTS` of each kind, to be judged on."""
+    """Return the training texts and the held-out texts, which are the first `HELD_OUT_TEXTS` of each kind."""
     seen: Counter[tuple[str, float]] = Counter()
-    learnt, held_out = [], []
+    training: list[RecordedText] = []
+    held_out: list[RecordedText] = []
     for text in texts:
         kind = (text.target, text.temperature)
         seen[kind] += 1
-        (held_out if seen[kind] <= HELD_OUT_TEXTS else learnt).append(text)
-    return learnt, held_out
+        (held_out if seen[kind] <= HELD_OUT_TEXTS else training).append(text)
+    return training, held_out
 
 
 class CallbackPlanner(CorrectedPlanner):
-    """Asks which correction to make, and keeps accounts.
+    """A planner whose corrections come from a callback, and which accumulates the cost of its rounds.
 
     Attributes:
-        ends: tokens of all texts up to the end of the one that is played.
+        end: tokens of all texts up to the end of the current one.
     """
 
-    def __init__(self, objective: Objective, setting: Scenario, ask: CorrectionCallback) -> None:
-        super().__init__(objective, setting.believed, acceptance=setting.acceptance)
-        self.ends = 0
-        self._ask = ask
-        self._idle_watts = setting.device.idle_watts
-        self._verifier_seconds = self._joules = self._carried = 0.0
+    def __init__(self, objective: Objective, scenario: Scenario, choose: CorrectionCallback) -> None:
+        super().__init__(objective, scenario.profile_device, acceptance=scenario.acceptance)
+        self.end = 0
+        self._choose = choose
+        self._idle_watts = scenario.device.idle_watts
+        self._verifier_seconds = self._joules = self._bytes = 0.0
 
     def choose_correction(self, conditions: Conditions, observation: Floats) -> tuple[Correction, str]:
-        action = self._ask(observation, self.ends - conditions.left, self.spent(conditions.now))
+        action = self._choose(observation, self.end - conditions.left, self.spent(conditions.now))
         return CORRECTIONS[action], "training"
 
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
         self._verifier_seconds += outcome.forward_seconds
         self._joules += self._costs.round_joules(outcome)
-        self._carried += outcome.sent + outcome.received
+        self._bytes += outcome.sent + outcome.received
 
     def spent(self, now: float) -> float:
-        """Cost by `now`, as far as rounds have been answered."""
+        """Return the cost of the answered rounds up to `now`."""
         joules = self._joules + self._idle_watts * now
-        return self._objective.cost(now, self._verifier_seconds, joules, self._carried)
+        return self._objective.cost(now, self._verifier_seconds, joules, self._bytes)
 
 
-def run_episode(setting: Scenario, objective: Objective, ask: CorrectionCallback) -> float:
-    """Plays all texts of a setting with plans that are corrected as `ask` says; their cost.
-
-    Args:
-        setting: what is played.
-        objective: prices.
-        ask: the index of a correction for (len(OBSERVATIONS),) observations, the tokens that are done, and the cost
-            so far.
-    """
-    planner = CallbackPlanner(objective, setting, ask)
-    simulator = Simulator(setting.world(), planner)
-    for text in setting.texts:
-        planner.ends += len(text)
+def run_episode(scenario: Scenario, objective: Objective, choose: CorrectionCallback) -> float:
+    """Simulate all texts of a scenario with the corrections that `choose` returns; return their total cost."""
+    planner = CallbackPlanner(objective, scenario, choose)
+    simulator = Simulator(scenario.world(), planner)
+    for text in scenario.texts:
+        planner.end += len(text)
         simulator.run(text)
     return planner.spent(simulator.now)
 
 
 class AnalyticBaseline:
-    """What the analytic planner alone pays in a setting, by position.
+    """Cost of the analytic planner in a scenario by position.
 
     Attributes:
         spent: cost of all texts.
-        each: cost per token.
-        observations: before each plan that could be corrected.
+        cost_per_token: mean over all texts.
+        observations: one for each plan that can be corrected.
     """
 
-    def __init__(self, setting: Scenario, objective: Objective) -> None:
+    def __init__(self, scenario: Scenario, objective: Objective) -> None:
         self._done, self._spent = [0], [0.0]
         self.observations: list[Floats] = []
-        self.spent = run_episode(setting, objective, self._note)
-        self._take(sum(map(len, setting.texts)), self.spent)
-        self.each = self.spent / self._done[-1]
+        self.spent = run_episode(scenario, objective, self._record_observation)
+        self._record(sum(map(len, scenario.texts)), self.spent)
+        self.cost_per_token = self.spent / self._done[-1]
 
-    def at(self, done: int) -> float:
-        """Cost of the first `done` tokens, in tokens at this planner's mean cost."""
-        return float(np.interp(done, self._done, self._spent)) / self.each
+    def cost_in_tokens(self, done: int) -> float:
+        """Return the cost of the first `done` tokens, in units of the mean cost per token."""
+        return float(np.interp(done, self._done, self._spent)) / self.cost_per_token
 
-    def _note(self, observation: Floats, done: int, spent: float) -> int:
+    def _record_observation(self, observation: Floats, done: int, spent: float) -> int:
         self.observations.append(observation)
-        self._take(done, spent)
+        self._record(done, spent)
         return 0
 
-    def _take(self, done: int, spent: float) -> None:
-        # A round that was sent early and in vain had counted on more tokens than there were.
+    def _record(self, done: int, spent: float) -> None:
+        # A round that was sent early and then dropped had assumed more completed tokens.
         while self._done and self._done[-1] >= done:
             self._done.pop()
             self._spent.pop()
@@ -252,71 +246,71 @@ class AnalyticBaseline:
 
 
 class RoundEnvironment(gymnasium.Env[Floats, np.int64]):
-    """See the module.
+    """Simulated rounds as a Gymnasium environment; see the module.
 
     Observations are those of `edge_runtime.planning.learned`, actions are indices of its `CORRECTIONS`. An episode ends
-    with its last text; the `info` of its last step has `ratio`, its cost to the analytic planner's.
+    with its last text. The `info` of the last step has `ratio`: cost of the episode over that of the analytic planner.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (declared so by Gymnasium)
 
     def __init__(self, objective: Objective | None = None, texts: list[RecordedText] | None = None) -> None:
         """
         Args:
-            objective: prices; None: latency alone.
-            texts: recorded ones to play; None: the example family's, but for those held out.
+            objective: prices; None means latency alone.
+            texts: recorded texts; None means the training texts of the example family.
         """
         self._objective = objective or Objective()
-        self._settings = ScenarioSampler(
+        self._scenarios = ScenarioSampler(
             split_texts(read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz"))[0] if texts is None else texts
         )
         self.observation_space = gymnasium.spaces.Box(-LOG_LIMIT, LOG_LIMIT, (len(OBSERVATIONS),), np.float32)
         self.action_space = gymnasium.spaces.Discrete(len(CORRECTIONS))
-        self._player: EpisodeThread | None = None
-        self._reference: AnalyticBaseline | None = None
+        self._episode: EpisodeThread | None = None
+        self._baseline: AnalyticBaseline | None = None
         self._saved = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
-        """Begins an episode in another setting."""
+        """Start an episode in a new scenario."""
         super().reset(seed=seed)
         self.close()
-        # Where drafting never pays, there is nothing to correct.
+        # Scenarios in which drafting never pays have nothing to correct, and are skipped.
         while True:
-            setting = self._settings.draw(int(self.np_random.integers(1 << 31)))
-            self._player = EpisodeThread(setting, self._objective)
-            request = self._player.go_on(None)
+            scenario = self._scenarios.draw(int(self.np_random.integers(1 << 31)))
+            self._episode = EpisodeThread(scenario, self._objective)
+            request = self._episode.advance(None)
             if request.observation is not None:
                 break
             self.close()
-        self._reference = AnalyticBaseline(setting, self._objective)
-        self._saved = self._reference.at(request.done) - request.spent / self._reference.each
-        return request.observation, {"setting": setting.name}
+        self._baseline = AnalyticBaseline(scenario, self._objective)
+        self._saved = self._baseline.cost_in_tokens(request.done) - request.spent / self._baseline.cost_per_token
+        return request.observation, {"setting": scenario.name}
 
     def step(self, action: np.int64) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
-        """Plays on until the next plan."""
-        assert self._player is not None and self._reference is not None, "reset first"
-        request = self._player.go_on(int(action))
-        saved = self._reference.at(request.done) - request.spent / self._reference.each
+        """Continue the simulation with a correction until the next plan."""
+        assert self._episode is not None and self._baseline is not None, "reset first"
+        request = self._episode.advance(int(action))
+        saved = self._baseline.cost_in_tokens(request.done) - request.spent / self._baseline.cost_per_token
         reward, self._saved = saved - self._saved, saved
         if request.observation is None:
             self.close()
-            ratio = request.spent / self._reference.spent
+            ratio = request.spent / self._baseline.spent
             return np.zeros(len(OBSERVATIONS), np.float32), reward, True, False, {"ratio": ratio}
         return request.observation, reward, False, False, {}
 
     def close(self) -> None:
-        """Ends an episode in its middle."""
-        if self._player:
-            self._player.abandon()
-            self._player = None
+        """Abandon the current episode."""
+        if self._episode:
+            self._episode.abandon()
+            self._episode = None
 
 
 class DecisionRequest(NamedTuple):
-    """A plan that is asked for, or an episode's end.
+    """A correction to choose, or the end of an episode.
 
     Attributes:
         observation: None at the end.
-        done: tokens.
+        done: completed tokens.
         spent: cost so far.
     """
 
@@ -326,20 +320,20 @@ class DecisionRequest(NamedTuple):
 
 
 class EpisodeAbandoned(Exception):
-    """Nobody wants to know how the episode ends."""
+    """Stops the thread of an abandoned episode."""
 
 
 class EpisodeThread:
-    """Plays a setting in a thread of its own, since a simulator calls its planner and not the other way round."""
+    """Simulates a scenario in a thread, because the simulator calls its planner but Gymnasium is driven by step()."""
 
-    def __init__(self, setting: Scenario, objective: Objective) -> None:
-        self._setting, self._objective = setting, objective
+    def __init__(self, scenario: Scenario, objective: Objective) -> None:
+        self._scenario, self._objective = scenario, objective
         self._requests: SimpleQueue[DecisionRequest | Exception] = SimpleQueue()
         self._actions: SimpleQueue[int | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._play, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def go_on(self, action: int | None) -> DecisionRequest:
-        """Takes the action that was asked for, None at the start, and plays until the next one is wanted."""
+    def advance(self, action: int | None) -> DecisionRequest:
+        """Start (None) or continue with an action; return the next request. Raises the exceptions of the simulation."""
         if action is None:
             self._thread.start()
         else:
@@ -350,21 +344,21 @@ class EpisodeThread:
         return request
 
     def abandon(self) -> None:
-        """Ends the thread, whether the episode is over or not."""
+        """Stop the thread, whether or not the episode is over."""
         self._actions.put(None)
         self._thread.join()
 
-    def _play(self) -> None:
+    def _run(self) -> None:
         try:
-            spent = run_episode(self._setting, self._objective, self._ask)
-            self._requests.put(DecisionRequest(None, sum(map(len, self._setting.texts)), spent))
+            spent = run_episode(self._scenario, self._objective, self._request_action)
+            self._requests.put(DecisionRequest(None, sum(map(len, self._scenario.texts)), spent))
         except EpisodeAbandoned:
             pass
         except Exception as error:
-            # It belongs to the thread that waits for an answer.
+            # Raised in the thread that called advance().
             self._requests.put(error)
 
-    def _ask(self, observation: Floats, done: int, spent: float) -> int:
+    def _request_action(self, observation: Floats, done: int, spent: float) -> int:
         self._requests.put(DecisionRequest(observation, done, spent))
         action = self._actions.get()
         if action is None:
@@ -373,7 +367,7 @@ class EpisodeThread:
 
 
 def _join_texts(texts: list[RecordedText], factor: float) -> RecordedText:
-    """One text out of several, behind a prompt that is `factor` times as long as the first one's."""
+    """Join texts into one, with a prompt that is `factor` times as long as the first one's."""
     first = texts[0]
     return msgspec.structs.replace(
         first,
@@ -385,51 +379,49 @@ def _join_texts(texts: list[RecordedText], factor: float) -> RecordedText:
 
 
 def _draw_link(random: Random) -> tuple[str, tuple[tuple[float, LinkParameters], ...], bool]:
-    """A name, conducts with the seconds for which they last, and whether they begin again."""
+    """Return a name, link parameters with their seconds, and whether these phases repeat."""
     kind = random.random()
     if kind < BURSTY_LINK_SHARE:
-        parts = ((random.uniform(3.0, 15.0), BURSTY_GOOD), (random.uniform(1.0, 5.0), BURSTY_BAD))
-        return "bursty", tuple((seconds, _perturb_link(random, conduct)) for seconds, conduct in parts), True
+        phases = ((random.uniform(3.0, 15.0), BURSTY_GOOD), (random.uniform(1.0, 5.0), BURSTY_BAD))
+        return "bursty", tuple((seconds, _perturb_link(random, link)) for seconds, link in phases), True
     first = random.choice(list(LINK_PRESETS.values()))
     if kind < BURSTY_LINK_SHARE + LINK_CHANGE_SHARE:
-        then = random.choice(list(LINK_PRESETS.values()))
+        second = random.choice(list(LINK_PRESETS.values()))
         after = random.uniform(1.0, 15.0)
         return (
-            f"{first.name}, then {then.name}",
-            ((after, _perturb_link(random, first)), (1.0, _perturb_link(random, then))),
+            f"{first.name}, then {second.name}",
+            ((after, _perturb_link(random, first)), (1.0, _perturb_link(random, second))),
             False,
         )
     return first.name, ((1.0, _perturb_link(random, first)),), False
 
 
-def _perturb_link(random: Random, conduct: LinkParameters) -> LinkParameters:
-    """`conduct` with other delays, rates and losses."""
+def _perturb_link(random: Random, link: LinkParameters) -> LinkParameters:
+    """Return `link` with perturbed delays, rates and losses."""
     delay, rate = _lognormal_factor(random, 0.3), _lognormal_factor(random, 0.3)
     return msgspec.structs.replace(
-        conduct,
-        rtt_seconds=conduct.rtt_seconds * delay,
-        jitter_seconds=min(
-            conduct.jitter_seconds * delay * _lognormal_factor(random, 0.3), conduct.rtt_seconds * delay
-        ),
-        up_rate=conduct.up_rate * rate,
-        down_rate=conduct.down_rate * rate,
-        loss=conduct.loss * _lognormal_factor(random, 0.5),
+        link,
+        rtt_seconds=link.rtt_seconds * delay,
+        jitter_seconds=min(link.jitter_seconds * delay * _lognormal_factor(random, 0.3), link.rtt_seconds * delay),
+        up_rate=link.up_rate * rate,
+        down_rate=link.down_rate * rate,
+        loss=link.loss * _lognormal_factor(random, 0.5),
     )
 
 
 def _draw_verifier(random: Random) -> VerifierCost:
     cost = random.choice(list(VERIFIERS.values()))
-    all_, wide = _lognormal_factor(random, 0.3), _lognormal_factor(random, 0.2)
+    scale, slope = _lognormal_factor(random, 0.3), _lognormal_factor(random, 0.2)
     single = cost.forwards[0][1]
-    forwards = tuple((nodes, all_ * (single + wide * (seconds - single))) for nodes, seconds in cost.forwards)
+    forwards = tuple((nodes, scale * (single + slope * (seconds - single))) for nodes, seconds in cost.forwards)
     return msgspec.structs.replace(
         cost,
         forwards=forwards,
         queue_seconds=cost.queue_seconds * _lognormal_factor(random, 0.3),
-        draft_seconds=cost.draft_seconds * all_ * _lognormal_factor(random, 0.2),
+        draft_seconds=cost.draft_seconds * scale * _lognormal_factor(random, 0.2),
     )
 
 
 def _lognormal_factor(random: Random, spread: float) -> float:
-    """A factor whose logarithm has this standard deviation."""
+    """Return a random factor whose logarithm has mean 0 and this standard deviation."""
     return float(np.exp(random.gauss(0.0, spread)))

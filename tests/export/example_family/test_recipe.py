@@ -1,4 +1,4 @@
-"""The whole recipe at its smallest, from text on this machine to a measured draft."""
+"""The complete recipe at its smallest size, from installed text to an evaluated draft."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from export.example_family.sizes import SIZES
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "family",
         "--size",
@@ -40,14 +40,14 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "target-v1")) == SIZES["smoke"].shape.vocabulary
 
     base = load_target(tmp_path / "target-v1", torch.device("cpu")).state_dict()
-    # What drafts share: the last of four blocks, norm, head and embedding.
-    free = {"target-v2": (0, 1, 2), "target-v3": (0, 1, 2), "target-v4": (1,)}
-    for version, blocks in free.items():
+    # Blocks that each version may change; drafts share the last of four blocks, norm, head and embedding.
+    changeable = {"target-v2": (0, 1, 2), "target-v3": (0, 1, 2), "target-v4": (1,)}
+    for version, blocks in changeable.items():
         evolved = load_evolved(tmp_path / version, tmp_path / "target-v1", torch.device("cpu")).state_dict()
         changed = {name for name in base if not torch.equal(base[name], evolved[name])}
         assert changed
         assert all(name.startswith(tuple(f"model.layers.{block}." for block in blocks)) for name in changed)
-    check_gate(tmp_path)
+    check_compatibility_gate(tmp_path)
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert {row["draft"] for row in evaluation["rows"]} == {
         *("anchor", "standalone", "retrained", "equal", "kl", "unwarned", "settled")
@@ -59,8 +59,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("nothing to do") == len(STAGES)
 
 
-def check_gate(family: Path) -> None:
-    """The verifier takes for the draft's own what kept the shared tensors, and nothing else."""
+def check_compatibility_gate(family: Path) -> None:
+    """The compatibility gate accepts exactly the versions that kept the shared tensors."""
     identity = read_description(family / "draft-anchor").shared_identity
     break_contract(family / "target-v1", family / "target-v5", "../target-v1")
     for version in ("target-v1", "target-v2", "target-v3", "target-v4", "target-v5"):
@@ -68,7 +68,7 @@ def check_gate(family: Path) -> None:
         assert (target.expected_identity(identity) == identity) == (version != "target-v5")
 
 
-def test_steps_can_be_set_by_stage() -> None:
+def test_steps_can_be_overridden_by_stage() -> None:
     size = override_steps(SIZES["full"], ["target=7", "distill=9"])
     assert (size.target.steps, size.evolve.steps, size.distill.steps) == (7, 600, 9)
     for wrong in ("target", "target=x", "corpus=3", "evolve=0"):
@@ -76,7 +76,7 @@ def test_steps_can_be_set_by_stage() -> None:
             override_steps(size, [wrong])
 
 
-def test_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_corpus_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "family",
         "--size",

@@ -1,4 +1,4 @@
-"""Training the learned planner's policy: the environment keeps Gymnasium's contract, and what is exported computes."""
+"""Training of the learned policy: Gymnasium contract, rewards, costs, scenarios, and the exported model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from export.planner_policy.environment import (
 )
 from export.planner_policy.train import PolicyTrainingConfig, make_policy
 
-SMALL = PolicyTrainingConfig(steps=512, settings=4, drills=30)
+SMALL = PolicyTrainingConfig(steps=512, evaluation_scenarios=4, pretraining_scenarios=30)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_the_environment_keeps_gymnasiums_contract() -> None:
+def test_environment_satisfies_gymnasiums_checker() -> None:
     environment = RoundEnvironment()
     check_env(environment, skip_render_check=True)
     environment.close()
 
 
-def test_an_episodes_rewards_are_the_tokens_that_it_saves(texts: list[RecordedText]) -> None:
+def test_rewards_add_up_to_the_saved_cost_in_tokens(texts: list[RecordedText]) -> None:
     environment = RoundEnvironment(texts=texts)
     for seed in range(6):
         environment.reset(seed=seed)
@@ -63,7 +63,7 @@ def test_an_episodes_rewards_are_the_tokens_that_it_saves(texts: list[RecordedTe
         assert round(tokens) % 128 == 0
 
 
-def test_who_corrects_nothing_saves_nothing() -> None:
+def test_no_correction_saves_nothing() -> None:
     environment = RoundEnvironment()
     for seed in range(4):
         environment.reset(seed=seed)
@@ -75,7 +75,7 @@ def test_who_corrects_nothing_saves_nothing() -> None:
         assert sum(rewards) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_an_episode_can_be_left_in_its_middle() -> None:
+def test_an_episode_can_be_abandoned() -> None:
     before = threading.active_count()
     environment = RoundEnvironment()
     for seed in range(3):
@@ -87,50 +87,50 @@ def test_an_episode_can_be_left_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("objective", PRESETS.values(), ids=PRESETS)
-def test_what_an_episode_costs_is_what_the_simulator_says(texts: list[RecordedText], objective: Objective) -> None:
-    settings = ScenarioSampler(texts)
+def test_episode_cost_equals_that_of_the_simulator(texts: list[RecordedText], objective: Objective) -> None:
+    scenarios = ScenarioSampler(texts)
     for seed in range(5):
-        setting = settings.draw(seed)
-        spent = run_episode(setting, objective, lambda observation, done, spent: 0)
-        assert AnalyticBaseline(setting, objective).spent == spent
-        planner = AnalyticPlanner(objective, setting.believed, acceptance=setting.acceptance)
-        result = simulate(setting.texts, planner, setting.world())
-        # Verifiers report their time in tenths of a millisecond, and joules of drafting ahead are estimated from what
-        # was planned, since nobody reports what came of it.
+        scenario = scenarios.draw(seed)
+        spent = run_episode(scenario, objective, lambda observation, done, spent: 0)
+        assert AnalyticBaseline(scenario, objective).spent == spent
+        planner = AnalyticPlanner(objective, scenario.profile_device, acceptance=scenario.acceptance)
+        result = simulate(scenario.texts, planner, scenario.world())
+        # Verifiers report their time in tenths of a millisecond, and the energy of drafting ahead is estimated from
+        # the plan, because its outcome is not reported.
         assert spent == pytest.approx(result.cost(objective) * result.tokens, rel=0.1 if objective.joule else 1e-3)
 
 
-def test_settings_come_from_their_seed_and_cover_the_presets(texts: list[RecordedText]) -> None:
-    settings = ScenarioSampler(texts)
-    first, again = settings.draw(5), settings.draw(5)
+def test_scenarios_are_deterministic_and_cover_the_presets(texts: list[RecordedText]) -> None:
+    scenarios = ScenarioSampler(texts)
+    first, again = scenarios.draw(5), scenarios.draw(5)
     assert first == again
-    names = [settings.draw(seed).name for seed in range(300)]
+    names = [scenarios.draw(seed).name for seed in range(300)]
     for part in ("lan", "weak-4g", "bursty", "then", "raspberry-pi-4", "server", "7b-64", "loaded+spec"):
         assert any(part in name for name in names), part
 
 
-def test_texts_to_be_judged_on_are_not_learned_from(texts: list[RecordedText]) -> None:
-    learnt, held_out = split_texts(texts)
-    assert len(learnt) + len(held_out) == len(texts)
-    assert {text.seed for text in learnt}.isdisjoint({text.seed for text in held_out})
-    played = read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz", target="target-v2", temperature=0.7)[:HELD_OUT_TEXTS]
-    assert [text for text in held_out if (text.target, text.temperature) == ("target-v2", 0.7)] == played
+def test_held_out_texts_are_not_trained_on(texts: list[RecordedText]) -> None:
+    training, held_out = split_texts(texts)
+    assert len(training) + len(held_out) == len(texts)
+    assert {text.seed for text in training}.isdisjoint({text.seed for text in held_out})
+    expected = read_texts(EXAMPLE_FAMILY_PATH / "acceptance.npz", target="target-v2", temperature=0.7)[:HELD_OUT_TEXTS]
+    assert [text for text in held_out if (text.target, text.temperature) == ("target-v2", 0.7)] == expected
 
 
-def test_training_ends_in_a_policy_that_the_board_takes(trained: Path) -> None:
+def test_the_board_accepts_a_trained_policy(trained: Path) -> None:
     policy = CorrectionPolicy(trained / "learned.onnx")
-    training = policy.metadata
-    assert training.objective == PRESETS["latency"]
-    assert training.trained["difference"] < 1e-3
-    assert training.trained["seed"] == 0
-    assert training.trained["versions"].keys() >= {"stable-baselines3", "torch"}
-    assert all(low <= high for low, high in zip(training.low, training.high, strict=True))
+    metadata = policy.metadata
+    assert metadata.objective == PRESETS["latency"]
+    assert metadata.trained["difference"] < 1e-3
+    assert metadata.trained["seed"] == 0
+    assert metadata.trained["versions"].keys() >= {"stable-baselines3", "torch"}
+    assert all(low <= high for low, high in zip(metadata.low, metadata.high, strict=True))
     assert (trained / "learned.png").read_bytes().startswith(b"\x89PNG")
-    ratios = training.trained["evaluation"]
-    assert ratios["settings"] == SMALL.settings
-    # Barely trained, it is what it started as.
+    ratios = metadata.trained["evaluation"]
+    assert ratios["settings"] == SMALL.evaluation_scenarios
+    # After so few steps it is still close to the analytic planner.
     assert 0.9 < ratios["mean"] < 1.1
-    middle = (np.array(training.low, np.float32) + np.array(training.high, np.float32)) / 2
+    middle = (np.array(metadata.low, np.float32) + np.array(metadata.high, np.float32)) / 2
     assert policy.choose(middle) == 0
 
 
