@@ -1,4 +1,4 @@
-"""An authority of the tests' own, and the certificates that it makes."""
+"""A certificate authority for tests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-class Authority:
-    """Makes certificates for 127.0.0.1 in `folder`.
+class CertificateAuthority:
+    """Issues certificates for 127.0.0.1, as PEM files in `folder`.
 
     Attributes:
-        certificate: its own, in PEM.
+        certificate: file of the authority's own certificate.
     """
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
@@ -25,7 +25,7 @@ class Authority:
         self.certificate, _ = self._write(name, self._key, self._key, self._name, ca=True)
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """A certificate and its key, both in PEM."""
+        """Issue a certificate; return the files of the certificate and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         return self._write(name, key, self._key, _name(name), ca=False)
 
@@ -40,7 +40,7 @@ class Authority:
     ) -> tuple[Path, Path]:
         now = datetime.datetime.now(datetime.UTC)
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        made = (
+        certificate = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
@@ -53,11 +53,11 @@ class Authority:
             .sign(signer, hashes.SHA256())
         )
         paths = self._folder / f"{stem}.pem", self._folder / f"{stem}.key"
-        paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-        secret = key.private_bytes(
+        paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        private_key = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        paths[1].write_bytes(secret)
+        paths[1].write_bytes(private_key)
         return paths
 
 

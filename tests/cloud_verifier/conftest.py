@@ -1,4 +1,4 @@
-"""A verifier in a thread of its own, a client of few words, and the text that the tiny target writes by itself."""
+"""Fixtures: a verifier in a thread of its own, a protocol client, and reference texts of the tiny target."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.protocol_client import GREEDY, ProtocolClient, running
 from tests.models import save_target
 
-Alone = Callable[..., list[int]]
+ReferenceText = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="session")
-def alone(tiny_path: Path) -> Alone:
-    """`alone(prompt, count, sampling)`: the ids that the tiny target writes by itself."""
+def reference_text(tiny_path: Path) -> ReferenceText:
+    """`reference_text(prompt, count, sampling)`: the ids that the tiny target generates token by token."""
     model, _, end_ids = load_model(tiny_path, "cpu", "float32")
 
-    def write(prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    def generate(prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
         return generate_reference(model, prompt, sampling, count, end_ids)
 
-    return write
+    return generate
 
 
 @pytest.fixture(scope="module")
 def url(tiny: Target) -> Iterator[str]:
-    """A verifier of the tiny target with the default limits, for a whole module."""
+    """A verifier of the tiny target with the default limits, shared by a module."""
     with running(tiny) as address:
         yield address
 
 
 @pytest.fixture(params=[MSGPACK, JSON], ids=["msgpack", "json"])
-def talker(url: str, request: pytest.FixtureRequest) -> Iterator[ProtocolClient]:
-    """A client of that verifier, once in each encoding."""
-    with ProtocolClient(url, request.param) as client:
-        yield client
+def client(url: str, request: pytest.FixtureRequest) -> Iterator[ProtocolClient]:
+    """A client of that verifier, in each of the two encodings."""
+    with ProtocolClient(url, request.param) as protocol_client:
+        yield protocol_client
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of v0, v1 and v2, tiny targets that differ, for a whole module."""
+    """A directory of three different tiny targets, v0, v1 and v2, shared by a module."""
     path = tmp_path_factory.mktemp("models")
     for seed in range(3):
         save_target(path / f"v{seed}", seed=seed)
@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def registry(models: Path, tmp_path: Path) -> Registry:
-    """One of these, with v0, which `latest` leads to, and v1."""
+    """A registry of v0, to which `latest` leads, and v1."""
     registry = Registry(tmp_path / "registry")
     for name in ("v0", "v1"):
         registry.add(str(models / name))

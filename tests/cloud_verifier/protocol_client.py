@@ -1,4 +1,4 @@
-"""A client that says exactly what a test wants said, right or wrong, over real HTTP."""
+"""A client for tests: sends any message over real HTTP, valid or not, and tracks the text of a session."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from tests.conftest import serving
 
 GREEDY = Sampling()
 PROMPT = [10, 20, 30, 40]
+# A limit for hangs, not for slow machines.
+TIMEOUT_SECONDS = 300
 
 M = TypeVar("M", bound=Message)
-_keys = itertools.count()
+_key_numbers = itertools.count()
 
 
 @contextlib.contextmanager
 def running(target: Target, limits: VerifierLimits | None = None, **options: object) -> Iterator[str]:
-    """`serving` in a thread of its own, for tests that are no coroutines; yields the URL."""
+    """`serving` in a thread of its own, for tests that are not coroutines; yields the URL."""
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(serving(target, limits, **options)) as server,
@@ -39,20 +41,27 @@ def running(target: Target, limits: VerifierLimits | None = None, **options: obj
 
 
 def opening(prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: Any) -> OpenRequest:
-    """A fresh opening; `changes` are fields of OpenRequest (its `draft` is called `identity`) or of its first round."""
+    """An opening with a new key.
+
+    `changes` are fields of OpenRequest (its `draft` is called `identity` here) or of the first round.
+    """
     first_draft, changes["draft"] = changes.pop("draft", []), changes.pop("identity", "")
-    fields = {name: changes.pop(name) for name in list(changes) if name in OpenRequest.__struct_fields__}
-    first = {"v": messages.PROTOCOL_VERSION, "round": 0, "position": len(prompt), "draft": first_draft} | changes
-    settled = {"v": messages.PROTOCOL_VERSION, "key": f"key-{next(_keys):06}", "first": RoundRequest(**first)} | fields
-    return OpenRequest(prompt=prompt, sampling=sampling, **settled)
+    open_fields = {name: changes.pop(name) for name in list(changes) if name in OpenRequest.__struct_fields__}
+    round_fields = {"v": messages.PROTOCOL_VERSION, "round": 0, "position": len(prompt), "draft": first_draft} | changes
+    defaults = {
+        "v": messages.PROTOCOL_VERSION,
+        "key": f"key-{next(_key_numbers):06}",
+        "first": RoundRequest(**round_fields),
+    }
+    return OpenRequest(prompt=prompt, sampling=sampling, **(defaults | open_fields))
 
 
 class ObservedTarget(Target):
-    """A target, loaded already, that counts its forwards and can be held up before the next one.
+    """A copy of a loaded target that counts its forwards and can be held before the next one.
 
     Attributes:
-        forwards: that chose something, so far.
-        reached: a forward is held up.
+        forwards: number of forwards that sampled tokens.
+        reached: set when a forward is held.
     """
 
     def __init__(self, target: Target) -> None:
@@ -69,54 +78,53 @@ class ObservedTarget(Target):
     def release(self) -> None:
         self._released.set()
 
-    def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
         if not self._released.is_set():
             self.reached.set()
-            self._released.wait(20)
-        self.forwards += any(piece.sampling for piece in pieces)
-        return super().run(pool, pieces)
+            self._released.wait(TIMEOUT_SECONDS)
+        self.forwards += any(segment.sampling for segment in segments)
+        return super().run(pool, segments)
 
 
 class Session:
     """An open session and its text, as the client knows it."""
 
-    def __init__(self, talker: ProtocolClient, reply: OpenReply, request: OpenRequest) -> None:
-        self._talker = talker
+    def __init__(self, client: ProtocolClient, reply: OpenReply, request: OpenRequest) -> None:
+        self._client = client
         self.id = reply.session
         self.reply = reply
         self.number = 0
         self.ids = list(request.prompt)
-        self.take(request.first, reply.first)
+        self.apply_frame(request.first, reply.first)
 
     @property
     def path(self) -> str:
         return f"/v1/sessions/{self.id}/rounds"
 
-    def next(self, **changes: Any) -> RoundRequest:
-        """The next round, correct but for `changes`."""
-        return RoundRequest(
-            **{"v": messages.PROTOCOL_VERSION, "round": self.number + 1, "position": len(self.ids)} | changes
-        )
+    def next_round(self, **changes: Any) -> RoundRequest:
+        """The next round, valid except for `changes`."""
+        fields = {"v": messages.PROTOCOL_VERSION, "round": self.number + 1, "position": len(self.ids)}
+        return RoundRequest(**(fields | changes))
 
-    def play(self, **changes: Any) -> Frame:
-        """Plays the next round and takes its tokens."""
-        request = self.next(**changes)
-        self.take(request, self._talker.told(self._talker.post(self.path, request), Frame))
+    def run_round(self, **changes: Any) -> Frame:
+        """Send the next round and apply its reply."""
+        request = self.next_round(**changes)
+        self.apply_frame(request, self._client.decode_reply(self._client.post(self.path, request), Frame))
         return self.frame
 
-    def take(self, request: RoundRequest, frame: Frame) -> None:
-        """Believes what the verifier answered to `request`."""
+    def apply_frame(self, request: RoundRequest, frame: Frame) -> None:
+        """Extend the text by the verifier's reply to `request`."""
         self.frame, self.number = frame, request.round
         self.ids += request.draft[: frame.accepted] + frame.tokens
 
 
 class ProtocolClient:
-    """Speaks one encoding with one verifier."""
+    """A client of one verifier, in one encoding."""
 
     def __init__(self, url: str, media_type: str = messages.MSGPACK, token: str = "", **options: Any) -> None:
         self.media_type = media_type
         headers = {"content-type": media_type} | ({"authorization": f"Bearer {token}"} if token else {})
-        self.http = httpx.Client(base_url=url, headers=headers, timeout=20, **options)
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, **options)
 
     def __enter__(self) -> ProtocolClient:
         return self
@@ -125,35 +133,36 @@ class ProtocolClient:
         self.http.close()
 
     def post(self, path: str, body: Message | bytes) -> httpx.Response:
-        """Sends a message, or any bytes instead of one."""
-        content = body if isinstance(body, bytes) else messages.encode(body, self.media_type, session_in(path))
+        """Send a message, or arbitrary bytes."""
+        content = body if isinstance(body, bytes) else messages.encode(body, self.media_type, session_id_of_path(path))
         return self.http.post(path, content=content)
 
-    def told(self, response: httpx.Response, kind: type[M]) -> M:
-        """The message of a good answer."""
+    def decode_reply(self, response: httpx.Response, kind: type[M]) -> M:
+        """The message of a successful response."""
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == self.media_type
-        return messages.decode(response.content, kind, self.media_type, session_in(response.request.url.path))
+        session = session_id_of_path(response.request.url.path)
+        return messages.decode(response.content, kind, self.media_type, session)
 
-    def refused(self, response: httpx.Response, status: int, code: str) -> ErrorReply:
-        """The refusal of a bad one; a sentence for people is part of it."""
-        refusal = decode_error(response)
-        assert (response.status_code, refusal.code) == (status, code)
-        assert len(refusal.message.split()) > 3
-        return refusal
+    def expect_error(self, response: httpx.Response, status: int, code: str) -> ErrorReply:
+        """The error reply of a response, which must have this status and code, and a sentence for people."""
+        reply = decode_error(response)
+        assert (response.status_code, reply.code) == (status, code)
+        assert len(reply.message.split()) > 3
+        return reply
 
     def open(self, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: Any) -> Session:
-        """Opens a session; see `opening`."""
+        """Open a session; see `opening`."""
         request = opening(prompt, sampling, **changes)
-        return Session(self, self.told(self.post("/v1/sessions", request), OpenReply), request)
+        return Session(self, self.decode_reply(self.post("/v1/sessions", request), OpenReply), request)
 
 
-def session_in(path: str) -> str:
-    """The session that a round at `path` belongs to; empty for other paths."""
+def session_id_of_path(path: str) -> str:
+    """The session id in the path of a round; empty for other paths."""
     parts = path.split("/")
     return parts[3] if path.endswith("/rounds") else ""
 
 
 def decode_error(response: httpx.Response) -> ErrorReply:
-    """The body of a refusal, in the encoding that the response says it has."""
+    """The body of an error response, in the encoding that its header names."""
     return messages.decode(response.content, ErrorReply, response.headers["content-type"])

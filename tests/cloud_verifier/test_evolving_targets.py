@@ -34,11 +34,11 @@ from tests.models import save_target
 WARM = Sampling(temperature=0.8, seed=11, ignore_eos=True)
 LENGTH = 40
 
-Alone = Callable[[str], list[int]]
+ReferenceText = Callable[[str], list[int]]
 
 
 @pytest.fixture(scope="module")
-def alone(models: Path) -> Alone:
+def reference_text(models: Path) -> ReferenceText:
     """What each version writes by itself behind PROMPT, by its name or exact version."""
     texts = {}
     for seed in range(3):
@@ -56,8 +56,8 @@ def url(registry: Registry) -> Iterator[str]:
 
 
 def models_of(url: str) -> ModelList:
-    with ProtocolClient(url) as talker:
-        return talker.told(talker.http.get("/v1/models"), ModelList)
+    with ProtocolClient(url) as client:
+        return client.decode_reply(client.http.get("/v1/models"), ModelList)
 
 
 def wait(url: str, holds: Callable[[ModelList], object]) -> ModelList:
@@ -87,58 +87,60 @@ def finish(session: Session, **changes: object) -> list[int]:
     """Plays on to LENGTH new tokens, drafting nonsense now and then; returns them."""
     while len(session.ids) < len(PROMPT) + LENGTH:
         left = len(PROMPT) + LENGTH - len(session.ids)
-        session.play(**{"draft": [len(session.ids) % 300][: left - 1], "n": min(left, 3)} | changes)
+        session.run_round(**{"draft": [len(session.ids) % 300][: left - 1], "n": min(left, 3)} | changes)
         if len(session.ids) > len(PROMPT) + LENGTH:
             raise AssertionError("more than was asked for")
         left = len(PROMPT) + LENGTH - len(session.ids)
         if left == 1:
-            session.play(n=1)
+            session.run_round(n=1)
     return session.ids[len(PROMPT) :]
 
 
 def test_a_session_stays_with_its_version_whatever_happens_to_others(
-    url: str, registry: Registry, models: Path, alone: Alone
+    url: str, registry: Registry, models: Path, reference_text: ReferenceText
 ) -> None:
-    with ProtocolClient(url) as talker:
-        old = talker.open(sampling=WARM, n=5)
+    with ProtocolClient(url) as client:
+        old = client.open(sampling=WARM, n=5)
         assert old.reply.version.startswith("v0@")
         registry.promote("latest", "v1")
         leads(url, "v1")
-        new = talker.open(sampling=WARM, n=5)
-        old.play(n=4)
+        new = client.open(sampling=WARM, n=5)
+        old.run_round(n=4)
         registry.retire("v0")
         registry.add(str(models / "v2"))
         registry.promote("latest", "v2")
         leads(url, "v2")
-        newest = talker.open(sampling=WARM, n=5)
-        assert [finish(session) for session in (old, new, newest)] == [alone(v) for v in ("v0", "v1", "v2")]
+        newest = client.open(sampling=WARM, n=5)
+        assert [finish(session) for session in (old, new, newest)] == [reference_text(v) for v in ("v0", "v1", "v2")]
 
 
-def test_a_lost_session_goes_on_with_its_version_until_that_is_gone(url: str, registry: Registry, alone: Alone) -> None:
-    with ProtocolClient(url) as talker:
-        session = talker.open(sampling=WARM, n=5)
+def test_a_lost_session_goes_on_with_its_version_until_that_is_gone(
+    url: str, registry: Registry, reference_text: ReferenceText
+) -> None:
+    with ProtocolClient(url) as client:
+        session = client.open(sampling=WARM, n=5)
         version, text = session.reply.version, list(session.ids)
         registry.promote("latest", "v1")
         leads(url, "v1")
-        talker.http.delete(f"/v1/sessions/{session.id}")
-        again = talker.open(text, WARM, model=version, n=5)
+        client.http.delete(f"/v1/sessions/{session.id}")
+        again = client.open(text, WARM, model=version, n=5)
         registry.retire("v0")
         text = list(again.ids)
         wait(url, lambda listed: "v0" not in {model.id for model in listed.data})
-        talker.http.delete(f"/v1/sessions/{again.id}")
-        once_more = talker.open(text, WARM, model=version)
+        client.http.delete(f"/v1/sessions/{again.id}")
+        once_more = client.open(text, WARM, model=version)
         assert once_more.reply.version == version
-        assert finish(once_more) == alone("v0")
-        refusal = talker.refused(talker.post("/v1/sessions", opening(model="v0")), 404, ErrorCode.UNKNOWN_MODEL)
+        assert finish(once_more) == reference_text("v0")
+        refusal = client.expect_error(client.post("/v1/sessions", opening(model="v0")), 404, ErrorCode.UNKNOWN_MODEL)
         assert "latest" in refusal.detail["available"]
-        talker.http.delete(f"/v1/sessions/{once_more.id}")
+        client.http.delete(f"/v1/sessions/{once_more.id}")
         end = time.monotonic() + 30
-        while (response := talker.post("/v1/sessions", opening(model=version))).status_code == 200:
+        while (response := client.post("/v1/sessions", opening(model=version))).status_code == 200:
             # Whoever comes back keeps it here; so nobody does for a while.
-            talker.http.delete(f"/v1/sessions/{talker.told(response, OpenReply).session}")
+            client.http.delete(f"/v1/sessions/{client.decode_reply(response, OpenReply).session}")
             assert time.monotonic() < end
             time.sleep(2.5)
-        talker.refused(response, 404, ErrorCode.UNKNOWN_MODEL)
+        client.expect_error(response, 404, ErrorCode.UNKNOWN_MODEL)
 
 
 async def test_a_version_that_is_unloaded_leaves_nothing_behind(registry: Registry) -> None:
@@ -212,26 +214,26 @@ async def test_a_version_of_another_shape_takes_its_pool_along_and_whoever_comes
 
 
 def test_a_repeated_opening_gets_its_session_though_the_alias_has_moved(
-    url: str, registry: Registry, alone: Alone
+    url: str, registry: Registry, reference_text: ReferenceText
 ) -> None:
-    with ProtocolClient(url) as talker:
+    with ProtocolClient(url) as client:
         request = opening(sampling=WARM, n=5)
-        first = talker.told(talker.post("/v1/sessions", request), OpenReply)
+        first = client.decode_reply(client.post("/v1/sessions", request), OpenReply)
         registry.promote("latest", "v1")
         leads(url, "v1")
-        second = talker.told(talker.post("/v1/sessions", request), OpenReply)
+        second = client.decode_reply(client.post("/v1/sessions", request), OpenReply)
         assert second == first
-        assert finish(Session(talker, second, request)) == alone("v0")
+        assert finish(Session(client, second, request)) == reference_text("v0")
 
 
 def test_a_canary_gets_its_share_and_all_others_what_they_ask_for(url: str, registry: Registry) -> None:
     registry.canary("latest", "v1", 30)
     time.sleep(1.5)
-    with ProtocolClient(url) as talker:
+    with ProtocolClient(url) as client:
 
         def version(model: str = "") -> str:
-            session = talker.open(model=model)
-            talker.http.delete(f"/v1/sessions/{session.id}")
+            session = client.open(model=model)
+            client.http.delete(f"/v1/sessions/{session.id}")
             return session.reply.version.partition("@")[0]
 
         counts = Counter(version() for _ in range(150))
@@ -257,19 +259,19 @@ def test_the_list_of_models_names_aliases_and_versions(url: str, registry: Regis
 
 @pytest.mark.slow
 def test_versions_are_promoted_ten_times_under_many_sessions(
-    url: str, registry: Registry, models: Path, alone: Alone
+    url: str, registry: Registry, models: Path, reference_text: ReferenceText
 ) -> None:
     """Nobody is dropped, and no text mixes two versions."""
     over = threading.Event()
 
     def board(number: int) -> Counter[str]:
         told: Counter[str] = Counter()
-        with ProtocolClient(url) as talker:
+        with ProtocolClient(url) as client:
             while not over.is_set():
-                session = talker.open(sampling=WARM, n=1 + number % 3)
-                assert finish(session) == alone(session.reply.version), session.reply.version
+                session = client.open(sampling=WARM, n=1 + number % 3)
+                assert finish(session) == reference_text(session.reply.version), session.reply.version
                 told[session.reply.version.partition("@")[0]] += 1
-                talker.http.delete(f"/v1/sessions/{session.id}")
+                client.http.delete(f"/v1/sessions/{session.id}")
         return told
 
     with ThreadPoolExecutor(6) as pool:
@@ -311,8 +313,8 @@ def test_versions_of_one_base_and_a_foreign_one_share_an_engine_and_a_draft_besi
         wait(url, lambda listed: paths.keys() <= {model.id for model in listed.data})
 
         def spoken(name: str) -> list[int]:
-            with ProtocolClient(url) as talker:
-                return talker.open(sampling=WARM, model=name, n=LENGTH).ids[len(PROMPT) :]
+            with ProtocolClient(url) as client:
+                return client.open(sampling=WARM, model=name, n=LENGTH).ids[len(PROMPT) :]
 
         expected = {name: written(name) for name in paths}
         with ThreadPoolExecutor(10) as pool:

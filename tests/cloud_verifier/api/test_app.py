@@ -27,44 +27,44 @@ from edge_runtime.protocol.messages import (
     RoundRequest,
 )
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, Session, decode_error, opening, running
 from tests.conftest import serving
 
 ENDLESS = Sampling(ignore_eos=True)
 
 
-def test_open_rounds_delete(talker: ProtocolClient, tiny: Target, alone: Alone) -> None:
-    truth = alone(PROMPT, 12)
-    session = talker.open(n=2)
+def test_open_rounds_delete(client: ProtocolClient, tiny: Target, reference_text: ReferenceText) -> None:
+    truth = reference_text(PROMPT, 12)
+    session = client.open(n=2)
     assert session.reply.version == tiny.version
     assert session.reply.context == tiny.context
     assert session.frame.tokens == truth[:2]
 
-    frame = session.play(draft=[*truth[2:4], 299], n=3)
+    frame = session.run_round(draft=[*truth[2:4], 299], n=3)
     assert (frame.round, frame.accepted, frame.tokens) == (1, 2, truth[4:7])
     assert (frame.finish, frame.more) == ("", False)
     assert frame.forward_100us > 0
 
-    assert session.play(draft=truth[7:10]).accepted == 3
+    assert session.run_round(draft=truth[7:10]).accepted == 3
     assert session.ids == PROMPT + truth[:11]
 
-    assert talker.http.delete(f"/v1/sessions/{session.id}").status_code == 204
-    assert talker.http.delete(f"/v1/sessions/{session.id}").status_code == 204
-    refusal = talker.refused(talker.post(session.path, session.next()), 404, ErrorCode.SESSION_LOST)
-    assert "open one with all ids so far" in refusal.message
+    assert client.http.delete(f"/v1/sessions/{session.id}").status_code == 204
+    assert client.http.delete(f"/v1/sessions/{session.id}").status_code == 204
+    refusal = client.expect_error(client.post(session.path, session.next_round()), 404, ErrorCode.SESSION_LOST)
+    assert "open a new one with all ids so far" in refusal.message
 
 
-def test_a_lost_session_goes_on_in_another(talker: ProtocolClient, alone: Alone) -> None:
+def test_a_lost_session_goes_on_in_another(client: ProtocolClient, reference_text: ReferenceText) -> None:
     sampling = Sampling(0.9, top_p=0.95, seed=5)
-    first = talker.open(sampling=sampling, n=5)
-    talker.http.delete(f"/v1/sessions/{first.id}")
-    second = talker.open(first.ids, sampling, n=5)
-    assert second.ids == PROMPT + alone(PROMPT, 10, sampling)
+    first = client.open(sampling=sampling, n=5)
+    client.http.delete(f"/v1/sessions/{first.id}")
+    second = client.open(first.ids, sampling, n=5)
+    assert second.ids == PROMPT + reference_text(PROMPT, 10, sampling)
 
 
-def test_models(talker: ProtocolClient, tiny: Target) -> None:
-    listed = talker.told(talker.http.get("/v1/models"), ModelList)
+def test_models(client: ProtocolClient, tiny: Target) -> None:
+    listed = client.decode_reply(client.http.get("/v1/models"), ModelList)
     assert listed.object == "list"
     [model] = listed.data
     assert (model.id, model.version, model.object) == (tiny.name, tiny.version, "model")
@@ -88,10 +88,10 @@ def test_a_browser_reads_json(url: str) -> None:
 
 
 @pytest.mark.parametrize("accepts", [MSGPACK, JSON])
-def test_the_answer_is_in_the_encoding_asked_for(talker: ProtocolClient, accepts: str) -> None:
-    response = talker.http.post("/v1/sessions", content=b"", headers={"accept": accepts})
+def test_the_answer_is_in_the_encoding_asked_for(client: ProtocolClient, accepts: str) -> None:
+    response = client.http.post("/v1/sessions", content=b"", headers={"accept": accepts})
     assert response.headers["content-type"] == accepts
-    assert decode_error(response).code == (ErrorCode.MALFORMED if talker.media_type == JSON else ErrorCode.DAMAGED)
+    assert decode_error(response).code == (ErrorCode.MALFORMED if client.media_type == JSON else ErrorCode.DAMAGED)
 
 
 BAD_ROUNDS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -112,10 +112,10 @@ BAD_ROUNDS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 @pytest.mark.parametrize(("changes", "status", "code"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())
 def test_a_refused_round_changes_nothing(
-    talker: ProtocolClient, alone: Alone, changes: dict[str, Any], status: int, code: str
+    client: ProtocolClient, reference_text: ReferenceText, changes: dict[str, Any], status: int, code: str
 ) -> None:
-    session = talker.open(n=2)
-    refusal = talker.refused(talker.post(session.path, session.next(**changes)), status, code)
+    session = client.open(n=2)
+    refusal = client.expect_error(client.post(session.path, session.next_round(**changes)), status, code)
     match code:
         case ErrorCode.WRONG_POSITION:
             assert refusal.detail == {"expected": len(session.ids)}
@@ -123,19 +123,21 @@ def test_a_refused_round_changes_nothing(
             assert refusal.detail == {"expected": 1}
         case ErrorCode.DRAFT_TOO_LONG:
             assert refusal.detail["limit"] in (32, messages.MAX_TREE_NODES - 1, 512)
-    session.play(draft=[5], n=3)
-    assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
+    session.run_round(draft=[5], n=3)
+    assert session.ids == PROMPT + reference_text(PROMPT, len(session.ids) - len(PROMPT))
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"nonsense", b"[]", b"{}", b"\x93\x01\x01"], ids=repr)
-def test_a_body_that_is_no_round_changes_nothing(talker: ProtocolClient, alone: Alone, body: bytes) -> None:
-    session = talker.open(n=2)
-    if talker.media_type != JSON:
-        talker.refused(talker.post(session.path, body), 400, ErrorCode.DAMAGED)
+def test_a_body_that_is_no_round_changes_nothing(
+    client: ProtocolClient, reference_text: ReferenceText, body: bytes
+) -> None:
+    session = client.open(n=2)
+    if client.media_type != JSON:
+        client.expect_error(client.post(session.path, body), 400, ErrorCode.DAMAGED)
         body = messages.add_checksum(body, session.id)
-    talker.refused(talker.post(session.path, body), 400, ErrorCode.MALFORMED)
-    session.play(n=3)
-    assert session.ids == PROMPT + alone(PROMPT, 5)
+    client.expect_error(client.post(session.path, body), 400, ErrorCode.MALFORMED)
+    session.run_round(n=3)
+    assert session.ids == PROMPT + reference_text(PROMPT, 5)
 
 
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
@@ -166,42 +168,42 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("changes", "status", "code", "detail"), BAD_OPENINGS.values(), ids=BAD_OPENINGS.keys())
 def test_a_refused_opening(
-    talker: ProtocolClient, tiny: Target, changes: dict[str, Any], status: int, code: str, detail: dict[str, Any]
+    client: ProtocolClient, tiny: Target, changes: dict[str, Any], status: int, code: str, detail: dict[str, Any]
 ) -> None:
-    refusal = talker.refused(talker.post("/v1/sessions", opening(**changes)), status, code)
+    refusal = client.expect_error(client.post("/v1/sessions", opening(**changes)), status, code)
     assert refusal.detail == ({"available": [tiny.version]} if "available" in detail else detail)
 
 
 @pytest.mark.parametrize("field", ["model", "vocabulary", "identity"])
-def test_an_opening_that_matches_exactly(talker: ProtocolClient, tiny: Target, field: str) -> None:
+def test_an_opening_that_matches_exactly(client: ProtocolClient, tiny: Target, field: str) -> None:
     right = {"model": tiny.version, "vocabulary": tiny.vocabulary, "identity": tiny.shared_identity("anchor", 1)}
-    assert talker.open(**{field: right[field]}).reply.version == tiny.version
-    assert talker.open(model=tiny.name, identity=tiny.shared_identity("standalone", 0)).reply.version == tiny.version
+    assert client.open(**{field: right[field]}).reply.version == tiny.version
+    assert client.open(model=tiny.name, identity=tiny.shared_identity("standalone", 0)).reply.version == tiny.version
 
 
-def test_bad_sampling_has_its_own_code(talker: ProtocolClient) -> None:
+def test_bad_sampling_has_its_own_code(client: ProtocolClient) -> None:
     body = msgspec.json.encode(msgspec.to_builtins(opening()) | {"sampling": {"temperature": -1}})
-    response = talker.http.post("/v1/sessions", content=body, headers={"content-type": JSON})
+    response = client.http.post("/v1/sessions", content=body, headers={"content-type": JSON})
     assert (response.status_code, decode_error(response).code) == (400, ErrorCode.INVALID_SAMPLING)
 
 
-def test_a_message_of_another_version_with_other_fields_is_told_so(talker: ProtocolClient) -> None:
+def test_a_message_of_another_version_with_other_fields_is_told_so(client: ProtocolClient) -> None:
     later = msgspec.to_builtins(opening(), str_keys=True) | {"v": 2, "colour": "blue"}
     body = msgspec.json.encode(later)
-    if talker.media_type != JSON:
+    if client.media_type != JSON:
         body = messages.add_checksum(msgspec.msgpack.encode([2, *range(12)]))
-    talker.refused(talker.post("/v1/sessions", body), 400, ErrorCode.UNSUPPORTED_VERSION)
+    client.expect_error(client.post("/v1/sessions", body), 400, ErrorCode.UNSUPPORTED_VERSION)
 
 
-def test_a_long_prompt_that_fits(talker: ProtocolClient, alone: Alone) -> None:
+def test_a_long_prompt_that_fits(client: ProtocolClient, reference_text: ReferenceText) -> None:
     prompt = [(7 * index) % 299 + 1 for index in range(505)]
-    session = talker.open(prompt, ENDLESS, n=3)
-    assert session.ids == prompt + alone(prompt, 3, ENDLESS)
+    session = client.open(prompt, ENDLESS, n=3)
+    assert session.ids == prompt + reference_text(prompt, 3, ENDLESS)
 
 
-def test_a_body_over_the_limit(talker: ProtocolClient) -> None:
-    response = talker.post("/v1/sessions", opening([299] * 600_000))
-    assert talker.refused(response, 413, ErrorCode.TOO_LARGE).detail == {"limit": 1 << 20}
+def test_a_body_over_the_limit(client: ProtocolClient) -> None:
+    response = client.post("/v1/sessions", opening([299] * 600_000))
+    assert client.expect_error(response, 413, ErrorCode.TOO_LARGE).detail == {"limit": 1 << 20}
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
@@ -228,121 +230,123 @@ async def test_a_board_that_sends_ten_megabytes_reads_the_refusal(tiny: Target, 
         pytest.param("POST", "/v1/sessions/", 404),
     ],
 )
-def test_unknown_routes_and_methods(talker: ProtocolClient, method: str, path: str, status: int) -> None:
-    refusal = talker.refused(talker.http.request(method, path), status, ErrorCode.UNKNOWN_ROUTE)
+def test_unknown_routes_and_methods(client: ProtocolClient, method: str, path: str, status: int) -> None:
+    refusal = client.expect_error(client.http.request(method, path), status, ErrorCode.UNKNOWN_ROUTE)
     assert f"{method} {path}" in refusal.message
 
 
-def test_a_replayed_round_gets_the_recorded_answer(talker: ProtocolClient, alone: Alone) -> None:
-    session = talker.open(n=2)
-    request = session.next(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
-    once, again = (talker.told(talker.post(session.path, request), Frame) for _ in range(2))
+def test_a_replayed_round_gets_the_recorded_answer(client: ProtocolClient, reference_text: ReferenceText) -> None:
+    session = client.open(n=2)
+    request = session.next_round(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
+    once, again = (client.decode_reply(client.post(session.path, request), Frame) for _ in range(2))
     assert once == again
-    streamed = talker.post(session.path, session.next(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2, stream=True))
+    streamed = client.post(session.path, session.next_round(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2, stream=True))
     assert streamed.status_code == 200
-    session.play(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
-    session.play(n=4)
-    assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - len(PROMPT))
+    session.run_round(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
+    session.run_round(n=4)
+    assert session.ids == PROMPT + reference_text(PROMPT, len(session.ids) - len(PROMPT))
     stale = RoundRequest(PROTOCOL_VERSION, 1, len(PROMPT) + 2, [1, 2, 3], 2, {0: [7, 9]})
-    refusal = talker.refused(talker.post(session.path, stale), 409, ErrorCode.ROUND_OUT_OF_ORDER)
+    refusal = client.expect_error(client.post(session.path, stale), 409, ErrorCode.ROUND_OUT_OF_ORDER)
     assert refusal.detail == {"expected": 3}
 
 
 @pytest.mark.parametrize("change", [{"n": 3}, {"draft": [1]}, {"siblings": {0: [8]}}], ids=str)
-def test_the_same_round_with_other_contents_is_a_conflict(talker: ProtocolClient, change: dict[str, Any]) -> None:
-    session = talker.open()
+def test_the_same_round_with_other_contents_is_a_conflict(client: ProtocolClient, change: dict[str, Any]) -> None:
+    session = client.open()
     contents = {"draft": [1, 2], "siblings": {0: [7]}, "n": 2}
-    request = session.next(**contents)
-    recorded = talker.told(talker.post(session.path, request), Frame)
-    other = talker.post(session.path, session.next(**contents | change))
-    talker.refused(other, 409, ErrorCode.ROUND_CONFLICT)
-    assert talker.told(talker.post(session.path, request), Frame) == recorded
+    request = session.next_round(**contents)
+    recorded = client.decode_reply(client.post(session.path, request), Frame)
+    other = client.post(session.path, session.next_round(**contents | change))
+    client.expect_error(other, 409, ErrorCode.ROUND_CONFLICT)
+    assert client.decode_reply(client.post(session.path, request), Frame) == recorded
 
 
-def test_the_same_key_opens_the_same_session(talker: ProtocolClient) -> None:
+def test_the_same_key_opens_the_same_session(client: ProtocolClient) -> None:
     request = opening(n=3)
-    once, again = (talker.told(talker.post("/v1/sessions", request), OpenReply) for _ in range(2))
+    once, again = (client.decode_reply(client.post("/v1/sessions", request), OpenReply) for _ in range(2))
     assert once == again
-    session = Session(talker, once, request)
-    session.play()
-    refusal = talker.refused(talker.post("/v1/sessions", request), 409, ErrorCode.ROUND_OUT_OF_ORDER)
+    session = Session(client, once, request)
+    session.run_round()
+    refusal = client.expect_error(client.post("/v1/sessions", request), 409, ErrorCode.ROUND_OUT_OF_ORDER)
     assert refusal.detail == {"expected": 2}
-    session.play()
+    session.run_round()
 
 
-def test_a_key_that_is_taken_by_another_prompt_does_not_get_its_text(talker: ProtocolClient) -> None:
+def test_a_key_that_is_taken_by_another_prompt_does_not_get_its_text(client: ProtocolClient) -> None:
     request = opening([10, 20, 30, 40])
-    talker.told(talker.post("/v1/sessions", request), OpenReply)
+    client.decode_reply(client.post("/v1/sessions", request), OpenReply)
     other = opening([40, 30, 20, 10], key=request.key)
-    assert talker.post("/v1/sessions", other).status_code == 409
+    assert client.post("/v1/sessions", other).status_code == 409
 
 
-def test_a_key_may_be_used_again_once_its_session_is_closed(talker: ProtocolClient) -> None:
+def test_a_key_may_be_used_again_once_its_session_is_closed(client: ProtocolClient) -> None:
     request = opening()
-    first = talker.told(talker.post("/v1/sessions", request), OpenReply)
-    talker.http.delete(f"/v1/sessions/{first.session}")
-    second = talker.told(talker.post("/v1/sessions", request), OpenReply)
+    first = client.decode_reply(client.post("/v1/sessions", request), OpenReply)
+    client.http.delete(f"/v1/sessions/{first.session}")
+    second = client.decode_reply(client.post("/v1/sessions", request), OpenReply)
     assert second.session != first.session
     assert second.first.tokens == first.first.tokens
 
 
-def text_with_an_end(alone: Alone) -> tuple[Sampling, list[int]]:
+def text_with_an_end(reference_text: ReferenceText) -> tuple[Sampling, list[int]]:
     """A sampling whose text ends soon, but not at once."""
     for seed in range(1000):
         sampling = Sampling(2.0, seed=seed)
-        text = alone(PROMPT, 12, sampling)
+        text = reference_text(PROMPT, 12, sampling)
         if 3 < len(text) < 12:
             return sampling, text
     raise AssertionError("no seed ends early")
 
 
-def test_the_text_ends_where_the_target_says(talker: ProtocolClient, alone: Alone) -> None:
-    sampling, text = text_with_an_end(alone)
-    session = talker.open(sampling=sampling, n=512)
+def test_the_text_ends_where_the_target_says(client: ProtocolClient, reference_text: ReferenceText) -> None:
+    sampling, text = text_with_an_end(reference_text)
+    session = client.open(sampling=sampling, n=512)
     assert session.frame.finish == "stop"
     assert session.ids == PROMPT + text
-    refusal = talker.refused(talker.post(session.path, session.next()), 409, ErrorCode.SESSION_FINISHED)
+    refusal = client.expect_error(client.post(session.path, session.next_round()), 409, ErrorCode.SESSION_FINISHED)
     assert "stop" in refusal.message
 
-    drafted = talker.open(sampling=sampling)
-    assert drafted.play(draft=[*text[1:], 5, 6]).finish == "stop"
+    drafted = client.open(sampling=sampling)
+    assert drafted.run_round(draft=[*text[1:], 5, 6]).finish == "stop"
     assert drafted.ids == PROMPT + text
 
-    going_on = talker.open(sampling=Sampling(2.0, seed=sampling.seed, ignore_eos=True), n=12)
+    going_on = client.open(sampling=Sampling(2.0, seed=sampling.seed, ignore_eos=True), n=12)
     assert going_on.frame.finish == ""
     assert going_on.ids[: len(session.ids)] == session.ids
 
 
 @pytest.mark.parametrize("draft", [0, 3, 32])
-def test_a_full_context_ends_the_text(talker: ProtocolClient, alone: Alone, draft: int) -> None:
+def test_a_full_context_ends_the_text(client: ProtocolClient, reference_text: ReferenceText, draft: int) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(500)]
-    truth = alone(prompt, 60, ENDLESS)
-    session = talker.open(prompt, ENDLESS)
+    truth = reference_text(prompt, 60, ENDLESS)
+    session = client.open(prompt, ENDLESS)
     while not session.frame.finish:
         known = len(session.ids) - len(prompt)
-        session.play(draft=truth[known : known + draft], n=2)
+        session.run_round(draft=truth[known : known + draft], n=2)
     assert session.frame.finish == "length"
     assert len(session.ids) == 512
     assert session.ids == prompt + truth[:12]
-    talker.refused(talker.post(session.path, session.next()), 409, ErrorCode.SESSION_FINISHED)
+    client.expect_error(client.post(session.path, session.next_round()), 409, ErrorCode.SESSION_FINISHED)
 
 
-def test_a_sibling_whose_bonus_no_longer_fits(talker: ProtocolClient, alone: Alone) -> None:
+def test_a_sibling_whose_bonus_no_longer_fits(client: ProtocolClient, reference_text: ReferenceText) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(510)]
-    truth = alone(prompt, 3, ENDLESS)
-    session = talker.open(prompt, ENDLESS)
-    frame = session.play(draft=[], n=1)
+    truth = reference_text(prompt, 3, ENDLESS)
+    session = client.open(prompt, ENDLESS)
+    frame = session.run_round(draft=[], n=1)
     assert (frame.finish, session.ids) == ("length", prompt + truth[:2])
-    other = talker.open(prompt[:509], ENDLESS)
-    truth = alone(prompt[:509], 3, ENDLESS)
+    other = client.open(prompt[:509], ENDLESS)
+    truth = reference_text(prompt[:509], 3, ENDLESS)
     wrong = (truth[1] + 1) % 300
-    frame = other.play(draft=[wrong], siblings={0: [truth[1]]})
+    frame = other.run_round(draft=[wrong], siblings={0: [truth[1]]})
     assert (frame.finish, other.ids) == ("length", prompt[:509] + truth)
 
 
 @pytest.mark.parametrize("media_type", [MSGPACK, JSON])
-async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone: Alone, media_type: str) -> None:
-    truth = alone(PROMPT, 300, ENDLESS)
+async def test_streamed_frames_are_the_whole_answer_in_parts(
+    tiny: Target, reference_text: ReferenceText, media_type: str
+) -> None:
+    truth = reference_text(PROMPT, 300, ENDLESS)
     headers = {"content-type": media_type}
     async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client:
         opened = await client.post("/v1/sessions", content=messages.encode(opening(sampling=ENDLESS), media_type))
@@ -370,17 +374,17 @@ async def test_streamed_frames_are_the_whole_answer_in_parts(tiny: Target, alone
         assert (frame.accepted, frame.tokens, frame.more, frame.further) == (1, truth[2:252], False, 249)
 
 
-async def test_a_streamed_opening_begins_with_its_reply(tiny: Target, alone: Alone) -> None:
+async def test_a_streamed_opening_begins_with_its_reply(tiny: Target, reference_text: ReferenceText) -> None:
     async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url) as client:
         request = messages.encode(opening(sampling=ENDLESS, n=60, stream=True), MSGPACK)
         response = await client.post("/v1/sessions", content=request, headers={"content-type": MSGPACK})
         first, *others = FrameSplitter(MSGPACK).feed(response.content)
         reply = messages.decode(first, OpenReply, MSGPACK)
         frames = [reply.first, *(messages.decode(body, Frame, MSGPACK, reply.session) for body in others)]
-        assert [token for frame in frames for token in frame.tokens] == alone(PROMPT, 60, ENDLESS)
+        assert [token for frame in frames for token in frame.tokens] == reference_text(PROMPT, 60, ENDLESS)
 
 
-async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, alone: Alone) -> None:
+async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, reference_text: ReferenceText) -> None:
     async with serving(tiny) as server, httpx.AsyncClient(base_url=server.url, timeout=20) as client:
 
         async def answer(seed: int) -> list[int]:
@@ -390,47 +394,49 @@ async def test_many_boards_at_once_do_not_disturb_each_other(tiny: Target, alone
             return messages.decode(response.content, OpenReply, MSGPACK).first.tokens
 
         answers = await asyncio.gather(*map(answer, range(12)))
-    assert answers == [alone([5, seed + 1], 20, Sampling(1.0, seed=seed, ignore_eos=True)) for seed in range(12)]
+    assert answers == [
+        reference_text([5, seed + 1], 20, Sampling(1.0, seed=seed, ignore_eos=True)) for seed in range(12)
+    ]
 
 
-def test_the_least_recently_used_session_is_evicted(tiny: Target, alone: Alone) -> None:
-    with running(tiny, VerifierLimits(max_sessions=2)) as url, ProtocolClient(url) as talker:
-        first, second = talker.open(), talker.open([9, 9])
-        first.play()
-        third = talker.open([8, 8])
-        talker.refused(talker.post(second.path, second.next()), 404, ErrorCode.SESSION_LOST)
-        first.play()
-        assert first.ids == PROMPT + alone(PROMPT, 3)
-        assert third.play().load == 100
+def test_the_least_recently_used_session_is_evicted(tiny: Target, reference_text: ReferenceText) -> None:
+    with running(tiny, VerifierLimits(max_sessions=2)) as url, ProtocolClient(url) as client:
+        first, second = client.open(), client.open([9, 9])
+        first.run_round()
+        third = client.open([8, 8])
+        client.expect_error(client.post(second.path, second.next_round()), 404, ErrorCode.SESSION_LOST)
+        first.run_round()
+        assert first.ids == PROMPT + reference_text(PROMPT, 3)
+        assert third.run_round().load == 100
 
 
 def test_tokens_are_bounded_too(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=300)) as url, ProtocolClient(url) as talker:
-        first, second = talker.open([1] * 150), talker.open([2] * 150)
-        talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
-        second.play()
+    with running(tiny, VerifierLimits(max_tokens=300)) as url, ProtocolClient(url) as client:
+        first, second = client.open([1] * 150), client.open([2] * 150)
+        client.expect_error(client.post(first.path, first.next_round()), 404, ErrorCode.SESSION_LOST)
+        second.run_round()
 
 
 def test_idle_sessions_are_evicted(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(idle_seconds=0.0)) as url, ProtocolClient(url) as talker:
-        first = talker.open()
-        talker.open()
-        talker.refused(talker.post(first.path, first.next()), 404, ErrorCode.SESSION_LOST)
+    with running(tiny, VerifierLimits(idle_seconds=0.0)) as url, ProtocolClient(url) as client:
+        first = client.open()
+        client.open()
+        client.expect_error(client.post(first.path, first.next_round()), 404, ErrorCode.SESSION_LOST)
 
 
 def test_a_session_does_not_evict_itself(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as talker:
-        talker.http.timeout = 1
-        session = talker.open([5] * 60, ENDLESS)
-        response = talker.post(session.path, session.next(n=50))
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as client:
+        client.http.timeout = 1
+        session = client.open([5] * 60, ENDLESS)
+        response = client.post(session.path, session.next_round(n=50))
         assert response.status_code == 200 or decode_error(response).code == ErrorCode.OVERLOADED
 
 
 def test_a_prompt_that_can_never_fit_evicts_nobody(tiny: Target) -> None:
-    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as talker:
-        session = talker.open()
-        assert talker.post("/v1/sessions", opening([5] * 200)).status_code in (413, 503)
-        session.play()
+    with running(tiny, VerifierLimits(max_tokens=100)) as url, ProtocolClient(url) as client:
+        session = client.open()
+        assert client.post("/v1/sessions", opening([5] * 200)).status_code in (413, 503)
+        session.run_round()
 
 
 async def test_a_full_house_of_busy_sessions_is_overloaded(tiny: Target) -> None:

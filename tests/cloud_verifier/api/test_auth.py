@@ -21,8 +21,8 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.link_faults import Fault
 from edge_runtime.verifier.session import VerifierSession
-from tests.cloud_verifier.certificates import Authority
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.certificates import CertificateAuthority
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, opening, running
 from tests.conftest import serving
 
@@ -78,7 +78,7 @@ def test_a_token_is_replaced_only_where_that_is_said(
 ) -> None:
     first = add("kitchen", "--max-sessions", "2")
     assert main(["token", "add", "kitchen", "--tokens", str(tokens)]) == 2
-    assert "--replace makes another" in capsys.readouterr().err
+    assert "--replace revokes it" in capsys.readouterr().err
     assert read_principals(tokens)["kitchen"].sha256 == hash_token(first)
     second = add("kitchen", "--replace")
     assert read_principals(tokens)["kitchen"].sha256 == hash_token(second) != hash_token(first)
@@ -97,7 +97,7 @@ def test_list_and_revoke(tokens: Path, add: Add, capsys: pytest.CaptureFixture[s
     assert list(read_principals(tokens)) == ["operator"]
     assert hash_token(token) not in tokens.read_text()
     assert main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 2
-    assert "nobody in" in capsys.readouterr().err
+    assert "has no token of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_list_and_revoke(tokens: Path, add: Add, capsys: pytest.CaptureFixture[s
         (f"[a]\nsha256 = '{'0' * 64}'\nmax_session = 1", r"\[a\]: .*max_session"),
         (f"[a]\nsha256 = '{'0' * 64}'\nmax_sessions = 0", r"\[a\]: .*max_sessions"),
         (f"[a]\nsha256 = '{'0' * 64}'\n[b]\nsha256 = '{'0' * 64}'", "a and b have the same token"),
-        (f"['a b']\nsha256 = '{'0' * 64}'", "no name for a principal"),
+        (f"['a b']\nsha256 = '{'0' * 64}'", "not a valid name of a principal"),
         ("a = 1", r"\[a\]: "),
-        (None, "cannot read the tokens"),
+        (None, "cannot read the token file"),
     ],
 )
 def test_a_file_with_errors(
@@ -190,8 +190,8 @@ def test_roles_open_their_own_doors_and_an_admin_all(tiny: Target, tokens: Path,
 
 
 def test_where_nobody_is_asked_a_token_does_no_harm(url: str) -> None:
-    with ProtocolClient(url, token="whatever") as talker:
-        talker.open().play(n=2)
+    with ProtocolClient(url, token="whatever") as client:
+        client.open().run_round(n=2)
 
 
 def refusal_code(response: httpx.Response) -> str:
@@ -213,26 +213,28 @@ def two(tiny: Target, tokens: Path, add: Add) -> Iterator[tuple[ProtocolClient, 
         yield one, other
 
 
-def test_another_principals_session_is_like_none(two: tuple[ProtocolClient, ProtocolClient], alone: Alone) -> None:
+def test_another_principals_session_is_like_none(
+    two: tuple[ProtocolClient, ProtocolClient], reference_text: ReferenceText
+) -> None:
     one, other = two
     session = one.open(n=2)
     invented = session.path.replace(session.id, "A" * len(session.id))
-    for request in (session.next(), session.next(round=7), session.next(draft=[300])):
+    for request in (session.next_round(), session.next_round(round=7), session.next_round(draft=[300])):
         theirs, nobodys = other.post(session.path, request), other.post(invented, request)
         assert theirs.status_code == nobodys.status_code == 404
         assert decode_error(theirs) == decode_error(nobodys)
         assert {*theirs.headers} == {*nobodys.headers}
     assert other.http.delete(f"/v1/sessions/{session.id}").status_code == 204
-    session.play(n=3)
-    assert session.ids == PROMPT + alone(PROMPT, 5)
+    session.run_round(n=3)
+    assert session.ids == PROMPT + reference_text(PROMPT, 5)
 
 
 def test_the_same_key_of_two_principals_opens_two_sessions(two: tuple[ProtocolClient, ProtocolClient]) -> None:
     one, other = two
     first, second = one.open(key="the-same-key"), other.open([9, 9], key="the-same-key")
     assert first.id != second.id
-    first.play()
-    second.play()
+    first.run_round()
+    second.run_round()
 
 
 # Limits
@@ -242,16 +244,16 @@ def test_one_session_too_many_closes_the_principals_own_oldest(tiny: Target, tok
     small, large = add("small", "--max-sessions", "2"), add("large")
     with (
         running(tiny, authenticator=Authenticator(tokens)) as url,
-        ProtocolClient(url, token=small) as talker,
+        ProtocolClient(url, token=small) as client,
         ProtocolClient(url, token=large) as other,
     ):
         theirs = other.open()
-        first, second = talker.open([1, 1]), talker.open([2, 2])
-        first.play()
-        third = talker.open([3, 3])
-        talker.refused(talker.post(second.path, second.next()), 404, ErrorCode.SESSION_LOST)
+        first, second = client.open([1, 1]), client.open([2, 2])
+        first.run_round()
+        third = client.open([3, 3])
+        client.expect_error(client.post(second.path, second.next_round()), 404, ErrorCode.SESSION_LOST)
         for session in (first, third, theirs):
-            session.play()
+            session.run_round()
 
 
 async def test_a_principal_whose_sessions_are_all_busy_is_told_to_wait(tiny: Target, tokens: Path, add: Add) -> None:
@@ -275,29 +277,31 @@ async def test_a_principal_whose_sessions_are_all_busy_is_told_to_wait(tiny: Tar
 
 def test_a_prompt_over_the_principals_limit(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("short", "--max-prompt", "5")
-    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as talker:
-        talker.open([1] * 5)
-        refusal = talker.refused(talker.post("/v1/sessions", opening([1] * 6)), 413, ErrorCode.CONTEXT_OVERFLOW)
+    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as client:
+        client.open([1] * 5)
+        refusal = client.expect_error(client.post("/v1/sessions", opening([1] * 6)), 413, ErrorCode.CONTEXT_OVERFLOW)
         assert refusal.detail == {"limit": 5}
         # As a board goes on with a text whose session was lost.
-        talker.open([1] * 400, model=tiny.version)
+        client.open([1] * 400, model=tiny.version)
 
 
 def test_tokens_per_second_are_what_a_board_gets_in_the_long_run(tiny: Target, tokens: Path, add: Add) -> None:
     token = add("slow", "--tokens-per-second", "2")
-    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as talker:
-        session = talker.open(sampling=ENDLESS, n=200)
-        response = talker.post(session.path, session.next())
-        refusal = talker.refused(response, 429, ErrorCode.RATE_LIMITED)
+    with running(tiny, authenticator=Authenticator(tokens)) as url, ProtocolClient(url, token=token) as client:
+        session = client.open(sampling=ENDLESS, n=200)
+        response = client.post(session.path, session.next_round())
+        refusal = client.expect_error(response, 429, ErrorCode.RATE_LIMITED)
         # It had a burst of 20, has been told 200, and pays for them at 2 per second.
         assert 40 <= int(response.headers["retry-after"]) <= 91
         assert refusal.detail == {"tokens_per_second": 2.0}
-        assert talker.post("/v1/sessions", opening()).status_code == 429
+        assert client.post("/v1/sessions", opening()).status_code == 429
         # What was answered is answered again: a repeated round is no new one.
-        assert talker.post(session.path, session.next(round=0, position=4, n=200)).status_code == 200
+        assert client.post(session.path, session.next_round(round=0, position=4, n=200)).status_code == 200
 
 
-async def test_a_board_waits_as_long_as_it_is_told_to(tiny: Target, tokens: Path, add: Add, alone: Alone) -> None:
+async def test_a_board_waits_as_long_as_it_is_told_to(
+    tiny: Target, tokens: Path, add: Add, reference_text: ReferenceText
+) -> None:
     token = add("slow", "--tokens-per-second", "4")
     async with (
         serving(tiny, authenticator=Authenticator(tokens)) as server,
@@ -311,7 +315,7 @@ async def test_a_board_waits_as_long_as_it_is_told_to(tiny: Target, tokens: Path
             pass
         assert client.retries > 0
         assert asyncio.get_running_loop().time() - began > 0.9
-        assert session.ids == PROMPT + alone(PROMPT, 54, ENDLESS)
+        assert session.ids == PROMPT + reference_text(PROMPT, 54, ENDLESS)
 
 
 async def test_a_board_without_the_time_to_wait_fails_at_once(tiny: Target, tokens: Path, add: Add) -> None:
@@ -336,7 +340,7 @@ async def test_a_board_without_the_time_to_wait_fails_at_once(tiny: Target, toke
 
 @pytest.mark.parametrize("http2", [True, False], ids=["http2", "http1"])
 async def test_only_who_has_a_certificate_of_theirs_is_served(tiny: Target, tmp_path: Path, http2: bool) -> None:
-    authority, another = Authority(tmp_path), Authority(tmp_path, "another")
+    authority, another = CertificateAuthority(tmp_path), CertificateAuthority(tmp_path, "another")
     certificate, key = authority.issue("verifier")
     tls = {"certificate": certificate, "key": key, "client_ca": authority.certificate}
     async with serving(tiny, **tls) as server:
@@ -355,17 +359,17 @@ async def test_only_who_has_a_certificate_of_theirs_is_served(tiny: Target, tmp_
 
 
 def test_a_certificate_that_is_none(tmp_path: Path) -> None:
-    certificate, key = Authority(tmp_path).issue("board")
-    _, other = Authority(tmp_path).issue("other")
+    certificate, key = CertificateAuthority(tmp_path).issue("board")
+    _, other = CertificateAuthority(tmp_path).issue("other")
     for pair in ((certificate, tmp_path / "none"), (key, key), (certificate, other)):
         with pytest.raises(InputError, match="cannot use the certificate"):
             VerifierClient("https://verifier.invalid", certificate=pair)
 
 
 def test_client_certificates_need_tls(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    authority = Authority(tmp_path)
+    authority = CertificateAuthority(tmp_path)
     assert main(["serve", str(tiny_path), "--client-ca", str(authority.certificate)]) == 2
-    assert "give --certificate and --key, too" in capsys.readouterr().err
+    assert "give --certificate and --key too" in capsys.readouterr().err
     certificate, key = authority.issue("verifier")
     arguments = ["--certificate", str(certificate), "--key", str(key), "--client-ca", str(key)]
     assert main(["serve", str(tiny_path), *arguments]) == 2

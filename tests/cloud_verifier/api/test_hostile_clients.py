@@ -14,7 +14,7 @@ from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, running
 
 PATHS = [
@@ -32,14 +32,14 @@ CALM = VerifierLimits(max_sessions=100_000, max_own=8)
 class Besieged:
     """A verifier under fire, one of its sessions that is the aim, and one that stands by."""
 
-    def __init__(self, talker: ProtocolClient) -> None:
-        self.talker = talker
-        self.aim = talker.open([7, 7, 7])
-        self.bystander = talker.open(sampling=Sampling(0.8, seed=3))
+    def __init__(self, client: ProtocolClient) -> None:
+        self.client = client
+        self.aim = client.open([7, 7, 7])
+        self.bystander = client.open(sampling=Sampling(0.8, seed=3))
 
     def fire(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
         path = path.replace("FUZZED", self.aim.path)
-        response = self.talker.http.request(method, path, content=body, headers=headers)
+        response = self.client.http.request(method, path, content=body, headers=headers)
         assert response.status_code < 300 or 400 <= response.status_code < 500, response.text
         if response.status_code >= 400:
             refusal = decode_error(response)
@@ -48,13 +48,13 @@ class Besieged:
 
 
 @pytest.fixture(scope="module")
-def besieged(tiny: Target, alone: Alone) -> Iterator[Besieged]:
+def besieged(tiny: Target, reference_text: ReferenceText) -> Iterator[Besieged]:
     """After all the fire, the bystander's text goes on as if nothing had happened."""
-    with running(tiny, CALM) as url, ProtocolClient(url) as talker:
-        siege = Besieged(talker)
+    with running(tiny, CALM) as url, ProtocolClient(url) as client:
+        siege = Besieged(client)
         yield siege
-        siege.bystander.play(n=8)
-        assert siege.bystander.ids == PROMPT + alone(PROMPT, 9, Sampling(0.8, seed=3))
+        siege.bystander.run_round(n=8)
+        assert siege.bystander.ids == PROMPT + reference_text(PROMPT, 9, Sampling(0.8, seed=3))
 
 
 bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.add_checksum)

@@ -33,7 +33,7 @@ from edge_runtime.protocol.messages import MSGPACK, PROTOCOL_VERSION, ErrorCode,
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ObservedTarget, ProtocolClient, decode_error, opening, running
 from tests.conftest import serving
 
@@ -58,14 +58,14 @@ def of(found: Samples, metric: str, **labels: str) -> float:
 # Metrics
 
 
-def test_what_prometheus_is_told(tiny: Target, alone: Alone) -> None:
-    truth, identity, version = alone(PROMPT, 20, ENDLESS), tiny.shared_identity("anchor", 1), tiny.version
-    with running(tiny) as url, ProtocolClient(url) as talker:
-        session = talker.open(sampling=ENDLESS, identity=identity)
-        session.play(draft=[*truth[1:4], (truth[4] + 1) % 300], siblings={3: [truth[4]]})
-        session.play(draft=truth[len(session.ids) - 4 :][:2], n=3)
-        session.play(n=2)
-        talker.refused(talker.post(session.path, session.next(round=9)), 409, ErrorCode.ROUND_OUT_OF_ORDER)
+def test_what_prometheus_is_told(tiny: Target, reference_text: ReferenceText) -> None:
+    truth, identity, version = reference_text(PROMPT, 20, ENDLESS), tiny.shared_identity("anchor", 1), tiny.version
+    with running(tiny) as url, ProtocolClient(url) as client:
+        session = client.open(sampling=ENDLESS, identity=identity)
+        session.run_round(draft=[*truth[1:4], (truth[4] + 1) % 300], siblings={3: [truth[4]]})
+        session.run_round(draft=truth[len(session.ids) - 4 :][:2], n=3)
+        session.run_round(n=2)
+        client.expect_error(client.post(session.path, session.next_round(round=9)), 409, ErrorCode.ROUND_OUT_OF_ORDER)
         found = samples(httpx.get(f"{url}/metrics").text)
     assert of(found, "spec_decode_num_drafts_total", version=version) == 2
     assert of(found, "spec_decode_num_draft_tokens_total", version=version) == 6
@@ -116,15 +116,15 @@ def test_labels_that_clients_choose_are_bounded() -> None:
 def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "cloud_verifier")
     prompt = [231, 232, 233, 234]
-    with running(tiny) as url, ProtocolClient(url) as talker:
-        talker.http.headers["x-request-id"] = "board-7/answer-12"
-        session = talker.open(prompt)
-        response = talker.post(session.path, session.next())
+    with running(tiny) as url, ProtocolClient(url) as client:
+        client.http.headers["x-request-id"] = "board-7/answer-12"
+        session = client.open(prompt)
+        response = client.post(session.path, session.next_round())
         assert response.headers["x-request-id"] == "board-7/answer-12"
-        talker.http.headers["x-request-id"] = "not one; " + "x" * 100
-        assert "x-request-id" not in talker.post(session.path, session.next(round=5)).headers
-        del talker.http.headers["x-request-id"]
-        assert "x-request-id" not in talker.post(session.path, session.next(round=6)).headers
+        client.http.headers["x-request-id"] = "not one; " + "x" * 100
+        assert "x-request-id" not in client.post(session.path, session.next_round(round=5)).headers
+        del client.http.headers["x-request-id"]
+        assert "x-request-id" not in client.post(session.path, session.next_round(round=6)).headers
     lines = [record for record in caplog.records if record.name == "cloud_verifier.api.access_log"]
     fields = [getattr(record, logs.EXTRA_FIELDS) for record in lines]
     assert [record.levelname for record in lines] == ["INFO", "DEBUG", "INFO", "INFO"]
@@ -139,7 +139,7 @@ def test_a_request_is_found_in_the_log_by_its_name(tiny: Target, caplog: pytest.
 # Overload
 
 
-async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone) -> None:
+async def test_load_is_shed_before_the_queue_is_long(tiny: Target, reference_text: ReferenceText) -> None:
     target = ObservedTarget(tiny)
     headers = {"content-type": MSGPACK}
     async with (
@@ -175,7 +175,7 @@ async def test_load_is_shed_before_the_queue_is_long(tiny: Target, alone: Alone)
             said = (
                 opened[seed].first.tokens + messages.decode(answer.content, Frame, MSGPACK, opened[seed].session).tokens
             )
-            assert said == alone([5, seed + 1], 2, Sampling(1.0, seed=seed, ignore_eos=True))
+            assert said == reference_text([5, seed + 1], 2, Sampling(1.0, seed=seed, ignore_eos=True))
         assert (await open_one(60)).status_code == (await play_one(opened[8].session)).status_code == 200
 
 
@@ -219,8 +219,8 @@ async def draining(target: Target) -> AsyncIterator[tuple[VerifierService, Verif
         await server.stop()
 
 
-async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, alone: Alone) -> None:
-    truth = alone(PROMPT, 402, ENDLESS)
+async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, reference_text: ReferenceText) -> None:
+    truth = reference_text(PROMPT, 402, ENDLESS)
     async with draining(tiny) as (service, server), VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, ENDLESS)
         other = VerifierSession(client, PROMPT, ENDLESS)
@@ -239,7 +239,7 @@ async def test_a_drain_ends_rounds_and_refuses_new_ones(tiny: Target, alone: Alo
             repeated = messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 4), MSGPACK, other._id)
             assert (await asking.post(f"/v1/sessions/{other._id}/rounds", content=repeated)).status_code == 200
         client.deadline = 4.0
-        with pytest.raises(VerifierRefused, match="about to end"):
+        with pytest.raises(VerifierRefused, match="shutting down"):
             await anext(other.play([]))
         async for _ in playing:
             pass
@@ -260,7 +260,9 @@ async def test_a_drain_is_bounded(tiny: Target) -> None:
         assert await service.drain(20)
 
 
-async def test_a_board_goes_on_elsewhere_when_its_verifier_is_about_to_end(tiny: Target, alone: Alone) -> None:
+async def test_a_board_goes_on_elsewhere_when_its_verifier_is_about_to_end(
+    tiny: Target, reference_text: ReferenceText
+) -> None:
     async with (
         draining(tiny) as (first, one),
         draining(tiny) as (_, another),
@@ -275,10 +277,10 @@ async def test_a_board_goes_on_elsewhere_when_its_verifier_is_about_to_end(tiny:
                 pass
         assert (session.recoveries, client.retries) == (1, 1)
         assert client.url == another.url
-        assert session.ids == PROMPT + alone(PROMPT, len(session.ids) - 4, ENDLESS)
+        assert session.ids == PROMPT + reference_text(PROMPT, len(session.ids) - 4, ENDLESS)
 
 
-async def test_a_board_waits_for_its_only_verifier_to_come_back(tiny: Target, alone: Alone) -> None:
+async def test_a_board_waits_for_its_only_verifier_to_come_back(tiny: Target, reference_text: ReferenceText) -> None:
     async with draining(tiny) as (service, server), VerifierClient(server.url, deadline=30) as client:
         session = VerifierSession(client, PROMPT, ENDLESS)
         async for _ in session.play([], n=5):
@@ -287,11 +289,11 @@ async def test_a_board_waits_for_its_only_verifier_to_come_back(tiny: Target, al
         asyncio.get_running_loop().call_later(1.0, setattr, service.admission, "draining", False)
         async for _ in session.play([], n=5):
             pass
-        assert session.ids == PROMPT + alone(PROMPT, 10, ENDLESS)
+        assert session.ids == PROMPT + reference_text(PROMPT, 10, ENDLESS)
         assert 1 <= client.retries <= 5
 
 
-def test_sigterm_in_mid_round_cuts_nothing_off(tiny_path: Path, alone: Alone) -> None:
+def test_sigterm_in_mid_round_cuts_nothing_off(tiny_path: Path, reference_text: ReferenceText) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     # A machine that has much else to do is no reason to cut it short.
     command += ["--grace", "100"]
@@ -314,7 +316,7 @@ def test_sigterm_in_mid_round_cuts_nothing_off(tiny_path: Path, alone: Alone) ->
                         await anext(session.play([]))
                     return session.ids
 
-            assert asyncio.run(play()) == PROMPT + alone(PROMPT, 450, ENDLESS)
+            assert asyncio.run(play()) == PROMPT + reference_text(PROMPT, 450, ENDLESS)
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()

@@ -24,17 +24,17 @@ from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol.errors import FlexSpecError, TargetError
 from edge_runtime.protocol.messages import ErrorCode
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, running
 from tests.conftest import serving
 
 
 def version_spoken(url: str, **options: object) -> str:
     """Plays a session over one connection; says with which version of HTTP."""
-    with ProtocolClient(url, **options) as talker:
-        session = talker.open(n=3)
-        session.play(draft=[1, 2, 3])
-        response = talker.http.delete(f"/v1/sessions/{session.id}")
+    with ProtocolClient(url, **options) as client:
+        session = client.open(n=3)
+        session.run_round(draft=[1, 2, 3])
+        response = client.http.delete(f"/v1/sessions/{session.id}")
         assert response.status_code == 204
         return response.http_version
 
@@ -189,7 +189,7 @@ def test_serve_of_a_bad_directory_ends_with_a_sentence(tmp_path: Path, capfd: py
 
 def test_a_certificate_without_its_key_is_refused(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tiny_path), "--certificate", "cert.pem"]) == 2
-    assert "--certificate and --key go together" in capsys.readouterr().err
+    assert "--certificate and --key must be given together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
@@ -204,8 +204,8 @@ def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureF
     ("arguments", "sentence"),
     [
         (["serve"], "give a TARGET to serve, or --registry DIR"),
-        (["serve", "x", "--exact"], "are for --device cuda"),
-        (["serve", "x", "--compile"], "are for --device cuda"),
+        (["serve", "x", "--exact"], "need --device cuda"),
+        (["serve", "x", "--compile"], "need --device cuda"),
     ],
     ids=["no target", "exact", "compile"],
 )
@@ -223,7 +223,7 @@ def test_a_gpu_that_is_not_there_is_asked_for_in_vain(capsys: pytest.CaptureFixt
 
 
 def test_generate_answers_jobs(
-    tiny_path: Path, tmp_path: Path, alone: Alone, capsys: pytest.CaptureFixture[str]
+    tiny_path: Path, tmp_path: Path, reference_text: ReferenceText, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = {"temperature": 0.8, "seed": 6, "ignore_eos": True}
     jobs = tmp_path / "jobs"
@@ -231,7 +231,7 @@ def test_generate_answers_jobs(
     jobs.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
     assert main(["generate", str(tiny_path), "--jobs", str(jobs)]) == 0
     answers = [msgspec.json.decode(line) for line in capsys.readouterr().out.splitlines()]
-    assert answers == [alone(PROMPT, 9), alone([5], 4, Sampling(**sampling))]
+    assert answers == [reference_text(PROMPT, 9), reference_text([5], 4, Sampling(**sampling))]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from edge_runtime.protocol.messages import (
     RoundRequest,
 )
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
     ObservedTarget,
@@ -34,7 +34,7 @@ from tests.cloud_verifier.protocol_client import (
     decode_error,
     opening,
     running,
-    session_in,
+    session_id_of_path,
 )
 from tests.conftest import serving
 
@@ -104,7 +104,7 @@ class Board:
 
 def frame_of(response: httpx.Response) -> Frame:
     assert response.status_code == 200, decode_error(response)
-    return messages.decode(response.content, Frame, MSGPACK, session_in(response.request.url.path))
+    return messages.decode(response.content, Frame, MSGPACK, session_id_of_path(response.request.url.path))
 
 
 def code_of(response: httpx.Response) -> tuple[int, str]:
@@ -112,7 +112,7 @@ def code_of(response: httpx.Response) -> tuple[int, str]:
 
 
 @pytest.fixture(params=[False, True], ids=["http1", "http2"])
-async def board(tiny: Target, alone: Alone, request: pytest.FixtureRequest) -> AsyncIterator[Board]:
+async def board(tiny: Target, reference_text: ReferenceText, request: pytest.FixtureRequest) -> AsyncIterator[Board]:
     """One token of the text is known; no forward is counted yet."""
     target = ObservedTarget(tiny)
     async with serving(target) as server, client_of(server.url, request.param) as client:
@@ -120,7 +120,7 @@ async def board(tiny: Target, alone: Alone, request: pytest.FixtureRequest) -> A
         reply = messages.decode(opened.content, OpenReply, MSGPACK)
         target.forwards = 0
         try:
-            yield Board(client, request.param, target, reply.session, alone(PROMPT, LENGTH, ENDLESS))
+            yield Board(client, request.param, target, reply.session, reference_text(PROMPT, LENGTH, ENDLESS))
         finally:
             target.release()
 
@@ -285,9 +285,9 @@ async def test_a_round_that_is_wrong_otherwise_is_refused_as_ever(board: Board) 
     assert frame_of(await board.post(board.round(2, 2, truth[2:4]))).accepted == 2
 
 
-async def test_a_text_that_ends_voids_what_was_sent_ahead(tiny: Target, alone: Alone) -> None:
+async def test_a_text_that_ends_voids_what_was_sent_ahead(tiny: Target, reference_text: ReferenceText) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(510)]
-    truth = alone(prompt, 2, ENDLESS)
+    truth = reference_text(prompt, 2, ENDLESS)
     target = ObservedTarget(tiny)
     async with serving(target) as server, client_of(server.url, False) as client:
         opened = await client.post("/v1/sessions", content=messages.encode(opening(prompt, ENDLESS), MSGPACK))
@@ -303,16 +303,16 @@ async def test_a_text_that_ends_voids_what_was_sent_ahead(tiny: Target, alone: A
         assert frame_of(await board.post(msgspec.structs.replace(last, expects=truth[:1]))) == frame_of(await now)
 
 
-def test_an_opening_may_expect_only_how_its_own_prompt_ends(talker: ProtocolClient) -> None:
-    assert talker.open(expects=PROMPT[-1:]).frame.tokens == talker.open().frame.tokens
-    talker.refused(talker.post("/v1/sessions", opening(expects=[1])), 409, ErrorCode.ROUND_VOID)
+def test_an_opening_may_expect_only_how_its_own_prompt_ends(client: ProtocolClient) -> None:
+    assert client.open(expects=PROMPT[-1:]).frame.tokens == client.open().frame.tokens
+    client.expect_error(client.post("/v1/sessions", opening(expects=[1])), 409, ErrorCode.ROUND_VOID)
 
 
 class Conversation:
     """A session whose board guesses: plays a round, and sends another before the first is answered."""
 
-    def __init__(self, talker: ProtocolClient, target: ObservedTarget, session: Session, truth: list[int]) -> None:
-        self._talker = talker
+    def __init__(self, client: ProtocolClient, target: ObservedTarget, session: Session, truth: list[int]) -> None:
+        self._client = client
         self._target = target
         self._session = session
         self._truth = truth
@@ -322,8 +322,8 @@ class Conversation:
         session, truth = self._session, self._truth[len(self._session.ids) - len(PROMPT) :]
         draft = [t if index < slip else wrong(t) for index, t in enumerate(truth[:width])]
         guess = truth[width] if guess_is_right else wrong(truth[width])
-        first = session.next(draft=draft)
-        ahead = session.next(
+        first = session.next_round(draft=draft)
+        ahead = session.next_round(
             round=first.round + 1,
             position=first.position + width + 1,
             draft=truth[width + 1 : width + 1 + next_width],
@@ -332,26 +332,26 @@ class Conversation:
         self._target.hold()
         self._target.forwards = 0
         with ThreadPoolExecutor(2) as pool:
-            one = pool.submit(self._talker.post, session.path, first)
+            one = pool.submit(self._client.post, session.path, first)
             self._target.reached.wait(20)
-            two = pool.submit(self._talker.post, session.path, ahead)
+            two = pool.submit(self._client.post, session.path, ahead)
             self._target.release()
-        session.take(first, self._talker.told(one.result(), Frame))
+        session.apply_frame(first, self._client.decode_reply(one.result(), Frame))
         assert session.ids[-1] == truth[min(slip, width)]
         if guess_is_right and slip >= width:
-            session.take(ahead, self._talker.told(two.result(), Frame))
+            session.apply_frame(ahead, self._client.decode_reply(two.result(), Frame))
             assert session.frame.accepted == next_width
             assert self._target.forwards == 2
         else:
-            self._talker.refused(two.result(), 409, ErrorCode.ROUND_VOID)
+            self._client.expect_error(two.result(), 409, ErrorCode.ROUND_VOID)
             assert self._target.forwards == 1
 
 
 @pytest.fixture(scope="module")
 def watched(tiny: Target) -> Iterator[tuple[ProtocolClient, ObservedTarget]]:
     target = ObservedTarget(tiny)
-    with running(target) as url, ProtocolClient(url) as talker:
-        yield talker, target
+    with running(target) as url, ProtocolClient(url) as client:
+        yield client, target
 
 
 steps = st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans(), st.integers(0, 5))
@@ -361,14 +361,14 @@ steps = st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans(), st.intege
 @settings(max_examples=40, deadline=None)
 def test_whatever_is_guessed_the_text_is_the_targets(
     watched: tuple[ProtocolClient, ObservedTarget],
-    alone: Alone,
+    reference_text: ReferenceText,
     told: list[tuple[int, int, bool, int]],
     sampling: Sampling,
 ) -> None:
-    talker, target = watched
-    truth = alone(PROMPT, LENGTH, sampling)
-    session = talker.open(sampling=sampling)
+    client, target = watched
+    truth = reference_text(PROMPT, LENGTH, sampling)
+    session = client.open(sampling=sampling)
     for width, slip, guess_is_right, next_width in told:
-        Conversation(talker, target, session, truth).tell(width, slip, guess_is_right, next_width)
-    session.play(n=3)
+        Conversation(client, target, session, truth).tell(width, slip, guess_is_right, next_width)
+    session.run_round(n=3)
     assert session.ids == PROMPT + truth[: len(session.ids) - len(PROMPT)]

@@ -1,4 +1,4 @@
-"""What a process serves while its registry changes under it, with tiny targets that are really loaded."""
+"""The rollout follows changes of the registry, with tiny targets that are really loaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from cloud_verifier.engine.rollout import RetirementPolicy, Rollout
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry, RegistryError
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
+from tests.cloud_verifier.protocol_client import TIMEOUT_SECONDS
 
-NOW = RetirementPolicy(linger_seconds=0, grace_seconds=3600)
+UNLOAD_AT_ONCE = RetirementPolicy(linger_seconds=0, grace_seconds=3600)
 
 
-class Shelf:
-    """Targets, loaded when `gate` is open; and the sessions on them."""
+class FakeHost:
+    """Holds targets and sessions, as scheduler and session store do. Loading waits until `gate` is set."""
 
     def __init__(self) -> None:
         self.versions: dict[str, Target] = {}
-        self.target: object = "there is none, and it does not load one by itself"
+        self.target: object = "not None: the initial target counts as loaded"
         self.gate = asyncio.Event()
         self.gate.set()
         self.sessions: dict[str, str] = {}
@@ -48,56 +49,52 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf() -> Iterator[Shelf]:
-    yield Shelf()
+def host() -> Iterator[FakeHost]:
+    yield FakeHost()
 
 
-async def until(holds: Callable[[], object], rollout: Rollout) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
+async def refresh_until(condition: Callable[[], object], rollout: Rollout) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not condition():
             await rollout.refresh()
             await asyncio.sleep(0.01)
 
 
-def names(shelf: Shelf) -> set[str]:
-    return {version.partition("@")[0] for version in shelf.versions}
-
-
-async def test_everything_that_is_active_is_loaded_the_default_first(registry: Registry, shelf: Shelf) -> None:
-    rollout = Rollout(registry, shelf, shelf)
+async def test_all_active_versions_are_loaded_the_default_first(registry: Registry, host: FakeHost) -> None:
+    rollout = Rollout(registry, host, host)
     assert not rollout.ready
     for model in ("", "latest", "v1"):
         with pytest.raises(VerifierRefused, match="loading") as caught:
             rollout.resolve(model, "key")
         assert (caught.value.code, caught.value.status) == ("starting", 503)
-    await until(lambda: rollout.ready, rollout)
-    assert next(iter(shelf.versions)).startswith("v0@")
+    await refresh_until(lambda: rollout.ready, rollout)
+    assert next(iter(host.versions)).startswith("v0@")
     assert rollout.resolve("", "key").name == rollout.default_target.name == "v0"
-    await until(lambda: len(shelf.versions) == 2, rollout)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
     assert rollout.resolve("v1", "key").name == "v1"
-    assert [(one.version[:2], one.loaded) for one in rollout.list_versions()] == [("v1", True), ("v0", True)]
+    assert [(listed.version[:2], listed.loaded) for listed in rollout.list_versions()] == [("v1", True), ("v0", True)]
 
 
-async def test_what_the_engine_loads_by_itself_is_not_loaded_twice(registry: Registry, shelf: Shelf) -> None:
-    shelf.target = None
-    rollout = Rollout(registry, shelf, shelf)
+async def test_the_initial_target_is_not_loaded_twice(registry: Registry, host: FakeHost) -> None:
+    host.target = None
+    rollout = Rollout(registry, host, host)
     await rollout.refresh()
     await asyncio.sleep(0)
-    assert shelf.loads == 0
-    shelf.target = await shelf.load(registry.default_path(registry.read()), "v0")
-    await until(lambda: len(shelf.versions) == 2, rollout)
-    assert shelf.loads == 2
+    assert host.loads == 0
+    host.target = await host.load(registry.default_path(registry.read()), "v0")
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    assert host.loads == 2
 
 
-async def test_an_alias_follows_as_soon_as_its_version_is_loaded_and_not_before(
-    registry: Registry, shelf: Shelf, models: Path
+async def test_an_alias_moves_as_soon_as_its_version_is_loaded_and_not_before(
+    registry: Registry, host: FakeHost, models: Path
 ) -> None:
-    rollout = Rollout(registry, shelf, shelf)
-    await until(lambda: len(shelf.versions) == 2, rollout)
+    rollout = Rollout(registry, host, host)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
     registry.promote("latest", "v1")
     await rollout.refresh()
     assert rollout.resolve("", "key").name == "v1"
-    shelf.gate.clear()
+    host.gate.clear()
     registry.add(str(models / "v2"))
     registry.promote("latest", "v2")
     registry.canary("latest", "v0", 100)
@@ -107,91 +104,93 @@ async def test_an_alias_follows_as_soon_as_its_version_is_loaded_and_not_before(
     with pytest.raises(VerifierRefused) as caught:
         rollout.resolve("v2", "key")
     assert caught.value.code == "starting"
-    # Back again at once, though another version is being loaded.
+    # Back at once, although another version is being loaded.
     registry.rollback("latest")
     registry.rollback("latest")
     await rollout.refresh()
     registry.promote("latest", "v0")
     await rollout.refresh()
     assert rollout.resolve("", "key").name == "v0"
-    shelf.gate.set()
-    await until(lambda: len(shelf.versions) == 3, rollout)
+    host.gate.set()
+    await refresh_until(lambda: len(host.versions) == 3, rollout)
     assert rollout.resolve("", "key").name == "v0"
 
 
-async def test_a_canary_that_is_not_loaded_gets_nobody(registry: Registry, shelf: Shelf, models: Path) -> None:
-    rollout = Rollout(registry, shelf, shelf)
-    await until(lambda: len(shelf.versions) == 2, rollout)
-    shelf.gate.clear()
+async def test_a_canary_that_is_not_loaded_gets_no_sessions(registry: Registry, host: FakeHost, models: Path) -> None:
+    rollout = Rollout(registry, host, host)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    host.gate.clear()
     registry.add(str(models / "v2"))
     registry.canary("latest", "v2", 100)
     await rollout.refresh()
     assert rollout.resolve("", "key").name == "v0"
-    shelf.gate.set()
-    await until(lambda: rollout.resolve("", "key").name == "v2", rollout)
+    host.gate.set()
+    await refresh_until(lambda: rollout.resolve("", "key").name == "v2", rollout)
 
 
-async def test_what_does_not_load_leaves_everything_as_it_was(
-    registry: Registry, shelf: Shelf, models: Path, tmp_path: Path
+async def test_a_version_that_does_not_load_changes_nothing(
+    registry: Registry, host: FakeHost, models: Path, tmp_path: Path
 ) -> None:
-    rollout = Rollout(registry, shelf, shelf)
-    await until(lambda: len(shelf.versions) == 2, rollout)
+    rollout = Rollout(registry, host, host)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
     copy = shutil.copytree(models / "v2", tmp_path / "v2")
     entry = registry.add(str(copy))
     registry.promote("latest", "v2")
     shutil.copy(models / "v1" / "model.safetensors", copy / "model.safetensors")
-    await until(lambda: any(one.problem for one in rollout.list_versions()), rollout)
-    (problem,) = (one.problem for one in rollout.list_versions() if one.problem)
-    assert "files have changed since it was added" in problem
+    await refresh_until(lambda: any(listed.problem for listed in rollout.list_versions()), rollout)
+    (problem,) = (listed.problem for listed in rollout.list_versions() if listed.problem)
+    assert "have changed since it was added" in problem
     assert rollout.resolve("", "key").name == "v0"
-    assert entry.version not in shelf.versions and len(shelf.versions) == 2
+    assert entry.version not in host.versions and len(host.versions) == 2
     with pytest.raises(VerifierRefused, match="could not be loaded") as caught:
         rollout.resolve("v2", "key")
     assert caught.value.code == "unknown_model"
-    loads = shelf.loads
-    await until(lambda: shelf.loads == loads, rollout)  # no second attempt by itself
+    loads = host.loads
+    await refresh_until(lambda: host.loads == loads, rollout)  # no second attempt
     shutil.copy(models / "v2" / "model.safetensors", copy / "model.safetensors")
     registry.add(str(copy))
-    await until(lambda: rollout.resolve("", "key").name == "v2", rollout)
+    await refresh_until(lambda: rollout.resolve("", "key").name == "v2", rollout)
 
 
-async def test_a_default_that_cannot_be_loaded_is_said(shelf: Shelf, models: Path, tmp_path: Path) -> None:
+async def test_a_default_version_that_cannot_be_loaded_is_reported(
+    host: FakeHost, models: Path, tmp_path: Path
+) -> None:
     registry = Registry(tmp_path / "registry")
     with pytest.raises(RegistryError, match="no registry"):
-        Rollout(registry, shelf, shelf)
+        Rollout(registry, host, host)
     copy = shutil.copytree(models / "v2", tmp_path / "v2")
     registry.add(str(copy))
-    rollout = Rollout(registry, shelf, shelf)
+    rollout = Rollout(registry, host, host)
     shutil.rmtree(copy)
     assert rollout.failure is None
-    await until(lambda: rollout.failure, rollout)
+    await refresh_until(lambda: rollout.failure, rollout)
     assert isinstance(rollout.failure, TargetError) and "no target at" in str(rollout.failure)
-    registry.update(lambda roster: msgspec.structs.replace(roster, default="stable"))
+    registry.update(lambda catalog: msgspec.structs.replace(catalog, default="stable"))
     await rollout.refresh()
     assert "no alias 'stable'" in str(rollout.failure)
 
 
-async def test_a_retired_version_goes_when_its_last_session_has(registry: Registry, shelf: Shelf) -> None:
-    rollout = Rollout(registry, shelf, shelf, NOW)
-    await until(lambda: len(shelf.versions) == 2, rollout)
+async def test_a_retired_version_is_unloaded_after_its_last_session(registry: Registry, host: FakeHost) -> None:
+    rollout = Rollout(registry, host, host, UNLOAD_AT_ONCE)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
     version = rollout.resolve("v1", "key").version
-    shelf.sessions["one"] = version
+    host.sessions["one"] = version
     registry.retire("v1")
     running = asyncio.create_task(rollout.run())
-    await until(lambda: any(one.state == "retired" for one in rollout.list_versions()), rollout)
+    await refresh_until(lambda: any(listed.state == "retired" for listed in rollout.list_versions()), rollout)
     for _ in range(3):
         rollout.request_refresh()
         await asyncio.sleep(0.02)
-    assert version in shelf.versions
-    assert rollout.resolve(version, "key").version == version  # a session that was lost goes on with it
+    assert version in host.versions
+    assert rollout.resolve(version, "key").version == version  # a lost session is reopened on it
     with pytest.raises(VerifierRefused) as caught:
         rollout.resolve("v1", "key")
     assert caught.value.code == "unknown_model"
     assert caught.value.detail["available"] == ["latest", rollout.default_target.version]
-    assert [one.sessions for one in rollout.list_versions() if one.version == version] == [1]
-    shelf.sessions.clear()
-    async with asyncio.timeout(20):
-        while version in shelf.versions:
+    assert [listed.sessions for listed in rollout.list_versions() if listed.version == version] == [1]
+    host.sessions.clear()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while version in host.versions:
             rollout.request_refresh()
             await asyncio.sleep(0.01)
     with pytest.raises(VerifierRefused, match="retired") as caught:
@@ -200,26 +199,26 @@ async def test_a_retired_version_goes_when_its_last_session_has(registry: Regist
     running.cancel()
 
 
-async def test_sessions_of_a_retired_version_are_closed_when_its_grace_is_over(
-    registry: Registry, shelf: Shelf
+async def test_sessions_of_a_retired_version_are_closed_after_the_grace_period(
+    registry: Registry, host: FakeHost
 ) -> None:
-    rollout = Rollout(registry, shelf, shelf, RetirementPolicy(linger_seconds=60, grace_seconds=0))
-    await until(lambda: len(shelf.versions) == 2, rollout)
-    shelf.sessions |= {"one": rollout.resolve("v1", "key").version, "two": rollout.default_target.version}
+    rollout = Rollout(registry, host, host, RetirementPolicy(linger_seconds=60, grace_seconds=0))
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    host.sessions |= {"one": rollout.resolve("v1", "key").version, "two": rollout.default_target.version}
     registry.retire("v1")
     running = asyncio.create_task(rollout.run())
-    async with asyncio.timeout(20):
-        while len(shelf.versions) == 2:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while len(host.versions) == 2:
             rollout.request_refresh()
             await asyncio.sleep(0.01)
-    assert list(shelf.sessions) == ["two"]
+    assert list(host.sessions) == ["two"]
     assert rollout.default_target.name == "v0"
     running.cancel()
 
 
-async def test_a_file_that_makes_no_sense_changes_nothing(registry: Registry, shelf: Shelf) -> None:
-    rollout = Rollout(registry, shelf, shelf)
-    await until(lambda: len(shelf.versions) == 2, rollout)
+async def test_an_invalid_registry_file_changes_nothing(registry: Registry, host: FakeHost) -> None:
+    rollout = Rollout(registry, host, host)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
     good = registry.file.read_text()
     for bad in ("[", "", good.replace("v0@", "v7@", 1)):
         registry.file.write_text(bad)

@@ -1,4 +1,4 @@
-"""The engine: who shares a forward, who waits for whom, and that no text notices any of it."""
+"""The batch scheduler: batching, prefill in chunks, failures, and versions that are loaded and unloaded."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.model.test_runner import save_lora_adapter
-from tests.cloud_verifier.protocol_client import GREEDY, PROMPT
+from tests.cloud_verifier.protocol_client import GREEDY, PROMPT, TIMEOUT_SECONDS
 from tests.models import VOCABULARY_SIZE
 
 ENDLESS = Sampling(ignore_eos=True)
 
 
-class Slow(Target):
-    """A target, loaded already, that keeps what went into its forwards, and can be held up before the next one."""
+class RecordingTarget(Target):
+    """A copy of a loaded target that records its forwards, and can be held before the next one or made to fail."""
 
     def __init__(self, target: Target) -> None:
         vars(self).update(vars(target))
@@ -42,117 +42,120 @@ class Slow(Target):
         self.fails: Callable[[Segment], bool] = lambda piece: False
 
     def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
-        self.may_run.wait(20)
+        self.may_run.wait(TIMEOUT_SECONDS)
         if any(map(self.fails, pieces)):
-            raise RuntimeError("as the test wants it")
+            raise RuntimeError("injected failure")
         self.forwards.append([len(piece) for piece in pieces])
         return super().run(pool, pieces)
 
 
 @asynccontextmanager
-async def engine_of(target: Target, **options: Any) -> AsyncIterator[Scheduler]:
-    engine = Scheduler(lambda: target, lambda _: None, lambda: 0, **options)
-    engine.start()
-    while engine.target is None:  # noqa: ASYNC110 - another thread sets it
+async def running_scheduler(target: Target, **options: Any) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(lambda: target, lambda _: None, lambda: 0, **options)
+    scheduler.start()
+    while scheduler.target is None:  # noqa: ASYNC110 - another thread sets it
         await asyncio.sleep(0.001)
     try:
-        yield engine
+        yield scheduler
     finally:
-        await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(scheduler.stop)
 
 
-def opened(engine: Scheduler, target: Target, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **round: Any):  # type: ignore[no-untyped-def]
-    """A session whose first round is submitted; and its answer."""
-    answer = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, len(prompt), **round))
-    session = Session(list(prompt), sampling, target, answer)
-    engine.submit(session, answer)
-    return session, answer
+def submit_opening(
+    scheduler: Scheduler, target: Target, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **round: Any
+) -> tuple[Session, RoundReply]:
+    """Submit the first round of a new session; returns the session and the reply."""
+    reply = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, len(prompt), **round))
+    session = Session(list(prompt), sampling, target, reply)
+    scheduler.submit(session, reply)
+    return session, reply
 
 
-async def test_rounds_that_wait_share_a_forward(tiny: Target) -> None:
-    target = Slow(tiny)
-    async with engine_of(target) as engine:
+async def test_waiting_rounds_share_a_forward(tiny: Target) -> None:
+    target = RecordingTarget(tiny)
+    async with running_scheduler(target) as scheduler:
         target.may_run.clear()
-        answers = [
-            opened(engine, target, prompt=[7], draft=[5] * k, siblings={0: [9]} if k else {})[1] for k in range(5)
+        replies = [
+            submit_opening(scheduler, target, prompt=[7], draft=[5] * k, siblings={0: [9]} if k else {})[1]
+            for k in range(5)
         ]
         await asyncio.sleep(0.1)
         target.may_run.set()
-        for answer in answers:
-            await answer.result()
-        # One may have begun before the others came.
+        for reply in replies:
+            await reply.result()
+        # The first forward may have started before the others were submitted.
         assert len(target.forwards) <= 2
         assert sorted(rows for forward in target.forwards for rows in forward) == [1, 3, 4, 5, 6]
 
 
-async def test_a_long_prompt_keeps_nobody_waiting(tiny: Target, alone: Alone) -> None:
-    target = Slow(tiny)
+async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference_text: ReferenceText) -> None:
+    target = RecordingTarget(tiny)
     prompt = [(7 * i + 3) % VOCABULARY_SIZE for i in range(500)]
-    async with engine_of(target) as engine:
+    async with running_scheduler(target) as scheduler:
         target.may_run.clear()
-        _, long = opened(engine, target, prompt=prompt)
-        _, short = opened(engine, target, prompt=[7], n=3)
+        _, long = submit_opening(scheduler, target, prompt=prompt)
+        _, short = submit_opening(scheduler, target, prompt=[7], n=3)
         target.may_run.set()
-        assert (await short.result()).tokens == alone([7], 3)
-        assert (await long.result()).tokens == alone(prompt, 1)
+        assert (await short.result()).tokens == reference_text([7], 3)
+        assert (await long.result()).tokens == reference_text(prompt, 1)
     assert all(sum(forward) <= target.runner.max_prefill_rows + 1 for forward in target.forwards)
-    # The short text's three tokens came in three of the forwards in which the prompt was read.
+    # The three tokens of the short text came from forwards that also prefilled a part of the prompt.
     assert [len(forward) for forward in target.forwards].count(2) >= 2
 
 
-async def test_who_is_expected_is_waited_for(tiny: Target) -> None:
-    target = Slow(tiny)
-    async with engine_of(target, window=5.0) as engine:
-        sessions = [opened(engine, target, sampling=ENDLESS) for _ in range(3)]
-        for _, answer in sessions:
-            await answer.result()
+async def test_a_forward_waits_for_sessions_that_are_expected(tiny: Target) -> None:
+    target = RecordingTarget(tiny)
+    async with running_scheduler(target, window=3600.0) as scheduler:
+        sessions = [submit_opening(scheduler, target, sampling=ENDLESS) for _ in range(3)]
+        for _, reply in sessions:
+            await reply.result()
 
-        async def play(session: Session, number: int, pause: float) -> None:
+        async def run_round(session: Session, number: int, pause: float) -> None:
             await asyncio.sleep(pause)
-            answer = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(session.ids), draft=[5]))
-            engine.submit(session, answer)
-            await answer.result()
+            reply = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(session.ids), draft=[5]))
+            scheduler.submit(session, reply)
+            await reply.result()
 
         for number in (1, 2, 3):
             before = len(target.forwards)
-            await asyncio.gather(*(play(session, number, 0.05 * i) for i, (session, _) in enumerate(sessions)))
-        # They come 50 ms apart, and by now the engine knows that: without waiting there would be three.
+            await asyncio.gather(*(run_round(session, number, 0.05 * i) for i, (session, _) in enumerate(sessions)))
+        # The scheduler has learned that the rounds arrive 50 ms apart: without waiting there would be three forwards.
         assert len(target.forwards) - before < 3
-        # Who does not come back is waited for once, and no longer than until he is late.
-        await asyncio.wait_for(play(sessions[0][0], 4, 0.0), 2.0)
+        # A session that does not come back is waited for once, and only until it is late.
+        await asyncio.wait_for(run_round(sessions[0][0], 4, 0.0), TIMEOUT_SECONDS)
 
 
-async def test_a_round_that_fails_harms_nobody_in_its_forward(tiny: Target, alone: Alone) -> None:
-    target = Slow(tiny)
-    async with engine_of(target) as engine:
+async def test_a_failing_round_does_not_harm_others_in_its_forward(tiny: Target, reference_text: ReferenceText) -> None:
+    target = RecordingTarget(tiny)
+    async with running_scheduler(target) as scheduler:
         target.may_run.clear()
         target.fails = lambda piece: 13 in piece.ids
-        good = [opened(engine, target, draft=[k])[1] for k in range(3)]
-        bad, answer = opened(engine, target, draft=[13])
+        good = [submit_opening(scheduler, target, draft=[k])[1] for k in range(3)]
+        bad, reply = submit_opening(scheduler, target, draft=[13])
         target.may_run.set()
         with pytest.raises(VerifierRefused, match="the round failed"):
-            await answer.result()
+            await reply.result()
         assert bad.closed
         for k, each in enumerate(good):
             frame = await each.result()
-            assert ([k] * frame.accepted + frame.tokens)[0] == alone(PROMPT, 1)[0]
-        # And the engine lives.
-        assert (await opened(engine, target)[1].result()).tokens == alone(PROMPT, 1)
+            assert ([k] * frame.accepted + frame.tokens)[0] == reference_text(PROMPT, 1)[0]
+        # The scheduler is still running.
+        assert (await submit_opening(scheduler, target)[1].result()).tokens == reference_text(PROMPT, 1)
 
 
-async def test_pages_of_closed_sessions_are_used_again(tiny: Target) -> None:
-    async with engine_of(tiny) as engine:
+async def test_cache_pages_of_closed_sessions_are_reused(tiny: Target) -> None:
+    async with running_scheduler(tiny) as scheduler:
         for _ in range(5):
-            session, answer = opened(engine, tiny)
-            await answer.result()
-            engine.release(session)
-        (pool,) = engine._pools.values()
+            session, reply = submit_opening(scheduler, tiny)
+            await reply.result()
+            scheduler.release(session)
+        (pool,) = scheduler._pools.values()
         assert len(pool.slabs) <= 2
 
 
 @pytest.mark.slow
-async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -> None:
-    """Texts of three versions come and go, are left and taken up again, while versions are loaded and retired."""
+async def test_no_text_depends_on_the_batch_it_is_computed_in(tiny_path: Path, tmp_path: Path) -> None:
+    """Texts of three versions are decoded, evicted and reopened while another version is loaded and unloaded."""
     base = Target(tiny_path, device="cpu", dtype=torch.float32)
     paths = {
         name: save_lora_adapter(tiny_path, tmp_path / name, seed)
@@ -164,79 +167,85 @@ async def test_no_text_depends_on_its_company(tiny_path: Path, tmp_path: Path) -
     def make(path: Path, name: str, others: list[Target]) -> Target:
         return Target(path, device="cpu", dtype=torch.float32, name=name, share_with=others)
 
-    async with engine_of(base, target_factory=make) as engine:
-        ready = {
+    async with running_scheduler(base, target_factory=make) as scheduler:
+        targets = {
             "tiny": base,
-            "one": await engine.load(paths["one"], "one"),
-            "two": await engine.load(paths["two"], "two"),
+            "one": await scheduler.load(paths["one"], "one"),
+            "two": await scheduler.load(paths["two"], "two"),
         }
-        assert {id(target.runner) for target in ready.values()} == {id(base.runner)}
-        over = asyncio.Event()
+        assert {id(target.runner) for target in targets.values()} == {id(base.runner)}
+        done = asyncio.Event()
 
-        async def roll_out() -> None:
-            while not over.is_set():
-                third = await engine.load(paths["three"], "three")
-                _, answer = opened(engine, third, n=5, sampling=ENDLESS)
-                assert (await answer.result()).tokens == generate_reference(
+        async def load_and_unload() -> None:
+            while not done.is_set():
+                third = await scheduler.load(paths["three"], "three")
+                _, reply = submit_opening(scheduler, third, n=5, sampling=ENDLESS)
+                assert (await reply.result()).tokens == generate_reference(
                     models["three"], PROMPT, ENDLESS, 5, frozenset()
                 )
-                await engine.unload(third.version)
+                await scheduler.unload(third.version)
 
-        async def write(seed: int) -> None:
+        async def decode(seed: int) -> None:
             random = Random(seed)
-            name, sampling = random.choice(list(ready)), random.choice(samplings)
+            name, sampling = random.choice(list(targets)), random.choice(samplings)
             prompt = [random.randrange(1, VOCABULARY_SIZE) for _ in range(random.choice([1, 5, 200]))]
             count = random.randint(5, 40)
             truth = generate_reference(models[name], prompt, sampling, count + 40, frozenset())
-            said: list[int] = []
-            session, answer = opened(engine, ready[name], prompt=prompt, sampling=sampling, n=random.choice([1, 4]))
+            generated: list[int] = []
+            session, reply = submit_opening(
+                scheduler, targets[name], prompt=prompt, sampling=sampling, n=random.choice([1, 4])
+            )
             while True:
-                frame = await answer.result()
-                said += answer.request.draft[: frame.accepted] + frame.tokens
-                if len(said) >= count:
+                frame = await reply.result()
+                generated += reply.request.draft[: frame.accepted] + frame.tokens
+                if len(generated) >= count:
                     break
                 if random.random() < 0.1:
-                    # Evicted: all again, in another session.
-                    engine.release(session)
+                    # Evicted: the text goes on in another session.
+                    scheduler.release(session)
                     session.closed = True
-                    session, answer = opened(engine, ready[name], prompt=[*prompt, *said], sampling=sampling)
+                    session, reply = submit_opening(
+                        scheduler, targets[name], prompt=[*prompt, *generated], sampling=sampling
+                    )
                     continue
                 draft = [
                     token if random.random() < 0.7 else random.randrange(VOCABULARY_SIZE)
-                    for token in truth[len(said) : len(said) + random.randint(0, 8)]
+                    for token in truth[len(generated) : len(generated) + random.randint(0, 8)]
                 ]
-                siblings = {i: [truth[len(said) + i], 5] for i in range(len(draft)) if random.random() < 0.3}
-                number = answer.request.round + 1
-                answer = session.begin_round(
+                siblings = {i: [truth[len(generated) + i], 5] for i in range(len(draft)) if random.random() < 0.3}
+                number = reply.request.round + 1
+                reply = session.begin_round(
                     RoundRequest(
                         PROTOCOL_VERSION,
                         number,
-                        len(prompt) + len(said),
+                        len(prompt) + len(generated),
                         draft=draft,
                         siblings=siblings,
                         n=random.choice([1, 1, 6]),
                     )
                 )
-                engine.submit(session, answer)
+                scheduler.submit(session, reply)
                 await asyncio.sleep(random.choice([0, 0, 0.003]))
-            assert said == truth[: len(said)]
+            assert generated == truth[: len(generated)]
             session.closed = True
-            engine.release(session)
+            scheduler.release(session)
 
-        rolling = asyncio.create_task(roll_out())
+        rollout = asyncio.create_task(load_and_unload())
         for start in range(0, 60, 12):
-            await asyncio.gather(*(write(seed) for seed in range(start, start + 12)))
-        over.set()
-        await rolling
-        assert set(engine.versions) == {target.version for target in ready.values()}
+            await asyncio.gather(*(decode(seed) for seed in range(start, start + 12)))
+        done.set()
+        await rollout
+        assert set(scheduler.versions) == {target.version for target in targets.values()}
 
 
-async def test_a_version_that_does_not_load_changes_nothing(tiny: Target, tmp_path: Path, alone: Alone) -> None:
+async def test_a_version_that_does_not_load_changes_nothing(
+    tiny: Target, tmp_path: Path, reference_text: ReferenceText
+) -> None:
     def make(path: Path, name: str, others: list[Target]) -> Target:
         return Target(path, device="cpu", dtype=torch.float32, name=name, share_with=others)
 
-    async with engine_of(tiny, target_factory=make) as engine:
+    async with running_scheduler(tiny, target_factory=make) as scheduler:
         with pytest.raises(TargetError, match="nowhere"):
-            await engine.load(tmp_path / "nowhere", "nowhere")
-        assert list(engine.versions) == [tiny.version]
-        assert (await opened(engine, tiny)[1].result()).tokens == alone(PROMPT, 1)
+            await scheduler.load(tmp_path / "nowhere", "nowhere")
+        assert list(scheduler.versions) == [tiny.version]
+        assert (await submit_opening(scheduler, tiny)[1].result()).tokens == reference_text(PROMPT, 1)

@@ -1,4 +1,4 @@
-"""Sessions and answers by themselves, without engine and network."""
+"""Sessions and round replies, without scheduler and network."""
 
 from __future__ import annotations
 
@@ -22,86 +22,86 @@ def request(number: int = 0, position: int = 3, **changes: Any) -> RoundRequest:
 
 
 @pytest.fixture
-def session_of(tiny: Target) -> Callable[..., Session]:
-    return functools.partial(a_session, tiny)
+def new_session(tiny: Target) -> Callable[..., Session]:
+    return functools.partial(make_session, tiny)
 
 
-def a_session(target: Target, length: int = 3, *, playing: bool = False) -> Session:
-    """A session of `length` tokens whose first round is over, unless it is `playing`."""
-    answer = RoundReply(request(position=length))
-    session = Session(list(range(length)), Sampling(), target, answer)
-    if not playing:
-        answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[7]))
+def make_session(target: Target, length: int = 3, *, running: bool = False) -> Session:
+    """A session of `length` prompt tokens whose first round has ended, unless it is `running`."""
+    reply = RoundReply(request(position=length))
+    session = Session(list(range(length)), Sampling(), target, reply)
+    if not running:
+        reply.push(Frame(PROTOCOL_VERSION, 0, tokens=[7]))
         session.ids.append(7)
     return session
 
 
-def filled(store: SessionStore, *sessions: Session) -> SessionStore:
+def add_sessions(store: SessionStore, *sessions: Session) -> SessionStore:
     for session in sessions:
         store.add(f"key of {session.id}", session)
     return store
 
 
-def code_of(caught: pytest.ExceptionInfo[VerifierRefused]) -> tuple[str, int, dict[str, object]]:
+def error_of(caught: pytest.ExceptionInfo[VerifierRefused]) -> tuple[str, int, dict[str, object]]:
     return caught.value.code, caught.value.status, caught.value.detail
 
 
-async def test_readers_see_all_frames_whenever_they_come() -> None:
-    answer = RoundReply(request(n=3))
-    early = asyncio.create_task(answer.result())
+async def test_readers_see_all_frames_whenever_they_start() -> None:
+    reply = RoundReply(request(n=3))
+    early = asyncio.create_task(reply.result())
     await asyncio.sleep(0)
-    answer.push(Frame(PROTOCOL_VERSION, 0, 2, [5], 1, 10, 50, "", True, [(4, 0.5)]))
-    middle = asyncio.create_task(answer.result())
+    reply.push(Frame(PROTOCOL_VERSION, 0, 2, [5], 1, 10, 50, "", True, [(4, 0.5)]))
+    middle = asyncio.create_task(reply.result())
     await asyncio.sleep(0)
-    assert not answer.done
+    assert not reply.done
     assert not early.done()
-    answer.push(Frame(PROTOCOL_VERSION, 0, 0, [6, 7], 2, 20, 60, "stop", False, [(6, 0.25)]))
+    reply.push(Frame(PROTOCOL_VERSION, 0, 0, [6, 7], 2, 20, 60, "stop", False, [(6, 0.25)]))
     expected = Frame(PROTOCOL_VERSION, 0, 2, [5, 6, 7], 2, 20, 60, "stop", False, [(4, 0.5), (6, 0.25)])
-    assert answer.done
-    assert [await early, await middle, await answer.result()] == [expected] * 3
-    assert len([frame async for frame in answer.frames()]) == 2
+    assert reply.done
+    assert [await early, await middle, await reply.result()] == [expected] * 3
+    assert len([frame async for frame in reply.frames()]) == 2
 
 
-async def test_a_failure_reaches_every_reader_after_the_frames_there_are() -> None:
-    answer = RoundReply(request())
-    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5], more=True))
-    waiting = asyncio.create_task(answer.result())
+async def test_a_failure_reaches_every_reader_after_the_recorded_frames() -> None:
+    reply = RoundReply(request())
+    reply.push(Frame(PROTOCOL_VERSION, 0, tokens=[5], more=True))
+    waiting = asyncio.create_task(reply.result())
     await asyncio.sleep(0)
-    answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    for reader in (waiting, answer.result()):
+    reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
+    for reader in (waiting, reply.result()):
         with pytest.raises(VerifierRefused, match="gone"):
             await reader
-    frames = answer.frames()
+    frames = reply.frames()
     assert (await anext(frames)).tokens == [5]
     with pytest.raises(VerifierRefused, match="gone"):
         await anext(frames)
 
 
-async def test_an_answer_that_is_complete_cannot_fail_any_more() -> None:
-    answer = RoundReply(request())
-    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
-    answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    assert (await answer.result()).tokens == [5]
+async def test_a_complete_reply_cannot_fail() -> None:
+    reply = RoundReply(request())
+    reply.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
+    reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
+    assert (await reply.result()).tokens == [5]
 
 
-async def test_a_frame_that_comes_after_the_failure_does_not_undo_it() -> None:
-    """The engine may push once more before it sees that the session was closed."""
-    answer = RoundReply(request())
-    answer.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
-    answer.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
+async def test_a_frame_after_the_failure_does_not_undo_it() -> None:
+    """The scheduler may push one more frame before it notices that the session was closed."""
+    reply = RoundReply(request())
+    reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "gone", 404))
+    reply.push(Frame(PROTOCOL_VERSION, 0, tokens=[5]))
     with pytest.raises(VerifierRefused, match="gone"):
-        await answer.result()
+        await reply.result()
 
 
-def test_next_round(session_of: Callable[..., Session]) -> None:
-    session = session_of()
+def test_the_next_round_and_repetitions_of_the_latest(new_session: Callable[..., Session]) -> None:
+    session = new_session()
     assert session.recorded_reply(request(1, 4, draft=[1])) is None
     assert session.recorded_reply(request()) is session.reply
     assert session.recorded_reply(request(stream=True)) is session.reply
 
 
-def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again(session_of: Callable[..., Session]) -> None:
-    session = session_of()
+def test_the_round_before_one_that_was_sent_ahead_may_be_repeated(new_session: Callable[..., Session]) -> None:
+    session = new_session()
     first = session.reply
     ahead = session.begin_round(request(1, 4, expects=[7]))
     ahead.done = True
@@ -126,25 +126,25 @@ def test_the_round_before_one_that_was_sent_ahead_may_be_asked_for_again(session
     ],
 )
 def test_a_round_that_is_neither_next_nor_latest(
-    session_of: Callable[..., Session], round_request: RoundRequest, code: str, detail: dict[str, int]
+    new_session: Callable[..., Session], round_request: RoundRequest, code: str, detail: dict[str, int]
 ) -> None:
-    session = session_of()
+    session = new_session()
     with pytest.raises(VerifierRefused) as caught:
         session.recorded_reply(round_request)
-    assert code_of(caught) == (code, 409, detail)
+    assert error_of(caught) == (code, 409, detail)
     assert session.ids == [0, 1, 2, 7]
 
 
-def test_no_next_round_while_one_is_playing(session_of: Callable[..., Session]) -> None:
-    session = session_of(playing=True)
+def test_no_next_round_while_one_is_running(new_session: Callable[..., Session]) -> None:
+    session = new_session(running=True)
     with pytest.raises(VerifierRefused) as caught:
         session.recorded_reply(request(1, 3))
-    assert code_of(caught) == (ErrorCode.ROUND_OUT_OF_ORDER, 409, {"expected": 0})
+    assert error_of(caught) == (ErrorCode.ROUND_OUT_OF_ORDER, 409, {"expected": 0})
     assert session.recorded_reply(request()) is session.reply
 
 
-def test_no_next_round_after_the_end(session_of: Callable[..., Session]) -> None:
-    session = session_of()
+def test_no_next_round_after_the_end_of_the_text(new_session: Callable[..., Session]) -> None:
+    session = new_session()
     session.finish = "length"
     with pytest.raises(VerifierRefused, match=r"ended \(length\)") as caught:
         session.recorded_reply(request(1, 4))
@@ -152,14 +152,14 @@ def test_no_next_round_after_the_end(session_of: Callable[..., Session]) -> None
     assert session.recorded_reply(request()) is session.reply
 
 
-def test_ids_are_unguessable(session_of: Callable[..., Session]) -> None:
-    ids = {session_of().id for _ in range(100)}
+def test_session_ids_are_unguessable(new_session: Callable[..., Session]) -> None:
+    ids = {new_session().id for _ in range(100)}
     assert len(ids) == 100
     assert all(len(session_id) >= 12 for session_id in ids)
 
 
-def test_a_session_is_found_by_id_and_key_until_it_is_removed(session_of: Callable[..., Session]) -> None:
-    store, session = SessionStore(5, 100, 60), session_of()
+def test_a_session_is_found_by_id_and_key_until_it_is_removed(new_session: Callable[..., Session]) -> None:
+    store, session = SessionStore(5, 100, 60), new_session()
     store.add("its key", session)
     assert store.get(session.id) is store.find_by_key("its key") is session
     assert (len(store), store.load) == (1, 20)
@@ -169,12 +169,12 @@ def test_a_session_is_found_by_id_and_key_until_it_is_removed(session_of: Callab
     assert session.closed
     with pytest.raises(VerifierRefused) as caught:
         store.get(session.id)
-    assert code_of(caught) == (ErrorCode.SESSION_LOST, 404, {})
+    assert error_of(caught) == (ErrorCode.SESSION_LOST, 404, {})
 
 
-async def test_removing_a_session_in_mid_round_tells_its_reader(session_of: Callable[..., Session]) -> None:
-    session = session_of(playing=True)
-    store = filled(SessionStore(5, 100, 60), session)
+async def test_removing_a_session_fails_its_running_round(new_session: Callable[..., Session]) -> None:
+    session = new_session(running=True)
+    store = add_sessions(SessionStore(5, 100, 60), session)
     reader = asyncio.create_task(session.reply.result())
     await asyncio.sleep(0)
     store.remove(session.id)
@@ -182,9 +182,9 @@ async def test_removing_a_session_in_mid_round_tells_its_reader(session_of: Call
         await reader
 
 
-def test_a_session_that_the_engine_gave_up_is_lost(session_of: Callable[..., Session]) -> None:
-    session = session_of()
-    store = filled(SessionStore(5, 100, 60), session)
+def test_a_session_closed_by_the_scheduler_is_lost(new_session: Callable[..., Session]) -> None:
+    session = new_session()
+    store = add_sessions(SessionStore(5, 100, 60), session)
     session.closed = True
     with pytest.raises(VerifierRefused) as caught:
         store.get(session.id)
@@ -192,8 +192,8 @@ def test_a_session_that_the_engine_gave_up_is_lost(session_of: Callable[..., Ses
     assert len(store) == 0
 
 
-def test_a_key_whose_session_the_engine_gave_up_can_open_another(session_of: Callable[..., Session]) -> None:
-    store, failed, second = SessionStore(5, 100, 60), session_of(), session_of()
+def test_the_key_of_a_session_closed_by_the_scheduler_can_open_another(new_session: Callable[..., Session]) -> None:
+    store, failed, second = SessionStore(5, 100, 60), new_session(), new_session()
     store.add("the key", failed)
     failed.closed = True
     store.add("the key", second)
@@ -202,19 +202,19 @@ def test_a_key_whose_session_the_engine_gave_up_can_open_another(session_of: Cal
     store.remove(second.id)
 
 
-def test_the_least_recently_used_goes_first(session_of: Callable[..., Session]) -> None:
-    one, two, three = session_of(), session_of(), session_of()
-    store = filled(SessionStore(2, 100, 60), one, two)
+def test_the_least_recently_used_session_is_evicted_first(new_session: Callable[..., Session]) -> None:
+    one, two, three = new_session(), new_session(), new_session()
+    store = add_sessions(SessionStore(2, 100, 60), one, two)
     store.get(one.id)
-    filled(store, three)
+    add_sessions(store, three)
     assert [session.closed for session in (one, two, three)] == [False, True, False]
     assert store.evictions == 1
 
 
-def test_tokens_of_all_sessions_together_are_bounded(session_of: Callable[..., Session]) -> None:
-    small, large = session_of(9), session_of(59)
-    store = filled(SessionStore(100, 100, 60), small, large)
-    filled(store, session_of(30))
+def test_tokens_of_all_sessions_together_are_bounded(new_session: Callable[..., Session]) -> None:
+    small, large = new_session(9), new_session(59)
+    store = add_sessions(SessionStore(100, 100, 60), small, large)
+    add_sessions(store, new_session(30))
     assert [small.closed, large.closed] == [True, False]
     store.make_room(0, 9)
     assert not large.closed
@@ -222,22 +222,22 @@ def test_tokens_of_all_sessions_together_are_bounded(session_of: Callable[..., S
     assert large.closed
 
 
-def test_idle_sessions_go_when_others_come(session_of: Callable[..., Session]) -> None:
-    idle, fresh = session_of(), session_of()
-    store = filled(SessionStore(100, 1000, 60), idle, fresh)
-    idle.used_at = time.monotonic() - 61
-    filled(store, session_of())
+def test_idle_sessions_are_evicted_when_another_is_added(new_session: Callable[..., Session]) -> None:
+    idle, fresh = new_session(), new_session()
+    store = add_sessions(SessionStore(100, 1000, 60), idle, fresh)
+    idle.last_used_at = time.monotonic() - 61
+    add_sessions(store, new_session())
     assert [idle.closed, fresh.closed] == [True, False]
 
 
-def test_playing_sessions_are_never_evicted(session_of: Callable[..., Session]) -> None:
-    playing, resting = session_of(playing=True), session_of()
-    store = filled(SessionStore(2, 100, 60), playing, resting)
-    playing.used_at -= 1000
-    filled(store, second := session_of(playing=True))
-    assert [playing.closed, resting.closed] == [False, True]
+def test_sessions_with_a_running_round_are_never_evicted(new_session: Callable[..., Session]) -> None:
+    busy, idle = new_session(running=True), new_session()
+    store = add_sessions(SessionStore(2, 100, 60), busy, idle)
+    busy.last_used_at -= 1000
+    add_sessions(store, second := new_session(running=True))
+    assert [busy.closed, idle.closed] == [False, True]
     with pytest.raises(VerifierRefused) as caught:
-        filled(store, session_of())
-    assert code_of(caught) == (ErrorCode.OVERLOADED, 503, {})
+        add_sessions(store, new_session())
+    assert error_of(caught) == (ErrorCode.OVERLOADED, 503, {})
     assert not second.closed
     assert len(store) == 2

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from cloud_verifier.model.reference import generate_reference
 from edge_runtime.protocol.messages import MSGPACK
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient
 from tests.models import VOCABULARY_SIZE
 
@@ -31,7 +31,7 @@ def other_token(token: int) -> int:
     return (token + 1) % VOCABULARY_SIZE
 
 
-msgpack_only = pytest.mark.parametrize("talker", [MSGPACK], indirect=True)
+msgpack_only = pytest.mark.parametrize("client", [MSGPACK], indirect=True)
 
 
 @msgpack_only
@@ -41,10 +41,10 @@ msgpack_only = pytest.mark.parametrize("talker", [MSGPACK], indirect=True)
     ("width", "with_siblings"), [(0, False), (4, False), (4, True)], ids=["no draft", "draft", "draft with siblings"]
 )
 def test_partly_rejected_drafts_do_not_change_the_text(
-    talker: ProtocolClient, alone: Alone, sampling: Sampling, n: int, width: int, with_siblings: bool
+    client: ProtocolClient, reference_text: ReferenceText, sampling: Sampling, n: int, width: int, with_siblings: bool
 ) -> None:
-    reference = alone(PROMPT, LENGTH + 10, sampling)
-    session = talker.open(sampling=sampling, n=n)
+    reference = reference_text(PROMPT, LENGTH + 10, sampling)
+    session = client.open(sampling=sampling, n=n)
     generator = np.random.default_rng(0)
     while (known := len(session.ids) - len(PROMPT)) < LENGTH:
         draft = reference[known : known + width]
@@ -54,34 +54,36 @@ def test_partly_rejected_drafts_do_not_change_the_text(
         if rejected < width:
             correct, draft[rejected] = draft[rejected], other_token(draft[rejected])
             siblings = {rejected: [other_token(draft[rejected]), correct, 5]} if with_siblings else {}
-        frame = session.play(draft=draft, siblings=siblings, n=n)
+        frame = session.run_round(draft=draft, siblings=siblings, n=n)
         assert frame.accepted == rejected
         assert len(frame.tokens) == max(n, 1 + len(siblings))
     assert session.ids[len(PROMPT) :] == reference[: len(session.ids) - len(PROMPT)]
 
 
 @msgpack_only
-def test_drafts_that_are_always_rejected_cost_rounds_only(talker: ProtocolClient, alone: Alone) -> None:
-    session = talker.open()
+def test_drafts_that_are_always_rejected_cost_rounds_only(
+    client: ProtocolClient, reference_text: ReferenceText
+) -> None:
+    session = client.open()
     for _ in range(10):
-        reference = alone(session.ids, 1)
-        assert session.play(draft=[other_token(reference[0])] * 4).tokens == reference
-    assert session.ids == PROMPT + alone(PROMPT, 11)
+        reference = reference_text(session.ids, 1)
+        assert session.run_round(draft=[other_token(reference[0])] * 4).tokens == reference
+    assert session.ids == PROMPT + reference_text(PROMPT, 11)
 
 
 @msgpack_only
-def test_close_calls_are_rare_and_small(talker: ProtocolClient) -> None:
+def test_close_calls_are_rare_and_small(client: ProtocolClient) -> None:
     """In float32 few positions are reported, all with a margin below 1e-4."""
-    session = talker.open(sampling=SAMPLINGS[1], n=200)
+    session = client.open(sampling=SAMPLINGS[1], n=200)
     assert all(margin < 1e-4 and 4 <= position < 204 for position, margin in session.frame.close_calls)
     assert len(session.frame.close_calls) < 5
 
 
-def test_greedy_reference_decoding_equals_generate(alone: Alone, tiny_path: Path) -> None:
+def test_greedy_reference_decoding_equals_generate(reference_text: ReferenceText, tiny_path: Path) -> None:
     """The reference itself is checked against transformers."""
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     generated = model.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False)[0, len(PROMPT) :].tolist()
-    assert alone(PROMPT, 30) == generated
+    assert reference_text(PROMPT, 30) == generated
 
 
 def test_reference_decoding_stops_at_an_end_token(tiny_path: Path) -> None:

@@ -34,7 +34,7 @@ from edge_runtime.protocol.errors import BundleMissing, FlexSpecError, InputErro
 from edge_runtime.protocol.messages import MSGPACK, Frame, FrameSplitter, ModelList, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from export.bundle.build import BundleConfig, make_bundle
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, ObservedTarget, ProtocolClient, Session
 from tests.models import save_target
 
@@ -155,13 +155,13 @@ def stream_frames(client: ProtocolClient, session: Session, request: RoundReques
 def run_round(verifier: SpeculatingVerifier, session: Session, request: RoundRequest) -> Frame:
     """Run a round, streamed or not; return its whole result as one frame."""
     if not request.stream:
-        session.take(request, verifier.client.told(verifier.client.post(session.path, request), Frame))
+        session.apply_frame(request, verifier.client.decode_reply(verifier.client.post(session.path, request), Frame))
         return session.frame
     frames = stream_frames(verifier.client, session, request)
     assert [frame.more for frame in frames] == [True] * (len(frames) - 1) + [False]
     assert not any(frame.accepted for frame in frames[1:])
     tokens = [token for frame in frames for token in frame.tokens]
-    session.take(request, msgspec.structs.replace(frames[-1], accepted=frames[0].accepted, tokens=tokens))
+    session.apply_frame(request, msgspec.structs.replace(frames[-1], accepted=frames[0].accepted, tokens=tokens))
     return session.frame
 
 
@@ -170,9 +170,9 @@ def run_round(verifier: SpeculatingVerifier, session: Session, request: RoundReq
 @pytest.mark.parametrize("n", [4, 32])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_the_text_equals_reference_decoding(
-    verifier: SpeculatingVerifier, alone: Alone, sampling: Sampling, n: int, width: int, stream: bool
+    verifier: SpeculatingVerifier, reference_text: ReferenceText, sampling: Sampling, n: int, width: int, stream: bool
 ) -> None:
-    reference = alone(PROMPT, 120, sampling)
+    reference = reference_text(PROMPT, 120, sampling)
     session = verifier.client.open(sampling=sampling, n=n)
     verifier.target.forwards = 0
     rounds = further = 0
@@ -181,7 +181,7 @@ def test_the_text_equals_reference_decoding(
         # Index of the first rejected token; `width` if all are accepted.
         rejected = (3 * rounds) % (width + 1)
         draft[rejected:] = [(token + 1) % 300 for token in draft[rejected:]]
-        frame = run_round(verifier, session, session.next(draft=draft, n=n, stream=stream))
+        frame = run_round(verifier, session, session.next_round(draft=draft, n=n, stream=stream))
         assert (frame.accepted, len(frame.tokens)) == (rejected, n)
         assert frame.forward_100us > 0
         rounds += 1
@@ -191,35 +191,39 @@ def test_the_text_equals_reference_decoding(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 32])
-def test_forwards_with_a_perfect_draft(tiny: Target, perfect_bundle: Path, alone: Alone, tokens: int) -> None:
+def test_forwards_with_a_perfect_draft(
+    tiny: Target, perfect_bundle: Path, reference_text: ReferenceText, tokens: int
+) -> None:
     """n tokens cost the first forward, and one for each K + 1 of the rest; the round returns exactly n."""
-    reference = alone(PROMPT, 150, ENDLESS)
+    reference = reference_text(PROMPT, 150, ENDLESS)
     with serve_with_bundle(tiny, perfect_bundle, tokens) as verifier:
         session = verifier.client.open(sampling=ENDLESS)
         for n in range(1, 16):
             verifier.target.forwards = 0
-            assert len(session.play(n=n).tokens) == n
+            assert len(session.run_round(n=n).tokens) == n
             assert verifier.target.forwards == 1 + -(-(n - 1) // (tokens + 1))
     assert session.ids == PROMPT + reference[: len(session.ids) - len(PROMPT)]
 
 
-def test_siblings_of_the_board_count_as_without_speculation(verifier: SpeculatingVerifier, alone: Alone) -> None:
-    reference = alone(PROMPT, 40, ENDLESS)
+def test_siblings_of_the_board_count_as_without_speculation(
+    verifier: SpeculatingVerifier, reference_text: ReferenceText
+) -> None:
+    reference = reference_text(PROMPT, 40, ENDLESS)
     session = verifier.client.open(sampling=ENDLESS)
     for n, expected in ((1, 2), (2, 2), (3, 3), (8, 8)):
         known = len(session.ids) - len(PROMPT)
         draft = [(reference[known] + 1) % 300, 5]
-        frame = session.play(draft=draft, siblings={0: [reference[known]]}, n=n)
+        frame = session.run_round(draft=draft, siblings={0: [reference[known]]}, n=n)
         assert (frame.accepted, len(frame.tokens)) == (0, expected)
     assert session.ids == PROMPT + reference[: len(session.ids) - len(PROMPT)]
 
 
 @pytest.mark.parametrize("length", range(1, 15))
 def test_an_end_token_anywhere_in_speculated_tokens_ends_the_text(
-    verifier: SpeculatingVerifier, alone: Alone, monkeypatch: pytest.MonkeyPatch, length: int
+    verifier: SpeculatingVerifier, reference_text: ReferenceText, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     """The end may be the first token, a draft token in the middle or at the end, or the bonus token after them."""
-    text = alone(PROMPT, length, VARIED)
+    text = reference_text(PROMPT, length, VARIED)
     assert text[-1] not in text[:-1]
     monkeypatch.setattr(verifier.target, "end_ids", frozenset(text[-1:]))
     session = verifier.client.open(sampling=msgspec.structs.replace(VARIED, ignore_eos=False), n=512)
@@ -228,52 +232,58 @@ def test_an_end_token_anywhere_in_speculated_tokens_ends_the_text(
 
 @pytest.mark.parametrize("prompt_length", range(500, 512))
 def test_the_context_may_end_anywhere_in_speculated_tokens(
-    verifier: SpeculatingVerifier, alone: Alone, prompt_length: int
+    verifier: SpeculatingVerifier, reference_text: ReferenceText, prompt_length: int
 ) -> None:
     prompt = [(11 * index) % 299 + 1 for index in range(prompt_length)]
     session = verifier.client.open(prompt, ENDLESS, n=512)
     assert (session.frame.finish, len(session.ids)) == ("length", 512)
-    assert session.ids == prompt + alone(prompt, 512 - prompt_length, ENDLESS)
+    assert session.ids == prompt + reference_text(prompt, 512 - prompt_length, ENDLESS)
 
 
-def test_concurrent_sessions_keep_their_own_drafts(verifier: SpeculatingVerifier, alone: Alone) -> None:
+def test_concurrent_sessions_keep_their_own_drafts(
+    verifier: SpeculatingVerifier, reference_text: ReferenceText
+) -> None:
     """Each session draft follows its own text, while rounds alternate and boards send drafts in between."""
 
     def generate(seed: int) -> list[int]:
         session = verifier.client.open([5, seed + 1], Sampling(1.0, seed=seed, ignore_eos=True), n=12)
-        session.play(draft=[1, 2, 3], n=7)
-        session.play(n=9)
+        session.run_round(draft=[1, 2, 3], n=7)
+        session.run_round(n=9)
         return session.ids[2:]
 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(generate, range(8)))
     for seed, ids in enumerate(texts):
-        assert ids == alone([5, seed + 1], 28, Sampling(1.0, seed=seed, ignore_eos=True))
+        assert ids == reference_text([5, seed + 1], 28, Sampling(1.0, seed=seed, ignore_eos=True))
 
 
 def test_short_rounds_create_no_session_draft(verifier: SpeculatingVerifier) -> None:
     """Two tokens cost two forwards, with or without a draft."""
     session = verifier.client.open(n=2)
-    session.play(draft=[1, 2], n=2)
+    session.run_round(draft=[1, 2], n=2)
     assert verifier.session_draft(session) is None
-    session.play(n=3)
+    session.run_round(n=3)
     assert verifier.session_draft(session) is not None
 
 
 def test_the_target_continues_alone_past_the_drafts_context(
-    tiny: Target, make_tiny_bundle: MakeBundle, alone: Alone, tmp_path: Path
+    tiny: Target, make_tiny_bundle: MakeBundle, reference_text: ReferenceText, tmp_path: Path
 ) -> None:
     short = save_target(tmp_path / "short", max_position_embeddings=64)
     with serve_with_bundle(tiny, make_tiny_bundle(short)) as verifier:
         session = verifier.client.open(sampling=ENDLESS, n=100)
-        assert session.ids == PROMPT + alone(PROMPT, 100, ENDLESS)
+        assert session.ids == PROMPT + reference_text(PROMPT, 100, ENDLESS)
         assert 44 < verifier.target.forwards < 100
         long = [(7 * index) % 299 + 1 for index in range(300)]
-        assert verifier.client.open(long, ENDLESS, n=20).ids == long + alone(long, 20, ENDLESS)
+        assert verifier.client.open(long, ENDLESS, n=20).ids == long + reference_text(long, 20, ENDLESS)
 
 
 def test_the_target_continues_alone_after_a_draft_failure(
-    tiny: Target, make_tiny_bundle: MakeBundle, alone: Alone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Target,
+    make_tiny_bundle: MakeBundle,
+    reference_text: ReferenceText,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The manifest claims a longer context than the graph has positions, so that onnxruntime refuses a step."""
     bundle = make_tiny_bundle(save_target(tmp_path / "short", max_position_embeddings=64))
@@ -282,16 +292,16 @@ def test_the_target_continues_alone_after_a_draft_failure(
     (bundle / MANIFEST_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, architecture=longer)))
     with serve_with_bundle(tiny, bundle) as verifier:
         session = verifier.client.open(sampling=ENDLESS, n=100)
-        session.play(n=100)
-    assert session.ids == PROMPT + alone(PROMPT, 200, ENDLESS)
+        session.run_round(n=100)
+    assert session.ids == PROMPT + reference_text(PROMPT, 200, ENDLESS)
     assert [record.message for record in caplog.records if record.name == "cloud_verifier.model.onnx_speculation"] == [
         "drafting failed; this session continues without server-side speculation"
     ]
 
 
-def test_the_model_list_reports_server_side_speculation(verifier: SpeculatingVerifier, talker: ProtocolClient) -> None:
-    for client, speculates in ((verifier.client, True), (talker, False)):
-        [model] = client.told(client.http.get("/v1/models"), ModelList).data
+def test_the_model_list_reports_server_side_speculation(verifier: SpeculatingVerifier, client: ProtocolClient) -> None:
+    for each, speculates in ((verifier.client, True), (client, False)):
+        [model] = each.decode_reply(each.http.get("/v1/models"), ModelList).data
         assert model.speculates is speculates
 
 
@@ -326,29 +336,31 @@ def test_serve_with_an_invalid_draft_reports_an_error(
     assert "Traceback" not in err
 
 
-def test_serve_with_a_draft(tiny_path: Path, perfect_bundle: Path, alone: Alone) -> None:
+def test_serve_with_a_draft(tiny_path: Path, perfect_bundle: Path, reference_text: ReferenceText) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     command += ["--draft", str(perfect_bundle), "--draft-tokens", "3", "--draft-threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             with ProtocolClient(process.stdout.readline().split()[-1]) as client:
-                assert client.told(client.http.get("/v1/models"), ModelList).data[0].speculates
-                assert client.open(sampling=ENDLESS, n=30).ids == PROMPT + alone(PROMPT, 30, ENDLESS)
+                assert client.decode_reply(client.http.get("/v1/models"), ModelList).data[0].speculates
+                assert client.open(sampling=ENDLESS, n=30).ids == PROMPT + reference_text(PROMPT, 30, ENDLESS)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=300) == 0
         finally:
             process.kill()
 
 
-def test_no_server_side_drafts_with_more_than_max_rounds(tiny: Target, perfect_bundle: Path, alone: Alone) -> None:
+def test_no_server_side_drafts_with_more_than_max_rounds(
+    tiny: Target, perfect_bundle: Path, reference_text: ReferenceText
+) -> None:
     with serve_speculating(
         tiny, lambda it: OnnxSpeculation(perfect_bundle, it, max_draft_tokens=5, threads=1, max_rounds=1)
     ) as verifier:
         sessions = [verifier.client.open([7, seed + 1], ENDLESS) for seed in range(2)]
         verifier.target.hold()
         with ThreadPoolExecutor(2) as pool:
-            rounds = [pool.submit(session.play, n=30) for session in sessions]
+            rounds = [pool.submit(session.run_round, n=30) for session in sessions]
             assert verifier.target.reached.wait(300)
             while len(verifier.service.admission) < 2:
                 time.sleep(0.01)
@@ -358,7 +370,7 @@ def test_no_server_side_drafts_with_more_than_max_rounds(tiny: Target, perfect_b
         # As long as there were two rounds, each forward generated one token per round.
         assert verifier.target.forwards > 20
         for seed, session in enumerate(sessions):
-            assert session.ids[2:] == alone([7, seed + 1], 31, ENDLESS)
+            assert session.ids[2:] == reference_text([7, seed + 1], 31, ENDLESS)
 
 
 def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:

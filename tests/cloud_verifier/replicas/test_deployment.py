@@ -23,7 +23,7 @@ from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, Frame, Open
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
-from tests.cloud_verifier.conftest import Alone
+from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import PROMPT, opening
 
 VERIFIER = [sys.executable, "-m", "cloud_verifier.cli"]
@@ -90,7 +90,7 @@ def test_no_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]
     [
         (["--device", "cuda:1"], "Ray chooses"),
         (["--ray", "127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
-        (["--ray", "nonsense"], "HOST:PORT of its head"),
+        (["--ray", "nonsense"], "HOST:PORT of its head node"),
     ],
 )
 def test_replicas_that_cannot_be(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,11 +161,11 @@ async def figure(http: httpx.AsyncClient, name: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
 async def test_a_replica_killed_in_mid_answer_costs_no_token(
-    two_replicas: tuple[subprocess.Popen[str], str, Path, str], alone: Alone
+    two_replicas: tuple[subprocess.Popen[str], str, Path, str], reference_text: ReferenceText
 ) -> None:
     process, url, tokens, token = two_replicas
     samplings = [Sampling(0.9 * (seed % 2), seed=seed, ignore_eos=True) for seed in range(BOARDS)]
-    truths = [alone(PROMPT, LONG, sampling) for sampling in samplings]
+    truths = [reference_text(PROMPT, LONG, sampling) for sampling in samplings]
     told = 0
     third = asyncio.Event()
 
