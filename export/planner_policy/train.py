@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import msgspec
@@ -163,8 +163,9 @@ class PolicyNetwork(torch.nn.Module):
         self.register_buffer("mean", torch.tensor(statistics.mean, dtype=torch.float32))
         scale = 1.0 / np.sqrt(statistics.var + environment.epsilon)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
-        first, _, second, _ = model.policy.mlp_extrnetwork.policy_net
-        self.layers = torch.nn.ModuleList([first, second, model.policy.action_net])
+        policy: Any = model.policy
+        first, _, second, _ = policy.mlp_extractor.policy_net
+        self.layers = torch.nn.ModuleList([first, second, policy.action_net])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         first, second, last = self.layers
@@ -332,8 +333,9 @@ def train_policy(
             seed=config.seed,
             device="cpu",
         )
+        policy: Any = model.policy
         with torch.no_grad():
-            model.policy.action_net.bias[0] = NO_CORRECTION_LOGIT
+            policy.action_net.bias[0] = NO_CORRECTION_LOGIT
         pretrain_actor(model, environment, counterfactuals)
         model.learn(config.steps, callback=monitor)
     finally:
