@@ -58,8 +58,8 @@ DRAFT = """
 # draft-anchor
 
 The {new_blocks} blocks that a draft model does not share with its target. The draft shares norm, head and embedding
-with [target-v1](../target-v1). `cloud_verifier.draft_models.checkpoint.load_draft` assembles it. Its matrices are stored
-in 8 bits.
+with [target-v1](../target-v1). `cloud_verifier.draft_models.checkpoint.load_draft` assembles it. Its matrices are
+stored in 8 bits.
 
 Distilled for {steps} steps of {batch} tokens ({objective} loss) from target v1 and from LoRAs of it that stand in for
 future versions ({futures}). Agreement on held-out text:
