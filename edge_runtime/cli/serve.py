@@ -188,7 +188,9 @@ async def _load_board(
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
         on_link_loss=settings.service.on_link_loss,
-        ngram_cache=await asyncio.to_thread(open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()),
+        ngram_cache=await asyncio.to_thread(
+            open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()
+        ),
     )
     service.activate(board)
     return board

@@ -145,9 +145,9 @@ def test_an_interruption_while_writing_leaves_the_old_profile(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--output", "{tmp}/board.json"], "is not a .toml file"),
+        (["--output", "{tmp}/board.json"], "{tmp}/board.json is not a .toml file"),
         (["--output", "{tmp}/nowhere/board.toml"], "there is no directory {tmp}/nowhere"),
-        (["--output", "{tmp}/board.toml", "--name", "other"], "a profile is named after its file"),
+        (["--output", "{tmp}/board.toml", "--name", "other"], "--name other and --output {tmp}/board.toml differ, but"),
         (["--output", "{tmp}/My Board.toml"], "'My Board' is not a valid profile name"),
         (["--output", "{tmp}/board.toml", "--seconds", "0.5"], "--seconds 0.5 is outside 1 to 150"),
         (["--output", "{tmp}/board.toml", "--seconds", "181"], "--seconds 181 is outside 1 to 150"),

@@ -83,7 +83,7 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
     """Peak resident memory is below 150 MB, and nothing that a board lacks is imported."""
     program = (
         "import re, sys\n"
-        "from edge_runtime.cli import main\n"
+        "from edge_runtime.cli.main import main\n"
         "code = main(sys.argv[1:])\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]\n"
         "print(code, peak, *sys.modules, file=sys.stderr)\n"
@@ -131,7 +131,8 @@ def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifie
     options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
     answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
     assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
-    decisions = [line for line in answer.stderr.splitlines() if line.startswith("edge_runtime.decoding.generation: position ")]
+    prefix = "edge_runtime.decoding.generation: position "
+    decisions = [line for line in answer.stderr.splitlines() if line.startswith(prefix)]
     # Includes rounds that were sent early and then discarded.
     assert len(decisions) >= int(re.search(r"in (\d+) rounds", answer.stderr)[1])
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
@@ -185,7 +186,7 @@ def test_the_demo_is_exact(family: Path) -> None:
 def test_help_imports_nothing_slow(command: list[str]) -> None:
     program = (
         "import sys\n"
-        "from edge_runtime.cli import main\n"
+        "from edge_runtime.cli.main import main\n"
         "try:\n"
         "    main(sys.argv[1:])\n"
         "except SystemExit as ended:\n"

@@ -1,0 +1,150 @@
+"""Conventions that no linter checks: unique class names, links in documents, and examples that parse."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cloud_verifier.cli.main
+import device_profiles.cli
+import edge_runtime.cli.main
+import export.cli.main
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / name / "README.md" for name in PACKAGES)]
+DOCUMENTS += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "export" / "example_family" / "README.md"]
+MAX_README_BYTES = 8192
+MAX_POSITIONAL_ARGUMENTS = 5
+LOG_METHODS = {"debug", "info", "warning", "error", "exception", "log"}
+PROGRAMS = {
+    "edge-runtime": edge_runtime.cli.main.build_parser,
+    "cloud-verifier": cloud_verifier.cli.main.build_parser,
+    "draft-export": export.cli.main.build_parser,
+    "device-profile": device_profiles.cli.build_parser,
+}
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def is_log_call(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Attribute) and node.func.attr in LOG_METHODS
+
+
+def test_a_class_name_occurs_once() -> None:
+    places = defaultdict(list)
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path}:{node.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_no_call_passes_more_than_five_arguments_by_position() -> None:
+    long = [
+        f"{path}:{node.lineno}"
+        for path, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) > MAX_POSITIONAL_ARGUMENTS and not is_log_call(node)
+    ]
+    assert long == []
+
+
+def test_every_module_and_package_has_a_docstring() -> None:
+    assert [str(path) for path, tree in sources() if not ast.get_docstring(tree)] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size < MAX_README_BYTES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, link
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The example commands of our programs in a text, split into words."""
+    lines = text.replace("\\\n", " ").splitlines()
+    for line in lines:
+        line = re.sub(r"\s+#.*$", "", line.strip())
+        for part in re.split(r"&&|\||;|(?<!\S)&(?!\S)", line):
+            try:
+                words = shlex.split(re.sub(r"\s[<>]+\s*\S+", "", part))
+            except ValueError:
+                continue
+            while words and (words[0] in ("sudo", "-") or "=" in words[0]):
+                words = words[1:]
+            if (
+                words
+                and Path(words[0]).name in PROGRAMS
+                and words[0].rpartition("/")[0] in ("", ".", "/opt/flexspec/bin")
+            ):
+                yield [Path(words[0]).name, *words[1:]]
+
+
+def helps() -> Iterator[tuple[str, str]]:
+    """Every help text of every command, by the words that print it."""
+    for program in PROGRAMS:
+        pending: list[list[str]] = [[]]
+        while pending:
+            words = pending.pop()
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+                PROGRAMS[program]().parse_args([*words, "--help"])
+            text = output.getvalue()
+            yield " ".join([program, *words]), text
+            table = re.search(
+                r"^(?:positional arguments|[A-Za-z ]*commands|actions):\n((?:.|\n)*?)(?:\n\n|\Z)", text, re.MULTILINE
+            )
+            names = re.findall(r"^    ([a-z][a-z-]*)(?=\s|$)", table[1] if table else "", re.MULTILINE)
+            pending += [[*words, name] for name in names]
+
+
+def examples() -> Iterator[tuple[str, list[str]]]:
+    for document in DOCUMENTS:
+        blocks = re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+        for block in blocks:
+            for command in commands(block):
+                yield str(document.relative_to(ROOT)), command
+    for name, text in helps():
+        for command in commands(text.partition("examples")[2]):
+            yield f"{name} --help", command
+
+
+def test_examples_in_documents_and_help_texts_parse() -> None:
+    found = list(examples())
+    assert len(found) > 100
+    wrong = []
+    for where, (program, *arguments) in found:
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                PROGRAMS[program]().parse_args(arguments)
+        except SystemExit as end:
+            if end.code:
+                wrong.append(
+                    f"{where}: {program} {shlex.join(arguments)}: {errors.getvalue().strip().splitlines()[-1]}"
+                )
+    assert wrong == []
