@@ -1,4 +1,4 @@
-"""Whatever comes in: a typed refusal or a proper answer, and never anything to the harm of other sessions."""
+"""Hostile clients: any input gets a typed error or a valid reply, and never harms other sessions."""
 
 from __future__ import annotations
 
@@ -26,46 +26,46 @@ PATHS = [
     "/v1/sessions/%ff%00/rounds",
 ]
 CONTENT_TYPES = [MSGPACK, JSON, "application/json; charset=utf-8", "text/plain", ""]
-CALM = VerifierLimits(max_sessions=100_000, max_own=8)
+LIMITS = VerifierLimits(max_sessions=100_000, max_own=8)
 
 
-class Besieged:
-    """A verifier under fire, one of its sessions that is the aim, and one that stands by."""
+class FuzzedVerifier:
+    """A verifier, a session that is the target of invalid requests, and another one that must not be affected."""
 
     def __init__(self, client: ProtocolClient) -> None:
         self.client = client
-        self.aim = client.open([7, 7, 7])
+        self.attacked = client.open([7, 7, 7])
         self.bystander = client.open(sampling=Sampling(0.8, seed=3))
 
-    def fire(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
-        path = path.replace("FUZZED", self.aim.path)
+    def send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+        path = path.replace("FUZZED", self.attacked.path)
         response = self.client.http.request(method, path, content=body, headers=headers)
         assert response.status_code < 300 or 400 <= response.status_code < 500, response.text
         if response.status_code >= 400:
-            refusal = decode_error(response)
-            assert refusal.code in set(ErrorCode)
-            assert refusal.message
+            error = decode_error(response)
+            assert error.code in set(ErrorCode)
+            assert error.message
 
 
 @pytest.fixture(scope="module")
-def besieged(tiny: Target, reference_text: ReferenceText) -> Iterator[Besieged]:
-    """After all the fire, the bystander's text goes on as if nothing had happened."""
-    with running(tiny, CALM) as url, ProtocolClient(url) as client:
-        siege = Besieged(client)
-        yield siege
-        siege.bystander.run_round(n=8)
-        assert siege.bystander.ids == PROMPT + reference_text(PROMPT, 9, Sampling(0.8, seed=3))
+def fuzzed(tiny: Target, reference_text: ReferenceText) -> Iterator[FuzzedVerifier]:
+    """After all requests, the other session continues unaffected."""
+    with running(tiny, LIMITS) as url, ProtocolClient(url) as client:
+        verifier = FuzzedVerifier(client)
+        yield verifier
+        verifier.bystander.run_round(n=8)
+        assert verifier.bystander.ids == PROMPT + reference_text(PROMPT, 9, Sampling(0.8, seed=3))
 
 
-bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.add_checksum)
-types = st.sampled_from(CONTENT_TYPES).map(lambda kind: {"content-type": kind})
+random_bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.add_checksum)
+content_types = st.sampled_from(CONTENT_TYPES).map(lambda kind: {"content-type": kind})
 
 
-@given(st.sampled_from(["POST", "DELETE", "GET", "PUT", "PATCH"]), st.sampled_from(PATHS), bodies, types)
+@given(st.sampled_from(["POST", "DELETE", "GET", "PUT", "PATCH"]), st.sampled_from(PATHS), random_bodies, content_types)
 @settings(max_examples=700, deadline=None)
-def test_random_bodies(besieged: Besieged, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+def test_random_bodies(fuzzed: FuzzedVerifier, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
     if (method, path) != ("DELETE", "FUZZED"):
-        besieged.fire(method, path, body, headers)
+        fuzzed.send(method, path, body, headers)
 
 
 token_lists = st.lists(st.integers(0, 400), max_size=6)
@@ -95,7 +95,7 @@ any_opening = st.builds(
 @given(st.one_of(any_round, any_opening), st.sampled_from([MSGPACK, JSON]), st.data())
 @settings(max_examples=1300, deadline=None)
 def test_damaged_messages(
-    besieged: Besieged, message: RoundRequest | OpenRequest, media_type: str, data: st.DataObject
+    fuzzed: FuzzedVerifier, message: RoundRequest | OpenRequest, media_type: str, data: st.DataObject
 ) -> None:
     body = bytearray(messages.encode(message, media_type))
     if media_type == MSGPACK:
@@ -103,19 +103,19 @@ def test_damaged_messages(
     for _ in range(data.draw(st.integers(1, 2))):
         start = data.draw(st.integers(0, len(body)))
         body[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
-    path, session = ("FUZZED", besieged.aim.id) if isinstance(message, RoundRequest) else ("/v1/sessions", "")
+    path, session = ("FUZZED", fuzzed.attacked.id) if isinstance(message, RoundRequest) else ("/v1/sessions", "")
     content = messages.add_checksum(bytes(body), session) if media_type == MSGPACK else bytes(body)
-    besieged.fire("POST", path, content, {"content-type": media_type})
+    fuzzed.send("POST", path, content, {"content-type": media_type})
 
 
 @given(any_opening, any_round, st.sampled_from([MSGPACK, JSON]))
 @settings(max_examples=700, deadline=None)
-def test_well_formed_messages_with_wrong_contents(
-    besieged: Besieged, first: OpenRequest, later: RoundRequest, media_type: str
+def test_well_formed_messages_with_invalid_contents(
+    fuzzed: FuzzedVerifier, first: OpenRequest, later: RoundRequest, media_type: str
 ) -> None:
-    fitting = msgspec.structs.replace(first.first, round=0, position=len(first.prompt))
+    valid_round = msgspec.structs.replace(first.first, round=0, position=len(first.prompt))
     headers = {"content-type": media_type}
-    besieged.fire("POST", "/v1/sessions", messages.encode(first, media_type), headers)
-    opening_that_may_work = msgspec.structs.replace(first, first=fitting)
-    besieged.fire("POST", "/v1/sessions", messages.encode(opening_that_may_work, media_type), headers)
-    besieged.fire("POST", "FUZZED", messages.encode(later, media_type, besieged.aim.id), headers)
+    fuzzed.send("POST", "/v1/sessions", messages.encode(first, media_type), headers)
+    possibly_valid = msgspec.structs.replace(first, first=valid_round)
+    fuzzed.send("POST", "/v1/sessions", messages.encode(possibly_valid, media_type), headers)
+    fuzzed.send("POST", "FUZZED", messages.encode(later, media_type, fuzzed.attacked.id), headers)

@@ -1,4 +1,4 @@
-"""The verifier does what its own description says: Schemathesis reads it, and asks what it allows and what not."""
+"""The verifier conforms to its own OpenAPI document: Schemathesis sends valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -19,78 +19,78 @@ from tests.cloud_verifier.protocol_client import opening
 from tests.fuzzing import CHECKS, fuzz, whole
 
 
-def _short(body: Any) -> Any:
-    """Texts that nobody reads need not be long, and what a schema cannot say about a round is kept."""
+def _shorten(body: Any) -> Any:
+    """Shorten continuations, so that the test is fast."""
     body = whole(body)
     if not isinstance(body, dict):
         return body
-    for played in (body, body.get("first")):
-        if isinstance(played, dict) and isinstance(played.get("n"), int) and 8 < played["n"] <= 512:
-            played["n"] = 8
+    for fields in (body, body.get("first")):
+        if isinstance(fields, dict) and isinstance(fields.get("n"), int) and 8 < fields["n"] <= 512:
+            fields["n"] = 8
     return body
 
 
-def _fitting(body: Any) -> None:
-    """Drops what no schema can refuse: siblings of nobody, or too many."""
-    for played in (body, body.get("first") or {}) if isinstance(body, dict) else ():
-        draft, siblings = played.get("draft") or [], played.get("siblings") or {}
-        fitting = {index: ids for index, ids in siblings.items() if int(index) < len(draft)}
+def _drop_invalid_siblings(body: Any) -> None:
+    """Drop siblings that a schema cannot rule out: without a draft token, or too many."""
+    for fields in (body, body.get("first") or {}) if isinstance(body, dict) else ():
+        draft, siblings = fields.get("draft") or [], fields.get("siblings") or {}
+        valid = {index: ids for index, ids in siblings.items() if int(index) < len(draft)}
         room = MAX_TREE_NODES - 1 - len(draft)
         if siblings:
-            played["siblings"] = {index: ids[: room // max(1, len(fitting))] for index, ids in fitting.items()}
+            fields["siblings"] = {index: ids[: room // max(1, len(valid))] for index, ids in valid.items()}
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("path", ["/v1/sessions", "/v1/sessions/{session}/rounds"])
 def test_schemathesis(url: str, path: str, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    names = itertools.count()
-    counted: Counter[int] = Counter()
+    key_numbers = itertools.count()
+    statuses: Counter[int] = Counter()
 
     def prepare(case: schemathesis.Case) -> None:
-        case.body = _short(case.body)
+        case.body = _shorten(case.body)
         if mode == GenerationMode.NEGATIVE:
             return
-        _fitting(case.body)
-        # Such that most of them are played.
+        _drop_invalid_siblings(case.body)
+        # Make the requests valid, so that most rounds are executed.
         if "first" in case.body:
             case.body["first"] |= {"round": 0, "position": len(case.body["prompt"]), "expects": []}
-            case.body |= {"key": f"{next(names):08}", "model": "", "vocabulary": "", "draft": ""}
+            case.body |= {"key": f"{next(key_numbers):08}", "model": "", "vocabulary": "", "draft": ""}
         else:
-            asked = messages.encode(opening(sampling=Sampling(ignore_eos=True)), JSON)
-            opened = httpx.post(f"{url}/v1/sessions", content=asked, headers={"content-type": JSON})
+            open_request = messages.encode(opening(sampling=Sampling(ignore_eos=True)), JSON)
+            opened = httpx.post(f"{url}/v1/sessions", content=open_request, headers={"content-type": JSON})
             case.path_parameters["session"] = opened.json()["session"]
             case.body |= {"round": 1, "position": 5, "expects": []}
 
-    def heed(response: schemathesis.Response) -> None:
-        counted[response.status_code] += 1
+    def record_status(response: schemathesis.Response) -> None:
+        statuses[response.status_code] += 1
 
-    fuzz(schema[path]["post"], mode, prepare, heed)
+    fuzz(schema[path]["post"], mode, prepare, record_status)
     assert httpx.get(f"{url}/readyz").status_code == 200
-    assert counted.keys() <= ({200} if mode == GenerationMode.POSITIVE else {400, 404, 409})
+    assert statuses.keys() <= ({200} if mode == GenerationMode.POSITIVE else {400, 404, 409})
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"])
-def test_what_takes_no_arguments_conforms(url: str, path: str) -> None:
+def test_requests_without_arguments_conform(url: str, path: str) -> None:
     case = schemathesis.openapi.from_url(f"{url}/openapi.json")[path]["get"].Case()
     assert case.call_and_validate(checks=CHECKS).status_code == 200
 
 
-def test_closing_conforms(url: str) -> None:
+def test_closing_a_session_conforms(url: str) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     fuzz(schema["/v1/sessions/{session}"]["delete"], GenerationMode.POSITIVE, lambda case: None)
 
 
-def test_the_document_is_what_the_structs_say() -> None:
-    described = build_document(300, 512, 1 << 20, tokens=True)
-    schemas = described["components"]["schemas"]
+def test_the_document_matches_the_structs() -> None:
+    document = build_document(300, 512, 1 << 20, tokens=True)
+    schemas = document["components"]["schemas"]
     assert schemas["OpenRequest"]["required"] == ["v", "key", "prompt", "first"]
     assert schemas["OpenRequest"]["properties"]["prompt"]["maxItems"] == 511
     assert schemas["RoundRequest"]["properties"]["draft"]["items"]["exclusiveMaximum"] == 300
     assert schemas["RoundRequest"]["additionalProperties"] is False
     assert schemas["ErrorReply"]["properties"]["code"]["enum"] == list(ErrorCode)
     operations = {
-        path: item.get("post") or item.get("get") or item["delete"] for path, item in described["paths"].items()
+        path: item.get("post") or item.get("get") or item["delete"] for path, item in document["paths"].items()
     }
     assert operations["/v1/sessions"]["security"] == operations["/metrics"]["security"] == [{"token": []}]
     assert "security" not in operations["/healthz"]

@@ -1,4 +1,4 @@
-"""Listening: both versions of HTTP, TLS, ports that are taken, and the command line around it."""
+"""The server: HTTP versions, TLS, ports in use, malformed requests, and the commands `serve` and `generate`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from edge_runtime.protocol.errors import FlexSpecError, TargetError
 from edge_runtime.protocol.messages import ErrorCode
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.protocol_client import PROMPT, ProtocolClient, decode_error, running
+from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, decode_error, running
 from tests.conftest import serving
 
 
-def version_spoken(url: str, **options: object) -> str:
-    """Plays a session over one connection; says with which version of HTTP."""
+def http_version(url: str, **options: object) -> str:
+    """Run a session over one connection; returns the HTTP version used."""
     with ProtocolClient(url, **options) as client:
         session = client.open(n=3)
         session.run_round(draft=[1, 2, 3])
@@ -40,20 +40,20 @@ def version_spoken(url: str, **options: object) -> str:
 
 
 def test_http1_and_http2_with_prior_knowledge(url: str) -> None:
-    assert version_spoken(url) == "HTTP/1.1"
-    assert version_spoken(url, http1=False, http2=True) == "HTTP/2"
+    assert http_version(url) == "HTTP/1.1"
+    assert http_version(url, http1=False, http2=True) == "HTTP/2"
 
 
 @pytest.mark.parametrize(("only", "http2"), [("1", False), ("2", True)])
-def test_one_version_only(tiny: Target, only: str, http2: bool) -> None:
+def test_one_http_version_only(tiny: Target, only: str, http2: bool) -> None:
     with running(tiny, http=only) as url:
-        assert version_spoken(url, http1=not http2, http2=http2) == f"HTTP/{'2' if http2 else '1.1'}"
+        assert http_version(url, http1=not http2, http2=http2) == f"HTTP/{'2' if http2 else '1.1'}"
         with pytest.raises(httpx.TransportError):
-            version_spoken(url, http1=http2, http2=not http2)
+            http_version(url, http1=http2, http2=not http2)
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def self_signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1, and its key."""
     folder = tmp_path_factory.mktemp("tls")
     paths = folder / "cert.pem", folder / "key.pem"
@@ -65,22 +65,22 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     try:
         subprocess.run(command.split(), check=True, capture_output=True)
     except FileNotFoundError:
-        pytest.skip("no openssl here to make a certificate with")
+        pytest.skip("openssl is not installed")
     return paths
 
 
-def test_tls_negotiates_http2(tiny: Target, certificate: tuple[Path, Path]) -> None:
-    trust = ssl.create_default_context(cafile=certificate[0])
-    with running(tiny, certificate=certificate[0], key=certificate[1]) as url:
+def test_tls_negotiates_http2(tiny: Target, self_signed: tuple[Path, Path]) -> None:
+    trust = ssl.create_default_context(cafile=self_signed[0])
+    with running(tiny, certificate=self_signed[0], key=self_signed[1]) as url:
         assert url.startswith("https://")
-        assert version_spoken(url, verify=trust, http2=True) == "HTTP/2"
-        assert version_spoken(url, verify=trust) == "HTTP/1.1"
+        assert http_version(url, verify=trust, http2=True) == "HTTP/2"
+        assert http_version(url, verify=trust) == "HTTP/1.1"
         with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
-            version_spoken(url)
+            http_version(url)
 
 
 @pytest.mark.parametrize("contents", [None, "no certificate"], ids=["missing", "malformed"])
-async def test_an_unusable_certificate_is_an_error_of_ours(tiny: Target, tmp_path: Path, contents: str | None) -> None:
+async def test_an_unusable_certificate_is_a_typed_error(tiny: Target, tmp_path: Path, contents: str | None) -> None:
     pem = tmp_path / "cert.pem"
     if contents:
         pem.write_text(contents)
@@ -91,8 +91,8 @@ async def test_an_unusable_certificate_is_an_error_of_ours(tiny: Target, tmp_pat
 
 
 @contextlib.contextmanager
-def taken(listening: bool) -> Iterator[int]:
-    """A port that somebody else has bound, and perhaps listens on."""
+def port_in_use(listening: bool) -> Iterator[int]:
+    """A port that another socket has bound, and listens on if `listening`."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         if listening:
@@ -100,15 +100,9 @@ def taken(listening: bool) -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "listening",
-    [
-        pytest.param(True),
-        pytest.param(False),
-    ],
-)
-async def test_a_port_in_use_is_said_to_be(tiny: Target, listening: bool) -> None:
-    with taken(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
+@pytest.mark.parametrize("listening", [True, False])
+async def test_a_port_in_use_is_reported(tiny: Target, listening: bool) -> None:
+    with port_in_use(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
         await VerifierServer(VerifierService(lambda: tiny, VerifierLimits()), ListenOptions(port=port)).start()
 
 
@@ -123,7 +117,7 @@ async def test_a_stopped_server_frees_its_port(tiny: Target) -> None:
         assert (await client.get(f"{again.url}/healthz")).status_code == 200
 
 
-async def test_a_target_that_does_not_load_is_told() -> None:
+async def test_a_target_that_does_not_load_is_reported() -> None:
     def load() -> Target:
         raise TargetError("no such checkpoint")
 
@@ -133,9 +127,9 @@ async def test_a_target_that_does_not_load_is_told() -> None:
         async with httpx.AsyncClient(base_url=server.url) as client:
             assert (await client.get("/healthz")).status_code == 200
             response = await client.get("/readyz")
-            refusal = decode_error(response)
-            assert (response.status_code, refusal.code) == (500, ErrorCode.INTERNAL)
-            assert "no such checkpoint" in refusal.message
+            error = decode_error(response)
+            assert (response.status_code, error.code) == (500, ErrorCode.INTERNAL)
+            assert "no such checkpoint" in error.message
     finally:
         await server.stop()
 
@@ -151,34 +145,37 @@ async def test_a_target_that_does_not_load_is_told() -> None:
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(range(256)),
         b"GET /v1/models HTTP/1.1\r\nhost: x\r\naccept: \xff\xfe\r\n\r\n",
     ],
-    ids=["noise", "no request", "negative length", "bad chunk", "cut short", "bad http2", "bad header"],
+    ids=["noise", "incomplete request", "negative length", "bad chunk", "cut short", "bad http2", "bad header"],
 )
-def test_bytes_that_are_no_http_harm_nobody(url: str, garbage: bytes) -> None:
+def test_malformed_http_does_not_harm_the_server(url: str, garbage: bytes) -> None:
     host, port = url.removeprefix("http://").split(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS) as connection,
+    ):
         connection.sendall(garbage)
         connection.shutdown(socket.SHUT_WR)
         while piece := connection.recv(4096):
             assert b" 500 " not in piece
-    assert version_spoken(url) == "HTTP/1.1"
+    assert http_version(url) == "HTTP/1.1"
 
 
-def test_serve_announces_itself_and_ends_on_sigterm(tiny_path: Path, tiny: Target) -> None:
+def test_serve_announces_its_url_and_exits_on_sigterm(tiny_path: Path, tiny: Target) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            said = process.stdout.readline()
-            assert said.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
-            assert version_spoken(said.split()[-1]) == "HTTP/1.1"
+            line = process.stdout.readline()
+            assert line.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
+            assert http_version(line.split()[-1]) == "HTTP/1.1"
             process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
             process.kill()
         assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_serve_of_a_bad_directory_ends_with_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_serve_reports_a_directory_without_a_target(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 3
     out, err = capfd.readouterr()
     assert out == ""
@@ -193,7 +190,7 @@ def test_a_certificate_without_its_key_is_refused(tiny_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("arguments", [[], ["serve", "x", "--port", "http"], ["serve", "x", "--http", "3"]])
-def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_exit_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -209,7 +206,7 @@ def test_usage_errors_end_with_two(arguments: list[str], capsys: pytest.CaptureF
     ],
     ids=["no target", "exact", "compile"],
 )
-def test_what_does_not_go_together_ends_with_a_sentence(
+def test_conflicting_options_are_reported(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -217,12 +214,12 @@ def test_what_does_not_go_together_ends_with_a_sentence(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_asked_for_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "x", "--device", "cuda"]) == 2
     assert "use --device cpu" in capsys.readouterr().err
 
 
-def test_generate_answers_jobs(
+def test_generate_runs_jobs(
     tiny_path: Path, tmp_path: Path, reference_text: ReferenceText, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = {"temperature": 0.8, "seed": 6, "ignore_eos": True}
@@ -246,7 +243,7 @@ def test_generate_answers_jobs(
         '{"ids": [1], "max_new_tokens": 1, "sampling": {"temperature": -1}}',
     ],
 )
-def test_a_bad_job_ends_with_a_sentence(
+def test_an_invalid_job_is_reported(
     tiny_path: Path, tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "jobs").write_text(job)
@@ -262,7 +259,7 @@ def test_a_bad_job_ends_with_a_sentence(
         ["--jobs", "/nowhere/jobs"],
     ],
 )
-def test_generate_with_bad_arguments_ends_with_a_sentence(
+def test_generate_reports_invalid_arguments(
     tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", str(tiny_path), *arguments]) == 2
@@ -276,4 +273,4 @@ def test_an_idle_connection_does_not_keep_the_process_alive(tiny_path: Path) -> 
         with httpx.Client(http1=False, http2=True) as client:
             assert client.get(f"{url}/readyz").status_code == 200
             process.terminate()
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=TIMEOUT_SECONDS) == 0

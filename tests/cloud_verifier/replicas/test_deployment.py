@@ -1,4 +1,4 @@
-"""Several replicas behind one door: what keeps a session with its replica, and what a replica's death costs."""
+"""Several replicas at one address: routing by session, and the death of a replica."""
 
 from __future__ import annotations
 
@@ -24,32 +24,30 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.protocol_client import PROMPT, opening
+from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, opening
 
 VERIFIER = [sys.executable, "-m", "cloud_verifier.cli"]
-BOARDS, LONG = 16, 120
-# The machine may be busy with the other tests.
-PATIENCE = 60
+BOARDS, ANSWER_TOKENS = 16, 120
 
-# Ray's own, of its import.
+# Ray itself raises these when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("media_type", [MSGPACK, JSON])
 def test_all_requests_of_a_session_have_one_mark(media_type: str) -> None:
-    # Ray takes seconds to import: not for everybody who only collects this module.
+    # Inside the test, since importing Ray takes seconds and this module is always collected.
     from cloud_verifier.replicas.ingress import session_mark
 
-    asked = opening()
-    mark = session_mark("POST", "/v1/sessions", media_type, messages.encode(asked, media_type))
-    session = messages.session_id_prefix(asked.key) + "-rest_of"
-    assert mark == messages.session_id_prefix(asked.key) != ""
+    open_request = opening()
+    mark = session_mark("POST", "/v1/sessions", media_type, messages.encode(open_request, media_type))
+    session = messages.session_id_prefix(open_request.key) + "-rest_of"
+    assert mark == messages.session_id_prefix(open_request.key) != ""
     assert session_mark("POST", f"/v1/sessions/{session}/rounds", media_type, b"") == mark
     assert session_mark("DELETE", f"/v1/sessions/{session}", media_type, b"") == mark
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\x93\x01\x02\x03....", b"\xc1", b'{"key": 7}', b"\x91" * 5000])
-def test_whatever_is_no_session_goes_anywhere(body: bytes) -> None:
+def test_other_requests_have_no_mark(body: bytes) -> None:
     from cloud_verifier.replicas.ingress import session_mark
 
     for media_type in (MSGPACK, JSON):
@@ -58,14 +56,14 @@ def test_whatever_is_no_session_goes_anywhere(body: bytes) -> None:
     assert session_mark("POST", "/v1/sessions/", JSON, body) == ""
 
 
-def test_pages_of_several_replicas_are_one() -> None:
+def test_metrics_of_replicas_are_merged() -> None:
     from cloud_verifier.replicas.ingress import merge_metrics
 
     page = b'# HELP a_total Of a.\n# TYPE a_total counter\na_total{of="x"} %d\n# HELP g Of g.\n# TYPE g gauge\ng 3.0\n'
-    told = merge_metrics({"one": page % 1, "two": page % 2}, running=2).decode()
+    merged = merge_metrics({"one": page % 1, "two": page % 2}, running=2).decode()
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(told)
+        for family in text_string_to_metric_families(merged)
         for sample in family.samples
     }
     assert samples == {
@@ -75,11 +73,11 @@ def test_pages_of_several_replicas_are_one() -> None:
         ("g", "two"): 3,
         ("flexspec_replicas",): 2,
     }
-    assert told.count("# TYPE a_total counter") == 1
+    assert merged.count("# TYPE a_total counter") == 1
 
 
 @pytest.mark.parametrize("replicas", ["0", "3-2", "-1", "two"])
-def test_no_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "target", f"--replicas={replicas}"])
     assert "neither a number of replicas" in capsys.readouterr().err
@@ -93,13 +91,13 @@ def test_no_number_of_replicas(replicas: str, capsys: pytest.CaptureFixture[str]
         (["--ray", "nonsense"], "HOST:PORT of its head node"),
     ],
 )
-def test_replicas_that_cannot_be(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_options_of_replicas(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "target", "--replicas", "2", *options]) == 2
     assert word in capsys.readouterr().err
 
 
-def replicas_below(process: subprocess.Popen[str]) -> set[int]:
-    """Ids of the processes of replicas."""
+def replica_pids(process: subprocess.Popen[str]) -> set[int]:
+    """Process ids of the replicas."""
     found = set()
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -108,8 +106,7 @@ def replicas_below(process: subprocess.Popen[str]) -> set[int]:
     return found
 
 
-def new_token(name: str, tokens: Path) -> str:
-    """An admin's."""
+def add_admin_token(name: str, tokens: Path) -> str:
     return subprocess.check_output(
         [*VERIFIER, "token", "add", name, "--role", "admin", "--tokens", str(tokens)], text=True
     ).strip()
@@ -117,9 +114,9 @@ def new_token(name: str, tokens: Path) -> str:
 
 @pytest.fixture
 def two_replicas(tiny_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path, str]]:
-    """`cloud-verifier serve --replicas 2`, its URL, its tokens and an admin's; ended by force if it is still there."""
+    """`cloud-verifier serve --replicas 2`: process, URL, token file and an admin's token. Killed if it still runs."""
     tokens = tmp_path / "tokens.toml"
-    token = new_token("all", tokens)
+    token = add_admin_token("all", tokens)
     options = ["--port", "0", "--threads", "1", "--replicas", "2", "--tokens", str(tokens)]
     process = subprocess.Popen([*VERIFIER, "serve", str(tiny_path), *options], stdout=subprocess.PIPE, text=True)
     try:
@@ -127,91 +124,90 @@ def two_replicas(tiny_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.P
         yield process, process.stdout.readline().rsplit(" ", 1)[-1].strip(), tokens, token
     finally:
         with contextlib.suppress(psutil.Error):
-            everyone = psutil.Process(process.pid).children(recursive=True)
+            processes = psutil.Process(process.pid).children(recursive=True)
             process.kill()
-            for child in everyone:
+            for child in processes:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
         process.wait()
 
 
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    """Returns when it is, within PATIENCE."""
-    async with asyncio.timeout(PATIENCE):
-        while not await true():  # noqa: ASYNC110 - what is waited for happens elsewhere
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - the condition becomes true in another process
             await asyncio.sleep(0.3)
 
 
-def tokens_in(answer: str) -> list[int]:
-    """Of a streamed opening, in JSON."""
-    first, *others = answer.splitlines()
+def streamed_tokens(body: str) -> list[int]:
+    """The tokens of a streamed opening in JSON."""
+    first, *others = body.splitlines()
     frames = [messages.decode(first.encode(), OpenReply, JSON).first]
     frames += [messages.decode(line.encode(), Frame, JSON) for line in others]
     assert not frames[-1].more
     return [token for frame in frames for token in frame.tokens]
 
 
-async def figure(http: httpx.AsyncClient, name: str) -> list[float]:
-    """What the verifier's metrics say of it, of every replica; nothing where it cannot say."""
+async def read_metric(http: httpx.AsyncClient, name: str) -> list[float]:
+    """The values of a metric, one per replica; empty if the verifier cannot report its metrics."""
     response = await http.get("/metrics")
     families = text_string_to_metric_families(response.text if response.is_success else "")
     return [sample.value for family in families for sample in family.samples if sample.name == f"flexspec_{name}"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
-async def test_a_replica_killed_in_mid_answer_costs_no_token(
+@pytest.mark.timeout(4 * TIMEOUT_SECONDS)
+async def test_killing_a_replica_during_answers_costs_no_token(
     two_replicas: tuple[subprocess.Popen[str], str, Path, str], reference_text: ReferenceText
 ) -> None:
     process, url, tokens, token = two_replicas
     samplings = [Sampling(0.9 * (seed % 2), seed=seed, ignore_eos=True) for seed in range(BOARDS)]
-    truths = [reference_text(PROMPT, LONG, sampling) for sampling in samplings]
-    told = 0
-    third = asyncio.Event()
+    truths = [reference_text(PROMPT, ANSWER_TOKENS, sampling) for sampling in samplings]
+    received_tokens = 0
+    one_third_done = asyncio.Event()
 
     async def answer(client: VerifierClient, index: int) -> VerifierSession:
-        """A board's whole answer: rounds of all kinds, drafts that are right at first."""
-        nonlocal told
+        """Generate the whole answer of a board, in rounds of all kinds; the drafts begin with right tokens."""
+        nonlocal received_tokens
         session = VerifierSession(client, PROMPT, samplings[index])
-        while (left := LONG - (len(session.ids) - len(PROMPT))) > 0:
+        while (left := ANSWER_TOKENS - (len(session.ids) - len(PROMPT))) > 0:
             ahead = truths[index][-left:][:4]
             draft = [*ahead[:2], *((token + 1) % 300 for token in ahead[2:])] if left > 8 else []
             n = min(left, 1 + index % 3 * 12) if not draft else 1 + index % 2 * 7
-            async for said in session.play(draft, n=min(n, max(1, left - 3)), stream=bool(index % 4)):
-                told += len(said.accepted) + len(said.own)
-                if told > BOARDS * LONG / 3:
-                    third.set()
+            async for update in session.play(draft, n=min(n, max(1, left - 3)), stream=bool(index % 4)):
+                received_tokens += len(update.accepted) + len(update.own)
+                if received_tokens > BOARDS * ANSWER_TOKENS / 3:
+                    one_third_done.set()
         return session
 
     async with (
-        httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=30) as http,
-        VerifierClient(url, deadline=PATIENCE, token=token) as client,
+        httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT_SECONDS) as http,
+        VerifierClient(url, deadline=TIMEOUT_SECONDS, token=token) as client,
     ):
 
-        async def both_up() -> bool:
-            return victim not in replicas_below(process) and len(await figure(http, "sessions")) == 2
+        async def both_running() -> bool:
+            return victim not in replica_pids(process) and len(await read_metric(http, "sessions")) == 2
 
         victim = 0
-        await until(both_up)
-        with pytest.raises(VerifierRefused) as refused:
-            async with VerifierClient(url) as stranger:
-                await anext(VerifierSession(stranger, PROMPT, Sampling()).play([]))
-        assert refused.value.code == ErrorCode.UNAUTHORIZED
-        both = replicas_below(process)
+        await wait_until(both_running)
+        with pytest.raises(VerifierRefused) as caught:
+            async with VerifierClient(url) as anonymous:
+                await anext(VerifierSession(anonymous, PROMPT, Sampling()).play([]))
+        assert caught.value.code == ErrorCode.UNAUTHORIZED
+        both = replica_pids(process)
         assert len(both) == 2
 
-        # Who is cut off in mid-answer finds all of it, and a repeated opening its session.
-        asked = messages.encode(opening(sampling=samplings[1], n=LONG, stream=True), JSON)
+        # A client that lost its connection repeats the opening and gets the same session and the whole answer.
+        open_request = messages.encode(opening(sampling=samplings[1], n=ANSWER_TOKENS, stream=True), JSON)
         for _ in range(2):
-            async with http.stream("POST", "/v1/sessions", content=asked, headers={"content-type": JSON}) as cut:
+            async with http.stream("POST", "/v1/sessions", content=open_request, headers={"content-type": JSON}) as cut:
                 await anext(cut.aiter_bytes())
-        again = await http.post("/v1/sessions", content=asked, headers={"content-type": JSON})
-        assert tokens_in(again.text) == truths[1]
-        assert sum(await figure(http, "sessions")) == 1
+        again = await http.post("/v1/sessions", content=open_request, headers={"content-type": JSON})
+        assert streamed_tokens(again.text) == truths[1]
+        assert sum(await read_metric(http, "sessions")) == 1
 
         answers = [asyncio.create_task(answer(client, index)) for index in range(BOARDS)]
-        await third.wait()
-        assert min(await figure(http, "sessions")) > 0
+        await one_third_done.wait()
+        assert min(await read_metric(http, "sessions")) > 0
         victim = min(both)
         assert sum(not task.done() for task in answers) > BOARDS / 2
         os.kill(victim, signal.SIGKILL)
@@ -220,35 +216,35 @@ async def test_a_replica_killed_in_mid_answer_costs_no_token(
         for session, truth in zip(sessions, truths, strict=True):
             assert session.ids == PROMPT + truth
         lost = sum(session.recoveries > 0 for session in sessions)
-        assert lost > 0, "nobody was at the one that was killed"
+        assert lost > 0, "no session was on the killed replica"
         assert (await http.get("/readyz")).status_code == 200
 
-        # Ray puts another in its place.
-        await until(both_up)
-        assert len(replicas_below(process) - both) == 1
+        # Ray replaces the replica.
+        await wait_until(both_running)
+        assert len(replica_pids(process) - both) == 1
         assert (await answer(client, 0)).ids == PROMPT + truths[0]
 
-        # A new token is known everywhere after SIGHUP.
-        late = await asyncio.to_thread(new_token, "late", tokens)
+        # After SIGHUP all replicas know a new token.
+        late = await asyncio.to_thread(add_admin_token, "late", tokens)
         headers = {"authorization": f"Bearer {late}"}
         assert (await http.get("/v1/models", headers=headers)).status_code == 401
         process.send_signal(signal.SIGHUP)
 
-        async def known() -> bool:
+        async def known_by_all() -> bool:
             return [(await http.get("/v1/models", headers=headers)).status_code for _ in range(8)] == [200] * 8
 
-        await until(known)
+        await wait_until(known_by_all)
 
-        # The end waits for answers in progress.
-        everyone = psutil.Process(process.pid).children(recursive=True)
-        last = messages.encode(opening(sampling=samplings[2], n=LONG, stream=True), JSON)
+        # SIGTERM waits for answers in progress.
+        processes = psutil.Process(process.pid).children(recursive=True)
+        last = messages.encode(opening(sampling=samplings[2], n=ANSWER_TOKENS, stream=True), JSON)
         async with http.stream("POST", "/v1/sessions", content=last, headers={"content-type": JSON}) as answered:
             pieces = answered.aiter_text()
             text = await anext(pieces)
             process.send_signal(signal.SIGTERM)
             async for piece in pieces:
                 text += piece
-        assert tokens_in(text) == truths[2]
-        assert await asyncio.to_thread(process.wait, PATIENCE) == 0
-        _, left = await asyncio.to_thread(psutil.wait_procs, everyone, 20)
+        assert streamed_tokens(text) == truths[2]
+        assert await asyncio.to_thread(process.wait, TIMEOUT_SECONDS) == 0
+        _, left = await asyncio.to_thread(psutil.wait_procs, processes, TIMEOUT_SECONDS)
         assert not left, [child.cmdline() for child in left]
