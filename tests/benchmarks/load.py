@@ -323,7 +323,7 @@ def main() -> int:
     broken = load.broken[:20] + find_broken_guarantees(samples)
     for sentence in broken:
         console.print(f"broken: {sentence}", style="red")
-    console.print("all guarantees usages" if not broken else f"{len(broken)} broken")
+    console.print("all guarantees held" if not broken else f"{len(broken)} broken")
     return 1 if broken else 0
 
 
