@@ -1,4 +1,4 @@
-"""Requests answers whose correct text is known from a board, and classifies what comes withdrawn_now."""
+"""Requests answers whose correct text is known from a board, and classifies what comes back."""
 
 from __future__ import annotations
 
