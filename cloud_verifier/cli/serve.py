@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import functools
+import importlib.util
 import logging
 import os
 import re
@@ -205,8 +206,10 @@ def _systemd_credential(name: str) -> Path | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if options.replicas is not None:
-        import ray.serve  # noqa: F401 - if it is missing, the error names the extra for replicas
+    # Checked first, so that the error names the extra for replicas. Not imported: Ray reads its environment variables
+    # when it is imported, and `serve_replicas` sets them.
+    if options.replicas is not None and importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
     import uvloop
 
     from cloud_verifier.api.server import serve

@@ -195,7 +195,7 @@ class Scheduler:
         return await future
 
     def _current_speculation(self) -> Speculation | None:
-        """The verifier's own draft model, unless so many rounds are running that the boards should draft."""
+        """The verifier's own draft model; None if there is none, or with more rounds running than it may draft for."""
         speculation = self.speculation
         return speculation if speculation and len(self._running) <= speculation.max_rounds else None
 

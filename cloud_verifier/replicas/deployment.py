@@ -216,7 +216,8 @@ def _ray_cluster(scaling: ScalingOptions) -> Iterator[None]:
     """Connect to a Ray cluster, or start one that ends with this process. Raises InputError."""
     if scaling.cluster not in ("", "auto"):
         _check_reachable(scaling.cluster)
-    # No usage statistics leave this machine, and our own cluster requires a random token.
+    # No usage statistics leave this machine, and our own cluster requires a random token. Ray reads these variables
+    # when it is imported, so they must be set first.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not scaling.cluster:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
