@@ -30,7 +30,7 @@ const gauges = {
   acceptance: new GaugeTile(tiles, { name: "acceptance", title: "Acceptance", unit: "%", kind: "accepted", scaleMax: 100, fixed: true }),
   draft: new GaugeTile(tiles, { name: "draft", title: "Draft length", unit: "tokens", kind: "accepted", digits: 1, scaleMax: 4 }),
   rtt: new GaugeTile(tiles, { name: "rtt", title: "Round trip", unit: "ms", digits: 1, scaleMax: 1 }),
-  bytes: new GaugeTile(tiles, { name: "bytes", title: "Link, both directions", unit: "kB/s", digits: 2, scaleMax: 1 }),
+  bytes: new GaugeTile(tiles, { name: "bytes", title: "Link traffic", unit: "kB/s", digits: 2, scaleMax: 1 }),
   watts: new GaugeTile(tiles, { name: "watts", title: "Power", unit: "W", kind: "own", digits: 1, scaleMax: 5 }),
   celsius: new GaugeTile(tiles, { name: "celsius", title: "Temperature", unit: "°C", kind: "heat", digits: 1, scaleMax: 90, fixed: true }),
   battery: new GaugeTile(tiles, { name: "battery", title: "Battery", unit: "%", kind: "own", scaleMax: 100, fixed: true }),

@@ -1,11 +1,13 @@
-"""A verifier of the shipped target, the service in a process of its own, and both in one event loop for faults."""
+"""Fixtures: a verifier of the example target, the service as a process, and both in one event loop for fault tests."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import openai
 import pytest
 import torch
 
-from cloud_verifier.api import app as cloud
-from cloud_verifier.api.server import VerifierServer as Verifier
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
+from edge_runtime.common import http_server
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
@@ -42,14 +45,14 @@ def draft() -> OnnxDraft:
 
 @pytest.fixture(scope="session")
 def verifier(target: Target) -> Iterator[str]:
-    """The URL of a verifier, for all tests that do it no harm."""
+    """URL of a verifier that no test stops."""
     with running(target) as url:
         yield url
 
 
 @contextlib.contextmanager
 def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`edge-runtime serve` on a free port; its process and URL."""
+    """Run `edge-runtime serve` on a free port; yield its process and URL."""
     command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", verifier, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -61,8 +64,8 @@ def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Pop
 
 @pytest.fixture(scope="session")
 def url(verifier: str) -> Iterator[str]:
-    """A board in a process of its own, with a plan that drafts."""
-    # What is drafted must not depend on which test came before.
+    """URL of a service process with a plan that drafts."""
+    # Without the n-gram cache, drafts do not depend on earlier tests.
     options = ("--policy", "fixed", "--no-ngram-cache", "--threads", "1", "--max-new-tokens", "32")
     with board_process(verifier, *options) as (_, address):
         yield address
@@ -70,21 +73,21 @@ def url(verifier: str) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as talking:
-        yield talking
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai_client:
+        yield openai_client
 
 
-class Cloud:
-    """A verifier that can be stopped, and started again at the same address."""
+class RestartableVerifier:
+    """A verifier that can be stopped and started again at the same address."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._port = 0
-        self._server: Verifier | None = None
+        self._server: VerifierServer | None = None
 
     async def start(self) -> None:
-        self._service = cloud.VerifierService(lambda: self._target, cloud.VerifierLimits())
-        self._server = Verifier(self._service, ListenOptions(port=self._port))
+        self._service = VerifierService(lambda: self._target, VerifierLimits())
+        self._server = VerifierServer(self._service, ListenOptions(port=self._port))
         await self._server.start()
         self.url = self._server.url
         self._port = int(self.url.rsplit(":", 1)[1])
@@ -96,38 +99,38 @@ class Cloud:
 
     @property
     def sessions(self) -> int:
-        """How many there are."""
+        """Number of open sessions."""
         return len(self._service.sessions)
 
 
-class Both(msgspec.Struct):
-    """A board and its verifier."""
+class ServicePair(msgspec.Struct):
+    """A service, its verifier, and an OpenAI client of the service."""
 
     url: str
     service: Service
-    cloud: Cloud
+    verifier: RestartableVerifier
     client: openai.AsyncOpenAI
 
 
 @contextlib.asynccontextmanager
-async def both(
+async def service_pair(
     target: Target,
     draft: OnnxDraft,
     limits: ServiceLimits | None = None,
     *,
     keys: frozenset[str] = frozenset(),
     key: str = "none",
-    deadline: float = 30.0,
+    deadline: float = 300.0,
     planner: Planner | None = None,
-    chat: ChatTemplate | None = None,
+    chat_template: ChatTemplate | None = None,
     **board: Any,
-) -> AsyncIterator[Both]:
-    """A board and its verifier in this event loop, for whoever wants to look inside or break something.
+) -> AsyncIterator[ServicePair]:
+    """Run a service and its verifier in this event loop, for tests that look inside or cause faults.
 
     Args:
         board: other fields of `BoardRuntime`.
     """
-    verifier = Cloud(target)
+    verifier = RestartableVerifier(target)
     await verifier.start()
     try:
         async with VerifierClient(verifier.url, deadline=deadline) as client:
@@ -135,14 +138,14 @@ async def both(
             server = HttpServer(service.app, ListenOptions(port=0))
             await server.start()
             try:
-                fields: dict[str, Any] = {"surroundings": Surroundings, **board}
-                service.activate(
-                    BoardRuntime(
-                        draft, chat or load_chat_template(BUNDLE), planner or FixedPlanner(FIXED_PLAN), **fields
-                    )
-                )
-                async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as talking:
-                    yield Both(server.url, service, verifier, talking)
+                fields: dict[str, Any] = {
+                    "planner": planner or FixedPlanner(FIXED_PLAN),
+                    "surroundings": Surroundings,
+                    **board,
+                }
+                service.activate(BoardRuntime(draft, chat_template or load_chat_template(BUNDLE), **fields))
+                async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as openai_client:
+                    yield ServicePair(server.url, service, verifier, openai_client)
                 await service.drain(0.0)
             finally:
                 await server.stop()
@@ -150,8 +153,28 @@ async def both(
         await verifier.stop()
 
 
-def bundle_with(directory: Path, **files: str) -> Path:
-    """A directory with these files, named as in a bundle."""
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let servers stop without waiting for kept-alive connections."""
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Wait until `condition()` is true; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition never became true"
+        await asyncio.sleep(0.01)
+
+
+def read_metric(pair: ServicePair, name: str) -> float:
+    """Return the sum of the service's metrics whose name, with labels, starts with `name`."""
+    lines = pair.service.metrics.render().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def write_bundle(directory: Path, **files: str) -> Path:
+    """Write a chat template or a tokenizer configuration under its name in a bundle; return the directory."""
     names = {"template": "chat_template.jinja", "config": "tokenizer_config.json"}
     for name, text in files.items():
         (directory / names[name]).write_text(text)

@@ -1,4 +1,4 @@
-"""Places: bounded, in order, and given back."""
+"""The admission queue is bounded and first-in-first-out, and slots are returned."""
 
 from __future__ import annotations
 
@@ -10,62 +10,66 @@ from edge_runtime.service.admission import AdmissionQueue
 from edge_runtime.service.errors import ApiError
 
 
-class Guests:
-    """Requests that hold their places until they are told to go."""
+class QueuedRequests:
+    """Requests that hold their slots until they are released.
+
+    Attributes:
+        admitted: names of the requests that got a slot, in order.
+    """
 
     def __init__(self, queue: AdmissionQueue) -> None:
         self.queue = queue
-        self.served: list[int] = []
-        self.leave: dict[int, asyncio.Event] = {}
+        self.admitted: list[int] = []
+        self.released: dict[int, asyncio.Event] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
-    async def arrive(self, *names: int) -> None:
+    async def add(self, *names: int) -> None:
         for name in names:
-            self.leave[name] = asyncio.Event()
-            self.tasks[name] = asyncio.create_task(self._stay(name))
+            self.released[name] = asyncio.Event()
+            self.tasks[name] = asyncio.create_task(self._hold_slot(name))
         await asyncio.sleep(0.01)
 
-    async def depart(self, name: int) -> None:
-        self.leave[name].set()
+    async def release(self, name: int) -> None:
+        self.released[name].set()
         await self.tasks[name]
         await asyncio.sleep(0.01)
 
-    async def _stay(self, name: int) -> None:
+    async def _hold_slot(self, name: int) -> None:
         async with self.queue.slot():
-            self.served.append(name)
-            await self.leave[name].wait()
+            self.admitted.append(name)
+            await self.released[name].wait()
 
 
-async def test_first_come_first_served() -> None:
+async def test_requests_are_admitted_in_order_of_arrival() -> None:
     queue = AdmissionQueue(2, 4)
-    guests = Guests(queue)
-    await guests.arrive(0, 1, 2, 3, 4)
-    assert (guests.served, queue.running, queue.waiting) == ([0, 1], 2, 3)
-    await guests.depart(1)
-    # Who comes now does not overtake who waits.
-    await guests.arrive(5)
-    assert guests.served == [0, 1, 2]
+    requests = QueuedRequests(queue)
+    await requests.add(0, 1, 2, 3, 4)
+    assert (requests.admitted, queue.running, queue.waiting) == ([0, 1], 2, 3)
+    await requests.release(1)
+    # A new request does not overtake those that wait.
+    await requests.add(5)
+    assert requests.admitted == [0, 1, 2]
     for name in (0, 2, 3, 4, 5):
-        await guests.depart(name)
-    assert (guests.served, queue.running, queue.waiting) == ([0, 1, 2, 3, 4, 5], 0, 0)
+        await requests.release(name)
+    assert (requests.admitted, queue.running, queue.waiting) == ([0, 1, 2, 3, 4, 5], 0, 0)
 
 
-async def test_too_many_are_told_when_to_come_back() -> None:
+async def test_a_full_queue_refuses_with_retry_after() -> None:
     queue = AdmissionQueue(1, 1)
-    guests = Guests(queue)
-    await guests.arrive(0, 1)
+    requests = QueuedRequests(queue)
+    await requests.add(0, 1)
     with pytest.raises(ApiError) as caught:
         async with queue.slot():
             pass
     assert (caught.value.status, caught.value.body.error.code) == (429, "rate_limit_exceeded")
     assert 1 <= (caught.value.retry_after or 0) <= 60
-    await guests.depart(0)
-    await guests.depart(1)
+    await requests.release(0)
+    await requests.release(1)
     async with queue.slot():
         assert queue.running == 1
 
 
-async def test_none_may_wait_where_none_may() -> None:
+async def test_no_request_waits_in_a_queue_of_size_zero() -> None:
     queue = AdmissionQueue(1, 0)
     async with queue.slot():
         with pytest.raises(ApiError):
@@ -73,20 +77,20 @@ async def test_none_may_wait_where_none_may() -> None:
     queue.check_capacity()
 
 
-async def test_who_leaves_while_waiting_leaves_room() -> None:
+async def test_a_cancelled_request_leaves_the_queue() -> None:
     queue = AdmissionQueue(1, 2)
-    guests = Guests(queue)
-    await guests.arrive(0, 1, 2)
-    guests.tasks[1].cancel()
+    requests = QueuedRequests(queue)
+    await requests.add(0, 1, 2)
+    requests.tasks[1].cancel()
     await asyncio.sleep(0.01)
     assert (queue.running, queue.waiting) == (1, 1)
-    await guests.depart(0)
-    assert guests.served == [0, 2]
-    await guests.depart(2)
+    await requests.release(0)
+    assert requests.admitted == [0, 2]
+    await requests.release(2)
     assert (queue.running, queue.waiting) == (0, 0)
 
 
-async def test_a_failed_answer_gives_its_place_back() -> None:
+async def test_a_failed_answer_returns_its_slot() -> None:
     queue = AdmissionQueue(1, 0)
     with pytest.raises(RuntimeError):
         async with queue.slot():
@@ -94,19 +98,19 @@ async def test_a_failed_answer_gives_its_place_back() -> None:
     assert queue.running == 0
 
 
-async def test_more_places_are_taken_at_once_and_fewer_as_answers_end() -> None:
+async def test_resizing_up_admits_at_once_and_down_as_answers_end() -> None:
     queue = AdmissionQueue(1, 3)
-    guests = Guests(queue)
-    await guests.arrive(0, 1, 2, 3)
+    requests = QueuedRequests(queue)
+    await requests.add(0, 1, 2, 3)
     queue.resize(3, 1)
     await asyncio.sleep(0.01)
-    assert (guests.served, queue.running, queue.waiting) == ([0, 1, 2], 3, 1)
+    assert (requests.admitted, queue.running, queue.waiting) == ([0, 1, 2], 3, 1)
     with pytest.raises(ApiError):
         queue.check_capacity()
     queue.resize(1, 3)
-    for name, served in ((0, 3), (1, 3), (2, 4)):
-        await guests.depart(name)
-        assert len(guests.served) == served
-    # Who waited while there were more places still has one.
-    await guests.depart(3)
+    for name, admitted in ((0, 3), (1, 3), (2, 4)):
+        await requests.release(name)
+        assert len(requests.admitted) == admitted
+    # A request that was in the queue before the limits shrank still gets a slot.
+    await requests.release(3)
     assert (queue.running, queue.waiting) == (0, 0)

@@ -1,4 +1,4 @@
-"""The service as programs meet it: a process of its own, the real `openai` client, curl, and hostile ones."""
+"""The service as a process, used by the `openai` client, curl, and hostile clients."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "max_tokens": 32, "extra
 MEGABYTE = 1 << 20
 
 
-def generated(verifier: str, *options: str) -> str:
-    """What `edge-runtime generate` prints."""
+def run_generate(verifier: str, *options: str) -> str:
+    """Return the text that `edge-runtime generate` prints."""
     command = [sys.executable, "-m", "edge_runtime.cli", "generate", PROMPT, "--verifier", verifier, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.removesuffix("\n")
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.removesuffix("\n")
 
 
-def test_the_text_is_what_generate_prints(client: openai.OpenAI, verifier: str) -> None:
+def test_the_text_equals_that_of_generate(client: openai.OpenAI, verifier: str) -> None:
     options = ("--temperature", "0.7", "--top-p", "0.9", "--seed", "5", "--max-new-tokens", "32", "--ignore-eos")
-    expected = generated(verifier, *options)
+    expected = run_generate(verifier, *options)
     answer = client.completions.create(model="", prompt=PROMPT, **SAMPLED)
     assert answer.choices[0].text == expected
     assert answer.choices[0].finish_reason == "length"
@@ -50,10 +50,10 @@ def test_the_text_is_what_generate_prints(client: openai.OpenAI, verifier: str) 
     assert 0 < timings["draft_n_accepted"] <= timings["draft_n"]
     assert timings["predicted_n"] == 32
     greedy = client.completions.create(model="target-v1", prompt=PROMPT, temperature=0, max_tokens=24)
-    assert greedy.choices[0].text == generated(verifier, "--max-new-tokens", "24")
+    assert greedy.choices[0].text == run_generate(verifier, "--max-new-tokens", "24")
 
 
-def test_streams_say_the_same_and_end_with_usage(client: openai.OpenAI) -> None:
+def test_a_stream_has_the_same_text_and_ends_with_usage(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="", prompt=PROMPT, **SAMPLED)
     stream = client.completions.create(
         model="", prompt=PROMPT, **SAMPLED, stream=True, stream_options={"include_usage": True}
@@ -68,12 +68,12 @@ def test_streams_say_the_same_and_end_with_usage(client: openai.OpenAI) -> None:
     assert all("usage" not in chunk.model_fields_set for chunk in plain)
 
 
-def test_conversations(client: openai.OpenAI) -> None:
+def test_chat_uses_the_plain_template(client: openai.OpenAI) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     answer = client.chat.completions.create(model="", messages=messages, seed=1, max_completion_tokens=12)
     message = answer.choices[0].message
     assert (message.role, answer.object) == ("assistant", "chat.completion")
-    # Nothing but the plain form of the conversation, which this model has never seen.
+    # The plain rendering of the conversation, because the bundle has no chat template.
     plain = "System: Be brief.\n\nUser: Why?\n\nAssistant:"
     text = client.completions.create(model="", prompt=plain, seed=1, max_tokens=12, stop="\nUser:").choices[0].text
     assert message.content == text
@@ -87,7 +87,7 @@ def test_conversations(client: openai.OpenAI) -> None:
     assert again.usage.completion_tokens == 1
 
 
-def test_prompts_as_ids_and_echo(client: openai.OpenAI, draft: OnnxDraft) -> None:
+def test_prompts_may_be_ids_and_are_echoed_on_request(client: openai.OpenAI, draft: OnnxDraft) -> None:
     ids = draft.tokenizer.encode(PROMPT).ids
     texts = [
         client.completions.create(model="", prompt=prompt, temperature=0, max_tokens=6, echo=echo).choices[0].text
@@ -110,7 +110,7 @@ def test_stop_strings_span_tokens_and_rounds(client: openai.OpenAI, stream: bool
         assert 0 < chunks[-1].timings["predicted_n"] <= 32
 
 
-def test_a_seed_is_drawn_and_told(client: openai.OpenAI) -> None:
+def test_a_random_seed_is_returned(client: openai.OpenAI) -> None:
     first, second = (client.completions.create(model="", prompt=PROMPT, max_tokens=16) for _ in range(2))
     assert first.seed != second.seed
     again = client.completions.create(model="", prompt=PROMPT, max_tokens=16, seed=first.seed)
@@ -121,10 +121,10 @@ def test_a_seed_is_drawn_and_told(client: openai.OpenAI) -> None:
 
 def test_speculation_can_be_switched_off(client: openai.OpenAI) -> None:
     options = SAMPLED | {"extra_body": {"ignore_eos": True, "speculation": False}}
-    alone = client.completions.create(model="", prompt=PROMPT, **options)
+    target_only = client.completions.create(model="", prompt=PROMPT, **options)
     with_draft = client.completions.create(model="", prompt=PROMPT, **SAMPLED)
-    assert alone.choices[0].text == with_draft.choices[0].text
-    assert (alone.timings["draft_n"], alone.timings["rounds"]) == (0, 1)
+    assert target_only.choices[0].text == with_draft.choices[0].text
+    assert (target_only.timings["draft_n"], target_only.timings["rounds"]) == (0, 1)
     assert with_draft.timings["draft_n"] > 0
 
 
@@ -152,7 +152,7 @@ def test_models(client: openai.OpenAI) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_refusals_are_openais(
+def test_errors_have_the_types_of_openai(
     client: openai.OpenAI, fields: dict[str, object], kind: type[openai.APIStatusError], code: str | None, stream: bool
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -161,10 +161,10 @@ def test_refusals_are_openais(
     assert caught.value.status_code < 500
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(url: str) -> None:
     def curl(*arguments: str) -> str:
-        command = ["curl", "--silent", "--show-error", "--no-buffer", "--max-time", "30", *arguments]
+        command = ["curl", "--silent", "--show-error", "--no-buffer", "--max-time", "300", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     body = json.dumps({"prompt": PROMPT, "max_tokens": 5, "temperature": 0, "stream": True})
@@ -172,7 +172,7 @@ def test_curl(url: str) -> None:
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    # Over HTTP/2, too, and without the header that a web page could not send.
+    # HTTP/2 works, and a body without the content type that web pages cannot send is refused.
     assert curl("--http2-prior-knowledge", f"{url}/healthz") == "ok\n"
     assert json.loads(curl(f"{url}/v1/completions", "-d", body))["error"]["type"] == "invalid_request_error"
 
@@ -197,7 +197,7 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
     assert numbers["flexspec_unverified_tokens_total"] == numbers["flexspec_withdrawn_tokens_total"] == 0
 
 
-def test_nobody_elses_host_and_no_form_of_a_web_page(url: str) -> None:
+def test_foreign_hosts_and_forms_of_web_pages_are_refused(url: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 1}
     rebound = httpx.post(f"{url}/v1/completions", json=body, headers={"host": "evil.example:8400"})
     assert rebound.status_code == 403
@@ -208,17 +208,17 @@ def test_nobody_elses_host_and_no_form_of_a_web_page(url: str) -> None:
         assert form.status_code == 415
 
 
-def test_routes_that_are_not_there(url: str) -> None:
+def test_unknown_routes_and_methods(url: str) -> None:
     assert httpx.get(f"{url}/v1/embeddings").json()["error"]["code"] == "unknown_route"
     wrong = httpx.get(f"{url}/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
 
-def sent(url: str, data: bytes) -> bytes:
-    """What comes back on a bare socket."""
+def exchange(url: str, data: bytes) -> bytes:
+    """Send raw bytes and return what the service responds."""
     host, port = url.removeprefix("http://").split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -246,26 +246,26 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
         HEAD + b"content-length: 200002\r\n\r\n" + b"[" * 200_002,
     ],
 )
-def test_bytes_that_are_no_request_harm_nobody(url: str, data: bytes) -> None:
-    assert b" 500 " not in sent(url, data)
+def test_malformed_requests_do_no_harm(url: str, data: bytes) -> None:
+    assert b" 500 " not in exchange(url, data)
     assert httpx.get(f"{url}/readyz").text == "ready\n"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=80), path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
-def test_bodies_of_garbage_are_refused(url: str, body: bytes, path: str) -> None:
+def test_garbage_bodies_are_refused(url: str, body: bytes, path: str) -> None:
     answer = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_readers_that_leave_and_readers_that_stall_hold_nothing(url: str, client: openai.OpenAI) -> None:
-    """More of both than there are places: nobody else has to wait for them."""
+def test_disconnected_and_stalled_readers_occupy_no_slots(url: str, client: openai.OpenAI) -> None:
+    """More of both than there are slots, and another request is still served."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": PROMPT, "stream": True, "ignore_eos": True}).encode()
     stalled = []
     for index in range(9):
-        connection = socket.create_connection((host, int(port)), timeout=10)
+        connection = socket.create_connection((host, int(port)), timeout=300)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
         if index % 2:
@@ -280,7 +280,7 @@ def test_readers_that_leave_and_readers_that_stall_hold_nothing(url: str, client
         connection.close()
 
 
-def test_many_at_once_wait_in_line_or_are_told_to_come_back(client: openai.OpenAI) -> None:
+def test_concurrent_requests_wait_or_are_refused_with_retry_after(client: openai.OpenAI) -> None:
     def ask(seed: int) -> str | int:
         try:
             return client.completions.create(model="", prompt=PROMPT, max_tokens=8, seed=seed).choices[0].text
@@ -302,8 +302,7 @@ def keys(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_board_by_itself(verifier: str, keys: Path) -> None:
-    """Keys, memory, what is imported, and an end in peace, of one process."""
+def test_keys_memory_and_shutdown_of_a_service_process(verifier: str, keys: Path) -> None:
     with board_process(verifier, "--api-key-file", str(keys), "--max-new-tokens", "100") as (process, url):
         assert httpx.get(f"{url}/readyz").status_code == 200
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -322,16 +321,16 @@ def test_a_board_by_itself(verifier: str, keys: Path) -> None:
             )
             next(stream)
             process.send_signal(signal.SIGTERM)
-            # What was begun is finished.
+            # Running answers are completed.
             assert list(stream)[-1].choices[0].finish_reason == "length"
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=300)
         assert (process.returncode, out) == (0, "")
-        # The log has a line for the answer, and no word of it.
+        # The log has one line per answer and none of its text.
         assert err.startswith("INFO edge_runtime.service.access_log: length: 100 tokens in ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "sentence"),
+    ("options", "code", "message"),
     [
         (["--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
         (["--max-concurrent", "0"], 2, "--max-concurrent 0: must be at least 1"),
@@ -344,21 +343,21 @@ def test_a_board_by_itself(verifier: str, keys: Path) -> None:
         (["--verifier", "nonsense"], 2, "is not the URL of a verifier"),
     ],
 )
-def test_errors_at_start_are_a_sentence_and_an_exit_code(
-    options: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+def test_startup_errors_are_one_message_and_an_exit_code(
+    options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", "--port", "0", *options]) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert sentence in err
+    assert message in err
     assert err.splitlines()[-1].startswith("edge-runtime: ")
 
 
-def test_idle_connections_keep_nobody_out(url: str) -> None:
-    """More than granian admits by itself: half of them silent, half of them in the middle of a request."""
+def test_idle_connections_do_not_block_others(url: str) -> None:
+    """More connections than granian admits by default; half are silent, half stop in the middle of a request."""
     host, port = url.removeprefix("http://").split(":")
     with contextlib.ExitStack() as stack:
         for index in range(200):
-            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=300))
             connection.sendall(HEAD + b"content-length: 10\r\n\r\n{" if index % 2 else HEAD[:20])
         assert httpx.get(f"{url}/readyz").text == "ready\n"

@@ -1,4 +1,4 @@
-"""Chat templates mean what they mean to transformers; without one there is the plain form."""
+"""Chat templates render as in transformers; without one there is a plain format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from edge_runtime.protocol.errors import BundleCorrupt, InputError
 from edge_runtime.service.chat_template import PLAIN_STOPS, load_chat_template
 from tests.conftest import FAMILY
-from tests.edge_runtime.service.conftest import bundle_with
+from tests.edge_runtime.service.conftest import write_bundle
 
-TALK = [
+CONVERSATION = [
     {"role": "system", "content": "Be <brief>."},
     {"role": "user", "content": "What is\n\na 'draft'?  "},
     {"role": "assistant", "content": "A guess."},
@@ -41,14 +41,14 @@ def reference() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("template", [CHATML, STRICT])
-def test_templates_say_what_they_say_in_transformers(
-    tmp_path: Path, reference: PreTrainedTokenizerFast, template: str
-) -> None:
+def test_templates_render_as_in_transformers(tmp_path: Path, reference: PreTrainedTokenizerFast, template: str) -> None:
     config = (FAMILY / "target-v1" / "tokenizer_config.json").read_text()
-    chat = load_chat_template(bundle_with(tmp_path, template=template, config=config))
-    talk = TALK[1:]
-    expected = reference.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
-    assert chat.render(talk) == expected
+    chat = load_chat_template(write_bundle(tmp_path, template=template, config=config))
+    conversation = CONVERSATION[1:]
+    expected = reference.apply_chat_template(
+        conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert chat.render(conversation) == expected
     assert chat.stop_strings == []
 
 
@@ -63,25 +63,25 @@ def test_templates_say_what_they_say_in_transformers(
         },
     ],
 )
-def test_a_template_in_the_configuration(tmp_path: Path, config: object) -> None:
-    chat = load_chat_template(bundle_with(tmp_path, config=json.dumps(config)))
-    assert chat.render(TALK[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
+def test_the_template_is_read_from_the_tokenizer_configuration(tmp_path: Path, config: object) -> None:
+    chat = load_chat_template(write_bundle(tmp_path, config=json.dumps(config)))
+    assert chat.render(CONVERSATION[3:]) == "<s><|im_start|>user\ngrößer<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_file_is_preferred(tmp_path: Path) -> None:
-    chat = load_chat_template(bundle_with(tmp_path, template="file", config='{"chat_template": "configuration"}'))
-    assert chat.render(TALK) == "file"
+def test_the_template_file_takes_precedence(tmp_path: Path) -> None:
+    chat = load_chat_template(write_bundle(tmp_path, template="file", config='{"chat_template": "configuration"}'))
+    assert chat.render(CONVERSATION) == "file"
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"chat_template": [{"name": "rag", "template": "x"}]}'])
-def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -> None:
-    chat = load_chat_template(bundle_with(tmp_path, config=config) if config else tmp_path)
-    assert chat.render(TALK[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
+def test_without_a_template_the_format_is_plain(tmp_path: Path, config: str | None) -> None:
+    chat = load_chat_template(write_bundle(tmp_path, config=config) if config else tmp_path)
+    assert chat.render(CONVERSATION[:2]) == "System: Be <brief>.\n\nUser: What is\n\na 'draft'?  \n\nAssistant:"
     assert chat.stop_strings == PLAIN_STOPS
 
 
 @pytest.mark.parametrize(
-    ("template", "sentence"),
+    ("template", "message"),
     [
         (STRICT, "no system here"),
         ("{{ messages.nothing.at.all }}", "no attribute"),
@@ -90,16 +90,16 @@ def test_without_a_template_the_plain_form(tmp_path: Path, config: str | None) -
         ("{{ 1 // 0 }}", "zero"),
     ],
 )
-def test_a_template_may_refuse(tmp_path: Path, template: str, sentence: str) -> None:
-    chat = load_chat_template(bundle_with(tmp_path, template=template))
-    with pytest.raises(InputError, match=sentence):
-        chat.render(TALK)
+def test_a_template_may_reject_a_conversation(tmp_path: Path, template: str, message: str) -> None:
+    chat = load_chat_template(write_bundle(tmp_path, template=template))
+    with pytest.raises(InputError, match=message):
+        chat.render(CONVERSATION)
 
 
 @pytest.mark.parametrize(
     "files",
     [{"template": "{% if %}"}, {"config": "not JSON"}, {"config": '{"chat_template": "{{"}'}, {"config": "[1]"}],
 )
-def test_a_template_that_does_not_parse_is_told_at_start(tmp_path: Path, files: dict[str, str]) -> None:
+def test_a_template_that_does_not_parse_fails_at_load(tmp_path: Path, files: dict[str, str]) -> None:
     with pytest.raises(BundleCorrupt, match="copy the bundle again"):
-        load_chat_template(bundle_with(tmp_path, **files))
+        load_chat_template(write_bundle(tmp_path, **files))

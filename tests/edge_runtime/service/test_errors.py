@@ -1,4 +1,4 @@
-"""What a verifier's refusal looks like to the one who asked the board."""
+"""Conversion of verifier errors to errors of the service's API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edge_runtime.service.errors import to_api_error
 
 
 @pytest.mark.parametrize(
-    ("code", "theirs", "wait", "status", "kind", "retry_after"),
+    ("code", "verifier_status", "verifier_retry_after", "status", "kind", "retry_after"),
     [
         (ErrorCode.RATE_LIMITED, 429, 7, 429, "rate_limit_error", 7),
         (ErrorCode.RATE_LIMITED, 429, None, 429, "rate_limit_error", 1),
@@ -20,10 +20,16 @@ from edge_runtime.service.errors import to_api_error
         (ErrorCode.FORBIDDEN, 403, None, 502, "server_error", None),
     ],
 )
-def test_who_is_to_come_back_and_who_is_not(
-    code: ErrorCode, theirs: int, wait: int | None, status: int, kind: str, retry_after: int | None
+def test_verifier_errors_keep_their_code_and_retry_after(
+    code: ErrorCode,
+    verifier_status: int,
+    verifier_retry_after: int | None,
+    status: int,
+    kind: str,
+    retry_after: int | None,
 ) -> None:
-    refusal = to_api_error(VerifierRefused(code, "because of this", theirs, retry_after=wait))
-    assert (refusal.status, refusal.body.error.type, refusal.retry_after) == (status, kind, retry_after)
-    assert refusal.body.error.code == code
-    assert "because of this" in refusal.body.error.message
+    refused = VerifierRefused(code, "because of this", verifier_status, retry_after=verifier_retry_after)
+    error = to_api_error(refused)
+    assert (error.status, error.body.error.type, error.retry_after) == (status, kind, retry_after)
+    assert error.body.error.code == code
+    assert "because of this" in error.body.error.message

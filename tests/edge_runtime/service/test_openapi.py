@@ -1,4 +1,4 @@
-"""The service does what its own description says: Schemathesis reads it, and asks what it allows and what not."""
+"""The service conforms to its OpenAPI document: Schemathesis sends requests that it allows and that it forbids."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.fuzzing import CHECKS, fuzz, whole
         ("/v1/models/{model}", GenerationMode.POSITIVE),
     ],
 )
-def test_schemathesis(url: str, path: str, mode: GenerationMode) -> None:
+def test_service_conforms_to_its_document(url: str, path: str, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operation = schema[path]["get" if "models" in path else "post"]
 
     def prepare(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):
-            # Answers that nobody reads need not be long.
+            # One token per answer keeps this fast.
             case.body = whole({"max_tokens": 1} | case.body)
 
     fuzz(operation, mode, prepare)
@@ -35,20 +35,20 @@ def test_schemathesis(url: str, path: str, mode: GenerationMode) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"])
-def test_what_takes_no_arguments_conforms(url: str, path: str) -> None:
+def test_routes_without_arguments_conform(url: str, path: str) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     case = schema[path]["get"].Case()
     assert case.call_and_validate(checks=CHECKS).status_code == 200
 
 
-def test_the_document_is_what_the_structs_say() -> None:
-    described = build_document(1 << 20, True, 300)
-    schemas = described["components"]["schemas"]
+def test_the_document_describes_the_structs() -> None:
+    document = build_document(1 << 20, True, 300)
+    schemas = document["components"]["schemas"]
     completion = schemas["CompletionRequest"]
     assert completion["required"] == ["prompt"]
     assert completion["additionalProperties"] is False
     assert completion["properties"]["n"] == {"enum": [None, 1]}
     assert {"type": "boolean"} in completion["properties"]["speculation"]["anyOf"]
-    assert described["paths"]["/v1/completions"]["post"]["security"] == [{"key": []}]
-    assert "security" not in described["paths"]["/healthz"]["get"]
+    assert document["paths"]["/v1/completions"]["post"]["security"] == [{"key": []}]
+    assert "security" not in document["paths"]["/healthz"]["get"]
     assert "securitySchemes" not in build_document(1 << 20, False, 300)["components"]

@@ -1,4 +1,4 @@
-"""What is taken and what is refused, by field."""
+"""Request bodies: which fields and values are accepted and which are refused."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ HELLO = {"role": "user", "content": "hello"}
         ({"speculation": "no"}, "speculation"),
     ],
 )
-def test_what_is_not_done_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+def test_unsupported_values_are_refused_by_field(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        asked = completion(**fields)
-        get_prompt(asked)
-        get_sampling(asked, 0)
+        request = completion(**fields)
+        get_prompt(request)
+        get_sampling(request, 0)
     error = caught.value.body.error
     assert (caught.value.status, error.type, error.param) == (400, "invalid_request_error", param)
     assert error.message
@@ -94,18 +94,18 @@ def test_what_is_not_done_is_refused_by_name(fields: dict[str, Any], param: str)
         ({"messages": [HELLO], "prompt": "x"}, "prompt"),
     ],
 )
-def test_conversations_that_are_not_done(request_body: Any, param: str) -> None:
+def test_unsupported_conversations_are_refused_by_field(request_body: Any, param: str) -> None:
     with pytest.raises(ApiError) as caught:
         parse_request(json.dumps(request_body).encode(), ChatRequest)
     assert (caught.value.status, caught.value.body.error.param) == (400, param)
 
 
-def test_what_clients_send_along_is_taken() -> None:
-    asked = completion(n=1, best_of=1, logprobs=None, frequency_penalty=0.0, logit_bias={}, user="me", echo=False)
-    assert (asked.user, get_prompt(asked)) == ("me", "x")
+def test_values_without_effect_are_accepted() -> None:
+    request = completion(n=1, best_of=1, logprobs=None, frequency_penalty=0.0, logit_bias={}, user="me", echo=False)
+    assert (request.user, get_prompt(request)) == ("me", "x")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     reply = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": []}
-    asked_chat = chat(
+    chat_request = chat(
         {"role": "user", "content": parts, "name": "me"},
         reply,
         tools=[],
@@ -115,10 +115,10 @@ def test_what_clients_send_along_is_taken() -> None:
         store=False,
         metadata={"a": "b"},
     )
-    assert [message.text for message in asked_chat.messages] == ["ab", "yes"]
+    assert [message.text for message in chat_request.messages] == ["ab", "yes"]
 
 
-def test_prompts_in_their_four_forms() -> None:
+def test_prompts_are_accepted_in_four_formats() -> None:
     assert [get_prompt(completion(prompt=prompt)) for prompt in ("a", ["a"], [1, 2], [[1, 2]], [5])] == [
         "a",
         "a",
@@ -128,10 +128,10 @@ def test_prompts_in_their_four_forms() -> None:
     ]
 
 
-def test_sampling_defaults_are_openais_and_seeds_are_signed() -> None:
+def test_sampling_defaults_match_openai_and_seeds_are_signed() -> None:
     assert get_sampling(completion(), 7) == Sampling(1.0, 0, 1.0, 7)
-    asked = completion(temperature=0, top_p=0.5, top_k=3, seed=-1, ignore_eos=True)
-    assert get_sampling(asked, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
+    request = completion(temperature=0, top_p=0.5, top_k=3, seed=-1, ignore_eos=True)
+    assert get_sampling(request, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
     assert get_sampling(completion(seed=0), 7).seed == 0
     assert (
         get_stop_strings(completion()),
