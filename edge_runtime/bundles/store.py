@@ -264,7 +264,7 @@ class BundleStore:
         fsync_path(self.path)
 
     def _prune(self, keep: int, name: str) -> list[str]:
-        """Remove all but the newest `keep` bundles besides the current one. The previous one and `name` are kept."""
+        """Keep the current bundle and `keep` others: the previous one, `name`, then the newest. Remove the rest."""
         linked = (self.link(CURRENT), self.link(PREVIOUS), name)
         old = [full for full in self.names() if full not in linked]
         kept_by_link = len({full for full in linked if full is not None}) - 1

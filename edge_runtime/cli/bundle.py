@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Manages the store of draft bundles. A new bundle is copied and checked (hashes; signature, if a key is configured; a
-self-test in a process of its own). Only then it becomes the current bundle; the one before is kept as the previous one.
+self-test in a process of its own). Only then does it become the current bundle; the one before it becomes `previous`.
 If the current bundle fails its self-test when a service starts, the previous one is used instead.
 
 examples:

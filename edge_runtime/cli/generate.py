@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
     parser.add_argument(
-        "--quiet", action="store_true", help="print no statistics and no link trouble on standard error"
+        "--quiet", action="store_true", help="print neither statistics nor link trouble on standard error"
     )
     add_config_option(parser)
     add_verifier_options(parser)

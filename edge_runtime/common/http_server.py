@@ -29,7 +29,7 @@ BACKLOG = 1024
 # time between probes, and the number of unanswered probes; and how long sent data may stay unacknowledged. Chosen.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 30, 5, 3
 UNACKNOWLEDGED_SECONDS = 45
-# File descriptors that a process needs for other things than connections, approximately.
+# Approximate number of file descriptors that a process needs in addition to its connections.
 RESERVED_FILES = 100
 MAX_CONNECTIONS = 10_000
 
@@ -158,7 +158,7 @@ def watch_reload_signal() -> asyncio.Event:
 def _enable_keepalive(port: int) -> None:
     """Enable TCP keep-alive on the socket that listens on `port`; the sockets that it accepts inherit the options.
 
-    Granian creates the listening socket and does not expose it, so it is searched among this process's descriptors.
+    Granian creates the listening socket and does not expose it, so look for it among this process's descriptors.
     """
     for file in Path("/proc/self/fd").iterdir():
         try:

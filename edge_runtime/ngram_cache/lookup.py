@@ -2,9 +2,9 @@
 
 The cache proposes one token: the one that followed earlier occurrences of the end of the text, in the same text or in
 earlier ones. A logistic regression estimates the probability that the target chooses it, from the draft's own
-probability of the token, the length of the match and its origin. Every verified token updates the regression, so a good
-draft is left alone and one that a new target version has left behind is helped. `DraftSampler` then raises the token to
-this probability in the draft's distribution and draws with the shared noise as usual.
+probability of the token, the length of the match and its origin. Every verified token updates the regression, so the
+cache intervenes rarely while the draft is good, and more when a new target version has made it worse. `DraftSampler`
+then raises the token to this probability in the draft's distribution and draws with the shared noise as usual.
 
 Everything is a function of the verified texts, in their order.
 """

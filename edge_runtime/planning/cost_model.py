@@ -24,7 +24,7 @@ FRAME_BYTES = 15.0
 # Optimistic bound of the time per own token of a verifier of which it is unknown whether it speculates, in forwards.
 SPECULATION_BOUND = 0.35
 # Weight of one stream in `CostModel.yield_ratio`: min(MAX_STREAM_WEIGHT, tokens^2 / STREAM_WEIGHT_SCALE). It is capped
-# because texts differ, and a short stream says much less than a long one. Memory and patience are those of
+# because texts differ, and a short stream is much weaker evidence than a long one. Memory and patience are those of
 # `RobustMean`, in the same unit.
 MAX_STREAM_WEIGHT = 24.0
 STREAM_WEIGHT_SCALE = 128.0

@@ -256,7 +256,7 @@ def _best_ahead(
     second = np.maximum(verifier, sent + forward - forwards)
     third = np.maximum(verifier, arrival - second)
     further = np.maximum(verifier, arrival / 2)
-    # Cost of an early round besides the interval, and of all early rounds (a geometric series in `chain`).
+    # Cost of an early round in addition to the interval, and of all early rounds (a geometric series in `chain`).
     early_cost = (prices.forward_second - prices.flight_second) * forward
     early_cost = early_cost + prices.id * ids + prices.step_ahead * (1 + early)
     chain_cost = prices.flight_second * (second + chain * third)

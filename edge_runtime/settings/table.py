@@ -30,7 +30,7 @@ DEFAULT_VERIFIER_URL = "http://127.0.0.1:8500"
 
 
 class SettingSpec(NamedTuple):
-    """What a field's annotation says about a setting besides its type.
+    """What a field's annotation declares about a setting in addition to its type.
 
     Attributes:
         help: one phrase, without the default.

@@ -1,4 +1,4 @@
-"""Simulation of the decoding loop: real planners, modelled links, boards and verifiers, recorded acceptance."""
+"""Simulation of the decoding loop: real planners, modeled links, boards and verifiers, recorded acceptance."""
 
 from edge_runtime.simulation.links import (
     BURSTY_BAD,

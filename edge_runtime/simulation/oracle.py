@@ -160,7 +160,7 @@ class PlanFootprints:
         order = np.argsort(self.estimate_costs(world, objective), kind="stable")
         ranked = [self.plans[int(index)] for index in order]
         drafting = [plan for plan in ranked if plan.draft and plan.own == 1]
-        # The cheapest plan of each kind is tried too, because the mean says little about an irregular link.
+        # The cheapest plan of each kind is tried too, because the mean describes an irregular link poorly.
         candidates = [*ranked[:SIMULATED_PLANS], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
         if ahead:
             candidates += [

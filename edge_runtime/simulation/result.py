@@ -1,4 +1,4 @@
-"""Cost of simulated generations. All times are modelled."""
+"""Cost of simulated generations. All times are modeled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Simulates the decoding loop on recorded texts: real planners on a simulated clock.
 
 Rounds follow `edge_runtime.decoding.round_rules`, which the real loop shares, and make the same calls to the planner in
-the same order; the verifier's replies follow from the recorded acceptance. All times are modelled.
+the same order; the verifier's replies follow from the recorded acceptance. All times are modeled.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class _TextSimulation:
         if following:
             sent_bytes += following.sent_bytes
             if run < drafted + 1:
-                # The round did not come out as assumed: the next one is void, and its reply says so.
+                # The round did not end as assumed: the next one is void, and the verifier refuses it.
                 following = None
                 received_bytes += ROUND_BYTES
                 result.void_rounds += 1

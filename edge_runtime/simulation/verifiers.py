@@ -1,7 +1,7 @@
 """Modelled verifiers: forward time by width, and queueing time.
 
 Forward times are measured (one H200, bf16, context 512, CUDA graphs; `tests.benchmarks.verifier`); `loaded` has the
-shape of the 32B row at the 80 ms of a loaded or cheap GPU. Queueing is modelled: the batching window on an idle
+shape of the 32B row at the 80 ms of a loaded or cheap GPU. Queueing is modeled: the batching window on an idle
 verifier, the forward under way on a busy one. A verifier may speculate on the server too: it then drafts
 SERVER_DRAFT_TOKENS tokens for each forward that continues the text, with the same frozen draft model, at a cost that
 follows from measurements of co-located speculation.

@@ -33,7 +33,7 @@ class World:
     Attributes:
         name: display name.
         device: true speed and power of the board.
-        link, verifier: as modelled.
+        link, verifier: as modeled.
         rtt_seconds: smoothed round-trip time of the connection, as the kernel would report it.
     """
 
@@ -101,7 +101,7 @@ def make_world(
         profile: name of a shipped device profile, or path of a profile.
         verifier_name: see `verifiers.VERIFIERS`.
         weight_bytes: size of the draft's weights.
-        slower: factor by which the board drafts slower than its profile says.
+        slower: factor by which the board drafts slower than its profile.
         seed: seed of everything random.
 
     Raises:

@@ -146,7 +146,7 @@ class GaugeSample(Event, frozen=True, tag="gauges"):
         fault: why the last answer or round could not reach the verifier; empty once one has succeeded again.
         joules: energy drawn since the start, as far as known.
         watts: current power draw.
-        energy: source of the last two: the board's sensors, or modelled from the figures of its profile.
+        energy: source of the last two: the board's sensors, or modeled from the figures of its profile.
         battery_joules, on_battery, celsius, throttled, metered: see `planning.plan.Surroundings`.
         battery_percent: charge.
     """
