@@ -97,7 +97,7 @@ class VerifierService:
         )
         self.rollout = make_rollout(self.scheduler, self.sessions) if make_rollout else None
         self._submitter = RoundSubmitter(self.scheduler, self.sessions, self.admission, self.metrics)
-        # Without tokens there are no admins, so nobody could use the admin API.
+        # Without tokens there are no admins, so the admin API could not be used.
         self._has_admin_api = self.rollout is not None and self.authenticator.file is not None
         self.app = Starlette(
             routes=[

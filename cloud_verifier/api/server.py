@@ -1,4 +1,4 @@
-"""Runs a verifier until it is told to stop: readiness, systemd notifications, reload, and drain."""
+"""Runs a verifier until it is stopped: readiness, systemd notifications, reload, and drain."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from edge_runtime.protocol.messages import ErrorCode
 class Authenticator:
     """Maps the bearer token of a request to a principal and checks its role.
 
-    Without a token file every request is anonymous, may do what boards and monitors may, and nobody is an admin.
+    Without a token file every request is anonymous, with the rights of a board and of a monitor; there are no admins.
 
     Attributes:
         file: the token file; None if requests need no token.

@@ -300,11 +300,11 @@ class Rollout:
 
     @property
     def _initial_loaded(self) -> bool:
-        """Whether the initial version is loaded, or was."""
+        """Whether the initial version is or has been loaded."""
         return self._host.target is not None or bool(self._host.versions)
 
     def _load_order(self, entry: TargetVersion) -> tuple[bool, bool]:
-        """Sort key: versions that most sessions wait for come first."""
+        """Sort key: the versions that the most sessions need come first."""
         shares = self.catalog.traffic_shares(entry.version)
         return (shares.get(self.catalog.default, 0) < 50, not shares)
 

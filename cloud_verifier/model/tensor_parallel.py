@@ -31,7 +31,7 @@ COLLECTIVE_TIMEOUT = timedelta(days=365)
 
 @functools.cache
 def tensor_parallel_group() -> TensorParallelGroup:
-    """The group of this process; a process can be in one only."""
+    """The group of this process; a process can be in only one."""
     return TensorParallelGroup()
 
 

@@ -36,7 +36,7 @@ class TargetVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         kind: a complete `checkpoint`, a PEFT `adapter` of one, or the tensors that differ from one (`changes`).
         admitted: `shared`: it kept the tensors that the deployed drafts share; `unshared`: it may not have.
         added: time of its admission.
-        retired: since when it takes no new sessions; None if it does.
+        retired: time since which it takes no new sessions; None if it still takes them.
     """
 
     version: str
@@ -184,7 +184,7 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return catalog
 
     def promote(self, alias: str, version: str, now: datetime, *, unshared: bool = False) -> Catalog:
-        """Lead all new sessions of `alias` to `version` and remove its canaries. Creates the alias if it is new.
+        """Route all new sessions of `alias` to `version` and remove its canaries. Creates the alias if it is new.
 
         Args:
             unshared: allow a version that refuses the deployed drafts.
@@ -196,7 +196,7 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self._set(alias, TrafficSplit(self._find_servable(version, unshared).version, now))
 
     def canary(self, alias: str, version: str, percent: float, now: datetime, *, unshared: bool = False) -> Catalog:
-        """Lead `percent` of the new sessions of `alias` to `version`; 0 removes the canary. Raises like `promote`."""
+        """Route `percent` of the new sessions of `alias` to `version`; 0 removes the canary. Raises like `promote`."""
         split = self._alias(alias).now
         found = self._find_servable(version, unshared)
         if found.version == split.version:
