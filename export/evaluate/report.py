@@ -23,7 +23,7 @@ def format_markdown(evaluation: Evaluation) -> str:
     lines = [
         f"{sum(evaluation.texts.values())} texts ({sources}), each of {config.prompt} tokens of prompt and "
         f"{config.tokens} judged tokens; seed {config.seed}. In brackets: 95 % bootstrap intervals over texts "
-        f"({config.resamples} resamples). Loops are excluded unless a column says otherwise.",
+        f"({config.resamples} resamples). Loops are excluded unless a column states otherwise.",
     ]
     for kind in config.kinds:
         rows = [row for row in evaluation.rows if row.kind == kind]
