@@ -23,7 +23,7 @@ Basis = Literal["measured", "modelled"]
 
 
 class DraftSize(msgspec.Struct, frozen=True):
-    """The sizes of a draft from which its cost is modelled; see `BoardProfile.draft_seconds`."""
+    """The sizes of a draft from which its cost is modeled; see `BoardProfile.draft_seconds`."""
 
     name: str
     weight_bytes: int
