@@ -7,7 +7,7 @@
     siblings    tokens per round with siblings for every draft token, or only where the draft is uncertain
     decisions   microseconds per decision
 
-Acceptance is recorded; everything else is modelled. The hindsight plan of a cell is the best one for exactly its texts,
+Acceptance is recorded; everything else is modeled. The hindsight plan of a cell is the best one for exactly its texts,
 which no planner can know in advance. With `+spec` the verifier itself speculates, and streaming in these cells is
 streaming with speculation.
 """

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.sizes 8B 1+1 --weights int8    # only these shapes and layouts
 
 Of each target only the part that an anchor draft shares with it is created: embedding, last block, norm and head. File
-size, memory and times are measured on this machine. The times of boards are modelled: bytes read per token, divided by
+size, memory and times are measured on this machine. The times of boards are modeled: bytes read per token, divided by
 the memory bandwidth of the profile (`device_profiles`). The cost of sampling is negligible in comparison.
 """
 

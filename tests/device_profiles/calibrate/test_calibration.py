@@ -202,7 +202,7 @@ def test_a_sensor_is_found_and_watched(family: Path, tmp_path: Path) -> None:
     assert (profile.power.origin, profile.power.idle_watts, profile.power.busy_watts) == ("measured", 3.21, 3.21)
     assert "ina219" in profile.power.sources[0]
     assert [speed.watts for speed in profile.draft] == [3.21] * len(profile.draft)
-    # This sensor says the same whatever runs: drafting costs nothing above idle.
+    # This sensor always reads the same, so drafting costs nothing above idle.
     assert profile.draft_joules(profile.draft[0].weight_bytes) == 0.0
     assert {"idle", "all cores busy"} <= set(notes)
 

@@ -1,4 +1,4 @@
-"""The bundle store with the shipped bundle: whole or not at all, whatever happens to whoever installs."""
+"""The bundle store with the shipped bundle: installed completely or not at all, even if the installing process dies."""
 
 from __future__ import annotations
 
@@ -526,7 +526,7 @@ def test_damaged_archives_are_typed_errors(small: Path, data: st.DataObject, mod
         damage = data.draw(st.binary(min_size=1, max_size=12))
         content[position : position + len(damage)] = damage
     del content[data.draw(st.integers(len(content) // 2, len(content))) :]
-    # Damage to padding, times or owners harms nobody, and a manifest alone is protected by its signature only.
+    # Damage to padding, times or owners is harmless, and only a signature protects the manifest itself.
     with contextlib.suppress(BundleError):
         assert unpack(bytes(content)).files.keys() == read_manifest(small).files.keys()
 

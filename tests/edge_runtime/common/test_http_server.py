@@ -23,7 +23,7 @@ async def test_accepted_connections_have_tcp_keepalive(host: str) -> None:
     try:
         port = int(server.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
-            # Connections are accepted in their own time.
+            # A connection may be accepted only later; send a request and look while it is open.
             client.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
             client.settimeout(5)
             command = ["ss", "--tcp", "--numeric", "--options", "--no-header", f"sport = :{port}"]

@@ -93,13 +93,13 @@ def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(notify: Noti
     with started(notify, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
         assert notify.until("STATUS=") == "STATUS=loading the draft"
         assert notify.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
-        # A watchdog starts with READY=1: nothing was told before.
+        # A watchdog starts with READY=1: nothing was sent before.
         assert [text for _, text in notify.received if "WATCHDOG" in text] == []
         assert httpx.get(f"{url(process)}/readyz").status_code == 200
         for _ in range(6):
             notify.until("WATCHDOG=1")
         times = [at for at, text in notify.received if text == "WATCHDOG=1"]
-        # Three to its time; a busy machine may be late, but not always.
+        # Three notifications per watchdog period; a busy machine may be late, but not always.
         assert sorted(b - a for a, b in itertools.pairwise(times))[2] < 0.9
         process.send_signal(signal.SIGTERM)
         assert notify.until("STOPPING=1").startswith("STOPPING=1\nSTATUS=")
@@ -120,7 +120,7 @@ def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Pa
     config.write_text('[service]\napi_key_file = "keys"\n')
 
     def status(key: str) -> int:
-        # 415: who has a key is told that this is no JSON.
+        # With a valid key: 415, because the body is not JSON.
         return httpx.post(f"{address}/v1/completions", headers={"authorization": f"Bearer {key}"}).status_code
 
     with started(notify, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
@@ -156,7 +156,7 @@ def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(notify: N
     config.write_text('[verifier]\nurls = ["http://verifier.invalid"]\ninsecure = true\n')
     with started(notify, "edge_runtime.cli", FLEXSPEC_CONFIG=str(config)) as process:
         notify.until("READY=1")
-        # That URL counts after a restart only.
+        # The new URL takes effect only after a restart.
         config.write_text('[verifier]\nurls = ["https://verifier.invalid"]\ntoken_file = "token"\n')
         process.send_signal(signal.SIGHUP)
         assert "the configuration has errors" in notify.until("READY=1")
@@ -197,7 +197,7 @@ def test_without_a_usable_socket_nothing_happens(tmp_path: Path) -> None:
     notifier = Notifier({})
     notifier.ready("fine")
     assert not notifier.enabled and notifier.watchdog_seconds is None
-    # Gone, or of a kind for virtual machines: a service does not mind.
+    # A socket that is gone, or of a kind for virtual machines, is ignored.
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("fine")
     assert not Notifier({"NOTIFY_SOCKET": "vsock:2:1234", "WATCHDOG_USEC": "1000000"}).enabled
 
@@ -223,7 +223,7 @@ def test_a_draft_reports_the_age_of_its_current_step(shipped_draft: OnnxDraft) -
         seen = max(seen, shipped_draft.step_seconds)
     assert seen > 0.0
     assert shipped_draft.step_seconds == 0.0
-    # One that fails ends, too.
+    # A step that fails counts as ended, too.
     with contextlib.suppress(Exception):
         shipped_draft.new_context().prefill([10**9])
     assert shipped_draft.step_seconds == 0.0
@@ -255,5 +255,5 @@ async def test_an_engine_reports_the_age_of_its_current_forward(tiny: Target) ->
     await answer.result()
     await until(lambda: not engine.stalled_seconds)
     engine.stop()
-    # Its thread has ended, so no request would be served.
+    # Its thread has ended, so requests would hang: that counts as stalled.
     assert engine.stalled_seconds == float("inf")

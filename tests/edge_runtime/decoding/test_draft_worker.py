@@ -70,7 +70,7 @@ async def test_without_watch_it_only_prefills(target_v1: Target, shipped_draft: 
 
 
 async def test_stopping_does_not_wait_for_the_backlog(shipped_draft: OnnxDraft) -> None:
-    """A stream that is faster than the draft leaves it behind; it ends within a step."""
+    """If the stream is faster than the draft, stopping drops the backlog: shadow drafting ends within a step."""
     worker = ThreadedDraftWorker(shipped_draft, Sampling())
     ids = shipped_draft.tokenizer.encode(TEXT).ids
     try:

@@ -61,7 +61,7 @@ def test_each_file_broken_in_turn(name: str, tmp_path: Path) -> None:
         path.write_bytes(content)
 
         for broken in (unreadable, binary):
-            # It tells no more than no file would, and where that makes a difference, it is counted.
+            # A broken file gives the same readings as a missing one; if the file matters, the error is counted.
             if known(removed) != whole:
                 program = path.name.partition("_")[0] if path.parent.name == "bin" else str(path)
                 assert any(error.startswith((str(path), program)) for error in errors(broken)), path

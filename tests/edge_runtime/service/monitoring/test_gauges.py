@@ -1,4 +1,4 @@
-"""Gauges: absent sensors, energy measured or modelled, and the privacy of the link."""
+"""Gauges: absent sensors, energy measured or modeled, and the privacy of the link."""
 
 from __future__ import annotations
 
