@@ -201,7 +201,7 @@ async def test_no_text_depends_on_the_batch_it_is_computed_in(tiny_path: Path, t
                 if len(generated) >= count:
                     break
                 if random.random() < 0.1:
-                    # Evicted: the text goes on in another session.
+                    # Evicted: the text continues in another session.
                     scheduler.release(session)
                     session.closed = True
                     session, reply = submit_opening(

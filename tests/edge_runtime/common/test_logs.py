@@ -74,9 +74,9 @@ def test_entries_for_the_journal(tmp_path: Path) -> None:
         journal.bind(str(tmp_path / "journal"))
         journal.settimeout(10)
         assert run(tmp_path, "info", journal=True) == ""
-        told, broke = parse(journal.recv(1 << 18)), parse(journal.recv(1 << 18))
-    assert (told["MESSAGE"], told["PRIORITY"], told["FLEXSPEC_TOKENS"]) == ("two\nlines", "6", "7")
-    assert (told["LOGGER"], told["SYSLOG_IDENTIFIER"]) == ("edge_runtime.service", "edge-runtime")
+        info, broke = parse(journal.recv(1 << 18)), parse(journal.recv(1 << 18))
+    assert (info["MESSAGE"], info["PRIORITY"], info["FLEXSPEC_TOKENS"]) == ("two\nlines", "6", "7")
+    assert (info["LOGGER"], info["SYSLOG_IDENTIFIER"]) == ("edge_runtime.service", "edge-runtime")
     assert broke["PRIORITY"] == "3" and broke["MESSAGE"].startswith("broke\nTraceback")
 
 

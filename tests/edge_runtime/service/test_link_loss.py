@@ -49,7 +49,7 @@ async def stream_chunks(
 
 
 class StreamedText:
-    """Applies the chunks of a stream as the documentation of the API says."""
+    """Applies the chunks of a stream as the documentation of the API describes."""
 
     def __init__(self) -> None:
         self.text = ""
