@@ -23,7 +23,7 @@ def filled(history: list[list[int]]) -> tuple[NgramIndex, list[int]]:
 
 
 def common_suffix_length(one: list[int], other: list[int]) -> int:
-    """Length of their common suffix in ids, at most LONGEST."""
+    """Length of their common suffix in ids, at most MAX_MATCH_TOKENS."""
     length = 0
     while length < min(len(one), len(other), MAX_MATCH_TOKENS) and one[-1 - length] == other[-1 - length]:
         length += 1
