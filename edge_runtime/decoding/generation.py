@@ -281,7 +281,7 @@ class Generation:
     async def _verify(self, round: ProposedRound, n: int) -> AsyncGenerator[RoundUpdate | None, None]:
         """Yield the verifier's replies to a round, and None repeatedly while the draft has to continue offline."""
         proposal = round.proposal
-        replies = self._session.play(
+        replies = self._session.run_round(
             proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.request
         )
         polled = poll_link_loss(replies, make_loss_detector(self._client)) if self._drafts_offline else replies
@@ -318,7 +318,7 @@ class Generation:
         if not count:
             return seconds
         early = _make_round(next_plan, conditions, ahead.proposal.truncate(count), 0.0)
-        early.request = self._session.play_early(assumed, early.proposal.tokens, early.proposal.siblings)
+        early.request = self._session.send_early_round(assumed, early.proposal.tokens, early.proposal.siblings)
         if early.request:
             early.early = True
             early.position, early.expected_token = len(text) + len(assumed), ahead.bonus_token

@@ -86,10 +86,10 @@ class VerifierSession:
         self._unsuitable: set[Endpoint] = set()
         self._round = 0
 
-    def play_early(
+    def send_early_round(
         self, after: list[int], draft: list[int], siblings: dict[int, list[int]] | None = None
     ) -> EarlyRound | None:
-        """Send the next round before the one in flight is answered; pass the result to `play`, or drop it.
+        """Send the next round before the one in flight is answered; pass the result to `run_round`, or drop it.
 
         Args:
             after: the exact ids that the round in flight must append; otherwise the verifier voids this round at no
@@ -107,7 +107,7 @@ class VerifierSession:
         )
         return EarlyRound(self._client, _ActiveRound(self, request), self._id)
 
-    async def play(
+    async def run_round(
         self,
         draft: list[int],
         *,
@@ -120,7 +120,8 @@ class VerifierSession:
 
         Args:
             draft, siblings, n, stream: see `messages.RoundRequest`.
-            early: this same round if it was already sent by `play_early` and the previous round ended as it assumed.
+            early: this same round if it was already sent by `send_early_round` and the previous round ended as it
+                assumed.
 
         Raises:
             VerifierRefused: the verifier refuses this round.

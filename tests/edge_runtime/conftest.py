@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edge_runtime.draft.model import OnnxDraft
-from export.bundle.build import BundleOrder, make_bundle
+from export.bundle.build import BundleConfig, make_bundle
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 
@@ -18,7 +18,7 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 def tiny_bundle(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as its own draft, as either kind of graph."""
     output = tmp_path_factory.mktemp("bundles") / request.param
-    make_bundle(BundleOrder(tiny_path, tiny_path, request.param, "fp32", TEXT), output, lambda step: None)
+    make_bundle(BundleConfig(tiny_path, tiny_path, request.param, "fp32", TEXT), output, lambda step: None)
     return output
 
 
@@ -40,6 +40,6 @@ def other_draft(family: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxD
     model.config.num_hidden_layers = 4
     directory = tmp_path_factory.mktemp("other")
     model.save_pretrained(directory / "model")
-    order = BundleOrder(family / "target-v1", directory / "model", "concat", "fp32", TEXT)
+    order = BundleConfig(family / "target-v1", directory / "model", "concat", "fp32", TEXT)
     make_bundle(order, directory / "bundle", lambda step: None)
     return OnnxDraft.load(directory / "bundle", threads=1)

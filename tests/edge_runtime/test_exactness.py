@@ -195,7 +195,7 @@ class Evict(Fault):
     async def after_piece(self) -> None:
         await super().after_piece()
         if self.pieces in (2, 5):
-            async for _ in VerifierSession(self.client, [5, 6, 7], Sampling()).play([]):
+            async for _ in VerifierSession(self.client, [5, 6, 7], Sampling()).run_round([]):
                 pass
 
 

@@ -269,17 +269,17 @@ async def test_a_principal_whose_sessions_are_all_busy_is_rate_limited(
         serving(tiny, authenticator=Authenticator(tokens)) as server,
         VerifierClient(server.url, token=token) as client,
     ):
-        busy = VerifierSession(client, PROMPT, ENDLESS).play([], n=400, stream=True)
+        busy = VerifierSession(client, PROMPT, ENDLESS).run_round([], n=400, stream=True)
         await anext(busy)
         impatient = VerifierClient(server.url, token=token, deadline=1.0)
         with pytest.raises(VerifierRefused) as caught:
-            await anext(VerifierSession(impatient, [5], ENDLESS).play([]))
+            await anext(VerifierSession(impatient, [5], ENDLESS).run_round([]))
         await impatient.aclose()
         assert (caught.value.status, caught.value.code) == (429, ErrorCode.RATE_LIMITED)
         assert (caught.value.retry_after, caught.value.detail) == (1, {"max_sessions": 1})
         async for _ in busy:
             pass
-        await anext(VerifierSession(client, [5], ENDLESS).play([]))
+        await anext(VerifierSession(client, [5], ENDLESS).run_round([]))
 
 
 def test_a_prompt_over_the_principals_limit(tiny: Target, tokens: Path, add_token: AddToken) -> None:
@@ -317,10 +317,10 @@ async def test_a_board_waits_for_retry_after(
         VerifierClient(server.url, token=token) as client,
     ):
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.play([], n=52):
+        async for _ in session.run_round([], n=52):
             pass
         started = asyncio.get_running_loop().time()
-        async for _ in session.play([], n=2):
+        async for _ in session.run_round([], n=2):
             pass
         assert client.retries > 0
         assert asyncio.get_running_loop().time() - started > 0.9
@@ -336,12 +336,12 @@ async def test_a_board_whose_deadline_is_too_short_does_not_wait(
         VerifierClient(server.url, token=token) as client,
     ):
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.play([], n=100):
+        async for _ in session.run_round([], n=100):
             pass
         client.deadline = 20.0
         retries = client.retries
         with pytest.raises(VerifierRefused, match="1 tokens per second") as caught:
-            await anext(session.play([]))
+            await anext(session.run_round([]))
         assert caught.value.code == ErrorCode.RATE_LIMITED
         assert client.retries == retries
 
@@ -401,13 +401,13 @@ async def test_a_token_costs_about_one_byte_per_round(tiny: Target, tokens: Path
             VerifierClient(server.url, token=token) as client,
         ):
             session = VerifierSession(client, PROMPT, ENDLESS)
-            async for _ in session.play([]):
+            async for _ in session.run_round([]):
                 pass
-            async for _ in session.play([1]):
+            async for _ in session.run_round([1]):
                 pass
             before = client.meter.total
             for _ in range(10):
-                async for _ in session.play([1, 2, 3]):
+                async for _ in session.run_round([1, 2, 3]):
                     pass
             spent.append(sum(client.meter.total) - sum(before))
     # One byte per round, plus an occasional HTTP/2 frame; 330 bytes if the token were sent every time.

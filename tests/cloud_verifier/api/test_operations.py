@@ -238,8 +238,8 @@ async def test_a_drain_finishes_running_rounds_and_refuses_new_ones(
     async with draining_service(tiny) as (service, server), VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, ENDLESS)
         other = VerifierSession(client, PROMPT, ENDLESS)
-        await anext(other.play([]))
-        running_round = session.play([], n=400, stream=True)
+        await anext(other.run_round([]))
+        running_round = session.run_round([], n=400, stream=True)
         await anext(running_round)
         drain = asyncio.create_task(service.drain(TIMEOUT_SECONDS))
         await asyncio.sleep(0)
@@ -254,7 +254,7 @@ async def test_a_drain_finishes_running_rounds_and_refuses_new_ones(
             assert (await http.post(f"/v1/sessions/{other._id}/rounds", content=repeated)).status_code == 200
         client.deadline = 4.0
         with pytest.raises(VerifierRefused, match="shutting down"):
-            await anext(other.play([]))
+            await anext(other.run_round([]))
         async for _ in running_round:
             pass
         assert await drain
@@ -265,7 +265,7 @@ async def test_a_drain_has_a_time_limit(tiny: Target) -> None:
     target = ObservedTarget(tiny)
     async with draining_service(target) as (service, server), VerifierClient(server.url) as client:
         target.hold()
-        running_round = asyncio.create_task(anext(VerifierSession(client, PROMPT, ENDLESS).play([])))
+        running_round = asyncio.create_task(anext(VerifierSession(client, PROMPT, ENDLESS).run_round([])))
         assert await asyncio.to_thread(target.reached.wait, TIMEOUT_SECONDS)
         assert not await service.drain(0.1)
         assert len(service.admission) == 1
@@ -283,11 +283,11 @@ async def test_a_board_continues_at_its_next_verifier_when_one_drains(
         VerifierClient([one.url, another.url]) as client,
     ):
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.play([1, 2], n=5):
+        async for _ in session.run_round([1, 2], n=5):
             pass
         assert await first.drain(TIMEOUT_SECONDS)
         for _ in range(3):
-            async for _ in session.play([1, 2], n=5):
+            async for _ in session.run_round([1, 2], n=5):
                 pass
         assert (session.recoveries, client.retries) == (1, 1)
         assert client.url == another.url
@@ -300,11 +300,11 @@ async def test_a_board_waits_for_its_only_verifier_to_return(tiny: Target, refer
         VerifierClient(server.url, deadline=TIMEOUT_SECONDS) as client,
     ):
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.play([], n=5):
+        async for _ in session.run_round([], n=5):
             pass
         await service.drain(5)
         asyncio.get_running_loop().call_later(1.0, setattr, service.admission, "draining", False)
-        async for _ in session.play([], n=5):
+        async for _ in session.run_round([], n=5):
             pass
         assert session.ids == PROMPT + reference_text(PROMPT, 10, ENDLESS)
         assert 1 <= client.retries <= 5
@@ -322,7 +322,7 @@ def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_t
             async def generate() -> list[int]:
                 async with VerifierClient(url) as client:
                     session = VerifierSession(client, PROMPT, ENDLESS)
-                    running_round = session.play([], n=450, stream=True)
+                    running_round = session.run_round([], n=450, stream=True)
                     await anext(running_round)
                     process.send_signal(signal.SIGTERM)
                     async for _ in running_round:
@@ -330,7 +330,7 @@ def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_t
                     client.deadline = 0.5
                     # Refused with `draining`, or the process has ended already.
                     with pytest.raises(VerifierError):
-                        await anext(session.play([]))
+                        await anext(session.run_round([]))
                     return session.ids
 
             assert asyncio.run(generate()) == PROMPT + reference_text(PROMPT, 450, ENDLESS)

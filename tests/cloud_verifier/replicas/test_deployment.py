@@ -173,7 +173,7 @@ async def test_killing_a_replica_during_answers_costs_no_token(
             ahead = truths[index][-left:][:4]
             draft = [*ahead[:2], *((token + 1) % 300 for token in ahead[2:])] if left > 8 else []
             n = min(left, 1 + index % 3 * 12) if not draft else 1 + index % 2 * 7
-            async for update in session.play(draft, n=min(n, max(1, left - 3)), stream=bool(index % 4)):
+            async for update in session.run_round(draft, n=min(n, max(1, left - 3)), stream=bool(index % 4)):
                 received_tokens += len(update.accepted) + len(update.own)
                 if received_tokens > BOARDS * ANSWER_TOKENS / 3:
                     one_third_done.set()
@@ -191,7 +191,7 @@ async def test_killing_a_replica_during_answers_costs_no_token(
         await wait_until(both_running)
         with pytest.raises(VerifierRefused) as caught:
             async with VerifierClient(url) as anonymous:
-                await anext(VerifierSession(anonymous, PROMPT, Sampling()).play([]))
+                await anext(VerifierSession(anonymous, PROMPT, Sampling()).run_round([]))
         assert caught.value.code == ErrorCode.UNAUTHORIZED
         both = replica_pids(process)
         assert len(both) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime.cli import main
+from edge_runtime.cli.main import main
 from edge_runtime.ngram_cache.store import NgramStore
 from tests.cloud_verifier.protocol_client import running
 from tests.edge_runtime.service.conftest import board_process

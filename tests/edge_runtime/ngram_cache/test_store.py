@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.cli import main
+from edge_runtime.cli.main import main
 from edge_runtime.ngram_cache.lookup import PRIOR_WEIGHTS, NgramCache
 from edge_runtime.ngram_cache.store import NgramRecord, NgramStore, erase_stores
 

@@ -25,7 +25,7 @@ PROMPT = [40, 41, 42, 43]
 
 async def text_of(session: VerifierSession, rounds: int = 6, **plan: object) -> list[int]:
     for _ in range(rounds):
-        async for _ in session.play([], **plan):
+        async for _ in session.run_round([], **plan):
             pass
     return session.ids
 
@@ -216,7 +216,7 @@ async def test_a_lost_session_is_reopened_mid_round(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
         got = []
-        async for said in session.play([], n=20, stream=True):
+        async for said in session.run_round([], n=20, stream=True):
             got += said.own
             if len(got) == len(said.own):
                 server._service.sessions.remove(session._id)
