@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,7 @@ examples:
   draft-export evaluate export/example_family/draft-anchor --target target-v1 target-v2 \\
       --retrained target-v2=/tmp/draft-v2
   draft-export evaluate bundle --target /models/Llama-3.1-8B --text prose.txt code.py --temperature 0 --texts 16
-  draft-export evaluate bundle --target v1 v2 --memory --profile jetson-orin-nano --link 4g --verifier 32b
+  draft-export evaluate bundle --target v1 v2 --ngram-cache --profile jetson-orin-nano --link 4g --verifier 32b
 """
 
 JSON_FILE, MARKDOWN_FILE, CHART_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
@@ -57,7 +58,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
     )
-    parser.add_argument("--memory", action="store_true", help="also measure with the board's n-gram cache")
+    parser.add_argument("--ngram-cache", action="store_true", help="also measure with the board's n-gram cache")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--profile", default="raspberry-pi-5", help="board of the modeled speed (default: %(default)s)")
     parser.add_argument("--link", default="wifi", help="link, as in `edge-runtime simulate` (default: %(default)s)")
     parser.add_argument(
@@ -127,6 +129,8 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
     draft_name = options.draft.resolve().name
     drafts = {draft_name: draft}
     if options.memory:
+        print("draft-export: --memory is deprecated; use --ngram-cache", file=sys.stderr)
+    if options.ngram_cache or options.memory:
         drafts[f"{draft_name} + memory"] = _open_with_ngram_cache(options.draft, options.threads)
     retrained = {}
     for version, path in _parse_retrained(options.retrained, versions).items():
@@ -192,7 +196,7 @@ def _open_with_ngram_cache(path: Path, threads: int) -> Proposer:
 
     if not (path / MANIFEST_NAME).exists():
         raise InputError(
-            f"--memory: {path} is not a bundle, and only boards have the n-gram cache; make one with draft-export onnx"
+            f"--ngram-cache: {path} is not a bundle, and only boards have an n-gram cache; run draft-export onnx"
         )
     return OnnxProposer(OnnxDraft.load(path, threads=threads), with_ngram_cache=True)
 

@@ -21,7 +21,7 @@ SMALL = ["--text", TEXT, "--texts", "2", "--prompt", "8", "--tokens", "16", "--t
 def test_a_bundle_with_two_versions(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "evaluation"
     arguments = ["evaluate", str(family / "bundle"), "--target", "target-v1", str(family / "target-v2"), *SMALL]
-    arguments += ["--retrained", f"target-v2={family / 'draft-anchor'}", "--memory", "--output", str(output)]
+    arguments += ["--retrained", f"target-v2={family / 'draft-anchor'}", "--ngram-cache", "--output", str(output)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| bundle | target-v1 | 0 |" in printed and "| retrained | target-v2 | 0 |" in printed
@@ -80,4 +80,6 @@ def test_a_damaged_bundle_is_an_error(family: Path, tmp_path: Path, capsys: pyte
     assert main(["evaluate", str(bundle), "--target", target, *SMALL]) == BundleError.exit_code
     assert main(["evaluate", str(tmp_path), "--target", target, *SMALL]) == InputError.exit_code
     assert main(["evaluate", str(family / "draft-anchor"), "--target", target, *SMALL, "--memory"]) == 2
-    assert "--memory" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--memory is deprecated; use --ngram-cache" in errors
+    assert "--ngram-cache: " in errors
