@@ -14,7 +14,7 @@ from edge_runtime.cli.settings_options import warn
 from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, bare_type
 
 if TYPE_CHECKING:
-    from edge_runtime.settings import EffectiveSettings
+    from edge_runtime.settings.loading import EffectiveSettings
 
 DESCRIPTION = """\
 The configuration is one TOML file: the one given, else $FLEXSPEC_CONFIG, else flexspec/config.toml below
@@ -125,7 +125,7 @@ async def _reference(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace) -> EffectiveSettings:
     """Read the effective settings and print their warnings. Raises ConfigurationError."""
-    from edge_runtime.settings import read_effective_settings
+    from edge_runtime.settings.loading import read_effective_settings
 
     effective = read_effective_settings(options.file, os.environ)
     for warning in effective.warnings:

@@ -1,6 +1,8 @@
-"""The settings of a board: one table (`table`), read from TOML and the environment (`loading`)."""
+"""The settings of a board: one table (`table`), read from TOML and the environment.
 
-from edge_runtime.settings.loading import EffectiveSettings, read_effective_settings
+Reading is in `loading`, which is imported by itself because its TOML library is slow to import.
+"""
+
 from edge_runtime.settings.table import (
     SETTINGS,
     TABLES,
@@ -17,7 +19,6 @@ __all__ = [
     "SETTINGS",
     "TABLES",
     "DraftSettings",
-    "EffectiveSettings",
     "PlannerSettings",
     "PolicyName",
     "SettingEntry",
@@ -25,6 +26,5 @@ __all__ = [
     "VerifierSettings",
     "bare_type",
     "is_in_clear",
-    "read_effective_settings",
     "read_secret",
 ]

@@ -144,7 +144,7 @@ def _named_paths(served: argparse.Namespace, arguments: list[str]) -> list[Path]
 def _check_configuration(path: Path) -> None:
     """Raise InputError if the file has errors, or if the service, which runs as its own user, cannot read it."""
     from edge_runtime.protocol.errors import InputError
-    from edge_runtime.settings import read_effective_settings
+    from edge_runtime.settings.loading import read_effective_settings
 
     read_effective_settings(path, {})
     if not path.stat().st_mode & 0o004:
