@@ -114,8 +114,10 @@ def test_beats_streaming_and_every_fixed_length_if_drafting_pays_off(
     assert planned < min(fixed)
 
 
-def test_shadow_drafting_corrects_a_pessimistic_prior(texts: list[RecordedText]) -> None:
+def test_shadow_drafting_corrects_a_pessimistic_prior() -> None:
     """The bundle reports a very low acceptance: the planner streams until shadow drafting has shown a higher one."""
+    # Twelve texts of 128 tokens are needed to correct this prior.
+    texts = read_texts(TRACES, target="target-v1", temperature=0.7)[:24]
     world = make_world("lan", "laptop", "7b")
     planner = AnalyticPlanner(Objective(), world.device, acceptance={"T=0.7": 0.05})
     simulator = Simulator(world, planner, log=True)

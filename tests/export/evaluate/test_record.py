@@ -105,7 +105,7 @@ def test_the_command_records(family: Path, tmp_path: Path, capsys: pytest.Captur
     text = tmp_path / "text.txt"
     text.write_text(read_calibration_text())
     arguments = [
-        "record_acceptance",
+        "record",
         str(family / "bundle"),
         "--target",
         str(family / "target-v1"),
