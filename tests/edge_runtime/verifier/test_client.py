@@ -95,7 +95,7 @@ async def test_another_http_server_is_not_taken_for_a_verifier() -> None:
     server = await asyncio.start_server(stranger, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with VerifierClient(f"http://127.0.0.1:{port}", deadline=5) as client:
-        with pytest.raises(VerifierRefused, match="is this URL a verifier's"):
+        with pytest.raises(VerifierRefused, match="is this the URL of a verifier"):
             await text_of(VerifierSession(client, PROMPT, Sampling()))
     server.close()
 

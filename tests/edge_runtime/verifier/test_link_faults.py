@@ -154,7 +154,7 @@ async def test_diagnosis_of_an_untrusted_certificate(
     async with serving(tiny, certificate=pem, key=key) as server:
         for answer, fault in answers.items():
             async with answering(answer) as place:
-                monkeypatch.setattr(link_faults, "CLEAR_PORT", int(place.rsplit(":", 1)[1]))
+                monkeypatch.setattr(link_faults, "HTTP_PORT", int(place.rsplit(":", 1)[1]))
                 assert (await fault_at(server.url, 2.0, pem))[0] == fault
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_head_file_is_an_error(bundle: Path, tmp_path: Path) -> None:
         return path
 
     head = read_head_ids(whole)
-    with pytest.raises(BundleCorrupt, match=f"logits of {len(head)} ids, and its manifest says {len(head) - 1}"):
+    with pytest.raises(BundleCorrupt, match=f"logits of {len(head)} ids, but its manifest says {len(head) - 1}"):
         OnnxDraft.load(with_head(head[1:]))
     for wrong in (head[::-1].copy(), head + VOCABULARY_SIZE, head.astype(np.int64), head[:0], head[None]):
         with pytest.raises(BundleCorrupt, match="does not hold ascending ids below 300"):
