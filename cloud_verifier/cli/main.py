@@ -14,6 +14,7 @@ from pathlib import Path
 from cloud_verifier.cli import serve, targets, token
 from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
+from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
@@ -72,14 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cloud-verifier: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRA_MODULES:
-            raise
         extra = "scale" if getattr(options, "replicas", None) else "cloud"
-        print(
-            f"cloud-verifier: this command needs the Python package {module}: pip install 'flexspec[{extra}]'",
-            file=sys.stderr,
-        )
+        print(f"cloud-verifier: {describe_missing_extra(error, EXTRA_MODULES, extra)}", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         return 130

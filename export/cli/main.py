@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from export.cli import distill, doctor, evaluate, family, forms, onnx, policy, record, sign
 
@@ -51,13 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"draft-export: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRA_MODULES:
-            raise
-        print(
-            f"draft-export: this command needs the Python package {module}: pip install 'flexspec[export]'",
-            file=sys.stderr,
-        )
+        print(f"draft-export: {describe_missing_extra(error, EXTRA_MODULES, 'export')}", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
