@@ -66,10 +66,7 @@ class VerifierServer(HttpServer):
 
 
 async def serve(
-    service: ServedApplication,
-    listening: ListenOptions,
-    announce: Callable[[str], None],
-    grace: float = GRACE_SECONDS,
+    service: ServedApplication, listening: ListenOptions, announce: Callable[[str], None], grace: float = GRACE_SECONDS
 ) -> None:
     """Serve until SIGINT or SIGTERM, and notify systemd. SIGHUP reloads the token file.
 

@@ -258,12 +258,7 @@ def _forecasts(
 
     return [
         forecast(
-            Path(fit.draft),
-            versions,
-            options.text,
-            device=options.device,
-            dtype=options.dtype,
-            threads=options.threads,
+            Path(fit.draft), versions, options.text, device=options.device, dtype=options.dtype, threads=options.threads
         )
         for fit in report.fits
         if not any(difference.what == "vocabulary" for difference in fit.differences)

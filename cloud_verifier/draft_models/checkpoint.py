@@ -162,11 +162,7 @@ def _fill_parameters(draft: PreTrainedModel, tensors: dict[str, torch.Tensor], d
     needed = dict(draft.named_parameters())
     missing, unknown = needed.keys() - tensors.keys(), tensors.keys() - draft.state_dict().keys()
     misshapen = [name for name in needed.keys() & tensors.keys() if needed[name].shape != tensors[name].shape]
-    for fault, names in (
-        ("lacks", missing),
-        ("does not know", unknown),
-        ("has another shape for", misshapen),
-    ):
+    for fault, names in (("lacks", missing), ("does not know", unknown), ("has another shape for", misshapen)):
         if names:
             raise DraftError(f"the draft in {directory} does not fit its target: it {fault} {sorted(names)[0]}")
     with torch.no_grad():

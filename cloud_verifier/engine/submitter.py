@@ -19,11 +19,7 @@ class RoundSubmitter:
     """Starts sessions and rounds. Runs on the event loop; no method waits."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        sessions: SessionStore,
-        admission: AdmissionController,
-        metrics: VerifierMetrics,
+        self, scheduler: Scheduler, sessions: SessionStore, admission: AdmissionController, metrics: VerifierMetrics
     ) -> None:
         self._scheduler = scheduler
         self._sessions = sessions

@@ -121,10 +121,7 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
         layout = (shared.layout, shared.blocks)
         if layout not in known:
             known[layout] = shared_fingerprints(path, base, *layout, config.num_hidden_layers)
-        differences = [
-            *_compare_vocabulary(tokenizer, bundle),
-            *_compare_tensors(known[layout], shared.fingerprints),
-        ]
+        differences = [*_compare_vocabulary(tokenizer, bundle), *_compare_tensors(known[layout], shared.fingerprints)]
         draft_logits = bundle.manifest.architecture.vocabulary_size
         if config.vocab_size < draft_logits:
             differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {draft_logits}"))

@@ -150,12 +150,7 @@ def test_an_invalid_body_does_not_change_the_session(
 
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
     "unknown model": ({"model": "gpt-5"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
-    "older version": (
-        {"model": "tiny@000000000000"},
-        404,
-        ErrorCode.UNKNOWN_MODEL,
-        {"available": ["VERSION"]},
-    ),
+    "older version": ({"model": "tiny@000000000000"}, 404, ErrorCode.UNKNOWN_MODEL, {"available": ["VERSION"]}),
     "other vocabulary": ({"vocabulary": "0123456789abcdef"}, 409, ErrorCode.VOCABULARY_MISMATCH, {}),
     "other tensors": ({"identity": "anchor/1/0123456789abcdef"}, 409, ErrorCode.DRAFT_MISMATCH, {}),
     "identity without a layout": ({"identity": "nonsense"}, 409, ErrorCode.DRAFT_MISMATCH, {}),

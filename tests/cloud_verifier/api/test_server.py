@@ -251,14 +251,7 @@ def test_an_invalid_job_is_reported(
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [""],
-        ["x", "--temperature", "-1"],
-        ["--jobs", "/nowhere/jobs"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [[""], ["x", "--temperature", "-1"], ["--jobs", "/nowhere/jobs"]])
 def test_generate_reports_invalid_arguments(
     tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

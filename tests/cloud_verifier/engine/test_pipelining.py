@@ -270,10 +270,7 @@ async def test_closing_the_session_fails_pipelined_rounds(board: Board) -> None:
 async def test_only_one_round_ahead_and_only_with_an_expectation(board: Board) -> None:
     truth = board.truth
     [now] = await board.send_pipelined(board.round(1, 1, truth[1:4]))
-    for early in (
-        board.round(2, 5, truth[5:8]),
-        board.round(3, 9, truth[9:12], expects=[truth[8]]),
-    ):
+    for early in (board.round(2, 5, truth[5:8]), board.round(3, 9, truth[9:12], expects=[truth[8]])):
         response = await board.post(early)
         assert error_of(response) == (409, ErrorCode.ROUND_OUT_OF_ORDER)
         assert decode_error(response).detail == {"expected": 1}
