@@ -7,15 +7,17 @@ import datetime
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.options import add_action, add_config_option, add_option
+from edge_runtime.cli.settings_options import add_settings, read_settings
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.bundles.self_test import SelfTestReport
     from edge_runtime.bundles.store import BundleStore, StoredBundle
 
+HELP = "install, switch, check and remove draft bundles"
 DESCRIPTION = """\
 Manages the store of draft bundles. A new bundle is copied and checked (hashes; signature, if a key is configured; a
 self-test in a process of its own). Only then does it become the current bundle; the one before it becomes `previous`.
@@ -34,43 +36,33 @@ examples:
 PIPE_COLUMNS = 300
 
 
-def add_parser(commands: Any) -> None:
-    """Add `bundle` to the subparsers."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bundle", help="install, switch, check and remove draft bundles", description=DESCRIPTION, formatter_class=raw
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
     add_settings(shared, "draft.store", "draft.public_key_file")
     add_config_option(shared)
 
-    install = actions.add_parser(
-        "install", parents=[shared], help="copy a bundle into the store and make it the current one"
+    install = add_action(
+        actions, "install", _install, "copy a bundle into the store and make it the current one", parents=[shared]
     )
     install.add_argument("source", type=Path, metavar="SOURCE", help="directory of a bundle, or a tar archive of one")
     install.add_argument("--no-use", action="store_true", help="keep the current bundle in use")
-    install.add_argument("--keep", type=int, default=1, metavar="N", help="old bundles to keep (default: %(default)s)")
-    install.set_defaults(run=_install)
+    add_option(install, "--keep N", "old bundles to keep", default=1)
 
     name = "NAME@FINGERPRINT as printed by `list`, or one of the two, or `current` or `previous`"
-    verify = actions.add_parser("verify", parents=[shared], help="check hashes and signatures, and run the self-test")
+    verify = add_action(
+        actions, "verify", _verify, "check hashes and signatures, and run the self-test", parents=[shared]
+    )
     verify.add_argument(
         "name", nargs="?", metavar="NAME", help=f"{name}; or a directory, with a / in its path (default: all bundles)"
     )
-    verify.set_defaults(run=_verify)
-
-    listing = actions.add_parser("list", parents=[shared], help="list the bundles in the store")
+    listing = add_action(actions, "list", _list, "list the bundles in the store", parents=[shared])
     listing.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
-    listing.set_defaults(run=_list)
-
-    use = actions.add_parser("use", parents=[shared], help="make another bundle the current one")
-    use.add_argument("name", metavar="NAME", help=name)
-    use.set_defaults(run=_use)
-
-    remove = actions.add_parser("remove", parents=[shared], help="remove a bundle that is not the current one")
-    remove.add_argument("name", metavar="NAME", help=name)
-    remove.set_defaults(run=_remove)
+    use = add_action(actions, "use", _use, "make another bundle the current one", parents=[shared])
+    remove = add_action(actions, "remove", _remove, "remove a bundle that is not the current one", parents=[shared])
+    for action in (use, remove):
+        action.add_argument("name", metavar="NAME", help=name)
 
 
 async def _install(options: argparse.Namespace) -> int:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import inspect
 
+from edge_runtime.cli.options import add_action
 from edge_runtime.cli.settings_options import warn
 from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, bare_type
 
 if TYPE_CHECKING:
     from edge_runtime.settings.loading import EffectiveSettings
 
+HELP = "check the configuration, show the effective settings, or print all settings"
 DESCRIPTION = """\
 The configuration is one TOML file: the one given, else $FLEXSPEC_CONFIG, else flexspec/config.toml below
 $XDG_CONFIG_HOME (~/.config), else /etc/flexspec/config.toml. FLEXSPEC_<TABLE>__<FIELD> in the environment overrides it,
@@ -29,26 +31,17 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `config` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "config",
-        help="check the configuration, show the effective settings, or print all settings",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="list every error with its line")
-    check.set_defaults(run=_check)
-    show = actions.add_parser("show", help="print every value and its origin; secrets stay in their files")
+    check = add_action(actions, "check", _check, "list every error with its line")
+    show = add_action(actions, "show", _show, "print every value and its origin; secrets stay in their files")
     show.add_argument("--json", action="store_true", help="print one JSON object instead of TOML")
-    show.set_defaults(run=_show)
     for action in (check, show):
         action.add_argument(
             "file", nargs="?", type=Path, metavar="FILE", help="default: see `edge-runtime config --help`"
         )
-    reference = actions.add_parser("reference", help="print all settings as Markdown: type, default, option, variable")
-    reference.set_defaults(run=_reference)
+    add_action(actions, "reference", _reference, "print all settings as Markdown: type, default, option, variable")
 
 
 def markdown_reference() -> str:
@@ -71,7 +64,6 @@ def markdown_reference() -> str:
 
 def _markdown_row(entry: SettingEntry) -> str:
     spec = entry.spec
-    option = f"`{spec.flag}{f' {spec.metavar}' if spec.metavar else ''}`"
     variables = ", ".join(f"`{name}`" for name in (spec.variable, entry.variable) if name)
     notes = [
         *([f"Credential `{spec.credential}`."] if spec.credential else []),
@@ -79,7 +71,7 @@ def _markdown_row(entry: SettingEntry) -> str:
         *(["Applied on reload."] if spec.reloadable else []),
     ]
     meaning = " ".join([f"{spec.help[0].upper()}{spec.help[1:]}.", *notes])
-    cells = (f"`{entry.name}`", _describe_value(entry), entry.default, option, variables, meaning)
+    cells = (f"`{entry.name}`", _describe_value(entry), entry.default, f"`{spec.option}`", variables, meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

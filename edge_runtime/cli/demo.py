@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_runtime.cli.draft_options import EXAMPLE_FAMILY
 from edge_runtime.cli.generate import add_max_new_tokens_option
+from edge_runtime.cli.options import add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.protocol.errors import InputError, VerifierUnreachable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edge_runtime.decoding import Generation
     from edge_runtime.protocol.sampling import Sampling
 
+HELP = "start a verifier here, generate with it, and check that the text is exact"
 DESCRIPTION = """\
 Starts a verifier on this machine for each target, generates a few texts with the draft model and that verifier, and
 checks that each text equals the one that the target decodes alone, token by token. Needs flexspec[cloud].
@@ -57,31 +59,15 @@ class DemoText(NamedTuple):
     sampling: Sampling
 
 
-def add_parser(commands: Any) -> None:
-    """Add `demo` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "demo",
-        help="start a verifier here, generate with it, and check that the text is exact",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_settings(parser, "draft.bundle", default="$FLEXSPEC_BUNDLE, else the bundle shipped with a source checkout")
     add_settings(parser, "draft.threads")
     add_max_new_tokens_option(parser)
-    parser.add_argument(
-        "--family",
-        type=Path,
-        default=EXAMPLE_FAMILY,
-        metavar="DIR",
-        help="directory of the targets (default: the model family shipped with a source checkout)",
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        dest="targets",
-        metavar="NAME",
-        help="target in the family; may be repeated (default: target-v1, then target-v2, with the same frozen draft)",
-    )
+    text = "directory of the targets (default: the model family shipped with a source checkout)"
+    parser.add_argument("--family", type=Path, default=EXAMPLE_FAMILY, metavar="DIR", help=text)
+    text = "target in the family; may be repeated (default: target-v1, then target-v2, with the same frozen draft)"
+    add_option(parser, "--target NAME", text, action="append", dest="targets")
     # The demo shows drafting; a planner may find that with a verifier on the same machine it does not pay.
     add_planner_options(parser, default_policy="fixed")
     parser.set_defaults(run=_run)

@@ -8,11 +8,12 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
+from edge_runtime.cli.options import add_config_option, add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner, run_probes
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.protocol.errors import InputError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from edge_runtime.protocol.sampling import Sampling
     from edge_runtime.verifier import Fault, VerifierClient
 
+HELP = "continue a prompt"
 DESCRIPTION = """\
 Continues a prompt: the draft model runs here, the target model on a verifier. On a terminal, accepted draft tokens are
 green and the target's own tokens yellow. The text depends only on target, prompt, sampling options and seed.
@@ -37,26 +39,16 @@ examples:
 TROUBLE_CHECK_SECONDS = 2.0
 
 
-def add_parser(commands: Any) -> None:
-    """Add `generate` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "generate",
-        help="continue a prompt",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("prompt", nargs="?", help="text to continue (default: standard input)")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    add_option(parser, "--file FILE", "read the prompt from a file", type=Path)
     add_settings(parser, "draft.bundle", "draft.threads")
     add_max_new_tokens_option(parser)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy decoding (default: %(default)g)"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default: %(default)s)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default: %(default)g)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add_option(parser, "--temperature T", "0 is greedy decoding", default=0.0)
+    add_option(parser, "--top-k K", "0 keeps all tokens", default=0)
+    add_option(parser, "--top-p P", "1 keeps all tokens", default=1.0)
+    add_option(parser, "--seed", "same seed, same text", default=0)
     parser.add_argument(
         "--ignore-eos", action="store_true", help="continue after the end-of-text token, for measurements"
     )
@@ -74,9 +66,7 @@ def add_parser(commands: Any) -> None:
 
 def add_max_new_tokens_option(parser: argparse.ArgumentParser) -> None:
     """Add --max-new-tokens of commands that generate one answer."""
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)"
-    )
+    add_option(parser, "--max-new-tokens N", "tokens to generate at most", default=128)
 
 
 async def _run(options: argparse.Namespace) -> int:

@@ -35,6 +35,18 @@ examples:
 exit codes: 0 success, 2 bad input, 3 the draft bundle is unusable, 4 the verifier refused or cannot be reached
 """
 
+# Each module has HELP, DESCRIPTION and add_options(), which sets the default `run`.
+COMMANDS = {
+    "generate": generate,
+    "demo": demo,
+    "serve": serve,
+    "top": top,
+    "probe": probe,
+    "simulate": simulate,
+    "bundle": bundle,
+    "config": config,
+    "ngram-cache": ngram_cache,
+}
 # Former name of a command, and its name now.
 DEPRECATED_COMMANDS = {"memory": "ngram-cache"}
 
@@ -67,15 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="edge-runtime", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate.add_parser(commands)
-    demo.add_parser(commands)
-    serve.add_parser(commands)
-    top.add_parser(commands)
-    probe.add_parser(commands)
-    simulate.add_parser(commands)
-    bundle.add_parser(commands)
-    config.add_parser(commands)
-    ngram_cache.add_parser(commands)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.DESCRIPTION, formatter_class=parser.formatter_class
+        )
+        module.add_options(command)
     actions.add_parser(commands, _run_service_action)
     return parser
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from edge_runtime.cli.draft_options import NGRAM_CACHE_DIRECTORY_NAME, ngram_cache_state_directory
-from edge_runtime.cli.settings_options import add_config_option, read_settings
+from edge_runtime.cli.options import add_action, add_config_option
+from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.protocol.errors import InputError
 
 SERVICE_DIRECTORY = Path("/var/lib/flexspec") / NGRAM_CACHE_DIRECTORY_NAME
+HELP = "show or erase the cache of verified text that improves the draft"
 DESCRIPTION = f"""\
 `edge-runtime serve` caches verified text, prompts included, as token ids. The cache improves the acceptance of the
 frozen draft and changes no answer. On disk it takes at most half a MB per vocabulary, readable by its owner only.
@@ -28,27 +29,14 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `ngram-cache` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "ngram-cache",
-        help="show or erase the cache of verified text that improves the draft",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print the number of texts and tokens by target version, but no content")
-    show.set_defaults(run=_show)
-    erase = actions.add_parser("erase", help="delete everything")
-    erase.set_defaults(run=_erase)
+    show = add_action(actions, "show", _show, "print the number of texts and tokens by target version, but no content")
+    erase = add_action(actions, "erase", _erase, "delete everything")
     for action in (show, erase):
-        action.add_argument(
-            "directory",
-            nargs="?",
-            type=Path,
-            metavar="DIR",
-            help="directory of the cache (default: see `edge-runtime ngram-cache --help`)",
-        )
+        text = "directory of the cache (default: see `edge-runtime ngram-cache --help`)"
+        action.add_argument("directory", nargs="?", type=Path, metavar="DIR", help=text)
         add_config_option(action)
 
 

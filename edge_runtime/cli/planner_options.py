@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge_runtime.cli.options import add_option
 from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.planning.plan import FIXED_PLAN, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import InputError
@@ -39,30 +40,14 @@ def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: Poli
     fixed = parser.add_argument_group(
         "fixed plan", "the same plan for every round (policy fixed), instead of a planner"
     )
-    fixed.add_argument(
-        "--num-assistant-tokens",
-        type=int,
-        metavar="K",
-        help=f"tokens to draft per round; 0 leaves every token to the target (default: {FIXED_PLAN.draft})",
-    )
-    fixed.add_argument(
-        "--assistant-confidence-threshold",
-        type=float,
-        metavar="P",
-        help="stop drafting after a token of lower probability than this (default: 0)",
-    )
-    fixed.add_argument(
-        "--siblings",
-        type=int,
-        metavar="B",
-        help=f"alternative candidates to send with a draft token of low confidence (default: {FIXED_PLAN.siblings})",
-    )
-    fixed.add_argument(
-        "--cloud-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.own})",
-    )
+    text = f"tokens to draft per round; 0 leaves every token to the target (default: {FIXED_PLAN.draft})"
+    add_option(fixed, "--num-assistant-tokens K", text, type=int)
+    text = "stop drafting after a token of lower probability than this (default: 0)"
+    add_option(fixed, "--assistant-confidence-threshold P", text, type=float)
+    text = f"alternative candidates to send with a draft token of low confidence (default: {FIXED_PLAN.siblings})"
+    add_option(fixed, "--siblings B", text, type=int)
+    text = f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.own})"
+    add_option(fixed, "--cloud-tokens N", text, type=int)
 
 
 def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: OnnxDraft) -> Planner:

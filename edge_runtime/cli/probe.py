@@ -8,8 +8,9 @@ import contextlib
 import ipaddress
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from edge_runtime.cli.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from edge_runtime.probes import Prober
     from edge_runtime.verifier import VerifierClient
 
+HELP = "show sensor readings: link, energy, temperature, processor"
 DESCRIPTION = """\
 Shows the readings of the board's probes: link, energy, temperature, processor. A sensor that the board does not have is
 not shown.
@@ -35,52 +37,24 @@ MAX_PERIOD_SECONDS = 3600.0
 SYSFS, PROCFS = Path("/sys"), Path("/proc")
 
 
-def add_parser(commands: Any) -> None:
-    """Add `probe` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "probe",
-        help="show sensor readings: link, energy, temperature, processor",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--watch", action="store_true", help="repeat until ^C (default on a terminal, unless --json is given)"
     )
     mode.add_argument("--once", action="store_true", help="read once and exit (default otherwise)")
-    parser.add_argument(
-        "--period", type=float, default=5.0, metavar="SECONDS", help="time between two readings (default: %(default)g)"
+    add_option(parser, "--period SECONDS", "time between two readings", default=5.0)
+    text = "also connect to this verifier, and show the kernel's TCP statistics of the connection"
+    add_option(parser, "--verifier URL", text)
+    add_option(parser, "--path.sysfs DIR", "sysfs to read", default=SYSFS, dest="sysfs")
+    add_option(parser, "--path.procfs DIR", "procfs to read", default=PROCFS, dest="procfs")
+    text = (
+        "read the output of iw, nmcli, mmcli and vcgencmd from files such as DIR/vcgencmd_get_throttled "
+        "instead of running them (default: run them, unless --path.sysfs or --path.procfs is given)"
     )
-    parser.add_argument(
-        "--verifier",
-        metavar="URL",
-        help="also connect to this verifier, and show the kernel's TCP statistics of the connection",
-    )
-    parser.add_argument(
-        "--path.sysfs",
-        dest="sysfs",
-        type=Path,
-        default=SYSFS,
-        metavar="DIR",
-        help="sysfs to read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--path.procfs",
-        dest="procfs",
-        type=Path,
-        default=PROCFS,
-        metavar="DIR",
-        help="procfs to read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--path.recorded",
-        dest="recorded",
-        type=Path,
-        metavar="DIR",
-        help="read the output of iw, nmcli, mmcli and vcgencmd from files such as DIR/vcgencmd_get_throttled "
-        "instead of running them (default: run them, unless --path.sysfs or --path.procfs is given)",
-    )
+    add_option(parser, "--path.recorded DIR", text, type=Path, dest="recorded")
     parser.set_defaults(run=_run)
 
 

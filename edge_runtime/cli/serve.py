@@ -10,7 +10,7 @@ import faulthandler
 import logging
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import (
     add_ngram_cache_options,
@@ -18,8 +18,9 @@ from edge_runtime.cli.draft_options import (
     open_ngram_cache,
     resolve_bundle,
 )
+from edge_runtime.cli.options import add_config_option, add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner, read_board_power, run_probes
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
 from edge_runtime.protocol.errors import InputError
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 TRIM_BYTES, MMAP_BYTES = 1 << 17, 1 << 16
 
+HELP = "run the OpenAI-compatible service of this board"
 DESCRIPTION = """\
 Serves an OpenAI-compatible HTTP API on this board, with streaming: /v1/completions, /v1/chat/completions, /v1/models.
 The draft model runs here, the target model on a verifier. Also served: a dashboard for browsers (/), its events
@@ -57,14 +59,8 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `serve` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "serve",
-        help="run the OpenAI-compatible service of this board",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_settings(parser, "draft.bundle", "draft.threads")
     add_config_option(parser)
     add_verifier_options(parser)
@@ -72,35 +68,16 @@ def add_parser(commands: Any) -> None:
 
     listening = parser.add_argument_group("listening")
     add_settings(listening, "service.host", "service.port")
-    listening.add_argument(
-        "--certificate", type=Path, metavar="FILE", help="PEM certificate chain (default: no TLS, plain HTTP)"
-    )
-    listening.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the certificate")
+    add_option(listening, "--certificate FILE", "PEM certificate chain (default: no TLS, plain HTTP)", type=Path)
+    add_option(listening, "--key FILE", "PEM private key of the certificate", type=Path)
     add_settings(listening, "service.api_key_file")
 
     limits = parser.add_argument_group("limits")
     add_settings(limits, "service.max_concurrent", "service.max_waiting")
-    limits.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens per answer at most, also for a request without max_tokens (default: %(default)s)",
-    )
-    limits.add_argument(
-        "--max-body",
-        type=int,
-        default=1 << 18,
-        metavar="BYTES",
-        help="size of a request body at most (default: %(default)s)",
-    )
-    limits.add_argument(
-        "--grace",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="time for running answers to finish after SIGTERM (default: %(default)g)",
-    )
+    text = "tokens per answer at most, also for a request without max_tokens"
+    add_option(limits, "--max-new-tokens N", text, default=1024)
+    add_option(limits, "--max-body BYTES", "size of a request body at most", default=1 << 18)
+    add_option(limits, "--grace SECONDS", "time for running answers to finish after SIGTERM", default=10.0)
     add_settings(parser.add_argument_group("log"), "log.level", "log.prompts")
     add_planner_options(parser)
     parser.set_defaults(run=_run)

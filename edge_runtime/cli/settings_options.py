@@ -8,15 +8,22 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import inspect
 
+from edge_runtime.cli.options import ArgumentContainer
 from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
 
-ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
+# How an option's text becomes the value of its setting, by the setting's type; text that is not here stays as it is.
+VALUE_PARSERS: dict[type[inspect.Type], Callable[[str], Any]] = {
+    inspect.ListType: lambda text: [part.strip() for part in text.split(",")],
+    inspect.IntType: int,
+    inspect.FloatType: float,
+    inspect.CustomType: Path,
+}
 
 
 def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> None:
@@ -30,7 +37,7 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
     for key in keys:
         entry = SETTINGS[key]
         spec = entry.spec
-        arguments: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS, **_value_arguments(entry)}
+        arguments = {"dest": key, "default": argparse.SUPPRESS, "metavar": spec.metavar, **_value_arguments(entry)}
         text = spec.flag_help or spec.help
         # For an on/off setting, the default is that the option is not given.
         if not isinstance(entry.value, bool):
@@ -39,16 +46,6 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
         for flag in spec.deprecated_flags:
             action = functools.partial(_DeprecatedOption, replacement=spec.flag)
             parser.add_argument(flag, help=argparse.SUPPRESS, **{**arguments, "action": action})
-
-
-def add_config_option(parser: ArgumentContainer) -> None:
-    """Add --config, the configuration file that applies if no option is given."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="configuration file; options override it (default: see `edge-runtime config --help`)",
-    )
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
@@ -94,17 +91,5 @@ def _value_arguments(entry: SettingEntry) -> dict[str, Any]:
             return {"action": "store_const", "const": not entry.value}
         case inspect.LiteralType(values=values):
             return {"choices": [value for value in values if value]}
-        case inspect.ListType():
-            return {"type": _split_list, "metavar": entry.spec.metavar}
-        case inspect.IntType():
-            return {"type": int, "metavar": entry.spec.metavar}
-        case inspect.FloatType():
-            return {"type": float, "metavar": entry.spec.metavar}
-        case inspect.CustomType():
-            return {"type": Path, "metavar": entry.spec.metavar}
-        case _:
-            return {"metavar": entry.spec.metavar}
-
-
-def _split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+        case other:
+            return {"type": VALUE_PARSERS.get(type(other), str)}

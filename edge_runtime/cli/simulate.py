@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from edge_runtime.cli.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 TRACES = Path(__file__).resolve().parents[2] / "export" / "example_family" / "acceptance.npz"
 
+HELP = "model the speed of a board, a link and a verifier"
 DESCRIPTION = """\
 Simulates the decoding of recorded texts with a modelled board, link and verifier, and compares the planner with fixed
 plans. Acceptance is recorded; times, joules and bytes are modelled.
@@ -32,48 +34,21 @@ verifier that also speculates itself, such as 32b+spec.
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `simulate` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "simulate",
-        help="model the speed of a board, a link and a verifier",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--link", default="4g", help="link, see above (default: %(default)s)")
-    parser.add_argument(
-        "--profile", default="raspberry-pi-5", help="shipped device profile, or a .toml file (default: %(default)s)"
-    )
-    parser.add_argument("--verifier", default="32b", metavar="NAME", help="verifier, see above (default: %(default)s)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_option(parser, "--link", "link, see above", default="4g")
+    add_option(parser, "--profile", "shipped device profile, or a .toml file", default="raspberry-pi-5")
+    add_option(parser, "--verifier NAME", "verifier, see above", default="32b")
     parser.add_argument("--policy", default="", metavar="NAME", help="policy of the planner (default: analytic)")
-    parser.add_argument(
-        "--objective",
-        default="latency",
-        help="what to minimize: latency, cloud, energy, balanced, or prices such as "
-        "verifier=2,joule=0.05 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--weights",
-        type=float,
-        default=40e6,
-        metavar="BYTES",
-        help="size of the draft's weights (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="recorded temperature to use (default: %(default)g)"
-    )
-    parser.add_argument("--target", default="target-v1", help="recorded target to use (default: %(default)s)")
-    parser.add_argument(
-        "--texts", type=int, default=8, help="number of texts, one after the other (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
-    parser.add_argument(
-        "--traces",
-        type=Path,
-        default=TRACES,
-        metavar="FILE",
-        help="recorded acceptance (default: the file shipped with a source checkout)",
-    )
+    text = "what to minimize: latency, cloud, energy, balanced, or prices such as verifier=2,joule=0.05"
+    add_option(parser, "--objective", text, default="latency")
+    add_option(parser, "--weights BYTES", "size of the draft's weights", default=40e6)
+    add_option(parser, "--temperature", "recorded temperature to use", default=0.0)
+    add_option(parser, "--target", "recorded target to use", default="target-v1")
+    add_option(parser, "--texts", "number of texts, one after the other", default=8)
+    add_option(parser, "--seed", "same seed, same result", default=0)
+    text = "recorded acceptance (default: the file shipped with a source checkout)"
+    parser.add_argument("--traces", type=Path, default=TRACES, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=_run)
 

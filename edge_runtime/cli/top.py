@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from edge_runtime.cli.options import add_option
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edge_runtime.service.monitoring.dashboard_state import DashboardState
     from edge_runtime.service.monitoring.events import Event
 
+HELP = "watch a board's service, live"
 DESCRIPTION = """\
 Watches the service of this board or another: tokens as they arrive, plans and their reasons, rounds, link, energy. The
 dashboard that the service has at its URL shows the same in a browser.
@@ -45,24 +47,13 @@ class ServiceUnreachable(FlexSpecError):
     exit_code = 4
 
 
-def add_parser(commands: Any) -> None:
-    """Add `top` to the subparsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "top",
-        help="watch a board's service, live",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--url", default="http://127.0.0.1:8400", help="URL of the service (default: %(default)s)")
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="file with one of the service's API keys (default: no key)"
-    )
-    parser.add_argument(
-        "--ca-file",
-        type=Path,
-        metavar="FILE",
-        help="PEM file of certificate authorities to trust (default: the system's)",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_option(parser, "--url", "URL of the service", default="http://127.0.0.1:8400")
+    text = "file with one of the service's API keys (default: no key)"
+    add_option(parser, "--api-key-file FILE", text, type=Path)
+    text = "PEM file of certificate authorities to trust (default: the system's)"
+    add_option(parser, "--ca-file FILE", text, type=Path)
     parser.add_argument(
         "--once", action="store_true", help="print the current state and exit (default without a terminal)"
     )

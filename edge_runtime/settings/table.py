@@ -33,10 +33,9 @@ class SettingSpec(NamedTuple):
     """What a field's annotation declares about a setting in addition to its type.
 
     Attributes:
+        option: command-line option of the commands that take the setting, such as `--threads N`.
         help: one phrase, without the default.
-        flag: command-line option of the commands that take the setting.
         flag_help: help of the option, if it differs: an option such as --no-http2 says the opposite of its setting.
-        metavar: placeholder of the option's value.
         default: the default in words; empty shows the value.
         variable: short environment variable, in addition to FLEXSPEC_<TABLE>__<FIELD>, which overrides it.
         credential: systemd credential (LoadCredential=) that is used if nothing else sets the value.
@@ -47,10 +46,9 @@ class SettingSpec(NamedTuple):
         reloadable: whether a running service applies a change on SIGHUP, without a restart.
     """
 
+    option: str
     help: str
-    flag: str
     flag_help: str = ""
-    metavar: str | None = None
     default: str = ""
     variable: str = ""
     credential: str = ""
@@ -59,6 +57,16 @@ class SettingSpec(NamedTuple):
     deprecated_names: tuple[str, ...] = ()
     deprecated_flags: tuple[str, ...] = ()
     reloadable: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The option without the placeholder of its value."""
+        return self.option.partition(" ")[0]
+
+    @property
+    def metavar(self) -> str | None:
+        """The placeholder of the option's value; None without one."""
+        return self.option.partition(" ")[2] or None
 
 
 class SettingsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,9 +99,8 @@ class DraftSettings(SettingsTable, frozen=True):
     bundle: Annotated[
         Path | None,
         SettingSpec(
-            help="directory of the draft bundle",
-            flag="--bundle",
-            metavar="DIR",
+            "--bundle DIR",
+            "directory of the draft bundle",
             default="$FLEXSPEC_BUNDLE, else the store's current bundle, else the bundle shipped with a source checkout",
             variable="FLEXSPEC_BUNDLE",
             validate=validators.directory,
@@ -102,9 +109,8 @@ class DraftSettings(SettingsTable, frozen=True):
     store: Annotated[
         Path,
         SettingSpec(
-            help="directory of the bundle store",
-            flag="--store",
-            metavar="DIR",
+            "--store DIR",
+            "directory of the bundle store",
             default="bundles below $STATE_DIRECTORY under systemd, else ~/.local/state/flexspec/bundles",
             validate=validators.path,
         ),
@@ -112,9 +118,8 @@ class DraftSettings(SettingsTable, frozen=True):
     public_key_file: Annotated[
         Path | None,
         SettingSpec(
-            help="PEM file of public keys, one of which must have signed a bundle",
-            flag="--key",
-            metavar="FILE",
+            "--key FILE",
+            "PEM file of public keys, one of which must have signed a bundle",
             default="none, unsigned bundles are accepted",
             validate=validators.file,
         ),
@@ -122,17 +127,13 @@ class DraftSettings(SettingsTable, frozen=True):
     threads: Annotated[
         int,
         msgspec.Meta(ge=0, le=256),
-        SettingSpec(
-            help="CPU threads of the draft model; 0 uses one per physical core, at most 4",
-            flag="--threads",
-            metavar="N",
-        ),
+        SettingSpec("--threads N", "CPU threads of the draft model; 0 uses one per physical core, at most 4"),
     ] = 0
     ngram_cache: Annotated[
         bool,
         SettingSpec(
-            help="cache verified text, prompts included, to improve the draft",
-            flag="--no-ngram-cache",
+            "--no-ngram-cache",
+            "cache verified text, prompts included, to improve the draft",
             flag_help="draft without the n-gram cache of verified text",
             deprecated_names=("memory",),
             deprecated_flags=("--no-memory",),
@@ -141,9 +142,8 @@ class DraftSettings(SettingsTable, frozen=True):
     ngram_cache_directory: Annotated[
         Path | None,
         SettingSpec(
-            help="keep the n-gram cache here across restarts; its files hold what users wrote, as token ids",
-            flag="--ngram-cache",
-            metavar="DIR",
+            "--ngram-cache DIR",
+            "keep the n-gram cache here across restarts; its files hold what users wrote, as token ids",
             default="the state directory of a systemd service, else not kept",
             validate=validators.path,
             deprecated_names=("memory_directory",),
@@ -159,9 +159,8 @@ class VerifierSettings(SettingsTable, frozen=True):
         list[str],
         msgspec.Meta(min_length=1),
         SettingSpec(
-            help="base URLs of verifiers, the preferred one first; the next one is used while one cannot be reached",
-            flag="--verifier",
-            metavar="URL[,URL...]",
+            "--verifier URL[,URL...]",
+            "base URLs of verifiers, the preferred one first; the next one is used while one cannot be reached",
             default=f"$FLEXSPEC_VERIFIER, else {DEFAULT_VERIFIER_URL}",
             variable="FLEXSPEC_VERIFIER",
             validate=validators.urls,
@@ -170,19 +169,14 @@ class VerifierSettings(SettingsTable, frozen=True):
     model: Annotated[
         str,
         SettingSpec(
-            help="target model, if a request names none",
-            flag="--model",
-            metavar="NAME",
-            default="the verifier's default",
-            reloadable=True,
+            "--model NAME", "target model, if a request names none", default="the verifier's default", reloadable=True
         ),
     ] = ""
     token_file: Annotated[
         Path | None,
         SettingSpec(
-            help="file with the bearer token for the verifier",
-            flag="--token-file",
-            metavar="FILE",
+            "--token-file FILE",
+            "file with the bearer token for the verifier",
             default="no token",
             credential="verifier-token",
             validate=validators.secret_file,
@@ -193,9 +187,8 @@ class VerifierSettings(SettingsTable, frozen=True):
     ca_file: Annotated[
         Path | None,
         SettingSpec(
-            help="PEM file of certificate authorities to trust",
-            flag="--ca-file",
-            metavar="FILE",
+            "--ca-file FILE",
+            "PEM file of certificate authorities to trust",
             default="the system's",
             validate=validators.authorities,
         ),
@@ -203,9 +196,8 @@ class VerifierSettings(SettingsTable, frozen=True):
     certificate_file: Annotated[
         Path | None,
         SettingSpec(
-            help="PEM client certificate of this board, for verifiers that require one",
-            flag="--client-certificate",
-            metavar="FILE",
+            "--client-certificate FILE",
+            "PEM client certificate of this board, for verifiers that require one",
             default="no client certificate",
             validate=validators.file,
         ),
@@ -213,9 +205,8 @@ class VerifierSettings(SettingsTable, frozen=True):
     key_file: Annotated[
         Path | None,
         SettingSpec(
-            help="PEM private key of the client certificate",
-            flag="--client-key",
-            metavar="FILE",
+            "--client-key FILE",
+            "PEM private key of the client certificate",
             default="no client certificate",
             credential="verifier-key",
             validate=validators.file,
@@ -226,26 +217,23 @@ class VerifierSettings(SettingsTable, frozen=True):
         float,
         msgspec.Meta(gt=0, le=3600),
         SettingSpec(
-            help="give up when no token has arrived for this long, retries included",
-            flag="--deadline",
-            metavar="SECONDS",
-            reloadable=True,
+            "--deadline SECONDS", "give up when no token has arrived for this long, retries included", reloadable=True
         ),
     ] = 600.0
     http2: Annotated[
         bool,
         SettingSpec(
-            help="use HTTP/2 if the verifier offers it",
-            flag="--no-http2",
+            "--no-http2",
+            "use HTTP/2 if the verifier offers it",
             flag_help="use HTTP/1.1 even if the verifier offers HTTP/2",
         ),
     ] = True
     insecure: Annotated[
         bool,
         SettingSpec(
-            help="allow unencrypted prompts and answers to an http:// verifier on another machine; a token is never "
+            "--insecure",
+            "allow unencrypted prompts and answers to an http:// verifier on another machine; a token is never "
             "sent unencrypted",
-            flag="--insecure",
         ),
     ] = False
 
@@ -255,20 +243,14 @@ class PlannerSettings(SettingsTable, frozen=True):
 
     policy: Annotated[
         PolicyName | None,
-        SettingSpec(
-            help="policy that decides how much to draft",
-            flag="--policy",
-            default="analytic",
-            reloadable=True,
-        ),
+        SettingSpec("--policy", "policy that decides how much to draft", default="analytic", reloadable=True),
     ] = None
     objective: Annotated[
         str,
         SettingSpec(
-            help="what to minimize per token: latency, cloud, energy, balanced, or prices in seconds of waiting, such "
+            "--objective OBJECTIVE",
+            "what to minimize per token: latency, cloud, energy, balanced, or prices in seconds of waiting, such "
             "as verifier=2,joule=0.05",
-            flag="--objective",
-            metavar="OBJECTIVE",
             validate=validators.objective,
             reloadable=True,
         ),
@@ -276,9 +258,8 @@ class PlannerSettings(SettingsTable, frozen=True):
     profile: Annotated[
         str,
         SettingSpec(
-            help="device profile of this board: a name from `device-profile list`, or a .toml file",
-            flag="--profile",
-            metavar="NAME",
+            "--profile NAME",
+            "device profile of this board: a name from `device-profile list`, or a .toml file",
             default="none, joules are not modelled",
             validate=validators.profile,
             reloadable=True,
@@ -287,8 +268,8 @@ class PlannerSettings(SettingsTable, frozen=True):
     radio: Annotated[
         RadioName,
         SettingSpec(
-            help="what carries the link, to model its energy with the profile",
-            flag="--radio",
+            "--radio",
+            "what carries the link, to model its energy with the profile",
             default="none, the link's energy is not counted",
             reloadable=True,
         ),
@@ -296,9 +277,8 @@ class PlannerSettings(SettingsTable, frozen=True):
     energy_budget: Annotated[
         str,
         SettingSpec(
-            help="joules per hour such as 18000, or a time of day such as 18:00 that the battery must last until",
-            flag="--energy-budget",
-            metavar="BUDGET",
+            "--energy-budget BUDGET",
+            "joules per hour such as 18000, or a time of day such as 18:00 that the battery must last until",
             default="no budget",
             validate=validators.energy_budget,
             reloadable=True,
@@ -309,22 +289,16 @@ class PlannerSettings(SettingsTable, frozen=True):
 class ServiceSettings(SettingsTable, frozen=True):
     """[service]: the local HTTP service of `edge-runtime serve`."""
 
-    host: Annotated[
-        str,
-        SettingSpec(help="address to listen on", flag="--host", metavar="ADDRESS", validate=validators.host),
-    ] = "127.0.0.1"
+    host: Annotated[str, SettingSpec("--host ADDRESS", "address to listen on", validate=validators.host)] = "127.0.0.1"
     port: Annotated[
-        int,
-        msgspec.Meta(ge=0, le=65535),
-        SettingSpec(help="port to listen on; 0 picks a free one", flag="--port", metavar="PORT"),
+        int, msgspec.Meta(ge=0, le=65535), SettingSpec("--port PORT", "port to listen on; 0 picks a free one")
     ] = 8400
     max_concurrent: Annotated[
         int,
         msgspec.Meta(ge=1, le=64),
         SettingSpec(
-            help="answers generated at the same time; each takes memory for a draft context",
-            flag="--max-concurrent",
-            metavar="N",
+            "--max-concurrent N",
+            "answers generated at the same time; each takes memory for a draft context",
             reloadable=True,
         ),
     ] = 2
@@ -332,19 +306,17 @@ class ServiceSettings(SettingsTable, frozen=True):
         int,
         msgspec.Meta(ge=0, le=4096),
         SettingSpec(
-            help="requests that may wait for one of those; more are refused with a Retry-After",
-            flag="--max-waiting",
-            metavar="N",
+            "--max-waiting N",
+            "requests that may wait for one of those; more are refused with a Retry-After",
             reloadable=True,
         ),
     ] = 8
     api_key_file: Annotated[
         Path | None,
         SettingSpec(
-            help="file with the API key that clients must present",
-            flag="--api-key-file",
+            "--api-key-file FILE",
+            "file with the API key that clients must present",
             flag_help="file of API keys, one per line, one of which clients must present",
-            metavar="FILE",
             default="no key required",
             credential="api-key",
             validate=validators.secret_file,
@@ -355,9 +327,9 @@ class ServiceSettings(SettingsTable, frozen=True):
     on_link_loss: Annotated[
         OnLinkLoss,
         SettingSpec(
-            help="if no verifier can be reached: wait for one and continue the answer; let the draft continue alone, "
+            "--on-link-loss",
+            "if no verifier can be reached: wait for one and continue the answer; let the draft continue alone, "
             "marked as unverified until a verifier is back; or fail immediately",
-            flag="--on-link-loss",
             reloadable=True,
         ),
     ] = "wait"
@@ -366,13 +338,10 @@ class ServiceSettings(SettingsTable, frozen=True):
 class LogSettings(SettingsTable, frozen=True):
     """[log]: what is logged."""
 
-    level: Annotated[
-        LogLevel,
-        SettingSpec(help="least severe messages that are logged", flag="--log-level", reloadable=True),
-    ] = "info"
-    prompts: Annotated[
-        bool, SettingSpec(help="log prompts and answers, too", flag="--log-prompts", reloadable=True)
-    ] = False
+    level: Annotated[LogLevel, SettingSpec("--log-level", "least severe messages that are logged", reloadable=True)] = (
+        "info"
+    )
+    prompts: Annotated[bool, SettingSpec("--log-prompts", "log prompts and answers, too", reloadable=True)] = False
 
 
 class Settings(SettingsTable, frozen=True):

@@ -1,0 +1,40 @@
+"""Building blocks of the commands' parsers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_option(parser: ArgumentContainer, option: str, help_text: str, *, default: Any = None, **keywords: Any) -> None:
+    """Add an option that takes a value.
+
+    Args:
+        option: the option and the placeholder of its value, such as `--threads N`.
+        default: also tells the type, unless `keywords` do, and is shown in the help.
+        keywords: further arguments of `add_argument`.
+    """
+    flag, _, metavar = option.partition(" ")
+    if default is not None:
+        keywords = {"type": type(default), "default": default, **keywords}
+        help_text += f" (default: %(default){'g' if isinstance(default, float) else 's'})"
+    parser.add_argument(flag, metavar=metavar or None, help=help_text, **keywords)
+
+
+def add_config_option(parser: ArgumentContainer) -> None:
+    """Add --config, the configuration file that applies if no option is given."""
+    text = "configuration file; options override it (default: see `edge-runtime config --help`)"
+    add_option(parser, "--config FILE", text, type=Path)
+
+
+def add_action(
+    actions: Any, name: str, run: Callable[[argparse.Namespace], Awaitable[int]], help_text: str, **keywords: Any
+) -> argparse.ArgumentParser:
+    """Add an action of a command, such as `list` of `bundle`; `keywords` are further arguments of its parser."""
+    action: argparse.ArgumentParser = actions.add_parser(name, help=help_text, **keywords)
+    action.set_defaults(run=run)
+    return action
