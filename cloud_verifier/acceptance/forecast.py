@@ -124,11 +124,16 @@ def forecast(
         for temperature in TEMPERATURES
     }
     # By temperature: of each version the accepted positions of each passage.
-    accepted: dict[float, list[list[int]]] = {temperature: [] for temperature in TEMPERATURES}
-    for _, path in versions:
-        for temperature, chosen in _target_tokens(path, passages, device, dtype).items():
-            pairs = zip(drafted[temperature], chosen, strict=True)
-            accepted[temperature].append([count_accepted(ours, theirs)[0] for ours, theirs in pairs])
+    accepted: dict[float, list[list[int]]] = {temperature: [[] for _ in versions] for temperature in TEMPERATURES}
+    for version, (_, path) in enumerate(versions):
+        model, _, _ = load_model(path, device, dtype)
+        # The logits do not depend on the temperature: one forward serves all of them.
+        for index, logits in enumerate(judged_logits(model, passages[TEMPERATURES[0]])):
+            for temperature in TEMPERATURES:
+                passage = passages[temperature][index]
+                chosen = choose_tokens(logits, [(passage.sampling, passage.positions)])
+                accepted[temperature][version].append(count_accepted(drafted[temperature][index], chosen)[0])
+        del model  # before the next one is loaded
     return AcceptanceForecast(
         draft=str(bundle),
         versions=[name for name, _ in versions],
@@ -170,17 +175,3 @@ def _cut_pieces(draft: OnnxDraft, text: Path | None) -> list[list[int]]:
         raise InputError(f"the text has {len(ids)} tokens: give a --text of at least {MIN_PASSAGES * length}")
     step = max(1.0, len(pieces) / MAX_PASSAGES)
     return [pieces[int(index * step)] for index in range(min(len(pieces), MAX_PASSAGES))]
-
-
-def _target_tokens(
-    path: Path, passages: dict[float, list[Passage]], device: str, dtype: str
-) -> dict[float, list[list[int]]]:
-    """The target's token for every judged position of each passage, by temperature."""
-    model, _, _ = load_model(path, device, dtype)
-    chosen: dict[float, list[list[int]]] = {temperature: [] for temperature in TEMPERATURES}
-    # The logits do not depend on the temperature: one forward serves all of them.
-    for index, logits in enumerate(judged_logits(model, passages[TEMPERATURES[0]])):
-        for temperature in TEMPERATURES:
-            passage = passages[temperature][index]
-            chosen[temperature].append(choose_tokens(logits, [(passage.sampling, passage.positions)]))
-    return chosen

@@ -20,21 +20,22 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cloud_verifier.api.codec import ADMIN_PREFIX, message_response, read_message
-from cloud_verifier.engine.auth import require_admin
+from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.principals import Role
 from cloud_verifier.engine.rollout import Rollout, ServedVersion
 from cloud_verifier.registry.catalog import UnknownVersion, VersionAlias
 from cloud_verifier.registry.compatibility import IncompatibleVersion
-from cloud_verifier.registry.registry import RegistryError
-from edge_runtime.protocol.errors import FlexSpecError, InputError, VerifierRefused
+from cloud_verifier.registry.registry import Registry, RegistryError
+from edge_runtime.protocol.errors import FlexSpecError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, Message
 
 MAX_BODY_BYTES = 1 << 20
@@ -43,9 +44,6 @@ CHECK_SECONDS = 1800.0
 # A check yields the CPU to the verifier.
 CHECK_NICENESS = 10
 
-Handler = Callable[[Request], Awaitable[Response]]
-M = TypeVar("M", bound=Message)
-
 
 class TargetsReply(Message, frozen=True, omit_defaults=False):
     """The state of all target versions.
@@ -53,39 +51,53 @@ class TargetsReply(Message, frozen=True, omit_defaults=False):
     Attributes:
         default: the alias for sessions that request no model.
         aliases: the aliases in the registry, with their history.
-        leading: the version that each alias leads to in this process, apart from canaries; the registry's version may
-            still be loading.
+        active_aliases: the version that each alias leads to in this process, apart from canaries; the version that the
+            registry names may still be loading.
         drafts: deployed bundles.
         data: all versions.
     """
 
     default: str
     aliases: dict[str, VersionAlias]
-    leading: dict[str, str]
+    active_aliases: dict[str, str] = msgspec.field(name="leading")
     drafts: list[str]
     data: list[ServedVersion]
     v: int = PROTOCOL_VERSION
 
 
-class AddTarget(Message, frozen=True):
+class RegistryChange(Message, frozen=True):
+    """A request that changes the registry."""
+
+    def apply(self, registry: Registry) -> object:
+        """Change the registry. Raises FlexSpecError; nothing has changed then."""
+        raise NotImplementedError
+
+
+class AddTarget(RegistryChange, frozen=True):
     """Arguments of `Registry.add`."""
 
     name: str
     unshared: bool = False
     v: int = PROTOCOL_VERSION
 
+    def apply(self, registry: Registry) -> object:
+        return registry.add(self.name, unshared=self.unshared, only_roots=True)
 
-class PromoteTarget(Message, frozen=True):
-    """Arguments of `Catalog.promote`. In this and the following requests an empty alias is the default alias."""
+
+class PromoteTarget(RegistryChange, frozen=True):
+    """Arguments of `Registry.promote`. In this and the following requests an empty alias is the default alias."""
 
     version: str
     alias: str = ""
     unshared: bool = False
     v: int = PROTOCOL_VERSION
 
+    def apply(self, registry: Registry) -> object:
+        return registry.promote(self.alias, self.version, unshared=self.unshared)
 
-class SetCanary(Message, frozen=True):
-    """Arguments of `Catalog.canary`."""
+
+class SetCanary(RegistryChange, frozen=True):
+    """Arguments of `Registry.canary`."""
 
     version: str
     percent: Annotated[float, msgspec.Meta(ge=0, le=100)]
@@ -93,19 +105,28 @@ class SetCanary(Message, frozen=True):
     unshared: bool = False
     v: int = PROTOCOL_VERSION
 
+    def apply(self, registry: Registry) -> object:
+        return registry.canary(self.alias, self.version, self.percent, unshared=self.unshared)
 
-class RollbackAlias(Message, frozen=True):
-    """Arguments of `Catalog.rollback`."""
+
+class RollbackAlias(RegistryChange, frozen=True):
+    """Arguments of `Registry.rollback`."""
 
     alias: str = ""
     v: int = PROTOCOL_VERSION
 
+    def apply(self, registry: Registry) -> object:
+        return registry.rollback(self.alias)
 
-class RetireTarget(Message, frozen=True):
-    """Arguments of `Catalog.retire`."""
+
+class RetireTarget(RegistryChange, frozen=True):
+    """Arguments of `Registry.retire`."""
 
     version: str
     v: int = PROTOCOL_VERSION
+
+    def apply(self, registry: Registry) -> object:
+        return registry.retire(self.version)
 
 
 class CheckTarget(Message, frozen=True):
@@ -127,13 +148,13 @@ class CheckReply(Message, frozen=True, omit_defaults=False):
     """The result of a check.
 
     Attributes:
-        fine: all deployed drafts are compatible, and none loses more acceptance than the tolerance.
+        passed: all deployed drafts are compatible, and none loses more acceptance than the tolerance.
         compatible: all deployed drafts are compatible.
         gate: see `compatibility.CompatibilityReport`.
         expected: for every draft, see `forecast.AcceptanceForecast`.
     """
 
-    fine: bool
+    passed: bool = msgspec.field(name="fine")
     compatible: bool
     gate: dict[str, Any]
     expected: list[dict[str, Any]]
@@ -141,141 +162,101 @@ class CheckReply(Message, frozen=True, omit_defaults=False):
 
 
 class AdminOperation(NamedTuple):
-    """One operation of the admin API. `handler` names a method of `AdminApi`."""
+    """One operation of the admin API. The access log calls it by its name."""
 
-    method: str
+    name: str
     path: str
     summary: str
     request: type[Message] | None
-    reply: type[Message]
-    handler: str
+    reply: type[Message] = TargetsReply
+
+    @property
+    def method(self) -> str:
+        return "POST" if self.request else "GET"
 
 
 TARGETS_PATH = f"{ADMIN_PREFIX}v1/targets"
 ADMIN_OPERATIONS = (
+    AdminOperation("list_targets", TARGETS_PATH, "List versions and aliases", None),
     AdminOperation(
-        method="GET",
-        path=TARGETS_PATH,
-        summary="List versions and aliases",
-        request=None,
-        reply=TargetsReply,
-        handler="list_targets",
+        "add_target", TARGETS_PATH, "Add a version, if the deployed drafts are compatible with it", AddTarget
     ),
     AdminOperation(
-        method="POST",
-        path=TARGETS_PATH,
-        summary="Add a version, if the deployed drafts are compatible with it",
-        request=AddTarget,
-        reply=TargetsReply,
-        handler="add_target",
+        "promote_target", f"{TARGETS_PATH}/promote", "Route all new sessions of an alias to a version", PromoteTarget
     ),
     AdminOperation(
-        method="POST",
-        path=f"{TARGETS_PATH}/promote",
-        summary="Route all new sessions of an alias to a version",
-        request=PromoteTarget,
-        reply=TargetsReply,
-        handler="promote_target",
+        "canary_target",
+        f"{TARGETS_PATH}/canary",
+        "Route a percentage of the new sessions of an alias to a version",
+        SetCanary,
     ),
+    AdminOperation("rollback_alias", f"{TARGETS_PATH}/rollback", "Undo the last change of an alias", RollbackAlias),
+    AdminOperation("retire_target", f"{TARGETS_PATH}/retire", "Stop routing new sessions to a version", RetireTarget),
     AdminOperation(
-        method="POST",
-        path=f"{TARGETS_PATH}/canary",
-        summary="Route a percentage of the new sessions of an alias to a version",
-        request=SetCanary,
-        reply=TargetsReply,
-        handler="canary_target",
-    ),
-    AdminOperation(
-        method="POST",
-        path=f"{TARGETS_PATH}/rollback",
-        summary="Undo the last change of an alias",
-        request=RollbackAlias,
-        reply=TargetsReply,
-        handler="rollback_alias",
-    ),
-    AdminOperation(
-        method="POST",
-        path=f"{TARGETS_PATH}/retire",
-        summary="Stop routing new sessions to a version",
-        request=RetireTarget,
-        reply=TargetsReply,
-        handler="retire_target",
-    ),
-    AdminOperation(
-        method="POST",
-        path=f"{TARGETS_PATH}/check",
-        summary="Forecast the acceptance rate of the deployed drafts with a version",
-        request=CheckTarget,
-        reply=CheckReply,
-        handler="check_target",
+        "check_target",
+        f"{TARGETS_PATH}/check",
+        "Forecast the acceptance rate of the deployed drafts with a version",
+        CheckTarget,
+        CheckReply,
     ),
 )
 
 
 class AdminApi:
-    """Request handlers over one rollout.
+    """Executes the operations on one rollout and its registry.
 
     Args:
         check_options: options of `cloud-verifier targets check`: the device and the dtype.
     """
 
-    def __init__(self, rollout: Rollout, check_options: list[str]) -> None:
+    def __init__(self, rollout: Rollout, authenticator: Authenticator, check_options: Sequence[str]) -> None:
         self._rollout = rollout
         self._registry = rollout.registry
+        self._authenticator = authenticator
         self._check_options = check_options
         self._check_lock = asyncio.Lock()
 
-    def handler(self, operation: AdminOperation) -> Handler:
-        handler: Handler = getattr(self, operation.handler)
-        return handler
-
-    async def list_targets(self, request: Request) -> Response:
-        require_admin(request)
-        with _registry_errors_as_replies():
+    async def handle(self, operation: AdminOperation, request: Request) -> Response:
+        """Authorize the request, then decode its body and execute it. Errors of the registry become typed replies."""
+        self._authenticator.authorize(request, Role.ADMIN)
+        body = await read_message(request, operation.request, MAX_BODY_BYTES) if operation.request else None
+        try:
+            if isinstance(body, CheckTarget):
+                return message_response(request, await self._check(body))
+            if isinstance(body, RegistryChange):
+                # In a thread: adding a version hashes its files, which takes as long as reading them.
+                await asyncio.to_thread(body.apply, self._registry)
             await self._rollout.refresh()
-        return self._targets_response(request)
-
-    async def add_target(self, request: Request) -> Response:
-        body = await _read_admin_message(request, AddTarget)
-        return await self._change(
-            request, lambda: self._registry.add(body.name, unshared=body.unshared, only_roots=True)
+        except VerifierRefused:
+            raise
+        except UnknownVersion as error:
+            raise VerifierRefused(ErrorCode.UNKNOWN_MODEL, str(error)) from None
+        except IncompatibleVersion as error:
+            detail: dict[str, object] = {"differences": error.report.describe().splitlines()}
+            raise VerifierRefused(ErrorCode.INCOMPATIBLE_TARGET, str(error), detail=detail) from None
+        except RegistryError as error:
+            raise VerifierRefused(ErrorCode.INTERNAL, str(error)) from None
+        except FlexSpecError as error:
+            raise VerifierRefused(ErrorCode.TARGET_REFUSED, str(error)) from None
+        catalog = self._rollout.catalog
+        reply = TargetsReply(
+            default=catalog.default,
+            aliases=catalog.aliases,
+            active_aliases=self._rollout.active_aliases,
+            drafts=catalog.drafts,
+            data=self._rollout.list_versions(),
         )
+        return message_response(request, reply)
 
-    async def promote_target(self, request: Request) -> Response:
-        body = await _read_admin_message(request, PromoteTarget)
-        return await self._change(
-            request,
-            lambda: self._registry.promote(body.alias or self._default_alias(), body.version, unshared=body.unshared),
-        )
-
-    async def canary_target(self, request: Request) -> Response:
-        body = await _read_admin_message(request, SetCanary)
-        return await self._change(
-            request,
-            lambda: self._registry.canary(
-                body.alias or self._default_alias(), body.version, body.percent, unshared=body.unshared
-            ),
-        )
-
-    async def rollback_alias(self, request: Request) -> Response:
-        body = await _read_admin_message(request, RollbackAlias)
-        return await self._change(request, lambda: self._registry.rollback(body.alias or self._default_alias()))
-
-    async def retire_target(self, request: Request) -> Response:
-        body = await _read_admin_message(request, RetireTarget)
-        return await self._change(request, lambda: self._registry.retire(body.version))
-
-    async def check_target(self, request: Request) -> Response:
+    async def _check(self, body: CheckTarget) -> CheckReply:
         """Run `cloud-verifier targets check` in a process of its own, to isolate memory, time and faults.
 
         Only one check runs at a time.
         """
-        body = await _read_admin_message(request, CheckTarget)
         if self._check_lock.locked():
-            raise VerifierRefused(ErrorCode.OVERLOADED, "another check is running; try again when it has ended", 503)
+            raise VerifierRefused(ErrorCode.OVERLOADED, "another check is running; try again when it has ended")
         async with self._check_lock:
-            with _registry_errors_as_replies():
-                directory = await asyncio.to_thread(self._find_directory, body.version)
+            directory = await asyncio.to_thread(self._find_directory, body.version)
             command = [sys.executable, "-m", "cloud_verifier.cli", "targets", "check", str(directory), "--json"]
             command += ["--registry", str(self._registry.path), "--tolerance", str(body.tolerance)]
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="replace") as text:
@@ -285,62 +266,18 @@ class AdminApi:
                 exit_code, stdout, stderr = await _run_check([*command, *self._check_options])
         try:
             result = msgspec.json.decode(stdout, type=dict[str, Any])
-            reply = CheckReply(exit_code == 0, result["compatible"], result["gate"], result["expected"])
+            return CheckReply(exit_code == 0, result["compatible"], result["gate"], result["expected"])
         except (msgspec.MsgspecError, KeyError):
             last_line = stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cloud-verifier: ")
             raise VerifierRefused(
-                ErrorCode.TARGET_REFUSED, last_line[:1000] or f"the check ended with exit code {exit_code}", 409
+                ErrorCode.TARGET_REFUSED, last_line[:1000] or f"the check ended with exit code {exit_code}"
             ) from None
-        return message_response(request, reply)
 
     def _find_directory(self, version: str) -> Path:
         catalog = self._registry.read()
         with contextlib.suppress(UnknownVersion):
             return self._registry.path_of(catalog.find(version))
         return self._registry.locate(version, catalog, only_roots=True)
-
-    def _default_alias(self) -> str:
-        return self._registry.read().default
-
-    async def _change(self, request: Request, change: Callable[[], object]) -> Response:
-        # In a thread: adding a version hashes its files, which takes as long as reading them.
-        with _registry_errors_as_replies():
-            await asyncio.to_thread(change)
-            await self._rollout.refresh()
-        return self._targets_response(request)
-
-    def _targets_response(self, request: Request) -> Response:
-        catalog = self._rollout.catalog
-        reply = TargetsReply(
-            default=catalog.default,
-            aliases=catalog.aliases,
-            leading=self._rollout.active_aliases,
-            drafts=catalog.drafts,
-            data=self._rollout.list_versions(),
-        )
-        return message_response(request, reply)
-
-
-async def _read_admin_message(request: Request, kind: type[M]) -> M:
-    """Authorize the request, then decode its body."""
-    require_admin(request)
-    return await read_message(request, kind, MAX_BODY_BYTES)
-
-
-@contextlib.contextmanager
-def _registry_errors_as_replies() -> Iterator[None]:
-    """Turn errors of the registry into typed error replies."""
-    try:
-        yield
-    except UnknownVersion as error:
-        raise VerifierRefused(ErrorCode.UNKNOWN_MODEL, str(error), 404) from None
-    except IncompatibleVersion as error:
-        detail: dict[str, object] = {"differences": error.report.describe().splitlines()}
-        raise VerifierRefused(ErrorCode.INCOMPATIBLE_TARGET, str(error), 409, detail) from None
-    except RegistryError as error:
-        raise VerifierRefused(ErrorCode.INTERNAL, str(error), 500) from None
-    except (InputError, FlexSpecError) as error:
-        raise VerifierRefused(ErrorCode.TARGET_REFUSED, str(error), 409) from None
 
 
 async def _run_check(command: list[str]) -> tuple[int, bytes, bytes]:
@@ -353,7 +290,7 @@ async def _run_check(command: list[str]) -> tuple[int, bytes, bytes]:
         stdout, stderr = await asyncio.wait_for(process.communicate(), CHECK_SECONDS)
     except TimeoutError:
         raise VerifierRefused(
-            ErrorCode.TARGET_REFUSED, f"the check did not end within {CHECK_SECONDS:g} s and was killed", 409
+            ErrorCode.TARGET_REFUSED, f"the check did not end within {CHECK_SECONDS:g} s and was killed"
         ) from None
     finally:
         if process.returncode is None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeAlias
 
 import msgspec
 from starlette.applications import Starlette
@@ -47,6 +49,8 @@ from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequ
 
 log = logging.getLogger(__name__)
 
+Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+
 
 class VerifierService:
     """The request handlers and the state of one verifier. Its lifespan starts and stops the scheduler.
@@ -77,13 +81,7 @@ class VerifierService:
     ) -> None:
         self.limits = limits
         self.authenticator = authenticator or Authenticator()
-        self.sessions = SessionStore(
-            limits.max_sessions,
-            limits.max_tokens,
-            limits.idle_seconds,
-            lambda session: self.scheduler.release(session),
-            limits.page,
-        )
+        self.sessions = SessionStore(limits, lambda session: self.scheduler.release(session))
         self.admission = AdmissionController(limits.max_queue_seconds)
         self.metrics = _build_metrics(self)
         self.scheduler = Scheduler(
@@ -115,7 +113,6 @@ class VerifierService:
             exception_handlers={HTTPException: _unknown_route},
             lifespan=self._lifespan,
         )
-        self.app.state.authenticator = self.authenticator
         self.app.router.redirect_slashes = False
 
     @property
@@ -159,10 +156,6 @@ class VerifierService:
         self.authenticator.reload()
         log.info("%d tokens", len(self.authenticator))
 
-    async def drain(self, seconds: float) -> bool:
-        """Admit no new rounds, and wait up to `seconds` for those in progress. Return whether they all ended."""
-        return await self.admission.drain(seconds)
-
     async def open(self, request: Request) -> Response:
         """POST /v1/sessions: open a session and execute its first round."""
         principal = self._authorize(request, Role.BOARD)
@@ -174,16 +167,13 @@ class VerifierService:
         session = self.sessions.find_by_key(opening.key, principal.name)
         if session is not None and not session.closed:
             if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
-                raise VerifierRefused(
-                    ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt", 409
-                )
+                raise VerifierRefused(ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt")
             reply = session.recorded_reply(opening.first)
             if reply is None:
                 raise VerifierRefused(
                     ErrorCode.ROUND_OUT_OF_ORDER,
                     "this session is already open; send its rounds to its own URL",
-                    409,
-                    {"expected": session.reply.request.round + 1},
+                    detail={"expected": session.reply.request.round + 1},
                 )
             target = session.target
         else:
@@ -268,7 +258,7 @@ class VerifierService:
             target.context,
             self.limits.max_body,
             tokens=self.authenticator.file is not None,
-            admin=self._has_admin_api,
+            has_admin_api=self._has_admin_api,
         )
         return Response(msgspec.json.encode(document), media_type="application/json")
 
@@ -281,8 +271,8 @@ class VerifierService:
         target = self.target
         if target is None:
             if self.failure:
-                raise VerifierRefused(ErrorCode.INTERNAL, f"the target did not load: {self.failure}", 500)
-            raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
+                raise VerifierRefused(ErrorCode.INTERNAL, f"the target did not load: {self.failure}")
+            raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly")
         return target
 
     def _resolve_target(self, opening: OpenRequest, owner: str) -> Target:
@@ -297,22 +287,26 @@ class VerifierService:
             raise VerifierRefused(
                 ErrorCode.UNKNOWN_MODEL,
                 f"the model {opening.model[:80]!r} does not exist here; available: {target.version}",
-                404,
-                {"available": [target.version]},
+                detail={"available": [target.version]},
             )
         return target
 
     def _admin_routes(self, check_options: Sequence[str]) -> list[Route]:
         if self.rollout is None or not self._has_admin_api:
             return []
-        admin = AdminApi(self.rollout, list(check_options))
+        admin = AdminApi(self.rollout, self.authenticator, check_options)
         return [
-            Route(operation.path, self._endpoint(admin.handler(operation)), methods=[operation.method])
+            Route(
+                operation.path,
+                self._endpoint(functools.partial(admin.handle, operation), operation.name),
+                methods=[operation.method],
+            )
             for operation in ADMIN_OPERATIONS
         ]
 
-    def _endpoint(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Wrap a handler: errors become typed replies, and the request is counted and logged."""
+    def _endpoint(self, handler: Handler, name: str = "") -> Handler:
+        """Wrap a handler: errors become typed replies, and the request is counted, and logged under the name."""
+        name = name or handler.__name__
 
         async def endpoint(request: Request) -> Response:
             started, code = time.perf_counter(), ""
@@ -323,14 +317,14 @@ class VerifierService:
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:
-                log.exception("%s %s failed", request.method, handler.__name__)
-                internal = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500)
+                log.exception("%s %s failed", request.method, name)
+                internal = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log")
                 code, response = internal.code, error_response(request, internal)
             if code:
                 self.metrics.count_refusal(code)
             if client_id := request_id(request):
                 response.headers["x-request-id"] = client_id
-            log_request(request, handler.__name__, response.status_code, code, time.perf_counter() - started)
+            log_request(request, name, response.status_code, code, time.perf_counter() - started)
             return response
 
         return endpoint

@@ -32,10 +32,10 @@ async def read_message(request: Request, kind: type[M], limit: int, session: str
         message = messages.decode(body, kind, request_media_type(request), session)
     except InputError as error:
         if isinstance(error, messages.DamagedMessage):
-            raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again", 400) from None
+            raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again") from None
         _check_protocol_version(messages.peek_version(body, request_media_type(request)))
         code = ErrorCode.INVALID_SAMPLING if "$.sampling" in str(error) else ErrorCode.MALFORMED
-        raise VerifierRefused(code, str(error), 400) from None
+        raise VerifierRefused(code, str(error)) from None
     # The field is declared by every kind of message, but not by their base.
     _check_protocol_version(getattr(message, "v", None))
     return message
@@ -124,7 +124,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         if size <= limit:
             body += chunk
     if size > limit:
-        raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is longer than {limit} bytes", 413, {"limit": limit})
+        raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is longer than {limit} bytes", detail={"limit": limit})
     return bytes(body)
 
 
@@ -133,7 +133,6 @@ def _check_protocol_version(version: int | None) -> None:
         raise VerifierRefused(
             ErrorCode.UNSUPPORTED_VERSION,
             f"this verifier uses protocol version {messages.PROTOCOL_VERSION}; upgrade the older of the two ends",
-            400,
         )
 
 

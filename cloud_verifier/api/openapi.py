@@ -36,7 +36,7 @@ PROTECTED_PATHS = ("/v1/", "/metrics", ADMIN_PREFIX)
 
 
 def build_document(
-    vocabulary_size: int, context: int, max_body: int, *, tokens: bool, admin: bool = False
+    vocabulary_size: int, context: int, max_body: int, *, tokens: bool, has_admin_api: bool = False
 ) -> dict[str, Any]:
     """Build the OpenAPI document of a verifier.
 
@@ -44,9 +44,9 @@ def build_document(
         vocabulary_size, context: of its targets.
         max_body: bytes of a request body.
         tokens: requests need a token.
-        admin: the admin API of targets is available.
+        has_admin_api: the admin API of targets is available.
     """
-    operations = ADMIN_OPERATIONS if admin else ()
+    operations = ADMIN_OPERATIONS if has_admin_api else ()
     structs = [
         messages.OpenRequest,
         messages.OpenReply,
@@ -56,7 +56,7 @@ def build_document(
         messages.ErrorReply,
     ]
     # A dict keeps the order and drops repeated structs.
-    structs += {struct: None for admin_op in operations for struct in (admin_op.request, admin_op.reply) if struct}
+    structs += dict.fromkeys(struct for admin in operations for struct in (admin.request, admin.reply) if struct)
     _, schemas = msgspec.json.schema_components(structs, ref_template=REF)
     _refine_schemas(schemas, vocabulary_size, context)
     session = {"name": "session", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
@@ -81,14 +81,13 @@ def build_document(
         "/metrics": {"get": _operation("Metrics for Prometheus", plain_text, ("401", "403"))},
         "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("500", "503"))},
     }
-    for admin_operation in operations:
-        reply = {JSON: schema_ref(admin_operation.reply.__name__)}
-        described = _operation(admin_operation.summary, reply, ADMIN_ERRORS)
-        if admin_operation.request:
-            name = admin_operation.request.__name__
-            schemas[name]["properties"]["v"] = {"const": messages.PROTOCOL_VERSION}
-            described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(name)}}}
-        paths.setdefault(admin_operation.path, {})[admin_operation.method.lower()] = described
+    for admin in operations:
+        request = admin.request.__name__ if admin.request else ""
+        if request:
+            schemas[request]["properties"]["v"] = {"const": messages.PROTOCOL_VERSION}
+        reply = {JSON: schema_ref(admin.reply.__name__)}
+        described = _operation(admin.summary, reply, ADMIN_ERRORS, request=request)
+        paths.setdefault(admin.path, {})[admin.method.lower()] = described
     components: dict[str, Any] = {"schemas": schemas}
     if tokens:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -136,12 +135,15 @@ def _refine_schemas(schemas: dict[str, Any], vocabulary_size: int, context: int)
 
 def _round_operation(summary: str, request: str, reply: str) -> dict[str, Any]:
     frames = {"type": "string", "description": f"With `stream`: the {reply}, then Frames, one per line."}
-    operation = _operation(summary, {JSON: schema_ref(reply), JSON_LINES: frames}, ROUND_ERRORS)
-    operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(request)}}}
+    return _operation(summary, {JSON: schema_ref(reply), JSON_LINES: frames}, ROUND_ERRORS, request=request)
+
+
+def _operation(
+    summary: str, content: dict[str, Any], errors: tuple[str, ...], success: str = "200", request: str = ""
+) -> dict[str, Any]:
+    """Describe an operation. `request` names the schema of its body; empty if it has none."""
+    descriptions = {status: ERROR_DESCRIPTIONS[status] for status in errors}
+    operation = build_operation(summary, content, descriptions, "ErrorReply", success)
+    if request:
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(request)}}}
     return operation
-
-
-def _operation(summary: str, content: dict[str, Any], errors: tuple[str, ...], success: str = "200") -> dict[str, Any]:
-    return build_operation(
-        summary, content, {status: ERROR_DESCRIPTIONS[status] for status in errors}, "ErrorReply", success
-    )

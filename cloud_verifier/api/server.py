@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from cloud_verifier.engine.admission import AdmissionController
 from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_reload_signal, watch_stop_signals
 from edge_runtime.common.sd_notify import Notifier
 from edge_runtime.protocol.errors import FlexSpecError
@@ -28,7 +29,7 @@ class ServedApplication(Protocol):
     app: Any
 
     @property
-    def admission(self) -> Sized: ...
+    def admission(self) -> AdmissionController: ...
 
     @property
     def loaded(self) -> bool: ...
@@ -45,8 +46,6 @@ class ServedApplication(Protocol):
     def status(self) -> str: ...
 
     def reload(self) -> None: ...
-
-    async def drain(self, seconds: float) -> bool: ...
 
     def abort(self) -> None: ...
 
@@ -96,7 +95,7 @@ async def serve(
         notifying.cancel()
         reloading.cancel()
         notifier.stopping("draining: rounds in progress may end")
-        if not await service.drain(grace):
+        if not await service.admission.drain(grace):
             log.warning("%d rounds did not end within %g s", len(service.admission), grace)
         if service.in_use:
             await asyncio.sleep(LINGER_SECONDS)

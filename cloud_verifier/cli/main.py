@@ -93,11 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    model_options = argparse.ArgumentParser(add_help=False)
-    model_options.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
-    model_options.add_argument(
+    device_options = argparse.ArgumentParser(add_help=False)
+    device_options.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
+    device_options.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
+    model_options = argparse.ArgumentParser(add_help=False, parents=[device_options])
     model_options.add_argument(
         "--max-context", type=positive, metavar="TOKENS", help="longest text (default: the model's own limit)"
     )
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
-    targets.add_parser(commands)
+    targets.add_parser(commands, device_options)
     token.add_parser(commands)
     add_service_parser(commands, _service, "run the verifier under systemd", SERVICE_DESCRIPTION, UNIT)
     return parser

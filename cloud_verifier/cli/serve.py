@@ -315,28 +315,22 @@ def _build_service(options: argparse.Namespace, loader: TargetLoader, authentica
     from cloud_verifier.engine.rollout import RetirementPolicy, Rollout, load_default_target
     from cloud_verifier.registry.registry import Registry
 
-    limits, window = _limits(options), options.batch_window / 1e3
-    load_speculation = functools.partial(_load_speculation, options)
-    if options.registry is None:
-        return VerifierService(
-            lambda: loader.load_single(options.target),
-            limits,
-            load_speculation=load_speculation,
-            authenticator=authenticator,
-            window=window,
-        )
-    registry = Registry(options.registry)
+    registry = Registry(options.registry) if options.registry is not None else None
     policy = RetirementPolicy(grace_seconds=options.retired_seconds)
+
+    def load_target() -> Target:
+        return load_default_target(registry, loader.load_version) if registry else loader.load_single(options.target)
+
     return VerifierService(
-        lambda: load_default_target(registry, loader.load_version),
-        limits,
-        load_speculation=load_speculation,
+        load_target,
+        _limits(options),
+        load_speculation=functools.partial(_load_speculation, options),
         authenticator=authenticator,
-        make_rollout=lambda scheduler, sessions: Rollout(registry, scheduler, sessions, policy),
+        make_rollout=(lambda scheduler, sessions: Rollout(registry, scheduler, sessions, policy)) if registry else None,
         # One thread: a check must not slow the verifier down.
         check_options=["--device", options.device, "--dtype", options.dtype, "--threads", "1"],
         target_factory=loader.load_version,
-        window=window,
+        window=options.batch_window / 1e3,
     )
 
 
@@ -384,9 +378,7 @@ def _load_speculation(options: argparse.Namespace, target: Target) -> Speculatio
             max_rounds=options.draft_rounds,
         )
     from cloud_verifier.draft_models.checkpoint import load_draft
-    from cloud_verifier.model import attention
     from cloud_verifier.model.torch_speculation import TorchSpeculation
 
     draft = load_draft(options.draft, target.base)
-    draft.set_attn_implementation(attention.IMPLEMENTATION_NAME)
     return TorchSpeculation(draft, target, max_draft_tokens=options.draft_tokens, max_rounds=options.draft_rounds)

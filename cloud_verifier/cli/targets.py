@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,8 @@ from edge_runtime.protocol.errors import InputError, TargetError
 
 # Imports that need the extras, or take time, are inside the functions: every command builds this parser.
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cloud_verifier.acceptance.forecast import AcceptanceForecast
-    from cloud_verifier.registry.catalog import Catalog, VersionAlias
+    from cloud_verifier.registry.catalog import Catalog
     from cloud_verifier.registry.compatibility import CompatibilityReport
     from cloud_verifier.registry.registry import Registry
 
@@ -45,11 +44,12 @@ REGISTRY_VARIABLE = "FLEXSPEC_REGISTRY"
 # Width of tables in a pipe: one line per row.
 PIPE_WIDTH = 300
 VERSION_HELP = "name@hash, as in `list`; or a name, for the version of that name that was added last"
+DEFAULT_ALIAS_HELP = "the alias for sessions that request no model"
 UNSHARED_HELP = "although boards with a deployed draft would be refused"
 
 
-def add_parser(commands: Any) -> None:
-    """Add `targets` to argparse's subparsers."""
+def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
+    """Add `targets` to argparse's subparsers. `device_options` has the options of where models are computed."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "targets",
         help="add, check, promote, roll back and retire target versions",
@@ -57,27 +57,30 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    registry_options = argparse.ArgumentParser(add_help=False)
-    registry_options.add_argument(
+    registry = argparse.ArgumentParser(add_help=False)
+    registry.add_argument(
         "--registry",
         type=Path,
         default=default_registry(),
         metavar="DIR",
         help=f"default: ${REGISTRY_VARIABLE}, or {DEFAULT_REGISTRY}",
     )
-    json_options = argparse.ArgumentParser(add_help=False)
-    json_options.add_argument("--json", action="store_true", help="print one JSON object")
-    alias_options = argparse.ArgumentParser(add_help=False)
-    alias_options.add_argument(
-        "--alias", default="", metavar="NAME", help="default: the alias for sessions that request no model"
-    )
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON object")
+    alias = argparse.ArgumentParser(add_help=False)
+    alias.add_argument("--alias", default="", metavar="NAME", help=f"default: {DEFAULT_ALIAS_HELP}")
+    version = argparse.ArgumentParser(add_help=False)
+    version.add_argument("version", metavar="VERSION", help=VERSION_HELP)
 
-    listing = actions.add_parser("list", parents=[registry_options, json_options], help="list versions and aliases")
-    listing.set_defaults(run=_list)
+    def add_action(
+        name: str, run: Callable[[argparse.Namespace], int], help_text: str, *shared: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        action: argparse.ArgumentParser = actions.add_parser(name, parents=[registry, *shared], help=help_text)
+        action.set_defaults(run=run)
+        return action
 
-    add = actions.add_parser(
-        "add", parents=[registry_options], help="add a version, if the deployed drafts are compatible with it"
-    )
+    add_action("list", _list, "list versions and aliases", as_json)
+    add = add_action("add", _add, "add a version, if the deployed drafts are compatible with it")
     add.add_argument(
         "version", nargs="?", metavar="VERSION", help="a directory, or the name of one in the registry's `roots`"
     )
@@ -90,41 +93,26 @@ def add_parser(commands: Any) -> None:
         help="register a bundle that is deployed on boards",
     )
     add.add_argument("--unshared", action="store_true", help=f"admit it {UNSHARED_HELP}")
-    add.set_defaults(run=_add)
-
-    promote = actions.add_parser(
-        "promote", parents=[registry_options, alias_options], help="route all new sessions of an alias to a version"
-    )
-    promote.add_argument("version", metavar="VERSION", help=VERSION_HELP)
+    promote = add_action("promote", _promote, "route all new sessions of an alias to a version", alias, version)
     promote.add_argument("--unshared", action="store_true", help=f"promote it {UNSHARED_HELP}")
-    promote.set_defaults(run=_promote)
-
-    canary = actions.add_parser(
-        "canary",
-        parents=[registry_options, alias_options],
-        help="route a percentage of the new sessions of an alias to a version",
+    canary = add_action(
+        "canary", _canary, "route a percentage of the new sessions of an alias to a version", alias, version
     )
-    canary.add_argument("version", metavar="VERSION", help=VERSION_HELP)
     canary.add_argument("percent", type=float, metavar="PERCENT", help="percentage of new sessions; 0 ends the canary")
     canary.add_argument("--unshared", action="store_true", help=f"route to it {UNSHARED_HELP}")
-    canary.set_defaults(run=_canary)
-
-    rollback = actions.add_parser("rollback", parents=[registry_options], help="undo the last change of an alias")
-    rollback.add_argument(
-        "alias", nargs="?", default="", metavar="ALIAS", help="default: the alias for sessions that request no model"
-    )
-    rollback.set_defaults(run=_rollback)
-
-    retire = actions.add_parser("retire", parents=[registry_options], help="stop routing new sessions to a version")
-    retire.add_argument("version", metavar="VERSION", help=VERSION_HELP)
-    retire.set_defaults(run=_retire)
-
-    check = actions.add_parser(
+    rollback = add_action("rollback", _rollback, "undo the last change of an alias")
+    rollback.add_argument("alias", nargs="?", default="", metavar="ALIAS", help=f"default: {DEFAULT_ALIAS_HELP}")
+    add_action("retire", _retire, "stop routing new sessions to a version", version)
+    check = add_action(
         "check",
-        parents=[registry_options, json_options],
-        help="check compatibility, and forecast the acceptance rate compared with the version in use",
-        epilog="exit codes: 0: fine; 1: the acceptance rate would fall by more than --tolerance; "
-        "3: a draft is incompatible, or a model does not load",
+        _check,
+        "check compatibility, and forecast the acceptance rate compared with the version in use",
+        as_json,
+        device_options,
+    )
+    check.epilog = (
+        "exit codes: 0: fine; 1: the acceptance rate would fall by more than --tolerance; "
+        "3: a draft is incompatible, or a model does not load"
     )
     check.add_argument("version", metavar="VERSION", help=f"{VERSION_HELP}; or a directory outside the registry")
     check.add_argument(
@@ -140,12 +128,7 @@ def add_parser(commands: Any) -> None:
         metavar="POINTS",
         help="acceptable loss of acceptance rate, in percentage points (default: %(default)s)",
     )
-    check.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
-    check.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
-    )
     check.add_argument("--threads", type=int, default=0, help="CPU threads (default: the libraries' choice)")
-    check.set_defaults(run=_check)
 
 
 def default_registry() -> Path:
@@ -168,14 +151,15 @@ def _list(options: argparse.Namespace) -> int:
         }
         print(msgspec.json.encode(listing).decode())
         return 0
-    columns = ["version", "kind", "admitted", "state", "new sessions", "added", "directory", "problem"]
-    table = _table(*columns)
+    headers = ["version", "kind", "admitted", "state", "new sessions", "added", "directory", "problem"]
+    rows = []
     for listed in versions:
         shares = ", ".join(f"{percent:g} % of {alias}" for alias, percent in listed.aliases.items())
         added = f"{listed.added.astimezone():%Y-%m-%d %H:%M}"
-        row = [listed.version, listed.kind, listed.admitted, listed.state, shares, added, listed.path, listed.problem]
-        table.add_row(*row)
-    _print_table(table)
+        rows.append(
+            [listed.version, listed.kind, listed.admitted, listed.state, shares, added, listed.path, listed.problem]
+        )
+    _print_table(headers, rows)
     print(f"default alias: {catalog.default}; deployed drafts: {', '.join(catalog.drafts) or 'none'}")
     return 0
 
@@ -198,23 +182,24 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    registry = _registry(options)
-    alias = options.alias or registry.read().default
-    _print_alias(alias, registry.promote(alias, options.version, unshared=options.unshared))
-    return 0
+    catalog = _registry(options).promote(options.alias, options.version, unshared=options.unshared)
+    return _print_alias(options, catalog)
 
 
 def _canary(options: argparse.Namespace) -> int:
-    registry = _registry(options)
-    alias = options.alias or registry.read().default
-    _print_alias(alias, registry.canary(alias, options.version, options.percent, unshared=options.unshared))
-    return 0
+    catalog = _registry(options).canary(options.alias, options.version, options.percent, unshared=options.unshared)
+    return _print_alias(options, catalog)
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    registry = _registry(options)
-    alias = options.alias or registry.read().default
-    _print_alias(alias, registry.rollback(alias))
+    return _print_alias(options, _registry(options).rollback(options.alias))
+
+
+def _print_alias(options: argparse.Namespace, catalog: Catalog) -> int:
+    name = options.alias or catalog.default
+    split = catalog.aliases[name].now
+    canaries = "".join(f", {percent:g} % {version}" for version, percent in split.canary.items())
+    print(f"{name}: {split.version}{canaries}")
     return 0
 
 
@@ -239,7 +224,16 @@ def _check(options: argparse.Namespace) -> int:
     in_use = catalog.aliases.get(catalog.default)
     if in_use is not None and in_use.now.version != report.version:
         versions.append((in_use.now.version, registry.path_of(catalog.find_exact(in_use.now.version))))
-    forecasts = _forecasts(options, versions, report)
+    from cloud_verifier.acceptance.forecast import forecast
+
+    # A draft with another vocabulary has no acceptance rate.
+    forecasts = [
+        forecast(
+            Path(fit.draft), versions, options.text, device=options.device, dtype=options.dtype, threads=options.threads
+        )
+        for fit in report.fits
+        if not any(difference.what == "vocabulary" for difference in fit.differences)
+    ]
     if options.json:
         result = {"gate": report, "compatible": report.compatible, "expected": forecasts}
         print(msgspec.json.encode(result).decode())
@@ -247,22 +241,7 @@ def _check(options: argparse.Namespace) -> int:
         _print_check(report, forecasts)
     if not report.compatible:
         return TargetError.exit_code
-    return int(any(forecast.loss > options.tolerance for forecast in forecasts))
-
-
-def _forecasts(
-    options: argparse.Namespace, versions: list[tuple[str, Path]], report: CompatibilityReport
-) -> list[AcceptanceForecast]:
-    """Forecast the acceptance of every draft that has the version's vocabulary."""
-    from cloud_verifier.acceptance.forecast import forecast
-
-    return [
-        forecast(
-            Path(fit.draft), versions, options.text, device=options.device, dtype=options.dtype, threads=options.threads
-        )
-        for fit in report.fits
-        if not any(difference.what == "vocabulary" for difference in fit.differences)
-    ]
+    return int(any(forecasted.loss > options.tolerance for forecasted in forecasts))
 
 
 def _print_check(report: CompatibilityReport, forecasts: list[AcceptanceForecast]) -> None:
@@ -271,23 +250,15 @@ def _print_check(report: CompatibilityReport, forecasts: list[AcceptanceForecast
     else:
         print(f"{report.version} ({report.kind}) differs:\n{report.describe()}")
     for forecast in forecasts:
-        headers = ["accepted", *forecast.versions]
-        table = _table(*headers, *(["change"] if len(forecast.versions) > 1 else []))
+        rows = []
         for expected in forecast.expectations:
-            row = [f"T={expected.temperature:g}"]
-            row += [f"{100 * i.value:.1f} % ({100 * i.low:.1f} to {100 * i.high:.1f})" for i in expected.acceptance]
+            rates = [f"{100 * i.value:.1f} % ({100 * i.low:.1f} to {100 * i.high:.1f})" for i in expected.acceptance]
+            rows.append([f"T={expected.temperature:g}", *rates])
             if expected.change is not None:
                 change = expected.change
-                row.append(f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})")
-            table.add_row(*row)
+                rows[-1].append(f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})")
         print(f"{forecast.draft}, {forecast.positions} positions:")
-        _print_table(table)
-
-
-def _print_alias(name: str, catalog: Catalog) -> None:
-    alias: VersionAlias = catalog.aliases[name]
-    canaries = "".join(f", {percent:g} % {version}" for version, percent in alias.now.canary.items())
-    print(f"{name}: {alias.now.version}{canaries}")
+        _print_table(["accepted", *forecast.versions, *(["change"] if len(forecast.versions) > 1 else [])], rows)
 
 
 def _describe_shares(shares: dict[str, float]) -> str:
@@ -301,17 +272,14 @@ def _registry(options: argparse.Namespace) -> Registry:
     return Registry(options.registry)
 
 
-def _table(*headers: str) -> Table:
+def _print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
         table.add_column(header, overflow="fold")
-    return table
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
+    for row in rows:
+        table.add_row(*row)
     # A pipe has no width; programs that read it want one line per row.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

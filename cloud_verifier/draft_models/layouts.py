@@ -38,18 +38,14 @@ class Layout:
         shared_last: shared blocks are the last blocks, not the first.
     """
 
-    name: str
     shares: bool
     shared_last: bool
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout("anchor", shares=True, shared_last=True),
-        Layout("prefix", shares=True, shared_last=False),
-        Layout("standalone", shares=False, shared_last=False),
-    )
+    "anchor": Layout(shares=True, shared_last=True),
+    "prefix": Layout(shares=True, shared_last=False),
+    "standalone": Layout(shares=False, shared_last=False),
 }
 
 

@@ -84,7 +84,6 @@ class AdmissionController:
             raise VerifierRefused(
                 ErrorCode.DRAINING,
                 "this verifier is shutting down; open the session elsewhere, or here when it is back",
-                503,
                 retry_after=RETRY_SECONDS,
             )
         limit = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
@@ -95,7 +94,6 @@ class AdmissionController:
             raise VerifierRefused(
                 ErrorCode.OVERLOADED,
                 f"rounds have been waiting for {wait:.1f} s; try again shortly",
-                503,
                 retry_after=RETRY_SECONDS,
             )
 

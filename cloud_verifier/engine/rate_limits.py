@@ -76,8 +76,7 @@ class PrincipalAccount:
             raise VerifierRefused(
                 ErrorCode.RATE_LIMITED,
                 f"the holder of this token has used up its {self._bucket.rate:g} tokens per second; wait {wait:.1f} s",
-                429,
-                {"tokens_per_second": self._bucket.rate},
+                detail={"tokens_per_second": self._bucket.rate},
                 retry_after=math.ceil(wait) or 1,
             )
 
@@ -85,22 +84,6 @@ class PrincipalAccount:
         """Charge generated tokens and prefilled prompt tokens."""
         if self._bucket:
             self._bucket.take(generated + prompt / PROMPT_TOKENS_PER_TOKEN)
-
-
-class PrincipalAccounts:
-    """Accounts of all principals, by name."""
-
-    def __init__(self) -> None:
-        # Bounded by the token file: only authorized principals get here.
-        self._by_name: dict[str, PrincipalAccount] = {}
-
-    def get(self, principal: Principal) -> PrincipalAccount:
-        """Return the account of `principal`, with its current limits."""
-        account = self._by_name.get(principal.name)
-        if account is None:
-            account = self._by_name[principal.name] = PrincipalAccount(principal)
-        account.update_limits(principal)
-        return account
 
 
 def check_prompt_length(principal: Principal, opening: OpenRequest) -> None:
@@ -114,6 +97,5 @@ def check_prompt_length(principal: Principal, opening: OpenRequest) -> None:
         raise VerifierRefused(
             ErrorCode.CONTEXT_OVERFLOW,
             f"the prompt has {tokens} tokens and {principal.name} may send {principal.max_prompt}; shorten it",
-            413,
-            {"limit": principal.max_prompt},
+            detail={"limit": principal.max_prompt},
         )

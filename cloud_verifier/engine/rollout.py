@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
-from cloud_verifier.engine.scheduler import TargetFactory
+from cloud_verifier.engine.scheduler import Scheduler, TargetFactory
+from cloud_verifier.engine.sessions import SessionStore
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.catalog import TargetVersion, TrafficSplit, UnknownVersion
 from cloud_verifier.registry.registry import ListedVersion, Registry, RegistryError
@@ -31,36 +30,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 # How often the rollout checks whether the initial version is loaded.
 INITIAL_POLL_SECONDS = 0.02
-
-
-class TargetHost(Protocol):
-    """What holds the loaded targets: the scheduler.
-
-    Attributes:
-        target: the initial target, which the host loads itself (see `load_default_target`); None until it is loaded.
-    """
-
-    target: Target | None
-
-    @property
-    def versions(self) -> Mapping[str, Target]:
-        """All loaded targets, by exact version."""
-
-    async def load(self, path: Path, name: str) -> Target:
-        """Load one more target while the others are served. Raises TargetError."""
-
-    async def unload(self, version: str) -> None:
-        """Unload a target once no round of it is running."""
-
-
-class PinnedSessions(Protocol):
-    """What the rollout needs of the session store."""
-
-    def ids_of_version(self, version: str) -> Sequence[str]:
-        """Ids of the sessions that are pinned to a version."""
-
-    def remove(self, session_id: str) -> None:
-        """Close a session."""
 
 
 class RetirementPolicy(msgspec.Struct, frozen=True):
@@ -137,13 +106,13 @@ class Rollout:
     def __init__(
         self,
         registry: Registry,
-        host: TargetHost,
-        sessions: PinnedSessions,
+        scheduler: Scheduler,
+        sessions: SessionStore,
         policy: RetirementPolicy = DEFAULT_RETIREMENT_POLICY,
     ) -> None:
         """Read the registry. Raises RegistryError if it is missing or invalid."""
         self.registry = registry
-        self._host = host
+        self._scheduler = scheduler
         self._sessions = sessions
         self._policy = policy
         self.catalog = registry.read()
@@ -177,8 +146,8 @@ class Rollout:
     def default_target(self) -> Target:
         """The target for sessions that request no model, apart from canaries. Raises VerifierRefused (`starting`)."""
         if not self.ready:
-            raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly", 503)
-        return self._host.versions[self._active_splits[self.catalog.default].version]
+            raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly")
+        return self._scheduler.versions[self._active_splits[self.catalog.default].version]
 
     @property
     def active_aliases(self) -> dict[str, str]:
@@ -191,7 +160,7 @@ class Rollout:
         Raises:
             VerifierRefused: `unknown_model`, or `starting` while the version is being loaded.
         """
-        loaded, name = self._host.versions, model or self.catalog.default
+        loaded, name = self._scheduler.versions, model or self.catalog.default
         split = self._active_splits.get(name)
         if split is not None:
             version = split.choose_version(name, key)
@@ -217,14 +186,14 @@ class Rollout:
             raise self._unknown_model_error(name, "is retired")
         if entry in self._failures:
             raise self._unknown_model_error(name, "could not be loaded")
-        raise VerifierRefused(ErrorCode.STARTING, f"{entry.version} is still loading; try again shortly", 503)
+        raise VerifierRefused(ErrorCode.STARTING, f"{entry.version} is still loading; try again shortly")
 
     def models(self) -> dict[str, Target]:
         """The names that sessions can request, the default first, and their targets.
 
         These are aliases, names of versions, and exact versions if the name belongs to a newer one.
         """
-        loaded = self._host.versions
+        loaded = self._scheduler.versions
         aliases = sorted(self._active_splits, key=lambda alias: (alias != self.catalog.default, alias))
         models = {alias: loaded[self._active_splits[alias].version] for alias in aliases}
         for entry in sorted(self.catalog.targets, key=lambda entry: entry.added, reverse=True):
@@ -234,7 +203,7 @@ class Rollout:
 
     def list_versions(self) -> list[ServedVersion]:
         """All versions of the registry, with their state in this process."""
-        loaded = self._host.versions
+        loaded = self._scheduler.versions
         served = []
         for listed in self.registry.list_versions(self.catalog):
             failure = self._failures.get(self.catalog.find_exact(listed.version), "")
@@ -277,7 +246,7 @@ class Rollout:
 
     def _apply_catalog(self) -> None:
         """Update the aliases, and start to load a missing version unless one is being loaded."""
-        loaded, catalog = self._host.versions, self.catalog
+        loaded, catalog = self._scheduler.versions, self.catalog
         splits = {}
         for name, alias in catalog.aliases.items():
             previous = self._active_splits.get(name)
@@ -301,7 +270,7 @@ class Rollout:
     @property
     def _initial_loaded(self) -> bool:
         """Whether the initial version is or has been loaded."""
-        return self._host.target is not None or bool(self._host.versions)
+        return self._scheduler.target is not None or bool(self._scheduler.versions)
 
     def _load_order(self, entry: TargetVersion) -> tuple[bool, bool]:
         """Sort key: the versions that the most sessions need come first."""
@@ -311,9 +280,9 @@ class Rollout:
     async def _load(self, entry: TargetVersion) -> None:
         started = time.monotonic()
         try:
-            target = await self._host.load(self.registry.path_of(entry), entry.name)
+            target = await self._scheduler.load(self.registry.path_of(entry), entry.name)
             if all(target.version != other.version for other in self.catalog.targets):
-                await self._host.unload(target.version)
+                await self._scheduler.unload(target.version)
             require_same_version(target, entry)
             log.info("%s was loaded in %.1f s", entry.version, time.monotonic() - started)
         except FlexSpecError as error:
@@ -329,7 +298,7 @@ class Rollout:
         now = time.monotonic()
         active = {entry.version for entry in self.catalog.targets if not entry.retired}
         needed = active | {split.version for split in self._active_splits.values()}
-        for version in list(self._host.versions):
+        for version in list(self._scheduler.versions):
             if version in needed:
                 self._retirements.pop(version, None)
                 continue
@@ -344,16 +313,15 @@ class Rollout:
                 for session in sessions:
                     self._sessions.remove(session)
             if expired or (not sessions and now - retirement.last_used_at > self._policy.linger_seconds):
-                await self._host.unload(version)
+                await self._scheduler.unload(version)
                 del self._retirements[version]
                 log.info("%s was unloaded", version)
 
     def _unknown_model_error(self, name: str, why: str) -> VerifierRefused:
         active = {entry.version for entry in self.catalog.targets if not entry.retired}
-        available = [*self._active_splits, *sorted(active & self._host.versions.keys())]
+        available = [*self._active_splits, *sorted(active & self._scheduler.versions.keys())]
         return VerifierRefused(
             ErrorCode.UNKNOWN_MODEL,
             f"the model {name[:100]!r} {why}; available: {', '.join(available) or 'none yet'}",
-            404,
-            {"available": available},
+            detail={"available": available},
         )

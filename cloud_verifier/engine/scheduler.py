@@ -8,12 +8,13 @@ with verification, so that no round waits for a whole prompt. Everything else of
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import heapq
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -59,8 +60,7 @@ class Scheduler:
     """Runs rounds on targets, in batches, in a thread of its own.
 
     Args:
-        load_target: makes the initial target; called once, in the scheduler's thread. None if all targets come through
-            `load`.
+        load_target: makes the initial target; called once, in the scheduler's thread.
         load_speculation: makes the draft model for the initial target, or None; called likewise.
         session_load: returns the percentage of session slots in use, which every frame reports.
         cache_tokens: capacity of the KV cache in tokens, all sessions together.
@@ -68,6 +68,7 @@ class Scheduler:
         target_factory: makes the targets of `load`; None if the scheduler serves only the initial target.
 
     Attributes:
+        versions: all loaded targets, by exact version.
         target: the initial target, from when it is loaded until it is unloaded.
         speculation: the verifier's own draft model, if any.
         failure: why the initial target did not load.
@@ -75,7 +76,7 @@ class Scheduler:
 
     def __init__(
         self,
-        load_target: Callable[[], Target] | None,
+        load_target: Callable[[], Target],
         load_speculation: Callable[[Target], Speculation | None],
         session_load: Callable[[], int],
         *,
@@ -93,7 +94,7 @@ class Scheduler:
         self._window = window
         self._submitted: deque[ActiveRound] = deque()
         self._released: deque[Session] = deque()
-        self._tasks: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: list[ActiveRound] = []
         # Heap of (expected arrival of the next round, tie-breaker, session).
         self._expected: list[tuple[float, int, Session]] = []
@@ -103,15 +104,10 @@ class Scheduler:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._step_started_at: float | None = None
-        self._versions: dict[str, Target] = {}
+        self.versions: dict[str, Target] = {}
         self.target: Target | None = None
         self.speculation: Speculation | None = None
         self.failure: BaseException | None = None
-
-    @property
-    def versions(self) -> Mapping[str, Target]:
-        """All loaded targets, by exact version."""
-        return self._versions
 
     @property
     def stalled_seconds(self) -> float:
@@ -155,22 +151,22 @@ class Scheduler:
             TargetError: it does not load; nothing has changed.
         """
         assert self._target_factory is not None, "this scheduler serves only its initial target"
-        target = await asyncio.to_thread(self._target_factory, path, name, list(self._versions.values()))
+        target = await asyncio.to_thread(self._target_factory, path, name, list(self.versions.values()))
 
         def install() -> Target:
             self._pool(target.runner.shape)
             target.attach_adapter()
-            self._versions[target.version] = target
+            self.versions[target.version] = target
             return target
 
         return await self._run_between_steps(install)
 
     async def unload(self, version: str) -> None:
         """Unload a version that no session is pinned to any more, once its last round has ended."""
-        unloaded = await self._run_between_steps(lambda: self._try_unload(version))
-        while not unloaded:
+        while True:
+            if await self._run_between_steps(lambda: self._try_unload(version)):
+                return
             await asyncio.sleep(UNLOAD_RETRY_SECONDS)
-            unloaded = await self._run_between_steps(lambda: self._try_unload(version))
 
     def _try_unload(self, version: str) -> bool:
         """Unload `version`, unless a round of it is running. Return whether it was unloaded."""
@@ -178,21 +174,21 @@ class Scheduler:
             return False
         # The pages of closed sessions must go back to their pool before the pool is dropped.
         self._free_released_sessions()
-        target = self._versions.pop(version, None)
+        target = self.versions.pop(version, None)
         if target is not None:
             target.detach_adapter()
-            if not any(other.runner.shape == target.runner.shape for other in self._versions.values()):
+            if not any(other.runner.shape == target.runner.shape for other in self.versions.values()):
                 self._pools.pop((target.runner.shape, False), None)
             if self.target is target:
                 self.target = None
         return True
 
     async def _run_between_steps(self, task: Callable[[], T]) -> T:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        future = concurrent.futures.Future[T]()
         with self._wake:
             self._tasks.append((task, future))
             self._wake.notify()
-        return await future
+        return await asyncio.wrap_future(future)
 
     def _current_speculation(self) -> Speculation | None:
         """The verifier's own draft model; None if there is none, or with more rounds running than it may draft for."""
@@ -202,8 +198,7 @@ class Scheduler:
     def _run(self) -> None:
         """Body of the thread."""
         try:
-            if self._load_target is not None:
-                self._install_initial_target(self._load_target())
+            self._install_initial_target(self._load_target())
         except BaseException as error:
             self.failure = error
             return
@@ -215,7 +210,7 @@ class Scheduler:
             self._step_started_at = time.perf_counter()
             self._step()
             self._step_started_at = None
-        for runner in {id(target.runner): target.runner for target in self._versions.values()}.values():
+        for runner in {id(target.runner): target.runner for target in self.versions.values()}.values():
             runner.shut_down()
 
     def _install_initial_target(self, target: Target) -> None:
@@ -224,7 +219,7 @@ class Scheduler:
         target.runner.warm_up(self._pool(target.runner.shape))
         if self.speculation and self.speculation.runner:
             self.speculation.runner.warm_up(self._pool(self.speculation.runner.shape, for_draft=True))
-        self._versions[target.version] = target
+        self.versions[target.version] = target
         # Last: it makes the verifier ready.
         self.target = target
 
@@ -248,13 +243,17 @@ class Scheduler:
         """Run pending tasks, admit submitted rounds, run one forward, and advance the rounds in it."""
         while self._tasks:
             task, future = self._tasks.popleft()
-            _run_task(task, future)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task())
+                except Exception as error:
+                    future.set_exception(error)
         while self._submitted:
             submitted = self._submitted.popleft()
             self._metrics.observe_queue(time.perf_counter() - submitted.submitted_at)
             self._running.append(submitted)
             target = submitted.session.target
-            if self._versions.get(target.version) is not target:
+            if self.versions.get(target.version) is not target:
                 # The version was unloaded after the session had been routed to it.
                 submitted.session.closed = True
             self._advance(submitted, None, 0.0)
@@ -308,7 +307,8 @@ class Scheduler:
         runner = first.segment.runner or first.round.session.target
         started = time.perf_counter()
         try:
-            pool = self._pool_for_work(first.round)
+            is_draft = first.round.runner is not first.round.session.target.runner
+            pool = self._pool(first.round.runner.shape, for_draft=is_draft)
             sampled_by_segment = runner.run(pool, [member.segment for member in batch])
         except Exception as error:
             if len(batch) > 1:
@@ -334,7 +334,7 @@ class Scheduler:
     def _advance(self, running: ActiveRound, sampled: SampledTokens | None, seconds: float) -> None:
         session = running.session
         if session.closed:
-            running.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+            running.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed"))
             return
         try:
             running.advance(sampled, seconds)
@@ -350,10 +350,10 @@ class Scheduler:
         running.session.closed = True
         self.release(running.session)
         if isinstance(error, KVCacheFull):
-            running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly", 503))
+            running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly"))
             return
         log.error("a round failed", exc_info=error)
-        running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log", 500))
+        running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log"))
 
     def _pool(self, shape: KVCacheShape, for_draft: bool = False) -> KVCachePool:
         if (shape, for_draft) not in self._pools:
@@ -366,9 +366,6 @@ class Scheduler:
                     "not have in addition to the target; lower --max-tokens"
                 ) from None
         return self._pools[shape, for_draft]
-
-    def _pool_for_work(self, running: ActiveRound) -> KVCachePool:
-        return self._pool(running.runner.shape, for_draft=running.runner is not running.session.target.runner)
 
     def _keep_rows(self, session: Session, rows: list[int]) -> None:
         self._pool(session.target.runner.shape).keep(session.cache, rows)
@@ -385,23 +382,3 @@ class Scheduler:
             draft, speculation = session.draft, self.speculation
             if draft and draft.cached_sequence and speculation and speculation.runner:
                 self._pool(speculation.runner.shape, for_draft=True).release(draft.cached_sequence)
-
-
-def _run_task(task: Callable[[], Any], future: asyncio.Future[Any]) -> None:
-    """Run `task` and settle its future on the future's own event loop."""
-    loop = future.get_loop()
-    try:
-        result = task()
-    except Exception as error:
-        loop.call_soon_threadsafe(_settle_future, future, None, error)
-    else:
-        loop.call_soon_threadsafe(_settle_future, future, result, None)
-
-
-def _settle_future(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)

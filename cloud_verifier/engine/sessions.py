@@ -12,6 +12,7 @@ import msgspec
 
 from cloud_verifier.engine.draft_breaker import DraftCircuitBreaker
 from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.limits import VerifierLimits
 from cloud_verifier.model.speculation import SessionDraft
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
@@ -92,20 +93,11 @@ class RoundReply:
         frames = self._frames
         if not frames:
             return Frame(self.request.v, self.request.round, more=True)
-        last = frames[-1]
-        return Frame(
-            last.v,
-            last.round,
+        return msgspec.structs.replace(
+            frames[-1],
             accepted=frames[0].accepted,
             tokens=[token for frame in frames for token in frame.tokens],
-            queue_100us=last.queue_100us,
-            forward_100us=last.forward_100us,
-            load=last.load,
-            finish=last.finish,
-            more=last.more,
             close_calls=[call for frame in frames for call in frame.close_calls],
-            prefill_100us=last.prefill_100us,
-            further=last.further,
         )
 
     def _notify(self) -> None:
@@ -192,7 +184,7 @@ class Session:
                 if _round_contents(request) == _round_contents(recorded.request):
                     return recorded
                 raise VerifierRefused(
-                    ErrorCode.ROUND_CONFLICT, f"round {request.round} was already executed with other contents", 409
+                    ErrorCode.ROUND_CONFLICT, f"round {request.round} was already executed with other contents"
                 )
         latest = self.reply.request
         if request.round != latest.round + 1 or not self.reply.done:
@@ -200,20 +192,18 @@ class Session:
             raise VerifierRefused(
                 ErrorCode.ROUND_OUT_OF_ORDER,
                 f"round {request.round} is not the next one; send round {expected}",
-                409,
-                {"expected": expected},
+                detail={"expected": expected},
             )
         if self.finish and request.expects:
             raise _void_error(request, f"the text has ended ({self.finish})")
         if self.finish:
-            raise VerifierRefused(ErrorCode.SESSION_FINISHED, f"the text has ended ({self.finish})", 409)
+            raise VerifierRefused(ErrorCode.SESSION_FINISHED, f"the text has ended ({self.finish})")
         self._check_expectation(request, len(self.ids))
         if request.position != len(self.ids):
             raise VerifierRefused(
                 ErrorCode.WRONG_POSITION,
                 f"position {request.position} is not the end of the text; the next token's position is {len(self.ids)}",
-                409,
-                {"expected": len(self.ids)},
+                detail={"expected": len(self.ids)},
             )
         return None
 
@@ -231,26 +221,13 @@ class SessionStore:
     A session is visible only to its owner: to others it does not exist.
 
     Args:
-        max_sessions: with more, the least recently used session is evicted.
-        max_tokens: bound on the tokens of all sessions together; the memory of their KV caches is proportional to it.
-        idle_seconds: sessions unused for longer are evicted.
+        limits: with more sessions or tokens, the least recently used sessions are evicted; with more idle time, too.
         on_remove: called with every session that leaves the store.
-        page: tokens by which a KV cache grows at a time.
     """
 
-    def __init__(
-        self,
-        max_sessions: int,
-        max_tokens: int,
-        idle_seconds: float,
-        on_remove: Callable[[Session], None] = lambda session: None,
-        page: int = 1,
-    ) -> None:
-        self._max_sessions = max_sessions
-        self._max_tokens = max_tokens
-        self._idle_seconds = idle_seconds
+    def __init__(self, limits: VerifierLimits, on_remove: Callable[[Session], None] = lambda session: None) -> None:
+        self._limits = limits
         self._on_remove = on_remove
-        self._page = page
         self._by_id: OrderedDict[str, Session] = OrderedDict()
         self._by_key: dict[tuple[str, str], Session] = {}
         self.evictions = 0
@@ -261,7 +238,7 @@ class SessionStore:
     @property
     def load(self) -> int:
         """Share of the session slots in use, in percent."""
-        return 100 * len(self._by_id) // self._max_sessions
+        return 100 * len(self._by_id) // self._limits.max_sessions
 
     @property
     def tokens(self) -> int:
@@ -287,9 +264,7 @@ class SessionStore:
             self.remove(session_id)
         if session is None or session.closed or session.owner != owner:
             raise VerifierRefused(
-                ErrorCode.SESSION_LOST,
-                "this session does not exist (any more); open a new one with all ids so far",
-                404,
+                ErrorCode.SESSION_LOST, "this session does not exist (any more); open a new one with all ids so far"
             )
         self._by_id.move_to_end(session_id)
         return session
@@ -312,7 +287,7 @@ class SessionStore:
         if session is not None:
             session.closed = True
             self._on_remove(session)
-            session.reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed", 404))
+            session.reply.fail(VerifierRefused(ErrorCode.SESSION_LOST, "the session was closed"))
             if self._by_key.get((session.owner, session.key)) is session:
                 del self._by_key[session.owner, session.key]
 
@@ -327,25 +302,27 @@ class SessionStore:
         now = time.monotonic()
         pinned = [s for s in self._by_id.values() if s is exempt or not s.reply.done]
         pinned_tokens = sum(map(self._reserved_tokens, pinned))
-        if len(pinned) + sessions > self._max_sessions or pinned_tokens + tokens > self._max_tokens:
-            raise VerifierRefused(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly", 503)
+        if len(pinned) + sessions > self._limits.max_sessions or pinned_tokens + tokens > self._limits.max_tokens:
+            raise VerifierRefused(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly")
         reserved = sum(map(self._reserved_tokens, self._by_id.values()))
         for session in list(self._by_id.values()):
-            full = len(self._by_id) + sessions > self._max_sessions or reserved + tokens > self._max_tokens
+            full = (
+                len(self._by_id) + sessions > self._limits.max_sessions or reserved + tokens > self._limits.max_tokens
+            )
             if session is exempt or not session.reply.done:
                 continue
-            if full or now - session.last_used_at > self._idle_seconds:
+            if full or now - session.last_used_at > self._limits.idle_seconds:
                 reserved -= self._reserved_tokens(session)
                 self.remove(session.id)
                 self.evictions += 1
 
     def _reserved_tokens(self, session: Session) -> int:
         """Tokens of the session, rounded up to whole pages."""
-        return -(-len(session.ids) // self._page) * self._page
+        return -(-len(session.ids) // self._limits.page) * self._limits.page
 
 
 def _void_error(request: RoundRequest, why: str) -> VerifierRefused:
-    return VerifierRefused(ErrorCode.ROUND_VOID, f"round {request.round} was sent ahead of another text: {why}", 409)
+    return VerifierRefused(ErrorCode.ROUND_VOID, f"round {request.round} was sent ahead of another text: {why}")
 
 
 def _round_contents(request: RoundRequest) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ import time
 from cloud_verifier.engine.admission import AdmissionController
 from cloud_verifier.engine.metrics import VerifierMetrics, is_sibling_hit
 from cloud_verifier.engine.principals import Principal
-from cloud_verifier.engine.rate_limits import PrincipalAccount, PrincipalAccounts
+from cloud_verifier.engine.rate_limits import PrincipalAccount
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore
 from cloud_verifier.model.target import Target
@@ -25,7 +25,8 @@ class RoundSubmitter:
         self._sessions = sessions
         self._admission = admission
         self._metrics = metrics
-        self._accounts = PrincipalAccounts()
+        # By name of the principal. Bounded by the token file: only authorized principals get here.
+        self._accounts: dict[str, PrincipalAccount] = {}
 
     def open_session(self, principal: Principal, opening: OpenRequest, target: Target) -> Session:
         """Create a session and submit its first round. Raises VerifierRefused."""
@@ -51,7 +52,10 @@ class RoundSubmitter:
     def _admit(self, principal: Principal, *, opening: bool) -> PrincipalAccount:
         """Return the principal's account. Raises VerifierRefused if it may not have a round now."""
         self._admission.check(opening=opening)
-        account = self._accounts.get(principal)
+        if principal.name not in self._accounts:
+            self._accounts[principal.name] = PrincipalAccount(principal)
+        account = self._accounts[principal.name]
+        account.update_limits(principal)
         account.check_rate()
         return account
 
@@ -67,8 +71,7 @@ class RoundSubmitter:
                 ErrorCode.RATE_LIMITED,
                 f"{principal.name} may have {principal.max_sessions} sessions, and each of them has a round in "
                 "progress; try again shortly",
-                429,
-                {"max_sessions": principal.max_sessions},
+                detail={"max_sessions": principal.max_sessions},
             )
         for session in idle[: max(0, excess)]:
             self._sessions.remove(session.id)

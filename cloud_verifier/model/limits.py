@@ -48,7 +48,6 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             ErrorCode.VOCABULARY_MISMATCH,
             f"the draft's vocabulary {opening.vocabulary[:80]} is not {target.version}'s {target.vocabulary}; "
             "export a draft from this target",
-            409,
         )
     # Hashing tensors takes a while the first time; the event loop keeps serving others.
     if opening.draft and opening.draft != await asyncio.to_thread(target.expected_identity, opening.draft):
@@ -56,30 +55,25 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             ErrorCode.DRAFT_MISMATCH,
             f"the tensors that the draft shares ({opening.draft[:80]}) are not those of {target.version}; "
             "ask for a version that kept them, or export a draft from this one",
-            409,
         )
     limit = target.context - 1
     if len(opening.prompt) > limit:
         raise VerifierRefused(
             ErrorCode.CONTEXT_OVERFLOW,
             f"the prompt has {len(opening.prompt)} tokens and {target.version} takes {limit}; shorten it",
-            413,
-            {"limit": limit},
+            detail={"limit": limit},
         )
     _check_ids(opening.prompt, target)
     if opening.first.round != 0:
-        raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", 409, {"expected": 0})
+        raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", detail={"expected": 0})
     if opening.first.position != len(opening.prompt):
         raise VerifierRefused(
             ErrorCode.WRONG_POSITION,
             f"position {opening.first.position} is not the end of the prompt ({len(opening.prompt)})",
-            409,
-            {"expected": len(opening.prompt)},
+            detail={"expected": len(opening.prompt)},
         )
     if opening.first.expects not in ([], opening.prompt[-1:]):
-        raise VerifierRefused(
-            ErrorCode.ROUND_VOID, f"the prompt does not end with token {opening.first.expects[0]}", 409
-        )
+        raise VerifierRefused(ErrorCode.ROUND_VOID, f"the prompt does not end with token {opening.first.expects[0]}")
     check_round(opening.first, target, limits)
 
 
@@ -97,10 +91,10 @@ def check_round(request: RoundRequest, target: Target, limits: VerifierLimits) -
     ):
         if size > limit:
             raise VerifierRefused(
-                ErrorCode.DRAFT_TOO_LONG, f"{size} {what} in one round; at most {limit}", 400, {"limit": limit}
+                ErrorCode.DRAFT_TOO_LONG, f"{size} {what} in one round; at most {limit}", detail={"limit": limit}
             )
     if any(index >= len(request.draft) for index in request.siblings):
-        raise VerifierRefused(ErrorCode.MALFORMED, "siblings for a draft token that does not exist", 400)
+        raise VerifierRefused(ErrorCode.MALFORMED, "siblings for a draft token that does not exist")
     _check_ids(request.draft, target)
     for alternatives in request.siblings.values():
         _check_ids(alternatives, target)
@@ -112,5 +106,4 @@ def _check_ids(ids: list[int], target: Target) -> None:
         raise VerifierRefused(
             ErrorCode.INVALID_TOKEN,
             f"token id {largest} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
-            400,
         )

@@ -185,18 +185,18 @@ class Registry:
         return {version: report.fits[0] for version, report in reports.items() if not report.compatible}
 
     def promote(self, alias: str, version: str, *, unshared: bool = False) -> Catalog:
-        """See `Catalog.promote`; likewise for the methods below."""
-        return self._log_alias(
-            alias, self.update(lambda catalog: catalog.promote(alias, version, utc_now(), unshared=unshared))
+        """See `Catalog.promote`; likewise for the methods below. An empty alias is the default alias."""
+        return self._change_alias(
+            alias, lambda catalog, name: catalog.promote(name, version, utc_now(), unshared=unshared)
         )
 
     def canary(self, alias: str, version: str, percent: float, *, unshared: bool = False) -> Catalog:
-        return self._log_alias(
-            alias, self.update(lambda catalog: catalog.canary(alias, version, percent, utc_now(), unshared=unshared))
+        return self._change_alias(
+            alias, lambda catalog, name: catalog.canary(name, version, percent, utc_now(), unshared=unshared)
         )
 
     def rollback(self, alias: str) -> Catalog:
-        return self._log_alias(alias, self.update(lambda catalog: catalog.rollback(alias)))
+        return self._change_alias(alias, Catalog.rollback)
 
     def retire(self, version: str) -> TargetVersion:
         exact = self.read().find(version).version
@@ -230,22 +230,19 @@ class Registry:
 
     def list_versions(self, catalog: Catalog) -> list[ListedVersion]:
         """All versions, the newest first."""
-        listed = []
-        for target in sorted(catalog.targets, key=lambda target: target.added, reverse=True):
-            path = self.path_of(target)
-            listed.append(
-                ListedVersion(
-                    version=target.version,
-                    kind=target.kind,
-                    admitted=target.admitted,
-                    state="retired" if target.retired else "active",
-                    aliases=catalog.traffic_shares(target.version),
-                    path=str(path),
-                    added=target.added,
-                    problem="" if path.is_dir() else "its directory is missing",
-                )
+        return [
+            ListedVersion(
+                version=target.version,
+                kind=target.kind,
+                admitted=target.admitted,
+                state="retired" if target.retired else "active",
+                aliases=catalog.traffic_shares(target.version),
+                path=str(self.path_of(target)),
+                added=target.added,
+                problem="" if self.path_of(target).is_dir() else "its directory is missing",
             )
-        return listed
+            for target in sorted(catalog.targets, key=lambda target: target.added, reverse=True)
+        ]
 
     def _read(self) -> Catalog | None:
         try:
@@ -272,8 +269,9 @@ class Registry:
         path = path.absolute()
         return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else str(path)
 
-    @staticmethod
-    def _log_alias(alias: str, catalog: Catalog) -> Catalog:
+    def _change_alias(self, alias: str, change: Callable[[Catalog, str], Catalog]) -> Catalog:
+        alias = alias or self.read().default
+        catalog = self.update(lambda catalog: change(catalog, alias))
         split = catalog.aliases[alias].now
         shares = ", ".join(f"{percent:g} % {version}" for version, percent in split.canary.items())
         log.info("the alias %s leads to %s%s", alias, split.version, f" ({shares})" if shares else "")

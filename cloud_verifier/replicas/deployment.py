@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Name of the Ray Serve application.
+APPLICATION = "flexspec-verifier"
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 # The smallest object store that Ray accepts: replicas share nothing through it, messages are arguments of calls.
 OBJECT_STORE_BYTES = 80 << 20
@@ -56,19 +58,14 @@ class ScalingOptions(msgspec.Struct, frozen=True, kw_only=True):
         target_rounds: rounds that each replica should have, waiting ones included.
         cpus, gpus: resources of each replica.
         cluster: address of an existing Ray cluster; empty to start one on this machine.
-        name: name of the Ray Serve application.
-        upscale_seconds, downscale_seconds: how long there must be too many or too few rounds before scaling.
     """
 
     min_replicas: int
     max_replicas: int
-    target_rounds: int = 16
-    cpus: float = 1.0
-    gpus: float = 0.0
-    cluster: str = ""
-    name: str = "flexspec-verifier"
-    upscale_seconds: float = UPSCALE_SECONDS
-    downscale_seconds: float = DOWNSCALE_SECONDS
+    target_rounds: int
+    cpus: float
+    gpus: float
+    cluster: str
 
 
 def serve_replicas(
@@ -156,7 +153,7 @@ class ReplicaDeployment:
         from ray import serve
 
         with contextlib.suppress(Exception):
-            serve.delete(self._scaling.name)
+            serve.delete(APPLICATION)
 
     def _deploy(self) -> DeploymentHandle[Any]:
         from ray import serve
@@ -175,8 +172,8 @@ class ReplicaDeployment:
                 max_replicas=scaling.max_replicas,
                 initial_replicas=scaling.min_replicas,
                 target_ongoing_requests=scaling.target_rounds,
-                upscale_delay_s=scaling.upscale_seconds,
-                downscale_delay_s=scaling.downscale_seconds,
+                upscale_delay_s=UPSCALE_SECONDS,
+                downscale_delay_s=DOWNSCALE_SECONDS,
             ),
             request_router_config=RequestRouterConfig(
                 request_router_class=ROUTER,  # type: ignore[arg-type]
@@ -192,7 +189,7 @@ class ReplicaDeployment:
         )
         # Ray's own proxy uses HTTP/1.1, which takes three times the bytes of our ingress per round.
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-        application = serve.RunTarget(deployment.bind(self._build_service), name=scaling.name, route_prefix=None)
+        application = serve.RunTarget(deployment.bind(self._build_service), name=APPLICATION, route_prefix=None)
         (handle,) = serve.run_many([application], wait_for_applications_running=False)
         return handle
 
@@ -201,7 +198,7 @@ class ReplicaDeployment:
         from ray import serve
         from ray.serve.schema import ApplicationStatus
 
-        application = serve.status().applications.get(self._scaling.name)
+        application = serve.status().applications.get(APPLICATION)
         if application is None or "replica" not in application.deployments:
             return 0, ""
         deployment = application.deployments["replica"]

@@ -130,10 +130,6 @@ class Ingress:
             self._replicas.handle.broadcast("reload").results(timeout_s=BROADCAST_SECONDS)
         log.info("%d tokens", len(self.authenticator))
 
-    async def drain(self, seconds: float) -> bool:
-        """Admit no new requests, and wait up to `seconds` for those in progress. Return whether they all ended."""
-        return await self.admission.drain(seconds)
-
     def abort(self) -> None:
         """Nothing to stop: the replicas are stopped by their deployment."""
 
@@ -158,7 +154,7 @@ class Ingress:
         except (RayError, RayServeException, TimeoutError) as error:
             log.warning("a replica did not report its metrics: %s", error)
             return error_response(
-                request, VerifierRefused(ErrorCode.OVERLOADED, "a replica did not report its metrics", 503)
+                request, VerifierRefused(ErrorCode.OVERLOADED, "a replica did not report its metrics")
             )
         page = merge_metrics(dict(pages), self._replicas.running)
         return Response(page, media_type="text/plain; version=0.0.4")
@@ -220,11 +216,11 @@ class Ingress:
                     raise _replica_died_error(is_round) from error
             except BackPressureError as error:
                 raise VerifierRefused(
-                    ErrorCode.OVERLOADED, "too many requests wait for a replica; try again shortly", 503
+                    ErrorCode.OVERLOADED, "too many requests wait for a replica; try again shortly"
                 ) from error
             except (RayError, RayServeException) as error:
                 log.exception("%s %s failed", request.method, request.url.path)
-                raise VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log", 500) from error
+                raise VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log") from error
             finally:
                 watcher.cancel()
                 if not complete:
@@ -234,7 +230,7 @@ class Ingress:
         """Raises VerifierRefused (`starting`) while no replica is running."""
         if self._replicas.handle is None or not self.loaded:
             raise VerifierRefused(
-                ErrorCode.STARTING, "no replica is running yet; try again shortly", 503, retry_after=RETRY_SECONDS
+                ErrorCode.STARTING, "no replica is running yet; try again shortly", retry_after=RETRY_SECONDS
             )
         return self._replicas.handle
 
@@ -288,11 +284,8 @@ async def _cancel_on_disconnect(request: Request, response: Any) -> None:
 def _replica_died_error(is_round: bool) -> VerifierRefused:
     if is_round:
         return VerifierRefused(
-            ErrorCode.SESSION_LOST, "the replica of this session has died; open a new one with all ids so far", 404
+            ErrorCode.SESSION_LOST, "the replica of this session has died; open a new one with all ids so far"
         )
     return VerifierRefused(
-        ErrorCode.STARTING,
-        "replicas die repeatedly with this request; try again shortly",
-        503,
-        retry_after=RETRY_SECONDS,
+        ErrorCode.STARTING, "replicas die repeatedly with this request; try again shortly", retry_after=RETRY_SECONDS
     )

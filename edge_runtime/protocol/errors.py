@@ -99,7 +99,7 @@ class VerifierRefused(VerifierError):
 
     Attributes:
         code: a value of `protocol.messages.ErrorCode`.
-        status: HTTP status of the answer.
+        status: HTTP status of the answer; by default the one that belongs to an `ErrorCode`.
         detail: the fields that `ErrorCode` documents for this code, such as the expected position.
         retry_after: seconds after which a retry is worthwhile; None if the answer does not say.
     """
@@ -108,12 +108,12 @@ class VerifierRefused(VerifierError):
         self,
         code: str,
         message: str,
-        status: int,
+        status: int | None = None,
         detail: dict[str, object] | None = None,
         retry_after: int | None = None,
     ) -> None:
         super().__init__(f"{message} [{code}]")
         self.code = code
-        self.status = status
+        self.status: int = getattr(code, "status", 0) if status is None else status
         self.detail = detail or {}
         self.retry_after = retry_after

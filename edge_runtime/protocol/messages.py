@@ -31,7 +31,7 @@ import enum
 import functools
 import zlib
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 
@@ -63,35 +63,46 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class ErrorCode(enum.StrEnum):
-    """Why a request was refused. The comments give HTTP status, cause, and the fields of `ErrorReply.detail`."""
+    """Why a request was refused. The comments give the cause and the fields of `ErrorReply.detail`.
 
-    MALFORMED = "malformed"  # 400: the body does not parse, or a field has the wrong type or range
-    DAMAGED = "damaged"  # 400: the checksum is wrong; send the request again
-    UNSUPPORTED_VERSION = "unsupported_version"  # 400: another protocol version
-    INVALID_TOKEN = "invalid_token"  # 400: a token id outside the vocabulary
-    INVALID_SAMPLING = "invalid_sampling"  # 400: a sampling parameter out of range
-    DRAFT_TOO_LONG = "draft_too_long"  # 400: detail: limit
-    UNAUTHORIZED = "unauthorized"  # 401: no bearer token, or an unknown one
-    FORBIDDEN = "forbidden"  # 403: the role of the bearer token does not allow this
-    UNKNOWN_ROUTE = "unknown_route"  # 404, and 405 for a method that the route does not have
-    UNKNOWN_MODEL = "unknown_model"  # 404: detail: available
-    SESSION_LOST = "session_lost"  # 404: evicted, closed or from before a restart; open again with all ids
-    WRONG_POSITION = "wrong_position"  # 409: detail: expected
-    ROUND_OUT_OF_ORDER = "round_out_of_order"  # 409: skipped, or repeated too late; detail: expected
-    ROUND_CONFLICT = "round_conflict"  # 409: the number of an answered round with other contents
-    ROUND_VOID = "round_void"  # 409: sent ahead with a wrong `expects`; the round was not executed
-    SESSION_FINISHED = "session_finished"  # 409: the text has ended
-    VOCABULARY_MISMATCH = "vocabulary_mismatch"  # 409: the draft was made for another tokenizer
-    DRAFT_MISMATCH = "draft_mismatch"  # 409: the draft's shared tensors are not the target's
-    INCOMPATIBLE_TARGET = "incompatible_target"  # 409, admin: deployed drafts do not fit it; detail: differences
-    TARGET_REFUSED = "target_refused"  # 409, admin: the registry or the checkpoint on disk does not allow it
-    TOO_LARGE = "too_large"  # 413: the body exceeds the limit; detail: limit
-    CONTEXT_OVERFLOW = "context_overflow"  # 413: prompt over the target's context or the client's limit; detail: limit
-    RATE_LIMITED = "rate_limited"  # 429: over a limit of this client's; retry after `Retry-After`
-    OVERLOADED = "overloaded"  # 503: retry after `Retry-After`
-    DRAINING = "draining"  # 503: finishing its rounds before it stops; try another verifier, or after `Retry-After`
-    STARTING = "starting"  # 503: the target is still loading
-    INTERNAL = "internal"  # 500: a fault of the verifier; see its log
+    Attributes:
+        status: HTTP status of the answer.
+    """
+
+    status: int
+
+    def __new__(cls, code: str, status: int) -> Self:
+        member = str.__new__(cls, code)
+        member._value_, member.status = code, status
+        return member
+
+    MALFORMED = "malformed", 400  # the body does not parse, or a field has the wrong type or range
+    DAMAGED = "damaged", 400  # the checksum is wrong; send the request again
+    UNSUPPORTED_VERSION = "unsupported_version", 400  # another protocol version
+    INVALID_TOKEN = "invalid_token", 400  # a token id outside the vocabulary
+    INVALID_SAMPLING = "invalid_sampling", 400  # a sampling parameter out of range
+    DRAFT_TOO_LONG = "draft_too_long", 400  # detail: limit
+    UNAUTHORIZED = "unauthorized", 401  # no bearer token, or an unknown one
+    FORBIDDEN = "forbidden", 403  # the role of the bearer token does not allow this
+    UNKNOWN_ROUTE = "unknown_route", 404  # and 405 for a method that the route does not have
+    UNKNOWN_MODEL = "unknown_model", 404  # detail: available
+    SESSION_LOST = "session_lost", 404  # evicted, closed or from before a restart; open again with all ids
+    WRONG_POSITION = "wrong_position", 409  # detail: expected
+    ROUND_OUT_OF_ORDER = "round_out_of_order", 409  # skipped, or repeated too late; detail: expected
+    ROUND_CONFLICT = "round_conflict", 409  # the number of an answered round with other contents
+    ROUND_VOID = "round_void", 409  # sent ahead with a wrong `expects`; the round was not executed
+    SESSION_FINISHED = "session_finished", 409  # the text has ended
+    VOCABULARY_MISMATCH = "vocabulary_mismatch", 409  # the draft was made for another tokenizer
+    DRAFT_MISMATCH = "draft_mismatch", 409  # the draft's shared tensors are not the target's
+    INCOMPATIBLE_TARGET = "incompatible_target", 409  # admin: deployed drafts do not fit it; detail: differences
+    TARGET_REFUSED = "target_refused", 409  # admin: the registry or the checkpoint on disk does not allow it
+    TOO_LARGE = "too_large", 413  # the body exceeds the limit; detail: limit
+    CONTEXT_OVERFLOW = "context_overflow", 413  # prompt over the target's context or the client's limit; detail: limit
+    RATE_LIMITED = "rate_limited", 429  # over a limit of this client's; retry after `Retry-After`
+    OVERLOADED = "overloaded", 503  # retry after `Retry-After`
+    DRAINING = "draining", 503  # finishing its rounds before it stops; try another verifier, or after `Retry-After`
+    STARTING = "starting", 503  # the target is still loading
+    INTERNAL = "internal", 500  # a fault of the verifier; see its log
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

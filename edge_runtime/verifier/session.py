@@ -177,7 +177,7 @@ class VerifierSession:
             self._endpoint = self._client.pick(self._unsuitable)
         elif not self._endpoint.healthy and self._client.pick(self._unsuitable) is not self._endpoint:
             raise VerifierRefused(
-                ErrorCode.SESSION_LOST, f"{self._endpoint.url} is unreachable, and another verifier is available", 404
+                ErrorCode.SESSION_LOST, f"{self._endpoint.url} is unreachable, and another verifier is available"
             )
         path = "/v1/sessions" if opening else f"/v1/sessions/{self._id}/rounds"
         message = msgspec.structs.replace(self._opening, first=request) if opening else request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -38,6 +38,19 @@ def running(target: Target, limits: VerifierLimits | None = None, **options: obj
         portal.wrap_async_context_manager(serving(target, limits, **options)) as server,
     ):
         yield server.url
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    target: Target, limits: VerifierLimits | None = None, media_type: str = messages.MSGPACK, **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """`serving`, and a client of it that sends `media_type`; `options` are httpx's."""
+    headers = {"content-type": media_type}
+    async with (
+        serving(target, limits) as server,
+        httpx.AsyncClient(base_url=server.url, headers=headers, timeout=TIMEOUT_SECONDS, **options) as client,
+    ):
+        yield client
 
 
 def opening(prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: Any) -> OpenRequest:

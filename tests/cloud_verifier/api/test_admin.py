@@ -82,13 +82,13 @@ class AdminClient:
 def admin_client(registry: Registry, tokens: dict[str, str], tmp_path: Path) -> Iterator[AdminClient]:
     with serve_registry(registry, tmp_path / TOKENS) as url:
         admin_client = AdminClient(url, tokens["admin"])
-        admin_client.wait_until(lambda reply: reply.leading)
+        admin_client.wait_until(lambda reply: reply.active_aliases)
         yield admin_client
 
 
 def active_aliases(reply: TargetsReply) -> dict[str, str]:
     """Name of the version that each alias leads to."""
-    return {alias: version.partition("@")[0] for alias, version in reply.leading.items()}
+    return {alias: version.partition("@")[0] for alias, version in reply.active_aliases.items()}
 
 
 def test_only_admins_are_authorized(registry: Registry, tokens: dict[str, str], tmp_path: Path) -> None:
@@ -231,11 +231,11 @@ def test_a_check_over_http(
 
 
 # Not the check, which starts a process each time.
-FUZZED = [operation for operation in ADMIN_OPERATIONS if operation.handler != "check_target"]
+FUZZED = [operation for operation in ADMIN_OPERATIONS if operation.name != "check_target"]
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
-@pytest.mark.parametrize("operation", FUZZED, ids=lambda operation: operation.handler)
+@pytest.mark.parametrize("operation", FUZZED, ids=lambda operation: operation.name)
 def test_the_api_conforms_to_its_openapi_description(
     operation: AdminOperation, mode: GenerationMode, admin_client: AdminClient, registry: Registry
 ) -> None:
@@ -258,7 +258,7 @@ def test_the_api_conforms_to_its_openapi_description(
     fuzz(schema[operation.path][operation.method.lower()], mode, prepare, record_status)
     assert statuses.keys() <= ({200, 404, 409} if mode is GenerationMode.POSITIVE else {400})
     registry.read()
-    assert admin_client.list().leading
+    assert admin_client.list().active_aliases
 
 
 def test_the_openapi_document_describes_the_admin_api(admin_client: AdminClient) -> None:

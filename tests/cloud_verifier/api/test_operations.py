@@ -241,7 +241,7 @@ async def test_a_drain_finishes_running_rounds_and_refuses_new_ones(
         await anext(other.run_round([]))
         running_round = session.run_round([], n=400, stream=True)
         await anext(running_round)
-        drain = asyncio.create_task(service.drain(TIMEOUT_SECONDS))
+        drain = asyncio.create_task(service.admission.drain(TIMEOUT_SECONDS))
         await asyncio.sleep(0)
         async with httpx.AsyncClient(base_url=server.url) as http:
             ready = await http.get("/readyz")
@@ -267,11 +267,11 @@ async def test_a_drain_has_a_time_limit(tiny: Target) -> None:
         target.hold()
         running_round = asyncio.create_task(anext(VerifierSession(client, PROMPT, ENDLESS).run_round([])))
         assert await asyncio.to_thread(target.reached.wait, TIMEOUT_SECONDS)
-        assert not await service.drain(0.1)
+        assert not await service.admission.drain(0.1)
         assert len(service.admission) == 1
         target.release()
         await running_round
-        assert await service.drain(TIMEOUT_SECONDS)
+        assert await service.admission.drain(TIMEOUT_SECONDS)
 
 
 async def test_a_board_continues_at_its_next_verifier_when_one_drains(
@@ -285,7 +285,7 @@ async def test_a_board_continues_at_its_next_verifier_when_one_drains(
         session = VerifierSession(client, PROMPT, ENDLESS)
         async for _ in session.run_round([1, 2], n=5):
             pass
-        assert await first.drain(TIMEOUT_SECONDS)
+        assert await first.admission.drain(TIMEOUT_SECONDS)
         for _ in range(3):
             async for _ in session.run_round([1, 2], n=5):
                 pass
@@ -302,7 +302,7 @@ async def test_a_board_waits_for_its_only_verifier_to_return(tiny: Target, refer
         session = VerifierSession(client, PROMPT, ENDLESS)
         async for _ in session.run_round([], n=5):
             pass
-        await service.drain(5)
+        await service.admission.drain(5)
         asyncio.get_running_loop().call_later(1.0, setattr, service.admission, "draining", False)
         async for _ in session.run_round([], n=5):
             pass

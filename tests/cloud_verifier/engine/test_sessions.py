@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore
+from cloud_verifier.model.limits import VerifierLimits
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, Frame, RoundRequest
@@ -19,6 +20,10 @@ from edge_runtime.protocol.sampling import Sampling
 
 def request(number: int = 0, position: int = 3, **changes: Any) -> RoundRequest:
     return RoundRequest(PROTOCOL_VERSION, number, position, **changes)
+
+
+def new_store(max_sessions: int, max_tokens: int) -> SessionStore:
+    return SessionStore(VerifierLimits(max_sessions=max_sessions, max_tokens=max_tokens, idle_seconds=60))
 
 
 @pytest.fixture
@@ -159,7 +164,7 @@ def test_session_ids_are_unguessable(new_session: Callable[..., Session]) -> Non
 
 
 def test_a_session_is_found_by_id_and_key_until_it_is_removed(new_session: Callable[..., Session]) -> None:
-    store, session = SessionStore(5, 100, 60), new_session()
+    store, session = new_store(5, 100), new_session()
     store.add("its key", session)
     assert store.get(session.id) is store.find_by_key("its key") is session
     assert (len(store), store.load) == (1, 20)
@@ -174,7 +179,7 @@ def test_a_session_is_found_by_id_and_key_until_it_is_removed(new_session: Calla
 
 async def test_removing_a_session_fails_its_running_round(new_session: Callable[..., Session]) -> None:
     session = new_session(running=True)
-    store = add_sessions(SessionStore(5, 100, 60), session)
+    store = add_sessions(new_store(5, 100), session)
     reader = asyncio.create_task(session.reply.result())
     await asyncio.sleep(0)
     store.remove(session.id)
@@ -184,7 +189,7 @@ async def test_removing_a_session_fails_its_running_round(new_session: Callable[
 
 def test_a_session_closed_by_the_scheduler_is_lost(new_session: Callable[..., Session]) -> None:
     session = new_session()
-    store = add_sessions(SessionStore(5, 100, 60), session)
+    store = add_sessions(new_store(5, 100), session)
     session.closed = True
     with pytest.raises(VerifierRefused) as caught:
         store.get(session.id)
@@ -193,7 +198,7 @@ def test_a_session_closed_by_the_scheduler_is_lost(new_session: Callable[..., Se
 
 
 def test_the_key_of_a_session_closed_by_the_scheduler_can_open_another(new_session: Callable[..., Session]) -> None:
-    store, failed, second = SessionStore(5, 100, 60), new_session(), new_session()
+    store, failed, second = new_store(5, 100), new_session(), new_session()
     store.add("the key", failed)
     failed.closed = True
     store.add("the key", second)
@@ -204,7 +209,7 @@ def test_the_key_of_a_session_closed_by_the_scheduler_can_open_another(new_sessi
 
 def test_the_least_recently_used_session_is_evicted_first(new_session: Callable[..., Session]) -> None:
     one, two, three = new_session(), new_session(), new_session()
-    store = add_sessions(SessionStore(2, 100, 60), one, two)
+    store = add_sessions(new_store(2, 100), one, two)
     store.get(one.id)
     add_sessions(store, three)
     assert [session.closed for session in (one, two, three)] == [False, True, False]
@@ -213,7 +218,7 @@ def test_the_least_recently_used_session_is_evicted_first(new_session: Callable[
 
 def test_tokens_of_all_sessions_together_are_bounded(new_session: Callable[..., Session]) -> None:
     small, large = new_session(9), new_session(59)
-    store = add_sessions(SessionStore(100, 100, 60), small, large)
+    store = add_sessions(new_store(100, 100), small, large)
     add_sessions(store, new_session(30))
     assert [small.closed, large.closed] == [True, False]
     store.make_room(0, 9)
@@ -224,7 +229,7 @@ def test_tokens_of_all_sessions_together_are_bounded(new_session: Callable[..., 
 
 def test_idle_sessions_are_evicted_when_another_is_added(new_session: Callable[..., Session]) -> None:
     idle, fresh = new_session(), new_session()
-    store = add_sessions(SessionStore(100, 1000, 60), idle, fresh)
+    store = add_sessions(new_store(100, 1000), idle, fresh)
     idle.last_used_at = time.monotonic() - 61
     add_sessions(store, new_session())
     assert [idle.closed, fresh.closed] == [True, False]
@@ -232,7 +237,7 @@ def test_idle_sessions_are_evicted_when_another_is_added(new_session: Callable[.
 
 def test_sessions_with_a_running_round_are_never_evicted(new_session: Callable[..., Session]) -> None:
     busy, idle = new_session(running=True), new_session()
-    store = add_sessions(SessionStore(2, 100, 60), busy, idle)
+    store = add_sessions(new_store(2, 100), busy, idle)
     busy.last_used_at -= 1000
     add_sessions(store, second := new_session(running=True))
     assert [busy.closed, idle.closed] == [False, True]
