@@ -1,0 +1,347 @@
+"""Converts GGUF files into Hugging Face directories, once, in a cache.
+
+transformers reads a GGUF file's weights. It does not read all of the rest: RoPE scaling is ignored, the tokenizer is
+rebuilt from a few fixed patterns, and end tokens get lost. So the configuration is completed here from the metadata, by
+an allow-list: a file with a setting of its architecture that is not understood is refused, never served without it. The
+tokenizer is rebuilt by `model.gguf_tokenizer`.
+
+Quantized weights become bfloat16: its rounding (2^-9) is far below that of the quantization. Unquantized files keep
+their type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from cloud_verifier.model.gguf_tokenizer import CONTROL, GgufTokenizer
+from edge_runtime.protocol.errors import TargetError
+
+MAGIC = b"GGUF"
+# Part of the cached directory's name: raise it when the conversion changes.
+CONVERTER_VERSION = 1
+# Settings of an architecture that are understood in addition to those that transformers maps; see `_complete_config`.
+EXTRA_SETTINGS = frozenset(
+    {
+        *("vocab_size", "context_length", "tensor_data_layout", "rope.dimension_count", "rope.freq_base"),
+        *("attention.key_length", "attention.value_length", "attention.sliding_window", "attention.causal"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "expert_count", "expert_used_count"),
+        *("expert_feed_forward_length", "expert_shared_feed_forward_length", "use_parallel_residual"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+        *("rope.scaling.finetuned", "rope.scaling.attn_factor"),
+    }
+)
+# Settings that are copied into the configuration under another name, if it has that attribute.
+COPIED_SETTINGS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "rope.freq_base": "rope_theta",
+}
+# Tensors that describe RoPE and are no weights.
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Llama 3.1's and 3.2's rule for RoPE (their config.json); a GGUF file stores only the factors that follow from it.
+LLAMA3_LOW_FACTOR, LLAMA3_HIGH_FACTOR, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+# Tokens that end a turn, if the chat template writes them: files name only one of them as EOS.
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>")
+# Sampling defaults by their GGUF name.
+SAMPLING_DEFAULTS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a GGUF file at `path`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The directory of the checkpoint at `path`: the path itself, or that of a converted GGUF file.
+
+    A GGUF file is converted at the first call; the directory's name contains the hash of the file.
+
+    Raises:
+        TargetError: the file cannot be converted.
+    """
+    if not is_gguf(path):
+        return path
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    directory = cache_directory(os.environ) / f"{path.stem}-{digest[:12]}-{CONVERTER_VERSION}"
+    with _locked(directory):
+        if not directory.is_dir():
+            convert_gguf(path, directory)
+    return directory
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """The directory of converted files: systemd's $CACHE_DIRECTORY, else flexspec/gguf below $XDG_CACHE_HOME (~/.cache).
+
+    Raises:
+        TargetError: none of them is set.
+    """
+    service = environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    if service:
+        return Path(service) / "gguf"
+    base = Path(environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():
+        return base / "flexspec" / "gguf"
+    if not environ.get("HOME"):
+        raise TargetError("there is no place for converted GGUF files: set $XDG_CACHE_HOME")
+    return Path(environ["HOME"], ".cache", "flexspec", "gguf")
+
+
+def convert_gguf(path: Path, directory: Path) -> None:
+    """Convert the GGUF file `path` into a Hugging Face directory, which appears complete or not at all.
+
+    It takes memory for the weights in float32 and in the type that they are stored in.
+
+    Raises:
+        TargetError: the file cannot be converted without loss of meaning, or the disk is full.
+    """
+    work = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        _GgufFile(path).save(work)
+        work.rename(directory)
+    except TargetError as error:
+        raise TargetError(f"{path} cannot be converted: {error}") from None
+    except OSError as error:
+        free = f"{shutil.disk_usage(work).free / 1e6:.0f} MB are free" if work.is_dir() else "it is not writable"
+        raise TargetError(f"{path} cannot be converted into {directory}: {error} ({free} there)") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class _GgufFile:
+    """An opened GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self._path = path
+        try:
+            self._reader = GGUFReader(path)
+            self._metadata: dict[str, Any] = {name: field.contents() for name, field in self._reader.fields.items()}
+        except Exception as error:
+            raise TargetError(f"it is damaged or incomplete: {error}") from None
+        if self._metadata.get("split.count", 1) > 1:
+            raise TargetError("it is one part of several: join them with llama.cpp's `llama-gguf-split --merge`")
+        self._architecture = str(self._metadata.get("general.architecture"))
+
+    def save(self, directory: Path) -> None:
+        """Write configuration, tokenizer and weights into `directory`."""
+        tokenizer = GgufTokenizer(self._metadata)
+        config = self._config(tokenizer)
+        self._save_tokenizer(tokenizer, config, directory)
+        self._save_weights(config, directory)
+        generation = self._generation_config(config)
+        generation.save_pretrained(directory)
+
+    def _setting(self, name: str, default: Any = None) -> Any:
+        return self._metadata.get(f"{self._architecture}.{name}", default)
+
+    def _tensor(self, name: str) -> Any:
+        return next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
+
+    def _config(self, tokenizer: GgufTokenizer) -> Any:
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING  # type: ignore[attr-defined]
+
+        try:
+            config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name)
+        except Exception as error:
+            raise TargetError(f"transformers cannot read the architecture {self._architecture!r}: {error}") from None
+        mapped = GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING.get(self._architecture, {})
+        prefix = f"{self._architecture}."
+        settings = {key.removeprefix(prefix) for key in self._metadata if key.startswith(prefix)}
+        unknown = sorted(settings - set(mapped) - EXTRA_SETTINGS)
+        if unknown:
+            raise TargetError(
+                f"it sets {', '.join(prefix + name for name in unknown)}, which would be ignored: use the model's "
+                "Hugging Face directory instead"
+            )
+        for name, value in list(vars(config).items()):
+            # The file stores numbers such as 1e-5 as float32; their shortest decimal is what the model was made with.
+            if isinstance(value, float):
+                setattr(config, name, _shortest(value))
+        self._complete_config(config)
+        if config.vocab_size < len(self._metadata["tokenizer.ggml.tokens"]):
+            raise TargetError(f"it has {config.vocab_size} logits for a larger vocabulary")
+        for role in ("bos", "eos", "pad"):
+            text = tokenizer.special.get(f"{role}_token")
+            setattr(config, f"{role}_token_id", None if text is None else tokenizer.tokenizer.token_to_id(text))
+        return config
+
+    def _complete_config(self, config: Any) -> None:
+        """Set what transformers leaves out. Raises TargetError for what the architecture cannot express."""
+        if self._architecture == "llama" and self._setting("expert_count", 0):
+            raise TargetError("mixtures of experts of the architecture 'llama' (Mixtral) are not supported")
+        # The default of transformers' Mistral is a window of 4096, which only its first version had.
+        if config.model_type == "mistral":
+            config.sliding_window = None
+        for name, attribute in COPIED_SETTINGS.items():
+            value = self._setting(name)
+            if value is None or (attribute == "head_dim" and not hasattr(config, attribute)):
+                continue
+            if not hasattr(config, attribute):
+                raise TargetError(f"it sets {name} to {value}, and a {config.model_type} has no {attribute}")
+            setattr(config, attribute, _shortest(value) if isinstance(value, float) else value)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for name in ("attention.key_length", "attention.value_length"):
+            if self._setting(name, head_dim) != head_dim:
+                raise TargetError(f"it sets {name} to {self._setting(name)}, and its heads have {head_dim} dimensions")
+        rotated = int(head_dim * getattr(config, "partial_rotary_factor", 1.0))
+        if self._setting("rope.dimension_count", rotated) != rotated:
+            raise TargetError(f"it rotates {self._setting('rope.dimension_count')} of {head_dim} dimensions")
+        scaling = self._rope_scaling(config, head_dim)
+        if scaling is not None:
+            config.rope_scaling = scaling
+
+    def _rope_scaling(self, config: Any, head_dim: int) -> dict[str, Any] | None:
+        """The `rope_scaling` of the configuration; None for plain RoPE."""
+        kind = self._setting("rope.scaling.type", "none")
+        factor = _shortest(self._setting("rope.scaling.factor", 1.0))
+        original = self._setting("rope.scaling.original_context_length")
+        freqs, long, short = (self._tensor(name) for name in ROPE_TENSORS)
+        if long is not None and short is not None:
+            # A setting of the model itself, from which the rule for the scaling of attention follows.
+            config.original_max_position_embeddings = original or config.max_position_embeddings
+            factors = {"long_factor": long.data.tolist(), "short_factor": short.data.tolist()}
+            return {"rope_type": "longrope", "type": "longrope", **factors}
+        if freqs is not None and not np.allclose(freqs.data, 1.0):
+            return self._llama3_scaling(np.asarray(freqs.data, np.float64), float(config.rope_theta), head_dim)
+        if kind == "none" or factor in (0.0, 1.0):
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn" and original:
+            scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+            attention = self._setting("rope.scaling.attn_factor")
+            return scaling if attention in (None, 1.0) else {**scaling, "attention_factor": _shortest(attention)}
+        raise TargetError(f"it scales RoPE by {kind!r} with the factor {factor}, which is not supported")
+
+    def _llama3_scaling(self, stored: Any, theta: float, head_dim: int) -> dict[str, Any]:
+        """The settings of Llama 3's rule from the factors that it gave, one for each frequency."""
+        factor = float(np.round(stored.max(), 3))
+        wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+        smooth = (LLAMA3_CONTEXT / wavelength - LLAMA3_LOW_FACTOR) / (LLAMA3_HIGH_FACTOR - LLAMA3_LOW_FACTOR)
+        expected = 1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+            raise TargetError("its RoPE factors (rope_freqs.weight) follow no rule that transformers has")
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": LLAMA3_LOW_FACTOR,
+            "high_freq_factor": LLAMA3_HIGH_FACTOR,
+            "original_max_position_embeddings": LLAMA3_CONTEXT,
+        }
+
+    def _save_tokenizer(self, tokenizer: GgufTokenizer, config: Any, directory: Path) -> None:
+        template = self._metadata.get("tokenizer.chat_template")
+        names = self._metadata.get("tokenizer.chat_templates", ())
+        # Written by hand: transformers would choose a class by the model's type, and a class may change the tokenizer.
+        tokenizer.tokenizer.save(str(directory / "tokenizer.json"))
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.tokenizer,
+            clean_up_tokenization_spaces=False,
+            model_max_length=config.max_position_embeddings,
+            **tokenizer.special,
+        )
+        if names:
+            fast.chat_template = {
+                "default": template,
+                **{name: self._metadata[f"tokenizer.chat_template.{name}"] for name in names},
+            }
+        else:
+            fast.chat_template = template
+        fast.save_pretrained(directory, save_jinja_files=False)
+
+    def _save_weights(self, config: Any, directory: Path) -> None:
+        dtype = self._dtype()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self._path.parent, gguf_file=self._path.name, config=config, dtype=dtype, output_loading_info=True
+        )
+        lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if lost:
+            raise TargetError(f"it lacks {len(lost)} tensors of a {config.model_type}, such as {lost[0]}")
+        tied = bool(config.tie_word_embeddings)
+        stored = sum(
+            int(tensor.n_elements)
+            for tensor in self._reader.tensors
+            if tensor.name not in ROPE_TENSORS and not (tied and tensor.name == "output.weight")
+        )
+        # A tensor that transformers does not map is left out without a word, so all numbers are counted.
+        used = sum(parameter.numel() for parameter in model.parameters())
+        if stored != used:
+            raise TargetError(f"it holds {stored} weights, and transformers' {config.model_type} uses {used} of them")
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(directory)
+        saved = json.loads((directory / "config.json").read_text())
+        saved = {name: value for name, value in saved.items() if not name.endswith("_name_or_path")}
+        (directory / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+    def _dtype(self) -> torch.dtype:
+        """The type of the matrices' weights if it is the same for all, else bfloat16."""
+        types = {tensor.tensor_type.name for tensor in self._reader.tensors if len(tensor.shape) > 1}
+        exact = {"F32": torch.float32, "F16": torch.float16}
+        return exact.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+
+    def _generation_config(self, config: Any) -> GenerationConfig:
+        template = str(self._metadata.get("tokenizer.chat_template", ""))
+        tokens, types = (self._metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+        ends = [self._metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+        ends += [
+            index
+            for index, token in enumerate(tokens)
+            if types[index] == CONTROL and token in TURN_ENDS and token in template
+        ]
+        unique = list(dict.fromkeys(end for end in ends if end is not None))
+        sampling = {
+            name: self._metadata[f"general.sampling.{key}"]
+            for key, name in SAMPLING_DEFAULTS.items()
+            if f"general.sampling.{key}" in self._metadata
+        }
+        return GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=unique[0] if len(unique) == 1 else unique or None,
+            pad_token_id=config.pad_token_id,
+            do_sample=True if sampling else None,
+            **sampling,
+        )
+
+
+def _shortest(number: float) -> float:
+    """The shortest decimal that is `number` in float32."""
+    return float(str(np.float32(number)))
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock of `directory`'s name, so that of several processes one converts and the others wait."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory.with_name(f".{directory.name}.lock"), os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise TargetError(f"cannot write the cache of converted GGUF files: {error}; set $XDG_CACHE_HOME") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
