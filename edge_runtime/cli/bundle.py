@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.options import add_action, add_config_option, add_option
-from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.common.options import add_action, add_option
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _print_table(entries: list[StoredBundle]) -> None:
         table.add_column(header, justify="right" if header == "MB" else "left", overflow="fold")
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry.installed).astimezone()
-        cells = (
+        table.add_row(
             entry.name,
             entry.state,
             f"{when:%Y-%m-%d %H:%M}",
@@ -150,5 +150,4 @@ def _print_table(entries: list[StoredBundle]) -> None:
             entry.signature,
             entry.problem,
         )
-        table.add_row(*cells)
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)

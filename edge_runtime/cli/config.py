@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import inspect
-
-from edge_runtime.cli.options import add_action
 from edge_runtime.cli.settings_options import warn
-from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, bare_type
+from edge_runtime.common.options import add_action
+from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, describe_type
 
 if TYPE_CHECKING:
     from edge_runtime.settings.loading import EffectiveSettings
@@ -71,26 +69,8 @@ def _markdown_row(entry: SettingEntry) -> str:
         *(["Applied on reload."] if spec.reloadable else []),
     ]
     meaning = " ".join([f"{spec.help[0].upper()}{spec.help[1:]}.", *notes])
-    cells = (f"`{entry.name}`", _describe_value(entry), entry.default, f"`{spec.option}`", variables, meaning)
+    cells = (f"`{entry.name}`", describe_type(entry.type), entry.default, f"`{spec.option}`", variables, meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _describe_value(entry: SettingEntry) -> str:
-    match bare_type(entry.type):
-        case inspect.BoolType():
-            return "true, false"
-        case inspect.IntType(ge=low, le=high):
-            return f"integer, {low} to {high}"
-        case inspect.FloatType(gt=low, le=high):
-            return f"number, above {low:g} to {high:g}"
-        case inspect.ListType():
-            return "list of strings"
-        case inspect.LiteralType(values=values):
-            return ", ".join(f"`{value}`" for value in values if value)
-        case inspect.CustomType():
-            return "path"
-        case _:
-            return "string"
 
 
 async def _check(options: argparse.Namespace) -> int:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_runtime.cli.draft_options import EXAMPLE_FAMILY
 from edge_runtime.cli.generate import add_max_new_tokens_option
-from edge_runtime.cli.options import add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner
 from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError, VerifierUnreachable
 
 # Imported by every command; these are slow to import.
@@ -129,7 +129,7 @@ def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
     statistics = text.generation.statistics
     tokens = max(1, statistics.tokens)
     acceptance = statistics.acceptance
-    cells = (
+    table.add_row(
         target,
         text.label,
         str(statistics.tokens),
@@ -139,7 +139,6 @@ def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
         f"{1e3 * statistics.seconds / tokens:.1f}",
         "yes" if exact else "NO",
     )
-    table.add_row(*cells)
 
 
 @contextlib.asynccontextmanager

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
-from edge_runtime.cli.options import add_config_option, add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner, run_probes
-from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from edge_runtime.cli.draft_options import NGRAM_CACHE_DIRECTORY_NAME, ngram_cache_state_directory
-from edge_runtime.cli.options import add_action, add_config_option
-from edge_runtime.cli.settings_options import read_settings
+from edge_runtime.cli.settings_options import add_config_option, read_settings
+from edge_runtime.common.options import add_action
 from edge_runtime.protocol.errors import InputError
 
 SERVICE_DIRECTORY = Path("/var/lib/flexspec") / NGRAM_CACHE_DIRECTORY_NAME

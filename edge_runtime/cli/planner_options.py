@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge_runtime.cli.options import add_option
 from edge_runtime.cli.settings_options import add_settings
+from edge_runtime.common.options import add_option
 from edge_runtime.planning.plan import FIXED_PLAN, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import PlannerSettings, PolicyName
@@ -27,6 +27,30 @@ if TYPE_CHECKING:
     from edge_runtime.probes import ByteMeter
 
 PLANNER_KEYS = ("planner.policy", "planner.objective", "planner.profile", "planner.radio", "planner.energy_budget")
+
+# Options of a fixed plan by field of `Plan`: the option, the least value, which has the option's type, and its help.
+FIXED_PLAN_OPTIONS: dict[str, tuple[str, float, str]] = {
+    "draft": (
+        "--num-assistant-tokens K",
+        0,
+        f"tokens to draft per round; 0 leaves every token to the target (default: {FIXED_PLAN.draft})",
+    ),
+    "min_confidence": (
+        "--assistant-confidence-threshold P",
+        0.0,
+        "stop drafting after a token of lower probability than this (default: 0)",
+    ),
+    "siblings": (
+        "--siblings B",
+        0,
+        f"alternative candidates to send with a draft token of low confidence (default: {FIXED_PLAN.siblings})",
+    ),
+    "own": (
+        "--cloud-tokens N",
+        1,
+        f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.own})",
+    ),
+}
 
 
 def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: PolicyName | None = None) -> None:
@@ -40,14 +64,8 @@ def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: Poli
     fixed = parser.add_argument_group(
         "fixed plan", "the same plan for every round (policy fixed), instead of a planner"
     )
-    text = f"tokens to draft per round; 0 leaves every token to the target (default: {FIXED_PLAN.draft})"
-    add_option(fixed, "--num-assistant-tokens K", text, type=int)
-    text = "stop drafting after a token of lower probability than this (default: 0)"
-    add_option(fixed, "--assistant-confidence-threshold P", text, type=float)
-    text = f"alternative candidates to send with a draft token of low confidence (default: {FIXED_PLAN.siblings})"
-    add_option(fixed, "--siblings B", text, type=int)
-    text = f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.own})"
-    add_option(fixed, "--cloud-tokens N", text, type=int)
+    for field, (option, minimum, text) in FIXED_PLAN_OPTIONS.items():
+        add_option(fixed, option, text, type=type(minimum), dest=f"fixed_plan.{field}")
 
 
 def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: OnnxDraft) -> Planner:
@@ -126,21 +144,18 @@ async def run_probes(meter: ByteMeter) -> AsyncIterator[Callable[[], Surrounding
 
 def _parse_fixed_plan(options: argparse.Namespace, settings: PlannerSettings) -> Plan | None:
     """Return the plan that the options describe; None if they describe none. Raises InputError."""
-    fields = {
-        "draft": ("--num-assistant-tokens", options.num_assistant_tokens, 0),
-        "siblings": ("--siblings", options.siblings, 0),
-        "own": ("--cloud-tokens", options.cloud_tokens, 1),
-        "min_confidence": ("--assistant-confidence-threshold", options.assistant_confidence_threshold, 0),
-    }
-    given = {field: value for field, (_, value, _) in fields.items() if value is not None}
+    values = {field: getattr(options, f"fixed_plan.{field}") for field in FIXED_PLAN_OPTIONS}
+    given = {field: value for field, value in values.items() if value is not None}
+    for field, value in given.items():
+        option, minimum, _ = FIXED_PLAN_OPTIONS[field]
+        flag = option.split()[0]
+        if settings.policy not in (None, "fixed"):
+            policy = f"the policy is {settings.policy}; leave one of them out"
+            raise InputError(f"{flag} is part of a fixed plan, and {policy}")
+        if value < minimum:
+            raise InputError(f"{flag} {value}: must be at least {minimum:g}")
     if not given:
         return None
-    if settings.policy not in (None, "fixed"):
-        flag = next(flag for field, (flag, _, _) in fields.items() if field in given)
-        raise InputError(f"{flag} is part of a fixed plan, and the policy is {settings.policy}; leave one of them out")
-    for flag, value, minimum in fields.values():
-        if value is not None and value < minimum:
-            raise InputError(f"{flag} {value}: must be at least {minimum}")
     return msgspec.structs.replace(FIXED_PLAN, **given, reason="fixed by the command line")
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.options import add_option
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.

@@ -18,11 +18,11 @@ from edge_runtime.cli.draft_options import (
     open_ngram_cache,
     resolve_bundle,
 )
-from edge_runtime.cli.options import add_config_option, add_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner, read_board_power, run_probes
-from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import Settings
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import inspect
 
-from edge_runtime.cli.options import ArgumentContainer
+from edge_runtime.common.options import ArgumentContainer, add_option
 from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
 
 # How an option's text becomes the value of its setting, by the setting's type; text that is not here stays as it is.
@@ -46,6 +46,12 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
         for flag in spec.deprecated_flags:
             action = functools.partial(_DeprecatedOption, replacement=spec.flag)
             parser.add_argument(flag, help=argparse.SUPPRESS, **{**arguments, "action": action})
+
+
+def add_config_option(parser: ArgumentContainer) -> None:
+    """Add --config, the configuration file that applies if no option is given."""
+    text = "configuration file; options override it (default: see `edge-runtime config --help`)"
+    add_option(parser, "--config FILE", text, type=Path)
 
 
 def read_settings(options: argparse.Namespace) -> Settings:

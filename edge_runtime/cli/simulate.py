@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from edge_runtime.cli.options import add_option
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 TRACES = Path(__file__).resolve().parents[2] / "export" / "example_family" / "acceptance.npz"
 
 HELP = "model the speed of a board, a link and a verifier"
+# Of the table, after the first.
+COLUMNS = (
+    "ms per\ntoken",
+    "cost",
+    "tokens/\nround",
+    "accep-\nted",
+    "verifier\nms/token",
+    "J per\n100",
+    "bytes/\ntoken",
+)
+
 DESCRIPTION = """\
 Simulates the decoding of recorded texts with a modelled board, link and verifier, and compares the planner with fixed
 plans. Acceptance is recorded; times, joules and bytes are modelled.
@@ -79,7 +90,7 @@ async def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-class DecodingResult:
+class DecodingResult(NamedTuple):
     """The result of one way of decoding, a policy or a fixed plan.
 
     Attributes:
@@ -89,11 +100,11 @@ class DecodingResult:
         hindsight: whether the plan was chosen after the fact, for these texts.
     """
 
-    def __init__(
-        self, label: str, result: SimulationResult, objective: Objective, plan: str, *, hindsight: bool = False
-    ) -> None:
-        self.label, self.result, self.plan, self.hindsight = label, result, plan, hindsight
-        self.cost = result.cost(objective)
+    label: str
+    result: SimulationResult
+    cost: float
+    plan: str
+    hindsight: bool = False
 
     def record(self) -> dict[str, float | int | bool | str]:
         """Return the result as plain data for JSON."""
@@ -123,34 +134,29 @@ def _simulate_all(
 
     planner = make_planner(policy or DEFAULT_POLICY, objective, world().device)
     played = simulate(texts, planner, world(), log=True)
-    rows = [DecodingResult(policy or DEFAULT_POLICY, played, objective, played.log[-1].plan.reason)]
+    rows = [DecodingResult(policy or DEFAULT_POLICY, played, played.cost(objective), played.log[-1].plan.reason)]
     for label, plan in (
         ("streaming", Plan(0, oracle.WHOLE_TEXT)),
         ("edge-drafted", Plan(5)),
         ("token by token", Plan(0)),
     ):
-        rows.append(
-            DecodingResult(label, simulate(texts, FixedPlanner(plan), world()), objective, oracle.describe_plan(plan))
-        )
+        result = simulate(texts, FixedPlanner(plan), world())
+        rows.append(DecodingResult(label, result, result.cost(objective), oracle.describe_plan(plan)))
     plans = oracle.make_static_plans(oracle.measure_calibration(texts))
     for label, space, ahead in (
         ("best fixed draft", list(oracle.FIXED_PLANS), False),
         ("best single plan", plans, True),
     ):
         best, result = oracle.PlanFootprints(texts, space).find_best(world, objective, ahead=ahead)
-        rows.append(DecodingResult(label, result, objective, oracle.describe_plan(best), hindsight=True))
+        rows.append(DecodingResult(label, result, result.cost(objective), oracle.describe_plan(best), hindsight=True))
     return rows
 
 
 def _print_json(name: str, rows: list[DecodingResult]) -> None:
     import msgspec
 
-    record = {
-        "world": name,
-        "modelled": True,
-        "policy": rows[0].label,
-        "ways": {row.label: row.record() for row in rows},
-    }
+    ways = {row.label: row.record() for row in rows}
+    record = {"world": name, "modelled": True, "policy": rows[0].label, "ways": ways}
     print(msgspec.json.format(msgspec.json.encode(record)).decode())
 
 
@@ -159,19 +165,11 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
     from rich.table import Table
 
     table = Table("", box=None)
-    for title in (
-        "ms per\ntoken",
-        "cost",
-        "tokens/\nround",
-        "accep-\nted",
-        "verifier\nms/token",
-        "J per\n100",
-        "bytes/\ntoken",
-    ):
+    for title in COLUMNS:
         table.add_column(title, justify="right")
     for row in rows:
         result = row.result
-        cells = (
+        table.add_row(
             row.label + " *" * row.hindsight,
             f"{1e3 * result.seconds_per_token:.1f}",
             f"{row.cost / rows[0].cost:.2f}",
@@ -181,7 +179,6 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
             f"{100 * result.joules / result.tokens:.1f}",
             f"{(result.sent + result.received) / result.tokens:.1f}",
         )
-        table.add_row(*cells)
     console = Console(highlight=False)
     console.print(f"{name}: modelled", soft_wrap=True)
     console.print(table)

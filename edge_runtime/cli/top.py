@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.options import add_option
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.

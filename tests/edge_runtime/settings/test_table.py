@@ -10,8 +10,7 @@ import pytest
 
 from edge_runtime.cli import config, planner_options
 from edge_runtime.cli.main import main
-from edge_runtime.cli.options import add_config_option
-from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.common import logs
 from edge_runtime.planning import factory
 from edge_runtime.settings import loading

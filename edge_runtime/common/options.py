@@ -1,10 +1,9 @@
-"""Building blocks of the commands' parsers."""
+"""Building blocks of the parsers of all command lines."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -25,14 +24,8 @@ def add_option(parser: ArgumentContainer, option: str, help_text: str, *, defaul
     parser.add_argument(flag, metavar=metavar or None, help=help_text, **keywords)
 
 
-def add_config_option(parser: ArgumentContainer) -> None:
-    """Add --config, the configuration file that applies if no option is given."""
-    text = "configuration file; options override it (default: see `edge-runtime config --help`)"
-    add_option(parser, "--config FILE", text, type=Path)
-
-
 def add_action(
-    actions: Any, name: str, run: Callable[[argparse.Namespace], Awaitable[int]], help_text: str, **keywords: Any
+    actions: Any, name: str, run: Callable[[argparse.Namespace], int | Awaitable[int]], help_text: str, **keywords: Any
 ) -> argparse.ArgumentParser:
     """Add an action of a command, such as `list` of `bundle`; `keywords` are further arguments of its parser."""
     action: argparse.ArgumentParser = actions.add_parser(name, help=help_text, **keywords)
