@@ -91,7 +91,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def cache_directory(environ: Mapping[str, str]) -> Path:
-    """The directory of converted files: systemd's $CACHE_DIRECTORY, else flexspec/gguf below $XDG_CACHE_HOME (~/.cache).
+    """The directory of converted files: in systemd's $CACHE_DIRECTORY, else in $XDG_CACHE_HOME (default: ~/.cache).
 
     Raises:
         TargetError: none of them is set.
@@ -261,6 +261,7 @@ class _GgufFile:
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.tokenizer,
             clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"],
             model_max_length=config.max_position_embeddings,
             **tokenizer.special,
         )
