@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
 from device_profiles.calibrate.chart import ChartLine, line_chart
+from edge_runtime.common.files import write_atomically
 from edge_runtime.planning.board_profile import BoardProfile, ProfileError
+
+# Anyone may read a profile, as far as the umask allows.
+MODE = 0o666
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -25,8 +28,8 @@ def check_writable(path: Path, force: bool) -> None:
 def save(path: Path, profile: BoardProfile, chart: str) -> None:
     """Write `profile` to `path` and `chart`, an SVG document, next to it. Raises ProfileError."""
     try:
-        _replace(path.with_suffix(".svg"), chart.encode())
-        _replace(path, msgspec.toml.encode(profile))
+        write_atomically(path.with_suffix(".svg"), chart.encode(), MODE)
+        write_atomically(path, msgspec.toml.encode(profile), MODE)
     except OSError as error:
         raise ProfileError(f"cannot write {path}: {error.strerror}") from None
 
@@ -35,16 +38,12 @@ def draft_chart(profile: BoardProfile, cache_bytes: int) -> str:
     """SVG chart of a measured profile: ms per token over context, per number of threads, measured and modelled."""
     first = profile.draft[0]
     curves = [
-        ChartLine(
-            f"{speed.threads} thread{'s' * (speed.threads > 1)}", [(float(x), y) for x, y in sorted(times.items())]
-        )
+        ChartLine(f"{speed.threads} thread{'s' * (speed.threads > 1)}", sorted(speed.milliseconds.items()))
         for speed in profile.draft
-        for times in [speed.milliseconds]
     ]
     unmeasured = msgspec.structs.replace(profile, draft=[])
     modelled = [
-        (float(x), 1e3 * unmeasured.draft_seconds(first.weight_bytes, x, cache_bytes=cache_bytes))
-        for x in sorted(first.milliseconds)
+        (x, 1e3 * unmeasured.draft_seconds(first.weight_bytes, x, cache_bytes)) for x in sorted(first.milliseconds)
     ]
     gigabytes = profile.processor.weight_bytes_per_second / 1e9
     return line_chart(
@@ -53,16 +52,3 @@ def draft_chart(profile: BoardProfile, cache_bytes: int) -> str:
         "ms per drafted token",
         [*curves, ChartLine(f"modelled, {gigabytes:.3g} GB/s", modelled, modelled=True)],
     )
-
-
-def _replace(path: Path, contents: bytes) -> None:
-    """Replace `path` atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

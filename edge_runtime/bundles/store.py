@@ -161,9 +161,13 @@ class BundleStore:
 
     def check(self, path: Path) -> tuple[Bundle, SelfTestReport]:
         """Verify signature and hashes of the bundle at `path` and run its self-test. Raises BundleError."""
+        return self.read(path), run_self_test(path)
+
+    def read(self, path: Path) -> Bundle:
+        """Verify signature and hashes of the bundle at `path`, in the store or elsewhere. Raises BundleError."""
         if self._keys:
             check_signature(path, self._keys)
-        return read_bundle(path), run_self_test(path)
+        return read_bundle(path)
 
     def find(self, name: str) -> str:
         """The full name of a bundle, given NAME@FINGERPRINT, NAME, FINGERPRINT, `current` or `previous`.
@@ -213,19 +217,10 @@ class BundleStore:
                 entries.append(StoredBundle(name, state, 0, path.stat().st_mtime, signature, problem=str(error)))
                 continue
             size = sum(record.bytes for record in manifest.files.values())
+            weights = f"{manifest.graph.kind} {manifest.graph.weights}"
             problem = "" if not self._keys or signature == "valid" else "not signed by a configured key"
-            entries.append(
-                StoredBundle(
-                    name=name,
-                    state=state,
-                    bytes=size,
-                    installed=path.stat().st_mtime,
-                    signature=signature,
-                    weights=f"{manifest.graph.kind} {manifest.graph.weights}",
-                    shared=manifest.shared.identity,
-                    problem=problem,
-                )
-            )
+            details = {"weights": weights, "shared": manifest.shared.identity, "problem": problem}
+            entries.append(StoredBundle(name, state, size, path.stat().st_mtime, signature, **details))
         return entries
 
     def _signature(self, path: Path) -> Signature:
@@ -242,9 +237,7 @@ class BundleStore:
     def _is_valid(self, path: Path) -> bool:
         """Whether there is a complete and trusted bundle at `path`."""
         try:
-            if self._keys:
-                check_signature(path, self._keys)
-            read_bundle(path)
+            self.read(path)
         except BundleError:
             return False
         return True
@@ -346,11 +339,8 @@ def configured_bundle(draft: DraftSettings) -> Bundle:
         BundleError: it cannot be used.
         InputError: the key cannot be read.
     """
-    if draft.bundle is None:
-        return current_bundle(BundleStore(draft.store, draft.public_key_file))
-    if draft.public_key_file is not None:
-        check_signature(draft.bundle, read_public_keys(draft.public_key_file))
-    return read_bundle(draft.bundle)
+    store = BundleStore(draft.store, draft.public_key_file)
+    return current_bundle(store) if draft.bundle is None else store.read(draft.bundle)
 
 
 def _name(manifest: Manifest, path: Path) -> str:

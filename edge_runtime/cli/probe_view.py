@@ -41,66 +41,60 @@ def _board(snapshot: Snapshot) -> Iterator[Line]:
     processor, thermal, throttling = snapshot.processor, snapshot.thermal, snapshot.throttling
     if processor is not None:
         if processor.model is not None:
-            yield "model", processor.model
-        yield (
+            yield _line("model", processor.model)
+        yield _line(
             "processor",
-            _join(
-                _format_unit(processor.cores, "cores"),
-                _format_unit(processor.hertz, "Hz"),
-                _format_unit(processor.most_hertz, "Hz maximum"),
-                None if processor.busy is None else f"{processor.busy:.0%} busy",
-                None if processor.load is None else f"load {processor.load:g}",
-            ),
+            _format_unit(processor.cores, "cores"),
+            _format_unit(processor.hertz, "Hz"),
+            _format_unit(processor.most_hertz, "Hz maximum"),
+            None if processor.busy is None else f"{processor.busy:.0%} busy",
+            None if processor.load is None else f"load {processor.load:g}",
         )
     if thermal is not None:
-        yield "temperature", _join(*(f"{zone.name} {zone.celsius:.1f} °C" for zone in thermal.zones))
+        yield _line("temperature", *(f"{zone.name} {zone.celsius:.1f} °C" for zone in thermal.zones))
     if throttling is not None:
         now = {True: "yes", False: "no", None: "unknown"}[throttling.now]
         since_boot = f"since boot: {', '.join(throttling.since_boot)}" if throttling.since_boot else None
-        yield "throttled", _join(now, *throttling.reasons, since_boot)
+        yield _line("throttled", now, *throttling.reasons, since_boot)
 
 
 def _energy(snapshot: Snapshot) -> Iterator[Line]:
-    if snapshot.power is not None:
-        power = snapshot.power
+    if (power := snapshot.power) is not None:
         part = "whole board" if power.whole_board else "part of the board only"
-        yield "power", _join(_format_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
+        yield _line("power", _format_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
         for rail in power.rails if len(power.rails) > 1 else []:
-            yield "", f"{_format_unit(rail.watts, 'W')} {rail.chip} {rail.label}"
+            yield _line("", f"{_format_unit(rail.watts, 'W')} {rail.chip} {rail.label}")
     if snapshot.supply is not None:
         for battery in snapshot.supply.batteries:
-            yield (
+            yield _line(
                 battery.name,
-                _join(
-                    battery.state,
-                    None if battery.percent is None else f"{battery.percent:.0f} %",
-                    _format_unit(battery.joules_left, "J left"),
-                    _format_unit(battery.joules_full, "J when full"),
-                    _format_unit(battery.watts, "W"),
-                ),
+                battery.state,
+                None if battery.percent is None else f"{battery.percent:.0f} %",
+                _format_unit(battery.joules_left, "J left"),
+                _format_unit(battery.joules_full, "J when full"),
+                _format_unit(battery.watts, "W"),
             )
         if snapshot.supply.mains is not None:
-            yield "mains", "yes" if snapshot.supply.mains else "no"
+            yield _line("mains", "yes" if snapshot.supply.mains else "no")
 
 
 def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
     route, metering = snapshot.route, snapshot.metering
     if tcp is not None:
-        yield (
+        yield _line(
             "connection",
-            _join(
-                f"RTT {_format_unit(tcp.rtt_seconds, 's')} ± {_format_unit(tcp.rtt_variation_seconds, 's')}",
-                None if tcp.min_rtt_seconds is None else f"minimum {_format_unit(tcp.min_rtt_seconds, 's')}",
-                f"{tcp.bytes_sent} bytes sent, {tcp.bytes_acked} acknowledged, {tcp.bytes_received} received",
-                f"{tcp.retransmits} retransmits",
-            ),
+            f"RTT {_format_unit(tcp.rtt_seconds, 's')} ± {_format_unit(tcp.rtt_variation_seconds, 's')}",
+            None if tcp.min_rtt_seconds is None else f"minimum {_format_unit(tcp.min_rtt_seconds, 's')}",
+            f"{tcp.bytes_sent} bytes sent, {tcp.bytes_acked} acknowledged, {tcp.bytes_received} received",
+            f"{tcp.retransmits} retransmits",
         )
     if route is not None:
         metered = None if metering is None else {True: "metered", False: "not metered", None: None}[metering.metered]
-        yield "route", _join(route.interface, None if route.gateway is None else f"via {route.gateway}", metered)
+        yield _line("route", route.interface, None if route.gateway is None else f"via {route.gateway}", metered)
     for interface in snapshot.interfaces or []:
         up = {True: "up", False: "down", None: None}[interface.up]
-        parts = (
+        yield _line(
+            interface.name,
             interface.kind,
             up,
             _format_unit(interface.bits_per_second, "bit/s"),
@@ -108,55 +102,39 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
             _format_traffic("sent", interface.sent_bytes, interface.sent_bytes_per_second),
             f"{interface.lost} lost",
         )
-        yield interface.name, _join(*parts)
     for wireless in snapshot.wireless or []:
-        yield (
-            f"{wireless.interface} signal",
-            _join(
-                _format_unit(wireless.signal_dbm, "dBm"),
-                f"quality {wireless.quality:g}",
-                f"{wireless.retries} given up",
-            ),
-        )
+        parts = (_format_unit(wireless.signal_dbm, "dBm"), f"quality {wireless.quality:g}")
+        yield _line(f"{wireless.interface} signal", *parts, f"{wireless.retries} given up")
     for station in snapshot.stations or []:
         if station.connected:
-            rates = (station.receive_bits_per_second, station.send_bits_per_second)
-            yield (
+            yield _line(
                 f"{station.interface} nl80211",
-                _join(
-                    _format_unit(station.signal_dbm, "dBm"),
-                    *(f"{way} {_format_unit(rate, 'bit/s')}" for way, rate in zip(("down", "up"), rates, strict=True)),
-                    _format_unit(station.hertz, "Hz"),
-                ),
+                _format_unit(station.signal_dbm, "dBm"),
+                f"down {_format_unit(station.receive_bits_per_second, 'bit/s')}",
+                f"up {_format_unit(station.send_bits_per_second, 'bit/s')}",
+                _format_unit(station.hertz, "Hz"),
             )
-    if snapshot.modem is not None:
-        modem = snapshot.modem
+    if (modem := snapshot.modem) is not None:
         roaming = {True: "roaming", False: "at home", None: None}[modem.roaming]
         quality = None if modem.quality_percent is None else f"quality {modem.quality_percent:.0f} %"
-        yield "modem", _join(modem.state, *modem.technologies, roaming, quality)
-        if modem.radio is not None:
-            radio = modem.radio
+        yield _line("modem", modem.state, *modem.technologies, roaming, quality)
+        if (radio := modem.radio) is not None:
             values = {"RSRP": (radio.rsrp_dbm, "dBm"), "RSRQ": (radio.rsrq_db, "dB"), "SINR": (radio.sinr_db, "dB")}
-            yield (
-                "",
-                _join(
-                    radio.technology,
-                    *(f"{name} {_format_unit(*value)}" for name, value in values.items() if value[0] is not None),
-                ),
-            )
+            known = (f"{name} {_format_unit(*value)}" for name, value in values.items() if value[0] is not None)
+            yield _line("", radio.technology, *known)
 
 
 def _planner(surroundings: Surroundings) -> Iterator[Line]:
     known = {name: value for name, value in msgspec.structs.asdict(surroundings).items() if value is not None}
     for name, value in known.items():
-        yield name, f"{value:.4g}" if isinstance(value, float) else ("yes" if value else "no")
-    unknown = [name for name in surroundings.__struct_fields__ if name not in known]
-    if unknown:
-        yield "unknown", ", ".join(unknown)
+        yield _line(name, f"{value:.4g}" if isinstance(value, float) else ("yes" if value else "no"))
+    if unknown := [name for name in surroundings.__struct_fields__ if name not in known]:
+        yield _line("unknown", *unknown)
 
 
-def _join(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part)
+def _line(name: str, *parts: str | None) -> Line:
+    """Return a line whose value has these parts; those that are None or empty are left out."""
+    return name, ", ".join(filter(None, parts))
 
 
 def _format_traffic(direction: str, count: int | None, rate: float | None) -> str:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 TRACES = Path(__file__).resolve().parents[2] / "export" / "example_family" / "acceptance.npz"
 
 HELP = "model the speed of a board, a link and a verifier"
-# Of the table, after the first.
-COLUMNS = (
+# Headings of the table's columns after the first, in two lines.
+HEADINGS = (
     "ms per\ntoken",
     "cost",
     "tokens/\nround",
@@ -142,11 +142,9 @@ def _simulate_all(
     ):
         result = simulate(texts, FixedPlanner(plan), world())
         rows.append(DecodingResult(label, result, result.cost(objective), oracle.describe_plan(plan)))
-    plans = oracle.make_static_plans(oracle.measure_calibration(texts))
-    for label, space, ahead in (
-        ("best fixed draft", list(oracle.FIXED_PLANS), False),
-        ("best single plan", plans, True),
-    ):
+    static_plans = oracle.make_static_plans(oracle.measure_calibration(texts))
+    spaces = {"best fixed draft": (list(oracle.FIXED_PLANS), False), "best single plan": (static_plans, True)}
+    for label, (space, ahead) in spaces.items():
         best, result = oracle.PlanFootprints(texts, space).find_best(world, objective, ahead=ahead)
         rows.append(DecodingResult(label, result, result.cost(objective), oracle.describe_plan(best), hindsight=True))
     return rows
@@ -165,7 +163,7 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
     from rich.table import Table
 
     table = Table("", box=None)
-    for title in COLUMNS:
+    for title in HEADINGS:
         table.add_column(title, justify="right")
     for row in rows:
         result = row.result

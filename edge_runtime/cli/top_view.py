@@ -13,19 +13,13 @@ from rich.text import Text
 from edge_runtime.service.monitoring.dashboard_state import DashboardState
 
 # As in the browser dashboard: no kind of token differs from another by color alone.
-STYLES = {
-    "accepted": "green underline",
-    "corrected": "bold magenta underline2",
-    "own": "yellow",
-    "unverified": "italic dim",
-    "withdrawn": "strike dim",
-}
-LEGEND = {
-    "accepted": "drafted on the board and accepted",
-    "corrected": "corrected by the target",
-    "own": "the target's own",
-    "unverified": "unverified",
-    "withdrawn": "withdrawn",
+# Style and legend by kind.
+TOKEN_KINDS = {
+    "accepted": ("green underline", "drafted on the board and accepted"),
+    "corrected": ("bold magenta underline2", "corrected by the target"),
+    "own": ("yellow", "the target's own"),
+    "unverified": ("italic dim", "unverified"),
+    "withdrawn": ("strike dim", "withdrawn"),
 }
 PRIVACY = {"tls": "encrypted (TLS)", "loopback": "on this machine", "clear": "NOT encrypted"}
 BARS = "▁▂▃▄▅▆▇█"
@@ -39,12 +33,8 @@ Series = list[float | None]
 
 def render_dashboard(dashboard: DashboardState, state: str) -> RenderableType:
     """Render everything. `state` describes the connection."""
-    return Group(
-        _render_header(dashboard, state),
-        _render_gauges(dashboard),
-        *_render_round(dashboard),
-        *_render_answer(dashboard),
-    )
+    head, gauges = _render_header(dashboard, state), _render_gauges(dashboard)
+    return Group(head, gauges, *_render_round(dashboard), *_render_answer(dashboard))
 
 
 def sparkline(values: Series, min_scale: float = 1.0) -> str:
@@ -70,12 +60,9 @@ def _render_header(dashboard: DashboardState, state: str) -> Text:
         head.append(f"\nverifier {replace_control_characters(known.verifier)}, ").append(PRIVACY[known.privacy], style)
     if gauges:
         head.append(f"\n{gauges.running} answers running, {gauges.waiting} waiting")
-        for active, text in (
-            (gauges.on_battery, "on battery"),
-            (gauges.metered, "metered link"),
-            (gauges.throttled, "throttled"),
-        ):
-            head.append(f", {text}" if active else "", "bold" if text == "throttled" else "")
+        head.append(", on battery" if gauges.on_battery else "")
+        head.append(", metered link" if gauges.metered else "")
+        head.append(", throttled" if gauges.throttled else "", "bold")
         if gauges.fault:
             head.append(f"\nno verifier: {replace_control_characters(gauges.fault)}", "bold red")
     return head
@@ -84,14 +71,9 @@ def _render_header(dashboard: DashboardState, state: str) -> Text:
 def _render_gauges(dashboard: DashboardState) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, values, unit, note, min_scale in _gauge_rows(dashboard):
-        value = values[-1]
-        shown = "" if value is None else f"{value:.4g} {unit}"
-        table.add_row(
-            Text(name, "dim"),
-            shown,
-            Text(sparkline(values[-SPARKLINE_CHARACTERS:], min_scale), "cyan", no_wrap=True),
-            Text(note, "dim"),
-        )
+        shown = "" if values[-1] is None else f"{values[-1]:.4g} {unit}"
+        bars = Text(sparkline(values[-SPARKLINE_CHARACTERS:], min_scale), "cyan", no_wrap=True)
+        table.add_row(Text(name, "dim"), shown, bars, Text(note, "dim"))
     return table
 
 
@@ -108,15 +90,10 @@ def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str, s
     yield "draft length", [rate.draft_length for rate in rates], "", f"{now.rounds} rounds", 4.0
     traffic = f"sent {now.sent} B, received {now.received} B"
     yield "link", [rate.bytes_per_second for rate in rates], "B/s", traffic, 100.0
+    energy = ("" if now.joules is None else f"{now.joules:.0f} J") + (", modelled" if now.energy == "profile" else "")
     sensors: list[tuple[str, Series, str, str, float]] = [
         ("round trip", [None if g.rtt_seconds is None else 1e3 * g.rtt_seconds for g in gauges], "ms", "", 1.0),
-        (
-            "power",
-            [g.watts for g in gauges],
-            "W",
-            ("" if now.joules is None else f"{now.joules:.0f} J") + (", modelled" if now.energy == "profile" else ""),
-            5.0,
-        ),
+        ("power", [g.watts for g in gauges], "W", energy, 5.0),
         ("temperature", [g.celsius for g in gauges], "°C", "", 90.0),
         ("battery", [g.battery_percent for g in gauges], "%", "", 100.0),
         ("energy left", [g.battery_joules for g in gauges], "J", "", 1.0),
@@ -127,7 +104,7 @@ def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str, s
 def _render_round(dashboard: DashboardState) -> Iterator[Text]:
     plan, round_ = dashboard.plan, dashboard.round
     if plan:
-        head = f"plan: {plan.draft} drafted + {plan.own} by the target"
+        head = f"plan: {plan.draft} drafted + {plan.continuation} by the target"
         yield Text.assemble((head, "bold"), f", {plan.reason}" if plan.reason else "")
     if round_:
         times = {"draft": round_.draft_seconds, "link": round_.link_seconds, "verifier": round_.verifier_seconds}
@@ -144,9 +121,9 @@ def _render_answer(dashboard: DashboardState) -> Iterator[RenderableType]:
         return
     text = Text(replace_control_characters(started.prompt), "dim")
     for kind, token in dashboard.tokens:
-        text.append(replace_control_characters(token), STYLES[kind])
+        text.append(replace_control_characters(token), TOKEN_KINDS[kind][0])
     title = f"answer {started.answer}"
     if finished is not None and finished.answer == started.answer:
         title += f": {finished.tokens} tokens, {replace_control_characters(finished.outcome)}"
     yield Panel(text[max(0, len(text) - MAX_TEXT_CHARACTERS) :], title=title, title_align="left")
-    yield Text(", ").join([Text(meaning, STYLES[kind]) for kind, meaning in LEGEND.items()])
+    yield Text(", ").join([Text(meaning, style) for style, meaning in TOKEN_KINDS.values()])

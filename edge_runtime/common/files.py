@@ -9,9 +9,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_runtime.protocol.errors import InputError
+
 LOCK_NAME, SCRATCH_SUFFIX = ".lock", ".new"
 # How long `lock_directory` waits for the current holder. Chosen: holders write one small file.
 LOCK_TIMEOUT_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def os_errors_as_input_errors(path: Path) -> Iterator[None]:
+    """Raise InputError instead of what fails when a user's `path` is read or examined inside."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; correct the path, or its permissions") from None
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not a path: {error}") from None
 
 
 def fsync_path(path: Path) -> None:
@@ -26,6 +39,8 @@ def fsync_path(path: Path) -> None:
 def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
     """Replace the file at `path` completely or not at all; on return it is on the disk. Raises OSError.
 
+    The file gets exactly this mode, whatever the umask is.
+
     There must be one writer at a time (see `lock_directory`): the scratch file has a fixed name.
     """
     scratch = path.with_suffix(SCRATCH_SUFFIX)
@@ -33,6 +48,7 @@ def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
         scratch.unlink(missing_ok=True)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(contents)
             file.flush()
             os.fsync(descriptor)

@@ -26,9 +26,14 @@ GRACE_SECONDS = 3.0
 HEADER_TIMEOUT_MILLISECONDS = 10_000
 BACKLOG = 1024
 # TCP keep-alive, to close connections of clients that vanished without a FIN: the idle time before the first probe, the
-# time between probes, and the number of unanswered probes; and how long sent data may stay unacknowledged. Chosen.
-KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 30, 5, 3
-UNACKNOWLEDGED_SECONDS = 45
+# time between probes (both in seconds), and the number of unanswered probes; and for how many milliseconds sent data
+# may stay unacknowledged. Chosen.
+TCP_OPTIONS = {
+    socket.TCP_KEEPIDLE: 30,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 3,
+    socket.TCP_USER_TIMEOUT: 45_000,
+}
 # Approximate number of file descriptors that a process needs in addition to its connections.
 RESERVED_FILES = 100
 MAX_CONNECTIONS = 10_000
@@ -170,10 +175,8 @@ def _enable_keepalive(port: int) -> None:
             is_listening = is_tcp and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if is_listening and candidate.getsockname()[1] == port:
                 candidate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
-                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-                candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED_SECONDS)
+                for option, value in TCP_OPTIONS.items():
+                    candidate.setsockopt(socket.IPPROTO_TCP, option, value)
         finally:
             # Granian owns the descriptor and closes it.
             candidate.detach()

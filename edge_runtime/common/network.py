@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
+from edge_runtime.common.files import os_errors_as_input_errors
 from edge_runtime.protocol.errors import InputError
 
 
@@ -24,14 +25,12 @@ def check_ca_file(path: Path) -> Path:
     """
     import ssl  # takes milliseconds, and most commands need no TLS
 
-    try:
+    with os_errors_as_input_errors(path):
         with path.open("rb") as file:
             file.read(1)
-        ssl.create_default_context(cafile=str(path))
-    except ssl.SSLError:
-        raise InputError(f"{path} holds no certificate; give the authority's in PEM, as -----BEGIN CERTI...") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; correct the path, or its permissions") from None
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is no path: {error}") from None
+        try:
+            ssl.create_default_context(cafile=str(path))
+        except ssl.SSLError:
+            text = f"{path} holds no certificate; give the authority's in PEM, as -----BEGIN CERTI..."
+            raise InputError(text) from None
     return path

@@ -24,13 +24,9 @@ def log_answer(answer: Answer, outcome: str, tokenizer: Tokenizer) -> None:
         "FLEXSPEC_SECONDS": round(answer.seconds, 3),
     }
     log.info(
-        "%s: %d tokens in %d rounds and %.2f s, %d of %d draft tokens accepted",
-        outcome,
-        answer.tokens,
-        answer.rounds,
-        answer.seconds,
-        answer.accepted,
-        answer.drafted,
+        "%(FLEXSPEC_OUTCOME)s: %(FLEXSPEC_TOKENS)d tokens in %(FLEXSPEC_ROUNDS)d rounds and %(FLEXSPEC_SECONDS).2f s, "
+        "%(FLEXSPEC_ACCEPTED)d of %(FLEXSPEC_DRAFTED)d draft tokens accepted",
+        fields,
         extra={logs.EXTRA_FIELDS: fields},
     )
     if logs.are_prompts_logged():

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-from edge_runtime.service.errors import RATE_LIMIT, ApiError
+from edge_runtime.service.errors import ApiError
 
 # Bounds of Retry-After in seconds, and the assumed duration of an answer before the first has finished; all chosen.
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 60
@@ -52,13 +52,8 @@ class AdmissionQueue:
     def check_capacity(self) -> None:
         """Raise ApiError (429) if no slot is free and the queue is full."""
         if self.running + self.waiting >= self._max_concurrent + self._max_waiting:
-            raise ApiError(
-                429,
-                f"{self.running} answers are running and {self.waiting} requests are waiting: try again later",
-                kind=RATE_LIMIT,
-                code="rate_limit_exceeded",
-                retry_after=self._retry_after(),
-            )
+            message = f"{self.running} answers are running and {self.waiting} requests are waiting: try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after=self._retry_after())
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:

@@ -178,20 +178,14 @@ class Answer:
     async def wait_for_text(self, seconds: float) -> None:
         """Wait until there is text to read or the answer is done, for at most `seconds`. Raises the answer's error."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wait_for_change()
-        if self._unread is None and self.error:
-            raise self.error
+            await self._wait_for_change(seconds)
 
     async def read(self, seconds: float | None = None) -> TextChange | None:
         """Wait for unread changes and return them as one; None at the end of the answer.
 
         Raises the answer's error, and TimeoutError if nothing changes for `seconds`.
         """
-        async with asyncio.timeout(seconds):
-            await self._wait_for_change()
-        if self._unread is None and self.error:
-            raise self.error
+        await self._wait_for_change(seconds)
         change, self._unread = self._unread, None
         return change
 
@@ -202,10 +196,13 @@ class Answer:
             total = total.then(change)
         return total.text
 
-    async def _wait_for_change(self) -> None:
-        while self._unread is None and not self.done:
-            self._changed.clear()
-            await self._changed.wait()
+    async def _wait_for_change(self, seconds: float | None) -> None:
+        async with asyncio.timeout(seconds):
+            while self._unread is None and not self.done:
+                self._changed.clear()
+                await self._changed.wait()
+        if self._unread is None and self.error:
+            raise self.error
 
     def _show(self, text: str, tail: str = "") -> None:
         """Replace the unverified tail that was shown before by verified `text` and a new unverified `tail`."""

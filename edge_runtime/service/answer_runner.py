@@ -12,19 +12,15 @@ from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.errors import DraftError, FlexSpecError
 from edge_runtime.service.access_log import log_answer
-from edge_runtime.service.admission import AdmissionQueue
 from edge_runtime.service.answer import Answer, AnswerAbandoned, AnswerRequest
-from edge_runtime.service.errors import SERVER_ERROR, ApiError, to_api_error
-from edge_runtime.service.monitoring.hub import MonitoringHub
+from edge_runtime.service.errors import ApiError, to_api_error
 from edge_runtime.service.monitoring.prometheus import (
     REASON_DRAFT_FAILED,
     REASON_SWITCHED_OFF,
     ObservedPlanner,
-    ServiceMetrics,
 )
 from edge_runtime.service.monitoring.reporter import AnswerReporter
 from edge_runtime.service.state import BoardRuntime, ServiceState
-from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +39,8 @@ class AnswerRunner:
     A slow reader therefore occupies neither a slot nor a session.
     """
 
-    def __init__(
-        self,
-        client: VerifierClient,
-        state: ServiceState,
-        queue: AdmissionQueue,
-        *,
-        monitoring: MonitoringHub,
-        metrics: ServiceMetrics,
-    ) -> None:
-        self._client = client
+    def __init__(self, state: ServiceState) -> None:
         self._state = state
-        self._queue = queue
-        self._monitoring = monitoring
-        self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, request: AnswerRequest, disconnected: asyncio.Task[None]) -> Answer:
@@ -81,15 +65,15 @@ class AnswerRunner:
         """Generate `answer` once it has a slot. Never raises; errors are stored in the answer."""
         outcome = "cancelled"
         error: Exception | None = ClientDisconnect()
-        reporter = self._monitoring.reporter_for(answer, board.draft.tokenizer)
+        reporter = self._state.monitoring.reporter_for(answer, board.draft.tokenizer)
         try:
-            async with self._queue.slot():
+            async with self._state.queue.slot():
                 reporter.report_start()
                 await self._generate(answer, board, reporter)
             outcome, error = answer.finish, None
         except (asyncio.CancelledError, AnswerAbandoned):
             if self._state.stopping:
-                error = ApiError(503, "the service was stopped", kind=SERVER_ERROR, code="stopping")
+                error = ApiError(503, "the service was stopped", code="stopping")
         except Exception as problem:
             if not isinstance(problem, (FlexSpecError, ApiError)):
                 log.exception("an answer failed")
@@ -97,7 +81,7 @@ class AnswerRunner:
             outcome = to_api_error(problem).body.error.code or "invalid_request"
         finally:
             answer.complete(error)
-            self._metrics.count_answer(answer, outcome)
+            self._state.metrics.count_answer(answer, outcome)
             reporter.report_end(outcome)
             log_answer(answer, outcome, board.draft.tokenizer)
 
@@ -122,18 +106,18 @@ class AnswerRunner:
         try:
             return await answer.consume(generation, reporter.report_tokens)
         finally:
-            self._metrics.count_target_only_rounds(generation.statistics, reason)
+            self._state.metrics.count_target_only_rounds(generation.statistics, reason)
 
     def _make_generation(
         self, request: AnswerRequest, board: BoardRuntime, draft: OnnxDraft | None, reporter: AnswerReporter
     ) -> Generation:
         return Generation(
             draft,
-            self._client,
+            self._state.client,
             request.prompt,
             request.sampling,
             max_new_tokens=request.max_new_tokens,
-            planner=ObservedPlanner(board.planner, self._metrics, reporter),
+            planner=ObservedPlanner(board.planner, self._state.metrics, reporter),
             model=request.model,
             surroundings=board.surroundings,
             on_link_loss=request.on_link_loss,

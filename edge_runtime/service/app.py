@@ -5,11 +5,8 @@ The HTTP side is in `routes`, the execution of answers in `answer_runner`. Every
 
 from __future__ import annotations
 
-from edge_runtime.service.admission import AdmissionQueue
 from edge_runtime.service.answer_runner import AnswerRunner
 from edge_runtime.service.auth import RequestGuard
-from edge_runtime.service.monitoring.hub import MonitoringHub
-from edge_runtime.service.monitoring.prometheus import ServiceMetrics
 from edge_runtime.service.routes import Routes
 from edge_runtime.service.state import BoardRuntime, ServiceLimits, ServiceState
 from edge_runtime.verifier import VerifierClient
@@ -22,7 +19,8 @@ class Service:
 
     Attributes:
         app: the ASGI application.
-        client, state, queue, monitoring, metrics: the parts that the service is made of.
+        state: limits, keys and board, which change.
+        client, queue, monitoring, metrics: see `ServiceState`.
     """
 
     def __init__(
@@ -32,21 +30,11 @@ class Service:
         Args:
             keys, local: see `RequestGuard`.
         """
-        self.client = client
-        self.state = ServiceState(limits, keys)
-        self.queue = AdmissionQueue(limits.max_concurrent, limits.max_waiting)
-        self.monitoring = MonitoringHub(self.queue, client, limits.max_new_tokens)
-        self.metrics = ServiceMetrics(self.queue, client, self.monitoring.sampler)
+        self.state = state = ServiceState(client, limits, keys)
+        self.client, self.queue, self.monitoring, self.metrics = client, state.queue, state.monitoring, state.metrics
         self._local = local
-        self._runner = AnswerRunner(client, self.state, self.queue, monitoring=self.monitoring, metrics=self.metrics)
-        self._routes = Routes(
-            client,
-            self.state,
-            RequestGuard(keys, local),
-            runner=self._runner,
-            monitoring=self.monitoring,
-            metrics=self.metrics,
-        )
+        self._runner = AnswerRunner(state)
+        self._routes = Routes(state, RequestGuard(keys, local), self._runner)
         self.app = self._routes.app
 
     def activate(self, board: BoardRuntime) -> None:

@@ -37,12 +37,8 @@ class RequestGuard:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, known) for known in self._keys):
-            raise ApiError(
-                401,
-                "this service requires one of its API keys: Authorization: Bearer KEY",
-                kind="authentication_error",
-                code="invalid_api_key",
-            )
+            message = "this service requires one of its API keys: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
 
 
 def _host_without_port(header: str) -> str:

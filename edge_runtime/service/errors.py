@@ -13,9 +13,8 @@ from edge_runtime.protocol.errors import (
 )
 from edge_runtime.protocol.messages import ErrorCode
 
-INVALID_REQUEST = "invalid_request_error"
-SERVER_ERROR = "server_error"
-RATE_LIMIT = "rate_limit_error"
+# OpenAI's error type by HTTP status; that of other 4xx and 5xx statuses depends on who is at fault.
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 # Retry-After, chosen: after a link failure, and while the draft model or the verifier loads.
 LINK_RETRY_SECONDS = 5
@@ -58,19 +57,19 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        kind: str = INVALID_REQUEST,
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body = ErrorBody(ErrorObject(message, kind, param, code))
         self.retry_after = retry_after
 
 
 # Verifier errors that the client's request caused: (status, param, code). All others concern board and verifier only.
-_CLIENT_ERRORS = {
+_CLIENT_ERRORS: dict[str, tuple[int, str | None, str]] = {
     ErrorCode.UNKNOWN_MODEL: (404, "model", "model_not_found"),
     ErrorCode.CONTEXT_OVERFLOW: (400, None, "context_length_exceeded"),
     ErrorCode.INVALID_TOKEN: (400, "prompt", "invalid_token"),
@@ -87,18 +86,18 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, VerifierUnreachable):
-        return ApiError(503, str(error), kind=SERVER_ERROR, code=error.fault, retry_after=LINK_RETRY_SECONDS)
+        return ApiError(503, str(error), code=error.fault, retry_after=LINK_RETRY_SECONDS)
     if isinstance(error, VerifierRefused):
         message = str(error).removesuffix(f" [{error.code}]")
         if error.code in _CLIENT_ERRORS:
-            status, param, code = _CLIENT_ERRORS[ErrorCode(error.code)]
+            status, param, code = _CLIENT_ERRORS[error.code]
             return ApiError(status, message, param=param, code=code)
         retry_after = error.retry_after or BRIEF_RETRY_SECONDS
         if error.code == ErrorCode.RATE_LIMITED:
-            return ApiError(429, message, kind=RATE_LIMIT, code=error.code, retry_after=retry_after)
+            return ApiError(429, message, code=error.code, retry_after=retry_after)
         if error.code in (ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.DRAINING):
-            return ApiError(503, message, kind=SERVER_ERROR, code=error.code, retry_after=retry_after)
-        return ApiError(502, f"the verifier refused: {message}", kind=SERVER_ERROR, code=error.code)
+            return ApiError(503, message, code=error.code, retry_after=retry_after)
+        return ApiError(502, f"the verifier refused: {message}", code=error.code)
     if isinstance(error, FlexSpecError):
-        return ApiError(500, str(error), kind=SERVER_ERROR, code=type(error).__name__)
-    return ApiError(500, "internal error of the service; see its log", kind=SERVER_ERROR, code="internal_error")
+        return ApiError(500, str(error), code=type(error).__name__)
+    return ApiError(500, "internal error of the service; see its log", code="internal_error")

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ from edge_runtime.service.answer import Answer, TextChange
 Finish = Literal["stop", "length"]
 # Omitted if it is 0.
 Count = int | msgspec.UnsetType
+Choice = TypeVar("Choice")
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -76,27 +78,6 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: Finish | None = None
 
 
-class Completion(ResponseHeader, frozen=True, kw_only=True):
-    """The response of `POST /v1/completions`."""
-
-    choices: list[CompletionChoice]
-    usage: Usage
-    timings: Timings
-    unverified: Count = msgspec.UNSET
-    object: Literal["text_completion"] = "text_completion"
-
-
-class CompletionChunk(ResponseHeader, frozen=True, kw_only=True):
-    """One event of its stream. `usage` is present if it was requested, and null in all chunks but the last."""
-
-    choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-    timings: Timings | msgspec.UnsetType = msgspec.UNSET
-    unverified: Count = msgspec.UNSET
-    withdrawn: Count = msgspec.UNSET
-    object: Literal["text_completion"] = "text_completion"
-
-
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     """The part of the message that a chunk adds."""
 
@@ -130,24 +111,46 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     logprobs: None = None
 
 
-class ChatCompletion(ResponseHeader, frozen=True, kw_only=True):
-    """The response of `POST /v1/chat/completions`."""
+class WholeResponse(ResponseHeader, Generic[Choice], frozen=True, kw_only=True):
+    """A complete answer."""
 
-    choices: list[ChatChoice]
+    choices: list[Choice]
     usage: Usage
     timings: Timings
     unverified: Count = msgspec.UNSET
-    object: Literal["chat.completion"] = "chat.completion"
 
 
-class ChatChunk(ResponseHeader, frozen=True, kw_only=True):
-    """One event of its stream; see `CompletionChunk`."""
+class ResponseChunk(ResponseHeader, Generic[Choice], frozen=True, kw_only=True):
+    """One event of a stream. `usage` is present if it was requested, and null in all chunks but the last."""
 
-    choices: list[ChatChunkChoice]
+    choices: list[Choice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     timings: Timings | msgspec.UnsetType = msgspec.UNSET
     unverified: Count = msgspec.UNSET
     withdrawn: Count = msgspec.UNSET
+
+
+class Completion(WholeResponse[CompletionChoice], frozen=True, kw_only=True):
+    """The response of `POST /v1/completions`."""
+
+    object: Literal["text_completion"] = "text_completion"
+
+
+class CompletionChunk(ResponseChunk[CompletionChoice], frozen=True, kw_only=True):
+    """One event of its stream. `usage` is present if it was requested, and null in all chunks but the last."""
+
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ChatCompletion(WholeResponse[ChatChoice], frozen=True, kw_only=True):
+    """The response of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatChunk(ResponseChunk[ChatChunkChoice], frozen=True, kw_only=True):
+    """One event of its stream; see `CompletionChunk`."""
+
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -169,86 +172,51 @@ class OpenAIModelList(msgspec.Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-class ResponseFormatter(Protocol):
-    """Formats the answers of one endpoint."""
-
-    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
-        """Format a complete answer."""
-
-    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
-        """Format a change of the text."""
-
-    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
-        """Format the finish reason and the timings."""
-
-    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
-        """Format the token counts alone."""
-
-
-class CompletionFormatter:
-    """Formats answers of `/v1/completions`.
+class ResponseFormatter(ABC):
+    """Formats the answers of one endpoint.
 
     Args:
-        echo: prompt text that precedes the generated text.
+        id_prefix: start of the id; it and the creation time are the same in all chunks of an answer.
         include_usage: announce the usage chunk with `usage: null` in all other chunks.
     """
 
-    def __init__(self, echo: str, include_usage: bool) -> None:
-        self._header = _HeaderFields("cmpl-")
-        self._echo = echo
-        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
+    response_type: type[WholeResponse[Any]]
+    chunk_type: type[ResponseChunk[Any]]
 
-    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
-        choice = CompletionChoice(self._echo + text, finish_reason=_finish_reason(answer))
-        return Completion(**self._header.for_answer(answer), choices=[choice], **_final_fields(answer))
-
-    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
-        choice = CompletionChoice(self._echo + change.text if first else change.text)
-        fields = self._header.for_answer(answer) | _change_fields(change)
-        return CompletionChunk(**fields, choices=[choice], usage=self._usage)
-
-    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
-        choice = CompletionChoice("", finish_reason=_finish_reason(answer))
-        fields = self._header.for_answer(answer) | _final_fields(answer) | {"usage": self._usage}
-        return CompletionChunk(**fields, choices=[choice])
-
-    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
-        return CompletionChunk(**self._header.for_answer(answer), choices=[], usage=_usage(answer))
-
-
-class ChatFormatter:
-    """Formats answers of `/v1/chat/completions`; see `CompletionFormatter`."""
-
-    def __init__(self, include_usage: bool) -> None:
-        self._header = _HeaderFields("chatcmpl-")
-        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
-
-    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
-        choice = ChatChoice(AssistantMessage(text), _finish_reason(answer))
-        return ChatCompletion(**self._header.for_answer(answer), choices=[choice], **_final_fields(answer))
-
-    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
-        delta = Delta("assistant", change.text) if first else Delta(content=change.text)
-        fields = self._header.for_answer(answer) | _change_fields(change)
-        return ChatChunk(**fields, choices=[ChatChunkChoice(delta)], usage=self._usage)
-
-    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
-        choice = ChatChunkChoice(Delta(), _finish_reason(answer))
-        fields = self._header.for_answer(answer) | _final_fields(answer) | {"usage": self._usage}
-        return ChatChunk(**fields, choices=[choice])
-
-    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
-        return ChatChunk(**self._header.for_answer(answer), choices=[], usage=_usage(answer))
-
-
-class _HeaderFields:
-    """The fields of `ResponseHeader`; id and creation time are the same in all chunks of an answer."""
-
-    def __init__(self, id_prefix: str) -> None:
+    def __init__(self, id_prefix: str, include_usage: bool) -> None:
         self._id = id_prefix + secrets.token_hex(12)
         self._created = int(time.time())
+        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
 
-    def for_answer(self, answer: Answer) -> dict[str, Any]:
+    @abstractmethod
+    def make_choice(self, text: str, finish: Finish) -> msgspec.Struct:
+        """Return the choice of a complete answer."""
+
+    @abstractmethod
+    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> msgspec.Struct:
+        """Return the choice of a chunk; the last one has a finish reason and no text."""
+
+    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
+        """Format a complete answer."""
+        choice = self.make_choice(text, _finish_reason(answer))
+        return self.response_type(**self._header(answer), choices=[choice], **_final_fields(answer))
+
+    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
+        """Format a change of the text."""
+        sizes = {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
+        fields = self._header(answer) | sizes | {"usage": self._usage}
+        return self.chunk_type(**fields, choices=[self.make_chunk_choice(change.text, first=first)])
+
+    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
+        """Format the finish reason and the timings."""
+        fields = self._header(answer) | _final_fields(answer) | {"usage": self._usage}
+        return self.chunk_type(**fields, choices=[self.make_chunk_choice("", finish=_finish_reason(answer))])
+
+    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
+        """Format the token counts alone."""
+        return self.chunk_type(**self._header(answer), choices=[], usage=_usage(answer))
+
+    def _header(self, answer: Answer) -> dict[str, Any]:
         return {
             "id": self._id,
             "created": self._created,
@@ -258,21 +226,50 @@ class _HeaderFields:
         }
 
 
+class CompletionFormatter(ResponseFormatter):
+    """Formats answers of `/v1/completions`.
+
+    Args:
+        echo: prompt text that precedes the generated text.
+    """
+
+    response_type, chunk_type = Completion, CompletionChunk
+
+    def __init__(self, echo: str, include_usage: bool) -> None:
+        super().__init__("cmpl-", include_usage)
+        self._echo = echo
+
+    def make_choice(self, text: str, finish: Finish) -> CompletionChoice:
+        return CompletionChoice(self._echo + text, finish_reason=finish)
+
+    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> CompletionChoice:
+        return CompletionChoice(self._echo + text if first else text, finish_reason=finish)
+
+
+class ChatFormatter(ResponseFormatter):
+    """Formats answers of `/v1/chat/completions`."""
+
+    response_type, chunk_type = ChatCompletion, ChatChunk
+
+    def __init__(self, include_usage: bool) -> None:
+        super().__init__("chatcmpl-", include_usage)
+
+    def make_choice(self, text: str, finish: Finish) -> ChatChoice:
+        return ChatChoice(AssistantMessage(text), finish)
+
+    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> ChatChunkChoice:
+        if finish:
+            return ChatChunkChoice(Delta(), finish)
+        return ChatChunkChoice(Delta("assistant", text) if first else Delta(content=text))
+
+
 def _finish_reason(answer: Answer) -> Finish:
     return "stop" if answer.finish == "stop" else "length"
 
 
-def _change_fields(change: TextChange) -> dict[str, Any]:
-    return {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
-
-
 def _final_fields(answer: Answer) -> dict[str, Any]:
     """Fields of a complete answer and of the last chunk."""
-    return {
-        "usage": _usage(answer),
-        "timings": _timings(answer),
-        "unverified": answer.unverified or msgspec.UNSET,
-    }
+    return {"usage": _usage(answer), "timings": _timings(answer), "unverified": answer.unverified or msgspec.UNSET}
 
 
 def _usage(answer: Answer) -> Usage:

@@ -15,6 +15,7 @@ from edge_runtime.service.monitoring import events
 
 EVENTS = "text/event-stream"
 HTML = "text/html"
+STRING = {"type": "string"}
 
 ERROR_DESCRIPTIONS = {
     "400": "The request is malformed, uses an unsupported feature, or does not fit the model.",
@@ -72,32 +73,22 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
+    message = "Generate the next message of a conversation"
+    model_name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths: dict[str, Any] = {
-        "/v1/completions": {
-            "post": _generation_operation("Continue a text", "CompletionRequest", "Completion", "CompletionChunk")
-        },
-        "/v1/chat/completions": {
-            "post": _generation_operation(
-                "Generate the next message of a conversation", "ChatRequest", "ChatCompletion", "ChatChunk"
-            )
-        },
-        "/v1/models": {
-            "get": _operation("List the verifier's models", {JSON: schema_ref("OpenAIModelList")}, MODEL_ERRORS)
-        },
+        "/v1/completions": _generation("Continue a text", "CompletionRequest", "Completion", "CompletionChunk"),
+        "/v1/chat/completions": _generation(message, "ChatRequest", "ChatCompletion", "ChatChunk"),
+        "/v1/models": _get("List the verifier's models", JSON, schema_ref("OpenAIModelList"), *MODEL_ERRORS),
         "/v1/models/{model}": {
-            "get": _operation("Get one model", {JSON: schema_ref("OpenAIModel")}, MODEL_ERRORS),
-            "parameters": [
-                {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            ],
+            **_get("Get one model", JSON, schema_ref("OpenAIModel"), *MODEL_ERRORS),
+            "parameters": [model_name],
         },
-        "/healthz": {"get": _operation("Check that the process is alive", {TEXT: {"type": "string"}}, ("403",))},
-        "/readyz": {"get": _operation("Check that answers can start", {TEXT: {"type": "string"}}, ("403", "503"))},
-        "/metrics": {"get": _operation("Prometheus metrics", {TEXT: {"type": "string"}}, ("403",))},
-        "/events": {
-            "get": _operation("Recent and live events of the board", {EVENTS: BOARD_EVENT}, ("401", "403", "429"))
-        },
-        "/": {"get": _operation("The dashboard", {HTML: {"type": "string"}}, ("403",))},
-        "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403",))},
+        "/healthz": _get("Check that the process is alive", TEXT, STRING, "403"),
+        "/readyz": _get("Check that answers can start", TEXT, STRING, "403", "503"),
+        "/metrics": _get("Prometheus metrics", TEXT, STRING, "403"),
+        "/events": _get("Recent and live events of the board", EVENTS, BOARD_EVENT, "401", "403", "429"),
+        "/": _get("The dashboard", HTML, STRING, "403"),
+        "/openapi.json": _get("This document", JSON, {"type": "object"}, "403"),
     }
     components: dict[str, Any] = {"schemas": schemas}
     if keys:
@@ -118,8 +109,8 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
     }
 
 
-def _generation_operation(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
-    """Build an operation that generates text; the arguments after `summary` are names of schemas."""
+def _generation(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
+    """Build the item of a path whose POST generates text; the arguments after `summary` are names of schemas."""
     data = f"JSON of a {chunk}; [DONE] at the end; or, in the event `error`, an ErrorBody, which ends the stream."
     event = {
         "type": "object",
@@ -129,7 +120,12 @@ def _generation_operation(summary: str, body: str, answer: str, chunk: str) -> d
     }
     built = _operation(summary, {JSON: schema_ref(answer), EVENTS: event}, GENERATION_ERRORS)
     built["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_ref(body)}}}
-    return built
+    return {"post": built}
+
+
+def _get(summary: str, media_type: str, schema: dict[str, Any], *statuses: str) -> dict[str, Any]:
+    """Build the item of a path whose GET returns `media_type`, or an error of these statuses."""
+    return {"get": _operation(summary, {media_type: schema}, statuses)}
 
 
 def _operation(summary: str, content: dict[str, Any], statuses: tuple[str, ...]) -> dict[str, Any]:

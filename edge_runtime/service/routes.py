@@ -23,8 +23,6 @@ from edge_runtime.service.answer import AnswerRequest
 from edge_runtime.service.answer_runner import AnswerRunner
 from edge_runtime.service.auth import RequestGuard
 from edge_runtime.service.errors import ApiError, to_api_error
-from edge_runtime.service.monitoring.hub import MonitoringHub
-from edge_runtime.service.monitoring.prometheus import ServiceMetrics
 from edge_runtime.service.openai_schema import (
     ChatFormatter,
     CompletionFormatter,
@@ -44,7 +42,6 @@ from edge_runtime.service.requests import (
 )
 from edge_runtime.service.sse import EventStream, stream_answer, wait_for_disconnect
 from edge_runtime.service.state import BoardRuntime, ServiceState
-from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -66,41 +63,31 @@ class Routes:
         guard: checks every request; replaced when the API keys change.
     """
 
-    def __init__(
-        self,
-        client: VerifierClient,
-        state: ServiceState,
-        guard: RequestGuard,
-        *,
-        runner: AnswerRunner,
-        monitoring: MonitoringHub,
-        metrics: ServiceMetrics,
-    ) -> None:
+    def __init__(self, state: ServiceState, guard: RequestGuard, runner: AnswerRunner) -> None:
         self.guard = guard
-        self._client = client
         self._state = state
         self._runner = runner
-        self._monitoring = monitoring
-        self._metrics = metrics
         # One thread, so that the memory of tokenizing is needed for one text at a time.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         # The verifier's last known models.
         self._models: OpenAIModelList | None = None
-        self.app = Starlette(
-            routes=[
-                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
-                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
-                Route("/v1/models", self._guarded(self._list_models)),
-                Route("/v1/models/{model:path}", self._guarded(self._get_model)),
-                Route("/healthz", self._guarded(self._get_health)),
-                Route("/readyz", self._guarded(self._get_readiness)),
-                Route("/metrics", self._guarded(self._get_metrics)),
-                Route("/openapi.json", self._guarded(self._get_openapi)),
-                Route("/events", self._guarded(self._stream_events)),
-                *(Route(path, self._guarded(dashboard.serve_file)) for path in dashboard.PAGE_FILES),
-            ],
-            exception_handlers={HTTPException: _unknown_route},
-        )
+        posts: dict[str, Handler] = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
+        gets: dict[str, Handler] = {
+            "/v1/models": self._list_models,
+            "/v1/models/{model:path}": self._get_model,
+            "/healthz": self._get_health,
+            "/readyz": self._get_readiness,
+            "/metrics": self._get_metrics,
+            "/openapi.json": self._get_openapi,
+            "/events": self._stream_events,
+            **dict.fromkeys(dashboard.PAGE_FILES, dashboard.serve_file),
+        }
+        routes = [
+            Route(path, self._guarded(handler), methods=[method])
+            for method, handlers in (("POST", posts), ("GET", gets))
+            for path, handler in handlers.items()
+        ]
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
         self.app.router.redirect_slashes = False
 
     async def _complete(self, request: Request) -> Response:
@@ -124,7 +111,7 @@ class Routes:
         # The template contains the special tokens.
         ids = await self._tokenize(board, text, add_special_tokens=False)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        answer_request = self._make_answer_request(board, body, ids, max_tokens, template.stop_strings)
+        answer_request = self._make_answer_request(board, body, ids, max_tokens, *template.stop_strings)
         return await self._answer(request, body, answer_request, ChatFormatter(_wants_usage(body)))
 
     async def _list_models(self, request: Request) -> Response:
@@ -150,7 +137,7 @@ class Routes:
 
     async def _get_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus metrics."""
-        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+        return Response(self._state.metrics.render(), media_type=CONTENT_TYPE)
 
     async def _get_openapi(self, request: Request) -> Response:
         """GET /openapi.json: the description of this service."""
@@ -161,22 +148,17 @@ class Routes:
 
     async def _stream_events(self, request: Request) -> Response:
         """GET /events: recent and live events of the board."""
-        return self._monitoring.respond(request)
+        return self._state.monitoring.respond(request)
 
     def _make_answer_request(
-        self,
-        board: BoardRuntime,
-        body: GenerationRequest,
-        ids: list[int],
-        max_tokens: int | None,
-        stop_strings: list[str] | None = None,
+        self, board: BoardRuntime, body: GenerationRequest, ids: list[int], max_tokens: int | None, *stop_strings: str
     ) -> AnswerRequest:
         limit = self._state.limits.max_new_tokens
         return AnswerRequest(
             prompt=ids,
             sampling=get_sampling(body, secrets.randbits(63)),
             max_new_tokens=min(max_tokens or limit, limit),
-            stop_strings=(stop_strings or []) + get_stop_strings(body),
+            stop_strings=[*stop_strings, *get_stop_strings(body)],
             model=body.model or board.model,
             speculation=body.speculation is not False,
             on_link_loss=body.on_link_loss or board.on_link_loss,
@@ -208,17 +190,16 @@ class Routes:
     async def _fetch_models(self) -> OpenAIModelList:
         try:
             async with asyncio.timeout(MODELS_SECONDS):
-                models = await self._client.models()
+                models = await self._state.client.models()
         except (VerifierUnreachable, TimeoutError):
             if self._models is None:
-                raise VerifierUnreachable(
-                    f"no answer from {self._client.url} within {MODELS_SECONDS:g} s; is it running, is the link up?"
-                ) from None
+                url = self._state.client.url
+                message = f"no answer from {url} within {MODELS_SECONDS:g} s; is it running, is the link up?"
+                raise VerifierUnreachable(message) from None
         else:
-            created = int(time.time())
-            self._models = OpenAIModelList(
-                [OpenAIModel(model.id, created, model.version, model.context) for model in models.data]
-            )
+            now = int(time.time())
+            data = [OpenAIModel(model.id, now, model.version, model.context) for model in models.data]
+            self._models = OpenAIModelList(data)
         return self._models
 
     async def _read_body(self, request: Request) -> bytes:
@@ -267,7 +248,7 @@ def _json_response(message: msgspec.Struct, status: int = 200) -> Response:
 
 def _error_response(error: ApiError) -> Response:
     response = _json_response(error.body, error.status)
-    if error.retry_after is not None:
+    if error.retry_after:
         response.headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""The mutable state of the service: its limits, its API keys, and the loaded draft model with all that answers need."""
+"""What the parts of the service share: its limits, its API keys, and the draft model with all that answers need."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from edge_runtime.draft import OnnxDraft
 from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
+from edge_runtime.service.admission import AdmissionQueue
 from edge_runtime.service.chat_template import ChatTemplate
-from edge_runtime.service.errors import BRIEF_RETRY_SECONDS, SERVER_ERROR, ApiError
+from edge_runtime.service.errors import BRIEF_RETRY_SECONDS, ApiError
+from edge_runtime.service.monitoring.hub import MonitoringHub
+from edge_runtime.service.monitoring.prometheus import ServiceMetrics
+from edge_runtime.verifier import VerifierClient
 
 
 class ServiceLimits(msgspec.Struct, frozen=True):
@@ -52,29 +56,30 @@ class BoardRuntime(msgspec.Struct, frozen=True):
 
 
 class ServiceState:
-    """What the lifecycle changes and request handlers read.
+    """What the lifecycle and the request handlers share.
 
     Attributes:
+        client: the client of the verifier.
         limits: current limits.
         keys: accepted API keys; empty if none are required.
         board: None until the draft model is loaded.
         stopping: the service drains and accepts no new answers.
+        queue, monitoring, metrics: one of each for all answers.
     """
 
-    def __init__(self, limits: ServiceLimits, keys: frozenset[str]) -> None:
-        self.limits = limits
-        self.keys = keys
+    def __init__(self, client: VerifierClient, limits: ServiceLimits, keys: frozenset[str]) -> None:
+        self.client, self.limits, self.keys = client, limits, keys
+        self.queue = AdmissionQueue(limits.max_concurrent, limits.max_waiting)
+        self.monitoring = MonitoringHub(self.queue, client, limits.max_new_tokens)
+        self.metrics = ServiceMetrics(self.queue, client, self.monitoring.sampler)
         self.board: BoardRuntime | None = None
         self.stopping = False
 
     def require_board(self) -> BoardRuntime:
         """Return the loaded board. Raises ApiError (503) while the draft model is loading or the service drains."""
         if self.stopping or self.board is None:
-            raise ApiError(
-                503,
-                "the service is stopping" if self.stopping else "the draft model is still loading; try again shortly",
-                kind=SERVER_ERROR,
-                code="stopping" if self.stopping else "starting",
-                retry_after=BRIEF_RETRY_SECONDS,
-            )
+            code, message = "starting", "the draft model is still loading; try again shortly"
+            if self.stopping:
+                code, message = "stopping", "the service is stopping"
+            raise ApiError(503, message, code=code, retry_after=BRIEF_RETRY_SECONDS)
         return self.board

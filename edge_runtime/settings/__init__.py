@@ -13,7 +13,7 @@ from edge_runtime.settings.table import (
     Settings,
     VerifierSettings,
 )
-from edge_runtime.settings.validators import bare_type, is_in_clear, read_secret
+from edge_runtime.settings.validators import bare_type, describe_type, is_in_clear, read_secret
 
 __all__ = [
     "SETTINGS",
@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "VerifierSettings",
     "bare_type",
+    "describe_type",
     "is_in_clear",
     "read_secret",
 ]

@@ -15,6 +15,7 @@ credentials. A relative path in a file starts at that file's directory.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import os
@@ -196,30 +197,31 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, _SourceValue]:
 
 
 def _read_file(file: Path, source: _Source) -> dict[str, _SourceValue]:
+    at = functools.partial(Origin, "file", str(file))
     try:
         document = toml_positions.parse(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "there is no such file; leave it out for defaults" if missing else f"cannot be read: {error.strerror}"
-        source.report(Origin("file", str(file)), reason)
+        source.report(at(), reason)
         return {}
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        source.report(Origin("file", str(file), line), "is not UTF-8; save it as UTF-8")
+        source.report(at(line), "is not UTF-8; save it as UTF-8")
         return {}
     except toml_positions.TomlError as error:
-        source.report(Origin("file", str(file), *error.position), f"not TOML: {error}; correct it there")
+        source.report(at(*error.position), f"not TOML: {error}; correct it there")
         return {}
 
     for table, fields in document.values.items():
-        origin = Origin("file", str(file), *document.position((table,)))
+        origin = at(*document.position((table,)))
         if table not in TABLES:
             source.report(origin, _describe_unknown_table(table))
         elif not isinstance(fields, dict):
             source.report(origin, f"{table}: must be a table; write [{table}], and its fields below")
         else:
             for name, value in fields.items():
-                origin = Origin("file", str(file), *document.position((table, name)))
+                origin = at(*document.position((table, name)))
                 source.add(table, name, value, origin, file.parent)
     return source.values
 

@@ -7,11 +7,10 @@ value to store. They raise InputError; its message is written to follow the sett
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import inspect
 
+from edge_runtime.common.files import os_errors_as_input_errors
 from edge_runtime.common.network import check_ca_file, is_loopback
 from edge_runtime.protocol.errors import InputError
 
@@ -93,9 +93,7 @@ def path(value: Path, folder: Path) -> Path:
 def directory(value: Path, folder: Path) -> Path:
     """Accept a directory that exists."""
     absolute = path(value, folder)
-    with _os_errors_as_input_errors(absolute):
-        exists = absolute.is_dir()
-    if not exists:
+    if not _examine(absolute, Path.is_dir):
         raise InputError(f"there is no directory {absolute}; create it, or correct the path")
     return absolute
 
@@ -110,9 +108,7 @@ def file(value: Path, folder: Path) -> Path:
 def secret_file(value: Path, folder: Path) -> Path:
     """Accept a file that holds a secret."""
     absolute = path(value, folder)
-    with _os_errors_as_input_errors(absolute):
-        exists = absolute.is_file()
-    if not exists:
+    if not _examine(absolute, Path.is_file):
         # The message does not repeat the value: it may be the secret itself, written here by mistake.
         raise InputError("the file that it names does not exist; name a file, and put the secret into it")
     read_secret(absolute)
@@ -197,19 +193,14 @@ def is_in_clear(url: str) -> bool:
         return False
 
 
+def _examine(source: Path, test: Callable[[Path], bool]) -> bool:
+    with os_errors_as_input_errors(source):
+        return test(source)
+
+
 def _read(source: Path, max_bytes: int = 1) -> bytes:
-    with _os_errors_as_input_errors(source), source.open("rb") as opened:
+    with os_errors_as_input_errors(source), source.open("rb") as opened:
         return opened.read(max_bytes)
-
-
-@contextlib.contextmanager
-def _os_errors_as_input_errors(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}; correct the path, or its permissions") from None
-    except ValueError as error:
-        raise InputError(f"{str(source)!r} is not a path: {error}") from None
 
 
 def _hide_password(url: str) -> str:

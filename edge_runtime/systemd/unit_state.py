@@ -9,18 +9,10 @@ import msgspec
 
 from edge_runtime.systemd.units import systemctl
 
-PROPERTIES = {
-    "LoadState",
-    "ActiveState",
-    "SubState",
-    "UnitFileState",
-    "StatusText",
-    "MainPID",
-    "MemoryCurrent",
-    "NRestarts",
-    "StateChangeTimestamp",
-    "Result",
-}
+PROPERTIES = (
+    "ActiveState,LoadState,MainPID,MemoryCurrent,NRestarts,Result,StateChangeTimestamp,StatusText,SubState,"
+    "UnitFileState"
+)
 # The exit codes of `systemctl status`.
 EXIT_ACTIVE, EXIT_NOT_RUNNING = 0, 3
 
@@ -63,7 +55,7 @@ class UnitState(msgspec.Struct, frozen=True):
 
 def read_unit_state(name: str) -> UnitState:
     """Read the state of the unit `name`. Raises ServiceError: systemd does not answer."""
-    output = systemctl("show", f"{name}.service", "--timestamp=unix", f"--property={','.join(sorted(PROPERTIES))}")
+    output = systemctl("show", f"{name}.service", "--timestamp=unix", f"--property={PROPERTIES}")
     properties = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     pid = int(properties.get("MainPID") or 0)
     memory = properties.get("MemoryCurrent", "")

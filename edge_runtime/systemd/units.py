@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_runtime.common.files import write_atomically
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 UNIT_DIRECTORY = Path("etc/systemd/system")
@@ -180,20 +181,11 @@ def systemctl(*arguments: str, check: bool = True) -> str:
 
 def _write(path: Path, text: str) -> bool:
     """Replace the file atomically, readable by everyone. Returns whether that changed it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                os.fchmod(file.fileno(), 0o644)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, text.encode(), 0o644)
     except OSError as error:
         raise ServiceError(f"cannot write {path}: {error.strerror}; nothing was changed") from None
     return True

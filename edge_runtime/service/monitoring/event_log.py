@@ -13,7 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from edge_runtime.service.errors import RATE_LIMIT, ApiError
+from edge_runtime.service.errors import ApiError
 from edge_runtime.service.monitoring.events import Event, GaugeSample
 from edge_runtime.service.sse import encode_event
 
@@ -89,13 +89,8 @@ class EventLog:
     def check_capacity(self) -> None:
         """Raise ApiError (429) if there are too many subscribers."""
         if len(self._subscribers) >= MAX_SUBSCRIBERS:
-            raise ApiError(
-                429,
-                f"{MAX_SUBSCRIBERS} clients already watch this board: close one of its pages",
-                kind=RATE_LIMIT,
-                code="rate_limit_exceeded",
-                retry_after=RETRY_SECONDS,
-            )
+            message = f"{MAX_SUBSCRIBERS} clients already watch this board: close one of its pages"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after=RETRY_SECONDS)
 
     async def stream(
         self, greeting: Event, last_event_id: str, disconnected: asyncio.Future[None]
