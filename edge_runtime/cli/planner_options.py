@@ -45,10 +45,10 @@ FIXED_PLAN_OPTIONS: dict[str, tuple[str, float, str]] = {
         0,
         f"alternative candidates to send with a draft token of low confidence (default: {FIXED_PLAN.siblings})",
     ),
-    "own": (
+    "continuation": (
         "--cloud-tokens N",
         1,
-        f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.own})",
+        f"tokens that the target decodes per round after the draft tokens (default: {FIXED_PLAN.continuation})",
     ),
 }
 
