@@ -15,6 +15,7 @@ from cloud_verifier.cli import serve, targets, token
 from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
@@ -85,23 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
         prog="cloud-verifier", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--log-level", default="warning", choices=logs.LEVELS, help="default: %(default)s")
-    parser.add_argument(
-        "--log-format",
-        default="text",
-        choices=logs.FORMATS,
-        help="json: one JSON object per line (default: %(default)s)",
-    )
+    add_option(parser, "--log-format", "json: one JSON object per line", default="text", choices=logs.FORMATS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     device_options = argparse.ArgumentParser(add_help=False)
-    device_options.add_argument("--device", default="cpu", help="torch device, such as cuda (default: %(default)s)")
+    add_option(device_options, "--device", "torch device, such as cuda", default="cpu")
     device_options.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
     model_options = argparse.ArgumentParser(add_help=False, parents=[device_options])
-    model_options.add_argument(
-        "--max-context", type=positive, metavar="TOKENS", help="longest text (default: the model's own limit)"
-    )
+    text = "longest text (default: the model's own limit)"
+    add_option(model_options, "--max-context TOKENS", text, type=positive)
     model_options.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: torch's choice)")
 
     serve.add_parser(commands, model_options)
@@ -116,17 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="one or more prompts (default: standard input)")
     generate.add_argument("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    generate.add_argument("--top-k", type=int, default=0, help="0 disables it (default: %(default)s)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="1 disables it (default: %(default)s)")
+    add_option(generate, "--temperature", "0 is greedy", default=0.0)
+    add_option(generate, "--top-k", "0 disables it", default=0)
+    add_option(generate, "--top-p", "1 disables it", default=1.0)
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    generate.add_argument(
-        "--jobs",
-        type=Path,
-        metavar="FILE",
-        help='read jobs, JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, from FILE or "-", and '
-        "print the new ids of each as a JSON line",
+    text = (
+        'read jobs, JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, from FILE or "-", and print the '
+        "new ids of each as a JSON line"
     )
+    add_option(generate, "--jobs FILE", text, type=Path)
     generate.set_defaults(run=_generate)
 
     targets.add_parser(commands, device_options)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imports that need the extras are inside the functions: see `cli.main`.
@@ -37,22 +38,14 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         metavar="TARGET",
         help="directory of a Hugging Face checkpoint or a PEFT adapter; alternatively --registry",
     )
-    serve.add_argument(
-        "--registry",
-        type=Path,
-        metavar="DIR",
-        help="serve every version in this registry, and apply its changes (see `cloud-verifier targets`)",
-    )
-    serve.add_argument(
-        "--retired-seconds",
-        type=_seconds,
-        default=3600.0,
-        metavar="SECONDS",
-        help="close the sessions of a retired version after this time (default: %(default)g)",
-    )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8500, help="0 picks a free port (default: %(default)s)")
-    serve.add_argument("--http", default="auto", choices=["auto", "1", "2"], help="HTTP version (default: %(default)s)")
+    option = functools.partial(add_option, serve)
+    text = "serve every version in this registry, and apply its changes (see `cloud-verifier targets`)"
+    option("--registry DIR", text, type=Path)
+    text = "close the sessions of a retired version after this time"
+    option("--retired-seconds SECONDS", text, default=3600.0, type=_seconds)
+    option("--host", "address to listen on", default="127.0.0.1")
+    option("--port", "0 picks a free port", default=8500)
+    option("--http", "HTTP version", default="auto", choices=["auto", "1", "2"])
     for name, text in (
         ("certificate", "PEM certificate chain: serve over TLS"),
         ("key", "PEM private key of the certificate"),
@@ -74,97 +67,46 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         help="require a token from this file, see `cloud-verifier token --help`; reread at SIGHUP "
         "(default: systemd's credential verifier-tokens, else no token is required)",
     )
-    serve.add_argument(
-        "--batch-window",
-        type=_milliseconds,
-        default=2.0,
-        metavar="MS",
-        help="how long a forward waits for boards that are about to send a round; 0: not at all (default: %(default)g)",
+    text = "how long a forward waits for boards that are about to send a round; 0: not at all"
+    option("--batch-window MS", text, default=2.0, type=_milliseconds)
+    text = "on CUDA: let torch fuse layers; takes a minute at start and makes rounds a third faster"
+    serve.add_argument("--compile", action="store_true", help=text)
+    text = (
+        "on CUDA in 16 bits: make every text independent of the batch it was computed in, even in a near tie; "
+        "costs a single board about 15 %% per round"
     )
-    serve.add_argument(
-        "--compile",
-        action="store_true",
-        help="on CUDA: let torch fuse layers; takes a minute at start and makes rounds a third faster",
+    serve.add_argument("--exact", action="store_true", help=text)
+    option("--max-sessions", "concurrent sessions", default=256, type=positive)
+    text = "KV cache capacity in tokens, all sessions together"
+    option("--max-tokens", text, default=262_144, type=positive)
+    option("--idle-seconds SECONDS", "evict sessions unused for longer", default=600.0)
+    text = "refuse new rounds while one has waited longer for its first token"
+    option("--max-queue-seconds SECONDS", text, default=3.0, type=_seconds)
+    text = "at SIGTERM, let rounds in progress run this long while new ones are refused"
+    option("--grace SECONDS", text, default=10.0, type=_seconds)
+    text = (
+        "speculate on the server too: draft the target's own tokens with this bundle, on the CPU, or with this draft "
+        "checkpoint (a directory with draft.json), on the target's device"
     )
-    serve.add_argument(
-        "--exact",
-        action="store_true",
-        help="on CUDA in 16 bits: make every text independent of the batch it was computed in, even in a near tie; "
-        "costs a single board about 15 %% per round",
-    )
-    serve.add_argument("--max-sessions", type=positive, default=256, help="concurrent sessions (default: %(default)s)")
-    serve.add_argument(
-        "--max-tokens",
-        type=positive,
-        default=262_144,
-        help="KV cache capacity in tokens, all sessions together (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--idle-seconds",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="evict sessions unused for longer (default: %(default)g)",
-    )
-    serve.add_argument(
-        "--max-queue-seconds",
-        type=_seconds,
-        default=3.0,
-        metavar="SECONDS",
-        help="refuse new rounds while one has waited longer for its first token (default: %(default)g)",
-    )
-    serve.add_argument(
-        "--grace",
-        type=_seconds,
-        default=10.0,
-        metavar="SECONDS",
-        help="at SIGTERM, let rounds in progress run this long while new ones are refused (default: %(default)g)",
-    )
-    serve.add_argument(
-        "--draft",
-        type=Path,
-        metavar="DRAFT",
-        help="speculate on the server too: draft the target's own tokens with this bundle, on the CPU, or with this "
-        "draft checkpoint (a directory with draft.json), on the target's device",
-    )
-    serve.add_argument(
-        "--draft-tokens",
-        type=positive,
-        default=5,
-        metavar="K",
-        help="tokens to draft per forward (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--draft-threads", type=int, default=0, help="CPU threads of the draft (default: one per core, at most 4)"
-    )
-    serve.add_argument(
-        "--draft-rounds",
-        type=positive,
-        default=4,
-        metavar="N",
-        help="leave drafting to the boards while more than N rounds are running (default: %(default)s)",
-    )
+    option("--draft DRAFT", text, type=Path)
+    option("--draft-tokens K", "tokens to draft per forward", default=5, type=positive)
+    text = "CPU threads of the draft (default: one per core, at most 4)"
+    serve.add_argument("--draft-threads", type=int, default=0, help=text)
+    text = "leave drafting to the boards while more than N rounds are running"
+    option("--draft-rounds N", text, default=4, type=positive)
     scale = serve.add_argument_group("replicas, with Ray Serve")
-    scale.add_argument(
-        "--replicas",
-        type=_replica_range,
-        metavar="MIN[-MAX]",
-        help="number of replicas, or a range that is scaled with the load; each has its own copy of the target (and "
-        "its own GPU with --device cuda), and all limits apply per replica",
+    text = (
+        "number of replicas, or a range that is scaled with the load; each has its own copy of the target (and its own "
+        "GPU with --device cuda), and all limits apply per replica"
     )
-    scale.add_argument(
-        "--replica-rounds",
-        type=positive,
-        default=16,
-        metavar="N",
-        help="target number of rounds per replica, waiting ones included, for scaling (default: %(default)s)",
+    add_option(scale, "--replicas MIN[-MAX]", text, type=_replica_range)
+    text = "target number of rounds per replica, waiting ones included, for scaling"
+    add_option(scale, "--replica-rounds N", text, default=16, type=positive)
+    text = (
+        "address of a Ray cluster, or auto; its machines need FlexSpec and TARGET at the same paths "
+        "(default: start a cluster on this machine)"
     )
-    scale.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="address of a Ray cluster, or auto; its machines need FlexSpec and TARGET at the same paths "
-        "(default: start a cluster on this machine)",
-    )
+    add_option(scale, "--ray ADDRESS", text)
     serve.set_defaults(run=_serve)
 
 

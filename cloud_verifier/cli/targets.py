@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import add_action, add_option
 from edge_runtime.protocol.errors import InputError, TargetError
 
 # Imports that need the extras, or take time, are inside the functions: every command builds this parser.
@@ -58,13 +59,8 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     registry = argparse.ArgumentParser(add_help=False)
-    registry.add_argument(
-        "--registry",
-        type=Path,
-        default=default_registry(),
-        metavar="DIR",
-        help=f"default: ${REGISTRY_VARIABLE}, or {DEFAULT_REGISTRY}",
-    )
+    text = f"default: ${REGISTRY_VARIABLE}, or {DEFAULT_REGISTRY}"
+    registry.add_argument("--registry", type=Path, default=default_registry(), metavar="DIR", help=text)
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON object")
     alias = argparse.ArgumentParser(add_help=False)
@@ -72,62 +68,40 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     version = argparse.ArgumentParser(add_help=False)
     version.add_argument("version", metavar="VERSION", help=VERSION_HELP)
 
-    def add_action(
-        name: str, run: Callable[[argparse.Namespace], int], help_text: str, *shared: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
-        action: argparse.ArgumentParser = actions.add_parser(name, parents=[registry, *shared], help=help_text)
-        action.set_defaults(run=run)
-        return action
-
-    add_action("list", _list, "list versions and aliases", as_json)
-    add = add_action("add", _add, "add a version, if the deployed drafts are compatible with it")
-    add.add_argument(
-        "version", nargs="?", metavar="VERSION", help="a directory, or the name of one in the registry's `roots`"
-    )
-    add.add_argument(
-        "--draft",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="BUNDLE",
-        help="register a bundle that is deployed on boards",
-    )
+    add_action(actions, "list", _list, "list versions and aliases", parents=[registry, as_json])
+    text = "add a version, if the deployed drafts are compatible with it"
+    add = add_action(actions, "add", _add, text, parents=[registry])
+    text = "a directory, or the name of one in the registry's `roots`"
+    add.add_argument("version", nargs="?", metavar="VERSION", help=text)
+    text = "register a bundle that is deployed on boards"
+    add.add_argument("--draft", type=Path, action="append", default=[], metavar="BUNDLE", help=text)
     add.add_argument("--unshared", action="store_true", help=f"admit it {UNSHARED_HELP}")
-    promote = add_action("promote", _promote, "route all new sessions of an alias to a version", alias, version)
+    text = "route all new sessions of an alias to a version"
+    promote = add_action(actions, "promote", _promote, text, parents=[registry, alias, version])
     promote.add_argument("--unshared", action="store_true", help=f"promote it {UNSHARED_HELP}")
-    canary = add_action(
-        "canary", _canary, "route a percentage of the new sessions of an alias to a version", alias, version
-    )
+    text = "route a percentage of the new sessions of an alias to a version"
+    canary = add_action(actions, "canary", _canary, text, parents=[registry, alias, version])
     canary.add_argument("percent", type=float, metavar="PERCENT", help="percentage of new sessions; 0 ends the canary")
     canary.add_argument("--unshared", action="store_true", help=f"route to it {UNSHARED_HELP}")
-    rollback = add_action("rollback", _rollback, "undo the last change of an alias")
+    rollback = add_action(actions, "rollback", _rollback, "undo the last change of an alias", parents=[registry])
     rollback.add_argument("alias", nargs="?", default="", metavar="ALIAS", help=f"default: {DEFAULT_ALIAS_HELP}")
-    add_action("retire", _retire, "stop routing new sessions to a version", version)
+    text = "stop routing new sessions to a version"
+    add_action(actions, "retire", _retire, text, parents=[registry, version])
     check = add_action(
+        actions,
         "check",
         _check,
         "check compatibility, and forecast the acceptance rate compared with the version in use",
-        as_json,
-        device_options,
-    )
-    check.epilog = (
-        "exit codes: 0: fine; 1: the acceptance rate would fall by more than --tolerance; "
-        "3: a draft is incompatible, or a model does not load"
+        parents=[registry, as_json, device_options],
+        epilog="exit codes: 0: fine; 1: the acceptance rate would fall by more than --tolerance; "
+        "3: a draft is incompatible, or a model does not load",
     )
     check.add_argument("version", metavar="VERSION", help=f"{VERSION_HELP}; or a directory outside the registry")
-    check.add_argument(
-        "--draft", type=Path, action="append", default=[], metavar="BUNDLE", help="default: all deployed drafts"
-    )
-    check.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to evaluate on (default: one that ships, mostly code)"
-    )
-    check.add_argument(
-        "--tolerance",
-        type=float,
-        default=3.0,
-        metavar="POINTS",
-        help="acceptable loss of acceptance rate, in percentage points (default: %(default)s)",
-    )
+    text = "default: all deployed drafts"
+    check.add_argument("--draft", type=Path, action="append", default=[], metavar="BUNDLE", help=text)
+    add_option(check, "--text FILE", "text to evaluate on (default: one that ships, mostly code)", type=Path)
+    text = "acceptable loss of acceptance rate, in percentage points"
+    add_option(check, "--tolerance POINTS", text, default=3.0)
     check.add_argument("--threads", type=int, default=0, help="CPU threads (default: the libraries' choice)")
 
 

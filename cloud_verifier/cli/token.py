@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import add_action, add_option
 from edge_runtime.protocol.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,31 +43,21 @@ def add_parser(commands: Any) -> None:
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     file_options = argparse.ArgumentParser(add_help=False)
-    file_options.add_argument(
-        "--tokens", type=Path, default=DEFAULT_TOKEN_FILE, metavar="FILE", help="token file (default: %(default)s)"
-    )
+    add_option(file_options, "--tokens FILE", "token file", default=DEFAULT_TOKEN_FILE, type=Path)
 
-    add = actions.add_parser("add", parents=[file_options], help="create a token and print it")
+    add = add_action(actions, "add", _add, "create a token and print it", parents=[file_options])
     add.add_argument("name", metavar="NAME", help="name of its holder, for logs and metrics")
-    add.add_argument(
-        "--role",
-        default="board",
-        choices=["board", "monitor", "admin"],
-        help="board: sessions; monitor: reads /metrics; admin: everything (default: %(default)s)",
-    )
-    add.add_argument("--max-sessions", type=int, metavar="N", help="concurrent sessions (default: no limit)")
-    add.add_argument("--tokens-per-second", type=float, metavar="N", help="long-run rate (default: no limit)")
-    add.add_argument("--max-prompt", type=int, metavar="TOKENS", help="longest prompt (default: the target's limit)")
+    text = "board: sessions; monitor: reads /metrics; admin: everything"
+    add_option(add, "--role", text, default="board", choices=["board", "monitor", "admin"])
+    add_option(add, "--max-sessions N", "concurrent sessions (default: no limit)", type=int)
+    add_option(add, "--tokens-per-second N", "long-run rate (default: no limit)", type=float)
+    add_option(add, "--max-prompt TOKENS", "longest prompt (default: the target's limit)", type=int)
     add.add_argument("--replace", action="store_true", help="revoke the existing token of NAME")
-    add.set_defaults(run=_add)
 
-    revoke = actions.add_parser("revoke", parents=[file_options], help="revoke a token")
+    revoke = add_action(actions, "revoke", _revoke, "revoke a token", parents=[file_options])
     revoke.add_argument("name", metavar="NAME")
-    revoke.set_defaults(run=_revoke)
-
-    listing = actions.add_parser("list", parents=[file_options], help="list the holders of tokens")
+    listing = add_action(actions, "list", _list, "list the holders of tokens", parents=[file_options])
     listing.add_argument("--json", action="store_true", help="print one JSON object, by name")
-    listing.set_defaults(run=_list)
 
 
 def _add(options: argparse.Namespace) -> int:
