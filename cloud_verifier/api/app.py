@@ -165,7 +165,7 @@ class VerifierService:
         check_prompt_length(principal, opening)
         # No await from here to the store's `add`, so that two requests with one key cannot both open a session.
         session = self.sessions.find_by_key(opening.key, principal.name)
-        if session is not None and not session.closed:
+        if session is not None:
             if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
                 raise VerifierRefused(ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt")
             reply = session.recorded_reply(opening.first)
@@ -279,7 +279,7 @@ class VerifierService:
         """The target of the session that `opening` opens, or has opened already."""
         if self.rollout is not None:
             session = self.sessions.find_by_key(opening.key, owner)
-            if session is not None and not session.closed:
+            if session is not None:
                 return session.target
             return self.rollout.resolve(opening.model, opening.key)
         target = self._require_target()
@@ -321,7 +321,7 @@ class VerifierService:
                 internal = VerifierRefused(ErrorCode.INTERNAL, "internal error of the verifier; see its log")
                 code, response = internal.code, error_response(request, internal)
             if code:
-                self.metrics.count_refusal(code)
+                self.metrics.refusals.labels(code).inc()
             if client_id := request_id(request):
                 response.headers["x-request-id"] = client_id
             log_request(request, name, response.status_code, code, time.perf_counter() - started)

@@ -60,7 +60,8 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     registry = argparse.ArgumentParser(add_help=False)
     text = f"default: ${REGISTRY_VARIABLE}, or {DEFAULT_REGISTRY}"
-    registry.add_argument("--registry", type=Path, default=default_registry(), metavar="DIR", help=text)
+    default = Path(os.environ.get(REGISTRY_VARIABLE) or DEFAULT_REGISTRY)
+    registry.add_argument("--registry", type=Path, default=default, metavar="DIR", help=text)
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON object")
     alias = argparse.ArgumentParser(add_help=False)
@@ -105,11 +106,6 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     check.add_argument("--threads", type=int, default=0, help="CPU threads (default: the libraries' choice)")
 
 
-def default_registry() -> Path:
-    """The registry if --registry is not given."""
-    return Path(os.environ.get(REGISTRY_VARIABLE) or DEFAULT_REGISTRY)
-
-
 def _list(options: argparse.Namespace) -> int:
     import msgspec
 
@@ -151,7 +147,9 @@ def _add(options: argparse.Namespace) -> int:
     if options.version:
         entry = registry.add(options.version, unshared=options.unshared)
         shares = registry.read().traffic_shares(entry.version)
-        print(f"{entry.version}: added as {entry.admitted}; {_describe_shares(shares)}")
+        described = ", ".join(f"{percent:g} % of new sessions of {alias}" for alias, percent in shares.items())
+        gets = described or "no sessions yet, except by name"
+        print(f"{entry.version}: added as {entry.admitted}; it gets {gets}")
     return 0
 
 
@@ -233,11 +231,6 @@ def _print_check(report: CompatibilityReport, forecasts: list[AcceptanceForecast
                 rows[-1].append(f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})")
         print(f"{forecast.draft}, {forecast.positions} positions:")
         _print_table(["accepted", *forecast.versions, *(["change"] if len(forecast.versions) > 1 else [])], rows)
-
-
-def _describe_shares(shares: dict[str, float]) -> str:
-    described = ", ".join(f"{percent:g} % of new sessions of {alias}" for alias, percent in shares.items())
-    return f"it gets {described}" if described else "it gets no sessions yet, except by name"
 
 
 def _registry(options: argparse.Namespace) -> Registry:

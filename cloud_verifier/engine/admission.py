@@ -25,8 +25,6 @@ MIN_QUEUED_ROUNDS = 4
 PREFILL_SMOOTHING = 0.2
 # New sessions are refused from this share of the longest wait on, so that running ones can go on. Chosen.
 OPENING_SHARE = 0.5
-# Retry-After of the refusals.
-RETRY_SECONDS = 1
 
 
 class _QueuedRound(NamedTuple):
@@ -84,18 +82,13 @@ class AdmissionController:
             raise VerifierRefused(
                 ErrorCode.DRAINING,
                 "this verifier is shutting down; open the session elsewhere, or here when it is back",
-                retry_after=RETRY_SECONDS,
             )
         limit = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
         # Rounds of running sessions do not wait for prompts: a forward has room for both.
         queues = (self._queued_rounds, self._queued_openings) if opening else (self._queued_rounds,)
         wait = max(self._longest_wait(queue) for queue in queues)
         if wait > limit and self.waiting > MIN_QUEUED_ROUNDS:
-            raise VerifierRefused(
-                ErrorCode.OVERLOADED,
-                f"rounds have been waiting for {wait:.1f} s; try again shortly",
-                retry_after=RETRY_SECONDS,
-            )
+            raise VerifierRefused(ErrorCode.OVERLOADED, f"rounds have been waiting for {wait:.1f} s; try again shortly")
 
     def register(self, reply: RoundReply, prompt_tokens: int = 0) -> None:
         """Record a submitted round. `prompt_tokens` is the length of the prompt that it has to prefill first."""

@@ -19,7 +19,7 @@ MAX_VERSIONS, MAX_DRAFTS, MAX_PRINCIPALS = 32, 32, 256
 
 
 class VerifierMetrics(PrometheusMetrics):
-    """Counters and histograms since the start of the process. All methods are thread-safe."""
+    """Counters and histograms since the start of the process. Thread-safe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class VerifierMetrics(PrometheusMetrics):
             "Positions where different floating-point rounding could have chosen another token.",
             ["version"],
         )
-        self._prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of all opened sessions.")
+        self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of all opened sessions.")
         self._principal_tokens = self.counter(
             "principal_tokens", "Accepted and generated tokens by name of the access token.", ["name"]
         )
-        self._refusals = self.counter("refusals", "Refused requests by error code.", ["code"])
-        self._queue_seconds = self.histogram(
+        self.refusals = self.counter("refusals", "Refused requests by error code.", ["code"])
+        self.queue_seconds = self.histogram(
             "queue_seconds", "Time from the arrival of a round to its first engine step.", SECONDS_BUCKETS
         )
         self._forward_seconds = self.histogram(
@@ -61,23 +61,11 @@ class VerifierMetrics(PrometheusMetrics):
         self._drafts = BoundedLabel(MAX_DRAFTS)
         self._principals = BoundedLabel(MAX_PRINCIPALS)
 
-    def observe_queue(self, seconds: float) -> None:
-        """Record how long a round waited for its first engine step."""
-        self._queue_seconds.observe(seconds)
-
     def observe_forward(self, rows: int, sessions: int, seconds: float) -> None:
         """Record one forward over `rows` positions, padding excluded, of `sessions` sessions."""
         self._forward_seconds.observe(seconds)
         self._forward_rows.observe(rows)
         self._forward_sessions.observe(sessions)
-
-    def count_prompt(self, tokens: int) -> None:
-        """Count the prompt of a session that was opened."""
-        self._prompt_tokens.inc(tokens)
-
-    def count_refusal(self, code: str) -> None:
-        """Count a refused request."""
-        self._refusals.labels(code).inc()
 
     def observe_round(
         self,

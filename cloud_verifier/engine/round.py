@@ -32,6 +32,8 @@ class ActiveRound:
     Attributes:
         work: what has to run before the next `advance`; None if the round only yielded.
         done: the round has ended.
+        forward_seconds: duration of its forwards, also of those that ran only a part of `work`; without the prefill,
+            once that has ended.
         submitted_at: time of construction, by `time.perf_counter`.
     """
 
@@ -55,7 +57,7 @@ class ActiveRound:
         self._session_load = session_load
         self._last_frame_at = 0.0
         self._prefill_seconds = 0.0
-        self._forward_seconds = 0.0
+        self.forward_seconds = 0.0
         self._further_forwards = 0
         self._unsent_tokens: list[int] = []
         self._unsent_close_calls: list[tuple[int, float]] = []
@@ -72,15 +74,11 @@ class ActiveRound:
 
         Any exception propagates; the caller then fails the round.
         """
-        self._forward_seconds += seconds
+        self.forward_seconds += seconds
         try:
             self.work = self._steps.send(sampled)
         except StopIteration:
             self.work, self.done = None, True
-
-    def add_forward_seconds(self, seconds: float) -> None:
-        """Count a forward that ran only a part of `work`."""
-        self._forward_seconds += seconds
 
     def fail(self, error: VerifierRefused) -> None:
         """End the round with an error."""
@@ -91,7 +89,7 @@ class ActiveRound:
         session, request = self.session, self.reply.executed_request
         if uncached := session.ids[session.cache.length : -1]:
             yield PendingPrefill(uncached)
-        self._prefill_seconds, self._forward_seconds = self._forward_seconds, 0.0
+        self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
         if session.target.runner.exact:
@@ -129,7 +127,7 @@ class ActiveRound:
                 tokens: list[int] = end.value
                 return tokens
             finally:
-                self._forward_seconds += time.perf_counter() - started
+                self.forward_seconds += time.perf_counter() - started
             sampled = yield work
 
     def _verify(
@@ -168,14 +166,14 @@ class ActiveRound:
         if more and self._last_frame_at and now - self._last_frame_at < STREAM_FRAME_SECONDS:
             return
         self._last_frame_at = now
-        busy_seconds = self._prefill_seconds + self._forward_seconds
+        busy_seconds = self._prefill_seconds + self.forward_seconds
         frame = Frame(
             PROTOCOL_VERSION,
             self.reply.request.round,
             accepted=accepted,
             tokens=self._unsent_tokens,
             queue_100us=round(1e4 * max(0.0, now - self.submitted_at - busy_seconds)),
-            forward_100us=round(1e4 * self._forward_seconds),
+            forward_100us=round(1e4 * self.forward_seconds),
             load=self._session_load(),
             finish=self.session.finish,
             more=more,

@@ -250,7 +250,7 @@ class Scheduler:
                     future.set_exception(error)
         while self._submitted:
             submitted = self._submitted.popleft()
-            self._metrics.observe_queue(time.perf_counter() - submitted.submitted_at)
+            self._metrics.queue_seconds.observe(time.perf_counter() - submitted.submitted_at)
             self._running.append(submitted)
             target = submitted.session.target
             if self.versions.get(target.version) is not target:
@@ -327,7 +327,7 @@ class Scheduler:
                 remaining = running.work.ids[len(segment) :]
                 if remaining:
                     running.work = PendingPrefill(remaining)
-                    running.add_forward_seconds(seconds)
+                    running.forward_seconds += seconds
                     continue
             self._advance(running, sampled, seconds)
 

@@ -246,8 +246,9 @@ class SessionStore:
         return sum(len(session.ids) for session in self._by_id.values())
 
     def find_by_key(self, key: str, owner: str = "") -> Session | None:
-        """The session that `owner` opened with `key`, if it is still in the store."""
-        return self._by_key.get((owner, key))
+        """The session that `owner` opened with `key`, if it is still in the store and not closed."""
+        session = self._by_key.get((owner, key))
+        return session if session and not session.closed else None
 
     def owned_by(self, owner: str) -> list[Session]:
         """The sessions of `owner`, least recently used first."""

@@ -38,7 +38,7 @@ class RoundSubmitter:
         self._sessions.add(opening.key, session)
         self._submit(session, reply, account, len(opening.prompt))
         account.charge(0, len(opening.prompt))
-        self._metrics.count_prompt(len(opening.prompt))
+        self._metrics.prompt_tokens.inc(len(opening.prompt))
         return session
 
     def submit_round(self, principal: Principal, session: Session, request: RoundRequest) -> RoundReply:

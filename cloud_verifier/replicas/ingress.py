@@ -44,8 +44,6 @@ SESSIONS_PATH = "/v1/sessions"
 MARK_CHARACTERS = len(session_id_prefix(""))
 # Attempts for a request that may be repeated, if replicas die while they handle it.
 MAX_ATTEMPTS = 3
-# Retry-After while no replica is running.
-RETRY_SECONDS = 1
 # Timeout of a call to all replicas.
 BROADCAST_SECONDS = 10.0
 # The keys of an ASGI scope that a replica needs and that can be pickled.
@@ -229,9 +227,7 @@ class Ingress:
     def _require_handle(self) -> DeploymentHandle[Any]:
         """Raises VerifierRefused (`starting`) while no replica is running."""
         if self._replicas.handle is None or not self.loaded:
-            raise VerifierRefused(
-                ErrorCode.STARTING, "no replica is running yet; try again shortly", retry_after=RETRY_SECONDS
-            )
+            raise VerifierRefused(ErrorCode.STARTING, "no replica is running yet; try again shortly")
         return self._replicas.handle
 
     @contextlib.asynccontextmanager
@@ -286,6 +282,4 @@ def _replica_died_error(is_round: bool) -> VerifierRefused:
         return VerifierRefused(
             ErrorCode.SESSION_LOST, "the replica of this session has died; open a new one with all ids so far"
         )
-    return VerifierRefused(
-        ErrorCode.STARTING, "replicas die repeatedly with this request; try again shortly", retry_after=RETRY_SECONDS
-    )
+    return VerifierRefused(ErrorCode.STARTING, "replicas die repeatedly with this request; try again shortly")
