@@ -117,9 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--title", default="", help="display name (default: the board's model)")
     calibrate.add_argument(
-        "--like",
-        metavar="PROFILE",
-        help="copy power, radios and sensors that cannot be measured from this profile",
+        "--like", metavar="PROFILE", help="copy power, radios and sensors that cannot be measured from this profile"
     )
     calibrate.add_argument("--seconds", type=float, default=60.0, help="duration, at most 150 (default: %(default)g)")
     calibrate.add_argument("--force", action="store_true", help="replace existing files")
@@ -138,14 +136,14 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from device_profiles.comparison import DraftCost, description
+    from device_profiles.comparison import DraftCost, describe_profile
 
     profile, draft = find_profile(options.profile), _draft(options)
     cost = DraftCost.estimate(profile, draft, options.context) if draft else None
     if options.json:
         _print_json(msgspec.to_builtins(profile) | ({"cost": msgspec.to_builtins(cost)} if cost else {}))
         return 0
-    print("\n".join(description(profile)))
+    print("\n".join(describe_profile(profile)))
     if cost and draft:
         print(f"\ncost of {draft.name}, {draft.weight_bytes} bytes")
         for name, value in msgspec.to_builtins(cost).items():
@@ -154,7 +152,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from device_profiles.comparison import DraftCost, comparison
+    from device_profiles.comparison import DraftCost, comparison_table
 
     profiles, draft = [find_profile(name) for name in options.profiles], _draft(options)
     if options.json:
@@ -164,7 +162,7 @@ def _compare(options: argparse.Namespace) -> int:
         ]
         _print_json([msgspec.to_builtins(profile) | cost for profile, cost in zip(profiles, costs, strict=True)])
         return 0
-    _console().print(comparison(profiles, draft, options.context))
+    _console().print(comparison_table(profiles, draft, options.context))
     return 0
 
 
@@ -189,9 +187,9 @@ def _validate(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     from device_profiles.calibrate import output
     from device_profiles.calibrate.calibration import CalibrationConfig, calibrate
-    from device_profiles.calibrate.machine import cores, load
+    from device_profiles.calibrate.machine import count_cores, load_average
     from device_profiles.calibrate.wattmeter import Wattmeter
-    from device_profiles.comparison import description
+    from device_profiles.comparison import describe_profile
 
     name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
     path: Path = options.output or Path(f"{name}.toml")
@@ -203,8 +201,11 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ProfileError(f"--seconds {options.seconds:g} is outside {MIN_SECONDS:g} to {MAX_SECONDS:g}")
     output.check_writable(path, options.force)
     like = find_profile(options.like) if options.like else None
-    if load() > MAX_LOAD * cores():
-        print(f"device-profile: other programs are running (load {load():.2g}); figures may be low", file=sys.stderr)
+    if load_average() > MAX_LOAD * count_cores():
+        print(
+            f"device-profile: other programs are running (load {load_average():.2g}); figures may be low",
+            file=sys.stderr,
+        )
     meter = Wattmeter()
     config = CalibrationConfig(
         bundle=options.bundle,
@@ -222,7 +223,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(msgspec.to_builtins(profile))
     else:
-        print("\n".join(description(profile)))
+        print("\n".join(describe_profile(profile)))
         print(f"\nwrote {path} and {path.with_suffix('.svg')}")
     return 0
 

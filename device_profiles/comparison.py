@@ -62,7 +62,7 @@ class DraftCost(msgspec.Struct, frozen=True):
     @classmethod
     def estimate(cls, profile: BoardProfile, draft: DraftSize, context: int) -> DraftCost:
         entry = profile.find_measurement(draft.weight_bytes, context)
-        seconds = profile.draft_seconds(draft.weight_bytes, context, cache_bytes=draft.cache_bytes)
+        seconds = profile.draft_seconds(draft.weight_bytes, context, draft.cache_bytes)
         prompt = max(1, context)
         return cls(
             context=context,
@@ -70,12 +70,12 @@ class DraftCost(msgspec.Struct, frozen=True):
             tokens_per_second=1 / seconds,
             prefill_tokens_per_second=prompt / profile.prefill_seconds(draft.weight_bytes, prompt),
             basis="modelled" if entry is None else "measured",
-            joules_per_token=profile.draft_joules(draft.weight_bytes, context, cache_bytes=draft.cache_bytes),
+            joules_per_token=profile.draft_joules(draft.weight_bytes, context, draft.cache_bytes),
             joules_basis="modelled" if entry is None or entry.watts is None else "measured",
         )
 
 
-def comparison(profiles: Sequence[BoardProfile], draft: DraftSize | None, context: int) -> Table:
+def comparison_table(profiles: Sequence[BoardProfile], draft: DraftSize | None, context: int) -> Table:
     """Table of the profiles side by side, each figure with its origin."""
     table = Table("", *(profile.name for profile in profiles), title_justify="left", title=_title(draft, context))
     for label, figure in _figures():
@@ -90,7 +90,7 @@ def comparison(profiles: Sequence[BoardProfile], draft: DraftSize | None, contex
     return table
 
 
-def description(profile: BoardProfile) -> Iterator[str]:
+def describe_profile(profile: BoardProfile) -> Iterator[str]:
     """The profile as lines of text: every figure, with the sources of each section."""
     yield f"{profile.name}: {profile.title} ({profile.origin})"
     facts = msgspec.to_builtins(profile)

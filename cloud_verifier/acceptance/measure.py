@@ -90,7 +90,7 @@ def propose_tokens(
     if lookup:
         lookup.append(passage.ids[: passage.start])
     for position in passage.positions:
-        yield context.propose(passage.ids[:position], 1, passage.sampling, siblings=siblings)
+        yield context.propose_next(passage.ids[:position], passage.sampling, siblings)
         if lookup:
             lookup.append([passage.ids[position]], version)
     if lookup:

@@ -92,15 +92,15 @@ def calibrate(config: CalibrationConfig, watts: Watts, tick: Tick) -> BoardProfi
     """
     started = time.monotonic()
     until = started + config.seconds
-    load = machine.load()
+    load = machine.load_average()
     tick("reading the bundle")
     bundle = read_bundle(config.bundle)
     link = asyncio.run(_link(config.verifier, LINK_SHARE * config.seconds, tick)) if config.verifier else None
     power_seconds = 0.0 if watts() is None else POWER_SHARE * config.seconds
     idle = _median_watts(partial(_idle, power_seconds, tick), watts)
-    one, memory = (_memory(threads, MEMORY_SHARE * config.seconds, tick) for threads in (1, machine.cores()))
+    one, memory = (_memory(threads, MEMORY_SHARE * config.seconds, tick) for threads in (1, machine.count_cores()))
     speeds: list[MeasuredDraft] = []
-    counts = thread_counts(machine.cores())
+    counts = thread_counts(machine.count_cores())
     for number, threads in enumerate(counts):
         share = (until - power_seconds - time.monotonic()) / (len(counts) - number)
         speeds.append(_draft_speed(bundle, threads, share, watts, tick))
@@ -109,7 +109,7 @@ def calibrate(config: CalibrationConfig, watts: Watts, tick: Tick) -> BoardProfi
     like = config.like
     profile = BoardProfile(
         name=config.name,
-        title=config.title or machine.model(),
+        title=config.title or machine.read_board_model(),
         origin="measured",
         processor=_processor(speeds, memory, date),
         draft=speeds,
@@ -270,8 +270,8 @@ def _processor(speeds: list[MeasuredDraft], memory: float, date: datetime.date) 
             f"{fastest.bundle} by its time per token in a short text, {draft_rate / 1e9:.3g} GB/s",
             f"prefill: {prefill:.4g} tokens/s times the weights of {fastest.bundle}, {fastest.weight_bytes} bytes",
         ],
-        model=machine.model(),
-        cores=machine.cores(),
+        model=machine.read_board_model(),
+        cores=machine.count_cores(),
         weight_bytes_per_second=_round4(min(memory, draft_rate)),
         prefill_bytes_per_second=_round4(prefill * fastest.weight_bytes),
     )

@@ -38,7 +38,7 @@ class ChartLine(msgspec.Struct, frozen=True):
     """
 
     name: str
-    points: list[tuple[float, float]]
+    points: Sequence[tuple[float, float]]
     modelled: bool = False
 
 

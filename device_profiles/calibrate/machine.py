@@ -21,12 +21,12 @@ Block = npt.NDArray[np.float64]
 READ_KERNELS: tuple[Callable[[Block], object], ...] = (np.sum, np.max, lambda block: np.max(block.view(np.uint64)))
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Number of physical CPU cores."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
-def model(root: Path = Path("/")) -> str:
+def read_board_model(root: Path = Path("/")) -> str:
     """The board's name from the device tree, else the processor's name, else the architecture."""
     board = _text(root / "proc/device-tree/model").rstrip("\0")
     processor = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
@@ -38,7 +38,7 @@ def governor(root: Path = Path("/")) -> str:
     return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip()
 
 
-def load() -> float:
+def load_average() -> float:
     """One-minute load average."""
     return psutil.getloadavg()[0]
 
@@ -69,9 +69,9 @@ def busy(seconds: float, tick: Callable[[], None]) -> None:
     """Keep all cores busy for about `seconds`."""
     matrix = np.ones((384, 384), np.float32)
     until = time.monotonic() + seconds
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         while time.monotonic() < until:
-            list(pool.map(lambda _: matrix @ matrix, range(8 * cores())))
+            list(pool.map(lambda _: matrix @ matrix, range(8 * count_cores())))
             tick()
 
 

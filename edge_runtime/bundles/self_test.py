@@ -83,6 +83,7 @@ def check_draft(path: Path) -> SelfTestReport:
     """
     # Imported here, because callers of `run_self_test` do not need onnxruntime.
     from edge_runtime.draft import DraftContext, OnnxDraft, Proposal
+    from edge_runtime.planning.plan import Plan
     from edge_runtime.protocol.bundle import hash_vocabulary
     from edge_runtime.protocol.sampling import Sampling
 
@@ -97,7 +98,7 @@ def check_draft(path: Path) -> SelfTestReport:
     used = draft.new_context()
 
     def draft_tokens(context: DraftContext, ids: list[int], temperature: float = 0.0) -> Proposal:
-        return context.propose(ids, DRAFT_TOKENS, Sampling(temperature), siblings=1)
+        return context.propose(ids, DRAFT_TOKENS, Sampling(temperature), Plan(1, siblings=1, sibling_confidence=1.0))
 
     step_started = time.perf_counter()
     first = draft_tokens(used, ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import datetime
 import logging
@@ -133,13 +132,8 @@ async def run_probes(meter: ByteMeter) -> AsyncIterator[Callable[[], Surrounding
             return Surroundings(rtt_seconds=tcp.rtt_seconds if tcp else None)
         return prober.latest.surroundings(tcp)
 
-    task = asyncio.create_task(prober.run())
-    try:
+    async with background_task(prober.run()):
         yield surroundings
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 def _parse_fixed_plan(options: argparse.Namespace, settings: PlannerSettings) -> Plan | None:

@@ -104,7 +104,7 @@ def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str, s
 def _render_round(dashboard: DashboardState) -> Iterator[Text]:
     plan, round_ = dashboard.plan, dashboard.round
     if plan:
-        head = f"plan: {plan.draft} drafted + {plan.continuation} by the target"
+        head = f"plan: {plan.draft} drafted + {plan.own} by the target"
         yield Text.assemble((head, "bold"), f", {plan.reason}" if plan.reason else "")
     if round_:
         times = {"draft": round_.draft_seconds, "link": round_.link_seconds, "verifier": round_.verifier_seconds}

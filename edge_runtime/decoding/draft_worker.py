@@ -1,7 +1,7 @@
 """The draft model at work for one generation: a thread that drafts on demand, ahead of time, and in shadow.
 
-`DraftWorker` is the interface that the decoding loop uses. `ThreadedDraftWorker` runs a `DraftContext` off the event
-loop; `NullDraftWorker` drafts nothing and leaves every token to the target.
+`DraftWorker` is the interface that the decoding loop uses, and drafts nothing; `ThreadedDraftWorker` runs a
+`DraftContext` off the event loop.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from edge_runtime.decoding.round_rules import limit_ahead
 from edge_runtime.draft import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
 from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import UNRANKED, Plan, ShadowGuess
+from edge_runtime.planning.round_rules import limit_ahead
 from edge_runtime.protocol.errors import DraftError
 from edge_runtime.protocol.sampling import Sampling
 
@@ -39,21 +39,28 @@ class AheadDraft(msgspec.Struct, frozen=True):
     proposal: Proposal
 
 
-class DraftWorker(Protocol):
-    """Drafts for one generation. All methods are called on the event loop's thread."""
+class DraftWorker:
+    """Drafts for one generation. All methods are called on the event loop's thread.
 
-    @property
-    def ahead_cancelled(self) -> bool:
-        """Whether `cancel_ahead` was called since the last draft was requested."""
+    This base class has no draft model: it drafts nothing and leaves every token to the target.
+
+    Attributes:
+        ahead_cancelled: whether `cancel_ahead` was called since the last draft was requested.
+    """
+
+    ahead_cancelled = False
 
     def tokens_to_prefill(self, ids: list[int]) -> int:
         """Return how many of `ids` the draft model still has to prefill. Only while the worker is idle."""
+        return len(ids)
 
     def tokens_drafted_ahead(self, ids: list[int]) -> int:
         """Return how many tokens after `ids` are drafted already. Only while the worker is idle."""
+        return 0
 
     async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
         """Draft up to `count` tokens after `ids`; none if the draft's context is full. Raises DraftError."""
+        return EMPTY_PROPOSAL
 
     async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
         """Continue drafting after `ids` and `proposal`, until `cancel_ahead`. Raises DraftError.
@@ -64,12 +71,14 @@ class DraftWorker(Protocol):
         Returns:
             None if no token was drafted after the guess of the bonus token.
         """
+        return None
 
     def cancel_ahead(self) -> None:
         """End `draft_ahead` at the draft's next step."""
+        self.ahead_cancelled = True
 
     def start_shadow(self, ids: list[int], plan: Plan) -> None:
-        """Prefill `ids` while the target generates; predict its tokens as well if the plan says `watch`."""
+        """Prefill `ids` while the target generates; predict its tokens as well if the plan says `shadow`."""
 
     def shadow(self, ids: list[int], tokens: list[int]) -> None:
         """Predict `tokens`, which the target generated after `ids`, if `start_shadow` asked for it.
@@ -83,6 +92,7 @@ class DraftWorker(Protocol):
         Returns:
             The predictions of consecutive tokens so far, and the seconds that the draft worked on them.
         """
+        return [], 0.0
 
     async def wait_until_idle(self) -> None:
         """Wait for the step that `stop_shadow` may have left running."""
@@ -95,48 +105,6 @@ class DraftWorker(Protocol):
 
     def close(self) -> None:
         """End the thread at its next step, once the n-gram cache has the text."""
-
-
-class NullDraftWorker:
-    """A draft worker without a draft model."""
-
-    ahead_cancelled = False
-
-    def tokens_to_prefill(self, ids: list[int]) -> int:
-        return len(ids)
-
-    def tokens_drafted_ahead(self, ids: list[int]) -> int:
-        return 0
-
-    async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
-        return EMPTY_PROPOSAL
-
-    async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
-        return None
-
-    def cancel_ahead(self) -> None:
-        pass
-
-    def start_shadow(self, ids: list[int], plan: Plan) -> None:
-        pass
-
-    def shadow(self, ids: list[int], tokens: list[int]) -> None:
-        pass
-
-    def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
-        return [], 0.0
-
-    async def wait_until_idle(self) -> None:
-        pass
-
-    def precompute_noise(self, start: int, count: int) -> None:
-        pass
-
-    def append_verified(self, ids: list[int], version: str = "") -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class ShadowRun(msgspec.Struct):
@@ -157,19 +125,14 @@ class ShadowRun(msgspec.Struct):
     job: Future[None] | None = None
 
 
-class ThreadedDraftWorker:
+class ThreadedDraftWorker(DraftWorker):
     """Runs a `DraftContext` in a thread of its own, one job at a time; see `DraftWorker`."""
 
     def __init__(self, draft: OnnxDraft, sampling: Sampling, ngram_cache: NgramCache | None = None) -> None:
         self._context: DraftContext = draft.new_context(ngram_cache)
         self._sampling = sampling
         self._thread = ThreadPoolExecutor(1, "draft")
-        self._ahead_cancelled = False
         self._shadow: ShadowRun | None = None
-
-    @property
-    def ahead_cancelled(self) -> bool:
-        return self._ahead_cancelled
 
     def tokens_to_prefill(self, ids: list[int]) -> int:
         return self._context.tokens_to_prefill(ids)
@@ -178,13 +141,13 @@ class ThreadedDraftWorker:
         return self._context.tokens_drafted_ahead(ids)
 
     async def propose(self, ids: list[int], plan: Plan, count: int) -> Proposal:
-        self._ahead_cancelled = False
+        self.ahead_cancelled = False
         if count < 1 or len(ids) >= self._context.limit:
             return EMPTY_PROPOSAL
         return await self._run(lambda: self._propose(ids, plan, count))
 
     async def draft_ahead(self, ids: list[int], plan: Plan, proposal: Proposal, left: int) -> AheadDraft | None:
-        self._ahead_cancelled = False
+        self.ahead_cancelled = False
         text = ids + proposal.tokens
         if len(text) >= self._context.limit:
             return None
@@ -199,16 +162,13 @@ class ThreadedDraftWorker:
 
         return await self._run(draft)
 
-    def cancel_ahead(self) -> None:
-        self._ahead_cancelled = True
-
     def start_shadow(self, ids: list[int], plan: Plan) -> None:
         shadow = self._shadow = ShadowRun(plan)
         shadow.job = self._thread.submit(self._prefill, shadow, list(ids))
 
     def shadow(self, ids: list[int], tokens: list[int]) -> None:
         shadow = self._shadow
-        if shadow and shadow.plan.watch and not shadow.stopped:
+        if shadow and shadow.plan.shadow and not shadow.stopped:
             shadow.job = self._thread.submit(self._predict, shadow, list(ids), tokens)
 
     def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
@@ -260,7 +220,7 @@ class ThreadedDraftWorker:
                 return
             started = time.perf_counter()
             try:
-                guess = self._context.propose(text, 1, self._sampling, siblings=shadow.plan.siblings)
+                guess = self._context.propose_next(text, self._sampling, shadow.plan.siblings)
             except DraftError as error:
                 log.debug("shadow drafting ends: %s", error)
                 shadow.stopped = True
@@ -271,15 +231,7 @@ class ThreadedDraftWorker:
             shadow.guesses.append((guess.confidences[0], rank))
 
     def _propose(self, ids: list[int], plan: Plan, count: int, survival: float = 1.0) -> Proposal:
-        return self._context.propose(
-            ids,
-            count,
-            self._sampling,
-            siblings=plan.siblings,
-            sibling_confidence=plan.sibling_confidence,
-            min_confidence=plan.min_confidence,
-            min_survival=plan.min_survival,
-            calibration=plan.calibration,
-            survival=survival,
-            should_stop=lambda: self._ahead_cancelled,
-        )
+        def is_cancelled() -> bool:
+            return self.ahead_cancelled
+
+        return self._context.propose(ids, count, self._sampling, plan, survival=survival, should_stop=is_cancelled)

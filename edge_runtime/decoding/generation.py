@@ -7,8 +7,8 @@
             meanwhile the draft may work ahead, and the next round may be sent before this one is answered
 
 The text is a function of target version, prompt and sampling parameters alone. The draft, the plans and the link decide
-only how fast it arrives; nothing here may change a token. The limits of a round are in `round_rules`, which the
-simulator shares.
+only how fast it arrives; nothing here may change a token. The limits of a round are in
+`planning.round_rules`, which the simulator shares.
 """
 
 from __future__ import annotations
@@ -21,16 +21,8 @@ from contextlib import aclosing
 
 import msgspec
 
-from edge_runtime.decoding.draft_worker import DraftWorker, NullDraftWorker, ThreadedDraftWorker
+from edge_runtime.decoding.draft_worker import DraftWorker, ThreadedDraftWorker
 from edge_runtime.decoding.offline import OfflineDraft, make_loss_detector, poll_link_loss
-from edge_runtime.decoding.round_rules import (
-    InFlightWork,
-    PendingRound,
-    limit_continuation,
-    limit_draft,
-    limit_early_draft,
-    work_in_flight,
-)
 from edge_runtime.decoding.statistics import GenerationStatistics
 from edge_runtime.draft import OnnxDraft, Proposal
 from edge_runtime.ngram_cache import NgramCache
@@ -45,6 +37,7 @@ from edge_runtime.planning.plan import (
     ShadowGuess,
     Surroundings,
 )
+from edge_runtime.planning.round_rules import limit_continuation, limit_draft, limit_early_draft
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling, validate_prompt
@@ -71,19 +64,21 @@ class VerifiedTokens(msgspec.Struct, frozen=True):
     unverified: list[int] = []
 
 
-class ProposedRound(PendingRound):
+class ProposedRound(msgspec.Struct):
     """A round whose tokens have been drafted.
 
     Attributes:
         proposal: the draft.
+        outcome: what is known of the outcome before the reply.
+        sent: clock time in seconds when the request was sent; for an early round when the previous one was answered.
         request: the request, if it was sent before the previous round was answered.
-        position, expected_token: the length of the text and its last token for which such a request is valid; the
-            verifier checks the same.
+        expected_token: last token of the text for which such a request is valid; the verifier checks the same.
     """
 
     proposal: Proposal
+    outcome: Outcome
+    sent: float
     request: EarlyRound | None = None
-    position: int = 0
     expected_token: int = -1
 
 
@@ -136,14 +131,12 @@ class Generation:
         self._temperature = sampling.temperature
         self._surroundings = surroundings or (lambda: Surroundings(client.meter.rtt_seconds))
         self._client = client
-        self._planner: Planner
-        self._worker: DraftWorker
         if draft:
             self._planner = planner or FixedPlanner(FIXED_PLAN)
-            self._worker = ThreadedDraftWorker(draft, sampling, ngram_cache)
+            self._worker: DraftWorker = ThreadedDraftWorker(draft, sampling, ngram_cache)
         else:
-            self._planner = FixedPlanner(Plan(0, own=max_new_tokens, reason="there is no draft"))
-            self._worker = NullDraftWorker()
+            self._planner = FixedPlanner(Plan(0, continuation=max_new_tokens, reason="there is no draft"))
+            self._worker = DraftWorker()
         self._drafts_offline = draft is not None and on_link_loss == "draft"
         special = draft.manifest.vocabulary.special_ids.values() if draft and not sampling.ignore_eos else ()
         self._offline = OfflineDraft(self._worker, frozenset(special))
@@ -198,7 +191,7 @@ class Generation:
         """Plan and draft the next round, or take the one that was sent early if the text came out as it assumed."""
         early, self._next = self._next, None
         if early and early.request:
-            if (early.position, early.expected_token) == (len(self.ids), self.ids[-1]):
+            if (early.outcome.conditions.position, early.expected_token) == (len(self.ids), self.ids[-1]):
                 early.sent = time.perf_counter()
                 return early
             early.request.drop()
@@ -207,22 +200,21 @@ class Generation:
         plan = self._offline.plan if self._offline.tail else self._plan(conditions)
         started = time.perf_counter()
         proposal = await self._worker.propose(self.ids, plan, limit_draft(plan, self._left))
-        return _make_round(plan, conditions, proposal, time.perf_counter() - started)
+        return _make_round(plan, conditions, proposal, draft_seconds=time.perf_counter() - started)
 
     async def _run_round(self, round: ProposedRound) -> AsyncIterator[VerifiedTokens]:
         """Have one round verified; yield its tokens and let the planner learn from the outcome."""
-        plan, proposal = round.plan, round.proposal
+        plan, proposal = round.outcome.plan, round.proposal
         attempts = self._count_attempts()
         accepted = own = sibling = 0
         first_seconds = ahead_seconds = 0.0
-        n = limit_continuation(plan, self._left, round.drafted)
+        n = limit_continuation(plan, self._left, len(proposal.tokens))
         ahead: asyncio.Future[float] | None = None
-        work = work_in_flight(plan)
-        if work is InFlightWork.SHADOW:
+        if plan.shadows_stream:
             self._worker.start_shadow(self.ids, plan)
-        elif work is InFlightWork.AHEAD:
+        elif plan.drafts_ahead:
             ahead = asyncio.ensure_future(self._draft_ahead(plan, proposal))
-        if round.drafted and not ahead:
+        if proposal.tokens and not ahead:
             # The next round starts at least one token later; if all tokens are accepted, its draft ends 2K + 1 later.
             self._worker.precompute_noise(len(self.ids) + 1, 2 * plan.draft + 1)
         try:
@@ -257,25 +249,28 @@ class Generation:
         if not plan.draft:
             watched, ahead_seconds = self._worker.stop_shadow()
         exchange_seconds = time.perf_counter() - round.sent
-        sent_bytes, received_bytes = self._count_bytes()
+        sent, received = self._count_bytes()
         frame = update.frame
-        outcome = round.to_outcome(
+        outcome = msgspec.structs.replace(
+            round.outcome,
             accepted=accepted,
-            own=own,
+            own_tokens=own,
             sibling=sibling,
             first_seconds=first_seconds,
             exchange_seconds=exchange_seconds,
             queue_seconds=frame.queue_100us / 1e4,
             forward_seconds=frame.forward_100us / 1e4,
             prefill_seconds=frame.prefill_100us / 1e4,
-            further=frame.further,
+            further_forwards=frame.further,
             ahead_seconds=ahead_seconds,
-            watched=watched,
-            sent_bytes=sent_bytes,
-            received_bytes=received_bytes,
+            shadow_guesses=watched,
+            sent=sent,
+            received=received,
             repeated=self._count_attempts() > attempts,
         )
-        self._learn(outcome, frame.close_calls)
+        self.statistics.add_round(outcome)
+        self.statistics.close_calls += frame.close_calls
+        self._planner.observe(outcome)
         self.finish = self.finish or self._session.finish
 
     async def _verify(self, round: ProposedRound, n: int) -> AsyncGenerator[RoundUpdate | None, None]:
@@ -317,17 +312,16 @@ class Generation:
         count = limit_early_draft(next_plan, left - 1, len(ahead.proposal.tokens))
         if not count:
             return seconds
-        early = _make_round(next_plan, conditions, ahead.proposal.truncate(count), 0.0)
+        early = _make_round(next_plan, conditions, ahead.proposal.truncate(count), early=True)
         early.request = self._session.send_early_round(assumed, early.proposal.tokens, early.proposal.siblings)
         if early.request:
-            early.early = True
-            early.position, early.expected_token = len(text) + len(assumed), ahead.bonus_token
+            early.expected_token = ahead.bonus_token
             self._next = early
         return seconds
 
     def _plan(self, conditions: Conditions) -> Plan:
         plan = self._planner.plan(conditions)
-        log.debug("position %d: K=%d n=%d, %s", conditions.position, plan.draft, plan.own, plan.reason)
+        log.debug("position %d: K=%d n=%d, %s", conditions.position, plan.draft, plan.continuation, plan.reason)
         return plan
 
     def _conditions(self, text: list[int], left: int) -> Conditions:
@@ -360,11 +354,6 @@ class Generation:
             self.statistics.withdrawn = self._offline.withdrawn
         return VerifiedTokens(accepted, own, list(self.unverified))
 
-    def _learn(self, outcome: Outcome, close_calls: list[tuple[int, float]]) -> None:
-        self.statistics.add_round(outcome)
-        self.statistics.close_calls += close_calls
-        self._planner.observe(outcome)
-
     def _count_attempts(self) -> int:
         """Connections and retries so far, those of other generations that share the client included."""
         return self._client.retries + self._client.meter.opened
@@ -377,17 +366,19 @@ class Generation:
         return sent, received
 
 
-def _make_round(plan: Plan, conditions: Conditions, proposal: Proposal, draft_seconds: float) -> ProposedRound:
+def _make_round(
+    plan: Plan, conditions: Conditions, proposal: Proposal, *, draft_seconds: float = 0.0, early: bool = False
+) -> ProposedRound:
     """Build the round that is to be sent now, its siblings reduced to what one verification takes."""
     # One node of the verified tree is the last known token.
     proposal = proposal.limit_nodes(messages.MAX_TREE_NODES - 1)
-    return ProposedRound(
-        plan=plan,
-        conditions=conditions,
+    outcome = Outcome(
+        plan,
+        conditions,
         confidences=proposal.confidences,
         offered=[len(proposal.siblings.get(index, ())) for index in range(len(proposal.tokens))],
-        drafted_ahead=proposal.drafted_ahead,
+        ready=proposal.drafted_ahead,
         draft_seconds=draft_seconds,
-        sent=time.perf_counter(),
-        proposal=proposal,
+        early=early,
     )
+    return ProposedRound(proposal, outcome, time.perf_counter())

@@ -1,36 +1,11 @@
-"""Counters of rounds and generations: acceptance, bytes, and where the time went."""
+"""Counters of a generation: acceptance, bytes, and where the time went."""
 
 from __future__ import annotations
 
 import msgspec
 
 from edge_runtime.planning.plan import Outcome
-
-
-class RoundTotals(msgspec.Struct):
-    """Counters that real and simulated generations share.
-
-    Attributes:
-        rounds: answered requests.
-        drafted: draft tokens that were sent for verification.
-        accepted: draft tokens that the target accepted.
-        sibling_hits: rounds in which a sibling of the first rejected draft token was accepted.
-        early_rounds: rounds that were sent before the previous one was answered, and remained valid.
-    """
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    sibling_hits: int = 0
-    early_rounds: int = 0
-
-    def add_round(self, outcome: Outcome) -> None:
-        """Count one round."""
-        self.rounds += 1
-        self.drafted += outcome.drafted
-        self.accepted += outcome.accepted
-        self.sibling_hits += outcome.sibling > 0
-        self.early_rounds += outcome.early
+from edge_runtime.planning.round_rules import RoundTotals
 
 
 class GenerationStatistics(RoundTotals):

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS, Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.sampler import DraftSampler
 from edge_runtime.ngram_cache import NgramCache, NgramLookup
-from edge_runtime.planning.plan import apply_stop_rule
+from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError
 from edge_runtime.protocol.sampling import Sampling, hash_counters
@@ -76,6 +76,8 @@ class Proposal(msgspec.Struct, frozen=True):
 
 
 EMPTY_PROPOSAL = Proposal([], {}, [])
+# No siblings, and drafting never stops early.
+PLAIN_PLAN = Plan(1)
 # `OnnxDraft.measure_speed` prefills this many tokens at once, then decodes this many one by one. Chosen: milliseconds
 # to tenths of a second in total.
 MEASURED_PREFILL_TOKENS = 32
@@ -251,12 +253,8 @@ class DraftContext:
         ids: list[int],
         count: int,
         sampling: Sampling,
+        plan: Plan = PLAIN_PLAN,
         *,
-        siblings: int = 0,
-        sibling_confidence: float = 1.0,
-        min_confidence: float = 0.0,
-        min_survival: float = 0.0,
-        calibration: tuple[float, ...] = (),
         survival: float = 1.0,
         should_stop: Callable[[], bool] = bool,
     ) -> Proposal:
@@ -265,10 +263,7 @@ class DraftContext:
         Args:
             ids: the text, at least one token; see `sync_to`.
             sampling: the target's sampling parameters: the draft draws with the same noise.
-            siblings: number of alternatives to a draft token.
-            sibling_confidence: add siblings only to tokens of at most this probability.
-            min_confidence: stop after a token whose probability is below this.
-            min_survival, calibration: see `Plan`.
+            plan: gives siblings and stop rule.
             survival: probability that `ids` itself is accepted, if it ends in draft tokens.
             should_stop: called before every step of the draft; True ends the proposal there.
 
@@ -292,22 +287,20 @@ class DraftContext:
             elif should_stop():
                 break
             else:
-                self._drafted.append(self._draft_token(position, tokens, sampling, siblings))
+                self._drafted.append(self._draft_token(position, tokens, sampling, plan.siblings))
             drafted = self._drafted[index]
             tokens.append(drafted.token)
             confidences.append(drafted.confidence)
-            if siblings and drafted.siblings and drafted.confidence <= sibling_confidence:
-                sibling_ids[index] = drafted.siblings[:siblings]
-            survival, stop = apply_stop_rule(
-                survival,
-                drafted.confidence,
-                min_confidence=min_confidence,
-                min_survival=min_survival,
-                calibration=calibration,
-            )
+            if plan.siblings and drafted.siblings and drafted.confidence <= plan.sibling_confidence:
+                sibling_ids[index] = drafted.siblings[: plan.siblings]
+            survival, stop = apply_stop_rule(plan, survival, drafted.confidence)
             if stop:
                 break
         return Proposal(tokens, sibling_ids, confidences, drafted_ahead, survival)
+
+    def propose_next(self, ids: list[int], sampling: Sampling, siblings: int = 0) -> Proposal:
+        """Draft the token after `ids` with `siblings` alternatives, however sure of it the draft is; see `propose`."""
+        return self.propose(ids, 1, sampling, Plan(1, siblings=siblings, sibling_confidence=1.0))
 
     def precompute_noise(self, start: int, count: int, sampling: Sampling) -> None:
         """Compute the noise for `count` positions from `start` on; it does not depend on the text."""

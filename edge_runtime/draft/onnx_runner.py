@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,23 +26,39 @@ INITIAL_CAPACITY_TOKENS = 256
 Logits = npt.NDArray[np.float32]
 
 
-class OnnxRunner(Protocol):
-    """The KV cache of one text, on a session that all texts share."""
+class OnnxRunner(ABC):
+    """The KV cache of one text, on a session that all texts share.
 
-    length: int
+    Attributes:
+        length: tokens in the cache.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.length = 0
+        self._session = session
+        self._input_names = [node.name for node in session.get_inputs()]
+        self._past_names = [name for name in self._input_names if name.startswith("past_key_values.")]
 
     def append(self, ids: list[int]) -> Logits:
         """Run the graph on `ids` (at least one). Returns the last logits, (n,), valid until the next call."""
+        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
+            chunk = ids[start : start + PREFILL_CHUNK_TOKENS]
+            logits = self._step(chunk)
+            self.length += len(chunk)
+        return logits
 
+    @abstractmethod
     def truncate(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
+
+    @abstractmethod
+    def _step(self, ids: list[int]) -> Logits:
+        """Run the graph once on `ids`."""
 
 
 def make_runner(session: ort.InferenceSession, architecture: Architecture) -> OnnxRunner:
     """Create a runner with an empty KV cache on `session`."""
-    if detect_graph_kind(session) == "fused":
-        return FusedRunner(session, architecture)
-    return ConcatRunner(session, architecture)
+    return (FusedRunner if detect_graph_kind(session) == "fused" else ConcatRunner)(session, architecture)
 
 
 def detect_graph_kind(session: ort.InferenceSession) -> str:
@@ -62,42 +79,35 @@ def logits_width(session: ort.InferenceSession) -> int | None:
     return width if isinstance(width, int) else None
 
 
-class FusedRunner:
+class FusedRunner(OnnxRunner):
     """One preallocated buffer per key and value, (1, kv_heads, capacity, head_dim), bound as past and as present."""
 
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
-        self.length = 0
-        self._session = session
+        super().__init__(session)
         self._architecture = architecture
         self._binding = session.io_binding()
-        self._past_names = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self._buffers: list[npt.NDArray[np.float32]] = []
         self._mask = np.empty((1, 0), np.int64)
         # One row: the graph computes the head for the last position only.
         width = logits_width(session) or architecture.vocabulary_size
         self._logits = np.empty((1, 1, width), np.float32)
-        self._bind_output("logits", self._logits)
+        self._bind(self._binding.bind_output, "logits", self._logits)
         self._grow(min(INITIAL_CAPACITY_TOKENS, architecture.context))
-
-    def append(self, ids: list[int]) -> Logits:
-        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
-            self._step(ids[start : start + PREFILL_CHUNK_TOKENS])
-        row: Logits = self._logits[0, 0]
-        return row
 
     def truncate(self, length: int) -> None:
         self.length = length
 
-    def _step(self, ids: list[int]) -> None:
+    def _step(self, ids: list[int]) -> Logits:
         total = self.length + len(ids)
         if total > self._mask.shape[1]:
             self._grow(min(max(total, 2 * self._mask.shape[1]), self._architecture.context))
         tokens = np.array([ids], np.int64)
-        self._bind_input("input_ids", tokens)
+        self._bind(self._binding.bind_input, "input_ids", tokens)
         # The graph takes the text's length from the length of the mask; the mask itself is all ones.
-        self._bind_input("attention_mask", self._mask[:, :total])
+        self._bind(self._binding.bind_input, "attention_mask", self._mask[:, :total])
         self._session.run_with_iobinding(self._binding)
-        self.length = total
+        row: Logits = self._logits[0, 0]
+        return row
 
     def _grow(self, capacity: int) -> None:
         shape = (1, self._architecture.kv_heads, capacity, self._architecture.head_dim)
@@ -109,47 +119,24 @@ class FusedRunner:
                 self._buffers[index] = buffer
             else:
                 self._buffers.append(buffer)
-            self._bind_input(name, buffer)
-            self._bind_output(name.replace("past_key_values", "present"), buffer)
+            self._bind(self._binding.bind_input, name, buffer)
+            self._bind(self._binding.bind_output, name.replace("past_key_values", "present"), buffer)
 
-    def _bind_input(self, name: str, array: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> None:
-        self._binding.bind_input(
-            name=name,
-            device_type="cpu",
-            device_id=0,
-            element_type=array.dtype.type,
-            shape=array.shape,
-            buffer_ptr=array.ctypes.data,
-        )
-
-    def _bind_output(self, name: str, array: npt.NDArray[np.float32]) -> None:
-        self._binding.bind_output(
-            name=name,
-            device_type="cpu",
-            device_id=0,
-            element_type=array.dtype.type,
-            shape=array.shape,
-            buffer_ptr=array.ctypes.data,
-        )
+    def _bind(
+        self, bind: Callable[..., None], name: str, array: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    ) -> None:
+        """Bind `array` with `bind`, the binding's `bind_input` or `bind_output`."""
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-class ConcatRunner:
+class ConcatRunner(OnnxRunner):
     """The KV cache as the arrays that the last step returned."""
 
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
-        self.length = 0
-        self._session = session
-        names = [node.name for node in session.get_inputs()]
-        self._past_names = [name for name in names if name.startswith("past_key_values.")]
-        self._takes_positions = "position_ids" in names
+        super().__init__(session)
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._past_names)]
         empty = np.empty((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
         self._past = [empty] * len(self._past_names)
-
-    def append(self, ids: list[int]) -> Logits:
-        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
-            logits = self._step(ids[start : start + PREFILL_CHUNK_TOKENS])
-        return logits
 
     def truncate(self, length: int) -> None:
         self._past = [past[:, :, :length] for past in self._past]
@@ -160,9 +147,8 @@ class ConcatRunner:
         feeds = dict(zip(self._past_names, self._past, strict=True))
         feeds["input_ids"] = np.array([ids], np.int64)
         feeds["attention_mask"] = np.ones((1, total), np.int64)
-        if self._takes_positions:
+        if "position_ids" in self._input_names:
             feeds["position_ids"] = np.arange(self.length, total, dtype=np.int64)[None]
         logits, *self._past = self._session.run(self._outputs, feeds)
-        self.length = total
         row: Logits = logits[0, -1]
         return row

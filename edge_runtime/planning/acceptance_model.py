@@ -1,7 +1,7 @@
 """Online model of draft acceptance: confidence distribution, calibration and sibling hit rates of the draft model.
 
 Every judged token (all accepted ones and the first rejected one) is evidence, whatever length was drafted: the planner
-learns from full information and needs no exploration for this. Shadow guesses (see `Plan.watch`) count likewise.
+learns from full information and needs no exploration for this. Shadow guesses (see `Plan.shadow`) count likewise.
 Evidence is kept per target version and temperature class and per stage of a text (`acceptance_table`), and decays
 exponentially. What all texts have taught is the prior for the next text.
 
@@ -217,13 +217,6 @@ class AcceptanceModel:
         streak: consecutive correct guesses before the text's next token.
     """
 
-    streak: int
-    _end: int
-    _done: int
-    _curves: AcceptanceCurves
-    _last_stage_share: float
-    _tables: dict[int, AcceptanceTable]
-
     def __init__(self, temperature_class: int, evaluated: float | None = None) -> None:
         """Start from the prior.
 
@@ -242,6 +235,7 @@ class AcceptanceModel:
         self._prior_last_stage_share = LAST_STAGE_SHARES[temperature_class]
         self._evidence = _Evidence()
         self._refresh()
+        self.streak = 0
         self._begin_text(0)
 
     @property
@@ -268,14 +262,14 @@ class AcceptanceModel:
             evidence.add_siblings(outcome.offered[accepted], outcome.sibling)
         # Whether the draft would have guessed the target's own token is unknown; that does not end a streak.
         self.streak = streak + judged if judged and accepted == outcome.drafted else 0
-        for confidence, rank in outcome.watched:
+        for confidence, rank in outcome.shadow_guesses:
             evidence.add_judged(confidence, not rank, streak)
             if rank:
                 evidence.add_siblings(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
             streak = 0 if rank else streak + 1
-        if outcome.watched and len(outcome.watched) == outcome.own:
+        if outcome.shadow_guesses and len(outcome.shadow_guesses) == outcome.own_tokens:
             self.streak = streak
-        self._fresh += judged + len(outcome.watched)
+        self._fresh += judged + len(outcome.shadow_guesses)
         if self._fresh > REFRESH_TOKENS + REFRESH_SHARE * self.judged:
             self._refresh()
 
@@ -341,7 +335,8 @@ class AcceptanceModel:
         return table
 
     def _refresh(self) -> None:
-        self._curves, self._tables, self._fresh = self._evidence.posterior(self._prior), {}, 0
+        self._curves, self._fresh = self._evidence.posterior(self._prior), 0
+        self._tables: dict[int, AcceptanceTable] = {}
         self._last_stage_share = self._evidence.last_stage_share(self._prior_last_stage_share)
 
     def _begin_text(self, end: int) -> None:

@@ -27,7 +27,7 @@ from edge_runtime.planning.acceptance_model import AcceptanceModel, AcceptanceMo
 from edge_runtime.planning.acceptance_table import AcceptanceTable
 from edge_runtime.planning.cost_calibration import CostCalibration
 from edge_runtime.planning.cost_model import FRAME_BYTES, ID_BYTES, CostModel
-from edge_runtime.planning.counterfactual import RoundChoice, replay_rounds
+from edge_runtime.planning.counterfactual import replay_rounds
 from edge_runtime.planning.device_model import DeviceModel, heat_factor
 from edge_runtime.planning.energy_budget import EnergyBudget, EnergyQueue
 from edge_runtime.planning.estimators import MAX_X
@@ -176,7 +176,7 @@ class AnalyticPlanner:
         if log.isEnabledFor(logging.DEBUG):
             drafted, streamed = (1e3 * cost / comparison.left for cost in (comparison.drafted, comparison.streamed))
             log.debug(
-                f"K={plan.draft} n={plan.own}: {drafted:.1f} ms/token drafted, {streamed:.1f} streamed, "
+                f"K={plan.draft} n={plan.continuation}: {drafted:.1f} ms/token drafted, {streamed:.1f} streamed, "
                 f"{comparison.left} left, regret budget {self._regret.tokens:.0f} tokens: {plan.reason}"
             )
         return plan
@@ -188,7 +188,7 @@ class AnalyticPlanner:
         self._costs.observe(outcome, acceptance.tokens_per_forward(conditions.left))
         if self._queue:
             self._queue.observe(outcome, self._costs.round_joules(outcome))
-        if outcome.watched and self._prices is not None:
+        if outcome.shadow_guesses and self._prices is not None:
             self._observe_shadow(outcome, acceptance, self._prices)
         acceptance.observe(outcome)
         self._rounds_since_exploration += 1
@@ -261,10 +261,8 @@ class AnalyticPlanner:
             own_seconds = max(costs.own_token_seconds(tokens_per_forward), MIN_FORWARD_SECONDS)
         # A frame carries the tokens of a frame interval, at least one.
         traffic = FRAME_BYTES * unit.byte / max(1.0, STREAM_FRAME_SECONDS / own_seconds) + ID_BYTES * unit.byte
-        first, further = (
-            prices.exchange + prices.forward_seconds[0] * unit.forward,
-            own_seconds * unit.forward + traffic,
-        )
+        first = prices.exchange + prices.forward_seconds[0] * unit.forward
+        further = own_seconds * unit.forward + traffic
         # Most rounds will take place later, when the link may be back at its long-run mean.
         later = costs.link.forecast(now + 0.5 * left * min(predicted, own_seconds * unit.forward))
         calibration = self._calibration.factor(best.cost * best.tokens)
@@ -321,21 +319,21 @@ class AnalyticPlanner:
             )
             if outcome.drafted and not outcome.repeated:
                 self._calibration.observe(cost - comparison.prefill, comparison.round.cost * outcome.tokens)
-            elif not outcome.drafted and not outcome.watched:
+            elif not outcome.drafted and not outcome.shadow_guesses:
                 self._calibration.fade(outcome.tokens)
         self._pending.clear()
 
     def _observe_shadow(self, outcome: Outcome, acceptance: AcceptanceModel, prices: RoundPrices) -> None:
         """Learn what drafted rounds would have cost for streamed tokens."""
-        first_stage, last_stage = (
-            RoundChoice(self._best_round(table, prices), table)
-            for table in (acceptance.first_stage_table(), acceptance.last_stage_table())
-        )
         replayed = replay_rounds(
-            outcome.watched, streak=acceptance.streak, first_stage=first_stage, last_stage=last_stage, prices=prices
+            outcome.shadow_guesses,
+            streak=acceptance.streak,
+            first_stage=self._best_round(acceptance.first_stage_table(), prices),
+            last_stage=self._best_round(acceptance.last_stage_table(), prices),
+            prices=prices,
         )
         if replayed.tokens:
-            acceptance.add_last_stage(replayed.last_stage_tokens * len(outcome.watched) / replayed.tokens)
+            acceptance.add_last_stage(replayed.last_stage_tokens * len(outcome.shadow_guesses) / replayed.tokens)
             self._calibration.observe_counterfactual(replayed.tokens, replayed.cost, replayed.predicted_cost)
 
     def _best_round(self, table: AcceptanceTable, prices: RoundPrices) -> DraftedRound:
@@ -353,30 +351,38 @@ class AnalyticPlanner:
         costs = f"{1e3 * drafted / left:.0f} ms/token drafted, {1e3 * streamed / left:.0f} streamed"
         if not self._costs.forward.known:
             if left <= FIRST_ROUND_TOKENS or streamed < drafted:
-                return Plan(0, own=left, reason="streaming: drafting would not pay off with any verifier")
-            return Plan(0, own=FIRST_ROUND_TOKENS, reason="streaming: link and verifier have not been measured yet")
+                return Plan(0, continuation=left, reason="streaming: drafting would not pay off with any verifier")
+            return Plan(
+                0, continuation=FIRST_ROUND_TOKENS, reason="streaming: link and verifier have not been measured yet"
+            )
         if left < 2 or streamed <= drafted:
             if (
                 left > 2 * best.tokens
                 and self._regret.tokens > 0.0
                 and self._should_try_drafting(comparison, acceptance)
             ):
-                return self._drafting_plan(conditions, best, table, f"exploring drafting: {costs}")
+                return drafting_plan(conditions, best.plan, f"exploring drafting: {costs}")
             own = self._stream_length(comparison)
             watch = self._should_shadow(comparison, own)
-            return Plan(0, own=own, siblings=best.siblings, watch=watch, reason=f"streaming: {costs}")
+            return Plan(0, continuation=own, siblings=best.plan.siblings, shadow=watch, reason=f"streaming: {costs}")
         end = conditions.position + left
         first_trial = left > STREAMING_TRIAL_TOKENS and not conditions.ready and self._streaming_trial_end != end
         if first_trial and self._should_try_streaming(comparison):
             self._streaming_trial_end = end
             # Stream all of the rest if that costs less than the exchange that the return to drafting takes.
             own = left if streamed - drafted < comparison.first else STREAMING_TRIAL_TOKENS
-            return Plan(0, own=own, reason=f"exploring streaming: {costs}")
+            return Plan(0, continuation=own, reason=f"exploring streaming: {costs}")
         if comparison.prefill_stream:
-            return Plan(0, own=comparison.prefill_stream, ahead=1, reason=f"streaming during draft prefill: {costs}")
-        siblings = f" with {best.siblings} siblings where unsure" if best.siblings else ""
-        ahead = f", {best.ahead} ahead" if best.ahead else ""
-        return self._drafting_plan(conditions, best, table, f"drafting {best.length} tokens{siblings}{ahead}: {costs}")
+            return Plan(
+                0,
+                continuation=comparison.prefill_stream,
+                draft_ahead=1,
+                reason=f"streaming during draft prefill: {costs}",
+            )
+        plan = best.plan
+        siblings = f" with {plan.siblings} siblings where unsure" if plan.siblings else ""
+        ahead = f", {plan.draft_ahead} ahead" if plan.draft_ahead else ""
+        return drafting_plan(conditions, plan, f"drafting {plan.draft} tokens{siblings}{ahead}: {costs}")
 
     def _should_try_drafting(self, comparison: CostComparison, acceptance: AcceptanceModel) -> bool:
         """Return whether to draft some rounds although streaming seems cheaper."""
@@ -443,17 +449,10 @@ class AnalyticPlanner:
         self._exploration_seconds -= max(0.0, loss)
         return True
 
-    def _drafting_plan(self, conditions: Conditions, best: DraftedRound, table: AcceptanceTable, reason: str) -> Plan:
-        return Plan(
-            max(best.length, conditions.ready),
-            siblings=best.siblings,
-            sibling_confidence=best.sibling_confidence,
-            min_survival=best.min_survival,
-            calibration=table.calibration,
-            ahead=best.ahead,
-            in_flight=best.in_flight,
-            reason=reason,
-        )
+
+def drafting_plan(conditions: Conditions, plan: Plan, reason: str) -> Plan:
+    """Return `plan` with its reason, and with all tokens that are drafted already."""
+    return msgspec.structs.replace(plan, draft=max(plan.draft, conditions.ready), reason=reason)
 
 
 def _expected_improvement(excess: float, error: float) -> float:

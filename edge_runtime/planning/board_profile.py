@@ -227,18 +227,17 @@ class BoardProfile(ProfileTable, frozen=True):
         if len(set(keys)) < len(keys):
             raise ValueError("two [[draft]] tables have the same bundle and number of threads")
 
-    def find_measurement(self, weight_bytes: int, context: int, threads: int = 0) -> MeasuredDraft | None:
-        """Return the measurement of a draft that is fastest at `context`; None if it was not measured.
+    def find_measurement(self, weight_bytes: int, context: int) -> MeasuredDraft | None:
+        """Return the measurement, over numbers of threads, of a draft that is fastest at `context`; None without any.
 
         Args:
             weight_bytes: identifies the draft.
             context: length in tokens.
-            threads: number of threads of the measurement; 0 for any.
         """
-        entries = [e for e in self.draft if e.weight_bytes == weight_bytes and threads in (0, e.threads)]
+        entries = [entry for entry in self.draft if entry.weight_bytes == weight_bytes]
         return min(entries, key=lambda entry: entry.seconds(context), default=None)
 
-    def draft_seconds(self, weight_bytes: int, context: int = 0, *, cache_bytes: int = 0, threads: int = 0) -> float:
+    def draft_seconds(self, weight_bytes: int, context: int = 0, cache_bytes: int = 0) -> float:
         """Return the seconds per draft token after `context` tokens.
 
         Measured if this draft was (`MeasuredDraft.seconds`), else modeled: a step reads all weights and the KV cache
@@ -249,14 +248,13 @@ class BoardProfile(ProfileTable, frozen=True):
             weight_bytes: see the function of that name.
             context: length in tokens.
             cache_bytes: KV cache bytes of one token in all layers; used only by the model.
-            threads: CPU threads of a step; 0 for the fastest measured. The model does not depend on it.
         """
-        entry = self.find_measurement(weight_bytes, context, threads)
+        entry = self.find_measurement(weight_bytes, context)
         if entry is not None:
             return entry.seconds(context)
         return (weight_bytes + context * cache_bytes) / self.processor.weight_bytes_per_second
 
-    def prefill_seconds(self, weight_bytes: int, tokens: int, *, threads: int = 0) -> float:
+    def prefill_seconds(self, weight_bytes: int, tokens: int) -> float:
         """Return the seconds to prefill `tokens` prompt tokens.
 
         At the measured rate if this draft was measured, else tokens * weight_bytes / prefill_bytes_per_second
@@ -264,31 +262,25 @@ class BoardProfile(ProfileTable, frozen=True):
         """
         if not tokens:
             return 0.0
-        entry = self.find_measurement(weight_bytes, 0, threads)
+        entry = self.find_measurement(weight_bytes, 0)
         if entry is not None:
             return max(tokens / entry.prefill_tokens_per_second, entry.seconds(0))
         modeled = tokens * weight_bytes / self.processor.prefill_bytes_per_second
         return max(modeled, self.draft_seconds(weight_bytes))
 
-    def draft_joules(
-        self, weight_bytes: int, context: int = 0, *, cache_bytes: int = 0, threads: int = 0
-    ) -> float | None:
+    def draft_joules(self, weight_bytes: int, context: int = 0, cache_bytes: int = 0) -> float | None:
         """Return the joules per draft token above idle; None without [power].
 
         `draft_seconds` times the watts above idle: those measured while this draft ran, else busy_watts - idle_watts,
         which is the draw of all cores and therefore too high for a draft with few threads. Joules above idle are the
-        cost of drafting; the idle draw meanwhile costs `idle_joules` in any case.
+        cost of drafting; the idle draw meanwhile is spent in any case.
         """
         if self.power is None:
             return None
-        entry = self.find_measurement(weight_bytes, context, threads)
+        entry = self.find_measurement(weight_bytes, context)
         watts = entry.watts if entry is not None and entry.watts is not None else self.power.busy_watts
-        seconds = self.draft_seconds(weight_bytes, context, cache_bytes=cache_bytes, threads=threads)
+        seconds = self.draft_seconds(weight_bytes, context, cache_bytes)
         return seconds * max(0.0, watts - self.power.idle_watts)
-
-    def idle_joules(self, seconds: float) -> float | None:
-        """Return the joules of the idle board; None without [power]."""
-        return None if self.power is None else seconds * self.power.idle_watts
 
     def transfer_joules(self, radio: str, sent: int, received: int, seconds: float) -> float | None:
         """Return the joules above idle of an exchange over `radio`; None if the profile does not contain that radio.
@@ -305,11 +297,6 @@ class BoardProfile(ProfileTable, frozen=True):
             return None
         carried = sent * figures.joules_per_byte_sent + received * figures.joules_per_byte_received
         return carried + seconds * figures.active_watts
-
-    def tail_joules(self, radio: str, seconds: float) -> float | None:
-        """Return the joules above idle that `radio` draws in `seconds` of silence after an exchange; None as above."""
-        figures = self.radio.by_name(radio)
-        return None if figures is None else figures.tail_watts * min(seconds, figures.tail_seconds)
 
 
 class ProfileError(InputError):

@@ -109,7 +109,7 @@ class CostModel:
         forwards = outcome.accepted // max_yield + 1.0
         if outcome.accepted == outcome.drafted:
             forwards = (outcome.accepted + 1) / max_yield
-        return forwards * max(1.0, tokens_per_forward * self.yield_ratio.value) + outcome.own - 1
+        return forwards * max(1.0, tokens_per_forward * self.yield_ratio.value) + outcome.own_tokens - 1
 
     def link_quantile(self, share: float) -> float:
         """Return the link time that `share` of the last rounds did not exceed."""
@@ -127,8 +127,8 @@ class CostModel:
     def _observe_draft(self, outcome: Outcome) -> None:
         steps, seconds, conditions = outcome.drafted - outcome.ready, outcome.draft_seconds, outcome.conditions
         position = float(conditions.position)
-        if outcome.watched:
-            steps, seconds = len(outcome.watched), outcome.ahead_seconds
+        if outcome.shadow_guesses:
+            steps, seconds = len(outcome.shadow_guesses), outcome.ahead_seconds
             position += steps / 2
         if steps < 1 or seconds <= 0.0:
             return
@@ -141,8 +141,8 @@ class CostModel:
         nodes = _nodes(outcome)
         # A text may end before the planned number of tokens. A verifier that does not report its forwards is taken to
         # use one per token.
-        tokens = outcome.own - 1 if outcome.plan.own > 1 else 0
-        further = min(outcome.further or tokens, tokens)
+        tokens = outcome.own_tokens - 1 if outcome.plan.continuation > 1 else 0
+        further = min(outcome.further_forwards or tokens, tokens)
         changes = self.forward.changes
         if not further:
             self.forward.observe(nodes, outcome.forward_seconds)
@@ -168,7 +168,7 @@ class CostModel:
     def _observe_link(self, outcome: Outcome) -> None:
         # The time to the first tokens is one exchange, whatever was streamed or drafted ahead after it.
         verifier = outcome.forward_seconds
-        if outcome.plan.own > 1 and outcome.own > 1:
+        if outcome.plan.continuation > 1 and outcome.own_tokens > 1:
             verifier = self.forward.at(_nodes(outcome))
         verifier += outcome.queue_seconds + outcome.prefill_seconds
         seconds = outcome.first_seconds - verifier - self.device.overhead_seconds
@@ -179,7 +179,7 @@ class CostModel:
             self._recent_link.keep_last(2)
         self._recent_link.observe(seconds)
         if outcome.sent + outcome.received > 0:
-            ids = outcome.drafted + sum(outcome.offered) + outcome.own
+            ids = outcome.drafted + sum(outcome.offered) + outcome.own_tokens
             self.round_bytes.observe(max(0.0, outcome.sent + outcome.received - ID_BYTES * ids))
 
 

@@ -1,7 +1,7 @@
 """Counterfactual cost of drafting: replays drafted rounds on streamed text that the draft model shadowed.
 
 Tables compute the cost of a plan as if the confidences of successive tokens were nearly independent. Here, drafted
-rounds are replayed on the shadow guesses for actual text (see `Plan.watch`), at the prices and by the rules of
+rounds are replayed on the shadow guesses for actual text (see `Plan.shadow`), at the prices and by the rules of
 `search`. The planner thus learns the cost of both options although only one was executed: full information instead of
 bandit feedback.
 """
@@ -12,18 +12,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
-
-from edge_runtime.planning.acceptance_table import STAGE_STREAKS, AcceptanceTable
-from edge_runtime.planning.plan import ShadowGuess, calibrated_acceptance
+from edge_runtime.planning.acceptance_table import STAGE_STREAKS
+from edge_runtime.planning.plan import Plan, ShadowGuess, apply_stop_rule
 from edge_runtime.planning.search import DraftedRound, RoundPrices
-
-
-class RoundChoice(NamedTuple):
-    """A drafted round and the table that it was chosen by, which gives the calibration of its stop rule."""
-
-    round: DraftedRound
-    table: AcceptanceTable
 
 
 class ReplayedRounds(NamedTuple):
@@ -46,8 +37,8 @@ def replay_rounds(
     guesses: Sequence[ShadowGuess],
     *,
     streak: int,
-    first_stage: RoundChoice,
-    last_stage: RoundChoice,
+    first_stage: DraftedRound,
+    last_stage: DraftedRound,
     prices: RoundPrices,
 ) -> ReplayedRounds:
     """Replay rounds until the shadow guesses are used up.
@@ -64,8 +55,8 @@ def replay_rounds(
     while replay.left:
         begin, in_last_stage = replay.done, replay.streak >= STAGE_STREAKS[-1]
         choice = last_stage if in_last_stage else first_stage
-        replay.run_chain(choice)
-        predicted += choice.round.cost * (replay.done - begin)
+        replay.run_chain(choice.plan)
+        predicted += choice.cost * (replay.done - begin)
         last_stage_tokens += (replay.done - begin) if in_last_stage else 0
     return ReplayedRounds(replay.done, last_stage_tokens, replay.cost, predicted)
 
@@ -90,33 +81,33 @@ class _Replay:
         """Number of tokens that can still be drafted; the last token is always the target's own."""
         return max(0, len(self._guesses) - 1 - self.done)
 
-    def run_chain(self, choice: RoundChoice) -> None:
+    def run_chain(self, plan: Plan) -> None:
         """Replay a round from scratch and the early rounds that follow it."""
-        round_, prices = choice.round, self._prices
-        drafted, siblings, stopped = self._draft(choice, round_.length)
-        forward = _forward_seconds(prices, 1 + drafted + siblings)
+        prices = self._prices
+        drafted, siblings, stopped = self._draft(plan, plan.draft)
+        forward = float(prices.forward(1 + drafted + siblings))
         self.cost += prices.exchange + prices.step * drafted + prices.id * (drafted + siblings)
         saved = min(self._ready, drafted) * prices.step_seconds * prices.flight_second
         self.cost += prices.forward_second * forward - saved
-        holds = self._verify(round_, drafted)
+        holds = self._verify(plan, drafted)
         self._ready = 0
-        if not round_.ahead or stopped:
+        if not plan.draft_ahead or stopped:
             return
-        self.cost += prices.step_ahead * (1 + round_.ahead)
-        if round_.in_flight < 2:
+        self.cost += prices.step_ahead * (1 + plan.draft_ahead)
+        if plan.in_flight < 2:
             flight = prices.flight_seconds - prices.forward_seconds[0] + prices.queue_seconds + forward
-            self._ready = min(round_.ahead, max(0, int(flight / prices.step_seconds) - 1)) if holds else 0
+            self._ready = min(plan.draft_ahead, max(0, int(flight / prices.step_seconds) - 1)) if holds else 0
         elif holds:
-            self._run_early_rounds(choice, forward)
+            self._run_early_rounds(plan, forward)
         else:
             self.cost += prices.void
 
-    def _run_early_rounds(self, choice: RoundChoice, previous_forward: float) -> None:
+    def _run_early_rounds(self, plan: Plan, previous_forward: float) -> None:
         """Replay early rounds as long as their guesses hold; `previous_forward` is in seconds."""
         prices, holds, early = self._prices, True, 0
         while holds and self.left:
-            drafted, siblings, _ = self._draft(choice, choice.round.ahead)
-            forward = _forward_seconds(prices, 1 + drafted + siblings)
+            drafted, siblings, _ = self._draft(plan, plan.draft_ahead)
+            forward = float(prices.forward(1 + drafted + siblings))
             # The same intervals between replies as in the search.
             sent = (1 + drafted) * prices.step_seconds + prices.overhead_seconds
             verifier = prices.queue_seconds + forward
@@ -124,39 +115,34 @@ class _Replay:
             second = max(verifier, sent + forward - previous_forward)
             seconds = (second, max(verifier, arrival - second), max(verifier, arrival / 2))[min(early, 2)]
             self.cost += prices.flight_second * seconds + (prices.forward_second - prices.flight_second) * forward
-            self.cost += prices.id * (drafted + siblings) + prices.step_ahead * (1 + choice.round.ahead)
-            holds = self._verify(choice.round, drafted)
+            self.cost += prices.id * (drafted + siblings) + prices.step_ahead * (1 + plan.draft_ahead)
+            holds = self._verify(plan, drafted)
             early += 1
 
-    def _draft(self, choice: RoundChoice, max_length: int) -> tuple[int, int, bool]:
+    def _draft(self, plan: Plan, max_length: int) -> tuple[int, int, bool]:
         """Apply the stop rule; return the number of draft tokens, that of siblings, and whether the rule took effect.
 
         The draft's guesses after its first miss are unknown; they are taken to be as confident as those for the text.
         """
-        round_, calibration = choice.round, choice.table.calibration
         drafted, siblings, survival = 0, 0, 1.0
         for confidence, _ in islice(self._guesses, self.done, self.done + min(max_length, self.left)):
             drafted += 1
-            if confidence <= round_.sibling_confidence:
-                siblings += round_.siblings
-            survival *= calibrated_acceptance(confidence, calibration)
-            if survival < round_.min_survival:
+            if confidence <= plan.sibling_confidence:
+                siblings += plan.siblings
+            survival, stop = apply_stop_rule(plan, survival, confidence)
+            if stop:
                 return drafted, siblings, True
         return drafted, siblings, False
 
-    def _verify(self, round_: DraftedRound, drafted: int) -> bool:
+    def _verify(self, plan: Plan, drafted: int) -> bool:
         """Verify the draft; return whether all of it is accepted and the bonus token was guessed as well."""
         for index in range(drafted):
             confidence, rank = self._guesses[self.done + index]
             if rank:
-                hit = rank <= round_.siblings and confidence <= round_.sibling_confidence
+                hit = rank <= plan.siblings and confidence <= plan.sibling_confidence
                 self.done += index + (2 if hit else 1)
                 self.streak = 0
                 return False
         self.done += drafted + 1
         self.streak += drafted
         return not self._guesses[self.done - 1][1]
-
-
-def _forward_seconds(prices: RoundPrices, nodes: int) -> float:
-    return float(np.interp(nodes, prices.forward_nodes, prices.forward_seconds))

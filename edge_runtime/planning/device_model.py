@@ -47,14 +47,7 @@ class DeviceModel(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_profile(
-        cls,
-        profile: BoardProfile,
-        weight_bytes: int,
-        *,
-        radio: str = "",
-        cache_bytes: int = 0,
-        threads: int = 0,
-        overhead_seconds: float = 0.003,
+        cls, profile: BoardProfile, weight_bytes: int, *, radio: str = "", cache_bytes: int = 0
     ) -> DeviceModel:
         """Return the figures of the board in `profile` with a draft of `weight_bytes`.
 
@@ -63,19 +56,16 @@ class DeviceModel(msgspec.Struct, frozen=True):
             weight_bytes: size of the draft's weights.
             radio: `wifi`, `ethernet`, `lte` or `5g`; empty counts no energy for transfers.
             cache_bytes: KV cache bytes of one token in all layers.
-            threads: CPU threads of a step; 0 for the fastest measured.
-            overhead_seconds: the board's own work per round, which profiles do not contain.
         """
-        step = profile.draft_seconds(weight_bytes, 0, cache_bytes=cache_bytes, threads=threads)
-        later = profile.draft_seconds(weight_bytes, LONG_CONTEXT, cache_bytes=cache_bytes, threads=threads)
+        step = profile.draft_seconds(weight_bytes)
+        later = profile.draft_seconds(weight_bytes, LONG_CONTEXT, cache_bytes)
         defaults = cls()
         idle = defaults.idle_watts if profile.power is None else profile.power.idle_watts
-        above_idle = profile.draft_joules(weight_bytes, 0, cache_bytes=cache_bytes, threads=threads)
+        above_idle = profile.draft_joules(weight_bytes)
         return cls(
             step_seconds=step,
             step_seconds_per_token=max(0.0, later - step) / LONG_CONTEXT,
-            prefill_seconds=profile.prefill_seconds(weight_bytes, LONG_CONTEXT, threads=threads) / LONG_CONTEXT,
-            overhead_seconds=overhead_seconds,
+            prefill_seconds=profile.prefill_seconds(weight_bytes, LONG_CONTEXT) / LONG_CONTEXT,
             idle_watts=idle,
             busy_watts=defaults.busy_watts if above_idle is None else idle + above_idle / step,
             radio_watts=profile.transfer_joules(radio, 0, 0, 1.0) or 0.0,

@@ -24,7 +24,7 @@ import onnxruntime
 
 from edge_runtime.planning.acceptance_model import PRIOR_COST_ERROR, AcceptanceModel
 from edge_runtime.planning.acceptance_table import MAX_DRAFT_LENGTH, MAX_SIBLINGS, AcceptanceTable
-from edge_runtime.planning.analytic import FLIGHT_QUANTILE, AnalyticPlanner, CostComparison
+from edge_runtime.planning.analytic import FLIGHT_QUANTILE, AnalyticPlanner, CostComparison, drafting_plan
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.energy_budget import EnergyBudget
 from edge_runtime.planning.objective import Objective
@@ -115,18 +115,10 @@ CORRECTIONS = (
 class CorrectedPlanner(AnalyticPlanner):
     """The analytic planner with a correction of each drafted round, chosen by a subclass."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        device: DeviceModel,
-        *,
-        acceptance: Mapping[str, float] | None = None,
-        budget: EnergyBudget | None = None,
-    ) -> None:
-        super().__init__(objective, device, acceptance=acceptance, budget=budget)
-        self._recent_acceptance = 0.5
-        self._recent_cost_log_ratio = 0.0
-        self._predicted_cost = 0.0
+    # Moving averages over rounds, and the predicted cost per token of the latest plan.
+    _recent_acceptance = 0.5
+    _recent_cost_log_ratio = 0.0
+    _predicted_cost = 0.0
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round."""
@@ -157,11 +149,11 @@ class CorrectedPlanner(AnalyticPlanner):
             features = self._observation(conditions, comparison, table, acceptance.cost_error)
             correction, source = self.choose_correction(conditions, np.array(features, np.float32))
             if correction is not CORRECTIONS[0]:
-                plan = self._corrected_plan(correction, conditions, comparison, table)
+                plan = _corrected_plan(correction, conditions, comparison.round.plan)
         if plan.draft:
             self._predicted_cost = comparison.round.cost
         else:
-            self._predicted_cost = (comparison.first + (plan.own - 1) * comparison.further) / plan.own
+            self._predicted_cost = (comparison.first + (plan.continuation - 1) * comparison.further) / plan.continuation
         return msgspec.structs.replace(plan, reason=f"{plan.reason} ({source})")
 
     def _observation(
@@ -193,11 +185,11 @@ class CorrectedPlanner(AnalyticPlanner):
             float(costs.own_forward.known),
             1.0 / math.sqrt(1.0 + costs.own_forward.weight),
             _log_ratio(comparison.calibration, 1.0),
-            best.length / MAX_DRAFT_LENGTH,
-            best.min_survival,
-            best.siblings / MAX_SIBLINGS,
-            best.ahead / MAX_DRAFT_LENGTH,
-            best.in_flight - 1.0,
+            best.plan.draft / MAX_DRAFT_LENGTH,
+            best.plan.min_survival,
+            best.plan.siblings / MAX_SIBLINGS,
+            best.plan.draft_ahead / MAX_DRAFT_LENGTH,
+            best.plan.in_flight - 1.0,
             _log_ratio(left, 100.0),
             _log_ratio(1 + conditions.unread, 100.0),
             conditions.ready / MAX_DRAFT_LENGTH,
@@ -206,27 +198,25 @@ class CorrectedPlanner(AnalyticPlanner):
             self._recent_cost_log_ratio,
         ]
 
-    def _corrected_plan(
-        self, correction: Correction, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable
-    ) -> Plan:
-        best = comparison.round
-        ahead, in_flight = round(correction.ahead * best.ahead), best.in_flight
-        if correction.ahead > 1.0:
-            ahead, in_flight = max(ahead, 2), 2
-        longer = correction.longer
-        length = best.length * longer
-        best = msgspec.structs.replace(
-            best,
-            length=min(max(math.ceil(length) if longer > 1.0 else int(length), 1), MAX_DRAFT_LENGTH),
-            min_survival=best.min_survival**longer,
-            ahead=ahead,
-            in_flight=in_flight if ahead else 1,
-        )
-        if correction.wider:
-            confidence = min(1.0, max(best.sibling_confidence, 0.8) + 0.1)
-            best = msgspec.structs.replace(best, siblings=MAX_SIBLINGS, sibling_confidence=confidence)
-        reason = f"drafting {best.length} tokens, {best.siblings} siblings, {best.ahead} ahead: {correction.name}"
-        return self._drafting_plan(conditions, best, table, f"{reason} than computed")
+
+def _corrected_plan(correction: Correction, conditions: Conditions, plan: Plan) -> Plan:
+    ahead, in_flight = round(correction.ahead * plan.draft_ahead), plan.in_flight
+    if correction.ahead > 1.0:
+        ahead, in_flight = max(ahead, 2), 2
+    longer = correction.longer
+    length = plan.draft * longer
+    plan = msgspec.structs.replace(
+        plan,
+        draft=min(max(math.ceil(length) if longer > 1.0 else int(length), 1), MAX_DRAFT_LENGTH),
+        min_survival=plan.min_survival**longer,
+        draft_ahead=ahead,
+        in_flight=in_flight if ahead else 1,
+    )
+    if correction.wider:
+        confidence = min(1.0, max(plan.sibling_confidence, 0.8) + 0.1)
+        plan = msgspec.structs.replace(plan, siblings=MAX_SIBLINGS, sibling_confidence=confidence)
+    reason = f"drafting {plan.draft} tokens, {plan.siblings} siblings, {plan.draft_ahead} ahead: {correction.name}"
+    return drafting_plan(conditions, plan, f"{reason} than computed")
 
 
 class PolicyMetadata(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     Attributes:
         draft: K, the maximum number of tokens to draft on the board; 0 leaves the round to the cloud.
-        own: n, the number of tokens that the target generates after the accepted ones, at least 1.
+        continuation: n, the number of tokens that the target generates after the accepted ones, at least 1.
         siblings: alternative candidates to send along with a draft token.
         sibling_confidence: send siblings only with tokens of at most this draft probability: a token that the draft is
             sure of is nearly always accepted, and sibling ids cost bytes and verifier width.
@@ -29,28 +29,38 @@ class Plan(msgspec.Struct, frozen=True):
         min_survival: stop drafting after a token at which the prefix survival (the probability that all tokens up to
             it are accepted, the product of their calibrated confidences) is below this.
         calibration: acceptance probability by confidence, in equal bins of [0, 1]; empty: the confidence itself.
-        ahead: while the round is in flight, guess the target's own token and draft this many tokens after it; only
-            with own = 1. 0 drafts nothing ahead, not even the guess. With draft = 0, any other value lets the draft
-            model prefill the text meanwhile, so that it is up to date when it is needed.
+        draft_ahead: while the round is in flight, guess the target's own token and draft this many tokens after it;
+            only with continuation = 1. 0 drafts nothing ahead, not even the guess. With draft = 0, any other value lets
+            the draft model prefill the text meanwhile, so that it is up to date when it is needed.
         in_flight: maximum number of rounds in flight. With 2, the next round is sent as soon as its tokens have been
             drafted ahead, before the first is answered; it is void unless the first comes out as guessed.
-        watch: with draft = 0, run the draft in shadow: it reads the streamed text and predicts each of the target's
+        shadow: with draft = 0, run the draft in shadow: it reads the streamed text and predicts each of the target's
             tokens once that token has arrived, with `siblings` alternatives, to measure what drafting would achieve.
             No reply waits for it.
         reason: short explanation for logs and events.
     """
 
     draft: int
-    own: int = 1
+    continuation: int = 1
     siblings: int = 0
     sibling_confidence: float = 0.8
     min_confidence: float = 0.0
     min_survival: float = 0.0
     calibration: tuple[float, ...] = ()
-    ahead: int = 0
+    draft_ahead: int = 0
     in_flight: int = 1
-    watch: bool = False
+    shadow: bool = False
     reason: str = ""
+
+    @property
+    def drafts_ahead(self) -> bool:
+        """Whether the board guesses the bonus token and drafts the next round's tokens while this one is in flight."""
+        return self.draft > 0 and self.draft_ahead > 0 and self.continuation == 1
+
+    @property
+    def shadows_stream(self) -> bool:
+        """Whether the draft model prefills the text, and with `shadow` predicts it, while the cloud generates."""
+        return not self.draft and (self.draft_ahead > 0 or self.shadow)
 
 
 def calibrated_acceptance(confidence: float, calibration: tuple[float, ...]) -> float:
@@ -60,18 +70,15 @@ def calibrated_acceptance(confidence: float, calibration: tuple[float, ...]) -> 
     return calibration[min(int(confidence * len(calibration)), len(calibration) - 1)]
 
 
-def apply_stop_rule(
-    survival: float, confidence: float, *, min_confidence: float, min_survival: float, calibration: tuple[float, ...]
-) -> tuple[float, bool]:
+def apply_stop_rule(plan: Plan, survival: float, confidence: float) -> tuple[float, bool]:
     """Extend a draft by one token: return its new prefix survival, and whether drafting stops after this token.
 
     Args:
         survival: prefix survival before the token.
         confidence: draft probability of the token.
-        min_confidence, min_survival, calibration: see `Plan`.
     """
-    survival *= calibrated_acceptance(confidence, calibration)
-    return survival, confidence < min_confidence or survival < min_survival
+    survival *= calibrated_acceptance(confidence, plan.calibration)
+    return survival, confidence < plan.min_confidence or survival < plan.min_survival
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -129,7 +136,7 @@ class Outcome(msgspec.Struct, frozen=True):
         plan: the plan that was executed.
         conditions: the conditions that the plan was made for.
         accepted: number of draft tokens that the target accepted.
-        own: tokens that the target generated itself; after a sibling hit one more than the plan asked for.
+        own_tokens: tokens that the target generated itself; after a sibling hit one more than the plan asked for.
         confidences: the draft probability of each draft token, in order.
         offered: number of siblings sent with each draft token.
         sibling: which sibling of the first rejected token the target chose, from 1; 0 for none.
@@ -140,8 +147,8 @@ class Outcome(msgspec.Struct, frozen=True):
         queue_seconds, forward_seconds: waiting and forward time within these, as reported by the verifier.
         prefill_seconds: prefill time that the verifier reports when the session was opened.
         ahead_seconds: drafting ahead, shadow drafting or prefill while the round was in flight.
-        further: verifier forwards after the first, for the target's further own tokens.
-        watched: shadow guesses for the first of these tokens (see `Plan.watch`).
+        further_forwards: verifier forwards after the first, for the target's further own tokens.
+        shadow_guesses: for the first of these tokens (see `Plan.shadow`).
         sent, received: TCP payload bytes.
         repeated: whether the round was retried or moved to a new connection; its times then do not measure the link.
         early: whether it was sent before the previous round was answered. Its times count from that answer and do not
@@ -150,10 +157,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
     plan: Plan
     conditions: Conditions
-    accepted: int
-    own: int
-    confidences: list[float]
-    offered: list[int]
+    accepted: int = 0
+    own_tokens: int = 0
+    confidences: list[float] = []
+    offered: list[int] = []
     sibling: int = 0
     ready: int = 0
     draft_seconds: float = 0.0
@@ -167,8 +174,8 @@ class Outcome(msgspec.Struct, frozen=True):
     early: bool = False
     prefill_seconds: float = 0.0
     ahead_seconds: float = 0.0
-    further: int = 0
-    watched: list[ShadowGuess] = []
+    further_forwards: int = 0
+    shadow_guesses: list[ShadowGuess] = []
 
     @property
     def drafted(self) -> int:
@@ -178,7 +185,7 @@ class Outcome(msgspec.Struct, frozen=True):
     @property
     def tokens(self) -> int:
         """Number of tokens that the round added to the text."""
-        return self.accepted + self.own
+        return self.accepted + self.own_tokens
 
     @property
     def verifier_seconds(self) -> float:
@@ -201,7 +208,7 @@ class Planner(Protocol):
         """Learn from the outcome of a round."""
 
 
-FIXED_PLAN = Plan(draft=5, own=1, siblings=2, reason="fixed")
+FIXED_PLAN = Plan(draft=5, continuation=1, siblings=2, reason="fixed")
 
 
 class FixedPlanner:

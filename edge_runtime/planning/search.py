@@ -33,6 +33,7 @@ from edge_runtime.planning.acceptance_table import (
     AcceptanceTable,
     FloatArray,
 )
+from edge_runtime.planning.plan import Plan
 
 # The grid of the search with drafting ahead (chosen: fine enough to lose little, small enough to take microseconds):
 # numbers of tokens to draft ahead, draft lengths, and the stride through THRESHOLDS.
@@ -81,6 +82,10 @@ class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
     forward_seconds: list[float]
     max_length: int = MAX_DRAFT_LENGTH
 
+    def forward(self, nodes: FloatArray | int) -> FloatArray:
+        """Return the seconds of the verifier's forward over `nodes` tree nodes."""
+        return np.asarray(np.interp(nodes, self.forward_nodes, self.forward_seconds))
+
     def close_to(self, other: RoundPrices, tolerance: float) -> bool:
         """Return whether the prices that matter most to the search differ by at most the share `tolerance`."""
         if self.forward_nodes != other.forward_nodes:
@@ -102,20 +107,13 @@ class DraftedRound(msgspec.Struct, frozen=True):
 
     Attributes:
         cost: per token.
-        length: K.
-        min_survival: stop threshold, as in `Plan`.
-        siblings, sibling_confidence, ahead, in_flight: as in `Plan`.
+        plan: of the round.
         tokens: expected tokens of a round that was not sent early.
         chain_tokens: expected tokens of that round and the early rounds after it, which share one exchange.
     """
 
     cost: float
-    length: int
-    min_survival: float
-    siblings: int = 0
-    sibling_confidence: float = 0.0
-    ahead: int = 0
-    in_flight: int = 1
+    plan: Plan
     tokens: float = 1.0
     chain_tokens: float = 1.0
 
@@ -156,27 +154,22 @@ def best_drafted_round(table: AcceptanceTable, prices: RoundPrices) -> DraftedRo
         costs = _round_cost(prices, drafted, siblings.per_token) / (1.0 + gain * accepted)
         row, column = divmod(int(costs.argmin()), THRESHOLD_COUNT)
     tokens = 1.0 + gain * float(accepted[row, column])
-    best = DraftedRound(
-        cost=float(costs[row, column]),
-        length=row + 1,
-        min_survival=float(THRESHOLDS[column]),
+    plan = Plan(
+        row + 1,
         siblings=siblings.count,
         sibling_confidence=siblings.confidence,
-        tokens=tokens,
-        chain_tokens=tokens,
+        min_survival=float(THRESHOLDS[column]),
+        calibration=table.calibration,
     )
+    best = DraftedRound(float(costs[row, column]), plan, tokens, chain_tokens=tokens)
     return _best_ahead(table, prices, best, siblings.per_token, gain)
 
 
 def _round_cost(prices: RoundPrices, drafted: FloatArray, siblings: float) -> FloatArray:
     """Return the expected cost of rounds of `drafted` tokens with `siblings` per token."""
     ids = drafted * (1.0 + siblings)
-    forward = _forward_seconds(prices, 1.0 + ids)
+    forward = prices.forward(1.0 + ids)
     return prices.exchange + prices.step * drafted + prices.id * ids + prices.forward_second * forward
-
-
-def _forward_seconds(prices: RoundPrices, nodes: FloatArray) -> FloatArray:
-    return np.interp(nodes, prices.forward_nodes, prices.forward_seconds)
 
 
 def _best_siblings(
@@ -192,8 +185,7 @@ def _best_siblings(
     # Mean probability that a draft token's prefix is accepted.
     prefix = min(1.0, accepted / drafted / table.acceptance)
     # Marginal cost of a tree node, where the siblings would be added.
-    nodes = (1.0 + drafted, 2.0 + 2.0 * drafted)
-    low, high = np.interp(nodes, prices.forward_nodes, prices.forward_seconds).tolist()
+    low, high = prices.forward(np.array([1.0 + drafted, 2.0 + 2.0 * drafted])).tolist()
     node = prices.id + prices.forward_second * (high - low) / (1.0 + drafted)
     # Rejections are rarer the more confident the draft is, so the bins worth it are the lowest ones: the gains are
     # cumulated over bins. Shape: (siblings, bins).
@@ -231,7 +223,7 @@ def _best_ahead(
     counts = ahead[:, None, None]
     lengths = DRAFT_LENGTHS[: bisect_right(DRAFT_LENGTHS, max(1, prices.max_length))]
     drafted = table.drafted[lengths, ::THRESHOLD_STRIDE]
-    forwards = _forward_seconds(prices, 1.0 + drafted * (1.0 + siblings))
+    forwards = prices.forward(1.0 + drafted * (1.0 + siblings))
     tokens = 1.0 + gain * table.accepted[lengths, ::THRESHOLD_STRIDE]
     # Tokens after the guessed bonus token for which there is time before the reply.
     flight_tokens = np.maximum(
@@ -249,7 +241,7 @@ def _best_ahead(
     chain = table.survival[ahead + 1, ::THRESHOLD_STRIDE][:, None]
     early = table.drafted[ahead, ::THRESHOLD_STRIDE][:, None]
     ids = early * (1.0 + siblings)
-    forward = _forward_seconds(prices, 1.0 + ids)
+    forward = prices.forward(1.0 + ids)
     sent = (1 + early) * step + prices.overhead_seconds
     verifier = prices.queue_seconds + forward
     arrival = sent + verifier + (flight - prices.forward_seconds[0])
@@ -269,13 +261,13 @@ def _best_ahead(
     if costs.flat[index] >= best.cost:
         return best
     in_flight, which, row, column = np.unravel_index(index, costs.shape)
-    return msgspec.structs.replace(
-        best,
-        cost=float(costs.flat[index]),
-        length=int(DRAFT_LENGTHS[row]),
+    plan = msgspec.structs.replace(
+        best.plan,
+        draft=int(DRAFT_LENGTHS[row]),
         min_survival=float(THRESHOLDS[column * THRESHOLD_STRIDE]),
-        ahead=AHEAD_LENGTHS[which],
+        draft_ahead=AHEAD_LENGTHS[which],
         in_flight=int(in_flight) + 1,
-        tokens=float(tokens[row, column]),
-        chain_tokens=float(chain_tokens[which, row, column] if in_flight else tokens[row, column]),
     )
+    round_tokens = float(tokens[row, column])
+    total = float(chain_tokens[which, row, column]) if in_flight else round_tokens
+    return DraftedRound(float(costs.flat[index]), plan, round_tokens, total)

@@ -1,9 +1,9 @@
 """What the board measures about itself: one file per thing measured.
 
 To add a probe: write a function that takes a `Reader` and returns a frozen struct, or None if this board has no such
-sensor; in `snapshot.py`, add a field to `Snapshot`, a line to `Prober.__init__` and an argument in `Prober.take`; and
-add the sensor's files to a board below `tests/edge_runtime/probes/boards/`. A missing sensor is not an error. A file
-that exists but does not parse raises `ProbeError`, which is counted and shown, and never stops the service.
+sensor; in `snapshot.py`, add a field to `Snapshot` and a line to `Prober.__init__`; and add the sensor's files to a
+board below `tests/edge_runtime/probes/boards/`. A missing sensor is not an error. A file that exists but does not parse
+raises `ProbeError`, which is counted and shown, and never stops the service.
 """
 
 from edge_runtime.probes.battery import read_supply

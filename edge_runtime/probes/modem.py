@@ -6,7 +6,7 @@ a dependency of every board for the few that have a modem.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -52,27 +52,23 @@ class Modem(msgspec.Struct, frozen=True):
     radio: ModemSignal | None = None
 
 
-class _Quality(msgspec.Struct, frozen=True):
-    value: str = UNKNOWN
+class _Answer(msgspec.Struct, Generic[T]):
+    modem: T
 
 
 class _Generic(msgspec.Struct, rename="kebab"):
     state: str = UNKNOWN
     access_technologies: list[str] | str = []
-    signal_quality: _Quality = _Quality()
+    signal_quality: dict[str, str] = {}
 
 
 class _Network(msgspec.Struct, rename="kebab"):
     registration_state: str = UNKNOWN
 
 
-class _Modem(msgspec.Struct):
+class _State(msgspec.Struct):
     generic: _Generic
     network: _Network = msgspec.field(name="3gpp", default_factory=_Network)
-
-
-class _ModemAnswer(msgspec.Struct):
-    modem: _Modem
 
 
 class _Values(msgspec.Struct):
@@ -83,38 +79,28 @@ class _Values(msgspec.Struct):
 
 
 class _Signal(msgspec.Struct):
-    nr: _Values = msgspec.field(name="5g", default_factory=_Values)
-    lte: _Values = msgspec.field(default_factory=_Values)
-    umts: _Values = msgspec.field(default_factory=_Values)
-    gsm: _Values = msgspec.field(default_factory=_Values)
-
-
-class _SignalModem(msgspec.Struct):
-    signal: _Signal
-
-
-class _SignalAnswer(msgspec.Struct):
-    modem: _SignalModem
+    signal: dict[str, _Values]
 
 
 def parse_modem(text: str) -> Modem:
     """Parse `mmcli -m any -J`. Raises ProbeError."""
-    answer = _decoded(text, _ModemAnswer).modem
+    answer = _decoded(text, _Answer[_State]).modem
     technologies = answer.generic.access_technologies
     registration = answer.network.registration_state
     return Modem(
         answer.generic.state,
         [] if isinstance(technologies, str) else technologies,
-        _number(answer.generic.signal_quality.value),
+        _number(answer.generic.signal_quality.get("value", UNKNOWN)),
         None if registration == UNKNOWN else registration.startswith("roaming"),
     )
 
 
 def parse_signal(text: str) -> ModemSignal | None:
     """Parse `mmcli -m any --signal-get -J`; None if the modem reports no values. Raises ProbeError."""
-    signal = _decoded(text, _SignalAnswer).modem.signal
+    signal = _decoded(text, _Answer[_Signal]).modem.signal
     # With two generations at once (5G anchored on LTE), the newer one is reported.
-    for technology, values in (("5g", signal.nr), ("lte", signal.lte), ("umts", signal.umts), ("gsm", signal.gsm)):
+    for technology in ("5g", "lte", "umts", "gsm"):
+        values = signal.get(technology, _Values())
         radio = ModemSignal(
             technology, _number(values.rssi), _number(values.rsrp), _number(values.rsrq), _number(values.snr)
         )

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -25,7 +25,8 @@ from edge_runtime.probes.thermal import Thermal, read_thermal
 from edge_runtime.probes.throttling import Throttling, ThrottlingProbe, merged, throttling_of
 from edge_runtime.probes.wireless import Station, Wireless, read_stations, read_wireless
 
-T = TypeVar("T")
+# Reads one sensor; returns the value of a field of `Snapshot`, None if the board has no such sensor.
+Probe = Callable[[Reader], Any]
 
 # Between two readings of files, and between two runs of programs, which cost a hundred times as much
 # (`python -m tests.benchmarks.probes`).
@@ -127,49 +128,38 @@ class Prober:
         self._clock = clock
         # `take` may be called from several threads, and some probes keep state between readings.
         self._lock = threading.Lock()
-        self._roots = roots or Roots()
-        self.slots: dict[str, ScheduledProbe[Any]] = {}
-        self._processor = self._add("processor", ProcessorProbe().read)
-        self._thermal = self._add("thermal", read_thermal)
-        self._throttling = self._add("throttling", ThrottlingProbe().read)
-        self._supply = self._add("supply", read_supply)
-        self._sensors = self._add("sensors", read_sensors)
-        self._rapl = self._add("rapl", RaplProbe().read)
-        self._route = self._add("route", lambda reader: read_route(reader, host))
-        self._interfaces = self._add("interfaces", InterfaceProbe(host).read)
-        self._wireless = self._add("wireless", read_wireless)
-        self._firmware = self._add("firmware", read_firmware, program_period)
-        self._stations = self._add("stations", read_stations, program_period)
-        self._modem = self._add("modem", read_modem, program_period)
-        self._metering = self._add("metering", lambda reader: read_metering(reader, host), program_period)
+        files: dict[str, Probe] = {
+            "processor": ProcessorProbe().read,
+            "thermal": read_thermal,
+            "throttling": ThrottlingProbe().read,
+            "supply": read_supply,
+            "sensors": read_sensors,
+            "rapl": RaplProbe().read,
+            "route": lambda reader: read_route(reader, host),
+            "interfaces": InterfaceProbe(host).read,
+            "wireless": read_wireless,
+        }
+        programs: dict[str, Probe] = {
+            "firmware": read_firmware,
+            "stations": read_stations,
+            "modem": read_modem,
+            "metering": lambda reader: read_metering(reader, host),
+        }
+        root = roots or Roots()
+        self.slots = {name: ScheduledProbe(root, 0.0, probe) for name, probe in files.items()}
+        self.slots |= {name: ScheduledProbe(root, program_period, probe) for name, probe in programs.items()}
 
     def take(self) -> Snapshot:
         """Read the probes that are due, synchronously: milliseconds without programs, up to seconds with them."""
         with self._lock:
             now = self._clock()
-            supply = self._supply.read(now)
-            sensors = self._sensors.read(now)
-            rapl = self._rapl.read(now)
-            firmware = self._firmware.read(now)
+            readings = {name: slot.read(now) for name, slot in self.slots.items()}
+            firmware: Firmware | None = readings["firmware"]
             flags = None if firmware is None or firmware.throttled is None else throttling_of(firmware.throttled)
-            self.latest = Snapshot(
-                at=time.time(),
-                processor=self._processor.read(now),
-                thermal=self._thermal.read(now),
-                throttling=merged([self._throttling.read(now), flags]),
-                supply=supply,
-                power=best_power(sensors, supply, firmware, rapl),
-                sensors=sensors,
-                rapl=rapl,
-                route=self._route.read(now),
-                interfaces=self._interfaces.read(now),
-                wireless=self._wireless.read(now),
-                firmware=firmware,
-                stations=self._stations.read(now),
-                modem=self._modem.read(now),
-                metering=self._metering.read(now),
-                probes={name: slot.report for name, slot in self.slots.items()},
-            )
+            readings["throttling"] = merged([readings["throttling"], flags])
+            power = best_power(readings["sensors"], readings["supply"], firmware, readings["rapl"])
+            reports = {name: slot.report for name, slot in self.slots.items()}
+            self.latest = Snapshot(at=time.time(), power=power, probes=reports, **readings)
             return self.latest
 
     async def run(self) -> None:
@@ -177,10 +167,6 @@ class Prober:
         while True:
             await asyncio.to_thread(self.take)
             await asyncio.sleep(self.period)
-
-    def _add(self, name: str, probe: Callable[[Reader], T | None], period: float = 0.0) -> ScheduledProbe[T]:
-        self.slots[name] = slot = ScheduledProbe(self._roots, period, probe)
-        return slot
 
 
 def best_power(
@@ -196,7 +182,7 @@ def best_power(
     return rapl
 
 
-class ScheduledProbe(Generic[T]):
+class ScheduledProbe:
     """A probe with its period, its last value and its report.
 
     Attributes:
@@ -205,15 +191,15 @@ class ScheduledProbe(Generic[T]):
         report: success and failure so far.
     """
 
-    def __init__(self, roots: Roots, period: float, probe: Callable[[Reader], T | None]) -> None:
+    def __init__(self, roots: Roots, period: float, probe: Probe) -> None:
         self.report = ProbeReport()
         self._roots = roots
         self.period = period
         self.probe = probe
         self._due = float("-inf")
-        self._value: T | None = None
+        self._value: Any = None
 
-    def read(self, now: float) -> T | None:
+    def read(self, now: float) -> Any:
         """Read the probe if it is due, else return its last value."""
         if now < self._due:
             return self._value

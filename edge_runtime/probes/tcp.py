@@ -37,7 +37,7 @@ class TcpInfo(NamedTuple):
         rtt_variation_seconds: mean deviation of the round-trip time.
         retransmits: segments retransmitted over the connection's life.
         delivery_rate: bytes per second estimated by the kernel; None before the first estimate. Up to a hundred times
-            too high for small writes such as rounds: use `goodput`.
+            too high for small writes such as rounds.
         bytes_acked: payload acknowledged by the peer; the SYN counts as one byte.
         busy_seconds: time during which sent data was unacknowledged.
         backoff: consecutive retransmission time-outs, each twice as long; 0 while acknowledgements arrive.
@@ -84,16 +84,6 @@ def tcp_info(connection: Any) -> TcpInfo | None:
         busy_seconds=busy_us / 1e6,
         backoff=info[BACKOFF_OFFSET],
     )
-
-
-def goodput(before: TcpInfo, after: TcpInfo) -> float | None:
-    """Bytes per second acknowledged between two readings, over the time during which any were in flight.
-
-    Small writes spend that time waiting for a round trip, so this is the achieved rate, not the capacity of the link.
-    None if nothing was in flight.
-    """
-    seconds = after.busy_seconds - before.busy_seconds
-    return (after.bytes_acked - before.bytes_acked) / seconds if seconds > 0 else None
 
 
 class ByteMeter:

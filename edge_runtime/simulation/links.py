@@ -272,27 +272,21 @@ def count_packets(count: int) -> int:
     return max(1, -(-count // PACKET_BYTES))
 
 
-def _parameters(
-    name: str, radio: str, *, rtt: float, jitter: float, up: float, down: float, loss: float = 0.0
-) -> LinkParameters:
-    return LinkParameters(
-        name=name, radio=radio, rtt_seconds=rtt, jitter_seconds=jitter, up_rate=up, down_rate=down, loss=loss
-    )
-
-
 # Round-trip time and jitter in seconds, rates up and down in bits per second. Chosen: typical figures of each kind.
 LINK_PRESETS = {
     parameters.name: parameters
     for parameters in (
-        _parameters("lan", "ethernet", rtt=0.002, jitter=0.0, up=1e9, down=1e9),
-        _parameters("wifi", "wifi", rtt=0.015, jitter=0.005, up=20e6, down=40e6),
-        _parameters("5g", "5g", rtt=0.025, jitter=0.008, up=30e6, down=120e6),
-        _parameters("4g", "lte", rtt=0.055, jitter=0.020, up=10e6, down=35e6),
-        _parameters("weak-4g", "lte", rtt=0.120, jitter=0.060, up=2e6, down=5e6, loss=0.01),
+        LinkParameters("lan", "ethernet", rtt_seconds=0.002, jitter_seconds=0.0, up_rate=1e9, down_rate=1e9),
+        LinkParameters("wifi", "wifi", rtt_seconds=0.015, jitter_seconds=0.005, up_rate=20e6, down_rate=40e6),
+        LinkParameters("5g", "5g", rtt_seconds=0.025, jitter_seconds=0.008, up_rate=30e6, down_rate=120e6),
+        LinkParameters("4g", "lte", rtt_seconds=0.055, jitter_seconds=0.020, up_rate=10e6, down_rate=35e6),
+        LinkParameters(
+            "weak-4g", "lte", rtt_seconds=0.120, jitter_seconds=0.060, up_rate=2e6, down_rate=5e6, loss=0.01
+        ),
     )
 }
-BURSTY_GOOD = _parameters("bursty, good", "lte", rtt=0.040, jitter=0.0, up=15e6, down=30e6)
-BURSTY_BAD = _parameters("bursty, bad", "lte", rtt=0.250, jitter=0.0, up=2e6, down=5e6)
+BURSTY_GOOD = LinkParameters("bursty, good", "lte", rtt_seconds=0.040, jitter_seconds=0.0, up_rate=15e6, down_rate=30e6)
+BURSTY_BAD = LinkParameters("bursty, bad", "lte", rtt_seconds=0.250, jitter_seconds=0.0, up_rate=2e6, down_rate=5e6)
 BURSTY_GOOD_SECONDS, BURSTY_BAD_SECONDS = 8.0, 2.0
 PRESET_NAMES = (*LINK_PRESETS, "bursty", "offline")
 

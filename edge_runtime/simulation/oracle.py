@@ -3,7 +3,7 @@
     best single plan     the best Plan for all rounds of all texts, given the true calibration, chosen afterwards
     best fixed draft     the same among plain draft lengths: K tokens, n = 1, nothing else
 
-`lower_bound` has the bound that no plan reaches.
+`tests.benchmarks.lower_bound` has the bound that no plan reaches.
 
 Without drafting ahead, the rounds of a static plan do not depend on link, board or verifier. So every plan of a coarse
 space is simulated once for its `PlanFootprint`, which gives its cost in any world from mean delays. Only the cheapest
@@ -117,21 +117,21 @@ def _neighbors(plan: Plan) -> list[Plan]:
     if plan.siblings:
         changes += [{"siblings": max(1, plan.siblings - 2)}, {"siblings": min(MAX_SIBLINGS, plan.siblings + 2)}]
         changes += [{"sibling_confidence": plan.sibling_confidence + step} for step in (-0.1, 0.05)]
-    if plan.ahead:
-        changes += [{"ahead": max(1, plan.ahead * 3 // 4)}, {"ahead": plan.ahead * 3 // 2}]
+    if plan.draft_ahead:
+        changes += [{"draft_ahead": max(1, plan.draft_ahead * 3 // 4)}, {"draft_ahead": plan.draft_ahead * 3 // 2}]
     return [msgspec.structs.replace(plan, **change) for change in changes]
 
 
 def describe_plan(plan: Plan) -> str:
     """Return a short description of the plan."""
-    own = "all" if plan.own >= WHOLE_TEXT else plan.own
+    own = "all" if plan.continuation >= WHOLE_TEXT else plan.continuation
     text = f"K={plan.draft} n={own}"
     if plan.min_survival:
         text += f", stop below {plan.min_survival:g}"
     if plan.siblings:
         text += f", {plan.siblings} siblings below {plan.sibling_confidence:g}"
-    if plan.ahead:
-        text += f", {plan.ahead} ahead, {plan.in_flight} in flight"
+    if plan.draft_ahead:
+        text += f", {plan.draft_ahead} ahead, {plan.in_flight} in flight"
     return text
 
 
@@ -159,12 +159,12 @@ class PlanFootprints:
         world = make()
         order = np.argsort(self.estimate_costs(world, objective), kind="stable")
         ranked = [self.plans[int(index)] for index in order]
-        drafting = [plan for plan in ranked if plan.draft and plan.own == 1]
+        drafting = [plan for plan in ranked if plan.draft and plan.continuation == 1]
         # The cheapest plan of each kind is tried too, because the mean describes an irregular link poorly.
         candidates = [*ranked[:SIMULATED_PLANS], *drafting[:1], *[plan for plan in ranked if not plan.draft][:1]]
         if ahead:
             candidates += [
-                msgspec.structs.replace(plan, ahead=count, in_flight=in_flight)
+                msgspec.structs.replace(plan, draft_ahead=count, in_flight=in_flight)
                 for plan, count, in_flight in product(drafting[:SIMULATED_AHEAD_PLANS], AHEAD_TOKENS, (1, 2))
             ]
         results: dict[Plan, SimulationResult] = {}
@@ -213,7 +213,7 @@ def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
     """Simulate `plan`, which must not draft ahead, and return its footprint."""
     plain = _simulate_neutral(texts, plan, "7b")
     # With n = 1 no forward continues the text, so there is nothing to speculate on.
-    speculating = _simulate_neutral(texts, plan, "7b+spec") if plan.own > 1 else plain
+    speculating = _simulate_neutral(texts, plan, "7b+spec") if plan.continuation > 1 else plain
     widths = [0] * (MAX_TREE_NODES + 1)
     prefill = 0
     positions: list[int] = []

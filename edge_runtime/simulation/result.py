@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.decoding import RoundTotals
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Outcome
+from edge_runtime.planning.round_rules import RoundTotals
 
 
 class SimulationResult(RoundTotals):
@@ -39,7 +39,7 @@ class SimulationResult(RoundTotals):
 
     def add_round(self, outcome: Outcome) -> None:
         super().add_round(outcome)
-        self.forwards += 1 + outcome.further
+        self.forwards += 1 + outcome.further_forwards
         self.sent += outcome.sent
         self.received += outcome.received
 

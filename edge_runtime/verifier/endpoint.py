@@ -208,10 +208,7 @@ class Endpoint:
     ) -> httpx.AsyncClient:
         transport = transport or new_transport(self._trust, http1=http1, http2=http2)
         self._pool = getattr(transport, "_pool", None)
-        client = httpx.AsyncClient(
-            transport=transport,
-            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-        )
+        client = httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS))
         # Bytes count on a metered link, and the verifier reads none of these headers.
         for name in ("accept", "accept-encoding", "connection", "user-agent"):
             del client.headers[name]

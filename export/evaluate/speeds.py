@@ -74,7 +74,7 @@ def model_speed(
     if not draft.weight_bytes or not texts:
         return None
     profile: BoardProfile = find_profile(deployment.profile)
-    plans = {CLOUD_ALONE: Plan(0, own=ALL_TOKENS)}
+    plans = {CLOUD_ALONE: Plan(0, continuation=ALL_TOKENS)}
     for length in lengths:
         plans[f"K={length}"] = Plan(length)
         plans[f"K={length} +{siblings}"] = Plan(length, siblings=siblings, sibling_confidence=1.0)

@@ -94,32 +94,6 @@ class PolicyTrainingConfig:
     pretraining_scenarios: int = 6000
 
 
-@dataclass(frozen=True)
-class PolicyEvaluation:
-    """Result of the learned planner on held-out scenarios.
-
-    Attributes:
-        ratios: cost of each scenario as a multiple of that of the analytic planner.
-        handed_over: share of rounds left to the analytic planner because the observation was out of range.
-    """
-
-    ratios: list[float]
-    handed_over: float
-
-    def summary(self) -> dict[str, float]:
-        """Return summary statistics; the keys are those of `learned.json`."""
-        ordered = sorted(self.ratios)
-        return {
-            "settings": len(ordered),
-            "mean": round(mean(ordered), 4),
-            "cheaper by 2 %": round(sum(ratio < 0.98 for ratio in ordered) / len(ordered), 4),
-            "dearer by 2 %": round(sum(ratio > 1.02 for ratio in ordered) / len(ordered), 4),
-            "best": round(ordered[0], 4),
-            "worst": round(ordered[-1], 4),
-            "handed over": round(self.handed_over, 4),
-        }
-
-
 class TrainingMonitor(BaseCallback):
     """Records the progress of PPO.
 
@@ -231,7 +205,7 @@ def make_policy(config: PolicyTrainingConfig, output: Path) -> PolicyMetadata:
         "texts": f"the example family's acceptance.npz, without the first {HELD_OUT_TEXTS} of each kind",
         "versions": {name: version(name) for name in ("flexspec", "gymnasium", "numpy", "stable-baselines3", "torch")},
         "difference": float(f"{difference:.1e}"),
-        "evaluation": evaluation.summary(),
+        "evaluation": evaluation,
     }
     metadata = msgspec.structs.replace(metadata, trained=trained)
     _write_metadata(metadata, path)
@@ -387,8 +361,12 @@ def largest_difference(network: PolicyNetwork, policy: CorrectionPolicy, observa
 
 def evaluate_policy(
     policy: CorrectionPolicy, config: PolicyTrainingConfig, scenarios: ScenarioSampler
-) -> PolicyEvaluation:
-    """Run held-out scenarios as the board would."""
+) -> dict[str, float]:
+    """Run held-out scenarios as the board would.
+
+    Returns a summary with the keys of `learned.json`: costs as multiples of that of the analytic planner, and the share
+    of rounds left to that planner because an observation was out of range.
+    """
     in_range: list[bool] = []
 
     def choose(observation: Floats, done: int, spent: float) -> int:
@@ -402,8 +380,16 @@ def evaluate_policy(
             baseline = AnalyticBaseline(scenario, config.objective)
             ratios.append(run_episode(scenario, config.objective, choose) / baseline.spent)
             progress.update(index + 1, f"{mean(ratios):.3f} of the analytic planner's cost")
-    # If no round was drafted, none was handed over.
-    return PolicyEvaluation(ratios, 1.0 - mean(in_range) if in_range else 0.0)
+    summary = {
+        "mean": mean(ratios),
+        "cheaper by 2 %": sum(ratio < 0.98 for ratio in ratios) / len(ratios),
+        "dearer by 2 %": sum(ratio > 1.02 for ratio in ratios) / len(ratios),
+        "best": min(ratios),
+        "worst": max(ratios),
+        # If no round was drafted, none was handed over.
+        "handed over": 1.0 - mean(in_range) if in_range else 0.0,
+    }
+    return {"settings": len(ratios)} | {name: round(value, 4) for name, value in summary.items()}
 
 
 def _observation_statistics(environment: VecNormalize) -> RunningMeanStd:
@@ -425,8 +411,7 @@ def _save_learning_curve(monitor: TrainingMonitor, path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(
-        [bin_.mean() for bin_ in np.array_split(steps, bins)],
-        [bin_.mean() for bin_ in np.array_split(ratios, bins)],
+        [bin_.mean() for bin_ in np.array_split(steps, bins)], [bin_.mean() for bin_ in np.array_split(ratios, bins)]
     )
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set(xlabel="rounds", ylabel="cost / analytic planner's cost", title="During exploration (simulated)")

@@ -38,12 +38,12 @@ from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, 
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.simulation import oracle
 from edge_runtime.simulation.links import LINK_PRESETS
-from edge_runtime.simulation.lower_bound import compute_lower_bound
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.verifiers import VERIFIERS
 from edge_runtime.simulation.world import ANCHOR_DRAFT_BYTES, SMALL_DRAFT_BYTES, World, make_world
+from tests.benchmarks.lower_bound import compute_lower_bound
 
 FAMILY = Path(__file__).parent.parent.parent / "export" / "example_family"
 LINKS = (*LINK_PRESETS, "bursty")

@@ -22,9 +22,9 @@ from edge_runtime.verifier.client import VerifierClient
 BUNDLE = Path(__file__).parent.parent.parent / "export" / "example_family" / "bundle"
 PLANS = (
     Plan(5, siblings=3, sibling_confidence=1.0),
-    Plan(0, own=4096),
-    Plan(2, siblings=2, sibling_confidence=1.0, ahead=3, in_flight=2),
-    Plan(8, own=4),
+    Plan(0, continuation=4096),
+    Plan(2, siblings=2, sibling_confidence=1.0, draft_ahead=3, in_flight=2),
+    Plan(8, continuation=4),
 )
 PROMPTS = ("def read_config(path):", "import os, sys", "class Queue:\n    def __init__(self")
 TEMPERATURES = (0.0, 0.7, 1.0)

@@ -68,7 +68,7 @@ def make_planners(draft: OnnxDraft, policies: list[str]) -> dict[str, Planner]:
     device = DeviceModel(step_seconds=step_seconds, prefill_seconds=prefill_seconds, overhead_seconds=0.0)
     acceptance = draft.manifest.acceptance
     baselines: dict[str, Planner] = {
-        "streaming": FixedPlanner(Plan(0, own=1 << 12)),
+        "streaming": FixedPlanner(Plan(0, continuation=1 << 12)),
         "K=5, 2 siblings": FixedPlanner(Plan(5, siblings=2)),
     }
     return baselines | {name: make_planner(name, Objective(), device, acceptance=acceptance) for name in policies}

@@ -51,7 +51,7 @@ def main() -> None:
             for name, plan in (
                 ("K=5, 2 siblings", FIXED_PLAN),
                 ("K=4", Plan(4)),
-                ("K=0, n=32 streamed", Plan(0, own=32)),
+                ("K=0, n=32 streamed", Plan(0, continuation=32)),
             ):
                 for temperature in (0.0, 1.0):
                     rounds, mean, worst = asyncio.run(measure(url, http2, plan, temperature))

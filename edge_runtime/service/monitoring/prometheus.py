@@ -102,7 +102,7 @@ class ServiceMetrics(PrometheusMetrics):
     def status(self) -> str:
         """Return one line about the last plan, the link and the queue; it contains no prompt text."""
         parts = [
-            f"K={self.plan.draft} n={self.plan.own}" if self.plan else "no round yet",
+            f"K={self.plan.draft} n={self.plan.continuation}" if self.plan else "no round yet",
             *([f"rtt {1e3 * self.rtt_seconds:.0f} ms"] if self.rtt_seconds is not None else []),
             f"{self._queue.running} answers",
             *([f"{self._queue.waiting} waiting"] if self._queue.waiting else []),

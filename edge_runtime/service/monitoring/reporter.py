@@ -107,11 +107,11 @@ class AnswerReporter:
             at=time.time(),
             answer=self._number,
             draft=plan.draft,
-            own=plan.own,
+            own=plan.continuation,
             reason=plan.reason,
             siblings=plan.siblings,
-            ahead=plan.ahead,
-            watch=plan.watch,
+            ahead=plan.draft_ahead,
+            watch=plan.shadow,
         )
         self._event_log.append(lambda: event)
 
@@ -131,7 +131,7 @@ class AnswerReporter:
             planned=outcome.plan.draft,
             drafted=outcome.drafted,
             accepted=outcome.accepted,
-            own=outcome.own,
+            own=outcome.own_tokens,
             draft_seconds=round(outcome.draft_seconds, 5),
             link_seconds=round(max(0.0, outcome.exchange_seconds - outcome.verifier_seconds), 5),
             verifier_seconds=round(outcome.verifier_seconds, 5),
@@ -145,7 +145,7 @@ class AnswerReporter:
 
     def report_target_only(self, reason: str, tokens: int) -> None:
         """The target generates up to `tokens` tokens alone, without a planner."""
-        self.report_plan(Plan(0, own=tokens, reason=reason))
+        self.report_plan(Plan(0, continuation=tokens, reason=reason))
 
     def report_end(self, outcome: str) -> None:
         """The answer ended with this finish reason or error code; no event if it never started."""

@@ -59,8 +59,8 @@ def test_the_profile_is_valid_and_measured(calibrated: Path, family: Path) -> No
     manifest = read_bundle(family / "bundle", verify=False).manifest
     assert (profile.name, profile.title, profile.origin) == ("this-board", "A <board> & more", "measured")
     assert profile.processor.origin == "measured"
-    assert profile.processor.cores == machine.cores()
-    assert [speed.threads for speed in profile.draft] == calibration.thread_counts(machine.cores())
+    assert profile.processor.cores == machine.count_cores()
+    assert [speed.threads for speed in profile.draft] == calibration.thread_counts(machine.count_cores())
     for speed in profile.draft:
         assert speed.weight_bytes == weight_bytes(manifest)
         assert 16 in speed.milliseconds and max(speed.milliseconds) <= manifest.architecture.context
@@ -229,12 +229,15 @@ def test_contexts_and_threads_cover_what_a_draft_and_a_board_have() -> None:
 def test_the_machine_from_its_files(tmp_path: Path) -> None:
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU\n")
-    assert (machine.model(tmp_path), machine.governor(tmp_path)) == ("Some CPU", "")
+    assert (machine.read_board_model(tmp_path), machine.governor(tmp_path)) == ("Some CPU", "")
     (tmp_path / "proc/device-tree/model").write_text("Raspberry Pi 5 Model B Rev 1.0\0")
     policy = tmp_path / "sys/devices/system/cpu/cpu0/cpufreq"
     policy.mkdir(parents=True)
     (policy / "scaling_governor").write_text("ondemand\n")
-    assert (machine.model(tmp_path), machine.governor(tmp_path)) == ("Raspberry Pi 5 Model B Rev 1.0", "ondemand")
+    assert (machine.read_board_model(tmp_path), machine.governor(tmp_path)) == (
+        "Raspberry Pi 5 Model B Rev 1.0",
+        "ondemand",
+    )
 
 
 def test_the_modelled_line_is_the_profiles_model(calibrated: Path, family: Path) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime.decoding.draft_worker import NullDraftWorker, ThreadedDraftWorker
+from edge_runtime.decoding.draft_worker import DraftWorker, ThreadedDraftWorker
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import EMPTY_PROPOSAL, OnnxDraft
 from edge_runtime.planning.plan import UNRANKED, Conditions, Outcome, Plan
@@ -17,7 +17,7 @@ from tests.conftest import serving
 
 TEXT = "def read_config(path):\n"
 SIBLINGS = 3
-STREAM = Plan(0, own=48, siblings=SIBLINGS, watch=True)
+STREAM = Plan(0, continuation=48, siblings=SIBLINGS, shadow=True)
 
 
 class RecordingPlanner:
@@ -51,11 +51,11 @@ async def test_shadow_guesses_equal_what_it_would_have_drafted(
     ids, (outcome,) = await stream(target_v1, shipped_draft, sampling, STREAM)
     start = len(ids) - 48
     # The round does not wait for the predictions of its last frames.
-    assert 0 < len(outcome.watched) <= outcome.own == 48
+    assert 0 < len(outcome.shadow_guesses) <= outcome.own_tokens == 48
     assert outcome.ahead_seconds > 0 and not outcome.drafted
     context = shipped_draft.new_context()
-    for index, (confidence, rank) in enumerate(outcome.watched):
-        guess = context.propose(ids[: start + index], 1, sampling, siblings=SIBLINGS)
+    for index, (confidence, rank) in enumerate(outcome.shadow_guesses):
+        guess = context.propose_next(ids[: start + index], sampling, SIBLINGS)
         candidates = guess.tokens + guess.siblings.get(0, [])
         token = ids[start + index]
         assert rank == (candidates.index(token) if token in candidates else UNRANKED)
@@ -63,8 +63,10 @@ async def test_shadow_guesses_equal_what_it_would_have_drafted(
 
 
 async def test_without_watch_it_only_prefills(target_v1: Target, shipped_draft: OnnxDraft) -> None:
-    _, rounds = await stream(target_v1, shipped_draft, Sampling(ignore_eos=True), Plan(0, own=24, ahead=1))
-    assert [outcome.watched for outcome in rounds] == [[], []]
+    _, rounds = await stream(
+        target_v1, shipped_draft, Sampling(ignore_eos=True), Plan(0, continuation=24, draft_ahead=1)
+    )
+    assert [outcome.shadow_guesses for outcome in rounds] == [[], []]
     # The prompt has been prefilled during the first round.
     assert rounds[1].conditions.unread <= 24
 
@@ -101,10 +103,10 @@ async def test_shadow_drafting_ends_at_the_draft_context(shipped_draft: OnnxDraf
 
 
 async def test_the_null_worker_drafts_nothing() -> None:
-    worker = NullDraftWorker()
+    worker = DraftWorker()
     assert worker.tokens_to_prefill([1, 2, 3]) == 3 and worker.tokens_drafted_ahead([1, 2, 3]) == 0
     assert await worker.propose([1], Plan(4), 4) == EMPTY_PROPOSAL
-    assert await worker.draft_ahead([1], Plan(4, ahead=2), EMPTY_PROPOSAL, 8) is None
+    assert await worker.draft_ahead([1], Plan(4, draft_ahead=2), EMPTY_PROPOSAL, 8) is None
     worker.start_shadow([1], STREAM)
     worker.shadow([1], [2, 3])
     assert worker.stop_shadow() == ([], 0.0)

@@ -25,7 +25,7 @@ TEXT = "def read_config(path):\n"
 TOKENS = 96
 LONG = 300
 GREEDY, SAMPLED = Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)
-PLANS = [FIXED_PLAN, Plan(0, own=24, watch=True), Plan(2, ahead=3, in_flight=2)]
+PLANS = [FIXED_PLAN, Plan(0, continuation=24, shadow=True), Plan(2, draft_ahead=3, in_flight=2)]
 
 
 class RestartableVerifier:

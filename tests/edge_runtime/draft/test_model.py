@@ -17,12 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from edge_runtime.draft.model import OnnxDraft, Proposal
 from edge_runtime.draft.onnx_runner import FusedRunner, make_runner
+from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol.bundle import Bundle, read_bundle, record_file, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, BundleMissing, ContextOverflow, DraftError
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 
 PROMPT = [40, 41, 42, 50, 60]
 SAMPLINGS = [Sampling(), Sampling(temperature=0.7, seed=3), Sampling(temperature=1.0, top_p=0.9, seed=4)]
+
+
+def with_siblings(count: int) -> Plan:
+    return Plan(1, siblings=count, sibling_confidence=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def test_any_walk_of_prefills_and_rollbacks_ends_where_a_fresh_context_does(
         elif step == "rollback":
             context.rollback(data.draw(st.integers(1, len(ids))))
         elif step == "propose":
-            context.propose(ids, data.draw(st.integers(0, 5)), sampling, siblings=data.draw(st.integers(0, 3)))
+            context.propose(ids, data.draw(st.integers(0, 5)), sampling, with_siblings(data.draw(st.integers(0, 3))))
         else:
             context.sync_to([*ids[: data.draw(st.integers(1, len(ids)))], 7, 8])
     ids = context.ids[: data.draw(st.integers(1, len(context.ids)))]
@@ -78,18 +83,18 @@ def test_any_walk_of_prefills_and_rollbacks_ends_where_a_fresh_context_does(
 def test_tokens_drafted_ahead_are_reused_iff_the_guess_was_right(tiny_draft: OnnxDraft, right: bool) -> None:
     sampling = Sampling(temperature=1.0, seed=4)
     context, fresh = tiny_draft.new_context(), tiny_draft.new_context()
-    proposal = context.propose(PROMPT, 3, sampling, siblings=1)
-    ahead = context.propose(PROMPT + proposal.tokens, 4, sampling, siblings=1, survival=proposal.survival)
+    proposal = context.propose(PROMPT, 3, sampling, with_siblings(1))
+    ahead = context.propose(PROMPT + proposal.tokens, 4, sampling, with_siblings(1), survival=proposal.survival)
     assert ahead.survival == pytest.approx(math.prod(proposal.confidences + ahead.confidences))
     guess = ahead.tokens[0]
     text = PROMPT + proposal.tokens + [guess if right else guess + 1]
     assert context.tokens_to_prefill(text) == (0 if right else 1)
     assert context.tokens_drafted_ahead(text) == (3 if right else 0)
     runs = tiny_draft.run_seconds
-    proposal = context.propose(text, 3, sampling, siblings=1)
+    proposal = context.propose(text, 3, sampling, with_siblings(1))
     assert proposal.drafted_ahead == (3 if right else 0)
     assert (tiny_draft.run_seconds == runs) == right
-    again = fresh.propose(text, 3, sampling, siblings=1)
+    again = fresh.propose(text, 3, sampling, with_siblings(1))
     assert (proposal.tokens, proposal.siblings) == (again.tokens, again.siblings)
 
 
@@ -105,15 +110,16 @@ def test_drafting_stops_on_request_and_below_the_minimum_survival(tiny_draft: On
     context = tiny_draft.new_context()
     asked = iter([False, False, True])
     assert len(context.propose(PROMPT, 8, Sampling(), should_stop=lambda: next(asked)).tokens) == 2
-    assert len(context.propose(PROMPT, 8, Sampling(), calibration=(0.5,), min_survival=0.2).tokens) == 3
-    proposal = context.propose(PROMPT, 8, Sampling(), calibration=(0.5, 0.5), min_survival=0.2, survival=0.5)
+    assert len(context.propose(PROMPT, 8, Sampling(), Plan(8, calibration=(0.5,), min_survival=0.2)).tokens) == 3
+    plan = Plan(8, calibration=(0.5, 0.5), min_survival=0.2)
+    proposal = context.propose(PROMPT, 8, Sampling(), plan, survival=0.5)
     assert (len(proposal.tokens), proposal.survival) == (2, 0.125)
 
 
 def test_siblings_are_the_next_best_by_coupled_score(tiny_draft: OnnxDraft, model: torch.nn.Module) -> None:
     sampling = Sampling(temperature=1.0, seed=5)
     context = tiny_draft.new_context()
-    proposal = context.propose(PROMPT, 3, sampling, siblings=3)
+    proposal = context.propose(PROMPT, 3, sampling, with_siblings(3))
     ids = list(PROMPT)
     for index, token in enumerate(proposal.tokens):
         with torch.inference_mode():
@@ -124,9 +130,9 @@ def test_siblings_are_the_next_best_by_coupled_score(tiny_draft: OnnxDraft, mode
 
 def test_drafting_stops_after_a_token_of_low_confidence(tiny_draft: OnnxDraft) -> None:
     context = tiny_draft.new_context()
-    sure = context.propose(PROMPT, 8, Sampling(), min_confidence=0.0).confidences
+    sure = context.propose(PROMPT, 8, Sampling(), Plan(8, min_confidence=0.0)).confidences
     threshold = sorted(sure)[4]
-    stopped = context.propose(PROMPT, 8, Sampling(), min_confidence=threshold).confidences
+    stopped = context.propose(PROMPT, 8, Sampling(), Plan(8, min_confidence=threshold)).confidences
     first = next(index for index, confidence in enumerate(sure) if confidence < threshold)
     assert len(stopped) == first + 1
 

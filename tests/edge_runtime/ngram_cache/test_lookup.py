@@ -207,7 +207,7 @@ async def test_the_output_is_unchanged_and_repeated_text_is_accepted_more_often(
     rng = np.random.default_rng(3)
     for _ in range(30):
         cache.add("another", rng.integers(0, 8192, 200).tolist())
-    plans = [Plan(6, siblings=2), Plan(2, siblings=2, ahead=3, in_flight=2), Plan(8, own=4)]
+    plans = [Plan(6, siblings=2), Plan(2, siblings=2, draft_ahead=3, in_flight=2), Plan(8, continuation=4)]
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
         for prompt, plan in zip(PROMPTS, plans, strict=True):
             ids: list[int] = shipped_draft.tokenizer.encode(prompt).ids

@@ -34,7 +34,7 @@ def make_outcome(
         plan=Plan(drafted, planned_own, siblings=siblings),
         conditions=Conditions(left, 50, unread, now=now, version=version, temperature=temperature),
         accepted=accepted,
-        own=own,
+        own_tokens=own,
         confidences=confidences,
         offered=[siblings] * drafted,
         sibling=sibling,
@@ -63,10 +63,10 @@ def outcomes() -> st.SearchStrategy[Outcome]:
         ahead = draw(st.integers(0, 3)) if planned_own == 1 else 0
         guesses = st.tuples(st.floats(0.0, 1.0), st.sampled_from((0, 0, 1, 7, UNRANKED)))
         return Outcome(
-            plan=Plan(drafted, planned_own, siblings=siblings, ahead=ahead),
+            plan=Plan(drafted, planned_own, siblings=siblings, draft_ahead=ahead),
             conditions=draw(conditions()),
             accepted=accepted,
-            own=draw(st.integers(1, planned_own + (sibling > 0))),
+            own_tokens=draw(st.integers(1, planned_own + (sibling > 0))),
             confidences=confidences,
             offered=offered,
             sibling=sibling,
@@ -80,7 +80,7 @@ def outcomes() -> st.SearchStrategy[Outcome]:
             received=draw(st.integers(0, 100_000)),
             repeated=draw(st.booleans()),
             ahead_seconds=draw(seconds),
-            watched=[] if drafted else draw(st.lists(guesses, max_size=planned_own)),
+            shadow_guesses=[] if drafted else draw(st.lists(guesses, max_size=planned_own)),
         )
 
     return draw()

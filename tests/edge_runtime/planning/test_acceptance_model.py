@@ -122,7 +122,7 @@ def test_shadow_guesses_count_like_drafted_tokens() -> None:
     for _ in range(60):
         drafted.observe(make_outcome([0.9, 0.8, 0.3], 2, siblings=2, sibling=2))
         stream = make_outcome([], 0, own=3, planned_own=3, siblings=2)
-        shadowed.observe(msgspec.structs.replace(stream, watched=[(0.9, 0), (0.8, 0), (0.3, 2)]))
+        shadowed.observe(msgspec.structs.replace(stream, shadow_guesses=[(0.9, 0), (0.8, 0), (0.3, 2)]))
     assert shadowed.judged == drafted.judged > 150
     assert drafted.table().calibration == shadowed.table().calibration
     assert drafted.table().sibling_hits.tolist() == shadowed.table().sibling_hits.tolist()
@@ -133,10 +133,10 @@ def test_fully_shadowed_stream_continues_the_streak() -> None:
     model.follow(Conditions(150, 50, 1))
     stream = make_outcome([], 0, own=40, planned_own=40, left=150)
     correct = [(0.9, 0)] * 40
-    model.observe(msgspec.structs.replace(stream, watched=correct))
+    model.observe(msgspec.structs.replace(stream, shadow_guesses=correct))
     assert model.streak == 40
     # The guess for the last token is unknown, so the streak ends.
-    model.observe(msgspec.structs.replace(stream, watched=correct[:39]))
+    model.observe(msgspec.structs.replace(stream, shadow_guesses=correct[:39]))
     assert model.streak == 0
 
 

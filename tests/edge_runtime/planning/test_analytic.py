@@ -40,12 +40,12 @@ def make_planner(
 def check_plan(plan: Plan, conditions_: Conditions) -> None:
     """Assert that `plan` is valid under the conditions."""
     assert 0 <= plan.draft <= max(MAX_DRAFT_LENGTH, conditions_.ready)
-    assert 1 <= plan.own <= conditions_.left
+    assert 1 <= plan.continuation <= conditions_.left
     assert plan.in_flight in (1, 2)
-    assert 0 <= plan.ahead <= MAX_DRAFT_LENGTH
-    # Without a draft, `ahead` only lets the draft prefill.
-    assert not plan.ahead or plan.own == 1 or not plan.draft
-    assert not plan.watch or not plan.draft
+    assert 0 <= plan.draft_ahead <= MAX_DRAFT_LENGTH
+    # Without a draft, `draft_ahead` only lets the draft prefill.
+    assert not plan.draft_ahead or plan.continuation == 1 or not plan.draft
+    assert not plan.shadow or not plan.draft
     assert 0 <= plan.siblings <= MAX_SIBLINGS
     assert 0.0 <= plan.min_survival <= 1.0 and 0.0 <= plan.sibling_confidence <= 1.0
     assert all(0.0 < probability < 1.0 for probability in plan.calibration)
@@ -122,9 +122,9 @@ def test_shadow_drafting_corrects_a_pessimistic_prior() -> None:
     planner = AnalyticPlanner(Objective(), world.device, acceptance={"T=0.7": 0.05})
     simulator = Simulator(world, planner, log=True)
     rounds = [outcome for text in texts for outcome in simulator.run(text).log]
-    assert rounds[1].plan.watch and not rounds[1].plan.draft
+    assert rounds[1].plan.shadow and not rounds[1].plan.draft
     first = next(index for index, outcome in enumerate(rounds) if outcome.plan.draft)
-    assert sum(len(outcome.watched) for outcome in rounds[:first]) > 64
+    assert sum(len(outcome.shadow_guesses) for outcome in rounds[:first]) > 64
     assert "exploring" not in rounds[first].plan.reason
     assert all(outcome.plan.draft for outcome in rounds[-20:])
 
@@ -137,8 +137,8 @@ def test_no_shadow_drafting_if_drafting_is_hopeless_or_joules_are_expensive(text
         world = make_world(link, board, verifier)
         simulator = Simulator(world, make_planner(world, PRESETS[objective]), log=True)
         rounds = [outcome for text in texts for outcome in simulator.run(text).log]
-        shadowed = sum(len(outcome.watched) for outcome in rounds)
-        assert shadowed < 0.05 * sum(outcome.own for outcome in rounds if not outcome.drafted)
+        shadowed = sum(len(outcome.shadow_guesses) for outcome in rounds)
+        assert shadowed < 0.05 * sum(outcome.own_tokens for outcome in rounds if not outcome.drafted)
 
 
 def test_follows_a_step_change_of_the_link_within_five_rounds() -> None:
@@ -154,8 +154,8 @@ def test_follows_a_step_change_of_the_link_within_five_rounds() -> None:
             outcome = make_outcome(
                 [0.72] * min(plan.draft, 6),
                 (3, 1, 5, 0)[index % 4] if plan.draft >= 5 else min(plan.draft, 2),
-                own=plan.own,
-                planned_own=plan.own,
+                own=plan.continuation,
+                planned_own=plan.continuation,
                 link=link,
                 forward=0.03,
                 own_seconds=0.03,
@@ -178,9 +178,9 @@ def test_streams_while_the_draft_prefills_a_long_prompt(texts: list[RecordedText
     simulator = Simulator(world, make_planner(world), log=True)
     for text in texts:
         log += simulator.run(text).log
-    prefill_plans = [outcome.plan for outcome in log if outcome.plan.ahead and not outcome.plan.draft]
+    prefill_plans = [outcome.plan for outcome in log if outcome.plan.draft_ahead and not outcome.plan.draft]
     assert len(prefill_plans) >= 4
-    assert all(plan.own < 40 for plan in prefill_plans)
+    assert all(plan.continuation < 40 for plan in prefill_plans)
     assert all(outcome.conditions.unread < 60 for outcome in log if outcome.drafted)
 
 

@@ -29,7 +29,7 @@ def test_every_policy_returns_valid_plans(name: str, rounds: list[tuple[Conditio
     planner = make_planner(name, Objective(), DeviceModel())
     for conditions_, outcome in rounds:
         plan = planner.plan(conditions_)
-        assert plan.draft >= 0 and plan.own >= 1 and plan.in_flight in (1, 2)
+        assert plan.draft >= 0 and plan.continuation >= 1 and plan.in_flight in (1, 2)
         planner.observe(outcome)
 
 

@@ -227,19 +227,24 @@ def test_unmeasured_draft_is_modeled_from_bandwidth() -> None:
     assert profile.prefill_seconds(50_000_000, 0) == 0.0
 
 
+def with_threads(profile: BoardProfile, threads: int) -> BoardProfile:
+    """Return the profile with the measurements of this number of threads alone."""
+    return msgspec.structs.replace(profile, draft=[entry for entry in profile.draft if entry.threads == threads])
+
+
 def test_measured_draft_uses_its_measurements() -> None:
     profile = make_profile()
-    assert profile.draft_seconds(9_000_000, 66, threads=1) == pytest.approx(0.0025)
-    assert profile.draft_seconds(9_000_000, 1116, threads=4) == pytest.approx(0.006)
+    assert with_threads(profile, 1).draft_seconds(9_000_000, 66) == pytest.approx(0.0025)
+    assert with_threads(profile, 4).draft_seconds(9_000_000, 1116) == pytest.approx(0.006)
     # Without a number of threads, the faster measurement at that context.
     assert profile.draft_seconds(9_000_000, 16) == pytest.approx(0.001)
     assert profile.draft_seconds(9_000_000, 1116) == pytest.approx(0.005)
     # 4 W measured, 2 W idle; no watts were measured with 4 threads, so the busy draw of 6 W applies.
-    assert profile.draft_joules(9_000_000, 16, threads=1) == pytest.approx(0.004)
-    assert profile.draft_joules(9_000_000, 16, threads=4) == pytest.approx(0.004)
+    assert with_threads(profile, 1).draft_joules(9_000_000, 16) == pytest.approx(0.004)
+    assert with_threads(profile, 4).draft_joules(9_000_000, 16) == pytest.approx(0.004)
     assert profile.prefill_seconds(9_000_000, 1000) == pytest.approx(0.2)
     # An unmeasured number of threads is modeled.
-    assert profile.draft_seconds(9_000_000, 16, threads=2) == pytest.approx(9e6 / 5e9)
+    assert with_threads(profile, 2).draft_seconds(9_000_000, 16) == pytest.approx(9e6 / 5e9)
 
 
 @given(
@@ -257,21 +262,16 @@ def test_interpolation_stays_within_the_measurements(times: dict[int, float], co
         assert speed.seconds(context) == pytest.approx(milliseconds / 1e3)
 
 
-def test_transfers_cost_bytes_time_and_a_tail() -> None:
+def test_transfers_cost_bytes_and_time() -> None:
     profile = make_profile()
     assert profile.transfer_joules("lte", 1000, 2000, 2.0) == pytest.approx(0.004 + 0.001 + 3.0)
     assert profile.transfer_joules("lte", 0, 0, 0.0) == 0.0
-    assert profile.tail_joules("lte", 4.0) == pytest.approx(4.0)
-    assert profile.tail_joules("lte", 60.0) == pytest.approx(10.0)
 
 
 def test_unknown_figures_are_none() -> None:
     profile = make_profile(power=None)
     assert profile.draft_joules(50_000_000) is None
-    assert profile.idle_joules(1.0) is None
     assert profile.transfer_joules("5g", 1, 1, 1.0) is None
-    assert profile.tail_joules("pigeon", 1.0) is None
-    assert make_profile().idle_joules(3.0) == pytest.approx(6.0)
 
 
 def test_bundle_is_identified_by_weights_without_tokenizer(family: Path) -> None:

@@ -32,7 +32,7 @@ def test_shadow_drafting_measures_the_draft_step() -> None:
     costs = CostModel(DEVICE)
     for _ in range(3):
         stream = make_outcome([], 0, own=20, planned_own=20)
-        costs.observe(msgspec.structs.replace(stream, watched=[(0.9, 0)] * 12, ahead_seconds=12 * 0.016), 3.0)
+        costs.observe(msgspec.structs.replace(stream, shadow_guesses=[(0.9, 0)] * 12, ahead_seconds=12 * 0.016), 3.0)
     assert costs.step_seconds(50) == pytest.approx(0.016, rel=0.12)
 
 
@@ -49,7 +49,7 @@ def test_detects_a_speculative_verifier_by_its_forwards() -> None:
     costs = CostModel(DEVICE)
     assert costs.optimistic_own_token_seconds(3.0) < costs.own_token_seconds(3.0)
     stream = make_outcome([], 0, own=40, planned_own=40, link=0.02, forward=0.03, own_seconds=0.011)
-    costs.observe(msgspec.structs.replace(stream, further=13), 3.0)
+    costs.observe(msgspec.structs.replace(stream, further_forwards=13), 3.0)
     # 13 forwards for 39 tokens, the last of which may have been truncated: slightly more than 3 tokens each.
     assert costs.verifier_speculates and costs.own_forward.value == pytest.approx(0.033)
     assert 0.009 < costs.own_token_seconds(3.0) < 0.011
@@ -69,7 +69,7 @@ def test_streaming_equivalent_of_a_drafted_round() -> None:
     round_ = make_outcome([0.9] * 12, 7)
     assert costs.streaming_equivalent(round_, 3.0) == 8
     stream = make_outcome([], 0, own=40, planned_own=40, link=0.02, forward=0.03, own_seconds=0.011)
-    costs.observe(msgspec.structs.replace(stream, further=13), 3.0)
+    costs.observe(msgspec.structs.replace(stream, further_forwards=13), 3.0)
     per_forward = 3.0 * costs.yield_ratio.value
     # Seven accepted and one rejected: a forward with five accepted and one with two, each with an own token.
     assert costs.streaming_equivalent(round_, 3.0) == pytest.approx(2 * per_forward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.planning.acceptance_table import CONFIDENCE_BINS, STAGE_STREAKS, AcceptanceTable, StageAcceptance
-from edge_runtime.planning.counterfactual import ReplayedRounds, RoundChoice, replay_rounds
+from edge_runtime.planning.counterfactual import ReplayedRounds, replay_rounds
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import UNRANKED, FixedPlanner, Plan, ShadowGuess
 from edge_runtime.planning.search import DraftedRound, RoundPrices
@@ -44,6 +45,10 @@ UNIFORM = StageAcceptance(
 TABLE = AcceptanceTable([UNIFORM] * len(STAGE_STREAKS), np.zeros(8))
 
 
+def drafted_round(cost: float, length: int, min_survival: float, **fields: Any) -> DraftedRound:
+    return DraftedRound(cost, Plan(length, min_survival=min_survival, calibration=TABLE.calibration, **fields))
+
+
 def replay(
     guesses: list[ShadowGuess], first_stage: DraftedRound, last_stage: DraftedRound | None = None, streak: int = 0
 ) -> ReplayedRounds:
@@ -51,8 +56,8 @@ def replay(
     return replay_rounds(
         guesses,
         streak=streak,
-        first_stage=RoundChoice(first_stage, TABLE),
-        last_stage=RoundChoice(last_stage or first_stage, TABLE),
+        first_stage=first_stage,
+        last_stage=last_stage or first_stage,
         prices=PRICES,
     )
 
@@ -64,7 +69,7 @@ def make_guesses(ranks: str, confidence: float = 0.9) -> list[ShadowGuess]:
 
 def test_replays_rounds_computed_by_hand() -> None:
     # All four and the bonus token; two and the own token; two, with the last token as the own one.
-    replayed = replay(make_guesses("....." + "..x" + "..."), DraftedRound(0.05, 4, 0.0))
+    replayed = replay(make_guesses("....." + "..x" + "..."), drafted_round(0.05, 4, 0.0))
     assert replayed.tokens == 11
     forwards = 3 * FORWARD + (4 + 4 + 2) * NODE
     assert replayed.cost == pytest.approx(3 * ROUND_TRIP + 10 * STEP + forwards)
@@ -74,7 +79,7 @@ def test_replays_rounds_computed_by_hand() -> None:
 
 def test_replays_stop_rule_and_siblings() -> None:
     # A token of confidence 0.9 has a calibrated acceptance of 0.925; the survival of two is 0.86.
-    stopping = DraftedRound(0.05, 8, 0.9, siblings=2, sibling_confidence=0.95)
+    stopping = drafted_round(0.05, 8, 0.9, siblings=2, sibling_confidence=0.95)
     replayed = replay(make_guesses(".2.."), stopping)
     # Both tokens are drafted; the second sibling of the second token is correct, and the own token follows.
     assert replayed.tokens == 3
@@ -82,7 +87,7 @@ def test_replays_stop_rule_and_siblings() -> None:
 
 
 def test_uses_the_last_stage_round_after_a_long_streak() -> None:
-    short, long = DraftedRound(0.05, 2, 0.0), DraftedRound(0.02, 20, 0.0)
+    short, long = drafted_round(0.05, 2, 0.0), drafted_round(0.02, 20, 0.0)
     after_streak = replay(make_guesses("." * 21), short, long, streak=STAGE_STREAKS[-1])
     assert (after_streak.last_stage_tokens, after_streak.tokens) == (21, 21)
     assert after_streak.predicted_cost == pytest.approx(21 * 0.02)
@@ -93,10 +98,10 @@ def test_uses_the_last_stage_round_after_a_long_streak() -> None:
 @pytest.mark.parametrize(
     "round_",
     [
-        DraftedRound(0.05, 5, 0.0),
-        DraftedRound(0.05, 12, 0.3, siblings=3, sibling_confidence=0.8),
-        DraftedRound(0.05, 6, 0.2, ahead=6),
-        DraftedRound(0.05, 8, 0.2, ahead=8, in_flight=2),
+        drafted_round(0.05, 5, 0.0),
+        drafted_round(0.05, 12, 0.3, siblings=3, sibling_confidence=0.8),
+        drafted_round(0.05, 6, 0.2, draft_ahead=6),
+        drafted_round(0.05, 8, 0.2, draft_ahead=8, in_flight=2),
     ],
     ids=["plain", "stop rule and siblings", "ahead", "two in flight"],
 )
@@ -104,16 +109,7 @@ def test_uses_the_last_stage_round_after_a_long_streak() -> None:
 def test_replay_agrees_with_the_simulator(round_: DraftedRound, target: str, temperature: float) -> None:
     """Simulate drafted rounds on recorded texts, and replay them on the shadow guesses for the same texts."""
     texts = read_texts(TRACES, target=target, temperature=temperature)[:24]
-    plan = Plan(
-        round_.length,
-        siblings=round_.siblings,
-        sibling_confidence=round_.sibling_confidence,
-        min_survival=round_.min_survival,
-        calibration=TABLE.calibration,
-        ahead=round_.ahead,
-        in_flight=round_.in_flight,
-    )
-    simulator = Simulator(make_world(), FixedPlanner(plan))
+    simulator = Simulator(make_world(), FixedPlanner(round_.plan))
     simulated = sum(simulator.run(text).latency_seconds for text in texts) / sum(map(len, texts))
     results = [replay(shadow_guesses(text), round_) for text in texts]
     replayed = sum(result.cost for result in results) / sum(result.tokens for result in results)
@@ -128,18 +124,19 @@ def shadow_guesses(text: RecordedText) -> list[ShadowGuess]:
     st.lists(st.tuples(st.floats(0, 1), st.sampled_from((0, 0, 0, 1, 5, UNRANKED))), max_size=80),
     st.integers(0, 40),
     st.builds(
-        DraftedRound,
+        drafted_round,
         cost=st.just(0.05),
         length=st.integers(1, 31),
         min_survival=st.floats(0, 1),
         siblings=st.integers(0, 7),
         sibling_confidence=st.floats(0, 1),
-        ahead=st.integers(0, 24),
+        draft_ahead=st.integers(0, 24),
         in_flight=st.integers(1, 2),
     ),
 )
 def test_all_tokens_but_the_last_are_replayed(guesses: list[ShadowGuess], streak: int, round_: DraftedRound) -> None:
-    replayed = replay(guesses, round_, msgspec.structs.replace(round_, length=31), streak=streak)
+    long = msgspec.structs.replace(round_, plan=msgspec.structs.replace(round_.plan, draft=31))
+    replayed = replay(guesses, round_, long, streak=streak)
     assert max(0, len(guesses) - 1) <= replayed.tokens <= len(guesses)
     assert 0 <= replayed.last_stage_tokens <= replayed.tokens
     if replayed.tokens:

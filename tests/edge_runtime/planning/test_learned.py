@@ -62,13 +62,13 @@ class ScriptedPlanner(CorrectedPlanner):
 def check_plan(plan: Plan, conditions: Conditions) -> None:
     """Assert that `plan` is valid."""
     assert 0 <= plan.draft <= max(MAX_DRAFT_LENGTH, conditions.ready)
-    assert 1 <= plan.own <= conditions.left
+    assert 1 <= plan.continuation <= conditions.left
     assert 0 <= plan.siblings <= MAX_SIBLINGS
     assert 0.0 <= plan.sibling_confidence <= 1.0
     assert 0.0 <= plan.min_survival <= 1.0
-    assert 0 <= plan.ahead <= 2 * MAX_DRAFT_LENGTH
+    assert 0 <= plan.draft_ahead <= 2 * MAX_DRAFT_LENGTH
     assert plan.in_flight in (1, 2)
-    assert plan.ahead == 0 or plan.own == 1 or plan.draft == 0
+    assert plan.draft_ahead == 0 or plan.continuation == 1 or plan.draft == 0
     assert plan.reason
 
 
@@ -217,7 +217,7 @@ def test_plans_are_always_valid(data: st.DataObject) -> None:
             plan,
             conditions,
             accepted,
-            min(plan.own, left - accepted),
+            min(plan.continuation, left - accepted),
             data.draw(st.lists(st.floats(0.0, 1.0), min_size=drafted, max_size=drafted)),
             [plan.siblings] * drafted,
             draft_seconds=data.draw(seconds),

@@ -84,7 +84,7 @@ def test_search_agrees_with_brute_force(confidences: dict[int, float], step: flo
     found = best_drafted_round(table, prices)
     grid = product((1, 2, 3, 5, 8, 16), THRESHOLDS[1::6].tolist())
     best = min(simulate_cost(table, length, survival, 400, prices) for length, survival in grid)
-    assert simulate_cost(table, found.length, found.min_survival, 400, prices) <= best * 1.05
+    assert simulate_cost(table, found.plan.draft, found.plan.min_survival, 400, prices) <= best * 1.05
     assert found.cost == pytest.approx(best, rel=0.1)
 
 
@@ -92,18 +92,18 @@ def test_threshold_balances_the_cost_and_the_gain_of_a_step() -> None:
     table = make_table({19: 0.5, 14: 0.3, 9: 0.2})
     found = best_drafted_round(table, PRICES)
     step = PRICES.step + 0.0005
-    assert found.min_survival * table.acceptance * found.cost == pytest.approx(step, rel=0.15)
+    assert found.plan.min_survival * table.acceptance * found.cost == pytest.approx(step, rel=0.15)
 
 
 def test_drafts_lengthen_with_delay_and_shorten_with_step_cost() -> None:
     table = make_table({19: 0.5, 12: 0.5})
     thresholds = [
-        best_drafted_round(table, msgspec.structs.replace(PRICES, exchange=delay)).min_survival
+        best_drafted_round(table, msgspec.structs.replace(PRICES, exchange=delay)).plan.min_survival
         for delay in (0.01, 0.1, 1)
     ]
     assert thresholds == sorted(thresholds, reverse=True) and thresholds[0] > thresholds[-1]
     thresholds = [
-        best_drafted_round(table, msgspec.structs.replace(PRICES, step=step)).min_survival
+        best_drafted_round(table, msgspec.structs.replace(PRICES, step=step)).plan.min_survival
         for step in (0.001, 0.01, 0.05)
     ]
     assert thresholds == sorted(thresholds) and thresholds[0] < thresholds[-1]
@@ -112,13 +112,13 @@ def test_drafts_lengthen_with_delay_and_shorten_with_step_cost() -> None:
 def test_siblings_are_sent_with_unsure_tokens_if_width_is_cheap() -> None:
     table = make_table({19: 0.6, 6: 0.4}, hits=0.6)
     cheap = best_drafted_round(table, PRICES)
-    assert cheap.siblings >= 1
-    assert cheap.sibling_confidence >= 7 / CONFIDENCE_BINS
+    assert cheap.plan.siblings >= 1
+    assert cheap.plan.sibling_confidence >= 7 / CONFIDENCE_BINS
     assert cheap.cost < best_drafted_round(make_table({19: 0.6, 6: 0.4}), PRICES).cost
     dearer = msgspec.structs.replace(PRICES, forward_seconds=[0.02, 0.02 + 71 * 0.003])
-    assert best_drafted_round(table, dearer).sibling_confidence < 1.0
+    assert best_drafted_round(table, dearer).plan.sibling_confidence < 1.0
     dear = msgspec.structs.replace(PRICES, forward_seconds=[0.02, 0.02 + 71 * 0.1])
-    assert best_drafted_round(table, dear).siblings == 0
+    assert best_drafted_round(table, dear).plan.siblings == 0
 
 
 def test_siblings_gain_what_was_measured() -> None:
@@ -146,8 +146,8 @@ def test_drafting_ahead_pays_off_on_a_fast_board_with_a_slow_link() -> None:
         best_drafted_round(table, msgspec.structs.replace(far, flight_seconds=0.0)),
         best_drafted_round(table, far),
     )
-    assert alone.ahead == 0 and alone.in_flight == 1
-    assert ahead.ahead > 0 and ahead.in_flight == 2
+    assert alone.plan.draft_ahead == 0 and alone.plan.in_flight == 1
+    assert ahead.plan.draft_ahead > 0 and ahead.plan.in_flight == 2
     assert ahead.cost < 0.95 * alone.cost
     assert alone.chain_tokens == alone.tokens and ahead.chain_tokens > ahead.tokens
 
@@ -162,14 +162,14 @@ def test_early_rounds_queue_at_the_verifier_too() -> None:
         best_drafted_round(table, msgspec.structs.replace(near, queue_seconds=0.03)),
     )
     # The exchange price contains the queueing of the first round only; that of early rounds reduces their gain.
-    assert idle.in_flight == 2 and busy.cost > 1.05 * idle.cost
+    assert idle.plan.in_flight == 2 and busy.cost > 1.05 * idle.cost
 
 
 def test_no_drafting_ahead_if_its_energy_is_expensive_or_nothing_fits() -> None:
     table = make_table({19: 0.95, 10: 0.05})
     far = msgspec.structs.replace(PRICES, exchange=0.3, step=0.002, step_seconds=0.002, flight_seconds=0.32)
-    assert best_drafted_round(table, msgspec.structs.replace(far, step_ahead=0.1)).ahead == 0
-    assert best_drafted_round(table, msgspec.structs.replace(far, step_seconds=0.2, step=0.2)).ahead == 0
+    assert best_drafted_round(table, msgspec.structs.replace(far, step_ahead=0.1)).plan.draft_ahead == 0
+    assert best_drafted_round(table, msgspec.structs.replace(far, step_seconds=0.2, step=0.2)).plan.draft_ahead == 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -191,9 +191,9 @@ def test_result_is_always_a_valid_round(
     )  # fmt: skip
     found = best_drafted_round(table, prices)
     assert np.isfinite(found.cost) and found.cost > 0
-    assert 1 <= found.length <= max(1, min(max_length, MAX_DRAFT_LENGTH))
-    assert 0 < found.min_survival <= 1
-    assert 0 <= found.siblings <= 7 and 0 <= found.sibling_confidence <= 1
-    assert found.ahead in (0, *AHEAD_LENGTHS) and found.in_flight in (1, 2)
+    assert 1 <= found.plan.draft <= max(1, min(max_length, MAX_DRAFT_LENGTH))
+    assert 0 < found.plan.min_survival <= 1
+    assert 0 <= found.plan.siblings <= 7 and 0 <= found.plan.sibling_confidence <= 1
+    assert found.plan.draft_ahead in (0, *AHEAD_LENGTHS) and found.plan.in_flight in (1, 2)
     assert 1 <= found.tokens <= MAX_DRAFT_LENGTH + 2
-    assert found.ahead or found.in_flight == 1
+    assert found.plan.draft_ahead or found.plan.in_flight == 1

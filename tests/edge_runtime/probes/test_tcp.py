@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from edge_runtime.probes.tcp import ByteMeter, TcpInfo, goodput, tcp_info
+from edge_runtime.probes.tcp import ByteMeter, TcpInfo, tcp_info
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -60,19 +60,6 @@ def test_counts(pair: Pair) -> None:
     assert 0 <= info.rtt_variation_seconds < 0.5
     assert info.delivery_rate is not None and info.delivery_rate > 1000
     assert info.busy_seconds >= 0
-
-
-def test_goodput_is_bytes_over_busy_time(pair: Pair) -> None:
-    near, far = pair
-    before = settled(near)
-    exchange(near, far, 200)
-    after = settled(near)
-    rate = goodput(before, after)
-    if after.busy_seconds == before.busy_seconds:  # busy time has the resolution of a kernel tick
-        assert rate is None
-    else:
-        assert rate == pytest.approx(40_000 / (after.busy_seconds - before.busy_seconds))
-    assert goodput(after, after) is None
 
 
 def test_the_figures_equal_those_of_ss(pair: Pair) -> None:

@@ -21,6 +21,8 @@ from tests.edge_runtime.service.conftest import read_metric, service_pair, wait_
 
 PROMPT = "def read_config(path):\n"
 LONG_REQUEST = {"model": "", "prompt": PROMPT, "max_tokens": 1000, "temperature": 0, "extra_body": {"ignore_eos": True}}
+# Long for one round, and short to wait for.
+IN_PROGRESS_SECONDS = 5.0
 
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -86,7 +88,8 @@ async def test_an_unreachable_verifier(target: Target, draft: OnnxDraft) -> None
 
 
 async def test_a_verifier_that_stops_in_mid_stream(target: Target, draft: OnnxDraft) -> None:
-    async with service_pair(target, draft) as pair:
+    # A round that is under way keeps the deadline with which it began.
+    async with service_pair(target, draft, deadline=IN_PROGRESS_SECONDS) as pair:
         body = {"prompt": PROMPT, "stream": True, "max_tokens": 1000, "ignore_eos": True}
         async with (
             httpx.AsyncClient() as client,
@@ -103,7 +106,7 @@ async def test_a_verifier_that_stops_in_mid_stream(target: Target, draft: OnnxDr
         assert json.loads(data.removeprefix("data: "))["error"]["code"] == "connection_refused"
         assert "data: [DONE]" not in lines
         await pair.verifier.start()
-        pair.service.client.deadline = 300.0
+        pair.service.client.deadline = IN_PROGRESS_SECONDS
         stream = await pair.client.completions.create(**LONG_REQUEST, stream=True)
         with pytest.raises(openai.APIError, match="no usable answer"):
             async for _ in stream:
@@ -132,7 +135,7 @@ class FailingDraft(OnnxDraft):
         return context
 
 
-@pytest.mark.parametrize("plan", [Plan(4), Plan(2, ahead=3, in_flight=2)], ids=["on time", "ahead"])
+@pytest.mark.parametrize("plan", [Plan(4), Plan(2, draft_ahead=3, in_flight=2)], ids=["on time", "ahead"])
 async def test_the_target_completes_the_answer_when_the_draft_fails(
     target: Target, draft: OnnxDraft, plan: Plan
 ) -> None:

@@ -59,11 +59,11 @@ def test_every_plan_yields_the_whole_text_and_consistent_outcomes(
         assert 0 <= conditions.unread <= conditions.position and conditions.ready >= 0
         assert outcome.drafted <= min(plan.draft, max(0, conditions.left - 1))
         assert outcome.accepted == min(outcome.drafted, accepted_runs(text.ranks)[done])
-        assert outcome.own <= max(plan.own, 2) and len(outcome.offered) == outcome.drafted
+        assert outcome.own_tokens <= max(plan.continuation, 2) and len(outcome.offered) == outcome.drafted
         assert 0 <= outcome.ready <= outcome.drafted
         assert 0 <= outcome.first_seconds <= outcome.exchange_seconds + 1e-12
-        assert len(outcome.watched) <= (outcome.own if plan.watch and not outcome.drafted else 0)
-        for (confidence, rank), index in zip(outcome.watched, range(done, len(text)), strict=False):
+        assert len(outcome.shadow_guesses) <= (outcome.own_tokens if plan.shadow and not outcome.drafted else 0)
+        for (confidence, rank), index in zip(outcome.shadow_guesses, range(done, len(text)), strict=False):
             assert confidence == text.confidences[index]
             assert (rank == 0) == (text.ranks[index] == 0) and (rank <= plan.siblings or rank == UNRANKED)
         if outcome.sibling:
@@ -99,7 +99,7 @@ def test_without_drafting_every_token_takes_a_round_trip() -> None:
 
 
 def test_streaming_pays_one_round_trip() -> None:
-    result = run("." * 6, Plan(0, own=100))
+    result = run("." * 6, Plan(0, continuation=100))
     assert result.latency_seconds == pytest.approx(ROUND_TRIP + 6 * FORWARD)
     assert result.first_token_seconds == pytest.approx(ROUND_TRIP + FORWARD)
     assert (result.rounds, result.forwards) == (1, 6)
@@ -107,10 +107,10 @@ def test_streaming_pays_one_round_trip() -> None:
 
 def test_streaming_with_server_side_speculation() -> None:
     # The first forward yields one token; the others draft 5, or one fewer than are still wanted.
-    result = run("." * 12, Plan(0, own=100), make_world(speculates=True))
+    result = run("." * 12, Plan(0, continuation=100), make_world(speculates=True))
     five, four = (FORWARD + count * (NODE + 0.001) for count in (5, 4))
     assert result.latency_seconds == pytest.approx(ROUND_TRIP + FORWARD + five + four)
-    missed = run(".xxx", Plan(0, own=100), make_world(speculates=True))
+    missed = run(".xxx", Plan(0, continuation=100), make_world(speculates=True))
     two, one, none = (FORWARD + count * (NODE + 0.001) for count in (2, 1, 0))
     assert missed.latency_seconds == pytest.approx(ROUND_TRIP + FORWARD + two + one + none)
 
@@ -118,7 +118,7 @@ def test_streaming_with_server_side_speculation() -> None:
 def test_a_drafted_round() -> None:
     # 3 drafted, 2 accepted, 1 own; then all but the last of the remaining tokens are drafted and accepted.
     result = run("..x...", Plan(3))
-    assert [(o.drafted, o.accepted, o.own) for o in result.log] == [(3, 2, 1), (2, 2, 1)]
+    assert [(o.drafted, o.accepted, o.own_tokens) for o in result.log] == [(3, 2, 1), (2, 2, 1)]
     steps, nodes = 3 + 2, 3 + 2
     assert result.latency_seconds == pytest.approx(2 * (ROUND_TRIP + FORWARD) + steps * STEP + nodes * NODE)
     assert [o.draft_seconds for o in result.log] == pytest.approx([3 * STEP, 2 * STEP])
@@ -147,15 +147,15 @@ def test_a_long_prompt_costs_its_prefill() -> None:
 def test_a_sibling_saves_a_token() -> None:
     siblings = run(".2..", Plan(2, siblings=2, sibling_confidence=1.0))
     # 1 accepted, the sibling and the token after it; then the last token.
-    assert [(o.accepted, o.own, o.sibling) for o in siblings.log] == [(1, 2, 2), (0, 1, 0)]
+    assert [(o.accepted, o.own_tokens, o.sibling) for o in siblings.log] == [(1, 2, 2), (0, 1, 0)]
     assert siblings.log[0].forward_seconds == pytest.approx(FORWARD + 6 * NODE)
     assert [o.tokens for o in run(".2..", Plan(2, siblings=1, sibling_confidence=1.0)).log] == [2, 2]
     assert [o.tokens for o in run(".2..", Plan(2, siblings=2, sibling_confidence=0.8)).log] == [2, 2]
 
 
 def test_with_several_own_tokens_the_sibling_counts_among_them() -> None:
-    result = run(".2....", Plan(2, own=3, siblings=2, sibling_confidence=1.0))
-    assert (result.log[0].accepted, result.log[0].own) == (1, 3)
+    result = run(".2....", Plan(2, continuation=3, siblings=2, sibling_confidence=1.0))
+    assert (result.log[0].accepted, result.log[0].own_tokens) == (1, 3)
     # The verifying forward yields two of the three.
     assert result.log[0].forward_seconds == pytest.approx(FORWARD + 6 * NODE + FORWARD)
 
@@ -181,8 +181,8 @@ def test_rounds_stay_within_what_a_verifier_takes() -> None:
 
 def test_drafting_ahead_hides_steps() -> None:
     # While the first round is in flight (100 + 22 ms) the board guesses the bonus token and the 2 after it.
-    result = run("." * 6, Plan(2, ahead=2))
-    assert [(o.drafted, o.ready, o.accepted, o.own) for o in result.log] == [(2, 0, 2, 1), (2, 2, 2, 1)]
+    result = run("." * 6, Plan(2, draft_ahead=2))
+    assert [(o.drafted, o.ready, o.accepted, o.own_tokens) for o in result.log] == [(2, 0, 2, 1), (2, 2, 2, 1)]
     assert result.latency_seconds == pytest.approx(2 * STEP + 2 * (ROUND_TRIP + FORWARD + 2 * NODE))
     # In the second round, no token follows the bonus token: only that is guessed.
     assert result.draft_seconds == pytest.approx((2 + 3 + 1) * STEP)
@@ -190,7 +190,7 @@ def test_drafting_ahead_hides_steps() -> None:
 
 def test_a_wrong_guess_ahead_costs_energy_and_the_rest_of_a_step() -> None:
     world = make_world(step=0.050)
-    result = run("..x...", Plan(2, ahead=5), world)
+    result = run("..x...", Plan(2, draft_ahead=5), world)
     # The reply arrives 122 ms after the request; the third step ahead ends at 150 ms.
     assert result.log[0].exchange_seconds == pytest.approx(0.150)
     assert result.log[0].first_seconds == pytest.approx(0.122)
@@ -199,7 +199,7 @@ def test_a_wrong_guess_ahead_costs_energy_and_the_rest_of_a_step() -> None:
 
 def test_two_rounds_in_flight() -> None:
     # The first round opens the session, so no other is in flight with it.
-    plan = Plan(2, ahead=2, in_flight=2)
+    plan = Plan(2, draft_ahead=2, in_flight=2)
     result = run("." * 9, plan)
     assert [o.early for o in result.log] == [False, False, True] and not any(o.repeated for o in result.log)
     first = 2 * STEP + ROUND_TRIP + FORWARD + 2 * NODE
@@ -214,35 +214,35 @@ def test_two_rounds_in_flight() -> None:
 
 
 def test_a_void_round_costs_its_bytes() -> None:
-    plain = run("......x..", Plan(2, ahead=2))
-    early = run("......x..", Plan(2, ahead=2, in_flight=2))
+    plain = run("......x..", Plan(2, draft_ahead=2))
+    early = run("......x..", Plan(2, draft_ahead=2, in_flight=2))
     assert [o.tokens for o in plain.log] == [o.tokens for o in early.log]
     assert early.early_rounds == 1 and early.void_rounds == 0
     # If the bonus token is guessed wrong, the early round is void although its other guesses are correct.
-    void = run(".....x...", Plan(2, ahead=2, in_flight=2))
-    again = run(".....x...", Plan(2, ahead=2))
+    void = run(".....x...", Plan(2, draft_ahead=2, in_flight=2))
+    again = run(".....x...", Plan(2, draft_ahead=2))
     assert void.early_rounds == 0 and void.void_rounds == 1
     assert void.latency_seconds == pytest.approx(again.latency_seconds)
     assert void.sent > again.sent and void.verifier_seconds == again.verifier_seconds
 
 
 def test_the_board_prefills_while_the_target_streams() -> None:
-    planner = CyclingPlanner([Plan(2), Plan(0, own=3, ahead=1)])
+    planner = CyclingPlanner([Plan(2), Plan(0, continuation=3, draft_ahead=1)])
     result = simulate([make_text("." * 6)], planner, make_world(), log=True)
     assert [o.conditions.unread for o in result.log] == [PROMPT, 3]
 
 
 def test_shadow_drafting_predicts_what_it_has_time_for() -> None:
-    plan = Plan(0, own=6, siblings=1, watch=True)
+    plan = Plan(0, continuation=6, siblings=1, shadow=True)
     # A token takes the verifier 20 ms and the draft 10; the last one arrives at the end of the stream.
     (stream,) = run("..1x..", plan).log
-    assert stream.watched == [(0.9, 0), (0.9, 0), (0.9, 1), (0.9, UNRANKED), (0.9, 0)]
+    assert stream.shadow_guesses == [(0.9, 0), (0.9, 0), (0.9, 1), (0.9, UNRANKED), (0.9, 0)]
     assert stream.ahead_seconds == pytest.approx(6 * STEP)  # including the prompt
-    assert run("..1x..", plan).latency_seconds == run("..1x..", Plan(0, own=6)).latency_seconds
+    assert run("..1x..", plan).latency_seconds == run("..1x..", Plan(0, continuation=6)).latency_seconds
     # A board that takes 50 ms per token falls behind, and the stream does not wait for it.
     slow = make_world(step=0.05)
-    assert len(run("..1x..", plan, slow).log[0].watched) == 2
-    assert run("..1x..", plan, slow).latency_seconds == run("..1x..", Plan(0, own=6)).latency_seconds
+    assert len(run("..1x..", plan, slow).log[0].shadow_guesses) == 2
+    assert run("..1x..", plan, slow).latency_seconds == run("..1x..", Plan(0, continuation=6)).latency_seconds
 
 
 def test_an_outage_is_bridged_by_retries() -> None:

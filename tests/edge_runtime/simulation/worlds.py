@@ -47,15 +47,15 @@ texts = st.builds(make_text, st.text(".......12x", min_size=1, max_size=40), st.
 plans = st.builds(
     Plan,
     draft=st.integers(0, 12),
-    own=st.sampled_from((1, 1, 1, 2, 3, 7, 100)),
+    continuation=st.sampled_from((1, 1, 1, 2, 3, 7, 100)),
     siblings=st.integers(0, 3),
     sibling_confidence=st.floats(0, 1),
     min_confidence=st.sampled_from((0.0, 0.0, 0.5)),
     min_survival=st.floats(0, 1),
     calibration=st.sampled_from(((), (0.1, 0.9), (0.3, 0.5, 0.8, 0.95))),
-    ahead=st.integers(0, 6),
+    draft_ahead=st.integers(0, 6),
     in_flight=st.integers(1, 2),
-    watch=st.booleans(),
+    shadow=st.booleans(),
 )
 
 

@@ -76,7 +76,7 @@ def test_proposes_the_best_of_the_remaining_ids(bundle: Path, model: torch.nn.Mo
     draft = OnnxDraft.load(bundle, threads=1)
     head = read_head_ids(read_bundle(bundle))
     context = draft.new_context()
-    proposal = context.propose(PROMPT, 8, sampling, siblings=2)
+    proposal = context.propose(PROMPT, 8, sampling, Plan(8, siblings=2, sibling_confidence=1.0))
     assert set(proposal.tokens) <= set(head.tolist())
     ids = list(PROMPT)
     for index, token in enumerate(proposal.tokens):

@@ -26,13 +26,13 @@ TOKENS = 40
 PROMPT = "class Connection:\n    def __init__(self, host, port"
 PLANS = [
     Plan(0),
-    Plan(0, own=100),
+    Plan(0, continuation=100),
     Plan(4),
     Plan(8, siblings=3, sibling_confidence=0.8),
     Plan(8, min_survival=0.4),
     Plan(6, min_confidence=0.5, siblings=7, sibling_confidence=1.0),
     Plan(10, min_survival=0.3, calibration=(0.2, 0.4, 0.6, 0.8, 0.97)),
-    Plan(3, own=4, siblings=2),
+    Plan(3, continuation=4, siblings=2),
 ]
 
 
@@ -81,7 +81,7 @@ def _comparable(outcome: Outcome) -> tuple[object, ...]:
     conditions = outcome.conditions
     return (
         (conditions.left, conditions.position, conditions.unread, conditions.ready),
-        (outcome.drafted, outcome.accepted, outcome.own, outcome.offered, outcome.sibling, outcome.ready),
+        (outcome.drafted, outcome.accepted, outcome.own_tokens, outcome.offered, outcome.sibling, outcome.ready),
     )
 
 

@@ -64,5 +64,5 @@ def test_the_simulator_executes_the_same_rounds(draft: int, siblings: int) -> No
     assert text is not None
     plan = Plan(draft, siblings=siblings, sibling_confidence=1.0)
     played = simulate([text], FixedPlanner(plan), make_world("lan", "server", "7b"), log=True)
-    counted = [outcome.accepted + outcome.own for outcome in played.log if outcome.conditions.left > draft]
+    counted = [outcome.accepted + outcome.own_tokens for outcome in played.log if outcome.conditions.left > draft]
     assert trace.count_round_tokens(draft, siblings) == (sum(counted), len(counted))
