@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
-from edge_runtime.common.options import add_action, add_option
+from edge_runtime.common.options import add_action, add_flag, add_option
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         actions, "install", _install, "copy a bundle into the store and make it the current one", parents=[shared]
     )
     install.add_argument("source", type=Path, metavar="SOURCE", help="directory of a bundle, or a tar archive of one")
-    install.add_argument("--no-use", action="store_true", help="keep the current bundle in use")
+    add_flag(install, "--no-use", "keep the current bundle in use")
     add_option(install, "--keep N", "old bundles to keep", default=1)
 
     name = "NAME@FINGERPRINT as printed by `list`, or one of the two, or `current` or `previous`"
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "name", nargs="?", metavar="NAME", help=f"{name}; or a directory, with a / in its path (default: all bundles)"
     )
     listing = add_action(actions, "list", _list, "list the bundles in the store", parents=[shared])
-    listing.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
+    add_flag(listing, "--json", "print one JSON array instead of a table")
     use = add_action(actions, "use", _use, "make another bundle the current one", parents=[shared])
     remove = add_action(actions, "remove", _remove, "remove a bundle that is not the current one", parents=[shared])
     for action in (use, remove):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.cli.settings_options import warn
-from edge_runtime.common.options import add_action
+from edge_runtime.common.options import add_action, add_flag
 from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, describe_type
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     check = add_action(actions, "check", _check, "list every error with its line")
     show = add_action(actions, "show", _show, "print every value and its origin; secrets stay in their files")
-    show.add_argument("--json", action="store_true", help="print one JSON object instead of TOML")
+    add_flag(show, "--json", "print one JSON object instead of TOML")
     for action in (check, show):
         action.add_argument(
             "file", nargs="?", type=Path, metavar="FILE", help="default: see `edge-runtime config --help`"
@@ -84,7 +84,12 @@ async def _show(options: argparse.Namespace) -> int:
 
     effective = _read(options)
     if options.json:
-        print(msgspec.json.encode(_report(effective), enc_hook=str).decode())
+        values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+        for key, entry in SETTINGS.items():
+            value = {"value": effective.settings.get(key), "origin": effective.origins[key]}
+            values[entry.table][entry.name] = value
+        report = {"file": effective.file, "values": values, "warnings": effective.warnings}
+        print(msgspec.json.encode(report, enc_hook=str).decode())
     else:
         print("\n".join(_format_toml(effective)))
     return 0
@@ -103,14 +108,6 @@ def _read(options: argparse.Namespace) -> EffectiveSettings:
     for warning in effective.warnings:
         warn(warning)
     return effective
-
-
-def _report(effective: EffectiveSettings) -> dict[str, Any]:
-    values: dict[str, dict[str, Any]] = {}
-    for key, origin in effective.origins.items():
-        table, _, name = key.partition(".")
-        values.setdefault(table, {})[name] = {"value": effective.settings.get(key), "origin": origin}
-    return {"file": effective.file, "values": values, "warnings": effective.warnings}
 
 
 def _format_toml(effective: EffectiveSettings) -> Iterator[str]:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,8 @@ from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_c
 from edge_runtime.cli.planner_options import add_planner_options, make_planner, run_probes
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -49,14 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--top-k K", "0 keeps all tokens", default=0)
     add_option(parser, "--top-p P", "1 keeps all tokens", default=1.0)
     add_option(parser, "--seed", "same seed, same text", default=0)
-    parser.add_argument(
-        "--ignore-eos", action="store_true", help="continue after the end-of-text token, for measurements"
-    )
-    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, ids, statistics")
-    parser.add_argument(
-        "--quiet", action="store_true", help="print neither statistics nor link trouble on standard error"
-    )
+    add_flag(parser, "--ignore-eos", "continue after the end-of-text token, for measurements")
+    add_flag(parser, "--echo", "print the prompt before its continuation")
+    add_flag(parser, "--json", "print one JSON object: text, ids, statistics")
+    add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
     add_config_option(parser)
     add_verifier_options(parser)
     add_ngram_cache_options(parser)
@@ -100,7 +96,7 @@ async def _run(options: argparse.Namespace) -> int:
         text = TextStream(draft.tokenizer, sys.stdout)
         if options.echo and not options.json:
             text.write_prompt(prompt)
-        async with _report_link_trouble(client, quiet=options.quiet):
+        async with contextlib.nullcontext() if options.quiet else background_task(_report_link_trouble(client)):
             async for verified in generation:
                 if not options.json:
                     text.write(verified)
@@ -164,23 +160,14 @@ def _summarize(statistics: GenerationStatistics) -> str:
     )
 
 
-@contextlib.asynccontextmanager
-async def _report_link_trouble(client: VerifierClient, *, quiet: bool) -> AsyncIterator[None]:
+async def _report_link_trouble(client: VerifierClient) -> None:
     """Print to standard error why no verifier can be reached; consecutive reports of the same fault only once."""
     from edge_runtime.verifier import HINTS
 
-    async def check() -> None:
-        reported: Fault | None = None
-        while True:
-            await asyncio.sleep(TROUBLE_CHECK_SECONDS)
-            trouble = client.trouble
-            if trouble and trouble.fault != reported:
-                reported = trouble.fault
-                print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[reported]}", file=sys.stderr)
-
-    task = None if quiet else asyncio.create_task(check())
-    try:
-        yield
-    finally:
-        if task:
-            task.cancel()
+    reported: Fault | None = None
+    while True:
+        await asyncio.sleep(TROUBLE_CHECK_SECONDS)
+        trouble = client.trouble
+        if trouble and trouble.fault != reported:
+            reported = trouble.fault
+            print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[reported]}", file=sys.stderr)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_runtime.cli.settings_options import add_settings
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.tasks import background_task
 from edge_runtime.planning.plan import FIXED_PLAN, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import PlannerSettings, PolicyName
@@ -59,7 +60,7 @@ def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: Poli
     add_settings(planning, *PLANNER_KEYS[1:])
     if default_policy:
         parser.set_defaults(**{PLANNER_KEYS[0]: default_policy})
-    planning.add_argument("--explain", action="store_true", help="print every decision and its reason")
+    add_flag(planning, "--explain", "print every decision and its reason")
     fixed = parser.add_argument_group(
         "fixed plan", "the same plan for every round (policy fixed), instead of a planner"
     )
@@ -83,8 +84,7 @@ def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: 
 
     if options.explain:
         _log_decisions()
-    plan = _parse_fixed_plan(options, settings)
-    if plan is not None:
+    if plan := _parse_fixed_plan(options, settings):
         return FixedPlanner(plan)
     manifest = draft.manifest
     device = DeviceModel()
@@ -95,9 +95,8 @@ def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: 
         )
     step_seconds, prefill_seconds = draft.measure_speed()
     # The overhead is 0 because the board's own work per round is part of every measured exchange.
-    device = msgspec.structs.replace(
-        device, step_seconds=step_seconds, prefill_seconds=prefill_seconds, overhead_seconds=0.0
-    )
+    measured = {"step_seconds": step_seconds, "prefill_seconds": prefill_seconds, "overhead_seconds": 0.0}
+    device = msgspec.structs.replace(device, **measured)
     budget = None
     if settings.energy_budget:
         # The wall clock is read once, here, so that a clock that jumps does not move the end of the budget.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -39,12 +39,10 @@ SYSFS, PROCFS = Path("/sys"), Path("/proc")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_flag(parser, "--json", "print one JSON object instead of tables")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--watch", action="store_true", help="repeat until ^C (default on a terminal, unless --json is given)"
-    )
-    mode.add_argument("--once", action="store_true", help="read once and exit (default otherwise)")
+    add_flag(mode, "--watch", "repeat until ^C (default on a terminal, unless --json is given)")
+    add_flag(mode, "--once", "read once and exit (default otherwise)")
     add_option(parser, "--period SECONDS", "time between two readings", default=5.0)
     text = "also connect to this verifier, and show the kernel's TCP statistics of the connection"
     add_option(parser, "--verifier URL", text)

@@ -25,7 +25,6 @@ from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.state import BoardRuntime
 from edge_runtime.settings import SETTINGS, Settings
-from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +38,7 @@ class ConfigurationReloader:
     """
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        settings: Settings,
-        bundle: Path,
-        *,
-        service: Service,
-        client: VerifierClient,
-        notifier: Notifier,
+        self, options: argparse.Namespace, settings: Settings, bundle: Path, service: Service, notifier: Notifier
     ) -> None:
         """
         Args:
@@ -56,7 +48,6 @@ class ConfigurationReloader:
         self._options = options
         self._settings = settings.replace({"draft.bundle": bundle})
         self._service = service
-        self._client = client
         self._notifier = notifier
         self._failed = False
         self._requested = watch_reload_signal()
@@ -91,7 +82,7 @@ class ConfigurationReloader:
         check_verifier_settings(new.verifier)
         token = read_token(new.verifier)
         # The URLs change only with a restart, so a new token would go to those of the start.
-        urls = [endpoint.url for endpoint in self._client.endpoints]
+        urls = [endpoint.url for endpoint in self._service.client.endpoints]
         check_encryption(urls, has_token=bool(token), insecure=True)
         if new.service.max_concurrent > old.service.max_concurrent:
             check_memory(board.draft.manifest, new.service.max_concurrent - old.service.max_concurrent)
@@ -109,8 +100,8 @@ class ConfigurationReloader:
         # Nothing below raises.
         logs.configure(new.log.level, "edge-runtime", prompts=new.log.prompts)
         self._service.reconfigure(limits, keys, board)
-        self._client.deadline = new.verifier.deadline_seconds
-        self._client.set_token(token)
+        self._service.client.deadline = new.verifier.deadline_seconds
+        self._service.client.set_token(token)
         applied = sorted(key for key in changed if SETTINGS[key].spec.reloadable)
         self._settings = old.replace({key: new.get(key) for key in applied})
         log.info("configuration reloaded; changed: %s", ", ".join(applied) or "nothing")

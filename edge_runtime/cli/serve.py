@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import faulthandler
 import logging
-from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from edge_runtime.cli.settings_options import add_config_option, add_settings, r
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
 from edge_runtime.common.options import add_option
+from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import Settings
 
@@ -30,7 +30,6 @@ from edge_runtime.settings import Settings
 if TYPE_CHECKING:
     from edge_runtime.service.app import Service
     from edge_runtime.service.state import BoardRuntime
-    from edge_runtime.verifier import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -114,18 +113,19 @@ async def _run(options: argparse.Namespace) -> int:
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(make_client(settings.verifier))
         service = Service(client, limits, keys, local=local)
-        reloader = ConfigurationReloader(options, settings, bundle, service=service, client=client, notifier=notifier)
+        reloader = ConfigurationReloader(options, settings, bundle, service, notifier)
         server = HttpServer(service.app, ListenOptions(host, port, options.certificate, options.key))
         await server.start()
         stack.push_async_callback(server.stop)
         notifier.starting("loading the draft")
         # Loading takes seconds. The server already listens, so that requests get a proper "not ready" answer.
-        board = await _load_board(options, settings, bundle, service=service, client=client, stack=stack)
+        board = await _load_board(options, settings, bundle, service, stack)
         if not stop.is_set():
             print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
             notifier.ready(reloader.status())
-        stack.enter_context(_background_task(notifier.run(reloader.status, lambda: board.draft.step_seconds)))
-        stack.enter_context(_background_task(reloader.run(board)))
+        feeding = notifier.run(reloader.status, lambda: board.draft.step_seconds)
+        for coroutine in (feeding, reloader.run(board)):
+            await stack.enter_async_context(background_task(coroutine))
         await stop.wait()
         notifier.stopping("waiting for running answers")
         await service.drain(options.grace)
@@ -141,13 +141,7 @@ def _limit_heap_growth() -> None:
 
 
 async def _load_board(
-    options: argparse.Namespace,
-    settings: Settings,
-    bundle: Path,
-    *,
-    service: Service,
-    client: VerifierClient,
-    stack: contextlib.AsyncExitStack,
+    options: argparse.Namespace, settings: Settings, bundle: Path, service: Service, stack: contextlib.AsyncExitStack
 ) -> BoardRuntime:
     """Load the draft and everything else that answers need, and activate the service."""
     from edge_runtime.cli.serve_limits import check_memory
@@ -161,7 +155,7 @@ async def _load_board(
         draft,
         load_chat_template(bundle),
         planner=await asyncio.to_thread(make_planner, options, settings.planner, draft),
-        surroundings=await stack.enter_async_context(run_probes(client.meter)),
+        surroundings=await stack.enter_async_context(run_probes(service.client.meter)),
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
         on_link_loss=settings.service.on_link_loss,
@@ -171,12 +165,3 @@ async def _load_board(
     )
     service.activate(board)
     return board
-
-
-@contextlib.contextmanager
-def _background_task(coroutine: Coroutine[None, None, None]) -> Iterator[None]:
-    task = asyncio.create_task(coroutine)
-    try:
-        yield
-    finally:
-        task.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--seed", "same seed, same result", default=0)
     text = "recorded acceptance (default: the file shipped with a source checkout)"
     parser.add_argument("--traces", type=Path, default=TRACES, metavar="FILE", help=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_flag(parser, "--json", "print one JSON object instead of a table")
     parser.set_defaults(run=_run)
 
 

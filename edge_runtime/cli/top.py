@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
@@ -54,12 +54,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--api-key-file FILE", text, type=Path)
     text = "PEM file of certificate authorities to trust (default: the system's)"
     add_option(parser, "--ca-file FILE", text, type=Path)
-    parser.add_argument(
-        "--once", action="store_true", help="print the current state and exit (default without a terminal)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print every event as a line of JSON; with --once, a summary as one object"
-    )
+    add_flag(parser, "--once", "print the current state and exit (default without a terminal)")
+    add_flag(parser, "--json", "print every event as a line of JSON; with --once, a summary as one object")
     parser.set_defaults(run=_run)
 
 

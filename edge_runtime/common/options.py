@@ -24,6 +24,11 @@ def add_option(parser: ArgumentContainer, option: str, help_text: str, *, defaul
     parser.add_argument(flag, metavar=metavar or None, help=help_text, **keywords)
 
 
+def add_flag(parser: ArgumentContainer | argparse._MutuallyExclusiveGroup, option: str, help_text: str) -> None:
+    """Add an option without a value, which is off unless it is given."""
+    parser.add_argument(option, action="store_true", help=help_text)
+
+
 def add_action(
     actions: Any, name: str, run: Callable[[argparse.Namespace], int | Awaitable[int]], help_text: str, **keywords: Any
 ) -> argparse.ArgumentParser:

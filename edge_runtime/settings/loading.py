@@ -32,7 +32,6 @@ from edge_runtime.settings.table import (
     ENVIRONMENT_PREFIX,
     SETTINGS,
     TABLES,
-    SettingEntry,
     Settings,
     default_store,
     xdg_directory,
@@ -162,8 +161,11 @@ def read_effective_settings(path: Path | None = None, environ: Mapping[str, str]
     origins = dict.fromkeys(SETTINGS, Origin("default"))
     for key, (value, origin, folder) in sources.items():
         origins[key] = origin
+        entry = SETTINGS[key]
         try:
-            values[key] = _validate(SETTINGS[key], value, folder)
+            values[key] = validators.convert(value, entry.type)
+            if entry.spec.validate:
+                values[key] = entry.spec.validate(values[key], folder)
         except InputError as error:
             problems.append(Problem(origin, f"{key}: {error}"))
     if problems:
@@ -180,11 +182,6 @@ def find_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
     home = xdg_directory(environ, "XDG_CONFIG_HOME", ".config")
     candidates = [*([home / "flexspec" / "config.toml"] if home else []), SYSTEM_FILE]
     return next((file for file in candidates if os.path.lexists(file)), None)
-
-
-def _validate(entry: SettingEntry, value: Any, folder: Path) -> Any:
-    converted = validators.convert(value, entry.type)
-    return entry.spec.validate(converted, folder) if entry.spec.validate else converted
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, _SourceValue]:

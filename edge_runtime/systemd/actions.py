@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.systemd.units import ServiceUnit
 
 BOARD_UNIT = ServiceUnit(
@@ -40,9 +41,7 @@ ArgumentsParser = Callable[[list[str]], argparse.Namespace]
 def add_parser(commands: Any, run: Callable[[argparse.Namespace], Any]) -> None:
     """Add the board's `service` to the subparsers; `run` calls `run_action`."""
     install = add_service_parser(commands, run, "run this board's service under systemd", DESCRIPTION, BOARD_UNIT)
-    install.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration file (default: see `edge-runtime config --help`)"
-    )
+    add_option(install, "--config FILE", "configuration file (default: see `edge-runtime config --help`)", type=Path)
 
 
 def add_service_parser(
@@ -63,19 +62,12 @@ def add_service_parser(
     parser.set_defaults(run=run, service_unit=unit)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--name", metavar="NAME", help=f"name of the unit (default: {unit.name})")
+    add_option(shared, "--name NAME", f"name of the unit (default: {unit.name})")
 
     install = actions.add_parser("install", parents=[shared], help="write the unit; with --now, start it")
-    install.add_argument("--now", action="store_true", help="start the service now and at every boot")
-    install.add_argument(
-        "--python", type=Path, metavar="FILE", help="Python interpreter of the service (default: the one in use)"
-    )
-    install.add_argument(
-        "serve",
-        nargs="*",
-        metavar="ARGUMENT",
-        help="arguments of `serve`; options come after `--`",
-    )
+    add_flag(install, "--now", "start the service now and at every boot")
+    add_option(install, "--python FILE", "Python interpreter of the service (default: the one in use)", type=Path)
+    install.add_argument("serve", nargs="*", metavar="ARGUMENT", help="arguments of `serve`; options come after `--`")
     install.set_defaults(action=_install)
 
     uninstall = actions.add_parser(
@@ -83,12 +75,10 @@ def add_service_parser(
     )
     uninstall.set_defaults(action=_uninstall)
     for action in (install, uninstall):
-        action.add_argument(
-            "--root", type=Path, metavar="DIR", help="root directory of an image to change (default: this machine)"
-        )
+        add_option(action, "--root DIR", "root directory of an image to change (default: this machine)", type=Path)
 
     status = actions.add_parser("status", parents=[shared], help="print the state; exit code 0: running, 3: not")
-    status.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flag(status, "--json", "print one JSON object")
     status.set_defaults(action=_status)
     return install
 
@@ -105,13 +95,12 @@ def run_action(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     """
     from edge_runtime.systemd.units import validate_unit_name
 
-    unit: ServiceUnit = options.service_unit
-    name = validate_unit_name(options.name or unit.name)
-    code: int = options.action(options, unit, name, parse)
+    options.name = validate_unit_name(options.name or options.service_unit.name)
+    code: int = options.action(options, parse)
     return code
 
 
-def _install(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
+def _install(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     import sys
 
     from edge_runtime.systemd.units import UnitManager, installation_paths, render_unit, validate_paths
@@ -126,11 +115,11 @@ def _install(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: A
     validate_paths(_named_paths(parse(["serve", *arguments]), arguments))
     if options.root is None and options.python is None:
         validate_paths(installation_paths())
-    text = render_unit(unit, name, options.python or Path(sys.executable), arguments)
-    changed = units.install(name, text, now=options.now)
-    print(f"{units.path(name)}: {'written' if changed else 'unchanged'}")
+    text = render_unit(options.service_unit, options.name, options.python or Path(sys.executable), arguments)
+    changed = units.install(options.name, text, now=options.now)
+    print(f"{units.path(options.name)}: {'written' if changed else 'unchanged'}")
     if not options.now:
-        print(f"`systemctl enable --now {name}`, or --now here, starts it now and at every boot")
+        print(f"`systemctl enable --now {options.name}`, or --now here, starts it now and at every boot")
     return 0
 
 
@@ -151,20 +140,20 @@ def _check_configuration(path: Path) -> None:
         raise InputError(f"{path}: the service runs as its own user and cannot read it; run `chmod o+r` on it")
 
 
-def _uninstall(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
+def _uninstall(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     from edge_runtime.systemd.units import UnitManager
 
     units = UnitManager(options.root)
-    removed = units.uninstall(name)
-    print(f"{units.path(name)}: {'removed' if removed else 'not installed'}")
+    removed = units.uninstall(options.name)
+    print(f"{units.path(options.name)}: {'removed' if removed else 'not installed'}")
     return 0
 
 
-def _status(options: argparse.Namespace, unit: ServiceUnit, name: str, parse: ArgumentsParser) -> int:
+def _status(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     import msgspec
 
     from edge_runtime.systemd.unit_state import format_unit_state, read_unit_state
 
-    state = read_unit_state(name)
+    state = read_unit_state(options.name)
     print(msgspec.json.encode(state).decode() if options.json else "\n".join(format_unit_state(state)))
     return state.exit_code
