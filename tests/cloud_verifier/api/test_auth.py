@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.cli.main import main
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.engine.principals import Role, hash_token, read_principals
@@ -30,6 +30,22 @@ from tests.conftest import serving
 ENDLESS = Sampling(ignore_eos=True)
 
 AddToken = Callable[..., str]
+
+
+@contextlib.asynccontextmanager
+async def board_client(target: Target, tokens: Path | None, token: str) -> AsyncIterator[VerifierClient]:
+    """A verifier with this token file, and a board's client with this token."""
+    async with (
+        serving(target, authenticator=Authenticator(tokens)) as server,
+        VerifierClient(server.url, token=token) as client,
+    ):
+        yield client
+
+
+async def drain(pieces: AsyncIterator[object]) -> None:
+    """Wait for the end of a round."""
+    async for _ in pieces:
+        pass
 
 
 @pytest.fixture
@@ -312,16 +328,11 @@ async def test_a_board_waits_for_retry_after(
     tiny: Target, tokens: Path, add_token: AddToken, reference_text: ReferenceText
 ) -> None:
     token = add_token("slow", "--tokens-per-second", "4")
-    async with (
-        serving(tiny, authenticator=Authenticator(tokens)) as server,
-        VerifierClient(server.url, token=token) as client,
-    ):
+    async with board_client(tiny, tokens, token) as client:
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.run_round([], n=52):
-            pass
+        await drain(session.run_round([], n=52))
         started = asyncio.get_running_loop().time()
-        async for _ in session.run_round([], n=2):
-            pass
+        await drain(session.run_round([], n=2))
         assert client.retries > 0
         assert asyncio.get_running_loop().time() - started > 0.9
         assert session.ids == PROMPT + reference_text(PROMPT, 54, ENDLESS)
@@ -331,13 +342,9 @@ async def test_a_board_whose_deadline_is_too_short_does_not_wait(
     tiny: Target, tokens: Path, add_token: AddToken
 ) -> None:
     token = add_token("slow", "--tokens-per-second", "1")
-    async with (
-        serving(tiny, authenticator=Authenticator(tokens)) as server,
-        VerifierClient(server.url, token=token) as client,
-    ):
+    async with board_client(tiny, tokens, token) as client:
         session = VerifierSession(client, PROMPT, ENDLESS)
-        async for _ in session.run_round([], n=100):
-            pass
+        await drain(session.run_round([], n=100))
         client.deadline = 20.0
         retries = client.retries
         with pytest.raises(VerifierRefused, match="1 tokens per second") as caught:
@@ -395,20 +402,14 @@ def test_client_certificates_need_tls(tiny_path: Path, tmp_path: Path, capsys: p
 async def test_a_token_costs_about_one_byte_per_round(tiny: Target, tokens: Path, add_token: AddToken) -> None:
     spent = []
     known_token = add_token("kitchen")
-    for authenticator, token in ((None, ""), (Authenticator(tokens), known_token)):
-        async with (
-            serving(tiny, VerifierLimits(), authenticator) as server,
-            VerifierClient(server.url, token=token) as client,
-        ):
+    for file, token in ((None, ""), (tokens, known_token)):
+        async with board_client(tiny, file, token) as client:
             session = VerifierSession(client, PROMPT, ENDLESS)
-            async for _ in session.run_round([]):
-                pass
-            async for _ in session.run_round([1]):
-                pass
+            await drain(session.run_round([]))
+            await drain(session.run_round([1]))
             before = client.meter.total
             for _ in range(10):
-                async for _ in session.run_round([1, 2, 3]):
-                    pass
+                await drain(session.run_round([1, 2, 3]))
             spent.append(sum(client.meter.total) - sum(before))
     # One byte per round, plus an occasional HTTP/2 frame; 330 bytes if the token were sent every time.
     assert abs(spent[1] - spent[0]) < 100
