@@ -94,6 +94,7 @@ def finish(session: Session, **changes: object) -> list[int]:
     return session.ids[len(PROMPT) :]
 
 
+@pytest.mark.slow
 def test_a_session_stays_on_its_version(
     url: str, registry: Registry, models: Path, reference_text: ReferenceText
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_session_stays_on_its_version(
         assert [finish(session) for session in (old, new, newest)] == [reference_text(v) for v in ("v0", "v1", "v2")]
 
 
+@pytest.mark.slow
 def test_a_lost_session_continues_on_its_version_until_that_is_unloaded(
     url: str, registry: Registry, reference_text: ReferenceText
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_lost_session_continues_on_its_version_until_that_is_unloaded(
         client.expect_error(response, 404, ErrorCode.UNKNOWN_MODEL)
 
 
+@pytest.mark.slow
 async def test_an_unloaded_version_is_garbage_collected(registry: Registry) -> None:
     """Even the initial one, after a draft was compared with it."""
     service = registry_service(registry, policy=RetirementPolicy(linger_seconds=0, grace_seconds=3600))
@@ -170,6 +173,7 @@ async def test_an_unloaded_version_is_garbage_collected(registry: Registry) -> N
         await server.stop()
 
 
+@pytest.mark.slow
 async def test_a_version_of_another_cache_shape_is_unloaded_with_its_pool(registry: Registry, tmp_path: Path) -> None:
     wide = save_target(tmp_path / "wide", num_key_value_heads=4)
     registry.add(str(wide))
@@ -222,6 +226,7 @@ def test_a_repeated_opening_gets_its_session_after_the_alias_has_moved(
         assert finish(Session(client, second, request)) == reference_text("v0")
 
 
+@pytest.mark.slow
 def test_a_canary_gets_its_share_of_sessions(url: str, registry: Registry) -> None:
     registry.canary("latest", "v1", 30)
     with ProtocolClient(url) as client:

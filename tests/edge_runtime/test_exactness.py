@@ -150,6 +150,11 @@ def _until_end(ids: list[int]) -> list[int]:
     return ids[: ids.index(END) + 1] if END in ids else ids
 
 
+def connected(url: str, transport: httpx.AsyncBaseTransport | None = None) -> VerifierClient:
+    """A client that waits for a busy machine as long as the test may."""
+    return VerifierClient(url, deadline=300.0, transport=transport)
+
+
 def samplings_for(prompt: int, case: int) -> list[str]:
     """Names of the samplings under which a prompt meets a plan or fault."""
     samplings = list(SAMPLINGS)
@@ -194,7 +199,7 @@ async def test_every_draft_and_plan_gives_the_reference_text(
     alone = len(cases) // CHUNK if first == 0 else 0
     batches = [[case] for case in cases[:alone]]
     batches += [cases[start : start + BATCH] for start in range(alone, len(cases), BATCH)]
-    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+    async with serving(target_v1) as server, connected(server.url) as client:
         for batch in batches:
             generations = await asyncio.gather(
                 *(
@@ -348,7 +353,7 @@ async def test_no_fault_changes_the_text(
 
     async with Ingress(target_v1, VerifierLimits(max_sessions=1) if evicts else None) as server:
         transport = Twice() if fault.startswith("twice") else None
-        async with VerifierClient(server.url, transport=transport) as client:
+        async with connected(server.url, transport) as client:
             if evicts:
                 recoveries = [await check(*case) for case in cases]
             else:
@@ -386,7 +391,7 @@ async def test_random_plans_with_many_concurrent_texts(
 ) -> None:
     chunk = prompts[:CHUNK]
     jobs = list(itertools.product(range(4), SAMPLINGS))
-    async with serving(target_v1, VerifierLimits(max_sessions=6)) as server, VerifierClient(server.url) as client:
+    async with serving(target_v1, VerifierLimits(max_sessions=6)) as server, connected(server.url) as client:
         texts = await asyncio.gather(
             *(
                 generate(client, shipped_draft, chunk[index], sampling, RandomPlanner(seed))
@@ -401,7 +406,7 @@ async def test_drafting_ahead_and_early_rounds_occur(
     target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
     drafted_ahead = early_rounds = 0
-    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+    async with serving(target_v1) as server, connected(server.url) as client:
         for prompt in prompts[:4]:
             generation = await generate(client, shipped_draft, prompt, "greedy", FixedPlanner(AHEAD))
             drafted_ahead += generation.statistics.drafted_ahead
@@ -412,7 +417,7 @@ async def test_drafting_ahead_and_early_rounds_occur(
 async def test_leaving_early_closes_the_session(
     target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
-    async with serving(target_v1) as server, VerifierClient(server.url) as client:
+    async with serving(target_v1) as server, connected(server.url) as client:
         generation = Generation(shipped_draft, client, prompts[0], Sampling(ignore_eos=True), max_new_tokens=NEW_TOKENS)
         pieces: AsyncIterator[object] = aiter(generation)
         await anext(pieces)
@@ -423,6 +428,6 @@ async def test_leaving_early_closes_the_session(
             await task
         await client.aclose()
         assert generation.statistics.rounds >= 1
-        async with VerifierClient(server.url) as another:
+        async with connected(server.url) as another:
             again = await generate(another, shipped_draft, prompts[0], "greedy", FixedPlanner(Plan(4)), 8)
             assert again.finish == "length"

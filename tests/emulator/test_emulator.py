@@ -46,6 +46,7 @@ def retry(check: Callable[[], None], tries: int = 3) -> None:
                 raise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtt", [0.005, 0.06, 0.3])
 def test_round_trip_time(network: Network, rtt: float) -> None:
     def check() -> None:
@@ -57,6 +58,7 @@ def test_round_trip_time(network: Network, rtt: float) -> None:
     retry(check)
 
 
+@pytest.mark.slow
 def test_jitter_has_the_configured_width(network: Network) -> None:
     def check() -> None:
         trips = measure_round_trips(network, 60, pause=0.0)
@@ -79,6 +81,7 @@ def _is_near(rate: float, expected: float) -> None:
     assert 0.9 * expected < rate < 1.1 * expected
 
 
+@pytest.mark.slow
 def test_share_of_lost_packets(network: Network) -> None:
     network.set_conditions(steady_conditions(0.002, loss=0.05))
     before = network.counters()
@@ -129,6 +132,7 @@ def test_full_queue_drops_packets() -> None:
     assert (len(direction.flying), counters.dropped) == (15, 45)
 
 
+@pytest.mark.slow
 def test_trace_sets_the_delivery_times(network: Network, tmp_path: Path) -> None:
     up, down = tmp_path / "x.up", tmp_path / "x.down"
     # One packet every 20 ms up, and every 2 ms down except for a gap of 100 ms.
@@ -210,6 +214,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_crash_leaves_no_processes(network: Network) -> None:
     crashed = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=30)
     assert crashed.returncode == -signal.SIGKILL

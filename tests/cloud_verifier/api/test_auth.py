@@ -324,6 +324,7 @@ def test_tokens_per_second_limit_the_long_run_rate(tiny: Target, tokens: Path, a
         assert client.post(session.path, session.next_round(round=0, position=4, n=200)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_a_board_waits_for_retry_after(
     tiny: Target, tokens: Path, add_token: AddToken, reference_text: ReferenceText
 ) -> None:
@@ -356,6 +357,7 @@ async def test_a_board_whose_deadline_is_too_short_does_not_wait(
 # Client certificates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("http2", [True, False], ids=["http2", "http1"])
 async def test_only_clients_with_a_certificate_of_the_authority_are_served(
     tiny: Target, tmp_path: Path, http2: bool

@@ -61,6 +61,7 @@ random_bodies = st.binary(max_size=80) | st.binary(max_size=80).map(messages.add
 content_types = st.sampled_from(CONTENT_TYPES).map(lambda kind: {"content-type": kind})
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["POST", "DELETE", "GET", "PUT", "PATCH"]), st.sampled_from(PATHS), random_bodies, content_types)
 @settings(max_examples=700, deadline=None)
 def test_random_bodies(fuzzed: FuzzedVerifier, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
@@ -92,6 +93,7 @@ any_opening = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(st.one_of(any_round, any_opening), st.sampled_from([MSGPACK, JSON]), st.data())
 @settings(max_examples=1300, deadline=None)
 def test_damaged_messages(
@@ -108,6 +110,7 @@ def test_damaged_messages(
     fuzzed.send("POST", path, content, {"content-type": media_type})
 
 
+@pytest.mark.slow
 @given(any_opening, any_round, st.sampled_from([MSGPACK, JSON]))
 @settings(max_examples=700, deadline=None)
 def test_well_formed_messages_with_invalid_contents(

@@ -231,6 +231,7 @@ async def draining_service(target: Target) -> AsyncIterator[tuple[VerifierServic
         await server.stop()
 
 
+@pytest.mark.slow
 async def test_a_drain_finishes_running_rounds_and_refuses_new_ones(
     tiny: Target, reference_text: ReferenceText
 ) -> None:
@@ -310,6 +311,7 @@ async def test_a_board_waits_for_its_only_verifier_to_return(tiny: Target, refer
         assert 1 <= client.retries <= 5
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_text: ReferenceText) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     # Enough for a busy machine.
@@ -340,6 +342,7 @@ def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_t
         assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_sighup_reloads_the_token_file_and_the_log_is_json(tiny_path: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
 

@@ -160,6 +160,7 @@ def test_malformed_http_does_not_harm_the_server(url: str, garbage: bytes) -> No
     assert http_version(url) == "HTTP/1.1"
 
 
+@pytest.mark.slow
 def test_serve_announces_its_url_and_exits_on_sigterm(tiny_path: Path, tiny: Target) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -259,6 +260,7 @@ def test_generate_reports_invalid_arguments(
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
 
 
+@pytest.mark.slow
 def test_an_idle_connection_does_not_keep_the_process_alive(tiny_path: Path) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

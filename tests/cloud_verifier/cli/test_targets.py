@@ -114,6 +114,7 @@ def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict
     return code, json.loads(output)
 
 
+@pytest.mark.slow
 def test_a_check_compares_with_the_version_in_use_and_its_exit_code_decides(
     registry: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_check_compares_with_the_version_in_use_and_its_exit_code_decides(
     assert check(capsys, family / "target-v2", "--text", text, "--tolerance", worst - 0.01)[0] == 1
 
 
+@pytest.mark.slow
 def test_a_check_of_the_version_in_use_prints_a_table(
     registry: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_check_of_the_version_in_use_prints_a_table(
     assert [line.split()[0] for line in output.splitlines()[-2:]] == ["T=0", "T=1"]
 
 
+@pytest.mark.slow
 def test_a_check_of_an_incompatible_version_reports_differences_and_forecasts(
     registry: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_text_that_is_too_short_or_missing(
     assert (code, sentence in error) == (2, True)
 
 
+@pytest.mark.slow
 def test_serving_a_registry(registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "add", save_target(tmp_path / "tiny"))
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", "--registry", str(registry), "--port", "0"]

@@ -361,6 +361,7 @@ def observed(tiny: Target) -> Iterator[tuple[ProtocolClient, ObservedTarget]]:
 steps = st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans(), st.integers(0, 5))
 
 
+@pytest.mark.slow
 @given(st.lists(steps, min_size=1, max_size=4), st.sampled_from([ENDLESS, Sampling(1.0, seed=9, ignore_eos=True)]))
 @settings(max_examples=40, deadline=None)
 def test_the_text_does_not_depend_on_expectations(

@@ -33,6 +33,7 @@ BOARDS, ANSWER_TOKENS = 16, 120
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("media_type", [MSGPACK, JSON])
 def test_all_requests_of_a_session_have_one_mark(media_type: str) -> None:
     # Inside the test, since importing Ray takes seconds and this module is always collected.

@@ -54,6 +54,7 @@ def calibrated(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_profile_is_valid_and_measured(calibrated: Path, family: Path) -> None:
     profile = read_profile(calibrated)
     manifest = read_bundle(family / "bundle", verify=False).manifest
@@ -107,6 +108,7 @@ def test_calibrating_again_needs_force(calibrated: Path, family: Path, capsys: p
     assert profile == read_profile(calibrated) != before
 
 
+@pytest.mark.slow
 def test_an_interruption_writes_nothing(family: Path, tmp_path: Path) -> None:
     path = tmp_path / "board.toml"
     arguments = ["calibrate", "--bundle", str(family / "bundle"), "--output", str(path)]
@@ -188,6 +190,7 @@ def test_a_verifier_that_is_not_there(family: Path, monkeypatch: pytest.MonkeyPa
         )
 
 
+@pytest.mark.slow
 def test_a_sensor_is_found_and_watched(family: Path, tmp_path: Path) -> None:
     chip = tmp_path / "class/hwmon/hwmon0"
     chip.mkdir(parents=True)

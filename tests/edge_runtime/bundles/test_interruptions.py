@@ -20,6 +20,7 @@ from edge_runtime.protocol.bundle import write_manifest
 from tests.edge_runtime.bundles.bundle_files import assert_clean, assert_whole, change, read_manifest, run, start
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_half_installed_is_visible(
     store: BundleStore, shipped: Path, another: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_disk_that_fills_up_is_left_as_it_was(
     assert_clean(BundleStore(path))
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_system_allows_is_a_typed_error(store: BundleStore, shipped: Path) -> None:
     result = run("install", str(shipped), "--store", str(store.path), preexec_fn=no_large_files)
     assert result.returncode == 3

@@ -21,6 +21,7 @@ from export.bundle.sign import sign_bundle
 from tests.edge_runtime.bundles.bundle_files import assert_clean, change, run, spoil, start
 
 
+@pytest.mark.slow
 def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     store: BundleStore, shipped: Path, another: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     assert stat.S_IMODE((store.path / first.name / "model.onnx").stat().st_mode) == 0o644
 
 
+@pytest.mark.slow
 def test_old_bundles_make_room(store: BundleStore, another: Path) -> None:
     names = [store.install(change(another, name=f"draft-{number}")).name for number in range(3)]
     assert store.names() == [names[2], names[1]]
@@ -57,6 +59,7 @@ def test_old_bundles_make_room(store: BundleStore, another: Path) -> None:
         store.install(another, keep=0)
 
 
+@pytest.mark.slow
 def test_installing_again_repairs(store: BundleStore, shipped: Path) -> None:
     name = store.install(shipped).name
     spoil(store.path / name / "model.onnx.data")
@@ -67,6 +70,7 @@ def test_installing_again_repairs(store: BundleStore, shipped: Path) -> None:
     assert_clean(store)
 
 
+@pytest.mark.slow
 def test_names_may_be_short_but_not_doubtful(store: BundleStore, another: Path) -> None:
     names = [store.install(change(another, acceptance={"x": share}), keep=5).name for share in (0.1, 0.2)]
     assert store.find(names[0].split("@")[1]) == names[0]
@@ -75,6 +79,7 @@ def test_names_may_be_short_but_not_doubtful(store: BundleStore, another: Path) 
             store.find(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a@b", "x" * 100])
 def test_a_bundles_name_must_be_fit_for_a_directory(store: BundleStore, another: Path, name: str) -> None:
     with pytest.raises(BundleCorrupt, match=r"is named .*; nothing was installed"):
@@ -104,6 +109,7 @@ def test_what_does_not_work_is_not_installed(store: BundleStore, shipped: Path, 
     assert_clean(store)
 
 
+@pytest.mark.slow
 def test_the_previous_bundle_is_used_where_the_current_one_fails(
     store: BundleStore, shipped: Path, another: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,6 +153,7 @@ def test_a_self_test_that_is_killed_or_hangs_takes_nobody_along(store: BundleSto
         run_self_test(shipped, timeout=0.01)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did(store: BundleStore, shipped: Path, another: Path, keys: Path) -> None:
     place = ("--store", str(store.path))
     assert "in use, loads in" in run("install", str(shipped), *place).stdout
@@ -170,6 +177,7 @@ def test_the_command_says_what_it_did(store: BundleStore, shipped: Path, another
     assert run("use", "previous", *place).returncode == 3
 
 
+@pytest.mark.slow
 def test_the_configuration_names_store_and_key(tmp_path: Path, another: Path, keys: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text(f'[draft]\nstore = "here"\npublic_key_file = "{keys / "maker.pub"}"\n')

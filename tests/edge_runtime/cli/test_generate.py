@@ -37,6 +37,7 @@ def verifier(family: Path) -> Iterator[str]:
         process.terminate()
 
 
+@pytest.mark.slow
 def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp_path: Path) -> None:
     options = ("--verifier", verifier, "--max-new-tokens", "24")
     by_argument = run("generate", PROMPT, *options)
@@ -48,6 +49,7 @@ def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp
     assert "\x1b" not in by_argument.stdout
 
 
+@pytest.mark.slow
 def test_json_report(verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
@@ -67,6 +69,7 @@ def test_json_report(verifier: str) -> None:
 FIXED = ("--policy", "fixed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "limit"), [(FIXED, 5000), ((*FIXED, "--no-http2"), 10_000), ((), 10_000)], ids=["2", "1.1", "planned"]
 )
@@ -79,6 +82,7 @@ def test_a_hundred_tokens_take_few_kilobytes(verifier: str, options: tuple[str, 
     assert 500 < statistics["bytes_sent"] + statistics["bytes_received"] <= limit
 
 
+@pytest.mark.slow
 def test_memory_and_imports_of_the_board(verifier: str) -> None:
     """Peak resident memory is below 150 MB, and nothing that a board lacks is imported."""
     program = (
@@ -97,6 +101,7 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
     assert not [module for module in modules if module.startswith(FORBIDDEN)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -125,6 +130,7 @@ def test_errors_are_one_sentence_and_an_exit_code(arguments: list[str], code: in
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["analytic", "hf-dynamic", "genai-ewma", "ucb"])
 def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifier: str, policy: str) -> None:
     shared = ("generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos")
@@ -138,6 +144,7 @@ def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifie
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
 
 
+@pytest.mark.slow
 def test_options_override_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[verifier]\nurls = ["http://127.0.0.1:9"]\ndeadline_seconds = 0.3\n')

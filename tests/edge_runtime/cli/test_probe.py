@@ -97,6 +97,7 @@ def test_programs_are_not_run_for_the_files_of_another_machine() -> None:
     assert json.loads(done.stdout)["snapshot"]["modem"] is None
 
 
+@pytest.mark.slow
 def test_the_tcp_statistics_of_a_verifier_connection(verifier: str) -> None:
     done = probe("--json", "--verifier", verifier)
     assert done.returncode == 0, done.stderr
@@ -147,6 +148,7 @@ def test_invalid_options(arguments: list[str], words: str, code: int) -> None:
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_probes_import_no_slow_packages() -> None:
     program = (
         "import sys; from edge_runtime.cli import probe, probe_view; from edge_runtime.probes import snapshot; "

@@ -27,6 +27,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert label in printed
 
 
+@pytest.mark.slow
 def test_json_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for _ in range(2):

@@ -88,6 +88,7 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notify", [f"@flexspec-test-{os.getpid()}"], indirect=True, ids=["abstract"])
 def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(notify: NotifySocket) -> None:
     with started(notify, "edge_runtime.cli", WATCHDOG_USEC="900000") as process:
@@ -114,6 +115,7 @@ def test_a_board_without_a_draft_is_never_ready(notify: NotifySocket, tmp_path: 
         notify.until("READY=1")
 
 
+@pytest.mark.slow
 def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Path) -> None:
     config, keys = tmp_path / "config.toml", tmp_path / "keys"
     keys.write_text("first-key")
@@ -165,6 +167,7 @@ def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(notify: N
     assert "the token would be sent to http://verifier.invalid unencrypted" in said
 
 
+@pytest.mark.slow
 def test_a_verifier_is_ready_when_its_target_is(notify: NotifySocket) -> None:
     arguments = (str(FAMILY / "target-v1"), "--threads", "1")
     with started(notify, "cloud_verifier.cli", *arguments, WATCHDOG_USEC="900000") as process:

@@ -97,6 +97,7 @@ class Reader:
         self.longest_tail = max(self.longest_tail, len(self.tail))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "sampling"),
     [(PLANS[0], SAMPLED), (PLANS[1], GREEDY), (PLANS[2], GREEDY)],
@@ -132,6 +133,7 @@ async def test_offline_tokens_are_verified_when_the_link_is_back(
         assert answer.finish == "length"
 
 
+@pytest.mark.slow
 async def test_without_a_verifier_the_rest_stays_unverified(
     verifier: RestartableVerifier, shipped_draft: OnnxDraft
 ) -> None:
@@ -153,6 +155,7 @@ async def test_without_a_verifier_the_rest_stays_unverified(
     assert answer.statistics.tokens == len(answer.ids) - prompt
 
 
+@pytest.mark.slow
 async def test_an_offline_draft_ends_the_text_itself(shipped_draft: OnnxDraft) -> None:
     """No verifier was ever reached: every token is the draft's, and a special token ends the text."""
     async with VerifierClient("http://127.0.0.1:9", deadline=60.0) as client:
@@ -166,6 +169,7 @@ async def test_an_offline_draft_ends_the_text_itself(shipped_draft: OnnxDraft) -
     assert answer.finish == "stop" or len(answer.unverified) == 400
 
 
+@pytest.mark.slow
 async def test_waiting_continues_the_text(verifier: RestartableVerifier, shipped_draft: OnnxDraft) -> None:
     sampling = Sampling(0.7, seed=3, ignore_eos=True)
     wanted = await target_text(verifier, shipped_draft, sampling)
@@ -196,6 +200,7 @@ async def test_failing_does_not_wait(verifier: RestartableVerifier, shipped_draf
     assert caught.value.fault == "connection_refused"
 
 
+@pytest.mark.slow
 async def test_a_slow_verifier_is_not_a_lost_link(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     """A verifier that acknowledges its input but replies late does not trigger offline drafting."""
     async with serving(target_v1) as server, VerifierClient(server.url) as client:

@@ -52,6 +52,7 @@ def check_plan(plan: Plan, conditions_: Conditions) -> None:
     assert plan.reason
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(conditions(), outcomes(), st.booleans()), max_size=30),

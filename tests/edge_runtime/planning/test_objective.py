@@ -36,6 +36,7 @@ def test_rejects_invalid_text(text: str) -> None:
         parse_objective(text)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60) | st.from_regex(r"\A(latency|verifier|joule|byte|x)=[-0-9.e]{0,8}(,[a-z]*=[0-9.]*)?\Z"))
 def test_any_text_parses_or_raises_input_error(text: str) -> None:
     try:

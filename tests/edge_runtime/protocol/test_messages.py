@@ -249,6 +249,7 @@ def test_garbage_is_refused(body: bytes, kind: type[Message], media_type: str) -
     decoded_or_refused(body, kind, media_type)
 
 
+@pytest.mark.slow
 @given(any_message, encodings, st.data())
 @settings(max_examples=800, deadline=None)
 def test_a_damaged_message_is_refused_or_another_message(

@@ -33,6 +33,7 @@ def run_generate(verifier: str, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.removesuffix("\n")
 
 
+@pytest.mark.slow
 def test_the_text_equals_that_of_generate(client: openai.OpenAI, verifier: str) -> None:
     options = ("--temperature", "0.7", "--top-p", "0.9", "--seed", "5", "--max-new-tokens", "32", "--ignore-eos")
     expected = run_generate(verifier, *options)
@@ -97,6 +98,7 @@ def test_prompts_may_be_ids_and_are_echoed_on_request(client: openai.OpenAI, dra
     assert texts[4] == PROMPT + texts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_span_tokens_and_rounds(client: openai.OpenAI, stream: bool) -> None:
     whole = client.completions.create(model="", prompt=PROMPT, **SAMPLED).choices[0].text
@@ -259,6 +261,7 @@ def test_garbage_bodies_are_refused(url: str, body: bytes, path: str) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_disconnected_and_stalled_readers_occupy_no_slots(url: str, client: openai.OpenAI) -> None:
     """More of both than there are slots, and another request is still served."""
     host, port = url.removeprefix("http://").split(":")
@@ -280,6 +283,7 @@ def test_disconnected_and_stalled_readers_occupy_no_slots(url: str, client: open
         connection.close()
 
 
+@pytest.mark.slow
 def test_concurrent_requests_wait_or_are_refused_with_retry_after(client: openai.OpenAI) -> None:
     def ask(seed: int) -> str | int:
         try:
@@ -302,6 +306,7 @@ def keys(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_keys_memory_and_shutdown_of_a_service_process(verifier: str, keys: Path) -> None:
     with board_process(verifier, "--api-key-file", str(keys), "--max-new-tokens", "100") as (process, url):
         assert httpx.get(f"{url}/readyz").status_code == 200

@@ -51,6 +51,7 @@ def tokens_by_kind(tab: Tab) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_an_answer_is_shown_as_colored_tokens_and_curves(tab: Tab, url: str, client: openai.OpenAI) -> None:
     status = tab.ask(PROMPT, temperature=0)
     expected = client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=32)
@@ -91,6 +92,7 @@ def test_an_answer_is_shown_as_colored_tokens_and_curves(tab: Tab, url: str, cli
     assert all(requested.startswith(("data:", f"{url}/")) for requested in tab.requests), tab.requests
 
 
+@pytest.mark.slow
 def test_text_of_the_model_is_never_interpreted_as_html(tab: Tab) -> None:
     tab.ask(HOSTILE, temperature=0)
     shown = tab.page.text_content(NEWEST_TEXT).removeprefix(HOSTILE)
@@ -104,6 +106,7 @@ def test_text_of_the_model_is_never_interpreted_as_html(tab: Tab) -> None:
     assert "1" not in tab.problems
 
 
+@pytest.mark.slow
 def test_speculation_can_be_switched_off_and_empty_prompts_are_not_sent(tab: Tab) -> None:
     tab.ask(PROMPT, speculation=False)
     assert not tokens_by_kind(tab).get("accepted")
@@ -120,6 +123,7 @@ def test_errors_of_the_service_are_shown(tab: Tab) -> None:
     assert tab.page.is_enabled("#go")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (820, "light")])
 def test_small_screens_do_not_scroll_sideways(browser: Any, url: str, width: int, scheme: str) -> None:
     tab = Tab(browser, url, width=width, height=800, scheme=scheme)
@@ -129,6 +133,7 @@ def test_small_screens_do_not_scroll_sideways(browser: Any, url: str, width: int
     tab.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_sufficient_contrast(browser: Any, url: str, scheme: str) -> None:
     """WCAG's contrast ratio of 4.5 for all text on the page."""
@@ -165,6 +170,7 @@ FIND_LOW_CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(browser: Any, verifier: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("first-key\n")
     options = ("--api-key-file", str(tmp_path / "keys"), "--policy", "fixed", "--threads", "1")
@@ -197,6 +203,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(browser: Any, verifier:
         tab.close()
 
 
+@pytest.mark.slow
 def test_the_page_reconnects_to_a_restarted_service(browser: Any, verifier: str) -> None:
     options = ("--policy", "fixed", "--threads", "1")
     with board_process(verifier, *options) as (process, url):
@@ -216,6 +223,7 @@ def test_the_page_reconnects_to_a_restarted_service(browser: Any, verifier: str)
             tab.close()
 
 
+@pytest.mark.slow
 def test_unverified_tokens_are_marked_and_struck_through_when_withdrawn(
     browser: Any, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:

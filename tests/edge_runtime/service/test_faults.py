@@ -135,6 +135,7 @@ class FailingDraft(OnnxDraft):
         return context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [Plan(4), Plan(2, draft_ahead=3, in_flight=2)], ids=["on time", "ahead"])
 async def test_the_target_completes_the_answer_when_the_draft_fails(
     target: Target, draft: OnnxDraft, plan: Plan
@@ -152,6 +153,7 @@ async def test_the_target_completes_the_answer_when_the_draft_fails(
             assert read_metric(pair, 'flexspec_cloud_rounds_total{reason="draft_failed"}') >= 1
 
 
+@pytest.mark.slow
 async def test_a_full_context_ends_the_answer_with_length(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         prompt = [5] * (target.context - 6)

@@ -74,6 +74,7 @@ class StreamedText:
         return self.text[: len(self.text) - self.unverified]
 
 
+@pytest.mark.slow
 async def test_unverified_text_is_marked_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ async def test_a_stop_string_in_unverified_text_ends_the_answer(target: Target, 
         assert 0 < answer["timings"]["unverified_n"] < 40
 
 
+@pytest.mark.slow
 async def test_a_waiting_stream_sends_comments(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ async def test_fail_on_link_loss_does_not_wait_for_the_deadline(target: Target, 
         assert (caught.value.status_code, caught.value.code) == (503, "connection_refused")
 
 
+@pytest.mark.slow
 async def test_a_disconnected_client_frees_its_slot_while_the_link_is_lost(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         await pair.verifier.stop()

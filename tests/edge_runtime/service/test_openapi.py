@@ -11,6 +11,7 @@ from edge_runtime.service.openapi import build_document
 from tests.fuzzing import CHECKS, fuzz, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "mode"),
     [

@@ -42,6 +42,7 @@ def top(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_once(url: str, client: openai.OpenAI) -> None:
     answer = client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=24)
     done = top("--url", url, "--once")
@@ -124,6 +125,7 @@ def read_until(terminal: int, words: str | None, seconds: float = 300.0) -> str:
     return seen
 
 
+@pytest.mark.slow
 def test_api_key(verifier: str, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("first-key\n")
     options = ("--api-key-file", str(tmp_path / "key"))

@@ -112,6 +112,7 @@ def test_a_small_recording(tmp_path: Path) -> None:
     assert 0.005 <= parsed.up(0.0, 10).seconds <= 0.055 + 1e-9
 
 
+@pytest.mark.slow
 @given(times)
 def test_the_mean_wait_is_that_of_random_arrivals(recorded: list[int]) -> None:
     grid = 2000

@@ -28,6 +28,7 @@ worlds = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.lists(texts, min_size=1, max_size=2), st.lists(plans, min_size=1, max_size=4), worlds, objectives)
 def test_no_plans_beat_the_lower_bound(

@@ -40,6 +40,7 @@ def test_texts_round_trip(written: list[RecordedText], tmp_path_factory: pytest.
         assert (after.target, after.prompt, after.seed) == (before.target, before.prompt, before.seed)
 
 
+@pytest.mark.slow
 def test_the_shipped_trace_covers_every_target_and_temperature() -> None:
     path = FAMILY / "acceptance.npz"
     assert path.stat().st_size < 1_000_000

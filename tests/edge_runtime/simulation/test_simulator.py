@@ -72,6 +72,7 @@ def test_every_plan_yields_the_whole_text_and_consistent_outcomes(
     assert done == len(text)
 
 
+@pytest.mark.slow
 @given(st.lists(texts, min_size=1, max_size=2), st.lists(plans, min_size=1, max_size=3))
 def test_the_same_seed_gives_the_same_result(texts: list[RecordedText], plans: list[Plan]) -> None:
     first, again = (

@@ -100,6 +100,7 @@ async def test_another_http_server_is_not_taken_for_a_verifier() -> None:
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("http", ["1", "2", "auto"])
 @pytest.mark.parametrize("http2", [True, False])
 async def test_every_http_version(tiny: Target, http: str, http2: bool) -> None:
@@ -167,6 +168,7 @@ class Faulty(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), n=st.sampled_from([1, 4, 12]))
 def test_truncated_or_corrupted_answers_are_retried(tiny: Target, data: st.DataObject, n: int) -> None:

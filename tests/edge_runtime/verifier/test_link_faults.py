@@ -58,6 +58,7 @@ async def fault_at(url: str, deadline: float = 0.4, authorities: Path | None = N
     return caught.value.fault, str(caught.value)
 
 
+@pytest.mark.slow
 async def test_a_name_that_does_not_exist() -> None:
     fault, sentence = await fault_at("http://verifier.invalid", 3.0)
     assert fault == Fault.DNS
@@ -120,6 +121,7 @@ NOW = datetime.datetime.now(datetime.UTC)
 DAYS = {day: NOW + datetime.timedelta(days=day) for day in (-9, -5, 5, 9)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("days", "trusted", "fault", "hint"),
     [
@@ -178,6 +180,7 @@ async def test_a_connection_closed_while_idle_is_not_a_fault(tiny: Target) -> No
         assert (session.recoveries, client.retries) == (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patient", [True, False])
 async def test_failover_to_another_verifier_mid_text(tiny: Target, patient: bool) -> None:
     wanted = await expected(tiny)
@@ -197,6 +200,7 @@ async def test_failover_to_another_verifier_mid_text(tiny: Target, patient: bool
             assert client.retries == retries
 
 
+@pytest.mark.slow
 async def test_a_session_never_continues_on_another_target(tiny: Target, target_v1: Target) -> None:
     """A session is pinned to its version: verifiers without it are skipped, and the session waits for its own."""
     async with serving(target_v1) as other:

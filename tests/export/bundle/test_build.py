@@ -36,6 +36,7 @@ def make(target: Path, draft: Path, output: Path, kind: str = "fused", weights: 
     return OnnxDraft.load(output, threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["fused", "concat"])
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)

@@ -52,6 +52,7 @@ def comparison(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Com
     return ComparisonConfig(config, tmp_path_factory.mktemp("forms") / "table", 0.01, NAMES)
 
 
+@pytest.mark.slow
 def test_existing_results_are_reused(comparison: ComparisonConfig) -> None:
     output = comparison.output
     table = compare_variants(comparison)

@@ -141,6 +141,7 @@ def test_half_precision_halves_the_file_and_is_close(model: onnx.ModelProto, tmp
     assert (tmp_path / "small.onnx").stat().st_size < 0.52 * (table.nbytes + head.nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRAPH_KINDS)
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_every_weight_type_of_both_graphs(weights: str, kind: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ TEXT = str(Path(measure.__file__).with_name(measure.CALIBRATION_FILE))
 SMALL = ["--text", TEXT, "--texts", "2", "--prompt", "8", "--tokens", "16", "--temperature", "0"]
 
 
+@pytest.mark.slow
 def test_a_bundle_with_two_versions(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "evaluation"
     arguments = ["evaluate", str(family / "bundle"), "--target", "target-v1", str(family / "target-v2"), *SMALL]

@@ -65,6 +65,7 @@ def test_other_layouts(config: DistillationConfig, tmp_path: Path, layout: str) 
     assert load_draft(tmp_path / layout, config.target).config.num_hidden_layers == (2 if layout == "prefix" else 1)
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(config: DistillationConfig, tmp_path: Path) -> None:
     losses = distillation_losses(config, tmp_path)
     assert losses[-1] < losses[0]

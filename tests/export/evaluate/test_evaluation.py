@@ -58,6 +58,7 @@ def evaluation(models: list[Any]) -> Evaluation:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OWN_TEXT, GIVEN_TEXT])
 @pytest.mark.parametrize("temperature", CONFIG.temperatures)
 def test_a_target_that_drafts_for_itself_is_always_accepted(

@@ -52,6 +52,7 @@ def draft(family: Path) -> OnnxDraft:
     return OnnxDraft.load(family / "bundle", threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_recorded_texts_replay_the_real_loop(
     family: Path, target_v1: Target, draft: OnnxDraft, temperature: float

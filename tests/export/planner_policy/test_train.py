@@ -49,6 +49,7 @@ def test_environment_satisfies_gymnasiums_checker() -> None:
     environment.close()
 
 
+@pytest.mark.slow
 def test_rewards_add_up_to_the_saved_cost_in_tokens(texts: list[RecordedText]) -> None:
     environment = RoundEnvironment(texts=texts)
     for seed in range(6):
@@ -75,6 +76,7 @@ def test_no_correction_saves_nothing() -> None:
         assert sum(rewards) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_episode_can_be_abandoned() -> None:
     before = threading.active_count()
     environment = RoundEnvironment()
@@ -117,6 +119,7 @@ def test_held_out_texts_are_not_trained_on(texts: list[RecordedText]) -> None:
     assert [text for text in held_out if (text.target, text.temperature) == ("target-v2", 0.7)] == expected
 
 
+@pytest.mark.slow
 def test_the_board_accepts_a_trained_policy(trained: Path) -> None:
     policy = CorrectionPolicy(trained / "learned.onnx")
     metadata = policy.metadata
@@ -134,6 +137,7 @@ def test_the_board_accepts_a_trained_policy(trained: Path) -> None:
     assert policy.choose(middle) == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_policy(trained: Path, tmp_path: Path) -> None:
     again = make_policy(SMALL, tmp_path)
     before = msgspec.json.decode((trained / "learned.json").read_bytes(), type=PolicyMetadata)
@@ -141,6 +145,7 @@ def test_the_same_seed_gives_the_same_policy(trained: Path, tmp_path: Path) -> N
     assert again.sha256 == before.sha256
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "policy"
     assert (

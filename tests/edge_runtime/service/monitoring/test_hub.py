@@ -38,6 +38,7 @@ PROMPT = "def read_config(path):\n"
 REQUEST = {"model": "", "prompt": PROMPT, "temperature": 0.7, "seed": 5, "extra_body": {"ignore_eos": True}}
 
 
+@pytest.mark.slow
 def test_an_answer_is_reported_from_start_to_end(url: str, client: openai.OpenAI) -> None:
     with open_stream(url) as stream:
         first = next(stream)
@@ -87,6 +88,7 @@ def test_corrected_tokens_follow_rejected_drafts(url: str, client: openai.OpenAI
     assert 0 < accepted < len(kinds) == 32
 
 
+@pytest.mark.slow
 def test_late_subscribers_get_the_history_and_returning_ones_resume(url: str, client: openai.OpenAI) -> None:
     with open_stream(url) as stream:
         read_history(stream)
