@@ -140,7 +140,7 @@ def _print_table(entries: list[StoredBundle]) -> None:
         table.add_column(header, justify="right" if header == "MB" else "left", overflow="fold")
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry.installed).astimezone()
-        table.add_row(
+        cells = (
             entry.name,
             entry.state,
             f"{when:%Y-%m-%d %H:%M}",
@@ -150,4 +150,5 @@ def _print_table(entries: list[StoredBundle]) -> None:
             entry.signature,
             entry.problem,
         )
+        table.add_row(*cells)
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)

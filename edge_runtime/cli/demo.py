@@ -129,7 +129,7 @@ def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
     statistics = text.generation.statistics
     tokens = max(1, statistics.tokens)
     acceptance = statistics.acceptance
-    table.add_row(
+    cells = (
         target,
         text.label,
         str(statistics.tokens),
@@ -139,6 +139,7 @@ def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
         f"{1e3 * statistics.seconds / tokens:.1f}",
         "yes" if exact else "NO",
     )
+    table.add_row(*cells)
 
 
 @contextlib.asynccontextmanager

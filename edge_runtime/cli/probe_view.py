@@ -42,14 +42,14 @@ def _board(snapshot: Snapshot) -> Iterator[Line]:
     if processor is not None:
         if processor.model is not None:
             yield _line("model", processor.model)
-        yield _line(
-            "processor",
+        parts = (
             _format_unit(processor.cores, "cores"),
             _format_unit(processor.hertz, "Hz"),
             _format_unit(processor.most_hertz, "Hz maximum"),
             None if processor.busy is None else f"{processor.busy:.0%} busy",
             None if processor.load is None else f"load {processor.load:g}",
         )
+        yield _line("processor", *parts)
     if thermal is not None:
         yield _line("temperature", *(f"{zone.name} {zone.celsius:.1f} °C" for zone in thermal.zones))
     if throttling is not None:
@@ -66,14 +66,14 @@ def _energy(snapshot: Snapshot) -> Iterator[Line]:
             yield _line("", f"{_format_unit(rail.watts, 'W')} {rail.chip} {rail.label}")
     if snapshot.supply is not None:
         for battery in snapshot.supply.batteries:
-            yield _line(
-                battery.name,
+            parts = (
                 battery.state,
                 None if battery.percent is None else f"{battery.percent:.0f} %",
                 _format_unit(battery.joules_left, "J left"),
                 _format_unit(battery.joules_full, "J when full"),
                 _format_unit(battery.watts, "W"),
             )
+            yield _line(battery.name, *parts)
         if snapshot.supply.mains is not None:
             yield _line("mains", "yes" if snapshot.supply.mains else "no")
 
@@ -93,8 +93,7 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
         yield _line("route", route.interface, None if route.gateway is None else f"via {route.gateway}", metered)
     for interface in snapshot.interfaces or []:
         up = {True: "up", False: "down", None: None}[interface.up]
-        yield _line(
-            interface.name,
+        parts = (
             interface.kind,
             up,
             _format_unit(interface.bits_per_second, "bit/s"),
@@ -102,9 +101,10 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
             _format_traffic("sent", interface.sent_bytes, interface.sent_bytes_per_second),
             f"{interface.lost} lost",
         )
+        yield _line(interface.name, *parts)
     for wireless in snapshot.wireless or []:
-        parts = (_format_unit(wireless.signal_dbm, "dBm"), f"quality {wireless.quality:g}")
-        yield _line(f"{wireless.interface} signal", *parts, f"{wireless.retries} given up")
+        signal, quality = _format_unit(wireless.signal_dbm, "dBm"), f"quality {wireless.quality:g}"
+        yield _line(f"{wireless.interface} signal", signal, quality, f"{wireless.retries} given up")
     for station in snapshot.stations or []:
         if station.connected:
             yield _line(
@@ -116,8 +116,8 @@ def _link(snapshot: Snapshot, tcp: TcpInfo | None) -> Iterator[Line]:
             )
     if (modem := snapshot.modem) is not None:
         roaming = {True: "roaming", False: "at home", None: None}[modem.roaming]
-        quality = None if modem.quality_percent is None else f"quality {modem.quality_percent:.0f} %"
-        yield _line("modem", modem.state, *modem.technologies, roaming, quality)
+        percent = None if modem.quality_percent is None else f"quality {modem.quality_percent:.0f} %"
+        yield _line("modem", modem.state, *modem.technologies, roaming, percent)
         if (radio := modem.radio) is not None:
             values = {"RSRP": (radio.rsrp_dbm, "dBm"), "RSRQ": (radio.rsrq_db, "dB"), "SINR": (radio.sinr_db, "dB")}
             known = (f"{name} {_format_unit(*value)}" for name, value in values.items() if value[0] is not None)

@@ -167,7 +167,7 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         result = row.result
-        table.add_row(
+        cells = (
             row.label + " *" * row.hindsight,
             f"{1e3 * result.seconds_per_token:.1f}",
             f"{row.cost / rows[0].cost:.2f}",
@@ -177,6 +177,7 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
             f"{100 * result.joules / result.tokens:.1f}",
             f"{(result.sent + result.received) / result.tokens:.1f}",
         )
+        table.add_row(*cells)
     console = Console(highlight=False)
     console.print(f"{name}: modelled", soft_wrap=True)
     console.print(table)

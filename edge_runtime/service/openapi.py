@@ -44,6 +44,7 @@ BOARD_EVENT = {
     "description": "One event of the stream.",
 }
 GENERATION_ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
+EVENT_ERRORS = ("401", "403", "429")
 MODEL_ERRORS = ("401", "403", "404", "500", "502", "503")
 
 
@@ -86,7 +87,7 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
         "/healthz": _get("Check that the process is alive", TEXT, STRING, "403"),
         "/readyz": _get("Check that answers can start", TEXT, STRING, "403", "503"),
         "/metrics": _get("Prometheus metrics", TEXT, STRING, "403"),
-        "/events": _get("Recent and live events of the board", EVENTS, BOARD_EVENT, "401", "403", "429"),
+        "/events": _get("Recent and live events of the board", EVENTS, BOARD_EVENT, *EVENT_ERRORS),
         "/": _get("The dashboard", HTML, STRING, "403"),
         "/openapi.json": _get("This document", JSON, {"type": "object"}, "403"),
     }
