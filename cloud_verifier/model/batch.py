@@ -7,28 +7,51 @@ expresses both a chain of tokens and a chain with sibling tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool, KVCacheShape
+from cloud_verifier.model.kv_cache import CachedSequence, CacheShape, KVCachePool
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling
 
 
 class SegmentRunner(Protocol):
-    """What the scheduler needs of a model runner; see `runner.TargetRunner`."""
+    """What the scheduler needs of a model runner; see `runner.TargetRunner`. Pools are made by `shape.make_pool`."""
 
-    shape: KVCacheShape
+    @property
+    def shape(self) -> CacheShape: ...
+
     max_rows: int
     max_segments: int
     max_prefill_rows: int
 
-    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]: ...
+    def run(self, pool: Any, segments: Sequence[Segment]) -> Sequence[SampledTokens | None]: ...
 
-    def warm_up(self, pool: KVCachePool) -> None: ...
+    def warm_up(self, pool: Any) -> None: ...
+
+
+class AttentionSpan(NamedTuple):
+    """How far back a layer attends.
+
+    Attributes:
+        size: 0 for full attention; otherwise tokens of the sliding window, the row itself included, or of a chunk.
+        chunked: a row attends to the tokens of its own chunk (Llama 4), rather than to the last `size` tokens.
+    """
+
+    size: int = 0
+    chunked: bool = False
+
+    def first_visible(self, position: int) -> int:
+        """The first position that a row at `position` attends to; not above 0 if it attends to all."""
+        if not self.size:
+            return 0
+        return position - position % self.size if self.chunked else position - self.size + 1
+
+
+FULL_SPAN = AttentionSpan()
 
 
 @dataclass(slots=True)
@@ -44,6 +67,7 @@ class Segment:
         keep_all: extend the sequence by all rows right after the forward (see `KVCachePool.keep`). Otherwise the
             submitter of the segment decides which rows stay.
         runner: the runner of the model that the segment is for; None is that of the session's target.
+        next_id: the token that follows the segment, if known, which a runner may read ahead.
     """
 
     sequence: CachedSequence
@@ -54,6 +78,7 @@ class Segment:
     adapter_slot: int = 0
     keep_all: bool = False
     runner: SegmentRunner | None = None
+    next_id: int | None = None
 
     @classmethod
     def from_tree(cls, sequence: CachedSequence, tree: TokenTree, sampling: Sampling, adapter_slot: int = 0) -> Segment:
@@ -106,15 +131,14 @@ class ForwardBatch:
 
     Attributes:
         starts: the first row of each segment.
-        masks: attention mask of each segment; None if its rows attend to everything.
         lora_mask: which adapter columns each row uses (see `lora.LoRAAdapters`); None if no row uses an adapter.
     """
 
     pool: KVCachePool
     segments: list[Segment]
     starts: list[int]
-    masks: list[torch.Tensor | None]
     lora_mask: torch.Tensor | None = None
+    _visible: dict[AttentionSpan, list[tuple[int, torch.Tensor | None]]] = field(default_factory=dict)
 
     @classmethod
     def from_segments(cls, pool: KVCachePool, segments: list[Segment]) -> ForwardBatch:
@@ -122,5 +146,28 @@ class ForwardBatch:
         for segment in segments:
             starts.append(rows)
             rows += len(segment)
-        masks = [None if len(segment) == 1 else segment.attention_mask() for segment in segments]
-        return cls(pool, segments, starts, masks)
+        return cls(pool, segments, starts)
+
+    def visible_keys(self, span: AttentionSpan) -> list[tuple[int, torch.Tensor | None]]:
+        """What the rows of each segment attend to in a layer of the given span.
+
+        Returns for each segment the first key that any of its rows attends to, and the attention mask (rows, keys from
+        there on); None if all rows attend to all of these.
+        """
+        known = self._visible.get(span)
+        if known is None:
+            known = self._visible[span] = [_visible_keys(segment, span) for segment in self.segments]
+        return known
+
+
+def _visible_keys(segment: Segment, span: AttentionSpan) -> tuple[int, torch.Tensor | None]:
+    firsts = [span.first_visible(position) for position in segment.positions]
+    start = max(0, min(firsts))
+    if len(segment) == 1:
+        return start, None
+    mask = segment.attention_mask()
+    if max(firsts) > 0:
+        # A cached token is at its own position.
+        positions = torch.cat([torch.arange(segment.sequence.length), torch.tensor(segment.positions)])
+        mask &= positions >= torch.tensor(firsts)[:, None]
+    return start, mask[:, start:]

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from cloud_verifier.model import kernels
-from cloud_verifier.model.attention import get_forward_context, set_forward_context
+from cloud_verifier.model.attention import get_forward_context
 from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import PAGE_TOKENS, KVCachePool
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledToken, SampledTokens, SamplingBatch, sample_tokens
@@ -199,21 +200,21 @@ class GraphRunner(TargetRunner):
     def __init__(
         self,
         model: Any,
+        attention: PagedAttention,
         context: int,
         *,
         exact: bool = False,
         compiled: bool = False,
         group: TensorParallelGroup | None = None,
     ) -> None:
-        shards = group.size if group else 1
-        super().__init__(model, shards)
+        super().__init__(model, attention)
         self._group = group
         self.exact = exact
         self._sizes = (EXACT_ROWS,) if exact else FORWARD_ROWS
         self.max_rows, self.max_segments = self._sizes[-1], min(MAX_SEGMENTS, self._sizes[-1])
         self.max_prefill_rows = EXACT_ROWS if exact else MAX_PREFILL_ROWS
         config = model.config
-        query_group = config.num_attention_heads // (self.shape.heads * shards)
+        query_group = attention.query_heads // self.shape.heads
         self._inputs = {rows: GraphInputs(rows, context, query_group, self.shape.device) for rows in self._sizes}
         self._graphs: dict[tuple[int, int], _CapturedForward] = {}
         self._lora_layout_version = -1
@@ -328,9 +329,5 @@ class GraphRunner(TargetRunner):
 
     def _forward(self, pool: KVCachePool, inputs: GraphInputs) -> torch.Tensor:
         kernels.move(pool.slabs[0], inputs.moves)
-        with set_forward_context(_GraphContext(inputs, pool.slabs[0], self.adapters.row_mask(inputs.slots))):
-            output = self.model(
-                input_ids=inputs.ids[None].long(), position_ids=inputs.positions[None].long(), use_cache=False
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        context = _GraphContext(inputs, pool.slabs[0], self.adapters.row_mask(inputs.slots))
+        return self._model_logits(context, inputs.ids.long(), inputs.positions.long(), None)

@@ -10,10 +10,9 @@ All pages belong to the engine's thread.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
 # Tokens per page by device type; see the module docstring for the trade-off.
 PAGE_TOKENS = {"cuda": 64, "cpu": 512}
@@ -33,8 +32,33 @@ class KVCacheFull(Exception):
     """The pool has too few free pages."""
 
 
+class CachePool(Protocol):
+    """What the scheduler needs of a pool: the caches of sequences in the fast tier, or those in the general tier."""
+
+    def keep(self, sequence: CachedSequence, rows: list[int]) -> None: ...
+
+    def release(self, sequence: CachedSequence) -> None: ...
+
+
+class CacheShape(Protocol):
+    """What the scheduler needs of the shape of a pool, by which it finds the pool."""
+
+    @property
+    def bytes_per_token(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def make_pool(self, tokens: int) -> CachePool: ...
+
+
 class KVCacheShape(NamedTuple):
-    """The properties of a model that determine the layout of its KV cache."""
+    """The properties of a model that determine the layout of its KV cache.
+
+    Attributes:
+        heads: KV heads of a layer.
+        head_size: size of a key or value, whichever is larger.
+    """
 
     layers: int
     heads: int
@@ -42,17 +66,13 @@ class KVCacheShape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @classmethod
-    def from_model(cls, model: PreTrainedModel, shards: int = 1) -> KVCacheShape:
-        """The shape for a transformers model, or for one of `shards` equal parts of its heads."""
-        config = model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, heads // shards, head_size, model.dtype, model.device)
-
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.layers * self.heads * self.head_size * self.dtype.itemsize
+
+    def make_pool(self, tokens: int) -> KVCachePool:
+        """A pool of `tokens` tokens."""
+        return KVCachePool(self, tokens)
 
 
 class CachedSequence:

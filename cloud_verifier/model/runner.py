@@ -5,6 +5,7 @@ On a CPU a forward has exactly the rows of its segments. For CUDA see `cuda_grap
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +14,8 @@ import torch
 
 from cloud_verifier.model.attention import set_forward_context
 from cloud_verifier.model.batch import ForwardBatch, Segment
-from cloud_verifier.model.kv_cache import KVCachePool, KVCacheShape
+from cloud_verifier.model.fast_tier import PagedAttention
+from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.lora import LoRAAdapters
 from cloud_verifier.model.sampling import LazySampledTokens, SampledTokens
 from edge_runtime.protocol.sampling import CoupledSampler
@@ -47,14 +49,15 @@ class TargetRunner:
     max_prefill_rows = 128
     exact = False
 
-    def __init__(self, model: Any, shards: int = 1) -> None:
+    def __init__(self, model: Any, attention: PagedAttention) -> None:
         """
         Args:
-            model: a transformers causal language model, loaded with `attention.IMPLEMENTATION_NAME`.
-            shards: number of tensor-parallel processes.
+            model: a transformers causal language model.
+            attention: its attention layers, prepared for the paged KV cache.
         """
         self.model = model
-        self.shape = KVCacheShape.from_model(model, shards)
+        self.shape = attention.shape
+        self._arguments = set(inspect.signature(model.forward).parameters)
         self.adapters = LoRAAdapters(model)
         self._sampler = CoupledSampler(model.config.vocab_size)
 
@@ -103,12 +106,33 @@ class TargetRunner:
             )
         sampled = [index for index, segment in enumerate(segments) if segment.sampling]
         rows = [row for i in sampled for row in range(batch.starts[i], batch.starts[i] + len(segments[i]))]
-        with set_forward_context(batch):
-            output = self.model(
-                input_ids=torch.tensor([list(itertools.chain.from_iterable(s.ids for s in segments))]),
-                position_ids=torch.tensor([list(itertools.chain.from_iterable(s.positions for s in segments))]),
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.int64),
-            )
-        logits: torch.Tensor = output.logits[0].float()
+        logits = self._model_logits(
+            batch,
+            torch.tensor(list(itertools.chain.from_iterable(s.ids for s in segments))),
+            torch.tensor(list(itertools.chain.from_iterable(s.positions for s in segments))),
+            torch.tensor(rows, dtype=torch.int64),
+        ).float()
         return torch.split(logits, [len(segments[index]) for index in sampled])
+
+    def _model_logits(
+        self, context: Any, ids: torch.Tensor, positions: torch.Tensor, kept_rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run the model on rows of tokens.
+
+        Args:
+            context: the forward context, see `attention.set_forward_context`.
+            ids, positions: (rows,) token ids and absolute positions.
+            kept_rows: rows whose logits are wanted; None for all.
+
+        Returns (kept rows, V) logits in the model's dtype.
+        """
+        arguments = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
+        if "cache_position" in self._arguments:
+            # Some models read positions from here (Llama 4 scales queries by it).
+            arguments["cache_position"] = positions
+        selects_rows = "logits_to_keep" in self._arguments
+        if selects_rows and kept_rows is not None:
+            arguments["logits_to_keep"] = kept_rows
+        with set_forward_context(context):
+            logits: torch.Tensor = self.model(**arguments).logits[0]
+        return logits if selects_rows or kept_rows is None else logits[kept_rows]

@@ -33,7 +33,7 @@ class TorchSpeculation:
         """Move the draft to the target's device and dtype.
 
         Args:
-            model: a transformers causal language model loaded with `attention.IMPLEMENTATION_NAME`, on the CPU.
+            model: a transformers causal language model, on the CPU.
 
         Raises:
             InputError: one forward cannot verify `max_draft_tokens`.

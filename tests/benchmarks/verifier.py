@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session
-from cloud_verifier.model import attention
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
-from cloud_verifier.model.target import Target
+from cloud_verifier.model.target import Target, make_runner
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
@@ -81,14 +80,11 @@ PROMPTS = (
 def make_random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Make a Llama of a real shape with random weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False)
-    config._attn_implementation = attention.IMPLEMENTATION_NAME
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             torch.nn.init.normal_ = lambda tensor, *_, **__: tensor  # type: ignore[assignment]
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention.IMPLEMENTATION_NAME, dtype=dtype
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             with torch.no_grad():
                 for weights in model.parameters():
                     weights.copy_(torch.empty_like(weights).uniform_(-0.03, 0.03) if weights.ndim > 1 else 1.0)
@@ -142,7 +138,6 @@ def profile(work: Any) -> None:
 
 
 def forwards(options: argparse.Namespace) -> None:
-    from cloud_verifier.model.cuda_graphs import GraphRunner
     from cloud_verifier.model.tensor_parallel import TensorParallelGroup
 
     group = TensorParallelGroup() if "RANK" in os.environ else None
@@ -162,11 +157,9 @@ def forwards(options: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     for shape in options.shape:
         model = make_random_model(shape, "cuda")
-        if group:
-            group.shard_model(model)
+        runner = make_runner(model, 4096, exact=options.exact, compiled=options.compiled, group=group)
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
         weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
-        runner = GraphRunner(model, 4096, exact=options.exact, compiled=options.compiled, group=group)
         pool = KVCachePool(runner.shape, max(options.sessions) * (options.context + 160))
         if group and group.rank:
             runner.follow_leader(pool)

@@ -286,13 +286,6 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path
     assert len(base.runner.adapters) == 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
-def test_soft_capping_and_attention_sinks_are_refused(tmp_path: Path, model_type: str) -> None:
-    changes: dict[str, Any] = {"layer_types": ["full_attention", "full_attention"]}
-    with pytest.raises(TargetError, match="does not run with our attention"):
-        Target(save_target(tmp_path / "model", model_type, **changes), device="cpu", dtype=torch.float32)
-
-
 def test_tree_segments_are_greedy_by_default(tiny_loaded: LoadedTarget) -> None:
     segment = tiny_loaded.target.tree_segment(CachedSequence(), TokenTree(1, 1, [], {}))
     assert segment.sampling == GREEDY

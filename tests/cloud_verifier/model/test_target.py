@@ -143,20 +143,9 @@ def test_an_adapter_without_its_base_is_refused(tiny_path: Path, tmp_path: Path)
         load(path)
 
 
-def test_a_sliding_window_is_refused_and_the_advised_context_works(tmp_path: Path) -> None:
-    path = save_target(tmp_path / "slides", "mistral", sliding_window=64)
-    with pytest.raises(TargetError, match=r"sliding window of 64 tokens.*--max-context 64"):
-        load(path)
-    assert load(path, context=64).context == 64
-
-
-def test_a_sliding_window_as_long_as_the_context_is_plain_attention(tmp_path: Path) -> None:
-    assert load(save_target(tmp_path / "model", "mistral", sliding_window=512)).context == 512
-
-
-def test_a_disabled_sliding_window_is_ignored(tmp_path: Path) -> None:
-    path = save_target(tmp_path / "model", "qwen2", sliding_window=64, use_sliding_window=False)
-    assert load(path).context == 512
+@pytest.mark.parametrize("window", [64, 512])
+def test_a_sliding_window_does_not_bound_the_context(tmp_path: Path, window: int) -> None:
+    assert load(save_target(tmp_path / "model", "mistral", sliding_window=window)).context == 512
 
 
 def test_a_context_beyond_training_is_refused(tiny_path: Path) -> None:

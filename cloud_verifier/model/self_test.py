@@ -1,0 +1,138 @@
+"""The self-test at load: the logits of the paged forward against those of transformers' own forward of the same model.
+
+Two texts in one batch, the longer one prefilled in chunks of uneven size past its attention windows, a token tree after
+it, and a rollback. An error of masks, positions, rollback or batching, and a state that a model keeps outside its keys
+and values, all show in the logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.fast_tier import PagedAttention
+from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.runner import TargetRunner
+from cloud_verifier.model.tree import TokenTree
+from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+GREEDY = Sampling()
+# By dtype: the largest difference of a logit, relative to the largest logit, that is taken for rounding.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# Share of the rows within that tolerance. In low precision a router may choose another expert for some rows.
+EQUAL_ROWS = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.9}
+# Windows and chunks that are longer are shortened to this for the test, so that it takes well under a second for a
+# small model on a CPU. A GPU passes through windows of real length (7B, 4096 tokens: half a second).
+LONGEST_SPAN = {"cpu": 24, "cuda": 8192}
+# Length of the text past the longest span, and sizes of its last chunks, of which all logits are compared.
+TEXT_TOKENS = 56
+LAST_CHUNKS = (1, 13, 22)
+# The other text in the batch.
+OTHER_TOKENS, OTHER_CHUNK = 20, 7
+
+
+class SelfTest:
+    """Logits that transformers' own forward gives for a few texts, to be compared with a runner's.
+
+    Made before the model is sharded, since only the leader of a tensor-parallel group makes it.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, attention: PagedAttention, context: int) -> None:
+        """
+        Args:
+            context: longest text that is going to be served, in tokens.
+        """
+        self._attention = attention
+        self._longest_span = LONGEST_SPAN[model.device.type]
+        length = max(4, min(attention.longest_span(self._longest_span) + TEXT_TOKENS, context - 1))
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(model.config.vocab_size, (length + 1 + OTHER_TOKENS,), generator=generator).tolist()
+        self._text, self._sibling = ids[:length], ids[length]
+        self._other = ids[length + 1 :][: context - 1]
+        branch = [*self._text[:-2], self._sibling, self._text[-1]]
+        with attention.suspended(), attention.shortened_spans(self._longest_span):
+            # As `generate` does: a prompt, and the rest token by token.
+            self._expected_text = _transformers_logits(model, self._text[:-1], steps=3)
+            self._expected_branch = _transformers_logits(model, branch)
+            self._expected_other = _transformers_logits(model, self._other)
+
+    @torch.inference_mode()
+    def run(self, runner: TargetRunner) -> None:
+        """Compare the logits of `runner`.
+
+        Raises:
+            TargetError: they differ.
+        """
+        # `logits` uses no CUDA graph: one of this temporary pool would stay, and only the leader of a tensor-parallel
+        # group has this pool.
+        with self._attention.shortened_spans(self._longest_span):
+            rows = self._paged_logits(runner)
+        actual, expected = (torch.stack(side) for side in zip(*rows, strict=True))
+        dtype = runner.shape.dtype
+        tolerance = TOLERANCE[dtype] * expected.abs().max()
+        differences = (actual - expected).abs().amax(1)
+        share = float((differences <= tolerance).float().mean())
+        log.info("self-test: the largest difference of a logit from transformers' is %.2g", float(differences.max()))
+        if share < EQUAL_ROWS[dtype]:
+            raise TargetError(
+                f"its logits over the paged KV cache differ by {float(differences.max()):.3g} from those of its own "
+                f"forward in transformers, at {1 - share:.0%} of the tested positions"
+            )
+
+    def _paged_logits(self, runner: TargetRunner) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of actual and expected logits."""
+        text, other = self._text, self._other
+        pool = KVCachePool(runner.shape, len(text) + len(other) + 2)
+        sequence, other_sequence = CachedSequence(), CachedSequence()
+        prompt = len(text) - 4
+        sizes: list[int] = []
+        for size in reversed(LAST_CHUNKS):
+            sizes.insert(0, min(size, prompt - sum(sizes)))
+        while rest := prompt - sum(sizes):
+            sizes.insert(0, min(rest, runner.max_prefill_rows))
+        first_compared = prompt - sum(sizes[-len(LAST_CHUNKS) :])
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for size in filter(None, sizes):
+            start = sequence.length
+            compared = start >= first_compared
+            chunk = Segment.from_tokens(sequence, text[start : start + size], sampling=GREEDY if compared else None)
+            expected = [self._expected_text[start : start + size]] if compared else []
+            segments = [chunk]
+            if compared and other_sequence.length < len(other):
+                begin = other_sequence.length
+                stop = begin + OTHER_CHUNK
+                # Before or after the text, by turns.
+                place = begin // OTHER_CHUNK % 2
+                segments.insert(place, Segment.from_tokens(other_sequence, other[begin:stop], sampling=GREEDY))
+                expected.insert(place, self._expected_other[begin:stop])
+            for actual, correct in zip(runner.logits(pool, segments), expected, strict=True):
+                rows += zip(actual.clone(), correct, strict=True)
+            for segment in segments:
+                pool.keep(segment.sequence, list(range(len(segment))))
+        tree = TokenTree(text[-4], prompt + 1, text[-3:-1], {1: [self._sibling]})
+        logits = runner.logits(pool, [Segment.from_tree(sequence, tree, GREEDY)])[0].clone()
+        rows += zip(logits, [*self._expected_text[-3:], self._expected_branch[-2]], strict=True)
+        pool.keep(sequence, [0, 1, 3])
+        last = TokenTree(text[-1], sequence.length + 1, [], {})
+        logits = runner.logits(pool, [Segment.from_tree(sequence, last, GREEDY)])[0].clone()
+        rows += zip(logits, self._expected_branch[-1:], strict=True)
+        return rows
+
+
+def _transformers_logits(model: Any, ids: list[int], steps: int = 0) -> torch.Tensor:
+    """(tokens, V) float32 logits after every token, the last `steps` of them fed one by one."""
+    tokens = torch.tensor([ids], device=model.device)
+    prompt = len(ids) - steps
+    output = model(input_ids=tokens[:, :prompt], use_cache=True)
+    logits = [output.logits[0]]
+    for step in range(prompt, len(ids)):
+        output = model(input_ids=tokens[:, step : step + 1], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits[0])
+    return torch.cat(logits).float()
