@@ -4,27 +4,32 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Parallel tests: one process per core, each with one torch thread.
-JOBS ?= auto
+# Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: demo test test-quick lint bench clean setup
+.PHONY: demo test test-quick lint lint-quick bench clean setup
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
 
-test: $(STAMP) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Types are checked next to the tests, and printed after them.
+test: $(STAMP) lint-quick
+	@types=$$(mktemp) && { $(BIN)/mypy >$$types 2>&1 & } && \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal; tests=$$?; \
+	wait $$!; wrong=$$?; cat $$types; rm $$types; exit $$((tests || wrong))
 
 # For the loop of daily work: without the tests marked slow, and without types, which `make lint` checks.
 test-quick: $(STAMP)
 	$(BIN)/ruff check --quiet .
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" -q
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -q
 
-lint: $(STAMP)
+lint: $(STAMP) lint-quick
+	$(BIN)/mypy
+
+lint-quick: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.speed

@@ -91,11 +91,8 @@ def prompts(family: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(family: Path, tmp_path_factory: pytest.TempPathFactory) -> ReferenceTexts:
-    # The parent of this process's temporary directory is common to all processes of a parallel run.
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    return ReferenceTexts(family / "target-v1", shared / "reference-texts")
+def reference(family: Path, shared_directory: Path) -> ReferenceTexts:
+    return ReferenceTexts(family / "target-v1", shared_directory / "reference-texts")
 
 
 class ReferenceTexts:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases
+from tests.emulator.answer_checker import AnswerCase, AnswerKind
 from tests.emulator.faults import run_fault
 from tests.emulator.network import Network, missing_requirement
-from tests.emulator.test_bed import TARGET, TestBed
+from tests.emulator.test_bed import TestBed
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +34,6 @@ FAULTS = (
 
 
 @pytest.fixture(scope="module")
-def known() -> list[AnswerCase]:
-    return make_cases(TARGET)
-
-
-@pytest.fixture(scope="module")
 def test_bed() -> Iterator[TestBed]:
     reason = missing_requirement()
     if reason:
@@ -54,11 +49,11 @@ def test_bed() -> Iterator[TestBed]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_text_is_right_or_error_is_typed_under_every_fault(
-    test_bed: TestBed, known: list[AnswerCase], fault: str
+    test_bed: TestBed, answer_cases: list[AnswerCase], fault: str
 ) -> None:
     with test_bed.network.inside("board"):
         # Growth of memory and open files is checked by longer runs.
-        row = await run_fault(test_bed, fault, known, ANSWERS, warm_up=4, settling=0.0)
+        row = await run_fault(test_bed, fault, answer_cases, ANSWERS, warm_up=4, settling=0.0)
     assert not row.broken, row.details
     assert row.answers.total() == ANSWERS
     if fault != "board-killed":

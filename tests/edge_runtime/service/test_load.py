@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.benchmarks.load import Sample, find_broken_guarantees, measure
-from tests.emulator.answer_checker import make_cases
-from tests.emulator.test_bed import TARGET
+from tests.emulator.answer_checker import AnswerCase
 
 SECONDS = 20.0
 # A run this short is mostly warm-up: the limit allows for filling the event history.
@@ -16,10 +15,10 @@ MAX_GROWTH_BYTES = 64 << 20
 
 
 @pytest.mark.slow
-async def test_hostile_and_friendly_clients_at_once() -> None:
+async def test_hostile_and_friendly_clients_at_once(answer_cases: list[AnswerCase]) -> None:
     def ignore(sample: Sample, counts: Counter[str]) -> None: ...
 
-    load, samples = await measure(SECONDS, SECONDS / 12, make_cases(TARGET), ignore)
+    load, samples = await measure(SECONDS, SECONDS / 12, answer_cases, ignore)
     assert not load.broken
     assert not find_broken_guarantees(samples, MAX_GROWTH_BYTES)
     # Every kind of client ran, and was served or refused.
