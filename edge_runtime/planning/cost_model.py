@@ -138,7 +138,7 @@ class CostModel:
 
     def _observe_verifier(self, outcome: Outcome, tokens_per_forward: float) -> None:
         self.queue.observe(outcome.queue_seconds)
-        nodes = _nodes(outcome)
+        nodes = outcome.nodes
         # A text may end before the planned number of tokens. A verifier that does not report its forwards is taken to
         # use one per token.
         tokens = outcome.own_tokens - 1 if outcome.plan.continuation > 1 else 0
@@ -169,7 +169,7 @@ class CostModel:
         # The time to the first tokens is one exchange, whatever was streamed or drafted ahead after it.
         verifier = outcome.forward_seconds
         if outcome.plan.continuation > 1 and outcome.own_tokens > 1:
-            verifier = self.forward.at(_nodes(outcome))
+            verifier = self.forward.at(outcome.nodes)
         verifier += outcome.queue_seconds + outcome.prefill_seconds
         seconds = outcome.first_seconds - verifier - self.device.overhead_seconds
         seconds = max(seconds, 1e-4)
@@ -179,10 +179,5 @@ class CostModel:
             self._recent_link.keep_last(2)
         self._recent_link.observe(seconds)
         if outcome.sent + outcome.received > 0:
-            ids = outcome.drafted + sum(outcome.offered) + outcome.own_tokens
+            ids = outcome.nodes - 1 + outcome.own_tokens
             self.round_bytes.observe(max(0.0, outcome.sent + outcome.received - ID_BYTES * ids))
-
-
-def _nodes(outcome: Outcome) -> int:
-    """Return the number of tree nodes in the round's verification forward."""
-    return 1 + outcome.drafted + sum(outcome.offered)

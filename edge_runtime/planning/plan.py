@@ -183,6 +183,11 @@ class Outcome(msgspec.Struct, frozen=True):
         return len(self.confidences)
 
     @property
+    def nodes(self) -> int:
+        """Number of tree nodes in the round's verification forward."""
+        return 1 + self.drafted + sum(self.offered)
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that the round added to the text."""
         return self.accepted + self.own_tokens

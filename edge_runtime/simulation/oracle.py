@@ -141,11 +141,30 @@ class PlanFootprints:
     def __init__(self, texts: list[RecordedText], plans: list[Plan]) -> None:
         self.plans = plans
         self._texts = texts
-        self._rows = _columns([measure_footprint(texts, plan) for plan in plans])
+        footprints = [measure_footprint(texts, plan) for plan in plans]
+        names = [name for name in PlanFootprint.__struct_fields__ if name != "plan"]
+        # By field of `PlanFootprint`: one row for each plan.
+        self._rows = {name: np.array([getattr(footprint, name) for footprint in footprints], float) for name in names}
 
     def estimate_costs(self, world: World, objective: Objective) -> npt.NDArray[np.float64]:
-        """Return the expected costs per token, (plans,)."""
-        return _costs(self._rows, world, objective)
+        """Return the costs per token from mean delays, (plans,)."""
+        device, verifier, rows = world.device, world.verifier, self._rows
+        step = device.step_seconds + device.step_seconds_per_token * rows["position"]
+        drafting = step * rows["steps"] + device.prefill_seconds * rows["prefill"]
+        own = rows["own"][:, 1 if verifier.draft_tokens else 0]
+        forwards = rows["widths"] @ np.array(verifier.forward_seconds) + own * verifier.continuation_seconds
+        exchange = device.overhead_seconds + verifier.cost.queue_seconds + world.link.mean(ROUND_BYTES, ROUND_BYTES)
+        latency = drafting + rows["rounds"] * exchange + forwards
+        traffic = rows["sent"] + rows["received"]
+        joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
+        joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * traffic
+        cost: npt.NDArray[np.float64] = (
+            objective.latency * latency
+            + objective.verifier * forwards
+            + objective.joule * joules
+            + objective.byte * traffic
+        ) / rows["tokens"]
+        return cost
 
     def find_best(
         self, make: Callable[[], World], objective: Objective, *, ahead: bool
@@ -182,33 +201,6 @@ class PlanFootprints:
         return best, results[best]
 
 
-def _columns(footprints: list[PlanFootprint]) -> dict[str, npt.NDArray[np.float64]]:
-    names = [name for name in PlanFootprint.__struct_fields__ if name != "plan"]
-    return {name: np.array([getattr(footprint, name) for footprint in footprints], float) for name in names}
-
-
-def _costs(rows: dict[str, npt.NDArray[np.float64]], world: World, objective: Objective) -> npt.NDArray[np.float64]:
-    """Return the costs per token from mean delays, (plans,)."""
-    device, verifier = world.device, world.verifier
-    step = device.step_seconds + device.step_seconds_per_token * rows["position"]
-    drafting = step * rows["steps"] + device.prefill_seconds * rows["prefill"]
-    own = rows["own"][:, 1 if verifier.draft_tokens else 0]
-    forwards = rows["widths"] @ np.array(verifier.forward_seconds) + own * verifier.continuation_seconds
-    rounds = rows["rounds"]
-    exchanges = rounds * (device.overhead_seconds + verifier.cost.queue_seconds + _mean_delay(world))
-    latency = drafting + exchanges + forwards
-    traffic = rows["sent"] + rows["received"]
-    joules = device.idle_watts * latency + (device.busy_watts - device.idle_watts) * drafting
-    joules += device.radio_watts * (latency - drafting) + device.joules_per_byte * traffic
-    cost: npt.NDArray[np.float64] = (
-        objective.latency * latency
-        + objective.verifier * forwards
-        + objective.joule * joules
-        + objective.byte * traffic
-    ) / rows["tokens"]
-    return cost
-
-
 def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
     """Simulate `plan`, which must not draft ahead, and return its footprint."""
     plain = _simulate_neutral(texts, plan, "7b")
@@ -218,7 +210,7 @@ def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
     prefill = 0
     positions: list[int] = []
     for outcome in plain.log:
-        widths[1 + outcome.drafted + sum(outcome.offered)] += 1
+        widths[outcome.nodes] += 1
         if outcome.drafted:
             prefill += max(0, outcome.conditions.unread - FREE_PREFILL_TOKENS)
             positions.append(outcome.conditions.position)
@@ -243,7 +235,3 @@ def measure_footprint(texts: list[RecordedText], plan: Plan) -> PlanFootprint:
 def _simulate_neutral(texts: list[RecordedText], plan: Plan, verifier: str) -> SimulationResult:
     neutral = World("any", DeviceModel(), SteadyLink(LINK_PRESETS["lan"], 0), SimulatedVerifier(VERIFIERS[verifier], 0))
     return simulate(texts, FixedPlanner(plan), neutral, log=True)
-
-
-def _mean_delay(world: World) -> float:
-    return world.link.mean(ROUND_BYTES, ROUND_BYTES)

@@ -172,15 +172,16 @@ class Simulator:
         count, survival = _count_drafted(path, plan, 0, limit, 1.0)
         ready = min(self._drafted, count)
         seconds = self._draft(done, count)
-        outcome = Outcome(plan, conditions, confidences=path[:count], ready=ready, draft_seconds=seconds)
+        path = path[:count]
+        offered = _count_siblings(path, plan)
+        outcome = Outcome(plan, conditions, confidences=path, offered=offered, ready=ready, draft_seconds=seconds)
         return self._send(outcome, survival, self.now + seconds)
 
     def _send(self, outcome: Outcome, survival: float, now: float) -> SimulatedRound:
-        """Send the request of a drafted round, with siblings, at `now`."""
-        offered = _count_siblings(outcome.confidences, outcome.plan)
-        size = int(ROUND_BYTES + ID_BYTES * (outcome.drafted + sum(offered)))
+        """Send the request of a drafted round at `now`."""
+        size = int(ROUND_BYTES + ID_BYTES * (outcome.nodes - 1))
         arrival, repeated = self.world.up(now + self.world.device.overhead_seconds, size)
-        outcome = msgspec.structs.replace(outcome, offered=offered, sent=size, repeated=repeated)
+        outcome = msgspec.structs.replace(outcome, sent=size, repeated=repeated)
         return SimulatedRound(outcome, survival, now, arrival)
 
     def _conditions(self, left: int, done: int, drafted_ahead: int) -> Conditions:
@@ -271,7 +272,9 @@ class Simulator:
         if not count:
             return answered, None
         path = path[drafted + 1 :][:count]
-        outcome = Outcome(next_plan, conditions, confidences=path, ready=count, early=True)
+        # The siblings were drafted by the plan of the round in flight.
+        offered = _count_siblings(path, plan)
+        outcome = Outcome(next_plan, conditions, confidences=path, offered=offered, ready=count, early=True)
         return answered, self._send(outcome, _survival(path, next_plan), now)
 
     def _shadow(self, plan: Plan, done: int, own: int, *, sent: float, first: float, answered: float) -> int:
