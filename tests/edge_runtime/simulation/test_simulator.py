@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -212,6 +214,15 @@ def test_two_rounds_in_flight() -> None:
     # If the verifier is slower than the board, early rounds wait for it.
     fast = run("." * 9, plan, make_world(step=0.001))
     assert fast.log[2].exchange_seconds == pytest.approx(FORWARD + 2 * NODE)
+
+
+def test_an_early_round_carries_the_siblings_that_were_drafted_during_the_round_before() -> None:
+    one, three = (Plan(2, siblings=siblings, sibling_confidence=1.0, draft_ahead=2, in_flight=2) for siblings in (1, 3))
+    log = simulate([make_text("." * 20)], CyclingPlanner([one, three]), make_world(), log=True).log
+    early = [(before, after) for before, after in pairwise(log) if after.early]
+    assert any(before.plan.siblings != after.plan.siblings for before, after in early)
+    for before, after in early:
+        assert after.offered == [before.plan.siblings] * after.drafted
 
 
 def test_a_void_round_costs_its_bytes() -> None:
