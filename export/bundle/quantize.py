@@ -27,6 +27,11 @@ LOGITS = "logits"
 EMBEDDING = "model.embed_tokens.weight"
 # Weights that are rounded at once: the rounding holds some five float64 copies of them. Chosen: 670 MB.
 MAX_WEIGHTS_AT_ONCE = 1 << 24
+# Rows whose scales are searched at once. Chosen: 40 MB of temporary arrays for 576 columns.
+SEARCHED_ROWS = 2048
+# The scales that are tried, relative to the one that represents the largest value exactly. Measured on SmolLM2's head:
+# more of them gain less than 1 % of the squared error.
+SCALE_FACTORS = (0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.14, 1.2)
 # Smaller tensors stay float32: norms and biases take little space and are sensitive.
 MIN_HALF_PRECISION_SIZE = 4096
 
@@ -71,6 +76,14 @@ QUANTIZATION_SCHEMES: Mapping[str, QuantizationScheme] = {
 
 
 @dataclass(frozen=True)
+class ScaleCodes:
+    """Scales in 8 bits: `codes` (rows, blocks) int8 times the rows' `steps` (rows, 1) float16."""
+
+    codes: npt.NDArray[np.int8]
+    steps: npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
 class QuantizedBlocks:
     """A quantized weight of `rows` outputs and `columns` inputs, in blocks along the inputs.
 
@@ -85,6 +98,7 @@ class QuantizedBlocks:
     packed: Packed
     scales: Weights
     zeros: Packed | None
+    scale_codes: ScaleCodes | None = None
 
 
 def quantize_blocks(weight: Weights, bits: int, k_quant: bool) -> QuantizedBlocks:
@@ -104,6 +118,50 @@ def quantize_blocks(weight: Weights, bits: int, k_quant: bool) -> QuantizedBlock
         if zeros is not None:
             zeros[part] = _pack(zero.reshape(-1, blocks).astype(np.uint8), bits)
     return QuantizedBlocks(bits, columns, packed, scales, zeros)
+
+
+def search_blocks(weight: Weights) -> QuantizedBlocks:
+    """Quantize `weight` (rows, columns) to 4 bits without zero points, with 8-bit scales: for the head.
+
+    A scale is a code from -127 to 127 times the row's float16 step. The code of a block minimizes its squared error; it
+    is negative where the value of the largest magnitude is positive, because the integers range from -8 to 7. On
+    SmolLM2's head the squared error is .0114 of the weights', against .0152 of rounding to nearest with float32
+    scales, which take four times the bytes (KL of the target's own distribution: .064 against .082). All
+    products are exact in float32 (4 + 7 + 11 bits), so every implementation computes with the same values.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // BLOCK_SIZE)
+    packed = np.empty((rows, blocks, BLOCK_SIZE // 2), np.uint8)
+    codes = np.empty((rows, blocks), np.int8)
+    steps = np.empty((rows, 1), np.float16)
+    for start in range(0, rows, SEARCHED_ROWS):
+        part = slice(start, start + SEARCHED_ROWS)
+        padded = np.pad(weight[part].astype(np.float32), ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
+        values = padded.reshape(len(padded), blocks, BLOCK_SIZE)
+        peak = np.take_along_axis(values, np.abs(values).argmax(-1)[..., None], -1)[..., 0]
+        ideal = peak / -8
+        largest = np.abs(ideal).max(-1, keepdims=True) * SCALE_FACTORS[-1]
+        step = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
+        error = np.full(ideal.shape, np.inf)
+        best = np.zeros(ideal.shape, np.int8)
+        for factor in SCALE_FACTORS:
+            code = np.rint(ideal * np.float32(factor) / step.astype(np.float32)).clip(-127, 127)
+            rounded = _nearest(values, code * step.astype(np.float32))
+            # Summed in float64, so that the choice does not depend on the processor's order of summation.
+            candidate = np.square(values - rounded[1]).sum(-1, dtype=np.float64)
+            better = candidate < error
+            error, best = np.where(better, candidate, error), np.where(better, code, best).astype(np.int8)
+        integers, _ = _nearest(values, best * step.astype(np.float32))
+        packed[part] = _pack((integers + 8).reshape(len(padded), -1).astype(np.uint8), 4).reshape(packed[part].shape)
+        codes[part], steps[part] = best, step
+    return QuantizedBlocks(4, columns, packed, codes * steps.astype(np.float32), None, ScaleCodes(codes, steps))
+
+
+def _nearest(values: Weights, scale: Weights) -> tuple[Weights, Weights]:
+    """Integers from -8 to 7 whose multiples of `scale` are nearest to `values`, and these multiples."""
+    divisor = np.where(scale == 0, 1, scale)[..., None]
+    integers = np.rint(values / divisor).clip(-8, 7)
+    return integers, integers * scale[..., None]
 
 
 def quantize_model(model: ir.Model, scheme: QuantizationScheme, layers: int, *, tied: bool) -> None:
