@@ -24,7 +24,7 @@ from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
-from cloud_verifier.model.kv_cache import KVCacheFull, KVCachePool, KVCacheShape
+from cloud_verifier.model.kv_cache import CachePool, CacheShape, KVCacheFull
 from cloud_verifier.model.runner import PendingPrefill
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
@@ -99,7 +99,7 @@ class Scheduler:
         # Heap of (expected arrival of the next round, tie-breaker, session).
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
-        self._pools: dict[tuple[KVCacheShape, bool], KVCachePool] = {}
+        self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -216,7 +216,8 @@ class Scheduler:
     def _install_initial_target(self, target: Target) -> None:
         self.speculation = self._load_speculation(target)
         target.attach_adapter()
-        target.runner.warm_up(self._pool(target.runner.shape))
+        runner: SegmentRunner = target.runner
+        runner.warm_up(self._pool(runner.shape))
         if self.speculation and self.speculation.runner:
             self.speculation.runner.warm_up(self._pool(self.speculation.runner.shape, for_draft=True))
         self.versions[target.version] = target
@@ -293,6 +294,7 @@ class Scheduler:
                 break
             session = running.session
             chunk = session.target.prefill_segment(session.cache, prefill.ids[:prefill_rows])
+            chunk.next_id = session.ids[session.cache.length + len(chunk)]
             batch.append(ScheduledSegment(running, chunk))
             prefill_rows -= len(chunk)
         # The list is ordered by waiting time: rounds of this forward go to its end.
@@ -355,10 +357,10 @@ class Scheduler:
         log.error("a round failed", exc_info=error)
         running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log"))
 
-    def _pool(self, shape: KVCacheShape, for_draft: bool = False) -> KVCachePool:
+    def _pool(self, shape: CacheShape, for_draft: bool = False) -> CachePool:
         if (shape, for_draft) not in self._pools:
             try:
-                self._pools[shape, for_draft] = KVCachePool(shape, self._cache_tokens)
+                self._pools[shape, for_draft] = shape.make_pool(self._cache_tokens)
             except torch.OutOfMemoryError:
                 gibibytes = self._cache_tokens * shape.bytes_per_token / 2**30
                 raise TargetError(

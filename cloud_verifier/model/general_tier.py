@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from cloud_verifier.model.batch import Segment
-from cloud_verifier.model.generation_state import GenerationModel, GenerationState, Snapshot
+from cloud_verifier.model.generation_state import CacheSnapshot, GenerationModel, GenerationState
 from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull
 from cloud_verifier.model.sampling import SampledToken, SampledTokens
 from edge_runtime.protocol.errors import TargetError
@@ -46,8 +46,8 @@ POOL_SESSIONS = 256
 POOL_MEMORY_SHARE = 0.8
 # Lengths in the self-test, in tokens: a prompt, a chunk after it, and single steps after that.
 PROMPT_TOKENS, CHUNK_TOKENS, STEP_TOKENS = 12, 4, 2
-# The self-test looks across the borders of windows and chunks of at most this many tokens: a short forward for any model,
-# and the default chunk of recurrent models. Across longer ones, a text is read as `generate` reads it.
+# The self-test looks across the borders of windows and chunks of at most this many tokens: the default chunk of
+# recurrent models, and still a short forward. Across longer ones, a text is read as `generate` reads it.
 MAX_TESTED_BORDER = 256
 # Windows and chunks in transformers' configurations.
 _BORDERS = (
@@ -104,7 +104,7 @@ class CachedText:
         self.state: GenerationState | None = None
         self.segment: Segment | None = None
         self.rows: list[int] = []
-        self.snapshot: Snapshot | None = None
+        self.snapshot: CacheSnapshot | None = None
         self.nbytes = 0
 
 
@@ -308,7 +308,7 @@ class GeneralRunner:
         return logits
 
     def _score_sibling(self, text: CachedText, segment: Segment, path: list[int]) -> torch.Tensor:
-        """Roll a chain that was read back to where `path` leaves it, and read the rest of `path`; return (V,) logits."""
+        """Roll the chain back to where `path` leaves it, and read the rest of `path`; return (V,) logits."""
         state = self._state(text)
         ids = [*text.ids, *(segment.ids[row] for row in path)]
         if state.can_crop:

@@ -1,8 +1,8 @@
 """The cache of one text in a model of any architecture, driven by transformers' own preparation of inputs.
 
 `GenerationState.feed` does what one step of transformers' `generate` does: the model prepares its inputs, keeps its
-cache in the arguments of the next step, and returns logits. It works for every model that generates, whatever it caches:
-keys and values, windows of them, recurrent or convolutional states, attributes of its modules, or nothing at all.
+cache in the arguments of the next step, and returns logits. It works for every model that generates, whatever it
+caches: keys and values, windows of them, recurrent or convolutional states, attributes of its modules, or nothing.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GenerationModel:
         }
 
 
-class Snapshot(NamedTuple):
+class CacheSnapshot(NamedTuple):
     """A state to which a `GenerationState` can return."""
 
     arguments: dict[str, Any]
@@ -168,11 +168,11 @@ class GenerationState:
                     self._arguments[name].crop(length - self.length)
             self._tokens = self._tokens[:, :length]
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> CacheSnapshot:
         """A state for `restore`."""
-        return Snapshot(_copy(self._arguments), self.length, _copy(self.module_state))
+        return CacheSnapshot(_copy(self._arguments), self.length, _copy(self.module_state))
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: CacheSnapshot) -> None:
         """Return to `snapshot`, which remains valid."""
         self._arguments, self.module_state = _copy(snapshot.arguments), _copy(snapshot.module_state)
         self._tokens = self._tokens[:, : snapshot.length]

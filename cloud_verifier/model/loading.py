@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from cloud_verifier.model.kv_cache import KVCachePool
+from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError, TargetError
 
@@ -62,6 +63,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             tokens: capacity of the KV cache pool, equal to the leader's.
         """
         target = self.load_single(path)
+        assert isinstance(target.runner, TargetRunner), "the general tier has no followers"
         target.runner.follow_leader(KVCachePool(target.runner.shape, tokens))
 
     def _load(self, path: Path, name: str, others: Sequence[Target] | None) -> Target:

@@ -16,7 +16,7 @@ from edge_runtime.protocol.errors import TargetError
 
 # transformers loads one model at a time: while loading it changes global state that affects all threads.
 _LOAD_LOCK = threading.Lock()
-# The longest text of a model that can read texts of any length, such as a recurrent one. Chosen: enough for a long chat.
+# The longest text of a model that names no limit, such as a recurrent one. Chosen: enough for a long chat.
 UNLIMITED_CONTEXT = 1 << 15
 # Where configurations name the length of text that a model was trained for.
 _CONTEXT_NAMES = (
@@ -45,7 +45,7 @@ def usable_context(config: Any, requested: int | None, path: Path) -> int:
 
 
 def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """Load the checkpoint at `base` as transformers does, in eval mode. A multimodal one is loaded whole; see `text_part`.
+    """Load the checkpoint at `base`, in eval mode. A multimodal one is loaded whole; see `text_part`.
 
     Nothing is unpickled, and no code of the checkpoint runs.
 

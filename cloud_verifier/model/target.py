@@ -122,6 +122,11 @@ class Target:
                     # The general tier has no adapters beside a base.
                     model, unmerged, self._on_base = load_model(path, device, dtype)[0], False, path == base
                 self.runner, self.general_tier_reason = self._general_runner(model, exact), str(obstacle)
+                log.warning(
+                    "%s runs on the general tier, one session per forward: slower, with the same text; %s",
+                    self.version,
+                    self.general_tier_reason,
+                )
             for other in share_with or ():
                 if other.runner.shape == self.runner.shape:
                     share_equal_tensors(model, other.runner.model)
