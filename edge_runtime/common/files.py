@@ -53,7 +53,7 @@ def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
             file.flush()
             os.fsync(descriptor)
         scratch.replace(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
