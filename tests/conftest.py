@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
@@ -21,6 +22,12 @@ FAMILY = Path(__file__).resolve().parent.parent / "export" / "example_family"
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)
+
+# No test fails because the machine is busy, so examples have no time limit. Fixtures that examples share are meant so.
+settings.register_profile(
+    "flexspec", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("flexspec")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -21,7 +21,6 @@ CHECKS = [
 ]
 QUICK = settings(
     max_examples=20,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],

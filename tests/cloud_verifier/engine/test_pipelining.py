@@ -363,7 +363,7 @@ steps = st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans(), st.intege
 
 @pytest.mark.slow
 @given(st.lists(steps, min_size=1, max_size=4), st.sampled_from([ENDLESS, Sampling(1.0, seed=9, ignore_eos=True)]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_text_does_not_depend_on_expectations(
     observed: tuple[ProtocolClient, ObservedTarget],
     reference_text: ReferenceText,

@@ -56,7 +56,7 @@ def test_an_unknown_version_error_lists_the_available_ones(model: str) -> None:
     assert len(str(caught.value)) < 400
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(percent=st.floats(1, 99), alias=st.sampled_from(["latest", "stable"]))
 def test_a_canary_gets_its_share_of_new_sessions_deterministically(percent: float, alias: str) -> None:
     catalog = FOUR.promote(alias, "v0", START).canary(alias, "v1", percent, START)
@@ -95,7 +95,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(changes=CHANGES)
 def test_rollback_restores_each_earlier_state_exactly(changes: list[tuple[object, ...]]) -> None:
     states = [FOUR]

@@ -90,7 +90,7 @@ def make_registry(path: Path, *names: str) -> Registry:
     return registry
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(catalog=catalogs())
 def test_catalogs_survive_a_round_trip(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> None:
     registry = Registry(tmp_path_factory.mktemp("registry"))

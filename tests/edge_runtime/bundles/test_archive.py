@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.bundles.archive import fetch
@@ -122,7 +122,6 @@ def test_a_file_that_is_no_archive_is_refused() -> None:
             unpack(content)
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(["w", "w:gz", "w:bz2", "w:xz"]))
 def test_damaged_archives_are_typed_errors(small: Path, data: st.DataObject, mode: str) -> None:
     content = bytearray(pack(small, mode))
@@ -136,7 +135,6 @@ def test_damaged_archives_are_typed_errors(small: Path, data: st.DataObject, mod
         assert unpack(bytes(content)).files.keys() == read_manifest(small).files.keys()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=20), st.sampled_from(tarfile.SUPPORTED_TYPES), st.binary(max_size=600))))
 def test_any_members_are_typed_errors(members: list[tuple[str, bytes, bytes]]) -> None:
     content = io.BytesIO()

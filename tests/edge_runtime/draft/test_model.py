@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def test_proposals_equal_pytorch(tiny_draft: OnnxDraft, model: torch.nn.Module, 
     assert context.ids == PROMPT + proposal.tokens[:-1]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_walk_of_prefills_and_rollbacks_ends_where_a_fresh_context_does(
     tiny_draft: OnnxDraft, data: st.DataObject

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.cli.main import main
@@ -72,7 +72,7 @@ def test_the_file_is_bounded_and_drops_the_oldest_texts(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"abc.jsonl", ".lock"}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.data())
 def test_damage_loses_only_the_damaged_lines(tmp_path: Path, data: st.DataObject) -> None:
     erase_stores(tmp_path)

@@ -53,7 +53,7 @@ def check_plan(plan: Plan, conditions_: Conditions) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(conditions(), outcomes(), st.booleans()), max_size=30),
     st.sampled_from([*PRESETS.values(), Objective(latency=0.0, byte=1e-4)]),

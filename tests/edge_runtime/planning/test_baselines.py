@@ -24,7 +24,7 @@ def test_default_is_a_policy_and_unknown_names_are_rejected() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(POLICY_NAMES), st.lists(st.tuples(conditions(), outcomes()), max_size=25))
 def test_every_policy_returns_valid_plans(name: str, rounds: list[tuple[Conditions, Outcome]]) -> None:
     planner = make_planner(name, Objective(), DeviceModel())

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import tomli_w
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.planning.board_profile import (
@@ -174,7 +174,7 @@ PATHS = [
     "draft",
     "draft.0.milliseconds",
 ]
-quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+quick = settings(max_examples=150)
 
 
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode(errors="replace"))))

@@ -113,7 +113,7 @@ def test_round_joules_are_above_idle() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(st.tuples(outcomes(), st.floats(1.0, 6.0)), max_size=25))
 def test_estimates_are_always_finite_and_not_negative(rounds: list) -> None:
     costs = CostModel(DEVICE)

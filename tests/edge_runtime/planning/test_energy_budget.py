@@ -7,7 +7,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.planning.device_model import DeviceModel
@@ -93,7 +93,6 @@ def test_power_sensor_corrects_modeled_energy() -> None:
     assert queue._sensor_ratio == pytest.approx(9.0 / (2.0 + 0.3 / seconds), rel=0.01)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 1e4), st.floats(0.0, 1e5), st.none() | st.floats(0.0, 1e5)), max_size=40))
 def test_prices_are_always_finite(steps: list[tuple[float, float, float | None]]) -> None:
     for budget in (EnergyBudget(watts=0.5), EnergyBudget(watts=50.0), EnergyBudget(until=100.0)):

@@ -191,7 +191,7 @@ def test_policy_is_created_by_name() -> None:
     assert isinstance(make_planner("learned", LATENCY, DeviceModel()), LearnedPlanner)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_plans_are_always_valid(data: st.DataObject) -> None:
     # Measured times are 0 or at least 0.1 ms.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.probes.firmware import parse_pmic, parse_throttled
@@ -56,7 +56,7 @@ def nearly_right(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.parametrize("parse", PARSERS, ids=lambda parse: parse.__name__)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode), nearly_right()))
 def test_any_bytes(parse: Callable[[str], Any], content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
@@ -67,7 +67,7 @@ def test_any_bytes(parse: Callable[[str], Any], content: bytes, tmp_path: Path) 
         assert str(tmp_path / "file") in reader.errors[0]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(content=nearly_right(), version=st.sampled_from(["route", "ipv6_route"]))
 def test_any_routing_table(content: bytes, version: str, tmp_path: Path) -> None:
     (tmp_path / "net").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.protocol import bundle
@@ -192,7 +192,7 @@ def test_a_needed_file_without_a_record_is_refused(path: Path, name: str) -> Non
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 def test_a_damaged_manifest_reads_or_is_a_bundle_error(path: Path, data: st.DataObject) -> None:
     write_manifest(path, manifest_of(path))
     text = bytearray((path / MANIFEST_NAME).read_bytes())

@@ -170,7 +170,6 @@ def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
     st.one_of(st.just(0), st.integers(1, 400)),
     st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.999, 1.0]),
 )
-@settings(deadline=None)
 def test_candidates_are_those_of_transformers(logits: Logits, temperature: float, top_k: int, top_p: float) -> None:
     sampling = Sampling(temperature, top_k, top_p)
     assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
@@ -188,7 +187,7 @@ def test_the_nucleus_prefers_lower_ids_among_equal_probabilities() -> None:
 
 
 @given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_rank_equals_the_definition(
     logits: Logits, sampling: Sampling, position: int, count: int, decimals: int | None
 ) -> None:
@@ -220,7 +219,7 @@ def test_an_improbable_token_wins_with_extreme_noise() -> None:
 
 
 @given(st.data(), samplings, st.integers(1, 3))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, rows: int) -> None:
     logits = np.stack([data.draw(logits_rows(largest=3000))] * rows)
     logits[1:] = logits[1:, ::-1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.cli.main import main
@@ -253,7 +253,7 @@ def test_malformed_requests_do_no_harm(url: str, data: bytes) -> None:
     assert httpx.get(f"{url}/readyz").text == "ready\n"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(body=st.binary(max_size=80), path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
 def test_garbage_bodies_are_refused(url: str, body: bytes, path: str) -> None:
     answer = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})

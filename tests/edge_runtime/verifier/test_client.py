@@ -169,7 +169,7 @@ class Faulty(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), n=st.sampled_from([1, 4, 12]))
 def test_truncated_or_corrupted_answers_are_retried(tiny: Target, data: st.DataObject, n: int) -> None:
     plan = data.draw(
