@@ -39,8 +39,6 @@ def fsync_path(path: Path) -> None:
 def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
     """Replace the file at `path` completely or not at all; on return it is on the disk. Raises OSError.
 
-    The file gets exactly this mode, whatever the umask is.
-
     There must be one writer at a time (see `lock_directory`): the scratch file has a fixed name.
     """
     scratch = path.with_suffix(SCRATCH_SUFFIX)
@@ -48,7 +46,6 @@ def write_atomically(path: Path, contents: bytes, mode: int = 0o600) -> None:
         scratch.unlink(missing_ok=True)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
             file.write(contents)
             file.flush()
             os.fsync(descriptor)

@@ -186,6 +186,8 @@ def _write(path: Path, text: str) -> bool:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode(), 0o644)
+        # Readable whatever the umask is.
+        path.chmod(0o644)
     except OSError as error:
         raise ServiceError(f"cannot write {path}: {error.strerror}; nothing was changed") from None
     return True
