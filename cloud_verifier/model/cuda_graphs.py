@@ -96,7 +96,7 @@ class GraphInputs:
             "moves": (max_segments, 4),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
-        self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=True)
+        self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
         self._host: dict[str, npt.NDArray[np.int32]] = {}
         start = 0
@@ -150,7 +150,15 @@ class _GraphContext(NamedTuple):
 
 @torch.library.custom_op("flexspec::attend", mutates_args=())
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: torch.Tensor,
+    scaling: float,
+    span: int,
+    chunked: bool,
+    softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """`attention.attend` on CUDA.
 
@@ -158,13 +166,23 @@ def _attend(
     """
     context: _GraphContext = get_forward_context()
     kernels.store(key, value, context.slab, layer, context.inputs)
-    return kernels.attend(query, context.slab, layer, scaling, context.inputs)
+    return kernels.attend(
+        query,
+        context.slab,
+        layer,
+        scaling,
+        context.inputs,
+        value_size=value.shape[3],
+        span=span,
+        chunked=chunked,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, scaling: float) -> torch.Tensor:
-    _, heads, rows, size = query.shape
-    return query.new_empty(1, rows, heads, size)
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 class _CapturedForward(NamedTuple):

@@ -21,6 +21,7 @@ LOG2_E = 1.4426950408889634
 class AttentionInputs(Protocol):
     """The parts of `cuda_graphs.GraphInputs` that the kernels read."""
 
+    positions: torch.Tensor
     pages: torch.Tensor
     offsets: torch.Tensor
     visible_prefix: torch.Tensor
@@ -48,16 +49,18 @@ def _store(
     kind_stride,
     head_stride,
     SIZE: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, LANES)
-    mask = lanes < SIZE
     offset = tl.load(pages + row).to(tl.int64) * page_stride + tl.load(layer).to(tl.int64) * layer_stride
     offset += head * head_stride + tl.load(offsets + row) * SIZE
-    tl.store(slab + offset + lanes, tl.load(key + head * key_head + row * key_row + lanes, mask=mask), mask=mask)
-    values = tl.load(value + head * value_head + row * value_row + lanes, mask=mask)
-    tl.store(slab + offset + kind_stride + lanes, values, mask=mask)
+    keys = tl.load(key + head * key_head + row * key_row + lanes, mask=lanes < KEY_SIZE)
+    tl.store(slab + offset + lanes, keys, mask=lanes < KEY_SIZE)
+    values = tl.load(value + head * value_head + row * value_row + lanes, mask=lanes < VALUE_SIZE)
+    tl.store(slab + offset + kind_stride + lanes, values, mask=lanes < VALUE_SIZE)
 
 
 @triton.jit
@@ -70,7 +73,9 @@ def _attend(
     blocks,
     segments,
     page_table,
+    positions,
     visible_prefix,
+    sinks,
     scale,
     query_head,
     query_row,
@@ -85,9 +90,16 @@ def _attend(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     SIZE: tl.constexpr,
-    LANES: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    KEY_LANES: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
     PAGE: tl.constexpr,
     PAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -101,27 +113,40 @@ def _attend(
     index = tl.arange(0, TILE)
     row, group_head = first + index // GROUP, index % GROUP
     is_query = index < rows * GROUP
-    lanes = tl.arange(0, LANES)
-    query_mask = is_query[:, None] & (lanes < SIZE)[None, :]
+    lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
     queries = tl.load(
         query + (head * GROUP + group_head)[:, None] * query_head + row[:, None] * query_row + lanes[None, :],
-        mask=query_mask,
+        mask=is_query[:, None] & (lanes < KEY_SIZE)[None, :],
         other=0.0,
     )
     prefix_end = past + tl.load(visible_prefix + row, mask=is_query, other=0)
     own = past + row - start
     running_max = tl.full([TILE], float("-inf"), tl.float32)
     running_sum = tl.zeros([TILE], tl.float32)
-    accumulator = tl.zeros([TILE, LANES], tl.float32)
+    accumulator = tl.zeros([TILE, VALUE_LANES], tl.float32)
+    first_page = span * PAGES
+    if WINDOW > 0:
+        # Keys from here on are visible. Those before a row's segment, and those of its chain, are at their positions.
+        position = tl.load(positions + row, mask=is_query, other=2147483647)
+        first_key = position - position % WINDOW if CHUNKED else position - WINDOW + 1
+        first_page = tl.maximum(first_page, tl.min(first_key, 0) // PAGE)
     base = slab + tl.load(layer).to(tl.int64) * layer_stride + head * head_stride
     page_rows = tl.arange(0, PAGE)
-    for number in range(span * PAGES, tl.minimum((span + 1) * PAGES, tl.cdiv(total, PAGE))):
+    for number in range(first_page, tl.minimum((span + 1) * PAGES, tl.cdiv(total, PAGE))):
         page = base + tl.load(page_table + segment * page_table_stride + number).to(tl.int64) * page_stride
         key_index = number * PAGE + page_rows
-        key_mask = (key_index < total)[:, None] & (lanes < SIZE)[None, :]
-        keys = tl.load(page + page_rows[:, None] * SIZE + lanes[None, :], mask=key_mask, other=0.0)
+        is_key = (key_index < total)[:, None]
+        keys = tl.load(
+            page + page_rows[:, None] * SIZE + lanes[None, :], mask=is_key & (lanes < KEY_SIZE)[None, :], other=0.0
+        )
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        visible = (key_index[None, :] < prefix_end[:, None]) | (key_index[None, :] == own[:, None])
+        if CAP > 0:
+            # CAP * tanh(scores)
+            scores = CAP - 2 * CAP / (tl.exp(2 * scores) + 1)
+        visible = key_index[None, :] < prefix_end[:, None]
+        if WINDOW > 0:
+            visible = visible & (key_index[None, :] >= first_key[:, None])
+        visible = visible | (key_index[None, :] == own[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         # The maximum of a row that has attended to nothing yet is -inf; use 0, as -inf - -inf is not a number.
@@ -129,17 +154,29 @@ def _attend(
         weights = tl.exp2(scores - finite_max[:, None])
         rescale = tl.exp2(running_max - finite_max)
         running_sum = running_sum * rescale + tl.sum(weights, 1)
-        values = tl.load(page + kind_stride + page_rows[:, None] * SIZE + lanes[None, :], mask=key_mask, other=0.0)
+        values = tl.load(
+            page + kind_stride + page_rows[:, None] * SIZE + value_lanes[None, :],
+            mask=is_key & (value_lanes < VALUE_SIZE)[None, :],
+            other=0.0,
+        )
         accumulator = accumulator * rescale[:, None] + tl.dot(
             weights.to(values.dtype), values, input_precision=PRECISION
         )
         running_max = new_max
-    accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
     column = head * GROUP + group_head
+    if HAS_SINKS:
+        # 1.44... is log2(e), see LOG2_E.
+        sink = tl.load(sinks + column).to(tl.float32) * 1.4426950408889634
+        new_max = tl.maximum(running_max, sink)
+        rescale = tl.exp2(running_max - new_max)
+        running_sum = running_sum * rescale + tl.exp2(sink - new_max)
+        accumulator = accumulator * rescale[:, None]
+        running_max = new_max
+    accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
     tl.store(
-        out + span * out_span + row[:, None] * out_row + column[:, None] * SIZE + lanes[None, :],
+        out + span * out_span + row[:, None] * out_row + column[:, None] * VALUE_SIZE + value_lanes[None, :],
         accumulator.to(out.dtype.element_ty),
-        mask=query_mask,
+        mask=is_query[:, None] & (value_lanes < VALUE_SIZE)[None, :],
     )
     if log_sum_span:
         log_sum = tl.where(
@@ -149,7 +186,18 @@ def _attend(
 
 
 @triton.jit
-def _combine(parts, log_sums, out, part_span, log_sum_span, spans, SIZE: tl.constexpr, LANES: tl.constexpr):
+def _combine(
+    parts,
+    log_sums,
+    sinks,
+    out,
+    part_span,
+    log_sum_span,
+    spans,
+    HAS_SINKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+):
     column = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     lanes = tl.arange(0, LANES)
     largest = tl.load(log_sums + column)
@@ -158,6 +206,10 @@ def _combine(parts, log_sums, out, part_span, log_sum_span, spans, SIZE: tl.cons
     # Every row attends at least to itself, except padding rows.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * 1.4426950408889634
+        largest = tl.maximum(largest, sink)
+        total += tl.exp2(sink - largest)
     accumulator = tl.zeros([LANES], tl.float32)
     for span in range(0, spans):
         weight = tl.exp2(tl.load(log_sums + span * log_sum_span + column) - largest)
@@ -221,8 +273,8 @@ def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
 def store(
     key: torch.Tensor, value: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
 ) -> None:
-    """Write keys and values (1, heads, rows, head size) of one layer to the pages that `inputs` assigns to the rows."""
-    _, heads, rows, size = key.shape
+    """Write keys and values (1, heads, rows, size) of one layer to the pages that `inputs` assigns to the rows."""
+    _, heads, rows, key_size = key.shape
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     _store[(rows, heads)](
         key=key,
@@ -239,26 +291,43 @@ def store(
         layer_stride=layer_stride,
         kind_stride=kind_stride,
         head_stride=head_stride,
-        SIZE=size,
-        LANES=triton.next_power_of_2(size),
+        SIZE=slab.shape[5],
+        KEY_SIZE=key_size,
+        VALUE_SIZE=value.shape[3],
+        LANES=triton.next_power_of_2(slab.shape[5]),
         num_warps=1,
     )
 
 
 def attend(
-    query: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, scaling: float, inputs: AttentionInputs
+    query: torch.Tensor,
+    slab: torch.Tensor,
+    layer: torch.Tensor,
+    scaling: float,
+    inputs: AttentionInputs,
+    *,
+    value_size: int,
+    span: int = 0,
+    chunked: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one layer: (1, query heads, rows, head size) -> (1, rows, query heads, head size).
+    """Attention of one layer: (1, query heads, rows, key size) -> (1, rows, query heads, value size).
 
     Each row attends to what `inputs` makes visible to it.
+
+    Args:
+        span, chunked: see `batch.AttentionSpan`.
+        softcap: see `attention.attend`; 0 for none.
+        sinks: (query heads,) see `attention.attend`.
     """
-    _, query_heads, rows, size = query.shape
-    heads, page = slab.shape[3], slab.shape[4]
+    _, query_heads, rows, key_size = query.shape
+    heads, page, size = slab.shape[3:]
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     group, spans = query_heads // heads, inputs.spans
     # Partial results of several spans are combined in float32.
     dtype = query.dtype if spans == 1 else torch.float32
-    out = torch.empty(spans, rows, query_heads, size, dtype=dtype, device=query.device)
+    out = torch.empty(spans, rows, query_heads, value_size, dtype=dtype, device=query.device)
     log_sums = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
     _attend[(inputs.blocks.shape[0], heads, spans)](
         query=query,
@@ -269,8 +338,10 @@ def attend(
         blocks=inputs.blocks,
         segments=inputs.segments,
         page_table=inputs.page_table,
+        positions=inputs.positions,
         visible_prefix=inputs.visible_prefix,
-        scale=scaling * LOG2_E,
+        sinks=log_sums if sinks is None else sinks,
+        scale=scaling / softcap if softcap else scaling * LOG2_E,
         query_head=query.stride(1),
         query_row=query.stride(2),
         out_span=out.stride(0),
@@ -284,25 +355,34 @@ def attend(
         GROUP=group,
         TILE=max(16, triton.next_power_of_2(inputs.block_rows * group)),
         SIZE=size,
-        LANES=triton.next_power_of_2(size),
+        KEY_SIZE=key_size,
+        KEY_LANES=triton.next_power_of_2(key_size),
+        VALUE_SIZE=value_size,
+        VALUE_LANES=triton.next_power_of_2(value_size),
         PAGE=page,
         PAGES=SPAN_TOKENS // page,
+        WINDOW=span,
+        CHUNKED=chunked,
+        CAP=softcap * LOG2_E,
+        HAS_SINKS=sinks is not None and spans == 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=3,
     )
     if spans == 1:
         return out
-    combined = torch.empty(1, rows, query_heads, size, dtype=query.dtype, device=query.device)
+    combined = torch.empty(1, rows, query_heads, value_size, dtype=query.dtype, device=query.device)
     _combine[(rows, query_heads)](
         parts=out,
         log_sums=log_sums,
+        sinks=log_sums if sinks is None else sinks,
         out=combined,
         part_span=out.stride(0),
         log_sum_span=log_sums.stride(0),
         spans=spans,
-        SIZE=size,
-        LANES=triton.next_power_of_2(size),
+        HAS_SINKS=sinks is not None,
+        SIZE=value_size,
+        LANES=triton.next_power_of_2(value_size),
         num_warps=1,
     )
     return combined
