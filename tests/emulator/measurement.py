@@ -69,9 +69,9 @@ def measure_throughput(network: Network, sender: Side, seconds: float = 2.0, *, 
     with network.inside(receiver):
         listener = socket.create_server((ADDRESSES[receiver], 0))
     with listener, network.inside(sender):
-        source = socket.create_connection(listener.getsockname(), timeout=10)
+        source = socket.create_connection(listener.getsockname(), timeout=300)
         sink, _ = listener.accept()
-    sink.settimeout(10)
+    sink.settimeout(300)
     stopping = threading.Event()
 
     def send() -> None:

@@ -167,7 +167,7 @@ def test_unplugged_link_drops_packets_silently(network: Network) -> None:
     with network.inside("cloud"):
         listener = socket.create_server((ADDRESSES["cloud"], 0))
     with network.inside("board"):
-        board = socket.create_connection(listener.getsockname(), timeout=2)
+        board = socket.create_connection(listener.getsockname(), timeout=300)
     with listener, board, listener.accept()[0] as cloud:
         network.unplug()
         board.sendall(b"first")
@@ -175,7 +175,7 @@ def test_unplugged_link_drops_packets_silently(network: Network) -> None:
         with pytest.raises(TimeoutError):
             cloud.recv(10)
         network.replug()
-        cloud.settimeout(5)
+        cloud.settimeout(300)
         assert cloud.recv(10) == b"first"
         # A NAT that lost its state: the connection is dead, and neither end is notified.
         network.forget_connections()
@@ -184,10 +184,10 @@ def test_unplugged_link_drops_packets_silently(network: Network) -> None:
         with pytest.raises(TimeoutError):
             cloud.recv(10)
         with network.inside("board"):
-            another = socket.create_connection(listener.getsockname(), timeout=2)
+            another = socket.create_connection(listener.getsockname(), timeout=300)
         with another, listener.accept()[0] as accepted:
             another.sendall(b"third")
-            accepted.settimeout(2)
+            accepted.settimeout(300)
             assert accepted.recv(10) == b"third"
 
 
@@ -216,11 +216,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.slow
 def test_crash_leaves_no_processes(network: Network) -> None:
-    crashed = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=30)
+    crashed = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=300)
     assert crashed.returncode == -signal.SIGKILL
     alive = {int(pid) for pid in crashed.stdout.split()}
     assert len(alive) == 4
-    end = time.monotonic() + 10
+    end = time.monotonic() + 300
     while alive := {pid for pid in alive if _is_alive(pid)}:
         assert time.monotonic() < end, f"{alive} still running"
         time.sleep(0.05)

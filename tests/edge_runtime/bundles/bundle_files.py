@@ -14,7 +14,7 @@ from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest, read_bundle, r
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime.cli", "bundle", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def start(store: Path, source: Path) -> subprocess.Popen[str]:

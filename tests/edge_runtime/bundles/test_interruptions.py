@@ -50,7 +50,7 @@ def test_killed_at_any_moment_nothing_half_installed_is_visible(
 
 def test_two_installations_at_once_take_turns(store: BundleStore, shipped: Path, another: Path) -> None:
     processes = [start(store.path, source) for source in (shipped, another)]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     links = {store.link("current"), store.link("previous")}
     assert links == set(store.names())

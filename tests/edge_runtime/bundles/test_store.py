@@ -144,7 +144,7 @@ def test_a_self_test_that_is_killed_or_hangs_takes_nobody_along(store: BundleSto
                     child = process
     assert child is not None
     child.kill()
-    _, errors = installing.communicate(timeout=60)
+    _, errors = installing.communicate(timeout=300)
     assert installing.returncode == 3
     assert "crashed its self-test: SIGKILL, perhaps out of memory" in errors
     assert store.names() == []

@@ -23,13 +23,13 @@ SECRET = "def a_secret_that_is_remembered(password):\n"
 def ask(url: str) -> str:
     body = json.dumps({"prompt": SECRET, "max_tokens": 24, "temperature": 0}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         return str(json.load(response)["choices"][0]["text"])
 
 
 def cached_tokens(url: str) -> int | None:
     """Tokens in the n-gram cache, from the board's metrics; None without a cache."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=300) as response:
         found = re.search(r"^flexspec_memory_tokens (\S+)$", response.read().decode(), re.MULTILINE)
     return int(float(found[1])) if found else None
 
