@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -151,7 +151,7 @@ def test_sequences_longer_than_a_page(tmp_path: Path) -> None:
     assert_equal_logits(logits[0], loaded.reference_logits([*ids[5:20], 9]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32))
 def test_sequences_in_one_forward_do_not_influence_each_other(tiny_loaded: LoadedTarget, seed: int) -> None:
     """Sequences come and go, are prefilled in chunks, drafted for and rolled back; each as if it were alone."""

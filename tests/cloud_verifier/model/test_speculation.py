@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.cli.main import main
-from cloud_verifier.model import attention
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.speculation import Speculation
@@ -138,7 +137,6 @@ def verifier(tiny: Target, request: pytest.FixtureRequest) -> Iterator[Speculati
     """The tiny target with a perfect or imperfect draft, as a bundle on the CPU or in PyTorch."""
     if request.param == "torch":
         model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue("imperfect_model"))
-        model.set_attn_implementation(attention.IMPLEMENTATION_NAME)
         with serve_speculating(tiny, lambda it: TorchSpeculation(model, it, max_draft_tokens=5)) as verifier:
             yield verifier
         return
@@ -165,6 +163,7 @@ def run_round(verifier: SpeculatingVerifier, session: Session, request: RoundReq
     return session.frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("width", [0, 4], ids=["K=0", "K=4"])
 @pytest.mark.parametrize("n", [4, 32])
@@ -336,6 +335,7 @@ def test_serve_with_an_invalid_draft_reports_an_error(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_serve_with_a_draft(tiny_path: Path, perfect_bundle: Path, reference_text: ReferenceText) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     command += ["--draft", str(perfect_bundle), "--draft-tokens", "3", "--draft-threads", "1"]
@@ -373,6 +373,7 @@ def test_no_server_side_drafts_with_more_than_max_rounds(
             assert session.ids[2:] == reference_text([7, seed + 1], 31, ENDLESS)
 
 
+@pytest.mark.slow
 def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
     prompt = Tokenizer.from_file(str(family / "bundle" / "tokenizer.json")).encode("def main(").ids
@@ -392,6 +393,7 @@ def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:
     assert float(counted["flexspec_forward_seconds_count"]) > 0
 
 
+@pytest.mark.slow
 def test_the_shipped_draft_saves_more_than_half_of_the_forwards(family: Path, target_v1: Target) -> None:
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
     tokenizer = Tokenizer.from_file(str(family / "bundle" / "tokenizer.json"))
