@@ -87,8 +87,7 @@ class ActiveRound:
 
     def _execute(self) -> Generator[RoundWork, SampledTokens | None, None]:
         session, request = self.session, self.reply.executed_request
-        if uncached := session.ids[session.cache.length : -1]:
-            yield PendingPrefill(uncached)
+        yield from self._prefill()
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
@@ -105,9 +104,15 @@ class ActiveRound:
             remaining -= len(tokens)
             self._emit(0, tokens, more=not session.finish and remaining > 0)
 
+    def _prefill(self) -> Generator[RoundWork, SampledTokens | None, None]:
+        """Extend the KV cache to all ids except the last."""
+        session = self.session
+        session.target.prepare_cache(session.cache, len(session.ids))
+        if uncached := session.ids[session.cache.length : -1]:
+            yield PendingPrefill(uncached)
+
     def _max_draft_length(self) -> int:
-        """Draft tokens for which the context has room, in addition to the target's own token."""
-        return self.session.target.context - len(self.session.ids) - 1
+        return self.session.target.draft_limit(len(self.session.ids))
 
     def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, list[int]]:
         """Draft up to `count` tokens with the verifier's own draft model; returns none if it may not draft now."""
@@ -138,6 +143,7 @@ class ActiveRound:
         Returns the accepted length, and the target's own tokens after the accepted ones.
         """
         session, target = self.session, self.session.target
+        yield from self._prefill()
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
         sampled = yield target.tree_segment(session.cache, tree, session.sampling)
         assert sampled is not None

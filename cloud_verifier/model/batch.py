@@ -148,6 +148,10 @@ class ForwardBatch:
             rows += len(segment)
         return cls(pool, segments, starts)
 
+    def long_rope_rows(self) -> torch.Tensor:
+        """(rows,) bool: whether each row uses the second set of RoPE frequencies."""
+        return torch.tensor([segment.sequence.long_rope for segment in self.segments for _ in segment.ids])
+
     def visible_keys(self, span: AttentionSpan) -> list[tuple[int, torch.Tensor | None]]:
         """What the rows of each segment attend to in a layer of the given span.
 

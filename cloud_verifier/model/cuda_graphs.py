@@ -50,6 +50,7 @@ class GraphInputs:
         pages, offsets: (rows,) where each row's keys and values are written.
         visible_prefix: (rows,) see `Segment`.
         slots: (rows,) LoRA slots.
+        long_rope: (rows,) 1 for rows that use the second set of RoPE frequencies, else 0.
         blocks: (blocks, 3) segment, first row and number of rows of one attention program; 0 rows: no work.
         segments: (segments, 3) cached tokens before the segment, first row, number of rows.
         page_table: (segments, pages of the longest sequence).
@@ -64,6 +65,7 @@ class GraphInputs:
     offsets: torch.Tensor
     visible_prefix: torch.Tensor
     slots: torch.Tensor
+    long_rope: torch.Tensor
     blocks: torch.Tensor
     segments: torch.Tensor
     page_table: torch.Tensor
@@ -90,6 +92,7 @@ class GraphInputs:
             "offsets": (rows,),
             "visible_prefix": (rows,),
             "slots": (rows,),
+            "long_rope": (rows,),
             "blocks": (blocks, 3),
             "segments": (max_segments, 3),
             "page_table": (max_segments, columns),
@@ -118,6 +121,7 @@ class GraphInputs:
             ids[row:stop], positions[row:stop] = segment.ids, segment.positions
             visible_prefix[row:stop] = segment.visible_prefix
             slots[row:stop] = segment.adapter_slot
+            host["long_rope"][row:stop] = segment.sequence.long_rope
             host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
             extents.append((segment.sequence.length, row, stop - row))
             blocks += [
@@ -135,7 +139,8 @@ class GraphInputs:
         host["pages"][:row] = host["page_table"][segment_of_row, cache_index // self._page_tokens]
         host["offsets"][:row] = cache_index % self._page_tokens
         # Padding rows are written to page 0, which is never read.
-        ids[row:], positions[row:], visible_prefix[row:], slots[row:], host["pages"][row:] = 0, 0, 0, 0, 0
+        for name in ("ids", "positions", "visible_prefix", "slots", "long_rope", "pages"):
+            host[name][row:] = 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
         self.buffer.copy_(self._pinned, non_blocking=True)
 
@@ -146,6 +151,9 @@ class _GraphContext(NamedTuple):
     inputs: GraphInputs
     slab: torch.Tensor
     lora_mask: torch.Tensor | None
+
+    def long_rope_rows(self) -> torch.Tensor:
+        return self.inputs.long_rope != 0
 
 
 @torch.library.custom_op("flexspec::attend", mutates_args=())

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from cloud_verifier.model.attention import IMPLEMENTATION_NAME, attend, get_forward_context
 from cloud_verifier.model.batch import FULL_SPAN, AttentionSpan
 from cloud_verifier.model.kv_cache import KVCacheShape
+from cloud_verifier.model.rope import LengthScaledRope
 from edge_runtime.protocol.errors import TargetError
 
 # Attention implementation of the probe, registered with transformers.
@@ -58,6 +59,7 @@ class PagedAttention:
     Attributes:
         shape: shape of the KV cache.
         query_heads: query heads of a layer, in one process.
+        rope: the rotary embeddings of the model.
     """
 
     def __init__(self, model: Any, shards: int = 1) -> None:
@@ -71,6 +73,7 @@ class PagedAttention:
             TargetError: it cannot run on the paged cache; it is left unchanged.
         """
         calls, routed = _probe(model)
+        self.rope = LengthScaledRope(model)
         self._model = model
         self._layers: list[Any] = [call.layer for call in calls]
         self._configs = [] if routed else [(config, config._attn_implementation) for config in _configs(model)]
@@ -92,6 +95,7 @@ class PagedAttention:
 
     def remove(self) -> None:
         """Leave the model as transformers made it."""
+        self.rope.remove()
         for config, name in self._configs:
             config._attn_implementation = name
         for layer in self._layers:
@@ -120,6 +124,7 @@ def fast_tier_obstacle(model: Any) -> str | None:
     """Why a loaded transformers model cannot run on the paged KV cache; None if it can. The model is left unchanged."""
     try:
         _probe(model)
+        LengthScaledRope(model).remove()
     except TargetError as error:
         return str(error)
     return None

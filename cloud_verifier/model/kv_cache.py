@@ -76,11 +76,16 @@ class KVCacheShape(NamedTuple):
 
 
 class CachedSequence:
-    """The pages of one sequence: `length` tokens in `pages`, of which the last is usually not full."""
+    """The pages of one sequence: `length` tokens in `pages`, of which the last is usually not full.
+
+    Attributes:
+        long_rope: its keys are rotated by the second set of frequencies; see `rope.LengthScaledRope`.
+    """
 
     def __init__(self) -> None:
         self.pages: list[int] = []
         self.length = 0
+        self.long_rope = False
 
 
 class KVCachePool:

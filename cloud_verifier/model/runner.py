@@ -35,6 +35,7 @@ class TargetRunner:
     """Runs one model and its LoRA adapters. Several threads may use it, each with its own pool.
 
     Attributes:
+        rope: the rotary embeddings of the model.
         shape: KV cache shape of the pools that it runs with.
         adapters: the LoRA adapters of the model.
         max_rows, max_segments: limits of one forward.
@@ -57,6 +58,7 @@ class TargetRunner:
         """
         self.model = model
         self.shape = attention.shape
+        self.rope = attention.rope
         self._arguments = set(inspect.signature(model.forward).parameters)
         self.adapters = LoRAAdapters(model)
         self._sampler = CoupledSampler(model.config.vocab_size)

@@ -30,6 +30,8 @@ EQUAL_ROWS = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.9}
 # Windows and chunks that are longer are shortened to this for the test, so that it takes well under a second for a
 # small model on a CPU. A GPU passes through windows of real length (7B, 4096 tokens: half a second).
 LONGEST_SPAN = {"cpu": 24, "cuda": 8192}
+# Texts that use the second set of RoPE frequencies are tested if they begin at this length or before.
+LONGEST_ROPE = {"cpu": 256, "cuda": 8192}
 # Length of the text past the longest span, and sizes of its last chunks, of which all logits are compared.
 TEXT_TOKENS = 56
 LAST_CHUNKS = (1, 13, 22)
@@ -51,7 +53,14 @@ class SelfTest:
         """
         self._attention = attention
         self._longest_span = LONGEST_SPAN[model.device.type]
-        length = max(4, min(attention.longest_span(self._longest_span) + TEXT_TOKENS, context - 1))
+        length = attention.longest_span(self._longest_span) + TEXT_TOKENS
+        switch = attention.rope.switch
+        if switch and switch <= LONGEST_ROPE[model.device.type]:
+            length = max(length, switch + TEXT_TOKENS)
+        length = max(4, min(length, context - 1))
+        if switch and switch < length < switch + 5:
+            # The prompt and the tokens after it use the same frequencies.
+            length = switch
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(model.config.vocab_size, (length + 1 + OTHER_TOKENS,), generator=generator).tolist()
         self._text, self._sibling = ids[:length], ids[length]
@@ -91,6 +100,7 @@ class SelfTest:
         text, other = self._text, self._other
         pool = KVCachePool(runner.shape, len(text) + len(other) + 2)
         sequence, other_sequence = CachedSequence(), CachedSequence()
+        sequence.long_rope = runner.rope.is_long(len(text) - 3)
         prompt = len(text) - 4
         sizes: list[int] = []
         for size in reversed(LAST_CHUNKS):

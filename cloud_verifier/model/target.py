@@ -16,15 +16,15 @@ from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.general_tier import GeneralRunner
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights, is_plain_lora
-from cloud_verifier.model.pretrained import load_pretrained, text_part, usable_context
+from cloud_verifier.model.pretrained import load_pretrained, load_text_config, text_part, usable_context
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.self_test import SelfTest
 from cloud_verifier.model.tree import TokenTree
 from cloud_verifier.registry.checkpoint import (
     base_directory,
+    check_tokenizer,
     check_weights,
-    load_config,
     load_tokenizer,
     shared_fingerprints,
     tokenizer_vocabulary_hash,
@@ -91,7 +91,7 @@ class Target:
         """
         path = path.resolve()
         base = base_directory(path)
-        config = load_config(base).get_text_config(decoder=True)
+        config = load_text_config(base)
         check_weights(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int], str] = {}
@@ -99,7 +99,9 @@ class Target:
         self.version = f"{self.name}@{version_hash(path, base)}"
         self.context = usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
-        self.vocabulary = tokenizer_vocabulary_hash(load_tokenizer(path, base))
+        tokenizer = load_tokenizer(path, base)
+        check_tokenizer(tokenizer, self.vocabulary_size, path)
+        self.vocabulary = tokenizer_vocabulary_hash(tokenizer)
         self.dtype, self.device = dtype, torch.device(device)
         self._layers: int = getattr(config, "num_hidden_layers", 0)
         self.adapter_slot = 0
@@ -130,6 +132,15 @@ class Target:
             for other in share_with or ():
                 if other.runner.shape == self.runner.shape:
                     share_equal_tensors(model, other.runner.model)
+        self._rope = self.runner.rope if isinstance(self.runner, TargetRunner) else None
+        if self._rope and self._rope.context_limit and self._rope.context_limit < self.context:
+            self.context = self._rope.context_limit
+            log.warning(
+                "%s: serves texts of up to %d tokens: longer ones have other RoPE frequencies, to which transformers "
+                "would change in the middle of a text",
+                path,
+                self.context,
+            )
         if unmerged:
             self._adapter_weights = self._adapters.load(path)
 
@@ -183,6 +194,20 @@ class Target:
             return GeneralRunner(model, self.context, exact=exact)
         except Exception as error:
             raise TargetError(f"{self._path} does not generate with transformers: {error}") from None
+
+    def draft_limit(self, length: int) -> int:
+        """The longest draft that can be verified after a text of `length` tokens, with a token of the target's own."""
+        switch = self._rope.switch if self._rope else None
+        room = self.context - length - 1
+        # All rows of a forward use the same RoPE frequencies.
+        return room if switch is None or length > switch else min(room, switch - length)
+
+    def prepare_cache(self, sequence: CachedSequence, length: int) -> None:
+        """Prepare the KV cache of a text that now has `length` tokens: drop keys with other RoPE frequencies."""
+        if self._rope:
+            is_long = self._rope.is_long(length)
+            if sequence.long_rope != is_long:
+                sequence.length, sequence.long_rope = 0, is_long
 
     def run(self, pool: Any, segments: Sequence[Segment]) -> list[SampledTokens | None]:
         """Run one forward of segments of this version, and of others on the same runner; see `TargetRunner.run`."""
