@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from export.bundle.quantize import BLOCK_SIZE, search_blocks
+from export.bundle.head_rounding import round_scales
+from export.bundle.quantize import BLOCK_SIZE
 
 
 @contextmanager
@@ -36,22 +37,7 @@ def simulate_quantization(draft: PreTrainedModel, bits: int) -> Iterator[None]:
 def round_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Round `weight` (rows, columns) to the values that will be stored; keeps the dtype."""
     steps, scale = _quantize(weight, bits)
-    return _from_blocks(steps * scale, weight)
-
-
-def round_head(weight: torch.Tensor) -> torch.Tensor:
-    """Round a head or a tied embedding (V, H) to the values that the weight type `int8-head4` computes with.
-
-    A draft that is trained with the result in place of the target's head adapts to the rounding.
-
-    Returns:
-        A float32 tensor on the device of `weight`. The values do not depend on the device.
-    """
-    blocks = search_blocks(weight.detach().float().cpu().numpy())
-    packed = torch.from_numpy(blocks.packed)
-    integers = torch.stack([packed & 15, packed >> 4], -1).flatten(2).float() - 8
-    rounded = integers * torch.from_numpy(blocks.scales)[..., None]
-    return rounded.flatten(1)[:, : blocks.columns].contiguous().to(weight.device)
+    return _from_blocks(steps * round_scales(scale), weight)
 
 
 def center_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
     fp32          all weights as they are
     fp16          stored as float16, computed as float32
     int8          8 bits, blocks of 32
+    int8-head4    8 bits; 4 bits for head and embedding
     mixed         4 bits with k-quant rounding; 8 bits for the head, the embedding, and the most sensitive layers
     int4          4 bits, head and embedding too
     int4-k        the same with k-quant rounding

@@ -4,10 +4,11 @@ It works on onnxruntime-genai's graph and on optimum's: both name a block's proj
 constants. Only one weight at a time is in memory as float, and the rounding's float64 copies cover only a part of it,
 so a draft of an 8B target is quantized in little more memory than its float32 tensors take.
 
-The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), the layout is that of its MatMulNBits and
-GatherBlockQuantized operators: blocks of 32 along the inputs, each with a float32 scale. All graphs use
-`accuracy_level=4` (int8 arithmetic), without which 8-bit MatMulNBits is 15 times slower. The embedding gets the head's
-bits, and shares its bytes if the model ties them.
+The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), except for heads of the weight type
+`int8-head4` (see `export.bundle.head_rounding`). The layout is that of its MatMulNBits and GatherBlockQuantized
+operators: blocks of 32 or 64 along the inputs, each with a scale. Scales are stored as float16 and widened when the
+graph is loaded, which saves 6 % of an 8-bit file. All graphs use `accuracy_level=4` (int8 arithmetic), without which
+8-bit MatMulNBits is 15 times slower. The embedding gets the head's bits, and shares its bytes if the model ties them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from onnx_ir import convenience
+
+from export.bundle.head_rounding import HEAD_BLOCK_SIZE, quantize_head, round_scales, scale_unit
 
 BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4
@@ -27,11 +31,6 @@ LOGITS = "logits"
 EMBEDDING = "model.embed_tokens.weight"
 # Weights that are rounded at once: the rounding holds some five float64 copies of them. Chosen: 670 MB.
 MAX_WEIGHTS_AT_ONCE = 1 << 24
-# Rows whose scales are searched at once. Chosen: 40 MB of temporary arrays for 576 columns.
-SEARCHED_ROWS = 2048
-# The scales that are tried, relative to the one that represents the largest value exactly. Measured on SmolLM2's head:
-# more of them gain less than 1 % of the squared error.
-SCALE_FACTORS = (0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.14, 1.2)
 # Smaller tensors stay float32: norms and biases take little space and are sensitive.
 MIN_HALF_PRECISION_SIZE = 4096
 
@@ -48,12 +47,29 @@ class QuantizationScheme:
         head_bits: bits of head and embedding; 32 leaves them float.
         k_quant: use llama.cpp's search for scales and zero points, not rounding to nearest with symmetric scales.
         sensitive: store the projections that llama.cpp's mixed types spare in 8 bits.
+        fitted_head: round head and embedding by `export.bundle.head_rounding`.
     """
 
     bits: int
     head_bits: int
     k_quant: bool = False
     sensitive: bool = False
+    fitted_head: bool = False
+
+    def quantize_head(self, weight: Weights) -> QuantizedBlocks:
+        """Quantize a head or an embedding (V, columns)."""
+        if not self.fitted_head:
+            return quantize_blocks(weight, self.head_bits, self.k_quant)
+        head = quantize_head(torch.from_numpy(np.array(weight, np.float32)))
+        rows = len(head.levels)
+        return QuantizedBlocks(
+            self.head_bits,
+            head.columns,
+            _pack(head.levels.flatten(1).numpy(), 4).reshape(rows, -1, HEAD_BLOCK_SIZE // 2),
+            head.scales.numpy(),
+            _pack(head.zero_points.numpy(), 4),
+            HEAD_BLOCK_SIZE,
+        )
 
     def projection_bits(self, node: str, layers: int) -> int:
         """Bits of the projection in the MatMul `node` of a model with `layers` layers."""
@@ -67,6 +83,7 @@ class QuantizationScheme:
 
 QUANTIZATION_SCHEMES: Mapping[str, QuantizationScheme] = {
     "int8": QuantizationScheme(8, 8),
+    "int8-head4": QuantizationScheme(8, 4, fitted_head=True),
     "mixed": QuantizationScheme(4, 8, k_quant=True, sensitive=True),
     "int4-head8": QuantizationScheme(4, 8),
     "int4-head32": QuantizationScheme(4, 32),
@@ -76,20 +93,12 @@ QUANTIZATION_SCHEMES: Mapping[str, QuantizationScheme] = {
 
 
 @dataclass(frozen=True)
-class ScaleCodes:
-    """Scales in 8 bits: `codes` (rows, blocks) int8 times the rows' `steps` (rows, 1) float16."""
-
-    codes: npt.NDArray[np.int8]
-    steps: npt.NDArray[np.float16]
-
-
-@dataclass(frozen=True)
 class QuantizedBlocks:
     """A quantized weight of `rows` outputs and `columns` inputs, in blocks along the inputs.
 
     Attributes:
-        packed: (rows, blocks, BLOCK_SIZE * bits / 8) uint8.
-        scales: (rows, blocks) float32.
+        packed: (rows, blocks, block_size * bits / 8) uint8.
+        scales: (rows, blocks) float32, rounded by `round_scales`.
         zeros: zero points, (rows, bytes) uint8, packed like the weights; None if they are all 2^(bits-1).
     """
 
@@ -98,7 +107,7 @@ class QuantizedBlocks:
     packed: Packed
     scales: Weights
     zeros: Packed | None
-    scale_codes: ScaleCodes | None = None
+    block_size: int = BLOCK_SIZE
 
 
 def quantize_blocks(weight: Weights, bits: int, k_quant: bool) -> QuantizedBlocks:
@@ -117,51 +126,7 @@ def quantize_blocks(weight: Weights, bits: int, k_quant: bool) -> QuantizedBlock
         scales[part] = scale.reshape(-1, blocks)
         if zeros is not None:
             zeros[part] = _pack(zero.reshape(-1, blocks).astype(np.uint8), bits)
-    return QuantizedBlocks(bits, columns, packed, scales, zeros)
-
-
-def search_blocks(weight: Weights) -> QuantizedBlocks:
-    """Quantize `weight` (rows, columns) to 4 bits without zero points, with 8-bit scales: for the head.
-
-    A scale is a code from -127 to 127 times the row's float16 step. The code of a block minimizes its squared error; it
-    is negative where the value of the largest magnitude is positive, because the integers range from -8 to 7. On
-    SmolLM2's head the squared error is .0114 of the weights', against .0152 of rounding to nearest with float32
-    scales, which take four times the bytes (KL of the target's own distribution: .064 against .082). All
-    products are exact in float32 (4 + 7 + 11 bits), so every implementation computes with the same values.
-    """
-    rows, columns = weight.shape
-    blocks = -(-columns // BLOCK_SIZE)
-    packed = np.empty((rows, blocks, BLOCK_SIZE // 2), np.uint8)
-    codes = np.empty((rows, blocks), np.int8)
-    steps = np.empty((rows, 1), np.float16)
-    for start in range(0, rows, SEARCHED_ROWS):
-        part = slice(start, start + SEARCHED_ROWS)
-        padded = np.pad(weight[part].astype(np.float32), ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
-        values = padded.reshape(len(padded), blocks, BLOCK_SIZE)
-        peak = np.take_along_axis(values, np.abs(values).argmax(-1)[..., None], -1)[..., 0]
-        ideal = peak / -8
-        largest = np.abs(ideal).max(-1, keepdims=True) * SCALE_FACTORS[-1]
-        step = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
-        error = np.full(ideal.shape, np.inf)
-        best = np.zeros(ideal.shape, np.int8)
-        for factor in SCALE_FACTORS:
-            code = np.rint(ideal * np.float32(factor) / step.astype(np.float32)).clip(-127, 127)
-            rounded = _nearest(values, code * step.astype(np.float32))
-            # Summed in float64, so that the choice does not depend on the processor's order of summation.
-            candidate = np.square(values - rounded[1]).sum(-1, dtype=np.float64)
-            better = candidate < error
-            error, best = np.where(better, candidate, error), np.where(better, code, best).astype(np.int8)
-        integers, _ = _nearest(values, best * step.astype(np.float32))
-        packed[part] = _pack((integers + 8).reshape(len(padded), -1).astype(np.uint8), 4).reshape(packed[part].shape)
-        codes[part], steps[part] = best, step
-    return QuantizedBlocks(4, columns, packed, codes * steps.astype(np.float32), None, ScaleCodes(codes, steps))
-
-
-def _nearest(values: Weights, scale: Weights) -> tuple[Weights, Weights]:
-    """Integers from -8 to 7 whose multiples of `scale` are nearest to `values`, and these multiples."""
-    divisor = np.where(scale == 0, 1, scale)[..., None]
-    integers = np.rint(values / divisor).clip(-8, 7)
-    return integers, integers * scale[..., None]
+    return QuantizedBlocks(bits, columns, packed, round_scales(torch.from_numpy(scales)).numpy(), zeros)
 
 
 def quantize_model(model: ir.Model, scheme: QuantizationScheme, layers: int, *, tied: bool) -> None:
@@ -181,7 +146,8 @@ def quantize_model(model: ir.Model, scheme: QuantizationScheme, layers: int, *, 
             continue
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
-        blocks = quantize_blocks(weight.const_value.numpy().T, bits, scheme.k_quant)
+        values = weight.const_value.numpy().T
+        blocks = scheme.quantize_head(values) if node is head else quantize_blocks(values, bits, scheme.k_quant)
         _replace_node(model, node, _quantized_matmul(model, node, str(weight.name), blocks))
         _remove_unused(model, weight)
         if node is head:
@@ -241,12 +207,13 @@ def _quantize_embedding(model: ir.Model, scheme: QuantizationScheme, shared: Qua
     if table is None or table.const_value is None:
         return
     weight = table.const_value.numpy()
-    if weight.shape[1] % BLOCK_SIZE:
+    # The operator has no padding.
+    if weight.shape[1] % (HEAD_BLOCK_SIZE if scheme.fitted_head else BLOCK_SIZE):
         return
     (gather, _), *others = table.uses()
     assert gather.op_type == "Gather" and not others
     if shared is None:
-        blocks = quantize_blocks(weight, scheme.head_bits, scheme.k_quant)
+        blocks = scheme.quantize_head(weight)
         # The operator takes a matrix here; onnxruntime then reads only the rows that it needs from the file.
         matrix = blocks.packed.reshape(len(blocks.packed), -1)
         packed, scales, zeros = _add_blocks(model, EMBEDDING, replace(blocks, packed=matrix))
@@ -259,7 +226,7 @@ def _quantize_embedding(model: ir.Model, scheme: QuantizationScheme, shared: Qua
         packed.name = "/model/embed_tokens/Reshape/output_0"
         model.graph.insert_before(gather, reshape)
     inputs = [packed, gather.inputs[1], scales, *([zeros] if zeros is not None else [])]
-    attributes = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    attributes = {"bits": blocks.bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1}
     lookup = ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=f"{gather.name}Quantized")
     model.graph.opset_imports.setdefault(DOMAIN, 1)
     _replace_node(model, gather, lookup)
@@ -280,7 +247,7 @@ def _quantized_matmul(model: ir.Model, node: ir.Node, name: str, blocks: Quantiz
         "K": blocks.columns,
         "N": len(blocks.packed),
         "bits": blocks.bits,
-        "block_size": BLOCK_SIZE,
+        "block_size": blocks.block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
     model.graph.opset_imports.setdefault(DOMAIN, 1)
@@ -289,10 +256,26 @@ def _quantized_matmul(model: ir.Model, node: ir.Node, name: str, blocks: Quantiz
 
 def _add_blocks(model: ir.Model, name: str, blocks: QuantizedBlocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Initializers of `blocks`: packed weights, scales, zero points."""
-    packed = _add_initializer(model, f"{name}_Q{blocks.bits}G{BLOCK_SIZE}", blocks.packed)
-    scales = _add_initializer(model, f"{name}_scale", blocks.scales)
+    packed = _add_initializer(model, f"{name}_Q{blocks.bits}G{blocks.block_size}", blocks.packed)
+    scales = _add_scales(model, f"{name}_scale", blocks.scales)
     zeros = _add_initializer(model, f"{name}_zp", blocks.zeros) if blocks.zeros is not None else None
     return packed, scales, zeros
+
+
+def _add_scales(model: ir.Model, name: str, scales: Weights) -> ir.Value:
+    """The float32 value `name`: `scales`, stored in float16 as `round_scales` rounds them."""
+    for node in model.graph:
+        if node.name == name:
+            return node.outputs[0]
+    unit = scale_unit(torch.from_numpy(scales)).numpy()
+    half = _add_initializer(model, f"{name}_fp16", (scales / unit).astype(np.float16))
+    factor = _add_initializer(model, f"{name}_unit", unit)
+    cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_cast")
+    cast.outputs[0].name = f"{name}_normalized"
+    product = ir.node("Mul", [cast.outputs[0], factor], name=name)
+    product.outputs[0].name = name
+    model.graph.insert_before(next(iter(model.graph)), [cast, product])
+    return product.outputs[0]
 
 
 def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
