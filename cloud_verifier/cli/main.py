@@ -144,7 +144,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, base, end_ids = load_model(options.target, options.device, options.dtype)
-    vocabulary_size = model.config.vocab_size
+    vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     if options.jobs:
         try:
             lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()

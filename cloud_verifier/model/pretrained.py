@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
 from pathlib import Path
@@ -18,12 +19,32 @@ from edge_runtime.protocol.errors import TargetError
 _LOAD_LOCK = threading.Lock()
 # The longest text of a model that names no limit, such as a recurrent one. Chosen: enough for a long chat.
 UNLIMITED_CONTEXT = 1 << 15
+# Length of the text of which a multimodal model and its text part must give the same logits.
+COMPARED_TOKENS = 12
 # Where configurations name the length of text that a model was trained for.
 _CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length",
 )  # fmt: skip
-# Packages that read a quantization method, where transformers does not name them.
-_QUANTIZATION_PACKAGES = {"awq": "autoawq", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
+# By quantization method: the package that reads it and its module, for errors of transformers that do not name it.
+_QUANTIZATION_PACKAGES = {
+    "awq": ("autoawq", "awq"), "gptq": ("gptqmodel", "gptqmodel"), "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "compressed-tensors": ("compressed-tensors", "compressed_tensors"), "hqq": ("hqq", "hqq"), "eetq": ("eetq", "eetq"),
+    "torchao": ("torchao", "torchao"), "fbgemm_fp8": ("fbgemm-gpu", "fbgemm_gpu"), "quark": ("amd-quark", "quark"),
+}  # fmt: skip
+
+
+def load_text_config(base: Path) -> Any:
+    """The configuration of the text model of the checkpoint at `base`.
+
+    Raises:
+        TargetError: there is none, or it is not of a model that generates text.
+    """
+    config = load_config(base)
+    _auto_class(config, base)
+    text_config = config.get_text_config(decoder=True)
+    if not isinstance(getattr(text_config, "vocab_size", None), int):
+        raise TargetError(f"{base} is a {config.model_type} model whose configuration names no vocab_size")
+    return text_config
 
 
 def usable_context(config: Any, requested: int | None, path: Path) -> int:
@@ -74,26 +95,31 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
 
 
 def text_part(model: Any) -> Any:
-    """The part of a multimodal model that generates from text alone, or the model itself if there is no such part.
+    """The part of a multimodal model that generates from text alone, as the whole model does.
 
-    The other parts are free to be collected.
+    The model itself is returned if it has no other parts, or if there is no such part: if transformers has no class for
+    it, or the whole model does something else with a text. Otherwise the other parts are free to be collected.
     """
     config = model.config.get_text_config(decoder=True)
     text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if config is model.config or text_class is None or isinstance(model, text_class):
+    head = model.get_output_embeddings()
+    if config is model.config or text_class is None or isinstance(model, text_class) or head is None:
         return model
     with torch.device("meta"):
         text = text_class(config)
-    decoder = next((module for module in model.modules() if type(module) is type(text.base_model)), None)
-    head = model.get_output_embeddings()
-    if decoder is None or decoder is model or head is None:
-        return model
-    setattr(text, text.base_model_prefix, decoder)
     text.set_output_embeddings(head)
-    if any(parameter.is_meta for parameter in text.parameters()) or any(buffer.is_meta for buffer in text.buffers()):
+    for name, child in text.named_children():
+        twin = next((module for module in model.modules() if type(module) is type(child)), None)
+        if child is not head and twin is not None:
+            setattr(text, name, twin)
+    if any(tensor.is_meta for tensor in (*text.parameters(), *text.buffers())):
         return model
     text.generation_config = model.generation_config
-    return text.eval()
+    text.eval()
+    ids = torch.arange(3, 3 + COMPARED_TOKENS, device=model.device)[None]
+    with torch.inference_mode():
+        whole, part = (each(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for each in (model, text))
+    return text if torch.allclose(whole, part, rtol=0, atol=1e-5 * float(whole.abs().max())) else model
 
 
 def quantization_method(config: Any) -> str:
@@ -127,8 +153,12 @@ def _load_error(base: Path, device: str | torch.device, quantization: str, error
     reason = " ".join(str(error).split())
     if quantization:
         named = re.search(r"pip install (?:-\S+ )*[\"'`]*([A-Za-z0-9_.-]+)", reason)
-        package = named[1] if named else _QUANTIZATION_PACKAGES.get(quantization, "")
-        if isinstance(error, ImportError | ModuleNotFoundError) and package:
+        package, module = _QUANTIZATION_PACKAGES.get(quantization, ("", ""))
+        if named and isinstance(error, ImportError):
+            package = named[1]
+        elif module and importlib.util.find_spec(module):
+            package = ""
+        if package:
             return f"{base} is quantized with {quantization}, which needs the package {package}: pip install {package}"
         return f"{base} is quantized with {quantization} and does not load on {device}: {reason[:300]}"
     return f"{base} does not load on {device}: {reason[:300]}"

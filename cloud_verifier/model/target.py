@@ -240,6 +240,8 @@ def make_runner(
         TargetError: the model cannot run on the paged cache, or its logits are then not those of transformers. It is
             left as transformers made it, unless there is a group.
     """
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise TargetError("it is a multimodal model that transformers does not run without its other parts")
     attention = PagedAttention(model, group.size if group else 1)
     try:
         test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None

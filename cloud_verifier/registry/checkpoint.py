@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from cloud_verifier.registry.catalog import VersionKind
 from cloud_verifier.registry.delta import CHANGES_FILE, changed_tensor_names, read_base_name
@@ -52,20 +54,41 @@ def version_kind(path: Path, base: Path) -> VersionKind:
 
 
 def load_config(base: Path) -> Any:
-    """The configuration of the checkpoint at `base`. Raises TargetError."""
+    """The configuration of the checkpoint at `base`. No code of the checkpoint runs. Raises TargetError."""
+    file = base / "config.json"
     try:
-        if not (base / "config.json").is_file():
-            raise OSError("it has no config.json")
-        return AutoConfig.from_pretrained(base)
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        model_type = settings.get("model_type")
+    except FileNotFoundError:
+        raise TargetError(f"{base} is not a Hugging Face model directory: it has no config.json") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise TargetError(f"{file} is not a model configuration ({error}); copy the model again") from None
+    if not isinstance(model_type, str):
+        raise TargetError(f"{file} names no model_type; save the model again with save_pretrained")
+    if model_type not in CONFIG_MAPPING:
+        needs = "code of its own (auto_map), which is never run" if settings.get("auto_map") else "a newer transformers"
+        raise TargetError(
+            f"{base} is of type {model_type[:80]!r}, which transformers {transformers.__version__} does not have; "
+            f"it needs {needs}"
+        )
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise TargetError(f"{base} is not a Hugging Face model directory: {error}") from None
+        raise TargetError(f"{file} is not a {model_type} configuration: {_first_line(error)}") from None
 
 
 def check_weights(base: Path) -> None:
     """Check that the checkpoint at `base` has all its weight files, at their full length. Raises TargetError."""
     files = sorted(base.glob("*.safetensors"))
     if not files:
-        raise TargetError(f"{base} has no safetensors weights; save the model again with safe_serialization=True")
+        pickled = next((path.name for path in sorted(base.glob("*.bin")) if path.name != "training_args.bin"), "")
+        others = f", only {pickled}, and pickled weights are never loaded" if pickled else ""
+        raise TargetError(
+            f"{base} has no safetensors weights{others}; save the model again with safe_serialization=True"
+        )
+    whole = (base / "model.safetensors").exists() or any(base.glob("*.safetensors.index.json"))
+    if not whole and any(re.search(r"-of-\d+\.safetensors$", file.name) for file in files):
+        raise TargetError(f"{base} lacks model.safetensors.index.json; copy the model again")
     for index in base.glob("*.safetensors.index.json"):
         try:
             listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -96,6 +119,22 @@ def load_tokenizer(path: Path, base: Path) -> Tokenizer:
             except Exception as error:  # tokenizers raises bare Exception
                 raise TargetError(f"{file} is not a tokenizer: {error}") from None
     raise TargetError(f"{base} has no tokenizer.json, so no draft can be checked against it; save its fast tokenizer")
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocabulary_size: int, path: Path) -> None:
+    """Check that a model with `vocabulary_size` logits can have this tokenizer.
+
+    Tokens that were added to a tokenizer, such as one for images, need no logits.
+
+    Raises:
+        TargetError: it is another model's.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if largest >= vocabulary_size:
+        raise TargetError(
+            f"the tokenizer of {path} has token ids up to {largest}, but the model has {vocabulary_size} logits: it is "
+            "another model's; copy tokenizer.json of this model"
+        )
 
 
 def tokenizer_vocabulary_hash(tokenizer: Tokenizer) -> str:
@@ -166,3 +205,8 @@ def adapter_tensor_names(path: Path) -> set[str]:
         with safe_open(file, framework="pt") as tensors:
             names |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
     return names
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error message, shortened."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
