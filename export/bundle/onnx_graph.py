@@ -21,13 +21,15 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from edge_runtime.protocol.errors import InputError
 from export.bundle.quantize import (
@@ -62,6 +64,7 @@ def export_graph(
     *,
     head: npt.NDArray[np.int32] | None = None,
     context: int | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write GRAPH_FILE and WEIGHTS_FILE into the directory `output`.
 
@@ -71,9 +74,11 @@ def export_graph(
         weights: one of WEIGHT_TYPES.
         head: ids that the head keeps, ascending; None for all.
         context: longest text in tokens, the length of a fused graph's rotary tables; None for the model's.
+        check: called with the path of the float32 graph with its whole head, before that is trimmed and its weights are
+            rounded; what it raises ends the export.
 
     Raises:
-        InputError: there is no such variant, or no builder for this architecture.
+        InputError: there is no such variant, no builder for this architecture, or its RoPE changes within the context.
         OSError: the disk is full, or `output` cannot be written.
     """
     check_variant(kind, weights)
@@ -81,14 +86,20 @@ def export_graph(
         raise InputError(
             f"cannot export model type {draft.config.model_type!r}: supported are {', '.join(GENAI_BUILDERS)}"
         )
+    limit = context or draft.config.max_position_embeddings
+    _check_rope(draft.config, limit)
     tied = bool(draft.config.tie_word_embeddings)
     with tempfile.TemporaryDirectory(prefix=".graph-", dir=output) as scratch, _silence_exporters():
         if kind == "fused":
             # In float graphs the embedding reads the head's weight, unless the head is trimmed and lacks rows.
             shared = tied and head is None and weights in ("fp32", "fp16")
-            model = _build_fused_graph(draft, Path(scratch), context, shared)
+            model = _build_fused_graph(draft, Path(scratch), limit, shared)
         else:
             model = _build_concat_graph(draft, Path(scratch))
+        if check is not None:
+            with tempfile.TemporaryDirectory(prefix=".float-", dir=output) as float_graph:
+                _save(model, Path(float_graph))
+                check(Path(float_graph) / GRAPH_FILE)
         if head is not None:
             trim_head(model, head)
         if weights in QUANTIZATION_SCHEMES:
@@ -96,8 +107,7 @@ def export_graph(
             quantize_model(model, scheme, draft.config.num_hidden_layers, tied=tied and head is None)
         elif weights == "fp16":
             store_half_precision(model)
-        model.graph.sort()
-        ir.save(model, output / GRAPH_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+        _save(model, output)
 
 
 def check_variant(kind: str, weights: str) -> None:
@@ -109,13 +119,45 @@ def check_variant(kind: str, weights: str) -> None:
         )
 
 
-def _build_fused_graph(draft: PreTrainedModel, scratch: Path, context: int | None, shared: bool) -> ir.Model:
+def _save(model: ir.Model, directory: Path) -> None:
+    model.graph.sort()
+    ir.save(model, directory / GRAPH_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+
+
+def _check_rope(config: PretrainedConfig, context: int) -> None:
+    """Raise InputError if the angles of a position depend on the text's length: a graph has one table of them.
+
+    The scaling `dynamic` leaves texts up to the model's context as they are, and no draft has a longer one.
+    """
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type")) != "longrope":
+        return
+    switch = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    if context > switch:
+        raise InputError(
+            f"this model changes its RoPE factors for texts beyond {switch} tokens, which a draft's graph cannot "
+            f"express: bound its texts with --context {switch}"
+        )
+
+
+def _rotary_tables(draft: PreTrainedModel, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of `context` positions, (context, head_dim) each, as the model itself computes them."""
+    rotary: Any = draft.base_model.rotary_emb
+    with torch.no_grad():
+        cosines, sines = rotary(torch.empty(0, dtype=torch.float32), torch.arange(context)[None])
+    return cosines[0], sines[0]
+
+
+def _build_fused_graph(draft: PreTrainedModel, scratch: Path, context: int, shared: bool) -> ir.Model:
     # The first import puts its own folder on sys.path; the builder imports itself from there as `builders`.
     import onnxruntime_genai.models.builder  # type: ignore[import-untyped]  # isort: skip # noqa: F401
     import builders  # type: ignore[import-not-found]  # isort: skip
 
     config = copy.deepcopy(draft.config)
     config.architectures = [type(draft).__name__]
+    # The builder knows some kinds of RoPE scaling, reads others as plain, and takes the extended context for the
+    # original one. It gets finished tables instead.
+    config.rope_scaling = None
     options = {
         # Logits of the last position only: a prompt of 1000 tokens would otherwise need 1000 rows of logits.
         "prune_lm_head": True,
@@ -132,7 +174,7 @@ def _build_fused_graph(draft: PreTrainedModel, scratch: Path, context: int | Non
         cache_dir=str(scratch),
         extra_options=options,
     )
-    builder.rope_attrs["cache_length"] = context or config.max_position_embeddings
+    builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(draft, context)
     # The builder would read the model from disk; it is already in memory, and may be large.
     builder.load_weights = lambda path: draft
     builder.make_model("")

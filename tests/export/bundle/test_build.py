@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, build_dra
 from cloud_verifier.model.target import Target
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
-from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.errors import DraftError, InputError
+from export.bundle import onnx_graph
 from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
 from export.cli.main import main
 from tests.models import save_target
@@ -50,6 +52,48 @@ def test_every_architecture_matches_pytorch(model_type: str, kind: str, tied: bo
     # A draft that is its own target is always accepted, even when sampling, because the noise is shared.
     assert manifest.acceptance == {"T=0": 1.0, "T=0.7": 1.0, "T=1": 1.0}
     assert manifest.shared.identity.startswith("standalone/0/")
+
+
+SCALED_ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ["fused", "concat"])
+@pytest.mark.parametrize("rope", SCALED_ROPES)
+def test_scaled_rope_matches_pytorch(rope: str, kind: str, tmp_path: Path) -> None:
+    """The text is longer than the original context of the scaling."""
+    target = save_target(tmp_path / "target", rope_scaling={"rope_type": rope, **SCALED_ROPES[rope]})
+    manifest = make(target, target, tmp_path / "bundle", kind).manifest
+    assert manifest.parity.positions > 3 * 32
+    assert manifest.parity.greedy_agreement == 1.0
+    assert manifest.parity.max_logit_difference < 1e-3
+
+
+def test_a_rope_that_depends_on_the_length_needs_a_bounded_context(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [4.0] * 8}
+    scaling = {"rope_type": "longrope", "factor": 4.0, **factors}
+    target = save_target(tmp_path / "target", rope_scaling=scaling, original_max_position_embeddings=64)
+    with pytest.raises(InputError, match="--context 64"):
+        make(target, target, tmp_path / "bundle")
+    config = BundleConfig(target, target, "fused", "fp32", TEXT, context=64)
+    parity = make_bundle(config, tmp_path / "bundle", lambda _: None).parity
+    assert (parity.positions > 100, parity.greedy_agreement) == (True, 1.0)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_a_graph_that_is_another_function_is_no_bundle(
+    weights: str, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the weights are rounded, so that coarse weights hide nothing."""
+    tables = onnx_graph._rotary_tables
+    monkeypatch.setattr(onnx_graph, "_rotary_tables", lambda *inputs: [table**2 for table in tables(*inputs)])
+    with pytest.raises(DraftError, match="agrees with PyTorch at only"):
+        make(tiny_path, tiny_path, tmp_path / "bundle", weights=weights)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
