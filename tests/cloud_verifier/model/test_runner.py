@@ -21,7 +21,26 @@ from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
 from tests.models import VOCABULARY_SIZE, save_target
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
+# Windows and chunks are shorter than the texts here.
+MIXED = ["sliding_attention", "full_attention"]
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "gpt_oss": EXPERTS | {"sliding_window": 5},
+    "cohere2": {"sliding_window": 2, "layer_types": MIXED},
+    "llama4_text": EXPERTS | {"attention_chunk_size": 4, "floor_scale": 3, "num_hidden_layers": 4},
+    "deepseek_v2": {
+        "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": 2,
+    },
+    # Its layers call scaled_dot_product_attention themselves (transformers 4).
+    "stablelm": {},
+}  # fmt: skip
 TEXT = [17, 30, 205, 9, 77, 150, 3]
 GREEDY = Sampling()
 
@@ -59,7 +78,10 @@ def load_with_reference(path: Path) -> LoadedTarget:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedTarget:
-    return load_with_reference(save_target(tmp_path_factory.mktemp("models") / request.param, request.param))
+    path = tmp_path_factory.mktemp("models") / request.param
+    loaded = load_with_reference(save_target(path, request.param, **ARCHITECTURES[request.param]))
+    assert not loaded.target.general_tier_reason
+    return loaded
 
 
 @pytest.fixture(scope="module")

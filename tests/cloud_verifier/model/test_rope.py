@@ -1,0 +1,90 @@
+"""RoPE whose frequencies depend on the length of the text: each text has its own, in any batch and chunks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cloud_verifier.model.reference import generate_reference
+from cloud_verifier.model.rope import LengthScaledRope
+from cloud_verifier.model.target import Target, load_model
+from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.sampling import Sampling
+from tests.cloud_verifier.protocol_client import ProtocolClient, running
+from tests.models import save_target
+
+# Texts of more tokens than this use the long factors.
+SWITCH = 64
+FACTORS = {"short_factor": [1 + index / 10 for index in range(8)], "long_factor": [2.0 + index for index in range(8)]}
+LONGROPE = {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": SWITCH}
+SAMPLINGS = [Sampling(ignore_eos=True), Sampling(0.9, seed=3, ignore_eos=True)]
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tmp_path_factory.mktemp("models") / "phi3", "phi3", **LONGROPE)
+
+
+def prompt_of(length: int) -> list[int]:
+    return [(37 * index + 11 * length) % 299 + 1 for index in range(length)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_texts_of_all_lengths_in_one_batch_equal_generate(phi3: Path, sampling: Sampling) -> None:
+    """Prompts below, at and above the switch; some texts outgrow the short factors while they are generated."""
+    target = Target(phi3, device="cpu", dtype=torch.float32)
+    assert (target.context, target.general_tier_reason) == (512, "")
+    model, _, end_ids = load_model(phi3, "cpu", "float32")
+    prompts = [prompt_of(length) for length in (5, 50, 61, 64, 65, 200)]
+    expected = [generate_reference(model, prompt, sampling, 24, end_ids) for prompt in prompts]
+    with running(target) as url, ProtocolClient(url) as client, ThreadPoolExecutor(len(prompts)) as threads:
+
+        def generate(index: int) -> list[int]:
+            prompt, text = prompts[index], expected[index]
+            session = client.open(prompt, sampling, n=1 + index % 3)
+            while (done := len(session.ids) - len(prompt)) < len(text):
+                draft = [*text[done : done + 5], 7]
+                session.run_round(draft=draft, siblings={0: [9], len(draft) - 1: [11]}, n=2)
+            return session.ids[len(prompt) :][: len(text)]
+
+        assert list(threads.map(generate, range(len(prompts)))) == expected
+
+
+def test_a_model_that_would_mix_factors_is_bounded_to_the_short_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaling = LONGROPE["rope_scaling"] | {"factor": 8.0, "original_max_position_embeddings": SWITCH}
+    path = save_target(tmp_path / "llama", original_max_position_embeddings=SWITCH, rope_scaling=scaling)
+    target = Target(path, device="cpu", dtype=torch.float32)
+    assert target.context == SWITCH
+    assert f"serves texts of up to {SWITCH} tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "linear", "factor": 2.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_other_scaling_is_a_function_of_the_position(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    path = save_target(tmp_path / "llama", rope_scaling=scaling)
+    target = Target(path, device="cpu", dtype=torch.float32)
+    assert (target.context, target.general_tier_reason) == (512, "")
+
+
+def test_an_unknown_dependence_on_the_length_is_refused(tmp_path: Path) -> None:
+    class OddRotaryEmbedding(torch.nn.Module):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            return position_ids[..., None] / position_ids.max()
+
+    model = load_model(save_target(tmp_path / "llama"), "cpu", "float32")[0]
+    model.model.rotary_emb = OddRotaryEmbedding()
+    with pytest.raises(TargetError, match="OddRotaryEmbedding depends on the length of the text"):
+        LengthScaledRope(model)
