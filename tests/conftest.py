@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.model.target import Target
+from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
 from tests.models import save_target
+
+ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
 FAMILY = Path(__file__).resolve().parent.parent / "export" / "example_family"
 
@@ -44,12 +48,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that all processes of a parallel run share, for results that are expensive to compute."""
+def compute_once(tmp_path_factory: pytest.TempPathFactory) -> ComputeOnce:
+    """`compute_once(name, compute)`: the result of `compute()`, which one process of a parallel run computes."""
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
     directory.mkdir(exist_ok=True)
-    return directory
+
+    def get(name: str, compute: Callable[[], bytes]) -> bytes:
+        path = directory / name
+        with (directory / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                write_atomically(path, compute())
+        return path.read_bytes()
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFa
 
 from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.target import Target, load_model
-from edge_runtime.common.files import write_atomically
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache
@@ -35,7 +34,7 @@ from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, 
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
-from tests.conftest import serving
+from tests.conftest import ComputeOnce, serving
 
 PROMPTS = 40
 CHUNK = 5
@@ -91,41 +90,41 @@ def prompts(family: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(family: Path, shared_directory: Path) -> ReferenceTexts:
-    return ReferenceTexts(family / "target-v1", shared_directory / "reference-texts")
+def reference(family: Path, compute_once: ComputeOnce) -> ReferenceTexts:
+    return ReferenceTexts(family / "target-v1", compute_once)
 
 
 class ReferenceTexts:
-    """Continuations by the target alone, computed once per prompt and run of the tests."""
+    """Continuations by the target alone."""
 
-    def __init__(self, target: Path, directory: Path) -> None:
+    def __init__(self, target: Path, compute_once: ComputeOnce) -> None:
         self._target = target
-        self._directory = directory
+        self._compute_once = compute_once
         self._model: PreTrainedModel | None = None
-        directory.mkdir(exist_ok=True)
 
     def __call__(self, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
         """Return the continuations of `prompts`, all of the same length, by name of the sampling."""
-        path = self._directory / hashlib.sha256(repr(prompts).encode()).hexdigest()
-        if not path.is_file():
-            if self._model is None:
-                self._model = load_model(self._target, "cpu", "float32")[0]
-            samplings = [sampling for sampling in SAMPLINGS.values() for _ in prompts]
-            ids = torch.tensor(prompts * len(SAMPLINGS))
-            rows = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=END,
-                pad_token_id=END,
-                logits_processor=[SharedNoise(self._model.config.vocab_size, samplings)],
-            )
-            texts = [_until_end(row[PROMPT_TOKENS:]) for row in rows.tolist()]
-            by_sampling = {name: texts[i * len(prompts) :][: len(prompts)] for i, name in enumerate(SAMPLINGS)}
-            write_atomically(path, json.dumps(by_sampling).encode())
-        known: dict[str, list[list[int]]] = json.loads(path.read_text())
-        return known
+        name = hashlib.sha256(repr(prompts).encode()).hexdigest()
+        texts: dict[str, list[list[int]]] = json.loads(self._compute_once(name, lambda: self._generate(prompts)))
+        return texts
+
+    def _generate(self, prompts: list[list[int]]) -> bytes:
+        if self._model is None:
+            self._model = load_model(self._target, "cpu", "float32")[0]
+        ids = torch.tensor(prompts * len(SAMPLINGS))
+        samplings = [sampling for sampling in SAMPLINGS.values() for _ in prompts]
+        rows = self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=END,
+            logits_processor=[SharedNoise(self._model.config.vocab_size, samplings)],
+        )
+        texts = [_until_end(row[PROMPT_TOKENS:]) for row in rows.tolist()]
+        by_sampling = {name: texts[i * len(prompts) :][: len(prompts)] for i, name in enumerate(SAMPLINGS)}
+        return json.dumps(by_sampling).encode()
 
 
 class SharedNoise(LogitsProcessor):  # type: ignore[misc]

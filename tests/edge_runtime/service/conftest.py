@@ -20,7 +20,6 @@ from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
-from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
@@ -29,7 +28,7 @@ from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
 from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 from tests.cloud_verifier.protocol_client import running
-from tests.conftest import FAMILY
+from tests.conftest import FAMILY, ComputeOnce
 from tests.emulator.answer_checker import AnswerCase, make_cases
 
 BUNDLE = FAMILY / "bundle"
@@ -53,12 +52,10 @@ def verifier(target: Target) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def answer_cases(shared_directory: Path) -> list[AnswerCase]:
+def answer_cases(compute_once: ComputeOnce) -> list[AnswerCase]:
     """Requests and their correct answers."""
-    path = shared_directory / "answer-cases.json"
-    if not path.is_file():
-        write_atomically(path, msgspec.json.encode(make_cases(FAMILY / "target-v1")))
-    return msgspec.json.decode(path.read_bytes(), type=list[AnswerCase])
+    cases = compute_once("answer-cases", lambda: msgspec.json.encode(make_cases(FAMILY / "target-v1")))
+    return msgspec.json.decode(cases, type=list[AnswerCase])
 
 
 @contextlib.contextmanager
