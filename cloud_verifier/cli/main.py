@@ -28,7 +28,7 @@ UNIT = ServiceUnit(
 )
 
 # Top-level modules that only the extras install.
-EXTRA_MODULES = frozenset({"accelerate", "peft", "ray", "safetensors", "torch", "transformers", "uvloop"})
+EXTRA_MODULES = frozenset({"accelerate", "gguf", "peft", "ray", "safetensors", "torch", "transformers", "uvloop"})
 
 DESCRIPTION = """\
 The cloud half of FlexSpec: verifies the tokens that boards draft, with a PyTorch target model.
@@ -41,6 +41,7 @@ examples, with the model family that ships with a clone:
 examples, with your own model and GPUs:
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
       --certificate server.pem --key server.key --tokens tokens.toml         # see `cloud-verifier token --help`
+  cloud-verifier serve Llama-3.2-3B-Instruct-Q4_K_M.gguf                     # converted once, into a cache
   cloud-verifier serve --registry /var/lib/flexspec-verifier/targets         # see `cloud-verifier targets --help`
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --replicas 2-8 # Ray Serve: one GPU per replica
   torchrun --nproc-per-node 2 -m cloud_verifier.cli serve /srv/models/Qwen2.5-32B --device cuda --dtype bfloat16
@@ -107,7 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="decode with the target alone, without a board: the reference for every other text",
     )
     generate.add_argument(
-        "target", type=Path, metavar="TARGET", help="directory of a Hugging Face checkpoint or a PEFT adapter"
+        "target",
+        type=Path,
+        metavar="TARGET",
+        help="directory of a Hugging Face checkpoint or a PEFT adapter, or a GGUF file",
     )
     generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="one or more prompts (default: standard input)")
     generate.add_argument("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
@@ -137,13 +141,14 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
+    from cloud_verifier.model.gguf import resolve_checkpoint
     from cloud_verifier.model.reference import generate_reference
     from cloud_verifier.model.target import load_model
     from edge_runtime.protocol.sampling import Sampling, validate_prompt
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, base, end_ids = load_model(options.target, options.device, options.dtype)
+    model, base, end_ids = load_model(resolve_checkpoint(options.target), options.device, options.dtype)
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     if options.jobs:
         try:

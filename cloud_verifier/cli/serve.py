@@ -36,7 +36,7 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="TARGET",
-        help="directory of a Hugging Face checkpoint or a PEFT adapter; alternatively --registry",
+        help="directory of a Hugging Face checkpoint or a PEFT adapter, or a GGUF file; alternatively --registry",
     )
     option = functools.partial(add_option, serve)
     text = "serve every version in this registry, and apply its changes (see `cloud-verifier targets`)"

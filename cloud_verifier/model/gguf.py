@@ -152,8 +152,6 @@ class _GgufFile:
         config = self._config(tokenizer)
         self._save_tokenizer(tokenizer, config, directory)
         self._save_weights(config, directory)
-        generation = self._generation_config(config)
-        generation.save_pretrained(directory)
 
     def _setting(self, name: str, default: Any = None) -> Any:
         return self._metadata.get(f"{self._architecture}.{name}", default)
@@ -162,13 +160,14 @@ class _GgufFile:
         return next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
 
     def _config(self, tokenizer: GgufTokenizer) -> Any:
-        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING  # type: ignore[attr-defined]
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
         try:
             config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name)
         except Exception as error:
             raise TargetError(f"transformers cannot read the architecture {self._architecture!r}: {error}") from None
-        mapped = GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING.get(self._architecture, {})
+        mappings: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+        mapped = mappings.get(config.model_type) or mappings.get(self._architecture, {})
         prefix = f"{self._architecture}."
         settings = {key.removeprefix(prefix) for key in self._metadata if key.startswith(prefix)}
         unknown = sorted(settings - set(mapped) - EXTRA_SETTINGS)
@@ -256,29 +255,25 @@ class _GgufFile:
     def _save_tokenizer(self, tokenizer: GgufTokenizer, config: Any, directory: Path) -> None:
         template = self._metadata.get("tokenizer.chat_template")
         names = self._metadata.get("tokenizer.chat_templates", ())
-        # Written by hand: transformers would choose a class by the model's type, and a class may change the tokenizer.
-        tokenizer.tokenizer.save(str(directory / "tokenizer.json"))
-        fast = PreTrainedTokenizerFast(
+        # Not the class of the model's type, which may change the tokenizer.
+        make_tokenizer: Any = PreTrainedTokenizerFast
+        fast = make_tokenizer(
             tokenizer_object=tokenizer.tokenizer,
             clean_up_tokenization_spaces=False,
             model_input_names=["input_ids", "attention_mask"],
             model_max_length=config.max_position_embeddings,
             **tokenizer.special,
         )
-        if names:
-            fast.chat_template = {
-                "default": template,
-                **{name: self._metadata[f"tokenizer.chat_template.{name}"] for name in names},
-            }
-        else:
-            fast.chat_template = template
+        named = {name: self._metadata[f"tokenizer.chat_template.{name}"] for name in names}
+        fast.chat_template = {"default": template, **named} if template and named else template
         fast.save_pretrained(directory, save_jinja_files=False)
 
     def _save_weights(self, config: Any, directory: Path) -> None:
         dtype = self._dtype()
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             self._path.parent, gguf_file=self._path.name, config=config, dtype=dtype, output_loading_info=True
         )
+        model, info = loaded
         lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         if lost:
             raise TargetError(f"it lacks {len(lost)} tensors of a {config.model_type}, such as {lost[0]}")
@@ -292,7 +287,7 @@ class _GgufFile:
         used = sum(parameter.numel() for parameter in model.parameters())
         if stored != used:
             raise TargetError(f"it holds {stored} weights, and transformers' {config.model_type} uses {used} of them")
-        model.generation_config = GenerationConfig()
+        model.generation_config = self._generation_config(config)
         model.save_pretrained(directory)
         saved = json.loads((directory / "config.json").read_text())
         saved = {name: value for name, value in saved.items() if not name.endswith("_name_or_path")}
@@ -304,7 +299,7 @@ class _GgufFile:
         exact = {"F32": torch.float32, "F16": torch.float16}
         return exact.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
 
-    def _generation_config(self, config: Any) -> GenerationConfig:
+    def _generation_config(self, config: Any) -> Any:
         template = str(self._metadata.get("tokenizer.chat_template", ""))
         tokens, types = (self._metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
         ends = [self._metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
@@ -319,7 +314,8 @@ class _GgufFile:
             for key, name in SAMPLING_DEFAULTS.items()
             if f"general.sampling.{key}" in self._metadata
         }
-        return GenerationConfig(
+        make_config: Any = GenerationConfig
+        return make_config(
             bos_token_id=config.bos_token_id,
             eos_token_id=unique[0] if len(unique) == 1 else unique or None,
             pad_token_id=config.pad_token_id,

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from cloud_verifier.model.gguf import resolve_checkpoint
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.target import Target
@@ -16,7 +17,7 @@ from edge_runtime.protocol.errors import InputError, TargetError
 
 
 class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
-    """Loads targets, all with the same options.
+    """Loads targets, all with the same options. A target may be a GGUF file, which is converted first.
 
     Attributes:
         device: a torch device.
@@ -76,12 +77,13 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             group = tensor_parallel_group()
         if self.threads:
             torch.set_num_threads(self.threads)
+        directory = resolve_checkpoint(path)
         return Target(
-            path,
+            directory,
             device=self.device,
             dtype=getattr(torch, self.dtype),
             context=self.context,
-            name=name,
+            name=name or path.stem if directory != path else name,
             exact=self.exact,
             compiled=self.compiled,
             share_with=others,

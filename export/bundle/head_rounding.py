@@ -44,7 +44,8 @@ class QuantizedHead:
 
 def quantize_head(weight: torch.Tensor) -> QuantizedHead:
     """Quantize a head (V, columns) to 4 bits with the least squared error among RANGES, block by block."""
-    parts = [_quantize_rows(rows) for rows in weight.detach().float().split(ROWS_AT_ONCE)]
+    rows = weight.detach().float()
+    parts = [_quantize_rows(rows[start : start + ROWS_AT_ONCE]) for start in range(0, len(rows), ROWS_AT_ONCE)]
     levels, zero_points, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedHead(levels, zero_points, round_scales(scales), weight.shape[1])
 

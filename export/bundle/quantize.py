@@ -63,12 +63,12 @@ class QuantizationScheme:
         head = quantize_head(torch.from_numpy(np.array(weight, np.float32)))
         rows = len(head.levels)
         return QuantizedBlocks(
-            self.head_bits,
-            head.columns,
-            _pack(head.levels.flatten(1).numpy(), 4).reshape(rows, -1, HEAD_BLOCK_SIZE // 2),
-            head.scales.numpy(),
-            _pack(head.zero_points.numpy(), 4),
-            HEAD_BLOCK_SIZE,
+            bits=self.head_bits,
+            columns=head.columns,
+            packed=_pack(head.levels.flatten(1).numpy(), 4).reshape(rows, -1, HEAD_BLOCK_SIZE // 2),
+            scales=head.scales.numpy(),
+            zeros=_pack(head.zero_points.numpy(), 4),
+            block_size=HEAD_BLOCK_SIZE,
         )
 
     def projection_bits(self, node: str, layers: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -36,7 +37,7 @@ COMMANDS = (onnx, family, record, sign, distill, forms, evaluate, doctor, policy
 # Top-level modules that only the extra `export` installs.
 EXTRA_MODULES = frozenset(
     {
-        *("accelerate", "gymnasium", "matplotlib", "onnx", "onnx_ir", "onnxruntime_genai", "optimum", "peft"),
+        *("accelerate", "gguf", "gymnasium", "matplotlib", "onnx", "onnx_ir", "onnxruntime_genai", "optimum", "peft"),
         *("safetensors", "stable_baselines3", "torch", "transformers"),
     }
 )
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     options = build_parser().parse_args(arguments)
     try:
+        _convert_gguf_files(options)
         return int(options.run(options))
     except FlexSpecError as error:
         print(f"draft-export: {error}", file=sys.stderr)
@@ -56,6 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
         return InputError.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
+
+
+def _convert_gguf_files(options: argparse.Namespace) -> None:
+    """Replace each target or draft that is a GGUF file by the directory that it is converted into."""
+    for name in ("target", "draft"):
+        value = getattr(options, name, None)
+        # A directory or bundle needs no PyTorch to be recognized.
+        if isinstance(value, Path) and value.is_file():
+            from cloud_verifier.model.gguf import resolve_checkpoint
+
+            setattr(options, name, resolve_checkpoint(value))
 
 
 def build_parser() -> argparse.ArgumentParser:

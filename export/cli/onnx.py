@@ -12,16 +12,17 @@ from export.cli.choices import GRAPH_KINDS, WEIGHT_TYPES
 
 DESCRIPTION = """\
 Exports a draft and packs it into a bundle. DRAFT is a directory of `draft-export distill` or `family` (the draft's own
-tensors; shared tensors come from TARGET), or a whole Hugging Face model with TARGET's tokenizer, which is then a
-standalone draft. Parity with PyTorch and acceptance by TARGET are measured on a text and recorded in the manifest.
+tensors; shared tensors come from TARGET), or a whole model with TARGET's tokenizer, which is then a standalone draft.
+Whole models are Hugging Face directories or GGUF files. Parity with PyTorch and acceptance by TARGET are measured on a
+text and recorded in the manifest.
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add `onnx` to argparse's sub-parsers."""
     parser = commands.add_parser("onnx", help="export a draft into a bundle", description=DESCRIPTION)
-    parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
-    parser.add_argument("draft", type=Path, help="directory of the draft")
+    parser.add_argument("target", type=Path, help="Hugging Face directory or GGUF file of the target")
+    parser.add_argument("draft", type=Path, help="directory of the draft, or a GGUF file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle; must not exist")
     parser.add_argument(
         "--graph",
@@ -32,7 +33,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--weights",
         choices=WEIGHT_TYPES,
-        help="default: int8 for fused, fp32 for concat; `draft-export forms` compares them",
+        help="default: int8 for fused, which loses next to no acceptance, and fp32 for concat; int4 is smaller and "
+        "loses up to half of a real model's acceptance; `draft-export forms` compares them",
     )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
     parser.add_argument("--text", type=Path, help="text to measure on (default: one that ships with FlexSpec)")
