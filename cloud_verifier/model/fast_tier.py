@@ -1,13 +1,15 @@
 """Which models run on the paged KV cache, and the preparation of one that does.
 
 No list names the architectures. A short probe forward records what every attention layer of a loaded model passes to
-its attention function: sizes, masks and options. A model is taken if `attention.attend` can express all of it. Whether
-the logits are right is then for `self_test` to find out.
+its attention function: sizes, masks and options. A model is taken if `attention.attend` can express all of it, and if
+its queries and keys follow from the positions that a forward is given, up to the longest text. Whether the logits are
+right is then for `self_test` to find out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from cloud_verifier.model.attention import IMPLEMENTATION_NAME, attend, get_forward_context
@@ -24,8 +26,8 @@ from cloud_verifier.model.kv_cache import KVCacheShape
 from cloud_verifier.model.rope import LengthScaledRope
 from edge_runtime.protocol.errors import TargetError
 
-# Attention implementation of the probe, registered with transformers.
-PROBE_NAME = "flexspec_probe"
+# Attention implementations of the probe, registered with transformers: with masks, and without.
+MASKED_PROBE_NAME, PROBE_NAME = "flexspec_masked_probe", "flexspec_probe"
 # The probe reduces sliding windows and chunks to these sizes, so that the mask of a few tokens shows which one a layer
 # has. Chosen: small and different.
 PROBE_WINDOW, PROBE_CHUNK, PROBE_TOKENS = 5, 7, 18
@@ -165,6 +167,19 @@ def _shrunk_spans(model: Any, window: int, chunk: int) -> Iterator[None]:
             setattr(config, name, size)
 
 
+def forward_arguments(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a forward of `model` over rows of several texts.
+
+    Args:
+        ids, positions: (rows,) token ids and absolute positions.
+    """
+    arguments: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
+    if "cache_position" in inspect.signature(model.forward).parameters:
+        # Some models read positions from here (Llama 4 scales queries by it, in transformers 4).
+        arguments["cache_position"] = positions
+    return arguments
+
+
 @torch.inference_mode()
 def _probe(model: Any) -> tuple[list[AttentionCall], bool]:
     """Record the attention calls of a forward, by layer.
@@ -177,48 +192,116 @@ def _probe(model: Any) -> tuple[list[AttentionCall], bool]:
     """
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
     calls: list[AttentionCall] = []
-    _thread_state.record = calls.append
     _thread_state.spans = {FULL_SPAN: FULL_SPAN}
     for config in _configs(model):
         if window := getattr(config, "sliding_window", None):
             _thread_state.spans[AttentionSpan(min(PROBE_WINDOW, window))] = AttentionSpan(window)
         if chunk := getattr(config, "attention_chunk_size", None):
             _thread_state.spans[AttentionSpan(min(PROBE_CHUNK, chunk), True)] = AttentionSpan(chunk, True)
+
+    def record(*call: Any, **options: Any) -> None:
+        calls.append(_classify(*call, **options))
+
     routed = False
     try:
         with _shrunk_spans(model, PROBE_WINDOW, PROBE_CHUNK):
-            with _attention_implementation([(config, PROBE_NAME) for config in _configs(model)]):
+            with _recording(model, MASKED_PROBE_NAME, record):
                 model(input_ids=ids, use_cache=False)
             if not calls:
                 routed = True
-                with contextlib.ExitStack() as stack:
-                    for module in model.modules():
-                        if isinstance(getattr(module, "layer_idx", None), int):
-                            stack.enter_context(_recording(module))
+                with _recording(model, None, record):
                     model(input_ids=ids, use_cache=False)
+        _check_layers(model, calls)
+        _check_positions(model, None if routed else PROBE_NAME)
     except TargetError:
         raise
     except Exception as error:
         raise TargetError(f"a forward of it fails with another attention function: {error!r}"[:300]) from None
     finally:
-        _thread_state.record = _thread_state.spans = None
+        _thread_state.spans = None
+    return calls, routed
+
+
+def _check_layers(model: Any, calls: list[AttentionCall]) -> None:
+    """Check that all layers are attention, of one shape.
+
+    Raises:
+        TargetError: they are not.
+    """
     layers = model.config.num_hidden_layers
     if sorted(call.layer.layer_idx for call in calls) != list(range(layers)):
         raise TargetError(f"{len(calls)} of its {layers} layers are attention that can be replaced, once in a forward")
     if len({(call.query_heads, call.kv_heads) for call in calls}) > 1:
         raise TargetError("its layers have different numbers of attention heads")
-    return calls, routed
+
+
+def _check_positions(model: Any, implementation: str | None) -> None:
+    """Check that queries and keys follow from the positions that a forward is given, rather than from its rows.
+
+    Args:
+        implementation: see `_recording`.
+
+    Raises:
+        TargetError: they do not.
+    """
+
+    def queries_and_keys(**arguments: Any) -> list[torch.Tensor]:
+        tensors: list[torch.Tensor] = []
+        with _recording(model, implementation, lambda _, query, key, *__, **___: tensors.extend([query, key])):
+            model(**arguments)
+        return tensors
+
+    token = torch.ones(1, dtype=torch.int64, device=model.device)
+    context = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
+    for position in (3, context // 2, context - 1):
+        given = queries_and_keys(**forward_arguments(model, token, torch.full_like(token, position)))
+        try:
+            counted = queries_and_keys(input_ids=token[None], past_key_values=_PretendedCache(position), use_cache=True)
+        except Exception as error:
+            raise TargetError(f"it needs more of its cache than keys and values: {error!r}"[:300]) from None
+        if not all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(given, counted, strict=True)):
+            raise TargetError(f"its queries or keys at position {position} do not follow from the positions given")
+
+
+class _PretendedCache(DynamicCache):
+    """A cache that claims to hold a text, and holds nothing."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return self._length + 1, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
 
 
 def _record(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """The attention function of the probe: record the call and return zeros."""
+    _thread_state.record(layer, query, key, value, *arguments, **options)
+    return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _classify(
     layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function of the probe: record the call and return zeros.
+) -> AttentionCall:
+    """What a layer passes to its attention function.
 
     Raises:
         TargetError: `attend` cannot express the call.
@@ -235,17 +318,8 @@ def _record(
     if (batch, rows) != (1, PROBE_TOKENS) or key.shape[2] != rows or query_heads % kv_heads:
         raise TargetError(f"{name} passes {[*query.shape]} queries and {[*key.shape]} keys to its attention")
     repeats = _repeats(key, value, getattr(layer, "num_key_value_groups", 1)) if query_heads == kv_heads else 1
-    _thread_state.record(
-        AttentionCall(
-            layer,
-            query_heads,
-            kv_heads // repeats,
-            max(key.shape[3], value.shape[3]),
-            _span_of(attention_mask, name),
-            repeats,
-        )
-    )
-    return value.new_zeros(1, rows, query_heads, value.shape[3]), None
+    span = _span_of(attention_mask, name)
+    return AttentionCall(layer, query_heads, kv_heads // repeats, max(key.shape[3], value.shape[3]), span, repeats)
 
 
 def _repeats(key: torch.Tensor, value: torch.Tensor, groups: Any) -> int:
@@ -322,19 +396,39 @@ class _RoutedForward:
 
 
 @contextlib.contextmanager
-def _recording(layer: Any) -> Iterator[None]:
-    forward = layer.forward
+def _recording(model: Any, implementation: str | None, record: Callable[..., object]) -> Iterator[None]:
+    """Let attention layers call `record` instead of attending.
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with _RouteAttention(layer, _record):
-            return forward(*args, **kwargs)
-
-    layer.forward = recorded
+    Args:
+        implementation: the attention implementation to configure; None for layers that do not ask for one.
+    """
+    layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    _thread_state.record = record
     try:
-        yield
+        if implementation:
+            with _attention_implementation([(config, implementation) for config in _configs(model)]):
+                yield
+        else:
+            for layer in layers:
+                layer.forward = _RecordedForward(layer)
+            yield
     finally:
-        del layer.forward
+        _thread_state.record = None
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
-AttentionInterface.register(PROBE_NAME, _record)
-AttentionMaskInterface.register(PROBE_NAME, eager_mask)
+class _RecordedForward:
+    """The forward of a layer that calls `scaled_dot_product_attention` itself, in the probe."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._forward = layer, layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _RouteAttention(self._layer, _record):
+            return self._forward(*args, **kwargs)
+
+
+for _name in (MASKED_PROBE_NAME, PROBE_NAME):
+    AttentionInterface.register(_name, _record)
+AttentionMaskInterface.register(MASKED_PROBE_NAME, eager_mask)

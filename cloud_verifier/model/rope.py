@@ -5,9 +5,9 @@ another for longer ones. transformers chooses by the largest position in a forwa
 that of another text. Here each sequence says which set its keys have (`CachedSequence.long_rope`). Dynamic NTK scaling
 changes its frequencies beyond the longest text that is served, that is never.
 
-When a text outgrows the first set, Phi-3 in transformers computes all its keys anew, and so does the verifier. Other
-models would continue with keys of both sets, which depend on where the prompt ended; they are served up to the length
-of the first set only.
+When a text outgrows the first set, Phi-3 computes all its keys anew (transformers 4.57 does; 5.17 means to, but forgets
+the text there), and so does the verifier. Other models would continue with keys of both sets, which depend on where the
+prompt ended; they are served up to the length of the first set only.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 from cloud_verifier.model.attention import set_forward_context
 from cloud_verifier.model.batch import ForwardBatch, Segment
-from cloud_verifier.model.fast_tier import PagedAttention
+from cloud_verifier.model.fast_tier import PagedAttention, forward_arguments
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.lora import LoRAAdapters
 from cloud_verifier.model.sampling import LazySampledTokens, SampledTokens
@@ -59,7 +59,7 @@ class TargetRunner:
         self.model = model
         self.shape = attention.shape
         self.rope = attention.rope
-        self._arguments = set(inspect.signature(model.forward).parameters)
+        self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.adapters = LoRAAdapters(model)
         self._sampler = CoupledSampler(model.config.vocab_size)
 
@@ -128,13 +128,9 @@ class TargetRunner:
 
         Returns (kept rows, V) logits in the model's dtype.
         """
-        arguments = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
-        if "cache_position" in self._arguments:
-            # Some models read positions from here (Llama 4 scales queries by it).
-            arguments["cache_position"] = positions
-        selects_rows = "logits_to_keep" in self._arguments
-        if selects_rows and kept_rows is not None:
+        arguments = forward_arguments(self.model, ids, positions)
+        if self._selects_rows and kept_rows is not None:
             arguments["logits_to_keep"] = kept_rows
         with set_forward_context(context):
             logits: torch.Tensor = self.model(**arguments).logits[0]
-        return logits if selects_rows or kept_rows is None else logits[kept_rows]
+        return logits if self._selects_rows or kept_rows is None else logits[kept_rows]

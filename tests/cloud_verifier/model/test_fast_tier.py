@@ -74,11 +74,11 @@ REFUSED = [
     # It has no attention at all, or not in all layers.
     ("mamba", {}, "of its 2 layers are attention"),
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of its 2 layers are attention"),
-    # Recurrent layers beside attention: seen in the logits.
+    # Recurrent layers beside attention.
     (
         "falcon_h1",
         {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
-        "logits over the paged KV cache differ",
+        "needs more of its cache than keys and values",
     ),
     # Layers read keys and values that other layers have cached, where there is a cache.
     (
@@ -88,7 +88,7 @@ REFUSED = [
             "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 300,
             "activation_sparsity_pattern": [0.0] * 4,
         },
-        "logits over the paged KV cache differ",
+        "do not follow from the positions given",
     ),
 ]  # fmt: skip
 
