@@ -243,6 +243,7 @@ class GraphRunner(TargetRunner):
         query_group = attention.query_heads // self.shape.heads
         self._inputs = {rows: GraphInputs(rows, context, query_group, self.shape.device) for rows in self._sizes}
         self._graphs: dict[tuple[int, int], _CapturedForward] = {}
+        self._mode: ForwardMode = "replay"
         self._lora_layout_version = -1
         for module in model.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -259,19 +260,34 @@ class GraphRunner(TargetRunner):
                 layer.compile(dynamic=False)
 
     @_on_own_gpu
+    def try_capture(self) -> None:
+        """Find out whether a forward can be captured; otherwise forwards run without graphs, slower.
+
+        Some layers of experts ask the device which experts have rows, which a graph cannot hold.
+        """
+        inputs = self._inputs[self._sizes[0]]
+        inputs.fill([])
+        try:
+            self._capture(KVCachePool(self.shape, 1), inputs)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self._mode = "forward"
+            log.warning("a forward of this model cannot be captured as a CUDA graph and runs without one: %s", error)
+
+    @_on_own_gpu
     def warm_up(self, pool: KVCachePool) -> None:
         """Capture the graphs of all sizes."""
         for rows in self._sizes:
             self._inputs[rows].fill([])
             if self._group:
-                self._group.send("replay", rows, self._inputs[rows].buffer)
-            self.replay(pool, rows)
+                self._group.send(self._mode, rows, self._inputs[rows].buffer)
+            getattr(self, self._mode)(pool, rows)
 
     @_on_own_gpu
     @torch.inference_mode()
     def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
-        size = self._fill_inputs(pool, segments, "replay")
-        logits = self.replay(pool, size)
+        size = self._fill_inputs(pool, segments, self._mode)
+        logits = getattr(self, self._mode)(pool, size)
         parameters = [(s.sampling or GREEDY, [position + 1 for position in s.positions]) for s in segments]
         tokens, margins = sample_tokens(logits, SamplingBatch.from_segments(parameters, logits.device, size)).tolist()
         sampled: list[SampledTokens | None] = []

@@ -57,7 +57,7 @@ class SelfTest:
         switch = attention.rope.switch
         if switch and switch <= LONGEST_ROPE[model.device.type]:
             length = max(length, switch + TEXT_TOKENS)
-        length = max(4, min(length, context - 1))
+        length = max(5, min(length, context - 1))
         if switch and switch < length < switch + 5:
             # The prompt and the tokens after it use the same frequencies.
             length = switch
@@ -68,8 +68,8 @@ class SelfTest:
         branch = [*self._text[:-2], self._sibling, self._text[-1]]
         with attention.suspended(), attention.shortened_spans(self._longest_span):
             # As `generate` does: a prompt, and the rest token by token.
-            self._expected_text = _transformers_logits(model, self._text[:-1], steps=3)
-            self._expected_branch = _transformers_logits(model, branch)
+            self._expected_text = _transformers_logits(model, self._text[:-1], steps=3, rows=3 + sum(LAST_CHUNKS))
+            self._expected_branch = _transformers_logits(model, branch, rows=2)
             self._expected_other = _transformers_logits(model, self._other)
 
     @torch.inference_mode()
@@ -113,7 +113,8 @@ class SelfTest:
             start = sequence.length
             compared = start >= first_compared
             chunk = Segment.from_tokens(sequence, text[start : start + size], sampling=GREEDY if compared else None)
-            expected = [self._expected_text[start : start + size]] if compared else []
+            row = start - first_compared
+            expected = [self._expected_text[row : row + size]] if compared else []
             segments = [chunk]
             if compared and other_sequence.length < len(other):
                 begin = other_sequence.length
@@ -136,12 +137,12 @@ class SelfTest:
         return rows
 
 
-def _transformers_logits(model: Any, ids: list[int], steps: int = 0) -> torch.Tensor:
-    """(tokens, V) float32 logits after every token, the last `steps` of them fed one by one."""
+def _transformers_logits(model: Any, ids: list[int], *, steps: int = 0, rows: int | None = None) -> torch.Tensor:
+    """(rows, V) float32 logits after the last `rows` tokens, or all. The last `steps` tokens are fed one by one."""
     tokens = torch.tensor([ids], device=model.device)
     prompt = len(ids) - steps
     output = model(input_ids=tokens[:, :prompt], use_cache=True)
-    logits = [output.logits[0]]
+    logits = [output.logits[0] if rows is None else output.logits[0, -(rows - steps) :]]
     for step in range(prompt, len(ids)):
         output = model(input_ids=tokens[:, step : step + 1], past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits[0])

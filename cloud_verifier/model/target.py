@@ -252,6 +252,8 @@ def make_runner(
             if group:
                 group.shard_model(model)
             runner = GraphRunner(model, attention, context, exact=exact, compiled=compiled, group=group)
+            if not group:
+                runner.try_capture()
         else:
             runner = TargetRunner(model, attention)
         if test:
