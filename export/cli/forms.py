@@ -8,13 +8,14 @@ from typing import Any
 
 DESCRIPTION = """\
 Builds every form (variant) of DRAFT: kinds of graph, weight types, trimmed heads. It measures each one and recommends
-one: size on disk, resident memory and milliseconds per token with one thread on this machine, parity with PyTorch, and
-acceptance by TARGET, greedy and with coupled noise at T=0.7 and T=1. The bundles stay in --output, with forms.md and
-forms.json. Existing results are reused: after an interruption, give the same command again.
+one, int8 unless a smaller one loses no acceptance. Measured are size on disk, resident memory and milliseconds per
+token with one thread on this machine, parity with PyTorch, and acceptance by TARGET, greedy and with coupled noise at
+T=0.7 and T=1. The bundles stay in --output, with forms.md and forms.json. Existing results are reused: after an
+interruption, give the same command again.
 
 examples:
   draft-export forms export/example_family/target-v1 export/example_family/draft-anchor --output /tmp/forms
-  draft-export forms TARGET DRAFT --text held-out.txt --form fused-int8 --form fused-int4 --output forms
+  draft-export forms TARGET DRAFT --text held-out.txt --form fused-int8-head4 --form fused-int4 --output forms
   draft-export forms TARGET DRAFT --trim-vocabulary other.txt --head-size 16000 --tolerance 0.5 --output forms
 """
 
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
+    parser.add_argument("target", type=Path, help="Hugging Face directory or GGUF file of the target")
     parser.add_argument("draft", type=Path, help="directory of the draft, as for `onnx`")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the bundles and the table")
     parser.add_argument(
@@ -54,9 +55,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--head-size", type=int, metavar="IDS", help="keep at most this many, the most frequent")
     parser.add_argument(
-        "--tolerance", type=float, default=1.0, help="points of acceptance that may be lost (default: %(default)s)"
+        "--tolerance",
+        type=float,
+        default=1.0,
+        help="points of acceptance that may be lost against int8 (default: %(default)s)",
     )
-    parser.add_argument("--form", action="append", metavar="NAME", help="only this form, and fp32; may repeat")
+    parser.add_argument("--form", action="append", metavar="NAME", help="only this form, int8 and fp32; may repeat")
     parser.set_defaults(run=run)
 
 

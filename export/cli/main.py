@@ -19,13 +19,13 @@ Makes the frozen draft model: trains it against a target, exports it to ONNX, an
 
 examples:
   draft-export onnx export/example_family/target-v1 export/example_family/draft-anchor --output /tmp/bundle
-  draft-export onnx /models/Llama-3.2-1B /models/Llama-3.2-1B --weights int4 --output /tmp/bundle
-  draft-export onnx /models/Llama-3.1-8B draft --weights int4 --context 4096 --no-acceptance --output /tmp/bundle
+  draft-export onnx /models/Llama-3.1-8B /models/Llama-3.2-1B --output /tmp/bundle
+  draft-export onnx /models/Llama-3.1-8B draft --weights int8-head4 --context 4096 --no-acceptance --output /tmp/bundle
   draft-export forms export/example_family/target-v1 export/example_family/draft-anchor --output /tmp/forms
   draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft
   draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
   draft-export evaluate export/example_family/bundle --target target-v1 target-v2 --output /tmp/evaluation
-  draft-export doctor /models/Llama-3.1-8B --layout anchor --weights int4
+  draft-export doctor /models/Llama-3.1-8B --layout anchor
   draft-export record export/example_family/bundle --target export/example_family/target-v1 --output acceptance.npz
   draft-export policy --output /tmp/policy
   draft-export keygen maker.key

@@ -21,7 +21,6 @@ WEIGHT_BITS = {"int4": 4, "int8": 8}
 EMBEDDING, TIED = "embedding", "embedding and head"
 TENSOR_KINDS = {"embed_tokens": EMBEDDING, "lm_head": "head", "self_attn": "attention", "mlp": "feed-forward"}
 VECTORS = "norms and biases"
-ROTARY = "rotary tables"
 # Measured: memory of a board's process without the draft's weights and KV cache (interpreter, libraries, buffers).
 PROCESS_BYTES = 90_000_000
 
@@ -35,12 +34,14 @@ class SizeEstimate:
         tensor_bytes: bytes on disk by kind of tensor.
         cache_bytes: KV cache of one token in all layers, float32.
         context: longest text in tokens.
+        rotary_bytes: the tables of the rotary embedding, which are computed when the graph is loaded.
     """
 
     parameters: int
     tensor_bytes: Mapping[str, int]
     cache_bytes: int
     context: int
+    rotary_bytes: int
 
     @property
     def weight_bytes(self) -> int:
@@ -50,7 +51,7 @@ class SizeEstimate:
     @property
     def memory_bytes(self) -> int:
         """Memory of a board's process with a text as long as the context."""
-        return PROCESS_BYTES + self.weight_bytes + self.context * self.cache_bytes
+        return PROCESS_BYTES + self.weight_bytes + self.rotary_bytes + self.context * self.cache_bytes
 
 
 def estimate_size(config: PretrainedConfig, weights: str = "int8", context: int | None = None) -> SizeEstimate:
@@ -76,16 +77,15 @@ def estimate_size(config: PretrainedConfig, weights: str = "int8", context: int 
             kind = TIED if tied and kind == EMBEDDING else kind
         sizes[kind] += _stored_bytes(tensor.shape, kind, WEIGHT_BITS[weights])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # A sine and a cosine for each position and pair of dimensions.
-    sizes[ROTARY] = 4 * context * head_dim
     cache_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    return SizeEstimate(parameters, dict(sizes), cache_bytes, context)
+    # A sine and a cosine for each position and pair of dimensions.
+    return SizeEstimate(parameters, dict(sizes), cache_bytes, context, rotary_bytes=4 * context * head_dim)
 
 
 def _stored_bytes(shape: torch.Size, kind: str, bits: int) -> int:
-    """Bytes of a tensor: vectors are float32, matrices have blocks with a float32 scale each."""
+    """Bytes of a tensor: vectors are float32, matrices have blocks with a float16 scale each."""
     # An embedding whose rows are not whole blocks stays float32.
     if len(shape) < 2 or (kind in (EMBEDDING, TIED) and shape[1] % BLOCK_SIZE):
         return 4 * shape.numel()
     blocks = shape[0] * -(-shape[1] // BLOCK_SIZE)
-    return blocks * (BLOCK_SIZE * bits // 8 + 4)
+    return blocks * (BLOCK_SIZE * bits // 8 + 2)
