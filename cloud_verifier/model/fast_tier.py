@@ -308,7 +308,7 @@ def _classify(
     """
     name = type(layer).__name__
     unknown = sorted(
-        option for option, value in options.items() if option not in KNOWN_OPTIONS and value not in (None, False)
+        option for option, value in options.items() if not (option in KNOWN_OPTIONS or value is None or value is False)
     )
     if unknown:
         raise TargetError(f"{name} passes {', '.join(unknown)} to its attention")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cloud_verifier.model.batch import FULL_SPAN, AttentionSpan
 from cloud_verifier.model.fast_tier import PagedAttention, fast_tier_obstacle
@@ -68,7 +69,7 @@ def test_shape_of_the_cache(
     assert shape == KVCacheShape(2, heads, head_size, torch.float32, torch.device("cpu"))
 
 
-REFUSED = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # Its attention mask depends on the values.
     ("doge", {}, "has a mask that is neither causal, nor a sliding window, nor chunks"),
     # It has no attention at all, or not in all layers.
@@ -80,17 +81,25 @@ REFUSED = [
         {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
         "needs more of its cache than keys and values",
     ),
-    # Layers read keys and values that other layers have cached, where there is a cache.
-    (
-        "gemma3n_text",
-        {
-            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 300,
-            "activation_sparsity_pattern": [0.0] * 4,
-        },
-        "do not follow from the positions given",
-    ),
-]  # fmt: skip
+]
+if transformers.__version__.startswith("4."):
+    # Layers read keys and values that other layers have cached, if there is a cache.
+    REFUSED.append(
+        (
+            "gemma3n_text",
+            {
+                "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 300,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
+            "do not follow from the positions given",
+        )
+    )  # fmt: skip
+else:
+    # Queries are scaled by the number of rows before them.
+    REFUSED.append(
+        ("llama4_text", {"num_local_experts": 2, "floor_scale": 8, "num_hidden_layers": 4}, "follow from the positions")
+    )
 
 
 @pytest.mark.parametrize(("model_type", "changes", "reason"), REFUSED, ids=[case[0] for case in REFUSED])

@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gpt_oss": EXPERTS | {"sliding_window": 5},
     "cohere2": {"sliding_window": 2, "layer_types": MIXED},
-    "llama4_text": EXPERTS | {"attention_chunk_size": 4, "floor_scale": 3, "num_hidden_layers": 4},
+    "llama4_text": EXPERTS | {"attention_chunk_size": 4, "attn_temperature_tuning": False, "num_hidden_layers": 4},
     "deepseek_v2": {
         "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
         "v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": 2,
