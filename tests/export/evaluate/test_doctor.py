@@ -211,8 +211,8 @@ def test_a_board_that_is_too_slow_is_a_warning(tmp_path: Path) -> None:
     profiles = tuple(shipped_profiles())
     found = findings_by_subject(target, weights="int4", profiles=profiles)
     size = found["size on disk"].figures
-    # Three blocks, head and embedding, at 5/8 of a byte each.
-    assert size["weight_bytes"] == pytest.approx(0.625 * (3 * 202.4e6 + 2 * 131.1e6), rel=0.01)
+    # Three blocks, head and embedding, at 9/16 of a byte each.
+    assert size["weight_bytes"] == pytest.approx(0.5625 * (3 * 202.4e6 + 2 * 131.1e6), rel=0.01)
     assert found["speed, raspberry-pi-zero-2w"].state == "warning"
     assert found["speed, server"].state == "ok"
 
