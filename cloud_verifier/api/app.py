@@ -182,7 +182,14 @@ class VerifierService:
         request.state.session = session_id = session.id
 
         def open_reply(frame: Frame) -> OpenReply:
-            return OpenReply(messages.PROTOCOL_VERSION, session_id, target.version, target.context, frame)
+            return OpenReply(
+                messages.PROTOCOL_VERSION,
+                session_id,
+                target.version,
+                target.context,
+                frame,
+                needs_generated=target.replays_prompt,
+            )
 
         return await reply_to_round(
             request, reply, stream=opening.first.stream, session=session_id, open_reply=open_reply

@@ -35,6 +35,7 @@ class RoundSubmitter:
         reply = RoundReply(opening.first, verify_draft=_allows_draft(opening.first, account))
         session = Session(list(opening.prompt), opening.sampling, target, reply, principal.name)
         session.draft_identity = opening.draft
+        session.cache.prompt_length = len(opening.prompt) - opening.generated
         self._sessions.add(opening.key, session)
         self._submit(session, reply, account, len(opening.prompt))
         account.charge(0, len(opening.prompt))

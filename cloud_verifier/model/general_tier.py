@@ -245,7 +245,7 @@ class GeneralRunner:
         sampled: dict[int, SampledToken] | None = None
         try:
             if segment.sampling:
-                text.prompt_length = text.prompt_length or len(text.ids) + 1
+                text.prompt_length = text.prompt_length or segment.sequence.prompt_length or len(text.ids) + 1
                 sampled = self._verify(text, segment, segment.sampling)
             else:
                 self._prefill(text, segment)
@@ -262,7 +262,7 @@ class GeneralRunner:
             self._read(text, segment.ids)
         elif segment.next_id is not None:
             # As `generate` does: the first forward reads the whole prompt, the token to be scored next included.
-            text.prompt_length = text.prompt_length or len(text.ids) + len(segment) + 1
+            text.prompt_length = segment.sequence.prompt_length or len(text.ids) + len(segment) + 1
             text.next_logits = self._read(text, [*segment.ids, segment.next_id])
 
     def _verify(self, text: CachedText, segment: Segment, sampling: Sampling) -> dict[int, SampledToken]:

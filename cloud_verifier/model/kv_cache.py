@@ -79,10 +79,12 @@ class CachedSequence:
     """The pages of one sequence: `length` tokens in `pages`, of which the last is usually not full.
 
     Attributes:
+        prompt_length: how many of the tokens are the prompt; 0 if all that are prefilled before the first round.
         long_rope: its keys are rotated by the second set of frequencies; see `rope.LengthScaledRope`.
     """
 
     def __init__(self) -> None:
+        self.prompt_length = 0
         self.pages: list[int] = []
         self.length = 0
         self.long_rope = False

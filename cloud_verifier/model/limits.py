@@ -63,6 +63,12 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             f"the prompt has {len(opening.prompt)} tokens and {target.version} takes {limit}; shorten it",
             detail={"limit": limit},
         )
+    if opening.generated >= len(opening.prompt):
+        raise VerifierRefused(
+            ErrorCode.WRONG_POSITION,
+            f"of {len(opening.prompt)} ids, {opening.generated} cannot have been generated after a prompt",
+            detail={"expected": len(opening.prompt)},
+        )
     _check_ids(opening.prompt, target)
     if opening.first.round != 0:
         raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", detail={"expected": 0})

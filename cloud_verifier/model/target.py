@@ -163,6 +163,11 @@ class Target:
         return known
 
     @property
+    def replays_prompt(self) -> bool:
+        """Whether the logits depend on where the prompt of a text ended (see `GeneralRunner.is_consistent`)."""
+        return isinstance(self.runner, GeneralRunner) and not self.runner.is_consistent
+
+    @property
     def base(self) -> Path:
         """Directory of the checkpoint that the version is, or is based on."""
         return self._base

@@ -144,6 +144,8 @@ class OpenRequest(Message, frozen=True):
         model: a model id of `GET /v1/models`, or an exact version `id@hash`; empty for the default.
         vocabulary: hash of the draft's vocabulary (`bundle.hash_vocabulary`); empty without a draft.
         draft: identity of the draft (`bundle.SharedTensors.identity`); empty without a draft.
+        generated: when a lost session is reopened, how many of the last ids of `prompt` were not in the prompt of the
+            first. Only if that session's `OpenReply` set `needs_generated`.
     """
 
     v: int
@@ -154,6 +156,7 @@ class OpenRequest(Message, frozen=True):
     model: str = ""
     vocabulary: str = ""
     draft: str = ""
+    generated: Count = 0
 
 
 class Frame(Message, frozen=True):
@@ -199,6 +202,7 @@ class OpenReply(Message, frozen=True):
         version: exact target version to which the session is pinned.
         context: longest text of the session, in tokens.
         first: the answer to the first round.
+        needs_generated: the target's logits depend on where the prompt ended, so a reopening must set `generated`.
     """
 
     v: int
@@ -206,6 +210,7 @@ class OpenReply(Message, frozen=True):
     version: str
     context: Count
     first: Frame
+    needs_generated: bool = False
 
 
 class ErrorReply(Message, frozen=True):

@@ -81,6 +81,8 @@ class VerifierSession:
         )
         self._patient = patient
         self._id = ""
+        self._prompt_length = len(prompt)
+        self._needs_generated = False
         self._endpoint = client.pick()
         # Endpoints that do not serve this session's target.
         self._unsuitable: set[Endpoint] = set()
@@ -191,6 +193,7 @@ class VerifierSession:
                     if not reply.session.startswith(messages.session_id_prefix(self._opening.key)):
                         raise BrokenAnswer("an answer to another opening")
                     self._id, self.version = reply.session, reply.version
+                    self._needs_generated = reply.needs_generated
                     opening, frame = False, reply.first
                 else:
                     frame = parsed(body, Frame, self._id)
@@ -213,6 +216,7 @@ class VerifierSession:
                 key=secrets.token_urlsafe(9),
                 prompt=list(self.ids),
                 model=self.version or self._opening.model,
+                generated=len(self.ids) - self._prompt_length if self._needs_generated else 0,
             )
         return _ActiveRound(
             self,

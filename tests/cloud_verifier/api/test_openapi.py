@@ -55,7 +55,7 @@ def test_schemathesis(url: str, path: str, mode: GenerationMode) -> None:
         # Make the requests valid, so that most rounds are executed.
         if "first" in case.body:
             case.body["first"] |= {"round": 0, "position": len(case.body["prompt"]), "expects": []}
-            case.body |= {"key": f"{next(key_numbers):08}", "model": "", "vocabulary": "", "draft": ""}
+            case.body |= {"key": f"{next(key_numbers):08}", "model": "", "vocabulary": "", "draft": "", "generated": 0}
         else:
             open_request = messages.encode(opening(sampling=Sampling(ignore_eos=True)), JSON)
             opened = httpx.post(f"{url}/v1/sessions", content=open_request, headers={"content-type": JSON})

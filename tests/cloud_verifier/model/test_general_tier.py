@@ -18,6 +18,7 @@ from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.general_tier import GeneralCachePool, GeneralRunner
 from cloud_verifier.model.generation_state import GenerationModel, GenerationState
 from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull
+from cloud_verifier.model.limits import VerifierLimits
 from cloud_verifier.model.pretrained import load_pretrained
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
@@ -25,9 +26,11 @@ from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier import VerifierClient, VerifierSession
 from tests.cloud_verifier.engine.test_scheduler import RecordingTarget, running_scheduler, submit_opening
 from tests.cloud_verifier.model.architectures import save_architecture
 from tests.cloud_verifier.model.test_conformance import TargetText, assert_text_equal
+from tests.conftest import serving
 from tests.models import VOCABULARY_SIZE
 
 ENDLESS = Sampling(ignore_eos=True)
@@ -249,3 +252,23 @@ def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(path)
     with pytest.raises(TargetError, match="nan or infinite"):
         Target(path, device="cpu", dtype=torch.float32)
+
+
+async def test_a_lost_session_of_a_model_that_remembers_its_prompt(tmp_path: Path) -> None:
+    """Doge reads a prompt differently from the tokens that follow: over HTTP, the board says where the prompt ended."""
+    loaded = LoadedModel(save_architecture(tmp_path / "model", "doge"))
+    assert loaded.target.replays_prompt
+    texts = [loaded.text(prompt, Sampling(0.8, seed=2, ignore_eos=True)) for prompt in (PROMPT, PROMPT[:5])]
+    # Each of the two evicts the other.
+    async with (
+        serving(loaded.target, VerifierLimits(max_sessions=1)) as server,
+        VerifierClient(server.url) as client,
+    ):
+        sessions = [VerifierSession(client, text.prompt, text.sampling) for text in texts]
+        for _ in range(4):
+            for session, text in zip(sessions, texts, strict=True):
+                done = len(session.ids) - len(text.prompt)
+                async for _ in session.run_round(text.continuation[done : done + 2], n=2):
+                    pass
+                assert session.ids == (text.prompt + text.continuation)[: len(session.ids)]
+    assert [session.recoveries for session in sessions] == [3, 3]
