@@ -68,9 +68,8 @@ def attend(
     span: AttentionSpan = module.attention_span  # type: ignore[assignment]  # torch annotates attributes as tensors
     if query.is_cuda:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.flexspec.attend(
-            query, key, value, module.layer_number, scaling, span.size, span.chunked, softcap or 0.0, s_aux
-        ), None
+        options = {"span": span.size, "chunked": span.chunked, "softcap": softcap or 0.0, "sinks": s_aux}
+        return torch.ops.flexspec.attend(query, key, value, module.layer_number, scaling, **options), None
     batch: ForwardBatch = get_forward_context()
     layer: Any = module.layer_idx
     heads = key.shape[1]

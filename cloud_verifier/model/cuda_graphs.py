@@ -21,6 +21,7 @@ from cloud_verifier.model.attention import get_forward_context
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import PAGE_TOKENS, KVCachePool
+from cloud_verifier.model.rope import LengthScaledRope
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledToken, SampledTokens, SamplingBatch, sample_tokens
 from cloud_verifier.model.tensor_parallel import ForwardMode, TensorParallelGroup
@@ -71,13 +72,17 @@ class GraphInputs:
     page_table: torch.Tensor
     moves: torch.Tensor
 
-    def __init__(self, rows: int, context: int, group: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, context: int, group: int, device: torch.device, rope: LengthScaledRope | None = None
+    ) -> None:
         """
         Args:
             context: longest sequence in tokens.
             group: query heads per KV head.
+            rope: the rotary embeddings of the model; None if all texts have the same frequencies.
         """
         self.rows = rows
+        self._rope = rope
         self.block_rows = max(1, BLOCK_QUERIES // group)
         max_segments = min(rows, MAX_SEGMENTS)
         blocks = min(rows, max_segments + rows // self.block_rows)
@@ -121,7 +126,8 @@ class GraphInputs:
             ids[row:stop], positions[row:stop] = segment.ids, segment.positions
             visible_prefix[row:stop] = segment.visible_prefix
             slots[row:stop] = segment.adapter_slot
-            host["long_rope"][row:stop] = segment.sequence.long_rope
+            if self._rope:
+                host["long_rope"][row:stop] = self._rope.long_rows(segment)
             host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
             extents.append((segment.sequence.length, row, stop - row))
             blocks += [
@@ -152,7 +158,7 @@ class _GraphContext(NamedTuple):
     slab: torch.Tensor
     lora_mask: torch.Tensor | None
 
-    def long_rope_rows(self) -> torch.Tensor:
+    def long_rope_rows(self, _: LengthScaledRope) -> torch.Tensor:
         return self.inputs.long_rope != 0
 
 
@@ -241,7 +247,9 @@ class GraphRunner(TargetRunner):
         self.max_prefill_rows = EXACT_ROWS if exact else MAX_PREFILL_ROWS
         config = model.config
         query_group = attention.query_heads // self.shape.heads
-        self._inputs = {rows: GraphInputs(rows, context, query_group, self.shape.device) for rows in self._sizes}
+        self._inputs = {
+            rows: GraphInputs(rows, context, query_group, self.shape.device, self.rope) for rows in self._sizes
+        }
         self._graphs: dict[tuple[int, int], _CapturedForward] = {}
         self._mode: ForwardMode = "replay"
         self._lora_layout_version = -1

@@ -14,6 +14,11 @@ import triton.language as tl
 
 # Most keys that one program attends to; a longer sequence is shared among several programs.
 SPAN_TOKENS = 2048
+# Most tiles of keys and values in flight. Chosen; the figures in tests/benchmarks/README.md were taken with it.
+MAX_STAGES = 3
+# Share of the shared memory for these tiles; the rest is for the queries and for Triton's own use. Chosen so that
+# float32 tiles of head size 128 still have three stages on an H200.
+STAGES_SHARE = 0.85
 # Softmax is computed with base 2, for which the GPU has an instruction.
 LOG2_E = 1.4426950408889634
 
@@ -299,6 +304,14 @@ def store(
     )
 
 
+def _stages(query: torch.Tensor, tile_elements: int) -> int:
+    """How many tiles of keys and values one program holds at once, so that they fit the shared memory of the GPU."""
+    if not query.is_cuda:
+        return MAX_STAGES
+    memory: int = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
+    return max(1, min(MAX_STAGES, int(STAGES_SHARE * memory) // (tile_elements * query.element_size())))
+
+
 def attend(
     query: torch.Tensor,
     slab: torch.Tensor,
@@ -367,7 +380,7 @@ def attend(
         HAS_SINKS=sinks is not None and spans == 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4,
-        num_stages=3,
+        num_stages=_stages(query, page * (triton.next_power_of_2(key_size) + triton.next_power_of_2(value_size))),
     )
     if spans == 1:
         return out

@@ -2,12 +2,12 @@
 
 LongRoPE (Phi-3, Phi-4; arXiv 2402.13753) has one set of frequencies for texts of up to its original context length and
 another for longer ones. transformers chooses by the largest position in a forward, which in a batch of several texts is
-that of another text. Here each sequence says which set its keys have (`CachedSequence.long_rope`). Dynamic NTK scaling
-changes its frequencies beyond the longest text that is served, that is never.
+that of another text. Here each row has the set that its text would have alone in `generate`. Dynamic NTK scaling only
+changes its frequencies beyond the longest text that is served.
 
 When a text outgrows the first set, Phi-3 computes all its keys anew (transformers 4.57 does; 5.17 means to, but forgets
-the text there), and so does the verifier. Other models would continue with keys of both sets, which depend on where the
-prompt ended; they are served up to the length of the first set only.
+the text there), and so does the verifier. Other models continue with keys of both sets: those of the prompt have the
+set for its length, and every later row that for its own position.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cloud_verifier.model.attention import get_forward_context
+from cloud_verifier.model.batch import Segment
 from edge_runtime.protocol.errors import TargetError
 
 # Types whose `prepare_inputs_for_generation` drops the KV cache when the text outgrows the first set.
@@ -31,7 +32,7 @@ class LengthScaledRope:
 
     Attributes:
         switch: texts of more tokens than this use the second set of frequencies; None if there is one set.
-        switches_within_text: a text may outgrow the first set. Otherwise `switch` bounds the context.
+        recomputes: all rows of a text have the set for its length, and are computed anew when that changes.
     """
 
     @torch.inference_mode()
@@ -51,27 +52,36 @@ class LengthScaledRope:
             types = _rope_types(module)
             if "longrope" in types.values():
                 self.switch = _original_length(config, module)
-                sets = [_frozen(module, x, 0), _frozen(module, x, self.switch)]
+                sets = [_frozen(module, x, position) for position in (0, self.switch)]
             elif any("dynamic" in str(rope_type) for rope_type in types.values()):
                 sets = [_frozen(module, x, 0)]
             else:
                 sets = []
             _check(module, sets, x, self.switch, config.max_position_embeddings)
             if sets:
-                self._modules[module] = _RotaryByLength(module, sets)
+                self._modules[module] = _RotaryByLength(self, module, sets)
+        if self.switch and self.switch >= config.max_position_embeddings:
+            self.switch = None
         known: int | None = getattr(config, "original_max_position_embeddings", None)
-        self.switches_within_text = config.model_type in RECOMPUTING_MODEL_TYPES and known == self.switch
+        self.recomputes = config.model_type in RECOMPUTING_MODEL_TYPES and known == self.switch
         for module, forward in self._modules.items():
             module.forward = forward
 
     @property
-    def context_limit(self) -> int | None:
-        """The longest text that can be served; None for no limit but the model's."""
-        return None if self.switches_within_text else self.switch
+    def depends_on_prompt(self) -> bool:
+        """Whether the rows of a text depend on where its prompt ended."""
+        return self.switch is not None and not self.recomputes
 
     def is_long(self, length: int) -> bool:
         """Whether a text of `length` tokens uses the second set of frequencies."""
         return self.switch is not None and length > self.switch
+
+    def long_rows(self, segment: Segment) -> list[bool]:
+        """Whether each row of a segment uses the second set of frequencies."""
+        sequence = segment.sequence
+        if self.recomputes or self.switch is None:
+            return [sequence.long_rope] * len(segment)
+        return [self.is_long(max(sequence.prompt_length, position + 1)) for position in segment.positions]
 
     def remove(self) -> None:
         """Leave the model as transformers made it."""
@@ -82,8 +92,8 @@ class LengthScaledRope:
 class _RotaryByLength:
     """The forward of a rotary embedding: as transformers made it, but by row in a forward of a runner."""
 
-    def __init__(self, module: Any, sets: list[Any]) -> None:
-        self._forward, self._sets = module.forward, sets
+    def __init__(self, rope: LengthScaledRope, module: Any, sets: list[Any]) -> None:
+        self._rope, self._forward, self._sets = rope, module.forward, sets
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         context = get_forward_context()
@@ -92,7 +102,7 @@ class _RotaryByLength:
         short, *rest = (frozen(x, *args, **kwargs) for frozen in self._sets)
         if not rest:
             return short
-        is_long = context.long_rope_rows()[None, :, None]
+        is_long = context.long_rope_rows(self._rope)[None, :, None]
         if isinstance(short, torch.Tensor):
             return torch.where(is_long, rest[0], short)
         return tuple(torch.where(is_long, *pair) for pair in zip(rest[0], short, strict=True))

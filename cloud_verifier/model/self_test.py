@@ -29,14 +29,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 EQUAL_ROWS = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.9}
 # Windows and chunks that are longer are shortened to this for the test, so that it takes well under a second for a
 # small model on a CPU. A GPU passes through windows of real length (7B, 4096 tokens: half a second).
-LONGEST_SPAN = {"cpu": 24, "cuda": 8192}
+LONGEST_SPAN = {"cpu": 12, "cuda": 8192}
 # Texts that use the second set of RoPE frequencies are tested if they begin at this length or before.
 LONGEST_ROPE = {"cpu": 256, "cuda": 8192}
 # Length of the text past the longest span, and sizes of its last chunks, of which all logits are compared.
-TEXT_TOKENS = 56
-LAST_CHUNKS = (1, 13, 22)
+TEXT_TOKENS = 28
+LAST_CHUNKS = (1, 7, 12)
 # The other text in the batch.
-OTHER_TOKENS, OTHER_CHUNK = 20, 7
+OTHER_TOKENS, OTHER_CHUNK = 10, 4
 
 
 class SelfTest:
@@ -100,8 +100,8 @@ class SelfTest:
         text, other = self._text, self._other
         pool = KVCachePool(runner.shape, len(text) + len(other) + 2)
         sequence, other_sequence = CachedSequence(), CachedSequence()
-        sequence.long_rope = runner.rope.is_long(len(text) - 3)
         prompt = len(text) - 4
+        sequence.prompt_length, sequence.long_rope = prompt, runner.rope.is_long(prompt)
         sizes: list[int] = []
         for size in reversed(LAST_CHUNKS):
             sizes.insert(0, min(size, prompt - sum(sizes)))

@@ -133,14 +133,6 @@ class Target:
                 if other.runner.shape == self.runner.shape:
                     share_equal_tensors(model, other.runner.model)
         self._rope = self.runner.rope if isinstance(self.runner, TargetRunner) else None
-        if self._rope and self._rope.context_limit and self._rope.context_limit < self.context:
-            self.context = self._rope.context_limit
-            log.warning(
-                "%s: serves texts of up to %d tokens: longer ones have other RoPE frequencies, to which transformers "
-                "would change in the middle of a text",
-                path,
-                self.context,
-            )
         if unmerged:
             self._adapter_weights = self._adapters.load(path)
 
@@ -165,6 +157,8 @@ class Target:
     @property
     def replays_prompt(self) -> bool:
         """Whether the logits depend on where the prompt of a text ended (see `GeneralRunner.is_consistent`)."""
+        if self._rope:
+            return self._rope.depends_on_prompt
         return isinstance(self.runner, GeneralRunner) and not self.runner.is_consistent
 
     @property
@@ -202,14 +196,15 @@ class Target:
 
     def draft_limit(self, length: int) -> int:
         """The longest draft that can be verified after a text of `length` tokens, with a token of the target's own."""
-        switch = self._rope.switch if self._rope else None
+        switch = self._rope.switch if self._rope and self._rope.recomputes else None
         room = self.context - length - 1
-        # All rows of a forward use the same RoPE frequencies.
+        # All keys of a text have the same RoPE frequencies.
         return room if switch is None or length > switch else min(room, switch - length)
 
     def prepare_cache(self, sequence: CachedSequence, length: int) -> None:
         """Prepare the KV cache of a text that now has `length` tokens: drop keys with other RoPE frequencies."""
-        if self._rope:
+        sequence.prompt_length = sequence.prompt_length or length
+        if self._rope and self._rope.recomputes:
             is_long = self._rope.is_long(length)
             if sequence.long_rope != is_long:
                 sequence.length, sequence.long_rope = 0, is_long
