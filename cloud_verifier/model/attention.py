@@ -79,7 +79,7 @@ def attend(
     out = torch.empty(query.shape[2], heads, group, value.shape[3], dtype=query.dtype)
     for segment, start, (first_key, mask) in zip(batch.segments, batch.starts, batch.visible_keys(span), strict=True):
         rows = slice(start, start + len(segment))
-        keys, values = _store(batch.pool, segment.sequence, layer, key[0, :, rows], value[0, :, rows], first_key)
+        keys, values = _store(batch.pool, segment.sequence, layer, key[0, :, rows], value[0, :, rows], first=first_key)
         grouped = queries[:, :, rows].flatten(1, 2)
         grouped_mask = None if mask is None else mask.repeat(group, 1) if group > 1 else mask
         if softcap is None and s_aux is None:
@@ -128,7 +128,7 @@ def explicit_attention(
 
 
 def _store(
-    pool: KVCachePool, sequence: CachedSequence, layer: int, key: torch.Tensor, value: torch.Tensor, first: int
+    pool: KVCachePool, sequence: CachedSequence, layer: int, key: torch.Tensor, value: torch.Tensor, *, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write rows (heads, rows, size) after the sequence; return its keys and values from `first` on, rows included."""
     page_tokens, past = pool.page_tokens, sequence.length

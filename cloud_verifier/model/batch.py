@@ -6,9 +6,9 @@ expresses both a chain of tokens and a chain with sibling tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,9 +16,6 @@ from cloud_verifier.model.kv_cache import CachedSequence, CacheShape, KVCachePoo
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling
-
-if TYPE_CHECKING:
-    from cloud_verifier.model.rope import LengthScaledRope
 
 
 class SegmentRunner(Protocol):
@@ -151,9 +148,9 @@ class ForwardBatch:
             rows += len(segment)
         return cls(pool, segments, starts)
 
-    def long_rope_rows(self, rope: LengthScaledRope) -> torch.Tensor:
-        """(rows,) bool: whether each row uses the second set of RoPE frequencies."""
-        return torch.tensor([is_long for segment in self.segments for is_long in rope.long_rows(segment)])
+    def long_rope_rows(self, rows_of: Callable[[Segment], list[bool]]) -> torch.Tensor:
+        """(rows,) bool: whether each row uses the second set of RoPE frequencies, by `LengthScaledRope.long_rows`."""
+        return torch.tensor([is_long for segment in self.segments for is_long in rows_of(segment)])
 
     def visible_keys(self, span: AttentionSpan) -> list[tuple[int, torch.Tensor | None]]:
         """What the rows of each segment attend to in a layer of the given span.

@@ -158,7 +158,7 @@ class _GraphContext(NamedTuple):
     slab: torch.Tensor
     lora_mask: torch.Tensor | None
 
-    def long_rope_rows(self, _: LengthScaledRope) -> torch.Tensor:
+    def long_rope_rows(self, _: Callable[[Segment], list[bool]]) -> torch.Tensor:
         return self.inputs.long_rope != 0
 
 

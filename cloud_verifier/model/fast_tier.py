@@ -319,7 +319,8 @@ def _classify(
         raise TargetError(f"{name} passes {[*query.shape]} queries and {[*key.shape]} keys to its attention")
     repeats = _repeats(key, value, getattr(layer, "num_key_value_groups", 1)) if query_heads == kv_heads else 1
     span = _span_of(attention_mask, name)
-    return AttentionCall(layer, query_heads, kv_heads // repeats, max(key.shape[3], value.shape[3]), span, repeats)
+    size = max(key.shape[3], value.shape[3])
+    return AttentionCall(layer, query_heads, kv_heads // repeats, head_size=size, span=span, repeats=repeats)
 
 
 def _repeats(key: torch.Tensor, value: torch.Tensor, groups: Any) -> int:

@@ -102,7 +102,7 @@ class _RotaryByLength:
         short, *rest = (frozen(x, *args, **kwargs) for frozen in self._sets)
         if not rest:
             return short
-        is_long = context.long_rope_rows(self._rope)[None, :, None]
+        is_long = context.long_rope_rows(self._rope.long_rows)[None, :, None]
         if isinstance(short, torch.Tensor):
             return torch.where(is_long, rest[0], short)
         return tuple(torch.where(is_long, *pair) for pair in zip(rest[0], short, strict=True))
