@@ -49,10 +49,10 @@ PROMPT_TOKENS, CHUNK_TOKENS, STEP_TOKENS = 12, 4, 2
 # The self-test looks across the borders of windows and chunks of at most this many tokens: the default chunk of
 # recurrent models, and still a short forward. Across longer ones, a text is read as `generate` reads it.
 MAX_TESTED_BORDER = 256
-# Windows and chunks in transformers' configurations.
+# Windows and chunks, and the number of tokens that sparse attention selects, in transformers' configurations.
 _BORDERS = (
     "sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attn_chunk_length",
-    "chunk_size", "mamba_chunk_size", "block_size",
+    "chunk_size", "mamba_chunk_size", "block_size", "index_topk",
 )  # fmt: skip
 # By dtype: the largest difference of a logit, relative to the largest logit, that the self-test accepts as rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -376,17 +376,16 @@ class GeneralRunner:
         other.feed(ids[1:prompt])
         if not equal(state.feed(ids[prompt + 1 : prompt + 2]), expected[2:3]):
             raise TargetError("its logits depend on other texts: it keeps a part of its cache outside of the text's")
-        self.is_consistent = equal(self._read_by_token(ids[:-1], len(ids) - 1)[0], expected[-2]) and all(
-            equal(
-                self._read_by_token(ids[: length + 1], length)[1], self._read_by_token(ids[: length + 1], length + 1)[0]
-            )
-            for length in (1, 2, prompt - 1)
-        )
         try:
-            if equal(self._read_chunk(ids, prompt), expected[1 : 2 + CHUNK_TOKENS]):
+            self.is_consistent = equal(self._read_by_token(ids[:-1], len(ids) - 1)[0], expected[-2]) and all(
+                equal(self._read_by_token(text, length)[1], self._read_by_token(text, length + 1)[0])
+                for length in (1, 2, prompt - 1)
+                if (text := ids[: length + 1])
+            )
+            if self.is_consistent and equal(self._read_chunk(ids, prompt), expected[1 : 2 + CHUNK_TOKENS]):
                 self.chunk_limit = min((size for size in borders if size > MAX_TESTED_BORDER), default=context)
-        except Exception as error:  # whatever a model raises that takes no chunk
-            log.debug("the model continues a text only token by token: %r", error)
+        except Exception as error:  # whatever a model raises that cannot be read otherwise
+            log.debug("a text is read only as generate does: %r", error)
         return shape
 
     def _read_by_token(self, ids: list[int], prompt: int) -> torch.Tensor:

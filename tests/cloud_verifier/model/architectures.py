@@ -74,7 +74,7 @@ TEXT_MODELS: dict[str, Settings] = {
     "ctrl": {"n_positions": CONTEXT, "dff": 128},
     "dbrx": {
         "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": _ROUTED_EXPERTS | _LATENT_ATTENTION,
@@ -137,7 +137,7 @@ TEXT_MODELS: dict[str, Settings] = {
     "ministral": _SLIDING,
     "mistral": {"sliding_window": WINDOW},
     "mixtral": {"num_local_experts": 4},
-    "modernbert-decoder": {"local_attention": WINDOW},
+    "modernbert-decoder": {"local_attention": WINDOW, "pad_token_id": 1},
     "mpt": {"max_seq_len": CONTEXT, "d_model": 64, "n_heads": 4, "n_layers": 2},
     "nemotron": {},
     "olmo": {},
