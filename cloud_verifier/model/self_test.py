@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 GREEDY = Sampling()
 # By dtype: the largest difference of a logit, relative to the largest logit, that is taken for rounding.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Share of the rows within that tolerance. In low precision a router may choose another expert for some rows.
 EQUAL_ROWS = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.9}
 # Windows and chunks that are longer are shortened to this for the test, so that it takes well under a second for a

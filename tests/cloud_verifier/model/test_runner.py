@@ -146,8 +146,10 @@ def test_chunked_prefill_equals_one_forward(tiny_loaded: LoadedTarget, length: i
     assert_equal_logits(logits[0], tiny_loaded.reference_logits([*ids, 5]))
 
 
-def test_sequences_longer_than_a_page(tmp_path: Path) -> None:
-    loaded = load_with_reference(save_target(tmp_path / "long", max_position_embeddings=2048))
+@pytest.mark.parametrize("window", [0, 100, 700], ids=lambda window: f"window {window}" if window else "full")
+def test_sequences_longer_than_a_page(tmp_path: Path, window: int) -> None:
+    options = {"model_type": "mistral", "sliding_window": window} if window else {}
+    loaded = load_with_reference(save_target(tmp_path / "long", max_position_embeddings=2048, **options))
     page = loaded.pool.page_tokens
     ids = [(31 * index + 7) % VOCABULARY_SIZE for index in range(2 * page + 90)]
     sequence = loaded.new_sequence(ids[: page - 3])
