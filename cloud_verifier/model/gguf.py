@@ -1,9 +1,10 @@
 """Converts GGUF files into Hugging Face directories, once, in a cache.
 
-transformers reads a GGUF file's weights. It does not read all of the rest: RoPE scaling is ignored, the tokenizer is
-rebuilt from a few fixed patterns, and end tokens get lost. So the configuration is completed here from the metadata, by
-an allow-list: a file with a setting of its architecture that is not understood is refused, never served without it. The
-tokenizer is rebuilt by `model.gguf_tokenizer`.
+transformers can load a GGUF file, but not all of it: RoPE scaling is ignored, tensors that it does not know are left
+out, the tokenizer is rebuilt from a few fixed patterns, and end tokens get lost. So the configuration is completed here
+from the metadata, by an allow-list: a file with a setting or a tensor that is not understood is refused, never served
+without it. The tokenizer is rebuilt by `model.gguf_tokenizer`. transformers' rules for names and for the order of
+weights are used as they are.
 
 Quantized weights become bfloat16: its rounding (2^-9) is far below that of the quantization. Unquantized files keep
 their type.
@@ -15,7 +16,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,10 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from cloud_verifier.model.gguf_tokenizer import CONTROL, GgufTokenizer
 from edge_runtime.protocol.errors import TargetError
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
 # Part of the cached directory's name: raise it when the conversion changes.
@@ -56,6 +62,9 @@ COPIED_SETTINGS = {
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1's and 3.2's rule for RoPE (their config.json); a GGUF file stores only the factors that follow from it.
 LLAMA3_LOW_FACTOR, LLAMA3_HIGH_FACTOR, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+WEIGHTS_FILE = "model.safetensors"
+# Chosen: bounds the memory of a conversion; a tensor of this size is still one shard.
+SHARD_BYTES = 2_000_000_000
 # Tokens that end a turn, if the chat template writes them: files name only one of them as EOS.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>")
 # Sampling defaults by their GGUF name.
@@ -86,6 +95,7 @@ def resolve_checkpoint(path: Path) -> Path:
     directory = cache_directory(os.environ) / f"{path.stem}-{digest[:12]}-{CONVERTER_VERSION}"
     with _locked(directory):
         if not directory.is_dir():
+            log.warning("converting %s into %s, once", path, directory)
             convert_gguf(path, directory)
     return directory
 
@@ -110,7 +120,7 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
 def convert_gguf(path: Path, directory: Path) -> None:
     """Convert the GGUF file `path` into a Hugging Face directory, which appears complete or not at all.
 
-    It takes memory for the weights in float32 and in the type that they are stored in.
+    It takes memory for one shard, and for the largest tensor in float32.
 
     Raises:
         TargetError: the file cannot be converted without loss of meaning, or the disk is full.
@@ -269,29 +279,60 @@ class _GgufFile:
         fast.save_pretrained(directory, save_jinja_files=False)
 
     def _save_weights(self, config: Any, directory: Path) -> None:
+        """Write configuration and weights, one shard at a time in memory."""
+        from gguf import dequantize
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
         dtype = self._dtype()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self._path.parent, gguf_file=self._path.name, config=config, dtype=dtype, output_loading_info=True
-        )
-        model, info = loaded
-        lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        if lost:
-            raise TargetError(f"it lacks {len(lost)} tensors of a {config.model_type}, such as {lost[0]}")
-        tied = bool(config.tie_word_embeddings)
-        stored = sum(
-            int(tensor.n_elements)
-            for tensor in self._reader.tensors
-            if tensor.name not in ROPE_TENSORS and not (tied and tensor.name == "output.weight")
-        )
-        # A tensor that transformers does not map is left out without a word, so all numbers are counted.
-        used = sum(parameter.numel() for parameter in model.parameters())
-        if stored != used:
-            raise TargetError(f"it holds {stored} weights, and transformers' {config.model_type} uses {used} of them")
-        model.generation_config = self._generation_config(config)
-        model.save_pretrained(directory)
+        auto: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        # A tied head is no parameter of its own, and some files repeat it.
+        expected: dict[str, torch.Tensor] = dict(model.named_parameters())
+        repeated = {"output.weight"} if config.tie_word_embeddings else set()
+        names = self._tensor_names(model)
+        make_processor: Any = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        processor = make_processor(config=config.to_dict())
+        shards = ShardWriter(directory)
+        for tensor in self._reader.tensors:
+            if tensor.name in ROPE_TENSORS or tensor.name in repeated:
+                continue
+            # Some processors split a tensor into several, which they put here.
+            parts: dict[str, torch.Tensor] = {}
+            done = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters={"tensors": parts},
+            )
+            if done.name is not None:
+                parts[names.get(done.name, done.name)] = torch.from_numpy(np.array(done.weights))
+            for name, values in parts.items():
+                if name not in expected or expected[name].shape != values.shape:
+                    shape = list(values.shape)
+                    raise TargetError(f"it holds {tensor.name} of the shape {shape}, which a {config.model_type} lacks")
+                shards.add(name, values.to(dtype))
+                del expected[name]
+        if expected:
+            raise TargetError(f"it lacks {len(expected)} tensors of a {config.model_type}, such as {min(expected)}")
+        shards.close()
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        config.save_pretrained(directory)
+        self._generation_config(config).save_pretrained(directory)
         saved = json.loads((directory / "config.json").read_text())
         saved = {name: value for name, value in saved.items() if not name.endswith("_name_or_path")}
         (directory / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+    def _tensor_names(self, model: Any) -> dict[str, str]:
+        """Names of the model's tensors by their names in the file."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self._architecture)
+        known = get_tensor_name_map(architecture, int(self._setting("block_count")))
+        # All experts of a layer are one tensor in the file.
+        names = {re.sub(r"mlp\.experts\.\d+\.", "mlp.experts.", name): name for name in model.state_dict()}
+        found = {known.get_name(name, (".weight", ".bias")): name for name in names}
+        return {file_name: name for file_name, name in found.items() if file_name is not None}
 
     def _dtype(self) -> torch.dtype:
         """The type of the matrices' weights if it is the same for all, else bfloat16."""
@@ -322,6 +363,47 @@ class _GgufFile:
             do_sample=True if sampling else None,
             **sampling,
         )
+
+
+class ShardWriter:
+    """Writes tensors into safetensors files of limited size, with the index that transformers expects."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor; the shard is written when it is full."""
+        if self._pending and self._pending_bytes + tensor.nbytes > SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write the last shard, and the index if there are several."""
+        self._flush()
+        count = len(self._shards)
+        files = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else [WEIGHTS_FILE]
+        for number, file in enumerate(files):
+            self._shard_path(number).rename(self._directory / file)
+        if count > 1:
+            weights = {name: file for file, names in zip(files, self._shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": self._total}, "weight_map": weights}
+            text = json.dumps(index, indent=2) + "\n"
+            (self._directory / f"{WEIGHTS_FILE}.index.json").write_text(text, encoding="utf-8")
+
+    def _flush(self) -> None:
+        path = self._shard_path(len(self._shards))
+        save_file(self._pending, path, {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _shard_path(self, number: int) -> Path:
+        return self._directory / f"shard-{number}.safetensors"
 
 
 def _shortest(number: float) -> float:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import GPT2Converter, Qwen2Converter, TikTokenConverter
 
 from cloud_verifier.cli.main import main
+from cloud_verifier.model import gguf as gguf_conversion
 from cloud_verifier.model import gguf_tokenizer
 from cloud_verifier.model.gguf import cache_directory, convert_gguf, is_gguf, resolve_checkpoint
 from cloud_verifier.model.loading import TargetLoader
@@ -263,6 +264,13 @@ def test_an_unquantized_model_is_the_original(model_type: str, tied: bool, conve
     assert torch.equal(logits(converted), logits(original))
 
 
+def test_a_large_model_is_written_in_shards(convert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_conversion, "SHARD_BYTES", 100_000)
+    original, converted = convert("llama")
+    assert len(list(converted.glob("model-*-of-*.safetensors"))) > 2
+    assert torch.equal(logits(converted), logits(original))
+
+
 SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
     "yarn": (
@@ -320,7 +328,10 @@ def test_a_quantized_model_is_stored_in_bfloat16_and_has_tokenizer_template_and_
         ({"settings": {"expert_count": 8}}, "mixtures of experts"),
         ({"settings": {"split.count": 2}}, "llama.split.count"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "follow no rule"),
-        ({"tensors": {"blk.0.extra.weight": np.ones((4, 4), np.float32)}}, "holds .* weights"),
+        (
+            {"tensors": {"blk.0.extra.weight": np.ones((4, 4), np.float32)}},
+            r"holds blk.0.extra.weight of the shape \[4, 4\]",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused(options: dict[str, Any], message: str, convert: Callable[..., Any]) -> None:
