@@ -110,7 +110,7 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
     """
     path = path.resolve()
     base = base_directory(path)
-    config = load_config(base)
+    config = load_config(base).get_text_config(decoder=True)
     check_weights(base)
     tokenizer = load_tokenizer(path, base)
     known: dict[tuple[str, int], dict[str, str]] = {}
