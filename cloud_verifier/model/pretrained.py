@@ -85,6 +85,9 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
             model, info = _auto_class(config, base).from_pretrained(base, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+        if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+            # transformers' default attention leaves soft-capping out without a word.
+            model.set_attn_implementation("eager")
         if not quantization:
             model = model.to(device)
     except TargetError:

@@ -308,9 +308,6 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
                 )
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
         model = text_part(model)
-        if getattr(model.config, "attn_logit_softcapping", None):
-            # transformers' default attention leaves soft-capping out without a word.
-            model.set_attn_implementation("eager")
         model = model.eval()
     except Exception as error:
         raise TargetError(f"{path} does not load on {device}: {error}") from None

@@ -90,7 +90,7 @@ TEXT_MODELS: dict[str, Settings] = {
     "falcon_mamba": {"state_size": 8},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
-    "gemma2": {"sliding_window": WINDOW},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 5.0},
     "gemma3_text": _SLIDING,
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
