@@ -30,9 +30,9 @@ Board profiles: speed, power, radios, and the source of every figure.
 
 examples:
   device-profile list
-  device-profile show raspberry-pi-5 --bundle export/example_family/bundle
-  device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle export/example_family/bundle
-  device-profile calibrate --bundle export/example_family/bundle --like raspberry-pi-5 --output my-board.toml
+  device-profile show raspberry-pi-5 --bundle family/bundle
+  device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle family/bundle
+  device-profile calibrate --bundle family/bundle --like raspberry-pi-5 --output my-board.toml
   device-profile validate my-board.toml
 """
 CALIBRATE = """\

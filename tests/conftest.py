@@ -22,7 +22,7 @@ from tests.models import save_target
 
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
-FAMILY = Path(__file__).resolve().parent.parent / "export" / "example_family"
+FAMILY = Path(__file__).resolve().parent / "toy_family"
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)

@@ -34,9 +34,9 @@ DESCRIPTION = """\
 The cloud half of FlexSpec: verifies the tokens that boards draft, with a PyTorch target model.
 
 examples, with the model family that ships with a clone:
-  cloud-verifier serve export/example_family/target-v1
-  cloud-verifier serve export/example_family/target-v1 --draft export/example_family/bundle    # speculate here too
-  cloud-verifier generate export/example_family/target-v1 "def main(" --max-new-tokens 32
+  cloud-verifier serve family/target-v1
+  cloud-verifier serve family/target-v1 --draft family/bundle    # speculate here too
+  cloud-verifier generate family/target-v1 "def main(" --max-new-tokens 32
 
 examples, with your own model and GPUs:
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\

@@ -28,8 +28,8 @@ running service applies every change within seconds.
 
 examples:
   export FLEXSPEC_REGISTRY=registry
-  cloud-verifier targets add export/example_family/target-v1 --draft export/example_family/bundle
-  cloud-verifier targets add export/example_family/target-v2    # gets no sessions yet, except by name
+  cloud-verifier targets add family/target-v1 --draft family/bundle
+  cloud-verifier targets add family/target-v2    # gets no sessions yet, except by name
   cloud-verifier targets check target-v2                        # forecast the acceptance rate of the boards' draft
   cloud-verifier targets canary target-v2 5                     # 5 % of the new sessions of `latest`
   cloud-verifier targets rollback                               # undo the last change of `latest`

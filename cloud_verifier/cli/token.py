@@ -28,7 +28,7 @@ examples:
   cloud-verifier token add operator --role admin --tokens tokens.toml
   cloud-verifier token list --tokens tokens.toml
   cloud-verifier token revoke lab --tokens tokens.toml
-  cloud-verifier serve export/example_family/target-v1 --tokens tokens.toml
+  cloud-verifier serve family/target-v1 --tokens tokens.toml
   sudo cloud-verifier token add kitchen > kitchen.token          # for the board's verifier.token_file
 """
 

@@ -10,17 +10,22 @@ from edge_runtime.protocol.errors import InputError
 from export.cli.choices import LAYOUTS, OBJECTIVES
 
 DESCRIPTION = """\
-Trains a draft for TARGET by distillation: new blocks learn TARGET's distribution, next to frozen tensors of TARGET.
-After an interruption, give the same command again: training resumes from its last checkpoint. The result goes to
---output, with distill.json (parameters, texts, seeds, and agreement on held-out text) and distill.png (the loss);
-`draft-export onnx TARGET OUTPUT` packs it for boards.
+Trains a draft for TARGET by distillation: new blocks learn TARGET's distribution, next to frozen tensors of TARGET. The
+training text is what TARGET writes itself: chats through its chat template (--chats), the user's turns too. Text from
+files (--text) replaces or complements it: a model without a chat template needs it, and it prepares the draft for
+domains that chats rarely touch. Further versions of TARGET (--versions) teach along, so that the draft fits them too.
+
+After an interruption, give the same command again: it resumes. The result goes to --output, with distill.json
+(parameters, seeds, curve, agreement on held-out text) and distill.png (the loss); the last line says what twice the
+training would bring. `draft-export onnx TARGET OUTPUT` packs the draft for boards.
 
 examples:
-  draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft                    # one GPU, hours
-  draft-export distill /models/Llama-3.1-8B --text corpus/ --rows 64 --accumulate 16 --output draft
-  draft-export distill export/example_family/target-v1 --text corpus/ \\
+  draft-export distill /models/SmolLM2-135M-Instruct --chats 48000 --steps 8000 --output draft    # 20 minutes, one H200
+  draft-export distill /models/Llama-3.1-8B-Instruct --chats 48000 --text docs/ --rows 64 --accumulate 16 --output draft
+  draft-export distill /models/base --text corpus/ --samples 2000000 --output draft               # no chat template
+  draft-export distill tests/toy_family/target-v1 --text README.md \\
       --steps 20 --rows 4 --length 64 --output /tmp/draft
-  draft-export distill target --text a.txt b/ --siblings 3 --samples 2000000 --layout prefix --output draft
+  draft-export distill /models/v2 --start draft --chats 4000 --steps 800 --output draft-v2  # retrain for a version
 """
 
 
@@ -33,33 +38,64 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="PATH", help="UTF-8 files, or folders")
+    parser.add_argument(
+        "--chats",
+        type=int,
+        default=0,
+        metavar="N",
+        help="chats that TARGET writes as training text; best: 12000 or more",
+    )
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help="UTF-8 files, or folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
     parser.add_argument("--layout", choices=LAYOUTS, default="anchor", help="default: %(default)s")
-    parser.add_argument("--new-blocks", type=int, default=2, metavar="N", help="trained blocks (default: %(default)s)")
+    parser.add_argument("--new-blocks", type=int, default=3, metavar="N", help="trained blocks (default: %(default)s)")
     parser.add_argument(
-        "--shared-blocks", type=int, default=1, metavar="N", help="blocks of the target's own (default: %(default)s)"
+        "--shared-blocks", type=int, default=0, metavar="N", help="blocks of the target's own (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="DRAFT", help="continue from this draft instead of TARGET's blocks"
+    )
+    parser.add_argument(
+        "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"
+    )
+    teachers = parser.add_argument_group("teachers and text")
+    teachers.add_argument(
+        "--versions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="further versions of TARGET that teach along",
+    )
+    teachers.add_argument(
+        "--siblings", type=int, default=1, metavar="N", help="perturbed targets that teach along (default: %(default)s)"
+    )
+    teachers.add_argument(
+        "--strength", type=float, default=0.1, help="size of the perturbation relative to each matrix (%(default)s)"
+    )
+    teachers.add_argument(
+        "--future-share", type=float, default=0.3, help="share of versions and siblings in a batch (%(default)s)"
+    )
+    teachers.add_argument(
+        "--samples", type=int, default=0, metavar="TOKENS", help="tokens that TARGET writes after pieces of --text (0)"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--objective", choices=OBJECTIVES, default="mixed", help="loss (default: %(default)s)")
-    training.add_argument(
-        "--siblings", type=int, default=2, metavar="N", help="perturbed targets as further teachers (%(default)s)"
-    )
-    training.add_argument(
-        "--strength", type=float, default=0.1, help="size of the perturbation relative to each matrix (%(default)s)"
-    )
-    training.add_argument(
-        "--samples", type=int, default=0, metavar="TOKENS", help="further training text that the target generates (0)"
-    )
     training.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
     training.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    training.add_argument("--rows", type=int, default=96, help="texts in a batch (default: %(default)s)")
+    training.add_argument("--rows", type=int, default=64, help="texts in a batch (default: %(default)s)")
     training.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
     training.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts, to save memory (1)"
     )
     training.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="default: %(default)s")
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    training.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile blocks and loss (default: on a GPU)",
+    )
     training.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")
     parser.set_defaults(run=run)
 
@@ -69,35 +105,49 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from cloud_verifier.draft_models.layouts import LAYOUTS as LAYOUT_DEFINITIONS
-    from export.draft.distillation_run import DistillationConfig, distill
+    from export.draft.distillation_config import DistillationConfig
+    from export.draft.distillation_run import MONITORED_TEMPERATURE, distill
     from export.draft.training import TrainingSchedule
 
-    if options.siblings < 0 or options.samples < 0:
-        raise InputError("--siblings and --samples must be at least 0")
-    plan = TrainingSchedule(
-        options.steps,
-        options.rate,
-        options.rows,
-        options.length,
-        warm_up=options.warm_up,
-        seed=options.seed,
-        accumulate=options.accumulate,
-    )
-    order = DistillationConfig(
+    if min(options.siblings, options.samples, options.chats) < 0:
+        raise InputError("--siblings, --samples and --chats must be at least 0")
+    config = DistillationConfig(
         target=options.target,
+        plan=TrainingSchedule(
+            options.steps,
+            options.rate,
+            options.rows,
+            options.length,
+            warm_up=options.warm_up,
+            seed=options.seed,
+            accumulate=options.accumulate,
+        ),
         texts=tuple(options.text),
-        plan=plan,
+        chats=options.chats,
         layout=options.layout,
         new_blocks=options.new_blocks,
         shared_blocks=options.shared_blocks if LAYOUT_DEFINITIONS[options.layout].shares else 0,
         objective=options.objective,
         samples=options.samples,
+        versions=tuple(options.versions),
         siblings=options.siblings,
         strength=options.strength,
+        future_share=options.future_share,
+        start=options.start,
+        head_bits=options.head_bits,
+        compiled=options.compile,
     )
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    agreement = distill(order, options.output, device)
-    print(
-        f"{options.output}: acceptance on held-out text {agreement.greedy:.1%} at T=0, {agreement.coupled:.1%} at T=1"
-    )
+    result = distill(config, options.output, device)
+    print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text")
+    if result.text is not None:
+        cells = (f"{share:.1%} ({result.text.round_tokens[t]:.2f}) at {t}" for t, share in result.text.accepted.items())
+        print(f"  given text: {', '.join(cells)}")
+    if result.chats:
+        cells = (f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for t, a in result.chats.items())
+        print(f"  chats: {', '.join(cells)}")
+    if result.doubling_gain is not None:
+        print(
+            f"  twice the steps would bring about {result.doubling_gain:+.1%} at T={MONITORED_TEMPERATURE:g} (estimate)"
+        )
     return 0

@@ -19,7 +19,7 @@ exit codes: 0 no fault; 2 bad input; 3 a fault
 examples:
   draft-export doctor /models/Llama-3.1-8B
   draft-export doctor /models/Llama-3.1-8B --layout prefix --new-blocks 1 --weights int4 --profile raspberry-pi-5
-  draft-export doctor export/example_family/target-v2 --bundle export/example_family/bundle --json
+  draft-export doctor family/target-v2 --bundle family/bundle --json
 """
 STATE_COLORS = {"ok": "green", "warning": "yellow", "fault": "red"}
 

@@ -29,8 +29,8 @@ BUNDLE is a bundle, run as a board runs it, or a draft's directory, run in PyTor
 target is the directory of a checkpoint, an adapter, or changed tensors; a bare name is also looked up next to BUNDLE.
 
 examples:
-  draft-export evaluate export/example_family/bundle --target target-v1 target-v2 --output /tmp/evaluation
-  draft-export evaluate export/example_family/draft-anchor --target target-v1 target-v2 \\
+  draft-export evaluate family/bundle --target target-v1 target-v2 --output /tmp/evaluation
+  draft-export evaluate tests/toy_family/draft-anchor --target target-v1 target-v2 \\
       --retrained target-v2=/tmp/draft-v2
   draft-export evaluate bundle --target /models/Llama-3.1-8B --text prose.txt code.py --temperature 0 --texts 16
   draft-export evaluate bundle --target v1 v2 --ngram-cache --profile jetson-orin-nano --link 4g --verifier 32b

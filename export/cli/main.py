@@ -12,27 +12,28 @@ from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.cli import distill, doctor, evaluate, family, forms, onnx, policy, record, sign
+from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, record, sign
 
 DESCRIPTION = """\
 Makes the frozen draft model: trains it against a target, exports it to ONNX, and packs it into a bundle for boards.
 
 examples:
-  draft-export onnx export/example_family/target-v1 export/example_family/draft-anchor --output /tmp/bundle
+  draft-export onnx tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/bundle
   draft-export onnx /models/Llama-3.1-8B /models/Llama-3.2-1B --output /tmp/bundle
   draft-export onnx /models/Llama-3.1-8B draft --weights int8-head4 --context 4096 --no-acceptance --output /tmp/bundle
-  draft-export forms export/example_family/target-v1 export/example_family/draft-anchor --output /tmp/forms
-  draft-export distill /models/Llama-3.1-8B --text corpus/ --output draft
-  draft-export family --size smoke --corpus /tmp/corpus --out /tmp/family
-  draft-export evaluate export/example_family/bundle --target target-v1 target-v2 --output /tmp/evaluation
+  draft-export forms tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/forms
+  draft-export distill family/target-v1 --chats 12000 --output draft
+  draft-export example family
+  draft-export family family/target-v1 --out /tmp/family
+  draft-export evaluate family/bundle --target target-v1 target-v2 --output /tmp/evaluation
   draft-export doctor /models/Llama-3.1-8B --layout anchor
-  draft-export record export/example_family/bundle --target export/example_family/target-v1 --output acceptance.npz
+  draft-export record family/bundle --target family/target-v1 --output acceptance.npz
   draft-export policy --output /tmp/policy
   draft-export keygen maker.key
   draft-export sign /tmp/bundle --key maker.key
 """
 
-COMMANDS = (onnx, family, record, sign, distill, forms, evaluate, doctor, policy)
+COMMANDS = (onnx, example, family, record, sign, distill, forms, evaluate, doctor, policy)
 
 # Top-level modules that only the extra `export` installs.
 EXTRA_MODULES = frozenset(

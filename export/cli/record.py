@@ -12,7 +12,7 @@ Records which draft tokens targets accept, and the draft's confidence in them: a
 temperature.
 
 examples:
-  draft-export record export/example_family/bundle --target export/example_family/target-v1 --output acceptance.npz
+  draft-export record family/bundle --target family/target-v1 --output acceptance.npz
   draft-export record bundle --target /models/Llama-3.1-8B --text prompts.txt --prompts 8 --temperature 0 --output a.npz
 """
 

@@ -19,6 +19,8 @@ from export.data.tokenizer import END_OF_TEXT_ID
 
 TokenIds = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 TOKENIZER_BATCH_DOCUMENTS = 256
+# Separates documents in one text file.
+DOCUMENT_SEPARATOR = "\f"
 
 
 def tokenize_texts(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int = END_OF_TEXT_ID) -> TokenIds:

@@ -1,69 +1,61 @@
-"""Distill a draft for a given target on given text: the implementation of `draft-export distill`."""
+"""Distill a draft for a target on chats that it writes itself, on given text, or on both: `draft-export distill`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cloud_verifier.draft_models.checkpoint import load_draft, save_draft
-from cloud_verifier.draft_models.layouts import build_draft
-from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
-from export.data.token_stream import MixedStream, TokenStream, tokenize_texts
+from cloud_verifier.draft_models.checkpoint import load_draft, read_description, save_draft
+from cloud_verifier.draft_models.layouts import DraftPlan, build_draft
+from cloud_verifier.model.target import load_model
+from cloud_verifier.registry.checkpoint import base_directory
+from edge_runtime.protocol.errors import FlexSpecError, InputError
+from export.bundle.head_rounding import round_head
 from export.draft.agreement import Agreement, measure_agreement
-from export.draft.base_target import TextSource, for_inference, to_device
-from export.draft.distill import Objective, TeacherMix, train_draft
-from export.draft.samples import SampleConfig, sample_texts
-from export.draft.teachers import Teacher, make_siblings, target_teacher
-from export.draft.training import TrainingCurve, TrainingSchedule, write_json
+from export.draft.base_target import TextSource, to_device
+from export.draft.distill import TeacherMix, compile_blocks, train_draft
+from export.draft.distillation_config import DistillationConfig
+from export.draft.teachers import make_siblings, target_teacher
+from export.draft.training import EVALUATIONS, TrainingCurve, write_json
+from export.draft.training_text import CHATS_DIRECTORY, SAMPLES_FILE, TrainingText
 
-# Every HELD_OUT_EVERY-th document is held out for the evaluation.
-HELD_OUT_EVERY = 20
-EVALUATED_WINDOWS = 64
-# Share of the training text that the target sampled, and prompt tokens of a sample.
-SAMPLES_SHARE = 0.15
-SAMPLE_PROMPT_TOKENS = 64
+# Held-out chats that follow the training, and their temperature.
+MONITORED_CHATS, MONITORED_TEMPERATURE = 64, 0.7
 RECORD_FILE, LOSS_CHART_FILE, OPTIONS_FILE = "distill.json", "distill.png", "options.json"
+SCRATCH_FILES = ("checkpoint", SAMPLES_FILE, OPTIONS_FILE)
 
 
 @dataclass(frozen=True)
-class DistillationConfig:
-    """Options of a distillation. The field names are part of `distill.json`.
+class DistillationResult:
+    """What a distillation reached on held-out text.
 
     Attributes:
-        target: Hugging Face directory.
-        texts: UTF-8 files, or directories of them.
-        plan: training schedule.
-        layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`.
-        objective: see `export.draft.distill`.
-        samples: tokens to sample from the target as additional training text.
-        siblings, strength: perturbed targets as additional teachers; see `export.draft.teachers`.
+        text: agreement on held-out pieces of the given text; None without text.
+        chats: agreement on the answers of held-out chats, each written and judged at one temperature.
+        doubling_gain: acceptance rate at MONITORED_TEMPERATURE that twice as many steps would add, extrapolated; None
+            if the run was too short for an estimate.
     """
 
-    target: Path
-    texts: tuple[Path, ...]
-    plan: TrainingSchedule
-    layout: str = "anchor"
-    new_blocks: int = 2
-    shared_blocks: int = 1
-    objective: Objective = "mixed"
-    samples: int = 0
-    siblings: int = 0
-    strength: float = 0.1
+    text: Agreement | None
+    chats: dict[str, Agreement]
+    doubling_gain: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Return the values as plain data."""
+        return asdict(self)
 
 
-def distill(config: DistillationConfig, output: Path, device: torch.device) -> Agreement:
+def distill(config: DistillationConfig, output: Path, device: torch.device) -> DistillationResult:
     """Train a draft and write it to `output`, which appears only when it is complete. A killed run is resumed.
-
-    Returns:
-        Agreement with the target on held-out text.
 
     Raises:
         InputError: `output` exists, or was started with other options; a text cannot be read or is too short.
@@ -72,41 +64,107 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> A
     """
     if output.exists():
         raise InputError(f"{output} exists: choose another --output or remove it")
+    if not config.texts and not config.chats:
+        raise InputError("nothing to train on: give --chats, --text or both")
     partial = output.with_name(output.name + ".partial")
     try:
         _create_work_directory(config, partial)
+        base = base_directory(config.target)
         target = _load_target(config.target, device)
-        training, held_out = _read_texts(config, _end_id(target), device)
-        draft, plan = build_draft(
-            target, config.layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks
-        )
+        text = TrainingText.gather(config, base, target, partial, device)
+        if config.start is None:
+            draft, plan = build_draft(
+                target, config.layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks
+            )
+        else:
+            draft, plan = to_device(load_draft(config.start, base), device), read_description(config.start).plan
         to_device(draft, torch.float32)
-        teachers: list[Teacher] = [target_teacher(target)]
-        teachers += make_siblings(target, plan, config.siblings, config.strength, seed=config.plan.seed)
-        text: TextSource = training
-        if config.samples:
-            sampled = _load_or_sample(target, training, config, partial, device)
-            text = MixedStream(((training, 1 - SAMPLES_SHARE), (sampled, SAMPLES_SHARE)))
-        mixes = [TeacherMix(teacher, text) for teacher in teachers]
-        curve = train_draft(mixes, draft, config.plan, objective=config.objective, checkpoint=partial / "checkpoint")
-        save_draft(draft, plan, config.target, partial)
+        compiled = config.compiled if config.compiled is not None else device.type == "cuda"
+        mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)
+
+        def measure_chats(temperature: float, count: int, draft: PreTrainedModel) -> Agreement:
+            chats = text.held_out_chats[temperature][:count]
+            # Each batch has a shape of its own, for which compiling would take longer than running.
+            with torch.compiler.set_stance("force_eager"):
+                return measure_agreement(target, draft, chats, temperatures=[temperature])
+
+        def monitor() -> float:
+            agreement = measure_chats(MONITORED_TEMPERATURE, MONITORED_CHATS, draft)
+            (score,) = agreement.accepted.values()
+            return score
+
+        with head_as_in_bundle(draft, config.head_bits):
+            curve = train_draft(
+                mixes,
+                draft,
+                config.plan,
+                objective=config.objective,
+                checkpoint=partial / "checkpoint",
+                compiled=compiled,
+                evaluate=monitor if config.chats else None,
+            )
+        save_draft(draft, plan, base, partial)
         # Measured after storing, because bfloat16 keeps fewer bits than training.
-        stored = to_device(load_draft(partial, config.target), device)
-        length = min(config.plan.length, len(held_out.ids))
-        agreement = measure_agreement(
-            to_device(target, torch.float32), stored, held_out, windows=EVALUATED_WINDOWS, length=length
-        )
-        record = _options_as_json(config) | {"curve": asdict(curve), "agreement": agreement.record()}
-        write_json(partial / RECORD_FILE, record | {"tokens": len(training.ids)})
+        stored = to_device(load_draft(partial, base), device)
+        to_device(target, torch.float32)
+        with head_as_in_bundle(stored, config.head_bits):
+            result = DistillationResult(
+                text=measure_agreement(target, stored, text.held_out_windows) if text.held_out_windows else None,
+                chats={
+                    f"T={temperature:g}": measure_chats(temperature, config.evaluated_chats, stored)
+                    for temperature in text.held_out_chats
+                },
+                doubling_gain=extrapolate_doubling(curve),
+            )
+        record = _options_as_json(config) | {"curve": asdict(curve), "agreement": result.record()}
+        write_json(partial / RECORD_FILE, record | {"tokens": text.tokens})
         save_loss_chart(curve, f"{config.layout} draft of {config.target.name}", partial / LOSS_CHART_FILE)
-        for leftover in ("checkpoint", "samples.npy", OPTIONS_FILE):
+        for leftover in SCRATCH_FILES:
             (partial / leftover).unlink(missing_ok=True)
+        shutil.rmtree(partial / CHATS_DIRECTORY, ignore_errors=True)
         partial.replace(output)
     except OSError as error:
         raise FlexSpecError(
             f"cannot write {error.filename or partial}: {error.strerror}; free some space and run the command again"
         ) from None
-    return agreement
+    return result
+
+
+def extrapolate_doubling(curve: TrainingCurve) -> float | None:
+    """Estimate how much acceptance rate twice as many steps would add; None if there are too few evaluations.
+
+    The share of rejected positions falls about as a power of the steps. The exponent comes from the first three
+    evaluations, when the learning rate is still high: its decay at the end of training adds a gain of its own, which a
+    longer training does not repeat.
+    """
+    if len(curve.scores) < EVALUATIONS or not all(0 < score < 1 for score in curve.scores):
+        return None
+    steps = np.log(curve.evaluated_steps[:3])
+    exponent = float(np.polyfit(steps, np.log1p(-np.array(curve.scores[:3])), 1)[0])
+    return round((1 - curve.scores[-1]) * (1 - 2 ** min(0.0, exponent)), 4)
+
+
+@contextlib.contextmanager
+def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None]:
+    """Replace head and embedding of a draft by what a bundle of the form `int8-head4` computes with, for a while.
+
+    The frozen head is a constant of the training. A draft that is trained with the rounded one adapts its blocks to it,
+    so that rounding costs almost no acceptance.
+    """
+    if bits is None:
+        yield
+        return
+    # Head and embedding are one parameter if they are tied.
+    model: Any = draft
+    weights = {id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    originals = {key: weight.detach().clone() for key, weight in weights.items()}
+    for weight in weights.values():
+        weight.data.copy_(round_head(weight.detach().float().cpu()))
+    try:
+        yield
+    finally:
+        for key, weight in weights.items():
+            weight.data.copy_(originals[key])
 
 
 def save_loss_chart(curve: TrainingCurve, title: str, path: Path) -> None:
@@ -139,73 +197,24 @@ def _options_as_json(config: DistillationConfig) -> dict[str, Any]:
 
 
 def _load_target(directory: Path, device: torch.device) -> PreTrainedModel:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"{directory} is not a target that transformers can load: {error}") from None
+    """Load a version of the target; adapters are merged in float32, whatever the dtype of the result."""
+    model: PreTrainedModel = load_model(directory, str(device), torch.float32)[0]
     model.requires_grad_(False)
-    return for_inference(model, device)
+    return to_device(model, torch.bfloat16) if device.type == "cuda" else model
 
 
-def _end_id(target: PreTrainedModel) -> int:
-    """Return the token id that separates two texts."""
-    ids = target.generation_config.eos_token_id if target.generation_config else None
-    first = ids[0] if isinstance(ids, list) else ids
-    return first if first is not None else 0
-
-
-def _read_texts(config: DistillationConfig, end_id: int, device: torch.device) -> tuple[TokenStream, TokenStream]:
-    """Return the training stream and the held-out stream."""
-    tokenizer_path = config.target / "tokenizer.json"
-    if not tokenizer_path.is_file():
-        raise InputError(f"{config.target} has no tokenizer.json: save its tokenizer there with transformers first")
-    files: list[Path] = []
-    for path in config.texts:
-        if not path.exists():
-            raise InputError(f"no text at {path}")
-        files += sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
-    documents = []
-    for file in files:
-        try:
-            documents.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            # A directory may contain binary files, which are skipped.
-            if len(files) == len(config.texts):
-                raise InputError(f"{file} is not UTF-8 text") from None
-    if len(documents) < HELD_OUT_EVERY:
-        # Few, long documents: hold out pieces of them instead.
-        documents = [piece for document in documents for piece in _split_document(document)]
-    held_out_indices = set(range(HELD_OUT_EVERY // 2, len(documents), HELD_OUT_EVERY))
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    streams = []
-    for held_out in (False, True):
-        chosen = [text for index, text in enumerate(documents) if (index in held_out_indices) == held_out]
-        ids = tokenize_texts(tokenizer, chosen, end_id=end_id)
-        needed = 2 if held_out else config.plan.length
-        if len(ids) < needed:
-            raise InputError(f"the text is too short: {len(ids)} tokens, but a batch needs {needed} in a row")
-        streams.append(TokenStream.from_ids(ids, device))
-    return streams[0], streams[1]
-
-
-def _split_document(document: str) -> list[str]:
-    size = max(1, len(document) // (2 * HELD_OUT_EVERY))
-    return [document[start : start + size] for start in range(0, len(document), size)]
-
-
-def _load_or_sample(
-    target: PreTrainedModel, text: TokenStream, config: DistillationConfig, partial: Path, device: torch.device
-) -> TokenStream:
-    """Return text sampled from the target, from disk if an earlier run completed it."""
-    path = partial / "samples.npy"
-    if not path.is_file():
-        length, rows = config.plan.length, config.plan.rows
-        prompt = min(SAMPLE_PROMPT_TOKENS, length // 2)
-        batches = -(-config.samples // (rows * length))
-        sampling = SampleConfig(batches, rows, prompt, length, config.plan.seed)
-        ids = sample_texts(target, text, sampling, end_id=_end_id(target), padding_id=_end_id(target))
-        scratch = path.with_name("samples.partial.npy")
-        np.save(scratch, ids)
-        shutil.move(scratch, path)
-    return TokenStream.from_ids(np.load(path), device)
+def _make_teachers(
+    config: DistillationConfig, target: PreTrainedModel, plan: DraftPlan, text: TextSource, *, compiled: bool
+) -> list[TeacherMix]:
+    """Return the target with its share of every batch, and the teachers that stand in for its future versions."""
+    if compiled:
+        compile_blocks(target)
+    futures = make_siblings(target, plan, config.siblings, config.strength, seed=config.plan.seed)
+    for directory in config.versions:
+        version = _load_target(directory, target.device)
+        if compiled:
+            compile_blocks(version)
+        futures.append(target_teacher(version))
+    own = 1 - config.future_share if futures else 1.0
+    mixes = [TeacherMix(target_teacher(target), text, own)]
+    return mixes + [TeacherMix(teacher, text, config.future_share / len(futures)) for teacher in futures]

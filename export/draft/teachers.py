@@ -78,7 +78,8 @@ class PerturbedTarget:
             self._changes.append((module, (inner * scale).to(weight), outer.to(weight)))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        with self._hooks():
+        # Compiled code ignores the hooks.
+        with self._hooks(), torch.compiler.set_stance("force_eager"):
             return self._teach(ids)
 
     @contextlib.contextmanager

@@ -26,6 +26,8 @@ from export.common.progress import Progress
 LossFunction = Callable[["MicroBatch"], torch.Tensor]
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
+# Chosen: five points from a fifth of the training to its end.
+EVALUATIONS, EVALUATION_FACTOR = 5, 1.5
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class TrainingSchedule:
         progress = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.peak_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
+    def evaluation_step(self, index: int) -> float:
+        """Return the number of completed steps before evaluation `index`, the last of EVALUATIONS being at the end."""
+        return self.steps * EVALUATION_FACTOR ** (index + 1 - EVALUATIONS)
+
     def shape(self, step: int) -> tuple[int, int]:
         """Return the sequences and the tokens per sequence of a micro-batch of a step."""
         rows = self.rows // self.accumulate
@@ -103,6 +109,7 @@ class TrainingCurve:
         steps: steps completed at each record.
         losses: mean loss since the previous record.
         seconds: training time, including that of earlier interrupted runs.
+        evaluated_steps, scores: steps completed at each evaluation, and its result.
     """
 
     plan: dict[str, object]
@@ -110,6 +117,8 @@ class TrainingCurve:
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    evaluated_steps: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
 
 def fit(
@@ -119,6 +128,7 @@ def fit(
     *,
     label: str,
     checkpoint: Path | None = None,
+    evaluate: Callable[[], float] | None = None,
     seconds_between_checkpoints: float = 60.0,
     record_every: int = 25,
 ) -> TrainingCurve:
@@ -132,6 +142,7 @@ def fit(
         schedule: steps, learning rates and batch shapes.
         label: name of the run in the progress output.
         checkpoint: file to save to periodically and to resume from; the caller removes it after storing the result.
+        evaluate: measures the model, EVALUATIONS times at steps that grow by a constant factor, for the curve.
         seconds_between_checkpoints: minimum time between two saves.
         record_every: steps per point of the curve.
 
@@ -177,6 +188,11 @@ def fit(
                 total.zero_()
                 summed = 0
                 progress.update(number + 1, f"loss {curve.losses[-1]:.4f}")
+                if evaluate is not None and number + 1 >= schedule.evaluation_step(len(curve.scores)):
+                    model.eval()
+                    curve.evaluated_steps.append(number + 1)
+                    curve.scores.append(evaluate())
+                    model.train()
                 # Saved only at a record, so that a resumed run records the same means.
                 if checkpoint and not last and time.monotonic() - saved > seconds_between_checkpoints:
                     _save(checkpoint, number + 1, parameters, optimizer, curve)
@@ -241,6 +257,7 @@ def _resume(
     optimizer.load_state_dict(state["optimiser"])
     curve.steps, curve.losses = state["curve"]["steps"], state["curve"]["losses"]
     curve.seconds = state["curve"]["seconds"]
+    curve.evaluated_steps, curve.scores = state["curve"]["evaluated_steps"], state["curve"]["scores"]
     return int(state["step"])
 
 

@@ -3,7 +3,7 @@
     evaluation = evaluate(
         {"anchor": TorchProposer(draft), "bundle": OnnxProposer(OnnxDraft.load(path))},  # anything that is a `Proposer`
         {"target-v1": model, "target-v2": lambda: load_evolved(...)},  # models, or functions that load one when needed
-        {"python": ids, "cpp": ids},                                   # held-out text: token ids by name
+        {"python": ids, "chats": prompts},       # held-out text by name: token ids, or prompts of any length each
         retrained={"target-v2": TorchProposer(other)},                 # drafts retrained for one version
         config=EvaluationConfig(texts=96),
         deployment=SimulatedDeployment("raspberry-pi-5"),
@@ -13,9 +13,10 @@
     save_chart(evaluation, path)      # PNG
 
 Every draft is measured with every version at every temperature on two kinds of text. `own`: the target's own
-continuation of a piece of held-out text, which is what a board sees. `given`: the held-out text continues unchanged,
-and the target chooses a token at every position of it; tokens per round are then those of a draft with this acceptance,
-since no model generated the given text. How acceptance is measured is defined in `cloud_verifier.acceptance.measure`.
+continuation of a prompt or of a piece of held-out text, which is what a board sees. `given`: the held-out text
+continues unchanged, and the target chooses a token at every position of it; tokens per round are then those of a draft
+with this acceptance, since no model generated the given text. How acceptance is measured is defined in
+`cloud_verifier.acceptance.measure`.
 
 Positions in loops (`loops`) are counted separately, because they inflate every draft: all figures exclude them unless
 they say otherwise. Retention is a draft's acceptance divided by that of the draft retrained for the version. Intervals
@@ -46,6 +47,8 @@ OWN_TEXT, GIVEN_TEXT = "own", "given"
 RETRAINED = "retrained"
 MAX_DRAFT_TOKENS = 16
 
+# Token ids of a long text, of which pieces are taken, or of several prompts, which only the target continues.
+TextSource = Sequence[int] | Sequence[Sequence[int]]
 # A model, or a function that loads one.
 TargetSource = torch.nn.Module | Callable[[], Any]
 
@@ -166,10 +169,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """A prompt, and how the held-out text continues it; empty for the prompts of chats."""
+
+    name: str
+    prompt: list[int]
+    continuation: list[int]
+
+
+@dataclass(frozen=True)
 class _JudgedTexts:
-    """The texts of one kind and temperature, and the target's token at each of their judged positions."""
+    """The texts of one kind and temperature: their names, and the target's token at each of their judged positions."""
 
     kind: str
+    names: list[str]
     passages: list[Passage]
     chosen: list[list[int]]
 
@@ -177,7 +190,7 @@ class _JudgedTexts:
 def evaluate(
     drafts: Mapping[str, Proposer],
     targets: Mapping[str, TargetSource],
-    text: Mapping[str, Sequence[int]],
+    text: Mapping[str, TextSource],
     *,
     retrained: Mapping[str, Proposer] | None = None,
     config: EvaluationConfig | None = None,
@@ -188,7 +201,7 @@ def evaluate(
     Args:
         drafts: drafts by name.
         targets: targets by the version's name; models in eval mode on any device.
-        text: token ids by name; any sequence of integers: lists, arrays, tensors.
+        text: token ids by name (any sequence of integers: lists, arrays, tensors), or prompts by name.
         retrained: retrained drafts by version.
         deployment: what to model speed for; None models none.
 
@@ -205,8 +218,9 @@ def evaluate(
     if RETRAINED in drafts or not drafts or not targets:
         raise InputError(f"evaluate at least one draft, not named {RETRAINED!r}, and one target")
     pieces = _select_pieces(text, config)
-    names = [name for name, _ in pieces]
+    names = [piece.name for piece in pieces]
     evaluation = Evaluation(config, {name: names.count(name) for name in text})
+    longest = max(len(piece.prompt) for piece in pieces) + config.tokens
     bootstrap = Bootstrap(config.resamples, config.seed)
     passes = sum(len(drafts) + (version in retrained) for version in targets)
     done = 0
@@ -215,8 +229,8 @@ def evaluate(
             target = TargetWriter(source if isinstance(source, torch.nn.Module) else source())
             proposers = dict(drafts) | ({RETRAINED: retrained[version]} if version in retrained else {})
             for name, draft in proposers.items():
-                _check_sizes(name, draft, version, target, config)
-            for texts in _judged_texts(target, [ids for _, ids in pieces], config):
+                _check_sizes(name, draft, version, target, longest)
+            for texts in _judged_texts(target, pieces, config):
                 traces: dict[str, list[AcceptanceTrace]] = {}
                 for name, draft in proposers.items():
                     draft.start_pass(version)
@@ -226,7 +240,7 @@ def evaluate(
                     temperature = texts.passages[0].sampling.temperature
                     progress.update(done, f"{version} {texts.kind} T={temperature:g} {name}")
                 for name, draft in proposers.items():
-                    row = _make_row(name, version, texts.kind, traces, names, config=config, bootstrap=bootstrap)
+                    row = _make_row(name, version, texts.kind, traces, texts.names, config=config, bootstrap=bootstrap)
                     if deployment is not None and texts.kind == OWN_TEXT:
                         recorded = [trace.to_recorded_text(version) for trace in traces[name]]
                         speed = model_speed(
@@ -242,27 +256,34 @@ def evaluate(
     return evaluation
 
 
-def _select_pieces(text: Mapping[str, Sequence[int]], config: EvaluationConfig) -> list[tuple[str, list[int]]]:
-    """Select pieces of the texts: (name, ids), taken from the texts in turn, each covered from end to end."""
-    length = config.piece_tokens
+def _select_pieces(text: Mapping[str, TextSource], config: EvaluationConfig) -> list[_Piece]:
+    """Select pieces of the texts, from the texts in turn, each covered from end to end."""
     share = max(1, -(-config.texts // max(1, len(text))))
-    columns: list[list[tuple[str, list[int]]]] = []
-    for name, ids in text.items():
-        whole = len(ids) // length
-        if not whole:
-            raise InputError(
-                f"the text {name!r} has {len(ids)} tokens, but a piece has {length} ({config.prompt} of prompt and "
-                f"{config.tokens} to judge): give more text, or ask for shorter pieces"
-            )
-        indices = np.unique(np.linspace(0, whole - 1, min(share, whole)).round().astype(int)).tolist()
-        columns.append([(name, _to_list(ids[index * length : (index + 1) * length])) for index in indices])
+    columns = [_split_text(name, source, share, config) for name, source in text.items()]
     longest = max(map(len, columns), default=0)
     pieces = [column[i] for i in range(longest) for column in columns if i < len(column)][: config.texts]
     if len(pieces) < 2:
         raise InputError(
-            f"the text is too short: it has {len(pieces)} piece of {length} tokens, but an interval needs 2"
+            f"the text is too short: it has {len(pieces)} piece of {config.piece_tokens} tokens; an interval needs 2"
         )
     return pieces
+
+
+def _split_text(name: str, source: TextSource, count: int, config: EvaluationConfig) -> list[_Piece]:
+    """Take `count` pieces, or all if there are fewer, evenly spread over one text."""
+    length = config.piece_tokens
+    prompted = len(source) > 0 and not isinstance(source, torch.Tensor) and isinstance(source[0], Sequence)
+    whole = len(source) if prompted else len(source) // length
+    if not whole:
+        raise InputError(
+            f"the text {name!r} has {len(source)} tokens, but a piece has {length} ({config.prompt} of prompt and "
+            f"{config.tokens} to judge): give more text, or ask for shorter pieces"
+        )
+    indices = np.unique(np.linspace(0, whole - 1, min(count, whole)).round().astype(int)).tolist()
+    if prompted:
+        return [_Piece(name, _to_list(source[index]), []) for index in indices]  # type: ignore[arg-type]  # see above
+    pieces = [_to_list(source[index * length : (index + 1) * length]) for index in indices]
+    return [_Piece(name, ids[: config.prompt], ids[config.prompt :]) for ids in pieces]
 
 
 def _to_list(ids: Sequence[int]) -> list[int]:
@@ -271,19 +292,22 @@ def _to_list(ids: Sequence[int]) -> list[int]:
     return plain
 
 
-def _judged_texts(target: TargetWriter, pieces: list[list[int]], config: EvaluationConfig) -> Iterator[_JudgedTexts]:
+def _judged_texts(target: TargetWriter, pieces: list[_Piece], config: EvaluationConfig) -> Iterator[_JudgedTexts]:
     """The texts of each kind and temperature, with the target's tokens."""
     for kind in config.kinds:
-        for temperature in config.temperatures:
-            samplings = [Sampling(temperature=temperature, seed=config.seed + i) for i in range(len(pieces))]
-            if kind == OWN_TEXT:
-                prompts = [ids[: config.prompt] for ids in pieces]
-                chosen = target.generate(prompts, samplings, config.tokens)
-                texts = [prompt + new for prompt, new in zip(prompts, chosen, strict=True)]
-            else:
-                texts, chosen = pieces, []
-            passages = [Passage(ids, config.prompt, sampling) for ids, sampling in zip(texts, samplings, strict=True)]
-            yield _JudgedTexts(kind, passages, chosen or target.choose(passages))
+        some = [piece for piece in pieces if kind == OWN_TEXT or piece.continuation]
+        for temperature in config.temperatures if some else ():
+            samplings = [Sampling(temperature=temperature, seed=config.seed + i) for i in range(len(some))]
+            prompts, names = [piece.prompt for piece in some], [piece.name for piece in some]
+            chosen = target.generate(prompts, samplings, config.tokens) if kind == OWN_TEXT else []
+            texts = [
+                piece.prompt + new for piece, new in zip(some, chosen or (p.continuation for p in some), strict=True)
+            ]
+            passages = [
+                Passage(ids, len(prompt), sampling)
+                for ids, prompt, sampling in zip(texts, prompts, samplings, strict=True)
+            ]
+            yield _JudgedTexts(kind, names, passages, chosen or target.choose(passages))
 
 
 def _make_row(
@@ -341,15 +365,14 @@ def _add_counts(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> 
     return [(a + c, b + d) for (a, b), (c, d) in zip(first, second, strict=True)]
 
 
-def _check_sizes(name: str, draft: Proposer, version: str, target: TargetWriter, config: EvaluationConfig) -> None:
+def _check_sizes(name: str, draft: Proposer, version: str, target: TargetWriter, longest: int) -> None:
     if draft.vocabulary_size != target.vocabulary_size:
         raise InputError(
             f"draft {name!r} has {draft.vocabulary_size} ids and target {version!r} {target.vocabulary_size}: "
             "they do not share a tokenizer"
         )
-    length = config.piece_tokens
-    if length > min(draft.context, target.context):
+    if longest > min(draft.context, target.context):
         raise InputError(
-            f"pieces of {length} tokens are longer than the context of draft {name!r} ({draft.context}) or target "
+            f"pieces of {longest} tokens are longer than the context of draft {name!r} ({draft.context}) or target "
             f"{version!r} ({target.context}): ask for shorter ones"
         )

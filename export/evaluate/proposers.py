@@ -134,7 +134,6 @@ class TargetWriter:
         """Generate up to `count` tokens after each prompt; the end-of-text token is included.
 
         Args:
-            prompts: all of the same length.
             samplings: one for each prompt.
         """
         texts: list[list[int]] = []
@@ -149,13 +148,24 @@ class TargetWriter:
     ) -> list[list[int]]:
         texts: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
-        step, cache = torch.tensor(prompts, device=self._model.device), None
+        device, width = self._model.device, max(map(len, prompts))
+        # Left padding, so that all rows continue in the same column; padded positions are masked.
+        step = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        positions, cache = (mask.cumsum(-1) - 1).clamp_min(0), None
         for index in range(count):
-            output = self._model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(
+                input_ids=step,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             cache = output.past_key_values
-            position = len(prompts[0]) + index
             logits = output.logits[:, -1].float()
-            tokens = choose_tokens(logits, [(sampling, [position]) for sampling in samplings])
+            segments = [(own, [len(prompt) + index]) for prompt, own in zip(prompts, samplings, strict=True)]
+            tokens = choose_tokens(logits, segments)
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)
@@ -163,5 +173,7 @@ class TargetWriter:
             if all(ended):
                 break
             # Rows that have ended stay in the batch, so that all forwards have one shape; their tokens are dropped.
-            step = torch.tensor(tokens, device=self._model.device)[:, None]
+            step = torch.tensor(tokens, device=device)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            positions = positions[:, -1:] + 1
         return texts

@@ -1,0 +1,49 @@
+"""The options of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.draft.distill import Objective
+from export.draft.training import TrainingSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Options of a distillation. The field names are part of `distill.json`.
+
+    Attributes:
+        target: Hugging Face directory, or an adapter or changed tensors next to their base.
+        plan: training schedule.
+        texts: UTF-8 files, or directories of them; may be empty if there are chats.
+        chats: number of chats that the target writes itself as training text.
+        evaluated_chats: number of held-out chats for each temperature.
+        layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`.
+        objective: see `export.draft.distill`.
+        samples: tokens to sample from the target after prompts from `texts`, as additional training text.
+        versions: directories of further versions of the target (adapters, changed tensors): additional teachers.
+        siblings, strength: perturbed targets as additional teachers; see `export.draft.teachers`.
+        future_share: share of every batch that versions and siblings teach together.
+        start: directory of a draft to train on; None starts from blocks of the target.
+        head_bits: train with head and embedding rounded to 4 bits, as in such a bundle; None: as they are.
+        compiled: compile blocks and loss; None: on a GPU.
+    """
+
+    target: Path
+    plan: TrainingSchedule
+    texts: tuple[Path, ...] = ()
+    chats: int = 0
+    evaluated_chats: int = 192
+    layout: str = "anchor"
+    new_blocks: int = 3
+    shared_blocks: int = 0
+    objective: Objective = "mixed"
+    samples: int = 0
+    versions: tuple[Path, ...] = ()
+    siblings: int = 0
+    strength: float = 0.1
+    future_share: float = 0.3
+    start: Path | None = None
+    head_bits: int | None = None
+    compiled: bool | None = None

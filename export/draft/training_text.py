@@ -1,0 +1,148 @@
+"""The text of a distillation: chats that the target writes itself, given text, and text that the target continues."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from cloud_verifier.acceptance.measure import TEMPERATURES
+from edge_runtime.protocol.errors import InputError
+from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenStream, tokenize_texts
+from export.draft.agreement import JudgedText
+from export.draft.base_target import TextSource
+from export.draft.chats import ChatConfig, ChatWriter
+from export.draft.distillation_config import DistillationConfig
+from export.draft.samples import SampleConfig, sample_texts
+
+# Every HELD_OUT_EVERY-th document is held out for the evaluation.
+HELD_OUT_EVERY = 20
+EVALUATED_WINDOWS = 64
+# Longest chat, in tokens.
+CHAT_TOKENS = 448
+# The seed of held-out chats differs by this from that of the training chats.
+HELD_OUT_SEED = 1_000_003
+# Share of the given text that the target sampled, and prompt tokens of a sample.
+SAMPLES_SHARE = 0.15
+SAMPLE_PROMPT_TOKENS = 64
+# Share of the given text if there are chats too.
+TEXT_SHARE = 0.25
+CHATS_DIRECTORY, SAMPLES_FILE = "chats", "samples.npy"
+
+
+def _end_id(target: PreTrainedModel) -> int:
+    """Return the token id that separates two texts."""
+    ids = target.generation_config.eos_token_id if target.generation_config else None
+    first = ids[0] if isinstance(ids, list) else ids
+    return first if first is not None else 0
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text of a distillation.
+
+    Attributes:
+        training: where batches come from.
+        tokens: number of tokens of `training`.
+        held_out_windows: held-out pieces of the given text.
+        held_out_chats: held-out chats by the temperature of their answers.
+    """
+
+    training: TextSource
+    tokens: int
+    held_out_windows: list[JudgedText]
+    held_out_chats: dict[float, list[tuple[list[int], int]]]
+
+    @classmethod
+    def gather(
+        cls, config: DistillationConfig, base: Path, target: PreTrainedModel, partial: Path, device: torch.device
+    ) -> TrainingText:
+        """Read the given text, and let the target write its share; what an interrupted run wrote is reused."""
+        parts: list[tuple[TokenStream, float]] = []
+        windows: list[JudgedText] = []
+        if config.texts:
+            given, held_out = _read_texts(config, base, _end_id(target), device)
+            parts.append((given, TEXT_SHARE if config.chats else 1.0))
+            rows = held_out.consecutive_windows(min(config.plan.length, len(held_out.ids))).tolist()
+            windows = [(row, 1) for row in rows[:: max(1, len(rows) // EVALUATED_WINDOWS)][:EVALUATED_WINDOWS]]
+            if config.samples:
+                sampled = _load_or_sample(target, given, config, partial, device)
+                parts = [(given, parts[0][1] * (1 - SAMPLES_SHARE)), (sampled, parts[0][1] * SAMPLES_SHARE)]
+        held_out_chats = {}
+        if config.chats:
+            writer = ChatWriter(target, base)
+            length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
+            chats = writer.write(ChatConfig(config.chats, length, seed=seed), partial / CHATS_DIRECTORY)
+            for temperature in TEMPERATURES:
+                own = ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
+                held_out_chats[temperature] = writer.write(own).rows()
+            parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
+            if len(chats.ids) < config.plan.length:
+                raise InputError(
+                    f"{config.chats} chats give no text of {config.plan.length} tokens: ask for more chats"
+                )
+        tokens = sum(len(stream.ids) for stream, _ in parts)
+        return cls(MixedStream(tuple(parts)), tokens, windows, held_out_chats)
+
+
+def _read_texts(
+    config: DistillationConfig, base: Path, end_id: int, device: torch.device
+) -> tuple[TokenStream, TokenStream]:
+    """Return the training stream and the held-out stream."""
+    tokenizer_path = base / "tokenizer.json"
+    if not tokenizer_path.is_file():
+        raise InputError(f"{base} has no tokenizer.json: save its tokenizer there with transformers first")
+    files: list[Path] = []
+    for path in config.texts:
+        if not path.exists():
+            raise InputError(f"no text at {path}")
+        files += sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
+    documents = []
+    for file in files:
+        try:
+            documents += file.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
+        except UnicodeDecodeError:
+            # A directory may contain binary files, which are skipped.
+            if len(files) == len(config.texts):
+                raise InputError(f"{file} is not UTF-8 text") from None
+    if len(documents) < HELD_OUT_EVERY:
+        # Few, long documents: hold out pieces of them instead.
+        documents = [piece for document in documents for piece in _split_document(document)]
+    held_out_indices = set(range(HELD_OUT_EVERY // 2, len(documents), HELD_OUT_EVERY))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    streams = []
+    for held_out in (False, True):
+        chosen = [text for index, text in enumerate(documents) if (index in held_out_indices) == held_out]
+        ids = tokenize_texts(tokenizer, chosen, end_id=end_id)
+        needed = 2 if held_out else config.plan.length
+        if len(ids) < needed:
+            raise InputError(f"the text is too short: {len(ids)} tokens, but a batch needs {needed} in a row")
+        streams.append(TokenStream.from_ids(ids, device))
+    return streams[0], streams[1]
+
+
+def _split_document(document: str) -> list[str]:
+    size = max(1, len(document) // (2 * HELD_OUT_EVERY))
+    return [document[start : start + size] for start in range(0, len(document), size)]
+
+
+def _load_or_sample(
+    target: PreTrainedModel, text: TokenStream, config: DistillationConfig, partial: Path, device: torch.device
+) -> TokenStream:
+    """Return text sampled from the target, from disk if an earlier run completed it."""
+    path = partial / SAMPLES_FILE
+    if not path.is_file():
+        length, rows = config.plan.length, config.plan.rows
+        prompt = min(SAMPLE_PROMPT_TOKENS, length // 2)
+        batches = -(-config.samples // (rows * length))
+        sampling = SampleConfig(batches, rows, prompt, length, config.plan.seed)
+        ids = sample_texts(target, text, sampling, end_id=_end_id(target), padding_id=_end_id(target))
+        scratch = path.with_name("samples.partial.npy")
+        np.save(scratch, ids)
+        shutil.move(scratch, path)
+    return TokenStream.from_ids(np.load(path), device)
