@@ -1,13 +1,16 @@
 """Every architecture through the engine: the text equals that of transformers' `generate`, whatever is drafted.
 
-`python -m tests.cloud_verifier.model.test_conformance` prints the table of the README, which these tests prove.
+`python -m tests.cloud_verifier.model.test_conformance` prints the table of the README, which these tests prove; with
+`--device cuda` it proves the same on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import functools
 import logging
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -107,10 +110,10 @@ async def assert_text_equal(scheduler: Scheduler, target: Target, text: TargetTe
     scheduler.release(session)
 
 
-async def prove(path: Path) -> ProvenArchitecture:
+async def prove(path: Path, device: str = "cpu") -> ProvenArchitecture:
     """Compare the texts of the checkpoint at `path`, alone and in company, with those of `generate`."""
-    target = Target(path, device="cpu", dtype=torch.float32)
-    texts = texts_of(load_pretrained(path, "cpu", torch.float32))
+    target = Target(path, device=device, dtype=torch.float32)
+    texts = texts_of(load_pretrained(path, device, torch.float32))
     async with running_scheduler(target, window=0.0, cache_tokens=1 << 14) as scheduler:
         await assert_text_equal(scheduler, target, texts[-1], seed=0)
         await asyncio.gather(*(assert_text_equal(scheduler, target, text, i) for i, text in enumerate(texts)))
@@ -157,15 +160,25 @@ def test_the_table_of_the_readme_has_the_proven_architectures() -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and on another device than the CPU also what fails there."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, metavar="ARCHITECTURE")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable()
     torch.set_num_threads(1)
-    proven = {}
-    for name in ARCHITECTURES:
+    proven, failed = {}, False
+    for name in options.architectures:
         with tempfile.TemporaryDirectory() as directory:
-            proven[name] = asyncio.run(prove(save_architecture(Path(directory) / "model", name)))
+            try:
+                path = save_architecture(Path(directory) / "model", name)
+                proven[name] = asyncio.run(prove(path, options.device))
+            except Exception as error:
+                failed = True
+                print(f"{name}: {error!r}", file=sys.stderr)
     print(*render_table(proven), sep="\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
