@@ -281,12 +281,12 @@ def _split_text(name: str, source: TextSource, count: int, config: EvaluationCon
         )
     indices = np.unique(np.linspace(0, whole - 1, min(count, whole)).round().astype(int)).tolist()
     if prompted:
-        return [_Piece(name, _to_list(source[index]), []) for index in indices]  # type: ignore[arg-type]  # see above
+        return [_Piece(name, _to_list(source[index]), []) for index in indices]
     pieces = [_to_list(source[index * length : (index + 1) * length]) for index in indices]
     return [_Piece(name, ids[: config.prompt], ids[config.prompt :]) for ids in pieces]
 
 
-def _to_list(ids: Sequence[int]) -> list[int]:
+def _to_list(ids: Any) -> list[int]:
     """Plain integers, from any kind of sequence on any device."""
     plain: list[int] = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids).tolist()
     return plain
