@@ -62,7 +62,9 @@ COPIED_SETTINGS = {
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1's and 3.2's rule for RoPE (their config.json); a GGUF file stores only the factors that follow from it.
 LLAMA3_LOW_FACTOR, LLAMA3_HIGH_FACTOR, LLAMA3_CONTEXT = 1.0, 4.0, 8192
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+# llama.cpp's, for files that do not name the base of their rotary embedding.
+DEFAULT_ROPE_THETA = 10_000.0
 # Chosen: bounds the memory of a conversion; a tensor of this size is still one shard.
 SHARD_BYTES = 2_000_000_000
 # Tokens that end a turn, if the chat template writes them: files name only one of them as EOS.
@@ -159,7 +161,7 @@ class _GgufFile:
     def save(self, directory: Path) -> None:
         """Write configuration, tokenizer and weights into `directory`."""
         tokenizer = GgufTokenizer(self._metadata)
-        config = self._config(tokenizer)
+        config = self._save_config(tokenizer, directory)
         self._save_tokenizer(tokenizer, config, directory)
         self._save_weights(config, directory)
 
@@ -169,15 +171,16 @@ class _GgufFile:
     def _tensor(self, name: str) -> Any:
         return next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
 
-    def _config(self, tokenizer: GgufTokenizer) -> Any:
+    def _save_config(self, tokenizer: GgufTokenizer, directory: Path) -> Any:
+        """Write `config.json`, in the form that releases 4 and 5 of transformers read, and return what they read."""
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
         try:
-            config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name)
+            config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name).to_diff_dict()
         except Exception as error:
             raise TargetError(f"transformers cannot read the architecture {self._architecture!r}: {error}") from None
         mappings: Mapping[str, Any] = GGUF_CONFIG_MAPPING
-        mapped = mappings.get(config.model_type) or mappings.get(self._architecture, {})
+        mapped = mappings.get(config["model_type"]) or mappings.get(self._architecture, {})
         prefix = f"{self._architecture}."
         settings = {key.removeprefix(prefix) for key in self._metadata if key.startswith(prefix)}
         unknown = sorted(settings - set(mapped) - EXTRA_SETTINGS)
@@ -186,44 +189,51 @@ class _GgufFile:
                 f"it sets {', '.join(prefix + name for name in unknown)}, which would be ignored: use the model's "
                 "Hugging Face directory instead"
             )
-        for name, value in list(vars(config).items()):
-            # The file stores numbers such as 1e-5 as float32; their shortest decimal is what the model was made with.
-            if isinstance(value, float):
-                setattr(config, name, _shortest(value))
+        # The file stores numbers such as 1e-5 as float32; their shortest decimal is what the model was made with.
+        config = {name: _shortest(value) if isinstance(value, float) else value for name, value in config.items()}
+        config = {name: value for name, value in config.items() if not name.endswith("_name_or_path")}
+        # Release 5 has these in one, which no file sets.
+        rope = config.pop("rope_parameters", None)
+        if rope is not None:
+            config |= {"rope_theta": DEFAULT_ROPE_THETA, "rope_scaling": None}
         self._complete_config(config)
-        if config.vocab_size < len(self._metadata["tokenizer.ggml.tokens"]):
-            raise TargetError(f"it has {config.vocab_size} logits for a larger vocabulary")
+        if config["vocab_size"] < len(self._metadata["tokenizer.ggml.tokens"]):
+            raise TargetError(f"it has {config['vocab_size']} logits for a larger vocabulary")
         for role in ("bos", "eos", "pad"):
             text = tokenizer.special.get(f"{role}_token")
-            setattr(config, f"{role}_token_id", None if text is None else tokenizer.tokenizer.token_to_id(text))
-        return config
+            config[f"{role}_token_id"] = None if text is None else tokenizer.tokenizer.token_to_id(text)
+        config["dtype"] = config["torch_dtype"] = str(self._dtype()).removeprefix("torch.")
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return AutoConfig.from_pretrained(directory)
 
-    def _complete_config(self, config: Any) -> None:
+    def _complete_config(self, config: dict[str, Any]) -> None:
         """Set what transformers leaves out. Raises TargetError for what the architecture cannot express."""
         if self._architecture == "llama" and self._setting("expert_count", 0):
             raise TargetError("mixtures of experts of the architecture 'llama' (Mixtral) are not supported")
         # The default of transformers' Mistral is a window of 4096, which only its first version had.
-        if config.model_type == "mistral":
-            config.sliding_window = None
+        if config["model_type"] == "mistral":
+            config["sliding_window"] = None
+        if "rope_theta" in config:
+            config["rope_theta"] = DEFAULT_ROPE_THETA
         for name, attribute in COPIED_SETTINGS.items():
             value = self._setting(name)
-            if value is None or (attribute == "head_dim" and not hasattr(config, attribute)):
+            if value is None or (attribute == "head_dim" and attribute not in config):
                 continue
-            if not hasattr(config, attribute):
-                raise TargetError(f"it sets {name} to {value}, and a {config.model_type} has no {attribute}")
-            setattr(config, attribute, _shortest(value) if isinstance(value, float) else value)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            if attribute not in config:
+                raise TargetError(f"it sets {name} to {value}, and a {config['model_type']} has no {attribute}")
+            config[attribute] = _shortest(value) if isinstance(value, float) else value
+        head_dim = config.get("head_dim") or self._setting("embedding_length") // self._setting("attention.head_count")
         for name in ("attention.key_length", "attention.value_length"):
             if self._setting(name, head_dim) != head_dim:
                 raise TargetError(f"it sets {name} to {self._setting(name)}, and its heads have {head_dim} dimensions")
-        rotated = int(head_dim * getattr(config, "partial_rotary_factor", 1.0))
+        rotated = int(head_dim * config.get("partial_rotary_factor", 1.0))
         if self._setting("rope.dimension_count", rotated) != rotated:
             raise TargetError(f"it rotates {self._setting('rope.dimension_count')} of {head_dim} dimensions")
         scaling = self._rope_scaling(config, head_dim)
         if scaling is not None:
-            config.rope_scaling = scaling
+            config["rope_scaling"] = scaling
 
-    def _rope_scaling(self, config: Any, head_dim: int) -> dict[str, Any] | None:
+    def _rope_scaling(self, config: dict[str, Any], head_dim: int) -> dict[str, Any] | None:
         """The `rope_scaling` of the configuration; None for plain RoPE."""
         kind = self._setting("rope.scaling.type", "none")
         factor = _shortest(self._setting("rope.scaling.factor", 1.0))
@@ -231,11 +241,11 @@ class _GgufFile:
         freqs, long, short = (self._tensor(name) for name in ROPE_TENSORS)
         if long is not None and short is not None:
             # A setting of the model itself, from which the rule for the scaling of attention follows.
-            config.original_max_position_embeddings = original or config.max_position_embeddings
+            config["original_max_position_embeddings"] = original or config["max_position_embeddings"]
             factors = {"long_factor": long.data.tolist(), "short_factor": short.data.tolist()}
             return {"rope_type": "longrope", "type": "longrope", **factors}
         if freqs is not None and not np.allclose(freqs.data, 1.0):
-            return self._llama3_scaling(np.asarray(freqs.data, np.float64), float(config.rope_theta), head_dim)
+            return self._llama3_scaling(np.asarray(freqs.data, np.float64), config["rope_theta"], head_dim)
         if kind == "none" or factor in (0.0, 1.0):
             return None
         if kind == "linear":
@@ -279,7 +289,7 @@ class _GgufFile:
         fast.save_pretrained(directory, save_jinja_files=False)
 
     def _save_weights(self, config: Any, directory: Path) -> None:
-        """Write configuration and weights, one shard at a time in memory."""
+        """Write the weights, one shard at a time in memory."""
         from gguf import dequantize
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -316,12 +326,10 @@ class _GgufFile:
         if expected:
             raise TargetError(f"it lacks {len(expected)} tensors of a {config.model_type}, such as {min(expected)}")
         shards.close()
-        config.architectures, config.dtype = [type(model).__name__], dtype
-        config.save_pretrained(directory)
         self._generation_config(config).save_pretrained(directory)
-        saved = json.loads((directory / "config.json").read_text())
-        saved = {name: value for name, value in saved.items() if not name.endswith("_name_or_path")}
-        (directory / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        path = directory / CONFIG_FILE
+        saved = json.loads(path.read_text(encoding="utf-8")) | {"architectures": [type(model).__name__]}
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _tensor_names(self, model: Any) -> dict[str, str]:
         """Names of the model's tensors by their names in the file."""

@@ -188,6 +188,7 @@ def write_gguf(
     """Write the model in `directory` as llama.cpp's converter does, with its names and its order of rotated columns."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     config, architecture = model.config, model.config.model_type
+    stored = json.loads((directory / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     values: dict[str, Any] = {
@@ -198,7 +199,7 @@ def write_gguf(
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
+        "rope.freq_base": (stored.get("rope_parameters") or stored)["rope_theta"],
         "vocab_size": config.vocab_size,
         **({"rope.dimension_count": 16} if architecture == "llama" else {"attention.key_length": 16}),
         **(settings or {}),
