@@ -202,7 +202,7 @@ class _GgufFile:
         for role in ("bos", "eos", "pad"):
             text = tokenizer.special.get(f"{role}_token")
             config[f"{role}_token_id"] = None if text is None else tokenizer.tokenizer.token_to_id(text)
-        config["dtype"] = config["torch_dtype"] = str(self._dtype()).removeprefix("torch.")
+        config["dtype"] = str(self._dtype()).removeprefix("torch.")
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return AutoConfig.from_pretrained(directory)
 
