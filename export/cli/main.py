@@ -12,15 +12,16 @@ from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, record, sign
+from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, quick, record, sign
 
 DESCRIPTION = """\
 Makes the frozen draft model: trains it against a target, exports it to ONNX, and packs it into a bundle for boards.
 
 examples:
   draft-export onnx tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/bundle
+  draft-export quick model.gguf --output /tmp/bundle
   draft-export onnx /models/Llama-3.1-8B /models/Llama-3.2-1B --output /tmp/bundle
-  draft-export onnx /models/Llama-3.1-8B draft --weights int8-head4 --context 4096 --no-acceptance --output /tmp/bundle
+  draft-export onnx /models/Llama-3.1-8B draft --context 4096 --no-acceptance --output /tmp/bundle
   draft-export forms tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/forms
   draft-export distill family/target-v1 --chats 12000 --output draft
   draft-export example family
@@ -33,7 +34,7 @@ examples:
   draft-export sign /tmp/bundle --key maker.key
 """
 
-COMMANDS = (onnx, example, family, record, sign, distill, forms, evaluate, doctor, policy)
+COMMANDS = (onnx, quick, example, family, record, sign, distill, forms, evaluate, doctor, policy)
 
 # Top-level modules that only the extra `export` installs.
 EXTRA_MODULES = frozenset(
