@@ -77,6 +77,9 @@ def add_parser(commands: Any) -> None:
         "--future-share", type=float, default=0.3, help="share of versions and siblings in a batch (%(default)s)"
     )
     teachers.add_argument(
+        "--keep-chats", type=Path, metavar="DIR", help="keep the chats there, and reuse those of an earlier training"
+    )
+    teachers.add_argument(
         "--samples", type=int, default=0, metavar="TOKENS", help="tokens that TARGET writes after pieces of --text (0)"
     )
     training = parser.add_argument_group("training")
@@ -124,6 +127,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         texts=tuple(options.text),
         chats=options.chats,
+        chats_directory=options.keep_chats,
         layout=options.layout,
         new_blocks=options.new_blocks,
         shared_blocks=options.shared_blocks if LAYOUT_DEFINITIONS[options.layout].shares else 0,

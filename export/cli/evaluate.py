@@ -7,7 +7,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,8 @@ DESCRIPTION = """\
 Measures a draft against target versions: acceptance by position, tokens per round, expected speed on a board, and
 retention, which is its acceptance divided by that of a draft retrained for the version; greedy, at T=0.7 and at T=1,
 along what the target generates and along given text, each with a 95 % bootstrap interval over texts. Loops are counted
-separately, because they inflate the acceptance of every draft.
+separately, because they inflate the acceptance of every draft. Without --text and --chats: chats that no draft was
+trained on, everyday questions, and source code.
 
 BUNDLE is a bundle, run as a board runs it, or a draft's directory, run in PyTorch (on a GPU with --device cuda). A
 target is the directory of a checkpoint, an adapter, or changed tensors; a bare name is also looked up next to BUNDLE.
@@ -52,8 +52,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("draft", type=Path, metavar="BUNDLE", help="a bundle, or a draft's directory")
     parser.add_argument("--target", nargs="+", required=True, metavar="VERSION", help="directories of targets")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="held-out text")
     parser.add_argument(
-        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="held-out text (default: the family's)"
+        "--chats", type=Path, nargs="+", default=[], metavar="FILE", help="prompts as JSON lines with `messages`"
     )
     parser.add_argument(
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
@@ -110,8 +111,8 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
 
     from cloud_verifier.model.target import load_model
     from cloud_verifier.registry.checkpoint import base_directory
-    from export.data.held_out import encode_documents, load_held_out
     from export.evaluate.evaluation import EvaluationConfig, evaluate
+    from export.evaluate.prompts import load_prompts
     from export.evaluate.speeds import SimulatedDeployment
 
     config = EvaluationConfig(
@@ -138,10 +139,7 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
         other, other_tokenizer = open_draft(path, base, options.device, options.threads)
         _check_tokenizer(path, other_tokenizer, versions[version])
         retrained[version] = other
-    texts = {
-        name: [*chain.from_iterable(encode_documents(tokenizer, documents))]
-        for name, documents in load_held_out(options.text).items()
-    }
+    texts = load_prompts(tokenizer, base_directory(first), options.text, options.chats)
 
     def make_loader(path: Path) -> Callable[[], Any]:
         return lambda: load_model(path, options.device, torch.float32)[0]

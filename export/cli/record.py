@@ -9,7 +9,7 @@ from typing import Any
 DESCRIPTION = """\
 Records which draft tokens targets accept, and the draft's confidence in them: an acceptance trace, on which
 `edge-runtime simulate` simulates plans without running a model. Every target continues every prompt at every
-temperature.
+temperature. Default prompts: chats, everyday questions and source code.
 
 examples:
   draft-export record family/bundle --target family/target-v1 --output acceptance.npz
@@ -37,7 +37,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompts", type=int, default=24, help="number of prompts (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
-    parser.add_argument("--text", type=Path, help="text to cut prompts from (default: the family's held-out files)")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="texts to cut prompts from")
+    parser.add_argument(
+        "--chats", type=Path, nargs="+", default=[], metavar="FILE", help="prompts as JSON lines with `messages`"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -55,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
         prompts=options.prompts,
         tokens=options.tokens,
         seed=options.seed,
-        text=options.text,
+        texts=tuple(options.text),
+        chats=tuple(options.chats),
         threads=options.threads,
     )
     texts = record_acceptance(config, options.output)

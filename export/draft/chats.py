@@ -157,16 +157,17 @@ class ChatWriter:
         parts = []
         with Progress("chats", config.count) as progress:
             for batch in range(batches):
-                path = directory and directory / f"chats-{config.seed}-{batch:04d}.npz"
+                count = min(rows, config.count - batch * rows)
+                temperature = config.temperatures[batch % len(config.temperatures)]
+                name = f"seed{config.seed}-{batch:04d}-{count}x{config.length}-T{temperature:g}.npz"
+                path = directory and directory / name
                 if path and path.is_file():
                     parts.append(Chats.load(path))
                 else:
-                    temperature = config.temperatures[batch % len(config.temperatures)]
                     # Spread over the batches: batch b has a second turn when the running share passes a whole number.
                     second = int((batch + 1) * config.second_turns) > int(batch * config.second_turns)
                     random = np.random.default_rng([config.seed, batch])
                     torch.manual_seed(int(random.integers(1 << 31)))
-                    count = min(rows, config.count - batch * rows)
                     parts.append(self._write_batch(count, temperature, 1 + second, config.length, random))
                     if path:
                         parts[-1].save(path)

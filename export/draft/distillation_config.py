@@ -18,6 +18,7 @@ class DistillationConfig:
         plan: training schedule.
         texts: UTF-8 files, or directories of them; may be empty if there are chats.
         chats: number of chats that the target writes itself as training text.
+        chats_directory: where the chats are kept for further trainings; None removes them at the end.
         evaluated_chats: number of held-out chats for each temperature.
         layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`.
         objective: see `export.draft.distill`.
@@ -34,6 +35,7 @@ class DistillationConfig:
     plan: TrainingSchedule
     texts: tuple[Path, ...] = ()
     chats: int = 0
+    chats_directory: Path | None = None
     evaluated_chats: int = 192
     layout: str = "anchor"
     new_blocks: int = 3

@@ -70,7 +70,7 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
     try:
         _create_work_directory(config, partial)
         base = base_directory(config.target)
-        target = _load_target(config.target, device)
+        target = load_version(config.target, device)
         text = TrainingText.gather(config, base, target, partial, device)
         if config.start is None:
             draft, plan = build_draft(
@@ -196,7 +196,7 @@ def _options_as_json(config: DistillationConfig) -> dict[str, Any]:
     return content
 
 
-def _load_target(directory: Path, device: torch.device) -> PreTrainedModel:
+def load_version(directory: Path, device: torch.device) -> PreTrainedModel:
     """Load a version of the target; adapters are merged in float32, whatever the dtype of the result."""
     model: PreTrainedModel = load_model(directory, str(device), torch.float32)[0]
     model.requires_grad_(False)
@@ -211,7 +211,7 @@ def _make_teachers(
         compile_blocks(target)
     futures = make_siblings(target, plan, config.siblings, config.strength, seed=config.plan.seed)
     for directory in config.versions:
-        version = _load_target(directory, target.device)
+        version = load_version(directory, target.device)
         if compiled:
             compile_blocks(version)
         futures.append(target_teacher(version))

@@ -15,7 +15,7 @@ from cloud_verifier.acceptance.measure import TEMPERATURES
 from edge_runtime.protocol.errors import InputError
 from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenStream, tokenize_texts
 from export.draft.agreement import JudgedText
-from export.draft.base_target import TextSource
+from export.draft.base_target import TextSource, end_of_text_id
 from export.draft.chats import ChatConfig, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.samples import SampleConfig, sample_texts
@@ -33,13 +33,6 @@ SAMPLE_PROMPT_TOKENS = 64
 # Share of the given text if there are chats too.
 TEXT_SHARE = 0.25
 CHATS_DIRECTORY, SAMPLES_FILE = "chats", "samples.npy"
-
-
-def _end_id(target: PreTrainedModel) -> int:
-    """Return the token id that separates two texts."""
-    ids = target.generation_config.eos_token_id if target.generation_config else None
-    first = ids[0] if isinstance(ids, list) else ids
-    return first if first is not None else 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class TrainingText:
         parts: list[tuple[TokenStream, float]] = []
         windows: list[JudgedText] = []
         if config.texts:
-            given, held_out = _read_texts(config, base, _end_id(target), device)
+            given, held_out = _read_texts(config, base, end_of_text_id(target), device)
             parts.append((given, TEXT_SHARE if config.chats else 1.0))
             rows = held_out.consecutive_windows(min(config.plan.length, len(held_out.ids))).tolist()
             windows = [(row, 1) for row in rows[:: max(1, len(rows) // EVALUATED_WINDOWS)][:EVALUATED_WINDOWS]]
@@ -77,10 +70,11 @@ class TrainingText:
         if config.chats:
             writer = ChatWriter(target, base)
             length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
-            chats = writer.write(ChatConfig(config.chats, length, seed=seed), partial / CHATS_DIRECTORY)
+            directory = config.chats_directory or partial / CHATS_DIRECTORY
+            chats = writer.write(ChatConfig(config.chats, length, seed=seed), directory)
             for temperature in TEMPERATURES:
                 own = ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
-                held_out_chats[temperature] = writer.write(own).rows()
+                held_out_chats[temperature] = writer.write(own, config.chats_directory).rows()
             parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
             if len(chats.ids) < config.plan.length:
                 raise InputError(
@@ -141,7 +135,7 @@ def _load_or_sample(
         prompt = min(SAMPLE_PROMPT_TOKENS, length // 2)
         batches = -(-config.samples // (rows * length))
         sampling = SampleConfig(batches, rows, prompt, length, config.plan.seed)
-        ids = sample_texts(target, text, sampling, end_id=_end_id(target), padding_id=_end_id(target))
+        ids = sample_texts(target, text, sampling, end_id=end_of_text_id(target), padding_id=end_of_text_id(target))
         scratch = path.with_name("samples.partial.npy")
         np.save(scratch, ids)
         shutil.move(scratch, path)

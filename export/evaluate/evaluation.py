@@ -2,7 +2,7 @@
 
     evaluation = evaluate(
         {"anchor": TorchProposer(draft), "bundle": OnnxProposer(OnnxDraft.load(path))},  # anything that is a `Proposer`
-        {"target-v1": model, "target-v2": lambda: load_evolved(...)},  # models, or functions that load one when needed
+        {"target-v1": model, "target-v2": lambda: load_model(...)[0]},  # models, or functions that load one when needed
         {"python": ids, "chats": prompts},       # held-out text by name: token ids, or prompts of any length each
         retrained={"target-v2": TorchProposer(other)},                 # drafts retrained for one version
         config=EvaluationConfig(texts=96),

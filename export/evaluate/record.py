@@ -1,7 +1,7 @@
 """Records acceptance traces for the simulator: a real draft along texts that a real target generates.
 
-Prompts are pieces of files on which no member of the example family was trained, Python and C++ in turn, or pieces of a
-given text. `edge_runtime.simulation` replays the traces.
+Prompts are chats and pieces of source code in turn (`export.evaluate.prompts`), or those of given files. A text ends
+where the target ends it. `edge_runtime.simulation` replays the traces.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 from tokenizers import Tokenizer
 
 from cloud_verifier.acceptance.measure import TEMPERATURES, Passage, propose_tokens
-from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import load_model
+from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.simulation import CONTINUATION_TOKENS, MAX_SIBLINGS, RecordedText, write_texts
 from export.common.progress import Progress
-from export.data.held_out import encode_documents, load_held_out
+from export.evaluate.prompts import load_prompts
+from export.evaluate.proposers import TargetWriter
 from export.evaluate.traces import rank_of
 
 
@@ -38,7 +39,7 @@ class RecordingConfig:
         tokens: length of each text.
         shortest, longest: length of a prompt in tokens.
         seed: seed of the choice of prompts; text i is sampled with seed + i.
-        text: file that prompts are cut from; None for the example family's held-out files.
+        texts, chats: files of prompts; see `export.evaluate.prompts`.
         threads: CPU threads of draft and target.
     """
 
@@ -51,7 +52,8 @@ class RecordingConfig:
     shortest: int = 24
     longest: int = 160
     seed: int = 0
-    text: Path | None = None
+    texts: tuple[Path, ...] = ()
+    chats: tuple[Path, ...] = ()
     threads: int = 1
 
 
@@ -64,27 +66,26 @@ def record_acceptance(config: RecordingConfig, output: Path) -> list[RecordedTex
     """
     torch.set_num_threads(config.threads)
     draft = OnnxDraft.load(config.bundle, threads=config.threads)
-    prompts = list(_choose_prompts(draft.tokenizer, config))
+    prompts = list(_choose_prompts(draft.tokenizer, base_directory(config.targets[0]), config))
     texts: list[RecordedText] = []
     total = len(config.targets) * len(config.temperatures) * len(prompts)
     with Progress("texts", total) as progress:
         for path in config.targets:
-            model, _, end_ids = load_model(path, "cpu", torch.float32)
+            target = TargetWriter(load_model(path, "cpu", torch.float32)[0])
             for temperature in config.temperatures:
-                for index, prompt in enumerate(prompts):
-                    sampling = Sampling(
-                        temperature=temperature,
-                        top_p=config.top_p if temperature else 1.0,
-                        seed=config.seed + index,
-                        ignore_eos=True,
-                    )
-                    new = generate_reference(model, prompt, sampling, config.tokens, end_ids)
+                top_p = config.top_p if temperature else 1.0
+                samplings = [
+                    Sampling(temperature=temperature, top_p=top_p, seed=config.seed + index)
+                    for index in range(len(prompts))
+                ]
+                written = target.generate(prompts, samplings, config.tokens)
+                for prompt, new, sampling in zip(prompts, written, samplings, strict=True):
                     texts.append(record_text(draft, path.name, prompt, new, sampling))
                     progress.update(len(texts), f"{path.name} T={temperature:g} {texts[-1].acceptance:.0%} accepted")
     made: dict[str, Any] = {
         "draft": draft.manifest.shared.identity,
         "draft_graph": {name: record.sha256[:16] for name, record in sorted(draft.manifest.files.items())},
-        "prompts": "held-out files of export/data/corpus.py" if config.text is None else config.text.name,
+        "prompts": [path.name for path in (*config.texts, *config.chats)] or "held-out chats and code",
         "seed": config.seed,
         "torch": torch.__version__,
     }
@@ -128,18 +129,20 @@ def record_text(draft: OnnxDraft, target: str, prompt: list[int], new: list[int]
     )
 
 
-def _choose_prompts(tokenizer: Tokenizer, config: RecordingConfig) -> Iterator[list[int]]:
-    """Choose `config.prompts` prompts, from the texts in turn."""
+def _choose_prompts(tokenizer: Tokenizer, base: Path, config: RecordingConfig) -> Iterator[list[int]]:
+    """Choose `config.prompts` prompts, from the texts in turn; chats and code have equal shares if there are both."""
     rng = random.Random(config.seed)
-    texts = load_held_out([config.text] if config.text is not None else [])
-    pools = [
-        [ids for ids in encode_documents(tokenizer, documents) if len(ids) > config.shortest]
-        for documents in texts.values()
-    ]
-    if not all(pools):
-        raise InputError(f"not enough text for prompts of {config.shortest} tokens: give a longer --text")
+    texts = load_prompts(tokenizer, base, config.texts, config.chats)
+    chats = [prompt for prompts in texts.values() if isinstance(prompts[0], list) for prompt in prompts]
+    pools = [ids for ids in texts.values() if not isinstance(ids[0], list)]
+    if not all(len(ids) > config.longest for ids in pools):
+        raise InputError(f"not enough text for prompts of {config.longest} tokens: give a longer --text")
+    rng.shuffle(chats)
     for index in range(config.prompts):
-        ids = rng.choice(pools[index % len(pools)])
-        length = rng.randint(config.shortest, min(config.longest, len(ids) - 1))
+        if chats and (index % 2 == 0 or not pools):
+            yield chats[index // (1 + bool(pools)) % len(chats)]
+            continue
+        ids = pools[index // (1 + bool(chats)) % len(pools)]
+        length = rng.randint(config.shortest, config.longest)
         start = rng.randrange(len(ids) - length)
         yield ids[start : start + length]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cloud_verifier.draft_models.safetensors_io import read_tensors
-from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, apply_changes
+from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE
 from cloud_verifier.registry.int8 import pack
-from export.draft.base_target import TextSource, for_inference, load_target, next_token_loss
+from export.draft.base_target import TextSource, next_token_loss
 from export.draft.training import TrainingCurve, TrainingSchedule, fit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -110,13 +109,3 @@ def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_path}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_evolved(directory: Path, base_directory: Path, device: torch.device) -> PreTrainedModel:
-    """Load a version in float32: the base with the adapter merged or the changed tensors applied."""
-    base = load_target(base_directory, device)
-    if (directory / CHANGES_FILE).is_file():
-        apply_changes(base, directory)
-        return base
-    adapted: Any = PeftModel.from_pretrained(base, directory)
-    return for_inference(adapted.float().merge_and_unload(), device)

@@ -18,15 +18,16 @@ from transformers import PreTrainedModel
 from cloud_verifier.draft_models.checkpoint import load_draft
 from cloud_verifier.model.target import load_model
 from export.data.corpus import CPP, PYTHON, gather_corpus
+from export.data.questions import EVERYDAY_QUESTIONS
 from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenIds, TokenStream, tokenize_texts
-from export.draft.base_target import to_device
+from export.draft.base_target import end_of_text_id, to_device
 from export.draft.chats import ChatConfig, Chats, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill, head_as_in_bundle
 from export.draft.training import TrainingCurve, write_json
+from export.evaluate.prompts import read_chats
 from export.example_family import cards
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
-from export.example_family.questions import EVERYDAY_QUESTIONS
 from export.example_family.sizes import FamilySize
 
 TARGET, DRAFT, BUNDLE, EVALUATION = "target-v1", "draft", "bundle", "evaluation"
@@ -200,9 +201,8 @@ class FamilyRecipe:
     def _evaluated_texts(self) -> Mapping[str, list[int] | list[list[int]]]:
         """Return held-out prompts of chats, everyday questions, and held-out code."""
         writer = ChatWriter(self._load(TARGET), self.out / TARGET)
-        lines = (self.out / "questions.jsonl").read_text(encoding="utf-8").splitlines()
         everyday = [[{"role": "user", "content": question}] for question in EVERYDAY_QUESTIONS]
-        prompts = {"chats": [json.loads(line)["messages"] for line in lines], "everyday": everyday}
+        prompts = {"chats": read_chats(self.out / "questions.jsonl"), "everyday": everyday}
         encoded = {name: [writer.encode_prompt(chat) for chat in chats] for name, chats in prompts.items()}
         return encoded | {domain.name: self._tokenize(domain.name, HELD_OUT).tolist() for domain in DOMAINS}
 
@@ -227,7 +227,10 @@ class FamilyRecipe:
         if not path.is_file():
             tokenizer = Tokenizer.from_file(str(self.out / TARGET / "tokenizer.json"))
             text = path.with_suffix(".txt").read_text(encoding="utf-8")
-            np.save(path, tokenize_texts(tokenizer, text.split(DOCUMENT_SEPARATOR)))
+            np.save(
+                path,
+                tokenize_texts(tokenizer, text.split(DOCUMENT_SEPARATOR), end_id=end_of_text_id(self.out / TARGET)),
+            )
         ids: TokenIds = np.load(path)
         return ids
 

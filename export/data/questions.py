@@ -1,5 +1,10 @@
-"""Twelve everyday questions, which the evaluation of the example family asks besides those that its target writes."""
+"""Questions to evaluate chat models with: everyday ones, and messages that the example family's target wrote."""
 
+from pathlib import Path
+
+# 144 first messages of users, written by SmolLM2-135M-Instruct (`draft-export family`, stage `questions`); no training
+# text holds them. JSON lines.
+HELD_OUT_CHATS = Path(__file__).with_name("held_out_chats.jsonl")
 EVERYDAY_QUESTIONS = (
     "What is the capital of France, and what is it known for?",
     "How do I boil an egg?",
