@@ -188,6 +188,7 @@ class GeneralRunner:
         shape: shape of the pools that it runs with.
         max_rows, max_segments, max_prefill_rows, exact: see `runner.TargetRunner`.
         chunk_limit: up to this length of a text, several tokens of it are read in one forward.
+        prompt_limit: tokens of a prompt that are read in the first forward: all of them, unless transformers fails.
         is_consistent: logits do not depend on where the prompt ends, so that any part of a text may be read as one.
     """
 
@@ -211,7 +212,7 @@ class GeneralRunner:
         self._vocabulary_size = self._config.vocab_size
         self._sampler = CoupledSampler(self._vocabulary_size)
         self._generation = GenerationModel(model, context)
-        self.chunk_limit, self.is_consistent = 0, False
+        self.chunk_limit, self.is_consistent, self.prompt_limit = 0, False, UNBOUNDED
         with torch.inference_mode():
             self.shape = self._self_test(context)
         if exact:
@@ -333,7 +334,7 @@ class GeneralRunner:
             elif state.length:
                 count = 1
             else:
-                count = len(unread) if self.is_consistent else text.prompt_length
+                count = min(self.prompt_limit, len(unread) if self.is_consistent else text.prompt_length)
             logits = state.feed(unread[:count])[-1]
             unread = unread[count:]
             if not unread:
@@ -347,17 +348,25 @@ class GeneralRunner:
     def _self_test(self, context: int) -> GeneralCacheShape:
         """Compare other ways to read a text with that of `generate`: its prompt at once, then token by token.
 
-        Sets `chunk_limit` and `is_consistent`.
+        Sets `chunk_limit`, `prompt_limit` and `is_consistent`.
 
         Raises:
             TargetError: the model's logits are not finite, or depend on other texts.
         """
         names = (getattr(self._config, name, None) for name in _BORDERS)
         borders = [size for size in names if isinstance(size, int) and 0 < size < context - 2 * PROMPT_TOKENS]
-        prompt = max([0, *(size for size in borders if size <= MAX_TESTED_BORDER)]) + PROMPT_TOKENS
-        prompt = max(2, min(prompt, context - CHUNK_TOKENS - STEP_TOKENS))
+        longest = max([0, *(size for size in borders if size <= MAX_TESTED_BORDER)]) + PROMPT_TOKENS
+        prompt = max(2, min(longest, context - CHUNK_TOKENS - STEP_TOKENS))
         ids = [(7 * i + 3) % self._vocabulary_size for i in range(prompt + CHUNK_TOKENS + STEP_TOKENS)]
-        expected = self._read_by_token(ids, prompt)
+        try:
+            expected = self._read_by_token(ids, prompt)
+        except Exception as error:  # whatever a model raises that reads no more than a chunk at once
+            if prompt <= PROMPT_TOKENS:
+                raise
+            log.debug("prompts longer than %d tokens are read token by token from there: %r", PROMPT_TOKENS, error)
+            prompt = self.prompt_limit = PROMPT_TOKENS
+            ids = ids[: prompt + CHUNK_TOKENS + STEP_TOKENS]
+            expected = self._read_by_token(ids, prompt)
         self._generation.find_module_state()
         state = GenerationState(self._generation)
         state.feed(ids[:prompt])
@@ -382,11 +391,19 @@ class GeneralRunner:
                 for length in (1, 2, prompt - 1)
                 if (text := ids[: length + 1])
             )
+            if self._has_longrope:
+                # Its frequencies change at a length that the texts of the test do not reach.
+                self.is_consistent = False
             if self.is_consistent and equal(self._read_chunk(ids, prompt), expected[1 : 2 + CHUNK_TOKENS]):
                 self.chunk_limit = min((size for size in borders if size > MAX_TESTED_BORDER), default=context)
         except Exception as error:  # whatever a model raises that cannot be read otherwise
             log.debug("a text is read only as generate does: %r", error)
         return shape
+
+    @property
+    def _has_longrope(self) -> bool:
+        """Whether the rotary embeddings change with the length of the text (LongRoPE, arXiv 2402.13753)."""
+        return "longrope" in repr([getattr(self._config, name, None) for name in ("rope_scaling", "rope_parameters")])
 
     def _read_by_token(self, ids: list[int], prompt: int) -> torch.Tensor:
         """Logits after a prompt of `prompt` tokens, which are read at once, and after each token that follows."""

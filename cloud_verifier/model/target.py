@@ -115,13 +115,14 @@ class Target:
             self.runner, self.end_ids = host.runner, host.end_ids
         else:
             model, _, self.end_ids = load_model(base if unmerged else path, device, dtype)
+            structure = _structure(model)
             try:
                 self.runner = make_runner(model, self.context, exact=exact, compiled=compiled, group=group, tested=True)
             except TargetError as obstacle:
                 if group:
                     raise TargetError(f"{path} cannot be split over several GPUs: {obstacle}") from None
-                if unmerged:
-                    # The general tier has no adapters beside a base.
+                if unmerged or _structure(model) != structure:
+                    # The general tier has no adapters beside a base, and needs the model as transformers made it.
                     model, unmerged, self._on_base = load_model(path, device, dtype)[0], False, path == base
                 self.runner, self.general_tier_reason = self._general_runner(model, exact), str(obstacle)
                 log.warning(
@@ -242,8 +243,9 @@ def make_runner(
     """
     if model.config.get_text_config(decoder=True) is not model.config:
         raise TargetError("it is a multimodal model that transformers does not run without its other parts")
-    attention = PagedAttention(model, group.size if group else 1)
+    attention: PagedAttention | None = None
     try:
+        attention = PagedAttention(model, group.size if group else 1)
         test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None
         runner: TargetRunner
         if model.device.type == "cuda":
@@ -258,13 +260,22 @@ def make_runner(
             runner = TargetRunner(model, attention)
         if test:
             test.run(runner)
-    except TargetError:
-        attention.remove()
-        raise
     except Exception as error:
-        attention.remove()
+        if attention:
+            attention.remove()
+        if isinstance(error, TargetError | torch.OutOfMemoryError):
+            raise
         raise TargetError(f"a forward over the paged KV cache fails: {error!r}"[:300]) from None
     return runner
+
+
+def _structure(model: Any) -> list[tuple[Any, ...]]:
+    """The modules of a model with their classes, replaced methods and attention functions, for comparison."""
+    return [
+        (name, type(module), vars(module).get("forward"), getattr(config, "_attn_implementation", None))
+        for name, module in model.named_modules()
+        for config in [getattr(module, "config", None)]
+    ]
 
 
 def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -176,6 +176,8 @@ TEXT_MODELS: dict[str, Settings] = {
         "chunk_size": CHUNK, "num_mem_blocks": 1, "attention_head_dim": 32, "use_mem_rope": True,
     },
 }  # fmt: skip
+# A model of which transformers 4.57 reads no prompt that is longer than a chunk.
+XLSTM: Settings = {"embedding_dim": 64, "num_heads": 4, "num_blocks": 2, "qk_dim_factor": 1.0, "chunk_size": 16}
 # The whole configuration of models that also take images.
 MULTIMODAL_MODELS: dict[str, Settings] = {
     "gemma3": {"text_config": _text(**_SLIDING), "vision_config": _VISION, "mm_tokens_per_image": 4},
@@ -209,7 +211,7 @@ def save_architecture(path: Path, model_type: str, seed: int = 0, **changes: Any
     if model_type in MULTIMODAL_MODELS:
         settings = MULTIMODAL_MODELS[model_type] | changes
     else:
-        settings = _COMMON | TEXT_MODELS[model_type] | changes
+        settings = _COMMON | TEXT_MODELS.get(model_type, {}) | changes
     if model_type == "falcon":
         # A property of its configuration.
         del settings["head_dim"]

@@ -157,3 +157,13 @@ def test_the_self_test_passes_with_long_windows(tmp_path: Path) -> None:
     model = load(tmp_path, "mistral", sliding_window=4096, max_position_embeddings=8192)
     run_self_test(model, lambda: None)
     assert model.model.layers[0].self_attn.attention_span == AttentionSpan(4096)
+
+
+def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:
+    model = load(tmp_path, "llama")
+    layer = model.model.layers[1].self_attn
+    layer.num_key_value_groups = 1
+    layer.k_proj, layer.v_proj = (torch.nn.Linear(64, 4 * 16, bias=False) for _ in range(2))
+    run_self_test(model, lambda: None)
+    attention = PagedAttention(model)
+    assert (attention.shape.heads, attention.group) == (4, 2)

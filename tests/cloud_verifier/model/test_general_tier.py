@@ -28,7 +28,7 @@ from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, RoundReq
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier import VerifierClient, VerifierSession
 from tests.cloud_verifier.engine.test_scheduler import RecordingTarget, running_scheduler, submit_opening
-from tests.cloud_verifier.model.architectures import save_architecture
+from tests.cloud_verifier.model.architectures import XLSTM, save_architecture
 from tests.cloud_verifier.model.test_conformance import TargetText, assert_text_equal
 from tests.conftest import serving
 from tests.models import VOCABULARY_SIZE
@@ -272,3 +272,13 @@ async def test_a_lost_session_of_a_model_that_remembers_its_prompt(tmp_path: Pat
                     pass
                 assert session.ids == (text.prompt + text.continuation)[: len(session.ids)]
     assert [session.recoveries for session in sessions] == [3, 3]
+
+
+async def test_prompts_that_transformers_cannot_read_at_once_are_read_in_parts(tmp_path: Path) -> None:
+    """The text of a short prompt, and of the same prompt with its first tokens as one long prompt."""
+    loaded = LoadedModel(save_architecture(tmp_path / "model", "xlstm", **XLSTM))
+    short = loaded.text(PROMPT, count=44)
+    long = TargetText(short.prompt + short.continuation[:20], short.sampling, short.continuation[20:])
+    async with running_scheduler(loaded.target) as scheduler:
+        for text in (short, long):
+            await assert_text_equal(scheduler, loaded.target, text, seed=1)
