@@ -1,7 +1,7 @@
 """Collect the training corpus of the example family: openly licensed source text that is installed on this machine.
 
-There are three domains: `python` for the base target, `cpp` (headers) and `stubs` (type stubs) for the later target
-versions. Every contributing package is listed with its license, which is checked against the metadata of the installed
+There are two domains, `python` and `cpp` (headers), for the later versions of the target and for its draft. Every
+contributing package is listed with its license, which is checked against the metadata of the installed
 distribution, so that a package whose license changes stops the build. Nothing is downloaded, and the same installed
 versions give the same documents in the same order.
 """
@@ -198,24 +198,7 @@ CPP = Domain(
     ),
 )
 
-STUBS = Domain(
-    "stubs",
-    (".pyi",),
-    (
-        # The stubs come from typeshed, which is Apache-2.0 with parts under MIT.
-        Source("mypy", "Apache-2.0 AND MIT", "MIT", ("mypy",), 4),
-        _permissive("torch", "BSD-3-Clause", megabytes=3),
-        _permissive("numpy", "BSD-3-Clause", megabytes=2),
-        Source("matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), 1),
-        _permissive("tokenizers", "Apache-2.0", megabytes=1),
-        _permissive("cryptography", "Apache-2.0", megabytes=1),
-        _permissive("onnx", "Apache-2.0", megabytes=1),
-        _permissive("scipy", "BSD-3-Clause", megabytes=1),
-        _permissive("pillow", "MIT-CMU", "PIL", megabytes=1),
-    ),
-)
-
-DOMAINS = (PYTHON, CPP, STUBS)
+DOMAINS = (PYTHON, CPP)
 
 
 def gather_corpus(domain: Domain, *, max_bytes: float | None = None) -> Corpus:

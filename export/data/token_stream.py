@@ -1,12 +1,10 @@
-"""Tokenized text: one uint16 stream per domain and split, stored as xz and held in memory as one tensor."""
+"""Tokenized text: one stream of ids, held in memory as one tensor, from which batches are cut."""
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch
 from tokenizers import Tokenizer
 
 from edge_runtime.protocol.errors import InputError
-from export.data.tokenizer import END_OF_TEXT_ID
 
 TokenIds = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 TOKENIZER_BATCH_DOCUMENTS = 256
@@ -23,7 +20,7 @@ TOKENIZER_BATCH_DOCUMENTS = 256
 DOCUMENT_SEPARATOR = "\f"
 
 
-def tokenize_texts(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int = END_OF_TEXT_ID) -> TokenIds:
+def tokenize_texts(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int) -> TokenIds:
     """Return all texts as one stream, shape (tokens,); `end_id` follows each text.
 
     The dtype is uint16 if the vocabulary fits, otherwise uint32.
@@ -37,30 +34,6 @@ def tokenize_texts(tokenizer: Tokenizer, texts: Iterable[str], *, end_id: int = 
     chunks.append(np.empty(0, dtype=dtype))
     stream: TokenIds = np.concatenate(chunks)
     return stream
-
-
-def write_ids(path: Path, ids: TokenIds) -> None:
-    """Write a stream as xz of raw little-endian uint16: a third of its size, as small as the compressed text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with lzma.open(partial, "wb", preset=6) as file:
-        file.write(ids.astype("<u2").tobytes())
-    partial.replace(path)
-
-
-def read_ids(path: Path) -> TokenIds:
-    """Read a stream that `write_ids` wrote.
-
-    Raises:
-        InputError: the file does not exist or is truncated.
-    """
-    try:
-        with lzma.open(path, "rb") as file:
-            return np.frombuffer(file.read(), dtype="<u2").astype(np.uint16)
-    except FileNotFoundError:
-        raise InputError(f"no token stream at {path}: run `draft-export family --stage corpus` first") from None
-    except (EOFError, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path} is not a complete token stream ({error}): make or copy it again") from None
 
 
 @dataclass(frozen=True)

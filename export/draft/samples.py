@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from export.common.progress import Progress
 from export.data.token_stream import TokenIds
-from export.data.tokenizer import END_OF_TEXT_ID, PADDING_ID
 from export.draft.base_target import TextSource, to_device
 
 
@@ -32,8 +31,8 @@ def sample_texts(
     prompts: TextSource,
     config: SampleConfig,
     *,
-    end_id: int = END_OF_TEXT_ID,
-    padding_id: int = PADDING_ID,
+    end_id: int,
+    padding_id: int,
 ) -> TokenIds:
     """Sample at temperature 1; return one stream, shape (tokens,), with `end_id` after each sample."""
     # bfloat16 on a GPU, as in a verifier, so that the samples have the same distribution.

@@ -20,15 +20,31 @@ from tokenizers import Tokenizer
 
 from cloud_verifier.draft_models.safetensors_io import save_model
 from cloud_verifier.model.target import load_model
-from export.data.corpus import CPP, PYTHON, STUBS, gather_corpus
+from export.data.corpus import CPP, PYTHON, Domain, Source, gather_corpus
 from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenStream, tokenize_texts
-from export.data.tokenizer import TOKENIZER_FILES, save_tokenizer, train_tokenizer
-from export.draft.base_target import TargetShape, pretrain
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill
 from export.draft.training import TrainingSchedule
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
+from tests.toy_family.base_target import TargetShape, pretrain
+from tests.toy_family.tokenizer import END_OF_TEXT_ID, TOKENIZER_FILES, save_tokenizer, train_tokenizer
 
+STUBS = Domain(
+    "stubs",
+    (".pyi",),
+    (
+        # The stubs come from typeshed, which is Apache-2.0 with parts under MIT.
+        Source("mypy", "Apache-2.0 AND MIT", "MIT", ("mypy",), 4),
+        Source("torch", "BSD-3-Clause", "BSD", ("torch",), 3),
+        Source("numpy", "BSD-3-Clause", "BSD", ("numpy",), 2),
+        Source("matplotlib", "PSF-2.0", "Python Software Foundation", ("matplotlib",), 1),
+        Source("tokenizers", "Apache-2.0", "Apache", ("tokenizers",), 1),
+        Source("cryptography", "Apache-2.0", "Apache", ("cryptography",), 1),
+        Source("onnx", "Apache-2.0", "Apache", ("onnx",), 1),
+        Source("scipy", "BSD-3-Clause", "BSD", ("scipy",), 1),
+        Source("pillow", "MIT-CMU", "MIT", ("PIL",), 1),
+    ),
+)
 DOMAINS = (PYTHON, CPP, STUBS)
 CORPUS_BYTES = {"python": 16_000_000, "cpp": 5_000_000, "stubs": 3_000_000}
 SHAPE = TargetShape(2048, 192, 4, 448, heads=3, kv_heads=1, head_dim=64, context=2048)
@@ -90,7 +106,7 @@ class ToyFamily:
 
         def train(directory: Path) -> None:
             text = self._stream({"python": 1.0})
-            model, _ = pretrain(SHAPE, text, self._schedule(PRETRAINING), self._device, compiled=self._on_gpu)
+            model = pretrain(SHAPE, text, self._schedule(PRETRAINING), self._device, compiled=self._on_gpu)
             save_model(model, directory)
             for name in TOKENIZER_FILES:
                 shutil.copy(tokenizer_path / name, directory)
@@ -163,7 +179,7 @@ class ToyFamily:
             if not path.exists():
                 tokenizer = Tokenizer.from_file(str(self._work / "tokenizer" / "tokenizer.json"))
                 text = self._text_path(name).read_text(encoding="utf-8")
-                np.save(path, tokenize_texts(tokenizer, text.split(DOCUMENT_SEPARATOR)))
+                np.save(path, tokenize_texts(tokenizer, text.split(DOCUMENT_SEPARATOR), end_id=END_OF_TEXT_ID))
             parts.append((TokenStream.from_ids(np.load(path), self._device), share))
         return MixedStream(tuple(parts))
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cloud_verifier.model.target import Target
+from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.checkpoint import read_end_ids, shared_fingerprints
 from cloud_verifier.registry.compatibility import CompatibilityReport, check_compatibility
 from edge_runtime.protocol.bundle import SharedTensors, read_bundle, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, TargetError
-from export.draft.base_target import load_target
 from export.example_family.evolution import break_contract, save_changes
 
 Json: TypeAlias = dict[str, Any]
@@ -56,7 +55,7 @@ def test_the_report_names_a_changed_shared_tensor(family: Path, tmp_path: Path) 
 
 def test_unshared_blocks_may_change_and_shared_tensors_may_not(family: Path, tmp_path: Path) -> None:
     shared = read_bundle(family / "bundle").manifest.shared.fingerprints
-    model = load_target(family / "target-v1", torch.device("cpu"))
+    model = load_model(family / "target-v1", "cpu", torch.float32)[0]
     names = [name for name, _ in model.named_parameters()]
     for name, fits in (("model.layers.2.mlp.up_proj.weight", True), (sorted(shared)[0], False)):
         assert name in names

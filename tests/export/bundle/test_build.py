@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import export
 from cloud_verifier.draft_models.checkpoint import save_draft
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, build_draft
 from cloud_verifier.model.target import Target
@@ -26,6 +27,7 @@ from edge_runtime.protocol.errors import DraftError, InputError
 from export.bundle import onnx_graph
 from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
 from export.cli.main import main
+from tests.conftest import FAMILY
 from tests.models import save_target
 
 TEXT = "for index in range(10):\n    print(index)\n" * 3
@@ -260,7 +262,7 @@ def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["onnx", str(tiny_path), str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
 
 
-def test_the_shipped_bundle_matches_the_shipped_targets(family: Path) -> None:
+def test_a_bundle_matches_all_versions_of_its_target(family: Path) -> None:
     bundle = read_bundle(family / "bundle")
     targets = [Target(family / f"target-v{number}", device="cpu", dtype=torch.float32) for number in (1, 2, 3, 4)]
     identity = bundle.manifest.shared.identity
@@ -271,7 +273,7 @@ def test_the_shipped_bundle_matches_the_shipped_targets(family: Path) -> None:
     assert len({target.version for target in targets}) == len(targets)
 
 
-def test_the_shipped_bundle_can_be_rebuilt_from_the_shipped_draft(family: Path, tmp_path: Path) -> None:
+def test_a_bundle_can_be_rebuilt_from_its_draft(family: Path, tmp_path: Path) -> None:
     shipped = read_bundle(family / "bundle").manifest
     config = BundleConfig(
         *(family / "target-v1", family / "draft-anchor", shipped.graph.kind, shipped.graph.weights, TEXT),
@@ -284,8 +286,10 @@ def test_the_shipped_bundle_can_be_rebuilt_from_the_shipped_draft(family: Path, 
     assert manifest.shared == shipped.shared
 
 
-def test_the_shipped_weights_fit_the_size_budget(family: Path) -> None:
-    sizes = [path.stat().st_size for path in family.rglob("*") if path.is_file()]
-    assert max(sizes) < 16_000_000
-    weights = [path for pattern in ("*.safetensors", "*.onnx", "*.onnx.data") for path in family.rglob(pattern)]
-    assert sum(path.stat().st_size for path in weights) < 48_000_000
+SHIPPED = Path(export.__file__).parent / "example_family"
+
+
+@pytest.mark.parametrize(("directory", "megabytes"), [(FAMILY, 8), (SHIPPED, 48)], ids=["toy", "example"])
+def test_the_weights_in_the_repository_fit_their_budget(directory: Path, megabytes: int) -> None:
+    weights = [path for pattern in ("*.safetensors", "*.onnx", "*.onnx.data") for path in directory.rglob(pattern)]
+    assert 0 < sum(path.stat().st_size for path in weights) < megabytes * 1_000_000

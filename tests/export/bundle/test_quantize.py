@@ -18,9 +18,9 @@ from edge_runtime.protocol.bundle import Architecture
 from export.bundle import quantize
 from export.bundle.build import BundleConfig, make_bundle
 from export.bundle.head_rounding import round_head
-from export.bundle.low_bit_rounding import round_weight
 from export.bundle.onnx_graph import GRAPH_FILE, GRAPH_KINDS, WEIGHT_TYPES, export_graph
 from export.bundle.quantize import (
+    BLOCK_SIZE,
     EMBEDDING,
     QUANTIZATION_SCHEMES,
     QuantizationScheme,
@@ -55,6 +55,13 @@ def model() -> onnx.ModelProto:
     )
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def stored_in_8_bits(weight: torch.Tensor) -> torch.Tensor:
+    """The values that a graph with int8 weights multiplies by."""
+    blocks = quantize_blocks(weight.numpy(), 8, False)
+    levels = blocks.packed.reshape(len(weight), -1, BLOCK_SIZE).astype(np.float32) - 128
+    return torch.from_numpy(levels * blocks.scales[..., None]).flatten(1)[:, : weight.shape[1]]
 
 
 def run(model: ir.Model, path: Path) -> list[np.ndarray]:
@@ -151,7 +158,9 @@ def test_a_graph_computes_with_exactly_the_rounded_weights(tied: bool, tmp_path:
     with torch.no_grad():
         for module in draft.modules():
             if isinstance(module, torch.nn.Linear) and module is not draft.lm_head:
-                module.weight.copy_(round_weight(module.weight, 8))
+                blocks = quantize_blocks(module.weight.numpy(), 8, False)
+                values = (blocks.packed.astype(np.float32) - 128) * blocks.scales[..., None]
+                module.weight.copy_(torch.from_numpy(values).flatten(1)[:, : module.in_features])
         for weight in {draft.lm_head.weight, draft.model.embed_tokens.weight}:
             weight.copy_(round_head(weight))
         expected = draft(input_ids=torch.tensor([ids])).logits[0].numpy()

@@ -1,4 +1,4 @@
-"""`draft-export evaluate` with the shipped family."""
+"""`draft-export evaluate` with the toy family."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_different_tokenizers_are_an_error(family: Path, tmp_path: Path, capsys:
     output = tmp_path / "evaluation"
     arguments = ["evaluate", str(family / "bundle"), "--target", str(target), *SMALL, "--output", str(output)]
     assert main(arguments) == InputError.exit_code
-    assert "different tokenizers (8192 and 300 tokens" in capsys.readouterr().err
+    assert "different tokenizers (2048 and 300 tokens" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [target]
 
 

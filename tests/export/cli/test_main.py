@@ -12,9 +12,9 @@ import pytest
 from cloud_verifier.draft_models.layouts import LAYOUTS
 from export.bundle.onnx_graph import GRAPH_KINDS, WEIGHT_TYPES
 from export.cli import choices
-from export.cli.family import STAGES, TRAINED_STAGES
+from export.cli.family import STAGES
 from export.draft.distill import Objective
-from export.example_family.sizes import SIZES, FamilySize
+from export.example_family.sizes import SIZES
 
 # Runs `draft-export` with the packages of the extras blocked, as on a base install.
 BASE_INSTALL = """
@@ -38,7 +38,6 @@ def test_choices_match_their_definitions() -> None:
     assert tuple(LAYOUTS) == choices.LAYOUTS
     assert get_args(Objective) == choices.OBJECTIVES
     assert tuple(SIZES) == choices.FAMILY_SIZES
-    assert set(TRAINED_STAGES) <= set(FamilySize.__dataclass_fields__)
     assert len(set(STAGES)) == len(STAGES)
 
 
@@ -46,7 +45,10 @@ def test_help_works_on_the_base_install() -> None:
     done = run_on_base_install("--help")
     assert done.returncode == 0, done.stderr
     assert "draft-export keygen maker.key" in done.stdout
-    for command in ("onnx", "forms", "family", "record", "keygen", "sign", "distill", "evaluate", "doctor", "policy"):
+    for command in (
+        *("onnx", "quick", "example", "family", "record", "keygen", "sign", "distill", "forms", "evaluate", "doctor"),
+        "policy",
+    ):
         assert f"\n    {command} " in done.stdout
 
 
@@ -75,7 +77,8 @@ def test_keygen_takes_one_name() -> None:
     [
         ("onnx", "target", "draft", "--output", "bundle"),
         ("forms", ".", "draft", "--output", "forms"),
-        ("family", "--size", "smoke", "--corpus", "corpus", "--out", "out"),
+        ("family", "source", "--size", "smoke", "--out", "out"),
+        ("example",),
         ("record", "bundle", "--target", "target", "--output", "a.npz"),
         ("distill", "target", "--text", "text", "--output", "draft"),
         ("evaluate", "bundle", "--target", "target"),

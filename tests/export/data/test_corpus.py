@@ -1,8 +1,6 @@
-"""Corpus: selection and rejection of files, license checks, determinism; tokenizer and token streams."""
+"""Corpus: selection and rejection of files, license checks, determinism; streams of token ids."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,8 @@ import torch
 
 from edge_runtime.protocol.errors import InputError
 from export.data.corpus import DOMAINS, Domain, Source, gather_corpus, is_held_out, rejection_reason
-from export.data.token_stream import MixedStream, TokenStream, read_ids, tokenize_texts, write_ids
-from export.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from export.data.token_stream import MixedStream, TokenStream, tokenize_texts
+from tests.models import byte_tokenizer
 
 SMALL = Domain("python", (".py",), (Source("httpx", "BSD-3-Clause", "BSD", ("httpx",)),))
 OPEN_LICENSES = {"PSF-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT", "MIT-CMU", "Apache-2.0"}
@@ -74,31 +72,12 @@ def test_unsuitable_files_are_rejected(text: str, reason: str | None) -> None:
     assert rejection_reason(text) == reason
 
 
-def test_tokenizer_round_trip(tmp_path: Path) -> None:
-    texts = [document.text for document in gather_corpus(SMALL).documents]
-    save_tokenizer(train_tokenizer(texts, 400), tmp_path, context=128)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.get_vocab_size() == 400
-    assert (tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|pad|>")) == (0, 1)
-    text = "def héllo(x):\n\treturn '✓', 1234\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    ids = tokenize_texts(tokenizer, [text, text])
+def test_texts_become_one_stream_with_an_end_after_each() -> None:
+    text = "héllo ✓"
+    ids = tokenize_texts(byte_tokenizer(), [text, "", text], end_id=299)
     assert ids.dtype == np.uint16
-    assert (ids == 0).nonzero()[0].tolist() == [len(ids) // 2 - 1, len(ids) - 1]
-    with pytest.raises(InputError, match="fill only"):
-        train_tokenizer([text], 8192)
-
-
-def test_streams_round_trip_and_truncation_is_detected(tmp_path: Path) -> None:
-    path = tmp_path / "stream.xz"
-    ids = np.arange(8192, dtype=np.uint16)
-    write_ids(path, ids)
-    assert np.array_equal(read_ids(path), ids)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match="not a complete token stream"):
-        read_ids(path)
-    with pytest.raises(InputError, match="no token stream"):
-        read_ids(tmp_path / "none.xz")
+    own = byte_tokenizer().encode(text).ids
+    assert ids.tolist() == [*own, 299, 299, *own, 299]
 
 
 def test_random_windows_are_slices_of_the_stream_and_depend_only_on_the_seed() -> None:

@@ -159,7 +159,7 @@ def test_bad_input_is_refused(models: list[Any], tmp_path: Path) -> None:
     small = load_model(save_target(tmp_path / "small", vocab_size=301, max_position_embeddings=64), "cpu", "float32")[0]
     with pytest.raises(InputError, match="'one' has 47 tokens, but a piece has 48"):
         evaluate({"d": draft}, {"v": target}, {"one": make_ids(0, 47)}, config=CONFIG)
-    with pytest.raises(InputError, match="1 piece of 48 tokens, but an interval needs 2"):
+    with pytest.raises(InputError, match="1 piece of 48 tokens; an interval needs 2"):
         evaluate({"d": draft}, {"v": target}, {"one": make_ids(0, 90)}, config=CONFIG)
     with pytest.raises(InputError, match="'v3', which is not evaluated: those evaluated are v"):
         evaluate({"d": draft}, {"v": target}, TEXT, retrained={"v3": draft}, config=CONFIG)

@@ -1,4 +1,4 @@
-"""The tokenizer of the example family: byte-level BPE, saved as a regular Hugging Face tokenizer."""
+"""The tokenizer of the toy family: byte-level BPE, saved as a regular Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -69,15 +69,3 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, context: int) -> No
     }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer in `directory`.
-
-    Raises:
-        InputError: `directory` has no tokenizer.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: run `draft-export family --stage corpus` first")
-    return Tokenizer.from_file(str(path))
