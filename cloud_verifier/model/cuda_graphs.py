@@ -78,7 +78,7 @@ class GraphInputs:
         """
         Args:
             context: longest sequence in tokens.
-            group: query heads per KV head.
+            group: most query heads that share a KV head.
             rope: the rotary embeddings of the model; None if all texts have the same frequencies.
         """
         self.rows = rows
@@ -186,6 +186,7 @@ def _attend(
         layer,
         scaling,
         context.inputs,
+        kv_heads=key.shape[1],
         value_size=value.shape[3],
         span=span,
         chunked=chunked,
@@ -246,9 +247,8 @@ class GraphRunner(TargetRunner):
         self.max_rows, self.max_segments = self._sizes[-1], min(MAX_SEGMENTS, self._sizes[-1])
         self.max_prefill_rows = EXACT_ROWS if exact else MAX_PREFILL_ROWS
         config = model.config
-        query_group = attention.query_heads // self.shape.heads
         self._inputs = {
-            rows: GraphInputs(rows, context, query_group, self.shape.device, self.rope) for rows in self._sizes
+            rows: GraphInputs(rows, context, attention.group, self.shape.device, self.rope) for rows in self._sizes
         }
         self._graphs: dict[tuple[int, int], _CapturedForward] = {}
         self._mode: ForwardMode = "replay"

@@ -60,7 +60,7 @@ class PagedAttention:
 
     Attributes:
         shape: shape of the KV cache.
-        query_heads: query heads of a layer, in one process.
+        group: most query heads that share a KV head.
         rope: the rotary embeddings of the model.
     """
 
@@ -79,9 +79,9 @@ class PagedAttention:
         self._model = model
         self._layers: list[Any] = [call.layer for call in calls]
         self._configs = [] if routed else [(config, config._attn_implementation) for config in _configs(model)]
-        self.query_heads = calls[0].query_heads // shards
-        size = max(call.head_size for call in calls)
-        self.shape = KVCacheShape(len(calls), calls[0].kv_heads // shards, size, model.dtype, model.device)
+        self.group = max(call.query_heads // call.kv_heads for call in calls)
+        heads, size = (max(getattr(call, name) for call in calls) for name in ("kv_heads", "head_size"))
+        self.shape = KVCacheShape(len(calls), heads // shards, size, model.dtype, model.device)
         for call in calls:
             call.layer.attention_span = call.span
             if routed:
@@ -223,7 +223,7 @@ def _probe(model: Any) -> tuple[list[AttentionCall], bool]:
 
 
 def _check_layers(model: Any, calls: list[AttentionCall]) -> None:
-    """Check that all layers are attention, of one shape.
+    """Check that all layers are attention.
 
     Raises:
         TargetError: they are not.
@@ -231,8 +231,6 @@ def _check_layers(model: Any, calls: list[AttentionCall]) -> None:
     layers = model.config.num_hidden_layers
     if sorted(call.layer.layer_idx for call in calls) != list(range(layers)):
         raise TargetError(f"{len(calls)} of its {layers} layers are attention that can be replaced, once in a forward")
-    if len({(call.query_heads, call.kv_heads) for call in calls}) > 1:
-        raise TargetError("its layers have different numbers of attention heads")
 
 
 def _check_positions(model: Any, implementation: str | None) -> None:

@@ -319,6 +319,7 @@ def attend(
     scaling: float,
     inputs: AttentionInputs,
     *,
+    kv_heads: int,
     value_size: int,
     span: int = 0,
     chunked: bool = False,
@@ -335,14 +336,14 @@ def attend(
         sinks: (query heads,) see `attention.attend`.
     """
     _, query_heads, rows, key_size = query.shape
-    heads, page, size = slab.shape[3:]
+    page, size = slab.shape[4:]
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
-    group, spans = query_heads // heads, inputs.spans
+    group, spans = query_heads // kv_heads, inputs.spans
     # Partial results of several spans are combined in float32.
     dtype = query.dtype if spans == 1 else torch.float32
     out = torch.empty(spans, rows, query_heads, value_size, dtype=dtype, device=query.device)
     log_sums = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
-    _attend[(inputs.blocks.shape[0], heads, spans)](
+    _attend[(inputs.blocks.shape[0], kv_heads, spans)](
         query=query,
         out=out,
         log_sums=log_sums,

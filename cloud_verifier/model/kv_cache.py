@@ -56,8 +56,8 @@ class KVCacheShape(NamedTuple):
     """The properties of a model that determine the layout of its KV cache.
 
     Attributes:
-        heads: KV heads of a layer.
-        head_size: size of a key or value, whichever is larger.
+        heads: most KV heads of a layer.
+        head_size: size of the largest key or value.
     """
 
     layers: int

@@ -80,14 +80,16 @@ def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, dev
     segments = make_segments(lengths, random)
     rows, page = sum(map(len, segments)), PAGE_TOKENS["cuda"]
     group = case.query_heads // case.kv_heads
-    inputs = GraphInputs(rows + 5, context, group, torch.device(device))
+    # Another layer may have larger groups.
+    inputs = GraphInputs(rows + 5, context, 2 * group, torch.device(device))
     inputs.fill(segments)
 
     def random_heads(heads: int, count: int, size: int) -> torch.Tensor:
         return torch.randn(heads, count, size, device=device).to(dtype)
 
     size = max(case.key_size, case.value_size)
-    slab = torch.full((400, LAYERS, 2, case.kv_heads, page, size), torch.nan, dtype=dtype, device=device)
+    # Another layer may have more heads.
+    slab = torch.full((400, LAYERS, 2, case.kv_heads + 1, page, size), torch.nan, dtype=dtype, device=device)
     query = random_heads(case.query_heads, rows + 5, case.key_size) * 2
     key = random_heads(case.kv_heads, rows + 5, case.key_size)
     value = random_heads(case.kv_heads, rows + 5, case.value_size)
@@ -100,7 +102,8 @@ def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, dev
     for segment, (keys, values) in zip(segments, cached, strict=True):
         for position in range(segment.sequence.length):
             where = slab[segment.sequence.pages[position // page], LAYER, :, :, position % page]
-            where[0, :, : case.key_size], where[1, :, : case.value_size] = keys[:, position], values[:, position]
+            where[0, : case.kv_heads, : case.key_size] = keys[:, position]
+            where[1, : case.kv_heads, : case.value_size] = values[:, position]
     kernels.store(key[None], value[None], slab, layer, inputs)
     actual = kernels.attend(
         query[None],
@@ -108,6 +111,7 @@ def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, dev
         layer,
         case.key_size**-0.5,
         inputs,
+        kv_heads=case.kv_heads,
         value_size=case.value_size,
         span=case.span.size,
         chunked=case.span.chunked,
