@@ -53,10 +53,12 @@ class ServedVersion(ListedVersion, frozen=True):
     Attributes:
         loaded: whether it is loaded.
         sessions: number of sessions pinned to it.
+        general_tier_reason: why it runs on the slower general tier; empty if it does not, or is not loaded.
     """
 
     loaded: bool = False
     sessions: int = 0
+    general_tier_reason: str = ""
 
 
 class _Retirement(NamedTuple):
@@ -209,7 +211,15 @@ class Rollout:
             failure = self._failures.get(self.catalog.find_exact(listed.version), "")
             fields = msgspec.structs.asdict(listed) | {"problem": failure or listed.problem}
             sessions = len(self._sessions.ids_of_version(listed.version))
-            served.append(ServedVersion(**fields, loaded=listed.version in loaded, sessions=sessions))
+            target = loaded.get(listed.version)
+            served.append(
+                ServedVersion(
+                    **fields,
+                    loaded=target is not None,
+                    sessions=sessions,
+                    general_tier_reason=target.general_tier_reason if target else "",
+                )
+            )
         return served
 
     async def refresh(self) -> None:

@@ -15,6 +15,7 @@ from cloud_verifier.engine.rollout import RetirementPolicy, Rollout
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry, RegistryError
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
+from tests.cloud_verifier.model.architectures import save_architecture
 from tests.cloud_verifier.protocol_client import TIMEOUT_SECONDS
 
 UNLOAD_AT_ONCE = RetirementPolicy(linger_seconds=0, grace_seconds=3600)
@@ -73,6 +74,18 @@ async def test_all_active_versions_are_loaded_the_default_first(registry: Regist
     await refresh_until(lambda: len(host.versions) == 2, rollout)
     assert rollout.resolve("v1", "key").name == "v1"
     assert [(listed.version[:2], listed.loaded) for listed in rollout.list_versions()] == [("v1", True), ("v0", True)]
+
+
+async def test_a_version_on_the_general_tier_says_why(tmp_path: Path, host: FakeHost) -> None:
+    registry = Registry(tmp_path / "registry")
+    for name in ("bloom", "llama"):
+        registry.add(str(save_architecture(tmp_path / name, name)))
+    rollout = Rollout(registry, host, host)
+    assert {listed.general_tier_reason for listed in rollout.list_versions()} == {""}
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    reasons = {listed.version.partition("@")[0]: listed.general_tier_reason for listed in rollout.list_versions()}
+    assert reasons["llama"] == ""
+    assert "attention" in reasons["bloom"]
 
 
 async def test_the_initial_target_is_not_loaded_twice(registry: Registry, host: FakeHost) -> None:
