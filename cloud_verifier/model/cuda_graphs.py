@@ -126,7 +126,7 @@ class GraphInputs:
             ids[row:stop], positions[row:stop] = segment.ids, segment.positions
             visible_prefix[row:stop] = segment.visible_prefix
             slots[row:stop] = segment.adapter_slot
-            if self._rope:
+            if self._rope and self._rope.switch:
                 host["long_rope"][row:stop] = self._rope.long_rows(segment)
             host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
             extents.append((segment.sequence.length, row, stop - row))

@@ -79,7 +79,7 @@ class LengthScaledRope:
     def long_rows(self, segment: Segment) -> list[bool]:
         """Whether each row of a segment uses the second set of frequencies."""
         sequence = segment.sequence
-        if self.recomputes or self.switch is None:
+        if self.recomputes:
             return [sequence.long_rope] * len(segment)
         return [self.is_long(max(sequence.prompt_length, position + 1)) for position in segment.positions]
 
