@@ -25,6 +25,33 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+# ChatML, as SmolLM2 and Qwen write it.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def save_chat_target(path: Path, template: str | None = CHAT_TEMPLATE, seed: int = 0, **config_changes: Any) -> Path:
+    """Save a random chat model: one token per printable ASCII character, and the special tokens of ChatML.
+
+    All that it writes is text that encodes to the same tokens again.
+    """
+    # How ByteLevel writes the printable characters, space, newline and tab.
+    names = [*CHAT_SPECIALS, *(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "ĉ"]
+    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = {"vocab_size": len(names), "bos_token_id": 1, "eos_token_id": 2}
+    save_target(path, seed=seed, **(ids | config_changes))
+    unknown, start, end = CHAT_SPECIALS
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=start, eos_token=end, chat_template=template
+    ).save_pretrained(path)
+    return path
+
+
 def save_target(path: Path, model_type: str = "llama", seed: int = 0, **config_changes: Any) -> Path:
     """Save a model of `model_type` and its tokenizer.
 
