@@ -23,7 +23,7 @@ from cloud_verifier.acceptance.measure import (
     read_calibration_text,
 )
 from cloud_verifier.model.target import load_model
-from cloud_verifier.registry.checkpoint import base_directory, load_tokenizer, tokenizer_vocabulary_hash
+from cloud_verifier.registry.checkpoint import accepted_vocabularies, base_directory, load_tokenizer
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import InputError, TargetError
@@ -101,10 +101,10 @@ def forecast(
     draft_bundle = read_bundle(bundle)
     vocabulary = draft_bundle.manifest.vocabulary.hash
     for name, path in versions:
-        target_vocabulary = tokenizer_vocabulary_hash(load_tokenizer(path, base_directory(path)))
-        if target_vocabulary != vocabulary:
+        accepted = accepted_vocabularies(load_tokenizer(path, base_directory(path)))
+        if vocabulary not in accepted:
             raise TargetError(
-                f"{name} has the vocabulary {target_vocabulary}, but the draft in {bundle} has {vocabulary}: "
+                f"{name} has the vocabulary {next(iter(accepted))}, but the draft in {bundle} has {vocabulary}: "
                 "their token ids do not correspond, so acceptance cannot be measured"
             )
     draft = OnnxDraft(draft_bundle, threads)

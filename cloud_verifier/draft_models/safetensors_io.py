@@ -12,30 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from cloud_verifier.registry.checkpoint import find_tensor_files
 from edge_runtime.protocol.errors import TargetError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 # Chosen below the 16 MB that many hosts and proxies allow per file.
 SHARD_SIZE = "15MB"
-
-
-def find_tensor_files(directory: Path) -> dict[str, Path]:
-    """By tensor name: the file of a checkpoint that holds it.
-
-    Raises:
-        TargetError: there is no safetensors checkpoint, or one of its files cannot be read.
-    """
-    index = directory / INDEX_FILE
-    try:
-        if index.is_file():
-            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        with safe_open(directory / SINGLE_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), directory / SINGLE_FILE)
-    except FileNotFoundError:
-        raise TargetError(f"no safetensors checkpoint in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise TargetError(f"the checkpoint in {directory} is damaged ({error}): copy it again") from None
 
 
 def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:

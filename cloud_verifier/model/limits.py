@@ -43,7 +43,7 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
     Raises:
         VerifierRefused: vocabulary, draft, prompt or first round do not fit.
     """
-    if opening.vocabulary not in ("", target.vocabulary):
+    if opening.vocabulary and opening.vocabulary not in target.draft_vocabularies:
         raise VerifierRefused(
             ErrorCode.VOCABULARY_MISMATCH,
             f"the draft's vocabulary {opening.vocabulary[:80]} is not {target.version}'s {target.vocabulary}; "

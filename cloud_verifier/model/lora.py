@@ -7,7 +7,6 @@ S-LoRA, arXiv 2311.03285, which gathers instead). The base weights are in memory
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,36 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cloud_verifier.model.attention import get_forward_context
+from cloud_verifier.registry.adapter import ADAPTER_WEIGHTS_FILE, LORA_SUFFIXES, TENSOR_PREFIX
 from edge_runtime.protocol.errors import TargetError
 
-# Keys of `adapter_config.json` that must be empty for an adapter to be a sum of plain products.
-_EXTENSIONS = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "lora_bias",
-    "layer_replication",
-)
-_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_DOWN, _UP = LORA_SUFFIXES
 
 # By module name: the matrices (rank, in) and (out, rank), the latter scaled.
 LoRAWeights: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-def is_plain_lora(path: Path) -> bool:
-    """Whether the adapter at `path` is LoRA on linear layers and nothing else, so that it need not be merged."""
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (
-        config.get("peft_type") == "LORA"
-        and config.get("bias", "none") == "none"
-        and not any(config.get(key) for key in _EXTENSIONS)
-        and not config.get("trainable_token_indices")
-    )
 
 
 class LoRAAdapters:
@@ -74,23 +50,30 @@ class LoRAAdapters:
         Raises:
             TargetError: it does not fit the model, or cannot be read.
         """
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+        from peft.utils import get_pattern_key
+
         try:
-            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-            tensors: dict[str, torch.Tensor] = {}
-            for file in sorted(path.glob("adapter_model*.safetensors")):
-                tensors |= load_file(file)
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            config = LoraConfig.from_pretrained(path)
+            tensors = load_file(path / ADAPTER_WEIGHTS_FILE)
             weights: LoRAWeights = {}
             for name in [name for name in tensors if name.endswith(_DOWN)]:
-                module = name.removeprefix(_PREFIX).removesuffix(_DOWN)
+                module = name.removeprefix(TENSOR_PREFIX).removesuffix(_DOWN)
                 down, up = tensors.pop(name), tensors.pop(name.removesuffix(_DOWN) + _UP)
                 linear = self._model.get_submodule(module)
                 if not isinstance(linear, torch.nn.Linear) or (up.shape[0], down.shape[1]) != linear.weight.shape:
                     raise ValueError(f"{module} has another shape")
+                # The rank and its exceptions (rank_pattern) are in the shapes.
+                rank, alphas = down.shape[0], config.alpha_pattern or {}
+                alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+                scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
                 weights[module] = (down.to(linear.weight), (up.float() * scale).to(linear.weight))
             if tensors or not weights:
                 raise ValueError(f"{next(iter(tensors), 'nothing')} is not LoRA on a linear layer")
+            targeted = {name for name, _ in self._model.named_modules() if check_target_module_exists(config, name)}
+            if targeted != weights.keys():
+                raise ValueError(f"its configuration and its tensors disagree about {min(targeted ^ weights.keys())}")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TargetError(f"the adapter at {path} does not fit its base: {error}") from None
         return weights

@@ -49,7 +49,7 @@ class OnnxSpeculation:
         check_draft_tokens(max_draft_tokens)
         found = read_bundle(bundle)
         vocabulary, size = found.manifest.vocabulary.hash, found.manifest.architecture.vocabulary_size
-        if vocabulary != target.vocabulary or size > target.vocabulary_size:
+        if vocabulary not in target.draft_vocabularies or size > target.vocabulary_size:
             raise TargetError(
                 f"the draft in {bundle} has the vocabulary {vocabulary} of {size} tokens, {target.version} has "
                 f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"

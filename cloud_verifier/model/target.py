@@ -15,20 +15,25 @@ from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.general_tier import GeneralRunner
 from cloud_verifier.model.kv_cache import CachedSequence
-from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights, is_plain_lora
+from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
+from cloud_verifier.model.merged_adapter import merge_adapter
 from cloud_verifier.model.pretrained import load_pretrained, load_text_config, text_part, usable_context
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.self_test import SelfTest
 from cloud_verifier.model.tree import TokenTree
+from cloud_verifier.registry.adapter import is_plain_lora
 from cloud_verifier.registry.checkpoint import (
+    accepted_vocabularies,
     base_directory,
     check_tokenizer,
     check_weights,
+    load_config,
     load_tokenizer,
     shared_fingerprints,
     tokenizer_vocabulary_hash,
     version_hash,
+    version_name,
 )
 from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
 from edge_runtime.protocol.bundle import draft_identity
@@ -50,6 +55,7 @@ class Target:
         name: the directory's name, unless another was given.
         version: `name@hash`; the hash covers every file that can change an answer.
         vocabulary: hash of the tokenizer's vocabulary, comparable with a bundle's.
+        draft_vocabularies: those of drafts that fit, see `checkpoint.accepted_vocabularies`.
         vocabulary_size: number of logits.
         end_ids: end-of-text tokens.
         context: longest text in tokens.
@@ -94,20 +100,23 @@ class Target:
         config = load_text_config(base)
         check_weights(base)
         self._path, self._base = path, base
-        self._identities: dict[tuple[str, int], str] = {}
-        self.name = name or path.name
+        self._identities: dict[tuple[str, int, int | None], str] = {}
+        self.name = name or version_name(path)
         self.version = f"{self.name}@{version_hash(path, base)}"
         self.context = usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
         tokenizer = load_tokenizer(path, base)
         check_tokenizer(tokenizer, self.vocabulary_size, path)
         self.vocabulary = tokenizer_vocabulary_hash(tokenizer)
+        self.draft_vocabularies = accepted_vocabularies(tokenizer)
         self.dtype, self.device = dtype, torch.device(device)
         self._layers: int = getattr(config, "num_hidden_layers", 0)
         self.adapter_slot = 0
         self.general_tier_reason = ""
         self._adapter_weights: LoRAWeights | None = None
-        unmerged = share_with is not None and is_plain_lora(path)
+        # Of a multimodal model only a part runs, in which an adapter's tensors have other names.
+        is_whole = config.model_type == load_config(base).model_type
+        unmerged = share_with is not None and is_plain_lora(path) and is_whole
         # Whether the runner's model is the unchanged base.
         self._on_base = unmerged or path == base
         host = next((other for other in share_with or () if other.runs_base(base, self.dtype, self.device)), None)
@@ -145,14 +154,22 @@ class Target:
         valid = (
             layout in ("anchor", "prefix", "standalone") and blocks.isascii() and blocks.isdigit() and len(blocks) < 4
         )
-        return self.shared_identity(layout, int(blocks)) if valid and int(blocks) <= self._layers else ""
+        if not valid or int(blocks) > self._layers:
+            return ""
+        sizes = [rows for rows in self.draft_vocabularies.values() if rows is None or rows < self.vocabulary_size]
+        identities = (self.shared_identity(layout, int(blocks), rows) for rows in sizes)
+        return identity if identity in identities else self.shared_identity(layout, int(blocks))
 
-    def shared_identity(self, layout: str, blocks: int) -> str:
-        """Identity of the tensors that a draft of this layout shares with the target (see `SharedTensors.identity`)."""
-        known = self._identities.get((layout, blocks))
+    def shared_identity(self, layout: str, blocks: int, rows: int | None = None) -> str:
+        """Identity of the tensors that a draft of this layout shares with the target (see `SharedTensors.identity`).
+
+        Args:
+            rows: see `checkpoint.shared_fingerprints`.
+        """
+        known = self._identities.get((layout, blocks, rows))
         if known is None:
-            fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers)
-            known = self._identities[layout, blocks] = draft_identity(layout, blocks, fingerprints)
+            fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers, rows)
+            known = self._identities[layout, blocks, rows] = draft_identity(layout, blocks, fingerprints)
         return known
 
     @property
@@ -311,15 +328,11 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
         if (path / CHANGES_FILE).exists():
             apply_changes(model, path)
         elif path != base:
-            from peft import PeftModel
-
-            if not any(path.glob("adapter_model*.safetensors")):
-                raise ValueError(
-                    "it has no adapter_model.safetensors; save the adapter again with safe_serialization=True"
-                )
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = merge_adapter(model, path)
         model = text_part(model)
         model = model.eval()
+    except TargetError:
+        raise
     except Exception as error:
         raise TargetError(f"{path} does not load on {device}: {error}") from None
     ids = model.generation_config.eos_token_id

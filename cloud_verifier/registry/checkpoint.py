@@ -4,46 +4,87 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from cloud_verifier.registry.adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    adapter_tensor_names,
+    read_adapter_config,
+)
 from cloud_verifier.registry.catalog import VersionKind
-from cloud_verifier.registry.delta import CHANGES_FILE, changed_tensor_names, read_base_name
+from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, changed_tensor_names, read_base_name
 from edge_runtime.protocol.bundle import READ_CHUNK_BYTES, fingerprint_tensor, hash_vocabulary, shared_tensor_names
 from edge_runtime.protocol.errors import TargetError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Names of the embedding and of the head in the architectures that drafts are made for.
+EMBEDDING, HEAD_MODULE = "model.embed_tokens.weight", "lm_head"
+HEAD = f"{HEAD_MODULE}.weight"
+# A draft fits a version to which at most this many special tokens were added. Chosen: chat formats and tool calls add
+# fewer, and an opening that presents another draft costs a hash of the embedding for each.
+MAX_ADDED_TOKENS = 16
 
 
 def base_directory(path: Path) -> Path:
     """The directory of the base checkpoint: `path` itself unless it holds a PEFT adapter, or changes to a base.
 
+    A base that an adapter names by its id on the hub is looked for in the hub's local cache; nothing is downloaded.
+
     Raises:
-        TargetError: there is no target at `path`, or its base is missing.
+        TargetError: there is no target at `path`, or its base is missing, or not a checkpoint.
     """
     if not path.is_dir():
         raise TargetError(f"no target at {path}: give the directory of a Hugging Face checkpoint or PEFT adapter")
-    file = path / "adapter_config.json"
+    revision = None
     if (path / CHANGES_FILE).exists():
         file, name = path / CHANGES_FILE, read_base_name(path)
-    elif not file.exists():
-        return path
+    elif (path / ADAPTER_CONFIG_FILE).exists():
+        file, config = path / ADAPTER_CONFIG_FILE, read_adapter_config(path)
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(name, str) or not name:
+            raise TargetError(f"{file} does not name a base model: set base_model_name_or_path")
     else:
-        try:
-            name = json.loads(file.read_text())["base_model_name_or_path"]
-            path / name
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TargetError(f"{file} does not name a base model: {error!r}") from None
-    for base in (path / name, Path(name)):
-        if base.is_dir():
-            return base.resolve()
-    raise TargetError(
-        f"{file} names the base model {name!r}, which is not a directory, neither as given nor relative to {path}"
-    )
+        return path
+    base = next((base for base in (path / name, Path(name)) if base.is_dir()), None)
+    base = base or _cached_snapshot(name, revision)
+    if base is None:
+        raise TargetError(
+            f"{file} names the base model {name!r}, which is not a directory, neither as given nor relative to {path}, "
+            "and not in the local cache of the hub"
+        )
+    base = base.resolve()
+    for held, what in ((CHANGES_FILE, "a list of changes"), (ADAPTER_CONFIG_FILE, "an adapter")):
+        if (base / held).exists():
+            raise TargetError(f"{file} names the base {base}, which holds {what}: name a whole checkpoint")
+    return base
+
+
+def _cached_snapshot(repository: str, revision: object) -> Path | None:
+    """The directory of a model in the local cache of the hub; None if it is not there."""
+    try:
+        file = try_to_load_from_cache(
+            repository, "config.json", revision=revision if isinstance(revision, str) else None
+        )
+    except HFValidationError:
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def version_name(path: Path) -> str:
+    """The name of the version at `path`: its directory's, or the model's if that is a snapshot in the hub's cache."""
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return path.name
 
 
 def version_kind(path: Path, base: Path) -> VersionKind:
@@ -77,32 +118,65 @@ def load_config(base: Path) -> Any:
         raise TargetError(f"{file} is not a {model_type} configuration: {_first_line(error)}") from None
 
 
+def find_tensor_files(directory: Path) -> dict[str, Path]:
+    """By tensor name: the file from which transformers loads it. One file comes before an index; others are not read.
+
+    Raises:
+        TargetError: there is no safetensors checkpoint, or one of its files is missing or damaged.
+    """
+    index = directory / INDEX_FILE
+    if (directory / SINGLE_FILE).exists():
+        return dict.fromkeys(_stored_names(directory / SINGLE_FILE), directory / SINGLE_FILE)
+    if not index.exists():
+        raise TargetError(_why_no_weights(directory))
+    try:
+        listed = {
+            str(name): directory / str(file)
+            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"{index} cannot be read ({error!r}); copy the model again") from None
+    files = sorted(set(listed.values()))
+    outside = next((file for file in files if file.parent != directory), None)
+    if outside:
+        raise TargetError(f"{index} names {outside}, which is not beside it; copy the model again")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise TargetError(f"{directory} lacks {', '.join(missing[:3])}; copy the model again")
+    stored: dict[str, Path] = {}
+    for file in files:
+        for name in _stored_names(file):
+            # transformers reads a listed file whole, so that a second copy would replace the first.
+            if stored.setdefault(name, file) != file:
+                raise TargetError(f"{file} and {stored[name].name} both hold {name}; copy the model again")
+    for name, file in listed.items():
+        if stored.get(name) != file:
+            raise TargetError(f"{file} has no tensor {name}, although {index.name} says so; copy the model again")
+    return listed
+
+
+def _stored_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise TargetError(f"{file} is damaged or truncated ({error}); copy the model again") from None
+
+
+def _why_no_weights(directory: Path) -> str:
+    if any(directory.glob("*-of-*.safetensors")):
+        return f"{directory} lacks {INDEX_FILE}; copy the model again"
+    pickled = next((path.name for path in sorted(directory.glob("*.bin")) if path.name != "training_args.bin"), "")
+    others = f", only {pickled}, and pickled weights are never loaded" if pickled else ""
+    return (
+        f"{directory} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE}){others}; save the model again with "
+        "safe_serialization=True"
+    )
+
+
 def check_weights(base: Path) -> None:
     """Check that the checkpoint at `base` has all its weight files, at their full length. Raises TargetError."""
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        pickled = next((path.name for path in sorted(base.glob("*.bin")) if path.name != "training_args.bin"), "")
-        others = f", only {pickled}, and pickled weights are never loaded" if pickled else ""
-        raise TargetError(
-            f"{base} has no safetensors weights{others}; save the model again with safe_serialization=True"
-        )
-    whole = (base / "model.safetensors").exists() or any(base.glob("*.safetensors.index.json"))
-    if not whole and any(re.search(r"-of-\d+\.safetensors$", file.name) for file in files):
-        raise TargetError(f"{base} lacks model.safetensors.index.json; copy the model again")
-    for index in base.glob("*.safetensors.index.json"):
-        try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TargetError(f"{index} cannot be read ({error!r}); copy the model again") from None
-        missing = sorted(listed - {file.name for file in files})
-        if missing:
-            raise TargetError(f"{base} lacks {', '.join(missing[:3])}; copy the model again")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise TargetError(f"{file} is damaged or truncated ({error}); copy the model again") from None
+    find_tensor_files(base)
 
 
 def load_tokenizer(path: Path, base: Path) -> Tokenizer:
@@ -142,6 +216,28 @@ def tokenizer_vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hash_vocabulary(tokenizer.get_vocab(with_added_tokens=True))
 
 
+def accepted_vocabularies(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Hashes of the vocabularies of drafts that can draft for a target with this tokenizer.
+
+    They are that of the tokenizer itself, and those from before special tokens were added to it: such a draft never
+    proposes them, and a text shows none of them.
+
+    Returns:
+        By hash: None for the tokenizer itself; else the lowest added id, which is the number of rows that an embedding
+        without the added tokens has.
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    accepted: dict[str, int | None] = {hash_vocabulary(vocabulary): None}
+    by_id = sorted(((index, token) for token, index in vocabulary.items()), reverse=True)
+    for index, token in by_id[:MAX_ADDED_TOKENS]:
+        if index not in special:
+            break
+        del vocabulary[token]
+        accepted[hash_vocabulary(vocabulary)] = index
+    return accepted
+
+
 def read_end_ids(base: Path) -> list[int]:
     """The end-of-text ids of the checkpoint at `base`, ascending. Raises TargetError."""
     for name in ("generation_config.json", "config.json"):
@@ -157,10 +253,16 @@ def read_end_ids(base: Path) -> list[int]:
 
 
 def version_hash(path: Path, base: Path) -> str:
-    """12 hex digits of SHA-256 over the names and contents of all weight and configuration files."""
+    """12 hex digits of SHA-256 over the names and contents of all weight and configuration files that are loaded."""
     digest = hashlib.sha256()
     for directory in dict.fromkeys((base, path)):
-        for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
+        if directory == base:
+            weights = set(find_tensor_files(base).values())
+        else:
+            weights = {directory / ADAPTER_WEIGHTS_FILE, directory / CHANGED_TENSORS_FILE}
+        for file in sorted([*weights, *directory.glob("*config.json")]):
+            if not file.is_file():
+                continue
             digest.update(file.name.encode())
             with file.open("rb") as contents:
                 while chunk := contents.read(READ_CHUNK_BYTES):
@@ -168,7 +270,9 @@ def version_hash(path: Path, base: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def shared_fingerprints(path: Path, base: Path, layout: str, blocks: int, layers: int) -> dict[str, str]:
+def shared_fingerprints(
+    path: Path, base: Path, layout: str, blocks: int, layers: int, rows: int | None = None
+) -> dict[str, str]:
     """Fingerprints, by name, of the tensors that a draft of this layout shares with the version at `path`.
 
     They are computed from the files, so they do not depend on the dtype that the model computes in. A tensor that an
@@ -177,34 +281,32 @@ def shared_fingerprints(path: Path, base: Path, layout: str, blocks: int, layers
     Args:
         layout, blocks: see `bundle.shared_tensor_names`.
         layers: depth of the target.
+        rows: rows of the draft's embedding and head, if the version has more; None for all.
 
     Raises:
         TargetError: a file is damaged.
     """
     adapted, changed = adapter_tensor_names(path), changed_tensor_names(path)
+    files = find_tensor_files(base)
+    if layout == "anchor" and HEAD not in files and any(name.startswith(f"{HEAD_MODULE}.") for name in adapted):
+        # The head of the base is its embedding. The adapter changes the head, which the draft shares.
+        adapted = adapted | {EMBEDDING}
     fingerprints: dict[str, str] = {}
-    for file in sorted(base.glob("*.safetensors")):
+    for name in shared_tensor_names(layout, blocks, layers, list(files)):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in shared_tensor_names(layout, blocks, layers, list(tensors.keys())):
-                    module = name.rpartition(".")[0] + "."
-                    fingerprints[name] = (
-                        fingerprint_tensor(tensors.get_tensor(name).float().numpy())
-                        + "+adapter" * any(key.startswith(module) for key in adapted)
-                        + "+changed" * (name in changed)
-                    )
+            with safe_open(files[name], framework="pt") as tensors:
+                tensor = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise TargetError(f"{file} cannot be read ({error}); copy the model again") from None
+            raise TargetError(f"{files[name]} cannot be read ({error}); copy the model again") from None
+        if rows is not None and name in (EMBEDDING, HEAD):
+            tensor = tensor[:rows]
+        module = name.rpartition(".")[0] + "."
+        fingerprints[name] = (
+            fingerprint_tensor(tensor.float().numpy())
+            + "+adapter" * any(key.startswith(module) for key in adapted)
+            + "+changed" * (name in changed)
+        )
     return fingerprints
-
-
-def adapter_tensor_names(path: Path) -> set[str]:
-    """Names of the adapter's own tensors, each starting with the name of the module it changes; none if no adapter."""
-    names: set[str] = set()
-    for file in path.glob("adapter_model*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names |= {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118 - no iterator
-    return names
 
 
 def _first_line(error: Exception) -> str:

@@ -13,8 +13,10 @@ from typing import Literal
 import msgspec
 from tokenizers import Tokenizer
 
+from cloud_verifier.registry.adapter import check_adapter, is_adapter
 from cloud_verifier.registry.catalog import VersionKind
 from cloud_verifier.registry.checkpoint import (
+    accepted_vocabularies,
     base_directory,
     check_weights,
     load_config,
@@ -24,6 +26,7 @@ from cloud_verifier.registry.checkpoint import (
     tokenizer_vocabulary_hash,
     version_hash,
     version_kind,
+    version_name,
 )
 from edge_runtime.protocol.bundle import Bundle, read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
@@ -111,23 +114,31 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
     path = path.resolve()
     base = base_directory(path)
     config = load_config(base).get_text_config(decoder=True)
+    # Recurrent models may name no number of layers; no draft shares any of theirs.
+    depth: int = getattr(config, "num_hidden_layers", 0)
     check_weights(base)
+    if is_adapter(path):
+        check_adapter(path)
     tokenizer = load_tokenizer(path, base)
-    known: dict[tuple[str, int], dict[str, str]] = {}
+    accepted = accepted_vocabularies(tokenizer)
+    known: dict[tuple[str, int, int | None], dict[str, str]] = {}
     fits = []
     for draft in drafts:
         bundle = read_bundle(draft)
         shared = bundle.manifest.shared
-        layout = (shared.layout, shared.blocks)
-        if layout not in known:
-            known[layout] = shared_fingerprints(path, base, *layout, config.num_hidden_layers)
-        differences = [*_compare_vocabulary(tokenizer, bundle), *_compare_tensors(known[layout], shared.fingerprints)]
         draft_logits = bundle.manifest.architecture.vocabulary_size
+        # Where special tokens were added, the embedding has more rows, which the draft does not need.
+        rows = accepted.get(bundle.manifest.vocabulary.hash)
+        rows = rows if rows == draft_logits else None
+        layout = (shared.layout, shared.blocks, rows)
+        if layout not in known:
+            known[layout] = shared_fingerprints(path, base, shared.layout, shared.blocks, depth, rows)
+        differences = [*_compare_vocabulary(tokenizer, bundle), *_compare_tensors(known[layout], shared.fingerprints)]
         if config.vocab_size < draft_logits:
             differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {draft_logits}"))
         fits.append(DraftFit(str(draft), shared.identity, differences))
     return CompatibilityReport(
-        version=f"{path.name}@{version_hash(path, base)}",
+        version=f"{version_name(path)}@{version_hash(path, base)}",
         kind=version_kind(path, base),
         fits=fits,
         differences=[] if in_use is None else list(_compare_with_version(base, tokenizer, in_use)),
@@ -136,18 +147,18 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
 
 def _compare_with_version(base: Path, tokenizer: Tokenizer, in_use: Path) -> Iterator[Difference]:
     base_in_use = base_directory(in_use.resolve())
-    new_hash = tokenizer_vocabulary_hash(tokenizer)
+    accepted = accepted_vocabularies(tokenizer)
     old_hash = tokenizer_vocabulary_hash(load_tokenizer(in_use, base_in_use))
-    if new_hash != old_hash:
-        yield Difference("vocabulary", "", f"{new_hash}, was {old_hash}")
+    if old_hash not in accepted:
+        yield Difference("vocabulary", "", f"{next(iter(accepted))}, was {old_hash}")
     new_ids, old_ids = read_end_ids(base), read_end_ids(base_in_use)
     if new_ids != old_ids:
         yield Difference("end", "", f"{new_ids}, was {old_ids}")
 
 
 def _compare_vocabulary(tokenizer: Tokenizer, bundle: Bundle) -> Iterator[Difference]:
-    expected = bundle.manifest.vocabulary
-    if tokenizer_vocabulary_hash(tokenizer) != expected.hash:
+    expected, accepted = bundle.manifest.vocabulary, accepted_vocabularies(tokenizer)
+    if expected.hash not in accepted:
         try:
             draft = Tokenizer.from_file(str(bundle.tokenizer_path)).get_vocab(with_added_tokens=True)
         except Exception as error:  # tokenizers raises bare Exception
@@ -159,7 +170,12 @@ def _compare_vocabulary(tokenizer: Tokenizer, bundle: Bundle) -> Iterator[Differ
         if differing[MAX_NAMED_TOKENS:] or not differing:
             rest = f"{len(differing) - MAX_NAMED_TOKENS} more tokens" if differing else "another hash"
             yield Difference("vocabulary", "", rest)
-    special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    first_added = accepted.get(expected.hash)
+    special = {
+        token.content: index
+        for index, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and (first_added is None or index < first_added)
+    }
     for token in sorted(special.keys() | expected.special_ids.keys()):
         target_id, draft_id = special.get(token), expected.special_ids.get(token)
         if target_id != draft_id:

@@ -248,12 +248,12 @@ def _parse_retrained(arguments: list[str], versions: dict[str, Path]) -> dict[st
 
 
 def _check_tokenizer(draft: Path, tokenizer: Tokenizer, target: Path) -> None:
-    from cloud_verifier.registry.checkpoint import base_directory, load_tokenizer
+    from cloud_verifier.registry.checkpoint import accepted_vocabularies, base_directory, load_tokenizer
     from edge_runtime.protocol.bundle import hash_vocabulary
 
-    theirs = load_tokenizer(target, base_directory(target)).get_vocab(with_added_tokens=True)
-    ours = tokenizer.get_vocab(with_added_tokens=True)
-    if hash_vocabulary(theirs) != hash_vocabulary(ours):
+    target_tokenizer = load_tokenizer(target, base_directory(target))
+    theirs, ours = (each.get_vocab(with_added_tokens=True) for each in (target_tokenizer, tokenizer))
+    if hash_vocabulary(ours) not in accepted_vocabularies(target_tokenizer):
         differing = len(ours.items() ^ theirs.items())
         raise InputError(
             f"the draft {draft} and the target {target} have different tokenizers ({len(ours)} and {len(theirs)} "

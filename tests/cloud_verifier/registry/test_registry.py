@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from cloud_verifier.registry.catalog import Catalog, TargetVersion, TrafficSplit, UnknownVersion, VersionAlias
 from cloud_verifier.registry.compatibility import IncompatibleVersion
@@ -255,7 +256,9 @@ def test_versions_are_found_by_name_in_the_roots(family_registry: Registry, tmp_
 
 def test_a_truncated_version_is_refused(family_registry: Registry, tmp_path: Path, family: Path) -> None:
     copy = shutil.copytree(family / "target-v1", tmp_path / "copy")
-    shard = copy / "model-00002-of-00003.safetensors"
+    (copy / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(family / "target-v1").save_pretrained(copy, max_shard_size="2MB")
+    shard = next(copy.glob("model-00002-of-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(TargetError, match=r"truncated.*copy the model again"):
         family_registry.add(str(copy))
