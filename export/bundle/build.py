@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from cloud_verifier.acceptance.measure import TEMPERATURES, choose_tokens, count_accepted
 from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, load_draft, read_description
 from cloud_verifier.draft_models.layouts import DraftPlan, fingerprint_shared
-from cloud_verifier.draft_models.safetensors_io import find_tensor_files, read_tensors
+from cloud_verifier.draft_models.safetensors_io import read_tensors
+from cloud_verifier.registry.checkpoint import find_tensor_files
 from edge_runtime.draft import OnnxRunner, make_runner
 from edge_runtime.protocol.bundle import (
     FORMAT_VERSION,
