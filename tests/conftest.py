@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,8 +78,16 @@ def tiny(tiny_path: Path) -> Target:
 
 @pytest.fixture(scope="session")
 def family() -> Path:
-    """The shipped model family."""
+    """The toy family: target-v1 to target-v4, draft-anchor, bundle."""
     return FAMILY
+
+
+@pytest.fixture(scope="module")
+def toy_bundle() -> Iterator[Path]:
+    """The bundle of the toy family, which commands without `--bundle` use during a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXSPEC_BUNDLE", str(FAMILY / "bundle"))
+        yield FAMILY / "bundle"
 
 
 @pytest.fixture(scope="session")

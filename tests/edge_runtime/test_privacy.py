@@ -24,6 +24,8 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.settings.validators import is_in_clear
 from tests.cloud_verifier.protocol_client import running
 
+pytestmark = pytest.mark.usefixtures("toy_bundle")
+
 README = Path(__file__).resolve().parents[2] / "edge_runtime" / "README.md"
 PROMPT = "def an_unmistakable_prompt(password):\n"
 REMOTE = "http://verifier.example"

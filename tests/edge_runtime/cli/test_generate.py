@@ -1,4 +1,4 @@
-"""`edge-runtime generate` and `demo`, in real processes, with a real verifier and the shipped model family."""
+"""`edge-runtime generate` and `demo`, in real processes, with a real verifier and the toy family."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+pytestmark = pytest.mark.usefixtures("toy_bundle")
 
 PROMPT = "def read_config(path):\n"
 MEGABYTE = 1 << 20
@@ -177,7 +179,7 @@ def test_a_closed_pipe_is_not_an_error(verifier: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_is_exact(family: Path) -> None:
-    result = run("demo", "--max-new-tokens", "32", env=os.environ | {"COLUMNS": "120"})
+    result = run("demo", "--family", str(family), "--max-new-tokens", "32", env=os.environ | {"COLUMNS": "120"})
     assert result.returncode == 0, result.stderr
     assert "exact: yes" in result.stdout
     rows = [

@@ -27,6 +27,8 @@ from edge_runtime.protocol import messages
 from edge_runtime.protocol.sampling import Sampling
 from tests.conftest import FAMILY
 
+pytestmark = pytest.mark.usefixtures("toy_bundle")
+
 TIMEOUT_SECONDS = 300.0
 
 

@@ -17,6 +17,8 @@ from edge_runtime.ngram_cache.store import NgramStore
 from tests.cloud_verifier.protocol_client import running
 from tests.edge_runtime.service.conftest import board_process
 
+pytestmark = pytest.mark.usefixtures("toy_bundle")
+
 SECRET = "def a_secret_that_is_remembered(password):\n"
 
 

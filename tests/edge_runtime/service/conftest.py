@@ -1,4 +1,4 @@
-"""Fixtures: a verifier of the example target, the service as a process, and both in one event loop for fault tests."""
+"""Fixtures: a verifier of the toy target, the service as a process, and both in one event loop for fault tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def answer_cases(compute_once: ComputeOnce) -> list[AnswerCase]:
 @contextlib.contextmanager
 def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `edge-runtime serve` on a free port; yield its process and URL."""
-    command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", verifier, *options]
+    command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", verifier]
+    command += ["--bundle", str(BUNDLE), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

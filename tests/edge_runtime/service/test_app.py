@@ -22,6 +22,8 @@ from edge_runtime.cli.main import main
 from edge_runtime.draft.model import OnnxDraft
 from tests.edge_runtime.service.conftest import board_process
 
+pytestmark = pytest.mark.usefixtures("toy_bundle")
+
 PROMPT = "def read_config(path):\n"
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "max_tokens": 32, "extra_body": {"ignore_eos": True}}
 MEGABYTE = 1 << 20
@@ -147,8 +149,8 @@ def test_models(client: openai.OpenAI) -> None:
         ({"model": "gpt-5"}, openai.NotFoundError, "model_not_found"),
         ({"n": 2}, openai.BadRequestError, "unsupported_parameter"),
         ({"prompt": "x " * 5000}, openai.BadRequestError, "context_length_exceeded"),
-        ({"prompt": [8192]}, openai.BadRequestError, None),
-        ({"prompt": [8192], "extra_body": {"speculation": False}}, openai.BadRequestError, "invalid_token"),
+        ({"prompt": [2048]}, openai.BadRequestError, None),
+        ({"prompt": [2048], "extra_body": {"speculation": False}}, openai.BadRequestError, "invalid_token"),
         ({"prompt": "x" * 2_000_000}, openai.APIStatusError, "body_too_large"),
         ({"extra_body": {"min_p": 0.1}}, openai.BadRequestError, "unknown_parameter"),
     ],
