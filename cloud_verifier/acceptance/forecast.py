@@ -101,10 +101,10 @@ def forecast(
     draft_bundle = read_bundle(bundle)
     vocabulary = draft_bundle.manifest.vocabulary.hash
     for name, path in versions:
-        accepted = accepted_vocabularies(load_tokenizer(path, base_directory(path)))
-        if vocabulary not in accepted:
+        vocabularies = accepted_vocabularies(load_tokenizer(path, base_directory(path)))
+        if vocabulary not in vocabularies:
             raise TargetError(
-                f"{name} has the vocabulary {next(iter(accepted))}, but the draft in {bundle} has {vocabulary}: "
+                f"{name} has the vocabulary {next(iter(vocabularies))}, but the draft in {bundle} has {vocabulary}: "
                 "their token ids do not correspond, so acceptance cannot be measured"
             )
     draft = OnnxDraft(draft_bundle, threads)

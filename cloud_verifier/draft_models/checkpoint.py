@@ -24,7 +24,8 @@ except ImportError:  # Release 5 moved it. Imported by name, as release 4 has no
     no_init_weights = importlib.import_module("transformers.initialization").no_init_weights
 
 from cloud_verifier.draft_models.layouts import DraftPlan, draft_config, fingerprint_shared, freeze_shared
-from cloud_verifier.draft_models.safetensors_io import find_tensor_files, read_tensors
+from cloud_verifier.draft_models.safetensors_io import read_tensors
+from cloud_verifier.registry.checkpoint import find_tensor_files
 from cloud_verifier.registry.int8 import pack, unpack
 from edge_runtime.protocol.errors import DraftError, InputError
 

@@ -52,10 +52,10 @@ class LoRAAdapters:
         """
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
-        from peft.utils import get_pattern_key
+        from peft.utils.other import get_pattern_key
 
         try:
-            config = LoraConfig.from_pretrained(path)
+            config = LoraConfig.from_pretrained(str(path))
             tensors = load_file(path / ADAPTER_WEIGHTS_FILE)
             weights: LoRAWeights = {}
             for name in [name for name in tensors if name.endswith(_DOWN)]:

@@ -31,7 +31,7 @@ def merge_adapter(model: Any, path: Path) -> Any:
     # Imported here: peft takes a second.
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(path)
+    config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
     if not getattr(config, "ensure_weight_tying", False):
         _untie_head(model, path)

@@ -168,7 +168,7 @@ class Target:
         """
         known = self._identities.get((layout, blocks, rows))
         if known is None:
-            fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers, rows)
+            fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers, rows=rows)
             known = self._identities[layout, blocks, rows] = draft_identity(layout, blocks, fingerprints)
         return known
 

@@ -7,6 +7,7 @@ may change what the adapter does in a way that would otherwise be missed.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
 # Endings of the names of LoRA on linear layers.
 LORA_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+# The number of a block in a name. A name without one is of the head or the embedding, and one with two is of an expert:
+# layers that do not see all rows of a forward, so that their adapters have to be merged.
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Kinds of adapters that peft merges into a base.
 MERGEABLE_TYPES = ("LORA", "IA3", "LOHA", "LOKR")
@@ -60,14 +64,14 @@ def is_adapter(path: Path) -> bool:
 
 
 def is_plain_lora(path: Path) -> bool:
-    """Whether the version at `path` is LoRA on linear layers and nothing else, so that it need not be merged.
+    """Whether the version at `path` is LoRA on linear layers of blocks and nothing else, so that it need not be merged.
 
     Raises:
         TargetError: it is an adapter that cannot be applied exactly.
     """
     if not is_adapter(path) or _merged_settings(path):
         return False
-    return all(name.endswith(LORA_SUFFIXES) for name in adapter_tensor_names(path))
+    return all(name.endswith(LORA_SUFFIXES) and len(_INDEX.findall(name)) == 1 for name in adapter_tensor_names(path))
 
 
 def check_adapter(path: Path) -> None:

@@ -49,9 +49,10 @@ def base_directory(path: Path) -> Path:
         file, name = path / CHANGES_FILE, read_base_name(path)
     elif (path / ADAPTER_CONFIG_FILE).exists():
         file, config = path / ADAPTER_CONFIG_FILE, read_adapter_config(path)
-        name, revision = config.get("base_model_name_or_path"), config.get("revision")
-        if not isinstance(name, str) or not name:
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(named, str) or not named:
             raise TargetError(f"{file} does not name a base model: set base_model_name_or_path")
+        name = named
     else:
         return path
     base = next((base for base in (path / name, Path(name)) if base.is_dir()), None)
@@ -271,7 +272,7 @@ def version_hash(path: Path, base: Path) -> str:
 
 
 def shared_fingerprints(
-    path: Path, base: Path, layout: str, blocks: int, layers: int, rows: int | None = None
+    path: Path, base: Path, layout: str, blocks: int, layers: int, *, rows: int | None = None
 ) -> dict[str, str]:
     """Fingerprints, by name, of the tensors that a draft of this layout shares with the version at `path`.
 

@@ -132,7 +132,7 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
         rows = rows if rows == draft_logits else None
         layout = (shared.layout, shared.blocks, rows)
         if layout not in known:
-            known[layout] = shared_fingerprints(path, base, shared.layout, shared.blocks, depth, rows)
+            known[layout] = shared_fingerprints(path, base, shared.layout, shared.blocks, depth, rows=rows)
         differences = [*_compare_vocabulary(tokenizer, bundle), *_compare_tensors(known[layout], shared.fingerprints)]
         if config.vocab_size < draft_logits:
             differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {draft_logits}"))
