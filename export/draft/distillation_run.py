@@ -79,6 +79,8 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
         else:
             draft, plan = to_device(load_draft(config.start, base), device), read_description(config.start).plan
         to_device(draft, torch.float32)
+        if config.head_bits is not None and any(weight.requires_grad for weight in _head_weights(draft)):
+            raise InputError(f"a draft of the layout {plan.layout} trains its own head: leave out --head-bits")
         compiled = config.compiled if config.compiled is not None else device.type == "cuda"
         mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)
 
@@ -154,17 +156,22 @@ def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None
     if bits is None:
         yield
         return
-    # Head and embedding are one parameter if they are tied.
-    model: Any = draft
-    weights = {id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-    originals = {key: weight.detach().clone() for key, weight in weights.items()}
-    for weight in weights.values():
+    weights = _head_weights(draft)
+    originals = [weight.detach().clone() for weight in weights]
+    for weight in weights:
         weight.data.copy_(round_head(weight.detach().float().cpu()))
     try:
         yield
     finally:
-        for key, weight in weights.items():
-            weight.data.copy_(originals[key])
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data.copy_(original)
+
+
+def _head_weights(draft: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Return embedding and head: one parameter if they are tied."""
+    model: Any = draft
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return [embedding] if head is embedding else [embedding, head]
 
 
 def save_loss_chart(curve: TrainingCurve, title: str, path: Path) -> None:
@@ -181,12 +188,11 @@ def save_loss_chart(curve: TrainingCurve, title: str, path: Path) -> None:
 def _create_work_directory(config: DistillationConfig, partial: Path) -> None:
     """Create the working directory, or accept an existing one that was started with the same options."""
     path = partial / OPTIONS_FILE
-    if partial.is_dir():
-        previous = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if previous != _options_as_json(config):
-            raise InputError(f"{partial} was started with other options: use those again or remove it")
-        return
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    previous = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    # A run that failed early, for example because a text does not exist, left nothing to resume.
+    if previous != _options_as_json(config) and any(child != path for child in partial.iterdir()):
+        raise InputError(f"{partial} was started with other options: use those again or remove it")
     write_json(path, _options_as_json(config))
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,18 @@ import torch
 from safetensors.torch import load_file
 
 from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft
-from cloud_verifier.draft_models.layouts import plan_draft
+from cloud_verifier.draft_models.layouts import build_draft, plan_draft
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
+from export.bundle.head_rounding import round_head
 from export.cli.main import main
-from export.draft import distillation_run, training
-from export.draft.distillation_run import DistillationConfig, distill
+from export.data.token_stream import TokenStream
+from export.draft import chats, distillation_run, training
+from export.draft.distillation_config import DistillationConfig
+from export.draft.distillation_run import distill, extrapolate_doubling, head_as_in_bundle, load_version
 from export.draft.teachers import make_siblings, target_teacher
 from export.draft.training import TrainingSchedule
-from tests.models import make_target, save_target
+from export.example_family.evolution import evolve, save_adapter
+from tests.models import make_target, save_chat_target, save_target
 
 CPU = torch.device("cpu")
 SCHEDULE = TrainingSchedule(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
@@ -33,16 +38,17 @@ def config(tmp_path: Path) -> DistillationConfig:
     target = save_target(tmp_path / "target", num_hidden_layers=4)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    return DistillationConfig(target, (text,), SCHEDULE, siblings=1, samples=150)
+    return DistillationConfig(target=target, plan=SCHEDULE, texts=(text,), siblings=1, samples=150)
 
 
 def test_output_files_and_record(config: DistillationConfig, tmp_path: Path) -> None:
-    agreement = distill(config, tmp_path / "draft", CPU)
+    result = distill(config, tmp_path / "draft", CPU)
     names = {path.name for path in (tmp_path / "draft").iterdir()}
     assert names == {"distill.json", "distill.png", "draft.json", WEIGHTS_FILE}
     assert not list(tmp_path.glob("*.partial"))
     record = json.loads((tmp_path / "draft" / "distill.json").read_text())
-    assert record["agreement"] == agreement.record()
+    assert record["agreement"] == json.loads(json.dumps(result.record()))
+    assert result.text is not None and (result.chats, result.doubling_gain) == ({}, None)
     assert record["plan"]["seed"] == 0
     assert record["curve"]["losses"]
     # The embedding is tied to the head, which the layout shares: only two blocks are trained.
@@ -53,10 +59,10 @@ def test_output_files_and_record(config: DistillationConfig, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("layout", ["prefix", "standalone"])
 def test_other_layouts(config: DistillationConfig, tmp_path: Path, layout: str) -> None:
-    changed = DistillationConfig(
-        config.target,
-        config.texts,
-        TrainingSchedule(2, 1e-2, 2, 16),
+    changed = replace(
+        config,
+        plan=TrainingSchedule(2, 1e-2, 2, 16),
+        samples=0,
         layout=layout,
         new_blocks=1,
         shared_blocks=1 if layout == "prefix" else 0,
@@ -67,17 +73,10 @@ def test_other_layouts(config: DistillationConfig, tmp_path: Path, layout: str) 
 
 @pytest.mark.slow
 def test_training_reduces_the_loss(config: DistillationConfig, tmp_path: Path) -> None:
-    losses = distillation_losses(config, tmp_path)
-    assert losses[-1] < losses[0]
-
-
-def distillation_losses(config: DistillationConfig, tmp_path: Path) -> list[float]:
-    longer = DistillationConfig(
-        config.target, config.texts, TrainingSchedule(60, 1e-2, 4, 24, warm_up=2), objective="kl"
-    )
+    longer = replace(config, plan=TrainingSchedule(60, 1e-2, 4, 24, warm_up=2), objective="kl", siblings=0, samples=0)
     distill(longer, tmp_path / "longer", CPU)
-    losses: list[float] = json.loads((tmp_path / "longer" / "distill.json").read_text())["curve"]["losses"]
-    return losses
+    losses = json.loads((tmp_path / "longer" / "distill.json").read_text())["curve"]["losses"]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
@@ -120,7 +119,7 @@ def test_other_options_do_not_resume_a_run(
     monkeypatch.setattr(distillation_run, "train_draft", fail)
     with pytest.raises(KeyboardInterrupt):
         distill(config, tmp_path / "draft", CPU)
-    changed = DistillationConfig(config.target, config.texts, TrainingSchedule(13, 1e-2, 4, 24))
+    changed = replace(config, plan=TrainingSchedule(13, 1e-2, 4, 24))
     with pytest.raises(InputError, match="started with other options"):
         distill(changed, tmp_path / "draft", CPU)
 
@@ -143,17 +142,13 @@ def test_unusable_texts_are_rejected(config: DistillationConfig, tmp_path: Path,
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=error):
-        distill(
-            DistillationConfig(config.target, tuple(tmp_path / name for name in texts), SCHEDULE),
-            tmp_path / "draft",
-            CPU,
-        )
+        distill(replace(config, texts=tuple(tmp_path / name for name in texts)), tmp_path / "draft", CPU)
 
 
 def test_unusable_targets_are_rejected(config: DistillationConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TargetError, match="not a target that transformers can load"):
-        distill(DistillationConfig(tmp_path / "empty", config.texts, SCHEDULE), tmp_path / "draft", CPU)
+    with pytest.raises(TargetError, match=r"it has no config\.json"):
+        distill(replace(config, target=tmp_path / "empty"), tmp_path / "draft", CPU)
     (config.target / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         distill(config, tmp_path / "other", CPU)
@@ -162,7 +157,8 @@ def test_unusable_targets_are_rejected(config: DistillationConfig, tmp_path: Pat
 def test_command_line(config: DistillationConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", str(config.texts[0]), "--steps", "2", "--rows", "2", "--length", "16", "--device", "cpu"]
     assert main(["distill", str(config.target), *options, "--output", str(tmp_path / "draft")]) == 0
-    assert "acceptance on held-out text" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "on held-out text\n  given text: " in printed and " at T=0.7, " in printed
     wrong = ["--rows", "3", "--accumulate", "2", "--output", str(tmp_path / "x")]
     assert main(["distill", str(config.target), *options, *wrong]) == 2
     assert "3 rows cannot be split into 2 equal parts" in capsys.readouterr().err
@@ -184,3 +180,165 @@ def test_siblings_differ_in_unshared_blocks_and_leave_the_target_unchanged() -> 
     assert not changed & {id(module) for module in target.model.layers[-1].modules()}
     with pytest.raises(InputError, match="at least 0"):
         make_siblings(target, plan, 1, -1.0)
+
+
+# Chats, versions, and drafts to start from
+
+
+@pytest.fixture
+def chat_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DistillationConfig:
+    monkeypatch.setattr(chats, "CPU_ROWS", 4)
+    monkeypatch.setattr(chats, "MAX_USER_TOKENS", 8)
+    target = save_chat_target(tmp_path / "target", num_hidden_layers=3, tie_word_embeddings=True)
+    plan = TrainingSchedule(10, 1e-2, 4, 48, warm_up=2)
+    return DistillationConfig(target=target, plan=plan, chats=10, evaluated_chats=3, new_blocks=1)
+
+
+def stored_weights(draft: Path) -> dict[str, torch.Tensor]:
+    return load_file(draft / WEIGHTS_FILE)
+
+
+@pytest.mark.slow
+def test_a_draft_distilled_on_chats_alone(
+    chat_config: DistillationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training.fit.__kwdefaults__, "record_every", 1)
+    result = distill(replace(chat_config, head_bits=4), tmp_path / "draft", CPU)
+    assert result.text is None
+    assert [*result.chats] == ["T=0", "T=0.7", "T=1"]
+    for temperature, agreement in result.chats.items():
+        assert [*agreement.accepted] == [*agreement.round_tokens] == [temperature]
+        assert agreement.positions > 0 and 0 <= agreement.accepted[temperature] <= 1
+    record = json.loads((tmp_path / "draft" / "distill.json").read_text())
+    assert record["agreement"] == result.record()
+    assert record["tokens"] > 48 and record["chats"] == 10
+    # The held-out chats are also judged during the training, the last time at its end.
+    assert len(record["curve"]["scores"]) == training.EVALUATIONS
+    assert record["curve"]["evaluated_steps"][-1] == 10
+    assert {path.name for path in (tmp_path / "draft").iterdir()} == {
+        *("distill.json", "distill.png", "draft.json", WEIGHTS_FILE)
+    }
+    # The bundle rounds the head; the draft keeps its target's.
+    draft = load_draft(tmp_path / "draft", chat_config.target)
+    target = load_version(chat_config.target, CPU)
+    assert torch.equal(draft.lm_head.weight.float(), target.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_resumes_with_the_chats_that_it_wrote(
+    chat_config: DistillationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(chat_config, tmp_path / "uninterrupted", CPU)
+    train, write_batch = distillation_run.train_draft, chats.ChatWriter._write_batch
+    monkeypatch.setattr(distillation_run, "train_draft", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(chat_config, tmp_path / "draft", CPU)
+    assert not (tmp_path / "draft").exists()
+    monkeypatch.setattr(distillation_run, "train_draft", train)
+    counts: list[int] = []
+
+    def count(self: chats.ChatWriter, rows: int, *others: object) -> chats.Chats:
+        counts.append(rows)
+        return write_batch(self, rows, *others)
+
+    monkeypatch.setattr(chats.ChatWriter, "_write_batch", count)
+    distill(chat_config, tmp_path / "draft", CPU)
+    # Only held-out chats were written again, three for each temperature.
+    assert counts == [3, 3, 3]
+    expected, resumed = stored_weights(tmp_path / "uninterrupted"), stored_weights(tmp_path / "draft")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_training_starts_from_a_draft(chat_config: DistillationConfig, tmp_path: Path) -> None:
+    distill(chat_config, tmp_path / "first", CPU)
+    # At a rate of almost zero it stays what it was.
+    further = replace(chat_config, start=tmp_path / "first", new_blocks=2, plan=TrainingSchedule(1, 1e-12, 4, 48))
+    distill(further, tmp_path / "second", CPU)
+    first, second = stored_weights(tmp_path / "first"), stored_weights(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "second" / "draft.json").read_bytes() == (tmp_path / "first" / "draft.json").read_bytes()
+
+
+def test_versions_teach_along(tmp_path: Path) -> None:
+    target_path = save_target(tmp_path / "target", num_hidden_layers=3)
+    adapted, _ = evolve(
+        load_version(target_path, CPU).requires_grad_(True),
+        TokenStream(torch.arange(300, dtype=torch.int32)),
+        TrainingSchedule(2, 0.1, 2, 16, warm_up=1),
+        rank=2,
+        frozen_blocks=0,
+    )
+    save_adapter(adapted, tmp_path / "version", "../target")
+    target = load_version(target_path, CPU)
+    config = DistillationConfig(
+        target=target_path, plan=SCHEDULE, versions=(tmp_path / "version",), siblings=2, future_share=0.3
+    )
+    text = TokenStream(torch.arange(300, dtype=torch.int32))
+    mixes = distillation_run._make_teachers(config, target, plan_draft(target.config, "anchor"), text, compiled=False)
+    assert [mix.share for mix in mixes] == pytest.approx([0.7, 0.1, 0.1, 0.1])
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    version = load_version(tmp_path / "version", CPU)
+    taught = [mix.teacher(ids) for mix in mixes]
+    with torch.no_grad():
+        assert torch.equal(taught[0], target(input_ids=ids).logits)
+        assert sum(torch.equal(logits, version(input_ids=ids).logits) for logits in taught[1:]) == 1
+    assert not any(torch.equal(taught[0], logits) for logits in taught[1:])
+    (alone,) = distillation_run._make_teachers(
+        replace(config, versions=(), siblings=0), target, plan_draft(target.config, "anchor"), text, compiled=False
+    )
+    assert alone.share == 1.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_rounded_for_a_while(tied: bool) -> None:
+    draft, _ = build_draft(make_target("llama", tie_word_embeddings=tied), new_blocks=1, shared_blocks=0)
+    before = {name: value.clone() for name, value in draft.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), head_as_in_bundle(draft, 4):
+        assert torch.equal(draft.lm_head.weight, round_head(before["lm_head.weight"]))
+        assert torch.equal(draft.model.embed_tokens.weight, round_head(before["model.embed_tokens.weight"]))
+        assert not torch.equal(draft.lm_head.weight, before["lm_head.weight"])
+        raise KeyboardInterrupt
+    after = draft.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with head_as_in_bundle(draft, None):
+        assert torch.equal(draft.lm_head.weight, before["lm_head.weight"])
+
+
+def test_a_head_of_its_own_is_not_rounded(config: DistillationConfig, tmp_path: Path) -> None:
+    own = replace(config, layout="standalone", new_blocks=1, head_bits=4, samples=0)
+    with pytest.raises(InputError, match="trains its own head: leave out --head-bits"):
+        distill(own, tmp_path / "draft", CPU)
+
+
+def curve(scores: list[float], steps: list[int]) -> training.TrainingCurve:
+    return training.TrainingCurve({}, {}, evaluated_steps=steps, scores=scores)
+
+
+def test_the_gain_of_doubling_continues_a_power_law() -> None:
+    steps = [200, 300, 450, 675, 1000]
+    rejected = [0.9 * count**-0.2 for count in steps]
+    gain = extrapolate_doubling(curve([1 - share for share in rejected], steps))
+    assert gain == pytest.approx(rejected[-1] - 0.9 * 2000**-0.2, abs=1e-4)
+    # No training makes a draft worse for certain; one that gains nothing gains nothing from more.
+    assert extrapolate_doubling(curve([0.5, 0.49, 0.48, 0.5, 0.5], steps)) == 0
+    assert extrapolate_doubling(curve([0.5, 0.6, 0.7], steps[:3])) is None
+    assert extrapolate_doubling(curve([0.0, 0.2, 0.3, 0.4, 0.5], steps)) is None
+
+
+def test_nothing_to_train_on_is_an_error(
+    config: DistillationConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", str(config.target), "--output", str(tmp_path / "draft")]) == 2
+    assert "nothing to train on: give --chats, --text or both" in capsys.readouterr().err
+    assert main(["distill", str(config.target), "--chats", "4", "--output", str(tmp_path / "draft")]) == 2
+    assert "has no chat template, so that it cannot write chats: give text with --text" in capsys.readouterr().err
+    assert not (tmp_path / "draft").exists()
+    # The corrected command is no other run to resume.
+    with pytest.raises(InputError, match="no text at"):
+        distill(replace(config, texts=(tmp_path / "nowhere",)), tmp_path / "draft", CPU)
