@@ -126,9 +126,11 @@ async def test_caches_beyond_the_bound_are_dropped_and_computed_again(loaded: Lo
     texts = [loaded.text([(7 * i + 13 * k + 3) % VOCABULARY_SIZE for i in range(30)]) for k in range(5)]
     async with running_scheduler(loaded.target, window=0.0) as scheduler:
         pool = pool_of(scheduler)
-        shape = loaded.runner.shape
-        # Room for two texts of five.
-        pool.capacity_bytes = 2 * (shape.fixed_bytes + 60 * shape.bytes_per_token) + 1
+        with torch.inference_mode():
+            state = GenerationState(GenerationModel(loaded.runner.model, 64))
+            state.feed(texts[0].prompt + texts[0].continuation)
+        # Room for two texts of five, whatever each text does.
+        pool.capacity_bytes = 2 * state.nbytes + 1
         await asyncio.gather(*(assert_text_equal(scheduler, loaded.target, text, k) for k, text in enumerate(texts)))
         assert 0 <= pool.used_bytes <= pool.capacity_bytes
 
