@@ -23,6 +23,8 @@ from tests.models import save_target
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
 FAMILY = Path(__file__).resolve().parent / "toy_family"
+# Recorded acceptance of the example family, on which simulations run.
+TRACES = Path(__file__).resolve().parents[1] / "export" / "example_family" / "acceptance.npz"
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)

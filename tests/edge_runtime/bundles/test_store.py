@@ -48,6 +48,23 @@ def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     assert stat.S_IMODE((store.path / first.name / "model.onnx").stat().st_mode) == 0o644
 
 
+def test_a_bundle_is_located_by_its_name_or_else_as_a_directory(
+    store: BundleStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shipped.parent)
+    assert store.locate(shipped.name) == Path(shipped.name)
+    assert store.read(store.locate(shipped.name)).manifest.name
+    installed = store.path / store.install(shipped).name
+    assert store.locate(installed.name) == store.locate("current") == installed
+    # A name in the store comes before a directory.
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert store.locate("current") == installed
+    assert store.locate("./current") == Path("current")
+    with pytest.raises(BundleMissing, match="no bundle 'nothing'"):
+        store.locate("nothing")
+
+
 @pytest.mark.slow
 def test_old_bundles_make_room(store: BundleStore, another: Path) -> None:
     names = [store.install(change(another, name=f"draft-{number}")).name for number in range(3)]

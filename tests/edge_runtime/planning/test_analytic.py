@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,10 +18,10 @@ from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, 
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import World, make_world
+from tests.conftest import TRACES
 from tests.edge_runtime.planning.rounds import conditions, make_outcome, outcomes
 
 ACCEPTANCE = {"T=0": 0.58, "T=0.7": 0.56, "T=1": 0.547}
-TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 STREAMING = Plan(0, 1 << 20)
 
 

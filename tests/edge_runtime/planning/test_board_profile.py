@@ -281,5 +281,5 @@ def test_bundle_is_identified_by_weights_without_tokenizer(family: Path) -> None
     assert draft_sha256(manifest) == draft_sha256(msgspec.structs.replace(manifest, files=files))
     other = {name: msgspec.structs.replace(record, sha256="0" * 64) for name, record in files.items()}
     assert draft_sha256(manifest) != draft_sha256(msgspec.structs.replace(manifest, files=other))
-    # 3 layers, 2 heads, 64 values of 4 bytes, keys and values.
-    assert cache_bytes(manifest) == 3 * 2 * 64 * 4 * 2
+    # 2 layers, 1 head, 64 values of 4 bytes, keys and values.
+    assert cache_bytes(manifest) == 2 * 1 * 64 * 4 * 2

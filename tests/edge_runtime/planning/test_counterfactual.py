@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,9 +17,9 @@ from edge_runtime.planning.plan import UNRANKED, FixedPlanner, Plan, ShadowGuess
 from edge_runtime.planning.search import DraftedRound, RoundPrices
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import Simulator
+from tests.conftest import TRACES
 from tests.edge_runtime.simulation.worlds import FORWARD, HALF_TRIP, NODE, STEP, make_world
 
-TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 ROUND_TRIP = 2 * HALF_TRIP
 # The prices that correspond to `make_world`.
 PRICES = RoundPrices(

@@ -35,8 +35,8 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world
+from tests.conftest import TRACES
 
-TRACES = Path(__file__).parents[3] / "export" / "example_family" / "acceptance.npz"
 LATENCY = PRESETS["latency"]
 
 

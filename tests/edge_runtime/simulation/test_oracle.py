@@ -13,7 +13,7 @@ from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import World
 from tests.benchmarks.lower_bound import compute_lower_bound
-from tests.conftest import FAMILY
+from tests.conftest import TRACES
 from tests.edge_runtime.simulation.worlds import CyclingPlanner, make_text, make_world, plans, texts
 
 objectives = st.sampled_from(
@@ -47,7 +47,7 @@ def test_a_small_lower_bound() -> None:
 
 @pytest.fixture(scope="module")
 def recorded() -> list[RecordedText]:
-    return read_texts(FAMILY / "acceptance.npz", target="target-v2", temperature=0.7)[:3]
+    return read_texts(TRACES, target="target-v2", temperature=0.7)[:3]
 
 
 @pytest.fixture(scope="module")

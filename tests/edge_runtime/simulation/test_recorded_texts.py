@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.planning.plan import UNRANKED
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation.recorded_texts import RecordedText, read_texts, write_texts
-from tests.conftest import FAMILY
+from tests.conftest import TRACES
 from tests.edge_runtime.simulation.worlds import make_text, texts
 
 GOOD = [make_text(".x.1"), make_text("..")]
@@ -42,14 +42,17 @@ def test_texts_round_trip(written: list[RecordedText], tmp_path_factory: pytest.
 
 @pytest.mark.slow
 def test_the_shipped_trace_covers_every_target_and_temperature() -> None:
-    path = FAMILY / "acceptance.npz"
-    assert path.stat().st_size < 1_000_000
-    kinds = {(text.target, text.temperature) for text in read_texts(path)}
-    assert kinds == {(target, t) for target in ("target-v1", "target-v2") for t in (0.0, 0.7, 1.0)}
+    assert TRACES.stat().st_size < 1_000_000
+    kinds = {(text.target, text.temperature) for text in read_texts(TRACES)}
+    targets = {target for target, _ in kinds}
+    assert targets >= {"target-v1", "target-v2"}
+    assert kinds == {(target, temperature) for target in targets for temperature in (0.0, 0.7, 1.0)}
+    count = len(read_texts(TRACES)) // len(kinds)
+    assert count >= 48
     for target, temperature in kinds:
-        some = read_texts(path, target=target, temperature=temperature)
-        assert sum(map(len, some)) == 96 * 128
-        assert 0.4 < sum(text.acceptance for text in some) / len(some) < 0.95
+        some = read_texts(TRACES, target=target, temperature=temperature)
+        assert [len(text) for text in some] == [len(some[0])] * count
+        assert 0.3 < sum(text.acceptance for text in some) / len(some) < 0.95
 
 
 def test_missing_texts_and_files_are_named(file: Path) -> None:

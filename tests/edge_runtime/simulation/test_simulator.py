@@ -16,7 +16,7 @@ from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.simulator import Simulator, simulate
 from edge_runtime.simulation.world import ROUND_BYTES, World
 from edge_runtime.simulation.world import make_world as shipped_world
-from tests.conftest import FAMILY
+from tests.conftest import TRACES
 from tests.edge_runtime.simulation.worlds import (
     FORWARD,
     HALF_TRIP,
@@ -274,11 +274,11 @@ def test_the_clock_continues_across_texts() -> None:
 
 
 def test_recorded_drafts_save_rounds() -> None:
-    texts = read_texts(FAMILY / "acceptance.npz", target="target-v1", temperature=0.7)[:4]
+    texts = read_texts(TRACES, target="target-v1", temperature=0.7)[:4]
     alone, siblings = (
         simulate(texts, FixedPlanner(Plan(4, siblings=count)), make_world(), log=True) for count in (0, 3)
     )
-    assert siblings.rounds < alone.rounds < alone.tokens / 2
+    assert siblings.rounds < alone.rounds < alone.tokens / 1.5
     assert (
         siblings.sibling_hits > 0
         and siblings.verifier_seconds / siblings.rounds > alone.verifier_seconds / alone.rounds
