@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud_verifier.registry.catalog import NAME
 from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
@@ -43,6 +44,8 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--registry DIR", text, type=Path)
     text = "close the sessions of a retired version after this time"
     option("--retired-seconds SECONDS", text, default=3600.0, type=_seconds)
+    text = "name of TARGET, as boards request it and versions show it (default: that of its directory)"
+    option("--name NAME", text, type=_name)
     option("--host", "address to listen on", default="127.0.0.1")
     option("--port", "0 picks a free port", default=8500)
     option("--http", "HTTP version", default="auto", choices=["auto", "1", "2"])
@@ -118,6 +121,12 @@ def positive(text: str) -> int:
     return number
 
 
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: use up to 80 letters, digits, dots and dashes")
+    return text
+
+
 def _number_up_to(limit: int, text: str) -> float:
     number = float(text)
     if not 0 <= number <= limit:
@@ -163,6 +172,8 @@ def _serve(options: argparse.Namespace) -> int:
     faulthandler.enable(2)
     if (options.target is None) == (options.registry is None):
         raise InputError("give a TARGET to serve, or --registry DIR for all versions of a registry")
+    if options.name and options.registry:
+        raise InputError("--name is for a TARGET; the versions of a registry have their names")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key must be given together")
     if options.client_ca and not options.certificate:
@@ -298,6 +309,7 @@ def _target_loader(options: argparse.Namespace) -> TargetLoader:
         dtype=options.dtype,
         context=options.max_context,
         threads=options.threads,
+        name=options.name or "",
         exact=options.exact,
         compiled=options.compile,
     )

@@ -198,13 +198,13 @@ def _check(options: argparse.Namespace) -> int:
         versions.append((in_use.now.version, registry.path_of(catalog.find_exact(in_use.now.version))))
     from cloud_verifier.acceptance.forecast import forecast
 
-    # A draft with another vocabulary has no acceptance rate.
+    # A draft with another vocabulary, or with more logits, has no acceptance rate.
     forecasts = [
         forecast(
             Path(fit.draft), versions, options.text, device=options.device, dtype=options.dtype, threads=options.threads
         )
         for fit in report.fits
-        if not any(difference.what == "vocabulary" for difference in fit.differences)
+        if not any(difference.what in ("vocabulary", "logits") for difference in fit.differences)
     ]
     if options.json:
         result = {"gate": report, "compatible": report.compatible, "expected": forecasts}

@@ -24,6 +24,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
         dtype: name of the torch dtype to compute in.
         context: longest text to serve, in tokens; None for the length that each model was trained for.
         threads: torch's CPU threads; 0 leaves the number to torch.
+        name: of a single target; empty for that of its directory.
         exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`.
     """
 
@@ -31,6 +32,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     context: int | None = None
     threads: int = 0
+    name: str = ""
     exact: bool = False
     compiled: bool = False
 
@@ -51,7 +53,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
 
     def load_single(self, path: Path) -> Target:
         """Load the only target of this process, or its shard of it. Raises TargetError."""
-        return self._load(path, "", None)
+        return self._load(path, self.name, None)
 
     def load_version(self, path: Path, name: str, others: Sequence[Target]) -> Target:
         """Load one of several versions, which shares memory with the `others` if possible. Raises TargetError."""

@@ -183,6 +183,21 @@ class BundleStore:
         several = f"several bundles are called {name!r}" if found else f"there is no bundle {name!r} in {self.path}"
         raise BundleMissing(f"{several}: {', '.join(found or names) or 'it is empty'}; name one of them")
 
+    def locate(self, name: str) -> Path:
+        """The directory of a bundle: of one in the store (see `find`), else the directory of this path.
+
+        Raises:
+            BundleMissing: there is neither.
+        """
+        if "/" in name:
+            return Path(name)
+        try:
+            return self.path / self.find(name)
+        except BundleMissing:
+            if Path(name).is_dir():
+                return Path(name)
+            raise
+
     def names(self) -> list[str]:
         """Full names of all bundles, newest first. Raises StoreError."""
         try:

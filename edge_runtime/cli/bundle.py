@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         actions, "verify", _verify, "check hashes and signatures, and run the self-test", parents=[shared]
     )
     verify.add_argument(
-        "name", nargs="?", metavar="NAME", help=f"{name}; or a directory, with a / in its path (default: all bundles)"
+        "name", nargs="?", metavar="NAME", help=f"{name}; or else a directory (default: all bundles)"
     )
     listing = add_action(actions, "list", _list, "list the bundles in the store", parents=[shared])
     add_flag(listing, "--json", "print one JSON array instead of a table")
@@ -80,10 +80,7 @@ async def _verify(options: argparse.Namespace) -> int:
     from edge_runtime.protocol.errors import BundleError
 
     store = _store(options)
-    if options.name and "/" in options.name:
-        paths = [Path(options.name)]
-    else:
-        paths = [store.path / name for name in ([store.find(options.name)] if options.name else store.names())]
+    paths = [store.locate(options.name)] if options.name else [store.path / name for name in store.names()]
     code = 0
     for path in paths:
         try:

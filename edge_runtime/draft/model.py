@@ -324,7 +324,10 @@ class DraftContext:
         self._check_length(len(self._ids) + len(ids))
         self._draft.begin_step(id(self))
         try:
-            self._logits = self._runner.append(ids)
+            # A token that was added to the target after the draft was made has no embedding: read the last one instead,
+            # which costs nothing but the acceptance of what follows.
+            largest = self._draft.manifest.architecture.vocabulary_size - 1
+            self._logits = self._runner.append([min(token, largest) for token in ids])
         except Exception as error:  # onnxruntime's exceptions share no base class
             self._runner.truncate(len(self._ids))
             self._logits = None

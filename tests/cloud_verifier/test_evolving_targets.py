@@ -14,21 +14,28 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.engine.rollout import RetirementPolicy
 from cloud_verifier.engine.sessions import RoundReply
 from cloud_verifier.engine.sessions import Session as ServerSession
 from cloud_verifier.model.reference import generate_reference
-from cloud_verifier.model.target import load_model
+from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.registry import Registry
 from edge_runtime.common.http_server import ListenOptions
+from edge_runtime.decoding.generation import Generation
+from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import JSON, ErrorCode, ModelList, OpenReply, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.verifier.client import VerifierClient
 from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, Session, opening
 from tests.cloud_verifier.target_versions import registry_service, serve_registry
+from tests.conftest import serving
 from tests.models import save_target
 
 SAMPLING = Sampling(temperature=0.8, seed=11, ignore_eos=True)
@@ -327,3 +334,29 @@ def test_adapters_of_one_base_and_an_unrelated_version_share_a_scheduler_and_a_d
             }
         # With few concurrent rounds the draft is used.
         assert {name: served_text(name) for name in paths} == expected
+
+
+async def test_a_deployed_draft_serves_a_version_with_more_special_tokens(family: Path, tmp_path: Path) -> None:
+    """The version also writes the added tokens, which the draft can neither propose nor embed."""
+    tokenizer = AutoTokenizer.from_pretrained(family / "target-v1")
+    model = AutoModelForCausalLM.from_pretrained(family / "target-v1")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>", "<|answer|>"]})
+    rows, prompt = model.config.vocab_size, tokenizer.encode("def main(")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    frequent = max(plain := generate_reference(model, prompt, SAMPLING, LENGTH, frozenset()), key=plain.count)
+    with torch.no_grad():
+        # As the head is the embedding, the new tokens are about as likely as a frequent one.
+        model.model.embed_tokens.weight[rows:] = 1.05 * model.model.embed_tokens.weight[frequent]
+    model.save_pretrained(tmp_path / "version")
+    tokenizer.save_pretrained(tmp_path / "version")
+    expected = generate_reference(model, prompt, SAMPLING, LENGTH, frozenset())
+    assert max(expected) >= rows
+    target = Target(tmp_path / "version", device="cpu", dtype=torch.float32)
+    draft = OnnxDraft.load(family / "bundle")
+    async with serving(target) as server, VerifierClient(server.url) as client:
+        for plan in (Plan(4), Plan(3, siblings=2, draft_ahead=2, in_flight=2), Plan(0, continuation=8, shadow=True)):
+            generation = Generation(draft, client, prompt, SAMPLING, max_new_tokens=LENGTH, planner=FixedPlanner(plan))
+            async for _ in generation:
+                pass
+            assert generation.ids[len(prompt) :] == expected
+            assert generation.statistics.accepted or plan.shadow
