@@ -195,12 +195,15 @@ class Generation:
                 early.sent = time.perf_counter()
                 return early
             early.request.drop()
+        started = time.perf_counter()
         await self._worker.wait_until_idle()
+        wait_seconds = time.perf_counter() - started
         conditions = self._conditions(self.ids, self._left)
         plan = self._offline.plan if self._offline.tail else self._plan(conditions)
         started = time.perf_counter()
         proposal = await self._worker.propose(self.ids, plan, limit_draft(plan, self._left))
-        return _make_round(plan, conditions, proposal, draft_seconds=time.perf_counter() - started)
+        draft_seconds = time.perf_counter() - started
+        return _make_round(plan, conditions, proposal, wait_seconds=wait_seconds, draft_seconds=draft_seconds)
 
     async def _run_round(self, round: ProposedRound) -> AsyncIterator[VerifiedTokens]:
         """Have one round verified; yield its tokens and let the planner learn from the outcome."""
@@ -367,7 +370,13 @@ class Generation:
 
 
 def _make_round(
-    plan: Plan, conditions: Conditions, proposal: Proposal, *, draft_seconds: float = 0.0, early: bool = False
+    plan: Plan,
+    conditions: Conditions,
+    proposal: Proposal,
+    *,
+    wait_seconds: float = 0.0,
+    draft_seconds: float = 0.0,
+    early: bool = False,
 ) -> ProposedRound:
     """Build the round that is to be sent now, its siblings reduced to what one verification takes."""
     # One node of the verified tree is the last known token.
@@ -380,5 +389,6 @@ def _make_round(
         ready=proposal.drafted_ahead,
         draft_seconds=draft_seconds,
         early=early,
+        wait_seconds=wait_seconds,
     )
     return ProposedRound(proposal, outcome, time.perf_counter())

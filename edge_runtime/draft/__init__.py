@@ -1,7 +1,8 @@
 """The ONNX draft model on the board: loading (`model`), graph execution (`onnx_runner`) and sampling (`sampler`)."""
 
 from edge_runtime.draft.model import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
-from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS, OnnxRunner, make_runner
+from edge_runtime.draft.onnx_runner import OnnxRunner, make_runner
+from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 
 __all__ = [
     "EMPTY_PROPOSAL",

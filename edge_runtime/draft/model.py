@@ -18,10 +18,11 @@ import onnxruntime as ort
 import psutil
 from tokenizers import Tokenizer
 
-from edge_runtime.draft.onnx_runner import PREFILL_CHUNK_TOKENS, Logits, detect_graph_kind, logits_width, make_runner
+from edge_runtime.draft.onnx_runner import Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.sampler import DraftSampler
 from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import Plan, apply_stop_rule
+from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError
 from edge_runtime.protocol.sampling import Sampling, hash_counters

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Architecture
 
-# Chunked prefill: the board needs working memory for one chunk, not for the whole prompt. Chosen.
-PREFILL_CHUNK_TOKENS = 128
 # Initial KV cache capacity of the fused graph, doubled on demand. Chosen.
 INITIAL_CAPACITY_TOKENS = 256
 

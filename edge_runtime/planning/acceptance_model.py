@@ -10,14 +10,17 @@ prior acceptance `p0` and a prior weight of `w` tokens:
 
     acceptance = (hits + w * p0) / (seen + w)
 
-followed by weighted isotonic regression (pool adjacent violators), so that acceptance never decreases with confidence.
+where `p0` is first shifted to the level of the evidence: all odds are multiplied by the factor that maximizes the
+likelihood of all judged tokens times a log-normal prior of that factor. A draft that is much worse, or better, than
+the prior is thus noticed after a dozen tokens, long before each bin has evidence of its own. Weighted isotonic
+regression (pool adjacent violators) follows, so that acceptance never decreases with confidence.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +44,11 @@ PRIOR_CONFIDENCE_TOKENS = 150.0
 PRIOR_TOKENS_PER_BIN = 25.0
 PRIOR_REJECTED_TOKENS = 70.0
 PRIOR_LAST_STAGE_TOKENS = 200.0
+# Standard deviation of the logarithm of the odds factor between prior and actual acceptance, and the share of judged
+# tokens that count as independent for it: a text is easier or harder than others as a whole. Chosen.
+LEVEL_DEVIATION = 1.0
+LEVEL_SHARE = 0.4
+LEVEL_STEPS = 12
 # Maximum weight, in tokens, that evidence from another target version has for a new version.
 INHERITED_TOKENS = 150.0
 # Assumed relative error of the cost per drafted token under the prior alone, and the number of judged tokens after
@@ -49,7 +57,7 @@ PRIOR_COST_ERROR = 0.2
 ERROR_HALVING_TOKENS = 100.0
 
 # The tables are recomputed once the number of new judged tokens exceeds REFRESH_TOKENS + REFRESH_SHARE * all evidence.
-REFRESH_TOKENS, REFRESH_SHARE = 32.0, 0.1
+REFRESH_TOKENS, REFRESH_SHARE = 4.0, 0.1
 
 # Prior by temperature class (greedy, below T=0.85, above) and stage: (mean confidence, acceptance rate) of draft tokens
 # in each quintile of confidence. LAST_STAGE_SHARES: share of tokens whose drafts begin in the last stage. Measured on
@@ -175,13 +183,15 @@ class _Evidence:
     def posterior(self, prior: AcceptanceCurves) -> AcceptanceCurves:
         """Return `prior` updated with this evidence."""
         unit = 1.0 / self._weight
+        calibrations = _shift_level([stage.calibration for stage in prior.stages], self._seen, self._hits, unit)
         stages = tuple(
-            _posterior_stage(stage, seen, hits, unit)
-            for stage, seen, hits in zip(prior.stages, self._seen, self._hits, strict=True)
+            _posterior_stage(StageAcceptance(stage.confidence_shares, calibration), seen, hits, unit)
+            for stage, calibration, seen, hits in zip(prior.stages, calibrations, self._seen, self._hits, strict=True)
         )
+        (prior_hazards,) = _shift_level([prior.hazards], [self._offered], [self._sibling_hits], unit)
         hazards = tuple(
             (hits * unit + PRIOR_REJECTED_TOKENS * before) / (offered * unit + PRIOR_REJECTED_TOKENS)
-            for hits, offered, before in zip(self._sibling_hits, self._offered, prior.hazards, strict=True)
+            for hits, offered, before in zip(self._sibling_hits, self._offered, prior_hazards, strict=True)
         )
         return AcceptanceCurves(stages, hazards)
 
@@ -191,6 +201,33 @@ class _Evidence:
         self._weight *= factor
         self._judged *= factor
         self._last_stage *= factor
+
+
+def _shift_level(
+    priors: Sequence[Sequence[float]], seen: list[list[float]], hits: list[list[float]], unit: float
+) -> list[list[float]]:
+    """Return prior probabilities with their odds multiplied by the most probable common factor.
+
+    Args:
+        priors: probabilities.
+        seen, hits: stored counts for each of them, each of which stands for `unit` tokens.
+    """
+    odds = np.log(np.clip(priors, 1e-6, 1.0 - 1e-6))
+    odds -= np.log1p(-np.exp(odds))
+    counts, accepted = LEVEL_SHARE * unit * np.array(seen), LEVEL_SHARE * unit * float(np.sum(hits))
+    level = 0.0
+    # The posterior's logarithm is concave: Newton's method, with steps bounded because it overshoots far from the top.
+    for _ in range(LEVEL_STEPS):
+        probability = 1.0 / (1.0 + np.exp(-(odds + level)))
+        expected = counts * probability
+        slope = accepted - float(expected.sum()) - level / LEVEL_DEVIATION**2
+        curvature = float((expected * (1.0 - probability)).sum()) + LEVEL_DEVIATION**-2
+        step = min(max(slope / curvature, -1.0), 1.0)
+        level += step
+        if abs(step) < 1e-3:
+            break
+    shifted: list[list[float]] = (1.0 / (1.0 + np.exp(-(odds + level)))).tolist()
+    return shifted
 
 
 def _posterior_stage(prior: StageAcceptance, seen: list[float], hits: list[float], unit: float) -> StageAcceptance:

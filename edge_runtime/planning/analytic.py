@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,9 +33,10 @@ from edge_runtime.planning.energy_budget import EnergyBudget, EnergyQueue
 from edge_runtime.planning.estimators import MAX_X
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
-from edge_runtime.planning.regret_budget import RegretBudget
+from edge_runtime.planning.regret_budget import RegretBudget, RoundReservation
+from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
-from edge_runtime.protocol.messages import STREAM_FRAME_SECONDS
+from edge_runtime.protocol.messages import MAX_CONTINUATION_TOKENS, MAX_TREE_NODES, STREAM_FRAME_SECONDS
 
 log = logging.getLogger("edge_runtime.planning")
 
@@ -66,12 +67,21 @@ MIN_BYTE_SECONDS = 8e-6
 PRICE_TOLERANCE = 0.08
 # Quantile of the link time that drafting ahead counts on.
 FLIGHT_QUANTILE = 0.4
+# A draft that does not fit into the regret budget is shortened down to this share of its expected yield.
+MIN_YIELD_SHARE = 0.5
+# Quantile of the link time that a round is assumed to take in the worst case. The few above it are outliers.
+SLOW_LINK_QUANTILE = 0.9
 # Share of the heat factor's excess that is applied to a draft step's time as well: a hot board is about to slow down.
 HEAT_TIME_SHARE = 0.25
 # Streaming while the draft prefills is considered if the prefill takes longer than this.
 MIN_PREFILL_SECONDS = 0.02
 # Assumed forward time of an unknown verifier: an upper bound.
 UNKNOWN_FORWARD_SECONDS = 0.1
+# Assumed forward time of an unknown verifier: a lower bound, for what another exchange may lose. A 7B model on one H200
+# takes 6 ms.
+FASTEST_FORWARD_SECONDS = 0.005
+# Lower bound of the cost of a streamed token, for objectives to which time is free.
+MIN_FURTHER_COST = 1e-9
 # Lower bound of a measured forward time, as a guard against clock resolution.
 MIN_FORWARD_SECONDS = 1e-6
 
@@ -126,7 +136,11 @@ class _UnitPrices(NamedTuple):
 
 
 class AnalyticPlanner:
-    """Plans by expected cost. One planner serves all generations of a process."""
+    """Plans by expected cost. One planner serves all generations of a process.
+
+    Attributes:
+        regret: what drafting may still lose against streaming, and has lost so far.
+    """
 
     def __init__(
         self,
@@ -149,7 +163,7 @@ class AnalyticPlanner:
         self._costs = CostModel(device)
         self._acceptance = AcceptanceModels(acceptance or {})
         self._calibration = CostCalibration()
-        self._regret = RegretBudget()
+        self.regret = RegretBudget()
         self._exploration_seconds = 0.0
         self._rounds_since_exploration = 0
         # Outcomes with the prices and the comparison at their time, held back while it is uncertain whether the link
@@ -160,6 +174,7 @@ class AnalyticPlanner:
         self._prices: RoundPrices | None = None
         self._rounds = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
         self._comparison: CostComparison | None = None
+        self._unit = _UnitPrices(1.0, 1.0, 1.0, 1.0, 0.0)
         # End position of the text in which streaming was last tried.
         self._streaming_trial_end = 0
 
@@ -172,12 +187,12 @@ class AnalyticPlanner:
         acceptance.follow(conditions)
         table = acceptance.table()
         comparison = self._comparison = self._compare(conditions, table, acceptance)
-        plan = self._decide(conditions, comparison, table, acceptance)
+        plan = self._limit_regret(self._decide(conditions, comparison, table, acceptance), conditions, comparison)
         if log.isEnabledFor(logging.DEBUG):
             drafted, streamed = (1e3 * cost / comparison.left for cost in (comparison.drafted, comparison.streamed))
             log.debug(
                 f"K={plan.draft} n={plan.continuation}: {drafted:.1f} ms/token drafted, {streamed:.1f} streamed, "
-                f"{comparison.left} left, regret budget {self._regret.tokens:.0f} tokens: {plan.reason}"
+                f"{comparison.left} left, regret budget {self.regret.tokens:.0f} tokens: {plan.reason}"
             )
         return plan
 
@@ -193,6 +208,11 @@ class AnalyticPlanner:
         acceptance.observe(outcome)
         self._rounds_since_exploration += 1
         if self._prices is not None and self._comparison is not None:
+            self.regret.observe(
+                outcome,
+                equivalent=self._costs.streaming_equivalent(outcome, self._comparison.tokens_per_forward),
+                cost=_measured_cost(outcome, self._prices),
+            )
             self._observe_cost(outcome, self._prices, self._comparison)
         self._exploration_seconds += EXPLORATION_SHARE * (outcome.draft_seconds + outcome.exchange_seconds)
 
@@ -239,7 +259,7 @@ class AnalyticPlanner:
     def _compare(self, conditions: Conditions, table: AcceptanceTable, acceptance: AcceptanceModel) -> CostComparison:
         """Return the cost of both options at the current prices."""
         costs, now, left = self._costs, conditions.now, conditions.left
-        unit = self._unit_prices(conditions)
+        unit = self._unit = self._unit_prices(conditions)
         link = costs.link.forecast(now)
         prices = self._round_prices(conditions, unit, link)
         if self._prices is None or not prices.close_to(self._prices, PRICE_TOLERANCE):
@@ -307,16 +327,7 @@ class AnalyticPlanner:
         if link.uncertain:
             return
         for outcome, prices, comparison in self._pending:
-            cost = prices.flight_second * outcome.exchange_seconds
-            cost += (prices.forward_second - prices.flight_second) * outcome.forward_seconds
-            cost += outcome.draft_seconds * prices.step / prices.step_seconds
-            self._regret.observe(
-                outcome,
-                equivalent=self._costs.streaming_equivalent(outcome, comparison.tokens_per_forward),
-                cost=cost,
-                first=comparison.first,
-                further=comparison.further,
-            )
+            cost = _measured_cost(outcome, prices)
             if outcome.drafted and not outcome.repeated:
                 self._calibration.observe(cost - comparison.prefill, comparison.round.cost * outcome.tokens)
             elif not outcome.drafted and not outcome.shadow_guesses:
@@ -347,7 +358,7 @@ class AnalyticPlanner:
         self, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable, acceptance: AcceptanceModel
     ) -> Plan:
         left, best = comparison.left, comparison.round
-        streamed, drafted = comparison.streamed, comparison.drafted * self._regret.cost_factor
+        streamed, drafted = comparison.streamed, comparison.drafted
         costs = f"{1e3 * drafted / left:.0f} ms/token drafted, {1e3 * streamed / left:.0f} streamed"
         if not self._costs.forward.known:
             if left <= FIRST_ROUND_TOKENS or streamed < drafted:
@@ -356,11 +367,7 @@ class AnalyticPlanner:
                 0, continuation=FIRST_ROUND_TOKENS, reason="streaming: link and verifier have not been measured yet"
             )
         if left < 2 or streamed <= drafted:
-            if (
-                left > 2 * best.tokens
-                and self._regret.tokens > 0.0
-                and self._should_try_drafting(comparison, acceptance)
-            ):
+            if left > 2 * best.tokens and self._should_try_drafting(comparison, acceptance):
                 return drafting_plan(conditions, best.plan, f"exploring drafting: {costs}")
             own = self._stream_length(comparison)
             watch = self._should_shadow(comparison, own)
@@ -371,7 +378,9 @@ class AnalyticPlanner:
             self._streaming_trial_end = end
             # Stream all of the rest if that costs less than the exchange that the return to drafting takes.
             own = left if streamed - drafted < comparison.first else STREAMING_TRIAL_TOKENS
-            return Plan(0, continuation=own, reason=f"exploring streaming: {costs}")
+            watch = self._should_shadow(comparison, own)
+            reason = f"exploring streaming: {costs}"
+            return Plan(0, continuation=own, siblings=best.plan.siblings, shadow=watch, reason=reason)
         if comparison.prefill_stream:
             return Plan(
                 0,
@@ -383,6 +392,56 @@ class AnalyticPlanner:
         siblings = f" with {plan.siblings} siblings where unsure" if plan.siblings else ""
         ahead = f", {plan.draft_ahead} ahead" if plan.draft_ahead else ""
         return drafting_plan(conditions, plan, f"drafting {plan.draft} tokens{siblings}{ahead}: {costs}")
+
+    def _limit_regret(self, plan: Plan, conditions: Conditions, comparison: CostComparison) -> Plan:
+        """Return `plan` if what it may lose against streaming fits into the regret budget, else a cheaper one.
+
+        The plan that is returned holds its share of the budget until its outcome is known.
+        """
+        assert self._prices is not None
+        available, new_text = self.regret.available(conditions), self.regret.begins_text(conditions)
+        further = comparison.further if self._costs.forward.known else FASTEST_FORWARD_SECONDS * self._unit.forward
+        first_forward = self._prices.forward_seconds[0] * self._unit.forward if self._costs.forward.known else further
+        # The void round's price is that of the payload: a minimum price and no time.
+        further = max(further, MIN_FURTHER_COST)
+        exchange = max(0.0, (self._prices.exchange - self._prices.void + first_forward) / further - 1.0)
+        reservation = RoundReservation(conditions.position, conditions.now, 0.0, 0.0, exchange, further)
+        if plan.draft:
+            for affordable in _cheaper_rounds(plan, comparison.round.tokens):
+                cost = self._worst_cost(affordable, conditions, comparison.prefill)
+                loss = cost / further - self._costs.least_equivalent(affordable.draft, comparison.tokens_per_forward)
+                loss = max(0.0, loss if new_text else loss + exchange)
+                if loss <= available:
+                    self.regret.reserve(conditions, msgspec.structs.replace(reservation, loss=loss, cost=cost))
+                    return affordable
+            reason = f"streaming: a drafted round may lose {loss:.1f} tokens, {available:.1f} are left: {plan.reason}"
+            watch = self._should_shadow(comparison, comparison.left)
+            plan = Plan(0, continuation=comparison.left, siblings=plan.siblings, shadow=watch, reason=reason)
+        elif plan.continuation < min(comparison.left, MAX_CONTINUATION_TOKENS):
+            loss = exchange if new_text else 2.0 * exchange
+            if plan.shadows_stream:
+                # The next round waits for the chunk of prefill that is under way.
+                chunk = self._costs.prefill_seconds(min(conditions.unread, PREFILL_CHUNK_TOKENS))
+                loss += max(self._prices.step, chunk * self._unit.drafting) / further
+            if loss <= available:
+                reservation = msgspec.structs.replace(reservation, loss=loss)
+            else:
+                reason = f"streaming: another exchange may lose {loss:.1f} tokens, {available:.1f} are left"
+                plan = msgspec.structs.replace(plan, continuation=comparison.left, reason=reason)
+        self.regret.reserve(conditions, reservation)
+        return plan
+
+    def _worst_cost(self, plan: Plan, conditions: Conditions, prefill: float) -> float:
+        """Return the cost of a round of the maximum length, with siblings for every token, on a slow link."""
+        prices, costs = self._prices, self._costs
+        assert prices is not None
+        nodes = min(1 + plan.draft * (1 + plan.siblings), MAX_TREE_NODES)
+        slow_link = max(0.0, costs.link_quantile(SLOW_LINK_QUANTILE) - costs.link.forecast(conditions.now))
+        # The step that is under way when the reply arrives is finished first.
+        steps = max(0, plan.draft - conditions.ready) + (plan.draft_ahead > 0)
+        forward = float(prices.forward(nodes))
+        cost = prices.exchange + slow_link * prices.flight_second + prefill + steps * prices.step
+        return cost + prices.id * (nodes - 1) + prices.forward_second * forward
 
     def _should_try_drafting(self, comparison: CostComparison, acceptance: AcceptanceModel) -> bool:
         """Return whether to draft some rounds although streaming seems cheaper."""
@@ -448,6 +507,21 @@ class AnalyticPlanner:
             return False
         self._exploration_seconds -= max(0.0, loss)
         return True
+
+
+def _cheaper_rounds(plan: Plan, tokens: float) -> Iterator[Plan]:
+    """Yield `plan`, the same without siblings, and shorter ones, down to half of the `tokens` that it should yield."""
+    yield plan
+    shortest = max(1, math.ceil(MIN_YIELD_SHARE * tokens))
+    for draft in range(plan.draft, min(plan.draft, shortest) - 1, -1):
+        yield msgspec.structs.replace(plan, draft=draft, siblings=0)
+
+
+def _measured_cost(outcome: Outcome, prices: RoundPrices) -> float:
+    """Return the cost of a round at `prices`."""
+    cost = prices.flight_second * (outcome.wait_seconds + outcome.exchange_seconds)
+    cost += (prices.forward_second - prices.flight_second) * outcome.forward_seconds
+    return cost + outcome.draft_seconds * prices.step / prices.step_seconds
 
 
 def drafting_plan(conditions: Conditions, plan: Plan, reason: str) -> Plan:

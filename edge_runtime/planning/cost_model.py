@@ -111,6 +111,13 @@ class CostModel:
             forwards = (outcome.accepted + 1) / max_yield
         return forwards * max(1.0, tokens_per_forward * self.yield_ratio.value) + outcome.own_tokens - 1
 
+    def least_equivalent(self, drafted: int, tokens_per_forward: float) -> float:
+        """Return the minimum of `streaming_equivalent` over all outcomes of a round of `drafted` tokens."""
+        if not self.verifier_speculates:
+            return 1.0
+        share = min(1.0, (drafted + 1) / (1 + VERIFIER_DRAFT_LENGTH))
+        return share * max(1.0, tokens_per_forward * self.yield_ratio.value)
+
     def link_quantile(self, share: float) -> float:
         """Return the link time that `share` of the last rounds did not exceed."""
         return self._recent_link.quantile(share, self.link.now.value)
@@ -163,7 +170,7 @@ class CostModel:
             predicted = tokens / tokens_per_forward + 0.5 - 0.5 / tokens_per_forward
             self.yield_ratio.observe(predicted / further, min(MAX_STREAM_WEIGHT, tokens * tokens / STREAM_WEIGHT_SCALE))
         if not self.forward.known:
-            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * even_split))
+            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * even_split / further))
 
     def _observe_link(self, outcome: Outcome) -> None:
         # The time to the first tokens is one exchange, whatever was streamed or drafted ahead after it.

@@ -141,6 +141,7 @@ class Outcome(msgspec.Struct, frozen=True):
         offered: number of siblings sent with each draft token.
         sibling: which sibling of the first rejected token the target chose, from 1; 0 for none.
         ready: draft tokens that had been drafted ahead.
+        wait_seconds: waiting before the round for a step of the draft model that shadow drafting had begun.
         draft_seconds: drafting what was not ready, including prefill of the tokens received since the last draft.
         first_seconds: from sending the round to its first tokens.
         exchange_seconds: from sending the round to its last token.
@@ -176,6 +177,7 @@ class Outcome(msgspec.Struct, frozen=True):
     ahead_seconds: float = 0.0
     further_forwards: int = 0
     shadow_guesses: list[ShadowGuess] = []
+    wait_seconds: float = 0.0
 
     @property
     def drafted(self) -> int:

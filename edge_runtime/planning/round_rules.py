@@ -12,6 +12,10 @@ import msgspec
 from edge_runtime.planning.plan import Outcome, Plan
 from edge_runtime.protocol import messages
 
+# Chunked prefill of the draft model: the board needs working memory for one chunk, not for the whole prompt, and no
+# round waits for more than one. Chosen.
+PREFILL_CHUNK_TOKENS = 128
+
 
 def limit_draft(plan: Plan, left: int) -> int:
     """Return the maximum number of tokens to draft if `left` tokens may still be generated.

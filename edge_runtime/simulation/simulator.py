@@ -11,14 +11,17 @@ from itertools import islice
 import msgspec
 
 from edge_runtime.planning.plan import UNRANKED, Conditions, Outcome, Plan, Planner, Surroundings, apply_stop_rule
-from edge_runtime.planning.round_rules import limit_ahead, limit_continuation, limit_draft, limit_early_draft
+from edge_runtime.planning.round_rules import (
+    PREFILL_CHUNK_TOKENS,
+    limit_ahead,
+    limit_continuation,
+    limit_draft,
+    limit_early_draft,
+)
 from edge_runtime.protocol import messages
 from edge_runtime.simulation.recorded_texts import RecordedText, accepted_runs
 from edge_runtime.simulation.result import SimulationResult
 from edge_runtime.simulation.world import FRAME_BYTES, ID_BYTES, ROUND_BYTES, World
-
-# `draft.onnx_runner.PREFILL_CHUNK_TOKENS`, repeated here because that module loads onnxruntime.
-PREFILL_CHUNK_TOKENS = 128
 
 
 class SimulatedRound(msgspec.Struct):
@@ -87,8 +90,9 @@ class Simulator:
         run = self._runs[done]
         if early is None:
             # A step of the draft that is still running ends first.
-            began = self.now = max(self.now, self._shadow_until)
-            pending = self._prepare_round(done, left)
+            wait_seconds = max(0.0, self._shadow_until - self.now)
+            began = self.now = self.now + wait_seconds
+            pending = self._prepare_round(done, left, wait_seconds)
         else:
             began = self.now
             pending = early
@@ -163,8 +167,8 @@ class Simulator:
         self._planner.observe(outcome)
         return done + outcome.tokens, following
 
-    def _prepare_round(self, done: int, left: int) -> SimulatedRound:
-        """Plan, draft and send the next round."""
+    def _prepare_round(self, done: int, left: int, wait_seconds: float) -> SimulatedRound:
+        """Plan, draft and send the next round, after having waited for the draft model."""
         conditions = self._conditions(left, done, self._drafted)
         plan = self._planner.plan(conditions)
         limit = limit_draft(plan, left)
@@ -174,7 +178,15 @@ class Simulator:
         seconds = self._draft(done, count)
         path = path[:count]
         offered = _count_siblings(path, plan)
-        outcome = Outcome(plan, conditions, confidences=path, offered=offered, ready=ready, draft_seconds=seconds)
+        outcome = Outcome(
+            plan,
+            conditions,
+            confidences=path,
+            offered=offered,
+            ready=ready,
+            draft_seconds=seconds,
+            wait_seconds=wait_seconds,
+        )
         return self._send(outcome, survival, self.now + seconds)
 
     def _send(self, outcome: Outcome, survival: float, now: float) -> SimulatedRound:

@@ -153,7 +153,7 @@ def test_follows_a_step_change_of_the_link_within_five_rounds() -> None:
             plan = planner.plan(conditions_)
             outcome = make_outcome(
                 [0.72] * min(plan.draft, 6),
-                (3, 1, 5, 0)[index % 4] if plan.draft >= 5 else min(plan.draft, 2),
+                min(plan.draft, (3, 1, 5, 0)[index % 4]),
                 own=plan.continuation,
                 planned_own=plan.continuation,
                 link=link,
