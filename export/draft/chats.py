@@ -259,7 +259,11 @@ class ChatWriter:
             ids.to(device),
             attention_mask=mask.to(device),
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]  # transformers annotates no constructor
-                max_new_tokens=count, eos_token_id=end_ids, pad_token_id=padding, **sampling
+                max_new_tokens=count,
+                bos_token_id=self._tokenizer.bos_token_id,
+                eos_token_id=end_ids,
+                pad_token_id=padding,
+                **sampling,
             ),
         )
         ends = set(end_ids)

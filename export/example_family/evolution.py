@@ -83,7 +83,10 @@ def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, 
     """
     parameters = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.named_parameters()}
     stored = read_tensors(base_directory, parameters)
-    changed = {name: value for name, value in parameters.items() if not torch.equal(value, stored[name])}
+    # A base that is stored in float32 is no change, although bfloat16 rounds it.
+    changed = {
+        name: value for name, value in parameters.items() if not torch.equal(value, stored[name].to(torch.bfloat16))
+    }
     directory.mkdir(parents=True, exist_ok=True)
     save_file(pack(changed), directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
     reference = {"format_version": 1, "base": base_path}
