@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from cloud_verifier.acceptance.measure import Passage
+from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import load_model
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 from export.evaluate.evaluation import (
     GIVEN_TEXT,
     MAX_DRAFT_TOKENS,
@@ -122,6 +125,42 @@ def test_evaluations_are_reproducible(models: list[Any]) -> None:
         {"d": TorchProposer(models[1])}, {"v": models[0]}, TEXT, config=EvaluationConfig(**vars(config) | {"seed": 1})
     )
     assert other.rows != once.rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_of_different_lengths_are_judged_as_if_alone(models: list[Any], temperature: float) -> None:
+    """Compared with each prompt's text by the target, and the tokens of the draft, position by position."""
+    target, draft = models[0], copy.deepcopy(models[0])
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
+    prompts = [make_ids(seed, length) for seed, length in enumerate((3, 40, 11, 25))]
+    config = EvaluationConfig(texts=4, tokens=20, temperatures=(temperature,), kinds=(OWN_TEXT, GIVEN_TEXT), seed=3)
+    (row,) = evaluate({"d": TorchProposer(draft)}, {"v": target}, {"chats": prompts}, config=config).rows
+    # Nothing is given after a prompt.
+    assert row.kind == OWN_TEXT
+    sampler = CoupledSampler(VOCABULARY_SIZE)
+    same = []
+    for index, prompt in enumerate(prompts):
+        sampling = Sampling(temperature=temperature, seed=3 + index)
+        ids = prompt + generate_reference(target, prompt, sampling, 20, frozenset({0}))
+        with torch.no_grad():
+            logits = draft(torch.tensor([ids])).logits[0].numpy()
+        same += [sampler.rank(logits[t - 1], sampling, t).ids[0] == ids[t] for t in range(len(prompt), len(ids))]
+    assert row.positions == len(same)
+    assert row.overall_acceptance is not None
+    assert row.overall_acceptance.value == pytest.approx(sum(same) / len(same), abs=1e-4)
+    assert 0.2 < row.overall_acceptance.value < 1
+
+
+def test_prompts_and_texts_are_evaluated_together(models: list[Any]) -> None:
+    config = EvaluationConfig(texts=4, prompt=4, tokens=16, temperatures=(1.0,), resamples=50)
+    text = {"chats": [make_ids(5, 3), make_ids(6, 9), make_ids(7, 30)], "code": make_ids(8)}
+    evaluation = evaluate({"d": TorchProposer(models[0])}, {"v": models[0]}, text, config=config)
+    assert evaluation.texts == {"chats": 2, "code": 2}
+    own, given = (evaluation.row("d", "v", 1.0, kind) for kind in (OWN_TEXT, GIVEN_TEXT))
+    assert [*own.by_text] == ["chats", "code"]
+    assert ([*given.by_text], given.positions) == (["code"], 2 * 16)
 
 
 def test_any_proposer_can_be_evaluated(models: list[Any]) -> None:

@@ -20,8 +20,9 @@ SAMPLINGS = [Sampling(temperature=t, seed=s) for s, t in enumerate((0.0, 0.7, 1.
 
 def test_targets_generate_in_a_batch_what_they_generate_alone(tiny_path: Path) -> None:
     model, _, ends = load_model(tiny_path, "cpu", "float32")
-    prompts = [[5, 17, 4], [9, 9, 30], [200, 1, 2], [11, 12, 13]]
-    samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(4)]
+    # Of different lengths, so that some are padded.
+    prompts = [[5, 17, 4], [9], [200, 1, 2, 7, 7, 31, 8], [11, 12, 13], [*range(3, 40)]]
+    samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(5)]
     written = TargetWriter(model).generate(prompts, samplings, 30)
     for prompt, sampling, new in zip(prompts, samplings, written, strict=True):
         assert new == generate_reference(model, prompt, sampling, 30, ends)
