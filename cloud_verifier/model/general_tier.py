@@ -157,6 +157,11 @@ class GeneralCachePool:
         self.used_bytes -= text.nbytes
         text.state, text.snapshot, text.next_logits, text.nbytes = None, None, None, 0
 
+    def drop_all(self) -> None:
+        """Free the memory of all caches."""
+        for text in self._texts.values():
+            self.drop(text)
+
     @torch.inference_mode()
     def keep(self, sequence: CachedSequence, rows: list[int]) -> None:
         """Extend the text by the given rows of the last segment, and roll back its others; see `KVCachePool.keep`."""
@@ -251,6 +256,9 @@ class GeneralRunner:
             else:
                 self._prefill(text, segment)
             pool.account(text)
+        except torch.OutOfMemoryError:
+            pool.drop_all()
+            raise KVCacheFull from None
         except BaseException:
             # The cache may hold a part of a forward.
             pool.drop(text)

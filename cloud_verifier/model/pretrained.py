@@ -19,6 +19,8 @@ from edge_runtime.protocol.errors import TargetError
 _LOAD_LOCK = threading.Lock()
 # The longest text of a model that names no limit, such as a recurrent one. Chosen: enough for a long chat.
 UNLIMITED_CONTEXT = 1 << 15
+# How the tensors of a language model are named in a multimodal checkpoint, and alone.
+_TEXT_TENSOR_NAMES = {r"^model\.language_model\.": "model."}
 # Length of the text of which a multimodal model and its text part must give the same logits.
 COMPARED_TOKENS = 12
 # Where configurations name the length of text that a model was trained for.
@@ -40,7 +42,7 @@ def load_text_config(base: Path) -> Any:
         TargetError: there is none, or it is not of a model that generates text.
     """
     config = load_config(base)
-    _auto_class(config, base)
+    auto_class(config, base)
     text_config = config.get_text_config(decoder=True)
     if not isinstance(getattr(text_config, "vocab_size", None), int):
         raise TargetError(f"{base} is a {config.model_type} model whose configuration names no vocab_size")
@@ -82,7 +84,7 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
         options["device_map"] = {"": torch.device(device)}
     try:
         with _LOAD_LOCK:
-            model, info = _auto_class(config, base).from_pretrained(base, output_loading_info=True, **options)
+            model, info = _from_pretrained(base, options)
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
         if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
@@ -95,6 +97,26 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
     except Exception as error:
         raise TargetError(_load_error(base, device, quantization, error)) from None
     return model.eval()
+
+
+def _from_pretrained(base: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load the checkpoint at `base`; only its text part if a package for the other parts is missing."""
+    config = options["config"]
+    try:
+        loaded: tuple[Any, dict[str, Any]] = auto_class(config, base).from_pretrained(
+            base, output_loading_info=True, **options
+        )
+    except ImportError as missing_package:
+        text_config = config.get_text_config(decoder=True)
+        text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
+        if text_config is config or text_class is None:
+            raise
+        options = options | {"config": text_config, "key_mapping": _TEXT_TENSOR_NAMES}
+        try:
+            loaded = text_class.from_pretrained(base, output_loading_info=True, **options)
+        except Exception:
+            raise missing_package from None
+    return loaded
 
 
 def text_part(model: Any) -> Any:
@@ -136,7 +158,7 @@ def quantization_method(config: Any) -> str:
     return str(getattr(method, "value", method) or "quantization")
 
 
-def _auto_class(config: Any, base: Path) -> Any:
+def auto_class(config: Any, base: Path) -> Any:
     """The class of transformers that loads checkpoints of this configuration.
 
     Raises:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -171,6 +173,28 @@ def test_the_text_part_of_a_multimodal_model(tmp_path: Path, model_type: str, te
     torch.testing.assert_close(part.logits, whole.logits)
     has_vision = any("vision" in name for name, _ in text.named_modules())
     assert has_vision == (text_class == "PaliGemmaForConditionalGeneration")
+
+
+def test_the_text_part_is_loaded_where_a_package_for_the_other_parts_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for Gemma 3n without timm: its tensors are named as transformers names them today."""
+    path = save_architecture(tmp_path / "model", "mistral3")
+    weights = load_file(path / "model.safetensors")
+    renamed = {
+        re.sub(r"^language_model\.(model\.)?", lambda found: "model.language_model." if found[1] else "", name): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    expected = text_part(load_pretrained(path, "cpu", torch.float32)).state_dict()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("this model requires timm")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", fail)
+    text = load(path).runner.model
+    assert type(text).__name__ == "MistralForCausalLM"
+    torch.testing.assert_close(dict(text.state_dict()), dict(expected))
 
 
 def test_a_recurrent_model_has_a_context_though_it_needs_none(tmp_path: Path) -> None:
