@@ -133,6 +133,19 @@ def examples() -> Iterator[tuple[str, list[str]]]:
             yield f"{name} --help", command
 
 
+def test_examples_name_existing_files_of_the_repository() -> None:
+    """Other paths are those of users."""
+    tops = {*PACKAGES, "tests"}
+    named = {
+        (where, word)
+        for where, (_, *arguments) in examples()
+        for word in arguments
+        if "/" in word and word.partition("/")[0] in tops
+    }
+    assert len(named) > 3
+    assert [(where, word) for where, word in named if not (ROOT / word).exists()] == []
+
+
 def test_examples_in_documents_and_help_texts_parse() -> None:
     found = list(examples())
     assert len(found) > 100

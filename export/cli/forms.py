@@ -14,7 +14,7 @@ T=0.7 and T=1. The bundles stay in --output, with forms.md and forms.json. Exist
 interruption, give the same command again.
 
 examples:
-  draft-export forms tests/toy_family/target-v1 tests/toy_tests/toy_family/draft-anchor --output /tmp/forms
+  draft-export forms tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/forms
   draft-export forms TARGET DRAFT --text held-out.txt --form fused-int8-head4 --form fused-int4 --output forms
   draft-export forms TARGET DRAFT --trim-vocabulary other.txt --head-size 16000 --tolerance 0.5 --output forms
 """
