@@ -36,6 +36,7 @@ from cloud_verifier.registry.checkpoint import (
     version_name,
 )
 from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
+from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
 from edge_runtime.protocol.bundle import draft_identity
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
@@ -336,6 +337,5 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
     except Exception as error:
         raise TargetError(f"{path} does not load on {device}: {error}") from None
     ids = model.generation_config.eos_token_id
-    if ids is None:
-        return model, base, frozenset()
-    return model, base, frozenset([ids] if isinstance(ids, int) else ids)
+    end_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+    return model, base, end_ids | ends_of_tokenizer(base)

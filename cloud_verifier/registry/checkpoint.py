@@ -22,6 +22,7 @@ from cloud_verifier.registry.adapter import (
 )
 from cloud_verifier.registry.catalog import VersionKind
 from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, changed_tensor_names, read_base_name
+from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
 from edge_runtime.protocol.bundle import READ_CHUNK_BYTES, fingerprint_tensor, hash_vocabulary, shared_tensor_names
 from edge_runtime.protocol.errors import TargetError
 
@@ -249,8 +250,8 @@ def read_end_ids(base: Path) -> list[int]:
         except (OSError, ValueError, AttributeError) as error:
             raise TargetError(f"{base / name} cannot be read ({error}); copy the model again") from None
         if ids is not None:
-            return sorted([ids] if isinstance(ids, int) else ids)
-    return []
+            return sorted({*([ids] if isinstance(ids, int) else ids), *ends_of_tokenizer(base)})
+    return sorted(ends_of_tokenizer(base))
 
 
 def version_hash(path: Path, base: Path) -> str:

@@ -6,6 +6,8 @@ A bundle is a directory:
     model.onnx         the draft's graph, its weights inside or in a file next to it
     tokenizer.json     the tokenizer that the draft and its targets share
     head_ids.npy       only if the head is trimmed: the token ids of its rows
+    chat.json          the target's chat templates and sampling defaults: this module's `ChatFormat`; older bundles and
+                       targets without them have none
 
 The manifest records the length and sha256 of every other file, a hash of the vocabulary, and a fingerprint of every
 tensor that the draft shares with its targets. When a session opens, the verifier compares vocabulary hash and
@@ -29,6 +31,7 @@ from edge_runtime.protocol.errors import BundleCorrupt, BundleMissing
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+CHAT_FILE = "chat.json"
 READ_CHUNK_BYTES = 1 << 20
 
 
@@ -86,6 +89,29 @@ class OnnxGraph(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str
     weights: str
     head_ids: str = ""
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Sampling parameters of requests that name none: the target's `generation_config.json`; None if it is silent."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+
+
+class ChatFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the target is talked to.
+
+    Attributes:
+        templates: Jinja sources of its chat templates, by name; empty if it has none. Most have only `default`; some
+            have others, such as `tool_use`.
+        special_tokens: texts of special tokens by the name under which templates use them, such as `bos_token`.
+        sampling: see `SamplingDefaults`.
+    """
+
+    templates: dict[str, str] = {}
+    special_tokens: dict[str, str | list[str]] = {}
+    sampling: SamplingDefaults = SamplingDefaults()
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -205,6 +231,24 @@ def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
     if not ascending or ids[0] < 0 or ids[-1] >= size:
         raise BundleCorrupt(f"{bundle.path / name} does not hold ascending ids below {size}: export the bundle again")
     return np.asarray(ids, np.int32)
+
+
+def read_chat_format(bundle: Bundle) -> ChatFormat:
+    """Return how the bundle's target is talked to; an empty `ChatFormat` if the bundle has none.
+
+    A file that the manifest does not record is ignored: nobody signed it.
+
+    Raises:
+        BundleCorrupt: the file is not a `ChatFormat`.
+    """
+    if CHAT_FILE not in bundle.manifest.files:
+        return ChatFormat()
+    try:
+        return msgspec.json.decode((bundle.path / CHAT_FILE).read_bytes(), type=ChatFormat)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
+        raise BundleCorrupt(
+            f"{bundle.path / CHAT_FILE} does not describe chats ({error}): copy the bundle again"
+        ) from None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

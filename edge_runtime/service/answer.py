@@ -86,7 +86,7 @@ class Answer:
         self.done = self.abandoned = False
         # More than one if the draft model failed and the target continued alone.
         self._generations: list[Generation] = []
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._stop_filter = StopStringFilter(request.stop_strings)
         # The unverified end of the text shown so far.
         self._tail = ""
@@ -165,8 +165,9 @@ class Answer:
                     self.unverified_tokens = len(item.unverified)
                     self.finish = "stop" if stop_filter.found else generation.finish
                     return
-        self._show(self._stop_filter.flush())
-        self.finish = generation.finish
+        text = self._stop_filter.feed(self._detokenizer.flush())
+        self._show(text + self._stop_filter.flush())
+        self.finish = "stop" if self._stop_filter.found else generation.finish
 
     def complete(self, error: Exception | None = None) -> None:
         """Mark the answer as done, because of `error` if there is one."""

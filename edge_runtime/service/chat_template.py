@@ -1,7 +1,7 @@
-"""Renders a conversation into the text that the target model continues: the tokenizer's chat template, or a plain one.
+"""Renders a conversation into the text that the target model continues: by the model's chat template, or a plain one.
 
-The template is read from the bundle, as Hugging Face stores it: `chat_template.jinja`, else `chat_template` in
-`tokenizer_config.json`. Without one, a conversation is rendered as
+The templates travel in the bundle (`bundle.ChatFormat`), and rendering is that of transformers' `apply_chat_template`.
+Without one, a conversation is rendered as
 
     System: Be brief.
 
@@ -15,99 +15,177 @@ this as it would any other text.
 
 from __future__ import annotations
 
-import datetime
-import json
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer
 
+from edge_runtime.protocol.bundle import CHAT_FILE, ChatFormat, read_bundle, read_chat_format
 from edge_runtime.protocol.errors import BundleCorrupt, InputError
 
-Conversation = list[dict[str, str]]
+# Messages as in OpenAI's API; `arguments` of tool calls are objects.
+Conversation = list[dict[str, Any]]
 
-TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILE = "tokenizer_config.json"
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
 PLAIN_ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_STOPS = ["\nUser:"]
+# Marks where the last message ends in the rendered text; transformers'.
+CONTINUATION_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a template is rendered with besides the messages; the names are those of `apply_chat_template`.
+
+    Attributes:
+        tools: JSON schemas of functions that the model may call.
+        documents: texts for retrieval-augmented answers, each with `title` and `text`.
+        add_generation_prompt: end with the start of the assistant's message.
+        continue_final_message: end with the last message, unfinished.
+        variables: further variables of the template, such as `enable_thinking`.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: dict[str, Any] = {}
+
+
+PLAIN_OPTIONS = ChatOptions()
 
 
 class ChatTemplate:
     """Renders conversations.
 
     Attributes:
+        is_plain: the model has no chat template.
         stop_strings: strings that end an answer, in addition to those of the request.
     """
 
-    def __init__(self, render: Callable[[Conversation], str], stop_strings: list[str]) -> None:
-        self.stop_strings = stop_strings
-        self._render = render
+    def __init__(self, chat: ChatFormat, bundle: Path) -> None:
+        """
+        Args:
+            bundle: where `chat` comes from, for errors.
 
-    def render(self, messages: Conversation) -> str:
-        """Return the text to continue. Raises InputError if the template rejects the conversation."""
-        return self._render(messages)
+        Raises:
+            BundleCorrupt: a template does not parse.
+        """
+        self._special_tokens = chat.special_tokens
+        self._templates = {name: _compile(source, name, bundle) for name, source in chat.templates.items()}
+        self.is_plain = not self._templates
+        self.stop_strings = PLAIN_STOPS if self.is_plain else []
+
+    def render(self, messages: Conversation, options: ChatOptions = PLAIN_OPTIONS) -> str:
+        """Return the text to continue.
+
+        Raises:
+            InputError: the template rejects the conversation, or the options contradict each other.
+        """
+        if options.continue_final_message:
+            if options.add_generation_prompt:
+                raise InputError(
+                    "continue_final_message needs add_generation_prompt: false; a text goes on with one of them"
+                )
+            return self._render_unfinished(messages, options)
+        return self._render(messages, options)
+
+    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Return the ids of a rendered conversation.
+
+        A template contains the special tokens. The plain form begins with those with which the tokenizer begins a text.
+        """
+        encoding = tokenizer.encode(text, add_special_tokens=self.is_plain)
+        ids: list[int] = encoding.ids
+        added: list[int] = encoding.special_tokens_mask
+        end = len(ids)
+        # The text goes on, so it does not end with what the tokenizer puts after a text.
+        while self.is_plain and end and added[end - 1]:
+            end -= 1
+        return ids[:end]
+
+    def _render(self, messages: Conversation, options: ChatOptions) -> str:
+        if self.is_plain:
+            return _render_plain(messages, options)
+        render = self._templates[self._choose(options)]
+        variables = self._special_tokens | options.variables
+        return render(
+            messages=messages,
+            tools=options.tools,
+            documents=options.documents,
+            add_generation_prompt=options.add_generation_prompt,
+            **{name: value for name, value in variables.items() if name not in RESERVED_VARIABLES},
+        )
+
+    def _render_unfinished(self, messages: Conversation, options: ChatOptions) -> str:
+        """Render up to the end of the last message's text, as transformers does."""
+        marked = copy.deepcopy(messages)
+        final = marked[-1].get("content")
+        if not isinstance(final, str):
+            raise InputError("continue_final_message: the last message has no text to continue")
+        marked[-1]["content"] = final + CONTINUATION_MARK
+        rendered = self._render(marked, options)
+        mark = CONTINUATION_MARK.strip()
+        if final.strip() not in rendered or mark not in rendered:
+            raise InputError("continue_final_message: the chat template drops or changes the last message")
+        end = rendered.rindex(mark)
+        if rendered[end:].startswith(CONTINUATION_MARK):
+            return rendered[:end]
+        # The template strips messages, so the text before the mark has to be stripped as well.
+        return rendered[:end].rstrip()
+
+    def _choose(self, options: ChatOptions) -> str:
+        """Return the name of the template to use, by transformers' rule."""
+        name = TOOL_TEMPLATE if options.tools is not None and TOOL_TEMPLATE in self._templates else DEFAULT_TEMPLATE
+        if name not in self._templates:
+            raise InputError(f"this model has no chat template {name!r}, only {', '.join(sorted(self._templates))}")
+        return name
+
+
+# Given by name to every template.
+RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 def load_chat_template(bundle: Path) -> ChatTemplate:
-    """Load the chat template of a bundle, or the plain one. Raises BundleCorrupt if the template does not parse."""
-    config: dict[str, Any] = {}
-    try:
-        if (bundle / CONFIG_FILE).is_file():
-            config = msgspec.json.decode((bundle / CONFIG_FILE).read_bytes(), type=dict[str, Any])
-        source = config.get("chat_template")
-        if (bundle / TEMPLATE_FILE).is_file():
-            source = (bundle / TEMPLATE_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
-        raise BundleCorrupt(f"cannot read the chat template in {bundle}: {error}; copy the bundle again") from None
-    if isinstance(source, list):
-        # Older checkpoints have several templates by name.
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if not isinstance(source, str):
-        return ChatTemplate(_render_plain, PLAIN_STOPS)
-    special = {name: _token_text(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
-    return ChatTemplate(_compile(source, special, bundle), [])
+    """Load the chat template of the bundle in a directory, or the plain one.
+
+    Raises:
+        BundleError: there is no bundle, or its template does not parse.
+    """
+    return ChatTemplate(read_chat_format(read_bundle(bundle, verify=False)), bundle)
 
 
-def _compile(source: str, special: dict[str, str], bundle: Path) -> Callable[[Conversation], str]:
-    # Imported here, because boards whose bundle has no template save its memory.
+def _compile(source: str, name: str, bundle: Path) -> Callable[..., str]:
+    """Return a function that renders `source`; it raises InputError."""
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message: str) -> str:
-        raise TemplateError(message)
+    from edge_runtime.service.jinja_environment import compile_template
 
-    # The same environment as in transformers, so that templates render the same.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        template = environment.from_string(source)
+        template = compile_template(source)
     except TemplateError as error:
-        raise BundleCorrupt(f"the chat template in {bundle} does not parse: {error}; copy the bundle again") from None
+        raise BundleCorrupt(
+            f"the chat template {name!r} in {bundle / CHAT_FILE} does not parse: {error}; export the bundle again"
+        ) from None
 
-    def render(messages: Conversation) -> str:
+    def render(**variables: Any) -> str:
         try:
-            return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
+            return template.render(**variables)
         except Exception as error:  # evaluating a template can raise any exception
             raise InputError(f"the chat template rejects this conversation: {error}") from None
 
     return render
 
 
-def _render_plain(messages: Conversation) -> str:
-    turns = [f"{PLAIN_ROLES[message['role']]}: {message['content']}\n\n" for message in messages]
-    return "".join(turns) + "Assistant:"
-
-
-def _token_text(token: Any) -> str:
-    """Return the text of a special token, which may be a string or an object."""
-    return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes HTML characters, which is not what models were trained on.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _render_plain(messages: Conversation, options: ChatOptions) -> str:
+    if options.tools or options.documents:
+        raise InputError("this model has no chat template, so it takes neither tools nor documents")
+    turns = []
+    for message in messages:
+        role = PLAIN_ROLES.get(message["role"])
+        if role is None:
+            raise InputError(f"this model has no chat template, so it takes no messages of role {message['role']!r}")
+        turns.append(f"{role}: {message['content']}\n\n")
+    return "".join(turns) + ("Assistant:" if options.add_generation_prompt else "")

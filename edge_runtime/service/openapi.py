@@ -48,8 +48,14 @@ EVENT_ERRORS = ("401", "403", "429")
 MODEL_ERRORS = ("401", "403", "404", "500", "502", "503")
 
 
-def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str, Any]:
-    """Build the document of a service that accepts bodies of `max_body` bytes and requires API keys if `keys`."""
+def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_template: bool) -> dict[str, Any]:
+    """Build the document of a service.
+
+    Args:
+        max_body: accepted size of a request body in bytes.
+        keys: the service requires API keys.
+        has_template: the model has a chat template; without one there are no tools.
+    """
     schema_types = [
         requests.CompletionRequest,
         requests.ChatRequest,
@@ -74,6 +80,12 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int) -> dict[str,
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
+    schemas["ChatMessage"] |= requests.MESSAGE_SCHEMA
+    schemas["ChatRequest"] |= requests.CONVERSATION_SCHEMA
+    if not has_template:
+        schemas["ChatMessage"]["properties"]["role"]["enum"].remove("tool")
+        for field in ("tools", "documents"):
+            schemas["ChatRequest"]["properties"][field] = {"enum": [None, []]}
     message = "Generate the next message of a conversation"
     model_name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths: dict[str, Any] = {

@@ -35,6 +35,8 @@ from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    get_chat_options,
+    get_conversation,
     get_prompt,
     get_sampling,
     get_stop_strings,
@@ -95,7 +97,7 @@ class Routes:
         board = self._state.require_board()
         body = parse_request(await self._read_body(request), CompletionRequest)
         prompt = get_prompt(body)
-        ids = prompt if isinstance(prompt, list) else await self._tokenize(board, prompt, add_special_tokens=True)
+        ids = prompt if isinstance(prompt, list) else await self._tokenize(board, prompt)
         echo = ""
         if body.echo:
             echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
@@ -107,9 +109,12 @@ class Routes:
         board = self._state.require_board()
         body = parse_request(await self._read_body(request), ChatRequest)
         template = board.chat_template
-        text = template.render([{"role": message.role, "content": message.text} for message in body.messages])
-        # The template contains the special tokens.
-        ids = await self._tokenize(board, text, add_special_tokens=False)
+        conversation, options = get_conversation(body), get_chat_options(body)
+
+        def encode() -> list[int]:
+            return template.encode(board.draft.tokenizer, template.render(conversation, options))
+
+        ids = await self._run_tokenizer(encode)
         max_tokens = body.max_completion_tokens or body.max_tokens
         answer_request = self._make_answer_request(board, body, ids, max_tokens, *template.stop_strings)
         return await self._answer(request, body, answer_request, ChatFormatter(_wants_usage(body)))
@@ -143,7 +148,10 @@ class Routes:
         """GET /openapi.json: the description of this service."""
         board = self._state.board
         vocabulary_size = board.draft.manifest.architecture.vocabulary_size if board else 1 << 31
-        document = build_document(self._state.limits.max_body, bool(self._state.keys), vocabulary_size)
+        has_template = board is None or not board.chat_template.is_plain
+        document = build_document(
+            self._state.limits.max_body, bool(self._state.keys), vocabulary_size, has_template=has_template
+        )
         return Response(msgspec.json.encode(document), media_type="application/json")
 
     async def _stream_events(self, request: Request) -> Response:
@@ -156,7 +164,7 @@ class Routes:
         limit = self._state.limits.max_new_tokens
         return AnswerRequest(
             prompt=ids,
-            sampling=get_sampling(body, secrets.randbits(63)),
+            sampling=get_sampling(body, secrets.randbits(63), board.sampling),
             max_new_tokens=min(max_tokens or limit, limit),
             stop_strings=[*stop_strings, *get_stop_strings(body)],
             model=body.model or board.model,
@@ -180,11 +188,14 @@ class Routes:
             if answer is None or answer.error or not body.stream:
                 disconnected.cancel()
 
-    async def _tokenize(self, board: BoardRuntime, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def _tokenize(self, board: BoardRuntime, text: str) -> list[int]:
         def encode() -> list[int]:
-            ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = board.draft.tokenizer.encode(text).ids
             return ids
 
+        return await self._run_tokenizer(encode)
+
+    async def _run_tokenizer(self, encode: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, encode)
 
     async def _fetch_models(self) -> OpenAIModelList:

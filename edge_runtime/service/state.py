@@ -10,6 +10,7 @@ from edge_runtime.draft import OnnxDraft
 from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
+from edge_runtime.protocol.bundle import SamplingDefaults
 from edge_runtime.service.admission import AdmissionQueue
 from edge_runtime.service.chat_template import ChatTemplate
 from edge_runtime.service.errors import BRIEF_RETRY_SECONDS, ApiError
@@ -42,6 +43,7 @@ class BoardRuntime(msgspec.Struct, frozen=True):
         model: target model of requests that name none; empty for the verifier's default.
         power: power draw of a board of this profile; None if the profile does not say.
         on_link_loss: default of requests that do not say what to do without a verifier; see `Generation`.
+        sampling: sampling parameters of requests that name none.
         ngram_cache: verified text that improves the drafts; None for none.
     """
 
@@ -52,6 +54,7 @@ class BoardRuntime(msgspec.Struct, frozen=True):
     model: str = ""
     power: BoardPower | None = None
     on_link_loss: OnLinkLoss = "wait"
+    sampling: SamplingDefaults = SamplingDefaults()
     ngram_cache: NgramCache | None = None
 
 

@@ -41,6 +41,7 @@ from edge_runtime.protocol.bundle import (
 )
 from edge_runtime.protocol.errors import DraftError, InputError
 from edge_runtime.protocol.sampling import Sampling
+from export.bundle.chat_format import read_target_chat, write_chat_format
 from export.bundle.onnx_graph import GRAPH_FILE, check_variant, export_graph
 from export.bundle.vocab_trim import select_head_ids
 from export.common.atomic import new_directory
@@ -168,6 +169,7 @@ def make_bundle(
         reference = reference or ReferenceDraft(config)
         architecture = reference.architecture
         _write_tokenizer(config.target / TOKENIZER_FILE, work / TOKENIZER_FILE)
+        write_chat_format(read_target_chat(config.target).format, work)
         head = None
         if config.head_text is not None:
             head = select_head_ids(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from edge_runtime.protocol.bundle import Manifest
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import GRAPH_KINDS, WEIGHT_TYPES
+
+# Imported by every command; it is slow to import.
+if TYPE_CHECKING:
+    from export.bundle.chat_format import TargetChat
 
 DESCRIPTION = """\
 Exports a draft and packs it into a bundle. DRAFT is a directory of `draft-export distill` or `family` (the draft's own
@@ -55,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises FlexSpecError."""
     from cloud_verifier.acceptance.measure import read_calibration_text
     from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
+    from export.bundle.chat_format import read_target_chat
     from export.common.progress import Progress
 
     config = BundleConfig(
@@ -73,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
         manifest = make_bundle(config, options.output, lambda step: progress.update(BUILD_STEPS.index(step), step))
         progress.update(len(BUILD_STEPS), "done")
     _print_manifest(manifest, options.output)
+    _print_chat(read_target_chat(options.target))
     return 0
 
 
@@ -86,6 +94,16 @@ def _print_manifest(manifest: Manifest, output: Path) -> None:
     )
     acceptance = ", ".join(f"{share:.1%} at {name}" for name, share in manifest.acceptance.items()) or "not measured"
     print(f"acceptance by the target on given text: {acceptance}")
+
+
+def _print_chat(chat: TargetChat) -> None:
+    names = ", ".join(sorted(chat.format.templates)) or "none, so that boards write chats as plain text"
+    print(f"chat templates: {names}")
+    defaults = msgspec.structs.asdict(chat.format.sampling)
+    sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.items() if value is not None)
+    print(f"sampling defaults: {sampling or 'none'}")
+    if chat.unsupported:
+        print(f"boards do not support these defaults of the target and leave them out: {', '.join(chat.unsupported)}")
 
 
 def _read_text(path: Path) -> str:

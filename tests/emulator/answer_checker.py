@@ -18,7 +18,7 @@ import httpx
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.decoding.detokenizer import Detokenizer
+from edge_runtime.decoding.detokenizer import decode_continuation
 
 PROMPTS = (
     "class Connection:\n    def __init__(self, host, port",
@@ -92,9 +92,9 @@ def make_cases(target: Path) -> list[AnswerCase]:
     cases = []
     for fields, line in zip(bodies, output.splitlines(), strict=True):
         ids = json.loads(line)
-        text = Detokenizer(tokenizer)
         finish = "stop" if ids[-1] == 0 else "length"
-        cases.append(AnswerCase(fields, "".join(text.step(token) for token in ids), finish))
+        prompt = tokenizer.encode(fields["prompt"]).ids
+        cases.append(AnswerCase(fields, decode_continuation(tokenizer, prompt, ids), finish))
     return cases
 
 

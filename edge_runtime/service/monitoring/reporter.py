@@ -7,7 +7,7 @@ import time
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.decoding import CONTEXT_TOKENS, Detokenizer, VerifiedTokens, decode_after
+from edge_runtime.decoding import Detokenizer, VerifiedTokens
 from edge_runtime.planning.plan import Outcome, Plan
 from edge_runtime.protocol.errors import VerifierUnreachable
 from edge_runtime.protocol.sampling import accepted_length
@@ -47,7 +47,7 @@ class AnswerReporter:
         self._event_log = event_log
         self._totals = totals
         self._answer = answer
-        self._transcript = LazyTranscript(tokenizer)
+        self._transcript = LazyTranscript(tokenizer, answer.request.prompt[-SHOWN_PROMPT_TOKENS:])
         self._unverified: list[int] = []
         # Index of the first own token of the target in the current round.
         self._first_own: int | None = None
@@ -175,10 +175,11 @@ class LazyTranscript:
         ids: all verified tokens so far; appended to by its owner.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._detokenizer = Detokenizer(tokenizer)
+        self._prompt = prompt
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._texts: list[str] = []
 
     def texts(self, start: int, end: int) -> list[str]:
@@ -191,4 +192,4 @@ class LazyTranscript:
         """Return the text that each token of `tail` would add after the first `end` tokens."""
         if not tail:
             return []
-        return decode_after(self.tokenizer, self.ids[max(0, end - CONTEXT_TOKENS) : end], tail)
+        return Detokenizer(self.tokenizer, self._prompt + self.ids[:end]).preview(tail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from edge_runtime.common import http_server
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
+from edge_runtime.protocol.bundle import CHAT_FILE, ChatFormat, read_bundle, record_file, write_manifest
 from edge_runtime.service.app import Service
 from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
 from edge_runtime.service.state import BoardRuntime, ServiceLimits
@@ -182,9 +184,12 @@ def read_metric(pair: ServicePair, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def write_bundle(directory: Path, **files: str) -> Path:
-    """Write a chat template or a tokenizer configuration under its name in a bundle; return the directory."""
-    names = {"template": "chat_template.jinja", "config": "tokenizer_config.json"}
-    for name, text in files.items():
-        (directory / names[name]).write_text(text)
-    return directory
+def write_chat_bundle(directory: Path, chat: ChatFormat | bytes) -> Path:
+    """Write a copy of the toy bundle whose target is talked to in this way; return its directory."""
+    bundle = directory / "bundle"
+    shutil.copytree(BUNDLE, bundle)
+    (bundle / CHAT_FILE).write_bytes(chat if isinstance(chat, bytes) else msgspec.json.encode(chat))
+    manifest = read_bundle(bundle, verify=False).manifest
+    files = manifest.files | {CHAT_FILE: record_file(bundle / CHAT_FILE)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
+    return bundle

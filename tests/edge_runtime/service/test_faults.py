@@ -14,10 +14,11 @@ from cloud_verifier.model.target import Target
 from edge_runtime.draft.model import DraftContext, OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import FixedPlanner, Plan
+from edge_runtime.protocol.bundle import ChatFormat
 from edge_runtime.protocol.errors import DraftError
 from edge_runtime.service.chat_template import load_chat_template
 from edge_runtime.service.state import ServiceLimits
-from tests.edge_runtime.service.conftest import read_metric, service_pair, wait_until, write_bundle
+from tests.edge_runtime.service.conftest import read_metric, service_pair, wait_until, write_chat_bundle
 
 PROMPT = "def read_config(path):\n"
 LONG_REQUEST = {"model": "", "prompt": PROMPT, "max_tokens": 1000, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -192,7 +193,7 @@ async def test_the_service_is_not_ready_before_the_draft_is_loaded(target: Targe
 
 async def test_the_chat_template_of_the_bundle_is_used(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:
     template = "{% for m in messages %}<|endoftext|>{{ m.content }}{% endfor %}"
-    chat_template = load_chat_template(write_bundle(tmp_path, template=template))
+    chat_template = load_chat_template(write_chat_bundle(tmp_path, ChatFormat({"default": template})))
     async with service_pair(target, draft, chat_template=chat_template) as pair:
         options = {"model": "", "temperature": 0, "max_tokens": 8}
         message = await pair.client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **options)

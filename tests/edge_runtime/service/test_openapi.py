@@ -43,7 +43,7 @@ def test_routes_without_arguments_conform(url: str, path: str) -> None:
 
 
 def test_the_document_describes_the_structs() -> None:
-    document = build_document(1 << 20, True, 300)
+    document = build_document(1 << 20, True, 300, has_template=True)
     schemas = document["components"]["schemas"]
     completion = schemas["CompletionRequest"]
     assert completion["required"] == ["prompt"]
@@ -52,4 +52,4 @@ def test_the_document_describes_the_structs() -> None:
     assert {"type": "boolean"} in completion["properties"]["speculation"]["anyOf"]
     assert document["paths"]["/v1/completions"]["post"]["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/healthz"]["get"]
-    assert "securitySchemes" not in build_document(1 << 20, False, 300)["components"]
+    assert "securitySchemes" not in build_document(1 << 20, False, 300, has_template=True)["components"]

@@ -10,12 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from edge_runtime.protocol.bundle import SamplingDefaults
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.chat_template import ChatOptions
 from edge_runtime.service.errors import ApiError
 from edge_runtime.service.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    get_chat_options,
+    get_conversation,
     get_prompt,
     get_sampling,
     get_stop_strings,
@@ -32,6 +36,8 @@ def chat(*messages: Any, **fields: Any) -> ChatRequest:
 
 
 HELLO = {"role": "user", "content": "hello"}
+BAD_CALL = {"function": {"name": "f", "arguments": "[1"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.mark.parametrize(
@@ -85,19 +91,57 @@ def test_unsupported_values_are_refused_by_field(fields: dict[str, Any], param: 
     [
         ({}, "messages"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [HELLO, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [HELLO, {"role": "user"}]}, "messages[1]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [HELLO | {"tool_calls": [{}]}]}, "messages[0].tool_calls"),
-        ({"messages": [HELLO], "tools": [{}]}, "tools"),
+        ({"messages": [HELLO | {"tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [HELLO], "tools": [TOOL, {}]}, "tools[1]"),
+        ({"messages": [HELLO], "tools": [{"type": "function", "function": {}}]}, "tools[0]"),
+        ({"messages": [HELLO], "tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [HELLO], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [HELLO], "prompt": "x"}, "prompt"),
     ],
 )
 def test_unsupported_conversations_are_refused_by_field(request_body: Any, param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(json.dumps(request_body).encode(), ChatRequest)
+        request = parse_request(json.dumps(request_body).encode(), ChatRequest)
+        get_conversation(request)
+        get_chat_options(request)
     assert (caught.value.status, caught.value.body.error.param) == (400, param)
+
+
+def test_tools_and_their_calls_reach_the_template_as_objects() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, "ü"]}'}}
+    request = chat(
+        HELLO,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call, {"function": {"name": "g", "arguments": ""}}, BAD_CALL],
+        },
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        tools=[TOOL],
+        documents=[{"title": "t", "text": "x"}],
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    assert get_conversation(request) == [
+        HELLO,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "ü"]}}},
+                {"type": "function", "function": {"name": "g", "arguments": {}}},
+                {"type": "function", "function": {"name": "f", "arguments": "[1"}},
+            ],
+        },
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+    ]
+    options = get_chat_options(request)
+    assert (options.tools, options.documents) == ([TOOL], [{"title": "t", "text": "x"}])
+    assert options.variables == {"enable_thinking": False}
+    assert get_chat_options(chat(HELLO, tools=[TOOL], tool_choice="none")).tools is None
+    assert get_chat_options(chat(HELLO, continue_final_message=True)).add_generation_prompt is False
 
 
 def test_values_without_effect_are_accepted() -> None:
@@ -115,7 +159,8 @@ def test_values_without_effect_are_accepted() -> None:
         store=False,
         metadata={"a": "b"},
     )
-    assert [message.text for message in chat_request.messages] == ["ab", "yes"]
+    assert [message["content"] for message in get_conversation(chat_request)] == ["ab", "yes"]
+    assert get_chat_options(chat_request) == ChatOptions()
 
 
 def test_prompts_are_accepted_in_four_formats() -> None:
@@ -133,6 +178,12 @@ def test_sampling_defaults_match_openai_and_seeds_are_signed() -> None:
     request = completion(temperature=0, top_p=0.5, top_k=3, seed=-1, ignore_eos=True)
     assert get_sampling(request, 7) == Sampling(0.0, 3, 0.5, (1 << 64) - 1, True)
     assert get_sampling(completion(seed=0), 7).seed == 0
+
+
+def test_the_sampling_defaults_of_the_model_come_before_openai_s() -> None:
+    defaults = SamplingDefaults(temperature=0.6, top_k=20)
+    assert get_sampling(completion(), 7, defaults) == Sampling(0.6, 20, 1.0, 7)
+    assert get_sampling(completion(temperature=0, top_k=0, top_p=0.5), 7, defaults) == Sampling(0.0, 0, 0.5, 7)
     assert (
         get_stop_strings(completion()),
         get_stop_strings(completion(stop="a")),
