@@ -70,13 +70,15 @@ async def reply_to_round(
 
     async def body() -> AsyncIterator[bytes]:
         if open_reply:
-            yield messages.encode_frame(open_reply(first), media_type)
+            yield messages.encode_frame(open_reply(first), media_type, index=0)
         else:
-            yield messages.encode_frame(first, media_type, session)
+            yield messages.encode_frame(first, media_type, session, index=0)
+        index = 0
         # A round that fails from here on ends the stream early; the client notices, since the last frame says `more`.
         with contextlib.suppress(VerifierRefused):
             async for frame in frames:
-                yield messages.encode_frame(frame, media_type, session)
+                index += 1
+                yield messages.encode_frame(frame, media_type, session, index=index)
 
     return StreamingResponse(body(), media_type=messages.STREAM_MEDIA_TYPES[media_type])
 

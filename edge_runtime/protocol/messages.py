@@ -20,8 +20,11 @@ which is also the default without a content type, because on HTTP/1.1 that heade
 The checksum includes the session id for `RoundRequest` and `Frame`; for other messages that id is empty. Without TLS
 something must detect a flipped bit, which could change a token or lead a message to another session.
 
-A streamed reply is a sequence of messages: in msgpack each is preceded by its length as a varint, in JSON each is a
-line. A round of five draft tokens costs 23 bytes up and about as many down.
+A streamed reply is a sequence of messages: in JSON each is a line; in msgpack each is preceded by its length as a
+varint, and the number of messages before it is XORed to its checksum. Otherwise a message could be lost unnoticed: over
+HTTP/2, a flipped bit in a frame's stream id leads a whole message to another stream.
+
+A round of five draft tokens costs 23 bytes up and about as many down.
 """
 
 from __future__ import annotations
@@ -342,10 +345,25 @@ def peek_session_key(body: bytes, media_type: str) -> str | None:
     return fields[1] if isinstance(fields, list) and len(fields) > 1 and isinstance(fields[1], str) else None
 
 
-def encode_frame(message: Message, media_type: str, session: str = "") -> bytes:
-    """Encode one message of a streamed reply, with its delimiter; for `session` see `encode`."""
+def encode_frame(message: Message, media_type: str, session: str = "", *, index: int) -> bytes:
+    """Encode one message of a streamed reply, with its delimiter.
+
+    Args:
+        session: see `encode`.
+        index: number of messages before it.
+    """
     body = encode(message, media_type, session)
-    return body + b"\n" if media_type == JSON else pack_varints([len(body)]) + body
+    if media_type == JSON:
+        return body + b"\n"
+    return pack_varints([len(body)]) + _number_checksum(body, index)
+
+
+def _number_checksum(body: bytes, index: int) -> bytes:
+    """XOR `index` to the checksum at the end of a message; the inverse of itself."""
+    if len(body) < CHECKSUM_BYTES:
+        return body
+    checksum = int.from_bytes(body[-CHECKSUM_BYTES:], "little") ^ index
+    return body[:-CHECKSUM_BYTES] + checksum.to_bytes(CHECKSUM_BYTES, "little")
 
 
 class FrameSplitter:
@@ -354,6 +372,7 @@ class FrameSplitter:
     def __init__(self, media_type: str) -> None:
         self._json = media_type == JSON
         self._buffer = bytearray()
+        self._count = 0
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Add received bytes and yield each body that is now complete. Raises InputError if this is no such stream."""
@@ -362,7 +381,8 @@ class FrameSplitter:
             start, stop, consumed = bounds
             body = bytes(self._buffer[start:stop])
             del self._buffer[:consumed]
-            yield body
+            yield body if self._json else _number_checksum(body, self._count)
+            self._count += 1
 
     @property
     def incomplete(self) -> bool:

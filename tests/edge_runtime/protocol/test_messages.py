@@ -185,7 +185,7 @@ def test_a_round_trip_with_any_timings_stays_within_36_bytes(
 
 @given(st.lists(frames, max_size=4), encodings, st.data())
 def test_frames_are_split_at_any_chunk_boundaries(sent: list[Frame], media_type: str, data: st.DataObject) -> None:
-    stream = b"".join(messages.encode_frame(frame, media_type) for frame in sent)
+    stream = b"".join(messages.encode_frame(frame, media_type, index=index) for index, frame in enumerate(sent))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     splitter = FrameSplitter(media_type)
     received = []
@@ -195,9 +195,21 @@ def test_frames_are_split_at_any_chunk_boundaries(sent: list[Frame], media_type:
     assert not splitter.incomplete
 
 
+@given(st.lists(frames, min_size=2, max_size=4), st.data())
+def test_a_message_that_is_lost_or_repeated_within_a_stream_is_noticed(sent: list[Frame], data: st.DataObject) -> None:
+    parts = [messages.encode_frame(frame, MSGPACK, index=index) for index, frame in enumerate(sent)]
+    place = data.draw(st.integers(0, len(parts) - 2))
+    damaged = data.draw(
+        st.sampled_from([parts[:place] + parts[place + 1 :], parts[: place + 1] + parts[place:], parts[::-1]])
+    )
+    with pytest.raises(messages.DamagedMessage):
+        for body in FrameSplitter(MSGPACK).feed(b"".join(damaged)):
+            messages.decode(body, Frame, MSGPACK)
+
+
 @given(frames, encodings, st.data())
 def test_a_truncated_stream_is_incomplete(frame: Frame, media_type: str, data: st.DataObject) -> None:
-    stream = messages.encode_frame(frame, media_type)
+    stream = messages.encode_frame(frame, media_type, index=0)
     splitter = FrameSplitter(media_type)
     assert list(splitter.feed(stream[: data.draw(st.integers(1, len(stream) - 1))])) == []
     assert splitter.incomplete

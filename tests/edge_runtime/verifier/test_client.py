@@ -212,6 +212,30 @@ async def test_an_answer_to_another_round_is_rejected(tiny: Target) -> None:
         assert client.retries == 1
 
 
+async def test_a_frame_lost_within_a_stream_is_noticed(tiny: Target) -> None:
+    """A damaged HTTP/2 frame can lose a whole message; the messages after it are intact."""
+    lost = 0
+
+    def lose_the_second_message(number: int, body: bytes) -> list[bytes | Exception]:
+        nonlocal lost
+        size = len(body) and body[0] + 1
+        # Every message is shorter than 128 bytes, so that its length takes one byte.
+        second = size + (body[size] + 1 if size < len(body) else 0)
+        if number % 2 == 0 or second >= len(body):
+            return [body]
+        lost += 1
+        return [body[:size] + body[second:]]
+
+    wanted = await expected(tiny, rounds=3, n=20)
+    async with (
+        serving(tiny) as server,
+        VerifierClient(server.url, transport=Faulty(lose_the_second_message)) as client,
+    ):
+        session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True))
+        assert await text_of(session, 3, n=20, stream=True) == wanted
+        assert client.retries == lost > 0
+
+
 async def test_a_lost_session_is_reopened_mid_round(tiny: Target) -> None:
     """The connection breaks after the first frames of a stream, and the session is gone afterwards."""
     wanted = await expected(tiny, rounds=1, n=20)
