@@ -106,7 +106,7 @@ def test_an_error_names_the_tensor_that_does_not_fit(saved: tuple[Path, Path], f
 
 def test_missing_and_damaged_files_raise_different_errors(saved: tuple[Path, Path], tmp_path: Path) -> None:
     draft, target = saved
-    with pytest.raises(TargetError, match="no safetensors checkpoint"):
+    with pytest.raises(TargetError, match="has no safetensors weights"):
         (target / "model.safetensors").rename(target / "elsewhere")
         load_draft(draft, target)
     with pytest.raises(DraftError, match="no draft in"):

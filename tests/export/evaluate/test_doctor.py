@@ -178,7 +178,7 @@ def test_incomplete_checkpoints_are_faults(modify_target: Rewrite) -> None:
     weights.write_bytes(whole[:100])
     assert "damaged" in faults(target)["weights"].found
     weights.unlink()
-    assert "no safetensors checkpoint" in faults(target)["weights"].found
+    assert "has no safetensors weights" in faults(target)["weights"].found
     index = {"weight_map": {"model.embed_tokens.weight": "model-1.safetensors", "lm_head.weight": "absent.safetensors"}}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     (target / "model-1.safetensors").write_bytes(whole)
