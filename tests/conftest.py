@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -19,10 +22,10 @@ from cloud_verifier.model.target import Target
 from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
 from tests.models import save_target
+from tests.toy_family import FAMILY
 
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
-FAMILY = Path(__file__).resolve().parent / "toy_family"
 # Recorded acceptance of the example family, on which simulations run.
 TRACES = Path(__file__).resolve().parents[1] / "export" / "example_family" / "acceptance.npz"
 
@@ -34,6 +37,11 @@ settings.register_profile(
     "flexspec", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("flexspec")
+
+
+# What programs keep between runs must neither come from, nor end up in, the home of whoever runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="flexspec-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -45,8 +44,8 @@ from edge_runtime.protocol.messages import (
     RoundRequest,
 )
 from edge_runtime.protocol.sampling import Sampling
+from tests.toy_family import FAMILY, VOCABULARY_SIZE
 
-FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
 VERSIONS = ("target-v1", "target-v2", "target-v3")
 PROMPTS = ("import os\n", "class Stack:\n    def ", "for index in ", "#include <", "x = [")
 SAMPLINGS = (
@@ -116,7 +115,7 @@ class Fleet:
             # A session that is opened again continues with the version that its text began with.
             expected = next((job.expected[name] for name in job.expected if version.startswith(f"{name}@")), [])
             draft = [
-                token if random.random() < 0.75 else random.randrange(8192)
+                token if random.random() < 0.75 else random.randrange(VOCABULARY_SIZE)
                 for token in expected[len(generated) : len(generated) + random.choice([0, 1, 4, 5, 5, 8, 16])]
             ]
             siblings = {

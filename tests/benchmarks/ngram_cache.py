@@ -19,7 +19,6 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -33,8 +32,8 @@ from edge_runtime.protocol.sampling import Sampling, accepted_length
 from export.data.corpus import DOMAINS, gather_corpus
 from export.evaluate.loops import find_loops
 from export.evaluate.proposers import TargetWriter
+from tests.toy_family import FAMILY
 
-FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
 # Tokens of a prompt, and draft tokens per round.
 PROMPT_TOKENS, DRAFT_TOKENS = 96, 5
 VERSIONS = {"target-v1": DOMAINS[0], "target-v2": DOMAINS[1]}

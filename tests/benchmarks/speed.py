@@ -36,8 +36,8 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from export.bundle.build import BundleConfig, make_bundle
 from tests.models import save_target
+from tests.toy_family import FAMILY
 
-FAMILY = Path(__file__).resolve().parent.parent.parent / "export" / "example_family"
 PROMPT = "class Connection:\n    def __init__(self, host, port"
 COLD_START = """
 import time

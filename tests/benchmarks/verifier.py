@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -33,8 +32,7 @@ from cloud_verifier.model.target import Target, make_runner
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-
-FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
+from tests.toy_family import FAMILY
 
 SHAPES: dict[str, dict[str, int]] = {
     "7B": {

@@ -26,6 +26,7 @@ from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill
 from export.draft.training import TrainingSchedule
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
+from tests.toy_family import VOCABULARY_SIZE
 from tests.toy_family.base_target import TargetShape, pretrain
 from tests.toy_family.tokenizer import END_OF_TEXT_ID, TOKENIZER_FILES, save_tokenizer, train_tokenizer
 
@@ -47,7 +48,7 @@ STUBS = Domain(
 )
 DOMAINS = (PYTHON, CPP, STUBS)
 CORPUS_BYTES = {"python": 16_000_000, "cpp": 5_000_000, "stubs": 3_000_000}
-SHAPE = TargetShape(2048, 192, 4, 448, heads=3, kv_heads=1, head_dim=64, context=2048)
+SHAPE = TargetShape(VOCABULARY_SIZE, 192, 4, 448, heads=3, kv_heads=1, head_dim=64, context=2048)
 PRETRAINING = TrainingSchedule(2500, 2e-3, 96, 512, long_length=2048, long_share=0.1, warm_up=200)
 EVOLUTION = TrainingSchedule(250, 1e-3, 96, 512, warm_up=40, weight_decay=0.0)
 TUNING = TrainingSchedule(250, 3e-4, 96, 512, warm_up=40)
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--speed-up", type=int, default=1, help="divide all steps by this, to try the recipe out")
+    parser.add_argument("--speed-up", type=int, default=1, help="divide steps and rows by this, to try the recipe out")
     options = parser.parse_args()
     family = ToyFamily(options.work, options.out, torch.device(options.device), options.speed_up)
     for stage in options.stage:
@@ -154,7 +155,8 @@ class ToyFamily:
         return self._device.type == "cuda"
 
     def _schedule(self, schedule: TrainingSchedule) -> TrainingSchedule:
-        return replace(schedule, steps=max(2, schedule.steps // self._speed_up))
+        steps, rows = max(2, schedule.steps // self._speed_up), max(8, schedule.rows // self._speed_up)
+        return replace(schedule, steps=steps, rows=rows)
 
     def _make(self, output: Path, train: Callable[[Path], None]) -> None:
         if output.exists():
