@@ -13,9 +13,8 @@ from typing import Any, Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, DraftPlan, draft_config, plan_draft
-from cloud_verifier.draft_models.safetensors_io import find_tensor_files
 from cloud_verifier.model.rollback import layers_without_rollback, sliding_window
-from cloud_verifier.registry.checkpoint import base_directory, load_tokenizer
+from cloud_verifier.registry.checkpoint import base_directory, find_tensor_files, load_tokenizer
 from device_profiles.comparison import DraftCost, DraftSize
 from edge_runtime.planning.board_profile import BoardProfile
 from edge_runtime.protocol.bundle import hash_vocabulary, read_bundle

@@ -105,7 +105,7 @@ def check_start_without_a_draft(board: Board) -> None:
 def check_start(board: Board) -> None:
     machine = board.machine
     board.configure()
-    machine.edge("bundle", "install", f"{SOURCE}/export/example_family/bundle", "--store", STORE)
+    machine.edge("bundle", "install", f"{SOURCE}/tests/toy_family/bundle", "--store", STORE)
     assert "unchanged" in machine.edge("service", "install", "--now", "--config", CONFIG).stdout
     # Ready means that the draft is loaded. The verifier does not run yet.
     assert httpx.get(f"{board.url}/readyz").status_code == 200
@@ -118,7 +118,7 @@ def check_start(board: Board) -> None:
     assert int(re.search(r"Uid:\s+(\d+)", status)[1]) > 60000  # type: ignore[index]
     assert re.search(r"CapEff:\s+0+\n", status) and re.search(r"Seccomp:\s+2", status)
 
-    target = f"{SOURCE}/export/example_family/target-v1"
+    target = f"{SOURCE}/tests/toy_family/target-v1"
     arguments = ["--", "--port", str(board.verifier_port), "--threads", "1"]
     machine.cloud("service", "install", "--now", target, *arguments)
     assert httpx.get(f"http://127.0.0.1:{board.verifier_port}/readyz").status_code == 200
