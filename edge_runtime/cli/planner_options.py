@@ -22,9 +22,11 @@ from edge_runtime.settings import PlannerSettings, PolicyName
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
+    from edge_runtime.cli.planner_state import PlannerStateStore
     from edge_runtime.draft import OnnxDraft
     from edge_runtime.planning.board_profile import BoardPower
     from edge_runtime.probes import ByteMeter
+    from edge_runtime.protocol.bundle import Manifest
 
 PLANNER_KEYS = ("planner.policy", "planner.objective", "planner.profile", "planner.radio", "planner.energy_budget")
 
@@ -68,6 +70,11 @@ def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: Poli
         add_option(fixed, option, text, type=type(minimum), dest=f"fixed_plan.{field}")
 
 
+def add_planner_state_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `open_planner_state` reads."""
+    add_settings(parser, "planner.state_directory")
+
+
 def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: OnnxDraft) -> Planner:
     """Create the planner that the options and settings describe. Measures the draft's speed, unless the plan is fixed.
 
@@ -109,6 +116,14 @@ def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: 
         acceptance=manifest.acceptance,
         budget=budget,
     )
+
+
+def open_planner_state(settings: PlannerSettings, manifest: Manifest) -> PlannerStateStore:
+    """Return the store of what planners have learned about the draft of `manifest`."""
+    from edge_runtime.cli.planner_state import PlannerStateStore
+    from edge_runtime.planning.board_profile import draft_sha256
+
+    return PlannerStateStore(settings.state_directory, draft_sha256(manifest))
 
 
 def read_board_power(settings: PlannerSettings) -> BoardPower | None:

@@ -21,6 +21,7 @@ from edge_runtime.cli.verifier_client import check_encryption, check_verifier_se
 from edge_runtime.common import logs
 from edge_runtime.common.http_server import watch_reload_signal
 from edge_runtime.common.sd_notify import Notifier
+from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.state import BoardRuntime
@@ -88,8 +89,10 @@ class ConfigurationReloader:
             check_memory(board.draft.manifest, new.service.max_concurrent - old.service.max_concurrent)
         planner = board.planner
         if changed & set(PLANNER_KEYS):
-            # This discards what the old planner has learned about the verifiers.
+            # This discards what the old planner has learned about the verifiers, but not about the draft.
             planner = await asyncio.to_thread(make_planner, self._options, new.planner, board.draft)
+            if isinstance(planner, AnalyticPlanner) and isinstance(board.planner, AnalyticPlanner):
+                planner.restore(board.planner.state())
         board = msgspec.structs.replace(
             board,
             planner=planner,

@@ -35,6 +35,7 @@ from edge_runtime.planning.acceptance_table import (
     stage_index,
 )
 from edge_runtime.planning.plan import Conditions, Outcome
+from edge_runtime.planning.planner_state import MAX_RECORDS, AcceptanceRecord
 
 # Exponential decay of evidence per judged token. Chosen: an effective window of about 3000 tokens.
 EVIDENCE_DECAY = 0.9997
@@ -174,6 +175,33 @@ class _Evidence:
             copied._rescale(tokens / copied._judged)
             copied._weight = 1.0
         return copied
+
+    def record(self, version: str, temperature_class: int) -> AcceptanceRecord:
+        """Return the counts, in tokens."""
+        unit = 1.0 / self._weight
+
+        def scaled(counts: list[float]) -> tuple[float, ...]:
+            return tuple(unit * count for count in counts)
+
+        return AcceptanceRecord(
+            version=version,
+            temperature_class=temperature_class,
+            judged=unit * self._judged,
+            last_stage=unit * self._last_stage,
+            seen=tuple(map(scaled, self._seen)),
+            hits=tuple(map(scaled, self._hits)),
+            offered=scaled(self._offered),
+            sibling_hits=scaled(self._sibling_hits),
+        )
+
+    @classmethod
+    def from_record(cls, record: AcceptanceRecord) -> _Evidence:
+        """Return the evidence that `record` describes."""
+        evidence = cls()
+        evidence._judged, evidence._last_stage = record.judged, record.last_stage
+        evidence._seen, evidence._hits = [[*counts] for counts in record.seen], [[*counts] for counts in record.hits]
+        evidence._offered, evidence._sibling_hits = [*record.offered], [*record.sibling_hits]
+        return evidence
 
     def last_stage_share(self, prior: float) -> float:
         """Return the share of tokens whose drafts begin in the last stage."""
@@ -361,6 +389,15 @@ class AcceptanceModel:
         successor._begin_text(0)
         return successor
 
+    def record(self, version: str, temperature_class: int) -> AcceptanceRecord:
+        """Return the evidence, to be restored in another process."""
+        return self._evidence.record(version, temperature_class)
+
+    def restore(self, record: AcceptanceRecord) -> None:
+        """Replace the evidence."""
+        self._evidence = _Evidence.from_record(record)
+        self._refresh()
+
     @property
     def _in_last_stage(self) -> bool:
         return self.streak >= STAGE_STREAKS[-1]
@@ -398,14 +435,27 @@ class AcceptanceModels:
         model = self._models.get((version, kind)) if version else self._latest.get(kind)
         if model is None:
             latest = self._latest.get(kind)
-            if latest is None:
-                model = AcceptanceModel(kind, self._acceptance.get(f"T={EVALUATED_TEMPERATURES[kind]:g}"))
-            else:
-                model = latest.inherit()
+            model = self._make(kind) if latest is None else latest.inherit()
             self._latest[kind] = model
             if version:
                 self._models[version, kind] = model
         return model
+
+    def records(self) -> list[AcceptanceRecord]:
+        """Return the evidence of the last MAX_RECORDS versions and classes, the latest last."""
+        return [model.record(*key) for key, model in list(self._models.items())[-MAX_RECORDS:]]
+
+    def restore(self, records: list[AcceptanceRecord]) -> None:
+        """Replace all models by those of `records`."""
+        self._models, self._latest = {}, {}
+        for record in records:
+            model = self._make(record.temperature_class)
+            model.restore(record)
+            self._models[record.version, record.temperature_class] = model
+            self._latest[record.temperature_class] = model
+
+    def _make(self, kind: int) -> AcceptanceModel:
+        return AcceptanceModel(kind, self._acceptance.get(f"T={EVALUATED_TEMPERATURES[kind]:g}"))
 
 
 def _prior_stage(quintiles: tuple[tuple[float, float], ...], odds_ratio: float) -> StageAcceptance:

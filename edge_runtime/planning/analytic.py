@@ -33,6 +33,7 @@ from edge_runtime.planning.energy_budget import EnergyBudget, EnergyQueue
 from edge_runtime.planning.estimators import MAX_X
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.planning.planner_state import PlannerState
 from edge_runtime.planning.regret_budget import RegretBudget, RoundReservation
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
@@ -215,6 +216,15 @@ class AnalyticPlanner:
             )
             self._observe_cost(outcome, self._prices, self._comparison)
         self._exploration_seconds += EXPLORATION_SHARE * (outcome.draft_seconds + outcome.exchange_seconds)
+
+    def state(self) -> PlannerState:
+        """Return what has been learned, to be restored in another process."""
+        return PlannerState(self.regret.tokens, self._acceptance.records())
+
+    def restore(self, state: PlannerState) -> None:
+        """Continue from what another planner for the same draft has learned."""
+        self.regret = RegretBudget(state.regret_tokens)
+        self._acceptance.restore(state.acceptance)
 
     def _unit_prices(self, conditions: Conditions) -> _UnitPrices:
         device, objective = self._device, self._objective
@@ -405,7 +415,9 @@ class AnalyticPlanner:
         # The void round's price is that of the payload: a minimum price and no time.
         further = max(further, MIN_FURTHER_COST)
         exchange = max(0.0, (self._prices.exchange - self._prices.void + first_forward) / further - 1.0)
-        reservation = RoundReservation(conditions.position, conditions.now, 0.0, 0.0, exchange, further)
+        reservation = RoundReservation(
+            position=conditions.position, time=conditions.now, exchange=exchange, further=further
+        )
         if plan.draft:
             for affordable in _cheaper_rounds(plan, comparison.round.tokens):
                 cost = self._worst_cost(affordable, conditions, comparison.prefill)
@@ -519,7 +531,11 @@ def _cheaper_rounds(plan: Plan, tokens: float) -> Iterator[Plan]:
 
 def _measured_cost(outcome: Outcome, prices: RoundPrices) -> float:
     """Return the cost of a round at `prices`."""
-    cost = prices.flight_second * (outcome.wait_seconds + outcome.exchange_seconds)
+    seconds = outcome.wait_seconds + outcome.exchange_seconds
+    if outcome.prefill_seconds:
+        # A stream would have opened the session as well.
+        seconds -= outcome.prefill_seconds + max(0.0, outcome.queue_seconds - prices.queue_seconds)
+    cost = prices.flight_second * max(0.0, seconds)
     cost += (prices.forward_second - prices.flight_second) * outcome.forward_seconds
     return cost + outcome.draft_seconds * prices.step / prices.step_seconds
 

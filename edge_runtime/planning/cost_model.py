@@ -144,7 +144,9 @@ class CostModel:
         self.slowdown.observe(seconds / modeled)
 
     def _observe_verifier(self, outcome: Outcome, tokens_per_forward: float) -> None:
-        self.queue.observe(outcome.queue_seconds)
+        # The round that opens a session waits for the prefill as well, which other rounds do not.
+        if not outcome.prefill_seconds:
+            self.queue.observe(outcome.queue_seconds)
         nodes = outcome.nodes
         # A text may end before the planned number of tokens. A verifier that does not report its forwards is taken to
         # use one per token.
@@ -170,7 +172,7 @@ class CostModel:
             predicted = tokens / tokens_per_forward + 0.5 - 0.5 / tokens_per_forward
             self.yield_ratio.observe(predicted / further, min(MAX_STREAM_WEIGHT, tokens * tokens / STREAM_WEIGHT_SCALE))
         if not self.forward.known:
-            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.1 * even_split / further))
+            self.forward.observe(nodes, max(outcome.forward_seconds - rest, 0.5 * even_split / further))
 
     def _observe_link(self, outcome: Outcome) -> None:
         # The time to the first tokens is one exchange, whatever was streamed or drafted ahead after it.

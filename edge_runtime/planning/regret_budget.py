@@ -34,7 +34,7 @@ MAX_TEXTS = 128
 RESERVATION_SECONDS = 60.0
 
 
-class RoundReservation(msgspec.Struct, frozen=True):
+class RoundReservation(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the budget that a planned round holds until its outcome is known.
 
     Attributes:
@@ -48,10 +48,10 @@ class RoundReservation(msgspec.Struct, frozen=True):
 
     position: int
     time: float
-    loss: float
-    cost: float
     exchange: float
     further: float
+    loss: float = 0.0
+    cost: float = 0.0
 
 
 class _Text(msgspec.Struct):

@@ -74,15 +74,20 @@ class SettingsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def default_store(environ: Mapping[str, str]) -> Path:
-    """Return the default directory of the bundle store.
+    """Return the default directory of the bundle store, below `state_directory`."""
+    return state_directory(environ) / "bundles"
 
-    That is `bundles` below the first directory of systemd's $STATE_DIRECTORY, else flexspec/bundles below
-    $XDG_STATE_HOME, by default ~/.local/state.
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Return where this process keeps state.
+
+    That is the first directory of systemd's $STATE_DIRECTORY, else flexspec below $XDG_STATE_HOME, by default
+    ~/.local/state.
     """
     state = environ.get("STATE_DIRECTORY", "").split(":")[0]
     if state:
-        return Path(state) / "bundles"
-    return (xdg_directory(environ, "XDG_STATE_HOME", ".local/state") or Path("/var/lib")) / "flexspec" / "bundles"
+        return Path(state)
+    return (xdg_directory(environ, "XDG_STATE_HOME", ".local/state") or Path("/var/lib")) / "flexspec"
 
 
 def xdg_directory(environ: Mapping[str, str], variable: str, below_home: str) -> Path | None:
@@ -284,6 +289,15 @@ class PlannerSettings(SettingsTable, frozen=True):
             reloadable=True,
         ),
     ] = ""
+    state_directory: Annotated[
+        Path,
+        SettingSpec(
+            "--planner-state DIR",
+            "keep here across restarts what the planner has learned about the draft: counts, no text",
+            default="planner below $STATE_DIRECTORY under systemd, else ~/.local/state/flexspec/planner",
+            validate=validators.path,
+        ),
+    ] = msgspec.field(default_factory=lambda: state_directory(os.environ) / "planner")
 
 
 class ServiceSettings(SettingsTable, frozen=True):

@@ -72,6 +72,21 @@ def test_a_cold_start_stays_within_the_bound(acceptance: float, forward: float, 
         assert planner.regret.lost == pytest.approx(lost[-1], abs=0.02 * TEXTS)
 
 
+@pytest.mark.parametrize("forward", [SLOW, FAST])
+@pytest.mark.parametrize("acceptance", [0.0, 0.05, 0.2, 0.5])
+def test_a_restart_grants_no_new_budget(acceptance: float, forward: float) -> None:
+    """Five starts of two texts each may lose no more than one run of ten texts."""
+    state, lost = None, 0.0
+    for start in range(5):
+        world = make_world(forward, 0.02, 0.003)
+        planner = make_planner(world, 0.6)
+        if state is not None:
+            planner.restore(state)
+        lost += losses(planner, world, make_world(forward, 0.02, 0.003), acceptance, 2)[-1]
+        assert lost <= INITIAL_TOKENS + CREDIT_PER_TOKEN * TOKENS * 2 * (start + 1) + TOLERANCE
+        state = planner.state()
+
+
 def test_a_poor_draft_is_given_up_within_the_first_text() -> None:
     world = make_world(SLOW, 0.02, 0.003)
     simulator = Simulator(world, make_planner(world, 0.6), log=True)

@@ -36,7 +36,7 @@ def run_round(
 
 
 def reservation(position: int, *, loss: float = 0.0, cost: float = 9.0, time: float = 0.0) -> RoundReservation:
-    return RoundReservation(position, time, loss, cost, EXCHANGE, FURTHER)
+    return RoundReservation(position=position, time=time, exchange=EXCHANGE, further=FURTHER, loss=loss, cost=cost)
 
 
 def outcome_of(conditions: Conditions, tokens: int, *, drafted: bool, repeated: bool = False) -> Outcome:

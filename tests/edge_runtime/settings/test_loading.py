@@ -46,6 +46,7 @@ objective = "verifier=2,joule=0.05"
 profile = "raspberry-pi-5"
 radio = "5g"
 energy_budget = "18:00"
+state_directory = "planner"
 
 [service]
 host = "::1"
