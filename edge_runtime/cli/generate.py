@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
-from edge_runtime.cli.planner_options import add_planner_options, make_planner, run_probes
+from edge_runtime.cli.planner_options import (
+    add_planner_options,
+    add_planner_state_option,
+    make_planner,
+    open_planner_state,
+    run_probes,
+)
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common.options import add_flag, add_option
@@ -57,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_verifier_options(parser)
     add_ngram_cache_options(parser)
     add_planner_options(parser)
+    add_planner_state_option(parser)
     parser.set_defaults(run=_run)
 
 
@@ -80,6 +87,8 @@ async def _run(options: argparse.Namespace) -> int:
     draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
     ids: list[int] = draft.tokenizer.encode(prompt).ids
     planner = make_planner(options, settings.planner, draft)
+    planner_state = open_planner_state(settings.planner, draft.manifest)
+    planner_state.restore(planner)
     async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
         generation = Generation(
             draft,
@@ -100,6 +109,7 @@ async def _run(options: argparse.Namespace) -> int:
             async for verified in generation:
                 if not options.json:
                     text.write(verified)
+    planner_state.save(planner)
     statistics = generation.statistics
     if options.json:
         new_ids = generation.ids[len(ids) :]

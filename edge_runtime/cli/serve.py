@@ -17,12 +17,20 @@ from edge_runtime.cli.draft_options import (
     open_ngram_cache,
     resolve_bundle,
 )
-from edge_runtime.cli.planner_options import add_planner_options, make_planner, read_board_power, run_probes
+from edge_runtime.cli.planner_options import (
+    add_planner_options,
+    add_planner_state_option,
+    make_planner,
+    open_planner_state,
+    read_board_power,
+    run_probes,
+)
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 from edge_runtime.common import logs
 from edge_runtime.common.options import add_option
 from edge_runtime.common.tasks import background_task
+from edge_runtime.planning.plan import Planner
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import Settings
 
@@ -79,6 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(limits, "--grace SECONDS", "time for running answers to finish after SIGTERM", default=10.0)
     add_settings(parser.add_argument_group("log"), "log.level", "log.prompts")
     add_planner_options(parser)
+    add_planner_state_option(parser)
     parser.set_defaults(run=_run)
 
 
@@ -151,10 +160,13 @@ async def _load_board(
 
     draft = await asyncio.to_thread(OnnxDraft.load, bundle, threads=settings.draft.threads)
     check_memory(draft.manifest, settings.service.max_concurrent)
+    planner = await asyncio.to_thread(make_planner, options, settings.planner, draft)
+    planner_state = open_planner_state(settings.planner, draft.manifest)
+    planner_state.restore(planner)
     board = BoardRuntime(
         draft,
         load_chat_template(bundle),
-        planner=await asyncio.to_thread(make_planner, options, settings.planner, draft),
+        planner=planner,
         surroundings=await stack.enter_async_context(run_probes(service.client.meter)),
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
@@ -164,4 +176,11 @@ async def _load_board(
         ),
     )
     service.activate(board)
+
+    def current_planner() -> Planner:
+        """Return the planner in use, which a reload may have replaced."""
+        return (service.state.board or board).planner
+
+    stack.callback(lambda: planner_state.save(current_planner()))
+    await stack.enter_async_context(background_task(planner_state.keep_saving(current_planner)))
     return board
