@@ -213,6 +213,8 @@ class AnalyticPlanner:
                 outcome,
                 equivalent=self._costs.streaming_equivalent(outcome, self._comparison.tokens_per_forward),
                 cost=_measured_cost(outcome, self._prices),
+                first=self._prices.flight_second * (outcome.wait_seconds + outcome.first_seconds)
+                + (self._unit.forward - self._unit.flight) * self._costs.forward.at(1.0),
             )
             self._observe_cost(outcome, self._prices, self._comparison)
         self._exploration_seconds += EXPLORATION_SHARE * (outcome.draft_seconds + outcome.exchange_seconds)

@@ -111,7 +111,7 @@ class RegretBudget:
         while len(self._texts) > MAX_TEXTS:
             del self._texts[next(iter(self._texts))]
 
-    def observe(self, outcome: Outcome, *, equivalent: float, cost: float) -> None:
+    def observe(self, outcome: Outcome, *, equivalent: float, cost: float, first: float) -> None:
         """Charge or credit a round. One that was never reserved is only credited.
 
         Args:
@@ -119,6 +119,7 @@ class RegretBudget:
             equivalent: own tokens that the verifier streams, on average, in the time that this round's tokens would
                 have taken it (`CostModel.streaming_equivalent`).
             cost: measured cost of the round, in the objective's seconds.
+            first: the part of that cost until its first token.
         """
         conditions = outcome.conditions
         gained = CREDIT_PER_TOKEN * outcome.tokens
@@ -138,7 +139,7 @@ class RegretBudget:
                     cost = min(cost, held.cost)
                 regret = cost / held.further - equivalent - (held.exchange if new_text else 0.0)
             elif not new_text:
-                regret = held.exchange
+                regret = held.exchange if outcome.repeated else max(0.0, first / held.further - 1.0)
             self.lost += regret
             gained -= regret
         self.generated += outcome.tokens

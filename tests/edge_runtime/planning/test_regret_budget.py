@@ -21,7 +21,7 @@ from edge_runtime.protocol.messages import MAX_CONTINUATION_TOKENS
 from tests.edge_runtime.planning.rounds import make_outcome
 
 # Streaming takes 0.15 s for the first token and 0.05 s for each further one.
-FURTHER, EXCHANGE = 0.05, 2.0
+FURTHER, FIRST, EXCHANGE = 0.05, 0.15, 2.0
 END = 150
 
 
@@ -32,7 +32,8 @@ def run_round(
     """Reserve and observe a round of `tokens` tokens that begins at `position`."""
     conditions = Conditions(end - position, position, 1)
     budget.reserve(conditions, reservation(position, cost=worst))
-    budget.observe(outcome_of(conditions, tokens, drafted=drafted, repeated=repeated), equivalent=tokens, cost=cost)
+    outcome = outcome_of(conditions, tokens, drafted=drafted, repeated=repeated)
+    budget.observe(outcome, equivalent=tokens, cost=cost, first=FIRST)
 
 
 def reservation(position: int, *, loss: float = 0.0, cost: float = 9.0, time: float = 0.0) -> RoundReservation:
@@ -121,7 +122,7 @@ def test_planned_rounds_hold_their_share_until_they_are_observed() -> None:
     budget.reserve(early, reservation(56, loss=4.0))
     assert budget.available(other) == INITIAL_TOKENS - 7.0
     # The first round ends otherwise than the early one assumed, which the next plan replaces.
-    budget.observe(outcome_of(first, 2, drafted=True), equivalent=2, cost=0.2)
+    budget.observe(outcome_of(first, 2, drafted=True), equivalent=2, cost=0.2, first=FIRST)
     following = Conditions(98, 52, 1)
     assert budget.available(following) == budget.tokens
     assert not budget.begins_text(following)
