@@ -125,7 +125,7 @@ class FusedRunner(OnnxRunner):
         self, bind: Callable[..., None], name: str, array: npt.NDArray[np.int64] | npt.NDArray[np.float32]
     ) -> None:
         """Bind `array` with `bind`, the binding's `bind_input` or `bind_output`."""
-        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        bind(name, "cpu", 0, element_type=array.dtype.type, shape=array.shape, buffer_ptr=array.ctypes.data)
 
 
 class ConcatRunner(OnnxRunner):
