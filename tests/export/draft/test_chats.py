@@ -68,6 +68,7 @@ def test_turns_follow_the_template(writer: ChatWriter, target_path: Path) -> Non
     assert 0 < opened < 6
 
 
+@pytest.mark.slow
 def test_a_second_turn_continues_the_first(writer: ChatWriter, target_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target_path)
     rows = as_lists(writer.write(ChatConfig(12, 150, second_turns=0.5)))
@@ -101,6 +102,7 @@ def test_temperatures_take_turns(writer: ChatWriter, target_path: Path) -> None:
     assert greedy == [False] * 3 + [True] * 3 + [False] * 3
 
 
+@pytest.mark.slow
 def test_chats_depend_on_the_seed_alone(writer: ChatWriter, target_path: Path) -> None:
     config = ChatConfig(4, 80)
     written = writer.write(config)
@@ -111,6 +113,7 @@ def test_chats_depend_on_the_seed_alone(writer: ChatWriter, target_path: Path) -
     assert as_lists(writer.write(ChatConfig(6, 80)))[:3] == as_lists(written)[:3]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_batches(
     writer: ChatWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
