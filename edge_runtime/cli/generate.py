@@ -35,10 +35,10 @@ Continues a prompt: the draft model runs here, the target model on a verifier. O
 green and the target's own tokens yellow. The text depends only on target, prompt, sampling options and seed.
 
 examples:
-  edge-runtime generate "import os" --verifier http://127.0.0.1:8500 --max-new-tokens 64
+  edge-runtime generate "The sea is" --verifier http://127.0.0.1:8500 --max-new-tokens 64
   edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
   git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
-  edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
+  edge-runtime generate "The sea is" --num-assistant-tokens 8 --siblings 3
 """
 
 # Interval between checks whether the verifier can be reached.
@@ -77,7 +77,7 @@ async def _run(options: argparse.Namespace) -> int:
     import psutil
 
     from edge_runtime.cli.text_stream import TextStream
-    from edge_runtime.decoding import Generation
+    from edge_runtime.decoding import Generation, decode_continuation
     from edge_runtime.draft import OnnxDraft
 
     settings = read_settings(options)
@@ -102,10 +102,10 @@ async def _run(options: argparse.Namespace) -> int:
             on_link_loss=settings.service.on_link_loss,
             ngram_cache=open_ngram_cache(settings.draft, draft.manifest, default_directory=None),
         )
-        text = TextStream(draft.tokenizer, sys.stdout)
+        text = TextStream(draft.tokenizer, sys.stdout, prompt=ids)
         if options.echo and not options.json:
             text.write_prompt(prompt)
-        async with contextlib.nullcontext() if options.quiet else background_task(_report_link_trouble(client)):
+        async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
             async for verified in generation:
                 if not options.json:
                     text.write(verified)
@@ -114,10 +114,10 @@ async def _run(options: argparse.Namespace) -> int:
     if options.json:
         new_ids = generation.ids[len(ids) :]
         report = {
-            "text": draft.tokenizer.decode(new_ids),
+            "text": decode_continuation(draft.tokenizer, ids, new_ids),
             "ids": new_ids,
             # What the draft continued alone while no verifier could be reached.
-            "unverified": draft.tokenizer.decode(generation.unverified),
+            "unverified": decode_continuation(draft.tokenizer, generation.ids, generation.unverified),
             "finish": generation.finish,
             "version": generation.version,
             "acceptance": statistics.acceptance,
@@ -132,7 +132,7 @@ async def _run(options: argparse.Namespace) -> int:
         count = len(generation.unverified)
         print(f"edge-runtime: the last {count} tokens are unverified: {client.trouble}", file=sys.stderr)
     if not options.quiet:
-        print(f"{generation.version or 'no verifier'}: {_summarize(statistics)}", file=sys.stderr)
+        print(f"{generation.version or 'no verifier'}: {summarize(statistics)}", file=sys.stderr)
     return 0
 
 
@@ -159,7 +159,8 @@ def _make_sampling(options: argparse.Namespace) -> Sampling:
         raise InputError(str(error)) from None
 
 
-def _summarize(statistics: GenerationStatistics) -> str:
+def summarize(statistics: GenerationStatistics) -> str:
+    """Return tokens, acceptance and cost of one answer in a line."""
     tokens = max(1, statistics.tokens)
     acceptance = "nothing drafted" if statistics.acceptance is None else f"{statistics.acceptance:.0%} accepted"
     return (
@@ -170,7 +171,7 @@ def _summarize(statistics: GenerationStatistics) -> str:
     )
 
 
-async def _report_link_trouble(client: VerifierClient) -> None:
+async def report_link_trouble(client: VerifierClient) -> None:
     """Print to standard error why no verifier can be reached; consecutive reports of the same fault only once."""
     from edge_runtime.verifier import HINTS
 

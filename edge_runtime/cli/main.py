@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 
-from edge_runtime.cli import bundle, config, demo, generate, ngram_cache, probe, serve, simulate, top
+from edge_runtime.cli import bundle, chat, config, demo, generate, ngram_cache, probe, serve, simulate, top
 from edge_runtime.cli.settings_options import warn
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.systemd import actions
@@ -22,10 +22,11 @@ which verifies every token.
 
 examples:
   edge-runtime demo
-  edge-runtime generate "import os" --verifier http://127.0.0.1:8500 --max-new-tokens 64
+  edge-runtime generate "The sea is" --verifier http://127.0.0.1:8500 --max-new-tokens 64
   edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
   git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
-  edge-runtime generate "import os" --num-assistant-tokens 8 --siblings 3
+  edge-runtime generate "The sea is" --num-assistant-tokens 8 --siblings 3
+  edge-runtime chat --verifier http://127.0.0.1:8500
   edge-runtime serve --verifier http://127.0.0.1:8500
   edge-runtime probe --once
   edge-runtime ngram-cache show
@@ -38,6 +39,7 @@ exit codes: 0 success, 2 bad input, 3 the draft bundle is unusable, 4 the verifi
 # Each module has HELP, DESCRIPTION and add_options(), which sets the default `run`.
 COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "demo": demo,
     "serve": serve,
     "top": top,

@@ -59,10 +59,10 @@ SIGHUP reloads the configuration; one with errors changes nothing.
 examples:
   edge-runtime serve --verifier http://127.0.0.1:8500
   edge-runtime serve --host 0.0.0.0 --api-key-file keys --certificate board.pem --key board.key
-  curl http://127.0.0.1:8400/v1/completions -H 'content-type: application/json' \\
-      -d '{"prompt": "import os", "max_tokens": 32, "stream": true}'
+  curl http://127.0.0.1:8400/v1/chat/completions -H 'content-type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64, "stream": true}'
   python -c 'import openai; c = openai.OpenAI(base_url="http://127.0.0.1:8400/v1", api_key="none"); \\
-      print(c.completions.create(model="", prompt="import os", extra_body={"speculation": False}).choices[0].text)'
+      print(c.completions.create(model="", prompt="The sea is", extra_body={"speculation": False}).choices[0].text)'
 """
 
 
@@ -155,22 +155,32 @@ async def _load_board(
     """Load the draft and everything else that answers need, and activate the service."""
     from edge_runtime.cli.serve_limits import check_memory
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.service.chat_template import load_chat_template
+    from edge_runtime.protocol.bundle import read_bundle, read_chat_format
+    from edge_runtime.service.chat_template import ChatTemplate
     from edge_runtime.service.state import BoardRuntime
 
     draft = await asyncio.to_thread(OnnxDraft.load, bundle, threads=settings.draft.threads)
     check_memory(draft.manifest, settings.service.max_concurrent)
+    chat = await asyncio.to_thread(lambda: read_chat_format(read_bundle(bundle, verify=False)))
+    chat_template = ChatTemplate(chat, bundle)
+    if chat_template.is_plain:
+        log.warning(
+            "the bundle %s has no chat template: chats are written as plain text, `User: ... Assistant:`; if the "
+            "target has one, export the bundle again",
+            bundle,
+        )
     planner = await asyncio.to_thread(make_planner, options, settings.planner, draft)
     planner_state = open_planner_state(settings.planner, draft.manifest)
     planner_state.restore(planner)
     board = BoardRuntime(
         draft,
-        load_chat_template(bundle),
+        chat_template,
         planner=planner,
         surroundings=await stack.enter_async_context(run_probes(service.client.meter)),
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
         on_link_loss=settings.service.on_link_loss,
+        sampling=chat.sampling,
         ngram_cache=await asyncio.to_thread(
             open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()
         ),

@@ -332,7 +332,7 @@ def test_keys_memory_and_shutdown_of_a_service_process(verifier: str, keys: Path
             assert list(stream)[-1].choices[0].finish_reason == "length"
         out, err = process.communicate(timeout=300)
         assert (process.returncode, out) == (0, "")
-        # The log has one line per answer and none of its text, after the notice that the toy model has no chat template.
+        # The log has one line per answer and none of its text, after a notice about the toy bundle.
         notice, answer = err.splitlines()
         assert "has no chat template" in notice
         assert answer.startswith("INFO edge_runtime.service.access_log: length: 100 tokens in ")

@@ -1,0 +1,287 @@
+"""`edge-runtime chat`: a chat with the target in the terminal, with history."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
+from edge_runtime.cli.generate import add_max_new_tokens_option, report_link_trouble, summarize
+from edge_runtime.cli.planner_options import (
+    add_planner_options,
+    add_planner_state_option,
+    make_planner,
+    open_planner_state,
+    run_probes,
+)
+from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.verifier_client import add_verifier_options, make_client
+from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.tasks import background_task
+from edge_runtime.protocol.errors import FlexSpecError, InputError
+
+# Imported by every command; these are slow to import.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge_runtime.decoding import Generation
+    from edge_runtime.draft import OnnxDraft
+    from edge_runtime.protocol.bundle import SamplingDefaults
+    from edge_runtime.protocol.sampling import Sampling
+    from edge_runtime.service.chat_template import ChatTemplate, Conversation
+
+COMMANDS_HELP = """\
+/system TEXT   set the system message, or remove it without TEXT, and begin a new conversation
+/reset         begin a new conversation with the same system message
+/help          show this
+/quit          leave; so does Ctrl-D
+
+Ctrl-C stops an answer. A line that begins with a space is sent as it is, also if a / follows."""
+HELP = "chat with the target in this terminal"
+DESCRIPTION = f"""\
+Chats with the target model: the draft model runs here, the target on a verifier, and the conversation is written by the
+target's own chat template. On a terminal, accepted draft tokens are green and the target's own tokens yellow. From a
+pipe, every line of standard input is a message, and only the answers go to standard output.
+
+{COMMANDS_HELP}
+
+examples:
+  edge-runtime chat --verifier http://127.0.0.1:8500
+  edge-runtime chat --system "Answer in one sentence." --temperature 0.7 --top-p 0.9 --seed 1
+  echo "Why is the sky blue?" | edge-runtime chat --quiet
+"""
+# Bold; readline must know which characters take no space.
+PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_settings(parser, "draft.bundle", "draft.threads")
+    add_option(parser, "--system TEXT", "system message (default: none; many chat templates have one of their own)")
+    add_max_new_tokens_option(parser, default=1024)
+    of_model = "(default: the model's, else"
+    add_option(parser, "--temperature T", f"0 is greedy decoding {of_model} 0)", type=float)
+    add_option(parser, "--top-k K", f"0 keeps all tokens {of_model} 0)", type=int)
+    add_option(parser, "--top-p P", f"1 keeps all tokens {of_model} 1)", type=float)
+    add_option(parser, "--seed", "same conversation and same seed, same text", default=0)
+    add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
+    add_config_option(parser)
+    add_verifier_options(parser)
+    add_ngram_cache_options(parser)
+    add_planner_options(parser)
+    add_planner_state_option(parser)
+    parser.set_defaults(run=_run)
+
+
+async def _run(options: argparse.Namespace) -> int:
+    from edge_runtime.decoding import Generation
+    from edge_runtime.draft import OnnxDraft
+    from edge_runtime.protocol.bundle import read_bundle, read_chat_format
+    from edge_runtime.service.chat_template import ChatTemplate
+
+    settings = read_settings(options)
+    bundle: Path = resolve_bundle(options, settings.draft)
+    draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
+    chat = read_chat_format(read_bundle(bundle, verify=False))
+    template = ChatTemplate(chat, bundle)
+    sampling = _make_sampling(options, chat.sampling)
+    planner = make_planner(options, settings.planner, draft)
+    planner_state = open_planner_state(settings.planner, draft.manifest)
+    planner_state.restore(planner)
+    ngram_cache = open_ngram_cache(settings.draft, draft.manifest, default_directory=None)
+    async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
+
+        def generate(prompt: list[int]) -> Generation:
+            return Generation(
+                draft,
+                client,
+                prompt,
+                sampling,
+                max_new_tokens=options.max_new_tokens,
+                planner=planner,
+                model=settings.verifier.model,
+                surroundings=surroundings,
+                on_link_loss=settings.service.on_link_loss,
+                ngram_cache=ngram_cache,
+            )
+
+        session = ChatSession(draft, template, generate, options.system or "")
+        if not options.quiet and template.is_plain:
+            print("edge-runtime: this model has no chat template: it continues a plain dialog", file=sys.stderr)
+        async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
+            await _talk(session, quiet=options.quiet)
+    planner_state.save(planner)
+    return 0
+
+
+class ChatSession:
+    """A conversation and what continues it.
+
+    Attributes:
+        messages: the conversation so far, the system message first, if there is one.
+    """
+
+    def __init__(
+        self, draft: OnnxDraft, template: ChatTemplate, generate: Callable[[list[int]], Generation], system: str
+    ) -> None:
+        """
+        Args:
+            generate: makes the generation that continues a prompt.
+        """
+        self._tokenizer = draft.tokenizer
+        self._template = template
+        self._generate = generate
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin a new conversation with this system message; None keeps the one before, and an empty one is none."""
+        if system is not None:
+            self._system = system
+        self.messages: Conversation = [{"role": "system", "content": self._system}] if self._system else []
+
+    async def answer(self, text: str) -> Generation:
+        """Send a message and write the answer to standard output; return the finished generation.
+
+        If it is cancelled, what was written stays in the conversation.
+
+        Raises:
+            FlexSpecError: there is no answer; the message is not part of the conversation then.
+        """
+        from edge_runtime.cli.text_stream import TextStream
+        from edge_runtime.decoding import decode_continuation
+
+        asked: Conversation = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._template.encode(self._tokenizer, self._template.render(asked))
+        generation = self._generate(prompt)
+        stops = self._template.stop_strings
+        stream = TextStream(self._tokenizer, sys.stdout, prompt=prompt, stop_strings=stops)
+        failed = False
+        try:
+            async with aclosing(generation.__aiter__()) as pieces:  # type: ignore[type-var]  # it is an async generator
+                async for piece in pieces:
+                    stream.write(piece)
+                    if stream.stopped:
+                        break
+        except FlexSpecError:
+            failed = True
+            raise
+        finally:
+            unverified = [] if stream.stopped else generation.unverified
+            if not failed or stream.text:
+                stream.end(unverified)
+            if not failed:
+                said = stream.text + decode_continuation(self._tokenizer, generation.ids, unverified)
+                said = said.strip() if self._template.is_plain else said
+                self.messages = [*asked, {"role": "assistant", "content": said}]
+        return generation
+
+
+async def _talk(session: ChatSession, *, quiet: bool) -> None:
+    """Answer messages until the end of standard input or /quit. Raises FlexSpecError if nobody is at a terminal."""
+    interactive = sys.stdin.isatty()
+    prompt = PROMPT if interactive and sys.stdout.isatty() else ""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() line editing and history
+        if not quiet:
+            print("/help shows the commands", file=sys.stderr)
+    # asyncio's own handler would cancel this task.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    while True:
+        try:
+            line = _read_line(prompt, interactive=interactive)
+        except EOFError:
+            if prompt:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+            continue
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word.startswith("/"):
+            _run_command(session, word, rest.strip())
+        elif line.strip():
+            await _answer(session, line.strip(), quiet=quiet, interactive=interactive)
+
+
+def _read_line(prompt: str, *, interactive: bool) -> str:
+    """Return the next line. Raises EOFError, and KeyboardInterrupt on Ctrl-C.
+
+    It blocks the event loop, which has nothing to do meanwhile. In a thread, readline would see no signals, and would
+    leave the terminal without echo when the process ends.
+    """
+    if interactive:
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _run_command(session: ChatSession, word: str, rest: str) -> None:
+    if word == "/reset":
+        session.reset()
+    elif word == "/system":
+        session.reset(rest)
+    elif word == "/help":
+        print(COMMANDS_HELP, file=sys.stderr)
+    else:
+        print(f"no command {word}: /help lists them; begin with a space to send the line", file=sys.stderr)
+
+
+async def _answer(session: ChatSession, text: str, *, quiet: bool, interactive: bool) -> None:
+    """Answer one message; Ctrl-C stops the answer."""
+    answering = asyncio.ensure_future(session.answer(text))
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, answering.cancel)
+    try:
+        await asyncio.wait({answering})
+    finally:
+        # Ctrl-C raises KeyboardInterrupt again, which ends input().
+        loop.remove_signal_handler(signal.SIGINT)
+        answering.cancel()
+    if answering.cancelled():
+        if not interactive:
+            _interrupt()
+        print("(stopped)", file=sys.stderr)
+        return
+    try:
+        generation = answering.result()
+    except FlexSpecError as error:
+        if not interactive:
+            raise
+        print(f"edge-runtime: {error}; the message was not answered, /reset begins anew", file=sys.stderr)
+        return
+    if not quiet:
+        version = generation.version or "no verifier"
+        print(f"{version}: {summarize(generation.statistics)}", file=sys.stderr)
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _make_sampling(options: argparse.Namespace, defaults: SamplingDefaults) -> Sampling:
+    """Return the parameters of the command line, else of the model, else greedy decoding. Raises InputError."""
+    from edge_runtime.protocol.sampling import Sampling
+
+    chosen = {
+        name: value
+        for name in ("temperature", "top_k", "top_p")
+        for value in [getattr(options, name) if getattr(options, name) is not None else getattr(defaults, name)]
+        if value is not None
+    }
+    try:
+        return Sampling(**chosen, seed=options.seed)
+    except ValueError as error:
+        raise InputError(str(error)) from None
