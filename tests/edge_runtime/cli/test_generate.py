@@ -52,6 +52,24 @@ def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp
 
 
 @pytest.mark.slow
+def test_what_the_planner_learns_survives_the_process(verifier: str, tmp_path: Path) -> None:
+    options = ("--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos", "--planner-state", str(tmp_path))
+    budgets, texts = [], []
+    for _ in range(3):
+        answer = run("generate", PROMPT, *options, "--explain")
+        assert answer.returncode == 0, answer.stderr
+        texts.append(answer.stdout)
+        budgets.append([int(tokens) for tokens in re.findall(r"regret budget (-?\d+) tokens", answer.stderr)])
+        state = json.loads((tmp_path / "planner.json").read_text())["state"]
+        # The next process continues with this budget, to the token.
+        budgets.append([round(state["regret_tokens"])])
+        assert [record["version"].split("@")[0] for record in state["acceptance"]] == ["target-v1"]
+    assert len(set(texts)) == 1
+    assert budgets[0][0] == 20
+    assert budgets[2][0] == budgets[1][0] and budgets[4][0] == budgets[3][0]
+
+
+@pytest.mark.slow
 def test_json_report(verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
