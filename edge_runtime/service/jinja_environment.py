@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class GenerationTag(Extension):
     """`{% generation %}` ... `{% endgeneration %}`: marks text to train on; rendered as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # Jinja declares it without ClassVar
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Parse one block. It is a call, as in transformers, so that variables set inside end with it."""
