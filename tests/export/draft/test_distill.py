@@ -91,7 +91,8 @@ def test_unknown_objective_is_rejected() -> None:
 def test_sampling_continues_past_the_end_of_a_text() -> None:
     target = make_target("llama", vocab_size=4)
     stream = TokenStream(torch.randint(0, 4, (200,), dtype=torch.int32))
-    rows = sample_texts(target, stream, SampleConfig(batches=2, rows=8, prompt=4, length=40)).reshape(16, 41)
+    config = SampleConfig(batches=2, rows=8, prompt=4, length=40)
+    rows = sample_texts(target, stream, config, end_id=0, padding_id=1).reshape(16, 41)
     assert (rows[:, 40] == 0).all()
     # One of the four tokens ends a text: if sampling stopped there, only padding would follow.
     assert set(rows[:, 30:40].flatten().tolist()) == {0, 1, 2, 3}
