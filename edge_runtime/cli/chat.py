@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
 from edge_runtime.cli.generate import add_max_new_tokens_option, report_link_trouble, summarize
+from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
 from edge_runtime.cli.planner_options import (
     add_planner_options,
     add_planner_state_option,
@@ -53,6 +54,7 @@ pipe, every line of standard input is a message, and only the answers go to stan
 
 examples:
   edge-runtime chat --verifier http://127.0.0.1:8500
+  edge-runtime chat --target family/target-v2
   edge-runtime chat --system "Answer in one sentence." --temperature 0.7 --top-p 0.9 --seed 1
   echo "Why is the sky blue?" | edge-runtime chat --quiet
 """
@@ -63,6 +65,8 @@ PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_settings(parser, "draft.bundle", "draft.threads")
+    text = "start a verifier here for this target: a Hugging Face directory or a GGUF file; needs flexspec[cloud]"
+    add_option(parser, "--target PATH", text, type=Path)
     add_option(parser, "--system TEXT", "system message (default: none; many chat templates have one of their own)")
     add_max_new_tokens_option(parser, default=1024)
     of_model = "(default: the model's, else"
@@ -95,7 +99,14 @@ async def _run(options: argparse.Namespace) -> int:
     planner_state = open_planner_state(settings.planner, draft.manifest)
     planner_state.restore(planner)
     ngram_cache = open_ngram_cache(settings.draft, draft.manifest, default_directory=None)
-    async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
+    async with contextlib.AsyncExitStack() as stack:
+        if options.target:
+            require_verifier_package()
+            print(f"edge-runtime: starting a verifier for {options.target}", file=sys.stderr)
+            url = await stack.enter_async_context(run_verifier(options.target))
+            settings = settings.replace({"verifier.urls": [url]})
+        client = await stack.enter_async_context(make_client(settings.verifier))
+        surroundings = await stack.enter_async_context(run_probes(client.meter))
 
         def generate(prompt: list[int]) -> Generation:
             return Generation(

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from jinja2 import TemplateError
 
 from cloud_verifier.registry.tokenizer_config import CONFIG_FILE, read_json_object, read_special_tokens
 from edge_runtime.protocol.bundle import CHAT_FILE, ChatFormat, SamplingDefaults
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.jinja_environment import compile_template
 
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_templates"
@@ -41,9 +43,14 @@ def read_target_chat(directory: Path) -> TargetChat:
 
     Raises:
         TargetError: a file does not parse.
-        InputError: a sampling default is out of range.
+        InputError: a template does not parse, or a sampling default is out of range.
     """
     templates = _read_templates(directory)
+    for name, source in templates.items():
+        try:
+            compile_template(source)
+        except TemplateError as error:
+            raise InputError(f"the chat template {name!r} of {directory} does not parse: {error}; correct it") from None
     generation = read_json_object(directory / GENERATION_FILE)
     unsupported = [
         name for name, neutral in UNSUPPORTED_DEFAULTS.items() if generation.get(name) not in (None, neutral)

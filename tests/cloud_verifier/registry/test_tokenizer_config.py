@@ -47,6 +47,8 @@ def test_the_end_token_of_the_tokenizer_ends_a_text(family: Path, tmp_path: Path
     assert ends_of_tokenizer(target) == {1}
     assert read_end_ids(target) == [0, 1]
     assert load_model(target, "cpu", torch.float32)[2] == {0, 1}
-    (target / "generation_config.json").unlink()
+    # Without the configuration, `special_tokens_map.json` counts.
     (target / "tokenizer_config.json").unlink()
+    assert ends_of_tokenizer(target) == {0}
+    (target / "special_tokens_map.json").unlink()
     assert ends_of_tokenizer(target) == frozenset()

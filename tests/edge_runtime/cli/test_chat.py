@@ -80,6 +80,13 @@ def test_answers_are_those_of_the_target_with_the_whole_conversation(family: Pat
 
 
 @pytest.mark.slow
+def test_a_target_here_gets_a_verifier_of_its_own(family: Path, bundle: Path) -> None:
+    done = chat_through_pipes([FIRST], bundle, "http://127.0.0.1:9", "--target", str(family / "target-v1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == answer_of_transformers(family, [{"role": "user", "content": FIRST}]) + "\n"
+
+
+@pytest.mark.slow
 def test_without_a_template_the_chat_says_so_and_is_plain(family: Path, verifier: str) -> None:
     done = chat_through_pipes([FIRST], family / "bundle", verifier)
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,12 @@ def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
         read_target_chat(tmp_path)
 
 
+def test_a_template_that_does_not_parse_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(InputError, match=r"'default' of .* does not parse"):
+        read_target_chat(tmp_path)
+
+
 def test_a_target_that_says_nothing_adds_no_file(tmp_path: Path) -> None:
     write_chat_format(ChatFormat(special_tokens={"bos_token": "<s>"}), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,57 @@
+"""A verifier on this machine, in a process of its own, for commands that work without one elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from edge_runtime.protocol.errors import InputError, VerifierUnreachable
+
+# Chosen: importing torch and loading the target take seconds; a busy or slow machine takes ten times as long.
+VERIFIER_START_SECONDS = 120.0
+
+
+def require_verifier_package() -> None:
+    """Raise InputError if this installation has no verifier."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("cloud_verifier") is None:
+        raise InputError('this runs the verifier here too: pip install "flexspec[cloud]"')
+
+
+async def start_cloud_verifier(*arguments: str) -> Process:
+    """Start `cloud-verifier` with these arguments; its input and output are pipes.
+
+    It is in a session of its own, so that Ctrl-C in the terminal does not end it before this process does.
+    """
+    command = [sys.executable, "-m", "cloud_verifier.cli", *arguments]
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+    )
+
+
+@contextlib.asynccontextmanager
+async def run_verifier(target: Path) -> AsyncIterator[str]:
+    """Run a verifier process for `target` on a free port of this machine; yield its URL.
+
+    Raises:
+        VerifierUnreachable: it did not start.
+    """
+    process = await start_cloud_verifier("serve", str(target), "--port", "0")
+    assert process.stdout is not None
+    try:
+        try:
+            async with asyncio.timeout(VERIFIER_START_SECONDS):
+                line = (await process.stdout.readline()).decode()
+        except TimeoutError:
+            line = ""
+        if " on http" not in line:
+            raise VerifierUnreachable(f"the verifier for {target} did not start; run `cloud-verifier serve {target}`")
+        yield line.rsplit(" ", 1)[1].strip()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
