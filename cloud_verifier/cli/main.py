@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from cloud_verifier.cli import serve, targets, token
+from cloud_verifier.cli import check, serve, targets, token
 from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
@@ -39,6 +39,7 @@ examples, with the model family that ships with a clone:
   cloud-verifier generate family/target-v1 "def main(" --max-new-tokens 32
 
 examples, with your own model and GPUs:
+  cloud-verifier check /srv/models/Llama-3.1-8B                              # how would it be served?
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
       --certificate server.pem --key server.key --tokens tokens.toml         # see `cloud-verifier token --help`
   cloud-verifier serve Llama-3.2-3B-Instruct-Q4_K_M.gguf                     # converted once, into a cache
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_option(generate, "--jobs FILE", text, type=Path)
     generate.set_defaults(run=_generate)
 
+    check.add_parser(commands)
     targets.add_parser(commands, device_options)
     token.add_parser(commands)
     add_service_parser(commands, _service, "run the verifier under systemd", SERVICE_DESCRIPTION, UNIT)

@@ -28,7 +28,7 @@ _CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length",
 )  # fmt: skip
 # By quantization method: the package that reads it and its module, for errors of transformers that do not name it.
-_QUANTIZATION_PACKAGES = {
+QUANTIZATION_PACKAGES = {
     "awq": ("autoawq", "awq"), "gptq": ("gptqmodel", "gptqmodel"), "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "compressed-tensors": ("compressed-tensors", "compressed_tensors"), "hqq": ("hqq", "hqq"), "eetq": ("eetq", "eetq"),
     "torchao": ("torchao", "torchao"), "fbgemm_fp8": ("fbgemm-gpu", "fbgemm_gpu"), "quark": ("amd-quark", "quark"),
@@ -178,7 +178,7 @@ def _load_error(base: Path, device: str | torch.device, quantization: str, error
     reason = " ".join(str(error).split())
     if quantization:
         named = re.search(r"pip install (?:-\S+ )*[\"'`]*([A-Za-z0-9_.-]+)", reason)
-        package, module = _QUANTIZATION_PACKAGES.get(quantization, ("", ""))
+        package, module = QUANTIZATION_PACKAGES.get(quantization, ("", ""))
         if named and isinstance(error, ImportError):
             package = named[1]
         elif module and importlib.util.find_spec(module):

@@ -54,9 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     verify = add_action(
         actions, "verify", _verify, "check hashes and signatures, and run the self-test", parents=[shared]
     )
-    verify.add_argument(
-        "name", nargs="?", metavar="NAME", help=f"{name}; or else a directory (default: all bundles)"
-    )
+    verify.add_argument("name", nargs="?", metavar="NAME", help=f"{name}; or else a directory (default: all bundles)")
     listing = add_action(actions, "list", _list, "list the bundles in the store", parents=[shared])
     add_flag(listing, "--json", "print one JSON array instead of a table")
     use = add_action(actions, "use", _use, "make another bundle the current one", parents=[shared])

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import psutil
 from tokenizers import Tokenizer
 
+from edge_runtime.common.memory import release_freed_memory
 from edge_runtime.draft.onnx_runner import Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.sampler import DraftSampler
 from edge_runtime.ngram_cache import NgramCache, NgramLookup
@@ -113,6 +114,7 @@ class OnnxDraft:
         try:
             self.session = ort.InferenceSession(str(bundle.graph_path), options, providers=["CPUExecutionProvider"])
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+            release_freed_memory()
         except Exception as error:  # both libraries raise bare Exception subclasses of their own
             raise DraftError(f"the draft in {bundle.path} does not load: {error}; copy the bundle again") from error
         kind = detect_graph_kind(self.session)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from export.cli.choices import LAYOUTS
 
 DESCRIPTION = """\
-Reads a target's configuration, its tokenizer, and the names and shapes of its tensors, but no weights. It reports
-whether the architecture is supported, whether the KV cache can be rolled back, whether the tokenizer is the bundle's,
-how large the draft will be, and how fast on which board (modeled from the boards' memory bandwidth).
+Reports what `cloud-verifier check` says of the target, whether a draft can be made for it, whether an existing bundle
+fits, how large the draft will be, and how fast on which board (modeled from the boards' memory bandwidth). The weights
+are not loaded.
 
 exit codes: 0 no fault; 2 bad input; 3 a fault
 
@@ -21,7 +20,6 @@ examples:
   draft-export doctor /models/Llama-3.1-8B --layout prefix --new-blocks 1 --weights int4 --profile raspberry-pi-5
   draft-export doctor family/target-v2 --bundle family/bundle --json
 """
-STATE_COLORS = {"ok": "green", "warning": "yellow", "fault": "red"}
 
 
 def add_parser(commands: Any) -> None:
@@ -48,6 +46,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises FlexSpecError."""
+    import msgspec
+
+    from cloud_verifier.model.inspection import print_findings
     from edge_runtime.planning.board_profile import find_profile, shipped_profiles
     from edge_runtime.protocol.errors import TargetError
     from export.evaluate.doctor import DraftQuery, diagnose
@@ -66,16 +67,8 @@ def run(options: argparse.Namespace) -> int:
     findings = diagnose(query)
     healthy = all(finding.state != "fault" for finding in findings)
     if options.json:
-        record = {"target": str(options.target), "healthy": healthy, "findings": [f.record() for f in findings]}
-        print(json.dumps(record, indent=2))
+        record = {"target": str(options.target), "healthy": healthy, "findings": findings}
+        print(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
     else:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("", "subject", "finding", "advice", title=str(options.target), title_justify="left")
-        for finding in findings:
-            state = Text(finding.state, style=STATE_COLORS[finding.state])
-            table.add_row(state, finding.subject, Text(finding.found), Text(finding.advice))
-        Console().print(table)
+        print_findings(findings, str(options.target))
     return 0 if healthy else TargetError.exit_code

@@ -1,29 +1,28 @@
-"""Diagnoses whether a target can have a draft, and how large and fast it would be, without reading any weights.
+"""Diagnoses whether a target can have a draft, and how large and fast it would be, without loading any weights.
 
-Only the target's configuration, its tokenizer, and the names and shapes of its tensors are read.
+The findings about the target itself are those of `cloud-verifier check`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, DraftPlan, draft_config, plan_draft
-from cloud_verifier.model.rollback import layers_without_rollback, sliding_window
-from cloud_verifier.registry.checkpoint import base_directory, find_tensor_files, load_tokenizer
+from cloud_verifier.model.gguf import resolve_checkpoint
+from cloud_verifier.model.inspection import Finding, format_bytes, inspect_target
+from cloud_verifier.registry.checkpoint import base_directory, find_tensor_files, load_config
 from device_profiles.comparison import DraftCost, DraftSize
 from edge_runtime.planning.board_profile import BoardProfile
-from edge_runtime.protocol.bundle import hash_vocabulary, read_bundle
 from edge_runtime.protocol.errors import InputError, TargetError
 from export.evaluate.estimates import EMBEDDING, SizeEstimate, estimate_size
 
-State = Literal["ok", "warning", "fault"]
 # Chosen: the time that a loaded verifier takes for a token. A slower draft step cannot pay.
 SLOW_MILLISECONDS = 80.0
+_TYPES = ", ".join(SUPPORTED_MODEL_TYPES)
 # Chosen: half the memory of a board with 8 GB.
 LARGE_BYTES = 4e9
 
@@ -51,29 +50,6 @@ class DraftQuery:
     bundle: Path | None = None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the diagnosis.
-
-    Attributes:
-        state: `fault` rules a draft out.
-        subject: what was examined.
-        found: the result.
-        advice: what to do; empty if nothing needs to be done.
-        figures: the numbers of `found`, for programs.
-    """
-
-    state: State
-    subject: str
-    found: str
-    advice: str = ""
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """The finding as plain data."""
-        return asdict(self)
-
-
 def diagnose(query: DraftQuery) -> list[Finding]:
     """Return all findings; checks that a fault makes impossible are skipped.
 
@@ -81,87 +57,31 @@ def diagnose(query: DraftQuery) -> list[Finding]:
         InputError: there is no target, or the layout is impossible for any target.
         BundleError: the bundle cannot be read.
     """
-    if not query.target.is_dir():
+    if not query.target.exists():
         raise InputError(f"no target at {query.target}: give the directory of a Hugging Face checkpoint")
     if query.context is not None and query.context < 1:
         raise InputError(f"--context {query.context}: a text has at least 1 token")
-    base = base_directory(query.target)
-    config = _load_config(base)
-    if isinstance(config, Finding):
-        return [config]
-    findings = [_check_architecture(config), *_check_rollback(config), *_check_checkpoint(base, config)]
-    findings += _check_tokenizer(query, base, config)
-    if config.model_type in SUPPORTED_MODEL_TYPES:
-        findings += _check_draft(query, config)
-    return findings
+    findings = inspect_target(query.target, drafts=[query.bundle] if query.bundle else [])
+    if any(finding.subject == "configuration" for finding in findings):
+        return findings
+    base = base_directory(resolve_checkpoint(query.target))
+    config = load_config(base)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        found = f"drafts of {config.model_type} cannot be made"
+        advice = f"give a draft of another type with this tokenizer, or choose a target of {_TYPES}"
+        return [*findings, Finding("warning", "draft's architecture", found, advice)]
+    return [*findings, *_check_head(base, config), *_check_draft(query, config)]
 
 
-def _load_config(base: Path) -> PretrainedConfig | Finding:
-    if not (base / "config.json").is_file():
-        return Finding("fault", "configuration", f"{base} has no config.json", "copy the whole checkpoint")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(base)
-    except Exception as error:  # transformers raises exceptions of many kinds
-        # For unknown types, the lines after the first are advice for developers of transformers.
-        reason = str(error).splitlines()[0]
-        advice = f"choose a target of {', '.join(SUPPORTED_MODEL_TYPES)}, or copy the checkpoint again"
-        return Finding(
-            "fault", "configuration", f"{base / 'config.json'} is not one that transformers knows: {reason}", advice
-        )
-    return config
-
-
-def _check_architecture(config: PretrainedConfig) -> Finding:
-    if config.model_type in SUPPORTED_MODEL_TYPES:
-        found = f"{config.model_type}, {config.num_hidden_layers} blocks of {config.hidden_size}"
-        return Finding("ok", "architecture", found)
-    return Finding(
-        "fault",
-        "architecture",
-        f"{config.model_type} is not supported",
-        f"choose a target of {', '.join(SUPPORTED_MODEL_TYPES)}",
-    )
-
-
-def _check_rollback(config: PretrainedConfig) -> Iterator[Finding]:
-    unsupported, window = layers_without_rollback(config), sliding_window(config)
-    limit = getattr(config, "max_position_embeddings", None)
-    if unsupported:
-        yield Finding(
-            "fault",
-            "roll-back",
-            f"layers of type {', '.join(unsupported)} cannot roll back rejected tokens",
-            "choose a target with plain attention",
-        )
-    elif window and limit and window < limit:
-        yield Finding(
-            "warning",
-            "roll-back",
-            f"a sliding window of {window} tokens, shorter than the context of {limit}",
-            f"serve it with --max-context {window}, and give the draft --context {window}: within the window it can "
-            "roll back",
-            {"window": window, "context": limit},
-        )
-    else:
-        yield Finding("ok", "roll-back", "plain keys and values, so rejected tokens can be rolled back")
-
-
-def _check_checkpoint(base: Path, config: PretrainedConfig) -> Iterator[Finding]:
+def _check_head(base: Path, config: PretrainedConfig) -> Iterator[Finding]:
     try:
         names = find_tensor_files(base)
-    except TargetError as error:
-        yield Finding("fault", "weights", str(error), "save the model with safe_serialization=True, or copy it again")
-        return
-    missing = sorted({path.name for path in names.values() if not path.is_file()})
-    if missing:
-        found = f"the index names {len(missing)} files that do not exist, the first is {missing[0]}"
-        yield Finding("fault", "weights", found, "copy the checkpoint again")
-        return
-    if config.model_type in SUPPORTED_MODEL_TYPES and "model.embed_tokens.weight" not in names:
+    except TargetError:
+        return  # reported already
+    if "model.embed_tokens.weight" not in names:
         found = f"no model.embed_tokens.weight among {len(names)} tensors"
-        yield Finding("fault", "weights", found, "save the causal language model itself, not a wrapper around it")
+        yield Finding("fault", "head", found, "save the causal language model itself, not a wrapper around it")
         return
-    yield Finding("ok", "weights", f"{len(names)} tensors in {len(set(names.values()))} files")
     tied, stored = bool(config.tie_word_embeddings), "lm_head.weight" in names
     if not tied and not stored:
         advice = "set tie_word_embeddings in config.json if the head is the embedding; else copy the checkpoint again"
@@ -171,35 +91,6 @@ def _check_checkpoint(base: Path, config: PretrainedConfig) -> Iterator[Finding]
     else:
         advice = "nothing, or a trimmed head: `draft-export onnx --trim-vocabulary`"
         yield Finding("ok", "head", "untied: the board stores head and embedding", advice)
-
-
-def _check_tokenizer(query: DraftQuery, base: Path, config: PretrainedConfig) -> Iterator[Finding]:
-    try:
-        vocabulary = load_tokenizer(query.target, base).get_vocab(with_added_tokens=True)
-    except TargetError as error:
-        yield Finding("fault", "tokenizer", str(error), "save its fast tokenizer there: tokenizer.save_pretrained(...)")
-        return
-    highest = max(vocabulary.values(), default=0)
-    # Configurations that contain several models, such as vision models, have no vocab_size of their own.
-    logits = getattr(config, "vocab_size", None)
-    if logits is not None and highest >= logits:
-        found = f"it has the id {highest}, but the model has only {logits} logits"
-        yield Finding("fault", "tokenizer", found, "copy model and tokenizer again from the same source")
-    else:
-        yield Finding("ok", "tokenizer", f"{len(vocabulary)} tokens, {logits or 'unknown'} logits")
-    if query.bundle is None:
-        return
-    manifest = read_bundle(query.bundle, verify=False).manifest
-    if manifest.vocabulary.hash == hash_vocabulary(vocabulary):
-        yield Finding("ok", "bundle", f"{query.bundle} has the same tokenizer")
-    else:
-        yield Finding(
-            "fault",
-            "bundle",
-            f"the tokenizer of {query.bundle} is another one ({manifest.vocabulary.size} tokens, not "
-            f"{len(vocabulary)})",
-            "give the bundle that was made for this family of targets, or make a draft for it",
-        )
 
 
 def _check_draft(query: DraftQuery, config: PretrainedConfig) -> Iterator[Finding]:
@@ -214,7 +105,7 @@ def _check_draft(query: DraftQuery, config: PretrainedConfig) -> Iterator[Findin
     context = query.context or limit
     if context > limit:
         yield Finding(
-            "fault", "context", f"{context} tokens, but the target's context is {limit}", f"--context {limit}"
+            "fault", "draft's context", f"{context} tokens, but the target's context is {limit}", f"--context {limit}"
         )
         return
     size = estimate_size(draft_config(config, plan), query.weights, context)
@@ -228,8 +119,9 @@ def _check_draft(query: DraftQuery, config: PretrainedConfig) -> Iterator[Findin
     yield Finding(
         "warning" if large else "ok",
         "memory on the board",
-        f"{_format_bytes(size.memory_bytes)}: weights {_format_bytes(size.weight_bytes)}, KV cache of {context} tokens "
-        f"{_format_bytes(context * size.cache_bytes)}, the rest for the process",
+        f"{format_bytes(size.memory_bytes)}: weights {format_bytes(size.weight_bytes)}, KV cache of {context} tokens "
+        f"{format_bytes(context * size.cache_bytes)}, tokenizer {format_bytes(size.tokenizer_bytes)}, the rest for the "
+        "process",
         "--weights int4, a shorter --context, or fewer blocks" if large else "",
         {"memory_bytes": size.memory_bytes, "cache_bytes_per_token": size.cache_bytes, "context": context},
     )
@@ -261,9 +153,5 @@ def _describe_plan(plan: DraftPlan) -> str:
 
 
 def _describe_size(size: SizeEstimate, weights: str) -> str:
-    kinds = ", ".join(f"{kind} {_format_bytes(count)}" for kind, count in size.tensor_bytes.items())
-    return f"{_format_bytes(size.weight_bytes)} in {weights}, {size.parameters / 1e6:.1f}M parameters: {kinds}"
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+    kinds = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in size.tensor_bytes.items())
+    return f"{format_bytes(size.weight_bytes)} in {weights}, {size.parameters / 1e6:.1f}M parameters: {kinds}"
