@@ -133,7 +133,10 @@ def _choose_prompts(tokenizer: Tokenizer, base: Path, config: RecordingConfig) -
     """Choose `config.prompts` prompts, from the texts in turn; chats and code have equal shares if there are both."""
     rng = random.Random(config.seed)
     texts = load_prompts(tokenizer, base, config.texts, config.chats)
-    chats = [prompt for prompts in texts.values() if isinstance(prompts[0], list) for prompt in prompts]
+    for name, prompts in texts.items():
+        if not prompts:
+            raise InputError(f"there is nothing in {name}: give a longer --text, or more chats")
+    chats = [prompt for prompts in texts.values() for prompt in prompts if isinstance(prompt, list)]
     pools = [ids for ids in texts.values() if not isinstance(ids[0], list)]
     if not all(len(ids) > config.longest for ids in pools):
         raise InputError(f"not enough text for prompts of {config.longest} tokens: give a longer --text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from edge_runtime.simulation.recorded_texts import RecordedText, read_texts
 from edge_runtime.simulation.simulator import simulate
 from edge_runtime.simulation.world import make_world
 from edge_runtime.verifier.client import VerifierClient
+from export.bundle.build import BundleConfig, make_bundle
 from export.cli.main import main
 from export.evaluate.record import RecordingConfig, record_acceptance, record_text
 from tests.conftest import serving
+from tests.models import save_chat_target
 
 TOKENS = 40
 PROMPT = "class Connection:\n    def __init__(self, host, port"
@@ -90,7 +93,7 @@ def test_a_recording_is_reproducible(family: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(read_calibration_text())
     config = RecordingConfig(
-        family / "bundle", (family / "target-v1",), (0.7,), prompts=2, tokens=12, longest=40, text=prompts
+        family / "bundle", (family / "target-v1",), (0.7,), prompts=2, tokens=12, longest=40, texts=(prompts,)
     )
     texts = record_acceptance(config, tmp_path / "a.npz")
     assert [len(text) for text in texts] == [12, 12] and texts[0].seed == 0 and texts[1].seed == 1
@@ -118,6 +121,32 @@ def test_the_command_records(family: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(read_texts(output)) == 1
     assert main([*arguments, "--text", str(tmp_path / "absent")]) == InputError.exit_code
     short = tmp_path / "short.txt"
-    short.write_text("x = 1\n")
-    assert main([*arguments, "--text", str(short)]) == InputError.exit_code
-    assert "longer --text" in capsys.readouterr().err
+    for content in ("x = 1\n", ""):
+        short.write_text(content)
+        assert main([*arguments, "--text", str(short)]) == InputError.exit_code
+        assert "longer --text" in capsys.readouterr().err
+
+
+def test_half_of_the_prompts_are_chats(tmp_path: Path) -> None:
+    target = save_chat_target(tmp_path / "target", num_hidden_layers=1)
+    make_bundle(BundleConfig(target, target, "fused", "fp32", "x = 1\n" * 9), tmp_path / "bundle", lambda _: None)
+    text, chats = tmp_path / "text.txt", tmp_path / "chats.jsonl"
+    text.write_text("some text " * 20)
+    questions = ["Hi", "What is this?", "A longer question than the others"]
+    lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) for question in questions]
+    chats.write_text("\n".join(lines))
+    config = RecordingConfig(
+        tmp_path / "bundle",
+        (target,),
+        (1.0,),
+        prompts=6,
+        tokens=4,
+        shortest=70,
+        longest=80,
+        texts=(text,),
+        chats=(chats,),
+    )
+    lengths = [recorded.prompt for recorded in record_acceptance(config, tmp_path / "a.npz")]
+    template = len("_user\n_\n_assistant\n")
+    assert sorted(lengths[::2]) == [template + len(question) for question in questions]
+    assert all(70 <= length <= 80 for length in lengths[1::2])
