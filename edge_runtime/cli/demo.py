@@ -149,7 +149,9 @@ async def _run(options: argparse.Namespace) -> int:
     all_exact = True
     table = Table(*COLUMNS, box=None)
     for index, target in enumerate(targets):
-        texts = await _answer_all(family, target, draft, planner, options.max_new_tokens, console, first=index == 0)
+        texts = await _answer_all(
+            family, target, draft, planner, max_new_tokens=options.max_new_tokens, console=console, first=index == 0
+        )
         with console.status(f"{target.name} decodes alone, token by token, for comparison"):
             references = await _decode_alone(target, texts, options.max_new_tokens)
         for text, reference in zip(texts, references, strict=True):
@@ -202,9 +204,9 @@ async def _answer_all(
     target: Path,
     draft: OnnxDraft,
     planner: Planner,
+    *,
     max_new_tokens: int,
     console: Console,
-    *,
     first: bool,
 ) -> list[DemoText]:
     """Run a verifier for `target`, and generate and print a text for every prompt."""
