@@ -258,8 +258,11 @@ $("ask").addEventListener("submit", async (event) => {
   $("go").disabled = true;
   $("stop").disabled = false;
   show("asked", "waiting for a free slot");
+  // A chat goes through the model's chat template; other text is continued as it is.
+  const chat = $("chat").checked;
+  const prompt = $("prompt").value;
   const body = {
-    prompt: $("prompt").value,
+    ...(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
     temperature: $("temperature").valueAsNumber,
     max_tokens: $("max-tokens").valueAsNumber,
     speculation: $("speculation").checked,
@@ -267,13 +270,13 @@ $("ask").addEventListener("submit", async (event) => {
   };
   try {
     const headers = { "content-type": "application/json" };
-    const response = await request("v1/completions", { method: "POST", headers, body: JSON.stringify(body), signal: abortController.signal });
+    const response = await request(chat ? "v1/chat/completions" : "v1/completions", { method: "POST", headers, body: JSON.stringify(body), signal: abortController.signal });
     let characters = 0;
     for await (const { event: kind, data } of readEvents(response)) {
       if (kind === "error") throw new Error(JSON.parse(data).error.message);
       if (data === "[DONE]") continue;
       const { choices: [choice], timings } = JSON.parse(data);
-      characters += choice.text.length;
+      characters += (choice.text ?? choice.delta.content ?? "").length;
       show("asked", timings
         ? `${timings.predicted_n} tokens, ${timings.predicted_per_second.toFixed(1)} tokens/s, first text after ${timings.first_text_ms.toFixed(0)} ms, ${timings.rounds} rounds`
         : `generating: ${characters} characters`);

@@ -64,9 +64,18 @@ class Tab:
             assert time.monotonic() < end, f"never became true: {expression}"
             self.page.wait_for_timeout(50)
 
-    def ask(self, prompt: str, temperature: float = 0.7, tokens: int = 32, *, speculation: bool = True) -> str:
+    def ask(
+        self,
+        prompt: str,
+        temperature: float = 0.7,
+        tokens: int = 32,
+        *,
+        speculation: bool = True,
+        chat: bool = False,
+    ) -> str:
         """Submit the prompt form, wait for the end of the answer, and return the status line of the form."""
         page = self.page
+        page.set_checked("#chat", chat)
         page.fill("#prompt", prompt)
         page.fill("#temperature", str(temperature))
         page.fill("#max-tokens", str(tokens))

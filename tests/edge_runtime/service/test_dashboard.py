@@ -117,6 +117,19 @@ def test_speculation_can_be_switched_off_and_empty_prompts_are_not_sent(tab: Tab
     assert tab.page.is_enabled("#go"), "an empty prompt is not sent"
 
 
+@pytest.mark.slow
+def test_the_page_opens_with_a_question_for_the_chat_template(tab: Tab, client: openai.OpenAI) -> None:
+    assert tab.page.is_checked("#chat")
+    question = tab.page.input_value("#prompt")
+    status = tab.ask(question, temperature=0, chat=True)
+    messages = [{"role": "user", "content": question}]
+    expected = client.chat.completions.create(model="", messages=messages, temperature=0, max_tokens=32)
+    assert f"{expected.usage.completion_tokens} tokens" in status
+    shown = tokens_by_kind(tab)
+    assert "User:" in "".join(shown["prompt"]), "the toy family has no template, so the plain form is used"
+    assert tab.problems == []
+
+
 def test_errors_of_the_service_are_shown(tab: Tab) -> None:
     tab.page.fill("#prompt", "x " * 5000)
     tab.page.click("#go")
@@ -189,6 +202,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(browser: Any, verifier:
         assert tab.page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
         assert not any("first-key" in requested for requested in tab.requests)
         # Repetitive text does not end before the limit.
+        tab.page.set_checked("#chat", False)
         tab.page.fill("#prompt", HOSTILE)
         tab.page.fill("#temperature", "0")
         tab.page.fill("#max-tokens", "1000")
