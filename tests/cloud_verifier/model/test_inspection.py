@@ -39,7 +39,14 @@ def test_what_is_said_is_what_serving_does(tmp_path: Path, model_type: str) -> N
 def test_a_large_model_is_cut_down_to_every_kind_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cloud_verifier.model.skeleton.LARGE_PARAMETERS", 0)
     kinds = ["full_attention"] * 11 + ["sliding_attention"]
-    path = save_target(tmp_path / "target", "qwen3", num_hidden_layers=24, layer_types=kinds * 2, sliding_window=16)
+    path = save_target(
+        tmp_path / "target",
+        "qwen3",
+        num_hidden_layers=24,
+        layer_types=kinds * 2,
+        sliding_window=16,
+        use_sliding_window=True,
+    )
     skeleton = build_skeleton(path)
     assert skeleton.layers == len(skeleton.model.model.layers) == 12
     assert skeleton.model.config.layer_types == kinds
