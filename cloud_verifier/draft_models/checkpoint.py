@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 try:
-    from transformers.modeling_utils import no_init_weights
+    from transformers.modeling_utils import no_init_weights as no_init_weights
 except ImportError:  # Release 5 moved it. Imported by name, as release 4 has no such module for mypy to find.
     no_init_weights = importlib.import_module("transformers.initialization").no_init_weights
 

@@ -45,7 +45,9 @@ def merge_adapter(model: Any, path: Path) -> Any:
         what = "has tensors that its base has no place for" if loaded.unexpected_keys else "lacks tensors"
         raise TargetError(f"the adapter at {path} {what}: {', '.join(names[:3])}; name the base it was trained on")
     wrapped = wrapped.eval()
-    ids = torch.randint(3, model.config.get_text_config(decoder=True).vocab_size, (1, COMPARED_TOKENS), device=device)
+    vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
+    # Spread over the vocabulary.
+    ids = (torch.arange(COMPARED_TOKENS, device=device)[None] * 7919 + 3) % vocabulary_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = wrapped(**inputs).logits.float()
     merged: Any = wrapped.merge_and_unload().eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
 from cloud_verifier.draft_models.checkpoint import no_init_weights
 from cloud_verifier.model.pretrained import auto_class, text_part
