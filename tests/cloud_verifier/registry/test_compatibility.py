@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloud_verifier.model.target import Target, load_model
-from cloud_verifier.registry.checkpoint import MAX_ADDED_TOKENS, read_end_ids, shared_fingerprints
+from cloud_verifier.registry.checkpoint import MAX_ADDED_TOKENS, read_end_ids, shared_fingerprints, version_name
 from cloud_verifier.registry.compatibility import CompatibilityReport, check_compatibility
 from edge_runtime.protocol.bundle import SharedTensors, read_bundle, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, TargetError
@@ -236,3 +236,11 @@ def test_added_special_tokens_lock_out_no_draft(family: Path, tmp_path: Path, sp
     model.save_pretrained(version)
     tensors = [d.name for d in check_compatibility(version, [family / "bundle"]).fits[0].differences if fits]
     assert tensors == ["model.norm.weight"] * fits
+
+
+def test_a_snapshot_of_the_hubs_cache_goes_by_its_models_name(tmp_path: Path, family: Path) -> None:
+    snapshot = tmp_path / "models--someone--writer" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(family / "target-v1", snapshot)
+    assert check_compatibility(snapshot, []).version.startswith("writer@")
+    assert Target(snapshot, device="cpu", dtype=torch.float32).name == "writer"
+    assert version_name(snapshot.parent) == "snapshots"
