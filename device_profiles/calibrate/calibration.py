@@ -237,6 +237,9 @@ def _sampling_power(watts: Watts) -> Iterator[list[float]]:
     finally:
         stopped.set()
         sampler.join()
+        # A measurement may be shorter than the time between two samples.
+        if not drawn and (value := watts()) is not None:
+            drawn.append(value)
 
 
 async def _link(url: str, seconds: float, tick: Tick) -> MeasuredLink:
