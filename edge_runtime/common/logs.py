@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 # The configured level applies to these packages. Others log warnings only: at a lower level some log every HTTP header,
 # bearer tokens included.
@@ -73,6 +74,15 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
         self.setFormatter(_JsonFormatter() if form == "json" else text)
         self._program = program
         self._journal = journal
+
+    @property
+    def stream(self) -> TextIO:
+        """The present standard error: it may be replaced after logging is set up, and the old one closed."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._journal is not None:

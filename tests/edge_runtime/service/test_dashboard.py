@@ -250,6 +250,8 @@ def test_unverified_tokens_are_marked_and_struck_through_when_withdrawn(
     ):
         tab = Tab(browser, pair.url)
         tab.wait_for_state("live")
+        tab.page.uncheck("#chat")
+        tab.page.fill("#prompt", PROMPT)
         tab.page.fill("#max-tokens", "200")
         tab.page.fill("#temperature", "0")
         tab.page.click("#go")

@@ -113,7 +113,6 @@ def check_start(board: Board) -> None:
     assert (state["state"], state["enabled"], state["text"]) == ("active", True, "no round yet, 0 answers")
     # How much of the files that it reads counts as its memory depends on the kernel.
     assert 30e6 < float(str(state["memory_bytes"])) < 1e9
-    assert f"{STORE.replace('lib/', 'lib/private/')}/" in machine.run("cat", f"/proc/{state['pid']}/maps").stdout
     status = machine.run("cat", f"/proc/{state['pid']}/status").stdout
     assert int(re.search(r"Uid:\s+(\d+)", status)[1]) > 60000  # type: ignore[index]
     assert re.search(r"CapEff:\s+0+\n", status) and re.search(r"Seccomp:\s+2", status)

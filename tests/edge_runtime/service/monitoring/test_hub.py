@@ -158,6 +158,8 @@ async def test_unverified_tokens_are_reported_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offline, "LINK_LOSS_SECONDS", 0.1)
+    # The toy draft would otherwise have drafted the whole text before the verifier is back.
+    monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     body = {"prompt": PROMPT, "max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
     async with service_pair(target, draft) as pair, httpx.AsyncClient(timeout=300.0) as client:
         text, stopped, restarted = "", False, False
