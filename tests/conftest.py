@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from transformers.utils import logging as transformers_logging
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
@@ -28,6 +29,9 @@ ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
 # Recorded acceptance of the example family, on which simulations run.
 TRACES = Path(__file__).resolve().parents[1] / "export" / "example_family" / "acceptance.npz"
+
+# transformers logs to the standard error of its first use: here, not to one that a test captures and closes.
+transformers_logging.get_verbosity()
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)
