@@ -146,6 +146,7 @@ def test_examples_name_existing_files_of_the_repository() -> None:
     assert [(where, word) for where, word in named if not (ROOT / word).exists()] == []
 
 
+@pytest.mark.slow
 def test_examples_in_documents_and_help_texts_parse() -> None:
     found = list(examples())
     assert len(found) > 100

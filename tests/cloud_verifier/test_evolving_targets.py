@@ -220,6 +220,7 @@ async def test_a_version_of_another_cache_shape_is_unloaded_with_its_pool(regist
         await server.stop()
 
 
+@pytest.mark.slow
 def test_a_repeated_opening_gets_its_session_after_the_alias_has_moved(
     url: str, registry: Registry, reference_text: ReferenceText
 ) -> None:
@@ -256,6 +257,7 @@ def test_a_canary_gets_its_share_of_sessions(url: str, registry: Registry) -> No
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_list_of_models_has_aliases_and_versions(url: str, registry: Registry, models: Path) -> None:
     registry.promote("stable", "v1")
     listed = wait_for_models(url, lambda listed: len(listed.data) == 4)
@@ -336,6 +338,7 @@ def test_adapters_of_one_base_and_an_unrelated_version_share_a_scheduler_and_a_d
         assert {name: served_text(name) for name in paths} == expected
 
 
+@pytest.mark.slow
 async def test_a_deployed_draft_serves_a_version_with_more_special_tokens(family: Path, tmp_path: Path) -> None:
     """The version also writes the added tokens, which the draft can neither propose nor embed."""
     tokenizer = AutoTokenizer.from_pretrained(family / "target-v1")

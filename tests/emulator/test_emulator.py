@@ -144,6 +144,7 @@ def test_trace_sets_the_delivery_times(network: Network, tmp_path: Path) -> None
     assert 0.8 * 50 * 1500 * 8 < rate < 1.1 * 50 * 1500 * 8
 
 
+@pytest.mark.slow
 def test_presets_match_the_simulator(network: Network) -> None:
     for name in PRESET_NAMES:
         network.set_conditions(*preset_conditions(name))

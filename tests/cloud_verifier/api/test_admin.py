@@ -234,6 +234,7 @@ def test_a_check_over_http(
 FUZZED = [operation for operation in ADMIN_OPERATIONS if operation.name != "check_target"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("operation", FUZZED, ids=lambda operation: operation.name)
 def test_the_api_conforms_to_its_openapi_description(

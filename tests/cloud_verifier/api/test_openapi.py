@@ -40,6 +40,7 @@ def _drop_invalid_siblings(body: Any) -> None:
             fields["siblings"] = {index: ids[: room // max(1, len(valid))] for index, ids in valid.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("path", ["/v1/sessions", "/v1/sessions/{session}/rounds"])
 def test_schemathesis(url: str, path: str, mode: GenerationMode) -> None:

@@ -124,6 +124,7 @@ def test_a_body_that_is_too_large(client: ProtocolClient) -> None:
     assert client.expect_error(response, 413, ErrorCode.TOO_LARGE).detail == {"limit": 1 << 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
 async def test_a_client_that_sends_ten_megabytes_gets_the_error(tiny: Target, http2: bool) -> None:
     """Responding while the client still writes would reset the connection, or exhaust the stream's window."""

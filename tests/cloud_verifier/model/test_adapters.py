@@ -125,6 +125,7 @@ async def test_the_text_is_that_of_peft_alone_and_beside_others(base: Path, tmp_
     assert is_plain_lora(adapter) == (name in PLAIN)
 
 
+@pytest.mark.slow
 async def test_adapters_that_are_not_lora(base: Path, tmp_path: Path) -> None:
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
     for name, config in (("ia3", ia3), ("loha", LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=ATTENTION))):
@@ -132,6 +133,7 @@ async def test_adapters_that_are_not_lora(base: Path, tmp_path: Path) -> None:
         await assert_texts_equal(load(adapter), peft_texts(base, adapter), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [

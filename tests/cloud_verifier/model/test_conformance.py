@@ -145,6 +145,7 @@ def readme_table() -> dict[str, ProvenArchitecture]:
     return read_table(README.read_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 async def test_the_text_is_that_of_generate(model_type: str, tmp_path: Path) -> None:
     proven = await prove(save_architecture(tmp_path / "model", model_type))

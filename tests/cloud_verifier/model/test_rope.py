@@ -41,6 +41,7 @@ def generate_without_cache(model: Any, prompt: list[int], sampling: Sampling, co
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 def test_texts_of_all_lengths_in_one_batch_equal_generate(phi3: Path, sampling: Sampling) -> None:
     target = Target(phi3, device="cpu", dtype=torch.float32)
@@ -67,6 +68,7 @@ def generate_in_company(target: Target, sampling: Sampling, expected: list[list[
         return list(threads.map(generate, range(len(PROMPTS))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 def test_a_model_that_keeps_the_keys_of_its_prompt(tmp_path: Path, sampling: Sampling) -> None:
     """Llama with LongRoPE: `generate` continues with long factors after a prompt that has short ones."""

@@ -76,6 +76,7 @@ def test_the_profile_is_valid_and_measured(calibrated: Path, family: Path) -> No
     assert found.one_thread_bytes_per_second > 1e8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_taken_from_a_like_board_and_says_so(calibrated: Path) -> None:
     profile = read_profile(calibrated)
     pi = next(profile for profile in shipped_profiles() if profile.name == "raspberry-pi-4")

@@ -48,6 +48,7 @@ def test_killed_at_any_moment_nothing_half_installed_is_visible(
     assert_clean(store)
 
 
+@pytest.mark.slow
 def test_two_installations_at_once_take_turns(store: BundleStore, shipped: Path, another: Path) -> None:
     processes = [start(store.path, source) for source in (shipped, another)]
     errors = [process.communicate(timeout=300)[1] for process in processes]

@@ -94,6 +94,7 @@ def test_without_a_template_the_chat_says_so_and_is_plain(family: Path, verifier
     assert "User:" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -69,6 +69,7 @@ def test_the_chat_model_answers_exactly_within_the_memory_of_a_board() -> None:
     assert not [module for module in done.stderr.split() if module.split(".")[0] in FORBIDDEN]
 
 
+@pytest.mark.slow
 def test_without_the_chat_model_the_demo_says_how_to_install_it(tmp_path: Path) -> None:
     """A package of that name without the model's file takes the place of the real one."""
     (tmp_path / PACKAGE).mkdir()

@@ -183,6 +183,7 @@ def test_options_override_the_configuration(tmp_path: Path) -> None:
     assert f"{file}:2:1: " in invalid.stderr
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_verifier_names_its_code(verifier: str) -> None:
     result = run("generate", "x", "--verifier", verifier, "--model", "gpt")
     assert result.returncode == 4

@@ -133,6 +133,7 @@ def test_live_view_in_a_terminal() -> None:
     assert text.count(b"from ina219") >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [

@@ -12,6 +12,7 @@ from edge_runtime.cli.main import main
 QUICK = ["simulate", "--texts", "1", "--link", "wifi", "--profile", "laptop"]
 
 
+@pytest.mark.slow
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "--verifier", "loaded"]) == 0
     printed = capsys.readouterr().out
@@ -43,6 +44,7 @@ def test_json_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(hindsight["cost_per_token"] <= way["cost_per_token"] * 1.001 for way in ways.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -66,6 +68,7 @@ def test_errors_are_one_sentence(options: list[str], capsys: pytest.CaptureFixtu
     assert error.startswith("edge-runtime: ") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_link_from_trace_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("x.up", "x.down"):
         (tmp_path / name).write_text("".join(f"{time}\n" for time in range(5, 400, 7)))

@@ -45,6 +45,7 @@ def expected_tokens(model: torch.nn.Module, ids: list[int], sampling: Sampling, 
     return ids[-count:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_proposals_equal_pytorch(tiny_draft: OnnxDraft, model: torch.nn.Module, sampling: Sampling) -> None:
     context = tiny_draft.new_context()

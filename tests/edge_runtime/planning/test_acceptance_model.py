@@ -74,6 +74,7 @@ def test_better_evaluation_gives_better_prior() -> None:
     assert tables == sorted(tables)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(outcomes(), max_size=30))
 def test_tables_are_consistent_after_any_rounds(rounds: list) -> None:

@@ -94,6 +94,7 @@ def test_uses_the_last_stage_round_after_a_long_streak() -> None:
     assert 0 < growing.last_stage_tokens < growing.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "round_",
     [

@@ -36,6 +36,7 @@ def test_the_snapshot_of_a_board(name: str) -> None:
     assert known(snapshot) == msgspec.json.decode((BOARDS / name / "expected.json").read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_file_broken_in_turn(name: str, tmp_path: Path) -> None:
     board = tmp_path / name

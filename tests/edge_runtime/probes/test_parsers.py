@@ -55,6 +55,7 @@ def nearly_right(draw: st.DrawFn) -> bytes:
     return content[:start] + draw(st.one_of(st.binary(max_size=8), words.map(str.encode))) + content[end:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parse", PARSERS, ids=lambda parse: parse.__name__)
 @settings(max_examples=150)
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode), nearly_right()))
@@ -67,6 +68,7 @@ def test_any_bytes(parse: Callable[[str], Any], content: bytes, tmp_path: Path) 
         assert str(tmp_path / "file") in reader.errors[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(content=nearly_right(), version=st.sampled_from(["route", "ipv6_route"]))
 def test_any_routing_table(content: bytes, version: str, tmp_path: Path) -> None:

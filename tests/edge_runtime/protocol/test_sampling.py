@@ -271,6 +271,7 @@ def test_sampled_frequencies_follow_softmax(sampling: Sampling) -> None:
     assert stats.chisquare(np.array(observed)[filled], np.array(pooled)[filled]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [0.0, 0.5, 2.0])
 def test_the_acceptance_rate_matches_the_theorem(difference: float) -> None:
     """Pr[accept] = sum_i 1 / sum_j max(p_j/p_i, q_j/q_i), which is at least (1 - TV) / (1 + TV)."""

@@ -88,6 +88,7 @@ async def test_an_unreachable_verifier(target: Target, draft: OnnxDraft) -> None
         assert answer.usage.completion_tokens == 2
 
 
+@pytest.mark.slow
 async def test_a_verifier_that_stops_in_mid_stream(target: Target, draft: OnnxDraft) -> None:
     # A round that is under way keeps the deadline with which it began.
     async with service_pair(target, draft, deadline=IN_PROGRESS_SECONDS) as pair:

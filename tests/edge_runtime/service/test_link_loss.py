@@ -98,6 +98,7 @@ async def test_unverified_text_is_marked_and_corrected(
         assert (chunk["timings"]["withdrawn_n"] > 0) == (shown.withdrawn > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 async def test_an_answer_completed_without_a_verifier_is_marked_unverified(

@@ -85,6 +85,7 @@ async def test_a_truncated_answer() -> None:
     assert fault == Fault.BROKEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [PAGE, ELSEWHERE, PAGE.replace(b"200 OK", b"511 Network Authentication Required")])
 async def test_a_captive_portal(answer: bytes) -> None:
     async with answering(answer) as place:
@@ -145,6 +146,7 @@ async def test_certificates(
     assert hint in sentence
 
 
+@pytest.mark.slow
 async def test_diagnosis_of_an_untrusted_certificate(
     tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

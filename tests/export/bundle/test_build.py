@@ -64,6 +64,7 @@ SCALED_ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "concat"])
 @pytest.mark.parametrize("rope", SCALED_ROPES)
 def test_scaled_rope_matches_pytorch(rope: str, kind: str, tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_an_anchor_draft_has_the_identity_that_its_target_expects(tied: bool, tm
     assert "model.layers.3.mlp.up_proj.weight" in manifest.shared.fingerprints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int4", "mixed", "int8"])
 def test_quantized_weights_are_smaller_and_close(weights: str, tmp_path: Path) -> None:
     target = save_target(tmp_path / "target", hidden_size=128, intermediate_size=256, num_hidden_layers=4)

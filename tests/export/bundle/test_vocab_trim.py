@@ -93,6 +93,7 @@ def test_proposes_the_best_of_the_remaining_ids(bundle: Path, model: torch.nn.Mo
     assert context.propose(PROMPT, 8, sampling).tokens == proposal.tokens
 
 
+@pytest.mark.slow
 async def test_the_text_is_the_targets(bundle: Path, tiny_path: Path, tiny: Target) -> None:
     draft = OnnxDraft.load(bundle, threads=1)
     reference, _, end_ids = load_model(tiny_path, "cpu", "float32")
@@ -144,6 +145,7 @@ def test_a_damaged_head_file_is_an_error(bundle: Path, tmp_path: Path) -> None:
         read_bundle(tmp_path / "changed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4-k", "fp16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trimmed_head_is_quantized_like_a_whole_one(weights: str, tied: bool, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_an_answer_is_reported_from_start_to_end(url: str, client: openai.OpenAI
     assert finished.drafted == answer.timings["draft_n"]
 
 
+@pytest.mark.slow
 def test_corrected_tokens_follow_rejected_drafts(url: str, client: openai.OpenAI) -> None:
     with open_stream(url) as stream:
         read_history(stream)
@@ -135,6 +136,7 @@ def test_events_require_a_key(verifier: str, tmp_path: Path) -> None:
             assert isinstance(next(stream).event, BoardInfo)
 
 
+@pytest.mark.slow
 async def test_a_link_fault_is_reported_until_the_verifier_is_back(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft, deadline=0.3) as pair:
         await pair.verifier.stop()
@@ -153,6 +155,7 @@ async def test_a_link_fault_is_reported_until_the_verifier_is_back(target: Targe
             assert pair.service.monitoring.sampler.sample().fault == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_grace")
 async def test_unverified_tokens_are_reported_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
