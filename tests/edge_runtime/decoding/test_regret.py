@@ -119,7 +119,8 @@ async def test_every_drafted_round_is_covered_by_the_budget(
         if texts and share > 0.9:
             # The restart has not forgotten that the draft is poor.
             assert planner.state().acceptance
-            assert estimated_acceptance(planner) < 0.3
+            # A fast verifier may leave it nothing to judge: streaming is then cheaper whatever the draft is worth.
+            assert estimated_acceptance(planner) < (0.3 if seconds == SLOW else 0.7)
         budgets.append(planner.regret.tokens)
         watched = WatchedPlanner(planner)
         texts.append(await generate(slowed(target_v1, seconds), draft, watched))
