@@ -11,18 +11,11 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
+from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.generate import add_max_new_tokens_option, report_link_trouble, summarize
+from edge_runtime.cli.generations import GenerationFactory, add_generation_options
 from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
-from edge_runtime.cli.planner_options import (
-    add_planner_options,
-    add_planner_state_option,
-    make_planner,
-    open_planner_state,
-    run_probes,
-)
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
-from edge_runtime.cli.verifier_client import add_verifier_options, make_client
+from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -75,16 +68,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--top-p P", f"1 keeps all tokens {of_model} 1)", type=float)
     add_option(parser, "--seed", "same conversation and same seed, same text", default=0)
     add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
-    add_config_option(parser)
-    add_verifier_options(parser)
-    add_ngram_cache_options(parser)
-    add_planner_options(parser)
-    add_planner_state_option(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=_run)
 
 
 async def _run(options: argparse.Namespace) -> int:
-    from edge_runtime.decoding import Generation
     from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.bundle import read_bundle, read_chat_format
     from edge_runtime.service.chat_template import ChatTemplate
@@ -95,39 +83,19 @@ async def _run(options: argparse.Namespace) -> int:
     chat = read_chat_format(read_bundle(bundle, verify=False))
     template = ChatTemplate(chat, bundle)
     sampling = _make_sampling(options, chat.sampling)
-    planner = make_planner(options, settings.planner, draft)
-    planner_state = open_planner_state(settings.planner, draft.manifest)
-    planner_state.restore(planner)
-    ngram_cache = open_ngram_cache(settings.draft, draft.manifest, default_directory=None)
+    factory = GenerationFactory(options, settings, draft)
     async with contextlib.AsyncExitStack() as stack:
         if options.target:
             require_verifier_package()
             print(f"edge-runtime: starting a verifier for {options.target}", file=sys.stderr)
             url = await stack.enter_async_context(run_verifier(options.target))
             settings = settings.replace({"verifier.urls": [url]})
-        client = await stack.enter_async_context(make_client(settings.verifier))
-        surroundings = await stack.enter_async_context(run_probes(client.meter))
-
-        def generate(prompt: list[int]) -> Generation:
-            return Generation(
-                draft,
-                client,
-                prompt,
-                sampling,
-                max_new_tokens=options.max_new_tokens,
-                planner=planner,
-                model=settings.verifier.model,
-                surroundings=surroundings,
-                on_link_loss=settings.service.on_link_loss,
-                ngram_cache=ngram_cache,
-            )
-
+        client, generate = await stack.enter_async_context(factory.connect(settings, sampling))
         session = ChatSession(draft, template, generate, options.system or "")
         if not options.quiet and template.is_plain:
             print("edge-runtime: this model has no chat template: it continues a plain dialog", file=sys.stderr)
         async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
             await _talk(session, quiet=options.quiet)
-    planner_state.save(planner)
     return 0
 
 

@@ -9,16 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache, resolve_bundle
-from edge_runtime.cli.planner_options import (
-    add_planner_options,
-    add_planner_state_option,
-    make_planner,
-    open_planner_state,
-    run_probes,
-)
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
-from edge_runtime.cli.verifier_client import add_verifier_options, make_client
+from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.generations import GenerationFactory, add_generation_options
+from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol.errors import InputError
@@ -59,11 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--echo", "print the prompt before its continuation")
     add_flag(parser, "--json", "print one JSON object: text, ids, statistics")
     add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
-    add_config_option(parser)
-    add_verifier_options(parser)
-    add_ngram_cache_options(parser)
-    add_planner_options(parser)
-    add_planner_state_option(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=_run)
 
 
@@ -77,7 +66,7 @@ async def _run(options: argparse.Namespace) -> int:
     import psutil
 
     from edge_runtime.cli.text_stream import TextStream
-    from edge_runtime.decoding import Generation, decode_continuation
+    from edge_runtime.decoding import decode_continuation
     from edge_runtime.draft import OnnxDraft
 
     settings = read_settings(options)
@@ -86,22 +75,9 @@ async def _run(options: argparse.Namespace) -> int:
     sampling = _make_sampling(options)
     draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
     ids: list[int] = draft.tokenizer.encode(prompt).ids
-    planner = make_planner(options, settings.planner, draft)
-    planner_state = open_planner_state(settings.planner, draft.manifest)
-    planner_state.restore(planner)
-    async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
-        generation = Generation(
-            draft,
-            client,
-            ids,
-            sampling,
-            max_new_tokens=options.max_new_tokens,
-            planner=planner,
-            model=settings.verifier.model,
-            surroundings=surroundings,
-            on_link_loss=settings.service.on_link_loss,
-            ngram_cache=open_ngram_cache(settings.draft, draft.manifest, default_directory=None),
-        )
+    factory = GenerationFactory(options, settings, draft)
+    async with factory.connect(settings, sampling) as (client, generate):
+        generation = generate(ids)
         text = TextStream(draft.tokenizer, sys.stdout, prompt=ids)
         if options.echo and not options.json:
             text.write_prompt(prompt)
@@ -109,7 +85,6 @@ async def _run(options: argparse.Namespace) -> int:
             async for verified in generation:
                 if not options.json:
                     text.write(verified)
-    planner_state.save(planner)
     statistics = generation.statistics
     if options.json:
         new_ids = generation.ids[len(ids) :]
