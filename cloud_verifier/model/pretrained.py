@@ -187,3 +187,9 @@ def _load_error(base: Path, device: str | torch.device, quantization: str, error
             return f"{base} is quantized with {quantization}, which needs the package {package}: pip install {package}"
         return f"{base} is quantized with {quantization} and does not load on {device}: {reason[:300]}"
     return f"{base} does not load on {device}: {reason[:300]}"
+
+
+def generation_end_ids(generation_config: Any) -> list[int]:
+    """Return the tokens that end a text by a model's `generation_config`, which may be None: none, one or several."""
+    ids = generation_config.eos_token_id if generation_config else None
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

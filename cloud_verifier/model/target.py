@@ -17,7 +17,13 @@ from cloud_verifier.model.general_tier import GeneralRunner
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
 from cloud_verifier.model.merged_adapter import merge_adapter
-from cloud_verifier.model.pretrained import load_pretrained, load_text_config, text_part, usable_context
+from cloud_verifier.model.pretrained import (
+    generation_end_ids,
+    load_pretrained,
+    load_text_config,
+    text_part,
+    usable_context,
+)
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.self_test import SelfTest
@@ -336,6 +342,4 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
         raise
     except Exception as error:
         raise TargetError(f"{path} does not load on {device}: {error}") from None
-    ids = model.generation_config.eos_token_id
-    end_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
-    return model, base, end_ids | ends_of_tokenizer(base)
+    return model, base, ends_of_tokenizer(base).union(generation_end_ids(model.generation_config))

@@ -54,13 +54,12 @@ def run(options: argparse.Namespace) -> int:
     """Run the selected stages that are not done yet. Returns the exit code; raises FlexSpecError."""
     import torch
 
-    from cloud_verifier.model.gguf import resolve_checkpoint
     from export.example_family.recipe import FamilyRecipe
     from export.example_family.sizes import SIZES
 
     recipe = FamilyRecipe(
         size=SIZES[options.size],
-        source=resolve_checkpoint(options.source),
+        source=options.source,
         out=options.out,
         device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         only=options.only,

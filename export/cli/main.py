@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert_gguf_files(options: argparse.Namespace) -> None:
-    """Replace each target or draft that is a GGUF file by the directory that it is converted into."""
-    for name in ("target", "draft"):
+    """Replace each model that is a GGUF file by the directory that it is converted into."""
+    for name in ("target", "draft", "source", "sibling"):
         value = getattr(options, name, None)
         # A directory or bundle needs no PyTorch to be recognized.
         if isinstance(value, Path) and value.is_file():

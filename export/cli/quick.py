@@ -49,7 +49,6 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from cloud_verifier.acceptance.measure import read_calibration_text
-    from cloud_verifier.model.gguf import resolve_checkpoint
     from export.bundle.build import BUILD_STEPS, BundleConfig, make_bundle
     from export.common.progress import Progress
     from export.draft.quick import QuickConfig, measure_sibling, tune_cut_layers
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     draft = options.output.with_name(options.output.name + ".draft")
     if options.sibling is not None:
-        draft = resolve_checkpoint(options.sibling)
+        draft = options.sibling
         agreements = measure_sibling(options.target, draft, device, options.seed)
     else:
         shutil.rmtree(draft, ignore_errors=True)

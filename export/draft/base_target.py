@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
+from cloud_verifier.model.pretrained import generation_end_ids
 from export.data.token_stream import MixedStream, TokenStream
 from export.draft.training import LossFunction, MicroBatch
 
@@ -33,9 +34,7 @@ def next_token_loss(model: torch.nn.Module, text: TextSource, *, compiled: bool 
 def end_of_text_id(target: PreTrainedModel | Path) -> int:
     """Return the id that separates two texts: the first one that ends a text of `target`, a model or its directory."""
     generation = GenerationConfig.from_pretrained(target) if isinstance(target, Path) else target.generation_config
-    ids = generation.eos_token_id if generation else None
-    first = ids[0] if isinstance(ids, list) else ids
-    return first if first is not None else 0
+    return next(iter(generation_end_ids(generation)), 0)
 
 
 def to_device(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from cloud_verifier.model.pretrained import generation_end_ids
 from edge_runtime.protocol.errors import InputError
 from export.common.progress import Progress
 from export.data.token_stream import TokenIds
@@ -139,8 +140,7 @@ class ChatWriter:
         )
         if not self._tokenizer.chat_template:
             raise InputError(f"{directory} has no chat template, so that it cannot write chats: give text with --text")
-        ends = target.generation_config.eos_token_id if target.generation_config else None
-        own_ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        own_ends = generation_end_ids(target.generation_config)
         # A user's turn ends with any special token: templates differ in which.
         self._special_ids = sorted({*own_ends, *self._tokenizer.all_special_ids})
         self._end_ids = own_ends or self._special_ids

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cloud_verifier.acceptance.measure import TEMPERATURES
 from cloud_verifier.draft_models.layouts import build_draft
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.errors import InputError
@@ -36,7 +37,6 @@ RATE = 2e-3
 FEWEST_STEPS = 20
 # Chosen: two blocks reach in minutes what three reach in twice the time.
 NEW_BLOCKS = 2
-MEASURED_TEMPERATURES = (0.0, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def measure_sibling(target_directory: Path, sibling: Path, device: torch.device,
         )
     writer = ChatWriter(target, base_directory(target_directory))
     agreements = {}
-    for temperature in MEASURED_TEMPERATURES:
+    for temperature in TEMPERATURES:
         chats = writer.write(ChatConfig(EVALUATED_CHATS, CHAT_TOKENS, (temperature,), seed=seed)).rows()
         agreements[f"T={temperature:g}"] = measure_agreement(target, draft, chats, temperatures=[temperature])
     return agreements

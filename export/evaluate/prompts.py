@@ -17,6 +17,8 @@ from export.data.questions import EVERYDAY_QUESTIONS, HELD_OUT_CHATS
 CHATS, EVERYDAY = "chats", "everyday"
 # Prompts of chats, each of its own length; or the token ids of a long text, of which pieces are taken.
 Prompts = list[list[int]]
+# Messages in OpenAI's form.
+Chat = list[dict[str, str]]
 
 
 def load_prompts(
@@ -40,20 +42,29 @@ def load_prompts(
     chats = {path.name: read_chats(path) for path in chat_files}
     template = _chat_template(base)
     if not files and not chat_files and template is not None:
-        everyday = [[{"role": "user", "content": question}] for question in EVERYDAY_QUESTIONS]
-        chats = {CHATS: read_chats(HELD_OUT_CHATS), EVERYDAY: everyday}
+        chats = with_everyday_questions(HELD_OUT_CHATS)
     if chats and template is None:
         raise InputError(f"{base} has no chat template, which chats need: give text with --text")
-    for name, messages in chats.items():
-        rendered = [template.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
-        texts[name] = [encoding.ids for encoding in tokenizer.encode_batch(rendered, add_special_tokens=False)]
+    texts |= {name: _encode_chats(tokenizer, template, several) for name, several in chats.items()}
     if files or not chat_files:
         for name, documents in load_held_out(files).items():
             texts[name] = [*chain.from_iterable(encode_documents(tokenizer, documents))]
     return texts
 
 
-def read_chats(path: Path) -> list[list[dict[str, str]]]:
+def load_chats(base: Path, path: Path) -> dict[str, Prompts]:
+    """Return the prompts of a file of chats and of the everyday questions, for a target that has a chat template."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    template = _chat_template(base)
+    return {name: _encode_chats(tokenizer, template, chats) for name, chats in with_everyday_questions(path).items()}
+
+
+def with_everyday_questions(path: Path) -> dict[str, list[Chat]]:
+    """Return the chats of a file and the everyday questions, by name."""
+    return {CHATS: read_chats(path), EVERYDAY: [[{"role": "user", "content": text}] for text in EVERYDAY_QUESTIONS]}
+
+
+def read_chats(path: Path) -> list[Chat]:
     """Read a file of chats. Raises InputError with the line that cannot be used."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -71,6 +82,11 @@ def read_chats(path: Path) -> list[list[dict[str, str]]]:
         if not chats[-1]:
             raise InputError(f"{path}, line {number}: the chat is empty")
     return chats
+
+
+def _encode_chats(tokenizer: Tokenizer, template: Any, chats: list[Chat]) -> Prompts:
+    rendered = [template.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return [encoding.ids for encoding in tokenizer.encode_batch(rendered, add_special_tokens=False)]
 
 
 def _chat_template(base: Path) -> Any:

@@ -19,6 +19,7 @@ from cloud_verifier.acceptance.measure import (
     propose_tokens,
     rank_tokens,
 )
+from cloud_verifier.model.pretrained import generation_end_ids
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import cache_bytes, weight_bytes
@@ -118,8 +119,7 @@ class TargetWriter:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        end_ids = model.generation_config.eos_token_id
-        self._end_ids = set(() if end_ids is None else [end_ids] if isinstance(end_ids, int) else end_ids)
+        self._end_ids = set(generation_end_ids(model.generation_config))
         self.vocabulary_size: int = model.config.vocab_size
         self.context: int = model.config.max_position_embeddings
 

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 from cloud_verifier.draft_models.checkpoint import load_draft
 from cloud_verifier.model.target import load_model
 from export.data.corpus import CPP, PYTHON, gather_corpus
-from export.data.questions import EVERYDAY_QUESTIONS
 from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenIds, TokenStream, tokenize_texts
 from export.draft.base_target import end_of_text_id, to_device
 from export.draft.chats import ChatConfig, Chats, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill, head_as_in_bundle
 from export.draft.training import TrainingCurve, write_json
-from export.evaluate.prompts import read_chats
+from export.evaluate.prompts import load_chats
 from export.example_family import cards
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
 from export.example_family.sizes import FamilySize
@@ -200,11 +199,8 @@ class FamilyRecipe:
 
     def _evaluated_texts(self) -> Mapping[str, list[int] | list[list[int]]]:
         """Return held-out prompts of chats, everyday questions, and held-out code."""
-        writer = ChatWriter(self._load(TARGET), self.out / TARGET)
-        everyday = [[{"role": "user", "content": question}] for question in EVERYDAY_QUESTIONS]
-        prompts = {"chats": read_chats(self.out / "questions.jsonl"), "everyday": everyday}
-        encoded = {name: [writer.encode_prompt(chat) for chat in chats] for name, chats in prompts.items()}
-        return encoded | {domain.name: self._tokenize(domain.name, HELD_OUT).tolist() for domain in DOMAINS}
+        chats = load_chats(self.out / TARGET, self.out / "questions.jsonl")
+        return chats | {domain.name: self._tokenize(domain.name, HELD_OUT).tolist() for domain in DOMAINS}
 
     def _train_lora(self, directory: Path, checkpoint: Path, domain: str, rank: int, seed: int) -> TrainingCurve:
         base, text = self._load(TARGET), self._mixed_text({domain: EVOLVED_SHARE})
