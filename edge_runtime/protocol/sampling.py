@@ -57,19 +57,42 @@ NUCLEUS_SEARCH_TOKENS = 256
 # Chosen for speed.
 CONTENDER_NATS = 3.0
 
+# Bounds of the parameters. Penalties and bias: OpenAI's. The others were chosen: far above what is useful, and an
+# opening request stays well below the verifier's limit of a body.
+ID_LIMIT = 1 << 31
+MAX_PENALTY = 2
+MAX_BIAS = 100
+MAX_REPETITION_PENALTY = 10
+MAX_BIASED_IDS = 1024
+MAX_STOP_IDS = 256
+MAX_GRAMMAR_CHARACTERS = 1 << 18
+
+_TokenId = Annotated[int, msgspec.Meta(ge=0, lt=ID_LIMIT)]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Sampling parameters: how the target's distribution is warped, and the seed of the noise.
+    """Sampling parameters: how the target's distribution is processed and warped, and the seed of the noise.
+
+    The order in which the parameters apply is in `logits_processing`. Wherever "generated" occurs, the tokens after the
+    prompt of the first request are meant, also after a lost session is reopened.
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy decoding.
         top_k: keep the k largest logits, and ties with the k-th; 0 keeps all.
         top_p: keep the smallest set of most probable tokens that reaches this mass; 1 keeps all.
         seed: 64-bit seed of the noise.
-        ignore_eos: continue after the end-of-text token, for measurements.
+        ignore_eos: continue after the target's end-of-text tokens, for measurements; `stop_ids` still end the text.
+        min_p: keep tokens with at least this share of the most probable token's probability; 0 keeps all.
+        repetition_penalty: tokens of the prompt and of the generated text have their logits divided by it if positive,
+            multiplied if negative; 1 changes nothing.
+        presence_penalty: subtracted from the logits of all tokens that were generated already.
+        frequency_penalty: subtracted from the logit of a token as often as it was generated.
+        logit_bias: added to the logits of these token ids.
+        min_tokens: the text does not end before this many tokens were generated.
+        stop_ids: further tokens that end the text.
+        grammar: a grammar in the syntax of llguidance that the generated text must follow; empty for free text.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
@@ -78,6 +101,14 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     # No `le`: msgspec's bounds are signed 64-bit. `__post_init__` checks the upper bound.
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     ignore_eos: bool = False
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=MAX_REPETITION_PENALTY)] = 1.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    logit_bias: dict[_TokenId, Annotated[float, msgspec.Meta(ge=-MAX_BIAS, le=MAX_BIAS)]] = {}
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
+    stop_ids: list[_TokenId] = []
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         # msgspec checks the constraints on decoding only; this also covers construction in Python.
@@ -87,6 +118,39 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
             raise ValueError("a temperature above 0 must be at least 0.001; use 0 for greedy decoding")
         if not 0 <= self.seed <= MASK_64:
             raise ValueError("seed must be in [0, 2^64)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError("min_p must be in [0, 1]")
+        if not 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            raise ValueError(f"repetition_penalty must be above 0 and at most {MAX_REPETITION_PENALTY}")
+        if not abs(self.presence_penalty) <= MAX_PENALTY or not abs(self.frequency_penalty) <= MAX_PENALTY:
+            raise ValueError(f"presence_penalty and frequency_penalty must be in [-{MAX_PENALTY}, {MAX_PENALTY}]")
+        if len(self.logit_bias) > MAX_BIASED_IDS or len(self.stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"at most {MAX_BIASED_IDS} ids in logit_bias and {MAX_STOP_IDS} in stop_ids")
+        if not all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values()):
+            raise ValueError(f"every value of logit_bias must be in [-{MAX_BIAS}, {MAX_BIAS}]")
+        if not all(0 <= token < ID_LIMIT for token in (*self.logit_bias, *self.stop_ids)):
+            raise ValueError("logit_bias and stop_ids must have token ids in [0, 2^31)")
+        if not 0 <= self.min_tokens < ID_LIMIT:
+            raise ValueError("min_tokens must be in [0, 2^31)")
+        if len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise ValueError(
+                f"the grammar has {len(self.grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS}: simplify it"
+            )
+
+    @property
+    def processes_logits(self) -> bool:
+        """Whether the logits are changed before temperature, top-k, top-p and min-p (see `logits_processing`)."""
+        return self.depends_on_prompt_end or self.repetition_penalty != 1.0 or bool(self.logit_bias)
+
+    @property
+    def depends_on_prompt_end(self) -> bool:
+        """Whether the choice of a token depends on where the prompt ended, and not on the ids so far alone."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.min_tokens or self.grammar)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p may exclude candidates."""
+        return self.temperature > 0.0 and bool(self.top_k or self.top_p < 1.0 or self.min_p)
 
 
 class RankedCandidates(NamedTuple):

@@ -25,6 +25,7 @@ from edge_runtime.protocol.messages import (
     OpenReply,
     OpenRequest,
     RoundRequest,
+    TokenLogprobs,
 )
 from edge_runtime.protocol.sampling import Sampling
 
@@ -56,6 +57,14 @@ samplings = st.builds(
     top_p=st.floats(1e-6, 1),
     seed=st.integers(0, 2**64 - 1),
     ignore_eos=st.booleans(),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(ids, st.floats(-100, 100), max_size=4),
+    min_tokens=counts,
+    stop_ids=id_lists,
+    grammar=names,
 )
 openings = st.builds(
     OpenRequest,
@@ -67,7 +76,11 @@ openings = st.builds(
     model=names,
     vocabulary=names,
     draft=names,
+    generated=counts,
+    logprobs=st.integers(0, messages.MAX_LOGPROBS),
 )
+logprobs = st.integers(0, 9999 * messages.LOGPROB_UNITS).map(lambda units: -units / messages.LOGPROB_UNITS)
+token_logprobs = st.builds(TokenLogprobs, logprob=logprobs, top=st.lists(st.tuples(ids, logprobs), max_size=21))
 frames = st.builds(
     Frame,
     v=st.just(PROTOCOL_VERSION),
@@ -82,8 +95,18 @@ frames = st.builds(
     close_calls=st.lists(st.tuples(counts, floats), max_size=3),
     prefill_100us=counts,
     further=counts,
+    logprobs=st.lists(token_logprobs, max_size=3),
 )
-replies = st.builds(OpenReply, v=st.just(PROTOCOL_VERSION), session=names, version=names, context=counts, first=frames)
+replies = st.builds(
+    OpenReply,
+    v=st.just(PROTOCOL_VERSION),
+    session=names,
+    version=names,
+    context=counts,
+    first=frames,
+    needs_generated=st.booleans(),
+    cached=counts,
+)
 details = st.dictionaries(names, st.one_of(counts, names, st.lists(names, max_size=3)), max_size=3)
 refusals = st.builds(ErrorReply, v=st.just(PROTOCOL_VERSION), code=names, message=names, detail=details)
 models = st.builds(
@@ -379,6 +402,18 @@ def test_a_flipped_bit_is_detected(frame: Frame, data: st.DataObject) -> None:
         messages.decode(bytes(body), Frame, MSGPACK)
 
 
+def test_log_probabilities_cost_their_documented_bytes() -> None:
+    tokens = [100, 20_000, 48_000, 31_000]
+    frame = Frame(PROTOCOL_VERSION, 3, 2, tokens[2:])
+    plain = len(messages.encode(frame, MSGPACK))
+    for top, per_token in ((0, 3), (5, 28)):
+        others = [(40_000 + index, -0.25 - 1.5 * index) for index in range(top)]
+        entries = [TokenLogprobs(-0.5, others) for _ in tokens]
+        size = len(messages.encode(msgspec.structs.replace(frame, logprobs=entries), MSGPACK))
+        # Nine fields before it, which otherwise are trailing defaults, and the header of the bin.
+        assert size - plain == per_token * len(tokens) + 9 + 2
+
+
 def test_trailing_bytes_are_refused() -> None:
     for media_type in ENCODINGS:
         body = messages.encode(RoundRequest(PROTOCOL_VERSION, 0, 5), media_type)
@@ -412,7 +447,10 @@ def test_a_header_that_announces_gigabytes_is_refused(header: bytes) -> None:
 
 
 def test_sampling_out_of_range_is_refused_with_the_reason() -> None:
-    for field, value in (("temperature", -1.0), ("temperature", 1e-9), ("top_p", 0.0), ("top_k", -1), ("seed", 2**64)):
+    wrong: list[tuple[str, Any]] = [("temperature", -1.0), ("temperature", 1e-9), ("top_p", 0.0), ("top_k", -1)]
+    wrong += [("seed", 2**64), ("logit_bias", {"5": 101.0}), ("logit_bias", {"-5": 1.0}), ("stop_ids", [2**31])]
+    wrong += [("repetition_penalty", 0.0), ("presence_penalty", 2.5), ("min_p", 1.5), ("min_tokens", -1)]
+    for field, value in wrong:
         fields = {
             "v": 1,
             "key": "12345678",
