@@ -410,8 +410,8 @@ def test_log_probabilities_cost_their_documented_bytes() -> None:
         others = [(40_000 + index, -0.25 - 1.5 * index) for index in range(top)]
         entries = [TokenLogprobs(-0.5, others) for _ in tokens]
         size = len(messages.encode(msgspec.structs.replace(frame, logprobs=entries), MSGPACK))
-        # Nine fields before it, which otherwise are trailing defaults, and the header of the bin.
-        assert size - plain == per_token * len(tokens) + 9 + 2
+        # Eight fields before it, which otherwise are trailing defaults, and the header of the bin.
+        assert size - plain == per_token * len(tokens) + 8 + 2
 
 
 def test_trailing_bytes_are_refused() -> None:
