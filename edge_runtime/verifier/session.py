@@ -245,6 +245,8 @@ class EarlyRound:
         self.round = round
         self._client = client
         self._first = round.first = asyncio.get_running_loop().create_task(round.next_update())
+        # Whoever awaits the round gets its error. If nobody does, it does not matter, and asyncio shall not log it.
+        self._first.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def drop(self) -> None:
         """The previous round ended differently: the verifier voids this one, and its reply is discarded."""
