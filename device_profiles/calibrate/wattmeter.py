@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
+from edge_runtime.planning.board_profile import SensorLine
 from edge_runtime.probes import (
+    PowerProbe,
     PowerReading,
     RaplProbe,
     Reader,
     Roots,
     best_power,
     read_firmware,
-    read_sensors,
     read_supply,
 )
 
@@ -23,12 +25,14 @@ class Wattmeter:
         source: name of the sensor, for the profile's sources; empty without a sensor.
     """
 
-    def __init__(self, roots: Roots | None = None) -> None:
+    def __init__(self, roots: Roots | None = None, lines: Mapping[str, SensorLine] | None = None) -> None:
         """
         Args:
             roots: where to read; None for this machine.
+            lines: what the board's current sensors measure; see `PowerProbe`.
         """
         self._roots = roots or Roots()
+        self._sensors = PowerProbe(lines)
         self._rapl = RaplProbe()
         # RAPL counts joules, so power needs two readings.
         self._read()
@@ -45,4 +49,4 @@ class Wattmeter:
     def _read(self) -> PowerReading | None:
         reader = Reader(self._roots, time.monotonic())
         firmware = read_firmware(reader)
-        return best_power(read_sensors(reader), read_supply(reader), firmware, self._rapl.read(reader))
+        return best_power(self._sensors.read(reader), read_supply(reader), firmware, self._rapl.read(reader))

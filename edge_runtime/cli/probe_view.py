@@ -61,8 +61,11 @@ def _board(snapshot: Snapshot) -> Iterator[Line]:
 def _energy(snapshot: Snapshot) -> Iterator[Line]:
     if (power := snapshot.power) is not None:
         part = "whole board" if power.whole_board else "part of the board only"
-        yield _line("power", _format_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
-        for rail in power.rails if len(power.rails) > 1 else []:
+        if power.watts is None:
+            yield _line("power", "unknown", power.note)
+        else:
+            yield _line("power", _format_unit(power.watts, "W"), f"from {power.source}" if power.source else None, part)
+        for rail in power.rails if power.watts is None or len(power.rails) > 1 else []:
             yield _line("", f"{_format_unit(rail.watts, 'W')} {rail.chip} {rail.label}")
     if snapshot.supply is not None:
         for battery in snapshot.supply.batteries:

@@ -4,7 +4,7 @@
     [processor]             cores, and weight bytes per second in decode and prefill
     [power]                 watts, idle and busy
     [radio.NAME]            joules per byte over wifi, ethernet, lte or 5g
-    [sensors]               where to find the board's sensors
+    [sensors.lines]         what the board's current sensors measure
     [[draft]]               measured speed of one draft with one number of threads
     [link], [calibration]   further results of a calibration, and its circumstances
 
@@ -38,6 +38,8 @@ Text = Annotated[str, msgspec.Meta(min_length=1)]
 Sources = Annotated[list[Text], msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9._-]*\Z")]
 
+# What a current sensor measures; see `SensorHints`.
+SensorLine = Literal["board", "charger", "battery", "battery-reversed"]
 # `derived`: computed from published figures of other hardware, as the sources state.
 Origin = Literal["published", "derived", "measured"]
 
@@ -117,21 +119,15 @@ class RadioEnergies(ProfileTable, frozen=True):
 
 
 class SensorHints(ProfileTable, frozen=True):
-    """Where to find this board's sensors; probes look in all other places as well.
+    """What the board's current sensors measure, where neither their labels nor their readings say it.
 
     Attributes:
-        hwmon: `name` of hwmon devices that report power, voltage and current, or temperature.
-        power_supply: names below /sys/class/power_supply.
-        thermal: `type` of thermal zones that report the processor's temperature.
-        powercap: names of RAPL domains.
-        pmic: whether the firmware reads the power management chip (`vcgencmd pmic_read_adc`, Raspberry Pi 5).
+        lines: by chip such as `ina219`, or by chip and label such as `ina3221 VBAT`: `board` (all that the board
+            draws), `charger` (board and battery), `battery` (a positive current charges it) or `battery-reversed`
+            (a positive current discharges it).
     """
 
-    hwmon: list[Text] = []
-    power_supply: list[Text] = []
-    thermal: list[Text] = []
-    powercap: list[Text] = []
-    pmic: bool = False
+    lines: dict[Text, SensorLine] = {}
 
 
 class MeasuredDraft(ProfileTable, frozen=True):

@@ -8,7 +8,7 @@ raises `ProbeError`, which is counted and shown, and never stops the service.
 
 from edge_runtime.probes.battery import read_supply
 from edge_runtime.probes.firmware import read_firmware
-from edge_runtime.probes.power import PowerReading, read_sensors
+from edge_runtime.probes.power import PowerProbe, PowerReading
 from edge_runtime.probes.rapl import RaplProbe
 from edge_runtime.probes.roots import Reader, RecordedPrograms, Roots, run_program
 from edge_runtime.probes.snapshot import Prober, Snapshot, best_power
@@ -16,6 +16,7 @@ from edge_runtime.probes.tcp import ByteMeter, TcpInfo
 
 __all__ = [
     "ByteMeter",
+    "PowerProbe",
     "PowerReading",
     "Prober",
     "RaplProbe",
@@ -26,7 +27,6 @@ __all__ = [
     "TcpInfo",
     "best_power",
     "read_firmware",
-    "read_sensors",
     "read_supply",
     "run_program",
 ]

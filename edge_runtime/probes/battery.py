@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.roots import Reader, within
 
 JOULES_PER_MICROWATT_HOUR = 3600e-6
+# Upper bounds of a battery of a board or laptop: 10 kWh, 1 kW and 1 kV. Chosen: gauges report unknown values far above.
+MAX_JOULES, MAX_WATTS, MAX_VOLTS = 36e6, 1e3, 1e3
 
 STATES = {"Charging": "charging", "Discharging": "discharging", "Not charging": "idle", "Full": "full"}
 
@@ -97,8 +99,8 @@ def read_supply(reader: Reader) -> Supply | None:
 
 
 def _battery(reader: Reader, path: str, name: str) -> Battery:
-    percent = reader.integer(f"{path}/capacity")
-    volts = _micro(reader.integer(f"{path}/voltage_now"))
+    percent = within(reader.integer(f"{path}/capacity"), 0, 100)
+    volts = within(_micro(reader.integer(f"{path}/voltage_now")), 0.1, MAX_VOLTS)
     full = _joules(reader, path, "full", volts)
     left = _joules(reader, path, "now", volts)
     if left is None and full is not None and percent is not None:
@@ -112,19 +114,21 @@ def _battery(reader: Reader, path: str, name: str) -> Battery:
     return Battery(
         name=name,
         state=state,
-        percent=None if percent is None else float(percent),
+        percent=percent,
         joules_left=left,
         joules_full=full,
-        watts=None if watts is None else abs(watts),
+        watts=None if watts is None else within(abs(watts), 0.0, MAX_WATTS),
     )
 
 
 def _joules(reader: Reader, path: str, quantity: str, volts: float | None) -> float | None:
-    energy = reader.integer(f"{path}/energy_{quantity}")
-    if energy is not None:
-        return energy * JOULES_PER_MICROWATT_HOUR
-    charge = reader.integer(f"{path}/charge_{quantity}")
-    return None if charge is None or volts is None else charge * volts * JOULES_PER_MICROWATT_HOUR
+    energy: float | None = reader.integer(f"{path}/energy_{quantity}")
+    if energy is None:
+        charge = reader.integer(f"{path}/charge_{quantity}")
+        energy = None if charge is None or volts is None else charge * volts
+    # An empty battery has an energy of 0, but no battery is full at 0.
+    lowest = 0.0 if quantity == "now" else 1.0
+    return None if energy is None else within(energy * JOULES_PER_MICROWATT_HOUR, lowest, MAX_JOULES)
 
 
 def _micro(value: int | None) -> float | None:

@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import psutil
 
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.roots import Reader, within
 from edge_runtime.probes.route import Address, read_route
 
+# Speed of the fastest Ethernet, 1.6 Tbit/s. A driver that does not know the speed reports -1, signed or not.
+MAX_MEGABITS = 1_600_000
 KINDS = {"wlan": "wifi", "wwan": "modem"}
 
 
@@ -81,8 +83,7 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
     if not kind:
         kind = "ethernet" if reader.exists(f"{path}/device") else "virtual"
     state = reader.text(f"{path}/operstate")
-    # The speed is -1 if the driver does not know it.
-    speed = reader.integer(f"{path}/speed") or 0
+    megabits = within(reader.integer(f"{path}/speed"), 1, MAX_MEGABITS)
     counters = {
         counter: reader.integer(f"{path}/statistics/{counter}")
         for counter in ("rx_bytes", "tx_bytes", "rx_errors", "tx_errors", "rx_dropped", "tx_dropped")
@@ -91,7 +92,7 @@ def _interface(reader: Reader, path: str, name: str) -> Interface:
         name=name,
         kind=KINDS.get(kind, kind),
         up={"up": True, "down": False, "lowerlayerdown": False, "dormant": False, "notpresent": False}.get(state or ""),
-        bits_per_second=speed * 1e6 if speed > 0 else None,
+        bits_per_second=None if megabits is None else megabits * 1e6,
         received_bytes=counters.pop("rx_bytes"),
         sent_bytes=counters.pop("tx_bytes"),
         lost=sum(count or 0 for count in counters.values()),

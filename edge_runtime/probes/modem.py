@@ -10,12 +10,18 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, within
 
 T = TypeVar("T")
 
 # How mmcli prints null.
 UNKNOWN = "--"
+# What a modem can report, by 3GPP: RSSI in dBm as AT+CSQ (TS 27.007) and a margin, RSRP in dBm, RSRQ and SINR in dB as
+# the reports of TS 38.133, whose ranges include those of LTE. Modems report an absent 5G value as -32768 or -3276.8.
+RSSI_RANGE = (-120.0, -20.0)
+RSRP_RANGE = (-156.0, -31.0)
+RSRQ_RANGE = (-43.0, 20.0)
+SINR_RANGE = (-23.0, 40.0)
 MODEM_COMMAND = ("mmcli", "-m", "any", "-J")
 SIGNAL_COMMAND = ("mmcli", "-m", "any", "--signal-get", "-J")
 
@@ -90,7 +96,7 @@ def parse_modem(text: str) -> Modem:
     return Modem(
         answer.generic.state,
         [] if isinstance(technologies, str) else technologies,
-        _number(answer.generic.signal_quality.get("value", UNKNOWN)),
+        _number(answer.generic.signal_quality.get("value", UNKNOWN), 0.0, 100.0),
         None if registration == UNKNOWN else registration.startswith("roaming"),
     )
 
@@ -102,7 +108,11 @@ def parse_signal(text: str) -> ModemSignal | None:
     for technology in ("5g", "lte", "umts", "gsm"):
         values = signal.get(technology, _Values())
         radio = ModemSignal(
-            technology, _number(values.rssi), _number(values.rsrp), _number(values.rsrq), _number(values.snr)
+            technology,
+            _number(values.rssi, *RSSI_RANGE),
+            _number(values.rsrp, *RSRP_RANGE),
+            _number(values.rsrq, *RSRQ_RANGE),
+            _number(values.snr, *SINR_RANGE),
         )
         if radio != ModemSignal(technology):
             return radio
@@ -132,5 +142,5 @@ def _decoded(text: str, kind: type[T]) -> T:
         raise ProbeError(f"not the output of mmcli: {excerpt(text)}") from None
 
 
-def _number(text: str) -> float | None:
-    return None if text == UNKNOWN else decimal(text)
+def _number(text: str, low: float, high: float) -> float | None:
+    return None if text == UNKNOWN else within(decimal(text), low, high)

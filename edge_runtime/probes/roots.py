@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,8 @@ NO_DATA = {
     errno.EAGAIN,
     errno.EOPNOTSUPP,
 }
+# Characters of what a failed program printed that its error message shows. Chosen: a line of a terminal.
+MAX_MESSAGE = 120
 # `iw` is installed in sbin, which a user's PATH may lack.
 PROGRAM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -44,15 +46,26 @@ class ProbeError(FlexSpecError):
     """A file or program exists but its content cannot be parsed. A `Reader` records it and continues."""
 
 
+class ProgramFailed(ProbeError):
+    """A program exists but exits non-zero, for instance because it may not open its device.
+
+    Attributes:
+        exit_code: its exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 Run = Callable[[tuple[str, ...]], bytes | None]
 
 
 def run_program(arguments: tuple[str, ...]) -> bytes | None:
-    """Standard output of a program; None if it does not exist or exits non-zero.
-
-    For `iw`, `nmcli` and `mmcli` a non-zero exit code means "unknown", not "no link".
+    """Standard output of a program; None if it does not exist.
 
     Raises:
+        ProgramFailed: it exits non-zero; the message has the first line of what it printed.
         ProbeError: it cannot be started, or does not end within PROGRAM_SECONDS.
     """
     program = shutil.which(arguments[0], path=PROGRAM_PATH)
@@ -62,8 +75,7 @@ def run_program(arguments: tuple[str, ...]) -> bytes | None:
         done = subprocess.run(
             (program, *arguments[1:]),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             timeout=PROGRAM_SECONDS,
             # The output is parsed, so it must not be translated.
             env={**os.environ, "LC_ALL": "C"},
@@ -74,7 +86,14 @@ def run_program(arguments: tuple[str, ...]) -> bytes | None:
         ) from None
     except OSError as error:
         raise ProbeError(f"{' '.join(arguments)}: cannot be started: {error.strerror}") from None
-    return done.stdout if done.returncode == 0 else None
+    if done.returncode:
+        # `vcgencmd` prints its errors to standard output.
+        printed = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace").partition("\n")[0]
+        raise ProgramFailed(
+            f"{' '.join(arguments)}: exit code {done.returncode}: {printed[:MAX_MESSAGE] or 'no message'}",
+            done.returncode,
+        )
+    return done.stdout
 
 
 class RecordedPrograms:
@@ -144,9 +163,22 @@ class Reader:
         """Content of a file, parsed by `parse`."""
         return self._try(lambda: _parsed(path, read_bytes(path), parse))
 
-    def program(self, parse: Callable[[str], T], *arguments: str) -> T | None:
-        """Output of a program, parsed by `parse`."""
-        return self._try(lambda: _parsed(" ".join(arguments), self.roots.run(arguments), parse))
+    def program(self, parse: Callable[[str], T], *arguments: str, no_data: Container[int] = ()) -> T | None:
+        """Output of a program, parsed by `parse`; None if it is not installed, or fails, which is recorded.
+
+        Args:
+            no_data: exit codes by which it says that there is nothing to report, which is no error.
+        """
+
+        def run() -> bytes | None:
+            try:
+                return self.roots.run(arguments)
+            except ProgramFailed as failure:
+                if failure.exit_code in no_data:
+                    return None
+                raise
+
+        return self._try(lambda: _parsed(" ".join(arguments), run(), parse))
 
     def _try(self, read: Callable[[], T | None]) -> T | None:
         try:
@@ -188,6 +220,11 @@ def decimal(text: str) -> float:
     if not _DECIMAL.fullmatch(text):
         raise ProbeError(f"not a number: {excerpt(text)}")
     return float(text)
+
+
+def within(value: float | None, low: float, high: float) -> float | None:
+    """Return `value` if it lies in [low, high], else None: drivers report an unknown value as an impossible one."""
+    return float(value) if value is not None and low <= value <= high else None
 
 
 def excerpt(text: str) -> str:

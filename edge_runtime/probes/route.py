@@ -19,6 +19,8 @@ DEFAULT_PREFIX = 3
 UP = 0x1
 REJECT = 0x200
 
+# Exit codes of nmcli(1): NetworkManager is not running; it does not know the interface.
+NMCLI_NO_DATA = {8, 10}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -119,7 +121,7 @@ def read_metering(reader: Reader, host: Address | None = None) -> Metering | Non
     if route is None:
         return None
     arguments = ("nmcli", "-g", "GENERAL.METERED", "device", "show", route.interface)
-    return Metering(route.interface, reader.program(parse_metered, *arguments))
+    return Metering(route.interface, reader.program(parse_metered, *arguments, no_data=NMCLI_NO_DATA))
 
 
 def _best(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
+from edge_runtime.planning.board_profile import SensorLine
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.battery import Supply, read_supply
 from edge_runtime.probes.firmware import Firmware, read_firmware
 from edge_runtime.probes.interface import Interface, InterfaceProbe
 from edge_runtime.probes.modem import Modem, read_modem
-from edge_runtime.probes.power import PowerReading, read_sensors
+from edge_runtime.probes.power import PowerProbe, PowerReading
 from edge_runtime.probes.processor import ProcessorLoad, ProcessorProbe
 from edge_runtime.probes.rapl import RaplProbe
 from edge_runtime.probes.roots import Reader, Roots
@@ -24,6 +26,8 @@ from edge_runtime.probes.tcp import TcpInfo
 from edge_runtime.probes.thermal import Thermal, read_thermal
 from edge_runtime.probes.throttling import Throttling, ThrottlingProbe, merged, throttling_of
 from edge_runtime.probes.wireless import Station, Wireless, read_stations, read_wireless
+
+log = logging.getLogger(__name__)
 
 # Reads one sensor; returns the value of a field of `Snapshot`, None if the board has no such sensor.
 Probe = Callable[[Reader], Any]
@@ -77,6 +81,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     metering: Metering | None
     probes: dict[str, ProbeReport]
 
+    @property
+    def on_battery(self) -> bool | None:
+        """Whether the board runs on battery, by its fuel gauge or a sensor in the battery's line; None if unknown."""
+        gauge = self.supply.on_battery if self.supply is not None else None
+        return gauge if gauge is not None or self.sensors is None else self.sensors.on_battery
+
     def surroundings(self, tcp: TcpInfo | None = None) -> Surroundings:
         """The readings that a planner uses.
 
@@ -89,7 +99,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             rtt_seconds=tcp.rtt_seconds if tcp is not None else None,
             joules_left=supply.joules_left if supply is not None else None,
             watts=self.power.watts if self.power is not None else None,
-            on_battery=supply.on_battery if supply is not None else None,
+            on_battery=self.on_battery,
             throttled=self.throttling.now if self.throttling is not None else None,
             celsius=self.thermal.celsius if self.thermal is not None else None,
             # The route may have moved to another interface since NetworkManager was queried.
@@ -114,6 +124,7 @@ class Prober:
         program_period: float = PROGRAM_PERIOD_SECONDS,
         *,
         host: Address | None = None,
+        lines: Mapping[str, SensorLine] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -121,6 +132,7 @@ class Prober:
             roots: where to read; None for this machine.
             program_period: seconds between two runs of the same program.
             host: address of the verifier, whose route is reported; None for the default route.
+            lines: what the board's current sensors measure; see `PowerProbe`.
             clock: monotonic seconds.
         """
         self.latest: Snapshot | None = None
@@ -133,7 +145,7 @@ class Prober:
             "thermal": read_thermal,
             "throttling": ThrottlingProbe().read,
             "supply": read_supply,
-            "sensors": read_sensors,
+            "sensors": PowerProbe(lines).read,
             "rapl": RaplProbe().read,
             "route": lambda reader: read_route(reader, host),
             "interfaces": InterfaceProbe(host).read,
@@ -163,9 +175,14 @@ class Prober:
             return self.latest
 
     async def run(self) -> None:
-        """Take a snapshot in a worker thread every period, until cancelled."""
+        """Take a snapshot in a worker thread every period, until cancelled. New errors of a probe are logged."""
+        logged: dict[str, list[str]] = {}
         while True:
-            await asyncio.to_thread(self.take)
+            snapshot = await asyncio.to_thread(self.take)
+            for name, report in snapshot.probes.items():
+                if report.errors and report.errors != logged.get(name):
+                    log.info("probe %s: %s", name, "; ".join(report.errors))
+                logged[name] = report.errors or logged.get(name, [])
             await asyncio.sleep(self.period)
 
 
@@ -179,7 +196,7 @@ def best_power(
         return PowerReading(supply.watts, True, "battery", [])
     if firmware is not None and firmware.power is not None:
         return firmware.power
-    return rapl
+    return rapl or sensors
 
 
 class ScheduledProbe:

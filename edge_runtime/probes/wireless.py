@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from functools import partial
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt
+from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, within
 
-# How the wireless extensions report a missing noise level.
-NO_NOISE = -256.0
+# Levels that a receiver can measure, in dBm: thermal noise of a 20 MHz channel is -101, and 802.11 requires no receiver
+# to take more than -10. Drivers report an unknown level as -256, -1, 0 or, without dBm, on a scale of their own.
+MIN_DBM, MAX_DBM = -120.0, -5.0
+# `iw` exits with the kernel's errno: ENODEV for an interface that has just been removed.
+IW_NO_DEVICE = 256 - errno.ENODEV
 
 _SIGNAL = re.compile(r"signal: (\S+) dBm")
 _RATE = re.compile(r"([rt]x) bitrate: (\S+) MBit/s")
@@ -62,7 +67,7 @@ def parse_link(interface: str, text: str) -> Station:
     return Station(
         interface=interface,
         connected=True,
-        signal_dbm=decimal(signal[1]) if signal else None,
+        signal_dbm=within(decimal(signal[1]), MIN_DBM, MAX_DBM) if signal else None,
         receive_bits_per_second=decimal(rates["rx"]) * 1e6 if "rx" in rates else None,
         send_bits_per_second=decimal(rates["tx"]) * 1e6 if "tx" in rates else None,
         hertz=decimal(frequency[1]) * 1e6 if frequency else None,
@@ -78,7 +83,7 @@ def read_stations(reader: Reader) -> list[Station] | None:
     """Run `iw` for each Wi-Fi interface; None if there is none or `iw` is missing."""
     classes = f"{reader.sysfs}/class/net"
     stations = [
-        reader.program(lambda text, name=name: parse_link(name, text), "iw", "dev", name, "link")  # type: ignore[misc]
+        reader.program(partial(parse_link, name), "iw", "dev", name, "link", no_data={IW_NO_DEVICE})
         for name in reader.names(classes)
         if reader.exists(f"{classes}/{name}/phy80211")
     ]
@@ -90,13 +95,11 @@ def _wireless(line: str) -> Wireless:
     try:
         # A trailing dot marks a value as updated.
         _, quality, level, noise, _, _, _, retries, _, beacons, *_ = [word.rstrip(".") for word in rest.split()]
-        signal_dbm, noise_dbm = decimal(level), decimal(noise)
         return Wireless(
             interface=interface,
             quality=decimal(quality),
-            # Old drivers report a level on their own scale, which is not negative.
-            signal_dbm=signal_dbm if signal_dbm < 0 else None,
-            noise_dbm=noise_dbm if NO_NOISE < noise_dbm < 0 else None,
+            signal_dbm=within(decimal(level), MIN_DBM, MAX_DBM),
+            noise_dbm=within(decimal(noise), MIN_DBM, MAX_DBM),
             retries=int(decimal(retries)),
             missed_beacons=int(decimal(beacons)),
         )

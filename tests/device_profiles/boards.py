@@ -32,7 +32,7 @@ BOARD: dict[str, Any] = {
             "sources": ["a paper"],
         }
     },
-    "sensors": {"hwmon": ["ina219"], "pmic": True},
+    "sensors": {"lines": {"ina219": "board"}},
     "draft": [
         {
             "bundle": "small",

@@ -92,6 +92,13 @@ def test_on_battery(status: str, online: str | None, on_battery: bool | None, re
     assert supply is not None and supply.on_battery is on_battery
 
 
+def test_impossible_values_are_unknown(reader: Make) -> None:
+    gauge = {"type": "Battery", "status": "Discharging", "capacity": "255", "energy_now": "-1", "energy_full": "0"}
+    gauge |= {"voltage_now": "3700000", "current_now": str(0x7FFFFFFF)}
+    supply = read_supply(reader(supplies(b=gauge)))
+    assert supply == Supply([Battery("b", "discharging")], None)
+
+
 def test_peripheral_batteries_are_ignored(reader: Make) -> None:
     mouse = {"type": "Battery", "scope": "Device", "capacity": "3"}
     bay = {"type": "Battery", "present": "0", "energy_now": "1"}

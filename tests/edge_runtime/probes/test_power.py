@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.planning.board_profile import SensorLine
 from edge_runtime.probes.battery import Battery, Supply
 from edge_runtime.probes.firmware import Firmware, parse_pmic, parse_throttled
-from edge_runtime.probes.power import PowerReading, Rail, read_sensors
+from edge_runtime.probes.power import PowerProbe, PowerReading, Rail
 from edge_runtime.probes.rapl import RaplProbe
 from edge_runtime.probes.roots import ProbeError, Reader
 from edge_runtime.probes.snapshot import best_power
@@ -25,36 +26,98 @@ def chip(number: int, name: str, **attributes: object) -> dict[str, str]:
 
 
 def test_microwatts_of_one_sensor_are_the_board(reader: Make) -> None:
-    power = read_sensors(reader(chip(0, "ina226", power1_input=4_250_000, in1_input=5100, curr1_input=820)))
+    power = PowerProbe().read(reader(chip(0, "ina226", power1_input=4_250_000, in1_input=5100, curr1_input=820)))
     assert power == PowerReading(4.25, True, "ina226", [Rail("ina226", "", 4.25)])
 
 
 def test_milliamperes_times_millivolts(reader: Make) -> None:
-    power = read_sensors(reader(chip(0, "ina219", in1_input=5000, curr1_input=700)))
+    power = PowerProbe().read(reader(chip(0, "ina219", in1_input=5000, curr1_input=700)))
     assert power is not None and power.watts == pytest.approx(3.5)
 
 
 def test_a_labeled_input_rail_is_the_board(reader: Make) -> None:
     rails = {"in1_label": "VDD_IN", "in1_input": 5000, "curr1_input": 2000}
     rails |= {"in2_label": "VDD_SOC", "in2_input": 5000, "curr2_input": 500}
-    power = read_sensors(reader(chip(1, "ina3221", **rails)))
+    power = PowerProbe().read(reader(chip(1, "ina3221", **rails)))
     assert power is not None and power.watts == pytest.approx(10.0) and power.whole_board
     assert [rail.label for rail in power.rails] == ["VDD_IN", "VDD_SOC"]
 
 
 def test_rails_without_labels_are_not_added_up(reader: Make) -> None:
     files = chip(0, "ina219", power1_input=1_000_000) | chip(1, "ina219", power1_input=2_000_000)
-    power = read_sensors(reader(files))
+    power = PowerProbe().read(reader(files))
     assert power is not None and power.watts is None and not power.whole_board and len(power.rails) == 2
 
 
 def test_other_chips_are_not_the_board(reader: Make) -> None:
     files = chip(0, "amdgpu", power1_average=30_000_000) | chip(1, "BAT0", power1_input=6_000_000)
-    assert read_sensors(reader(files)) is None
+    assert PowerProbe().read(reader(files)) is None
 
 
 def test_a_current_without_voltage_gives_no_power(reader: Make) -> None:
-    assert read_sensors(reader(chip(0, "ina219", curr1_input=700))) is None
+    assert PowerProbe().read(reader(chip(0, "ina219", curr1_input=700))) is None
+
+
+def battery_line(milliamperes: int, *, milliwatts: int | None = None) -> dict[str, str]:
+    """An INA219, whose driver reports power without a sign, at 8 V."""
+    milliwatts = 8 * abs(milliamperes) if milliwatts is None else milliwatts
+    return chip(0, "ina219", in1_input=8000, curr1_input=milliamperes, power1_input=1000 * milliwatts)
+
+
+def test_a_sensor_through_which_current_has_flowed_backwards_is_not_the_board(reader: Make) -> None:
+    probe = PowerProbe()
+    power = probe.read(reader(battery_line(400)))
+    assert power is not None and (power.watts, power.note) == (3.2, "")
+    power = probe.read(reader(battery_line(-700)))
+    assert power is not None and (power.watts, power.whole_board) == (None, False)
+    assert power.rails == [Rail("ina219", "", -5.6)]
+    assert "current flows backwards through ina219" in power.note and "[sensors.lines]" in power.note
+    # It charges now; what flows into the battery is not what the board draws either.
+    power = probe.read(reader(battery_line(900)))
+    assert power is not None and power.watts is None
+
+
+@pytest.mark.parametrize("milliamperes", [0, 12])
+def test_a_reading_below_what_a_board_draws_is_not_the_board(milliamperes: int, reader: Make) -> None:
+    power = PowerProbe().read(reader(battery_line(milliamperes)))
+    assert power is not None and power.watts is None and "less than a board draws" in power.note
+
+
+@pytest.mark.parametrize(
+    ("line", "milliamperes", "watts", "on_battery"),
+    [
+        ("battery", -700, 5.6, True),
+        ("battery", 900, None, False),
+        ("battery", 0, None, False),
+        ("battery-reversed", 700, 5.6, True),
+        ("battery-reversed", -900, None, False),
+        ("charger", 900, None, None),
+        ("board", 900, 7.2, None),
+    ],
+)
+def test_the_profile_says_which_line_a_sensor_measures(
+    line: SensorLine, milliamperes: int, watts: float | None, on_battery: bool | None, reader: Make
+) -> None:
+    power = PowerProbe({"ina219": line}).read(reader(battery_line(milliamperes)))
+    assert power is not None and (power.watts, power.on_battery) == (watts, on_battery)
+    assert power.whole_board is (watts is not None) and bool(power.note) is (watts is None)
+
+
+def test_a_line_may_be_named_with_its_label(reader: Make) -> None:
+    rails = {"in1_label": "VBAT", "in1_input": 4000, "curr1_input": 1000}
+    rails |= {"in2_label": "VSYS", "in2_input": 5000, "curr2_input": 600}
+    at = reader(chip(1, "ina3221", **rails))
+    assert PowerProbe({"ina3221 VBAT": "battery", "ina3221 VSYS": "board"}).read(at) == PowerReading(
+        3.0, True, "ina3221 VSYS", [Rail("ina3221", "VBAT", 4.0), Rail("ina3221", "VSYS", 3.0)], False
+    )
+    unknown = PowerProbe().read(at)
+    assert unknown is not None and unknown.watts is None and "no rail is known" in unknown.note
+
+
+def test_a_single_sensor_with_the_label_of_another_line_is_not_the_board(reader: Make) -> None:
+    files = chip(0, "ina226", in1_label="VBUS_CHARGER", in1_input=5000, curr1_input=900)
+    power = PowerProbe().read(reader(files))
+    assert power is not None and power.watts is None
 
 
 def zones(package: int, dram: int) -> dict[str, str]:

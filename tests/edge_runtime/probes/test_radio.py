@@ -68,12 +68,16 @@ def test_wireless_levels_of_old_and_new_drivers() -> None:
         + " wlan0: 0000   58.  -52.  -95.       0      0      0      7      0        3\n"
         + " wlan1: 0000   43   187    0         0      0      0      0      0        0\n"
     )
+    for level in ("-256.", "-1.", "0"):
+        (unknown,) = parse_wireless(HEAD + f" wlan0: 0000   58.  {level}  {level}  0 0 0 7 0 3\n")
+        assert (unknown.signal_dbm, unknown.noise_dbm, unknown.quality) == (None, None, 58.0)
     assert (new.signal_dbm, new.noise_dbm, new.retries, new.missed_beacons) == (-52.0, -95.0, 7, 3)
     assert (old.signal_dbm, old.noise_dbm) == (None, None)
     assert parse_wireless(HEAD) == []
 
 
 def test_a_link_without_rates() -> None:
+    assert parse_link("wlan0", "Connected to 02:00:5e:10:20:30\n\tsignal: -1 dBm") == Station("wlan0", True)
     assert parse_link("wlan0", "Connected to 02:00:5e:10:20:30 (on wlan0)") == Station("wlan0", True)
     with pytest.raises(ProbeError):
         parse_link("wlan0", "Connected to 02:00:5e:10:20:30 (on wlan0)\n\tsignal: loud dBm")
@@ -103,6 +107,9 @@ def test_5g_before_lte_and_none_before_measuring() -> None:
     assert isinstance(signal["lte"], dict)
     signal["5g"] = {"rsrp": "-98.00", "rsrq": "-12.00", "snr": "--"}
     assert parse_signal(json.dumps(answer)) == ModemSignal("5g", None, -98.0, -12.0, None)
+    signal["5g"] = {"rsrp": "-32768.00", "rsrq": "-32768.00", "snr": "-3276.80"}
+    radio = parse_signal(json.dumps(answer))
+    assert radio is not None and radio.technology == "lte"
     for technology in ("5g", "lte"):
         signal[technology] = {"rsrp": "--", "rsrq": "--", "snr": "--"}
     assert parse_signal(json.dumps(answer)) is None

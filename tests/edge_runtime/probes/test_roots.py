@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edge_runtime.probes import roots as module
 from edge_runtime.probes.roots import (
     ProbeError,
+    ProgramFailed,
     Reader,
     RecordedPrograms,
     Roots,
@@ -22,6 +23,8 @@ from edge_runtime.probes.roots import (
     read_bytes,
     run_program,
 )
+from edge_runtime.probes.snapshot import Prober
+from tests.edge_runtime.probes.conftest import BOARDS
 
 
 @given(st.integers(-(10**19), 10**19))
@@ -30,9 +33,53 @@ def test_integers(number: int) -> None:
     assert decimal(str(number)) == float(number)
 
 
-def test_a_missing_or_failing_program_gives_none() -> None:
-    assert run_program(("no-such-program-anywhere",)) is None
-    assert run_program((sys.executable, "-c", "print('no'); raise SystemExit(3)")) is None
+def program(directory: Path, name: str, script: str) -> None:
+    """Write a shell script that stands in for a sensor program."""
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+def test_a_program_that_fails_is_told_apart_from_one_that_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROGRAM_PATH", str(tmp_path))
+    reader = Reader(Roots(), 0.0)
+    assert reader.program(str, "iw", "dev") is None and reader.errors == []
+    program(tmp_path, "iw", "echo 'command failed: No such device (-19)' >&2; exit 237")
+    assert reader.program(str, "iw", "dev", no_data={237}) is None and reader.errors == []
+    assert reader.program(str, "iw", "dev") is None
+    assert reader.errors == ["iw dev: exit code 237: command failed: No such device (-19)"]
+    with pytest.raises(ProgramFailed) as caught:
+        run_program(("iw",))
+    assert caught.value.exit_code == 237
+
+
+@pytest.mark.parametrize("code", [0, 255])
+def test_firmware_that_may_not_be_asked_is_an_error_of_its_probe(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vcgencmd` says on standard output that its device is closed to it; old ones exit 0 all the same."""
+    board = BOARDS / "raspberry-pi-5"
+    monkeypatch.setattr(module, "PROGRAM_PATH", str(tmp_path))
+    roots = Roots(board / "sysfs", board / "procfs")
+    absent = Prober(roots).take()
+    assert absent.firmware is None and absent.probes["firmware"].errors == []
+    program(tmp_path, "vcgencmd", f'echo "Can\'t open device file: /dev/vcio_gencmd"; exit {code}')
+    failed = Prober(roots).take()
+    assert failed.firmware is None and failed.probes["firmware"].failures == 1
+    assert any("vcgencmd pmic_read_adc: " in error for error in failed.probes["firmware"].errors)
+    assert all("open device file: /dev/vcio_gencmd" in error for error in failed.probes["firmware"].errors)
+
+
+def test_every_probe_that_runs_a_program_counts_its_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROGRAM_PATH", str(tmp_path))
+    for name in ("iw", "nmcli", "mmcli", "vcgencmd"):
+        program(tmp_path, name, "echo broken >&2; exit 1")
+    failed = set()
+    for board in BOARDS.iterdir():
+        snapshot = Prober(Roots(board / "sysfs", board / "procfs")).take()
+        failed |= {name for name, report in snapshot.probes.items() if any("exit code 1" in e for e in report.errors)}
+    assert failed == {"firmware", "stations", "modem", "metering"}
 
 
 def test_programs_run_in_the_c_locale() -> None:
