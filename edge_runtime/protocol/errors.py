@@ -4,6 +4,7 @@
     ├── InputError               the request cannot be served: empty prompt, bad sampling parameters, unreadable file
     │   ├── ProfileError             a device profile does not exist or parse (`planning.board_profile`)
     │   ├── ConfigurationError       an error in the configuration file or the environment (`settings`)
+    │   ├── GrammarError             a grammar is invalid, or too costly (`protocol.grammar`)
     │   ├── DamagedMessage           a message whose checksum is wrong (`protocol.messages`)
     │   └── UnknownVersion           the registry has no such version or alias (`cloud_verifier.registry.catalog`)
     ├── ProbeError               a sensor file does not parse (`probes.roots`); counted, never raised to callers

@@ -346,10 +346,21 @@ def token_probability(logits: npt.NDArray[np.float32], token: int, temperature: 
 
 def accepted_length(draft: list[int], chosen: list[int]) -> int:
     """Return how many leading draft tokens equal the target's choices: the acceptance rule."""
-    for index, (draft_token, target_token) in enumerate(zip(draft, chosen, strict=False)):
-        if draft_token != target_token:
-            return index
-    return min(len(draft), len(chosen))
+    return common_prefix_length(draft, chosen)
+
+
+def common_prefix_length(ids: list[int], other: list[int]) -> int:
+    """Return how many leading ids are equal, by bisection: comparing slices is fast."""
+    low, high = 0, min(len(ids), len(other))
+    if ids[:high] == other[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ids[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def validate_prompt(prompt: list[int], vocabulary_size: int) -> None:
