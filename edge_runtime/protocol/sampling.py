@@ -4,10 +4,12 @@ The rule. For a request with seed s, the token at absolute position t (0 is the 
 
     argmax_i ( log p_i(t) + g_i ),    g_i = -log(-log(u_i)),    u_i = u(s, t, i) in (0, 1)
 
-with p the target's distribution after temperature, top-k and top-p, applied in this order and as Hugging Face's logits
-warpers define them. This is the Gumbel-max trick, so the token is distributed exactly as p. The normalizer of p does
-not change the argmax, so the coupled scores are computed as logit_i / T + g_i, in float64 from float32 logits, over the
-candidates that the warpers keep. At temperature 0 the token is the plain argmax. Ties go to the lower id.
+with p the target's distribution after the processors of `logits_processing` (bias, penalties, minimum length, grammar)
+and then temperature, top-k, top-p and min-p, applied in this order and as Hugging Face's logits warpers define them.
+This is the Gumbel-max trick, so the token is distributed exactly as p. The normalizer of p does not change the argmax,
+so the coupled scores are computed as logit_i / T + g_i, in float64 from the processed float32 logits, over the
+candidates that the warpers keep. At temperature 0 the token is the argmax of the processed logits. Ties go to the lower
+id. A logit of -inf excludes its token.
 
 The noise. u is a counter-based hash, SplitMix64's finalizer, of seed, position and token id, modulo 2^64:
 
@@ -205,11 +207,11 @@ def gumbel_noise(u: Floats) -> Floats:
 
 
 def filter_candidates(logits: npt.NDArray[np.float32], sampling: Sampling) -> Ids:
-    """Return the ids that top-k and top-p keep of `logits` (V,), ascending: (m,) int64 with m >= 1.
+    """Return the ids that top-k, top-p and min-p keep of `logits` (V,), ascending: (m,) int64 with m >= 1.
 
-    Matches `TopKLogitsWarper` and `TopPLogitsWarper` after `TemperatureLogitsWarper`: ties with the k-th logit are
-    kept; a token is kept iff the mass of all tokens up to and including it, summed from the least probable up, exceeds
-    1 - top_p.
+    Matches `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper` after `TemperatureLogitsWarper`: ties with the
+    k-th logit are kept; a token is kept iff the mass of all tokens up to and including it, summed from the least
+    probable up, exceeds 1 - top_p; and iff its logit / T is at least the largest one plus log(min_p).
     """
     kept: Ids
     if 0 < sampling.top_k < logits.size:
@@ -217,11 +219,15 @@ def filter_candidates(logits: npt.NDArray[np.float32], sampling: Sampling) -> Id
         kept = np.flatnonzero(logits >= kth)
     else:
         kept = np.arange(logits.size)
-    if sampling.top_p < 1.0:
+    if sampling.top_p < 1.0 or sampling.min_p:
         scaled = logits[kept].astype(np.float64) / sampling.temperature
-        mass = np.exp(scaled - scaled.max())
-        mass /= mass.sum()
-        return np.sort(kept[_nucleus(mass, sampling.top_p)])
+        if sampling.top_p < 1.0:
+            mass = np.exp(scaled - scaled.max())
+            mass /= mass.sum()
+            nucleus = np.sort(_nucleus(mass, sampling.top_p))
+            kept, scaled = kept[nucleus], scaled[nucleus]
+        if sampling.min_p:
+            kept = kept[scaled >= scaled.max() + math.log(sampling.min_p)]
     return kept
 
 
@@ -270,7 +276,7 @@ class CoupledSampler:
         """Return the `count` best candidates at `position` by coupled score; the first is the chosen token.
 
         Args:
-            logits: (V,) float32, finite.
+            logits: (V,) float32, processed; -inf excludes a token, and at least one is finite.
             position: absolute position of the token to choose, 0 being the first prompt token.
             count: how many candidates to return, at least 1.
         """
@@ -278,7 +284,7 @@ class CoupledSampler:
             ids = _largest(logits, count)
             return RankedCandidates(ids, [float(logits[i]) for i in ids])
         key = position_key(sampling.seed, position)
-        if sampling.top_k or sampling.top_p < 1.0:
+        if sampling.truncates:
             kept = filter_candidates(logits, sampling)
             scores = self._scores(logits, kept, sampling.temperature, key)
         else:
@@ -288,6 +294,7 @@ class CoupledSampler:
             top = np.flatnonzero(scores >= np.partition(scores, scores.size - count)[scores.size - count])
             kept, scores = kept[top], scores[top]
         best = np.lexsort((kept, -scores))[:count]
+        best = best[scores[best] > -np.inf]
         return RankedCandidates(kept[best].tolist(), scores[best].tolist())
 
     def _scores(self, logits: npt.NDArray[np.float32], ids: Ids, temperature: float, key: int) -> Floats:
@@ -308,7 +315,8 @@ class CoupledSampler:
         edge = float(logits.max()) - CONTENDER_NATS * temperature
         head = np.flatnonzero(logits >= edge)
         if head.size < count:
-            edge, head = -math.inf, np.arange(logits.size)
+            head = np.flatnonzero(logits > -np.inf)
+            return head, self._scores(logits, head, temperature, key)
         scores = self._scores(logits, head, temperature, key)
         bar = float(scores.max() if count == 1 else np.partition(scores, head.size - count)[head.size - count])
         # The slack makes rounding of the threshold only ever add contenders.
@@ -322,7 +330,7 @@ class CoupledSampler:
 
 
 def _largest(scores: npt.NDArray[np.floating], count: int) -> list[int]:
-    """Indices of the `count` largest, best first, ties to the lower index."""
+    """Indices of the `count` largest above -inf, best first, ties to the lower index."""
     if count == 1:
         return [int(scores.argmax())]
     # For a few candidates, one search for each is faster than sorting.
@@ -330,6 +338,8 @@ def _largest(scores: npt.NDArray[np.floating], count: int) -> list[int]:
     best = []
     for _ in range(min(count, scores.size)):
         best.append(int(remaining.argmax()))
+        if remaining[best[-1]] == -np.inf:
+            return best[:-1]
         remaining[best[-1]] = -np.inf
     return best
 

@@ -407,7 +407,7 @@ def test_log_probabilities_cost_their_documented_bytes() -> None:
     frame = Frame(PROTOCOL_VERSION, 3, 2, tokens[2:])
     plain = len(messages.encode(frame, MSGPACK))
     for top, per_token in ((0, 3), (5, 28)):
-        others = [(40_000 + index, -0.25 - 1.5 * index) for index in range(top)]
+        others = [(40_000 + index, -0.25 - 0.75 * index) for index in range(top)]
         entries = [TokenLogprobs(-0.5, others) for _ in tokens]
         size = len(messages.encode(msgspec.structs.replace(frame, logprobs=entries), MSGPACK))
         # Eight fields before it, which otherwise are trailing defaults, and the header of the bin.
