@@ -1,0 +1,83 @@
+"""Grammars of llguidance (`Sampling.grammar`) from what people write: JSON schemas, regular expressions, choices, GBNF
+and Lark.
+
+Nothing is compiled here: whether the result is valid, `grammar.GrammarTokenizer.compile` finds out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+from edge_runtime.protocol.grammar import GrammarError
+
+# How JSON is laid out: as Python's `json.dumps` does, and most JSON in what models read. A grammar that leaves
+# whitespace to the model forces far fewer tokens, and lets a weak model write nothing else.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# The converter of GBNF is written in Python and takes time that grows with the square of the number of rules.
+MAX_GBNF_CHARACTERS = 1 << 15
+
+JsonSchema = dict[str, Any] | bool
+
+
+def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = None) -> str:
+    """Return the grammar of the JSON values that match `schema`, written with `layout`.
+
+    Properties come in the order of the schema. Its keyword `x-guidance` has precedence over `layout`.
+
+    Args:
+        schema: a JSON schema, or the text of one.
+        layout: options of llguidance's JSON compiler; None for `JSON_LAYOUT`.
+
+    Raises:
+        GrammarError: not a JSON schema.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.json.decode(schema, type=JsonSchema)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise GrammarError(f"not a JSON schema: {error}") from None
+    if schema is False:
+        raise GrammarError("no value matches the schema false")
+    # llguidance takes objects alone.
+    text = msgspec.json.encode({} if schema is True else schema).decode()
+    return LLMatcher.grammar_from_json_schema(text, defaults=JSON_LAYOUT if layout is None else layout)
+
+
+def from_regex(regex: str) -> str:
+    """Return the grammar of the texts that match the regular expression `regex` as a whole (syntax of Rust's regex)."""
+    # A match of the whole text is at its start and its end anyway, and llguidance refuses anchors.
+    regex = regex.removeprefix("^")
+    if re.search(r"(?<!\\)(\\\\)*\$$", regex):
+        regex = regex[:-1]
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def from_choices(choices: list[str]) -> str:
+    """Return the grammar of exactly these texts. Raises GrammarError if there are none."""
+    if not choices:
+        raise GrammarError("there is nothing to choose from")
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(msgspec.json.encode(text).decode() for text in choices))
+
+
+def from_grammar(text: str) -> str:
+    """Return a grammar in the syntax of Lark or of llama.cpp (GBNF) in that of llguidance.
+
+    Raises:
+        GrammarError: not GBNF, or too long.
+    """
+    if text.lstrip().startswith("{"):
+        # llguidance's own.
+        return text
+    if is_lark_syntax(text):
+        return LLMatcher.grammar_from_lark(text)
+    if len(text) > MAX_GBNF_CHARACTERS:
+        raise GrammarError(f"a GBNF grammar of {len(text)} characters; at most {MAX_GBNF_CHARACTERS}")
+    try:
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
+    except Exception as error:  # the converter raises bare Exception, IndexError and RecursionError, too
+        raise GrammarError(f"neither Lark (a rule `start: ...`) nor GBNF (a rule `root ::= ...`): {error}") from None
