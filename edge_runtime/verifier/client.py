@@ -19,7 +19,7 @@ from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
 from edge_runtime.protocol.messages import ErrorCode, Message
 from edge_runtime.verifier.endpoint import UNHEALTHY, Endpoint
-from edge_runtime.verifier.link_faults import HINTS, BrokenAnswer, Fault, LinkFailure
+from edge_runtime.verifier.link_faults import HINTS, BrokenAnswer, Fault, LinkFailure, LinkState
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -102,6 +102,26 @@ class VerifierClient:
     def trouble(self) -> LinkFailure | None:
         """The last failure of the preferred endpoint; None if it works."""
         return self.pick().trouble
+
+    @property
+    def link_state(self) -> LinkState:
+        """Whether any of the verifiers can be used."""
+        problems = [endpoint.problem for endpoint in self.endpoints]
+        if any(e.answered_at is not None and not p for e, p in zip(self.endpoints, problems, strict=True)):
+            return LinkState(True)
+        known = [problem for problem in problems if problem is not None]
+        return LinkState(False, known[0]) if len(known) == len(problems) else LinkState(None)
+
+    async def check(self) -> None:
+        """Ask the verifiers for their models, the preferred one first, until one answers; updates `link_state`.
+
+        Takes about a minute at most for each of them.
+        """
+        for endpoint in self.endpoints:
+            with contextlib.suppress(LinkFailure, VerifierRefused):
+                async with endpoint.exchange("GET", "/v1/models", None) as response:
+                    parsed(await response.aread(), messages.ModelList)
+                return
 
     def pick(self, without: Collection[Endpoint] = ()) -> Endpoint:
         """The first healthy endpoint, or the one whose last failure is oldest if none is healthy."""

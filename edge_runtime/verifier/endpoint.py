@@ -20,9 +20,11 @@ from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Message
 from edge_runtime.verifier.http_transport import CONNECT_SECONDS, READ_SECONDS, new_transport, use_lean_headers
 from edge_runtime.verifier.link_faults import (
+    HINTS,
     PERSISTENT,
     Fault,
     LinkFailure,
+    LinkProblem,
     failure_of,
     portal_of,
     probe_over_http,
@@ -44,6 +46,11 @@ TRANSPORT_ERRORS = (
 )
 # Refusals that concern the verifier itself rather than the request.
 UNHEALTHY = {ErrorCode.OVERLOADED, ErrorCode.STARTING, ErrorCode.INTERNAL, ErrorCode.DRAINING}
+# Refusals that every request of this board would get.
+DENIALS = {
+    *(ErrorCode.UNAUTHORIZED, ErrorCode.FORBIDDEN),
+    *(ErrorCode.UNKNOWN_ROUTE, ErrorCode.UNSUPPORTED_VERSION),
+}
 # Upper bound of an accepted Retry-After.
 MAX_RETRY_AFTER_SECONDS = 3600
 
@@ -55,6 +62,9 @@ class Endpoint:
         url: base URL without a trailing slash.
         trouble: the last failure; None after a success.
         failed_at: its time by `time.monotonic`.
+        denial: why the verifier refuses whatever this board asks, such as an unknown token; None if it does not.
+        failing_since: Unix time of the first failure or denial after the last success.
+        answered_at: time of the last answer by `time.monotonic`; None before the first.
     """
 
     def __init__(
@@ -85,6 +95,9 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.trouble: LinkFailure | None = None
         self.failed_at = 0.0
+        self.denial: VerifierRefused | None = None
+        self.failing_since = 0.0
+        self.answered_at: float | None = None
         self._failures = 0
         self._secure = parsed.scheme == "https"
         self._host, self._port = parsed.host, parsed.port or 443
@@ -102,6 +115,17 @@ class Endpoint:
     def healthy(self) -> bool:
         """Whether to prefer this endpoint: few recent failures, or the cooldown is over."""
         return self._failures < MAX_FAILURES or time.monotonic() - self.failed_at > COOLDOWN_SECONDS
+
+    @property
+    def problem(self) -> LinkProblem | None:
+        """Why no round can be verified here, as far as known; None while this works, or nothing was tried."""
+        if self.denial is not None:
+            text = str(self.denial).removesuffix(f" [{self.denial.code}]")
+            return LinkProblem(self.denial.code, f"{self.url} refuses this board: {text}", self.failing_since)
+        if self.trouble is None or (self._failures < MAX_FAILURES and self.answered_at is not None):
+            return None
+        fault = self.trouble.fault
+        return LinkProblem(fault, f"{self.url}: {self.trouble}: {HINTS[fault]}", self.failing_since)
 
     def set_token(self, token: str) -> None:
         """Use another bearer token from now on; empty for none."""
@@ -147,18 +171,22 @@ class Endpoint:
                     LinkFailure(str(refused), Fault.UNAVAILABLE), persistent=refused.code == ErrorCode.DRAINING
                 )
             else:
-                self._record_success()
+                self._record_answer(refused if refused.code in DENIALS else None)
             raise
         else:
-            self._record_success()
+            self._record_answer()
 
     def _record_failure(self, failure: LinkFailure, *, persistent: bool = False) -> LinkFailure:
         self._failures += MAX_FAILURES if persistent or failure.fault in PERSISTENT else 1
-        self.trouble, self.failed_at = failure, time.monotonic()
+        if self.trouble is None and self.denial is None:
+            self.failing_since = time.time()
+        self.trouble, self.failed_at, self.denial = failure, time.monotonic(), None
         return failure
 
-    def _record_success(self) -> None:
-        self._failures, self.trouble = 0, None
+    def _record_answer(self, denial: VerifierRefused | None = None) -> None:
+        if denial is not None and self.trouble is None and self.denial is None:
+            self.failing_since = time.time()
+        self._failures, self.trouble, self.denial, self.answered_at = 0, None, denial, time.monotonic()
 
     async def _diagnose(self, failure: LinkFailure) -> LinkFailure:
         """Refine `failure` if TLS may be the cause: a rejected certificate of either side, or a wrong clock."""

@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import httpx
 
@@ -53,6 +54,19 @@ HINTS = {
     Fault.CLOCK: "this board's clock is wrong, so no certificate can be checked: `timedatectl` shows it, NTP sets it",
     Fault.PORTAL: "a captive portal intercepts the connection: open any page in a browser on this network and log in",
 }
+# The closest errno of each fault, for those who know only numbers: systemd shows it as the service's error.
+ERRNOS: dict[str, int] = {
+    Fault.DNS: errno.EHOSTUNREACH,
+    Fault.REFUSED: errno.ECONNREFUSED,
+    Fault.NO_ROUTE: errno.ENETUNREACH,
+    Fault.TIMED_OUT: errno.ETIMEDOUT,
+    Fault.BROKEN: errno.EBADMSG,
+    Fault.UNAVAILABLE: errno.EAGAIN,
+    Fault.TLS: errno.EKEYREJECTED,
+    Fault.CERTIFICATE: errno.EKEYREJECTED,
+    Fault.CLOCK: errno.EKEYEXPIRED,
+    Fault.PORTAL: errno.ECONNABORTED,
+}
 # An immediate retry cannot help.
 PERSISTENT = {
     *(Fault.TIMED_OUT, Fault.DNS, Fault.REFUSED, Fault.NO_ROUTE),
@@ -68,6 +82,45 @@ CERTIFICATE_ALERTS = (
     "CERTIFICATE_UNKNOWN",
     "ACCESS_DENIED",
 )
+
+
+class LinkProblem(NamedTuple):
+    """Why a verifier cannot be used.
+
+    Attributes:
+        code: a `Fault`, or the `protocol.messages.ErrorCode` of a refusal.
+        reason: the URL, the cause, and what to do.
+        since: Unix time at which it began.
+    """
+
+    code: str
+    reason: str
+    since: float
+
+    @property
+    def errno(self) -> int:
+        """The errno that is closest to the cause."""
+        return ERRNOS.get(self.code, errno.EACCES)
+
+
+class LinkState(NamedTuple):
+    """Whether a verifier can be reached, as far as the last attempts tell.
+
+    Attributes:
+        reachable: None before the first attempt.
+        problem: of the preferred verifier, if none is reachable.
+    """
+
+    reachable: bool | None
+    problem: LinkProblem | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why no verifier can be used, and since when; empty while one can, or if none was tried."""
+        if self.problem is None:
+            return ""
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.problem.since))
+        return f"no verifier can be used since {since}: {self.problem.reason}"
 
 
 class LinkFailure(Exception):

@@ -46,6 +46,7 @@ class VerifierSession:
         version: the exact target version; empty until the session is open.
         finish: finish reason; empty while the text continues.
         recoveries: how often a lost session was reopened.
+        cached: tokens of the prompt whose KV cache the verifier had when the session was first opened.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class VerifierSession:
         self.version = ""
         self.finish = ""
         self.recoveries = 0
+        self.cached = 0
         self._client = client
         self._opening = OpenRequest(
             messages.PROTOCOL_VERSION,
@@ -192,6 +194,8 @@ class VerifierSession:
                     reply = parsed(body, OpenReply)
                     if not reply.session.startswith(messages.session_id_prefix(self._opening.key)):
                         raise BrokenAnswer("an answer to another opening")
+                    if not self.version:
+                        self.cached = reply.cached
                     self._id, self.version = reply.session, reply.version
                     self._needs_generated = reply.needs_generated
                     opening, frame = False, reply.first

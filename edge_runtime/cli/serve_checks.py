@@ -1,0 +1,126 @@
+"""What `edge-runtime serve` checks before it loads anything: settings, options, secrets, the client, and the bundle.
+
+`config check` and `service install` run these same checks, so that they refuse what `serve` would refuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.verifier_client import check_verifier_settings, make_client
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.settings import Settings
+
+# `serve` checks its options before it loads what takes long.
+if TYPE_CHECKING:
+    from edge_runtime.protocol.bundle import Manifest
+    from edge_runtime.service.state import ServiceLimits
+    from edge_runtime.verifier import VerifierClient
+
+
+class ServeSetup(NamedTuple):
+    """What follows from the configuration and the options of `serve`, checked.
+
+    Attributes:
+        client: has no connection yet; whoever uses it closes it.
+        bundle: directory of the draft bundle; it exists and fits into memory. None if none is installed.
+    """
+
+    settings: Settings
+    limits: ServiceLimits
+    keys: frozenset[str]
+    client: VerifierClient
+    bundle: Path | None
+
+
+def check_serve(options: argparse.Namespace, settings: Settings) -> ServeSetup:
+    """Check the options of `serve` and the settings that result from them and the configuration.
+
+    Raises:
+        InputError: `serve` would refuse them.
+        BundleError: the configured bundle cannot be used.
+    """
+    limits, keys = check_limits(options, settings)
+    client = make_client(settings.verifier)
+    installed = settings.draft.bundle or os.path.lexists(settings.draft.store / "current")
+    bundle = resolve_bundle(options, settings.draft)
+    if installed or bundle.exists():
+        from edge_runtime.protocol.bundle import read_bundle
+
+        manifest = read_bundle(bundle, verify=False).manifest
+        check_memory(manifest, settings.service.max_concurrent, settings.draft.prefix_cache_mib)
+    return ServeSetup(settings, limits, keys, client, bundle if installed or bundle.exists() else None)
+
+
+def check_limits(options: argparse.Namespace, settings: Settings) -> tuple[ServiceLimits, frozenset[str]]:
+    """Check what a reload may change. Returns the limits and the API keys. Raises InputError."""
+    limits, keys = make_limits(options, settings), read_api_keys(settings.service.api_key_file)
+    check_verifier_settings(settings.verifier)
+    port = settings.service.port
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port {port}: must be in [0, 65535]")
+    if bool(options.certificate) != bool(options.key):
+        raise InputError("--certificate and --key go together")
+    return limits, keys
+
+
+def make_limits(options: argparse.Namespace, settings: Settings) -> ServiceLimits:
+    """Create the limits of the service. Raises InputError."""
+    from edge_runtime.service.state import ServiceLimits
+
+    service = settings.service
+    for flag, value, minimum in (
+        ("--max-concurrent", service.max_concurrent, 1),
+        ("--max-waiting", service.max_waiting, 0),
+        ("--max-new-tokens", options.max_new_tokens, 1),
+        ("--max-body", options.max_body, 1),
+        ("--threads", settings.draft.threads, 0),
+        ("--grace", options.grace, 0),
+    ):
+        if value < minimum:
+            raise InputError(f"{flag} {value}: must be at least {minimum}")
+    return ServiceLimits(service.max_concurrent, service.max_waiting, options.max_new_tokens, options.max_body)
+
+
+def read_api_keys(path: Path | None) -> frozenset[str]:
+    """Read API keys, one per line; blank lines and lines that begin with # are skipped. None yields no keys.
+
+    Raises:
+        InputError: the file cannot be read or has no key.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the API keys in {path}: {error}") from None
+    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise InputError(f"{path} has no API key: write one per line")
+    return keys
+
+
+def check_memory(manifest: Manifest, answers: int, prefix_cache_mib: int = 0) -> None:
+    """Raise InputError if the draft's KV caches exceed the memory available now.
+
+    Args:
+        answers: number of full contexts.
+        prefix_cache_mib: what the caches of ended texts take in addition.
+    """
+    import psutil
+
+    from edge_runtime.planning.board_profile import cache_bytes
+
+    context = manifest.architecture.context
+    needed = answers * cache_bytes(manifest) * context + (prefix_cache_mib << 20)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise InputError(
+            f"--max-concurrent {answers}, --draft-prefix-cache {prefix_cache_mib}: the draft's KV caches for {answers} "
+            f"contexts of {context} tokens and for ended texts take {needed >> 20} MB, and {available >> 20} MB are "
+            "available; lower them"
+        )
