@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud_verifier.registry.catalog import NAME
+from edge_runtime.common.credentials import find_credential
 from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
@@ -58,14 +59,14 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         serve.add_argument(
             f"--{name}",
             type=Path,
-            default=_systemd_credential(credential),
+            default=find_credential(credential),
             metavar="FILE",
             help=f"{text} (default: systemd's credential {credential}, if there is one)",
         )
     serve.add_argument(
         "--tokens",
         type=Path,
-        default=_systemd_credential("verifier-tokens"),
+        default=find_credential("verifier-tokens"),
         metavar="FILE",
         help="require a token from this file, see `cloud-verifier token --help`; reread at SIGHUP "
         "(default: systemd's credential verifier-tokens, else no token is required)",
@@ -82,6 +83,8 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--max-sessions", "concurrent sessions", default=256, type=positive)
     text = "KV cache capacity in tokens, all sessions together"
     option("--max-tokens", text, default=262_144, type=positive)
+    text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
+    serve.add_argument("--no-prefix-cache", action="store_true", help=text)
     option("--idle-seconds SECONDS", "evict sessions unused for longer", default=600.0)
     text = "refuse new rounds while one has waited longer for its first token"
     option("--max-queue-seconds SECONDS", text, default=3.0, type=_seconds)
@@ -148,12 +151,6 @@ def _replica_range(text: str) -> tuple[int, int]:
     if not 1 <= minimum <= maximum:
         raise argparse.ArgumentTypeError(f"{text} is neither a number of replicas, such as 2, nor a range, such as 1-8")
     return minimum, maximum
-
-
-def _systemd_credential(name: str) -> Path | None:
-    """The file that systemd's LoadCredential= passes under this name; None if it does not."""
-    path = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-    return path if path.is_file() else None
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -284,6 +281,7 @@ def _build_service(options: argparse.Namespace, loader: TargetLoader, authentica
         check_options=["--device", options.device, "--dtype", options.dtype, "--threads", "1"],
         target_factory=loader.load_version,
         window=options.batch_window / 1e3,
+        reuse_prefixes=not options.no_prefix_cache,
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.draft_options import load_draft, resolve_bundle
 from edge_runtime.cli.generate import add_max_new_tokens_option, report_link_trouble, summarize
 from edge_runtime.cli.generations import GenerationFactory, add_generation_options
 from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
@@ -57,7 +57,7 @@ PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_settings(parser, "draft.bundle", "draft.threads")
+    add_settings(parser, "draft.bundle", "draft.threads", "draft.prefix_cache_mib")
     text = "start a verifier here for this target: a Hugging Face directory or a GGUF file; needs flexspec[cloud]"
     add_option(parser, "--target PATH", text, type=Path)
     add_option(parser, "--system TEXT", "system message (default: none; many chat templates have one of their own)")
@@ -73,13 +73,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.bundle import read_bundle, read_chat_format
     from edge_runtime.service.chat_template import ChatTemplate
 
     settings = read_settings(options)
     bundle: Path = resolve_bundle(options, settings.draft)
-    draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
+    draft = load_draft(bundle, settings.draft)
     chat = read_chat_format(read_bundle(bundle, verify=False))
     template = ChatTemplate(chat, bundle)
     sampling = _make_sampling(options, chat.sampling)

@@ -32,7 +32,7 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    check = add_action(actions, "check", _check, "list every error with its line")
+    check = add_action(actions, "check", _check, "list every error with its line, and what `serve` would refuse")
     show = add_action(actions, "show", _show, "print every value and its origin; secrets stay in their files")
     add_flag(show, "--json", "print one JSON object instead of TOML")
     for action in (check, show):
@@ -74,8 +74,18 @@ def _markdown_row(entry: SettingEntry) -> str:
 
 
 async def _check(options: argparse.Namespace) -> int:
+    """Check the configuration as `serve` does."""
+    from edge_runtime.cli import serve
+    from edge_runtime.cli.serve_checks import check_serve
+
     effective = _read(options)
-    print(f"{effective.file or 'no file, only defaults and the environment'}: no errors")
+    parser = argparse.ArgumentParser()
+    serve.add_options(parser)
+    setup = check_serve(parser.parse_args([]), effective.settings)
+    await setup.client.aclose()
+    print(f"{effective.file or 'no file, only defaults and the environment'}: no errors; `serve` accepts it")
+    if setup.bundle is None:
+        print(f"no draft bundle is installed in {setup.settings.draft.store}, so none was checked")
     return 0
 
 

@@ -12,6 +12,7 @@ from edge_runtime.settings import DraftSettings
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
+    from edge_runtime.draft import OnnxDraft
     from edge_runtime.ngram_cache import NgramCache
     from edge_runtime.protocol.bundle import Manifest
 
@@ -39,6 +40,13 @@ def resolve_bundle(options: argparse.Namespace, draft: DraftSettings) -> Path:
 
         return configured_bundle(draft).path
     return draft.bundle or EXAMPLE_FAMILY / "bundle"
+
+
+def load_draft(bundle: Path, draft: DraftSettings) -> OnnxDraft:
+    """Load the draft model of `bundle` with these settings. Raises BundleError and DraftError."""
+    from edge_runtime.draft import OnnxDraft
+
+    return OnnxDraft.load(bundle, threads=draft.threads, prefix_cache_bytes=draft.prefix_cache_mib << 20)
 
 
 def ngram_cache_state_directory() -> Path | None:

@@ -15,9 +15,9 @@ import msgspec
 
 from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.planner_options import PLANNER_KEYS, make_planner, read_board_power
-from edge_runtime.cli.serve_limits import check_memory, make_limits, read_api_keys
+from edge_runtime.cli.serve_checks import check_limits, check_memory
 from edge_runtime.cli.settings_options import read_settings
-from edge_runtime.cli.verifier_client import check_encryption, check_verifier_settings, read_token
+from edge_runtime.cli.verifier_client import check_encryption, read_token
 from edge_runtime.common import logs
 from edge_runtime.common.http_server import watch_reload_signal
 from edge_runtime.common.sd_notify import Notifier
@@ -54,8 +54,14 @@ class ConfigurationReloader:
         self._requested = watch_reload_signal()
 
     def status(self) -> str:
-        """Return the service's status for systemd, and whether the last reload failed."""
-        return self._service.metrics.status() + (f"; {FAILED_STATUS}" if self._failed else "")
+        """Return the status for systemd: why no verifier can be used, the service's own, and a failed reload."""
+        parts = [self._service.client.link_state.reason, self._service.metrics.status()]
+        return "; ".join(filter(None, [*parts, FAILED_STATUS if self._failed else ""]))
+
+    def errno(self) -> int:
+        """Return why no verifier can be used, as an errno; 0 while one can."""
+        problem = self._service.client.link_state.problem
+        return problem.errno if problem else 0
 
     async def run(self, board: BoardRuntime) -> None:
         """Reload on every SIGHUP, until cancelled."""
@@ -79,8 +85,7 @@ class ConfigurationReloader:
         old = self._settings
         new = await asyncio.to_thread(self._read)
         changed = {key for key in SETTINGS if new.get(key) != old.get(key)}
-        limits, keys = make_limits(self._options, new), read_api_keys(new.service.api_key_file)
-        check_verifier_settings(new.verifier)
+        limits, keys = check_limits(self._options, new)
         token = read_token(new.verifier)
         # The URLs change only with a restart, so a new token would go to those of the start.
         urls = [endpoint.url for endpoint in self._service.client.endpoints]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import (
     add_ngram_cache_options,
+    load_draft,
     ngram_cache_state_directory,
     open_ngram_cache,
-    resolve_bundle,
 )
 from edge_runtime.cli.planner_options import (
     add_planner_options,
@@ -26,12 +26,12 @@ from edge_runtime.cli.planner_options import (
     run_probes,
 )
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
-from edge_runtime.cli.verifier_client import add_verifier_options, make_client
+from edge_runtime.cli.verifier_client import add_verifier_options
 from edge_runtime.common import logs
 from edge_runtime.common.options import add_option
 from edge_runtime.common.tasks import background_task
 from edge_runtime.planning.plan import Planner
-from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.errors import BundleMissing
 from edge_runtime.settings import Settings
 
 # Imported by every command; these are slow to import.
@@ -68,7 +68,7 @@ examples:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_settings(parser, "draft.bundle", "draft.threads")
+    add_settings(parser, "draft.bundle", "draft.threads", "draft.prefix_cache_mib")
     add_config_option(parser)
     add_verifier_options(parser)
     add_ngram_cache_options(parser)
@@ -94,24 +94,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 async def _run(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from edge_runtime.cli.reload import ConfigurationReloader
-    from edge_runtime.cli.serve_limits import make_limits, read_api_keys
+    from edge_runtime.cli.serve_checks import check_serve
     from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
     from edge_runtime.common.network import is_loopback
     from edge_runtime.common.sd_notify import Notifier
     from edge_runtime.service.app import Service
+    from edge_runtime.verifier import LinkMonitor
 
-    settings = read_settings(options)
-    bundle = resolve_bundle(options, settings.draft)
+    settings, limits, keys, client, bundle = check_serve(options, read_settings(options))
+    if bundle is None:
+        raise BundleMissing(
+            f"no draft bundle is installed in {settings.draft.store}: run `edge-runtime bundle install FILE --store "
+            f"{settings.draft.store}`, or name a bundle with --bundle"
+        )
     host, port = settings.service.host, settings.service.port
     logs.configure(settings.log.level, "edge-runtime", prompts=settings.log.prompts)
     # systemd's watchdog ends a process that hangs with SIGABRT: print every thread's stack then.
     faulthandler.enable(2)
     _limit_heap_growth()
-    limits, keys = make_limits(options, settings), read_api_keys(settings.service.api_key_file)
-    if not 0 <= port < 1 << 16:
-        raise InputError(f"--port {port}: must be in [0, 65535]")
-    if bool(options.certificate) != bool(options.key):
-        raise InputError("--certificate and --key go together")
     local = is_loopback(host)
     if not local and not keys:
         log.warning(
@@ -120,7 +120,7 @@ async def _run(options: argparse.Namespace) -> int:
         )
     stop, notifier = watch_stop_signals(), Notifier()
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(make_client(settings.verifier))
+        await stack.enter_async_context(client)
         service = Service(client, limits, keys, local=local)
         reloader = ConfigurationReloader(options, settings, bundle, service, notifier)
         server = HttpServer(service.app, ListenOptions(host, port, options.certificate, options.key))
@@ -132,8 +132,8 @@ async def _run(options: argparse.Namespace) -> int:
         if not stop.is_set():
             print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
             notifier.ready(reloader.status())
-        feeding = notifier.run(reloader.status, lambda: board.draft.step_seconds)
-        for coroutine in (feeding, reloader.run(board)):
+        feeding = notifier.run(reloader.status, lambda: board.draft.step_seconds, reloader.errno)
+        for coroutine in (feeding, reloader.run(board), LinkMonitor(client).run()):
             await stack.enter_async_context(background_task(coroutine))
         await stop.wait()
         notifier.stopping("waiting for running answers")
@@ -153,14 +153,11 @@ async def _load_board(
     options: argparse.Namespace, settings: Settings, bundle: Path, service: Service, stack: contextlib.AsyncExitStack
 ) -> BoardRuntime:
     """Load the draft and everything else that answers need, and activate the service."""
-    from edge_runtime.cli.serve_limits import check_memory
-    from edge_runtime.draft import OnnxDraft
     from edge_runtime.protocol.bundle import read_bundle, read_chat_format
     from edge_runtime.service.chat_template import ChatTemplate
     from edge_runtime.service.state import BoardRuntime
 
-    draft = await asyncio.to_thread(OnnxDraft.load, bundle, threads=settings.draft.threads)
-    check_memory(draft.manifest, settings.service.max_concurrent)
+    draft = await asyncio.to_thread(load_draft, bundle, settings.draft)
     chat = await asyncio.to_thread(lambda: read_chat_format(read_bundle(bundle, verify=False)))
     chat_template = ChatTemplate(chat, bundle)
     if chat_template.is_plain:

@@ -38,6 +38,7 @@ class Notifier:
         self.enabled = address.startswith(("@", "/"))
         self.watchdog_seconds = _watchdog_seconds(environ) if self.enabled else None
         self._status = ""
+        self._errno = 0
 
     def starting(self, status: str) -> None:
         """Report the status of a service that is not ready yet."""
@@ -56,14 +57,17 @@ class Notifier:
         """Report that the service is shutting down."""
         self._send("STOPPING=1", f"STATUS={status}")
 
-    async def run(self, status: Callable[[], str], stalled_seconds: Callable[[], float]) -> None:
-        """Feed the watchdog and report changes of `status` until cancelled.
+    async def run(
+        self, status: Callable[[], str], stalled_seconds: Callable[[], float], errno: Callable[[], int] = int
+    ) -> None:
+        """Feed the watchdog and report changes of `status` and `errno` until cancelled.
 
         It runs on the event loop, so that an event loop that hangs stops feeding the watchdog.
 
         Args:
             status: one line for people.
             stalled_seconds: time since the work last made progress; 0 while it does, or if there is no work.
+            errno: why the service cannot do its work although it runs; 0 if it can. `service status` reports it.
         """
         if not self.enabled:
             return
@@ -75,6 +79,7 @@ class Notifier:
             stalled = stalled_seconds()
             if timeout is None or stalled < timeout:
                 self._send_status(status())
+                self._send_errno(errno())
                 if timeout is not None:
                     self._send("WATCHDOG=1")
             else:
@@ -86,6 +91,11 @@ class Notifier:
         if status != self._status:
             self._status = status
             self._send(f"STATUS={status}")
+
+    def _send_errno(self, number: int) -> None:
+        if number != self._errno:
+            self._errno = number
+            self._send(f"ERRNO={number}")
 
     def _send(self, *lines: str) -> None:
         if not self.enabled:

@@ -22,7 +22,7 @@ from edge_runtime.service import dashboard
 from edge_runtime.service.answer import AnswerRequest
 from edge_runtime.service.answer_runner import AnswerRunner
 from edge_runtime.service.auth import RequestGuard
-from edge_runtime.service.errors import ApiError, to_api_error
+from edge_runtime.service.errors import LINK_RETRY_SECONDS, ApiError, to_api_error
 from edge_runtime.service.openai_schema import (
     ChatFormatter,
     CompletionFormatter,
@@ -136,9 +136,16 @@ class Routes:
         return Response("ok\n", media_type="text/plain")
 
     async def _get_readiness(self, request: Request) -> Response:
-        """GET /readyz: the draft model is loaded and answers can start."""
-        self._state.require_board()
-        return Response("ready\n", media_type="text/plain")
+        """GET /readyz: answers can come: the draft model is loaded, and a verifier answers or the draft may go on alone.
+
+        The units of a board that has no verifier at the moment are active all the same; /healthz and systemd say that.
+        """
+        board, link = self._state.require_board(), self._state.client.link_state
+        if link.problem is None:
+            return Response("ready\n", media_type="text/plain")
+        if board.on_link_loss == "draft":
+            return Response(f"ready, from the draft model alone: {link.reason}\n", media_type="text/plain")
+        raise ApiError(503, link.reason, code=link.problem.code, retry_after=LINK_RETRY_SECONDS)
 
     async def _get_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus metrics."""

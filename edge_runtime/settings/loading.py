@@ -19,12 +19,13 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from edge_runtime.common.credentials import find_credential
 from edge_runtime.common.network import is_loopback
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import toml_positions, validators
@@ -148,14 +149,20 @@ def read_settings(path: Path | None = None, environ: Mapping[str, str] = os.envi
     return effective.settings
 
 
-def read_effective_settings(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> EffectiveSettings:
-    """Read the settings like `read_settings`; also return where each value comes from, and the warnings."""
+def read_effective_settings(
+    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, other_tables: Collection[str] = ()
+) -> EffectiveSettings:
+    """Read the settings like `read_settings`; also return where each value comes from, and the warnings.
+
+    Args:
+        other_tables: tables of the file that are not settings, which are skipped.
+    """
     problems: list[Problem] = []
     warnings: list[str] = []
     file = find_file(path, environ)
     sources = _read_credentials(environ)
     if file is not None:
-        sources |= _read_file(file, _Source(problems, warnings))
+        sources |= _read_file(file, _Source(problems, warnings), other_tables)
     sources |= _read_environment(environ, _Source(problems, warnings))
     values: dict[str, Any] = {"draft.store": default_store(environ)}
     origins = dict.fromkeys(SETTINGS, Origin("default"))
@@ -185,15 +192,14 @@ def find_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, _SourceValue]:
-    directory = Path(environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
     return {
-        key: _SourceValue(str(directory / entry.spec.credential), Origin("credential", entry.spec.credential), Path())
+        key: _SourceValue(str(path), Origin("credential", entry.spec.credential), Path())
         for key, entry in SETTINGS.items()
-        if entry.spec.credential and os.path.lexists(directory / entry.spec.credential)
+        if entry.spec.credential and (path := find_credential(entry.spec.credential, environ))
     }
 
 
-def _read_file(file: Path, source: _Source) -> dict[str, _SourceValue]:
+def _read_file(file: Path, source: _Source, other_tables: Collection[str]) -> dict[str, _SourceValue]:
     at = functools.partial(Origin, "file", str(file))
     try:
         document = toml_positions.parse(file.read_text(encoding="utf-8-sig"))
@@ -211,6 +217,8 @@ def _read_file(file: Path, source: _Source) -> dict[str, _SourceValue]:
         return {}
 
     for table, fields in document.values.items():
+        if table in other_tables:
+            continue
         origin = at(*document.position((table,)))
         if table not in TABLES:
             source.report(origin, _describe_unknown_table(table))
@@ -272,19 +280,11 @@ def _suggest_place(name: str) -> str:
 
 
 def _find_risks(settings: Settings) -> Iterator[str]:
-    verifier, service = settings.verifier, settings.service
+    service = settings.service
     for key, entry in SETTINGS.items():
         file = settings.get(key) if entry.spec.credential else None
         if file is not None and file.stat().st_mode & 0o004:
             yield f"{key}: every user of this machine can read {file}; run `chmod o-r` on it"
-    for url in filter(validators.is_in_clear, verifier.urls):
-        if verifier.token_file is not None:
-            yield f"verifier.urls: the token would be sent to {url} unencrypted, which every command refuses; use https"
-        elif not verifier.insecure:
-            yield (
-                f"verifier.urls: prompts would be sent to {url} unencrypted, which is refused; use https, or set "
-                "verifier.insecure"
-            )
     if service.api_key_file is None and not is_loopback(service.host):
         yield (
             f"service.host: everyone who can reach {service.host} can use the service; set service.api_key_file to "

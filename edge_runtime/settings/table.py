@@ -26,6 +26,8 @@ ENVIRONMENT_PREFIX = "FLEXSPEC_"
 PolicyName = Literal["analytic", "learned", "fixed", "hf-dynamic", "genai-ewma", "ucb"]
 RadioName = Literal["", "wifi", "ethernet", "lte", "5g"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+# Chosen: a client rather hears why than waits longer, and a router's restart or a hand-over is over by then.
+DEFAULT_DEADLINE_SECONDS = 60.0
 DEFAULT_VERIFIER_URL = "http://127.0.0.1:8500"
 
 
@@ -134,6 +136,15 @@ class DraftSettings(SettingsTable, frozen=True):
         msgspec.Meta(ge=0, le=256),
         SettingSpec("--threads N", "CPU threads of the draft model; 0 uses one per physical core, at most 4"),
     ] = 0
+    prefix_cache_mib: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=1 << 20),
+        SettingSpec(
+            "--draft-prefix-cache MIB",
+            "memory for the draft's KV caches of the last conversations, so that their next turns start sooner; "
+            "0 keeps none",
+        ),
+    ] = 64
     ngram_cache: Annotated[
         bool,
         SettingSpec(
@@ -224,7 +235,7 @@ class VerifierSettings(SettingsTable, frozen=True):
         SettingSpec(
             "--deadline SECONDS", "give up when no token has arrived for this long, retries included", reloadable=True
         ),
-    ] = 600.0
+    ] = DEFAULT_DEADLINE_SECONDS
     http2: Annotated[
         bool,
         SettingSpec(

@@ -29,7 +29,7 @@ examples:
   edge-runtime service install --now
   edge-runtime service install --config /etc/flexspec/lab.toml --name flexspec-lab -- --port 8401
   edge-runtime service install --root /mnt/image --python /opt/flexspec/bin/python --now     # into an image
-  edge-runtime service status --json            # exit code 0: running; 3: not running
+  edge-runtime service status --json   # exit code 0: running; 3: not running; 4: running, but no verifier answers
   journalctl -u flexspec-edge -f
   edge-runtime service uninstall
 """
@@ -77,7 +77,11 @@ def add_service_parser(
     for action in (install, uninstall):
         add_option(action, "--root DIR", "root directory of an image to change (default: this machine)", type=Path)
 
-    status = actions.add_parser("status", parents=[shared], help="print the state; exit code 0: running, 3: not")
+    status = actions.add_parser(
+        "status",
+        parents=[shared],
+        help="print the state; exit code 0: it works, 3: not running, 4: running without a verifier",
+    )
     add_flag(status, "--json", "print one JSON object")
     status.set_defaults(action=_status)
     return install

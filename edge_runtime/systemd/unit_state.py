@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 
 import msgspec
 
 from edge_runtime.systemd.units import systemctl
 
 PROPERTIES = (
-    "ActiveState,LoadState,MainPID,MemoryCurrent,NRestarts,Result,StateChangeTimestamp,StatusText,SubState,"
-    "UnitFileState"
+    "ActiveState,LoadState,MainPID,MemoryCurrent,NRestarts,Result,StateChangeTimestamp,StatusErrno,StatusText,"
+    "SubState,UnitFileState"
 )
-# The exit codes of `systemctl status`.
-EXIT_ACTIVE, EXIT_NOT_RUNNING = 0, 3
+# The exit codes of `systemctl status`, and that of a verifier that cannot be reached (`protocol.errors.VerifierError`).
+EXIT_ACTIVE, EXIT_NOT_RUNNING, EXIT_UNREACHABLE = 0, 3, 4
 
 
 class UnitState(msgspec.Struct, frozen=True):
@@ -27,6 +28,8 @@ class UnitState(msgspec.Struct, frozen=True):
         detail: systemd's sub-state, such as `running` or `auto-restart`.
         enabled: whether it starts at boot.
         text: its own status text.
+        error: why it cannot do its work although it runs, for a board that its verifier cannot be reached; empty if
+            it can. `text` says more.
         pid: process id of its main process; 0 if there is none.
         memory_bytes: memory of the service, or of its main process if the kernel does not account for services; None
             if it does not run.
@@ -41,6 +44,7 @@ class UnitState(msgspec.Struct, frozen=True):
     detail: str
     enabled: bool
     text: str
+    error: str
     pid: int
     memory_bytes: int | None
     restarts: int
@@ -50,7 +54,9 @@ class UnitState(msgspec.Struct, frozen=True):
     @property
     def exit_code(self) -> int:
         """Exit code of `service status`."""
-        return EXIT_ACTIVE if self.state in ("active", "reloading") else EXIT_NOT_RUNNING
+        if self.state not in ("active", "reloading"):
+            return EXIT_NOT_RUNNING
+        return EXIT_UNREACHABLE if self.error else EXIT_ACTIVE
 
 
 def read_unit_state(name: str) -> UnitState:
@@ -67,6 +73,7 @@ def read_unit_state(name: str) -> UnitState:
         detail=properties.get("SubState", ""),
         enabled=properties.get("UnitFileState") == "enabled",
         text=properties.get("StatusText", ""),
+        error=os.strerror(number) if (number := int(properties.get("StatusErrno") or 0)) else "",
         pid=pid,
         memory_bytes=int(memory) if memory.isdecimal() and int(memory) < 1 << 63 else _read_resident_memory(pid),
         restarts=int(properties.get("NRestarts") or 0),
