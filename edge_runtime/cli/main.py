@@ -91,4 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def _run_service_action(options: argparse.Namespace) -> int:
-    return actions.run_action(options, _parse)
+    from edge_runtime.cli.serve_checks import check_installed
+
+    return actions.run_action(options, _parse, check_installed)

@@ -96,6 +96,7 @@ async def _run(options: argparse.Namespace) -> int:
     from edge_runtime.cli.reload import ConfigurationReloader
     from edge_runtime.cli.serve_checks import check_serve
     from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
+    from edge_runtime.common.memory import accounts_for_services, limit_own_memory
     from edge_runtime.common.network import is_loopback
     from edge_runtime.common.sd_notify import Notifier
     from edge_runtime.service.app import Service
@@ -119,6 +120,8 @@ async def _run(options: argparse.Namespace) -> int:
             host,
         )
     stop, notifier = watch_stop_signals(), Notifier()
+    if notifier.enabled and not accounts_for_services():
+        log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(client)
         service = Service(client, limits, keys, local=local)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.cli.verifier_client import check_verifier_settings, make_client
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import Settings
@@ -54,6 +55,13 @@ def check_serve(options: argparse.Namespace, settings: Settings) -> ServeSetup:
         manifest = read_bundle(bundle, verify=False).manifest
         check_memory(manifest, settings.service.max_concurrent, settings.draft.prefix_cache_mib)
     return ServeSetup(settings, limits, keys, client, bundle if installed or bundle.exists() else None)
+
+
+def check_installed(options: argparse.Namespace) -> None:
+    """Check options of `serve` and the configuration as a service would find them. Raises InputError."""
+    settings = read_settings(options, {})
+    check_limits(options, settings)
+    make_client(settings.verifier)
 
 
 def check_limits(options: argparse.Namespace, settings: Settings) -> tuple[ServiceLimits, frozenset[str]]:

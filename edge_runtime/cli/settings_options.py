@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ def add_config_option(parser: ArgumentContainer) -> None:
     add_option(parser, "--config FILE", text, type=Path)
 
 
-def read_settings(options: argparse.Namespace) -> Settings:
+def read_settings(options: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings from the configuration, if the command reads it (--config), and the command line.
 
     Raises ConfigurationError. Warnings are logged.
     """
     from edge_runtime.settings import loading
 
-    configured = loading.read_settings(options.config) if hasattr(options, "config") else Settings()
+    configured = loading.read_settings(options.config, environ) if hasattr(options, "config") else Settings()
     return configured.replace({key: value for key, value in vars(options).items() if key in SETTINGS})
 
 

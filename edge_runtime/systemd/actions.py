@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,12 @@ examples:
   edge-runtime service uninstall
 """
 
+# Options and arguments of `serve`, of board and verifier, that name files that must exist before it starts.
+READ_PATHS = {"config", "draft.bundle", "target"}
 # Parses arguments as the program itself does.
 ArgumentsParser = Callable[[list[str]], argparse.Namespace]
+# Raises InputError if `serve` would refuse these arguments.
+ArgumentsCheck = Callable[[argparse.Namespace], None]
 
 
 def add_parser(commands: Any, run: Callable[[argparse.Namespace], Any]) -> None:
@@ -87,11 +91,12 @@ def add_service_parser(
     return install
 
 
-def run_action(options: argparse.Namespace, parse: ArgumentsParser) -> int:
+def run_action(options: argparse.Namespace, parse: ArgumentsParser, check: ArgumentsCheck | None = None) -> int:
     """Run an action of `service`. Returns the exit code.
 
     Args:
         parse: the program's own parser, to check the arguments that the service will be started with.
+        check: the program's further checks of these arguments on the machine that will run it.
 
     Raises:
         InputError: the options are wrong, or the user is not root.
@@ -100,51 +105,74 @@ def run_action(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     from edge_runtime.systemd.units import validate_unit_name
 
     options.name = validate_unit_name(options.name or options.service_unit.name)
-    code: int = options.action(options, parse)
+    code: int = options.action(options, parse, check)
     return code
 
 
-def _install(options: argparse.Namespace, parse: ArgumentsParser) -> int:
+def _install(options: argparse.Namespace, parse: ArgumentsParser, check: ArgumentsCheck | None) -> int:
     import sys
 
+    from edge_runtime.protocol.errors import InputError
+    from edge_runtime.systemd import image
     from edge_runtime.systemd.units import UnitManager, installation_paths, render_unit, validate_paths
 
-    units = UnitManager(options.root)
+    units, root = UnitManager(options.root), options.root
     arguments = list(options.serve)
-    if config := getattr(options, "config", None):
+    config: Path | None = getattr(options, "config", None)
+    if config:
         arguments += ["--config", str(config)]
-        if options.root is None:
-            _check_configuration(config)
     # Parsing the arguments now reports an error that otherwise would only end the service later.
-    validate_paths(_named_paths(parse(["serve", *arguments]), arguments))
-    if options.root is None and options.python is None:
-        validate_paths(installation_paths())
-    text = render_unit(options.service_unit, options.name, options.python or Path(sys.executable), arguments)
+    served = parse(["serve", *arguments])
+    named = _named_paths(served, arguments)
+    validate_paths(path for _, path in named)
+    python: Path = options.python or Path(sys.executable)
+    if root is not None:
+        python = image.choose_interpreter(root, options.python)
+        image.check_files(root, [path for key, path in named if key in READ_PATHS])
+    else:
+        if options.python is None:
+            validate_paths(installation_paths())
+        if check is not None:
+            check(served)
+    if config and root is None and not config.stat().st_mode & 0o004:
+        raise InputError(f"{config}: the service runs as its own user and cannot read it; run `chmod o+r` on it")
+    text = render_unit(options.service_unit, options.name, python, arguments)
     changed = units.install(options.name, text, now=options.now)
     print(f"{units.path(options.name)}: {'written' if changed else 'unchanged'}")
+    if options.service_unit is BOARD_UNIT:
+        state = BOARD_UNIT.state_directory if options.name == BOARD_UNIT.name else options.name
+        notes = (
+            image.missing_for_board(root, config, dict(named).get("draft.bundle"), state) if root else memory_notes()
+        )
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     if not options.now:
         print(f"`systemctl enable --now {options.name}`, or --now here, starts it now and at every boot")
     return 0
 
 
-def _named_paths(served: argparse.Namespace, arguments: list[str]) -> list[Path]:
-    """Return the paths that the arguments name, without those that are defaults of options."""
+def _named_paths(served: argparse.Namespace, arguments: list[str]) -> list[tuple[str, Path]]:
+    """Return the paths that the arguments name, each after its destination, without those that are defaults."""
     named = {Path(word) for argument in arguments for word in (argument, argument.partition("=")[2]) if word}
-    values = [value for field in vars(served).values() for value in (field if isinstance(field, list) else [field])]
-    return [value for value in values if isinstance(value, Path) and value in named]
+    values = [
+        (key, item) for key, value in vars(served).items() for item in (value if isinstance(value, list) else [value])
+    ]
+    return [(key, value) for key, value in values if isinstance(value, Path) and value in named]
 
 
-def _check_configuration(path: Path) -> None:
-    """Raise InputError if the file has errors, or if the service, which runs as its own user, cannot read it."""
-    from edge_runtime.protocol.errors import InputError
-    from edge_runtime.settings.loading import read_effective_settings
+def memory_notes() -> Iterator[str]:
+    """Yield a sentence if the kernel does not account for the memory of services."""
+    from edge_runtime.common.memory import SERVICE_SHARE, accounts_for_services
 
-    read_effective_settings(path, {})
-    if not path.stat().st_mode & 0o004:
-        raise InputError(f"{path}: the service runs as its own user and cannot read it; run `chmod o+r` on it")
+    if not accounts_for_services():
+        yield (
+            "this kernel does not account for memory (cgroup_disable=memory), so MemoryMax= of the unit is no limit; "
+            f"the service bounds its own memory to {SERVICE_SHARE:.0%} of the machine's instead. Adding "
+            "cgroup_enable=memory to the kernel command line (/boot/firmware/cmdline.txt) changes that"
+        )
 
 
-def _uninstall(options: argparse.Namespace, parse: ArgumentsParser) -> int:
+def _uninstall(options: argparse.Namespace, parse: ArgumentsParser, check: ArgumentsCheck | None) -> int:
     from edge_runtime.systemd.units import UnitManager
 
     units = UnitManager(options.root)
@@ -153,11 +181,15 @@ def _uninstall(options: argparse.Namespace, parse: ArgumentsParser) -> int:
     return 0
 
 
-def _status(options: argparse.Namespace, parse: ArgumentsParser) -> int:
+def _status(options: argparse.Namespace, parse: ArgumentsParser, check: ArgumentsCheck | None) -> int:
     import msgspec
 
     from edge_runtime.systemd.unit_state import format_unit_state, read_unit_state
 
     state = read_unit_state(options.name)
-    print(msgspec.json.encode(state).decode() if options.json else "\n".join(format_unit_state(state)))
+    notes = list(memory_notes()) if options.service_unit is BOARD_UNIT and state.installed else []
+    if options.json:
+        print(msgspec.json.encode({**msgspec.to_builtins(state), "notes": notes}).decode())
+    else:
+        print("\n".join([*format_unit_state(state), *(f"  {note}" for note in notes)]))
     return state.exit_code
