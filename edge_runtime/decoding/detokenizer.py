@@ -18,12 +18,14 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
 REPLACEMENT_CHARACTER = "\ufffd"
+# What SentencePiece writes for a space.
+WORD_MARK = "\u2581"
 # Tokens of context that determine how the following tokens decode, special tokens and held-back bytes not counted: the
 # longest character has four bytes.
 CONTEXT_TOKENS = 4
@@ -35,10 +37,11 @@ class Detokenizer:
 
     Args:
         prompt: what the text continues; it is not part of the text.
+        visible: ids of special tokens that are shown nevertheless, such as the marker of a tool call.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
-        self._special = _special_ids(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), visible: Set[int] = frozenset()) -> None:
+        self._special = _special_ids(tokenizer) - visible
         self._decoder: _TokenDecoder = _ByteDecoder(tokenizer) if _is_byte_level(tokenizer) else _RunDecoder(tokenizer)
         context: list[int] = []
         for token in reversed(prompt):
@@ -68,6 +71,16 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterab
     """Return the text of `ids` as the continuation of `prompt`."""
     detokenizer = Detokenizer(tokenizer, prompt)
     return "".join(map(detokenizer.step, ids)) + detokenizer.flush()
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """Return the bytes that a token stands for: special tokens as they are written, none for an unknown id."""
+    content = tokenizer.id_to_token(token)
+    if _is_byte_level(tokenizer):
+        return _token_bytes(content)
+    if content and BYTE_TOKEN.fullmatch(content):
+        return bytes([int(content[3:5], 16)])
+    return (content or "").replace(WORD_MARK, " ").encode()
 
 
 class _TokenDecoder(Protocol):
@@ -185,7 +198,8 @@ class _RunDecoder:
         return text[common:]
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        # Special tokens arrive here only if they are to be shown.
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
 

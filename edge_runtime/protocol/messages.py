@@ -478,7 +478,7 @@ def _pack(value: Any) -> Any:
         return _to_array(value)
     if isinstance(value, list):
         if value and isinstance(value[0], TokenLogprobs):
-            return _pack_logprobs(value)
+            return pack_logprobs(value)
         is_ids = bool(value) and type(value[0]) is int
         return pack_varints(value) if is_ids else [_pack(item) for item in value]
     if isinstance(value, dict):
@@ -508,7 +508,8 @@ def _unpack_siblings(packed: bytes) -> dict[int, list[int]]:
     return siblings
 
 
-def _pack_logprobs(entries: list[TokenLogprobs]) -> bytes:
+def pack_logprobs(entries: list[TokenLogprobs]) -> bytes:
+    """Encode the log-probabilities of a frame; see the module."""
     numbers: list[int] = []
     for entry in entries:
         numbers += [_to_units(entry.logprob), len(entry.top)]

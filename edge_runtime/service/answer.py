@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 from edge_runtime.decoding import Detokenizer, Generation, VerifiedTokens
 from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.shown_tokens import ShownToken, ShownTokens
 from edge_runtime.service.stop_strings import StopStringFilter
 
 
@@ -24,18 +24,26 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prompt: token ids.
         stop_strings: the text ends before the first of these.
+        include_stop: keep the stop string or stop token at the end of the text.
         model: target model; empty for the verifier's default.
         speculation: False leaves every token to the target; True lets the planner decide.
         on_link_loss: see `Generation`.
+        logprobs: see `OpenRequest`.
+        id: of the response, which may have several answers.
+        request_id: of the request: the client's, or one that was made up.
     """
 
     prompt: list[int]
     sampling: Sampling
     max_new_tokens: int
     stop_strings: list[str]
+    include_stop: bool = False
     model: str = ""
     speculation: bool = True
     on_link_loss: OnLinkLoss = "wait"
+    logprobs: int = 0
+    id: str = ""
+    request_id: str = ""
 
 
 class TextChange(msgspec.Struct, frozen=True):
@@ -45,17 +53,20 @@ class TextChange(msgspec.Struct, frozen=True):
         text: to be appended after removing what is withdrawn.
         withdrawn: size of the end of the previous text that is removed: unverified text that the target rejected.
         unverified: size of the end of the new text that only the draft model has generated.
+        tokens: newly verified tokens whose text is shown, if the request asked for log-probabilities. They may belong
+            to text that was shown before, unverified.
     """
 
     text: str
     withdrawn: int = 0
     unverified: int = 0
+    tokens: tuple[ShownToken, ...] = ()
 
     def then(self, later: TextChange) -> TextChange:
         """Return both changes as one."""
         cut = min(later.withdrawn, len(self.text))
         text = self.text[: len(self.text) - cut] + later.text
-        return TextChange(text, self.withdrawn + later.withdrawn - cut, later.unverified)
+        return TextChange(text, self.withdrawn + later.withdrawn - cut, later.unverified, self.tokens + later.tokens)
 
 
 class AnswerAbandoned(Exception):
@@ -63,7 +74,7 @@ class AnswerAbandoned(Exception):
 
 
 class Answer:
-    """The text of one request, while it is generated and afterwards. Used on the event loop only.
+    """The text of one choice, while it is generated and afterwards. Used on the event loop only.
 
     Attributes:
         request: what to generate.
@@ -72,26 +83,34 @@ class Answer:
         queued_seconds, first_seconds, seconds: from the request to its slot, to its first text, and to its end; 0 if
             not reached.
         unverified_tokens: tokens at the end that no verifier has checked.
+        opened: set when the verifier has the prompt in its KV cache, or the answer is done.
         error: why the answer failed; None if it did not.
         done: no more text comes.
         abandoned: set to end the answer at the next tokens.
     """
 
-    def __init__(self, request: AnswerRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: AnswerRequest, tokenizer: Tokenizer, changed: asyncio.Event | None = None) -> None:
+        """
+        Args:
+            changed: set whenever there is text to take, and at the end.
+        """
         self.request = request
         self.tokens = self.unverified_tokens = 0
         self.finish = ""
         self.queued_seconds = self.first_seconds = self.seconds = 0.0
+        self.opened = asyncio.Event()
         self.error: Exception | None = None
         self.done = self.abandoned = False
         # More than one if the draft model failed and the target continued alone.
         self._generations: list[Generation] = []
         self._detokenizer = Detokenizer(tokenizer, request.prompt)
-        self._stop_filter = StopStringFilter(request.stop_strings)
-        # The unverified end of the text shown so far.
-        self._tail = ""
+        self._stop_filter = StopStringFilter(request.stop_strings, request.include_stop)
+        self._silent = frozenset(() if request.include_stop else request.sampling.stop_ids)
+        self._shown_tokens = ShownTokens()
+        # Characters of verified text shown so far, and the unverified end of the text shown so far.
+        self._length, self._tail = 0, ""
         self._unread: TextChange | None = None
-        self._changed = asyncio.Event()
+        self._changed = changed or asyncio.Event()
         self._created = time.perf_counter()
 
     @property
@@ -125,6 +144,11 @@ class Answer:
         return sum(generation.statistics.rounds for generation in self._generations)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the verifier had in its KV cache."""
+        return self._generations[0].statistics.cached_prompt_tokens if self._generations else 0
+
+    @property
     def unverified(self) -> int:
         """Characters at the end of the text that only the draft model has generated."""
         return len(self._tail)
@@ -133,6 +157,16 @@ class Answer:
     def withdrawn_tokens(self) -> int:
         """Tokens that were shown as unverified and then rejected by the target."""
         return sum(generation.statistics.withdrawn for generation in self._generations)
+
+    @property
+    def logprobs_bytes(self) -> int:
+        """Size of the log-probabilities on the wire from the verifier."""
+        return self._shown_tokens.wire_bytes
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the tokens, if the request asked for log-probabilities."""
+        return self._shown_tokens.mean
 
     async def consume(self, generation: Generation, on_tokens: Callable[[VerifiedTokens], None]) -> None:
         """Run `generation` to its end or to a stop string; `on_tokens` is called with each of its items.
@@ -143,76 +177,77 @@ class Answer:
         self._generations.append(generation)
         async with aclosing(generation.__aiter__()) as items:  # type: ignore[type-var]  # it is an async generator
             async for item in items:
+                self.opened.set()
                 if self.abandoned:
                     raise AnswerAbandoned
                 on_tokens(item)
-                text = ""
-                for token in item.accepted + item.own:
-                    self.tokens += 1
-                    text += self._stop_filter.feed(self._detokenizer.step(token))
-                    if self._stop_filter.found:
-                        self._show(text)
-                        self.finish = "stop"
-                        return
+                text = self._append(item)
+                if self._stop_filter.found:
+                    self._finish(text, "stop")
+                    return
                 # Unverified text may be withdrawn, so it goes through a copy of the filter.
                 stop_filter = copy.copy(self._stop_filter)
                 tail = ""
                 if item.unverified:
                     tail = stop_filter.feed("".join(self._detokenizer.preview(item.unverified)))
                 complete = stop_filter.found or (item.unverified and generation.finish)
-                self._show(text, tail + stop_filter.flush() if complete else tail)
                 if complete:
                     self.unverified_tokens = len(item.unverified)
-                    self.finish = "stop" if stop_filter.found else generation.finish
+                    finish = "stop" if stop_filter.found else generation.finish
+                    self._finish(text, finish, tail + stop_filter.flush())
                     return
+                self._show(text, tail)
         text = self._stop_filter.feed(self._detokenizer.flush())
-        self._show(text + self._stop_filter.flush())
-        self.finish = "stop" if self._stop_filter.found else generation.finish
+        text += self._stop_filter.flush()
+        self._finish(text, "stop" if self._stop_filter.found else generation.finish)
 
     def complete(self, error: Exception | None = None) -> None:
         """Mark the answer as done, because of `error` if there is one."""
         self.error = error
         self.seconds = self._elapsed()
         self.done = True
+        self.opened.set()
         self._changed.set()
 
-    async def wait_for_text(self, seconds: float) -> None:
-        """Wait until there is text to read or the answer is done, for at most `seconds`. Raises the answer's error."""
-        with contextlib.suppress(TimeoutError):
-            await self._wait_for_change(seconds)
+    @property
+    def has_text(self) -> bool:
+        """Whether there are changes to take."""
+        return self._unread is not None
 
-    async def read(self, seconds: float | None = None) -> TextChange | None:
-        """Wait for unread changes and return them as one; None at the end of the answer.
-
-        Raises the answer's error, and TimeoutError if nothing changes for `seconds`.
-        """
-        await self._wait_for_change(seconds)
+    def take(self) -> TextChange | None:
+        """Return all changes since the last call as one; None if there are none."""
         change, self._unread = self._unread, None
         return change
 
-    async def read_all(self) -> str:
-        """Wait for the end of the answer and return all unread text. Raises the answer's error."""
-        total = TextChange("")
-        while change := await self.read():
-            total = total.then(change)
-        return total.text
+    def _append(self, item: VerifiedTokens) -> str:
+        """Append verified tokens up to the one that completes a stop string; return the text that can be shown now."""
+        text = ""
+        for index, token in enumerate(item.accepted + item.own):
+            self.tokens += 1
+            piece = self._detokenizer.step(token) if token not in self._silent else ""
+            if item.logprobs:
+                self._shown_tokens.add(token, len(piece), item.logprobs[index])
+            text += self._stop_filter.feed(piece)
+            if self._stop_filter.found:
+                break
+        return text
 
-    async def _wait_for_change(self, seconds: float | None) -> None:
-        async with asyncio.timeout(seconds):
-            while self._unread is None and not self.done:
-                self._changed.clear()
-                await self._changed.wait()
-        if self._unread is None and self.error:
-            raise self.error
+    def _finish(self, text: str, finish: str, tail: str = "") -> None:
+        """Show the last verified `text`, and the unverified `tail` after it."""
+        tokens = self._shown_tokens.finish(self._length + len(text), stopped=finish == "stop" and not tail)
+        self.finish = finish
+        self._show(text, tail, tokens)
 
-    def _show(self, text: str, tail: str = "") -> None:
+    def _show(self, text: str, tail: str = "", tokens: tuple[ShownToken, ...] = ()) -> None:
         """Replace the unverified tail that was shown before by verified `text` and a new unverified `tail`."""
         before, self._tail = self._tail, tail
         after, common = text + tail, 0
         while common < min(len(before), len(after)) and before[common] == after[common]:
             common += 1
-        change = TextChange(after[common:], len(before) - common, len(tail))
-        if not change.text and len(before) == len(tail):
+        self._length += len(text)
+        tokens = tokens or self._shown_tokens.take(self._length)
+        change = TextChange(after[common:], len(before) - common, len(tail), tokens)
+        if not change.text and len(before) == len(tail) and not tokens:
             return
         self.first_seconds = self.first_seconds or self._elapsed()
         self._unread = self._unread.then(change) if self._unread else change

@@ -11,8 +11,11 @@ from starlette.requests import ClientDisconnect
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol.errors import DraftError, FlexSpecError
+from edge_runtime.protocol.sampling import validate_prompt
 from edge_runtime.service.access_log import log_answer
+from edge_runtime.service.admission import Place
 from edge_runtime.service.answer import Answer, AnswerAbandoned, AnswerRequest
+from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.errors import ApiError, to_api_error
 from edge_runtime.service.monitoring.prometheus import (
     REASON_DRAFT_FAILED,
@@ -20,6 +23,7 @@ from edge_runtime.service.monitoring.prometheus import (
     ObservedPlanner,
 )
 from edge_runtime.service.monitoring.reporter import AnswerReporter
+from edge_runtime.service.parameters import ChoicePlan
 from edge_runtime.service.state import BoardRuntime, ServiceState
 
 log = logging.getLogger(__name__)
@@ -43,15 +47,30 @@ class AnswerRunner:
         self._state = state
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, request: AnswerRequest, disconnected: asyncio.Task[None]) -> Answer:
-        """Start an answer, which is abandoned when `disconnected` completes or is cancelled."""
+    def start(
+        self, requests: list[AnswerRequest], choices: ChoicePlan, disconnected: asyncio.Task[None]
+    ) -> AnswerGroup:
+        """Start the answers of one request, which are abandoned when `disconnected` completes or is cancelled.
+
+        Each needs a slot of its own, because each has a context of the draft model. All get their places in the queue
+        now, or none. The further candidates of a prompt wait until the verifier has the prompt in its KV cache.
+
+        Args:
+            requests: the candidates of the first prompt, then those of the next.
+
+        Raises:
+            ApiError: (429) the queue is full.
+        """
         board = self._state.require_board()
-        answer = Answer(request, board.draft.tokenizer)
-        task = asyncio.create_task(self._run(answer, board))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        disconnected.add_done_callback(lambda _: _abandon(answer, task))
-        return answer
+        places = self._state.queue.reserve(len(requests))
+        group = AnswerGroup(requests, choices, board.draft.tokenizer)
+        for index, (answer, place) in enumerate(zip(group.answers, places, strict=True)):
+            task = asyncio.create_task(self._run(answer, board, place, group.first_of_prompt(index)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _, place=place: place.leave())
+            disconnected.add_done_callback(lambda _, answer=answer, task=task: _abandon(answer, task))
+        return group
 
     async def drain(self, seconds: float) -> None:
         """Wait up to `seconds` for running answers and cancel the rest."""
@@ -61,13 +80,15 @@ class AnswerRunner:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, answer: Answer, board: BoardRuntime) -> None:
-        """Generate `answer` once it has a slot. Never raises; errors are stored in the answer."""
+    async def _run(self, answer: Answer, board: BoardRuntime, place: Place, first: Answer) -> None:
+        """Generate `answer` once `first` has begun and it has a slot. Never raises; errors are stored in the answer."""
         outcome = "cancelled"
         error: Exception | None = ClientDisconnect()
         reporter = self._state.monitoring.reporter_for(answer, board.draft.tokenizer)
         try:
-            async with self._state.queue.slot():
+            if first is not answer:
+                await first.opened.wait()
+            async with place:
                 reporter.report_start()
                 await self._generate(answer, board, reporter)
             outcome, error = answer.finish, None
@@ -78,7 +99,7 @@ class AnswerRunner:
             if not isinstance(problem, (FlexSpecError, ApiError)):
                 log.exception("an answer failed")
             error = problem
-            outcome = to_api_error(problem).body.error.code or "invalid_request"
+            outcome = to_api_error(problem).body.error.code
         finally:
             answer.complete(error)
             self._state.metrics.count_answer(answer, outcome)
@@ -86,7 +107,11 @@ class AnswerRunner:
             log_answer(answer, outcome, board.draft.tokenizer)
 
     async def _generate(self, answer: Answer, board: BoardRuntime, reporter: AnswerReporter) -> None:
-        request, reason = answer.request, REASON_SWITCHED_OFF
+        request, reason, generated = answer.request, REASON_SWITCHED_OFF, 0
+        if not request.max_new_tokens:
+            validate_prompt(request.prompt, board.draft.manifest.architecture.vocabulary_size)
+            answer.finish = "length"
+            return None
         if request.speculation:
             generation = self._make_generation(request, board, board.draft, reporter)
             try:
@@ -94,22 +119,28 @@ class AnswerRunner:
             except DraftError as error:
                 # The text does not depend on the draft model, so the target can complete it alone.
                 log.warning("the target continues alone: %s", error)
+                generated = len(generation.ids) - len(request.prompt)
                 request = msgspec.structs.replace(
                     request,
                     prompt=generation.ids,
-                    max_new_tokens=request.max_new_tokens - (len(generation.ids) - len(request.prompt)),
+                    max_new_tokens=request.max_new_tokens - generated,
                     model=generation.version or request.model,
                 )
                 reason = REASON_DRAFT_FAILED
         reporter.report_target_only(TARGET_ONLY_REASONS[reason], request.max_new_tokens)
-        generation = self._make_generation(request, board, None, reporter)
+        generation = self._make_generation(request, board, None, reporter, generated)
         try:
             return await answer.consume(generation, reporter.report_tokens)
         finally:
             self._state.metrics.count_target_only_rounds(generation.statistics, reason)
 
     def _make_generation(
-        self, request: AnswerRequest, board: BoardRuntime, draft: OnnxDraft | None, reporter: AnswerReporter
+        self,
+        request: AnswerRequest,
+        board: BoardRuntime,
+        draft: OnnxDraft | None,
+        reporter: AnswerReporter,
+        generated: int = 0,
     ) -> Generation:
         return Generation(
             draft,
@@ -122,6 +153,8 @@ class AnswerRunner:
             surroundings=board.surroundings,
             on_link_loss=request.on_link_loss,
             ngram_cache=board.ngram_cache,
+            generated=generated,
+            logprobs=request.logprobs,
         )
 
 

@@ -15,6 +15,18 @@ from edge_runtime.protocol.messages import ErrorCode
 
 # OpenAI's error type by HTTP status; that of other 4xx and 5xx statuses depends on who is at fault.
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+# The code of errors that say nothing more precise.
+DEFAULT_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+}
 
 # Retry-After, chosen: after a link failure, and while the draft model or the verifier loads.
 LINK_RETRY_SECONDS = 5
@@ -34,7 +46,7 @@ class ErrorObject(msgspec.Struct, frozen=True):
     message: str
     type: str
     param: str | None
-    code: str | None
+    code: str
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -64,6 +76,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        code = code or DEFAULT_CODES.get(status, "internal_error")
         self.body = ErrorBody(ErrorObject(message, kind, param, code))
         self.retry_after = retry_after
 

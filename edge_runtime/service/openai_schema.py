@@ -1,7 +1,8 @@
 """Response bodies in OpenAI's format: complete answers, the chunks of a stream, and lists of models.
 
-Fields beyond OpenAI's: `seed`, which reproduces the text, and `timings`, named as in llama.cpp's server.
-`system_fingerprint` is the exact target version once it is known.
+Fields beyond OpenAI's: `seed`, which reproduces the text (of the first choice; with several choices each has its own),
+and `timings`, named as in llama.cpp's server. `system_fingerprint` is the exact target version once it is known.
+`response_formatter` fills them.
 
 If the draft model continued alone because no verifier was reachable, `unverified` is the number of characters at the
 end of the text so far that are not verified. In a chunk, `withdrawn` is the number of characters to remove from the end
@@ -10,43 +11,50 @@ of the text before the chunk's own are appended.
 
 from __future__ import annotations
 
-import secrets
-import time
-from abc import ABC, abstractmethod
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
-
-from edge_runtime.service.answer import Answer, TextChange
 
 Finish = Literal["stop", "length"]
 # Omitted if it is 0.
 Count = int | msgspec.UnsetType
+# Of a choice; omitted if there is only one.
+ChoiceSeed = int | msgspec.UnsetType
 Choice = TypeVar("Choice")
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Tokens of the prompts that the verifier had in its KV cache, from earlier requests."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of the request and of its answer."""
+    """Tokens of the prompts, each counted once, and of all answers that were generated."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Times and counts of an answer.
+    """Times and counts of an answer, or of all answers of a response.
 
     Attributes:
-        prompt_n, predicted_n: tokens of the prompt, and of the answer.
-        queued_ms, first_text_ms, predicted_ms: from the request to its slot, to the first text, and to the end.
+        prompt_n, cache_n, predicted_n: tokens of the prompt, those of them that the verifier had in its KV cache, and
+            tokens of the answer.
+        queued_ms, first_text_ms, predicted_ms: from the request to its slot, to the first text, and to the last end.
         predicted_per_second: tokens per second since the request got its slot.
         draft_n, draft_n_accepted: draft tokens, and how many of them the target accepted.
         rounds: requests that the verifier answered.
         unverified_n: tokens at the end of the text that the draft model generated without a verifier.
         withdrawn_n: tokens that were shown unverified and later rejected by the target.
+        logprobs_bytes: size of the log-probabilities on the wire from the verifier; only if they were asked for.
     """
 
     prompt_n: int
+    cache_n: int
     predicted_n: int
     queued_ms: float
     first_text_ms: float
@@ -57,6 +65,7 @@ class Timings(msgspec.Struct, frozen=True):
     rounds: int
     unverified_n: int
     withdrawn_n: int
+    logprobs_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,13 +78,50 @@ class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
 
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of a text or of a piece of it, by token.
+
+    Attributes:
+        token_logprobs: of the tokens of the text.
+        top_logprobs: of the most probable tokens at each position, by their text; null if none were asked for.
+        text_offset: where each token begins in the text of the choice, in characters.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TopTokenLogprob(msgspec.Struct, frozen=True):
+    """A probable token. `bytes` are UTF-8; `token` alone cannot show a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopTokenLogprob, frozen=True):
+    """A token of a message, and the most probable tokens in its place."""
+
+    top_logprobs: list[TopTokenLogprob] = []
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of a message or of a piece of it."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """The text or a piece of it. Log probabilities are not supported."""
+    """The text or a piece of it."""
 
     text: str
     index: int = 0
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Finish | None = None
+    seed: ChoiceSeed = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,7 +145,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: AssistantMessage
     finish_reason: Finish
     index: int = 0
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    seed: ChoiceSeed = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -108,7 +155,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     delta: Delta
     finish_reason: Finish | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    seed: ChoiceSeed = msgspec.UNSET
 
 
 class WholeResponse(ResponseHeader, Generic[Choice], frozen=True, kw_only=True):
@@ -170,125 +218,3 @@ class OpenAIModelList(msgspec.Struct, frozen=True):
 
     data: list[OpenAIModel]
     object: Literal["list"] = "list"
-
-
-class ResponseFormatter(ABC):
-    """Formats the answers of one endpoint.
-
-    Args:
-        id_prefix: start of the id; it and the creation time are the same in all chunks of an answer.
-        include_usage: announce the usage chunk with `usage: null` in all other chunks.
-    """
-
-    response_type: type[WholeResponse[Any]]
-    chunk_type: type[ResponseChunk[Any]]
-
-    def __init__(self, id_prefix: str, include_usage: bool) -> None:
-        self._id = id_prefix + secrets.token_hex(12)
-        self._created = int(time.time())
-        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
-
-    @abstractmethod
-    def make_choice(self, text: str, finish: Finish) -> msgspec.Struct:
-        """Return the choice of a complete answer."""
-
-    @abstractmethod
-    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> msgspec.Struct:
-        """Return the choice of a chunk; the last one has a finish reason and no text."""
-
-    def format_response(self, answer: Answer, text: str) -> msgspec.Struct:
-        """Format a complete answer."""
-        choice = self.make_choice(text, _finish_reason(answer))
-        return self.response_type(**self._header(answer), choices=[choice], **_final_fields(answer))
-
-    def format_chunk(self, answer: Answer, change: TextChange, *, first: bool) -> msgspec.Struct:
-        """Format a change of the text."""
-        sizes = {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
-        fields = self._header(answer) | sizes | {"usage": self._usage}
-        return self.chunk_type(**fields, choices=[self.make_chunk_choice(change.text, first=first)])
-
-    def format_last_chunk(self, answer: Answer) -> msgspec.Struct:
-        """Format the finish reason and the timings."""
-        fields = self._header(answer) | _final_fields(answer) | {"usage": self._usage}
-        return self.chunk_type(**fields, choices=[self.make_chunk_choice("", finish=_finish_reason(answer))])
-
-    def format_usage_chunk(self, answer: Answer) -> msgspec.Struct:
-        """Format the token counts alone."""
-        return self.chunk_type(**self._header(answer), choices=[], usage=_usage(answer))
-
-    def _header(self, answer: Answer) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "created": self._created,
-            "model": answer.request.model or answer.version.partition("@")[0],
-            "system_fingerprint": answer.version,
-            "seed": answer.request.sampling.seed,
-        }
-
-
-class CompletionFormatter(ResponseFormatter):
-    """Formats answers of `/v1/completions`.
-
-    Args:
-        echo: prompt text that precedes the generated text.
-    """
-
-    response_type, chunk_type = Completion, CompletionChunk
-
-    def __init__(self, echo: str, include_usage: bool) -> None:
-        super().__init__("cmpl-", include_usage)
-        self._echo = echo
-
-    def make_choice(self, text: str, finish: Finish) -> CompletionChoice:
-        return CompletionChoice(self._echo + text, finish_reason=finish)
-
-    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> CompletionChoice:
-        return CompletionChoice(self._echo + text if first else text, finish_reason=finish)
-
-
-class ChatFormatter(ResponseFormatter):
-    """Formats answers of `/v1/chat/completions`."""
-
-    response_type, chunk_type = ChatCompletion, ChatChunk
-
-    def __init__(self, include_usage: bool) -> None:
-        super().__init__("chatcmpl-", include_usage)
-
-    def make_choice(self, text: str, finish: Finish) -> ChatChoice:
-        return ChatChoice(AssistantMessage(text), finish)
-
-    def make_chunk_choice(self, text: str, *, first: bool = False, finish: Finish | None = None) -> ChatChunkChoice:
-        if finish:
-            return ChatChunkChoice(Delta(), finish)
-        return ChatChunkChoice(Delta("assistant", text) if first else Delta(content=text))
-
-
-def _finish_reason(answer: Answer) -> Finish:
-    return "stop" if answer.finish == "stop" else "length"
-
-
-def _final_fields(answer: Answer) -> dict[str, Any]:
-    """Fields of a complete answer and of the last chunk."""
-    return {"usage": _usage(answer), "timings": _timings(answer), "unverified": answer.unverified or msgspec.UNSET}
-
-
-def _usage(answer: Answer) -> Usage:
-    prompt, completion = len(answer.request.prompt), answer.tokens + answer.unverified_tokens
-    return Usage(prompt, completion, prompt + completion)
-
-
-def _timings(answer: Answer) -> Timings:
-    generation_seconds = max(answer.seconds - answer.queued_seconds, 1e-9)
-    return Timings(
-        prompt_n=len(answer.request.prompt),
-        predicted_n=answer.tokens,
-        queued_ms=round(1e3 * answer.queued_seconds, 3),
-        first_text_ms=round(1e3 * answer.first_seconds, 3),
-        predicted_ms=round(1e3 * answer.seconds, 3),
-        predicted_per_second=round(answer.tokens / generation_seconds, 3),
-        draft_n=answer.drafted,
-        draft_n_accepted=answer.accepted,
-        rounds=answer.rounds,
-        unverified_n=answer.unverified_tokens,
-        withdrawn_n=answer.withdrawn_tokens,
-    )

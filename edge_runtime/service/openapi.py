@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.common.openapi import JSON, REF, TEXT, build_operation, schema_ref
-from edge_runtime.service import openai_schema, requests
+from edge_runtime.service import conversation, field_policy, openai_schema, requests
 from edge_runtime.service.auth import GUARDED_PATHS
 from edge_runtime.service.errors import ErrorBody
 from edge_runtime.service.monitoring import events
@@ -69,18 +69,17 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(schema_types, ref_template=REF)
-    for name, neutral_values in (
-        ("CompletionRequest", requests.NEUTRAL_VALUES),
-        ("ChatRequest", requests.NEUTRAL_VALUES),
-        ("ChatMessage", requests.NEUTRAL_MESSAGE_VALUES),
-    ):
-        properties = schemas[name]["properties"]
-        for field in properties.keys() & neutral_values.keys():
-            properties[field] = {"enum": neutral_values[field]}
+    for kind in (requests.CompletionRequest, requests.ChatRequest):
+        properties = schemas[kind.__name__]["properties"]
+        for field in field_policy.IGNORED_FIELDS - properties.keys():
+            properties[field] = {"description": "Accepted and ignored."}
+        for field, refused in field_policy.REFUSED_FIELDS.items():
+            if refused.endpoint in (None, kind.endpoint):
+                properties.setdefault(field, field_policy.refused_schema(refused))
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
-    schemas["ChatMessage"] |= requests.MESSAGE_SCHEMA
+    schemas["ChatMessage"] |= conversation.MESSAGE_SCHEMA
     schemas["ChatRequest"] |= requests.CONVERSATION_SCHEMA
     if not has_template:
         schemas["ChatMessage"]["properties"]["role"]["enum"].remove("tool")

@@ -1,66 +1,60 @@
-"""Request bodies of OpenAI's API, parsed strictly: unsupported fields and values are refused, not ignored.
+"""Request bodies of OpenAI's API. A struct declares each field once: its name, type, bounds and meaning.
 
-Fields beyond OpenAI's: `top_k`, `ignore_eos`, `speculation` (false: the target generates alone), `on_link_loss`, and,
-as in vLLM, `documents`, `add_generation_prompt`, `continue_final_message` and `chat_template_kwargs`. Tools are given
-to the model's chat template; a call that the model writes is returned as the text that it is.
+The OpenAPI document and the README's reference come from these declarations. Null always means the default. What
+happens to other fields is in `field_policy`, what the fields mean for a generation in `parameters`.
+
+Fields beyond OpenAI's have the names of vLLM and llama-server; `speculation` and `on_link_loss` are this project's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
 from edge_runtime.planning.plan import OnLinkLoss
-from edge_runtime.protocol.bundle import SamplingDefaults
-from edge_runtime.protocol.sampling import MASK_64, Sampling
-from edge_runtime.service.chat_template import ChatOptions, Conversation
+from edge_runtime.protocol.messages import MAX_LOGPROBS
+from edge_runtime.protocol.sampling import (
+    MASK_64,
+    MAX_BIAS,
+    MAX_BIASED_IDS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_IDS,
+)
+from edge_runtime.service.conversation import ChatMessage
 from edge_runtime.service.errors import ApiError
+from edge_runtime.service.field_policy import EndpointName, check_fields
+from edge_runtime.service.structured_output import Choices, ResponseFormat, SchemaOrText, StructuredOutputs
 
-# Unsupported fields that clients may nevertheless send, with the values that change nothing.
-NEUTRAL_VALUES: dict[str, list[Any]] = {
-    "audio": [None],
-    "best_of": [None, 1],
-    "frequency_penalty": [None, 0],
-    "function_call": [None, "none", "auto"],
-    "functions": [None, []],
-    "logit_bias": [None, {}],
-    "logprobs": [None, False],
-    "modalities": [None, ["text"]],
-    "n": [None, 1],
-    "prediction": [None],
-    "presence_penalty": [None, 0],
-    "response_format": [None, {"type": "text"}],
-    "service_tier": [None, "auto", "default"],
-    "store": [None, False],
-    "suffix": [None, ""],
-    "tool_choice": [None, "none", "auto"],
-    "top_logprobs": [None, 0],
-}
-NEUTRAL_MESSAGE_VALUES: dict[str, list[Any]] = {
-    "annotations": [None, []],
-    "audio": [None],
-    "function_call": [None],
-    "refusal": [None],
-}
+# The largest `n` and `best_of`: OpenAI's.
+MAX_CHOICES = 128
+MIN_SEED, MAX_SEED = -(1 << 63), MASK_64
 
-OPENAI_DEFAULTS = SamplingDefaults(temperature=1.0, top_k=0, top_p=1.0)
-
-TokenCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+TokenCount = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]
+ChoiceCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+TopCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS - 1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-# Exactly what `get_prompt` accepts; msgspec cannot distinguish lists by the type of their items.
+# msgspec cannot bound a repetition penalty by MAX_REPETITION_PENALTY as an int.
+RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0, le=float(MAX_REPETITION_PENALTY))]
+Bias = Annotated[float, msgspec.Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
+# Exactly what `parameters.get_prompts` accepts; msgspec cannot distinguish lists by the type of their items.
 PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_CHOICES},
         {"$ref": "#/components/schemas/TokenIds"},
-        {"type": "array", "items": {"$ref": "#/components/schemas/TokenIds"}, "minItems": 1, "maxItems": 1},
+        {
+            "type": "array",
+            "items": {"$ref": "#/components/schemas/TokenIds"},
+            "minItems": 1,
+            "maxItems": MAX_CHOICES,
+        },
     ]
 }
-# Temperatures in between would be greedy but for rounding (see `Sampling`).
-TEMPERATURE_SCHEMA = {"anyOf": [{"const": 0}, {"minimum": 0.001}]}
 TOOL_SCHEMA = {
     "properties": {
         "type": {"const": "function"},
@@ -68,298 +62,203 @@ TOOL_SCHEMA = {
     },
     "required": ["type", "function"],
 }
-# What `ChatMessage.for_template` and `ChatTemplate.render` demand beyond the types.
-MESSAGE_SCHEMA = {
-    "anyOf": [
-        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
-        {"properties": {"tool_calls": {"type": "array", "minItems": 1}}, "required": ["tool_calls"]},
-    ]
-}
 CONVERSATION_SCHEMA = {
     "not": {
         "properties": {"add_generation_prompt": {"const": True}, "continue_final_message": {"const": True}},
         "required": ["add_generation_prompt", "continue_final_message"],
     }
 }
-SEED_SCHEMA = {"minimum": -(1 << 63), "maximum": MASK_64}
+SEED_SCHEMA = {"minimum": MIN_SEED, "maximum": MAX_SEED}
+BIAS_SCHEMA = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}, "maxProperties": MAX_BIASED_IDS}
 
 
-class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of a stream; without effect otherwise.
+def _means(description: str) -> msgspec.Meta:
+    """The meaning of a field, for the documents."""
+    return msgspec.Meta(description=description)
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """Options of a stream; without effect otherwise. Others are ignored.
 
     Attributes:
         include_usage: add a last chunk with the token counts.
-        include_obfuscation: accepted and ignored; it protects against eavesdroppers that see chunk sizes, and the
-            stream normally stays on loopback.
     """
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Fields that both endpoints accept.
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both endpoints accept."""
 
-    Attributes:
-        model: target model; absent or empty for the verifier's default.
-        max_tokens: maximum length of the answer; the service has a limit of its own, which is also the default.
-        temperature, top_p, top_k: see `Sampling`; defaults: the model's own, else OpenAI's: 1, 1 and no limit.
-        seed: the same seed reproduces the text; default: drawn at random and returned.
-        stop: the text ends before the first of these.
-        stream: respond with server-sent events.
-        ignore_eos: continue past the end-of-text token, for measurements.
-        speculation: false leaves every token to the target; otherwise the planner decides in every round.
-        on_link_loss: without a verifier, `wait` for one, let the `draft` model continue alone, or `fail`; default: as
-            configured.
-    """
+    endpoint: ClassVar[EndpointName]
 
-    model: str | None = None
-    max_tokens: TokenCount | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2, extra_json_schema=TEMPERATURE_SCHEMA)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
-    seed: Annotated[int, msgspec.Meta(extra_json_schema=SEED_SCHEMA)] | None = None
-    stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
-    speculation: bool | None = None
-    on_link_loss: OnLinkLoss | None = None
-    user: str | None = None
-    n: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-
-
-class CompletionRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of `POST /v1/completions`. The prompt is one text or its token ids; `echo` returns it as well."""
-
-    prompt: Annotated[str | list[str | int | list[int]], msgspec.Meta(extra_json_schema=PROMPT_SCHEMA)]
-    echo: bool | None = None
-    best_of: Any = None
-    suffix: Any = None
-
-
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A function's name and its arguments: an object, or the JSON of one; other text stays as it is."""
-
-    name: str
-    arguments: str | dict[str, Any] = {}
-
-
-class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call in an earlier message of the assistant."""
-
-    function: FunctionCall
-    id: str | None = None
-    type: Literal["function"] = "function"
-
-
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a conversation. Only a message with `tool_calls` may lack its content."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    refusal: Any = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates expect it: one text, and arguments as objects.
-
-        Raises:
-            ValueError: it has neither content nor calls.
-        """
-        if self.content is None and not self.tool_calls:
-            raise ValueError("a message needs content")
-        content = self.content or ""
-        message: dict[str, Any] = {
-            "role": self.role,
-            "content": content if isinstance(content, str) else "".join(part.text for part in content),
-        }
-        if self.tool_calls:
-            message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
-        for field in ("name", "tool_call_id"):
-            if (value := getattr(self, field)) is not None:
-                message[field] = value
-        return message
+    model: Annotated[
+        str | None, _means("Target model: an id of `/v1/models` or an exact version. Default: the verifier's.")
+    ] = None
+    max_tokens: Annotated[
+        TokenCount | None,
+        _means("Tokens of the answer at most. Default, and -1: what the context leaves. 0: the prompt only."),
+    ] = None
+    temperature: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=2)] | None,
+        _means("0 (anything below 0.001) is greedy. Default: the model's own, else 1."),
+    ] = None
+    top_p: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=1)] | None, _means("Nucleus. Default: the model's own, else 1.")
+    ] = None
+    top_k: Annotated[
+        Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)] | None,
+        _means("The k most probable tokens; 0 or -1 for all. Default: the model's own, else all."),
+    ] = None
+    min_p: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
+        _means("Tokens with at least this share of the most probable one's probability. Default: 0, all."),
+    ] = None
+    presence_penalty: Annotated[Penalty | None, _means("Subtracted from logits of generated tokens.")] = None
+    frequency_penalty: Annotated[
+        Penalty | None, _means("Subtracted from logits of generated tokens, as often as they occurred.")
+    ] = None
+    repetition_penalty: Annotated[
+        RepetitionPenalty | None, _means("Divides logits of tokens of prompt and answer. Default: 1.")
+    ] = None
+    logit_bias: Annotated[
+        Annotated[dict[TokenId, Bias], msgspec.Meta(max_length=MAX_BIASED_IDS, extra_json_schema=BIAS_SCHEMA)] | None,
+        _means(f"Added to logits, by token id; from -{MAX_BIAS} to {MAX_BIAS}, for at most {MAX_BIASED_IDS} ids."),
+    ] = None
+    seed: Annotated[
+        Annotated[int, msgspec.Meta(extra_json_schema=SEED_SCHEMA)] | None,
+        _means("The same seed gives the same text. Default: random, of at most 53 bits, and returned."),
+    ] = None
+    n: Annotated[
+        ChoiceCount | None, _means("Number of answers to a prompt. Choice i is the answer with the seed `seed` + i.")
+    ] = None
+    stop: Annotated[
+        StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None,
+        _means("The text ends before the first of these strings."),
+    ] = None
+    stop_token_ids: Annotated[
+        Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_IDS)] | None,
+        _means("The text ends before the first of these tokens."),
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, _means("Keep the stop string or stop token at the end of the text.")
+    ] = None
+    min_tokens: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None,
+        _means("No end-of-text and no stop token before this many tokens."),
+    ] = None
+    ignore_eos: Annotated[bool | None, _means("Continue past the end-of-text token, for measurements.")] = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        _means("`json_schema`, `json_object` (with a `schema`, too) or `text`: the answer is JSON that matches."),
+    ] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None,
+        _means("What the answer matches: one of `json`, `regex`, `choice`, `grammar` and `json_object`."),
+    ] = None
+    guided_json: Annotated[SchemaOrText | None, _means("The answer is JSON that matches this schema.")] = None
+    guided_regex: Annotated[str | None, _means("The answer matches this regular expression as a whole.")] = None
+    guided_choice: Annotated[Choices | None, _means("The answer is one of these texts.")] = None
+    guided_grammar: Annotated[str | None, _means("The answer matches this grammar, GBNF or Lark.")] = None
+    json_schema: Annotated[SchemaOrText | None, _means("As `guided_json`.")] = None
+    grammar: Annotated[str | None, _means("As `guided_grammar`.")] = None
+    stream: Annotated[bool | None, _means("Respond with server-sent events.")] = None
+    stream_options: Annotated[StreamOptions | None, _means("`include_usage`: a last chunk with the token counts.")] = (
+        None
+    )
+    speculation: Annotated[
+        bool | None, _means("false leaves every token to the target; otherwise the planner decides in every round.")
+    ] = None
+    on_link_loss: Annotated[
+        OnLinkLoss | None,
+        _means(
+            "Without a verifier: `wait` for one, let the `draft` continue alone, or `fail`. Default: as configured."
+        ),
+    ] = None
 
 
-class ChatRequest(GenerationRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of `POST /v1/chat/completions`.
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """The body of `POST /v1/completions`."""
 
-    Attributes:
-        tools: functions that the model may call, for its chat template; left out if `tool_choice` is `none`.
-        documents, add_generation_prompt, continue_final_message: see `ChatOptions`.
-        chat_template_kwargs: further variables of the chat template.
-        max_completion_tokens: the newer name of `max_tokens`.
-    """
+    endpoint: ClassVar[EndpointName] = "completions"
 
-    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
-    tools: list[Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=TOOL_SCHEMA)]] | None = None
-    documents: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    max_completion_tokens: TokenCount | None = None
-    metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    response_format: Any = None
-    service_tier: Any = None
-    store: Any = None
-    tool_choice: Any = None
-    top_logprobs: Any = None
+    prompt: Annotated[
+        str | list[str | int | list[int]],
+        msgspec.Meta(extra_json_schema=PROMPT_SCHEMA),
+        _means("A text, the ids of its tokens, or a list of one or the other, each with `n` answers."),
+    ]
+    echo: Annotated[bool | None, _means("Return the prompt before the answer.")] = None
+    logprobs: Annotated[
+        TopCount | None,
+        _means("Return log-probabilities, of this many most probable tokens at each position, too; not with `echo`."),
+    ] = None
+    best_of: Annotated[
+        ChoiceCount | None,
+        _means("Generate this many answers and return the `n` whose tokens are most probable on average. No stream."),
+    ] = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """The body of `POST /v1/chat/completions`."""
+
+    endpoint: ClassVar[EndpointName] = "chat"
+
+    messages: Annotated[
+        Annotated[list[ChatMessage], msgspec.Meta(min_length=1)],
+        _means("The conversation; content is a text or a list of text parts."),
+    ]
+    tools: Annotated[
+        list[Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=TOOL_SCHEMA)]] | None,
+        _means("Functions that the model may call, for its chat template."),
+    ] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, _means("`none` leaves out the tools.")] = None
+    parallel_tool_calls: Annotated[bool | None, _means("Without effect: the model decides.")] = None
+    documents: Annotated[
+        list[dict[str, Any]] | None, _means("Texts for retrieval-augmented answers, for the chat template.")
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None, _means("Begin the assistant's message. Default: unless a message is continued.")
+    ] = None
+    continue_final_message: Annotated[bool | None, _means("Continue the last message.")] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, _means("Further variables of the chat template, such as `enable_thinking`.")
+    ] = None
+    max_completion_tokens: Annotated[TokenCount | None, _means("The newer name of `max_tokens`.")] = None
+    logprobs: Annotated[bool | None, _means("Return the log-probability of every token.")] = None
+    top_logprobs: Annotated[
+        TopCount | None, _means("Return those of this many most probable tokens at each position, too.")
+    ] = None
 
 
 R = TypeVar("R", bound=GenerationRequest)
 
 
-def parse_request(body: bytes, kind: type[R]) -> R:
-    """Parse a request body. Raises ApiError (400), which names the invalid or unsupported field."""
+def parse_request(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
+    """Parse a request body.
+
+    Returns:
+        The request, and the names of the fields that were ignored.
+
+    Raises:
+        ApiError: (400) a field is invalid or refused; the error names it.
+    """
     try:
         request = msgspec.json.decode(body, type=kind)
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
-    _check_neutral(request, NEUTRAL_VALUES, "")
-    if isinstance(request, ChatRequest):
-        for index, message in enumerate(request.messages):
-            _check_neutral(message, NEUTRAL_MESSAGE_VALUES, f"messages[{index}].")
-    if request.seed is not None and not SEED_SCHEMA["minimum"] <= request.seed <= SEED_SCHEMA["maximum"]:
+    ignored = check_fields(fields, frozenset(kind.__struct_fields__), kind.endpoint)
+    if request.seed is not None and not MIN_SEED <= request.seed <= MAX_SEED:
         raise ApiError(400, "seed is not a 64-bit integer", param="seed")
-    return request
-
-
-def get_prompt(request: CompletionRequest) -> str | list[int]:
-    """Return the prompt text or its token ids. Raises ApiError (400) if there is no prompt or more than one."""
-    prompt = request.prompt
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]  # type: ignore[assignment]
-    if not prompt:
-        raise ApiError(400, "the prompt is empty: give at least one token", param="prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
-        return prompt  # type: ignore[return-value]
-    raise ApiError(400, "send one prompt per request: a text or a list of token ids", param="prompt")
-
-
-def get_conversation(request: ChatRequest) -> Conversation:
-    """Return the messages for the chat template. Raises ApiError (400), which names the message."""
-    conversation = []
-    for index, message in enumerate(request.messages):
-        try:
-            conversation.append(message.for_template())
-        except ValueError as error:
-            raise ApiError(400, f"messages[{index}]: {error}", param=f"messages[{index}]") from None
-    return conversation
-
-
-def get_chat_options(request: ChatRequest) -> ChatOptions:
-    """Return the other inputs of the chat template. Raises ApiError (400) if a tool is not a function with a name."""
-    for index, tool in enumerate(request.tools or []):
-        function = tool.get("function")
-        if (
-            tool.get("type") != "function"
-            or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-        ):
-            message = f'tools[{index}] is not {{"type": "function", "function": {{"name": ..., ...}}}}'
-            raise ApiError(400, message, param=f"tools[{index}]")
-    continues = bool(request.continue_final_message)
-    starts = request.add_generation_prompt
-    return ChatOptions(
-        tools=(request.tools or None) if request.tool_choice != "none" else None,
-        documents=request.documents,
-        add_generation_prompt=not continues if starts is None else starts,
-        continue_final_message=continues,
-        variables=request.chat_template_kwargs or {},
-    )
-
-
-def get_sampling(request: GenerationRequest, seed: int, defaults: SamplingDefaults = OPENAI_DEFAULTS) -> Sampling:
-    """Return the sampling parameters. Raises ApiError (400).
-
-    Args:
-        seed: used if the request has none.
-        defaults: the model's.
-    """
-
-    def choose(name: str) -> Any:
-        values = (getattr(source, name) for source in (request, defaults, OPENAI_DEFAULTS))
-        return next(value for value in values if value is not None)
-
-    try:
-        return Sampling(
-            temperature=choose("temperature"),
-            top_k=choose("top_k"),
-            top_p=choose("top_p"),
-            # OpenAI's seeds are signed.
-            seed=(seed if request.seed is None else request.seed) & MASK_64,
-            ignore_eos=bool(request.ignore_eos),
-        )
-    except ValueError as error:
-        raise ApiError(400, str(error), param="temperature") from None
-
-
-def get_stop_strings(request: GenerationRequest) -> list[str]:
-    """Return the stop strings of the request."""
-    return [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
-
-
-def _call_for_template(call: ToolCall) -> dict[str, Any]:
-    arguments = call.function.arguments
-    if isinstance(arguments, str):
-        # OpenAI's clients send JSON; templates write objects, each in its own way.
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-            arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    function = {"name": call.function.name, "arguments": arguments}
-    identity = {} if call.id is None else {"id": call.id}
-    return {**identity, "type": call.type, "function": function}
-
-
-def _check_neutral(struct: msgspec.Struct, neutral: dict[str, list[Any]], prefix: str) -> None:
-    """Raise ApiError (400) if an unsupported field has a value with an effect; `prefix` is the path of the struct."""
-    for field in struct.__struct_fields__:
-        value = getattr(struct, field)
-        if value is None or field not in neutral:
-            continue
-        # In Python, unlike JSON, True equals 1.
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral[field]):
-            allowed = " or ".join(msgspec.json.encode(value).decode() for value in neutral[field] if value is not None)
-            raise ApiError(
-                400,
-                f"{prefix}{field} is not supported: leave it out{f', or send {allowed}' if allowed else ''}",
-                param=prefix + field,
-                code="unsupported_parameter",
-            )
+    return request, ignored
 
 
 def _malformed(error: Exception) -> ApiError:
-    message, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    unknown = re.search(r"(?:unknown|missing required) field `(.+)`", message)
-    if unknown:
-        path = f"{path}.{unknown[1]}" if path else unknown[1]
+    match = re.fullmatch(r"(.*) - at `(?:key` in `)?\$\.?(.*)`", str(error), re.DOTALL)
+    message, path = (match[1], match[2]) if match else (str(error), "")
+    missing = re.search(r"missing required field `(.+)`", message)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
     if not path:
         return ApiError(400, f"the body is not a valid JSON request: {message}", code="invalid_json")
-    return ApiError(400, f"{path}: {message}", param=path, code="unknown_parameter" if "unknown" in message else None)
+    return ApiError(400, f"{path}: {message}", param=path, code="invalid_parameter")

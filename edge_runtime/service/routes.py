@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,31 +17,29 @@ from starlette.routing import Route
 
 from edge_runtime.common.metrics import CONTENT_TYPE
 from edge_runtime.protocol.errors import FlexSpecError, VerifierUnreachable
+from edge_runtime.protocol.sampling import MASK_64
 from edge_runtime.service import dashboard
 from edge_runtime.service.answer import AnswerRequest
 from edge_runtime.service.answer_runner import AnswerRunner
 from edge_runtime.service.auth import RequestGuard
+from edge_runtime.service.conversation import get_conversation
 from edge_runtime.service.errors import LINK_RETRY_SECONDS, ApiError, to_api_error
-from edge_runtime.service.openai_schema import (
-    ChatFormatter,
-    CompletionFormatter,
-    OpenAIModel,
-    OpenAIModelList,
-    ResponseFormatter,
-)
+from edge_runtime.service.field_policy import IGNORED_HEADER, log_unknown, show_names
+from edge_runtime.service.openai_schema import OpenAIModel, OpenAIModelList
 from edge_runtime.service.openapi import build_document
-from edge_runtime.service.requests import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
+from edge_runtime.service.parameters import (
+    ChoicePlan,
     get_chat_options,
-    get_conversation,
-    get_prompt,
+    get_choices,
+    get_logprobs,
+    get_prompts,
     get_sampling,
     get_stop_strings,
-    parse_request,
+    limit_answer,
 )
-from edge_runtime.service.sse import EventStream, stream_answer, wait_for_disconnect
+from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
+from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter, ResponseFormatter
+from edge_runtime.service.sse import EventStream, stream_answers, wait_for_disconnect
 from edge_runtime.service.state import BoardRuntime, ServiceState
 
 log = logging.getLogger(__name__)
@@ -55,6 +52,23 @@ FIRST_TEXT_SECONDS = 10.0
 # Limits for asking the verifier for its models, and for the arrival of a request body.
 MODELS_SECONDS = 5.0
 BODY_SECONDS = 30.0
+
+
+class AnswerOrder(msgspec.Struct, frozen=True):
+    """What both endpoints make of a request.
+
+    Attributes:
+        prompts: token ids.
+        ignored: fields of the request without effect.
+        stop_strings: those of the chat template.
+    """
+
+    board: BoardRuntime
+    prompts: list[list[int]]
+    choices: ChoicePlan
+    formatter: ResponseFormatter
+    ignored: list[str]
+    stop_strings: list[str] = []
 
 
 class Routes:
@@ -93,31 +107,38 @@ class Routes:
         self.app.router.redirect_slashes = False
 
     async def _complete(self, request: Request) -> Response:
-        """POST /v1/completions: continue a text."""
+        """POST /v1/completions: continue texts."""
         board = self._state.require_board()
-        body = parse_request(await self._read_body(request), CompletionRequest)
-        prompt = get_prompt(body)
-        ids = prompt if isinstance(prompt, list) else await self._tokenize(board, prompt)
-        echo = ""
+        body, ignored = parse_request(await self._read_body(request), CompletionRequest)
+        choices, prompts = get_choices(body), get_prompts(body)
+        tokenizer = board.draft.tokenizer
+        ids = [each if isinstance(each, list) else await self._tokenize(board, each) for each in prompts]
+        echoes = [""] * len(prompts)
         if body.echo:
-            echo = prompt if isinstance(prompt, str) else board.draft.tokenizer.decode(prompt)
-        answer_request = self._make_answer_request(board, body, ids, body.max_tokens)
-        return await self._answer(request, body, answer_request, CompletionFormatter(echo, _wants_usage(body)))
+            echoes = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]
+        formatter = CompletionFormatter(tokenizer, _wants_usage(body), echoes, choices.returned)
+        return await self._answer(request, body, AnswerOrder(board, ids, choices, formatter, ignored))
 
     async def _chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: generate the next message of a conversation."""
         board = self._state.require_board()
-        body = parse_request(await self._read_body(request), ChatRequest)
-        template = board.chat_template
-        conversation, options = get_conversation(body), get_chat_options(body)
+        body, ignored = parse_request(await self._read_body(request), ChatRequest)
+        template, tokenizer = board.chat_template, board.draft.tokenizer
+        conversation, options = get_conversation(body.messages), get_chat_options(body)
 
         def encode() -> list[int]:
-            return template.encode(board.draft.tokenizer, template.render(conversation, options))
+            return template.encode(tokenizer, template.render(conversation, options))
 
         ids = await self._run_tokenizer(encode)
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        answer_request = self._make_answer_request(board, body, ids, max_tokens, *template.stop_strings)
-        return await self._answer(request, body, answer_request, ChatFormatter(_wants_usage(body)))
+        order = AnswerOrder(
+            board,
+            [ids],
+            get_choices(body),
+            ChatFormatter(tokenizer, _wants_usage(body)),
+            ignored,
+            stop_strings=template.stop_strings,
+        )
+        return await self._answer(request, body, order)
 
     async def _list_models(self, request: Request) -> Response:
         """GET /v1/models: the verifier's models, or the last known ones while it cannot be reached."""
@@ -165,35 +186,55 @@ class Routes:
         """GET /events: recent and live events of the board."""
         return self._state.monitoring.respond(request)
 
-    def _make_answer_request(
-        self, board: BoardRuntime, body: GenerationRequest, ids: list[int], max_tokens: int | None, *stop_strings: str
-    ) -> AnswerRequest:
-        limit = self._state.limits.max_new_tokens
-        return AnswerRequest(
-            prompt=ids,
-            sampling=get_sampling(body, secrets.randbits(63), board.sampling),
-            max_new_tokens=min(max_tokens or limit, limit),
-            stop_strings=[*stop_strings, *get_stop_strings(body)],
-            model=body.model or board.model,
-            speculation=body.speculation is not False,
-            on_link_loss=body.on_link_loss or board.on_link_loss,
-        )
+    def _make_answer_requests(self, body: GenerationRequest, order: AnswerOrder, context: int) -> list[AnswerRequest]:
+        """Return what to generate: the candidates of the first prompt, then those of the next."""
+        board, choices = order.board, order.choices
+        sampling = get_sampling(body, board.sampling)
+        logprobs = get_logprobs(body)
+        if choices.candidates > choices.returned:
+            # The best are chosen by the log-probabilities of their tokens.
+            logprobs = max(logprobs, 1)
+        maximum = self._state.limits.max_new_tokens
+        return [
+            AnswerRequest(
+                prompt=prompt,
+                sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + index) & MASK_64),
+                max_new_tokens=limit_answer(body, len(prompt), context=context, maximum=maximum),
+                stop_strings=[*order.stop_strings, *get_stop_strings(body)],
+                include_stop=bool(body.include_stop_str_in_output),
+                model=body.model or board.model,
+                speculation=body.speculation is not False,
+                on_link_loss=body.on_link_loss or board.on_link_loss,
+                logprobs=logprobs,
+                id=order.formatter.id,
+            )
+            for prompt in order.prompts
+            for index in range(choices.candidates)
+        ]
 
-    async def _answer(
-        self, request: Request, body: GenerationRequest, answer_request: AnswerRequest, formatter: ResponseFormatter
-    ) -> Response:
-        """Run an answer and return it whole or as a stream; it is abandoned when the client disconnects."""
+    async def _answer(self, request: Request, body: GenerationRequest, order: AnswerOrder) -> Response:
+        """Run answers and return them whole or as a stream; they are abandoned when the client disconnects."""
+        requests = self._make_answer_requests(body, order, context=0)
+        formatter, group = order.formatter, None
         disconnected = asyncio.create_task(wait_for_disconnect(request))
-        answer = None
         try:
-            answer = self._runner.start(answer_request, disconnected)
+            group = self._runner.start(requests, order.choices, disconnected)
             if body.stream:
-                await answer.wait_for_text(FIRST_TEXT_SECONDS)
-                return EventStream(stream_answer(answer, formatter, _wants_usage(body)), disconnected)
-            return _json_response(formatter.format_response(answer, await answer.read_all()))
-        finally:
-            if answer is None or answer.error or not body.stream:
-                disconnected.cancel()
+                await group.wait_for_text(FIRST_TEXT_SECONDS)
+                stream = stream_answers(group, formatter, _wants_usage(body))
+                response: Response = EventStream(stream, disconnected)
+            else:
+                await group.wait_until_done()
+                response = _json_response(formatter.format_response(group))
+        except BaseException:
+            disconnected.cancel()
+            raise
+        if not body.stream:
+            disconnected.cancel()
+        if order.ignored:
+            log_unknown(order.ignored)
+            response.headers[IGNORED_HEADER] = show_names(order.ignored)
+        return response
 
     async def _tokenize(self, board: BoardRuntime, text: str) -> list[int]:
         def encode() -> list[int]:

@@ -1,4 +1,4 @@
-"""Server-sent events: an answer as a stream of chunks, for as long as the client is connected."""
+"""Server-sent events: answers as a stream of chunks, for as long as the client is connected."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.service.answer import Answer, TextChange
+from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.errors import to_api_error
-from edge_runtime.service.openai_schema import ResponseFormatter
+from edge_runtime.service.response_formatter import NO_CHANGE, ResponseFormatter
 
 DONE_EVENT = b"data: [DONE]\n\n"
 # A comment that keeps idle connections open while an answer waits for its slot or for the link. Period: chosen.
@@ -56,28 +56,32 @@ class EventStream(Response):
             self._disconnected.cancel()
 
 
-async def stream_answer(answer: Answer, formatter: ResponseFormatter, include_usage: bool) -> AsyncIterator[bytes]:
-    """Yield the events of an answer. An error ends the stream with an `error` event, without `[DONE]`."""
+async def stream_answers(group: AnswerGroup, formatter: ResponseFormatter, include_usage: bool) -> AsyncIterator[bytes]:
+    """Yield the events of a response. An error ends the stream with an `error` event, without `[DONE]`."""
+    begun: set[int] = set()
     try:
-        first, complete = True, False
-        while not complete:
+        while True:
             try:
-                change = await answer.read(WAITING_SECONDS)
+                update = await group.read(WAITING_SECONDS)
             except TimeoutError:
                 yield WAITING_COMMENT
                 continue
-            complete = change is None
-            if change or first:
-                yield encode_event(formatter.format_chunk(answer, change or TextChange(""), first=first))
-            first = False
+            if update is None:
+                break
+            index, change = update
+            if change or index not in begun:
+                first = index not in begun
+                yield encode_event(formatter.format_chunk(group, index, change or NO_CHANGE, first=first))
+            begun.add(index)
+            if change is None:
+                yield encode_event(formatter.format_last_chunk(group, index))
     except ClientDisconnect:
         return
     except Exception as error:
         yield b"event: error\n" + encode_event(to_api_error(error).body)
         return
-    yield encode_event(formatter.format_last_chunk(answer))
     if include_usage:
-        yield encode_event(formatter.format_usage_chunk(answer))
+        yield encode_event(formatter.format_usage_chunk(group))
     yield DONE_EVENT
 
 

@@ -8,13 +8,17 @@ class StopStringFilter:
 
     Text that may still become part of a stop string is held back until this is decided.
 
+    Args:
+        include: pass the stop string as well.
+
     Attributes:
         found: a stop string is complete; no more text passes.
     """
 
-    def __init__(self, stop_strings: list[str]) -> None:
+    def __init__(self, stop_strings: list[str], include: bool = False) -> None:
         self.found = False
         self._stop_strings = stop_strings
+        self._include = include
         # The longest suffix of the text so far that may still become a stop string.
         self._held = ""
 
@@ -26,7 +30,8 @@ class StopStringFilter:
         matches = [(start + len(stop), start) for stop in self._stop_strings if (start := self._held.find(stop)) >= 0]
         if matches:
             self.found = True
-            shown, self._held = self._held[: min(matches)[1]], ""
+            end, start = min(matches)
+            shown, self._held = self._held[: end if self._include else start], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
         shown = self._held[: len(self._held) - keep]

@@ -35,7 +35,7 @@ class QueuedRequests:
         await asyncio.sleep(0.01)
 
     async def _hold_slot(self, name: int) -> None:
-        async with self.queue.slot():
+        async with self.queue.reserve()[0]:
             self.admitted.append(name)
             await self.released[name].wait()
 
@@ -59,22 +59,59 @@ async def test_a_full_queue_refuses_with_retry_after() -> None:
     requests = QueuedRequests(queue)
     await requests.add(0, 1)
     with pytest.raises(ApiError) as caught:
-        async with queue.slot():
-            pass
+        queue.reserve()
     assert (caught.value.status, caught.value.body.error.code) == (429, "rate_limit_exceeded")
     assert 1 <= (caught.value.retry_after or 0) <= 60
     await requests.release(0)
     await requests.release(1)
-    async with queue.slot():
+    async with queue.reserve()[0]:
         assert queue.running == 1
 
 
 async def test_no_request_waits_in_a_queue_of_size_zero() -> None:
     queue = AdmissionQueue(1, 0)
-    async with queue.slot():
+    async with queue.reserve()[0]:
         with pytest.raises(ApiError):
-            queue.check_capacity()
-    queue.check_capacity()
+            queue.reserve()
+    queue.reserve()[0].leave()
+
+
+async def test_the_answers_of_one_request_get_places_together_or_not_at_all() -> None:
+    queue = AdmissionQueue(2, 2)
+    places = queue.reserve(3)
+    with pytest.raises(ApiError) as caught:
+        queue.reserve(2)
+    assert (caught.value.status, queue.waiting) == (429, 3)
+    with pytest.raises(ApiError) as caught:
+        queue.reserve(5)
+    assert (caught.value.status, caught.value.body.error.param) == (400, "n")
+    async with places[0]:
+        assert (queue.running, queue.waiting) == (1, 2)
+    for place in places:
+        place.leave()
+        place.leave()
+    assert (queue.running, queue.waiting) == (0, 0)
+
+
+async def test_refused_requests_are_told_to_come_back_one_after_the_other() -> None:
+    queue = AdmissionQueue(2, 6)
+    queue.reserve(8)
+    delays = []
+    for _ in range(20):
+        with pytest.raises(ApiError) as caught:
+            queue.reserve()
+        delays.append(caught.value.retry_after)
+    # Two slots, an assumed duration of two seconds: one place a second, and after eight all are free.
+    assert delays == [1, 2, 3, 4, 5, 6, 7, *[8] * 13]
+
+
+async def test_a_long_running_answer_raises_the_estimated_duration() -> None:
+    queue = AdmissionQueue(1, 0)
+    async with queue.reserve()[0]:
+        before = queue.mean_seconds()
+        started = next(iter(queue._started))
+        queue._started[started] -= 100
+        assert queue.mean_seconds() > 99 > before
 
 
 async def test_a_cancelled_request_leaves_the_queue() -> None:
@@ -93,7 +130,7 @@ async def test_a_cancelled_request_leaves_the_queue() -> None:
 async def test_a_failed_answer_returns_its_slot() -> None:
     queue = AdmissionQueue(1, 0)
     with pytest.raises(RuntimeError):
-        async with queue.slot():
+        async with queue.reserve()[0]:
             raise RuntimeError
     assert queue.running == 0
 
@@ -106,7 +143,7 @@ async def test_resizing_up_admits_at_once_and_down_as_answers_end() -> None:
     await asyncio.sleep(0.01)
     assert (requests.admitted, queue.running, queue.waiting) == ([0, 1, 2], 3, 1)
     with pytest.raises(ApiError):
-        queue.check_capacity()
+        queue.reserve()
     queue.resize(1, 3)
     for name, admitted in ((0, 3), (1, 3), (2, 4)):
         await requests.release(name)

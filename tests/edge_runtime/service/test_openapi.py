@@ -47,8 +47,10 @@ def test_the_document_describes_the_structs() -> None:
     schemas = document["components"]["schemas"]
     completion = schemas["CompletionRequest"]
     assert completion["required"] == ["prompt"]
-    assert completion["additionalProperties"] is False
-    assert completion["properties"]["n"] == {"enum": [None, 1]}
+    assert completion["properties"]["use_beam_search"]["enum"] == [None, False]
+    assert completion["properties"]["user"] == {"description": "Accepted and ignored."}
+    assert {"type": "integer", "minimum": 1, "maximum": 128} in completion["properties"]["best_of"]["anyOf"]
+    assert schemas["ChatRequest"]["properties"]["best_of"]["enum"] == [None, 1]
     assert {"type": "boolean"} in completion["properties"]["speculation"]["anyOf"]
     assert document["paths"]["/v1/completions"]["post"]["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/healthz"]["get"]

@@ -1,0 +1,249 @@
+"""Fills OpenAI's response bodies from answers: complete ones, and the chunks of streams."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from edge_runtime.decoding import token_bytes
+from edge_runtime.service.answer import Answer, TextChange
+from edge_runtime.service.answer_group import AnswerGroup
+from edge_runtime.service.openai_schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    Delta,
+    Finish,
+    PromptTokensDetails,
+    ResponseChunk,
+    Timings,
+    TopTokenLogprob,
+    Usage,
+    WholeResponse,
+)
+from edge_runtime.service.shown_tokens import ShownToken
+
+NO_CHANGE = TextChange("")
+
+
+class ResponseFormatter(ABC):
+    """Formats the answers of one request to one endpoint.
+
+    Attributes:
+        id: of the response; it and the creation time are the same in all chunks.
+    """
+
+    id_prefix: str
+    response_type: type[WholeResponse[Any]]
+    chunk_type: type[ResponseChunk[Any]]
+
+    def __init__(self, tokenizer: Tokenizer, include_usage: bool) -> None:
+        """
+        Args:
+            include_usage: announce the usage chunk with `usage: null` in all other chunks.
+        """
+        self.id = self.id_prefix + secrets.token_hex(12)
+        self._tokenizer = tokenizer
+        self._created = int(time.time())
+        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
+
+    @abstractmethod
+    def make_choice(self, answer: Answer, change: TextChange, index: int) -> msgspec.Struct:
+        """Return a choice of a complete response, without its seed.
+
+        Args:
+            change: the whole text.
+        """
+
+    @abstractmethod
+    def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> msgspec.Struct:
+        """Return the choice of a chunk that has text, without its seed."""
+
+    @abstractmethod
+    def make_last_chunk_choice(self, answer: Answer, index: int) -> msgspec.Struct:
+        """Return the choice of a chunk that has the finish reason of a choice, without its seed."""
+
+    def format_response(self, group: AnswerGroup) -> msgspec.Struct:
+        """Format a complete response."""
+        choices = [
+            _with_seed(group, answer, self.make_choice(answer, answer.take() or NO_CHANGE, index))
+            for index, answer in enumerate(group.choices())
+        ]
+        unverified = sum(answer.unverified for answer in group.choices()) or msgspec.UNSET
+        return self.response_type(
+            **self._header(group),
+            choices=choices,
+            usage=make_usage(group),
+            timings=make_timings(group.answers, group.firsts),
+            unverified=unverified,
+        )
+
+    def format_chunk(self, group: AnswerGroup, index: int, change: TextChange, *, first: bool) -> msgspec.Struct:
+        """Format a change of the text of one answer; `first` of its changes or not."""
+        answer = group.answers[index]
+        sizes = {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
+        choice = self.make_chunk_choice(answer, change, index, first=first)
+        return self.chunk_type(**self._header(group), **sizes, usage=self._usage, choices=[choice])
+
+    def format_last_chunk(self, group: AnswerGroup, index: int) -> msgspec.Struct:
+        """Format the finish reason of one answer, and its timings."""
+        answer = group.answers[index]
+        choice = _with_seed(group, answer, self.make_last_chunk_choice(answer, index))
+        return self.chunk_type(
+            **self._header(group),
+            choices=[choice],
+            usage=self._usage,
+            timings=make_timings([answer], [answer]),
+            unverified=answer.unverified or msgspec.UNSET,
+        )
+
+    def format_usage_chunk(self, group: AnswerGroup) -> msgspec.Struct:
+        """Format the token counts alone."""
+        return self.chunk_type(**self._header(group), choices=[], usage=make_usage(group))
+
+    def _token_text(self, token: int) -> tuple[str, bytes]:
+        data = token_bytes(self._tokenizer, token)
+        return data.decode("utf-8", "replace"), data
+
+    def _header(self, group: AnswerGroup) -> dict[str, Any]:
+        first = group.answers[0]
+        version = next((answer.version for answer in group.answers if answer.version), "")
+        return {
+            "id": self.id,
+            "created": self._created,
+            "model": first.request.model or version.partition("@")[0],
+            "system_fingerprint": version,
+            "seed": first.request.sampling.seed,
+        }
+
+
+class CompletionFormatter(ResponseFormatter):
+    """Formats responses of `/v1/completions`."""
+
+    id_prefix = "cmpl-"
+    response_type, chunk_type = Completion, CompletionChunk
+
+    def __init__(self, tokenizer: Tokenizer, include_usage: bool, echoes: list[str], choices_per_prompt: int) -> None:
+        """
+        Args:
+            echoes: text that precedes the answers to each prompt.
+        """
+        super().__init__(tokenizer, include_usage)
+        self._echoes = echoes
+        self._choices_per_prompt = choices_per_prompt
+
+    def make_choice(self, answer: Answer, change: TextChange, index: int) -> CompletionChoice:
+        echo = self._echo(index)
+        logprobs = self._logprobs(answer, change.tokens, len(echo))
+        return CompletionChoice(echo + change.text, index, logprobs, finish_reason(answer))
+
+    def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> CompletionChoice:
+        echo = self._echo(index)
+        logprobs = self._logprobs(answer, change.tokens, len(echo))
+        return CompletionChoice(echo + change.text if first else change.text, index, logprobs)
+
+    def make_last_chunk_choice(self, answer: Answer, index: int) -> CompletionChoice:
+        return CompletionChoice("", index, finish_reason=finish_reason(answer))
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._choices_per_prompt]
+
+    def _logprobs(self, answer: Answer, tokens: tuple[ShownToken, ...], offset: int) -> CompletionLogprobs | None:
+        if not answer.request.logprobs:
+            return None
+        top = [{self._token_text(token)[0]: value for token, value in each.logprobs.top} for each in tokens]
+        return CompletionLogprobs(
+            tokens=[self._token_text(each.token)[0] for each in tokens],
+            token_logprobs=[each.logprobs.logprob for each in tokens],
+            top_logprobs=top if answer.request.logprobs > 1 else None,
+            text_offset=[offset + each.offset for each in tokens],
+        )
+
+
+class ChatFormatter(ResponseFormatter):
+    """Formats responses of `/v1/chat/completions`."""
+
+    id_prefix = "chatcmpl-"
+    response_type, chunk_type = ChatCompletion, ChatChunk
+
+    def make_choice(self, answer: Answer, change: TextChange, index: int) -> ChatChoice:
+        logprobs = self._logprobs(answer, change.tokens)
+        return ChatChoice(AssistantMessage(change.text), finish_reason(answer), index, logprobs)
+
+    def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> ChatChunkChoice:
+        delta = Delta("assistant", change.text) if first else Delta(content=change.text)
+        return ChatChunkChoice(delta, index=index, logprobs=self._logprobs(answer, change.tokens))
+
+    def make_last_chunk_choice(self, answer: Answer, index: int) -> ChatChunkChoice:
+        return ChatChunkChoice(Delta(), finish_reason(answer), index)
+
+    def _logprobs(self, answer: Answer, tokens: tuple[ShownToken, ...]) -> ChatLogprobs | None:
+        if not answer.request.logprobs:
+            return None
+        return ChatLogprobs([self._token_logprob(each) for each in tokens])
+
+    def _token_logprob(self, shown: ShownToken) -> ChatTokenLogprob:
+        text, data = self._token_text(shown.token)
+        top = [
+            TopTokenLogprob(other, logprob, list(other_data))
+            for token, logprob in shown.logprobs.top
+            for other, other_data in [self._token_text(token)]
+        ]
+        return ChatTokenLogprob(text, shown.logprobs.logprob, list(data), top)
+
+
+def finish_reason(answer: Answer) -> Finish:
+    """Return OpenAI's finish reason of a complete answer."""
+    return "stop" if answer.finish == "stop" else "length"
+
+
+def make_usage(group: AnswerGroup) -> Usage:
+    """Count the tokens of a response."""
+    prompt = sum(len(answer.request.prompt) for answer in group.firsts)
+    completion = sum(answer.tokens + answer.unverified_tokens for answer in group.answers)
+    cached = PromptTokensDetails(sum(answer.cached_tokens for answer in group.firsts))
+    return Usage(prompt, completion, prompt + completion, cached)
+
+
+def make_timings(answers: list[Answer], firsts: list[Answer]) -> Timings:
+    """Return the times and counts of answers together.
+
+    Args:
+        firsts: one of the answers for each prompt, whose prompts count.
+    """
+    queued, end = min(answer.queued_seconds for answer in answers), max(answer.seconds for answer in answers)
+    tokens = sum(answer.tokens for answer in answers)
+    asked = any(answer.request.logprobs for answer in answers)
+    return Timings(
+        prompt_n=sum(len(answer.request.prompt) for answer in firsts),
+        cache_n=sum(answer.cached_tokens for answer in firsts),
+        predicted_n=tokens,
+        queued_ms=round(1e3 * queued, 3),
+        first_text_ms=round(1e3 * min(answer.first_seconds for answer in answers), 3),
+        predicted_ms=round(1e3 * end, 3),
+        predicted_per_second=round(tokens / max(end - queued, 1e-9), 3),
+        draft_n=sum(answer.drafted for answer in answers),
+        draft_n_accepted=sum(answer.accepted for answer in answers),
+        rounds=sum(answer.rounds for answer in answers),
+        unverified_n=sum(answer.unverified_tokens for answer in answers),
+        withdrawn_n=sum(answer.withdrawn_tokens for answer in answers),
+        logprobs_bytes=sum(answer.logprobs_bytes for answer in answers) if asked else msgspec.UNSET,
+    )
+
+
+def _with_seed(group: AnswerGroup, answer: Answer, choice: msgspec.Struct) -> msgspec.Struct:
+    """Add the seed of the answer to its choice if the response has several."""
+    return msgspec.structs.replace(choice, seed=answer.request.sampling.seed) if len(group.answers) > 1 else choice
