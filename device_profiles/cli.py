@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import socket
@@ -36,15 +37,18 @@ examples:
   device-profile validate my-board.toml
 """
 CALIBRATE = """\
-Measures this board: memory, the draft over context lengths and threads, power if there is a sensor, and the link to a
-verifier. Writes a profile and a chart (.svg) next to it. Ctrl-C stops it without writing anything. Nothing else should
-run at the same time.
+Measures this board: memory, the draft over context lengths and threads, heat and clock under sustained load, and power
+if there is a sensor. Repeats itself until the figures agree, and says so if they do not. Writes a profile and a chart
+(.svg) next to it, and ends with a verdict: tokens a second, the best number of threads, and on which links drafting
+pays. Commands with --profile FILE then use what was measured. Ctrl-C stops it without writing anything. Nothing else
+should run at the same time.
 
 examples:
   device-profile calibrate --bundle bundle
-  device-profile calibrate --bundle bundle --verifier https://verifier.example --output my-board.toml --seconds 120
+  device-profile calibrate --bundle bundle --like raspberry-pi-5 --seconds 600     # long enough to see it throttle
+  device-profile calibrate --bundle bundle --verifier https://verifier.example --output my-board.toml
 """
-MIN_SECONDS, MAX_SECONDS = 1.0, 150.0
+MIN_SECONDS, MAX_SECONDS = 1.0, 7200.0
 PIPE_WIDTH = 160
 # Load per core above which other programs disturb a calibration, chosen.
 MAX_LOAD = 0.25
@@ -108,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE)",
     )
-    calibrate.add_argument("--verifier", default="", metavar="URL", help="also measure the link to this verifier")
+    calibrate.add_argument("--verifier", default="", metavar="URL", help="also judge the link to this verifier")
     calibrate.add_argument(
         "--output", type=Path, metavar="FILE", help="profile to write (default: NAME.toml in the current directory)"
     )
@@ -119,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--like", metavar="PROFILE", help="copy power, radios and sensors that cannot be measured from this profile"
     )
-    calibrate.add_argument("--seconds", type=float, default=60.0, help="duration, at most 150 (default: %(default)g)")
+    text = "duration, at most 7200 (default: %(default)g); a board without a cooler takes minutes to throttle"
+    calibrate.add_argument("--seconds", type=float, default=180.0, help=text)
     calibrate.add_argument("--force", action="store_true", help="replace existing files")
     calibrate.set_defaults(run=_calibrate)
     return parser
@@ -185,9 +190,9 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from device_profiles.calibrate import output
-    from device_profiles.calibrate.calibration import CalibrationConfig, calibrate
-    from device_profiles.calibrate.machine import count_cores, load_average
+    from device_profiles.calibrate import machine, output
+    from device_profiles.calibrate.calibration import LINK_SHARE, CalibrationConfig, calibrate, measure_link
+    from device_profiles.calibrate.verdict import describe_result
     from device_profiles.calibrate.wattmeter import Wattmeter
     from device_profiles.comparison import describe_profile
 
@@ -201,22 +206,26 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ProfileError(f"--seconds {options.seconds:g} is outside {MIN_SECONDS:g} to {MAX_SECONDS:g}")
     output.check_writable(path, options.force)
     like = find_profile(options.like) if options.like else None
-    if load_average() > MAX_LOAD * count_cores():
-        print(
-            f"device-profile: other programs are running (load {load_average():.2g}); figures may be low",
-            file=sys.stderr,
+    model = machine.read_device_tree_model()
+    if like is not None and like.is_evidently_other(model):
+        _warn(
+            f"--like {like.name}: this machine is a {machine.read_board_model()}, so that board's figures are not its"
         )
-    meter = Wattmeter()
+    if machine.load_average() > MAX_LOAD * machine.count_cores():
+        _warn(f"other programs are running (load {machine.load_average():.2g}); figures may be low")
+    meter = Wattmeter(lines=like.sensors.lines if like else None)
     config = CalibrationConfig(
         bundle=options.bundle,
         name=name,
         title=options.title,
         seconds=options.seconds,
-        verifier=options.verifier,
         like=like,
         sensor=meter.source,
     )
+    links: dict[str, float] = {}
     with _progress(options.seconds) as tick:
+        if options.verifier:
+            links[options.verifier] = asyncio.run(measure_link(options.verifier, LINK_SHARE * options.seconds, tick))
         profile = calibrate(config, meter, tick)
     manifest = read_bundle(options.bundle, verify=False).manifest
     output.save(path, profile, output.draft_chart(profile, cache_bytes(manifest)))
@@ -224,8 +233,15 @@ def _calibrate(options: argparse.Namespace) -> int:
         _print_json(msgspec.to_builtins(profile))
     else:
         print("\n".join(describe_profile(profile)))
-        print(f"\nwrote {path} and {path.with_suffix('.svg')}")
+        print(f"\nwrote {path} and {path.with_suffix('.svg')}\n")
+    # Not part of the JSON: it follows from the profile.
+    for line in describe_result(profile, manifest, links):
+        print(line, file=sys.stderr if options.json else sys.stdout)
     return 0
+
+
+def _warn(message: str) -> None:
+    print(f"device-profile: warning: {message}", file=sys.stderr)
 
 
 @contextmanager

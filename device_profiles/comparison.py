@@ -94,10 +94,11 @@ def describe_profile(profile: BoardProfile) -> Iterator[str]:
     """The profile as lines of text: every figure, with the sources of each section."""
     yield f"{profile.name}: {profile.title} ({profile.origin})"
     facts = msgspec.to_builtins(profile)
+    sustained = facts.get("calibration", {}).pop("sustained", [])
     tables = [(name, facts[name]) for name in ("processor", "power", "sensors") if name in facts]
     tables += [(f"radio.{name}", radio) for name, radio in facts.get("radio", {}).items()]
     tables += [("draft", speed) for speed in facts.get("draft", [])]
-    tables += [(name, facts[name]) for name in ("link", "calibration") if name in facts]
+    tables += [(name, facts[name]) for name in ("calibration",) if name in facts]
     for name, table in tables:
         origin = table.pop("origin", "")
         sources = table.pop("sources", [])
@@ -107,6 +108,11 @@ def describe_profile(profile: BoardProfile) -> Iterator[str]:
             yield f"  {field:28} {_plain(value)}"
         for source in sources:
             yield f"  source: {source}"
+    if sustained:
+        yield ""
+        yield "drafting without a pause"
+    for sample in sustained:
+        yield f"  {', '.join(f'{field} {_plain(value)}' for field, value in sample.items())}"
 
 
 def _title(draft: DraftSize | None, context: int) -> str | None:

@@ -1,13 +1,13 @@
-"""Measures this board: memory, a draft over context lengths and threads, power, and the link to a verifier.
+"""Measures this board: memory, a draft over context lengths and threads, the board under sustained load, and power.
 
-It uses the board's own draft runner and verifier client, so that the figures are those that decoding sees. Every stage
-has a share of the total time; a measurement that would not fit is skipped. Figures are medians, except memory bandwidth
-(see `machine.read_bandwidth`).
+It uses the board's own draft runner, so that the figures are those that decoding sees. The measurements of the draft
+are repeated, all of them in turn, until they agree or their share of the time is over; each figure is the median over
+these passes, and says how far they spread. What is left of the time goes to drafting without a pause, while heat,
+clock and throttling are recorded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import statistics
 import threading
@@ -24,15 +24,19 @@ import onnxruntime as ort
 from device_profiles.calibrate import machine
 from edge_runtime.draft import DraftContext, OnnxDraft
 from edge_runtime.planning.board_profile import (
+    MAX_STEADY_SPREAD,
+    MIN_STEADY_PASSES,
+    TYPICAL_CONTEXT,
     BoardPower,
     BoardProfile,
     Calibration,
     MeasuredDraft,
-    MeasuredLink,
     ProcessorSpeed,
+    SustainedSample,
     draft_sha256,
     weight_bytes,
 )
+from edge_runtime.probes import Prober
 from edge_runtime.protocol.bundle import Bundle, read_bundle
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier import VerifierClient
@@ -48,10 +52,18 @@ SAMPLE_SECONDS = 0.2
 MIN_REQUESTS = 5
 # Time limit for the verifier's answer.
 VERIFIER_SECONDS = 10.0
-FIRST_CONTEXTS = (16, 128, 512)
+FIRST_CONTEXTS = (16, 128, TYPICAL_CONTEXT)
 MAX_THREADS = 8
-# Shares of the total time by stage; the draft gets the rest.
-MEMORY_SHARE, POWER_SHARE, LINK_SHARE = 0.05, 0.08, 0.05
+# Shares of the total time by stage; the sustained load gets what the others leave.
+MEMORY_SHARE, POWER_SHARE, LINK_SHARE, DRAFT_SHARE = 0.03, 0.06, 0.03, 0.5
+# Time of one pass over all thread counts and contexts, as a share of that of the draft: fewer passes if one takes
+# longer.
+PASS_SHARE = 0.15
+# Passes stop at half the spread that counts as steady.
+TARGET_SPREAD = MAX_STEADY_SPREAD / 2
+# Between two samples of the sustained load: one second, or more so that there are at most this many.
+MAX_SAMPLES = 60
+MIN_SAMPLE_SECONDS = 1.0
 
 Watts = Callable[[], float | None]
 Tick = Callable[[str], None]
@@ -65,7 +77,6 @@ class CalibrationConfig(msgspec.Struct, frozen=True):
         name: the profile's name.
         title: display name; empty uses the board's model.
         seconds: total time; slow boards need slightly more.
-        verifier: URL of a verifier; empty skips the link.
         like: profile from which to copy [power], [radio] and [sensors] that cannot be measured.
         sensor: name of the power sensor.
     """
@@ -73,37 +84,46 @@ class CalibrationConfig(msgspec.Struct, frozen=True):
     bundle: Path
     name: str
     title: str = ""
-    seconds: float = 60.0
-    verifier: str = ""
+    seconds: float = 180.0
     like: BoardProfile | None = None
     sensor: str = "a sensor"
 
 
-def calibrate(config: CalibrationConfig, watts: Watts, tick: Tick) -> BoardProfile:
+class DraftPass(msgspec.Struct, frozen=True):
+    """One measurement of the draft with one number of threads.
+
+    Attributes:
+        seconds: per draft token, by context length.
+        prefill: tokens per second.
+    """
+
+    seconds: dict[int, float]
+    prefill: float
+
+
+def calibrate(config: CalibrationConfig, watts: Watts, tick: Tick, prober: Prober | None = None) -> BoardProfile:
     """Measure this board.
 
     Args:
         watts: returns the present power; None without a sensor.
         tick: called often with a progress message, but never during a measurement.
+        prober: reads temperature, clock and throttling; None for this machine's.
 
     Raises:
         BundleError, DraftError: the draft cannot be used.
-        InputError, VerifierError: the verifier cannot be used.
     """
     started = time.monotonic()
     until = started + config.seconds
     load = machine.load_average()
     tick("reading the bundle")
     bundle = read_bundle(config.bundle)
-    link = asyncio.run(_link(config.verifier, LINK_SHARE * config.seconds, tick)) if config.verifier else None
     power_seconds = 0.0 if watts() is None else POWER_SHARE * config.seconds
     idle = _median_watts(partial(_idle, power_seconds, tick), watts)
-    one, memory = (_memory(threads, MEMORY_SHARE * config.seconds, tick) for threads in (1, machine.count_cores()))
-    speeds: list[MeasuredDraft] = []
-    counts = thread_counts(machine.count_cores())
-    for number, threads in enumerate(counts):
-        share = (until - power_seconds - time.monotonic()) / (len(counts) - number)
-        speeds.append(_draft_speed(bundle, threads, share, watts, tick))
+    memory = _memory(machine.count_cores(), MEMORY_SHARE * config.seconds, tick)
+    speeds = measure_draft(bundle, DRAFT_SHARE * config.seconds, watts, tick)
+    fastest = min(speeds, key=lambda speed: speed.seconds(TYPICAL_CONTEXT))
+    left = until - power_seconds - time.monotonic()
+    sustained = measure_sustained(bundle, fastest.threads, left, tick, prober or Prober(program_period=2.0))
     loaded = _median_watts(partial(machine.busy, power_seconds, partial(tick, "all cores busy")), watts)
     date = datetime.datetime.now(datetime.UTC).date()
     like = config.like
@@ -113,20 +133,20 @@ def calibrate(config: CalibrationConfig, watts: Watts, tick: Tick) -> BoardProfi
         origin="measured",
         processor=_processor(speeds, memory, date),
         draft=speeds,
-        link=link,
         calibration=Calibration(
             date=date,
             seconds=round(time.monotonic() - started, 1),
             kernel=machine.kernel(),
             runtime=f"onnxruntime {ort.__version__}",
-            one_thread_bytes_per_second=_round4(one),
-            read_bytes_per_second=_round4(memory),
+            sustained=sustained,
             load=_round4(load),
             governor=machine.governor(),
         ),
     )
     if like is not None:
-        profile = msgspec.structs.replace(profile, power=like.power, radio=like.radio, sensors=like.sensors)
+        profile = msgspec.structs.replace(
+            profile, power=like.power, radio=like.radio, sensors=like.sensors, device_tree=like.device_tree
+        )
     if idle is not None and loaded is not None:
         profile = msgspec.structs.replace(profile, power=_power(idle, loaded, f"this board on {date}, {config.sensor}"))
     return profile
@@ -147,40 +167,130 @@ def contexts(limit: int) -> list[int]:
     return [*(length for length in lengths if length < longest), longest]
 
 
-def _draft_speed(bundle: Bundle, threads: int, seconds: float, watts: Watts, tick: Tick) -> MeasuredDraft:
-    """Measure the draft at as many context lengths as fit into `seconds`, at least the shortest."""
+def measure_draft(bundle: Bundle, seconds: float, watts: Watts, tick: Tick) -> list[MeasuredDraft]:
+    """Measure the draft with each number of threads, in passes over all of them, until the passes agree.
+
+    Takes about `seconds`, and at least one pass over the shortest context. The passes are spread over the whole time,
+    so that a program that runs for a while disturbs some of them and shows as a spread.
+    """
     until = time.monotonic() + seconds
     manifest = bundle.manifest
+    counts = thread_counts(machine.count_cores())
+    passes: dict[int, list[DraftPass]] = {threads: [] for threads in counts}
+    drawn: dict[int, list[float]] = {threads: [] for threads in counts}
+    longest = 0.0
+    while not passes[counts[-1]] or time.monotonic() + longest < until:
+        began = time.monotonic()
+        for threads in counts:
+            first = passes[threads][0] if passes[threads] else None
+            draft = OnnxDraft(bundle, threads)
+            with _sampling_power(watts) as readings:
+                note = f"{manifest.name}, pass {len(passes[threads]) + 1}, threads: {threads}"
+                share = PASS_SHARE * seconds / len(counts)
+                passes[threads].append(_measure_pass(draft, share, partial(tick, note), first))
+            drawn[threads] += readings
+        longest = max(longest, time.monotonic() - began)
+        enough = len(passes[counts[-1]]) >= MIN_STEADY_PASSES
+        if enough and max(map(_spread, passes.values())) <= TARGET_SPREAD:
+            break
+    return [_summarize(bundle, threads, passes[threads], drawn[threads]) for threads in counts]
+
+
+def measure_sustained(
+    bundle: Bundle, threads: int, seconds: float, tick: Tick, prober: Prober
+) -> list[SustainedSample]:
+    """Draft without a pause for `seconds` after a text of typical length, and sample speed, heat and throttling."""
+    samples: list[SustainedSample] = []
+    interval = max(MIN_SAMPLE_SECONDS, seconds / MAX_SAMPLES)
+    if seconds < interval:
+        return samples
     context = OnnxDraft(bundle, threads).new_context()
-    ids = np.random.default_rng(0).integers(0, manifest.architecture.vocabulary_size, context.limit).tolist()
-    lengths = contexts(context.limit)
-    milliseconds: dict[int, float] = {}
+    text = _random_ids(bundle, min(TYPICAL_CONTEXT, context.limit - DRAFT_TOKENS))
+    context.prefill(text)
+    prober.take()
+    started = sampled = time.monotonic()
+    times: list[float] = []
+    while time.monotonic() < started + seconds:
+        times.append(_time_proposal(context, text))
+        tick("drafting without a pause")
+        if time.monotonic() - sampled >= interval:
+            samples.append(_sample(prober, time.monotonic() - started, times))
+            sampled, times = time.monotonic(), []
+    return samples
+
+
+async def measure_link(url: str, seconds: float, tick: Tick) -> float:
+    """Return the round-trip time in seconds of the link to a verifier, or a small request's if the kernel has none.
+
+    Raises:
+        InputError, VerifierError: the verifier cannot be used.
+    """
+    async with VerifierClient(url, deadline=VERIFIER_SECONDS) as client:
+        tick(f"querying {url}")
+        await client.models()
+        until = time.monotonic() + seconds
+        times: list[float] = []
+        while len(times) < MIN_REQUESTS or time.monotonic() < until:
+            started = time.perf_counter()
+            await client.models()
+            times.append(time.perf_counter() - started)
+            tick(f"querying {url}")
+        return client.meter.rtt_seconds or statistics.median(times)
+
+
+def _measure_pass(draft: OnnxDraft, seconds: float, tick: Callable[[], None], like: DraftPass | None) -> DraftPass:
+    """Measure at as many context lengths as fit into `seconds`, at least the shortest; or at those of `like`."""
+    until = time.monotonic() + seconds
+    context = draft.new_context()
+    lengths = contexts(context.limit) if like is None else sorted(like.seconds)
+    ids = np.random.default_rng(0).integers(0, draft.manifest.architecture.vocabulary_size, lengths[-1]).tolist()
+    times: dict[int, float] = {}
     rates: dict[int, float] = {}
     cached = 0
-    with _sampling_power(watts) as drawn:
-        for number, length in enumerate(lengths):
-            # A prefill cannot be interrupted, so skip one that would take too long.
-            if milliseconds and time.monotonic() + (length - cached) / max(rates.values()) > until:
-                break
-            note = f"{manifest.name}, threads: {threads}, context: {length}"
-            tick(note)
-            started = time.perf_counter()
-            context.prefill(ids[cached:length])
-            rates[length - cached] = (length - cached) / (time.perf_counter() - started)
-            cached = length
-            share = (until - time.monotonic()) / (len(lengths) - number)
-            per_token = _seconds_per_token(context, ids[:length], share, partial(tick, note))
-            milliseconds[length] = round(1e3 * per_token, 4)
+    for number, length in enumerate(lengths):
+        # A prefill cannot be interrupted, so skip one that would take too long.
+        if like is None and times and time.monotonic() + (length - cached) / max(rates.values()) > until:
+            break
+        tick()
+        started = time.perf_counter()
+        context.prefill(ids[cached:length])
+        rates[length - cached] = (length - cached) / (time.perf_counter() - started)
+        cached = length
+        share = (until - time.monotonic()) / (len(lengths) - number)
+        times[length] = _seconds_per_token(context, ids[:length], share, tick)
     long = [rate for tokens, rate in rates.items() if tokens >= MIN_PREFILL_TOKENS]
+    return DraftPass(times, statistics.median(long or rates.values()))
+
+
+def _summarize(bundle: Bundle, threads: int, passes: list[DraftPass], drawn: list[float]) -> MeasuredDraft:
+    manifest = bundle.manifest
     return MeasuredDraft(
         bundle=manifest.name,
         sha256=draft_sha256(manifest),
         weight_bytes=weight_bytes(manifest),
         threads=threads,
-        milliseconds=milliseconds,
-        prefill_tokens_per_second=_round4(statistics.median(long or rates.values())),
+        milliseconds={
+            length: round(1e3 * statistics.median(found.seconds[length] for found in passes), 4)
+            for length in passes[0].seconds
+        },
+        prefill_tokens_per_second=_round4(statistics.median(found.prefill for found in passes)),
         watts=_round4(statistics.median(drawn)) if drawn else None,
+        passes=len(passes),
+        spread=_round4(_spread(passes)),
     )
+
+
+def _spread(passes: list[DraftPass]) -> float:
+    """Largest spread over the contexts: maximum minus minimum of the passes' times, relative to their median.
+
+    With five passes and more, the slowest fifth does not count: it is allowed to be disturbed.
+    """
+    spreads = []
+    for length in passes[0].seconds:
+        times = sorted(found.seconds[length] for found in passes)
+        kept = times[: len(times) - len(times) // 5]
+        spreads.append((kept[-1] - kept[0]) / statistics.median(times))
+    return max(spreads)
 
 
 def _seconds_per_token(context: DraftContext, text: list[int], seconds: float, tick: Callable[[], None]) -> float:
@@ -188,13 +298,35 @@ def _seconds_per_token(context: DraftContext, text: list[int], seconds: float, t
     until = time.monotonic() + seconds
     times: list[float] = []
     while len(times) < MIN_PROPOSALS or time.monotonic() < until:
-        context.rollback(len(text) - 1)
-        started = time.perf_counter()
-        context.propose(text, DRAFT_TOKENS, SAMPLING)
-        times.append((time.perf_counter() - started) / DRAFT_TOKENS)
+        times.append(_time_proposal(context, text))
         tick()
     context.rollback(len(text))
     return statistics.median(times)
+
+
+def _time_proposal(context: DraftContext, text: list[int]) -> float:
+    """Draft after `text` and return the seconds per token."""
+    context.rollback(len(text) - 1)
+    started = time.perf_counter()
+    context.propose(text, DRAFT_TOKENS, SAMPLING)
+    return (time.perf_counter() - started) / DRAFT_TOKENS
+
+
+def _sample(prober: Prober, seconds: float, times: list[float]) -> SustainedSample:
+    snapshot = prober.take()
+    throttling = snapshot.throttling
+    return SustainedSample(
+        seconds=round(seconds, 1),
+        milliseconds=_round4(1e3 * statistics.median(times)),
+        celsius=snapshot.thermal.celsius if snapshot.thermal else None,
+        hertz=snapshot.processor.hertz if snapshot.processor else None,
+        throttled=throttling.reasons if throttling else [],
+    )
+
+
+def _random_ids(bundle: Bundle, count: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(0, bundle.manifest.architecture.vocabulary_size, count).tolist()
+    return ids
 
 
 def _memory(threads: int, seconds: float, tick: Tick) -> float:
@@ -240,21 +372,6 @@ def _sampling_power(watts: Watts) -> Iterator[list[float]]:
         # A measurement may be shorter than the time between two samples.
         if not drawn and (value := watts()) is not None:
             drawn.append(value)
-
-
-async def _link(url: str, seconds: float, tick: Tick) -> MeasuredLink:
-    async with VerifierClient(url, deadline=VERIFIER_SECONDS) as client:
-        tick(f"querying {url}")
-        await client.models()
-        until = time.monotonic() + seconds
-        times: list[float] = []
-        while len(times) < MIN_REQUESTS or time.monotonic() < until:
-            started = time.perf_counter()
-            await client.models()
-            times.append(time.perf_counter() - started)
-            tick(f"querying {url}")
-        rtt = client.meter.rtt_seconds
-        return MeasuredLink(url, round(statistics.median(times), 6), None if rtt is None else round(rtt, 6))
 
 
 def _processor(speeds: list[MeasuredDraft], memory: float, date: datetime.date) -> ProcessorSpeed:

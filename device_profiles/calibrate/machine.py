@@ -26,9 +26,14 @@ def count_cores() -> int:
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
+def read_device_tree_model(root: Path = Path("/")) -> str:
+    """The board's name from the device tree; empty without one, as on a PC."""
+    return _text(root / "proc/device-tree/model").rstrip("\0")
+
+
 def read_board_model(root: Path = Path("/")) -> str:
     """The board's name from the device tree, else the processor's name, else the architecture."""
-    board = _text(root / "proc/device-tree/model").rstrip("\0")
+    board = read_device_tree_model(root)
     processor = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return board or (processor[1] if processor else platform.machine())
 

@@ -17,17 +17,16 @@ from edge_runtime.cli.generations import GenerationFactory, add_generation_optio
 from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
-from edge_runtime.protocol.errors import FlexSpecError, InputError
+from edge_runtime.protocol.errors import FlexSpecError
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from edge_runtime.decoding import Generation
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.protocol.bundle import SamplingDefaults
-    from edge_runtime.protocol.sampling import Sampling
     from edge_runtime.service.chat_template import ChatTemplate, Conversation
 
 COMMANDS_HELP = """\
@@ -40,8 +39,9 @@ Ctrl-C stops an answer. A line that begins with a space is sent as it is, also i
 HELP = "chat with the target in this terminal"
 DESCRIPTION = f"""\
 Chats with the target model: the draft model runs here, the target on a verifier, and the conversation is written by the
-target's own chat template. On a terminal, accepted draft tokens are green and the target's own tokens yellow. From a
-pipe, every line of standard input is a message, and only the answers go to standard output.
+target's own chat template. On a terminal, tokens that this board drafted are green once they are accepted, and those
+that the target wrote itself yellow. From a pipe, every line of standard input is a message, and only the answers go to
+standard output. The service's page in a browser has a chat, too.
 
 {COMMANDS_HELP}
 
@@ -62,26 +62,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--target PATH", text, type=Path)
     add_option(parser, "--system TEXT", "system message (default: none; many chat templates have one of their own)")
     add_max_new_tokens_option(parser, default=1024)
-    of_model = "(default: the model's, else"
-    add_option(parser, "--temperature T", f"0 is greedy decoding {of_model} 0)", type=float)
-    add_option(parser, "--top-k K", f"0 keeps all tokens {of_model} 0)", type=int)
-    add_option(parser, "--top-p P", f"1 keeps all tokens {of_model} 1)", type=float)
-    add_option(parser, "--seed", "same conversation and same seed, same text", default=0)
+    add_sampling_options(parser, of_model=True)
     add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
     add_generation_options(parser)
     parser.set_defaults(run=_run)
 
 
 async def _run(options: argparse.Namespace) -> int:
+    import msgspec
+
     from edge_runtime.protocol.bundle import read_bundle, read_chat_format
     from edge_runtime.service.chat_template import ChatTemplate
 
     settings = read_settings(options)
     bundle: Path = resolve_bundle(options, settings.draft)
-    draft = load_draft(bundle, settings.draft)
+    draft = load_draft(bundle, settings)
     chat = read_chat_format(read_bundle(bundle, verify=False))
     template = ChatTemplate(chat, bundle)
-    sampling = _make_sampling(options, chat.sampling)
+    sampling = read_sampling(options, **msgspec.structs.asdict(chat.sampling))
     factory = GenerationFactory(options, settings, draft)
     async with contextlib.AsyncExitStack() as stack:
         if options.target:
@@ -90,7 +88,7 @@ async def _run(options: argparse.Namespace) -> int:
             url = await stack.enter_async_context(run_verifier(options.target))
             settings = settings.replace({"verifier.urls": [url]})
         client, generate = await stack.enter_async_context(factory.connect(settings, sampling))
-        session = ChatSession(draft, template, generate, options.system or "")
+        session = ChatSession(draft, template, generate, options.system or "", sampling.stop_ids)
         if not options.quiet and template.is_plain:
             print("edge-runtime: this model has no chat template: it continues a plain dialog", file=sys.stderr)
         async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
@@ -106,15 +104,23 @@ class ChatSession:
     """
 
     def __init__(
-        self, draft: OnnxDraft, template: ChatTemplate, generate: Callable[[list[int]], Generation], system: str
+        self,
+        draft: OnnxDraft,
+        template: ChatTemplate,
+        generate: Callable[[list[int]], Generation],
+        system: str,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         """
         Args:
             generate: makes the generation that continues a prompt.
+            stop_ids: see `Sampling`.
         """
+        self._stop_ids = stop_ids
         self._tokenizer = draft.tokenizer
         self._template = template
         self._generate = generate
+        self._explained = False
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -138,7 +144,10 @@ class ChatSession:
         prompt = self._template.encode(self._tokenizer, self._template.render(asked))
         generation = self._generate(prompt)
         stops = self._template.stop_strings
-        stream = TextStream(self._tokenizer, sys.stdout, prompt=prompt, stop_strings=stops)
+        stream = TextStream(self._tokenizer, sys.stdout, prompt=prompt, stop_strings=stops, stop_ids=self._stop_ids)
+        if not self._explained:
+            stream.write_legend()
+            self._explained = True
         failed = False
         try:
             async with aclosing(generation.__aiter__()) as pieces:  # type: ignore[type-var]  # it is an async generator
@@ -241,25 +250,21 @@ async def _answer(session: ChatSession, text: str, *, quiet: bool, interactive: 
         print(f"edge-runtime: {error}; the message was not answered, /reset begins anew", file=sys.stderr)
         return
     if not quiet:
-        version = generation.version or "no verifier"
-        print(f"{version}: {summarize(generation.statistics)}", file=sys.stderr)
+        print(_describe(generation), file=sys.stderr)
+
+
+def _describe(generation: Generation) -> str:
+    """Say in a line who wrote an answer, how it ended and what it cost, in the words of the other views."""
+    from edge_runtime.service.monitoring.words import count, load_words
+
+    words = load_words()
+    parts = [summarize(generation.statistics)]
+    if generation.finish in ("length", "cancelled"):
+        parts.insert(0, words.outcomes[generation.finish])
+    if generation.unverified:
+        parts.insert(0, f"the last {count(len(generation.unverified), 'token')} {words.tokens['unverified']}")
+    return f"{generation.version or 'no verifier'}: {', '.join(parts)}"
 
 
 def _interrupt() -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _make_sampling(options: argparse.Namespace, defaults: SamplingDefaults) -> Sampling:
-    """Return the parameters of the command line, else of the model, else greedy decoding. Raises InputError."""
-    from edge_runtime.protocol.sampling import Sampling
-
-    chosen = {
-        name: value
-        for name in ("temperature", "top_k", "top_p")
-        for value in [getattr(options, name) if getattr(options, name) is not None else getattr(defaults, name)]
-        if value is not None
-    }
-    try:
-        return Sampling(**chosen, seed=options.seed)
-    except ValueError as error:
-        raise InputError(str(error)) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.settings_options import add_settings
-from edge_runtime.settings import DraftSettings
+from edge_runtime.settings import DraftSettings, Settings
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -42,11 +42,24 @@ def resolve_bundle(options: argparse.Namespace, draft: DraftSettings) -> Path:
     return draft.bundle or EXAMPLE_FAMILY / "bundle"
 
 
-def load_draft(bundle: Path, draft: DraftSettings) -> OnnxDraft:
-    """Load the draft model of `bundle` with these settings. Raises BundleError and DraftError."""
+def load_draft(bundle: Path, settings: Settings) -> OnnxDraft:
+    """Load the draft model of `bundle`, with the number of threads that is set, or else was best in a calibration.
+
+    Raises BundleError and DraftError, and InputError if the board's profile cannot be read.
+    """
     from edge_runtime.draft import OnnxDraft
 
-    return OnnxDraft.load(bundle, threads=draft.threads, prefix_cache_bytes=draft.prefix_cache_mib << 20)
+    threads = settings.draft.threads or _calibrated_threads(bundle, settings.planner.profile)
+    return OnnxDraft.load(bundle, threads=threads, prefix_cache_bytes=settings.draft.prefix_cache_mib << 20)
+
+
+def _calibrated_threads(bundle: Path, profile: str) -> int:
+    """Return the number of threads with which this draft is fastest on this board; 0 if it was not measured."""
+    from edge_runtime.planning.board_profile import find_profile
+    from edge_runtime.protocol.bundle import read_bundle
+
+    measured = find_profile(profile).steady_measurement(read_bundle(bundle, verify=False).manifest) if profile else None
+    return measured.threads if measured else 0
 
 
 def ngram_cache_state_directory() -> Path | None:

@@ -66,7 +66,7 @@ class GenerationFactory:
         """
         from edge_runtime.decoding import Generation
 
-        async with make_client(settings.verifier) as client, run_probes(client.meter) as surroundings:
+        async with make_client(settings.verifier) as client, run_probes(client.meter, settings.planner) as surroundings:
 
             def generate(prompt: list[int]) -> Generation:
                 return Generation(

@@ -8,7 +8,7 @@ import datetime
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,7 +24,7 @@ from edge_runtime.settings import PlannerSettings, PolicyName
 if TYPE_CHECKING:
     from edge_runtime.cli.planner_state import PlannerStateStore
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.planning.board_profile import BoardPower
+    from edge_runtime.planning.board_profile import BoardPower, SensorLine
     from edge_runtime.probes import ByteMeter
     from edge_runtime.protocol.bundle import Manifest
 
@@ -76,7 +76,9 @@ def add_planner_state_option(parser: argparse.ArgumentParser) -> None:
 
 
 def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: OnnxDraft) -> Planner:
-    """Create the planner that the options and settings describe. Measures the draft's speed, unless the plan is fixed.
+    """Create the planner that the options and settings describe.
+
+    Measures the draft's speed, unless the plan is fixed or the board's profile has steady measurements of this draft.
 
     Raises:
         InputError: the options contradict each other or do not parse.
@@ -94,16 +96,23 @@ def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: 
     if plan := _parse_fixed_plan(options, settings):
         return FixedPlanner(plan)
     manifest = draft.manifest
-    device = DeviceModel()
+    device, calibrated = DeviceModel(), None
     if settings.profile:
         profile = find_profile(settings.profile)
         device = DeviceModel.from_profile(
             profile, weight_bytes(manifest), radio=settings.radio, cache_bytes=cache_bytes(manifest)
         )
-    step_seconds, prefill_seconds = draft.measure_speed()
+        calibrated = profile.steady_measurement(manifest)
+        if calibrated is not None and calibrated.threads != draft.threads:
+            # Another number of threads was asked for.
+            calibrated = None
+    if calibrated is not None:
+        device = DeviceModel.from_measurement(calibrated, device)
+    else:
+        step_seconds, prefill_seconds = draft.measure_speed()
+        device = msgspec.structs.replace(device, step_seconds=step_seconds, prefill_seconds=prefill_seconds)
     # The overhead is 0 because the board's own work per round is part of every measured exchange.
-    measured = {"step_seconds": step_seconds, "prefill_seconds": prefill_seconds, "overhead_seconds": 0.0}
-    device = msgspec.structs.replace(device, **measured)
+    device = msgspec.structs.replace(device, overhead_seconds=0.0)
     budget = None
     if settings.energy_budget:
         # The wall clock is read once, here, so that a clock that jumps does not move the end of the budget.
@@ -133,12 +142,19 @@ def read_board_power(settings: PlannerSettings) -> BoardPower | None:
     return find_profile(settings.profile).power if settings.profile else None
 
 
+def read_sensor_lines(profile: str) -> Mapping[str, SensorLine]:
+    """Return what the board's current sensors measure, as its profile says. Raises InputError."""
+    from edge_runtime.planning.board_profile import find_profile
+
+    return find_profile(profile).sensors.lines if profile else {}
+
+
 @contextlib.asynccontextmanager
-async def run_probes(meter: ByteMeter) -> AsyncIterator[Callable[[], Surroundings]]:
+async def run_probes(meter: ByteMeter, settings: PlannerSettings) -> AsyncIterator[Callable[[], Surroundings]]:
     """Run the probes in the background; yield a function that quickly returns their latest readings."""
     from edge_runtime.probes import Prober
 
-    prober = Prober()
+    prober = Prober(lines=read_sensor_lines(settings.profile))
 
     def surroundings() -> Surroundings:
         tcp = meter.info

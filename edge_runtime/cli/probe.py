@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.cli.planner_options import read_sensor_lines
+from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.protocol.errors import InputError
 
@@ -53,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "instead of running them (default: run them, unless --path.sysfs or --path.procfs is given)"
     )
     add_option(parser, "--path.recorded DIR", text, type=Path, dest="recorded")
+    add_settings(parser, "planner.profile")
     parser.set_defaults(run=_run)
 
 
@@ -78,7 +81,8 @@ async def _run(options: argparse.Namespace) -> int:
             client = await stack.enter_async_context(VerifierClient(options.verifier))
             await client.models()
         peer = client.meter.peer if client is not None else None
-        prober = Prober(roots, options.period, host=None if peer is None else ipaddress.ip_address(peer))
+        lines = read_sensor_lines(vars(options).get("planner.profile", ""))
+        prober = Prober(roots, options.period, host=None if peer is None else ipaddress.ip_address(peer), lines=lines)
         # The second reading, after the interval, has rates.
         await asyncio.to_thread(prober.take)
         await asyncio.sleep(min(FIRST_INTERVAL_SECONDS, options.period))

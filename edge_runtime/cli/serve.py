@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import faulthandler
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from edge_runtime.common.options import add_option
 from edge_runtime.common.tasks import background_task
 from edge_runtime.planning.plan import Planner
 from edge_runtime.protocol.errors import BundleMissing
-from edge_runtime.settings import Settings
+from edge_runtime.settings import Settings, state_directory
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(listening, "service.host", "service.port")
     add_option(listening, "--certificate FILE", "PEM certificate chain (default: no TLS, plain HTTP)", type=Path)
     add_option(listening, "--key FILE", "PEM private key of the certificate", type=Path)
-    add_settings(listening, "service.api_key_file")
+    add_settings(listening, "service.api_key_file", "service.allowed_hosts", "service.cors_origins")
 
     limits = parser.add_argument_group("limits")
     add_settings(limits, "service.max_concurrent", "service.max_waiting")
-    text = "tokens per answer at most, also for a request without max_tokens"
-    add_option(limits, "--max-new-tokens N", text, default=1024)
+    text = "tokens per answer at most; 0 for what the context leaves"
+    add_option(limits, "--max-new-tokens N", text, default=0)
     add_option(limits, "--max-body BYTES", "size of a request body at most", default=1 << 18)
     add_option(limits, "--grace SECONDS", "time for running answers to finish after SIGTERM", default=10.0)
     add_settings(parser.add_argument_group("log"), "log.level", "log.prompts")
@@ -94,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 async def _run(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from edge_runtime.cli.reload import ConfigurationReloader
-    from edge_runtime.cli.serve_checks import check_serve
+    from edge_runtime.cli.serve_checks import check_serve, make_access
     from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
     from edge_runtime.common.memory import accounts_for_services, limit_own_memory
     from edge_runtime.common.network import is_loopback
@@ -124,7 +125,9 @@ async def _run(options: argparse.Namespace) -> int:
         log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(client)
-        service = Service(client, limits, keys, local=local)
+        access = make_access(settings.service, keys)
+        models_file = state_directory(os.environ) / "models.json"
+        service = Service(client, limits, access, models_file=models_file)
         reloader = ConfigurationReloader(options, settings, bundle, service, notifier)
         server = HttpServer(service.app, ListenOptions(host, port, options.certificate, options.key))
         await server.start()
@@ -160,7 +163,7 @@ async def _load_board(
     from edge_runtime.service.chat_template import ChatTemplate
     from edge_runtime.service.state import BoardRuntime
 
-    draft = await asyncio.to_thread(load_draft, bundle, settings.draft)
+    draft = await asyncio.to_thread(load_draft, bundle, settings)
     chat = await asyncio.to_thread(lambda: read_chat_format(read_bundle(bundle, verify=False)))
     chat_template = ChatTemplate(chat, bundle)
     if chat_template.is_plain:
@@ -176,7 +179,7 @@ async def _load_board(
         draft,
         chat_template,
         planner=planner,
-        surroundings=await stack.enter_async_context(run_probes(service.client.meter)),
+        surroundings=await stack.enter_async_context(run_probes(service.client.meter, settings.planner)),
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
         on_link_loss=settings.service.on_link_loss,

@@ -179,6 +179,11 @@ class AnalyticPlanner:
         # End position of the text in which streaming was last tried.
         self._streaming_trial_end = 0
 
+    @property
+    def comparison(self) -> CostComparison | None:
+        """The comparison of drafting and streaming that the last plan followed; None before the first."""
+        return self._comparison
+
     def plan(self, conditions: Conditions) -> Plan:
         """Return the cheapest plan for the rest of the text according to the current estimates."""
         self._costs.use_kernel_rtt(conditions)

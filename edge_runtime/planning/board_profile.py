@@ -6,7 +6,7 @@
     [radio.NAME]            joules per byte over wifi, ethernet, lte or 5g
     [sensors.lines]         what the board's current sensors measure
     [[draft]]               measured speed of one draft with one number of threads
-    [link], [calibration]   further results of a calibration, and its circumstances
+    [calibration]           circumstances of a calibration, and the board under sustained load
 
 Measurements of a draft are used for that draft; all other figures are modeled from [processor] by the methods of
 `BoardProfile`. A missing table means that nothing is known, and results that depend on it are None. Importing this
@@ -38,6 +38,11 @@ Text = Annotated[str, msgspec.Meta(min_length=1)]
 Sources = Annotated[list[Text], msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9._-]*\Z")]
 
+# Length of text, in tokens, at which numbers of threads are compared and speeds are told. Chosen: a chat's second turn.
+TYPICAL_CONTEXT = 512
+# When measurements are steady: at least so many, and at most this relative spread. Chosen: an idle machine stays below.
+MIN_STEADY_PASSES = 3
+MAX_STEADY_SPREAD = 0.15
 # What a current sensor measures; see `SensorHints`.
 SensorLine = Literal["board", "charger", "battery", "battery-reversed"]
 # `derived`: computed from published figures of other hardware, as the sources state.
@@ -141,6 +146,8 @@ class MeasuredDraft(ProfileTable, frozen=True):
         milliseconds: time per draft token, sampling included, by context length in tokens.
         prefill_tokens_per_second: of a long prompt.
         watts: power draw of the whole board meanwhile; None without a sensor.
+        passes: number of measurements, spread over the calibration, of which each figure is the median.
+        spread: of a time over these, at the context where it is largest: maximum minus minimum, relative to the median.
     """
 
     bundle: Text
@@ -150,6 +157,13 @@ class MeasuredDraft(ProfileTable, frozen=True):
     milliseconds: Annotated[dict[Count, Positive], msgspec.Meta(min_length=1)]
     prefill_tokens_per_second: Positive
     watts: Positive | None = None
+    passes: Count = 1
+    spread: NotNegative = 0.0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether repeated measurements agreed, so that the figures describe the board and not its other programs."""
+        return self.passes >= MIN_STEADY_PASSES and self.spread <= MAX_STEADY_SPREAD
 
     def seconds(self, context: int) -> float:
         """Return the time per token: linear between two measured contexts, constant outside of them."""
@@ -161,18 +175,22 @@ class MeasuredDraft(ProfileTable, frozen=True):
         return low + share * (high - low)
 
 
-class MeasuredLink(ProfileTable, frozen=True):
-    """The link to a verifier at the time of calibration.
+class SustainedSample(ProfileTable, frozen=True):
+    """The board after some time of drafting without a pause.
 
     Attributes:
-        verifier: its URL.
-        request_seconds: median time of a small request over one connection, the verifier's own work included.
-        rtt_seconds: the kernel's smoothed round-trip time of that connection; None if the kernel does not report it.
+        seconds: since the beginning.
+        milliseconds: time per draft token since the last sample.
+        celsius: temperature of the processor; None without a sensor.
+        hertz: present clock; None if the kernel does not report it.
+        throttled: why the processor was throttled; empty if it was not, or if nothing says.
     """
 
-    verifier: Text
-    request_seconds: Positive
-    rtt_seconds: NotNegative | None = None
+    seconds: NotNegative
+    milliseconds: Positive
+    celsius: float | None = None
+    hertz: Positive | None = None
+    throttled: list[Text] = []
 
 
 class Calibration(ProfileTable, frozen=True):
@@ -183,7 +201,7 @@ class Calibration(ProfileTable, frozen=True):
         seconds: duration.
         kernel: name and release.
         runtime: version of onnxruntime.
-        one_thread_bytes_per_second, read_bytes_per_second: memory read bandwidth of one thread and of all cores.
+        sustained: the board while it drafts without a pause, with the fastest number of threads.
         load: one-minute load average before the start; above 0, other programs disturbed the measurement.
         governor: CPU frequency governor; empty if the kernel has none.
     """
@@ -192,8 +210,7 @@ class Calibration(ProfileTable, frozen=True):
     seconds: Positive
     kernel: Text
     runtime: Text
-    one_thread_bytes_per_second: Positive
-    read_bytes_per_second: Positive
+    sustained: list[SustainedSample] = []
     load: NotNegative = 0.0
     governor: str = ""
 
@@ -205,6 +222,7 @@ class BoardProfile(ProfileTable, frozen=True):
         name: short name, equal to the file name without its suffix.
         title: display name.
         origin: `published` (figures from elsewhere) or `measured` (on the board at hand); each table also has its own.
+        device_tree: how the models of such boards begin in their device tree; empty for a PC, which has none.
     """
 
     name: Name
@@ -215,15 +233,15 @@ class BoardProfile(ProfileTable, frozen=True):
     radio: RadioEnergies = RadioEnergies()
     sensors: SensorHints = SensorHints()
     draft: list[MeasuredDraft] = []
-    link: MeasuredLink | None = None
     calibration: Calibration | None = None
+    device_tree: list[Text] = []
 
     def __post_init__(self) -> None:
         keys = [(entry.sha256, entry.threads) for entry in self.draft]
         if len(set(keys)) < len(keys):
             raise ValueError("two [[draft]] tables have the same bundle and number of threads")
 
-    def find_measurement(self, weight_bytes: int, context: int) -> MeasuredDraft | None:
+    def find_measurement(self, weight_bytes: int, context: int = TYPICAL_CONTEXT) -> MeasuredDraft | None:
         """Return the measurement, over numbers of threads, of a draft that is fastest at `context`; None without any.
 
         Args:
@@ -232,6 +250,21 @@ class BoardProfile(ProfileTable, frozen=True):
         """
         entries = [entry for entry in self.draft if entry.weight_bytes == weight_bytes]
         return min(entries, key=lambda entry: entry.seconds(context), default=None)
+
+    def steady_measurement(self, manifest: Manifest) -> MeasuredDraft | None:
+        """Return the fastest measurement of exactly this draft; None without any, or if it is unsteady."""
+        entry = self.find_measurement(weight_bytes(manifest))
+        return entry if entry is not None and entry.sha256 == draft_sha256(manifest) and entry.is_steady else None
+
+    def is_evidently_other(self, model: str) -> bool:
+        """Return whether a machine cannot be this board.
+
+        Args:
+            model: of the machine, from its device tree; empty without one.
+        """
+        if not self.device_tree:
+            return bool(model)
+        return not model.startswith(tuple(self.device_tree))
 
     def draft_seconds(self, weight_bytes: int, context: int = 0, cache_bytes: int = 0) -> float:
         """Return the seconds per draft token after `context` tokens.

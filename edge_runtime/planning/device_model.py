@@ -9,7 +9,7 @@ import msgspec
 from edge_runtime.planning.plan import Surroundings
 
 if TYPE_CHECKING:
-    from edge_runtime.planning.board_profile import BoardProfile
+    from edge_runtime.planning.board_profile import BoardProfile, MeasuredDraft
 
 # Drafting joules count double at 10 degrees above HOT_CELSIUS, and THROTTLED_FACTOR times on a throttled board. Chosen.
 HOT_CELSIUS = 75.0
@@ -44,6 +44,17 @@ class DeviceModel(msgspec.Struct, frozen=True):
     def step_at(self, position: float) -> float:
         """Return the seconds of a draft step after `position` tokens."""
         return self.step_seconds + self.step_seconds_per_token * position
+
+    @classmethod
+    def from_measurement(cls, entry: MeasuredDraft, prior: DeviceModel) -> DeviceModel:
+        """Return `prior` with the times of a draft that was measured on this board, with its number of threads."""
+        step = entry.seconds(0)
+        return msgspec.structs.replace(
+            prior,
+            step_seconds=step,
+            step_seconds_per_token=max(0.0, entry.seconds(LONG_CONTEXT) - step) / LONG_CONTEXT,
+            prefill_seconds=1.0 / entry.prefill_tokens_per_second,
+        )
 
     @classmethod
     def from_profile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -98,7 +99,10 @@ def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(notify: Noti
         assert notify.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
         # A watchdog starts with READY=1: nothing was sent before.
         assert [text for _, text in notify.received if "WATCHDOG" in text] == []
-        assert httpx.get(f"{url(process)}/readyz").status_code == 200
+        assert httpx.get(f"{url(process)}/healthz").status_code == 200
+        # No verifier runs. systemd learns the reason as text and as a number.
+        assert "STATUS=no verifier can be used since" in notify.until("STATUS=no verifier")
+        assert notify.until("ERRNO=") == f"ERRNO={errno.ECONNREFUSED}"
         for _ in range(6):
             notify.until("WATCHDOG=1")
         times = [at for at, text in notify.received if text == "WATCHDOG=1"]

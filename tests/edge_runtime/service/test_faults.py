@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -190,6 +191,24 @@ async def test_the_service_is_not_ready_before_the_draft_is_loaded(target: Targe
             assert response.headers["retry-after"] == "1"
         pair.service.state.board = board
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_readiness_follows_the_link_and_what_happens_without_it(target: Target, draft: OnnxDraft) -> None:
+    async with service_pair(target, draft) as pair, httpx.AsyncClient(base_url=pair.url) as client:
+        assert (await client.get("/readyz")).text == "ready\n"
+        await pair.verifier.stop()
+        await pair.service.client.check()
+        refused = await client.get("/readyz")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "connection_refused")
+        assert pair.verifier.url in refused.json()["error"]["message"] and refused.headers["retry-after"]
+        board = pair.service.state.board
+        pair.service.state.board = msgspec.structs.replace(board, on_link_loss="draft")
+        alone = await client.get("/readyz")
+        assert alone.status_code == 200 and alone.text.startswith("ready, from the draft model alone: no verifier")
+        pair.service.state.board = board
+        await pair.verifier.start()
+        await pair.service.client.check()
+        assert (await client.get("/readyz")).text == "ready\n"
 
 
 async def test_the_chat_template_of_the_bundle_is_used(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ class Board:
         """Return the output of `edge-runtime service status --json`."""
         result = self.machine.edge("service", "status", "--json", check=False)
         state: dict[str, object] = json.loads(result.stdout)
-        assert result.returncode == (0 if state["state"] in ("active", "reloading") else 3)
+        running = state["state"] in ("active", "reloading")
+        assert result.returncode == (3 if not running else 4 if state["error"] else 0)
         return state
 
     def answer(self, key: str = KEY) -> httpx.Response:
@@ -107,10 +108,17 @@ def check_start(board: Board) -> None:
     board.configure()
     machine.edge("bundle", "install", f"{SOURCE}/tests/toy_family/bundle", "--store", STORE)
     assert "unchanged" in machine.edge("service", "install", "--now", "--config", CONFIG).stdout
-    # Ready means that the draft is loaded. The verifier does not run yet.
-    assert httpx.get(f"{board.url}/readyz").status_code == 200
+    # The unit is active as soon as the draft is loaded. The verifier does not run yet, and everything says so.
+    assert httpx.get(f"{board.url}/healthz").status_code == 200
+    wait_until(lambda: board.state()["error"])
     state = board.state()
-    assert (state["state"], state["enabled"], state["text"]) == ("active", True, "no round yet, 0 answers")
+    assert (state["state"], state["enabled"], state["error"]) == ("active", True, "Connection refused")
+    assert re.search(r"^no verifier can be used since .*127\.0\.0\.1.*; no round yet, 0 answers$", str(state["text"]))
+    refused = httpx.get(f"{board.url}/readyz")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "connection_refused")
+    journal = machine.journal(EDGE)
+    assert len(re.findall("no verifier can be used since", journal)) == 1
+    assert "credential" not in journal.lower()
     # How much of the files that it reads counts as its memory depends on the kernel.
     assert 30e6 < float(str(state["memory_bytes"])) < 1e9
     status = machine.run("cat", f"/proc/{state['pid']}/status").stdout
@@ -130,6 +138,9 @@ def check_credentials(board: Board) -> None:
         assert board.answer(key="another").status_code == 401
         board.text()
     assert f"authorization: Bearer {TOKEN}".encode() in bytes(sent)
+    wait_until(lambda: httpx.get(f"{board.url}/readyz").status_code == 200)
+    wait_until(lambda: board.state()["error"] == "")
+    assert "the verifier answers again" in board.machine.journal(EDGE)
     wait_until(lambda: re.search(r"K=\d+ n=\d+, rtt \d+ ms, 0 answers", str(board.state()["text"])))
     entries = [json.loads(line) for line in board.machine.journal(EDGE, "--output=json").splitlines()]
     counted = [entry for entry in entries if "FLEXSPEC_TOKENS" in entry]

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,17 @@ UNITS = [BOARD_UNIT, UNIT]
 PYTHON = Path("/bin/true")
 
 
+IMAGE_PYTHON = "/opt/flexspec/bin/python"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An empty root directory of an image."""
+    """The root directory of an image that has nothing but an interpreter."""
     skip_without("systemctl")
-    (tmp_path / "image").mkdir()
+    python = tmp_path / "image" / IMAGE_PYTHON[1:]
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/true\n")
+    python.chmod(0o755)
     return tmp_path / "image"
 
 
@@ -87,7 +92,9 @@ def test_control_characters_are_refused() -> None:
 def test_install_into_an_image_and_uninstall(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unit = root / "etc/systemd/system/flexspec-edge.service"
     wanted = root / "etc/systemd/system/multi-user.target.wants/flexspec-edge.service"
-    install = ["service", "install", "--root", str(root), "--python", "/opt/flexspec/bin/python"]
+    (root / "etc/flexspec").mkdir(parents=True)
+    (root / "etc/flexspec/lab.toml").touch()
+    install = ["service", "install", "--root", str(root), "--python", IMAGE_PYTHON]
     assert edge_runtime(install) == 0
     assert f"{unit}: written" in capsys.readouterr().out
     assert "ExecStart=/opt/flexspec/bin/python -m edge_runtime.cli serve\n" in unit.read_text()
@@ -111,10 +118,12 @@ def test_install_into_an_image_and_uninstall(root: Path, capsys: pytest.CaptureF
 
 
 def test_install_a_verifier_into_an_image(root: Path) -> None:
-    arguments = ["--root", str(root), "--name", "flexspec-v2.service", "/srv/target-v2"]
+    arguments = ["--root", str(root), "--python", IMAGE_PYTHON, "--name", "flexspec-v2.service", "/srv/target-v2"]
+    assert cloud_verifier(["service", "install", *arguments]) == 2
+    (root / "srv/target-v2").mkdir(parents=True)
     assert cloud_verifier(["service", "install", *arguments, "--", "--device", "cuda"]) == 0
     text = (root / "etc/systemd/system/flexspec-v2.service").read_text()
-    assert f"ExecStart={sys.executable} -m cloud_verifier.cli serve /srv/target-v2 --device cuda\n" in text
+    assert f"ExecStart={IMAGE_PYTHON} -m cloud_verifier.cli serve /srv/target-v2 --device cuda\n" in text
 
 
 @pytest.mark.parametrize(
@@ -129,24 +138,24 @@ def test_install_a_verifier_into_an_image(root: Path) -> None:
 def test_a_service_that_could_not_start_is_not_installed(
     root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert edge_runtime(["service", "install", "--root", str(root), *arguments]) == 2
+    assert edge_runtime(["service", "install", "--root", str(root), "--python", IMAGE_PYTHON, *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert list(root.iterdir()) == []
+    assert [path.name for path in root.iterdir()] == ["opt"]
 
 
 def test_unknown_options_of_serve_are_refused(root: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         edge_runtime(["service", "install", "--root", str(root), "--", "--no-such-option"])
     assert ended.value.code == 2
-    assert list(root.iterdir()) == []
+    assert [path.name for path in root.iterdir()] == ["opt"]
 
 
 def test_a_failed_installation_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "etc").write_text("a file")
-    assert edge_runtime(["service", "install", "--root", str(root), "--now"]) == 1
+    assert edge_runtime(["service", "install", "--root", str(root), "--python", IMAGE_PYTHON, "--now"]) == 1
     assert "nothing was changed" in capsys.readouterr().err
     assert edge_runtime(["service", "install", "--root", str(root / "nowhere")]) == 2
-    assert [path.name for path in root.iterdir()] == ["etc"]
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "opt"]
 
 
 def test_symbolic_links_into_hidden_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

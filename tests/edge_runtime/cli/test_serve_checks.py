@@ -1,0 +1,70 @@
+"""`config check` and `serve` refuse the same configurations, with the same message."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.cli.main import main
+from tests.conftest import FAMILY
+
+pytestmark = pytest.mark.usefixtures("toy_bundle")
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with secrets, and an environment without settings."""
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "keys").write_text("# none yet\n")
+    (tmp_path / "board.pem").write_text("not a certificate")
+    (tmp_path / "empty").mkdir()
+    for name in ("token", "keys"):
+        (tmp_path / name).chmod(0o600)
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setenv("FLEXSPEC_BUNDLE", "")
+    monkeypatch.setenv("FLEXSPEC_VERIFIER", "")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ('verifier.urls = ["http://192.168.1.20:8500"]', 2, "or verifier.insecure = true in the configuration"),
+        ('verifier = {urls = ["http://far.example"], insecure = true, token_file = "token"}', 2, "the token would be"),
+        ('verifier.key_file = "token"', 2, "--client-certificate and --client-key go together"),
+        ('verifier = {certificate_file = "board.pem", key_file = "token"}', 2, "cannot use the certificate"),
+        ('draft.bundle = "empty"', 3, "no draft bundle at"),
+        ("service.port = 65536", 2, "service.port: must be"),
+        ("planner.profile = 'abacus'", 2, "no shipped profile 'abacus'"),
+        ("[verifier\n", 2, "not TOML"),
+    ],
+)
+def test_what_serve_refuses_the_check_refuses(
+    text: str, code: int, message: str, folder: Path, capsys: Captured
+) -> None:
+    path = folder / "config.toml"
+    path.write_text(text)
+    said = []
+    for command in (["config", "check", str(path)], ["serve", "--config", str(path)]):
+        assert main(command) == code
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+    assert message in said[0]
+
+
+def test_what_the_check_accepts_has_a_bundle_or_says_that_none_is_installed(folder: Path, capsys: Captured) -> None:
+    path = folder / "config.toml"
+    path.write_text('verifier = {urls = ["http://192.168.1.20:8500"], insecure = true}')
+    assert main(["config", "check", str(path)]) == 0
+    assert f"{path}: no errors; `serve` accepts it\n" in capsys.readouterr().out
+    shutil.copytree(FAMILY / "bundle", folder / "bundle")
+    path.write_text('draft.bundle = "bundle"')
+    assert main(["config", "check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: no errors; `serve` accepts it\n"
+    path.write_text('draft.bundle = "bundle"\nservice.max_concurrent = 64\n')
+    (folder / "bundle/manifest.json").write_text("{}")
+    assert main(["config", "check", str(path)]) == 3
