@@ -16,6 +16,7 @@ this as it would any other text.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,23 @@ class ChatTemplate:
             BundleCorrupt: a template does not parse.
         """
         self._special_tokens = chat.special_tokens
+        self._sources = chat.templates
         self._templates = {name: _compile(source, name, bundle) for name, source in chat.templates.items()}
         self.is_plain = not self._templates
         self.stop_strings = PLAIN_STOPS if self.is_plain else []
+
+    @functools.cached_property
+    def takes_system_message(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        try:
+            self._render([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], PLAIN_OPTIONS)
+        except InputError:
+            return False
+        return True
+
+    def source(self, options: ChatOptions = PLAIN_OPTIONS) -> str:
+        """Return the Jinja source of the template that is used with these options; empty for the plain form."""
+        return "" if self.is_plain else self._sources[self._choose(options)]
 
     def render(self, messages: Conversation, options: ChatOptions = PLAIN_OPTIONS) -> str:
         """Return the text to continue.

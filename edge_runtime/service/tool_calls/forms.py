@@ -103,6 +103,14 @@ class ToolCallForm(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(marker for marker in (self.begin, self.optional_begin) if marker)
 
     @property
+    def structure(self) -> str:
+        """All text of the form that is the same in every call."""
+        parts = [self.section, self.begin, self.optional_begin, self.header_format, self.separator, self.end]
+        return "".join(
+            [*parts, self.section_end, *(msgspec.structs.astuple(self.parameters) if self.parameters else ())]
+        )
+
+    @property
     def hidden(self) -> tuple[str, ...]:
         """Texts that surround all calls and mean nothing by themselves."""
         return tuple(marker for marker in (self.section, self.section_end) if marker)

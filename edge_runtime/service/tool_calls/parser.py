@@ -129,7 +129,11 @@ class OutputParser:
             if self.in_reasoning:
                 self._thoughts.append(self._held.rstrip(SPACES))
             elif self._in_content:
-                held = self._held.strip(SPACES + ";") if self._after_call else self._held
+                held = self._held
+                if self._after_call:
+                    # The start of a marker between calls or after them, cut off by the limit of the length.
+                    partial = max(overlap(held, marker) for marker in ("", *self._markers))
+                    held = held[: len(held) - partial].strip(SPACES + ";")
                 self._content.append(held.lstrip(SPACES) if self._after_reasoning else held)
             else:
                 self._content.append(self._raw)
@@ -177,6 +181,8 @@ class OutputParser:
                 if content:
                     self._at_start = self._after_reasoning = self._after_call = False
             if marker:
+                # White space before what turns out to be no call is content.
+                self._raw = self._held
                 self._in_content, self._held = False, ""
                 return marker
 
@@ -232,7 +238,7 @@ class OutputParser:
 
     def _read_calls(self, marker: str) -> Reading[None]:
         assert self._form is not None
-        self._raw, self._records_raw = marker, True
+        self._records_raw = True
         try:
             if self._form.body == "parameters":
                 yield from self._read_parameters()
