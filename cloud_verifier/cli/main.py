@@ -16,6 +16,7 @@ from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.common.options import add_option
+from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
@@ -116,10 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="one or more prompts (default: standard input)")
     generate.add_argument("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
-    add_option(generate, "--temperature", "0 is greedy", default=0.0)
-    add_option(generate, "--top-k", "0 disables it", default=0)
-    add_option(generate, "--top-p", "1 disables it", default=1.0)
-    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_sampling_options(generate)
     text = (
         'read jobs, JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, from FILE or "-", and print the '
         "new ids of each as a JSON line"
@@ -168,10 +166,7 @@ def _generate(options: argparse.Namespace) -> int:
             print(json.dumps(generate_reference(model, job["ids"], sampling, max_new_tokens, end_ids)), flush=True)
         return 0
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    try:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    sampling = read_sampling(options)
     for prompt in options.prompt or [sys.stdin.read()]:
         ids = tokenizer.encode(prompt).ids
         validate_prompt(ids, vocabulary_size)

@@ -13,13 +13,13 @@ from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.generations import GenerationFactory, add_generation_options
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
     from edge_runtime.decoding import GenerationStatistics
-    from edge_runtime.protocol.sampling import Sampling
     from edge_runtime.verifier import Fault, VerifierClient
 
 HELP = "continue a prompt"
@@ -44,11 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--file FILE", "read the prompt from a file", type=Path)
     add_settings(parser, "draft.bundle", "draft.threads")
     add_max_new_tokens_option(parser)
-    add_option(parser, "--temperature T", "0 is greedy decoding", default=0.0)
-    add_option(parser, "--top-k K", "0 keeps all tokens", default=0)
-    add_option(parser, "--top-p P", "1 keeps all tokens", default=1.0)
-    add_option(parser, "--seed", "same seed, same text", default=0)
-    add_flag(parser, "--ignore-eos", "continue after the end-of-text token, for measurements")
+    add_sampling_options(parser)
     add_flag(parser, "--echo", "print the prompt before its continuation")
     add_flag(parser, "--json", "print one JSON object: text, ids, statistics")
     add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
@@ -72,13 +68,13 @@ async def _run(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     bundle = resolve_bundle(options, settings.draft)
     prompt = _read_prompt(options)
-    sampling = _make_sampling(options)
+    sampling = read_sampling(options)
     draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
     ids: list[int] = draft.tokenizer.encode(prompt).ids
     factory = GenerationFactory(options, settings, draft)
     async with factory.connect(settings, sampling) as (client, generate):
         generation = generate(ids)
-        text = TextStream(draft.tokenizer, sys.stdout, prompt=ids)
+        text = TextStream(draft.tokenizer, sys.stdout, prompt=ids, stop_ids=sampling.stop_ids)
         if options.echo and not options.json:
             text.write_prompt(prompt)
         async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
@@ -89,7 +85,7 @@ async def _run(options: argparse.Namespace) -> int:
     if options.json:
         new_ids = generation.ids[len(ids) :]
         report = {
-            "text": decode_continuation(draft.tokenizer, ids, new_ids),
+            "text": decode_continuation(draft.tokenizer, ids, new_ids, sampling.stop_ids),
             "ids": new_ids,
             # What the draft continued alone while no verifier could be reached.
             "unverified": decode_continuation(draft.tokenizer, generation.ids, generation.unverified),
@@ -123,15 +119,6 @@ def _read_prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None:
         return str(options.prompt)
     return sys.stdin.read()
-
-
-def _make_sampling(options: argparse.Namespace) -> Sampling:
-    from edge_runtime.protocol.sampling import Sampling
-
-    try:
-        return Sampling(options.temperature, options.top_k, options.top_p, options.seed, options.ignore_eos)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def summarize(statistics: GenerationStatistics) -> str:

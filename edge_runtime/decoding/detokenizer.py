@@ -18,7 +18,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -38,10 +38,18 @@ class Detokenizer:
     Args:
         prompt: what the text continues; it is not part of the text.
         visible: ids of special tokens that are shown nevertheless, such as the marker of a tool call.
+        hidden: ids of other tokens that are not shown: `Sampling.stop_ids`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), visible: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        visible: Set[int] = frozenset(),
+        hidden: Collection[int] = (),
+    ) -> None:
         self._special = _special_ids(tokenizer) - visible
+        self._hidden = self._special.union(hidden)
         self._decoder: _TokenDecoder = _ByteDecoder(tokenizer) if _is_byte_level(tokenizer) else _RunDecoder(tokenizer)
         context: list[int] = []
         for token in reversed(prompt):
@@ -54,7 +62,7 @@ class Detokenizer:
 
     def step(self, token: int) -> str:
         """Append `token` and return the text that it completes; a character that spans tokens comes with its last."""
-        return "" if token in self._special else self._decoder.step(token)
+        return "" if token in self._hidden else self._decoder.step(token)
 
     def flush(self) -> str:
         """Return what was held back; to be called at the end of the text."""
@@ -67,9 +75,11 @@ class Detokenizer:
         return [clone.step(token) for token in tail]
 
 
-def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> str:
-    """Return the text of `ids` as the continuation of `prompt`."""
-    detokenizer = Detokenizer(tokenizer, prompt)
+def decode_continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int], hidden: Collection[int] = ()
+) -> str:
+    """Return the text of `ids` as the continuation of `prompt`; for `hidden` see `Detokenizer`."""
+    detokenizer = Detokenizer(tokenizer, prompt, hidden=hidden)
     return "".join(map(detokenizer.step, ids)) + detokenizer.flush()
 
 

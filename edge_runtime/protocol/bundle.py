@@ -97,6 +97,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class ChatFormat(msgspec.Struct, frozen=True, omit_defaults=True):

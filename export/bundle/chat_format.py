@@ -21,8 +21,6 @@ PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 DEFAULT_TEMPLATE = "default"
 # Defaults that change the text and that boards cannot apply, with the value that changes nothing.
 UNSUPPORTED_DEFAULTS: dict[str, float] = {
-    "repetition_penalty": 1.0,
-    "min_p": 0.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -94,9 +92,11 @@ def _read_source(path: Path) -> str:
 
 def _read_sampling(generation: dict[str, Any], directory: Path) -> SamplingDefaults:
     """Return the defaults that the file names, as vLLM does; transformers' own (top-k 50) are not the model's."""
-    fields = {name: value for name in ("temperature", "top_k", "top_p") if (value := generation.get(name)) is not None}
+    names = SamplingDefaults.__struct_fields__
+    fields = {name: value for name in names if (value := generation.get(name)) is not None}
     if generation.get("do_sample") is False:
-        fields = {"temperature": 0.0}
+        # Without sampling, transformers applies the processors of logits but none of the warpers.
+        fields = {"temperature": 0.0} | {n: v for n, v in fields.items() if n == "repetition_penalty"}
     try:
         defaults = msgspec.convert(fields, SamplingDefaults)
         Sampling(**fields)
