@@ -89,7 +89,8 @@ def describe_result(profile: BoardProfile, manifest: Manifest, links: Mapping[st
             f"{MIN_STEADY_PASSES} and at most {MAX_STEADY_SPREAD:.0%} count as steady), so the planner will not rely "
             "on them; stop other programs, or give it more --seconds"
         )
-    yield f"threads: --threads {entry.threads} is the fastest; commands with --profile FILE use it by themselves"
+    by_itself = "; commands with --profile FILE use it by themselves" if entry.is_steady else ""
+    yield f"threads: --threads {entry.threads} is the fastest{by_itself}"
     yield f"heat: {_describe_heat(profile)}"
     yield f"power: {_describe_power(profile, entry)}"
     device = DeviceModel.from_profile(profile, entry.weight_bytes, cache_bytes=cache_bytes(manifest))

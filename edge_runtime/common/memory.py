@@ -36,15 +36,24 @@ def accounts_for_services(cgroups: Path = CGROUPS) -> bool:
 
 
 def limit_own_memory(share: float = SERVICE_SHARE) -> int:
-    """Bound this process to a share of the machine's memory; return the bound in bytes.
+    """Bound the memory of this process to a share of the machine's, now that it is loaded; return the bound in bytes.
 
-    The bound is on private writable memory (RLIMIT_DATA), which is what a process can take from others. An allocation
-    beyond it fails: onnxruntime reports that and the target goes on without the draft, Python raises MemoryError.
-    RLIMIT_AS would also count files that are only mapped, such as libraries and the weights of the draft.
+    The bound is on private writable memory (RLIMIT_DATA): RLIMIT_AS would also count files that are only mapped, such
+    as libraries. An allocation beyond it fails: onnxruntime reports that, and the target goes on without the draft;
+    Python raises MemoryError. What is reserved but unused by now, mostly the stacks of threads, is not counted: on
+    x86-64 that is 150 MB of 280 MB, with 127 MB in use.
     """
-    limit = int(share * psutil.virtual_memory().total)
+    bound = int(share * psutil.virtual_memory().total)
+    reserved, used = _read_data_bytes()
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    return limit
+    limit = reserved + max(0, bound - used)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    return bound
+
+
+def _read_data_bytes() -> tuple[int, int]:
+    """Return the private writable memory of this process, and the part of it that is in use."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    reserved, used = (int(fields[name].split()[0]) << 10 for name in ("VmData", "RssAnon"))
+    return reserved, used
