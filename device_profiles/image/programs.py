@@ -1,0 +1,77 @@
+"""Runs the programs that images are made with, and says which package brings a missing one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.protocol.errors import FlexSpecError
+
+# Program, and the Debian package that it is in.
+PACKAGES = {
+    "apt-get": "apt",
+    "apt-cache": "apt",
+    "debugfs": "e2fsprogs",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "dumpe2fs": "e2fsprogs",
+    "mcopy": "mtools",
+    "mdel": "mtools",
+    "mmd": "mtools",
+    "mdir": "mtools",
+    "mkfs.vfat": "dosfstools",
+    "mke2fs": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "modinfo": "kmod",
+    "newuidmap": "uidmap",
+    "qemu-aarch64-static": "qemu-user-static",
+    "sfdisk": "fdisk",
+    "unshare": "util-linux",
+    "xz": "xz-utils",
+    "zstd": "zstd",
+}
+# Debian's PATH for users omits these, where mkfs.vfat, sfdisk and depmod are.
+ADMINISTRATION_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+# Characters of a failed program's output that an error quotes. Chosen: the cause is usually in the last lines.
+MAX_QUOTED = 2000
+
+
+class ImageError(FlexSpecError):
+    """An image could not be built or changed."""
+
+
+def search_path() -> str:
+    """Return PATH with the directories for administration."""
+    return f"{os.environ.get('PATH', os.defpath)}:{ADMINISTRATION_PATH}"
+
+
+def require(*programs: str) -> None:
+    """Raise ImageError, naming the packages to install, unless all `programs` exist."""
+    path = search_path()
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if missing:
+        packages = " ".join(sorted({PACKAGES.get(program, program) for program in missing}))
+        raise ImageError(f"{', '.join(missing)} not found; install it with `sudo apt install {packages}`")
+
+
+def run(
+    command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **keywords: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; by default its output is captured. Raises ImageError: it is missing, or failed."""
+    words = [str(word) for word in command]
+    require(words[0])
+    keywords = {"stdin": None if "input" in keywords else subprocess.DEVNULL, "stdout": subprocess.PIPE, **keywords}
+    if keywords["stdin"] is None:
+        del keywords["stdin"]
+    environment = {**(env if env is not None else os.environ), "PATH": search_path()}
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, stderr=subprocess.PIPE, text=True, env=environment, **keywords
+    )
+    if done.returncode:
+        output = (done.stderr or done.stdout or "").strip()[-MAX_QUOTED:]
+        raise ImageError(f"`{' '.join(words)[:200]}` failed with exit code {done.returncode}: {output}")
+    return done
