@@ -48,6 +48,30 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="flexspec-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
+# Internal errors of pytest's worker processes, which inherit the variable.
+INTERNAL_ERRORS = Path(os.environ.setdefault("FLEXSPEC_INTERNAL_ERRORS", tempfile.mktemp(prefix="flexspec-pytest-")))
+
+
+def pytest_internalerror(excrepr: object) -> None:
+    """Keep a worker's internal error: the tests that it had left are not run, and the report shows it in the middle."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        with INTERNAL_ERRORS.open("a", errors="backslashreplace") as file:
+            file.write(f"{excrepr}\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Make captured logs encodable: one half of a surrogate pair, which JSON can express, would end the worker."""
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+
+
+def pytest_unconfigure() -> None:
+    """Print internal errors of workers at the end of the report."""
+    if not os.environ.get("PYTEST_XDIST_WORKER") and INTERNAL_ERRORS.exists():
+        print(f"pytest itself failed in a worker:\n{INTERNAL_ERRORS.read_text()[-2000:]}")
+        INTERNAL_ERRORS.unlink()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Where nothing may be lacking (`.ci/run`), a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
