@@ -87,6 +87,7 @@ _CLIENT_ERRORS: dict[str, tuple[int, str | None, str]] = {
     ErrorCode.CONTEXT_OVERFLOW: (400, None, "context_length_exceeded"),
     ErrorCode.INVALID_TOKEN: (400, "prompt", "invalid_token"),
     ErrorCode.INVALID_SAMPLING: (400, None, "invalid_sampling"),
+    ErrorCode.INVALID_GRAMMAR: (400, None, "invalid_grammar"),
 }
 
 
@@ -96,12 +97,19 @@ def to_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, InputError):
         return ApiError(400, str(error))
+    if isinstance(error, MemoryError):
+        message = "the service has reached the limit of its memory; try again, or lower service.max_concurrent"
+        return ApiError(503, message, code="out_of_memory", retry_after=LINK_RETRY_SECONDS)
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, VerifierUnreachable):
         return ApiError(503, str(error), code=error.fault, retry_after=LINK_RETRY_SECONDS)
     if isinstance(error, VerifierRefused):
         message = str(error).removesuffix(f" [{error.code}]")
+        limit = error.detail.get("limit")
+        if error.code == ErrorCode.CONTEXT_OVERFLOW and limit is not None:
+            # OpenAI's words, by which clients recognize it.
+            message = f"This model's maximum context length is {limit} tokens. However, {message}."
         if error.code in _CLIENT_ERRORS:
             status, param, code = _CLIENT_ERRORS[error.code]
             return ApiError(status, message, param=param, code=code)

@@ -185,7 +185,10 @@ class _LinkCollector(Collector):
         self._client = client
 
     def collect(self) -> Iterable[Metric]:
-        meter = self._client.meter
+        meter, reachable = self._client.meter, self._client.link_state.reachable
+        if reachable is not None:
+            help_text = "1 if the last attempt reached a verifier."
+            yield GaugeMetricFamily("flexspec_link_verifier_reachable", help_text, value=float(reachable))
         yield CounterMetricFamily("flexspec_link_connections", "Connections opened.", value=meter.opened)
         yield CounterMetricFamily("flexspec_link_retries", "Repeated attempts.", value=self._client.retries)
         if meter.rtt_seconds is not None:

@@ -205,10 +205,14 @@ async def test_readiness_follows_the_link_and_what_happens_without_it(target: Ta
         pair.service.state.board = msgspec.structs.replace(board, on_link_loss="draft")
         alone = await client.get("/readyz")
         assert alone.status_code == 200 and alone.text.startswith("ready, from the draft model alone: no verifier")
+        assert pair.service.monitoring.sampler.sample().fault == pair.service.client.link_state.reason != ""
+        assert read_metric(pair, "flexspec_link_verifier_reachable") == 0
         pair.service.state.board = board
         await pair.verifier.start()
         await pair.service.client.check()
         assert (await client.get("/readyz")).text == "ready\n"
+        assert pair.service.monitoring.sampler.sample().fault == ""
+        assert read_metric(pair, "flexspec_link_verifier_reachable") == 1
 
 
 async def test_the_chat_template_of_the_bundle_is_used(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:
