@@ -100,9 +100,11 @@ class PowerProbe:
             # A single sensor on a board is wired into the board's supply, unless its reading contradicts that.
             whole = [rail for rail in rails if self._is_load(rail)]
         # Without labels one rail may feed another: a sum might count the same power twice.
-        watts = math.fsum(rail.watts for rail in whole) if whole else None
+        # A sensor in the board's own line that reads negative is mounted the other way round.
+        watts = math.fsum(abs(rail.watts) for rail in whole) if whole else None
         source = " + ".join(filter(None, (_name(rail) for rail in whole)))
-        return PowerReading(watts, bool(whole), source, rails, on_battery, "" if whole else self._note(rails))
+        note = "" if whole else self._note(rails)
+        return PowerReading(watts, bool(whole), source, rails, on_battery=on_battery, note=note)
 
     def _line(self, rail: Rail) -> SensorLine | Literal[""]:
         """What `rail` measures; empty if neither its owner nor its label says."""

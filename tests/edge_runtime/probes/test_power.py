@@ -93,6 +93,7 @@ def test_a_reading_below_what_a_board_draws_is_not_the_board(milliamperes: int, 
         ("battery-reversed", -900, None, False),
         ("charger", 900, None, None),
         ("board", 900, 7.2, None),
+        ("board", -900, 7.2, None),
     ],
 )
 def test_the_profile_says_which_line_a_sensor_measures(
@@ -108,7 +109,7 @@ def test_a_line_may_be_named_with_its_label(reader: Make) -> None:
     rails |= {"in2_label": "VSYS", "in2_input": 5000, "curr2_input": 600}
     at = reader(chip(1, "ina3221", **rails))
     assert PowerProbe({"ina3221 VBAT": "battery", "ina3221 VSYS": "board"}).read(at) == PowerReading(
-        3.0, True, "ina3221 VSYS", [Rail("ina3221", "VBAT", 4.0), Rail("ina3221", "VSYS", 3.0)], False
+        3.0, True, "ina3221 VSYS", [Rail("ina3221", "VBAT", 4.0), Rail("ina3221", "VSYS", 3.0)], on_battery=False
     )
     unknown = PowerProbe().read(at)
     assert unknown is not None and unknown.watts is None and "no rail is known" in unknown.note
