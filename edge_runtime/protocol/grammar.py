@@ -10,10 +10,11 @@ and roll back. Grammars come from strangers: their size, their nesting and the w
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +34,10 @@ TokenMask = npt.NDArray[np.uint8]
 LIMITS = LLParserLimits(verbose_errors=False)
 # llguidance may quote a whole grammar in its messages.
 MAX_REASON_CHARACTERS = 300
-# Compiled grammars that a tokenizer keeps, because clients repeat the same schema. Chosen: each takes up to megabytes.
+# Longest time for compiling a grammar, the wait for other grammars included. Chosen: a usual one takes a millisecond.
+COMPILE_SECONDS = 5.0
+_COMPILE_THREAD = ThreadPoolExecutor(1, "grammar")
+# Compiled grammars that are kept for each model: clients repeat the same schema. Chosen: each takes up to megabytes.
 CACHED_GRAMMARS = 16
 
 
@@ -74,25 +78,9 @@ class GrammarTokenizer:
             )
         except Exception as error:  # llguidance raises bare ValueError
             raise GrammarError(f"the tokenizer of this model does not support grammars: {error}") from None
-        self.all_mask = _pack(range(logits), size)
-        self.end_mask = _pack(self.end_ids, size)
+        self.all_mask = _pack(range(logits), logits)
+        self.end_mask = _pack(self.end_ids, logits)
         self.text_mask = self.all_mask & ~self.end_mask
-        self._grammars: OrderedDict[str, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def compile(self, grammar: str) -> CompiledGrammar:
-        """Compile `grammar`, or return it as compiled before. Raises GrammarError."""
-        with self._lock:
-            compiled = self._grammars.get(grammar)
-            if compiled is not None:
-                self._grammars.move_to_end(grammar)
-                return compiled
-        compiled = CompiledGrammar(self, grammar)
-        with self._lock:
-            self._grammars[grammar] = compiled
-            while len(self._grammars) > CACHED_GRAMMARS:
-                self._grammars.popitem(last=False)
-        return compiled
 
     def new_matcher(self, grammar: str) -> LLMatcher:
         """llguidance's matcher of `grammar`, before the first token. Raises GrammarError."""
@@ -101,8 +89,52 @@ class GrammarTokenizer:
         return matcher
 
 
+class GrammarCompiler:
+    """Compiles grammars for one model. Loads the tokenizer at the first one. Thread-safe."""
+
+    def __init__(self, load_tokenizer: Callable[[], Tokenizer], logits: int, end_ids: Collection[int]) -> None:
+        """
+        Args:
+            load_tokenizer: returns the model's tokenizer; may raise an error of this package.
+            logits, end_ids: see `GrammarTokenizer`.
+        """
+        self._load_tokenizer = load_tokenizer
+        self._logits, self._end_ids = logits, frozenset(end_ids)
+        self._tokenizer: GrammarTokenizer | None = None
+        self._compiled: dict[str, CompiledGrammar] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, grammar: str) -> CompiledGrammar:
+        """Compile `grammar`, or return it as compiled before. Raises GrammarError."""
+        # Each dictionary operation is atomic; a known grammar does not wait for the compilation of another.
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            with self._lock:
+                if self._tokenizer is None:
+                    self._tokenizer = GrammarTokenizer(self._load_tokenizer(), self._logits, self._end_ids)
+                compiled = self._compiled[grammar] = CompiledGrammar(self._tokenizer, grammar)
+                if len(self._compiled) > CACHED_GRAMMARS:
+                    # The oldest.
+                    del self._compiled[next(iter(self._compiled))]
+        return compiled
+
+    async def compile_in_thread(self, grammar: str) -> CompiledGrammar:
+        """Compile `grammar` while the event loop goes on.
+
+        Grammars of all models are compiled one after the other, so that costly ones occupy one core at most.
+
+        Raises:
+            GrammarError: it is invalid, or takes too long.
+        """
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await asyncio.get_running_loop().run_in_executor(_COMPILE_THREAD, self.compile, grammar)
+        except TimeoutError:
+            raise GrammarError(f"the grammar was not compiled within {COMPILE_SECONDS:g} s: simplify it") from None
+
+
 class CompiledGrammar:
-    """A grammar that some token may begin; see `GrammarTokenizer.compile`. Thread-safe."""
+    """A grammar that some token may begin; see `GrammarCompiler.compile`. Thread-safe."""
 
     def __init__(self, tokenizer: GrammarTokenizer, grammar: str) -> None:
         self.tokenizer = tokenizer
@@ -150,7 +182,7 @@ class GrammarMatcher:
 
         def compute_mask(matcher: LLMatcher) -> TokenMask:
             possible = self._tokenizer.all_mask if matcher.is_accepting() else self._tokenizer.text_mask
-            # llguidance's mask has a bit more.
+            # llguidance's mask has at least a bit more.
             return np.frombuffer(matcher.compute_bitmask(), np.uint8, possible.size) & possible
 
         mask = self._after(generated, compute_mask)

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from edge_runtime.protocol.grammar import GrammarError
@@ -44,17 +44,23 @@ def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = N
     if schema is False:
         raise GrammarError("no value matches the schema false")
     # llguidance takes objects alone.
-    text = msgspec.json.encode({} if schema is True else schema).decode()
+    try:
+        text = msgspec.json.encode({} if schema is True else schema).decode()
+    except RecursionError:
+        raise GrammarError("the JSON schema is nested too deeply") from None
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_LAYOUT if layout is None else layout)
 
 
 def from_regex(regex: str) -> str:
-    """Return the grammar of the texts that match the regular expression `regex` as a whole (syntax of Rust's regex)."""
+    r"""Return the grammar of the texts that match the regular expression `regex` as a whole (syntax of Rust's regex).
+
+    `\d` is a digit from 0 to 9: those of all scripts are hardly ever meant.
+    """
     # A match of the whole text is at its start and its end anyway, and llguidance refuses anchors.
     regex = regex.removeprefix("^")
     if re.search(r"(?<!\\)(\\\\)*\$$", regex):
         regex = regex[:-1]
-    return LLMatcher.grammar_from_regex(regex)
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(regex, 'd')}/")
 
 
 def from_choices(choices: list[str]) -> str:
