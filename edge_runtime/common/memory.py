@@ -31,8 +31,8 @@ def accounts_for_services(cgroups: Path = CGROUPS) -> bool:
     try:
         return "memory" in (cgroups / "cgroup.controllers").read_text().split()
     except OSError:
-        # The first version of cgroups has a hierarchy for each controller.
-        return (cgroups / "memory").is_dir()
+        # The first version of cgroups has a hierarchy for each controller; systemd makes its slices in those it uses.
+        return (cgroups / "memory/system.slice").is_dir()
 
 
 def limit_own_memory(share: float = SERVICE_SHARE) -> int:

@@ -24,10 +24,25 @@ ENVIRONMENT_PREFIX = "FLEXSPEC_"
 
 # As `planning.factory.POLICY_NAMES`, whose module takes long to import; a test compares the two.
 PolicyName = Literal["analytic", "learned", "fixed", "hf-dynamic", "genai-ewma", "ucb"]
+# As in `service.tool_calls.forms`, whose package is above this one; a test compares them.
+ToolCallFormSetting = Literal[
+    "auto",
+    "hermes",
+    "qwen3-coder",
+    "glm",
+    "llama3",
+    "mistral",
+    "mistral-args",
+    "granite",
+    "deepseek",
+    "deepseek-v3.1",
+    "command-r",
+]
+ReasoningFormSetting = Literal["auto", "none", "think", "mistral"]
 RadioName = Literal["", "wifi", "ethernet", "lte", "5g"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-# Chosen: a client rather hears why than waits longer, and a router's restart or a hand-over is over by then.
-DEFAULT_DEADLINE_SECONDS = 60.0
+# Chosen: a client would rather hear why than wait longer, and most restarts of a router or verifier are over by then.
+DEFAULT_DEADLINE_SECONDS = 120.0
 DEFAULT_VERIFIER_URL = "http://127.0.0.1:8500"
 
 
@@ -236,6 +251,17 @@ class VerifierSettings(SettingsTable, frozen=True):
             "--deadline SECONDS", "give up when no token has arrived for this long, retries included", reloadable=True
         ),
     ] = DEFAULT_DEADLINE_SECONDS
+    proxy: Annotated[
+        str,
+        SettingSpec(
+            "--proxy URL",
+            "HTTP proxy for the connections to verifiers, such as http://proxy.example:3128; HTTP_PROXY and similar "
+            "variables are ignored",
+            default="none",
+            variable="FLEXSPEC_PROXY",
+            validate=validators.proxy,
+        ),
+    ] = ""
     http2: Annotated[
         bool,
         SettingSpec(
@@ -332,10 +358,10 @@ class ServiceSettings(SettingsTable, frozen=True):
         msgspec.Meta(ge=0, le=4096),
         SettingSpec(
             "--max-waiting N",
-            "requests that may wait for one of those; more are refused with a Retry-After",
+            "answers that may wait for one of those; requests for more are refused with a Retry-After",
             reloadable=True,
         ),
-    ] = 8
+    ] = 64
     api_key_file: Annotated[
         Path | None,
         SettingSpec(
@@ -349,6 +375,28 @@ class ServiceSettings(SettingsTable, frozen=True):
             reloadable=True,
         ),
     ] = None
+    allowed_hosts: Annotated[
+        list[str],
+        SettingSpec(
+            "--allowed-hosts NAME[,NAME...]",
+            "further names under which a service without keys that listens on loopback answers, for instance behind a "
+            "proxy",
+            default="localhost and the board's own name, also with .local",
+            validate=validators.host_names,
+            reloadable=True,
+        ),
+    ] = msgspec.field(default_factory=list)
+    cors_origins: Annotated[
+        list[str],
+        SettingSpec(
+            "--cors-origins ORIGIN[,ORIGIN...]",
+            "origins of web pages that may use the service from a browser, such as https://chat.example; * for all, "
+            "which lets every page that you visit ask this board",
+            default="none",
+            validate=validators.origins,
+            reloadable=True,
+        ),
+    ] = msgspec.field(default_factory=list)
     on_link_loss: Annotated[
         OnLinkLoss,
         SettingSpec(
@@ -358,6 +406,23 @@ class ServiceSettings(SettingsTable, frozen=True):
             reloadable=True,
         ),
     ] = "wait"
+    tool_call_form: Annotated[
+        ToolCallFormSetting,
+        SettingSpec(
+            "--tool-call-form",
+            "form in which the target writes tool calls; auto recognizes it by the chat template",
+            reloadable=True,
+        ),
+    ] = "auto"
+    reasoning_form: Annotated[
+        ReasoningFormSetting,
+        SettingSpec(
+            "--reasoning-form",
+            "form in which the target marks its reasoning; auto recognizes it by the chat template, none leaves "
+            "reasoning in the content",
+            reloadable=True,
+        ),
+    ] = "auto"
 
 
 class LogSettings(SettingsTable, frozen=True):

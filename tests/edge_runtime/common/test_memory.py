@@ -58,12 +58,13 @@ def test_a_process_that_bounds_itself_stays_below_and_lives_on() -> None:
         # Raspberry Pi OS: cgroup_disable=memory.
         ({"cgroup.controllers": "cpuset cpu io pids\n"}, False),
         # The first version of cgroups.
-        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, True),
+        ({"memory/system.slice/memory.limit_in_bytes": "9223372036854771712\n"}, True),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, False),
         ({"cpu/cpu.shares": "1024\n"}, False),
     ],
 )
 def test_whether_the_kernel_accounts_for_memory(files: dict[str, str], accounted: bool, tmp_path: Path) -> None:
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     assert accounts_for_services(tmp_path) is accounted
