@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from cloud_verifier.model.kv_cache import CachedSequence, CacheShape, KVCachePool
-from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.sampling import RowSampling, SampledTokens
 from cloud_verifier.model.tree import TokenTree
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 
@@ -74,21 +75,41 @@ class Segment:
     ids: list[int]
     positions: list[int]
     visible_prefix: list[int]
-    sampling: Sampling | None = None
+    sampling: RowSampling | None = None
     adapter_slot: int = 0
     keep_all: bool = False
     runner: SegmentRunner | None = None
     next_id: int | None = None
 
     @classmethod
-    def from_tree(cls, sequence: CachedSequence, tree: TokenTree, sampling: Sampling, adapter_slot: int = 0) -> Segment:
-        """A segment that scores all nodes of `tree`."""
+    def from_tree(
+        cls,
+        sequence: CachedSequence,
+        tree: TokenTree,
+        sampling: Sampling,
+        adapter_slot: int = 0,
+        *,
+        processor: SequenceProcessor | None = None,
+        logprobs: int = 0,
+    ) -> Segment:
+        """A segment that scores all nodes of `tree`.
+
+        Args:
+            processor: of the text up to and including node 0; None if logits are not processed.
+            logprobs: see `RowSampling`.
+        """
         return cls(
             sequence=sequence,
             ids=tree.ids,
             positions=tree.positions,
             visible_prefix=tree.visible_prefix,
-            sampling=sampling,
+            sampling=RowSampling(
+                sampling,
+                [position + 1 for position in tree.positions],
+                processor=processor,
+                paths=[tree.path(row) for row in range(len(tree))] if processor else (),
+                logprobs=logprobs,
+            ),
             adapter_slot=adapter_slot,
         )
 
@@ -100,15 +121,29 @@ class Segment:
         *,
         adapter_slot: int = 0,
         sampling: Sampling | None = None,
+        processor: SequenceProcessor | None = None,
         runner: SegmentRunner | None = None,
     ) -> Segment:
-        """A segment that extends the sequence by the chain `ids`."""
+        """A segment that extends the sequence by the chain `ids`.
+
+        Args:
+            processor: of the text with all of `ids`; only the token after the last row is then sampled correctly.
+        """
+        positions = list(range(sequence.length, sequence.length + len(ids)))
+        unsampled: list[list[int] | None] = [None] * (len(ids) - 1)
         return cls(
             sequence=sequence,
             ids=ids,
-            positions=list(range(sequence.length, sequence.length + len(ids))),
+            positions=positions,
             visible_prefix=list(range(len(ids))),
-            sampling=sampling,
+            sampling=RowSampling(
+                sampling,
+                [position + 1 for position in positions],
+                processor=processor,
+                paths=[*unsampled, []] if processor else (),
+            )
+            if sampling
+            else None,
             adapter_slot=adapter_slot,
             keep_all=True,
             runner=runner,

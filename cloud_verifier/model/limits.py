@@ -70,6 +70,7 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             detail={"expected": len(opening.prompt)},
         )
     _check_ids(opening.prompt, target)
+    _check_ids([*opening.sampling.logit_bias, *opening.sampling.stop_ids], target)
     if opening.first.round != 0:
         raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", detail={"expected": 0})
     if opening.first.position != len(opening.prompt):

@@ -17,6 +17,7 @@ from cloud_verifier.model.target import Target
 from edge_runtime.draft import PREFILL_CHUNK_TOKENS, OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class OnnxSessionDraft:
         self._failed = False
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling
+        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
         """See `SessionDraft.propose`. Yields None after every chunk of a long prefill.
 
@@ -85,7 +86,7 @@ class OnnxSessionDraft:
             while (unread := self._context.tokens_to_prefill(ids)) > PREFILL_CHUNK_TOKENS:
                 self._context.sync_to(ids[: len(ids) - unread + PREFILL_CHUNK_TOKENS])
                 yield None
-            return self._context.propose(ids, count, sampling).tokens
+            return self._context.propose(ids, count, sampling, processor=processor).tokens
         except DraftError:
             log.exception("drafting failed; this session continues without server-side speculation")
             self._failed = True

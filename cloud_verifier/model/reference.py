@@ -1,7 +1,7 @@
 """Reference decoding: plain autoregressive generation by the target, with which every other text is compared.
 
-Deliberately independent of the engine: transformers' own `generate`, with its cache and masks, and the rule of sampling
-as a logits processor. No tree, no padding, no rounds.
+Deliberately independent of the engine: transformers' own `generate`, with its cache and masks, its own processors of
+logits in its own order, and the rule of sampling as the last of them. No tree, no padding, no rounds.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
+from edge_runtime.protocol.logits_processing import end_ids_of
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 
 
@@ -34,6 +42,46 @@ class CoupledLogitsProcessor(LogitsProcessor):
         return chosen
 
 
+class OccurrencePenaltyLogitsProcessor(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which transformers does not have.
+
+    Args:
+        prompt_length: number of tokens that were not generated.
+    """
+
+    def __init__(self, sampling: Sampling, prompt_length: int) -> None:
+        self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Lower the scores of generated tokens: (1, V) -> (1, V)."""
+        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1]).double()
+        return scores - (self._frequency * counts + self._presence * (counts > 0)).float()
+
+
+def make_logits_processors(
+    sampling: Sampling, vocabulary_size: int, prompt_length: int, end_ids: frozenset[int], device: torch.device
+) -> LogitsProcessorList:
+    """The processors of one text in transformers' order, and the sampling rule.
+
+    Args:
+        end_ids: tokens that end the text.
+    """
+    processors = LogitsProcessorList()
+    if sampling.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in sampling.logit_bias.items()}))
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        processors.append(OccurrencePenaltyLogitsProcessor(sampling, prompt_length))
+    if sampling.min_tokens and end_ids:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, sorted(end_ids), device=str(device))
+        )
+    processors.append(CoupledLogitsProcessor(sampling, vocabulary_size))
+    return processors
+
+
 @torch.inference_mode()
 def generate_reference(
     model: Any, prompt: list[int], sampling: Sampling, max_new_tokens: int, end_ids: frozenset[int]
@@ -45,7 +93,7 @@ def generate_reference(
         prompt: at least one token id.
         sampling: sampling parameters and seed.
         max_new_tokens: upper bound.
-        end_ids: tokens that end the text, unless `sampling.ignore_eos`.
+        end_ids: tokens that end the text, unless `sampling.ignore_eos`; `sampling.stop_ids` do, too.
 
     Returns the new token ids, the end token included.
     """
@@ -54,16 +102,19 @@ def generate_reference(
     # transformers' stubs miss its annotations.
     config_class: Any = GenerationConfig
     ids = torch.tensor([prompt], device=model.device)
-    sampler = CoupledLogitsProcessor(sampling, model.config.get_text_config(decoder=True).vocab_size)
-    end = None if sampling.ignore_eos else sorted(end_ids) or None
+    vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
+    end = end_ids_of(sampling, end_ids)
+    processors = make_logits_processors(sampling, vocabulary_size, len(prompt), end, model.device)
     # `generate` adds what the model's own settings say, such as penalties, to those that it is given.
     model_config, model.generation_config = model.generation_config, config_class()
     try:
         text = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=config_class(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0),
-            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=config_class(
+                max_new_tokens=max_new_tokens, eos_token_id=sorted(end) or None, pad_token_id=0
+            ),
+            logits_processor=processors,
         )
     finally:
         model.generation_config = model_config

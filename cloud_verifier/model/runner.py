@@ -73,11 +73,7 @@ class TargetRunner:
         """
         logits = iter(self.logits(pool, segments))
         return [
-            LazySampledTokens(
-                next(logits), [position + 1 for position in segment.positions], segment.sampling, self._sampler
-            )
-            if segment.sampling
-            else None
+            LazySampledTokens(next(logits), segment.sampling, self._sampler) if segment.sampling else None
             for segment in segments
         ]
 

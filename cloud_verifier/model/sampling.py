@@ -3,15 +3,24 @@
 On a CPU the numpy form (`LazySampledTokens`) is faster: it computes only the few logarithms that can decide, and only
 for the rows that verification reaches. On an accelerator (`sample_tokens`) all rows are sampled on the device, and only
 token ids and margins are copied to the host.
+
+How logits are processed before (`edge_runtime.protocol.logits_processing`) depends on the text before a row, which is
+known without the logits: the changes of every row are computed on the host while the forward runs, and applied on the
+device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from edge_runtime.protocol.logits_processing import LogitChanges, SequenceProcessor
+from edge_runtime.protocol.messages import LOGPROB_UNITS, MIN_LOGPROB, TokenLogprobs
 from edge_runtime.protocol.sampling import (
     GOLDEN_GAMMA,
     MIX_MULTIPLIER_1,
@@ -26,10 +35,16 @@ MAX_SCORES_AT_ONCE = 1 << 25
 
 
 class SampledToken(NamedTuple):
-    """A sampled token and its margin: its coupled score minus the second best one (at temperature 0: of the logits)."""
+    """A sampled token.
+
+    Attributes:
+        margin: its coupled score minus the second best one (at temperature 0: of the processed logits).
+        logprobs: log-probabilities of the row, if they were asked for.
+    """
 
     token: int
     margin: float
+    logprobs: TokenLogprobs | None = None
 
 
 class SampledTokens(Protocol):
@@ -38,27 +53,69 @@ class SampledTokens(Protocol):
     def __getitem__(self, row: int, /) -> SampledToken: ...
 
 
+class RowSampling:
+    """How the tokens after the rows of one segment are sampled."""
+
+    def __init__(
+        self,
+        parameters: Sampling,
+        positions: list[int],
+        *,
+        processor: SequenceProcessor | None = None,
+        paths: Sequence[list[int] | None] = (),
+        logprobs: int = 0,
+    ) -> None:
+        """
+        Args:
+            parameters: sampling parameters and seed.
+            positions: absolute position of the token that each row predicts.
+            processor: of the text; its text now is the base of `paths`. None if logits are not processed.
+            paths: the tokens between that text and each row's prediction; None for a row that will not be asked for.
+            logprobs: 0, or k for log-probabilities with the k - 1 most probable tokens.
+        """
+        self.parameters = parameters
+        self.positions = positions
+        self.logprobs = logprobs
+        self._processor = processor
+        self._base = processor.length if processor else 0
+        self._paths = paths
+
+    def changes(self, row: int) -> LogitChanges | None:
+        """How the logits after `row` are changed; None if they are not."""
+        path = self._paths[row] if self._processor else None
+        if self._processor is None or path is None:
+            return None
+        self._processor.truncate(self._base)
+        self._processor.extend(path)
+        return self._processor.changes()
+
+    def sample(self, row: int, logits: npt.NDArray[np.float32], sampler: CoupledSampler) -> SampledToken:
+        """Sample the token after `row` from its logits (V,), on a CPU."""
+        changes = self.changes(row)
+        processed = changes.apply(logits) if changes else logits
+        best = sampler.rank(processed, self.parameters, self.positions[row], count=2)
+        second = best.scores[1] if len(best.scores) > 1 else -math.inf
+        logprobs = _token_logprobs(logits, best.ids[0], self.logprobs - 1) if self.logprobs else None
+        return SampledToken(best.ids[0], best.scores[0] - second, logprobs)
+
+
 class LazySampledTokens:
     """Samples the token after a row of a segment when it is asked for; on a CPU.
 
     Args:
         logits: (rows, V) float32.
-        positions: absolute position of the token that each row predicts.
-        sampling: sampling parameters and seed.
+        sampling: how the rows are sampled.
         sampler: the numpy form.
     """
 
-    def __init__(self, logits: torch.Tensor, positions: list[int], sampling: Sampling, sampler: CoupledSampler) -> None:
+    def __init__(self, logits: torch.Tensor, sampling: RowSampling, sampler: CoupledSampler) -> None:
         self.logits = logits
         self._rows = logits.numpy()
-        self._positions = positions
         self._sampling = sampling
         self._sampler = sampler
 
     def __getitem__(self, row: int) -> SampledToken:
-        best = self._sampler.rank(self._rows[row], self._sampling, self._positions[row], count=2)
-        second = best.scores[1] if len(best.scores) > 1 else -torch.inf
-        return SampledToken(best.ids[0], best.scores[0] - second)
+        return self._sampling.sample(row, self._rows[row], self._sampler)
 
 
 class SamplingBatch(NamedTuple):
@@ -68,8 +125,9 @@ class SamplingBatch(NamedTuple):
         seeds: (rows,) int64 with the bits of the unsigned seeds.
         positions: (rows,) int64, absolute positions of the tokens to sample.
         temperatures: (rows,) float64.
-        truncated: ranges of rows to which top-k or top-p applies, with their parameters.
+        truncated: ranges of rows to which top-k, top-p or min-p applies, with their parameters.
         greedy: all rows have temperature 0.
+        changes: rows whose logits are processed, ascending, and how; on the host.
     """
 
     seeds: torch.Tensor
@@ -77,16 +135,22 @@ class SamplingBatch(NamedTuple):
     temperatures: torch.Tensor
     truncated: list[tuple[slice, Sampling]]
     greedy: bool
+    changes: list[tuple[int, LogitChanges]]
 
     @classmethod
     def from_segments(
-        cls, segments: Iterable[tuple[Sampling, list[int]]], device: torch.device, rows: int = 0
+        cls,
+        segments: Iterable[tuple[Sampling, list[int]]],
+        device: torch.device,
+        rows: int = 0,
+        changes: Sequence[tuple[int, LogitChanges]] = (),
     ) -> SamplingBatch:
         """The parameters of consecutive segments.
 
         Args:
             segments: sampling parameters of each segment, and the positions of the tokens to sample.
             rows: pad to this many rows with greedy ones.
+            changes: rows whose logits are processed, ascending, and how.
         """
         seeds: list[int] = []
         positions: list[int] = []
@@ -94,7 +158,7 @@ class SamplingBatch(NamedTuple):
         truncated: list[tuple[slice, Sampling]] = []
         for sampling, segment_positions in segments:
             count = len(segment_positions)
-            if sampling.temperature and (sampling.top_k or sampling.top_p < 1.0):
+            if sampling.truncates:
                 truncated.append((slice(len(seeds), len(seeds) + count), sampling))
             seeds += [as_int64(sampling.seed)] * count
             temperatures += [sampling.temperature] * count
@@ -106,7 +170,7 @@ class SamplingBatch(NamedTuple):
         if device.type == "cuda":
             integers = integers.pin_memory().to(device, non_blocking=True)
             floats = floats.pin_memory().to(device, non_blocking=True)
-        return cls(integers[0], integers[1], floats, truncated, greedy)
+        return cls(integers[0], integers[1], floats, truncated, greedy, list(changes))
 
     def slice_rows(self, start: int, stop: int) -> SamplingBatch:
         """The parameters of rows `start` to `stop`."""
@@ -115,8 +179,11 @@ class SamplingBatch(NamedTuple):
             for rows, sampling in self.truncated
             if rows.start < stop and start < rows.stop
         ]
+        changes = [(row - start, changed) for row, changed in self.changes if start <= row < stop]
         rows = slice(start, stop)
-        return SamplingBatch(self.seeds[rows], self.positions[rows], self.temperatures[rows], truncated, self.greedy)
+        return SamplingBatch(
+            self.seeds[rows], self.positions[rows], self.temperatures[rows], truncated, self.greedy, changes
+        )
 
 
 def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -144,9 +211,9 @@ def coupled_scores(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
     (rows, V) -> (rows, V), float64, or float32 if all rows are greedy.
     """
-    logits = logits.float()
+    logits = process_rows(logits, batch.changes) if batch.changes else logits.float()
     if batch.greedy:
-        return logits.clone()
+        return logits if batch.changes else logits.clone()
     temperatures = batch.temperatures[:, None]
     sampled = temperatures > 0
     scaled = logits.double() / torch.where(sampled, temperatures, 1.0)
@@ -157,8 +224,80 @@ def coupled_scores(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     return scores
 
 
+def process_rows(logits: torch.Tensor, changes: list[tuple[int, LogitChanges]]) -> torch.Tensor:
+    """Apply the changes of some rows, bit-equal to `LogitChanges.apply`: (rows, V) any dtype -> (rows, V) float32."""
+    size, device = logits.shape[1], logits.device
+    processed = logits.to(torch.float32, copy=True)
+    known = [changed.below(size) for _, changed in changes]
+    rows = np.repeat([row for row, _ in changes], [changed.ids.size for changed in known])
+    index = _to_device(np.stack([rows, np.concatenate([changed.ids for changed in known])]), device)
+    floats = np.stack([np.concatenate([changed[column] for changed in known]) for column in (1, 2, 3)])
+    bias, penalties, subtracted = _to_device(floats, device)
+    x = processed[index[0], index[1]] + bias
+    # Division by a tensor: by a number, CUDA multiplies with its rounded reciprocal.
+    processed[index[0], index[1]] = torch.where(x < 0, x * penalties, x / penalties) - subtracted
+    masked = [(row, changed.allowed) for row, changed in changes if changed.allowed is not None]
+    if masked:
+        masks = _to_device(np.stack([mask for _, mask in masked]), device)
+        bits = (masks[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+        excluded = torch.ones(len(masked), size, dtype=torch.bool, device=device)
+        covered = bits.flatten(1)[:, :size]
+        excluded[:, : covered.shape[1]] = covered == 0
+        mask_rows = _to_device(np.array([row for row, _ in masked]), device)
+        processed[mask_rows] = processed[mask_rows].masked_fill(excluded, -torch.inf)
+    return processed
+
+
+def measure_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> list[TokenLogprobs]:
+    """The log-probabilities of each row, on the device; equal to those on a CPU but for rounding.
+
+    Args:
+        logits: (rows, V), not processed.
+        tokens: (rows,) the token after each row.
+        count: how many of the most probable tokens to add.
+    """
+    entries: list[TokenLogprobs] = []
+    for start in range(0, len(logits), max(1, MAX_SCORES_AT_ONCE // logits.shape[1])):
+        rows = slice(start, start + max(1, MAX_SCORES_AT_ONCE // logits.shape[1]))
+        logprobs = logits[rows].double().log_softmax(-1)
+        own = logprobs.gather(1, tokens[rows, None].long())[:, 0].tolist()
+        # A stable sort: of equal logits, frequent in low precision, the lower id comes first.
+        values, ids = logprobs.sort(dim=-1, descending=True, stable=True) if count else (logprobs, tokens[rows, None])
+        top = zip(ids[:, :count].tolist(), values[:, :count].tolist(), strict=True)
+        entries += [_make_logprobs(each, *best) for each, best in zip(own, top, strict=True)]
+    return entries
+
+
+def _token_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    """The log-probabilities of one row (V,), on a CPU, with the `count` most probable tokens."""
+    shifted = logits.astype(np.float64) - logits.max()
+    shifted -= math.log(np.exp(shifted).sum())
+    top = np.empty(0, np.int64)
+    if count:
+        count = min(count, shifted.size)
+        top = np.flatnonzero(shifted >= np.partition(shifted, -count)[-count])
+        top = top[np.lexsort((top, -shifted[top]))][:count]
+    return _make_logprobs(float(shifted[token]), top.tolist(), shifted[top].tolist())
+
+
+def _make_logprobs(own: float, ids: list[int], values: list[float]) -> TokenLogprobs:
+    """Round the log-probabilities as they travel, so that every encoding of a frame has the same."""
+    return TokenLogprobs(
+        _round_logprob(own), [(i, _round_logprob(value)) for i, value in zip(ids, values, strict=True)]
+    )
+
+
+def _round_logprob(value: float) -> float:
+    return round(max(MIN_LOGPROB, min(0.0, value)) * LOGPROB_UNITS) / LOGPROB_UNITS
+
+
+def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def excluded_mask(logits: torch.Tensor, scaled: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The tokens that top-k and top-p exclude: (rows, V) bool.
+    """The tokens that top-k, top-p and min-p exclude: (rows, V) bool.
 
     Args:
         logits: (rows, V) float32.
@@ -174,6 +313,8 @@ def excluded_mask(logits: torch.Tensor, scaled: torch.Tensor, sampling: Sampling
         dropped = mass.cumsum(-1) - mass >= sampling.top_p - 1e-12
         dropped[..., 0] = False
         excluded |= torch.zeros_like(excluded).scatter(-1, order, dropped)
+    if sampling.min_p:
+        excluded |= scaled < scaled.amax(-1, keepdim=True) + math.log(sampling.min_p)
     return excluded
 
 

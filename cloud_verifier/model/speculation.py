@@ -17,6 +17,7 @@ from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.messages import MAX_TREE_NODES
 from edge_runtime.protocol.sampling import Sampling
 
@@ -32,9 +33,9 @@ class SessionDraft(Protocol):
         """What it holds of the draft model's KV cache pool; None if it uses none."""
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling
+        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
-        """Draft up to `count` tokens after `ids`.
+        """Draft up to `count` tokens after `ids`, with the logits processed by `processor` as the target's are.
 
         A generator: it yields the forwards that it needs and is sent the tokens sampled in them, or yields None to let
         other rounds proceed. It returns the drafted tokens, fewer than `count` if the draft's context ends.

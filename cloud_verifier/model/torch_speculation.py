@@ -17,6 +17,7 @@ from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
 from cloud_verifier.model.target import Target, make_runner
 from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 
@@ -68,7 +69,7 @@ class TorchSessionDraft:
         return self._sequence
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling
+        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
         """See `SessionDraft.propose`."""
         count = min(count, self._speculation.context - len(ids))
@@ -87,16 +88,18 @@ class TorchSessionDraft:
             unread = unread[chunk:]
         draft: list[int] = []
         while len(draft) < count:
-            sampled = yield from self._extend(unread, sampling)
+            if processor:
+                processor.sync_to(ids + draft)
+            sampled = yield from self._extend(unread, sampling, processor)
             assert sampled is not None
             draft.append(sampled[len(unread) - 1].token)
             unread = draft[-1:]
         return draft
 
     def _extend(
-        self, ids: list[int], sampling: Sampling | None
+        self, ids: list[int], sampling: Sampling | None, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, SampledTokens | None]:
         runner = self._speculation.runner
-        sampled = yield Segment.from_tokens(self._sequence, ids, sampling=sampling, runner=runner)
+        sampled = yield Segment.from_tokens(self._sequence, ids, sampling=sampling, processor=processor, runner=runner)
         self._ids += ids
         return sampled

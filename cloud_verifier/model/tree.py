@@ -7,10 +7,11 @@ nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cloud_verifier.model.sampling import SampledToken
+from edge_runtime.protocol.messages import TokenLogprobs
 
 # By dtype: two scores closer than this could change places under other arithmetic (another kernel or batch shape).
 CLOSE_CALL_MARGIN = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
@@ -25,6 +26,7 @@ class Verification(NamedTuple):
         rows: nodes whose keys and values belong to the sequence: the whole path except its last token.
         ended: the path ends with an end-of-text token.
         margins: (position, margin) of every token sampled on the path.
+        logprobs: log-probabilities of these tokens, which are the accepted ones and `tokens`, if they were asked for.
     """
 
     accepted: int
@@ -32,6 +34,7 @@ class Verification(NamedTuple):
     rows: list[int]
     ended: bool
     margins: list[tuple[int, float]]
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class TokenTree:
@@ -65,6 +68,10 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def path(self, row: int) -> list[int]:
+        """The tokens from the one after node 0 up to the node of `row`."""
+        return [*self.ids[1 : max(1, self.visible_prefix[row])], *self.ids[row : row + 1]] if row else []
+
     def verify(self, sampled_after: Callable[[int], SampledToken], end_ids: frozenset[int]) -> Verification:
         """Follow the target's tokens from node 0 as far as the tree has matching nodes.
 
@@ -74,25 +81,31 @@ class TokenTree:
         """
         row, rows = 0, [0]
         margins: list[tuple[int, float]] = []
+        logprobs: list[TokenLogprobs] = []
 
         def sample() -> int:
-            token, margin = sampled_after(row)
-            margins.append((self.positions[row] + 1, margin))
-            return token
+            sampled = sampled_after(row)
+            margins.append((self.positions[row] + 1, sampled.margin))
+            if sampled.logprobs:
+                logprobs.append(sampled.logprobs)
+            return sampled.token
+
+        def verified(accepted: int, tokens: list[int], ended: bool) -> Verification:
+            return Verification(accepted, tokens, rows, ended, margins, tuple(logprobs))
 
         for index, draft_token in enumerate(self.draft):
             token = sample()
             if token != draft_token:
                 sibling = self._sibling_rows.get((index, token))
                 if sibling is None or token in end_ids:
-                    return Verification(index, [token], rows, token in end_ids, margins)
+                    return verified(index, [token], token in end_ids)
                 row = sibling
                 rows.append(row)
                 bonus = sample()
-                return Verification(index, [token, bonus], rows, bonus in end_ids, margins)
+                return verified(index, [token, bonus], bonus in end_ids)
             if token in end_ids:
-                return Verification(index + 1, [], rows, True, margins)
+                return verified(index + 1, [], True)
             row = index + 1
             rows.append(row)
         token = sample()
-        return Verification(len(self.draft), [token], rows, token in end_ids, margins)
+        return verified(len(self.draft), [token], token in end_ids)

@@ -1,8 +1,10 @@
 """The draft's sampler: the rule of `protocol.sampling` in float32, with noise that can be computed in advance.
 
-The verifier's choice must be exact; the draft's is a proposal. If two coupled scores differ by less than about 0.001,
-this sampler may take the other token than `CoupledSampler` would. That costs an acceptance now and then, and never
-correctness. In exchange, after `precompute_noise`, no hash and no logarithm is computed between two steps of the draft.
+The logits are processed (`protocol.logits_processing`) and warped as the target's are, so that penalties and grammars
+do not lower acceptance. The verifier's choice must be exact; the draft's is a proposal. If two coupled scores differ by
+less than about 0.001, this sampler may take the other token than `CoupledSampler` would. That costs an acceptance now
+and then, and never correctness. In exchange, after `precompute_noise`, no hash and no logarithm is computed between two
+steps of the draft.
 
 An n-gram proposal (`ngram_cache`) may be mixed into the draft's distribution first; it, too, changes only the drafts.
 """
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.ngram_cache import NgramProposal
+from edge_runtime.protocol.logits_processing import LogitChanges
 from edge_runtime.protocol.sampling import Sampling, noise_bits, position_key
 
 Row = npt.NDArray[np.float32]
@@ -52,16 +55,29 @@ class DraftSampler:
                 self._noise_at(sampling.seed, position)
 
     def sample(
-        self, logits: Row, sampling: Sampling, position: int, count: int, ngram: NgramProposal | None = None
+        self,
+        logits: Row,
+        sampling: Sampling,
+        position: int,
+        count: int,
+        ngram: NgramProposal | None = None,
+        *,
+        changes: LogitChanges | None = None,
     ) -> tuple[list[int], float]:
         """Return the `count` best ids by coupled score, best first, and the draft's probability of the first.
 
         Args:
             logits: (n,) float32, finite.
             position: absolute position of the token to draft, 0 being the first prompt token.
-            count: at least 1; fewer ids are returned if top-k and top-p exclude the others.
+            count: at least 1; fewer ids are returned if grammar, top-k, top-p or min-p exclude the others.
             ngram: mixed into the distribution if it is more confident of its token than the draft.
+            changes: how the target's logits are processed at this position, and therefore the draft's; None: not.
         """
+        if changes is not None:
+            raw, logits = logits, changes.apply(logits, self._ids)
+            if logits.max() == -np.inf:
+                # Only tokens may follow that a trimmed head does not cover.
+                return self._to_ids([int(raw.argmax())]), 0.0
         scale = np.float32(1.0 / (sampling.temperature or 1.0))
         scores = logits * scale
         mass = np.exp(scores - scores.max())
@@ -77,6 +93,8 @@ class DraftSampler:
             excluded = scores < np.partition(scores, -top_k)[-top_k]
             scores[excluded] = -np.inf
             kept_mass -= float(mass[excluded].sum())
+        if sampling.min_p and sampling.temperature > 0.0:
+            scores[scores < scores.max() + math.log(sampling.min_p)] = -np.inf
         if top_p < 1.0 and top_p * kept_mass <= max_mass:
             # The nucleus is the most probable token alone.
             return self._to_ids([int(mass.argmax())]), max_mass / total
@@ -110,6 +128,9 @@ class DraftSampler:
         """
         row = ngram.token if self._ids is None else int(self._ids.searchsorted(ngram.token))
         if row >= mass.size or (self._ids is not None and self._ids[row] != ngram.token):
+            return total
+        if scores[row] == -np.inf:
+            # The grammar or the minimum length excludes it.
             return total
         old_mass = float(mass[row])
         probability = ngram.estimate_acceptance(old_mass / total)

@@ -130,11 +130,13 @@ class SequenceProcessor:
         self._occurrences = np.zeros(INITIAL_TOKENS, np.int64)
         self._generated = np.zeros(INITIAL_TOKENS, np.int64)
         for token, bias in sampling.logit_bias.items():
-            self._bias[self._slot(token)] = bias
+            slot = self._slot(token)
+            self._bias[slot] = bias
         self._end_slots = [self._slot(token) for token in self._end_ids] if sampling.min_tokens else []
         self._penalizes_generated = bool(sampling.presence_penalty or sampling.frequency_penalty)
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
         """Number of tokens of the text."""
         return len(self._text)
 
@@ -171,10 +173,10 @@ class SequenceProcessor:
             subtracted[self._end_slots] = np.inf
         return LogitChanges(self._ids[:used].copy(), self._bias[:used].copy(), penalties, subtracted, allowed)
 
-    def process(self, ids: list[int], logits: Logits, head_ids: npt.NDArray[np.integer] | None = None) -> Logits:
-        """Return a processed copy of the logits after the text `ids`; see `LogitChanges.apply`."""
+    def changes_after(self, ids: list[int]) -> LogitChanges:
+        """Make `ids` the text, and return the changes of the logits after it."""
         self.sync_to(ids)
-        return self.changes().apply(logits, head_ids)
+        return self.changes()
 
     def _leaves_others(self, allowed: TokenMask) -> bool:
         """Whether a token may follow that does not end the text."""
@@ -188,12 +190,15 @@ class SequenceProcessor:
         """Count the tokens of the text from `start` on, or with sign -1 no longer."""
         if self.sampling.repetition_penalty != 1.0:
             for token, count in Counter(self._text[start:]).items():
-                self._occurrences[self._slot(token)] += sign * count
+                slot = self._slot(token)
+                self._occurrences[slot] += sign * count
         if self._penalizes_generated:
             for token, count in Counter(self._text[max(start, self.prompt_length) :]).items():
-                self._generated[self._slot(token)] += sign * count
+                slot = self._slot(token)
+                self._generated[slot] += sign * count
 
     def _slot(self, token: int) -> int:
+        """The slot of `token`; the arrays may be new ones afterwards."""
         slot = self._slots.get(token)
         if slot is None:
             slot = self._slots[token] = len(self._slots)

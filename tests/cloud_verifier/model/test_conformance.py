@@ -44,7 +44,7 @@ PROMPT_LENGTHS = (2, CHUNK - 2, WINDOW + 5, 150)
 SAMPLINGS = (
     Sampling(ignore_eos=True),
     Sampling(0.8, seed=3, ignore_eos=True),
-    Sampling(1.0, top_p=0.9, seed=4, ignore_eos=True),
+    Sampling(1.0, top_p=0.9, seed=4, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.4),
 )
 # transformers 5 reads more models in one forward.
 TABLE_VERSION = 4

@@ -23,8 +23,10 @@ SAMPLINGS = [
     Sampling(1.0, top_k=20, seed=2**64 - 1, ignore_eos=True),
     Sampling(1.0, top_p=0.9, seed=3, ignore_eos=True),
     Sampling(1.3, top_k=50, top_p=0.95, seed=4, ignore_eos=True),
+    Sampling(1.3, seed=4, ignore_eos=True, min_p=0.05, repetition_penalty=1.3, logit_bias={7: 3.0, 20: -100.0}),
+    Sampling(ignore_eos=True, presence_penalty=1.5, frequency_penalty=0.9, min_tokens=LENGTH + 50, stop_ids=[7, 31]),
 ]
-SAMPLING_NAMES = ["greedy", "T=0.7", "top-k", "top-p", "both"]
+SAMPLING_NAMES = ["greedy", "T=0.7", "top-k", "top-p", "both", "processed", "processed, greedy"]
 
 
 def other_token(token: int) -> int:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from cloud_verifier.model import sampling as torch_form
-from cloud_verifier.model.sampling import LazySampledTokens, SampledToken, SamplingBatch, uniform_noise
+from cloud_verifier.model.sampling import (
+    LazySampledTokens,
+    RowSampling,
+    SampledToken,
+    SamplingBatch,
+    measure_logprobs,
+    uniform_noise,
+)
+from edge_runtime.protocol.logits_processing import SequenceProcessor
+from edge_runtime.protocol.messages import MIN_LOGPROB, TokenLogprobs
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling, filter_candidates
 
 LOGITS = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 500)).astype(np.float32) * 3)
@@ -74,6 +83,34 @@ def test_each_row_of_a_batch_is_sampled_with_its_own_parameters(monkeypatch: pyt
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6)], ids=["top_k", "top_p"])
 def test_a_single_candidate_has_an_infinite_margin(sampling: Sampling) -> None:
-    lazy = LazySampledTokens(LOGITS, POSITIONS, sampling, CoupledSampler(500))
+    lazy = LazySampledTokens(LOGITS, RowSampling(sampling, POSITIONS), CoupledSampler(500))
     for row, sampled in enumerate(sample_tokens(LOGITS, POSITIONS, sampling)):
-        assert sampled == lazy[row] == (int(LOGITS[row].argmax()), math.inf)
+        assert sampled == lazy[row] == SampledToken(int(LOGITS[row].argmax()), math.inf)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6, 501])
+def test_log_probabilities_are_the_models_own_on_cpu_and_device(k: int) -> None:
+    """Before bias and temperature, rounded; ties, which low precision makes frequent, go to the lower id."""
+    logits = LOGITS.round(decimals=1)
+    sampling = Sampling(0.5, top_k=2, seed=1, logit_bias={4: 50.0})
+    rows = RowSampling(
+        sampling, POSITIONS, processor=SequenceProcessor(sampling, 1), paths=[[]] * len(POSITIONS), logprobs=k
+    )
+    sampled = [LazySampledTokens(logits, rows, CoupledSampler(500))[row] for row in range(4)]
+    assert [each.token for each in sampled] == [4] * 4
+    entries = [each.logprobs for each in sampled]
+    assert entries == measure_logprobs(logits, torch.tensor([4.0] * 4, dtype=torch.float64), k - 1)
+    expected = logits.double().log_softmax(-1)
+    order = expected.sort(dim=-1, descending=True, stable=True).indices
+    for row, entry in enumerate(entries):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(expected[row, 4].item(), abs=1 / 8192 + 1e-9)
+        assert [token for token, _ in entry.top] == order[row, : k - 1].tolist()
+        values = expected[row, order[row, : k - 1]].tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values, abs=1 / 8192 + 1e-9)
+
+
+def test_improbable_tokens_have_the_least_log_probability() -> None:
+    logits = torch.tensor([[0.0, -30_000.0, -torch.inf]])
+    for token in (1, 2):
+        assert measure_logprobs(logits, torch.tensor([token]), 0) == [TokenLogprobs(MIN_LOGPROB)]

@@ -42,6 +42,9 @@ SAMPLINGS = {
     "greedy": ENDLESS,
     "T=0.7": Sampling(0.7, seed=1, ignore_eos=True),
     "top-p": Sampling(1.0, top_p=0.9, seed=3, ignore_eos=True),
+    "penalties": Sampling(
+        0.7, seed=1, ignore_eos=True, min_p=0.02, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 4.0}
+    ),
 }
 # The tiny target repeats no token in the first tokens of this text.
 VARIED = Sampling(1.5, seed=5, ignore_eos=True)

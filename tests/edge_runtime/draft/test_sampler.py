@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.draft.sampler import DraftSampler
+from edge_runtime.protocol.logits_processing import LogitChanges, SequenceProcessor
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling, filter_candidates, hash_counters, token_probability
 
 SIZE = 3000
@@ -20,6 +21,7 @@ samplings = st.builds(
     top_k=st.sampled_from([0, 1, 5, 50]),
     top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
     seed=st.integers(0, 2**63),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.5]),
 )
 
 
@@ -46,6 +48,40 @@ def test_samples_equal_the_exact_choice(
         assert ids == exact.ids[: len(ids)]
         assert len(ids) == min(count, kept.size) or sampling.top_p < 1.0
     assert confidence == pytest.approx(token_probability(logits, ids[0], sampling.temperature), rel=1e-4)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 1.0]), st.booleans(), st.integers(1, 4))
+def test_processed_logits_are_drafted_as_the_target_chooses(
+    seed: int, temperature: float, trimmed: bool, count: int
+) -> None:
+    sampling = Sampling(
+        temperature,
+        seed=seed,
+        repetition_penalty=1.2,
+        frequency_penalty=0.7,
+        logit_bias={8: 20.0, 10: 19.0},
+        min_tokens=9,
+    )
+    ids = np.arange(0, SIZE, 2 if trimmed else 1, dtype=np.int32)
+    logits = row(seed, 2.0)
+    changes = SequenceProcessor(sampling, 2, [8]).changes_after([4, 10, 10, 12])
+    drafted, confidence = DraftSampler(hash_counters(ids), ids).sample(logits[ids], sampling, 4, count, changes=changes)
+    processed = changes.apply(logits)
+    processed[np.setdiff1d(np.arange(SIZE), ids)] = -np.inf
+    exact = CHOOSER.rank(processed, sampling, 4, count)
+    assert 8 not in drafted
+    if not any(a - b < NEAR for a, b in zip(exact.scores, exact.scores[1:], strict=False)):
+        assert drafted == exact.ids
+    assert confidence == pytest.approx(token_probability(processed, drafted[0], temperature), rel=1e-4)
+
+
+def test_a_trimmed_head_without_any_allowed_token_drafts_without_confidence() -> None:
+    ids = np.array([1, 5, 9], np.int32)
+    mask = np.packbits(np.array([0, 0, 1, 1] + [0] * 28, np.uint8), bitorder="little")
+    nothing = np.empty(0, np.float32)
+    changes = LogitChanges(np.empty(0, np.int64), nothing, nothing, nothing, mask)
+    sampler = DraftSampler(hash_counters(ids), ids)
+    assert sampler.sample(np.array([1, 3, 2], np.float32), Sampling(1.0), 4, 2, changes=changes) == ([5], 0.0)
 
 
 def test_all_siblings_are_returned_if_enough_candidates_exist() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from cloud_verifier.model import sampling as torch_form
 from edge_runtime.protocol import sampling as sampling_module
@@ -47,6 +54,15 @@ samplings = st.one_of(
     st.builds(Sampling, temperature=temperatures, top_k=st.integers(0, 300), seed=seeds),
     st.builds(Sampling, temperature=temperatures, top_p=st.floats(0.01, 1.0), seed=seeds),
     st.builds(Sampling, temperature=temperatures, top_k=st.integers(1, 50), top_p=st.floats(0.3, 0.99), seed=seeds),
+    st.builds(Sampling, temperature=temperatures, min_p=st.floats(0.001, 1.0), seed=seeds),
+    st.builds(
+        Sampling,
+        temperature=temperatures,
+        top_k=st.integers(1, 50),
+        top_p=st.floats(0.3, 1.0),
+        min_p=st.just(0.1),
+        seed=seeds,
+    ),
 )
 
 
@@ -89,6 +105,8 @@ def brute_force(logits: Logits, sampling: Sampling, position: int, count: int) -
             before = np.cumsum(mass[order]) - mass[order]
             nucleus = order[1.0 - before > 1.0 - sampling.top_p]
             keep &= np.isin(ids, [*nucleus, order[0]])
+        if sampling.min_p:
+            keep &= scaled >= scaled.max() + math.log(sampling.min_p)
         scores = np.where(keep, scaled - np.log(-np.log(uniform_noise(sampling.seed, position, ids))), -np.inf)
     best = [int(i) for i in np.lexsort((ids, -scores))[:count] if scores[i] > -np.inf]
     return best, [float(scores[i]) for i in best]
@@ -159,6 +177,8 @@ def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
     # In float64: in float32 the two sum the tail in different orders and may differ in a token of mass 1e-7.
     scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(logits.astype(np.float64))[None])
     return torch.isfinite(scores[0]).nonzero()[:, 0].tolist()
@@ -169,9 +189,12 @@ def warped_by_transformers(logits: Logits, sampling: Sampling) -> list[int]:
     st.sampled_from([0.3, 1.0, 2.0]),
     st.one_of(st.just(0), st.integers(1, 400)),
     st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.999, 1.0]),
+    st.sampled_from([0.0, 0.001, 0.05, 0.3, 1.0]),
 )
-def test_candidates_are_those_of_transformers(logits: Logits, temperature: float, top_k: int, top_p: float) -> None:
-    sampling = Sampling(temperature, top_k, top_p)
+def test_candidates_are_those_of_transformers(
+    logits: Logits, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(temperature, top_k, top_p, min_p=min_p)
     assert filter_candidates(logits, sampling).tolist() == warped_by_transformers(logits, sampling)
 
 
@@ -186,13 +209,17 @@ def test_the_nucleus_prefers_lower_ids_among_equal_probabilities() -> None:
     assert filter_candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
 
 
-@given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]))
+@given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]), st.integers(0, 9))
 @settings(max_examples=300)
 def test_rank_equals_the_definition(
-    logits: Logits, sampling: Sampling, position: int, count: int, decimals: int | None
+    logits: Logits, sampling: Sampling, position: int, count: int, decimals: int | None, excluded: int
 ) -> None:
     if decimals is not None and sampling.top_p == 1.0:
         logits = logits.round(decimals)  # many ties
+    # Up to nine of ten tokens are excluded, as by a grammar.
+    logits[np.arange(logits.size) % 10 < excluded] = -np.inf
+    if not np.isfinite(logits).any():
+        logits[-1] = 0.0
     ranked = CoupledSampler(logits.size).rank(logits, sampling, position, count)
     ids, scores = brute_force(logits, sampling, position, count)
     assert ranked.ids == ids
@@ -230,7 +257,9 @@ def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, r
         torch_form.SampledToken(int(token), margin)
         for token, margin in torch_form.sample_tokens(torch.from_numpy(logits), warping).T.tolist()
     ]
-    through_rows = torch_form.LazySampledTokens(torch.from_numpy(logits), places, sampling, chooser)
+    through_rows = torch_form.LazySampledTokens(
+        torch.from_numpy(logits), torch_form.RowSampling(sampling, places), chooser
+    )
     for row, position in enumerate(places):
         ranked = chooser.rank(logits[row], sampling, position, count=2)
         margin = ranked.scores[0] - ranked.scores[1] if len(ranked.scores) > 1 else math.inf
@@ -313,12 +342,32 @@ def test_accepted_length_is_the_common_prefix(draft: list[int], chosen: list[int
         {"top_k": -1},
         {"seed": -1},
         {"seed": 2**64},
+        {"min_p": -0.1},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {5: 101.0}},
+        {"logit_bias": {5: math.nan}},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+        {"min_tokens": -1},
+        {"stop_ids": [2**31]},
+        {"stop_ids": list(range(257))},
+        {"grammar": "x" * (1 << 19)},
     ],
-    ids=str,
+    ids=lambda wrong: str(wrong)[:60],
 )
-def test_invalid_sampling_parameters_are_rejected(wrong: dict[str, float]) -> None:
+def test_invalid_sampling_parameters_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        Sampling(**wrong)
+
+
+def test_sampling_parameters_are_values() -> None:
+    same = [Sampling(1.0, logit_bias=bias, stop_ids=[4, 5]) for bias in ({1: 2.0, 3: 4.0}, {3: 4.0, 1: 2.0})]
+    assert len({*same}) == 1
+    assert len({*same, Sampling(1.0, stop_ids=[4, 5]), Sampling(1.0)}) == 3
 
 
 def test_the_bounds_of_sampling_parameters_are_valid() -> None:
