@@ -61,7 +61,7 @@ class VerifierService:
         authenticator: by default requests need no token.
         make_rollout: makes the rollout for the scheduler and the sessions; None to serve one target only.
         check_options: see `AdminApi`.
-        target_factory, window: see `Scheduler`.
+        target_factory, window, reuse_prefixes: see `Scheduler`.
 
     Attributes:
         app: the ASGI application.
@@ -78,6 +78,7 @@ class VerifierService:
         check_options: Sequence[str] = (),
         target_factory: TargetFactory | None = None,
         window: float = BATCH_WINDOW_SECONDS,
+        reuse_prefixes: bool = True,
     ) -> None:
         self.limits = limits
         self.authenticator = authenticator or Authenticator()
@@ -92,6 +93,7 @@ class VerifierService:
             metrics=self.metrics,
             window=window,
             target_factory=target_factory,
+            reuse_prefixes=reuse_prefixes,
         )
         self.rollout = make_rollout(self.scheduler, self.sessions) if make_rollout else None
         self._submitter = RoundSubmitter(self.scheduler, self.sessions, self.admission, self.metrics)
@@ -166,7 +168,8 @@ class VerifierService:
         # No await from here to the store's `add`, so that two requests with one key cannot both open a session.
         session = self.sessions.find_by_key(opening.key, principal.name)
         if session is not None:
-            if session.ids[: len(opening.prompt)] != opening.prompt or session.sampling != opening.sampling:
+            same_text = session.ids[: len(opening.prompt)] == opening.prompt
+            if not same_text or (session.sampling, session.logprobs) != (opening.sampling, opening.logprobs):
                 raise VerifierRefused(ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt")
             reply = session.recorded_reply(opening.first)
             if reply is None:
@@ -189,6 +192,7 @@ class VerifierService:
                 target.context,
                 frame,
                 needs_generated=target.replays_prompt,
+                cached=session.cached_tokens,
             )
 
         return await reply_to_round(
@@ -365,6 +369,11 @@ def _build_metrics(service: VerifierService) -> VerifierMetrics:
         ("session_limit", "Most sessions that can be open.", lambda: limits.max_sessions),
         ("cache_tokens", "Tokens of all sessions in the KV cache.", lambda: sessions.tokens),
         ("cache_token_limit", "Most tokens in the KV cache.", lambda: limits.max_tokens),
+        (
+            "prefix_cache_tokens",
+            "Tokens of closed sessions, kept for reuse.",
+            lambda: service.scheduler.retained_tokens,
+        ),
         ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.admission)),
         ("rounds_waiting", "Of these, rounds that have no token yet.", lambda: service.admission.waiting),
         ("queue_oldest_seconds", "Longest time that one of them has waited.", lambda: service.admission.queue_seconds),
@@ -372,4 +381,9 @@ def _build_metrics(service: VerifierService) -> VerifierMetrics:
     ):
         metrics.add_gauge(name, text, value)
     metrics.add_counter("session_evictions", "Sessions evicted to make room.", lambda: sessions.evictions)
+    metrics.add_counter(
+        "prefix_cache_evictions",
+        "Closed sessions whose KV caches were given up because memory was needed.",
+        lambda: service.scheduler.prefix_cache_evictions,
+    )
     return metrics

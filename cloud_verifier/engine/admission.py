@@ -98,7 +98,7 @@ class AdmissionController:
         self._idle.clear()
 
     def unregister(self, reply: RoundReply, prompt_tokens: int = 0) -> None:
-        """Record the end of a round."""
+        """Record the end of a round. `prompt_tokens` is the number of tokens that it prefilled."""
         self._active.discard(reply)
         if prompt_tokens and reply.has_frames:
             latest = 1e-4 * reply.merged().prefill_100us / prompt_tokens

@@ -39,6 +39,9 @@ class VerifierMetrics(PrometheusMetrics):
             ["version"],
         )
         self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of all opened sessions.")
+        self.prefix_cache_hits = self.counter(
+            "prefix_cache_hits", "Of these, tokens whose KV cache was taken from another session."
+        )
         self._principal_tokens = self.counter(
             "principal_tokens", "Accepted and generated tokens by name of the access token.", ["name"]
         )

@@ -17,7 +17,7 @@ from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
 from edge_runtime.protocol.errors import VerifierRefused
-from edge_runtime.protocol.messages import PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
 
 class ActiveRound:
@@ -25,6 +25,8 @@ class ActiveRound:
 
     Args:
         keep_rows: `KVCachePool.keep` for the cache of a session.
+        reuse_prefix: lets the cache of a new session begin with a cached prefix. Returns whether the round may go on;
+            otherwise a longer prefix is about to be cached, and the round tries again.
         current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
             depends on the load.
         session_load: returns the percentage of session slots in use, which every frame reports.
@@ -43,6 +45,7 @@ class ActiveRound:
         reply: RoundReply,
         *,
         keep_rows: Callable[[Session, list[int]], None],
+        reuse_prefix: Callable[[Session], bool],
         current_speculation: Callable[[], Speculation | None],
         session_load: Callable[[], int],
     ) -> None:
@@ -53,6 +56,7 @@ class ActiveRound:
         self.submitted_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._keep_rows = keep_rows
+        self._reuse_prefix = reuse_prefix
         self._current_speculation = current_speculation
         self._session_load = session_load
         self._last_frame_at = 0.0
@@ -61,6 +65,7 @@ class ActiveRound:
         self._further_forwards = 0
         self._unsent_tokens: list[int] = []
         self._unsent_close_calls: list[tuple[int, float]] = []
+        self._unsent_logprobs: list[TokenLogprobs] = []
         self._steps = self._execute()
 
     @property
@@ -87,6 +92,8 @@ class ActiveRound:
 
     def _execute(self) -> Generator[RoundWork, SampledTokens | None, None]:
         session, request = self.session, self.reply.executed_request
+        while request.round == 0 and not self._reuse_prefix(session):
+            yield None
         yield from self._prefill()
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
@@ -122,7 +129,8 @@ class ActiveRound:
             return []
         if session.draft is None:
             session.draft = speculation.new_session_draft()
-        steps = session.draft.propose(session.ids, min(count, speculation.max_draft_tokens), session.sampling)
+        count = min(count, speculation.max_draft_tokens)
+        steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
         sampled: SampledTokens | None = None
         while True:
             started = time.perf_counter()
@@ -145,10 +153,13 @@ class ActiveRound:
         session, target = self.session, self.session.target
         yield from self._prefill()
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
-        sampled = yield target.tree_segment(session.cache, tree, session.sampling)
+        if session.processor:
+            session.processor.sync_to(session.ids)
+        sampled = yield target.tree_segment(
+            session.cache, tree, session.sampling, processor=session.processor, logprobs=session.logprobs
+        )
         assert sampled is not None
-        end_ids = frozenset() if session.sampling.ignore_eos else target.end_ids
-        verification = tree.verify(sampled.__getitem__, end_ids)
+        verification = tree.verify(sampled.__getitem__, session.end_ids)
         self._keep_rows(session, verification.rows)
         session.ids += draft[: verification.accepted] + verification.tokens
         # At most one token exceeds the context: the bonus token after a sibling.
@@ -163,6 +174,7 @@ class ActiveRound:
         self._unsent_close_calls += [
             (position, round(margin, 9)) for position, margin in verification.margins if margin < threshold
         ]
+        self._unsent_logprobs += verification.logprobs[: len(verification.logprobs) - excess]
         return verification.accepted, verification.tokens[: len(verification.tokens) - excess]
 
     def _emit(self, accepted: int, tokens: list[int], more: bool) -> None:
@@ -186,6 +198,7 @@ class ActiveRound:
             close_calls=self._unsent_close_calls,
             prefill_100us=round(1e4 * self._prefill_seconds),
             further=0 if more else self._further_forwards,
+            logprobs=self._unsent_logprobs,
         )
-        self._unsent_tokens, self._unsent_close_calls = [], []
+        self._unsent_tokens, self._unsent_close_calls, self._unsent_logprobs = [], [], []
         self._loop.call_soon_threadsafe(self.reply.push, frame)

@@ -25,6 +25,7 @@ from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
 from cloud_verifier.model.kv_cache import CachePool, CacheShape, KVCacheFull
+from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
 from cloud_verifier.model.runner import PendingPrefill
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
@@ -66,6 +67,7 @@ class Scheduler:
         cache_tokens: capacity of the KV cache in tokens, all sessions together.
         window: seconds that a forward may wait for sessions whose next round is expected within them; 0 never waits.
         target_factory: makes the targets of `load`; None if the scheduler serves only the initial target.
+        reuse_prefixes: let new sessions begin with the KV caches of others that have a prefix in common with them.
 
     Attributes:
         versions: all loaded targets, by exact version.
@@ -84,11 +86,13 @@ class Scheduler:
         metrics: VerifierMetrics | None = None,
         window: float = BATCH_WINDOW_SECONDS,
         target_factory: TargetFactory | None = None,
+        reuse_prefixes: bool = True,
     ) -> None:
         self._load_target = load_target
         self._target_factory = target_factory
         self._load_speculation = load_speculation
         self._session_load = session_load
+        self._reuse_prefixes = reuse_prefixes
         self._cache_tokens = cache_tokens
         self._metrics = metrics or VerifierMetrics()
         self._window = window
@@ -100,6 +104,8 @@ class Scheduler:
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
         self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
+        # Of the targets' pools; empty if prefixes are not reused.
+        self._prefix_caches: dict[CacheShape, PrefixCache] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -117,6 +123,16 @@ class Scheduler:
             return float("inf")
         return 0.0 if started_at is None else time.perf_counter() - started_at
 
+    @property
+    def retained_tokens(self) -> int:
+        """Tokens of closed sessions that are kept in KV caches for reuse."""
+        return sum(cache.retained_tokens for cache in list(self._prefix_caches.values()))
+
+    @property
+    def prefix_cache_evictions(self) -> int:
+        """Closed sessions whose caches were given up because a pool needed the memory."""
+        return sum(cache.evictions for cache in list(self._prefix_caches.values()))
+
     def start(self) -> None:
         self._thread.start()
 
@@ -133,6 +149,7 @@ class Scheduler:
             session,
             reply,
             keep_rows=self._keep_rows,
+            reuse_prefix=self._reuse_prefix,
             current_speculation=self._current_speculation,
             session_load=self._session_load,
         )
@@ -141,7 +158,7 @@ class Scheduler:
             self._wake.notify()
 
     def release(self, session: Session) -> None:
-        """Free the KV cache of a closed session, once its round in progress, if any, has ended."""
+        """Free the KV cache of a closed session, or keep it for reuse, once its round in progress has ended."""
         self._released.append(session)
 
     async def load(self, path: Path, name: str) -> Target:
@@ -176,9 +193,13 @@ class Scheduler:
         self._free_released_sessions()
         target = self.versions.pop(version, None)
         if target is not None:
+            shape = target.runner.shape
+            if shape in self._prefix_caches:
+                self._prefix_caches[shape].purge(target)
             target.detach_adapter()
-            if not any(other.runner.shape == target.runner.shape for other in self.versions.values()):
-                self._pools.pop((target.runner.shape, False), None)
+            if not any(other.runner.shape == shape for other in self.versions.values()):
+                self._pools.pop((shape, False), None)
+                self._prefix_caches.pop(shape, None)
             if self.target is target:
                 self.target = None
         return True
@@ -350,6 +371,8 @@ class Scheduler:
     def _fail(self, running: ActiveRound, error: Exception) -> None:
         # The cache may hold an incomplete round, so the session is lost and its client opens another.
         running.session.closed = True
+        if prefix_cache := self._prefix_caches.get(running.session.target.runner.shape):
+            prefix_cache.forget(running.session.cache)
         self.release(running.session)
         if isinstance(error, KVCacheFull):
             running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly"))
@@ -367,10 +390,25 @@ class Scheduler:
                     f"the KV cache of {self._cache_tokens} tokens takes {gibibytes:.1f} GiB, which {shape.device} does "
                     "not have in addition to the target; lower --max-tokens"
                 ) from None
+            if self._reuse_prefixes and not for_draft:
+                self._prefix_caches[shape] = PrefixCache(self._pools[shape, for_draft])
         return self._pools[shape, for_draft]
 
     def _keep_rows(self, session: Session, rows: list[int]) -> None:
         self._pool(session.target.runner.shape).keep(session.cache, rows)
+
+    def _reuse_prefix(self, session: Session) -> bool:
+        """See `ActiveRound`."""
+        target = session.target
+        # The pool may have to be made first, and the prefix cache with it.
+        self._pool(target.runner.shape)
+        prefix_cache = self._prefix_caches.get(target.runner.shape)
+        if prefix_cache is None:
+            return True
+        target.prepare_cache(session.cache, len(session.ids))
+        length = prefix_cache.open(CacheScope(session.owner, target), session.ids, session.cache)
+        session.cached_tokens = length or 0
+        return length is not None
 
     def _free_released_sessions(self) -> None:
         """Free the pages of closed sessions, except those that still have a round running."""
@@ -380,7 +418,9 @@ class Scheduler:
             if id(session) in busy:
                 self._released.append(session)
                 continue
-            self._pool(session.target.runner.shape).release(session.cache)
+            pool = self._pool(session.target.runner.shape)
+            prefix_cache = self._prefix_caches.get(session.target.runner.shape)
+            (prefix_cache.close if prefix_cache else pool.release)(session.cache)
             draft, speculation = session.draft, self.speculation
             if draft and draft.cached_sequence and speculation and speculation.runner:
                 self._pool(speculation.runner.shape, for_draft=True).release(draft.cached_sequence)

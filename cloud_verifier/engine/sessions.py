@@ -17,6 +17,7 @@ from cloud_verifier.model.speculation import SessionDraft
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
+from edge_runtime.protocol.logits_processing import TokenConstraint, end_ids_of, make_processor
 from edge_runtime.protocol.messages import ErrorCode, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 
@@ -98,6 +99,7 @@ class RoundReply:
             accepted=frames[0].accepted,
             tokens=[token for frame in frames for token in frame.tokens],
             close_calls=[call for frame in frames for call in frame.close_calls],
+            logprobs=[entry for frame in frames for entry in frame.logprobs],
         )
 
     def _notify(self) -> None:
@@ -111,8 +113,8 @@ class RoundReply:
 class Session:
     """One text and its KV cache, pinned to one target version.
 
-    Belongs to the event loop, except `ids`, `cache` and `draft`, which belong to the scheduler's thread while a round
-    is running.
+    Belongs to the event loop, except `ids`, `cache`, `draft` and `processor`, which belong to the scheduler's thread
+    while a round is running.
 
     Attributes:
         id: unguessable id in URLs. In a store it begins with `messages.session_id_prefix(key)`.
@@ -121,8 +123,11 @@ class Session:
         draft_identity: fingerprint of the board's draft, for the metrics.
         draft_breaker: circuit breaker for the drafts of this session.
         ids: all token ids, prompt included.
+        logprobs: see `OpenRequest`.
+        processor: processes the logits of this text; None if the sampling parameters leave them as they are.
         target: the target version that the session is pinned to.
         cache: keys and values of all ids except the last.
+        cached_tokens: how many ids of the prompt were in a KV cache before; see `PrefixCache`.
         draft: state of the verifier's own draft for this text; None until it first drafts.
         reply: the latest round; a repeated request gets it again.
         previous_reply: the round before it, kept while the latest was sent ahead, since it may be requested again.
@@ -134,8 +139,23 @@ class Session:
     """
 
     def __init__(
-        self, prompt: list[int], sampling: Sampling, target: Target, reply: RoundReply, owner: str = ""
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        target: Target,
+        reply: RoundReply,
+        owner: str = "",
+        *,
+        generated: int = 0,
+        logprobs: int = 0,
+        constraint: TokenConstraint | None = None,
     ) -> None:
+        """
+        Args:
+            prompt: all ids so far.
+            generated, logprobs: see `OpenRequest`.
+            constraint: matcher of the grammar of `sampling`.
+        """
         self.id = secrets.token_urlsafe(9)
         self.key = ""
         self.owner = owner
@@ -143,8 +163,11 @@ class Session:
         self.draft_breaker = DraftCircuitBreaker()
         self.ids = prompt
         self.sampling = sampling
+        self.logprobs = logprobs
+        self.processor = make_processor(sampling, len(prompt) - generated, target.end_ids, constraint)
         self.target = target
         self.cache = CachedSequence()
+        self.cached_tokens = 0
         self.draft: SessionDraft | None = None
         self.reply = reply
         self.previous_reply: RoundReply | None = None
@@ -153,6 +176,11 @@ class Session:
         self.last_used_at = time.monotonic()
         self.replied_at: float | None = None
         self.pause_seconds: float | None = None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the text."""
+        return end_ids_of(self.sampling, self.target.end_ids)
 
     def begin_round(self, request: RoundRequest, *, verify_draft: bool = True) -> RoundReply:
         """Record `request` as the latest round, which the caller submits now, and return its reply."""

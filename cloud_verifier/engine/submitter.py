@@ -33,7 +33,15 @@ class RoundSubmitter:
         account = self._admit(principal, opening=True)
         self._enforce_max_sessions(principal)
         reply = RoundReply(opening.first, verify_draft=_allows_draft(opening.first, account))
-        session = Session(list(opening.prompt), opening.sampling, target, reply, principal.name)
+        session = Session(
+            list(opening.prompt),
+            opening.sampling,
+            target,
+            reply,
+            principal.name,
+            generated=opening.generated,
+            logprobs=opening.logprobs,
+        )
         session.draft_identity = opening.draft
         session.cache.prompt_length = len(opening.prompt) - opening.generated
         self._sessions.add(opening.key, session)
@@ -81,7 +89,12 @@ class RoundSubmitter:
         arrived = time.perf_counter()
 
         def account_for_round() -> None:
-            self._admission.unregister(reply, prompt_tokens)
+            # The last id of a prompt is scored rather than prefilled.
+            self._admission.unregister(reply, max(0, prompt_tokens - session.cached_tokens - 1))
+            if prompt_tokens:
+                # Charged when the session was opened.
+                account.charge(0, -session.cached_tokens)
+                self._metrics.prefix_cache_hits.inc(session.cached_tokens)
             frame, request = reply.merged(), reply.request
             verified = reply.executed_request is request
             account.charge(frame.accepted + len(frame.tokens))

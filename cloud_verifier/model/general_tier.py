@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -25,10 +25,10 @@ import torch
 
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.generation_state import CacheSnapshot, GenerationModel, GenerationState
-from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull
-from cloud_verifier.model.sampling import SampledToken, SampledTokens
+from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull, reclaim_nothing
+from cloud_verifier.model.sampling import RowSampling, SampledToken, SampledTokens
 from edge_runtime.protocol.errors import TargetError
-from edge_runtime.protocol.sampling import CoupledSampler, Sampling
+from edge_runtime.protocol.sampling import CoupledSampler
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,13 @@ class GeneralCacheShape(NamedTuple):
         bytes_per_token: memory by which a cache grows with a token.
         fixed_bytes: memory of a cache that does not depend on the length of the text.
         device: where it is.
+        shares_prefixes: a cache can begin with a prefix that was read as a part of another text.
     """
 
     bytes_per_token: int
     fixed_bytes: int
     device: torch.device
+    shares_prefixes: bool = False
 
     def make_pool(self, tokens: int) -> GeneralCachePool:
         """A pool for caches of this shape; see `GeneralCachePool`."""
@@ -111,20 +113,22 @@ class CachedText:
 class GeneralCachePool:
     """The caches of all sessions in the general tier, and a bound on their memory.
 
-    Beyond the bound, the caches of the texts that were used least recently are dropped. A text whose cache was dropped
-    is prefilled again when its session continues; its session does not notice.
+    Beyond the bound, the caches of the texts that were used least recently are dropped, those of closed sessions first.
+    A text whose cache was dropped is prefilled again when its session continues; its session does not notice.
 
     Args:
         capacity_bytes: the bound.
 
     Attributes:
-        used_bytes: memory of all caches.
+        used_bytes: memory of all caches; what texts share is counted in each.
+        reclaim: see `kv_cache.CachePool`.
     """
 
     def __init__(self, shape: GeneralCacheShape, capacity_bytes: int) -> None:
         self.shape = shape
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self.reclaim: Callable[[], bool] = reclaim_nothing
         # Least recently used first.
         self._texts: OrderedDict[CachedSequence, CachedText] = OrderedDict()
 
@@ -143,6 +147,8 @@ class GeneralCachePool:
         measured = text.state.nbytes if text.state else 0
         self.used_bytes += measured - text.nbytes
         text.nbytes = measured
+        while self.used_bytes > self.capacity_bytes and self.reclaim():
+            pass
         for other in self._texts.values():
             if self.used_bytes <= self.capacity_bytes:
                 break
@@ -185,6 +191,33 @@ class GeneralCachePool:
             self.drop(text)
         sequence.length = 0
 
+    def shareable(self, source: CachedSequence, length: int) -> int:
+        """See `kv_cache.CachePool.shareable`: all of a cache that can be cropped, otherwise only a whole cache."""
+        text = self._texts.get(source)
+        if not self.shape.shares_prefixes or text is None or text.state is None:
+            return 0
+        length = min(length, len(text.ids))
+        if text.state.can_crop:
+            return min(length, text.state.length)
+        return text.state.length if text.state.length <= length else 0
+
+    @torch.inference_mode()
+    def share(self, source: CachedSequence, sequence: CachedSequence, length: int) -> None:
+        """See `kv_cache.CachePool.share`.
+
+        Raises:
+            KVCacheFull: the cache of `sequence` alone exceeds the bound.
+        """
+        known, text = self.text(source), self.text(sequence)
+        assert known.state is not None, "nothing is shareable without a cache"
+        text.ids, text.state = known.ids[:length], known.state.fork(length)
+        sequence.length = length
+        self.account(text)
+
+    def retain(self, sequence: CachedSequence) -> int:
+        """See `kv_cache.CachePool.retain`."""
+        return self.shareable(sequence, sequence.length)
+
 
 class GeneralRunner:
     """Runs one model of any architecture. Several threads may use it, each with its own pool.
@@ -223,6 +256,7 @@ class GeneralRunner:
         if exact:
             self.chunk_limit = 0
         self._prefills_in_chunks = self.is_consistent and self.chunk_limit >= context
+        self.shape = self.shape._replace(shares_prefixes=self._prefills_in_chunks)
         self.max_prefill_rows = PREFILL_CHUNK_ROWS if self._prefills_in_chunks else UNBOUNDED
 
     def run(self, pool: GeneralCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
@@ -274,7 +308,7 @@ class GeneralRunner:
             text.prompt_length = segment.sequence.prompt_length or len(text.ids) + len(segment) + 1
             text.next_logits = self._read(text, [*segment.ids, segment.next_id])
 
-    def _verify(self, text: CachedText, segment: Segment, sampling: Sampling) -> dict[int, SampledToken]:
+    def _verify(self, text: CachedText, segment: Segment, sampling: RowSampling) -> dict[int, SampledToken]:
         """Sample after the rows of a token tree that are on the target's path, from row 0."""
         # The rows of a chain attend to all rows before them; siblings do not.
         chain = [row for row, visible in enumerate(segment.visible_prefix) if row == visible]
@@ -287,14 +321,12 @@ class GeneralRunner:
             else:
                 scores = self._read(text, [segment.ids[row]])
                 text.rows.append(row)
-            best = self._sampler.rank(scores.cpu().numpy(), sampling, segment.positions[row] + 1, count=2)
-            second = best.scores[1] if len(best.scores) > 1 else -torch.inf
-            sampled[row] = SampledToken(best.ids[0], best.scores[0] - second)
+            sampled[row] = best = sampling.sample(row, scores.cpu().numpy(), self._sampler)
             row = next(
                 (
                     child
                     for child in range(1, len(segment))
-                    if segment.visible_prefix[child] == row + 1 and segment.ids[child] == best.ids[0]
+                    if segment.visible_prefix[child] == row + 1 and segment.ids[child] == best.token
                 ),
                 None,
             )

@@ -168,6 +168,14 @@ class GenerationState:
                     self._arguments[name].crop(length - self.length)
             self._tokens = self._tokens[:, :length]
 
+    def fork(self, length: int) -> GenerationState:
+        """A state of its own that has read the first `length` tokens; fewer than all of them only if `can_crop`."""
+        other = GenerationState(self._model)
+        other._tokens = self._tokens
+        other._arguments, other.module_state = _copy(self._arguments), _copy(self.module_state)
+        other.crop(length)
+        return other
+
     def snapshot(self) -> CacheSnapshot:
         """A state for `restore`."""
         return CacheSnapshot(_copy(self._arguments), self.length, _copy(self.module_state))

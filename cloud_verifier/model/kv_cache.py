@@ -3,15 +3,20 @@
 On an accelerator the pool is one allocation made at start, and pages are small so that little memory is left unused in
 a sequence's last page. On a CPU a page is allocated when it is first needed. CPU pages are so large that most sequences
 have one: the keys of a sequence are then a view, and memory past its tokens costs nothing because it is never touched.
-The CPU pool has no bound of its own; the session store limits it.
+Live sequences of a CPU pool have no bound of their own; the session store limits them.
+
+Sequences with a common prefix can share its pages. A page that several sequences hold is never written: a sequence that
+is about to write to one takes another page first (copy on write).
 
 All pages belong to the engine's thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import psutil
 import torch
 
 # Tokens per page by device type; see the module docstring for the trade-off.
@@ -21,6 +26,9 @@ SLACK_PAGES = 64
 # Tokens of a CPU page whose memory is touched at allocation. Resident memory then depends on the peak number of
 # sessions, and does not creep up with every sequence that is slightly longer than those before.
 PRETOUCHED_TOKENS = 96
+# A CPU pool keeps prefixes of closed sessions while all its pages take at most this share of the memory that was free
+# when it was made. Chosen: a verifier on a CPU shares its machine with other programs.
+RETENTION_MEMORY_SHARE = 0.25
 
 
 def allocation_granularity(device: str) -> int:
@@ -32,12 +40,33 @@ class KVCacheFull(Exception):
     """The pool has too few free pages."""
 
 
+def reclaim_nothing() -> bool:
+    """The `CachePool.reclaim` of a pool without a prefix cache."""
+    return False
+
+
 class CachePool(Protocol):
-    """What the scheduler needs of a pool: the caches of sequences in the fast tier, or those in the general tier."""
+    """What the engine needs of a pool: the caches of sequences in the fast tier, or those in the general tier.
+
+    Attributes:
+        reclaim: releases one sequence that is kept only for reuse, when the pool needs memory; returns whether there
+            was one. The prefix cache sets it.
+    """
+
+    reclaim: Callable[[], bool]
 
     def keep(self, sequence: CachedSequence, rows: list[int]) -> None: ...
 
     def release(self, sequence: CachedSequence) -> None: ...
+
+    def shareable(self, source: CachedSequence, length: int) -> int:
+        """How many of the first `length` tokens of `source` another sequence can share, once they are cached."""
+
+    def share(self, source: CachedSequence, sequence: CachedSequence, length: int) -> None:
+        """Let the empty `sequence` begin with the first `length` tokens of `source`, a length that is shareable."""
+
+    def retain(self, sequence: CachedSequence) -> int:
+        """Release what of `sequence`, to which nothing is going to be added, cannot be shared; return what is left."""
 
 
 class CacheShape(Protocol):
@@ -98,7 +127,9 @@ class KVCachePool:
 
     Attributes:
         page_tokens: tokens per page.
-        capacity_pages: pages that an accelerator's pool can give to sequences.
+        capacity_pages: pages that an accelerator's pool can give to sequences. On a CPU, with more pages than these in
+            use, no sequence is kept only for reuse.
+        reclaim: see `CachePool`.
         slabs: tensors (pages, layers, 2, heads, page, head size); index 0 of the third dimension holds keys, 1 values.
             One slab on an accelerator; on a CPU one for every page allocated so far.
     """
@@ -108,13 +139,19 @@ class KVCachePool:
         self.page_tokens = PAGE_TOKENS.get(shape.device.type, PAGE_TOKENS["cuda"])
         self._preallocated = shape.device.type != "cpu"
         self.capacity_pages = -(-tokens // self.page_tokens) + SLACK_PAGES
+        self.reclaim: Callable[[], bool] = reclaim_nothing
         self._free: list[int] = []
+        # By page in use: how many sequences hold it.
+        self._holders: dict[int, int] = {}
         self._moves: list[tuple[int, int, int, int]] = []
         self.slabs: list[torch.Tensor] = []
         if self._preallocated:
             # Page 0 belongs to no sequence and is never read: padding rows of a batch are written there.
             self.slabs.append(self._allocate(self.capacity_pages + 1))
             self._free = list(range(self.capacity_pages, 0, -1))
+        else:
+            affordable = int(RETENTION_MEMORY_SHARE * psutil.virtual_memory().available)
+            self.capacity_pages = min(self.capacity_pages, affordable // (shape.bytes_per_token * self.page_tokens))
 
     def _allocate(self, pages: int) -> torch.Tensor:
         shape = self.shape
@@ -127,27 +164,83 @@ class KVCachePool:
     @property
     def used_pages(self) -> int:
         """Pages that sequences hold."""
-        return (self.capacity_pages if self._preallocated else len(self.slabs)) - len(self._free)
+        return len(self._holders)
 
     def reserve(self, sequence: CachedSequence, length: int) -> None:
-        """Give `sequence` the pages for `length` tokens.
+        """Give `sequence` the pages for `length` tokens, and sole possession of those after its present length.
 
         Raises:
             KVCacheFull: too few pages are free; nothing changed.
         """
-        missing = -(-length // self.page_tokens) - len(sequence.pages)
+        while True:
+            shared = self._shared_pages(sequence, length)
+            missing = len(shared) + max(0, -(-length // self.page_tokens) - len(sequence.pages))
+            if self.used_pages + missing <= self.capacity_pages or not missing or not self.reclaim():
+                break
         if self._preallocated and missing > len(self._free):
             raise KVCacheFull
-        for _ in range(missing):
-            if not self._free:
-                self.slabs.append(self._allocate(1))
-                self._free.append(len(self.slabs) - 1)
-            sequence.pages.append(self._free.pop())
+        for index in shared:
+            self._replace(sequence, index)
+        while len(sequence.pages) * self.page_tokens < length:
+            sequence.pages.append(self._take_page())
 
     def release(self, sequence: CachedSequence) -> None:
         """Take back all pages of `sequence`, which is empty afterwards."""
-        self._free += reversed(sequence.pages)
-        sequence.pages, sequence.length = [], 0
+        self._drop_pages(sequence, 0)
+        sequence.length = 0
+
+    def shareable(self, source: CachedSequence, length: int) -> int:
+        """See `CachePool.shareable`: whole pages on an accelerator, so that none has to be copied."""
+        return length - length % self.page_tokens if self._preallocated else length
+
+    def share(self, source: CachedSequence, sequence: CachedSequence, length: int) -> None:
+        """See `CachePool.share`. The keys must not differ for another reason, see `Target.key_variant`."""
+        assert not sequence.pages, "the sequence is not empty"
+        assert length <= source.length, "the source has too few tokens"
+        sequence.pages = source.pages[: -(-length // self.page_tokens)]
+        sequence.length = length
+        for page in sequence.pages:
+            self._holders[page] += 1
+
+    def retain(self, sequence: CachedSequence) -> int:
+        """See `CachePool.retain`."""
+        sequence.length = self.shareable(sequence, sequence.length)
+        self._drop_pages(sequence, -(-sequence.length // self.page_tokens))
+        return sequence.length
+
+    def _shared_pages(self, sequence: CachedSequence, length: int) -> list[int]:
+        """Indices of those pages of `sequence` that other sequences hold, and that a growth to `length` writes to."""
+        indices = range(sequence.length // self.page_tokens, min(-(-length // self.page_tokens), len(sequence.pages)))
+        return [index for index in indices if self._holders[sequence.pages[index]] > 1]
+
+    @torch.inference_mode()
+    def _replace(self, sequence: CachedSequence, index: int) -> None:
+        """Replace a page of `sequence` that others hold by one of its own, with the tokens that it has there."""
+        source, page = sequence.pages[index], self._take_page()
+        rows = sequence.length - index * self.page_tokens
+        if rows > 0:
+            # Only on a CPU: whole pages are shared on an accelerator, and tensor-parallel followers would not see this.
+            self.apply_moves()
+            self.view(page)[..., :rows, :] = self.view(source)[..., :rows, :]
+        self._holders[source] -= 1
+        sequence.pages[index] = page
+
+    def _take_page(self) -> int:
+        if not self._free:
+            self.slabs.append(self._allocate(1))
+            self._free.append(len(self.slabs) - 1)
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def _drop_pages(self, sequence: CachedSequence, count: int) -> None:
+        """Take back all but the first `count` pages of `sequence`; those that nothing holds any more are free."""
+        for page in reversed(sequence.pages[count:]):
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                self._free.append(page)
+        del sequence.pages[count:]
 
     def view(self, page: int) -> torch.Tensor:
         """Keys and values of one page: (layers, 2, heads, page, head size)."""

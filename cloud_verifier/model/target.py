@@ -45,6 +45,7 @@ from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
 from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
 from edge_runtime.protocol.bundle import draft_identity
 from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -234,13 +235,30 @@ class Target:
             if sequence.long_rope != is_long:
                 sequence.length, sequence.long_rope = 0, is_long
 
+    def key_variant(self, sequence: CachedSequence) -> bool:
+        """What the cached keys of `sequence` depend on besides the tokens before them: its set of RoPE frequencies.
+
+        Sequences with a common prefix have equal keys there if this is equal, too.
+        """
+        if self._rope is None:
+            return False
+        return sequence.long_rope if self._rope.recomputes else self._rope.is_long(sequence.prompt_length)
+
     def run(self, pool: Any, segments: Sequence[Segment]) -> list[SampledTokens | None]:
         """Run one forward of segments of this version, and of others on the same runner; see `TargetRunner.run`."""
         return self.runner.run(pool, segments)
 
-    def tree_segment(self, sequence: CachedSequence, tree: TokenTree, sampling: Sampling = GREEDY) -> Segment:
-        """A segment in which this version scores `tree` after `sequence`."""
-        return Segment.from_tree(sequence, tree, sampling, self.adapter_slot)
+    def tree_segment(
+        self,
+        sequence: CachedSequence,
+        tree: TokenTree,
+        sampling: Sampling = GREEDY,
+        *,
+        processor: SequenceProcessor | None = None,
+        logprobs: int = 0,
+    ) -> Segment:
+        """A segment in which this version scores `tree` after `sequence`; see `Segment.from_tree`."""
+        return Segment.from_tree(sequence, tree, sampling, self.adapter_slot, processor=processor, logprobs=logprobs)
 
     def prefill_segment(self, sequence: CachedSequence, ids: list[int]) -> Segment:
         """A segment that prefills `ids` after `sequence`."""

@@ -80,6 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(listening, "--key FILE", "PEM private key of the certificate", type=Path)
     add_settings(listening, "service.api_key_file", "service.allowed_hosts", "service.cors_origins")
 
+    add_settings(parser.add_argument_group("form of answers"), "service.tool_call_form", "service.reasoning_form")
+
     limits = parser.add_argument_group("limits")
     add_settings(limits, "service.max_concurrent", "service.max_waiting")
     text = "tokens per answer at most; 0 for what the context leaves"
@@ -121,8 +123,6 @@ async def _run(options: argparse.Namespace) -> int:
             host,
         )
     stop, notifier = watch_stop_signals(), Notifier()
-    if notifier.enabled and not accounts_for_services():
-        log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(client)
         access = make_access(settings.service, keys)
@@ -135,6 +135,8 @@ async def _run(options: argparse.Namespace) -> int:
         notifier.starting("loading the draft")
         # Loading takes seconds. The server already listens, so that requests get a proper "not ready" answer.
         board = await _load_board(options, settings, bundle, service, stack)
+        if notifier.enabled and not accounts_for_services():
+            log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
         if not stop.is_set():
             print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
             notifier.ready(reloader.status())
@@ -183,6 +185,8 @@ async def _load_board(
         model=settings.verifier.model,
         power=read_board_power(settings.planner),
         on_link_loss=settings.service.on_link_loss,
+        tool_call_form=settings.service.tool_call_form,
+        reasoning_form=settings.service.reasoning_form,
         sampling=chat.sampling,
         ngram_cache=await asyncio.to_thread(
             open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()

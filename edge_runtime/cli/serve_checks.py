@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.cli.verifier_client import check_verifier_settings, make_client
+from edge_runtime.common.network import is_loopback
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings import Settings
+from edge_runtime.settings import ServiceSettings, Settings
 
 # `serve` checks its options before it loads what takes long.
 if TYPE_CHECKING:
     from edge_runtime.protocol.bundle import Manifest
+    from edge_runtime.service.auth import AccessRules
     from edge_runtime.service.state import ServiceLimits
     from edge_runtime.verifier import VerifierClient
 
@@ -84,7 +86,7 @@ def make_limits(options: argparse.Namespace, settings: Settings) -> ServiceLimit
     for flag, value, minimum in (
         ("--max-concurrent", service.max_concurrent, 1),
         ("--max-waiting", service.max_waiting, 0),
-        ("--max-new-tokens", options.max_new_tokens, 1),
+        ("--max-new-tokens", options.max_new_tokens, 0),
         ("--max-body", options.max_body, 1),
         ("--threads", settings.draft.threads, 0),
         ("--grace", options.grace, 0),
@@ -92,6 +94,13 @@ def make_limits(options: argparse.Namespace, settings: Settings) -> ServiceLimit
         if value < minimum:
             raise InputError(f"{flag} {value}: must be at least {minimum}")
     return ServiceLimits(service.max_concurrent, service.max_waiting, options.max_new_tokens, options.max_body)
+
+
+def make_access(service: ServiceSettings, keys: frozenset[str]) -> AccessRules:
+    """Return who may use the service."""
+    from edge_runtime.service.auth import AccessRules
+
+    return AccessRules(keys, is_loopback(service.host), tuple(service.allowed_hosts), tuple(service.cors_origins))
 
 
 def read_api_keys(path: Path | None) -> frozenset[str]:

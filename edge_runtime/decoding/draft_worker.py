@@ -20,6 +20,7 @@ from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import UNRANKED, Plan, ShadowGuess
 from edge_runtime.planning.round_rules import limit_ahead
 from edge_runtime.protocol.errors import DraftError
+from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,23 @@ class ShadowRun(msgspec.Struct):
 class ThreadedDraftWorker(DraftWorker):
     """Runs a `DraftContext` in a thread of its own, one job at a time; see `DraftWorker`."""
 
-    def __init__(self, draft: OnnxDraft, sampling: Sampling, ngram_cache: NgramCache | None = None) -> None:
+    def __init__(
+        self,
+        draft: OnnxDraft,
+        prompt: list[int],
+        sampling: Sampling,
+        ngram_cache: NgramCache | None = None,
+        *,
+        processor: SequenceProcessor | None = None,
+    ) -> None:
+        """
+        Args:
+            processor: see `DraftContext.propose`; from now on used in the draft's thread only.
+        """
         self._context: DraftContext = draft.new_context(ngram_cache)
+        self._context.reuse_prefix(prompt)
         self._sampling = sampling
+        self._processor = processor
         self._thread = ThreadPoolExecutor(1, "draft")
         self._shadow: ShadowRun | None = None
 
@@ -196,6 +211,7 @@ class ThreadedDraftWorker(DraftWorker):
         self.stop_shadow()
         if self._context.ngram_lookup:
             self._thread.submit(self._context.ngram_lookup.finish)
+        self._thread.submit(self._context.close)
         self._thread.shutdown(wait=False)
 
     async def _run(self, job: Callable[[], T]) -> T:
@@ -220,7 +236,9 @@ class ThreadedDraftWorker(DraftWorker):
                 return
             started = time.perf_counter()
             try:
-                guess = self._context.propose_next(text, self._sampling, shadow.plan.siblings)
+                guess = self._context.propose_next(
+                    text, self._sampling, shadow.plan.siblings, processor=self._processor
+                )
             except DraftError as error:
                 log.debug("shadow drafting ends: %s", error)
                 shadow.stopped = True
@@ -234,4 +252,12 @@ class ThreadedDraftWorker(DraftWorker):
         def is_cancelled() -> bool:
             return self.ahead_cancelled
 
-        return self._context.propose(ids, count, self._sampling, plan, survival=survival, should_stop=is_cancelled)
+        return self._context.propose(
+            ids,
+            count,
+            self._sampling,
+            plan,
+            processor=self._processor,
+            survival=survival,
+            should_stop=is_cancelled,
+        )

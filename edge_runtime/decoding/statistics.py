@@ -26,6 +26,7 @@ class GenerationStatistics(RoundTotals):
         first_token_seconds: from the start to the first verified token.
         unverified: draft tokens at the end of the text that no verifier has checked.
         withdrawn: draft tokens that were shown as unverified and then rejected.
+        cached_prompt_tokens: tokens of the prompt that the verifier did not prefill, since it had their KV cache.
         recoveries: sessions that were lost and reopened.
         retries: requests that were repeated.
         close_calls: (position, margin) of each token that the verifier reports as decided by a small margin.
@@ -44,6 +45,7 @@ class GenerationStatistics(RoundTotals):
     first_token_seconds: float = 0.0
     unverified: int = 0
     withdrawn: int = 0
+    cached_prompt_tokens: int = 0
     recoveries: int = 0
     retries: int = 0
     close_calls: list[tuple[int, float]] = msgspec.field(default_factory=list)

@@ -20,13 +20,15 @@ from tokenizers import Tokenizer
 
 from edge_runtime.common.memory import release_freed_memory
 from edge_runtime.draft.onnx_runner import Logits, detect_graph_kind, logits_width, make_runner
+from edge_runtime.draft.prefix_cache import DEFAULT_PREFIX_CACHE_BYTES, DraftPrefixCache
 from edge_runtime.draft.sampler import DraftSampler
 from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError
-from edge_runtime.protocol.sampling import Sampling, hash_counters
+from edge_runtime.protocol.logits_processing import SequenceProcessor
+from edge_runtime.protocol.sampling import Sampling, common_prefix_length, hash_counters
 
 
 class DraftToken(NamedTuple):
@@ -92,21 +94,25 @@ class OnnxDraft:
     Attributes:
         manifest: the bundle's manifest.
         tokenizer: the tokenizer that the draft and its targets share.
+        threads: CPU threads of a step.
         run_seconds: time spent in onnxruntime since loading.
+        prefix_cache: KV caches of texts that have ended.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 0, prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES) -> None:
         """Load the graph and the tokenizer of `bundle`.
 
         Args:
             threads: CPU threads of a step; 0 takes one per physical core, at most 4.
+            prefix_cache_bytes: memory for KV caches of texts that have ended.
 
         Raises:
             DraftError: onnxruntime or tokenizers cannot read the files.
             BundleCorrupt: the graph does not match the manifest.
         """
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or min(4, psutil.cpu_count(logical=False) or 1)
+        self.threads = threads or min(4, psutil.cpu_count(logical=False) or 1)
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         # Threads that spin between steps save microseconds and drain the battery.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -125,6 +131,7 @@ class OnnxDraft:
             )
         self.manifest: Manifest = bundle.manifest
         self.run_seconds = 0.0
+        self.prefix_cache = DraftPrefixCache(prefix_cache_bytes)
         # Start time of each step in progress, by id of its context.
         self._step_starts: dict[int, float] = {}
         self._head_ids = read_head_ids(bundle)
@@ -139,9 +146,16 @@ class OnnxDraft:
         self._hash_counters = hash_counters(ids)
 
     @classmethod
-    def load(cls, path: Path, *, threads: int = 0, verify: bool = True) -> OnnxDraft:
+    def load(
+        cls,
+        path: Path,
+        *,
+        threads: int = 0,
+        verify: bool = True,
+        prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
+    ) -> OnnxDraft:
         """Read, check and load the bundle at `path`. Raises BundleError and DraftError."""
-        return cls(read_bundle(path, verify=verify), threads)
+        return cls(read_bundle(path, verify=verify), threads, prefix_cache_bytes)
 
     @property
     def step_seconds(self) -> float:
@@ -207,6 +221,15 @@ class DraftContext:
         """Copy of the ids in the KV cache."""
         return list(self._ids)
 
+    def reuse_prefix(self, ids: list[int]) -> None:
+        """Let the context, still empty, begin with the longest prefix of `ids` that a closed context has left."""
+        if cached := self._draft.prefix_cache.take(ids):
+            self._runner, self._ids = cached
+
+    def close(self) -> None:
+        """Leave the KV cache to contexts of other texts. The context must not be used afterwards."""
+        self._draft.prefix_cache.keep(self._runner, self._ids)
+
     def prefill(self, ids: list[int]) -> None:
         """Append `ids` to the context.
 
@@ -236,7 +259,7 @@ class DraftContext:
         before every prefill chunk; True leaves the rest of `ids` out.
         """
         self._check_length(len(ids))
-        common = self._common_prefix(ids)
+        common = common_prefix_length(self._ids, ids)
         if common < len(ids):
             self.rollback(common)
         while len(self._ids) < len(ids) and not should_stop():
@@ -244,12 +267,12 @@ class DraftContext:
 
     def tokens_to_prefill(self, ids: list[int]) -> int:
         """Return how many tokens `sync_to(ids)` would have to prefill."""
-        return len(ids) - self._common_prefix(ids)
+        return len(ids) - common_prefix_length(self._ids, ids)
 
     def tokens_drafted_ahead(self, ids: list[int]) -> int:
         """Return how many tokens after `ids` are drafted already."""
         known = len(self._drafted) - (len(ids) - self._first_position)
-        return known if 0 < known <= len(self._drafted) and self._common_prefix(ids) == len(ids) else 0
+        return known if 0 < known <= len(self._drafted) and common_prefix_length(self._ids, ids) == len(ids) else 0
 
     def propose(
         self,
@@ -258,6 +281,7 @@ class DraftContext:
         sampling: Sampling,
         plan: Plan = PLAIN_PLAN,
         *,
+        processor: SequenceProcessor | None = None,
         survival: float = 1.0,
         should_stop: Callable[[], bool] = bool,
     ) -> Proposal:
@@ -267,6 +291,7 @@ class DraftContext:
             ids: the text, at least one token; see `sync_to`.
             sampling: the target's sampling parameters: the draft draws with the same noise.
             plan: gives siblings and stop rule.
+            processor: processes the draft's logits as the target's; None if `sampling` leaves them as they are.
             survival: probability that `ids` itself is accepted, if it ends in draft tokens.
             should_stop: called before every step of the draft; True ends the proposal there.
 
@@ -290,7 +315,7 @@ class DraftContext:
             elif should_stop():
                 break
             else:
-                self._drafted.append(self._draft_token(position, tokens, sampling, plan.siblings))
+                self._drafted.append(self._draft_token(position, tokens, sampling, plan.siblings, processor))
             drafted = self._drafted[index]
             tokens.append(drafted.token)
             confidences.append(drafted.confidence)
@@ -301,15 +326,24 @@ class DraftContext:
                 break
         return Proposal(tokens, sibling_ids, confidences, drafted_ahead, survival)
 
-    def propose_next(self, ids: list[int], sampling: Sampling, siblings: int = 0) -> Proposal:
+    def propose_next(
+        self, ids: list[int], sampling: Sampling, siblings: int = 0, *, processor: SequenceProcessor | None = None
+    ) -> Proposal:
         """Draft the token after `ids` with `siblings` alternatives, however sure of it the draft is; see `propose`."""
-        return self.propose(ids, 1, sampling, Plan(1, siblings=siblings, sibling_confidence=1.0))
+        return self.propose(ids, 1, sampling, Plan(1, siblings=siblings, sibling_confidence=1.0), processor=processor)
 
     def precompute_noise(self, start: int, count: int, sampling: Sampling) -> None:
         """Compute the noise for `count` positions from `start` on; it does not depend on the text."""
         self._sampler.precompute_noise(sampling, range(start, start + count))
 
-    def _draft_token(self, position: int, tokens: list[int], sampling: Sampling, siblings: int) -> DraftToken:
+    def _draft_token(
+        self,
+        position: int,
+        tokens: list[int],
+        sampling: Sampling,
+        siblings: int,
+        processor: SequenceProcessor | None,
+    ) -> DraftToken:
         """Draft the token at `position`; `tokens` are the draft tokens before it."""
         if len(self._ids) < position:
             self._forward(tokens[len(self._ids) - position :])
@@ -320,7 +354,10 @@ class DraftContext:
             self._forward([last])
         assert self._logits is not None
         ngram = self.ngram_lookup.propose(self._ids) if self.ngram_lookup else None
-        (token, *others), confidence = self._sampler.sample(self._logits, sampling, position, 1 + siblings, ngram)
+        changes = processor.changes_after(self._ids) if processor else None
+        (token, *others), confidence = self._sampler.sample(
+            self._logits, sampling, position, 1 + siblings, ngram, changes=changes
+        )
         return DraftToken(token, others, confidence)
 
     def _forward(self, ids: list[int]) -> None:
@@ -351,14 +388,3 @@ class DraftContext:
                 f"{length} tokens are more than the draft's context of {self.limit}; "
                 "shorten the prompt, or decode in the cloud alone (--num-assistant-tokens 0)"
             )
-
-    def _common_prefix(self, ids: list[int]) -> int:
-        """Length of the common prefix of the context and `ids`, by bisection: comparing slices is fast."""
-        low, high = 0, min(len(self._ids), len(ids))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._ids[low:middle] == ids[low:middle]:
-                low = middle
-            else:
-                high = middle - 1
-        return low

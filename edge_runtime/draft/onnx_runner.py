@@ -46,9 +46,18 @@ class OnnxRunner(ABC):
             self.length += len(chunk)
         return logits
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of the cache in bytes."""
+
     @abstractmethod
     def truncate(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
+
+    @abstractmethod
+    def copy_prefix(self, length: int) -> OnnxRunner:
+        """A runner of its own whose cache holds the first `length` tokens."""
 
     @abstractmethod
     def _step(self, ids: list[int]) -> Logits:
@@ -93,8 +102,21 @@ class FusedRunner(OnnxRunner):
         self._bind(self._binding.bind_output, "logits", self._logits)
         self._grow(min(INITIAL_CAPACITY_TOKENS, architecture.context))
 
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def truncate(self, length: int) -> None:
         self.length = length
+
+    def copy_prefix(self, length: int) -> FusedRunner:
+        other = FusedRunner(self._session, self._architecture)
+        if length > other._mask.shape[1]:
+            other._grow(self._mask.shape[1])
+        for buffer, copied in zip(self._buffers, other._buffers, strict=True):
+            copied[:, :, :length] = buffer[:, :, :length]
+        other.length = length
+        return other
 
     def _step(self, ids: list[int]) -> Logits:
         total = self.length + len(ids)
@@ -133,13 +155,27 @@ class ConcatRunner(OnnxRunner):
 
     def __init__(self, session: ort.InferenceSession, architecture: Architecture) -> None:
         super().__init__(session)
+        self._architecture = architecture
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._past_names)]
         empty = np.empty((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
         self._past = [empty] * len(self._past_names)
 
+    @property
+    def nbytes(self) -> int:
+        # A truncated array is a view that keeps the whole one.
+        wholes = (past.base if isinstance(past.base, np.ndarray) else past for past in self._past)
+        return sum(whole.nbytes for whole in wholes)
+
     def truncate(self, length: int) -> None:
         self._past = [past[:, :, :length] for past in self._past]
         self.length = length
+
+    def copy_prefix(self, length: int) -> ConcatRunner:
+        other = ConcatRunner(self._session, self._architecture)
+        # The arrays themselves are never written.
+        other._past = [past[:, :, :length] for past in self._past]
+        other.length = length
+        return other
 
     def _step(self, ids: list[int]) -> Logits:
         total = self.length + len(ids)

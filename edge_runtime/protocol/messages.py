@@ -95,6 +95,7 @@ class ErrorCode(enum.StrEnum):
     UNSUPPORTED_VERSION = "unsupported_version", 400  # another protocol version
     INVALID_TOKEN = "invalid_token", 400  # a token id outside the vocabulary
     INVALID_SAMPLING = "invalid_sampling", 400  # a sampling parameter out of range
+    INVALID_GRAMMAR = "invalid_grammar", 400  # the grammar is invalid or too costly, also while the text is generated
     DRAFT_TOO_LONG = "draft_too_long", 400  # detail: limit
     UNAUTHORIZED = "unauthorized", 401  # no bearer token, or an unknown one
     FORBIDDEN = "forbidden", 403  # the role of the bearer token does not allow this

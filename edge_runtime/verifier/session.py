@@ -17,7 +17,7 @@ import msgspec
 
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
-from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
+from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest, TokenLogprobs
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import CLOSE_SECONDS, VerifierClient, parsed
 from edge_runtime.verifier.endpoint import Endpoint
@@ -31,11 +31,13 @@ class RoundUpdate(msgspec.Struct, frozen=True):
         accepted: draft tokens that the target accepted.
         own: the target's own tokens that follow them.
         frame: the verifier's frame that completed them, with its timings and load.
+        logprobs: log-probabilities of `accepted` and `own`, if they were asked for.
     """
 
     accepted: list[int]
     own: list[int]
     frame: Frame
+    logprobs: list[TokenLogprobs] = []
 
 
 class VerifierSession:
@@ -59,11 +61,14 @@ class VerifierSession:
         vocabulary: str = "",
         draft: str = "",
         patient: bool = True,
+        generated: int = 0,
+        logprobs: int = 0,
     ) -> None:
         """The first round opens the session; see `messages.OpenRequest` for the arguments.
 
         Args:
             patient: wait for an unreachable verifier until the client's deadline, instead of failing at once.
+            generated: how many of the last ids of `prompt` were not in the prompt of the text.
         """
         self.ids = list(prompt)
         self.version = ""
@@ -80,11 +85,12 @@ class VerifierSession:
             model=model,
             vocabulary=vocabulary,
             draft=draft,
+            logprobs=logprobs,
         )
         self._patient = patient
         self._id = ""
-        self._prompt_length = len(prompt)
-        self._needs_generated = False
+        self._prompt_length = len(prompt) - generated
+        self._needs_generated = sampling.depends_on_prompt_end or generated > 0
         self._endpoint = client.pick()
         # Endpoints that do not serve this session's target.
         self._unsuitable: set[Endpoint] = set()
@@ -197,12 +203,15 @@ class VerifierSession:
                     if not self.version:
                         self.cached = reply.cached
                     self._id, self.version = reply.session, reply.version
-                    self._needs_generated = reply.needs_generated
+                    self._needs_generated |= reply.needs_generated
                     opening, frame = False, reply.first
                 else:
                     frame = parsed(body, Frame, self._id)
                 if frame.round != request.round or frame.accepted > len(request.draft):
                     raise BrokenAnswer(f"an answer to round {frame.round}, not {request.round}")
+                count = frame.accepted + len(frame.tokens)
+                if self._opening.logprobs and len(frame.logprobs) != count:
+                    raise BrokenAnswer(f"log-probabilities of {len(frame.logprobs)} tokens for {count} tokens")
                 more = frame.more
                 yield frame
         if more:
@@ -279,6 +288,7 @@ class _ActiveRound:
         self._request = request
         self._frames: AsyncIterator[Frame] | None = None
         self._received: list[int] = []
+        self._received_logprobs: list[TokenLogprobs] = []
         self._accepted = 0
 
     async def next_update(self) -> RoundUpdate:
@@ -290,22 +300,25 @@ class _ActiveRound:
         try:
             while True:
                 if self._frames is None:
-                    self._frames, self._received, self._accepted = self._session.frames(self._request), [], 0
+                    self._frames = self._session.frames(self._request)
+                    self._received, self._received_logprobs, self._accepted = [], [], 0
                 frame = await anext(self._frames)
                 if not frame.more:
                     # The connection can be reused only after the answer was read to its end.
                     async for _ in self._frames:
                         pass
                 self._received += self._request.draft[: frame.accepted] + frame.tokens
+                self._received_logprobs += frame.logprobs
                 self._accepted += frame.accepted
                 fresh = self._received[self.yielded :]
                 if not fresh and frame.more:
                     continue
                 accepted = fresh[: max(0, self._accepted - self.yielded)]
                 own = fresh[len(accepted) :]
+                logprobs = self._received_logprobs[self.yielded :]
                 self.yielded += len(fresh)
                 self.own += len(own)
-                return RoundUpdate(accepted, own, frame)
+                return RoundUpdate(accepted, own, frame, logprobs)
         except BaseException:
             self._frames = None
             raise

@@ -73,7 +73,7 @@ async def test_without_watch_it_only_prefills(target_v1: Target, shipped_draft: 
 
 async def test_stopping_does_not_wait_for_the_backlog(shipped_draft: OnnxDraft) -> None:
     """If the stream is faster than the draft, stopping drops the backlog: shadow drafting ends within a step."""
-    worker = ThreadedDraftWorker(shipped_draft, Sampling())
+    worker = ThreadedDraftWorker(shipped_draft, [], Sampling())
     ids = shipped_draft.tokenizer.encode(TEXT).ids
     try:
         worker.start_shadow(ids, STREAM)
@@ -89,7 +89,7 @@ async def test_stopping_does_not_wait_for_the_backlog(shipped_draft: OnnxDraft) 
 
 
 async def test_shadow_drafting_ends_at_the_draft_context(shipped_draft: OnnxDraft) -> None:
-    worker = ThreadedDraftWorker(shipped_draft, Sampling())
+    worker = ThreadedDraftWorker(shipped_draft, [], Sampling())
     limit = shipped_draft.manifest.architecture.context
     try:
         worker.start_shadow([7] * (limit - 3), STREAM)
