@@ -15,7 +15,7 @@ import msgspec
 
 from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.planner_options import PLANNER_KEYS, make_planner, read_board_power
-from edge_runtime.cli.serve_checks import check_limits, check_memory
+from edge_runtime.cli.serve_checks import check_limits, check_memory, make_access
 from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.cli.verifier_client import check_encryption, read_token
 from edge_runtime.common import logs
@@ -104,10 +104,12 @@ class ConfigurationReloader:
             model=new.verifier.model,
             power=read_board_power(new.planner),
             on_link_loss=new.service.on_link_loss,
+            tool_call_form=new.service.tool_call_form,
+            reasoning_form=new.service.reasoning_form,
         )
         # Nothing below raises.
         logs.configure(new.log.level, "edge-runtime", prompts=new.log.prompts)
-        self._service.reconfigure(limits, keys, board)
+        self._service.reconfigure(limits, make_access(new.service, keys), board)
         self._service.client.deadline = new.verifier.deadline_seconds
         self._service.client.set_token(token)
         applied = sorted(key for key in changed if SETTINGS[key].spec.reloadable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -14,8 +13,10 @@ from tokenizers import Tokenizer
 from edge_runtime.decoding import Detokenizer, Generation, VerifiedTokens
 from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.answer_text import AnswerText
 from edge_runtime.service.shown_tokens import ShownToken, ShownTokens
-from edge_runtime.service.stop_strings import StopStringFilter
+from edge_runtime.service.tool_calls.output_format import PLAIN_TEXT, OutputFormat
+from edge_runtime.service.tool_calls.parser import CallDelta, merge_calls
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,7 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prompt: token ids.
         stop_strings: the text ends before the first of these.
+        output: how the text is read: what is reasoning, and what are tool calls.
         include_stop: keep the stop string or stop token at the end of the text.
         model: target model; empty for the verifier's default.
         speculation: False leaves every token to the target; True lets the planner decide.
@@ -37,6 +39,7 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     max_new_tokens: int
     stop_strings: list[str]
+    output: OutputFormat = PLAIN_TEXT
     include_stop: bool = False
     model: str = ""
     speculation: bool = True
@@ -47,7 +50,7 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextChange(msgspec.Struct, frozen=True):
-    """A change of an answer's text; sizes in characters.
+    """A change of an answer's text, its content; sizes in characters.
 
     Attributes:
         text: to be appended after removing what is withdrawn.
@@ -55,18 +58,47 @@ class TextChange(msgspec.Struct, frozen=True):
         unverified: size of the end of the new text that only the draft model has generated.
         tokens: newly verified tokens whose text is shown, if the request asked for log-probabilities. They may belong
             to text that was shown before, unverified.
+        reasoning: to be appended to the reasoning. Like calls, it is verified, unless the answer ends unverified.
+        calls: new calls, and further pieces of calls.
     """
 
     text: str
     withdrawn: int = 0
     unverified: int = 0
     tokens: tuple[ShownToken, ...] = ()
+    reasoning: str = ""
+    calls: list[CallDelta] = []
 
     def then(self, later: TextChange) -> TextChange:
         """Return both changes as one."""
         cut = min(later.withdrawn, len(self.text))
         text = self.text[: len(self.text) - cut] + later.text
-        return TextChange(text, self.withdrawn + later.withdrawn - cut, later.unverified, self.tokens + later.tokens)
+        return TextChange(
+            text,
+            withdrawn=self.withdrawn + later.withdrawn - cut,
+            unverified=later.unverified,
+            tokens=self.tokens + later.tokens,
+            reasoning=self.reasoning + later.reasoning,
+            calls=merge_calls(self.calls, later.calls),
+        )
+
+    def parts(self) -> list[TextChange]:
+        """Return the change as changes of one kind each: reasoning, then content, then the start or a piece of a call.
+
+        Many clients look at the first call of a chunk alone, and expect its arguments after its name.
+        """
+        calls: list[CallDelta] = []
+        for call in self.calls:
+            if call.id:
+                calls.append(msgspec.structs.replace(call, arguments=""))
+            if call.arguments:
+                calls.append(CallDelta(call.index, arguments=call.arguments))
+        content = msgspec.structs.replace(self, reasoning="", calls=[])
+        parts = [TextChange("", reasoning=self.reasoning, unverified=self.unverified)] if self.reasoning else []
+        if content != TextChange("", unverified=self.unverified):
+            parts.append(content)
+        parts += [TextChange("", calls=[call], unverified=self.unverified) for call in calls]
+        return parts or [content]
 
 
 class AnswerAbandoned(Exception):
@@ -103,12 +135,12 @@ class Answer:
         self.done = self.abandoned = False
         # More than one if the draft model failed and the target continued alone.
         self._generations: list[Generation] = []
-        self._detokenizer = Detokenizer(tokenizer, request.prompt)
-        self._stop_filter = StopStringFilter(request.stop_strings, request.include_stop)
-        self._silent = frozenset(() if request.include_stop else request.sampling.stop_ids)
+        hidden = () if request.include_stop else request.sampling.stop_ids
+        self._detokenizer = Detokenizer(tokenizer, request.prompt, request.output.visible, hidden)
+        self._text = AnswerText(request.output, request.stop_strings, request.include_stop)
         self._shown_tokens = ShownTokens()
-        # Characters of verified text shown so far, and the unverified end of the text shown so far.
-        self._length, self._tail = 0, ""
+        # The unverified end of the text shown so far.
+        self._tail = ""
         self._unread: TextChange | None = None
         self._changed = changed or asyncio.Event()
         self._created = time.perf_counter()
@@ -149,6 +181,16 @@ class Answer:
         return self._generations[0].statistics.cached_prompt_tokens if self._generations else 0
 
     @property
+    def calls(self) -> int:
+        """Number of tool calls so far."""
+        return self._text.calls
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the reasoning, its markers included."""
+        return self._text.reasoning_tokens
+
+    @property
     def unverified(self) -> int:
         """Characters at the end of the text that only the draft model has generated."""
         return len(self._tail)
@@ -182,24 +224,23 @@ class Answer:
                     raise AnswerAbandoned
                 on_tokens(item)
                 text = self._append(item)
-                if self._stop_filter.found:
+                if self._text.stopped:
                     self._finish(text, "stop")
                     return
-                # Unverified text may be withdrawn, so it goes through a copy of the filter.
-                stop_filter = copy.copy(self._stop_filter)
-                tail = ""
-                if item.unverified:
-                    tail = stop_filter.feed("".join(self._detokenizer.preview(item.unverified)))
-                complete = stop_filter.found or (item.unverified and generation.finish)
-                if complete:
+                # Unverified text may be withdrawn, so only its content is shown, and nothing is appended.
+                unverified = "".join(self._detokenizer.preview(item.unverified)) if item.unverified else ""
+                tail, stopped = self._text.preview(unverified) if item.unverified else ("", False)
+                if stopped or (item.unverified and generation.finish):
                     self.unverified_tokens = len(item.unverified)
-                    finish = "stop" if stop_filter.found else generation.finish
-                    self._finish(text, finish, tail + stop_filter.flush())
+                    if not stopped:
+                        # Nothing follows that could withdraw it.
+                        tail = self._text.feed(unverified) + self._text.flush()
+                    self._finish(text, "stop" if stopped or self._text.stopped else generation.finish, tail)
                     return
                 self._show(text, tail)
-        text = self._stop_filter.feed(self._detokenizer.flush())
-        text += self._stop_filter.flush()
-        self._finish(text, "stop" if self._stop_filter.found else generation.finish)
+        text = self._text.feed(self._detokenizer.flush())
+        text += self._text.flush()
+        self._finish(text, "stop" if self._text.stopped else generation.finish)
 
     def complete(self, error: Exception | None = None) -> None:
         """Mark the answer as done, because of `error` if there is one."""
@@ -224,18 +265,18 @@ class Answer:
         text = ""
         for index, token in enumerate(item.accepted + item.own):
             self.tokens += 1
-            piece = self._detokenizer.step(token) if token not in self._silent else ""
+            piece = self._detokenizer.step(token)
             if item.logprobs:
                 self._shown_tokens.add(token, len(piece), item.logprobs[index])
-            text += self._stop_filter.feed(piece)
-            if self._stop_filter.found:
+            text += self._text.feed(piece)
+            if self._text.stopped:
                 break
         return text
 
     def _finish(self, text: str, finish: str, tail: str = "") -> None:
         """Show the last verified `text`, and the unverified `tail` after it."""
-        tokens = self._shown_tokens.finish(self._length + len(text), stopped=finish == "stop" and not tail)
         self.finish = finish
+        tokens = self._shown_tokens.finish(self._text.shown, stopped=finish == "stop" and not tail)
         self._show(text, tail, tokens)
 
     def _show(self, text: str, tail: str = "", tokens: tuple[ShownToken, ...] = ()) -> None:
@@ -244,10 +285,9 @@ class Answer:
         after, common = text + tail, 0
         while common < min(len(before), len(after)) and before[common] == after[common]:
             common += 1
-        self._length += len(text)
-        tokens = tokens or self._shown_tokens.take(self._length)
-        change = TextChange(after[common:], len(before) - common, len(tail), tokens)
-        if not change.text and len(before) == len(tail) and not tokens:
+        tokens = tokens or self._shown_tokens.take(self._text.shown)
+        change = TextChange(after[common:], len(before) - common, len(tail), tokens, *self._text.take())
+        if not (change.text or change.reasoning or change.calls or tokens) and len(before) == len(tail):
             return
         self.first_seconds = self.first_seconds or self._elapsed()
         self._unread = self._unread.then(change) if self._unread else change

@@ -49,6 +49,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates expect it: one text, and arguments as objects.
@@ -65,7 +66,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
         }
         if self.tool_calls:
             message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
-        for field in ("name", "tool_call_id"):
+        for field in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
         return message

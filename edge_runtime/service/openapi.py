@@ -54,7 +54,7 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
     Args:
         max_body: accepted size of a request body in bytes.
         keys: the service requires API keys.
-        has_template: the model has a chat template; without one there are no tools.
+        has_template: the model has a chat template; without one there are no documents.
     """
     schema_types = [
         requests.CompletionRequest,
@@ -82,9 +82,7 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
     schemas["ChatMessage"] |= conversation.MESSAGE_SCHEMA
     schemas["ChatRequest"] |= requests.CONVERSATION_SCHEMA
     if not has_template:
-        schemas["ChatMessage"]["properties"]["role"]["enum"].remove("tool")
-        for field in ("tools", "documents"):
-            schemas["ChatRequest"]["properties"][field] = {"enum": [None, []]}
+        schemas["ChatRequest"]["properties"]["documents"] = {"enum": [None, []]}
     message = "Generate the next message of a conversation"
     model_name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths: dict[str, Any] = {

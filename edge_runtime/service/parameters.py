@@ -59,24 +59,19 @@ def get_prompts(request: CompletionRequest) -> list[str | list[int]]:
 
 
 def get_chat_options(request: ChatRequest) -> ChatOptions:
-    """Return the other inputs of the chat template. Raises ApiError (400) if a tool is not a function with a name."""
-    for index, tool in enumerate(request.tools or []):
-        function = tool.get("function")
-        if (
-            tool.get("type") != "function"
-            or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-        ):
-            message = f'tools[{index}] is not {{"type": "function", "function": {{"name": ..., ...}}}}'
-            raise ApiError(400, message, param=f"tools[{index}]")
-    continues = bool(request.continue_final_message)
-    starts = request.add_generation_prompt
+    """Return the other inputs of the chat template. A last message of the assistant is continued."""
+    starts, continues = request.add_generation_prompt, request.continue_final_message
+    if continues is None:
+        last = request.messages[-1]
+        continues = starts is None and last.role == "assistant" and not last.tool_calls
+    effort = request.reasoning_effort
+    variables = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
     return ChatOptions(
         tools=(request.tools or None) if request.tool_choice != "none" else None,
         documents=request.documents,
         add_generation_prompt=not continues if starts is None else starts,
         continue_final_message=continues,
-        variables=request.chat_template_kwargs or {},
+        variables=variables | (request.chat_template_kwargs or {}),
     )
 
 

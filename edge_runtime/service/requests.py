@@ -9,7 +9,7 @@ Fields beyond OpenAI's have the names of vLLM and llama-server; `speculation` an
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from edge_runtime.service.conversation import ChatMessage
 from edge_runtime.service.errors import ApiError
 from edge_runtime.service.field_policy import EndpointName, check_fields
 from edge_runtime.service.structured_output import Choices, ResponseFormat, SchemaOrText, StructuredOutputs
+from edge_runtime.service.tool_calls.output_format import ToolChoice
 
 # The largest `n` and `best_of`: OpenAI's.
 MAX_CHOICES = 128
@@ -209,17 +210,26 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     ]
     tools: Annotated[
         list[Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=TOOL_SCHEMA)]] | None,
-        _means("Functions that the model may call, for its chat template."),
+        _means("Functions that the model may call. Arguments of calls match `parameters`, a JSON schema."),
     ] = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, _means("`none` leaves out the tools.")] = None
-    parallel_tool_calls: Annotated[bool | None, _means("Without effect: the model decides.")] = None
+    tool_choice: Annotated[
+        ToolChoice | None,
+        _means("`auto`, `required` (calls alone), `none` (leaves out the tools), a function, or `allowed_tools`."),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, _means("false: one call at most. Default: true.")] = None
+    reasoning_effort: Annotated[
+        str | None,
+        _means("For the chat template, as `reasoning_effort`; also sets `enable_thinking`, to false for `none`."),
+    ] = None
     documents: Annotated[
         list[dict[str, Any]] | None, _means("Texts for retrieval-augmented answers, for the chat template.")
     ] = None
     add_generation_prompt: Annotated[
         bool | None, _means("Begin the assistant's message. Default: unless a message is continued.")
     ] = None
-    continue_final_message: Annotated[bool | None, _means("Continue the last message.")] = None
+    continue_final_message: Annotated[
+        bool | None, _means("Continue the last message. Default: if it is the assistant's and has no calls.")
+    ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, _means("Further variables of the chat template, such as `enable_thinking`.")
     ] = None

@@ -15,6 +15,7 @@ from edge_runtime.service.answer import Answer, TextChange
 from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.openai_schema import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -25,16 +26,21 @@ from edge_runtime.service.openai_schema import (
     CompletionChoice,
     CompletionChunk,
     CompletionLogprobs,
+    CompletionTokensDetails,
     Delta,
     Finish,
+    FunctionDelta,
+    MessageToolCall,
     PromptTokensDetails,
     ResponseChunk,
     Timings,
+    ToolCallDelta,
     TopTokenLogprob,
     Usage,
     WholeResponse,
 )
 from edge_runtime.service.shown_tokens import ShownToken
+from edge_runtime.service.tool_calls.parser import CallDelta
 
 NO_CHANGE = TextChange("")
 
@@ -50,13 +56,15 @@ class ResponseFormatter(ABC):
     response_type: type[WholeResponse[Any]]
     chunk_type: type[ResponseChunk[Any]]
 
-    def __init__(self, tokenizer: Tokenizer, include_usage: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, logprobs: int, include_usage: bool) -> None:
         """
         Args:
+            logprobs: 0, or 1 + the number of most probable tokens whose log-probabilities are shown.
             include_usage: announce the usage chunk with `usage: null` in all other chunks.
         """
         self.id = self.id_prefix + secrets.token_hex(12)
         self._tokenizer = tokenizer
+        self._shown_logprobs = logprobs
         self._created = int(time.time())
         self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
 
@@ -136,23 +144,25 @@ class CompletionFormatter(ResponseFormatter):
     id_prefix = "cmpl-"
     response_type, chunk_type = Completion, CompletionChunk
 
-    def __init__(self, tokenizer: Tokenizer, include_usage: bool, echoes: list[str], choices_per_prompt: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, logprobs: int, include_usage: bool, echoes: list[str], choices_per_prompt: int
+    ) -> None:
         """
         Args:
             echoes: text that precedes the answers to each prompt.
         """
-        super().__init__(tokenizer, include_usage)
+        super().__init__(tokenizer, logprobs, include_usage)
         self._echoes = echoes
         self._choices_per_prompt = choices_per_prompt
 
     def make_choice(self, answer: Answer, change: TextChange, index: int) -> CompletionChoice:
         echo = self._echo(index)
-        logprobs = self._logprobs(answer, change.tokens, len(echo))
+        logprobs = self._logprobs(change.tokens, len(echo))
         return CompletionChoice(echo + change.text, index, logprobs, finish_reason(answer))
 
     def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> CompletionChoice:
         echo = self._echo(index)
-        logprobs = self._logprobs(answer, change.tokens, len(echo))
+        logprobs = self._logprobs(change.tokens, len(echo))
         return CompletionChoice(echo + change.text if first else change.text, index, logprobs)
 
     def make_last_chunk_choice(self, answer: Answer, index: int) -> CompletionChoice:
@@ -161,14 +171,14 @@ class CompletionFormatter(ResponseFormatter):
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._choices_per_prompt]
 
-    def _logprobs(self, answer: Answer, tokens: tuple[ShownToken, ...], offset: int) -> CompletionLogprobs | None:
-        if not answer.request.logprobs:
+    def _logprobs(self, tokens: tuple[ShownToken, ...], offset: int) -> CompletionLogprobs | None:
+        if not self._shown_logprobs:
             return None
         top = [{self._token_text(token)[0]: value for token, value in each.logprobs.top} for each in tokens]
         return CompletionLogprobs(
             tokens=[self._token_text(each.token)[0] for each in tokens],
             token_logprobs=[each.logprobs.logprob for each in tokens],
-            top_logprobs=top if answer.request.logprobs > 1 else None,
+            top_logprobs=top if self._shown_logprobs > 1 else None,
             text_offset=[offset + each.offset for each in tokens],
         )
 
@@ -180,18 +190,30 @@ class ChatFormatter(ResponseFormatter):
     response_type, chunk_type = ChatCompletion, ChatChunk
 
     def make_choice(self, answer: Answer, change: TextChange, index: int) -> ChatChoice:
-        logprobs = self._logprobs(answer, change.tokens)
-        return ChatChoice(AssistantMessage(change.text), finish_reason(answer), index, logprobs)
+        logprobs = self._logprobs(change.tokens)
+        calls = [MessageToolCall(call.id, CalledFunction(call.name, call.arguments)) for call in change.calls]
+        message = AssistantMessage(
+            content=change.text or (None if calls else ""),
+            reasoning_content=change.reasoning or msgspec.UNSET,
+            tool_calls=calls or msgspec.UNSET,
+        )
+        return ChatChoice(message, finish_reason(answer), index, logprobs)
 
     def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> ChatChunkChoice:
-        delta = Delta("assistant", change.text) if first else Delta(content=change.text)
-        return ChatChunkChoice(delta, index=index, logprobs=self._logprobs(answer, change.tokens))
+        other = bool(change.reasoning or change.calls)
+        delta = Delta(
+            role="assistant" if first else msgspec.UNSET,
+            content=msgspec.UNSET if other and not change.text else change.text,
+            reasoning_content=change.reasoning or msgspec.UNSET,
+            tool_calls=[_call_delta(call) for call in change.calls] or msgspec.UNSET,
+        )
+        return ChatChunkChoice(delta, index=index, logprobs=self._logprobs(change.tokens))
 
     def make_last_chunk_choice(self, answer: Answer, index: int) -> ChatChunkChoice:
         return ChatChunkChoice(Delta(), finish_reason(answer), index)
 
-    def _logprobs(self, answer: Answer, tokens: tuple[ShownToken, ...]) -> ChatLogprobs | None:
-        if not answer.request.logprobs:
+    def _logprobs(self, tokens: tuple[ShownToken, ...]) -> ChatLogprobs | None:
+        if not self._shown_logprobs:
             return None
         return ChatLogprobs([self._token_logprob(each) for each in tokens])
 
@@ -207,7 +229,9 @@ class ChatFormatter(ResponseFormatter):
 
 def finish_reason(answer: Answer) -> Finish:
     """Return OpenAI's finish reason of a complete answer."""
-    return "stop" if answer.finish == "stop" else "length"
+    if answer.finish != "stop":
+        return "length"
+    return "tool_calls" if answer.calls else "stop"
 
 
 def make_usage(group: AnswerGroup) -> Usage:
@@ -215,7 +239,8 @@ def make_usage(group: AnswerGroup) -> Usage:
     prompt = sum(len(answer.request.prompt) for answer in group.firsts)
     completion = sum(answer.tokens + answer.unverified_tokens for answer in group.answers)
     cached = PromptTokensDetails(sum(answer.cached_tokens for answer in group.firsts))
-    return Usage(prompt, completion, prompt + completion, cached)
+    reasoning = CompletionTokensDetails(sum(answer.reasoning_tokens for answer in group.answers))
+    return Usage(prompt, completion, prompt + completion, cached, reasoning)
 
 
 def make_timings(answers: list[Answer], firsts: list[Answer]) -> Timings:
@@ -242,6 +267,12 @@ def make_timings(answers: list[Answer], firsts: list[Answer]) -> Timings:
         withdrawn_n=sum(answer.withdrawn_tokens for answer in answers),
         logprobs_bytes=sum(answer.logprobs_bytes for answer in answers) if asked else msgspec.UNSET,
     )
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    if not call.id:
+        return ToolCallDelta(call.index, FunctionDelta(call.arguments))
+    return ToolCallDelta(call.index, FunctionDelta(call.arguments, call.name), call.id, "function")
 
 
 def _with_seed(group: AnswerGroup, answer: Answer, choice: msgspec.Struct) -> msgspec.Struct:

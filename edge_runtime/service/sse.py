@@ -69,10 +69,9 @@ async def stream_answers(group: AnswerGroup, formatter: ResponseFormatter, inclu
             if update is None:
                 break
             index, change = update
-            if change or index not in begun:
-                first = index not in begun
-                yield encode_event(formatter.format_chunk(group, index, change or NO_CHANGE, first=first))
-            begun.add(index)
+            for part in (change or NO_CHANGE).parts() if change or index not in begun else ():
+                yield encode_event(formatter.format_chunk(group, index, part, first=index not in begun))
+                begun.add(index)
             if change is None:
                 yield encode_event(formatter.format_last_chunk(group, index))
     except ClientDisconnect:

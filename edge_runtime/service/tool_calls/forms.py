@@ -38,7 +38,7 @@ ToolCallFormName = Literal[
     "command-r",
 ]
 ReasoningFormName = Literal["think", "mistral", "none"]
-# Two attempts of a call's JSON: what it is called, and what it is called with.
+# Keys of name and arguments in the JSON of calls; models confuse them.
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters")
 
@@ -230,7 +230,8 @@ FALLBACK_FORM: ToolCallFormName = "hermes"
 
 def tool_call_form(name: str) -> ToolCallForm:
     """Return the form of this name. Raises KeyError."""
-    return {form.name: form for form in TOOL_CALL_FORMS}[name]  # type: ignore[index]
+    forms: dict[str, ToolCallForm] = {form.name: form for form in TOOL_CALL_FORMS}
+    return forms[name]
 
 
 def detect_tool_call_form(template: str) -> ToolCallForm | None:
@@ -240,7 +241,8 @@ def detect_tool_call_form(template: str) -> ToolCallForm | None:
 
 def reasoning_form(name: str) -> ReasoningForm | None:
     """Return the form of this name, None for `none`. Raises KeyError."""
-    return {"none": None, **{form.name: form for form in REASONING_FORMS}}[name]
+    forms: dict[str, ReasoningForm | None] = {form.name: form for form in REASONING_FORMS}
+    return (forms | {"none": None})[name]
 
 
 def detect_reasoning_form(template: str) -> ReasoningForm | None:

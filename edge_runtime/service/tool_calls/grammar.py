@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from edge_runtime.protocol.grammar import LIMITS, MAX_REASON_CHARACTERS, GrammarError
 from edge_runtime.service.tool_calls.forms import (
     ParameterMarkers,
     ReasoningForm,
@@ -98,7 +100,11 @@ class AddedTokens(msgspec.Struct, frozen=True):
 
 
 def build_grammar(shape: AnswerShape, added: AddedTokens) -> str:
-    """Return the grammar of such answers; empty if any text is allowed."""
+    """Return the grammar of such answers; empty if any text is allowed.
+
+    Raises:
+        GrammarError: the parameters of a strict tool are no schema that can be enforced.
+    """
     if not shape.tools and not shape.text_grammar:
         return ""
     builder = _GrammarBuilder(shape, added)
@@ -215,11 +221,12 @@ class _GrammarBuilder:
         form = self._form
         name = f"call_{index}"
         style = JSON_STYLE if tool.strict else JSON_STYLE | LENIENT
-        schema = close_objects(tool.parameters) or NO_PARAMETERS
-        schema = {"type": "object", **schema}
+        schema = {"type": "object", **(close_objects(tool.parameters) or NO_PARAMETERS)}
         if form.parameters:
-            self._add(name, self._parameters(name, tool.name, schema, style, form.parameters))
+            self._add(name, self._parameters(name, tool, schema, style, form.parameters))
             return
+        if not _is_enforceable(tool, schema, style):
+            schema = {"type": "object"}
         if form.body == "array":
             name_key, arguments_key = form.keys
             before, after = f'{{"{name_key}": {_quote(tool.name)}, "{arguments_key}": ', "}"
@@ -235,28 +242,30 @@ class _GrammarBuilder:
         self._add(name, f"{self._literal(before)} {_json(schema, style)} {self._literal(after)}")
 
     def _parameters(
-        self, rule: str, tool: str, schema: dict[str, Any], style: dict[str, Any], marks: ParameterMarkers
+        self, rule: str, tool: Tool, schema: dict[str, Any], style: dict[str, Any], marks: ParameterMarkers
     ) -> str:
         """The body of a call whose arguments are written one by one, in the order of the schema."""
-        parts = [self._literal(marks.name + tool + marks.name_end)]
-        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        parts = [self._literal(marks.name + tool.name + marks.name_end)]
+        definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         required = schema.get("required", [])
         for number, (key, value) in enumerate(schema.get("properties", {}).items()):
             name = f"{rule}_{number}"
             start = self._literal(marks.key + key + marks.key_end + marks.value)
-            self._add(name, f"{start} {self._argument(value, definitions, style, marks.value_end)}")
+            value = definitions | value if isinstance(value, dict) else {}
+            if not _is_enforceable(tool, value, style):
+                value = {"type": "string"}
+            self._add(name, f"{start} {self._argument(value, style, marks.value_end)}")
             parts.append(name if key in required else f"{name}?")
         return " ".join([*parts, self._literal(marks.end)])
 
-    def _argument(self, schema: Any, definitions: dict[str, Any], style: dict[str, Any], end: str) -> str:
+    def _argument(self, schema: dict[str, Any], style: dict[str, Any], end: str) -> str:
         """The value of one argument. Bounds on the length or form of strings are not enforced."""
-        schema = schema if isinstance(schema, dict) else {}
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         if values and all(isinstance(value, str) for value in values):
             return f"({' | '.join(self._literal(value) for value in values)}) {self._literal(end)}"
         if schema.get("type") == "string":
             return self._until(end)
-        return f"{_json(definitions | schema, style)} {self._literal(end)}"
+        return f"{_json(schema, style)} {self._literal(end)}"
 
     def _until(self, end: str) -> str:
         """Any text up to and including `end`."""
@@ -294,6 +303,16 @@ class _GrammarBuilder:
 
     def _terminal(self, name: str, expression: str) -> None:
         self._rules.append(f"{name}: {expression}")
+
+
+def _is_enforceable(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -> bool:
+    """Whether llguidance can make arguments of `tool` match `schema`. Raises GrammarError if it must and cannot."""
+    problem = LLMatcher.validate_grammar(f"start: {_json(schema, style)}", limits=LIMITS)
+    if problem and tool.strict:
+        raise GrammarError(
+            f"tools: the parameters of {tool.name} cannot be enforced: {problem[:MAX_REASON_CHARACTERS]}"
+        )
+    return not problem
 
 
 def _json(schema: dict[str, Any], style: dict[str, Any]) -> str:

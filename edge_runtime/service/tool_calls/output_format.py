@@ -177,9 +177,15 @@ def get_allowed_calls(
 
 
 def make_output_format(
-    forms: OutputForms, calls: AllowedCalls, *, prompt: str, conversation: Conversation, options: ChatOptions
+    forms: OutputForms,
+    calls: AllowedCalls,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str,
+    conversation: Conversation,
+    options: ChatOptions,
 ) -> OutputFormat:
-    """Return how the answer to a conversation is read, which was rendered as `prompt`; `visible` is not set."""
+    """Return how the answer to a conversation is read, which was rendered as `prompt`."""
     reasoning, in_reasoning = forms.reasoning, False
     if reasoning and options.continue_final_message:
         content = conversation[-1]["content"]
@@ -188,16 +194,23 @@ def make_output_format(
     elif reasoning:
         in_reasoning = reasoning.is_open(prompt)
         reasoning = None if reasoning.is_closed(prompt) else reasoning
+    form = forms.tool_calls if calls.tools else None
+    structure = (form.structure if form else "") + (reasoning.begin + reasoning.end if reasoning else "")
     return OutputFormat(
-        form=forms.tool_calls if calls.tools else None,
+        form=form,
         reasoning=reasoning,
         in_reasoning=in_reasoning,
         single_call=bool(calls.tools) and (calls.single or forms.single_call),
         parameters={tool.name: tool.parameters for tool in calls.tools},
+        visible=frozenset(
+            index
+            for index, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content in structure
+        ),
     )
 
 
-def make_grammar(output: OutputFormat, calls: AllowedCalls, added: AddedTokens, text_grammar: str = "") -> str:
+def make_grammar(output: OutputFormat, calls: AllowedCalls, tokenizer: Tokenizer, text_grammar: str = "") -> str:
     """Return the grammar of the answer (`Sampling.grammar`); empty if any text is allowed.
 
     Args:
@@ -214,16 +227,4 @@ def make_grammar(output: OutputFormat, calls: AllowedCalls, added: AddedTokens, 
         in_reasoning=output.in_reasoning,
         text_grammar="" if calls.required else text_grammar,
     )
-    return build_grammar(shape, added)
-
-
-def find_visible(output: OutputFormat, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids of the special tokens that occur in the forms of `output`."""
-    structure = output.form.structure if output.form else ""
-    if output.reasoning:
-        structure += output.reasoning.begin + output.reasoning.end
-    return frozenset(
-        index
-        for index, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special and token.content in structure
-    )
+    return build_grammar(shape, AddedTokens.of(tokenizer))

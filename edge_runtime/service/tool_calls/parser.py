@@ -138,7 +138,6 @@ class OutputParser:
             else:
                 self._content.append(self._raw)
         self._held = self._raw = ""
-        self.complete = True
         return self._take()
 
     def preview(self, tail: str) -> str:

@@ -10,9 +10,10 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from edge_runtime.protocol.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
+from edge_runtime.protocol.grammar import CompiledGrammar, GrammarError, GrammarMatcher, GrammarTokenizer
 from edge_runtime.protocol.grammar_sources import from_json_schema
 from edge_runtime.service.tool_calls.forms import REASONING_FORMS, TOOL_CALL_FORMS, ToolCallForm, format_calls
 from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, close_objects
@@ -167,6 +168,18 @@ def test_whatever_the_grammar_admits_is_a_valid_call(form: ToolCallForm, data: s
     jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
 
 
+@pytest.mark.parametrize("form", [TOOL_CALL_FORMS[0], TOOL_CALL_FORMS[2]], ids=["qwen3-coder", "hermes"])
+@pytest.mark.parametrize("schema", [{"pattern": "(?=a)"}, {"$ref": "#/nowhere"}, {"type": "objekt"}])
+def test_a_schema_that_cannot_be_enforced_is_an_error_of_strict_tools(form: ToolCallForm, schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"x": schema}}
+    calls = format_calls(form, [("get", {"x": 1})])
+    lenient = [Tool("get", parameters)]
+    assert admits(form, False, calls, tools=lenient, required=True)
+    assert admits(form, False, format_calls(form, [("get", {})]), tools=lenient, required=True)
+    with pytest.raises(GrammarError, match="the parameters of get cannot be enforced"):
+        build_grammar(AnswerShape(form=form, tools=[Tool("get", parameters, strict=True)]), AddedTokens())
+
+
 def test_objects_are_closed_where_the_schema_does_not_say() -> None:
     schema = {
         "properties": {"a": {"properties": {}}, "b": {"additionalProperties": {"properties": {"c": True}}}},
@@ -184,3 +197,16 @@ def test_objects_are_closed_where_the_schema_does_not_say() -> None:
     assert closed["$defs"]["e"] == schema["$defs"]["e"]  # type: ignore[index]
     assert closed["items"] == schema["items"]
     assert "additionalProperties" not in schema
+
+
+def test_added_tokens_are_those_that_llguidance_sees() -> None:
+    tokenizer = byte_tokenizer()
+    contents = ["<a>", "[b]", "<c", "d>", "<|e|>", "<｜f｜>", "<g h>", "<>"]
+    tokenizer.add_tokens([AddedToken(content, special=False) for content in contents])
+    tokenizer.add_special_tokens([AddedToken(content + "!", special=True) for content in contents])
+    added = AddedTokens.of(tokenizer)
+    seen = LLTokenizer(tokenizer.to_str(), eos_token=0)
+    special = {index for index in range(tokenizer.get_vocab_size()) if seen.is_special_token(index)}
+    # Those of the ordinary vocabulary are not added ones, and do not occur in texts.
+    assert set(added.ids.values()) == {index for index in special if index >= 300}
+    assert added.text_ids.keys() == {"<a>", "<|e|>", "<｜f｜>", "<g h>", "<>"}
