@@ -24,6 +24,7 @@ from device_profiles.image.boot_partition import ImagePartition
 from device_profiles.image.disk import partition_offset
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import SETTINGS
+from edge_runtime.settings.loading import ConfigurationError
 
 NOTE = "note"
 # Columns without a table, and the table that they belong to.
@@ -69,8 +70,9 @@ def read_fleet(path: Path, common: str, scratch: Path) -> list[FleetBoard]:
         probe.write_text(text, encoding="utf-8")
         try:
             read_board_file(probe)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {str(error).replace(str(probe), name)}") from None
+        except ConfigurationError as error:
+            messages = "; ".join(problem.message for problem in error.problems)
+            raise InputError(f"{path}:{number}: {messages}") from None
         finally:
             probe.unlink()
         boards.append(FleetBoard(name, text, line.get(NOTE, "")))

@@ -117,7 +117,7 @@ def build_image(options: ImageOptions, say: Callable[[str], None]) -> ImageManif
     base, base_files = build_base(archive, packages, options.mirrors, options.cache, say)
     # Beside the image, and not in /tmp, which may be memory.
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".flexspec-image-", dir=options.output.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=".flexspec-image-", dir=options.output.parent.resolve()) as name:
         scratch = Path(name)
         wheel = options.wheel or build_wheel(scratch, options.epoch)
         runtime = cached_runtime(wheel, base, scratch, options, say)

@@ -28,10 +28,13 @@ FIRST_INODE = 11
 
 # Extracts archives into a new directory, and prints the bytes and the number of its files.
 EXTRACT = """
-umask 022; root=$1; shift; mkdir "$root"
+umask 022; root=$1; epoch=$2; shift 2; mkdir "$root"
 cd "$root"
 for archive; do tar --extract --file "$archive" --numeric-owner --same-permissions --keep-directory-symlink; done
-chmod 755 "$root"; du --summarize --bytes "$root"; find "$root" | wc --lines
+chmod 755 "$root"
+# Directories that a later archive added files to.
+find "$root" -newermt "@$epoch" -exec touch --no-dereference --date="@$epoch" {} +
+du --summarize --bytes "$root"; find "$root" | wc --lines
 """
 
 
@@ -56,10 +59,10 @@ def make_root_file_system(image: Path, archives: Sequence[Path], scratch: Path, 
     Runs in a user namespace unless the user is root, so that files belong to whom the archives say.
     """
     require("mke2fs", "debugfs", "dumpe2fs", "tar")
-    root = scratch / "root"
+    root = scratch.resolve() / "root"
     inside = _as_root()
     try:
-        done = run([*inside, "sh", "-e", "-c", EXTRACT, "sh", root, *archives])
+        done = run([*inside, "sh", "-e", "-c", EXTRACT, "sh", root, str(epoch), *map(Path.resolve, archives)])
         size, count = (int(line.split()[0]) for line in done.stdout.splitlines())
         blocks = (int(size * ROOT_MARGIN) + 4096 * count + ROOT_SLACK) // ALIGNMENT + 1
         image.unlink(missing_ok=True)
