@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -31,7 +33,15 @@ T = TypeVar("T")
 # One bit per token id, least significant first, padded with zeros to a multiple of 32 bits.
 TokenMask = npt.NDArray[np.uint8]
 
-LIMITS = LLParserLimits(verbose_errors=False)
+# llguidance's own limits of the work for a mask let it take some 20 ms. A state of the lexer takes 1 to 2 kB; a text of
+# an ordinary schema needs hundreds, one with arrays of long strings thousands. All texts of a grammar share them.
+LIMITS = LLParserLimits(max_lexer_states=1 << 15, verbose_errors=False)
+TOO_COSTLY = "the grammar is too costly: simplify it"
+# CPU time that a matcher with a budget may spend at first, before its masks earn more. Chosen: some masks of an
+# ordinary grammar take 20 ms, nearly all less than 1 ms.
+INITIAL_BUDGET_SECONDS = 0.25
+# A grammar that took longer to compile is not compiled again while a forward waits for its mask. Chosen.
+RENEWAL_SECONDS = 0.05
 # llguidance may quote a whole grammar in its messages.
 MAX_REASON_CHARACTERS = 300
 # Longest time for compiling a grammar, the wait for other grammars included. Chosen: a usual one takes a millisecond.
@@ -53,6 +63,7 @@ class GrammarTokenizer:
     Attributes:
         logits: number of ids that a mask covers.
         end_ids: tokens that end a text.
+        definition: content of the `tokenizer.json`.
         all_mask, text_mask, end_mask: masks of all ids, of all but the end tokens, and of these.
     """
 
@@ -71,16 +82,19 @@ class GrammarTokenizer:
             raise GrammarError("this model has no end-of-text token, so no text of it can match a grammar")
         # Neither must change how llguidance splits a text into tokens.
         definition = msgspec.json.decode(tokenizer.to_str()) | {"padding": None, "truncation": None}
+        self.definition = msgspec.json.encode(definition).decode()
         size = max(logits, 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0))
         try:
-            self._tokenizer = LLTokenizer(
-                msgspec.json.encode(definition).decode(), n_vocab=size, eos_token=sorted(self.end_ids)
-            )
+            self._tokenizer = LLTokenizer(self.definition, n_vocab=size, eos_token=sorted(self.end_ids))
         except Exception as error:  # llguidance raises bare ValueError
             raise GrammarError(f"the tokenizer of this model does not support grammars: {error}") from None
         self.all_mask = _pack(range(logits), logits)
         self.end_mask = _pack(self.end_ids, logits)
         self.text_mask = self.all_mask & ~self.end_mask
+
+    def trim(self, mask: bytes, possible: TokenMask) -> TokenMask:
+        """The tokens of `possible` that a mask of llguidance allows; it has at least one bit more."""
+        return np.frombuffer(mask, np.uint8, possible.size) & possible
 
     def new_matcher(self, grammar: str) -> LLMatcher:
         """llguidance's matcher of `grammar`, before the first token. Raises GrammarError."""
@@ -112,11 +126,15 @@ class GrammarCompiler:
             with self._lock:
                 if self._tokenizer is None:
                     self._tokenizer = GrammarTokenizer(self._load_tokenizer(), self._logits, self._end_ids)
-                compiled = self._compiled[grammar] = CompiledGrammar(self._tokenizer, grammar)
+                compiled = self._compiled[grammar] = self._compile(self._tokenizer, grammar)
                 if len(self._compiled) > CACHED_GRAMMARS:
                     # The oldest.
                     del self._compiled[next(iter(self._compiled))]
         return compiled
+
+    def _compile(self, tokenizer: GrammarTokenizer, grammar: str) -> CompiledGrammar:
+        """Compile a grammar that is not known."""
+        return CompiledGrammar(tokenizer, grammar)
 
     async def compile_in_thread(self, grammar: str) -> CompiledGrammar:
         """Compile `grammar` while the event loop goes on.
@@ -139,20 +157,28 @@ class CompiledGrammar:
     def __init__(self, tokenizer: GrammarTokenizer, grammar: str) -> None:
         self.tokenizer = tokenizer
         self._grammar = grammar
+        started = time.thread_time()
         self._first = tokenizer.new_matcher(grammar)
-        mask = self._first.compute_bitmask()
+        self._seconds = time.thread_time() - started
+        mask = tokenizer.trim(self._first.compute_bitmask(), tokenizer.all_mask)
         _raise_error(self._first)
-        if not any(mask):
+        if not mask.any():
             raise GrammarError("no token of this model begins a text that matches the grammar")
 
-    def new_matcher(self, *, anew: bool = False) -> LLMatcher:
-        """llguidance's matcher before the first token.
+    def new_matcher(self) -> LLMatcher:
+        """llguidance's matcher before the first token. All share the states of one lexer."""
+        return self._first.deep_copy()
 
-        Args:
-            anew: compile the grammar again. Otherwise the matcher is a copy, which shares a limit with all others: that
-                of the lexer's states.
+    def renew(self) -> LLMatcher:
+        """Like `new_matcher`, with a new lexer: the texts so far may have brought the old one to its limit.
+
+        Raises:
+            GrammarError: compiling it again would take too long.
         """
-        return self.tokenizer.new_matcher(self._grammar) if anew else self._first.deep_copy()
+        if self._seconds > RENEWAL_SECONDS:
+            raise GrammarError(TOO_COSTLY)
+        self._first = self.tokenizer.new_matcher(self._grammar)
+        return self.new_matcher()
 
 
 class GrammarMatcher:
@@ -162,8 +188,14 @@ class GrammarMatcher:
     function of these ids alone.
     """
 
-    def __init__(self, grammar: CompiledGrammar) -> None:
+    def __init__(self, grammar: CompiledGrammar, seconds_per_mask: float = math.inf) -> None:
+        """
+        Args:
+            seconds_per_mask: CPU time that masks may take on average; a costlier grammar fails.
+        """
         self._grammar = grammar
+        self._seconds_per_mask = seconds_per_mask
+        self._budget = INITIAL_BUDGET_SECONDS
         self._tokenizer = grammar.tokenizer
         self._matcher = grammar.new_matcher()
         # The ids of the last call, as far as the grammar allows them.
@@ -182,8 +214,7 @@ class GrammarMatcher:
 
         def compute_mask(matcher: LLMatcher) -> TokenMask:
             possible = self._tokenizer.all_mask if matcher.is_accepting() else self._tokenizer.text_mask
-            # llguidance's mask has at least a bit more.
-            return np.frombuffer(matcher.compute_bitmask(), np.uint8, possible.size) & possible
+            return self._tokenizer.trim(matcher.compute_bitmask(), possible)
 
         mask = self._after(generated, compute_mask)
         if self._end is not None and len(self._ids) == len(generated):
@@ -209,14 +240,18 @@ class GrammarMatcher:
 
     def _after(self, generated: list[int], compute: Callable[[LLMatcher], T]) -> T | None:
         """`compute` of the matcher after `generated`; None after an end token or if the grammar does not allow them."""
-        result = None
+        result, started = None, time.thread_time()
         for anew in (False, True):
             if anew:
                 # Other texts or rejected drafts may have used up a limit.
-                self._matcher, self._ids, self._end = self._grammar.new_matcher(anew=True), [], None
+                self._matcher, self._ids, self._end = self._grammar.renew(), [], None
             if self._follow(generated) and self._end is None:
                 result = compute(self._matcher)
             if not self._matcher.is_error():
+                spent = time.thread_time() - started
+                self._budget = min(INITIAL_BUDGET_SECONDS, self._budget + self._seconds_per_mask - spent)
+                if self._budget < 0:
+                    raise GrammarError(TOO_COSTLY)
                 return result
         _raise_error(self._matcher)
         return None

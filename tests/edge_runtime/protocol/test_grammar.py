@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
-from edge_runtime.protocol import grammar_sources
+from edge_runtime.protocol import grammar, grammar_sources
 from edge_runtime.protocol.grammar import GrammarCompiler, GrammarError, GrammarMatcher, unpack_mask
 from tests.models import VOCABULARY_SIZE, byte_tokenizer
 from tests.toy_family import FAMILY
@@ -214,9 +215,9 @@ def test_one_end_token_is_forced_after_a_complete_text(toy: Tokenizer, toy_gramm
 def test_models_with_more_or_fewer_logits_than_tokens(logits: int, toy: Tokenizer) -> None:
     grammars = GrammarCompiler(lambda: toy, logits, [END])
     full = GrammarCompiler(lambda: toy, toy.get_vocab_size(), [END])
-    for grammar in GRAMMARS.values():
-        ids = allowed_ids(GrammarMatcher(full.compile(grammar)), [])
-        matcher = GrammarMatcher(grammars.compile(grammar))
+    for source in GRAMMARS.values():
+        ids = allowed_ids(GrammarMatcher(full.compile(source)), [])
+        matcher = GrammarMatcher(grammars.compile(source))
         assert allowed_ids(matcher, []) == [token for token in ids if token < logits]
         mask = matcher.allowed([])
         assert mask is not None
@@ -231,7 +232,7 @@ def test_a_model_without_end_tokens_has_no_grammars(toy: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grammar", "reason"),
+    ("source", "reason"),
     [
         ("", "Empty grammar"),
         ("start: nowhere", "unknown name"),
@@ -244,14 +245,40 @@ def test_a_model_without_end_tokens_has_no_grammars(toy: Tokenizer) -> None:
         ("{", "EOF"),
     ],
 )
-def test_an_invalid_grammar_is_refused_with_the_reason(
-    grammar: str, reason: str, toy_grammars: GrammarCompiler
-) -> None:
+def test_an_invalid_grammar_is_refused_with_the_reason(source: str, reason: str, toy_grammars: GrammarCompiler) -> None:
     with pytest.raises(GrammarError, match=re.escape(reason)):
-        toy_grammars.compile(grammar)
+        toy_grammars.compile(source)
 
 
 def test_a_grammar_that_the_tokenizer_cannot_write_is_refused() -> None:
     grammars = GrammarCompiler(byte_tokenizer, 20, [END])
     with pytest.raises(GrammarError, match="no token of this model begins"):
         grammars.compile(grammar_sources.from_choices(["\u00e9"]))
+
+
+def test_the_lexers_limit_ends_no_text_that_fits_into_it(
+    toy: Tokenizer, toy_grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(max_lexer_states=3000, verbose_errors=False))
+    schema = {"type": "array", "items": {"type": "string", "maxLength": 2000}, "minItems": 5}
+    compiled = GrammarCompiler(lambda: toy, 2048, [END]).compile(grammar_sources.from_json_schema(schema))
+    unlimited = toy_grammars.compile(grammar_sources.from_json_schema(schema))
+    for seed in range(12):
+        matcher, reference = GrammarMatcher(compiled), GrammarMatcher(unlimited)
+        ids: list[int] = []
+        pick = random.Random(seed)
+        for _ in range(60):
+            allowed = allowed_ids(reference, ids)
+            assert allowed_ids(matcher, ids) == allowed
+            ids.append(pick.choice(allowed))
+
+
+def test_a_budget_ends_a_text_whose_masks_take_too_long(toy_grammars: GrammarCompiler) -> None:
+    # The whole text is forced, and llguidance splits it into tokens again for every mask.
+    compiled = toy_grammars.compile('start: "' + "ab" * 20_000 + '"\n')
+    patient, impatient = GrammarMatcher(compiled), GrammarMatcher(compiled, seconds_per_mask=0.001)
+    ids = patient.forced([], 1000)
+    with pytest.raises(GrammarError, match="too costly"):
+        for index in range(1000):
+            impatient.allowed(ids[:index])
+    assert patient.allowed(ids) is not None
