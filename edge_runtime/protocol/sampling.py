@@ -139,6 +139,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
                 f"the grammar has {len(self.grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS}: simplify it"
             )
 
+    def __hash__(self) -> int:
+        # msgspec's own would hash the dictionary and the list.
+        fields = msgspec.structs.asdict(self)
+        return hash((frozenset(fields.pop("logit_bias").items()), *fields.pop("stop_ids"), *fields.values()))
+
     @property
     def processes_logits(self) -> bool:
         """Whether the logits are changed before temperature, top-k, top-p and min-p (see `logits_processing`)."""
