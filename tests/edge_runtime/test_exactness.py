@@ -2,7 +2,7 @@
 
 transformers' `generate` continues every prompt with the target alone; a real verifier continues it under every draft,
 plan and fault below, and the ids must be equal. To finish within minutes, texts are short, every plan and fault meets
-every prompt under one of the three samplings, in turn, and the plans are a few that cover each value of K, siblings and
+every prompt under one of the samplings, in turn, and the plans are a few that cover each value of K, siblings and
 n. FLEXSPEC_EXACT=full runs all plans of drafts x K x siblings x n, and all faults, under all samplings, with longer
 texts.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,12 +27,14 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
 from cloud_verifier.api.app import VerifierLimits
+from cloud_verifier.model.reference import make_logits_processors
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
-from edge_runtime.protocol.sampling import CoupledSampler, Sampling
+from edge_runtime.protocol.messages import LOGPROB_UNITS, TokenLogprobs
+from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
 from tests.conftest import ComputeOnce, serving
@@ -51,6 +54,17 @@ SAMPLINGS = {
     "greedy": Sampling(seed=11),
     "T=0.7": Sampling(temperature=0.7, seed=12),
     "T=1, top-p": Sampling(temperature=1.0, top_p=0.95, seed=13),
+    "penalties": Sampling(
+        temperature=0.8,
+        seed=14,
+        min_p=0.02,
+        repetition_penalty=1.15,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={13: 1.5, 200: -1.0},
+    ),
+    # Most texts end at " the", but not before their 25th token.
+    "bounded": Sampling(seed=15, frequency_penalty=0.4, min_tokens=24, stop_ids=[311]),
 }
 
 ALL_PLANS = [
@@ -100,7 +114,6 @@ class ReferenceTexts:
     def __init__(self, target: Path, compute_once: ComputeOnce) -> None:
         self._target = target
         self._compute_once = compute_once
-        self._model: PreTrainedModel | None = None
 
     def __call__(self, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
         """Return the continuations of `prompts`, all of the same length, by name of the sampling."""
@@ -108,42 +121,51 @@ class ReferenceTexts:
         texts: dict[str, list[list[int]]] = json.loads(self._compute_once(name, lambda: self._generate(prompts)))
         return texts
 
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        return load_model(self._target, "cpu", "float32")[0]
+
     def _generate(self, prompts: list[list[int]]) -> bytes:
-        if self._model is None:
-            self._model = load_model(self._target, "cpu", "float32")[0]
         ids = torch.tensor(prompts * len(SAMPLINGS))
         samplings = [sampling for sampling in SAMPLINGS.values() for _ in prompts]
-        rows = self._model.generate(
+        rows = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=END,
             pad_token_id=END,
-            logits_processor=[SharedNoise(self._model.config.vocab_size, samplings)],
+            logits_processor=[OwnParameters(self.model.config.vocab_size, samplings)],
         )
-        texts = [_until_end(row[PROMPT_TOKENS:]) for row in rows.tolist()]
+        texts = [
+            _until_end(row[PROMPT_TOKENS:], end_ids(sampling))
+            for row, sampling in zip(rows.tolist(), samplings, strict=True)
+        ]
         by_sampling = {name: texts[i * len(prompts) :][: len(prompts)] for i, name in enumerate(SAMPLINGS)}
         return json.dumps(by_sampling).encode()
 
 
-class SharedNoise(LogitsProcessor):  # type: ignore[misc]
-    """Lets `generate` sample each row with the noise of its own sampling parameters and seed."""
+class OwnParameters(LogitsProcessor):  # type: ignore[misc]
+    """Lets `generate` process each row with transformers' processors for its own sampling parameters and noise."""
 
     def __init__(self, vocabulary: int, samplings: list[Sampling]) -> None:
-        self._sampler = CoupledSampler(vocabulary)
-        self._samplings = samplings
+        self._processors = [
+            make_logits_processors(sampling, vocabulary, PROMPT_TOKENS, end_ids(sampling), torch.device("cpu"))
+            for sampling in samplings
+        ]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        picked = torch.full_like(scores, -torch.inf)
-        for row, sampling in enumerate(self._samplings):
-            logits = scores[row].numpy()
-            picked[row, self._sampler.rank(logits, sampling, input_ids.shape[1]).ids[0]] = 0.0
-        return picked
+        rows = enumerate(self._processors)
+        return torch.cat([process(input_ids[[row]], scores[[row]]) for row, process in rows])
 
 
-def _until_end(ids: list[int]) -> list[int]:
-    return ids[: ids.index(END) + 1] if END in ids else ids
+def end_ids(sampling: Sampling) -> frozenset[int]:
+    return frozenset([END, *sampling.stop_ids])
+
+
+def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
+    length = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:length]
 
 
 def connected(url: str, transport: httpx.AsyncBaseTransport | None = None) -> VerifierClient:
@@ -206,7 +228,7 @@ async def test_every_draft_and_plan_gives_the_reference_text(
             for case, generation in zip(batch, generations, strict=True):
                 text = expected[case[3]][case[0]]
                 assert generation.ids[PROMPT_TOKENS:] == text, case
-                assert generation.finish == ("stop" if text[-1] == END else "length")
+                assert generation.finish == ("stop" if text[-1] in end_ids(SAMPLINGS[case[3]]) else "length")
 
 
 class Fault:
@@ -396,6 +418,46 @@ async def test_random_plans_with_many_concurrent_texts(
         )
     for (index, sampling), generation in zip(jobs, texts, strict=True):
         assert generation.ids[PROMPT_TOKENS:] == reference(chunk)[sampling][index]
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+async def test_log_probabilities_are_the_targets_under_any_plan_and_fault(
+    fault: str | None, reference: ReferenceTexts, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
+) -> None:
+    """One entry for every token, whatever is drafted, streamed, repeated, cut off or lost; compared with PyTorch."""
+    kind, plan = FAULTS[fault] if fault else (Fault, Plan(4, continuation=9, siblings=3))
+    chunk = prompts[:CHUNK]
+    async with Ingress(target_v1, VerifierLimits(max_sessions=1) if fault == "evict" else None) as server:
+        transport = Twice() if fault and fault.startswith("twice") else None
+        async with connected(server.url, transport) as client:
+            for index, name in enumerate(SAMPLINGS):
+                generation = Generation(
+                    shipped_draft,
+                    client,
+                    chunk[index],
+                    SAMPLINGS[name],
+                    # The last round is cut off.
+                    max_new_tokens=NEW_TOKENS // 2 + 1,
+                    planner=FixedPlanner(plan),
+                    logprobs=3,
+                )
+                entries: list[TokenLogprobs] = []
+                faults = kind(server, client)
+                async for piece in generation:
+                    entries += piece.logprobs
+                    assert len(generation.ids) == PROMPT_TOKENS + len(entries)
+                    await faults.after_piece()
+                new = generation.ids[PROMPT_TOKENS:]
+                assert new == reference(chunk)[name][index][: NEW_TOKENS // 2 + 1]
+                with torch.inference_mode():
+                    logits = reference.model(torch.tensor([generation.ids])).logits[0, PROMPT_TOKENS - 1 : -1]
+                expected = logits.double().log_softmax(-1)
+                values, ids = expected.topk(2)
+                for place, (token, entry) in enumerate(zip(new, entries, strict=True)):
+                    rounding = 0.51 / LOGPROB_UNITS + 1e-4
+                    assert entry.logprob == pytest.approx(expected[place, token].item(), abs=rounding)
+                    assert [token for token, _ in entry.top] == ids[place].tolist()
+                    assert [value for _, value in entry.top] == pytest.approx(values[place].tolist(), abs=rounding)
 
 
 async def test_drafting_ahead_and_early_rounds_occur(

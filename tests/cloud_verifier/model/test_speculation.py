@@ -46,6 +46,7 @@ SAMPLINGS = {
         0.7, seed=1, ignore_eos=True, min_p=0.02, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 4.0}
     ),
 }
+PENALIZED = Sampling(ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.1)
 # The tiny target repeats no token in the first tokens of this text.
 VARIED = Sampling(1.5, seed=5, ignore_eos=True)
 CALIBRATION_TEXT = "the quick brown fox jumps over the lazy dog"
@@ -192,14 +193,16 @@ def test_the_text_equals_reference_decoding(
     assert verifier.target.forwards == rounds + further < rounds * n
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 7, 32])
+@pytest.mark.parametrize(
+    ("tokens", "sampling"), [(1, ENDLESS), (3, ENDLESS), (7, ENDLESS), (32, ENDLESS), (7, PENALIZED)]
+)
 def test_forwards_with_a_perfect_draft(
-    tiny: Target, perfect_bundle: Path, reference_text: ReferenceText, tokens: int
+    tiny: Target, perfect_bundle: Path, reference_text: ReferenceText, tokens: int, sampling: Sampling
 ) -> None:
     """n tokens cost the first forward, and one for each K + 1 of the rest; the round returns exactly n."""
-    reference = reference_text(PROMPT, 150, ENDLESS)
+    reference = reference_text(PROMPT, 150, sampling)
     with serve_with_bundle(tiny, perfect_bundle, tokens) as verifier:
-        session = verifier.client.open(sampling=ENDLESS)
+        session = verifier.client.open(sampling=sampling)
         for n in range(1, 16):
             verifier.target.forwards = 0
             assert len(session.run_round(n=n).tokens) == n

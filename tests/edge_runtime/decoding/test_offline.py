@@ -24,7 +24,8 @@ from tests.conftest import serving
 TEXT = "def read_config(path):\n"
 TOKENS = 96
 LONG = 300
-GREEDY, SAMPLED = Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)
+GREEDY = Sampling(ignore_eos=True)
+SAMPLED = Sampling(1.0, seed=4, ignore_eos=True, repetition_penalty=1.05, frequency_penalty=0.1, min_p=0.01)
 PLANS = [FIXED_PLAN, Plan(0, continuation=24, shadow=True), Plan(2, draft_ahead=3, in_flight=2)]
 
 

@@ -20,10 +20,17 @@ from edge_runtime.draft.onnx_runner import FusedRunner, make_runner
 from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol.bundle import Bundle, read_bundle, record_file, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, BundleMissing, ContextOverflow, DraftError
+from edge_runtime.protocol.logits_processing import SequenceProcessor, make_processor
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 
 PROMPT = [40, 41, 42, 50, 60]
-SAMPLINGS = [Sampling(), Sampling(temperature=0.7, seed=3), Sampling(temperature=1.0, top_p=0.9, seed=4)]
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.7, seed=3),
+    Sampling(temperature=1.0, top_p=0.9, seed=4),
+    Sampling(temperature=0.7, seed=3, min_p=0.05, repetition_penalty=1.3, frequency_penalty=0.8, logit_bias={40: 2.0}),
+    Sampling(presence_penalty=1.0, min_tokens=5, stop_ids=[61]),
+]
 
 
 def with_siblings(count: int) -> Plan:
@@ -37,11 +44,12 @@ def model(tiny_path: Path) -> torch.nn.Module:
 
 def expected_tokens(model: torch.nn.Module, ids: list[int], sampling: Sampling, count: int) -> list[int]:
     """Draft in PyTorch, recomputing the whole text in PyTorch for every drafted token."""
-    ids = list(ids)
+    ids, prompt = list(ids), len(ids)
     for _ in range(count):
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
-        ids.append(CoupledSampler(len(logits)).rank(logits, sampling, len(ids)).ids[0])
+        processed = SequenceProcessor(sampling, prompt).changes_after(ids).apply(logits)
+        ids.append(CoupledSampler(len(logits)).rank(processed, sampling, len(ids)).ids[0])
     return ids[-count:]
 
 
@@ -49,7 +57,7 @@ def expected_tokens(model: torch.nn.Module, ids: list[int], sampling: Sampling, 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_proposals_equal_pytorch(tiny_draft: OnnxDraft, model: torch.nn.Module, sampling: Sampling) -> None:
     context = tiny_draft.new_context()
-    proposal = context.propose(PROMPT, 8, sampling)
+    proposal = context.propose(PROMPT, 8, sampling, processor=make_processor(sampling, len(PROMPT)))
     assert proposal.tokens == expected_tokens(model, PROMPT, sampling, 8)
     assert len(proposal.confidences) == 8
     assert all(0.0 < confidence <= 1.0 for confidence in proposal.confidences)
