@@ -141,7 +141,7 @@ def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Pa
         process.send_signal(signal.SIGHUP)
         reloading = dict(line.split("=") for line in notify.until("RELOADING=1").splitlines())
         assert abs(int(reloading["MONOTONIC_USEC"]) / 1e6 - time.monotonic()) < 60.0
-        assert notify.until("READY=1") == "READY=1\nSTATUS=no round yet, 0 answers"
+        assert notify.until("READY=1").endswith("no round yet, 0 answers")
         assert (status("first-key"), status("second-key")) == (401, 415)
 
         keys.write_text("")
