@@ -59,21 +59,24 @@ class ImagePartition:
         self._drive = f"{image}@@{offset}"
 
     def read(self, name: str) -> bytes | None:
-        listing = run(["mdir", "-b", "-/", "-i", self._drive, "::"]).stdout.splitlines()
-        if f"::/{name}".lower() not in {line.lower() for line in listing}:
+        if not self._has(name):
             return None
         return run(["mcopy", "-n", "-i", self._drive, f"::{name}", "-"], encoding="latin-1").stdout.encode("latin-1")
 
     def write(self, name: str, content: bytes | Path) -> None:
-        parent = Path(name).parent
-        if parent != Path():
-            # -D s: skip a directory that exists.
-            run(["mmd", "-D", "s", "-i", self._drive, f"::{parent}"])
+        parent = str(Path(name).parent)
+        if parent != "." and not self._has(f"{parent}/"):
+            run(["mmd", "-i", self._drive, f"::{parent}"])
         options = ["-o", "-Q", "-i", self._drive]
         if isinstance(content, Path):
             run(["mcopy", *options, content, f"::{name}"])
         else:
             run(["mcopy", *options, "-", f"::{name}"], input=content.decode("latin-1"), encoding="latin-1")
+
+    def _has(self, name: str) -> bool:
+        """Return whether there is this file, or this directory if the name ends with a slash. FAT ignores case."""
+        listing = run(["mdir", "-b", "-/", "-a", "-i", self._drive, "::"]).stdout.splitlines()
+        return f"::/{name}".lower() in {line.lower() for line in listing}
 
 
 def open_boot_partition(place: Path) -> BootPartition:
