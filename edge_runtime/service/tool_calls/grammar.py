@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
-from edge_runtime.protocol.grammar import LIMITS, MAX_REASON_CHARACTERS, GrammarError
+from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.grammar import find_problem
 from edge_runtime.service.tool_calls.forms import (
     ParameterMarkers,
     ReasoningForm,
@@ -307,11 +307,9 @@ class _GrammarBuilder:
 
 def _is_enforceable(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -> bool:
     """Whether llguidance can make arguments of `tool` match `schema`. Raises GrammarError if it must and cannot."""
-    problem = LLMatcher.validate_grammar(f"start: {_json(schema, style)}", limits=LIMITS)
+    problem = find_problem(f"start: {_json(schema, style)}")
     if problem and tool.strict:
-        raise GrammarError(
-            f"tools: the parameters of {tool.name} cannot be enforced: {problem[:MAX_REASON_CHARACTERS]}"
-        )
+        raise GrammarError(f"tools: the parameters of {tool.name} cannot be enforced: {problem}")
     return not problem
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.protocol.errors import InputError
 from edge_runtime.service.chat_template import ChatOptions, ChatTemplate, Conversation
+from edge_runtime.service.errors import ApiError
 from edge_runtime.service.tool_calls.forms import (
     FALLBACK_FORM,
     ReasoningForm,
@@ -144,35 +144,29 @@ def get_allowed_calls(
     """Return which calls a request allows.
 
     Raises:
-        InputError: a tool is not a function with a name, or the choice names another function.
+        ApiError: (400) a tool is not a function with a name, or the choice names another function.
     """
     known: dict[str, Tool] = {}
-    for index, tool in enumerate(tools or []):
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(name, str):
-            raise InputError(f'tools[{index}] is not {{"type": "function", "function": {{"name": ..., ...}}}}')
-        if not TOOL_NAME.fullmatch(name):
-            raise InputError(f"tools[{index}]: a name has 1 to 128 letters, digits, dots, dashes or underscores")
-        if name in known:
-            raise InputError(f"tools[{index}]: another tool is called {name}, too")
-        parameters = function.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise InputError(f"tools[{index}]: parameters must be a JSON schema of an object")
-        known[name] = Tool(name, parameters, bool(function.get("strict")))
+    for index, description in enumerate(tools or []):
+        try:
+            tool = _read_tool(description)
+            if tool.name in known:
+                raise ValueError(f"another tool is called {tool.name}, too")
+        except ValueError as error:
+            raise ApiError(400, f"tools[{index}]: {error}", param=f"tools[{index}]") from None
+        known[tool.name] = tool
     if choice == "none":
         return AllowedCalls()
-    required, single = choice == "required", parallel is False
-    names = list(known)
+    names, required, single = list(known), choice == "required", parallel is False
     if isinstance(choice, NamedToolChoice):
         names, required, single = [choice.function.name], True, True
     elif isinstance(choice, AllowedToolsChoice):
         names = [tool.function.name for tool in choice.allowed_tools.tools]
         required = choice.allowed_tools.mode == "required"
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"tool_choice: there is no tool {unknown[0]!r}")
+        raise ApiError(400, f"tool_choice: there is no tool {unknown[0]!r}", param="tool_choice")
     if required and not names:
-        raise InputError("tool_choice: a call is required, and there are no tools")
+        raise ApiError(400, "tool_choice: a call is required, and there are no tools", param="tool_choice")
     return AllowedCalls([known[name] for name in names], required, single)
 
 
@@ -228,3 +222,17 @@ def make_grammar(output: OutputFormat, calls: AllowedCalls, tokenizer: Tokenizer
         text_grammar="" if calls.required else text_grammar,
     )
     return build_grammar(shape, AddedTokens.of(tokenizer))
+
+
+def _read_tool(description: dict[str, Any]) -> Tool:
+    """Raises ValueError if this is not a function with a name."""
+    function = description.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if description.get("type") != "function" or not isinstance(function, dict) or not isinstance(name, str):
+        raise ValueError('not {"type": "function", "function": {"name": ..., ...}}')
+    if not TOOL_NAME.fullmatch(name):
+        raise ValueError("a name has 1 to 128 letters, digits, dots, dashes or underscores")
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError("parameters must be a JSON schema of an object")
+    return Tool(name, parameters, bool(function.get("strict")))

@@ -33,6 +33,7 @@ from edge_runtime.service.parameters import (
     limit_answer,
 )
 from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
+from edge_runtime.service.tool_calls.output_format import get_allowed_calls
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -55,6 +56,25 @@ def read_parameters(request: GenerationRequest) -> None:
     if isinstance(request, ChatRequest):
         get_conversation(request.messages)
         get_chat_options(request)
+        get_allowed_calls(request.tools, request.tool_choice, request.parallel_tool_calls)
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    hello, reply = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "wor"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    continued = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    assert get_chat_options(chat(hello, reply)) == continued
+    assert get_chat_options(chat(hello, reply, add_generation_prompt=True)) == ChatOptions()
+    assert get_chat_options(chat(hello, call)) == ChatOptions()
+    assert get_chat_options(chat(reply, hello)) == ChatOptions()
+
+
+def test_reasoning_effort_is_a_variable_of_the_template() -> None:
+    hello = {"role": "user", "content": "hello"}
+    options = get_chat_options(chat(hello, reasoning_effort="high"))
+    assert options.variables == {"reasoning_effort": "high", "enable_thinking": True}
+    options = get_chat_options(chat(hello, reasoning_effort="none", chat_template_kwargs={"date_string": "x"}))
+    assert options.variables == {"reasoning_effort": "none", "enable_thinking": False, "date_string": "x"}
 
 
 HELLO = {"role": "user", "content": "hello"}
@@ -132,6 +152,9 @@ def test_invalid_and_unsupported_values_are_refused_by_field(fields: dict[str, A
         ({"messages": [HELLO | {"tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [HELLO], "tools": [TOOL, {}]}, "tools[1]"),
         ({"messages": [HELLO], "tools": [{"type": "function", "function": {}}]}, "tools[0]"),
+        ({"messages": [HELLO], "tools": [TOOL, TOOL]}, "tools[1]"),
+        ({"messages": [HELLO], "tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"messages": [HELLO], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [HELLO], "top_logprobs": 2}, "top_logprobs"),
         ({"messages": [HELLO], "logprobs": 2}, "logprobs"),
         ({"messages": [HELLO], "best_of": 2}, "best_of"),
@@ -186,8 +209,8 @@ def test_fields_without_effect_are_accepted_and_named() -> None:
     parts = [{"type": "text", "text": "a", "cache_control": {}}, {"type": "text", "text": "b"}]
     reply = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": [], "audio": None}
     chat_request = chat(
-        {"role": "user", "content": parts, "name": "me"},
         reply,
+        {"role": "user", "content": parts, "name": "me"},
         tools=[],
         tool_choice="auto",
         response_format={"type": "text"},
@@ -196,7 +219,7 @@ def test_fields_without_effect_are_accepted_and_named() -> None:
         metadata={"a": "b"},
         stream_options={"include_usage": True, "include_obfuscation": False},
     )
-    assert [message["content"] for message in get_conversation(chat_request.messages)] == ["ab", "yes"]
+    assert [message["content"] for message in get_conversation(chat_request.messages)] == ["yes", "ab"]
     assert get_chat_options(chat_request) == ChatOptions()
 
 

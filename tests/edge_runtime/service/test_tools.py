@@ -128,7 +128,7 @@ def test_several_calls_may_be_cut_off_by_the_limit(client: openai.OpenAI) -> Non
         ({"tool_choice": "required", "tools": []}, "there are no tools"),
         ({"tool_choice": "always"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, r"tools\[0\]: a name has"),
-        ({"tools": [{"type": "web_search"}]}, r"tools\[0\] is not"),
+        ({"tools": [{"type": "web_search"}]}, r"tools\[0\]: not"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "called get_weather, too"),
         (
             {"tools": [{"type": "function", "function": {"name": "x", "strict": True, "parameters": {"not": {}}}}]},

@@ -55,6 +55,8 @@ max_concurrent = 3
 max_waiting = 0
 api_key_file = "token"
 on_link_loss = "draft"
+tool_call_form = "llama3"
+reasoning_form = "none"
 
 [log]
 level = "debug"
