@@ -40,7 +40,7 @@ from cloud_verifier.engine.rollout import Rollout
 from cloud_verifier.engine.scheduler import BATCH_WINDOW_SECONDS, Scheduler, TargetFactory
 from cloud_verifier.engine.sessions import SessionStore
 from cloud_verifier.engine.submitter import RoundSubmitter
-from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round
+from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round, make_constraint
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
@@ -165,6 +165,7 @@ class VerifierService:
         target = self._resolve_target(opening, principal.name)
         await check_opening(opening, target, self.limits)
         check_prompt_length(principal, opening)
+        constraint = await make_constraint(opening, target)
         # No await from here to the store's `add`, so that two requests with one key cannot both open a session.
         session = self.sessions.find_by_key(opening.key, principal.name)
         if session is not None:
@@ -180,7 +181,7 @@ class VerifierService:
                 )
             target = session.target
         else:
-            session = self._submitter.open_session(principal, opening, target)
+            session = self._submitter.open_session(principal, opening, target, constraint)
             reply = session.reply
         request.state.session = session_id = session.id
 

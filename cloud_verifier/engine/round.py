@@ -16,7 +16,7 @@ from cloud_verifier.model.runner import PendingPrefill, RoundWork
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
-from edge_runtime.protocol.errors import VerifierRefused
+from edge_runtime.protocol.errors import GrammarError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
 
@@ -122,8 +122,13 @@ class ActiveRound:
         return self.session.target.draft_limit(len(self.session.ids))
 
     def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, list[int]]:
-        """Draft up to `count` tokens with the verifier's own draft model; returns none if it may not draft now."""
+        """Draft up to `count` tokens: those that the grammar forces, else with the verifier's own draft model.
+
+        Returns none if neither can.
+        """
         session, speculation = self.session, self._current_speculation()
+        if session.processor and (forced := session.processor.forced_after(session.ids, count)):
+            return forced
         # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
             return []
@@ -139,6 +144,9 @@ class ActiveRound:
             except StopIteration as end:
                 tokens: list[int] = end.value
                 return tokens
+            except GrammarError:
+                # On the draft's path; the target's own may be another.
+                return []
             finally:
                 self.forward_seconds += time.perf_counter() - started
             sampled = yield work

@@ -30,7 +30,7 @@ from cloud_verifier.model.runner import PendingPrefill
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
-from edge_runtime.protocol.errors import TargetError, VerifierRefused
+from edge_runtime.protocol.errors import GrammarError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -376,6 +376,9 @@ class Scheduler:
         self.release(running.session)
         if isinstance(error, KVCacheFull):
             running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly"))
+            return
+        if isinstance(error, GrammarError):
+            running.fail(VerifierRefused(ErrorCode.INVALID_GRAMMAR, str(error)))
             return
         log.error("a round failed", exc_info=error)
         running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log"))

@@ -12,6 +12,7 @@ from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import VerifierRefused
+from edge_runtime.protocol.logits_processing import TokenConstraint
 from edge_runtime.protocol.messages import ErrorCode, OpenRequest, RoundRequest
 
 
@@ -28,8 +29,14 @@ class RoundSubmitter:
         # By name of the principal. Bounded by the token file: only authorized principals get here.
         self._accounts: dict[str, PrincipalAccount] = {}
 
-    def open_session(self, principal: Principal, opening: OpenRequest, target: Target) -> Session:
-        """Create a session and submit its first round. Raises VerifierRefused."""
+    def open_session(
+        self, principal: Principal, opening: OpenRequest, target: Target, constraint: TokenConstraint | None = None
+    ) -> Session:
+        """Create a session and submit its first round. Raises VerifierRefused.
+
+        Args:
+            constraint: matcher of the grammar of `opening.sampling`.
+        """
         account = self._admit(principal, opening=True)
         self._enforce_max_sessions(principal)
         reply = RoundReply(opening.first, verify_draft=_allows_draft(opening.first, account))
@@ -41,6 +48,7 @@ class RoundSubmitter:
             principal.name,
             generated=opening.generated,
             logprobs=opening.logprobs,
+            constraint=constraint,
         )
         session.draft_identity = opening.draft
         session.cache.prompt_length = len(opening.prompt) - opening.generated

@@ -308,8 +308,7 @@ class GraphRunner(TargetRunner):
             (start + row, changed)
             for start, segment in zip(starts, segments, strict=False)
             if segment.sampling
-            for row in range(len(segment))
-            if (changed := segment.sampling.changes(row))
+            for row, changed in segment.sampling.all_changes(len(segment))
         ]
         batch = SamplingBatch.from_segments(parameters, logits.device, size, changes)
         chosen = sample_tokens(logits, batch)
@@ -321,7 +320,7 @@ class GraphRunner(TargetRunner):
         tokens, margins = chosen.tolist()
         sampled = list(map(SampledToken, map(int, tokens), margins, logprobs))
         return [
-            sampled[start : start + len(segment)] if segment.sampling else None
+            segment.sampling.result(sampled[start : start + len(segment)]) if segment.sampling else None
             for start, segment in zip(starts, segments, strict=False)
         ]
 

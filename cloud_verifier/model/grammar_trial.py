@@ -25,11 +25,11 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar import (
     TOO_COSTLY,
     CompiledGrammar,
     GrammarCompiler,
-    GrammarError,
     GrammarMatcher,
     GrammarTokenizer,
     unpack_mask,

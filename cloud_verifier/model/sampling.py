@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.logits_processing import LogitChanges, SequenceProcessor
 from edge_runtime.protocol.messages import LOGPROB_UNITS, MIN_LOGPROB, TokenLogprobs
 from edge_runtime.protocol.sampling import (
@@ -79,6 +80,7 @@ class RowSampling:
         self._processor = processor
         self._base = processor.length if processor else 0
         self._paths = paths
+        self._errors: dict[int, GrammarError] = {}
 
     def changes(self, row: int) -> LogitChanges | None:
         """How the logits after `row` are changed; None if they are not."""
@@ -89,6 +91,23 @@ class RowSampling:
         self._processor.extend(path)
         return self._processor.changes()
 
+    def all_changes(self, rows: int) -> list[tuple[int, LogitChanges]]:
+        """The rows below `rows` whose logits are changed, and how."""
+        changes = []
+        for row in range(rows):
+            try:
+                changed = self.changes(row)
+            except GrammarError as error:
+                self._errors[row] = error
+                continue
+            if changed is not None:
+                changes.append((row, changed))
+        return changes
+
+    def result(self, tokens: list[SampledToken]) -> SampledTokens:
+        """The tokens that were sampled after the rows, with the errors of `all_changes`."""
+        return PartlySampledTokens(tokens, self._errors) if self._errors else tokens
+
     def sample(self, row: int, logits: npt.NDArray[np.float32], sampler: CoupledSampler) -> SampledToken:
         """Sample the token after `row` from its logits (V,), on a CPU."""
         changes = self.changes(row)
@@ -97,6 +116,22 @@ class RowSampling:
         second = best.scores[1] if len(best.scores) > 1 else -math.inf
         logprobs = _token_logprobs(logits, best.ids[0], self.logprobs - 1) if self.logprobs else None
         return SampledToken(best.ids[0], best.scores[0] - second, logprobs)
+
+
+class PartlySampledTokens:
+    """The tokens after the rows of a segment, of which some could not be sampled; that is raised when one is asked for.
+
+    A grammar may be too costly on the path of a draft that the target does not choose.
+    """
+
+    def __init__(self, tokens: list[SampledToken], errors: dict[int, GrammarError]) -> None:
+        self._tokens = tokens
+        self._errors = errors
+
+    def __getitem__(self, row: int) -> SampledToken:
+        if row in self._errors:
+            raise self._errors[row]
+        return self._tokens[row]
 
 
 class LazySampledTokens:

@@ -14,6 +14,7 @@ import transformers
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.general_tier import GeneralRunner
+from cloud_verifier.model.grammar_trial import TriedGrammarCompiler
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
 from cloud_verifier.model.merged_adapter import merge_adapter
@@ -69,6 +70,7 @@ class Target:
         context: longest text in tokens.
         runner: the runner of its model; versions that are adapters of one base share it.
         general_tier_reason: why the model runs on the slower general tier; empty if it runs on the fast one.
+        grammars: compiles grammars for the target.
         adapter_slot: slot of the version's LoRA adapter in the runner; 0 is none.
     """
 
@@ -151,6 +153,7 @@ class Target:
                 if other.runner.shape == self.runner.shape:
                     share_equal_tensors(model, other.runner.model)
         self._rope = self.runner.rope if isinstance(self.runner, TargetRunner) else None
+        self.grammars = TriedGrammarCompiler(lambda: load_tokenizer(path, base), self.vocabulary_size, self.end_ids)
         if unmerged:
             self._adapter_weights = self._adapters.load(path)
 

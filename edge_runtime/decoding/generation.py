@@ -40,6 +40,7 @@ from edge_runtime.planning.plan import (
 from edge_runtime.planning.round_rules import limit_continuation, limit_draft, limit_early_draft
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.grammar import GrammarMatcher
 from edge_runtime.protocol.logits_processing import end_ids_of, make_processor
 from edge_runtime.protocol.sampling import ID_LIMIT, Sampling, validate_prompt
 from edge_runtime.verifier import EarlyRound, RoundUpdate, VerifierClient, VerifierSession
@@ -123,7 +124,8 @@ class Generation:
             logprobs: 0, or k for `VerifiedTokens.logprobs` with the k - 1 most probable tokens at each position.
 
         Raises:
-            InputError: the prompt is empty or has an id outside the draft's vocabulary, or max_new_tokens < 1.
+            InputError: the prompt is empty or has an id outside the draft's vocabulary, max_new_tokens < 1, or the
+                grammar of `sampling` is invalid.
         """
         if max_new_tokens < 1:
             raise InputError(f"nothing to generate: max_new_tokens is {max_new_tokens}")
@@ -140,7 +142,8 @@ class Generation:
         special_ids = draft.manifest.vocabulary.special_ids.values() if draft else ()
         if draft:
             self._planner = planner or FixedPlanner(FIXED_PLAN)
-            processor = make_processor(sampling, len(prompt) - generated, special_ids)
+            matcher = GrammarMatcher(draft.grammars.compile(sampling.grammar)) if sampling.grammar else None
+            processor = make_processor(sampling, len(prompt) - generated, special_ids, matcher)
             self._worker: DraftWorker = ThreadedDraftWorker(draft, self.ids, sampling, ngram_cache, processor=processor)
         else:
             self._planner = FixedPlanner(Plan(0, continuation=max_new_tokens, reason="there is no draft"))

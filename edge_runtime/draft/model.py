@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -25,10 +26,13 @@ from edge_runtime.draft.sampler import DraftSampler
 from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
-from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_head_ids
-from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError
+from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_chat_format, read_head_ids
+from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError, GrammarError
+from edge_runtime.protocol.grammar import GrammarCompiler
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling, common_prefix_length, hash_counters
+
+log = logging.getLogger(__name__)
 
 
 class DraftToken(NamedTuple):
@@ -97,6 +101,7 @@ class OnnxDraft:
         threads: CPU threads of a step.
         run_seconds: time spent in onnxruntime since loading.
         prefix_cache: KV caches of texts that have ended.
+        grammars: compiles grammars for the draft.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 0, prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES) -> None:
@@ -144,6 +149,7 @@ class OnnxDraft:
                 "export the bundle again"
             )
         self._hash_counters = hash_counters(ids)
+        self.grammars = GrammarCompiler(lambda: self.tokenizer, size, _end_ids(bundle))
 
     @classmethod
     def load(
@@ -238,8 +244,12 @@ class DraftContext:
             DraftError: onnxruntime failed.
         """
         if ids:
+            start = len(self._ids)
             self._forward(ids)
-            # The text now decides these positions: their draft tokens are obsolete.
+            # The text now decides these positions: their draft tokens are obsolete, and so are all that follow others.
+            drafted = [drafted.token for drafted in self._drafted[start - self._first_position :][: len(ids)]]
+            if start < self._first_position or drafted != ids[: len(drafted)]:
+                self._drafted = []
             self._drop_drafted_before(len(self._ids))
 
     def rollback(self, length: int) -> None:
@@ -291,7 +301,8 @@ class DraftContext:
             ids: the text, at least one token; see `sync_to`.
             sampling: the target's sampling parameters: the draft draws with the same noise.
             plan: gives siblings and stop rule.
-            processor: processes the draft's logits as the target's; None if `sampling` leaves them as they are.
+            processor: processes the draft's logits as the target's; None if `sampling` leaves them as they are. A token
+                that its grammar forces costs no step of the draft.
             survival: probability that `ids` itself is accepted, if it ends in draft tokens.
             should_stop: called before every step of the draft; True ends the proposal there.
 
@@ -315,7 +326,16 @@ class DraftContext:
             elif should_stop():
                 break
             else:
-                self._drafted.append(self._draft_token(position, tokens, sampling, plan.siblings, processor))
+                try:
+                    if processor and (forced := processor.forced_after(ids + tokens, 1)):
+                        drafted = DraftToken(forced[0], [], 1.0)
+                    else:
+                        drafted = self._draft_token(position, tokens, sampling, plan.siblings, processor)
+                except GrammarError as error:
+                    # The target decides whether the text can go on.
+                    log.debug("drafting ends: %s", error)
+                    break
+                self._drafted.append(drafted)
             drafted = self._drafted[index]
             tokens.append(drafted.token)
             confidences.append(drafted.confidence)
@@ -388,3 +408,10 @@ class DraftContext:
                 f"{length} tokens are more than the draft's context of {self.limit}; "
                 "shorten the prompt, or decode in the cloud alone (--num-assistant-tokens 0)"
             )
+
+
+def _end_ids(bundle: Bundle) -> list[int]:
+    """The tokens that may end a text, as far as the bundle says: the chat format's, else all special tokens."""
+    special_ids = bundle.manifest.vocabulary.special_ids
+    end = read_chat_format(bundle).special_tokens.get("eos_token")
+    return [special_ids[end]] if isinstance(end, str) and end in special_ids else list(special_ids.values())

@@ -4,7 +4,7 @@
     ├── InputError               the request cannot be served: empty prompt, bad sampling parameters, unreadable file
     │   ├── ProfileError             a device profile does not exist or parse (`planning.board_profile`)
     │   ├── ConfigurationError       an error in the configuration file or the environment (`settings`)
-    │   ├── GrammarError             a grammar is invalid, or too costly (`protocol.grammar`)
+    │   ├── GrammarError             a grammar is invalid or too costly
     │   ├── DamagedMessage           a message whose checksum is wrong (`protocol.messages`)
     │   └── UnknownVersion           the registry has no such version or alias (`cloud_verifier.registry.catalog`)
     ├── ProbeError               a sensor file does not parse (`probes.roots`); counted, never raised to callers
@@ -45,6 +45,10 @@ class InputError(FlexSpecError):
     """The request cannot be served: an empty prompt, a negative temperature, an unreadable file."""
 
     exit_code = 2
+
+
+class GrammarError(InputError):
+    """The grammar is invalid or too costly, or the model cannot write any text that matches it."""
 
 
 class BundleError(FlexSpecError):

@@ -17,16 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
-from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.sampling import common_prefix_length
+
+# 8 MB of memory: imported with the first grammar.
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
 
 T = TypeVar("T")
 
@@ -35,7 +38,7 @@ TokenMask = npt.NDArray[np.uint8]
 
 # llguidance's own limits of the work for a mask let it take some 20 ms. A state of the lexer takes 1 to 2 kB; a text of
 # an ordinary schema needs hundreds, one with arrays of long strings thousands. All texts of a grammar share them.
-LIMITS = LLParserLimits(max_lexer_states=1 << 15, verbose_errors=False)
+MAX_LEXER_STATES = 1 << 15
 TOO_COSTLY = "the grammar is too costly: simplify it"
 # CPU time that a matcher with a budget may spend at first, before its masks earn more. Chosen: some masks of an
 # ordinary grammar take 20 ms, nearly all less than 1 ms.
@@ -49,10 +52,6 @@ COMPILE_SECONDS = 5.0
 _COMPILE_THREAD = ThreadPoolExecutor(1, "grammar")
 # Compiled grammars that are kept for each model: clients repeat the same schema. Chosen: each takes up to megabytes.
 CACHED_GRAMMARS = 16
-
-
-class GrammarError(InputError):
-    """The grammar is invalid or too costly, or the model cannot write any text that matches it."""
 
 
 class GrammarTokenizer:
@@ -84,6 +83,8 @@ class GrammarTokenizer:
         definition = msgspec.json.decode(tokenizer.to_str()) | {"padding": None, "truncation": None}
         self.definition = msgspec.json.encode(definition).decode()
         size = max(logits, 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0))
+        from llguidance import LLTokenizer
+
         try:
             self._tokenizer = LLTokenizer(self.definition, n_vocab=size, eos_token=sorted(self.end_ids))
         except Exception as error:  # llguidance raises bare ValueError
@@ -98,7 +99,9 @@ class GrammarTokenizer:
 
     def new_matcher(self, grammar: str) -> LLMatcher:
         """llguidance's matcher of `grammar`, before the first token. Raises GrammarError."""
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_parser_limits())
         _raise_error(matcher)
         return matcher
 
@@ -282,6 +285,14 @@ class GrammarMatcher:
         return self._matcher.try_consume_tokens([token]) == 1
 
 
+def find_problem(grammar: str) -> str:
+    """Return why `grammar` is invalid for any tokenizer; empty if it is not."""
+    from llguidance import LLMatcher
+
+    problem = LLMatcher.validate_grammar(grammar, limits=_parser_limits())
+    return "" if problem.startswith("WARNING") else _shorten(problem)
+
+
 def unpack_mask(mask: TokenMask, count: int) -> npt.NDArray[np.bool_]:
     """The mask as one boolean for each of the first `count` ids. (bytes,) -> (count,)."""
     return np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
@@ -290,8 +301,17 @@ def unpack_mask(mask: TokenMask, count: int) -> npt.NDArray[np.bool_]:
 def _raise_error(matcher: LLMatcher) -> None:
     """Raise GrammarError if `matcher` has failed."""
     if matcher.is_error():
-        reason = " ".join(matcher.get_error().split())
-        raise GrammarError(f"the grammar is invalid or too costly: {reason[:MAX_REASON_CHARACTERS]}")
+        raise GrammarError(f"the grammar is invalid or too costly: {_shorten(matcher.get_error())}")
+
+
+def _parser_limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+
+
+def _shorten(reason: str) -> str:
+    return " ".join(reason.split())[:MAX_REASON_CHARACTERS]
 
 
 def _pack(ids: Iterable[int], size: int) -> TokenMask:

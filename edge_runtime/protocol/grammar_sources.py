@@ -10,10 +10,8 @@ import re
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher, regex_to_lark
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-from edge_runtime.protocol.grammar import GrammarError
+from edge_runtime.protocol.errors import GrammarError
 
 # How JSON is laid out: as Python's `json.dumps` does, and most JSON in what models read. A grammar that leaves
 # whitespace to the model forces far fewer tokens, and lets a weak model write nothing else.
@@ -48,6 +46,9 @@ def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = N
         text = msgspec.json.encode({} if schema is True else schema).decode()
     except RecursionError:
         raise GrammarError("the JSON schema is nested too deeply") from None
+    # 8 MB of memory: imported with the first grammar, here and below.
+    from llguidance import LLMatcher
+
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_LAYOUT if layout is None else layout)
 
 
@@ -56,6 +57,8 @@ def from_regex(regex: str) -> str:
 
     `\d` is a digit from 0 to 9: those of all scripts are hardly ever meant.
     """
+    from llguidance import LLMatcher, regex_to_lark
+
     # A match of the whole text is at its start and its end anyway, and llguidance refuses anchors.
     regex = regex.removeprefix("^")
     if re.search(r"(?<!\\)(\\\\)*\$$", regex):
@@ -67,6 +70,8 @@ def from_choices(choices: list[str]) -> str:
     """Return the grammar of exactly these texts. Raises GrammarError if there are none."""
     if not choices:
         raise GrammarError("there is nothing to choose from")
+    from llguidance import LLMatcher
+
     return LLMatcher.grammar_from_lark("start: " + " | ".join(msgspec.json.encode(text).decode() for text in choices))
 
 
@@ -76,6 +81,9 @@ def from_grammar(text: str) -> str:
     Raises:
         GrammarError: not GBNF, or too long.
     """
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
     if text.lstrip().startswith("{"):
         # llguidance's own.
         return text

@@ -49,6 +49,9 @@ class TokenConstraint(Protocol):
     def allowed(self, generated: list[int], /) -> TokenMask | None:
         """The tokens that may follow `generated`; None if that text itself is not allowed, or everything is."""
 
+    def forced(self, generated: list[int], limit: int, /) -> list[int]:
+        """The next tokens after `generated` as far as only one is allowed at each position, at most `limit`."""
+
 
 class LogitChanges(NamedTuple):
     """How the logits at one position are changed: the processors' effect there.
@@ -177,6 +180,10 @@ class SequenceProcessor:
         """Make `ids` the text, and return the changes of the logits after it."""
         self.sync_to(ids)
         return self.changes()
+
+    def forced_after(self, ids: list[int], limit: int) -> list[int]:
+        """The next tokens after the text `ids` as far as the grammar leaves no choice, at most `limit`."""
+        return self._constraint.forced(ids[self.prompt_length :], limit) if self._constraint else []
 
     def _leaves_others(self, allowed: TokenMask) -> bool:
         """Whether a token may follow that does not end the text."""

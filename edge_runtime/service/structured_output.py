@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import msgspec
 
 from edge_runtime.protocol import grammar_sources
-from edge_runtime.protocol.grammar import GrammarError
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar_sources import JsonSchema
 from edge_runtime.service.errors import ApiError
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
 from edge_runtime.protocol import grammar, grammar_sources
-from edge_runtime.protocol.grammar import GrammarCompiler, GrammarError, GrammarMatcher, unpack_mask
+from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.grammar import GrammarCompiler, GrammarMatcher, unpack_mask
 from tests.models import VOCABULARY_SIZE, byte_tokenizer
 from tests.toy_family import FAMILY
 
@@ -259,7 +259,7 @@ def test_a_grammar_that_the_tokenizer_cannot_write_is_refused() -> None:
 def test_the_lexers_limit_ends_no_text_that_fits_into_it(
     toy: Tokenizer, toy_grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(max_lexer_states=3000, verbose_errors=False))
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 3000)
     schema = {"type": "array", "items": {"type": "string", "maxLength": 2000}, "minItems": 5}
     compiled = GrammarCompiler(lambda: toy, 2048, [END]).compile(grammar_sources.from_json_schema(schema))
     unlimited = toy_grammars.compile(grammar_sources.from_json_schema(schema))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from edge_runtime.protocol.grammar import CompiledGrammar, GrammarError, GrammarMatcher, GrammarTokenizer
+from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
 from edge_runtime.protocol.grammar_sources import from_json_schema
 from edge_runtime.service.tool_calls.forms import REASONING_FORMS, TOOL_CALL_FORMS, ToolCallForm, format_calls
 from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, close_objects
