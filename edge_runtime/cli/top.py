@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 HELP = "watch a board's service, live"
 DESCRIPTION = """\
 Watches the service of this board or another: tokens as they arrive, plans and their reasons, rounds, link, energy. The
-dashboard that the service has at its URL shows the same in a browser.
+page that the service has at its URL shows the same in a browser, beside a chat. q quits.
 
 examples:
-  edge-runtime top                                         # live, until ^C
+  edge-runtime top                                         # live, until q
   edge-runtime top --url https://board.example:8400 --api-key-file key --ca-file board.pem
   edge-runtime top --once --json | jq .rates.acceptance
   edge-runtime top --json | jq -c 'select(.type == "planned")'
@@ -79,8 +79,9 @@ async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, da
     import msgspec
     from rich.console import Console
 
-    from edge_runtime.cli.top_view import render_dashboard
+    from edge_runtime.cli.top_view import DashboardView
     from edge_runtime.service.monitoring.events import GaugeSample
+    from edge_runtime.service.monitoring.words import load_words
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CONNECT_SECONDS + ONCE_SECONDS):
@@ -93,33 +94,82 @@ async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, da
     if options.json:
         print(msgspec.json.encode(dashboard.summary()).decode())
     else:
-        Console().print(render_dashboard(dashboard, "live" if dashboard.gauges else "loading the draft"))
+        state = load_words().states["live" if dashboard.gauges else "loading"]
+        Console().print(DashboardView(dashboard, state))
 
 
 async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, dashboard: DashboardState) -> None:
+    """Show the live view until q is pressed. Raises ServiceUnreachable if the first connection fails."""
     from rich.console import Console
     from rich.live import Live
 
-    from edge_runtime.cli.top_view import render_dashboard
+    from edge_runtime.cli.top_view import DashboardView
+    from edge_runtime.service.monitoring.words import load_words
 
+    states = load_words().states
     # A failure of the first connection ends the command; later, the service may come back.
-    state, connected = "connecting", False
-    console = Console()
-    with Live(
-        console=console, screen=True, refresh_per_second=8, get_renderable=lambda: render_dashboard(dashboard, state)
-    ):
+    state, connected = states["connecting"], False
+
+    async def follow() -> None:
+        nonlocal state, connected
         while True:
             try:
                 async for _, event in _events(client, options.url):
                     dashboard.apply(event)
                     connected = True
-                    state = "live" if dashboard.gauges else "loading the draft"
+                    state = states["live" if dashboard.gauges else "loading"]
                 state = "the service has closed the stream; reconnecting"
             except ServiceUnreachable as error:
                 if not connected:
                     raise
                 state = str(error)
             await asyncio.sleep(RETRY_SECONDS)
+
+    with _quit_key() as (pressed, keys):
+
+        def render() -> DashboardView:
+            return DashboardView(dashboard, state, screen=True, keys=keys)
+
+        with Live(console=Console(), screen=True, refresh_per_second=8, get_renderable=render):
+            following, quitting = asyncio.ensure_future(follow()), asyncio.ensure_future(pressed.wait())
+            try:
+                done, _ = await asyncio.wait({following, quitting}, return_when=asyncio.FIRST_COMPLETED)
+                if following in done:
+                    await following
+            finally:
+                following.cancel()
+                quitting.cancel()
+                await asyncio.gather(following, quitting, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _quit_key() -> Iterator[tuple[asyncio.Event, str]]:
+    """Yield an event that is set when q is pressed, and what to tell about it; without a terminal, nothing is read."""
+    import os
+    import termios
+    import tty
+
+    pressed = asyncio.Event()
+    if not sys.stdin.isatty():
+        yield pressed, ""
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+
+    def read_keys() -> None:
+        keys = os.read(terminal, 64)
+        if not keys or b"q" in keys.lower():
+            pressed.set()
+
+    # Characters arrive at once and are not shown; Ctrl-C still interrupts.
+    tty.setcbreak(terminal)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(terminal, read_keys)
+    try:
+        yield pressed, "q quits"
+    finally:
+        loop.remove_reader(terminal)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _client(options: argparse.Namespace) -> httpx.AsyncClient:
@@ -155,6 +205,8 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
         verify=trust,
         headers={"authorization": f"Bearer {key}"} if key else None,
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        # A board is on this network: proxies of the environment are not for it.
+        trust_env=False,
     )
 
 

@@ -1,40 +1,69 @@
-"""Renders the dashboard of `edge-runtime top` for a terminal."""
+"""Renders the live view of `edge-runtime top` for a terminal of any size."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from edge_runtime.service.monitoring.dashboard_state import DashboardState
+from edge_runtime.service.monitoring.words import count, load_words
 
-# As in the browser dashboard: no kind of token differs from another by color alone.
-# Style and legend by kind.
-TOKEN_KINDS = {
-    "accepted": ("green underline", "drafted on the board and accepted"),
-    "corrected": ("bold magenta underline2", "corrected by the target"),
-    "own": ("yellow", "the target's own"),
-    "unverified": ("italic dim", "unverified"),
-    "withdrawn": ("strike dim", "withdrawn"),
+WORDS = load_words()
+# As in the browser: no kind of token differs from another by color alone.
+TOKEN_STYLES = {
+    "accepted": "green underline",
+    "corrected": "bold magenta underline2",
+    "own": "yellow",
+    "unverified": "italic dim",
+    "withdrawn": "strike dim",
 }
-PRIVACY = {"tls": "encrypted (TLS)", "loopback": "on this machine", "clear": "NOT encrypted"}
+TIME_STYLES = {"draft": "green", "link": "cyan", "verifier": "yellow"}
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_CHARACTERS = 24
+# Below this width, gauges have no notes and no curves, and the bar of times has no legend beside it; chosen.
+NARROW_COLUMNS = 72
 # Of the newest answer.
 MAX_TEXT_CHARACTERS = 1200
+# Lines of the newest answer that are shown even where the rest leaves no room.
+MIN_TEXT_LINES = 3
 
 # One value per second; None if there is none.
 Series = list[float | None]
 
 
-def render_dashboard(dashboard: DashboardState, state: str) -> RenderableType:
-    """Render everything. `state` describes the connection."""
-    head, gauges = _render_header(dashboard, state), _render_gauges(dashboard)
-    return Group(head, gauges, *_render_round(dashboard), *_render_answer(dashboard))
+class DashboardView:
+    """The live view, as wide as the terminal is at that moment.
+
+    Args:
+        state: describes the connection.
+        screen: it fills the terminal, where what does not fit would be cut off; the text gets the lines that are left.
+        keys: describes the keys, if there are any.
+    """
+
+    def __init__(self, dashboard: DashboardState, state: str, *, screen: bool = False, keys: str = "") -> None:
+        self._dashboard, self._state, self._screen, self._keys = dashboard, state, screen, keys
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW_COLUMNS
+        parts: list[RenderableType] = [
+            _render_header(self._dashboard, self._state, self._keys),
+            _render_gauges(self._dashboard, narrow),
+            *_render_round(self._dashboard, options.max_width),
+        ]
+        yield from parts
+        if self._dashboard.started is None:
+            return
+        text_lines = None
+        if self._screen:
+            used = console.render_lines(Group(*parts, _render_legend()), options, pad=False)
+            # The panel's frame takes two lines.
+            text_lines = max(MIN_TEXT_LINES, console.height - len(used) - 2)
+        yield from _render_answer(self._dashboard, options.max_width, text_lines)
 
 
 def sparkline(values: Series, min_scale: float = 1.0) -> str:
@@ -50,80 +79,125 @@ def replace_control_characters(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "�" for c in text)
 
 
-def _render_header(dashboard: DashboardState, state: str) -> Text:
+def _render_header(dashboard: DashboardState, state: str, keys: str) -> Text:
     board = dashboard.board
     head = Text.assemble(("FlexSpec", "bold"), f" {state}" if board is None else f" {board.version}, {state}")
+    head.append(f"  ({keys})" if keys else "", "dim")
     gauges = dashboard.gauges[-1] if dashboard.gauges else None
+    if gauges and gauges.version:
+        head.append("\ntarget model ").append(replace_control_characters(gauges.version), "bold")
     known = gauges or board
     if known:
         style = "bold red" if known.privacy == "clear" else "green"
-        head.append(f"\nverifier {replace_control_characters(known.verifier)}, ").append(PRIVACY[known.privacy], style)
+        head.append(f"\nverifier {replace_control_characters(known.verifier)}, ").append(
+            WORDS.privacy[known.privacy], style
+        )
     if gauges:
-        head.append(f"\n{gauges.running} answers running, {gauges.waiting} waiting")
-        head.append(", on battery" if gauges.on_battery else "")
-        head.append(", metered link" if gauges.metered else "")
-        head.append(", throttled" if gauges.throttled else "", "bold")
+        facts = [
+            WORDS.answers["running"].format(answers=count(gauges.running, "answer")),
+            WORDS.answers["waiting"].format(requests=count(gauges.waiting, "request")) if gauges.waiting else "",
+            *(words for field, words in WORDS.board.items() if getattr(gauges, field)),
+        ]
+        head.append("\n" + ", ".join(filter(None, facts)))
+        if gauges.unverified_answers:
+            answers = count(gauges.unverified_answers, "answer")
+            head.append("\n" + WORDS.answers["unverified"].format(answers=answers), "bold")
         if gauges.fault:
-            head.append(f"\nno verifier: {replace_control_characters(gauges.fault)}", "bold red")
+            head.append("\n" + WORDS.fault.format(fault=replace_control_characters(gauges.fault)), "bold red")
     return head
 
 
-def _render_gauges(dashboard: DashboardState) -> Table:
+def _render_gauges(dashboard: DashboardState, narrow: bool) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, values, unit, note, min_scale in _gauge_rows(dashboard):
-        shown = "" if values[-1] is None else f"{values[-1]:.4g} {unit}"
-        bars = Text(sparkline(values[-SPARKLINE_CHARACTERS:], min_scale), "cyan", no_wrap=True)
-        table.add_row(Text(name, "dim"), shown, bars, Text(note, "dim"))
+    for key, values, note in _gauge_rows(dashboard):
+        gauge = WORDS.gauges[key]
+        value = "–" if values[-1] is None else f"{values[-1]:.{gauge.digits}f} {gauge.unit}"
+        cells = [Text(gauge.name, "dim"), Text(value)]
+        if not narrow:
+            bars = Text(sparkline(values[-SPARKLINE_CHARACTERS:], gauge.scale), "cyan", no_wrap=True)
+            cells += [bars, Text(note, "dim")]
+        table.add_row(*cells)
     return table
 
 
-def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str, str, float]]:
-    """Yield name, values, unit, note and minimum scale of each gauge; a sensor that the board lacks has no row."""
+def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str]]:
+    """Yield name, values and note of each gauge; a sensor that the board lacks has no row."""
     rates, gauges = list(dashboard.rates), list(dashboard.gauges)
     if not gauges:
         return
     now = gauges[-1]
-    count = f"{now.tokens} since start"
-    yield "tokens per second", [rate.tokens_per_second for rate in rates], "", count, 10.0
+    yield "rate", [rate.tokens_per_second for rate in rates], f"{count(now.tokens, 'token')} since start"
     acceptance = [None if rate.acceptance is None else 100 * rate.acceptance for rate in rates]
-    yield "acceptance", acceptance, "%", f"{now.accepted} of {now.drafted}", 100.0
-    yield "draft length", [rate.draft_length for rate in rates], "", f"{now.rounds} rounds", 4.0
-    traffic = f"sent {now.sent} B, received {now.received} B"
-    yield "link", [rate.bytes_per_second for rate in rates], "B/s", traffic, 100.0
+    accepted = WORDS.round.format(accepted=now.accepted, draft=count(now.drafted, "draft token"))
+    yield "acceptance", acceptance, accepted
+    yield "draft", [rate.draft_length for rate in rates], count(now.rounds, "round")
+    traffic = [None if rate.bytes_per_second is None else rate.bytes_per_second / 1e3 for rate in rates]
+    yield "bytes", traffic, f"{now.sent / 1e3:.1f} kB sent, {now.received / 1e3:.1f} kB received"
     energy = ("" if now.joules is None else f"{now.joules:.0f} J") + (", modelled" if now.energy == "profile" else "")
-    sensors: list[tuple[str, Series, str, str, float]] = [
-        ("round trip", [None if g.rtt_seconds is None else 1e3 * g.rtt_seconds for g in gauges], "ms", "", 1.0),
-        ("power", [g.watts for g in gauges], "W", energy, 5.0),
-        ("temperature", [g.celsius for g in gauges], "°C", "", 90.0),
-        ("battery", [g.battery_percent for g in gauges], "%", "", 100.0),
-        ("energy left", [g.battery_joules for g in gauges], "J", "", 1.0),
+    sensors: list[tuple[str, Series, str]] = [
+        ("rtt", [None if g.rtt_seconds is None else 1e3 * g.rtt_seconds for g in gauges], ""),
+        ("watts", [g.watts for g in gauges], energy),
+        ("celsius", [g.celsius for g in gauges], ""),
+        (
+            "battery",
+            [g.battery_percent for g in gauges],
+            "" if now.battery_joules is None else f"{now.battery_joules:.0f} J",
+        ),
     ]
     yield from (sensor for sensor in sensors if sensor[1][-1] is not None)
 
 
-def _render_round(dashboard: DashboardState) -> Iterator[Text]:
+def _render_round(dashboard: DashboardState, width: int) -> Iterator[Text]:
     plan, round_ = dashboard.plan, dashboard.round
     if plan:
-        head = f"plan: {plan.draft} drafted + {plan.own} by the target"
-        yield Text.assemble((head, "bold"), f", {plan.reason}" if plan.reason else "")
+        yield Text.assemble((WORDS.plan(plan), "bold"), f" Reason: {WORDS.reason(plan)}" if plan.reason else "")
     if round_:
-        times = {"draft": round_.draft_seconds, "link": round_.link_seconds, "verifier": round_.verifier_seconds}
-        yield Text(
-            f"last round: {round_.accepted} of {round_.drafted} accepted, "
-            + ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
-            + f", {round_.sent} B sent, {round_.received} B received"
-        )
+        times = {
+            "draft": round_.draft_seconds,
+            "link": round_.link_seconds,
+            "verifier": round_.verifier_seconds,
+        }
+        facts = [
+            Text(WORDS.outcome_of(round_)),
+            *(Text(f"{WORDS.times[part]} {1e3 * times[part]:.1f} ms", style) for part, style in TIME_STYLES.items()),
+            Text(f"{round_.sent} B sent, {round_.received} B received"),
+        ]
+        yield Text("Last round: ") + Text(", ").join(filter(None, facts))
+        yield _render_times(times, width)
 
 
-def _render_answer(dashboard: DashboardState) -> Iterator[RenderableType]:
+def _render_times(times: dict[str, float], width: int) -> Text:
+    """Draw the parts of a round's duration to scale, over the whole width."""
+    total, bar, end, drawn = sum(times.values()), Text(no_wrap=True), 0.0, 0
+    for part, seconds in times.items():
+        end += seconds
+        cells = round(width * end / total) - drawn if total else 0
+        bar.append("━" * cells, TIME_STYLES[part])
+        drawn += cells
+    return bar
+
+
+def _render_answer(dashboard: DashboardState, width: int, lines: int | None) -> Iterator[RenderableType]:
     started, finished = dashboard.started, dashboard.finished
-    if started is None:
-        return
+    assert started is not None
     text = Text(replace_control_characters(started.prompt), "dim")
     for kind, token in dashboard.tokens:
-        text.append(replace_control_characters(token), TOKEN_KINDS[kind][0])
+        text.append(replace_control_characters(token), TOKEN_STYLES[kind])
     title = f"answer {started.answer}"
     if finished is not None and finished.answer == started.answer:
-        title += f": {finished.tokens} tokens, {replace_control_characters(finished.outcome)}"
-    yield Panel(text[max(0, len(text) - MAX_TEXT_CHARACTERS) :], title=title, title_align="left")
-    yield Text(", ").join([Text(meaning, style) for style, meaning in TOKEN_KINDS.values()])
+        outcome = WORDS.outcomes.get(finished.outcome, finished.message or finished.outcome)
+        title += f": {count(finished.tokens, 'token')}, {replace_control_characters(outcome)}"
+        if finished.unverified:
+            title += f", {finished.unverified} {WORDS.tokens['unverified']}"
+    text = text[max(0, len(text) - MAX_TEXT_CHARACTERS) :]
+    text.rstrip()
+    if lines is not None:
+        # The newest lines; a panel's border and padding take four columns.
+        wrapped = text.wrap(Console(width=width), max(1, width - 4))
+        text = Text("\n").join(wrapped[-lines:])
+    yield Panel(text, title=Text(title, overflow="ellipsis"), title_align="left")
+    yield _render_legend()
+
+
+def _render_legend() -> Text:
+    return Text(", ").join([Text(WORDS.tokens[kind], style) for kind, style in TOKEN_STYLES.items()])

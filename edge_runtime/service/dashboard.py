@@ -1,7 +1,8 @@
-"""Serves the static files of the dashboard, a page that talks to no host but the board it was loaded from."""
+"""Serves the files of the web page: a chat beside a live view. It talks to no host but the board it comes from."""
 
 from __future__ import annotations
 
+import gzip
 from functools import cache
 from pathlib import Path
 
@@ -9,14 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 STATIC_DIRECTORY = Path(__file__).parent / "static"
-# File name and media type by path.
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/dashboard.css": ("dashboard.css", "text/css"),
-    "/dashboard.js": ("dashboard.js", "text/javascript"),
-    "/charts.js": ("charts.js", "text/javascript"),
-    "/feed.js": ("feed.js", "text/javascript"),
-}
+MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "json": "application/json"}
+NAMES = ("page.css", "page.js", "charts.js", "chat.js", "dom.js", "feed.js", "live.js", "markdown.js", "message.js")
+NAMES += ("origins.js", "store.js", "words.json")
+# File name by path.
+PAGE_FILES = {"/": "index.html", **{f"/{name}": name for name in NAMES}}
 HEADERS = {
     # Text that a model writes into this page can neither run as a script nor contact another host.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -33,10 +31,13 @@ HEADERS = {
 
 async def serve_file(request: Request) -> Response:
     """GET one of `PAGE_FILES`. The files contain no secrets and need no API key; the page asks for one if required."""
-    name, media_type = PAGE_FILES[request.scope["path"]]
-    return Response(_read(name), headers=HEADERS, media_type=media_type)
+    name = PAGE_FILES[request.scope["path"]]
+    zipped = "gzip" in request.headers.get("accept-encoding", "")
+    headers = {**HEADERS, "vary": "accept-encoding", **({"content-encoding": "gzip"} if zipped else {})}
+    return Response(_read(name, zipped=zipped), headers=headers, media_type=MEDIA_TYPES[name.rpartition(".")[2]])
 
 
 @cache
-def _read(name: str) -> bytes:
-    return (STATIC_DIRECTORY / name).read_bytes()
+def _read(name: str, *, zipped: bool) -> bytes:
+    contents = (STATIC_DIRECTORY / name).read_bytes()
+    return gzip.compress(contents) if zipped else contents

@@ -48,6 +48,7 @@ class AnswerStarted(Event, frozen=True, tag="begun"):
 
     Attributes:
         answer: its number.
+        seed: also in the response, so that a client can tell which answer is its own.
         prompt: text of the end of the prompt.
         prompt_tokens: length of the whole prompt.
         queued_seconds: time in the admission queue.
@@ -122,6 +123,9 @@ class AnswerFinished(Event, frozen=True, tag="ended"):
     Attributes:
         outcome: its finish reason or an error code.
         message: the error message.
+        version: exact target version; empty if no verifier answered.
+        unverified: tokens at the end that only the draft model has generated.
+        withdrawn: tokens that were shown as unverified and then rejected.
     """
 
     answer: int
@@ -132,6 +136,9 @@ class AnswerFinished(Event, frozen=True, tag="ended"):
     rounds: int
     seconds: float
     message: str = ""
+    version: str = ""
+    unverified: int = 0
+    withdrawn: int = 0
 
 
 class GaugeSample(Event, frozen=True, tag="gauges"):
@@ -141,9 +148,12 @@ class GaugeSample(Event, frozen=True, tag="gauges"):
         running, waiting: answers that run, and requests in the admission queue.
         tokens, rounds, drafts, drafted, accepted: totals since the start: tokens of answers, rounds, rounds with a
             draft, draft tokens, and accepted draft tokens.
+        unverified, unverified_answers: totals since the start: tokens that no verifier has checked, and the answers
+            that ended with such tokens.
+        version: exact target version of the newest answer; empty before the first reply.
         sent, received: bytes since the start, over all connections to the verifier.
         verifier, privacy: see `BoardInfo`; the verifier may change.
-        fault: why the last answer or round could not reach the verifier; empty once one has succeeded again.
+        fault: why the verifier cannot be reached, or could not be by the last answer; empty once it has answered again.
         joules: energy drawn since the start, as far as known.
         watts: current power draw.
         energy: source of the last two: the board's sensors, or modeled from the figures of its profile.
@@ -163,6 +173,9 @@ class GaugeSample(Event, frozen=True, tag="gauges"):
     verifier: str
     privacy: Privacy
     fault: str = ""
+    version: str = ""
+    unverified: int = 0
+    unverified_answers: int = 0
     rtt_seconds: float | None = None
     joules: float | None = None
     watts: float | None = None

@@ -67,7 +67,10 @@ class GaugeSampler:
             received=received,
             verifier=self._client.url,
             privacy=classify_privacy(self._client.url),
-            fault=totals.fault,
+            fault=self._describe_fault(),
+            version=totals.version,
+            unverified=totals.unverified,
+            unverified_answers=totals.unverified_answers,
             rtt_seconds=readings.rtt_seconds,
             joules=round(sum(self.joules.values()), 2) if self.joules else None,
             watts=watts,
@@ -79,6 +82,12 @@ class GaugeSampler:
             throttled=readings.throttled,
             metered=readings.metered,
         )
+
+    def _describe_fault(self) -> str:
+        """Return why no verifier can be used, or why the last answer reached none; empty once one has answered."""
+        link = self._client.link_state
+        idle = not self._queue.running
+        return link.reason or ("" if link.reachable and idle else self._totals.fault)
 
     def _integrate_energy(self, readings: Surroundings) -> tuple[Literal["", "sensor", "profile"], float | None]:
         """Add the energy since the last call to `joules`; return its source and the current power draw."""

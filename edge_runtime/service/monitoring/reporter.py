@@ -31,6 +31,9 @@ class ServiceTotals(msgspec.Struct):
     accepted: int = 0
     draft_seconds: float = 0.0
     fault: str = ""
+    version: str = ""
+    unverified: int = 0
+    unverified_answers: int = 0
 
 
 class AnswerReporter:
@@ -123,6 +126,7 @@ class AnswerReporter:
         totals.drafted += outcome.drafted
         totals.accepted += outcome.accepted
         totals.draft_seconds += outcome.draft_seconds
+        totals.version = self._answer.version
         corrected = self._first_own if outcome.accepted < outcome.drafted else None
         self._first_own = None
         event = events.RoundFinished(
@@ -149,9 +153,12 @@ class AnswerReporter:
 
     def report_end(self, outcome: str) -> None:
         """The answer ended with this finish reason or error code; no event if it never started."""
-        answer = self._answer
+        answer, totals = self._answer, self._totals
+        totals.version = answer.version or totals.version
+        totals.unverified += answer.unverified_tokens
+        totals.unverified_answers += answer.unverified_tokens > 0
         if isinstance(answer.error, VerifierUnreachable):
-            self._totals.fault = str(answer.error)
+            totals.fault = str(answer.error)
         if not self._number:
             return
         event = events.AnswerFinished(
@@ -164,6 +171,9 @@ class AnswerReporter:
             rounds=answer.rounds,
             seconds=round(answer.seconds, 4),
             message=str(answer.error) if answer.error else "",
+            version=answer.version,
+            unverified=answer.unverified_tokens,
+            withdrawn=answer.withdrawn_tokens,
         )
         self._event_log.append(lambda: event)
 

@@ -16,16 +16,16 @@ function shape(name, attributes) {
 
 /** A gauge: its current value and its curve over the last minutes. Hidden until there is a value. */
 export class GaugeTile {
-  /** The scale ends at `scaleMax`, or above it if values are larger and the scale is not `fixed`. */
-  constructor(home, { name, title, unit, kind = "", digits = 0, scaleMax = 1, fixed = false }) {
-    Object.assign(this, { title, unit, digits, scaleMax, fixed, points: [] });
+  /** The scale ends at `scale`, or above it if values are larger and the scale is not `fixed`. */
+  constructor(home, { key, name, unit, kind = "", digits = 0, scale = 1, fixed = false }) {
+    Object.assign(this, { name, unit, digits, scale, fixed, points: [] });
     this.figure = document.createElement("figure");
     this.figure.className = `tile card ${kind}`;
-    this.figure.dataset.gauge = name;
+    this.figure.dataset.gauge = key;
     this.figure.hidden = true;
     const caption = document.createElement("figcaption");
     this.note = document.createElement("span");
-    caption.append(title, this.note);
+    caption.append(name, this.note);
     this.output = document.createElement("output");
     this.svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
     this.area = shape("path", { class: "area" });
@@ -52,7 +52,7 @@ export class GaugeTile {
     const [now, value] = this.points.at(-1);
     const span = Math.max(MIN_SECONDS, now - this.points[0][0]);
     const known = this.points.filter(([, y]) => y !== null).map(([, y]) => y);
-    const top = this.fixed ? this.scaleMax : Math.max(this.scaleMax, ...known) * 1.1;
+    const top = this.fixed ? this.scale : Math.max(this.scale, ...known) * 1.1;
     const unit = document.createElement("small");
     unit.textContent = this.unit;
     this.output.replaceChildren(value === null ? "–" : value.toFixed(this.digits), unit);
@@ -76,11 +76,11 @@ export class GaugeTile {
     this.curve.setAttribute("d", curve);
     const maximum = known.length ? `, recent maximum ${Math.max(...known).toFixed(this.digits)} ${this.unit}` : "";
     const current = value === null ? "no current value" : `${value.toFixed(this.digits)} ${this.unit}`;
-    this.svg.setAttribute("aria-label", `${this.title}: ${current}${maximum}`);
+    this.svg.setAttribute("aria-label", `${this.name}: ${current}${maximum}`);
   }
 }
 
-/** Recent rounds as bars: draft tokens, accepted ones filled; rounds without a draft by the target's own tokens. */
+/** Recent rounds as bars of tokens: accepted ones and the target's own filled, rejected ones as an outline on top. */
 export class RoundsChart {
   constructor(home) {
     this.rounds = [];
@@ -98,15 +98,15 @@ export class RoundsChart {
   }
 
   draw() {
-    const scaleMax = Math.max(4, ...this.rounds.map((round) => round.drafted));
-    const bars = this.rounds.flatMap((round, index) => {
+    // A round without a draft may have hundreds of tokens; its bar ends at the top.
+    const scale = Math.max(6, ...this.rounds.map(({ drafted, own }) => (drafted ? drafted + own : 0)));
+    const bars = this.rounds.flatMap(({ drafted, accepted, own }, index) => {
       const x = 6 * (ROUNDS - this.rounds.length + index);
-      const bar = (count, kind) => {
-        const height = (60 * count) / scaleMax;
-        return shape("rect", { x: x + 0.5, y: 63 - height, width: 4.5, height, class: kind });
+      const bar = (from, to, kind) => {
+        const [low, high] = [from, to].map((tokens) => (62 * Math.min(scale, tokens)) / scale);
+        return shape("rect", { x: x + 0.5, y: 63 - high, width: 4.5, height: high - low, class: kind });
       };
-      if (!round.drafted) return [bar(Math.min(scaleMax, round.own) / 3, "cloud")];
-      return [bar(round.drafted, "drafted"), bar(round.accepted, "accepted")];
+      return [bar(accepted + own, drafted + own, "drafted"), bar(0, accepted, "accepted"), bar(accepted, accepted + own, "cloud")];
     });
     this.svg.replaceChildren(...bars);
     const drafted = this.rounds.reduce((sum, round) => sum + round.drafted, 0);

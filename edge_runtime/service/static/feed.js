@@ -1,32 +1,50 @@
-// Server-sent events over fetch, which unlike EventSource can send an API key.
+// Requests to the board, and server-sent events over fetch, which unlike EventSource can send an API key.
 
-/** An error response of the service. */
+const KEY = "flexspec-key";
+
+/** The API key, kept in this tab only. */
+export const getKey = () => sessionStorage.getItem(KEY) ?? "";
+
+export function setKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+/** An error of the service, or of the connection to it (status 0, code `lost`). */
 export class ResponseError extends Error {
-  constructor(status, message) {
+  constructor(status, { message, code }) {
     super(message);
     this.status = status;
+    this.code = code ?? "other";
   }
 }
 
-/** Send a request with the API key of this tab. Throws ResponseError. */
+const lost = () => new ResponseError(0, { message: "The connection to the board was lost.", code: "lost" });
+
+/** Send a request with the API key of this tab. Throws ResponseError, and AbortError. */
 export async function request(path, options = {}) {
-  const key = sessionStorage.getItem("flexspec-key");
+  const key = getKey();
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
-  const response = await fetch(path, { ...options, headers, cache: "no-store" });
-  if (response.ok) return response;
-  let message = `the board responded with status ${response.status}`;
+  let response;
   try {
-    message = (await response.json()).error.message;
-  } catch { /* not an error body of the service: report the status only */ }
-  throw new ResponseError(response.status, message);
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : lost();
+  }
+  if (response.ok) return response;
+  const unknown = { message: `the board responded with status ${response.status}` };
+  const body = await response.json().catch(() => ({}));
+  throw new ResponseError(response.status, body.error ?? unknown);
 }
 
-/** Yield the events of a response as {id, event, data}; data is text. */
+/** Yield the events of a response as {id, event, data}; data is text. Throws ResponseError, and AbortError. */
 export async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : lost();
+    });
     if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,22 +29,39 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+FIND_NEWEST_CHAT = """() => Object.keys(localStorage).filter(key => key.startsWith("flexspec-chat-"))
+  .map(key => JSON.parse(localStorage[key])).sort((a, b) => b.updated - a.updated)[0]"""
+
+
 class Tab:
     """One page of a browser.
 
     Attributes:
         page: the Playwright page.
         requests: URLs that it requested.
+        bodies: what it sent.
         problems: errors and warnings on its console, uncaught exceptions, and dialogs.
     """
 
-    def __init__(self, browser: Any, url: str, *, width: int = 1280, height: int = 900, scheme: str = "dark") -> None:
-        self._context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def __init__(
+        self,
+        browser: Any,
+        url: str,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        scheme: str = "dark",
+        permissions: Sequence[str] = (),
+    ) -> None:
+        self._context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, permissions=list(permissions)
+        )
         self.page = self._context.new_page()
         self.page.set_default_timeout(300_000)
         self.requests: list[str] = []
+        self.bodies: list[str] = []
         self.problems: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("request", self._record)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
         self.page.on(
@@ -54,7 +71,7 @@ class Tab:
         self.page.goto(f"{url}/")
 
     def wait_for_state(self, state: str) -> None:
-        """Wait until the connection is in this state: `live`, `lost`, `key` or `waiting`."""
+        """Wait until the connection is in this state: `live`, `lost`, `key`, `connecting` or `loading`."""
         self.page.wait_for_selector(f'#status[data-state="{state}"]')
 
     def wait_until(self, expression: str, seconds: float = 300.0) -> None:
@@ -64,28 +81,50 @@ class Tab:
             assert time.monotonic() < end, f"never became true: {expression}"
             self.page.wait_for_timeout(50)
 
-    def ask(
-        self,
-        prompt: str,
-        temperature: float = 0.7,
-        tokens: int = 32,
-        *,
-        speculation: bool = True,
-        chat: bool = False,
-    ) -> str:
-        """Submit the prompt form, wait for the end of the answer, and return the status line of the form."""
+    def set_settings(self, **settings: str | float | bool | None) -> None:
+        """Change settings of the chat; None empties a field. The names are those of the request."""
         page = self.page
-        page.set_checked("#chat", chat)
-        page.fill("#prompt", prompt)
-        page.fill("#temperature", str(temperature))
-        page.fill("#max-tokens", str(tokens))
-        page.set_checked("#speculation", speculation)
-        count = page.locator(".answer").count()
-        page.click("#go")
-        self.wait_until(f"document.querySelectorAll('.answer').length > {count} || {count} === 8")
-        page.wait_for_selector("#go:enabled")
-        page.wait_for_selector(".answer:first-child:not([data-writing]) h3 span:last-child")
-        return str(page.inner_text("#asked"))
+        page.click("#open-settings")
+        for name, value in settings.items():
+            field = f'#settings-form [name="{name}"]'
+            if isinstance(value, bool):
+                page.set_checked(field, value)
+            elif page.locator(field).evaluate("field => field.tagName") == "SELECT":
+                page.select_option(field, str(value))
+            else:
+                page.fill(field, "" if value is None else str(value))
+        page.click('#settings-form button[type="submit"]')
+
+    def send(self, message: str) -> None:
+        """Send a message without waiting for its answer."""
+        self.page.fill("#message", message)
+        self.page.press("#message", "Enter")
+
+    def wait_for_answer(self) -> None:
+        """Wait until no answer is being written and the last one is complete, with the origins of its tokens."""
+        self.page.wait_for_selector("#send:visible")
+        self.wait_until("!document.querySelector('.answer[data-writing], .message[data-writing]')")
+
+    def ask(self, message: str, **settings: str | float | bool | None) -> dict[str, Any]:
+        """Send a message, wait for the answer, and return the answer's message as the browser keeps it."""
+        if settings:
+            self.set_settings(**settings)
+        count = self.page.locator(".message").count()
+        self.send(message)
+        self.wait_until(f"document.querySelectorAll('.message').length >= {count} + 2")
+        self.wait_for_answer()
+        answer: dict[str, Any] = self.chat()["messages"][-1]
+        return answer
+
+    def chat(self) -> dict[str, Any]:
+        """Return the newest chat as the browser keeps it."""
+        chat: dict[str, Any] = self.page.evaluate(FIND_NEWEST_CHAT)
+        return chat
+
+    def _record(self, request: Any) -> None:
+        self.requests.append(request.url)
+        if request.post_data:
+            self.bodies.append(request.post_data)
 
     def close(self) -> None:
         self._context.close()

@@ -1,10 +1,10 @@
-"""The dashboard in a real browser: what it shows, and what it must never do."""
+"""The page in a real browser: its live view, its connection, its looks on every screen, and what it must never do."""
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,14 +17,13 @@ from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service import dashboard
+from edge_runtime.service.monitoring.words import load_words
 from tests.edge_runtime.service.browser import Tab, chromium
 from tests.edge_runtime.service.conftest import board_process, service_pair
 
 PROMPT = "def read_config(path):\n"
 NEWEST_TEXT = ".answer:first-child pre"
-# The target continues what it reads, so that its own text is hostile as well.
-# The toy target goes on like this.
-HOSTILE = " ".join(["<img src=x>"] * 5)
+WORDS = load_words()
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +40,16 @@ def tab(browser: Any, url: str) -> Iterator[Tab]:
     opened.close()
 
 
+def complete(tab: Tab, url: str, **options: Any) -> str:
+    """Have the board continue the prompt, as another client; return the text when the page shows its end."""
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 32, **options}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status().json()
+    text: str = answer["choices"][0]["text"]
+    tab.wait_until(f"document.querySelector('{NEWEST_TEXT}')?.textContent.endsWith({PROMPT + text!r})")
+    tab.page.wait_for_selector(".answer:first-child:not([data-writing])", state="attached")
+    return text
+
+
 def tokens_by_kind(tab: Tab) -> dict[str, list[str]]:
     """Return the tokens of the newest answer by kind."""
     spans = tab.page.eval_on_selector_all(
@@ -53,25 +62,27 @@ def tokens_by_kind(tab: Tab) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_an_answer_is_shown_as_colored_tokens_and_curves(tab: Tab, url: str, client: openai.OpenAI) -> None:
-    status = tab.ask(PROMPT, temperature=0)
-    expected = client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=32)
-    assert f"{expected.usage.completion_tokens} tokens" in status
-    tab.page.wait_for_selector(".answer:nth-child(2)")
-    tab.page.wait_for_selector(".answer:first-child:not([data-writing])")
+def test_answers_of_all_clients_are_shown_as_colored_tokens_and_curves(
+    tab: Tab, url: str, client: openai.OpenAI
+) -> None:
+    text = complete(tab, url)
+    timings = client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=32).timings
+    complete(tab, url)
     tokens = tokens_by_kind(tab)
     assert tokens["prompt"] == [PROMPT]
-    assert len(tokens["accepted"]) == expected.timings["draft_n_accepted"]
+    assert len(tokens["accepted"]) == timings["draft_n_accepted"]
     assert len(tokens["corrected"]) + len(tokens.get("own", [])) == 32 - len(tokens["accepted"])
-    assert tab.page.text_content(NEWEST_TEXT) == PROMPT + expected.choices[0].text
-    # The kinds differ by more than color.
+    assert tab.page.text_content(NEWEST_TEXT) == PROMPT + text
+    # The kinds differ by more than color, and are explained by the words that `top` uses.
     styles = {
         kind: tab.page.eval_on_selector(
-            f".legend .{kind}", "e => getComputedStyle(e).textDecoration + getComputedStyle(e).font"
+            f"#legend .{kind}", "e => getComputedStyle(e).textDecoration + getComputedStyle(e).font"
         )
-        for kind in ("accepted", "corrected", "own", "unverified", "withdrawn")
+        for kind in WORDS.tokens
     }
     assert len(set(styles.values())) == 5
+    for kind, words in WORDS.tokens.items():
+        assert tab.page.inner_text(f"#legend .{kind}") == words
     assert int(tab.page.inner_text("#count-accepted")) >= len(tokens["accepted"])
 
     # Curves move, the chart of rounds has bars, and the numbers are those of the board.
@@ -81,9 +92,12 @@ def test_an_answer_is_shown_as_colored_tokens_and_curves(tab: Tab, url: str, cli
     tab.wait_until(f"document.querySelector('{curve}').getAttribute('d') !== '{before}'")
     for gauge in ("rate", "acceptance", "draft", "rtt", "bytes"):
         assert tab.page.is_visible(f'[data-gauge="{gauge}"]'), gauge
-        assert tab.page.get_attribute(f'[data-gauge="{gauge}"] svg', "aria-label")
+        assert WORDS.gauges[gauge].name in tab.page.get_attribute(f'[data-gauge="{gauge}"] svg', "aria-label")
     assert tab.page.locator("#rounds rect").count() > 4
-    assert (tab.page.inner_text("#plan-draft"), tab.page.inner_text("#plan-reason")) == ("5", "fixed")
+    assert (
+        tab.page.inner_text("#plan") == "This board drafts 5 tokens; the target model verifies them and adds 1 token."
+    )
+    assert tab.page.inner_text("#plan-reason") == "Reason: fixed plan"
     assert re.fullmatch(r"[\d.]+ [kM]?B", tab.page.inner_text("#sent"))
     assert "on this machine" in tab.page.inner_text("#privacy")
     assert tab.page.inner_text("#verifier").startswith("http://127.0.0.1:")
@@ -94,70 +108,86 @@ def test_an_answer_is_shown_as_colored_tokens_and_curves(tab: Tab, url: str, cli
 
 
 @pytest.mark.slow
-def test_text_of_the_model_is_never_interpreted_as_html(tab: Tab) -> None:
-    tab.ask(HOSTILE, temperature=0)
-    shown = tab.page.text_content(NEWEST_TEXT).removeprefix(HOSTILE)
-    assert "<img src=x>" in shown, "the target generated no HTML, so this tests nothing"
-    assert tab.page.locator("main img, main script, main [onerror]").count() == 0
-    assert tab.problems == []
-    # Even if markup got into the page, it could not run.
-    tab.page.evaluate("document.querySelector('#nothing').innerHTML = '<img src=x onerror=alert(1)>'")
-    tab.page.wait_for_timeout(200)
-    assert any("content security" in problem.lower() for problem in tab.problems)
-    assert "1" not in tab.problems
+def test_the_bar_of_times_is_to_scale(tab: Tab, url: str) -> None:
+    complete(tab, url)
+    tab.wait_until("document.querySelectorAll('#times span').length > 0")
+    legend = tab.page.inner_text("#times-legend")
+    percents = {part: int(re.search(rf"{words}.*?(\d+) %", legend)[1]) for part, words in WORDS.times.items()}  # type: ignore[index]
+    assert 99 <= sum(percents.values()) <= 101
+    widths = dict(
+        tab.page.eval_on_selector_all(
+            "#times span",
+            "spans => spans.map(s => [s.className, 100 * s.offsetWidth / s.parentElement.clientWidth])",
+        )
+    )
+    for part, percent in percents.items():
+        assert widths.get(part, 0) == pytest.approx(percent, abs=1)
 
 
 @pytest.mark.slow
-def test_speculation_can_be_switched_off_and_empty_prompts_are_not_sent(tab: Tab) -> None:
-    tab.ask(PROMPT, speculation=False)
+def test_speculation_can_be_switched_off(tab: Tab, url: str) -> None:
+    complete(tab, url, speculation=False)
     assert not tokens_by_kind(tab).get("accepted")
     assert "switched speculation off" in tab.page.inner_text("#plan-reason")
-    tab.page.fill("#prompt", "")
-    tab.page.click("#go")
-    assert tab.page.is_enabled("#go"), "an empty prompt is not sent"
+    assert tab.page.inner_text("#plan") == (
+        "The target model writes up to 32 tokens by itself; this board does not draft."
+    )
 
 
 @pytest.mark.slow
-def test_the_page_opens_with_a_question_for_the_chat_template(tab: Tab, client: openai.OpenAI) -> None:
-    assert tab.page.is_checked("#chat")
-    question = tab.page.input_value("#prompt")
-    status = tab.ask(question, temperature=0, chat=True)
-    messages = [{"role": "user", "content": question}]
-    expected = client.chat.completions.create(model="", messages=messages, temperature=0, max_tokens=32)
-    assert f"{expected.usage.completion_tokens} tokens" in status
-    shown = tokens_by_kind(tab)
-    assert "User:" in "".join(shown["prompt"]), "the toy family has no template, so the plain form is used"
-    assert tab.problems == []
-
-
-def test_errors_of_the_service_are_shown(tab: Tab) -> None:
-    tab.page.fill("#prompt", "x " * 5000)
-    tab.page.click("#go")
-    tab.wait_until("document.querySelector('#asked').textContent.includes('shorten it')")
-    assert tab.page.is_enabled("#go")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (820, "light")])
-def test_small_screens_do_not_scroll_sideways(browser: Any, url: str, width: int, scheme: str) -> None:
-    tab = Tab(browser, url, width=width, height=800, scheme=scheme)
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(360, 640, "light"), (820, 1180, "dark"), (1280, 800, "light")]
+)
+def test_the_page_fits_every_screen(browser: Any, url: str, width: int, height: int, scheme: str) -> None:
+    tab = Tab(browser, url, width=width, height=height, scheme=scheme)
     tab.wait_for_state("live")
-    tab.ask("x" * 200 + "\n" + PROMPT)
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    tab.ask("x" * 200 + "\n" + PROMPT, temperature=0)
+    page = tab.page
+    inside = """element => {
+      const { left, right, top, bottom } = element.getBoundingClientRect();
+      return left >= 0 && right <= innerWidth && top >= 0 && bottom <= innerHeight;
+    }"""
+    tabs = page.is_visible(".tabs")
+    assert tabs == (width < 900)
+    for view in ("chat", "live"):
+        if tabs:
+            page.click(f".tabs [data-view={view}]")
+            assert page.is_visible("#chat") == (view == "chat")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.eval_on_selector(f"#{view}", inside)
+        assert page.eval_on_selector(f"#{view}", "e => [e, ...e.children].every(x => x.scrollWidth <= e.clientWidth)")
+        if view == "chat":
+            assert page.eval_on_selector("#composer", inside), "the composer is always in view"
+            for dialog, button in (("#settings", "#open-settings"), ("#chats", "#open-chats")):
+                page.click(button)
+                assert page.eval_on_selector(dialog, inside)
+                assert page.eval_on_selector(dialog, "e => e.scrollWidth <= e.clientWidth")
+                page.keyboard.press("Escape")
+    # Phones zoom into inputs with smaller text.
+    page.click(".tabs [data-view=chat]") if tabs else None
+    small = """[...document.querySelectorAll('textarea, select, input:not([type="checkbox"])')]
+      .filter(e => parseFloat(getComputedStyle(e).fontSize) < 16).map(e => e.id)"""
+    assert page.evaluate(small) == []
     tab.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_sufficient_contrast(browser: Any, url: str, scheme: str) -> None:
+def test_all_text_has_sufficient_contrast_and_all_controls_a_name(browser: Any, url: str, scheme: str) -> None:
     """WCAG's contrast ratio of 4.5 for all text on the page."""
     tab = Tab(browser, url, scheme=scheme)
     tab.wait_for_state("live")
-    tab.ask(PROMPT)
+    tab.ask(PROMPT, temperature=0)
+    tab.ask("x " * 5000)
+    tab.page.wait_for_selector(".error:visible")
+    tab.page.evaluate("for (const details of document.querySelectorAll('#live details')) details.open = true")
     assert tab.page.evaluate(FIND_LOW_CONTRAST) == []
-    # Every input has a label.
-    unnamed = "[...document.querySelectorAll('input, textarea')].filter(e => !e.labels.length).length"
-    assert tab.page.evaluate(unnamed) == 0
+    tab.page.click("#open-settings")
+    assert tab.page.evaluate(FIND_LOW_CONTRAST) == []
+    unnamed = """[...document.querySelectorAll("input, textarea, select, button, [role]:not([role=status])")]
+      .filter(e => e.checkVisibility() && !e.labels?.length && !e.ariaLabel && !e.textContent.trim())
+      .map(e => e.outerHTML)"""
+    assert tab.page.evaluate(unnamed) == []
     tab.close()
 
 
@@ -185,46 +215,12 @@ FIND_LOW_CONTRAST = """() => {
 
 
 @pytest.mark.slow
-def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(browser: Any, verifier: str, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("first-key\n")
-    options = ("--api-key-file", str(tmp_path / "keys"), "--policy", "fixed", "--threads", "1")
-    with board_process(verifier, *options) as (_, url):
-        tab = Tab(browser, url)
-        tab.wait_for_state("key")
-        tab.page.fill("#key", "wrong")
-        tab.page.press("#key", "Enter")
-        tab.wait_for_state("key")
-        tab.page.fill("#key", "first-key")
-        tab.page.press("#key", "Enter")
-        tab.wait_for_state("live")
-        assert not tab.page.is_visible("#key-form")
-        tab.ask(PROMPT)
-        assert tab.page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
-        assert not any("first-key" in requested for requested in tab.requests)
-        # Repetitive text does not end before the limit.
-        tab.page.set_checked("#chat", False)
-        tab.page.fill("#prompt", HOSTILE)
-        tab.page.fill("#temperature", "0")
-        tab.page.fill("#max-tokens", "1000")
-        tab.page.press("#prompt", "Control+Enter")
-        tab.page.click("#stop")
-        tab.page.wait_for_selector("#go:enabled")
-        assert tab.page.inner_text("#asked") == "stopped"
-        tab.wait_until("document.querySelector('.answer:first-child h3').textContent.includes('cancelled')")
-        tab.page.reload()
-        tab.wait_for_state("live")
-        # Chromium itself logs the two responses with status 401.
-        assert all("401" in problem for problem in tab.problems)
-        tab.close()
-
-
-@pytest.mark.slow
 def test_the_page_reconnects_to_a_restarted_service(browser: Any, verifier: str) -> None:
     options = ("--policy", "fixed", "--threads", "1")
     with board_process(verifier, *options) as (process, url):
         tab = Tab(browser, url)
         tab.wait_for_state("live")
-        tab.ask(PROMPT, tokens=8)
+        complete(tab, url, max_tokens=8)
         process.terminate()
         tab.wait_for_state("lost")
         port = url.rsplit(":", 1)[1]
@@ -233,7 +229,7 @@ def test_the_page_reconnects_to_a_restarted_service(browser: Any, verifier: str)
             tab.wait_for_state("live")
             # The new process numbers its answers from 1 again.
             tab.wait_until("document.querySelectorAll('.answer').length === 0")
-            tab.ask(PROMPT, tokens=8)
+            complete(tab, url, max_tokens=8)
             assert tab.page.locator(".answer").count() == 1
             tab.close()
 
@@ -250,48 +246,56 @@ def test_unverified_tokens_are_marked_and_struck_through_when_withdrawn(
     ):
         tab = Tab(browser, pair.url)
         tab.wait_for_state("live")
-        tab.page.uncheck("#chat")
-        tab.page.fill("#prompt", PROMPT)
-        tab.page.fill("#max-tokens", "200")
-        tab.page.fill("#temperature", "0")
-        tab.page.click("#go")
+        tab.set_settings(temperature=0, max_tokens=200)
+        tab.send(PROMPT)
         tab.page.wait_for_selector(f"{NEWEST_TEXT} .accepted", state="attached")
         portal.call(pair.verifier.stop)
         tab.wait_until("document.querySelectorAll('#answers .unverified').length > 20")
         tab.page.wait_for_selector("#fault:visible")
         portal.call(pair.verifier.start)
-        tab.page.wait_for_selector("#go:enabled")
+        tab.wait_for_answer()
         tab.wait_until("!document.querySelector('#answers .unverified, .answer[data-writing]')")
         tab.wait_until("document.querySelector('#fault').hidden")
         withdrawn = tab.page.locator(f"{NEWEST_TEXT} .withdrawn").count()
         verified = f"{NEWEST_TEXT} span:not(.prompt, .withdrawn)"
         text = "".join(tab.page.eval_on_selector_all(verified, "spans => spans.map(s => s.textContent)"))
         assert tab.page.inner_text("#count-withdrawn") == str(withdrawn)
+        answer = tab.chat()["messages"][-1]
+        assert answer["withdrawn"] == withdrawn > 0
+        assert f"{withdrawn} {WORDS.tokens['withdrawn']}" in tab.page.inner_text(".message:last-child footer")
         assert tab.problems == []
         tab.close()
-        body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "speculation": False}
-        answer = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=300).json()
-        assert text == answer["choices"][0]["text"]
-        assert withdrawn > 0
+        body = {"messages": [{"role": "user", "content": PROMPT.strip()}], "max_tokens": 200, "temperature": 0}
+        response = httpx.post(f"{pair.url}/v1/chat/completions", json=body | {"speculation": False}, timeout=300)
+        wanted = response.json()["choices"][0]["message"]["content"]
+        assert text.startswith(wanted)
+        assert answer["content"] == wanted
 
 
 def test_files_are_served_with_a_strict_content_security_policy(url: str) -> None:
-    for path, (name, media_type) in dashboard.PAGE_FILES.items():
-        answer = httpx.get(url + path)
-        assert answer.status_code == 200
-        assert answer.content == (dashboard.STATIC_DIRECTORY / name).read_bytes()
-        assert answer.headers["content-type"].partition(";")[0] == media_type
-        policy = answer.headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'; script-src 'self'; ")
-        assert "unsafe" not in policy
-        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path, name in dashboard.PAGE_FILES.items():
+        plain = httpx.get(url + path, headers={"accept-encoding": "identity"})
+        for answer in (plain, httpx.get(url + path)):
+            assert answer.status_code == 200
+            assert answer.content == (dashboard.STATIC_DIRECTORY / name).read_bytes()
+            assert answer.headers["content-type"].partition(";")[0] == dashboard.MEDIA_TYPES[name.rpartition(".")[2]]
+            policy = answer.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; script-src 'self'; ")
+            assert "unsafe" not in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+        assert (plain.headers.get("content-encoding"), answer.headers["content-encoding"]) == (None, "gzip")
     assert httpx.get(f"{url}/", headers={"host": "evil.example"}).status_code == 403
     for path in ("/static/index.html", "/dashboard.png", "/%2e%2e/app.py", "/index.html"):
         assert httpx.get(url + path).status_code == 404
 
 
+def test_the_page_is_small() -> None:
+    files = [(dashboard.STATIC_DIRECTORY / name).read_bytes() for name in dashboard.PAGE_FILES.values()]
+    assert sum(len(gzip.compress(contents)) for contents in files) < 40_000
+
+
 def test_files_name_no_other_host_and_insert_no_html() -> None:
-    for name, _ in dashboard.PAGE_FILES.values():
+    for name in dashboard.PAGE_FILES.values():
         text = (dashboard.STATIC_DIRECTORY / name).read_text()
         for address in re.findall(r"(?:https?:)?//[\w.]+\.\w+", text):
             assert address == "http://www.w3.org", f"{name}: {address}"
