@@ -19,6 +19,7 @@ VERIFIER_KEYS = (
     "verifier.model",
     "verifier.deadline_seconds",
     "service.on_link_loss",
+    "verifier.proxy",
     "verifier.http2",
     "verifier.token_file",
     "verifier.ca_file",
@@ -62,6 +63,7 @@ def make_client(verifier: VerifierSettings) -> VerifierClient:
         token=read_token(verifier),
         authorities=verifier.ca_file,
         certificate=certificate,
+        proxy=verifier.proxy,
     )
 
 

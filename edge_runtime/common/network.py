@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edge_runtime.common.files import os_errors_as_input_errors
 from edge_runtime.protocol.errors import InputError
@@ -15,6 +17,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_proxy(url: str) -> str:
+    """Return `url` if it can be the URL of an HTTP proxy. Raises InputError."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = valid and parts.path in ("", "/") and not parts.query and not parts.fragment
+    except ValueError:
+        valid = False
+    if not valid:
+        hidden = re.sub(r"//[^/@]*@", "//...@", url)
+        raise InputError(f"{hidden!r} is not the URL of an HTTP proxy; write for instance http://proxy.example:3128")
+    return url
 
 
 def check_ca_file(path: Path) -> Path:

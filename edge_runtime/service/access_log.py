@@ -22,10 +22,14 @@ def log_answer(answer: Answer, outcome: str, tokenizer: Tokenizer) -> None:
         "FLEXSPEC_DRAFTED": answer.drafted,
         "FLEXSPEC_ACCEPTED": answer.accepted,
         "FLEXSPEC_SECONDS": round(answer.seconds, 3),
+        "FLEXSPEC_ANSWER": answer.request.id,
+        "FLEXSPEC_REQUEST": answer.request.request_id,
+        "FLEXSPEC_ERROR": str(answer.error or ""),
     }
     log.info(
         "%(FLEXSPEC_OUTCOME)s: %(FLEXSPEC_TOKENS)d tokens in %(FLEXSPEC_ROUNDS)d rounds and %(FLEXSPEC_SECONDS).2f s, "
-        "%(FLEXSPEC_ACCEPTED)d of %(FLEXSPEC_DRAFTED)d draft tokens accepted",
+        "%(FLEXSPEC_ACCEPTED)d of %(FLEXSPEC_DRAFTED)d draft tokens accepted (%(FLEXSPEC_ANSWER)s, request "
+        "%(FLEXSPEC_REQUEST)s)" + (": %(FLEXSPEC_ERROR)s" if str(answer.error or "") else ""),
         fields,
         extra={logs.EXTRA_FIELDS: fields},
     )

@@ -54,9 +54,9 @@ class AnswerGroup:
         if not any(answer.has_text for answer in self.answers):
             self._raise_error()
 
-    async def wait_until_done(self) -> None:
-        """Wait for the end of all answers. Raises the first error."""
-        await self._wait(lambda: all(answer.done for answer in self.answers), None)
+    async def wait_until_done(self, seconds: float | None = None) -> None:
+        """Wait for the end of all answers. Raises the first error, and TimeoutError after `seconds`."""
+        await self._wait(lambda: all(answer.done for answer in self.answers), seconds)
         self._raise_error()
 
     async def read(self, seconds: float | None = None) -> tuple[int, TextChange | None] | None:

@@ -5,8 +5,11 @@ The HTTP side is in `routes`, the execution of answers in `answer_runner`. Every
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from edge_runtime.service.answer_runner import AnswerRunner
-from edge_runtime.service.auth import RequestGuard
+from edge_runtime.service.auth import AccessRules, RequestGuard
+from edge_runtime.service.middleware import Middleware
 from edge_runtime.service.routes import Routes
 from edge_runtime.service.state import BoardRuntime, ServiceLimits, ServiceState
 from edge_runtime.verifier import VerifierClient
@@ -19,35 +22,36 @@ class Service:
 
     Attributes:
         app: the ASGI application.
-        state: limits, keys and board, which change.
+        state: limits, access rules and board, which change.
         client, queue, monitoring, metrics: see `ServiceState`.
     """
 
     def __init__(
-        self, client: VerifierClient, limits: ServiceLimits, keys: frozenset[str], *, local: bool = True
+        self, client: VerifierClient, limits: ServiceLimits, access: AccessRules, *, models_file: Path | None = None
     ) -> None:
         """
         Args:
-            keys, local: see `RequestGuard`.
+            models_file: see `KnownModels`.
         """
-        self.state = state = ServiceState(client, limits, keys)
+        self.state = state = ServiceState(client, limits, access, models_file)
         self.client, self.queue, self.monitoring, self.metrics = client, state.queue, state.monitoring, state.metrics
-        self._local = local
         self._runner = AnswerRunner(state)
-        self._routes = Routes(state, RequestGuard(keys, local), self._runner)
-        self.app = self._routes.app
+        self._routes = Routes(state, self._runner)
+        self.app = Middleware(self._routes.app, access)
 
     def activate(self, board: BoardRuntime) -> None:
         """Start to accept answers with `board`; called once."""
         self.state.board = board
         self.monitoring.start(board.surroundings, board.power)
+        self.metrics.add_prefix_cache(board.draft.prefix_cache)
         if board.ngram_cache:
             self.metrics.add_ngram_cache(board.ngram_cache)
 
-    def reconfigure(self, limits: ServiceLimits, keys: frozenset[str], board: BoardRuntime) -> None:
-        """Apply new limits, keys and board to all further requests; running answers continue with the old ones."""
-        self.state.board, self.state.limits, self.state.keys = board, limits, keys
-        self._routes.guard = RequestGuard(keys, self._local)
+    def reconfigure(self, limits: ServiceLimits, access: AccessRules, board: BoardRuntime) -> None:
+        """Apply new limits, rules and board to all further requests; running answers continue with the old ones."""
+        self.state.board, self.state.limits, self.state.access = board, limits, access
+        self._routes.guard = RequestGuard(access)
+        self.app.apply(access)
         self.queue.resize(limits.max_concurrent, limits.max_waiting)
         self.monitoring.reconfigure(board.power, limits.max_new_tokens)
 

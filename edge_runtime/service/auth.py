@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection
+import socket
 
+import msgspec
 from starlette.requests import Request
 
 from edge_runtime.common.network import is_loopback
@@ -14,24 +15,43 @@ from edge_runtime.service.errors import ApiError
 GUARDED_PATHS = ("/v1/", "/events")
 
 
+class AccessRules(msgspec.Struct, frozen=True):
+    """Who may use the service.
+
+    Attributes:
+        keys: requests under `GUARDED_PATHS` must carry one of them as bearer token; empty admits every request.
+        local: the service listens on loopback only, so a request whose Host header names another host comes from a web
+            page (DNS rebinding), or through a proxy, and is refused. Not checked if there are keys.
+        hosts: further names under which such a service answers.
+        origins: web pages of these origins may use the service from browsers (CORS); `*` for all.
+    """
+
+    keys: frozenset[str] = frozenset()
+    local: bool = True
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+
 class RequestGuard:
     """Admits or refuses requests by their headers."""
 
-    def __init__(self, keys: Collection[str], local: bool) -> None:
-        """
-        Args:
-            keys: requests under `GUARDED_PATHS` must carry one of them as bearer token; empty admits every request.
-            local: the service listens on loopback only, so a request whose Host header names another host comes from
-                a web page (DNS rebinding) and is refused. Not checked if there are keys.
-        """
-        self._keys = [key.encode() for key in keys]
-        self._local = local and not keys
+    def __init__(self, rules: AccessRules) -> None:
+        self._keys = [key.encode() for key in rules.keys]
+        self._local = rules.local and not rules.keys
+        # A page can only have its own host's name resolve to this board, so the board's own name is safe.
+        name = socket.gethostname().lower()
+        self._hosts = {name, f"{name.partition('.')[0]}.local", *(host.lower() for host in rules.hosts)}
 
     def check(self, request: Request) -> None:
         """Raise ApiError (401 or 403) unless the request may be served."""
-        host = _host_without_port(request.headers.get("host", ""))
-        if self._local and not _is_loopback_host(host):
-            raise ApiError(403, f"this service is local and does not answer for the host {host[:80]!r}")
+        host = _host_without_port(request.headers.get("host", "")).lower().rstrip(".")
+        if self._local and not _is_loopback_host(host) and host not in self._hosts:
+            raise ApiError(
+                403,
+                f"this service is local and does not answer for the host {host[:80]!a}: add the name to "
+                "service.allowed_hosts (--allowed-hosts), or require API keys (service.api_key_file)",
+                code="host_not_allowed",
+            )
         if not self._keys or not request.scope["path"].startswith(GUARDED_PATHS):
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -20,12 +22,13 @@ from edge_runtime.protocol.errors import FlexSpecError, VerifierUnreachable
 from edge_runtime.protocol.sampling import MASK_64
 from edge_runtime.service import dashboard
 from edge_runtime.service.answer import AnswerRequest
+from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.answer_runner import AnswerRunner
 from edge_runtime.service.auth import RequestGuard
 from edge_runtime.service.conversation import get_conversation
 from edge_runtime.service.errors import LINK_RETRY_SECONDS, ApiError, to_api_error
 from edge_runtime.service.field_policy import IGNORED_HEADER, log_unknown, show_names
-from edge_runtime.service.openai_schema import OpenAIModel, OpenAIModelList
+from edge_runtime.service.middleware import REQUEST_ID_KEY
 from edge_runtime.service.openapi import build_document
 from edge_runtime.service.parameters import (
     ChoicePlan,
@@ -41,16 +44,28 @@ from edge_runtime.service.requests import ChatRequest, CompletionRequest, Genera
 from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter, ResponseFormatter
 from edge_runtime.service.sse import EventStream, stream_answers, wait_for_disconnect
 from edge_runtime.service.state import BoardRuntime, ServiceState
+from edge_runtime.service.structured_output import FREE_TEXT, OutputConstraint, get_constraint
+from edge_runtime.service.tool_calls.output_format import (
+    PLAIN_TEXT,
+    OutputFormat,
+    find_forms,
+    get_allowed_calls,
+    make_grammar,
+    make_output_format,
+)
+from edge_runtime.service.tool_calls.prompt import render_prompt
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 # All chosen. A stream waits this long for its first text before it sends status 200: until then, an error still has a
 # status of its own.
 FIRST_TEXT_SECONDS = 10.0
-# Limits for asking the verifier for its models, and for the arrival of a request body.
-MODELS_SECONDS = 5.0
+# How often the link is looked at while a complete answer is awaited.
+LINK_POLL_SECONDS = 0.5
+# Limit for the arrival of a request body.
 BODY_SECONDS = 30.0
 
 
@@ -61,6 +76,8 @@ class AnswerOrder(msgspec.Struct, frozen=True):
         prompts: token ids.
         ignored: fields of the request without effect.
         stop_strings: those of the chat template.
+        output: how the text is read.
+        constraint: what it must match.
     """
 
     board: BoardRuntime
@@ -69,6 +86,8 @@ class AnswerOrder(msgspec.Struct, frozen=True):
     formatter: ResponseFormatter
     ignored: list[str]
     stop_strings: list[str] = []
+    output: OutputFormat = PLAIN_TEXT
+    constraint: OutputConstraint = FREE_TEXT
 
 
 class Routes:
@@ -76,22 +95,21 @@ class Routes:
 
     Attributes:
         app: the ASGI application.
-        guard: checks every request; replaced when the API keys change.
+        guard: checks every request; replaced when the access rules change.
     """
 
-    def __init__(self, state: ServiceState, guard: RequestGuard, runner: AnswerRunner) -> None:
-        self.guard = guard
+    def __init__(self, state: ServiceState, runner: AnswerRunner) -> None:
+        self.guard = RequestGuard(state.access)
         self._state = state
         self._runner = runner
         # One thread, so that the memory of tokenizing is needed for one text at a time.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
-        # The verifier's last known models.
-        self._models: OpenAIModelList | None = None
         posts: dict[str, Handler] = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
         gets: dict[str, Handler] = {
             "/v1/models": self._list_models,
             "/v1/models/{model:path}": self._get_model,
             "/healthz": self._get_health,
+            "/health": self._get_health,
             "/readyz": self._get_readiness,
             "/metrics": self._get_metrics,
             "/openapi.json": self._get_openapi,
@@ -116,8 +134,9 @@ class Routes:
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]
-        formatter = CompletionFormatter(tokenizer, _wants_usage(body), echoes, choices.returned)
-        return await self._answer(request, body, AnswerOrder(board, ids, choices, formatter, ignored))
+        formatter = CompletionFormatter(tokenizer, get_logprobs(body), _wants_usage(body), echoes, choices.returned)
+        order = AnswerOrder(board, ids, choices, formatter, ignored, constraint=get_constraint(body))
+        return await self._answer(request, body, order)
 
     async def _chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: generate the next message of a conversation."""
@@ -125,35 +144,47 @@ class Routes:
         body, ignored = parse_request(await self._read_body(request), ChatRequest)
         template, tokenizer = board.chat_template, board.draft.tokenizer
         conversation, options = get_conversation(body.messages), get_chat_options(body)
+        calls, constraint = (
+            get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls),
+            get_constraint(body),
+        )
+        forms = find_forms(template, board.tool_call_form, board.reasoning_form)
 
-        def encode() -> list[int]:
-            return template.encode(tokenizer, template.render(conversation, options))
+        def encode() -> tuple[list[int], OutputFormat, str]:
+            prompt = render_prompt(template, conversation, options, forms.tool_calls)
+            output = make_output_format(
+                forms, calls, tokenizer, prompt=prompt, conversation=conversation, options=options
+            )
+            grammar = make_grammar(output, calls, tokenizer, constraint.grammar)
+            return template.encode(tokenizer, prompt), output, grammar
 
-        ids = await self._run_tokenizer(encode)
+        ids, output, grammar = await self._run_tokenizer(encode)
         order = AnswerOrder(
             board,
             [ids],
             get_choices(body),
-            ChatFormatter(tokenizer, _wants_usage(body)),
+            ChatFormatter(tokenizer, get_logprobs(body), _wants_usage(body)),
             ignored,
             stop_strings=template.stop_strings,
+            output=output,
+            constraint=OutputConstraint(grammar, "tools" if calls.tools else constraint.field),
         )
         return await self._answer(request, body, order)
 
     async def _list_models(self, request: Request) -> Response:
         """GET /v1/models: the verifier's models, or the last known ones while it cannot be reached."""
-        return _json_response(await self._fetch_models())
+        return _json_response(await self._state.models.list(self._configured_model()))
 
     async def _get_model(self, request: Request) -> Response:
         """GET /v1/models/{model}: one model by its id or exact version."""
         wanted = request.path_params["model"]
-        for model in (await self._fetch_models()).data:
+        for model in (await self._state.models.list(self._configured_model())).data:
             if wanted in (model.id, model.version):
                 return _json_response(model)
         raise ApiError(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
 
     async def _get_health(self, request: Request) -> Response:
-        """GET /healthz: the process is alive."""
+        """GET /healthz and /health: the process is alive."""
         return Response("ok\n", media_type="text/plain")
 
     async def _get_readiness(self, request: Request) -> Response:
@@ -161,12 +192,16 @@ class Routes:
 
         The units of a board that has no verifier at the moment are active all the same; /healthz and systemd say that.
         """
-        board, link = self._state.require_board(), self._state.client.link_state
+        # Errors are returned and not raised, because a raised one is logged, and this is polled.
+        try:
+            board, link = self._state.require_board(), self._state.client.link_state
+        except ApiError as error:
+            return _error_response(error)
         if link.problem is None:
             return Response("ready\n", media_type="text/plain")
         if board.on_link_loss == "draft":
             return Response(f"ready, from the draft model alone: {link.reason}\n", media_type="text/plain")
-        raise ApiError(503, link.reason, code=link.problem.code, retry_after=LINK_RETRY_SECONDS)
+        return _error_response(ApiError(503, link.reason, code=link.problem.code, retry_after=LINK_RETRY_SECONDS))
 
     async def _get_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus metrics."""
@@ -178,7 +213,7 @@ class Routes:
         vocabulary_size = board.draft.manifest.architecture.vocabulary_size if board else 1 << 31
         has_template = board is None or not board.chat_template.is_plain
         document = build_document(
-            self._state.limits.max_body, bool(self._state.keys), vocabulary_size, has_template=has_template
+            self._state.limits.max_body, bool(self._state.access.keys), vocabulary_size, has_template=has_template
         )
         return Response(msgspec.json.encode(document), media_type="application/json")
 
@@ -186,10 +221,14 @@ class Routes:
         """GET /events: recent and live events of the board."""
         return self._state.monitoring.respond(request)
 
-    def _make_answer_requests(self, body: GenerationRequest, order: AnswerOrder, context: int) -> list[AnswerRequest]:
+    def _make_answer_requests(
+        self, body: GenerationRequest, order: AnswerOrder, context: int, request_id: str
+    ) -> list[AnswerRequest]:
         """Return what to generate: the candidates of the first prompt, then those of the next."""
         board, choices = order.board, order.choices
         sampling = get_sampling(body, board.sampling)
+        if order.constraint.grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=order.constraint.grammar)
         logprobs = get_logprobs(body)
         if choices.candidates > choices.returned:
             # The best are chosen by the log-probabilities of their tokens.
@@ -200,6 +239,7 @@ class Routes:
                 prompt=prompt,
                 sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + index) & MASK_64),
                 max_new_tokens=limit_answer(body, len(prompt), context=context, maximum=maximum),
+                output=order.output,
                 stop_strings=[*order.stop_strings, *get_stop_strings(body)],
                 include_stop=bool(body.include_stop_str_in_output),
                 model=body.model or board.model,
@@ -207,6 +247,7 @@ class Routes:
                 on_link_loss=body.on_link_loss or board.on_link_loss,
                 logprobs=logprobs,
                 id=order.formatter.id,
+                request_id=request_id,
             )
             for prompt in order.prompts
             for index in range(choices.candidates)
@@ -214,7 +255,8 @@ class Routes:
 
     async def _answer(self, request: Request, body: GenerationRequest, order: AnswerOrder) -> Response:
         """Run answers and return them whole or as a stream; they are abandoned when the client disconnects."""
-        requests = self._make_answer_requests(body, order, context=0)
+        context = self._state.models.context_of(body.model or order.board.model)
+        requests = self._make_answer_requests(body, order, context, request.scope[REQUEST_ID_KEY])
         formatter, group = order.formatter, None
         disconnected = asyncio.create_task(wait_for_disconnect(request))
         try:
@@ -224,7 +266,7 @@ class Routes:
                 stream = stream_answers(group, formatter, _wants_usage(body))
                 response: Response = EventStream(stream, disconnected)
             else:
-                await group.wait_until_done()
+                await self._wait_until_done(group)
                 response = _json_response(formatter.format_response(group))
         except BaseException:
             disconnected.cancel()
@@ -236,6 +278,19 @@ class Routes:
             response.headers[IGNORED_HEADER] = show_names(order.ignored)
         return response
 
+    async def _wait_until_done(self, group: AnswerGroup) -> None:
+        """Wait for complete answers. Raises the error of one, and VerifierUnreachable without a verifier for long."""
+        begun = time.time()
+        while True:
+            state = self._state.client.link_state
+            # A verifier that is slow, but can be reached, is no reason to give up, and the draft may go on without one.
+            if state.problem is not None and group.answers[0].request.on_link_loss == "wait":
+                waited = time.time() - max(begun, state.problem.since)
+                if waited >= self._state.limits.unreachable_seconds:
+                    raise VerifierUnreachable(state.reason, state.problem.code)
+            with contextlib.suppress(TimeoutError):
+                return await group.wait_until_done(LINK_POLL_SECONDS)
+
     async def _tokenize(self, board: BoardRuntime, text: str) -> list[int]:
         def encode() -> list[int]:
             ids: list[int] = board.draft.tokenizer.encode(text).ids
@@ -243,29 +298,20 @@ class Routes:
 
         return await self._run_tokenizer(encode)
 
-    async def _run_tokenizer(self, encode: Callable[[], list[int]]) -> list[int]:
+    async def _run_tokenizer(self, encode: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, encode)
 
-    async def _fetch_models(self) -> OpenAIModelList:
-        try:
-            async with asyncio.timeout(MODELS_SECONDS):
-                models = await self._state.client.models()
-        except (VerifierUnreachable, TimeoutError):
-            if self._models is None:
-                url = self._state.client.url
-                message = f"no answer from {url} within {MODELS_SECONDS:g} s; is it running, is the link up?"
-                raise VerifierUnreachable(message) from None
-        else:
-            now = int(time.time())
-            data = [OpenAIModel(model.id, now, model.version, model.context) for model in models.data]
-            self._models = OpenAIModelList(data)
-        return self._models
+    def _configured_model(self) -> str:
+        return self._state.board.model if self._state.board else ""
 
     async def _read_body(self, request: Request) -> bytes:
-        """Read the body. Raises ApiError if its type is not JSON, it is too long, or it takes too long."""
-        # Browsers send this content type across origins only after a CORS preflight, which the service does not pass.
+        """Read the body. Raises ApiError if it is not JSON, compressed, too long, or takes too long."""
+        # Browsers send this content type across origins only after a CORS preflight, which allowed origins pass.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as JSON, with the header content-type: application/json")
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ApiError(415, f"send the body uncompressed, not with content-encoding: {ascii(encoding[:40])[1:-1]}")
         limit, body, size = self._state.limits.max_body, bytearray(), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -290,9 +336,13 @@ class Routes:
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
+                request_id = request.scope[REQUEST_ID_KEY]
                 if not isinstance(error, (FlexSpecError, ApiError)):
-                    log.exception("%s %s failed", request.method, request.scope["path"])
-                return _error_response(to_api_error(error))
+                    log.exception("%s %s failed (request %s)", request.method, request.scope["path"], request_id)
+                answer = to_api_error(error)
+                if answer.status >= 500:
+                    log.warning("request %s: %d, %s", request_id, answer.status, answer.body.error.message)
+                return _error_response(answer)
 
         return handle
 

@@ -9,9 +9,11 @@ from edge_runtime.settings.table import (
     DraftSettings,
     PlannerSettings,
     PolicyName,
+    ServiceSettings,
     SettingEntry,
     Settings,
     VerifierSettings,
+    state_directory,
 )
 from edge_runtime.settings.validators import bare_type, describe_type, is_in_clear, read_secret
 
@@ -21,6 +23,7 @@ __all__ = [
     "DraftSettings",
     "PlannerSettings",
     "PolicyName",
+    "ServiceSettings",
     "SettingEntry",
     "Settings",
     "VerifierSettings",
@@ -28,4 +31,5 @@ __all__ = [
     "describe_type",
     "is_in_clear",
     "read_secret",
+    "state_directory",
 ]

@@ -62,8 +62,8 @@ def describe_type(annotation: Any) -> str:
             return f"a whole number from {low} to {high}"
         case inspect.FloatType(gt=low, le=high):
             return f"a number above {low:g} and at most {high:g}"
-        case inspect.ListType():
-            return "a list of at least one string"
+        case inspect.ListType(min_length=minimum):
+            return "a list of at least one string" if minimum else "a list of strings"
         case inspect.LiteralType(values=values):
             return f"one of {', '.join(map(json.dumps, values))}"
         case inspect.CustomType():
@@ -181,6 +181,31 @@ def host(value: str, folder: Path) -> str:
     """Accept an address or a host name to listen on."""
     if not re.fullmatch(r"[0-9A-Za-z_.:%-]+", value):
         raise InputError(f"{value!r} is neither an address nor a host name; write for instance 127.0.0.1")
+    return value
+
+
+def host_names(values: list[str], folder: Path) -> list[str]:
+    """Accept names that a Host header may have, without port."""
+    for value in values:
+        if not re.fullmatch(r"[0-9A-Za-z_.-]+", value):
+            raise InputError(f"{value!r} is not a host name; write for instance raspberrypi.local, without a port")
+    return values
+
+
+def origins(values: list[str], folder: Path) -> list[str]:
+    """Accept origins as browsers send them, and `*`."""
+    for value in values:
+        if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[0-9A-Za-z_.:\[\]-]+", value):
+            raise InputError(f"{value!r} is not an origin; write for instance https://chat.example, without a path")
+    return values
+
+
+def proxy(value: str, folder: Path) -> str:
+    """Accept the URL of an HTTP proxy; empty for none."""
+    from edge_runtime.common.network import check_proxy
+
+    if value:
+        check_proxy(value)
     return value
 
 

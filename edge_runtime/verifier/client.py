@@ -42,6 +42,7 @@ class VerifierClient:
         deadline: seconds within which a round must succeed, all retries included.
         meter: counts the bytes of all connections.
         retries: number of attempts that were retries.
+        latest_models: the last list of models that a verifier sent; None before the first.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class VerifierClient:
         token: str = "",
         authorities: Path | None = None,
         certificate: tuple[Path, Path] | None = None,
+        proxy: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
@@ -62,17 +64,19 @@ class VerifierClient:
             token: bearer token; empty for none.
             authorities: PEM file of certificate authorities to trust instead of the system's.
             certificate: PEM files of this board's client certificate and private key.
+            proxy: URL of an HTTP proxy; empty for none. The variables HTTP_PROXY, ALL_PROXY and so on are ignored.
             transport: replaces the network, for tests.
 
         Raises:
-            InputError: `url` is not an http or https URL, or a PEM file cannot be used.
+            InputError: `url` or `proxy` is not an http or https URL, or a PEM file cannot be used.
         """
         self.deadline = deadline
         self.meter = ByteMeter()
         self.retries = 0
+        self.latest_models: messages.ModelList | None = None
         trust = _trust(authorities, certificate)
         self.endpoints = [
-            Endpoint(each, self.meter, http2=http2, token=token, trust=trust, transport=transport)
+            Endpoint(each, self.meter, http2=http2, token=token, trust=trust, proxy=proxy, transport=transport)
             for each in ([url] if isinstance(url, str) else url)
         ]
         self._closed = False
@@ -119,8 +123,7 @@ class VerifierClient:
         """
         for endpoint in self.endpoints:
             with contextlib.suppress(LinkFailure, VerifierRefused):
-                async with endpoint.exchange("GET", "/v1/models", None) as response:
-                    parsed(await response.aread(), messages.ModelList)
+                await self._fetch_models(endpoint)
                 return
 
     def pick(self, without: Collection[Endpoint] = ()) -> Endpoint:
@@ -137,11 +140,7 @@ class VerifierClient:
     async def models(self) -> messages.ModelList:
         """The target versions that the verifier serves. Raises VerifierError."""
 
-        async def fetch() -> messages.ModelList:
-            async with self.pick().exchange("GET", "/v1/models", None) as response:
-                return parsed(await response.aread(), messages.ModelList)
-
-        return await self.retry(fetch, time.monotonic() + self.deadline)
+        return await self.retry(lambda: self._fetch_models(self.pick()), time.monotonic() + self.deadline)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]], until: float, *, patient: bool = True) -> T:
         """Call `attempt` with backoff until it succeeds or `until` (`time.monotonic`) has passed.
@@ -208,6 +207,11 @@ class VerifierClient:
         task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    async def _fetch_models(self, endpoint: Endpoint) -> messages.ModelList:
+        async with endpoint.exchange("GET", "/v1/models", None) as response:
+            self.latest_models = parsed(await response.aread(), messages.ModelList)
+        return self.latest_models
 
     def _is_transient_and_healthy(self, state: tenacity.RetryCallState) -> bool:
         return self.pick().healthy and _is_transient(state)

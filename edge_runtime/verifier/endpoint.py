@@ -14,6 +14,7 @@ from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
 
+from edge_runtime.common.network import check_proxy
 from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
@@ -75,17 +76,19 @@ class Endpoint:
         http2: bool = True,
         token: str = "",
         trust: ssl.SSLContext | bool = True,
+        proxy: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
         Args:
             meter: counts the bytes of the connections.
-            http2, token, transport: see `VerifierClient`.
+            http2, token, proxy, transport: see `VerifierClient`.
             trust: TLS context, or True for the default.
 
         Raises:
-            InputError: `url` is not an http or https URL.
+            InputError: `url` or `proxy` is not an http or https URL.
         """
+        self._proxy = check_proxy(proxy) if proxy else ""
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -107,7 +110,8 @@ class Endpoint:
         self._token = token
         self._trust = trust
         # Without TLS there is no ALPN to negotiate the HTTP version: guess until the first answer.
-        self._guessing = http2 and parsed.scheme == "http" and transport is None
+        # Through a proxy, plain HTTP is HTTP/1.1.
+        self._guessing = http2 and parsed.scheme == "http" and transport is None and not proxy
         self._clear_http2 = self._guessing
         self._http = self._connections(transport, http1=not self._guessing, http2=http2)
 
@@ -191,7 +195,8 @@ class Endpoint:
     async def _diagnose(self, failure: LinkFailure) -> LinkFailure:
         """Refine `failure` if TLS may be the cause: a rejected certificate of either side, or a wrong clock."""
         our_certificate = failure.fault == Fault.BROKEN and not self._answered
-        if not self._secure or not (our_certificate or failure.fault == Fault.TLS):
+        # The probes connect directly, which is no way to the verifier if there is a proxy.
+        if self._proxy or not self._secure or not (our_certificate or failure.fault == Fault.TLS):
             return failure
         if time.monotonic() - self._diagnosis[0] >= COOLDOWN_SECONDS:
             probe = (
@@ -234,7 +239,7 @@ class Endpoint:
     def _connections(
         self, transport: httpx.AsyncBaseTransport | None, *, http1: bool, http2: bool
     ) -> httpx.AsyncClient:
-        transport = transport or new_transport(self._trust, http1=http1, http2=http2)
+        transport = transport or new_transport(self._trust, http1=http1, http2=http2, proxy=self._proxy)
         self._pool = getattr(transport, "_pool", None)
         client = httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS))
         # Bytes count on a metered link, and the verifier reads none of these headers.

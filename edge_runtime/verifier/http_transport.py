@@ -30,15 +30,22 @@ LEAN_HEADERS = H2Configuration(validate_inbound_headers=False, normalize_outboun
 H2Connection.MAX_CLOSED_STREAMS = 1024
 
 
-def new_transport(trust: ssl.SSLContext | bool, *, http1: bool, http2: bool) -> httpx.AsyncHTTPTransport:
-    """A connection pool that detects vanished peers; `trust` is the TLS context, or True for the default."""
+def new_transport(
+    trust: ssl.SSLContext | bool, *, http1: bool, http2: bool, proxy: str = ""
+) -> httpx.AsyncHTTPTransport:
+    """A connection pool that detects vanished peers.
+
+    Args:
+        trust: TLS context, or True for the default.
+        proxy: URL of an HTTP proxy; empty for none.
+    """
     options = [
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * ACKNOWLEDGE_SECONDS)),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS),
     ]
-    return httpx.AsyncHTTPTransport(verify=trust, http1=http1, http2=http2, socket_options=options)
+    return httpx.AsyncHTTPTransport(verify=trust, http1=http1, http2=http2, socket_options=options, proxy=proxy or None)
 
 
 def use_lean_headers(pool: Any) -> None:

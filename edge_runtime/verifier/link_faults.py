@@ -169,7 +169,7 @@ async def probe_over_http(host: str) -> Fault | None:
     if time.time() < EARLIEST_PLAUSIBLE_TIME.timestamp():
         return Fault.CLOCK
     try:
-        async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
+        async with httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False) as client:
             response = await client.head(f"http://{host}:{HTTP_PORT}/")
     except httpx.HTTPError:
         return None

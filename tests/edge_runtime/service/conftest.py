@@ -26,6 +26,7 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
 from edge_runtime.protocol.bundle import CHAT_FILE, ChatFormat, read_bundle, record_file, write_manifest
 from edge_runtime.service.app import Service
+from edge_runtime.service.auth import AccessRules
 from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
 from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
@@ -145,7 +146,7 @@ async def service_pair(
     await verifier.start()
     try:
         async with VerifierClient(verifier.url, deadline=deadline) as client:
-            service = Service(client, limits or ServiceLimits(), keys)
+            service = Service(client, limits or ServiceLimits(), AccessRules(keys))
             server = HttpServer(service.app, ListenOptions(port=0))
             await server.start()
             try:

@@ -14,6 +14,7 @@ import pytest
 from cloud_verifier.model.target import Target
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.service.auth import AccessRules
 from edge_runtime.service.monitoring.dashboard_state import DashboardState
 from edge_runtime.service.monitoring.events import (
     AnswerFinished,
@@ -216,7 +217,7 @@ async def test_subscribers_must_authenticate_again_after_reconfiguration(target:
             await anext(pieces)
             board = pair.service.state.board
             assert board is not None
-            pair.service.reconfigure(ServiceLimits(max_new_tokens=9), frozenset({"other"}), board)
+            pair.service.reconfigure(ServiceLimits(max_new_tokens=9), AccessRules(frozenset({"other"})), board)
             async with asyncio.timeout(300):
                 async for _ in pieces:
                     pass

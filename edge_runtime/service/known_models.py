@@ -1,0 +1,119 @@
+"""The verifier's models, as far as known: from the verifier, else from the last time, else from the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.common.files import write_atomically
+from edge_runtime.protocol.errors import VerifierUnreachable
+from edge_runtime.protocol.messages import ModelList
+from edge_runtime.service.openai_schema import OpenAIModel, OpenAIModelList
+from edge_runtime.verifier import VerifierClient
+
+log = logging.getLogger(__name__)
+
+# How long a list from the verifier is not asked for again, and how long a request waits for a newer one: briefly if
+# there is an older one. All chosen.
+FRESH_SECONDS = 5.0
+REFRESH_SECONDS, FIRST_SECONDS = 1.0, 5.0
+
+
+class StoredModels(msgspec.Struct, frozen=True):
+    """The file that keeps the models across restarts; `urls` are the verifiers that served them."""
+
+    urls: list[str]
+    models: list[OpenAIModel]
+
+
+class KnownModels:
+    """Lists the verifier's models at once whenever they are known, whether a verifier can be reached or not."""
+
+    def __init__(self, client: VerifierClient, file: Path | None = None) -> None:
+        """
+        Args:
+            file: where the list is kept across restarts; None for nowhere.
+        """
+        self._client = client
+        self._file = file
+        self._urls = [endpoint.url for endpoint in client.endpoints]
+        self._models = self._load()
+        # What `_models` was made of, and when it was asked for by `list`.
+        self._source: ModelList | None = None
+        self._asked = float("-inf")
+
+    def context_of(self, model: str) -> int:
+        """Return the longest text of a model in tokens; 0 if unknown.
+
+        Args:
+            model: an id or an exact version; empty for the verifier's default.
+        """
+        self._update()
+        found = (known for known in self._models if not model or model in (known.id, known.version))
+        return next((known.context for known in found), 0)
+
+    async def list(self, configured: str = "") -> OpenAIModelList:
+        """Return the models.
+
+        Args:
+            configured: the configured target model; it is known to exist if nothing else is.
+
+        Raises:
+            VerifierError: nothing is known, and the verifier cannot be reached or refuses.
+        """
+        self._update()
+        state = self._client.link_state
+        if not self._models or (state.reachable is not False and time.monotonic() - self._asked > FRESH_SECONDS):
+            seconds = REFRESH_SECONDS if self._models else FIRST_SECONDS
+            try:
+                if state.problem is not None:
+                    raise VerifierUnreachable(state.problem.reason, state.problem.code)
+                async with asyncio.timeout(seconds):
+                    await self._client.models()
+                self._asked = time.monotonic()
+            except (VerifierUnreachable, TimeoutError) as error:
+                if not self._models and not configured:
+                    if isinstance(error, VerifierUnreachable):
+                        raise
+                    message = f"no answer from {self._client.url} within {seconds:g} s; is it running, is the link up?"
+                    raise VerifierUnreachable(message) from None
+            self._update()
+        return OpenAIModelList(self._models or [OpenAIModel(configured, int(time.time()), "", 0)])
+
+    def _update(self) -> None:
+        """Take over the list that the client received last."""
+        latest = self._client.latest_models
+        if latest is None or latest is self._source:
+            return
+        self._source = latest
+        created = {model.version: model.created for model in self._models}
+        now = int(time.time())
+        models = [
+            OpenAIModel(card.id, created.get(card.version, now), card.version, card.context) for card in latest.data
+        ]
+        if models != self._models:
+            self._models = models
+            self._save()
+
+    def _load(self) -> list[OpenAIModel]:
+        if self._file is None:
+            return []
+        try:
+            stored = msgspec.json.decode(self._file.read_bytes(), type=StoredModels)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            # It is only a copy: the verifier has the list.
+            return []
+        return stored.models if stored.urls == self._urls else []
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file, msgspec.json.encode(StoredModels(self._urls, self._models)))
+        except OSError as error:
+            log.warning("cannot keep the list of models in %s: %s", self._file, error.strerror)
