@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 
 import msgspec
@@ -68,8 +69,8 @@ class AnswerRunner:
             task = asyncio.create_task(self._run(answer, board, place, group.first_of_prompt(index)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(lambda _, place=place: place.leave())
-            disconnected.add_done_callback(lambda _, answer=answer, task=task: _abandon(answer, task))
+            task.add_done_callback(functools.partial(_leave, place))
+            disconnected.add_done_callback(functools.partial(_abandon, answer, task))
         return group
 
     async def drain(self, seconds: float) -> None:
@@ -158,7 +159,11 @@ class AnswerRunner:
         )
 
 
-def _abandon(answer: Answer, task: asyncio.Task[None]) -> None:
+def _leave(place: Place, _: asyncio.Task[None]) -> None:
+    place.leave()
+
+
+def _abandon(answer: Answer, task: asyncio.Task[None], _: asyncio.Task[None]) -> None:
     """End `answer` if it is still running, and close its session."""
     if answer.opening and not answer.done:
         answer.abandoned = True

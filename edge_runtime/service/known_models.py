@@ -42,7 +42,7 @@ class KnownModels:
         self._file = file
         self._urls = [endpoint.url for endpoint in client.endpoints]
         self._models = self._load()
-        # What `_models` was made of, and when it was asked for by `list`.
+        # What `_models` was made of, and when it was asked for by `fetch`.
         self._source: ModelList | None = None
         self._asked = float("-inf")
 
@@ -56,8 +56,8 @@ class KnownModels:
         found = (known for known in self._models if not model or model in (known.id, known.version))
         return next((known.context for known in found), 0)
 
-    async def list(self, configured: str = "") -> OpenAIModelList:
-        """Return the models.
+    async def fetch(self, configured: str = "") -> OpenAIModelList:
+        """Return the models, from the verifier if it answers soon.
 
         Args:
             configured: the configured target model; it is known to exist if nothing else is.

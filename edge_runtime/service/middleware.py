@@ -55,4 +55,4 @@ class Middleware:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._inner(scope | {REQUEST_ID_KEY: request_id}, receive, send_with_id)
+        await self._inner({**scope, REQUEST_ID_KEY: request_id}, receive, send_with_id)

@@ -102,9 +102,13 @@ class ResponseFormatter(ABC):
     def format_chunk(self, group: AnswerGroup, index: int, change: TextChange, *, first: bool) -> msgspec.Struct:
         """Format a change of the text of one answer; `first` of its changes or not."""
         answer = group.answers[index]
-        sizes = {"unverified": change.unverified or msgspec.UNSET, "withdrawn": change.withdrawn or msgspec.UNSET}
-        choice = self.make_chunk_choice(answer, change, index, first=first)
-        return self.chunk_type(**self._header(group), **sizes, usage=self._usage, choices=[choice])
+        return self.chunk_type(
+            **self._header(group),
+            choices=[self.make_chunk_choice(answer, change, index, first=first)],
+            usage=self._usage,
+            unverified=change.unverified or msgspec.UNSET,
+            withdrawn=change.withdrawn or msgspec.UNSET,
+        )
 
     def format_last_chunk(self, group: AnswerGroup, index: int) -> msgspec.Struct:
         """Format the finish reason of one answer, and its timings."""

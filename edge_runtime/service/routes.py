@@ -173,12 +173,12 @@ class Routes:
 
     async def _list_models(self, request: Request) -> Response:
         """GET /v1/models: the verifier's models, or the last known ones while it cannot be reached."""
-        return _json_response(await self._state.models.list(self._configured_model()))
+        return _json_response(await self._state.models.fetch(self._configured_model()))
 
     async def _get_model(self, request: Request) -> Response:
         """GET /v1/models/{model}: one model by its id or exact version."""
         wanted = request.path_params["model"]
-        for model in (await self._state.models.list(self._configured_model())).data:
+        for model in (await self._state.models.fetch(self._configured_model())).data:
             if wanted in (model.id, model.version):
                 return _json_response(model)
         raise ApiError(404, f"no model {wanted[:80]!r} here", param="model", code="model_not_found")
@@ -188,7 +188,7 @@ class Routes:
         return Response("ok\n", media_type="text/plain")
 
     async def _get_readiness(self, request: Request) -> Response:
-        """GET /readyz: answers can come: the draft model is loaded, and a verifier answers or the draft may go on alone.
+        """GET /readyz: the draft model is loaded, and a verifier answers or the draft may go on alone.
 
         The units of a board that has no verifier at the moment are active all the same; /healthz and systemd say that.
         """

@@ -36,24 +36,24 @@ async def test_models_stay_known_without_a_verifier(
     async with service_pair(target, draft) as pair:
         models = KnownModels(pair.service.client, file)
         assert models.context_of("") == 0
-        (model,) = (await models.list()).data
+        (model,) = (await models.fetch()).data
         assert (model.id, model.context) == ("target-v1", target.context)
         assert {models.context_of(name) for name in ("", model.id, model.version)} == {target.context}
         assert models.context_of("other") == 0
         await stop_verifier(pair)
-        assert (await models.list()).data == [model]
+        assert (await models.fetch()).data == [model]
         # After a restart, for the same verifiers.
-        assert (await KnownModels(pair.service.client, file).list()).data == [model]
+        assert (await KnownModels(pair.service.client, file).fetch()).data == [model]
         async with VerifierClient(NOWHERE, deadline=1.0) as other:
             with pytest.raises(VerifierUnreachable):
-                await KnownModels(other, file).list()
+                await KnownModels(other, file).fetch()
 
 
 async def test_without_anything_else_the_configured_model_is_known(tmp_path: Path) -> None:
     async with VerifierClient(NOWHERE, deadline=0.2) as client:
         damaged = tmp_path / "models.json"
         damaged.write_text("{")
-        (model,) = (await KnownModels(client, damaged).list("my-model")).data
+        (model,) = (await KnownModels(client, damaged).fetch("my-model")).data
         assert (model.id, model.version, model.context) == ("my-model", "", 0)
 
 
