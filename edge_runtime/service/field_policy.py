@@ -65,6 +65,8 @@ REFUSED_FIELDS: dict[str, RefusedField] = {
     # OpenAI.
     "suffix": RefusedField(("",), "the models here continue a text and do not fill gaps", "completions"),
     "best_of": RefusedField((1,), "use n", "chat"),
+    "echo": RefusedField((False,), endpoint="chat"),
+    "add_special_tokens": RefusedField((False,), "the chat template writes them", "chat"),
     "audio": RefusedField((), "the answer is text"),
     "modalities": RefusedField((["text"],), "the answer is text"),
     "functions": RefusedField(([],), "use tools"),

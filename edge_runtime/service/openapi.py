@@ -80,7 +80,8 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
     schemas["ChatMessage"] |= conversation.MESSAGE_SCHEMA
-    schemas["ChatRequest"] |= requests.CONVERSATION_SCHEMA
+    schemas["ChatRequest"] |= requests.CHAT_SCHEMA
+    schemas["CompletionRequest"] |= requests.COMPLETION_SCHEMA
     if not has_template:
         schemas["ChatRequest"]["properties"]["documents"] = {"enum": [None, []]}
     message = "Generate the next message of a conversation"
@@ -94,6 +95,7 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
             "parameters": [model_name],
         },
         "/healthz": _get("Check that the process is alive", TEXT, STRING, "403"),
+        "/health": _get("The same as /healthz", TEXT, STRING, "403"),
         "/readyz": _get("Check that answers can start", TEXT, STRING, "403", "503"),
         "/metrics": _get("Prometheus metrics", TEXT, STRING, "403"),
         "/events": _get("Recent and live events of the board", EVENTS, BOARD_EVENT, *EVENT_ERRORS),

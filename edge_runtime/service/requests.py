@@ -56,6 +56,13 @@ PROMPT_SCHEMA = {
         },
     ]
 }
+
+
+def _excludes(**properties: Any) -> dict[str, Any]:
+    """Return the schema of objects that do not have all of these values at once."""
+    return {"not": {"properties": properties, "required": list(properties)}}
+
+
 TOOL_SCHEMA = {
     "properties": {
         "type": {"const": "function"},
@@ -63,11 +70,22 @@ TOOL_SCHEMA = {
     },
     "required": ["type", "function"],
 }
-CONVERSATION_SCHEMA = {
-    "not": {
-        "properties": {"add_generation_prompt": {"const": True}, "continue_final_message": {"const": True}},
-        "required": ["add_generation_prompt", "continue_final_message"],
-    }
+# Fields that contradict each other. Not expressed: best_of is at least n, and all answers fit into the queue.
+CHAT_SCHEMA = {
+    "allOf": [
+        _excludes(add_generation_prompt={"const": True}, continue_final_message={"const": True}),
+        _excludes(top_logprobs={"minimum": 1, "type": "integer"}, logprobs={"enum": [None, False]}),
+        {
+            "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"minimum": 1, "type": "integer"}}},
+            "then": {"required": ["logprobs"]},
+        },
+    ]
+}
+COMPLETION_SCHEMA = {
+    "allOf": [
+        _excludes(logprobs={"type": "integer"}, echo={"const": True}),
+        _excludes(best_of={"minimum": 2, "type": "integer"}, stream={"const": True}),
+    ]
 }
 SEED_SCHEMA = {"minimum": MIN_SEED, "maximum": MAX_SEED}
 BIAS_SCHEMA = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}, "maxProperties": MAX_BIASED_IDS}
@@ -189,6 +207,9 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         _means("A text, the ids of its tokens, or a list of one or the other, each with `n` answers."),
     ]
     echo: Annotated[bool | None, _means("Return the prompt before the answer.")] = None
+    add_special_tokens: Annotated[
+        bool | None, _means("false does not begin a text with the tokenizer's special tokens, such as `<s>`.")
+    ] = None
     logprobs: Annotated[
         TopCount | None,
         _means("Return log-probabilities, of this many most probable tokens at each position, too; not with `echo`."),

@@ -44,7 +44,7 @@ from edge_runtime.service.requests import ChatRequest, CompletionRequest, Genera
 from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter, ResponseFormatter
 from edge_runtime.service.sse import EventStream, stream_answers, wait_for_disconnect
 from edge_runtime.service.state import BoardRuntime, ServiceState
-from edge_runtime.service.structured_output import FREE_TEXT, OutputConstraint, get_constraint
+from edge_runtime.service.structured_output import FREE_TEXT, OutputConstraint, compile_constraint, get_constraint
 from edge_runtime.service.tool_calls.output_format import (
     PLAIN_TEXT,
     OutputFormat,
@@ -130,7 +130,8 @@ class Routes:
         body, ignored = parse_request(await self._read_body(request), CompletionRequest)
         choices, prompts = get_choices(body), get_prompts(body)
         tokenizer = board.draft.tokenizer
-        ids = [each if isinstance(each, list) else await self._tokenize(board, each) for each in prompts]
+        special = body.add_special_tokens is not False
+        ids = [each if isinstance(each, list) else await self._tokenize(board, each, special) for each in prompts]
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]
@@ -256,6 +257,7 @@ class Routes:
     async def _answer(self, request: Request, body: GenerationRequest, order: AnswerOrder) -> Response:
         """Run answers and return them whole or as a stream; they are abandoned when the client disconnects."""
         context = self._state.models.context_of(body.model or order.board.model)
+        await compile_constraint(order.board.draft, order.constraint)
         requests = self._make_answer_requests(body, order, context, request.scope[REQUEST_ID_KEY])
         formatter, group = order.formatter, None
         disconnected = asyncio.create_task(wait_for_disconnect(request))
@@ -291,9 +293,9 @@ class Routes:
             with contextlib.suppress(TimeoutError):
                 return await group.wait_until_done(LINK_POLL_SECONDS)
 
-    async def _tokenize(self, board: BoardRuntime, text: str) -> list[int]:
+    async def _tokenize(self, board: BoardRuntime, text: str, special: bool) -> list[int]:
         def encode() -> list[int]:
-            ids: list[int] = board.draft.tokenizer.encode(text).ids
+            ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=special).ids
             return ids
 
         return await self._run_tokenizer(encode)

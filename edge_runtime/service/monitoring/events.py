@@ -32,7 +32,7 @@ class BoardInfo(Event, frozen=True, tag="board"):
         ready: whether the draft model is loaded.
         verifier: base URL.
         privacy: whether traffic to the verifier is encrypted, stays on this machine, or travels in clear.
-        max_new_tokens: limit of one answer.
+        max_new_tokens: limit of one answer; 0 for what the context leaves.
     """
 
     feed: str

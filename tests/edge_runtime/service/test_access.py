@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cloud_verifier.model.target import Target
+from edge_runtime.cli.main import main
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service.auth import AccessRules, RequestGuard
 from edge_runtime.service.errors import ApiError
@@ -136,6 +137,13 @@ def test_errors_always_have_a_code(
     if status >= 400:
         error: dict[str, Any] = json.loads(answer.text)["error"]
         assert error["code"] == code if code else error["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("value", ["nonsense", "socks5://127.0.0.1:1", "http://127.0.0.1:1"])
+def test_top_ignores_proxies_of_the_environment(url: str, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, value)
+    assert main(["top", "--once", "--json", "--url", url]) == 0
 
 
 def test_health_has_both_of_its_names(url: str) -> None:
