@@ -8,7 +8,6 @@ that fill a forward up to its size attend to nothing of the other rows, and no o
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -24,10 +23,8 @@ from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import PAGE_TOKENS, KVCachePool
 from cloud_verifier.model.rope import LengthScaledRope
 from cloud_verifier.model.runner import TargetRunner
-from cloud_verifier.model.sampling import SampledToken, SampledTokens, SamplingBatch, measure_logprobs, sample_tokens
+from cloud_verifier.model.sampling import SampledTokens, sample_segments
 from cloud_verifier.model.tensor_parallel import ForwardMode, TensorParallelGroup
-from edge_runtime.protocol.messages import TokenLogprobs
-from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,6 @@ MAX_SEGMENTS = 128
 MAX_PREFILL_ROWS = 512
 # Rows of one attention program, query heads of one KV head included: the least that tl.dot takes.
 BLOCK_QUERIES = 16
-GREEDY = Sampling()
 
 
 class GraphInputs:
@@ -298,31 +294,7 @@ class GraphRunner(TargetRunner):
     def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
         size = self._fill_inputs(pool, segments, self._mode)
         logits = getattr(self, self._mode)(pool, size)
-        starts = list(itertools.accumulate(map(len, segments), initial=0))
-        parameters = [
-            (s.sampling.parameters if s.sampling else GREEDY, [position + 1 for position in s.positions])
-            for s in segments
-        ]
-        # The host computes them while the forward runs.
-        changes = [
-            (start + row, changed)
-            for start, segment in zip(starts, segments, strict=False)
-            if segment.sampling
-            for row, changed in segment.sampling.all_changes(len(segment))
-        ]
-        batch = SamplingBatch.from_segments(parameters, logits.device, size, changes)
-        chosen = sample_tokens(logits, batch)
-        logprobs: list[TokenLogprobs | None] = [None] * starts[-1]
-        for start, segment in zip(starts, segments, strict=False):
-            if segment.sampling and segment.sampling.logprobs:
-                rows = slice(start, start + len(segment))
-                logprobs[rows] = measure_logprobs(logits[rows], chosen[0, rows], segment.sampling.logprobs - 1)
-        tokens, margins = chosen.tolist()
-        sampled = list(map(SampledToken, map(int, tokens), margins, logprobs))
-        return [
-            segment.sampling.result(sampled[start : start + len(segment)]) if segment.sampling else None
-            for start, segment in zip(starts, segments, strict=False)
-        ]
+        return sample_segments(logits, [(segment.sampling, len(segment)) for segment in segments])
 
     @_on_own_gpu
     @torch.inference_mode()

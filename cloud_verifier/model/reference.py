@@ -69,7 +69,9 @@ def make_logits_processors(
     """
     processors = LogitsProcessorList()
     if sampling.logit_bias:
-        processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in sampling.logit_bias.items()}))
+        # Its stubs know only the form in which token 0 is refused.
+        sequence_bias: Any = {(token,): bias for token, bias in sampling.logit_bias.items()}
+        processors.append(SequenceBiasLogitsProcessor(sequence_bias))
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:

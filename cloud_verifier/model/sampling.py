@@ -11,6 +11,7 @@ device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -33,6 +34,7 @@ from edge_runtime.protocol.sampling import (
 
 # Logits whose float64 scores are computed at once. Chosen to bound temporary memory to some 256 MB per intermediate.
 MAX_SCORES_AT_ONCE = 1 << 25
+GREEDY = Sampling()
 
 
 class SampledToken(NamedTuple):
@@ -205,7 +207,7 @@ class SamplingBatch(NamedTuple):
         if device.type == "cuda":
             integers = integers.pin_memory().to(device, non_blocking=True)
             floats = floats.pin_memory().to(device, non_blocking=True)
-        return cls(integers[0], integers[1], floats, truncated, greedy, list(changes))
+        return cls(*integers, floats, truncated=truncated, greedy=greedy, changes=list(changes))
 
     def slice_rows(self, start: int, stop: int) -> SamplingBatch:
         """The parameters of rows `start` to `stop`."""
@@ -216,8 +218,12 @@ class SamplingBatch(NamedTuple):
         ]
         changes = [(row - start, changed) for row, changed in self.changes if start <= row < stop]
         rows = slice(start, stop)
-        return SamplingBatch(
-            self.seeds[rows], self.positions[rows], self.temperatures[rows], truncated, self.greedy, changes
+        return self._replace(
+            seeds=self.seeds[rows],
+            positions=self.positions[rows],
+            temperatures=self.temperatures[rows],
+            truncated=truncated,
+            changes=changes,
         )
 
 
@@ -239,6 +245,43 @@ def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         second = scores.scatter_(-1, tokens, -torch.inf).amax(-1, keepdim=True)
         chunks.append(torch.cat([tokens.double(), best.double() - second.double()], dim=1).T)
     return torch.cat(chunks, dim=1)
+
+
+def sample_segments(
+    logits: torch.Tensor, segments: Sequence[tuple[RowSampling | None, int]]
+) -> Sequence[Sequence[SampledToken] | None]:
+    """Sample after all rows of consecutive segments, on the device.
+
+    How their logits are processed is computed on the host, which a forward that still runs does not delay.
+
+    Args:
+        logits: (rows, V), perhaps with padding after the rows of the segments.
+        segments: how the rows of each are sampled, None if not at all, and their number.
+    """
+    starts = list(itertools.accumulate((count for _, count in segments), initial=0))
+    chosen_rows = [
+        (slice(start, start + count), sampling)
+        for start, (sampling, count) in zip(starts, segments, strict=False)
+        if sampling
+    ]
+    parameters = [(s.parameters, s.positions) if s else (GREEDY, [0] * count) for s, count in segments]
+    changes = [
+        (rows.start + row, changed)
+        for rows, sampling in chosen_rows
+        for row in range(rows.stop - rows.start)
+        if (changed := sampling.changes(row))
+    ]
+    chosen = sample_tokens(logits, SamplingBatch.from_segments(parameters, logits.device, len(logits), changes))
+    logprobs: list[TokenLogprobs | None] = [None] * len(logits)
+    for rows, sampling in chosen_rows:
+        if sampling.logprobs:
+            logprobs[rows] = measure_logprobs(logits[rows], chosen[0, rows], sampling.logprobs - 1)
+    tokens, margins = chosen.tolist()
+    sampled = list(map(SampledToken, map(int, tokens), margins, logprobs))
+    return [
+        sampled[start : start + count] if sampling else None
+        for start, (sampling, count) in zip(starts, segments, strict=False)
+    ]
 
 
 def coupled_scores(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

@@ -91,7 +91,7 @@ class TokenTree:
             return sampled.token
 
         def verified(accepted: int, tokens: list[int], ended: bool) -> Verification:
-            return Verification(accepted, tokens, rows, ended, margins, tuple(logprobs))
+            return Verification(accepted, tokens, rows, ended, margins, logprobs=tuple(logprobs))
 
         for index, draft_token in enumerate(self.draft):
             token = sample()

@@ -75,7 +75,8 @@ class LogitChanges(NamedTuple):
         if not self.ids.size or int(self.ids.max()) < size:
             return self
         known = self.ids < size
-        return LogitChanges(*(column[known] for column in self[:4]), self.allowed)
+        ids, bias, penalties, subtracted, allowed = self
+        return LogitChanges(ids[known], bias[known], penalties[known], subtracted[known], allowed)
 
     def apply(self, logits: Logits, head_ids: npt.NDArray[np.integer] | None = None) -> Logits:
         """Return a processed copy of `logits` (n,).
@@ -90,7 +91,8 @@ class LogitChanges(NamedTuple):
             ids = head_ids.searchsorted(self.ids)
             ids[ids == head_ids.size] = 0
             known = head_ids[ids] == self.ids
-            ids, bias, penalties, subtracted = (column[known] for column in (ids, *self[1:4]))
+            ids, bias = ids[known], self.bias[known]
+            penalties, subtracted = self.penalties[known], self.subtracted[known]
         x = processed[ids] + bias
         processed[ids] = np.where(x < 0, x * penalties, x / penalties) - subtracted
         if self.allowed is not None:

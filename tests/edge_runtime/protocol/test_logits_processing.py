@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud_verifier.model.reference import make_logits_processors
-from cloud_verifier.model.sampling import RowSampling, SamplingBatch, process_rows, sample_tokens
+from cloud_verifier.model.sampling import RowSampling, process_rows, sample_segments
 from edge_runtime.protocol.logits_processing import (
     LogitChanges,
     SequenceProcessor,
@@ -50,6 +50,16 @@ def mask_of(allowed: list[int], size: int = SIZE) -> TokenMask:
     bits = np.zeros(-(-size // 32) * 32, np.uint8)
     bits[allowed] = 1
     return np.packbits(bits, bitorder="little")
+
+
+class Allows:
+    """Constrains every position to the same tokens."""
+
+    def __init__(self, *allowed: int) -> None:
+        self._mask = mask_of(list(allowed))
+
+    def allowed(self, generated: list[int], /) -> TokenMask:
+        return self._mask
 
 
 def processed(text: list[int], prompt: int, sampling: Sampling, logits: npt.NDArray[np.float32]) -> list[float]:
@@ -104,39 +114,35 @@ def test_torch_processes_and_chooses_as_numpy(
     segments: list[tuple[Sampling, list[int], list[int], list[int] | None]], seed: int
 ) -> None:
     """Rows of several texts in one batch, each after a longer prefix of its draft, with and without a mask."""
-    parameters, changes, positions = [], [], []
-    row = 0
+    samplings, total = [], 0
     for sampling, text, draft, allowed in segments:
-        processor = make_processor(sampling, max(1, len(text) - 3), END_IDS)
+        processor = make_processor(sampling, max(1, len(text) - 3), END_IDS, Allows(*allowed) if allowed else None)
         if processor:
             processor.sync_to(text)
-        places = [len(text) + index for index in range(len(draft) + 1)]
-        rows = RowSampling(
-            sampling, places, processor=processor, paths=[draft[:index] for index in range(len(draft) + 1)]
-        )
-        for index in range(len(places)):
-            changed = rows.changes(index)
-            if changed and allowed:
-                changed = changed._replace(allowed=mask_of(allowed), subtracted=np.minimum(changed.subtracted, 9))
-            if changed:
-                changes.append((row + index, changed))
-        parameters.append((sampling, places))
-        positions += [(sampling, place) for place in places]
-        row += len(places)
-    logits = np.stack([logits_row(seed + index) for index in range(row)])
-    expected = logits.copy()
-    for index, changed in changes:
-        expected[index] = changed.apply(logits[index])
+        rows = [draft[:index] for index in range(len(draft) + 1)]
+        places = [len(text) + len(path) for path in rows]
+        samplings.append(RowSampling(sampling, places, processor=processor, paths=rows, logprobs=2))
+        total += len(rows)
+    # Between them, and after them as padding, rows that are not sampled.
+    counts = [len(rows.positions) for rows in samplings]
+    batch = [*zip(samplings, counts, strict=True)]
+    logits = np.stack([logits_row(seed + index) for index in range(total + 4)])
+    logits[1::3] = logits[1::3].round(1)
+    sampled = sample_segments(torch.from_numpy(logits), [batch[0], (None, 2), *batch[1:]])
+    assert sampled[1] is None
+    start = 0
+    for rows, count, tokens in zip(samplings, counts, [sampled[0], *sampled[2:]], strict=True):
+        assert tokens is not None
+        assert len(tokens) == count
+        for row, token in enumerate(tokens):
+            expected = rows.sample(row, logits[start + row], CoupledSampler(SIZE))
+            assert (token.token, token.logprobs) == (expected.token, expected.logprobs)
+            assert token.margin == pytest.approx(expected.margin, abs=1e-9)
+        start += count + (2 if rows is samplings[0] else 0)
+    changes = [(row, changed) for row in range(counts[0]) if (changed := samplings[0].changes(row))]
     if changes:
-        actual = process_rows(torch.from_numpy(logits), changes)
-        assert actual.numpy().tobytes() == expected.tobytes()
-    batch = SamplingBatch.from_segments(parameters, torch.device("cpu"), changes=changes)
-    tokens, margins = sample_tokens(torch.from_numpy(logits), batch).tolist()
-    for index, (sampling, position) in enumerate(positions):
-        ranked = CoupledSampler(SIZE).rank(expected[index], sampling, position, 2)
-        assert tokens[index] == ranked.ids[0]
-        margin = ranked.scores[0] - ranked.scores[1] if len(ranked.scores) > 1 else np.inf
-        assert margins[index] == pytest.approx(margin, abs=1e-9)
+        processed_rows = process_rows(torch.from_numpy(logits), changes).numpy()
+        assert all(processed_rows[row].tobytes() == each.apply(logits[row]).tobytes() for row, each in changes)
 
 
 @given(samplings, st.lists(texts, min_size=1, max_size=6), st.integers(0, 20))
@@ -155,7 +161,7 @@ def test_following_a_text_with_rollbacks_equals_a_new_processor(
 def test_many_different_tokens() -> None:
     """More than memory is reserved for at first."""
     size = 1000
-    bias = {token: 0.5 for token in range(0, size, 3)}
+    bias = dict.fromkeys(range(0, size, 3), 0.5)
     sampling = Sampling(logit_bias=bias, repetition_penalty=1.5, frequency_penalty=0.25)
     text = [*range(0, 900, 2), *range(0, 900, 4)]
     logits = logits_row(5, size)
@@ -173,16 +179,6 @@ def test_a_trimmed_head_is_processed_as_the_same_columns(
     changes = SequenceProcessor(sampling, 2, END_IDS).changes_after(text)._replace(allowed=mask_of(sorted(allowed)))
     logits = logits_row(7)
     assert changes.apply(logits[head_ids], head_ids).tolist() == changes.apply(logits)[head_ids].tolist()
-
-
-class Allows:
-    """Constrains every position to the same tokens."""
-
-    def __init__(self, *allowed: int) -> None:
-        self._mask = mask_of(list(allowed))
-
-    def allowed(self, generated: list[int], /) -> TokenMask:
-        return self._mask
 
 
 def test_the_minimum_length_gives_way_to_a_grammar_that_ends() -> None:
