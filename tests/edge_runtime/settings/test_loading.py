@@ -27,6 +27,7 @@ bundle = "bundle"
 store = "bundles"
 public_key_file = "key.pub"
 threads = 2
+prefix_cache_mib = 16
 ngram_cache = false
 ngram_cache_directory = "ngrams"
 
@@ -37,6 +38,7 @@ token_file = "token"
 certificate_file = "token"
 key_file = "token"
 deadline_seconds = 7
+proxy = "http://proxy.example:3128"
 http2 = false
 insecure = true
 
@@ -54,6 +56,8 @@ port = 0
 max_concurrent = 3
 max_waiting = 0
 api_key_file = "token"
+allowed_hosts = ["board.example"]
+cors_origins = ["https://app.example"]
 on_link_loss = "draft"
 tool_call_form = "llama3"
 reasoning_form = "none"
