@@ -6,6 +6,7 @@ The toy target knows nothing of tools; that its calls are valid is the grammar's
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from cloud_verifier.model.target import Target
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.bundle import ChatFormat
 from edge_runtime.service.chat_template import ChatTemplate
-from edge_runtime.service.tool_calls.forms import TOOL_CALL_FORMS
-from tests.edge_runtime.service.conftest import service_pair
+from edge_runtime.service.tool_calls.forms import TOOL_CALL_FORMS, format_calls, tool_call_form
+from tests.edge_runtime.service.conftest import board_process, service_pair
 from tests.edge_runtime.service.test_link_loss import stream_chunks
 from tests.models import CHAT_TEMPLATE
 
@@ -39,8 +40,9 @@ TOOLS: list[Any] = [
 ]
 SCHEMAS = {"get_weather": WEATHER, "now": {"type": "object", "maxProperties": 0}}
 MESSAGES: list[Any] = [{"role": "user", "content": "Will it rain?"}]
-# Text that contains a thought, in the words of a grammar.
-THOUGHT = 'start: "<think>\\nHm, <b>.\\n</think>\\n\\nHello, you." | "<think>No."'
+# Text with a call, in the words of a grammar: what a model that knows about tools would write.
+CALLS: list[tuple[str, dict[str, Any]]] = [("now", {}), ("get_weather", {"place": "Rome", "days": 3})]
+CALLING = "start: " + json.dumps("Let me see.\n\n" + format_calls(tool_call_form("hermes"), CALLS))
 REQUEST: dict[str, Any] = {"model": "", "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, "temperature": 0.7}
 
 
@@ -48,6 +50,13 @@ def read_calls(calls: Any) -> list[tuple[str, Any]]:
     for call in calls:
         jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
     return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+
+
+@pytest.fixture(scope="module")
+def url(verifier: str) -> Iterator[str]:
+    """URL of a service whose answers have no limit but the request's."""
+    with board_process(verifier, "--policy", "fixed", "--no-ngram-cache", "--threads", "1") as (_, address):
+        yield address
 
 
 def thinking_template(generation_prompt: str) -> ChatTemplate:
@@ -91,6 +100,27 @@ def test_a_function_can_be_chosen(client: openai.OpenAI) -> None:
         answer = client.chat.completions.create(**request).choices[0]
         assert [name for name, _ in read_calls(answer.message.tool_calls)] == ["get_weather"]
         assert answer.finish_reason == "tool_calls"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [None, "{", "me see"])
+def test_text_and_calls_in_one_answer(client: openai.OpenAI, stop: str | None) -> None:
+    extra = {"structured_outputs": {"grammar": CALLING}}
+    request = REQUEST | {"extra_body": extra, "stop": stop, "seed": 1}
+    choice = client.chat.completions.create(**request).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True)]
+    text = "".join(chunk.delta.content or "" for chunk in chunks)
+    names = [call.function.name for chunk in chunks for call in chunk.delta.tool_calls or [] if call.function.name]
+    assert chunks[-1].finish_reason == choice.finish_reason
+    assert text == (choice.message.content or "")
+    if stop == "me see":
+        # Stop strings are looked for in the content, and end the answer before its calls.
+        assert (text, names, choice.finish_reason) == ("Let ", [], "stop")
+    else:
+        calls = read_calls(choice.message.tool_calls)
+        assert (text, choice.finish_reason) == ("Let me see.", "tool_calls")
+        assert calls == CALLS
+        assert names == ["now", "get_weather"]
 
 
 def test_calls_are_optional_by_default(client: openai.OpenAI) -> None:
@@ -149,29 +179,6 @@ async def test_every_form_of_calls(target: Target, draft: OnnxDraft, form: str) 
         choice = (await pair.client.chat.completions.create(**request)).choices[0]
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         assert len(read_calls(choice.message.tool_calls)) == 1
-
-
-async def test_reasoning_is_separated(target: Target, draft: OnnxDraft) -> None:
-    template = thinking_template("<|im_start|>assistant\n")
-    async with service_pair(target, draft, chat_template=template) as pair:
-        request: dict[str, Any] = {"model": "", "messages": MESSAGES, "max_tokens": 64}
-        extra = {"structured_outputs": {"grammar": THOUGHT}}
-        answer = await pair.client.chat.completions.create(**request, extra_body=extra, stop=["b>", "you"], seed=2)
-        message = answer.choices[0].message
-        chunks = await pair.client.chat.completions.create(
-            **request, extra_body=extra, stop=["b>", "you"], seed=2, stream=True
-        )
-        deltas = [chunk.choices[0].delta async for chunk in chunks]
-        reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
-        assert message.reasoning_content == reasoning  # type: ignore[attr-defined]
-        assert message.content == "".join(delta.content or "" for delta in deltas)
-        # Stop strings end the content alone.
-        assert (reasoning, message.content) in [("Hm, <b>.", "Hello, "), ("No.", "")]
-        assert answer.usage is not None
-        details = answer.usage.completion_tokens_details
-        assert details is not None
-        assert details.reasoning_tokens is not None
-        assert 0 < details.reasoning_tokens <= answer.usage.completion_tokens
 
 
 async def test_reasoning_may_begin_in_the_prompt(target: Target, draft: OnnxDraft) -> None:
