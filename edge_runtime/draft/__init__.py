@@ -1,13 +1,18 @@
-"""The ONNX draft model on the board: loading (`model`), graph execution (`onnx_runner`) and sampling (`sampler`)."""
+"""The ONNX draft model on the board.
+
+`model` loads it, `onnx_runner` runs its graph, `sampler` samples, `prefix_cache` keeps KV caches of ended texts.
+"""
 
 from edge_runtime.draft.model import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
 from edge_runtime.draft.onnx_runner import OnnxRunner, make_runner
+from edge_runtime.draft.prefix_cache import DraftPrefixCache
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 
 __all__ = [
     "EMPTY_PROPOSAL",
     "PREFILL_CHUNK_TOKENS",
     "DraftContext",
+    "DraftPrefixCache",
     "OnnxDraft",
     "OnnxRunner",
     "Proposal",

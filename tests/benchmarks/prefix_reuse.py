@@ -73,7 +73,7 @@ class Board:
         times = FirstToken(
             counters.first_token_seconds,
             first.draft_seconds,
-            first.queue_seconds + first.prefill_seconds + first.forward_seconds,
+            first.queue_seconds + first.prefill_seconds + first.forward_seconds / (1 + first.further_forwards),
             len(prompt),
             counters.cached_prompt_tokens,
         )

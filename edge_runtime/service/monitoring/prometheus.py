@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from edge_runtime.common.metrics import PrometheusMetrics, SpeculationCounters
 from edge_runtime.decoding import GenerationStatistics
+from edge_runtime.draft import DraftPrefixCache
 from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import VerifierUnreachable
@@ -61,6 +62,9 @@ class ServiceMetrics(PrometheusMetrics):
             "requests", "Requests for an answer by outcome: finish reason or error code.", ["outcome"]
         )
         self._prompt_tokens = self.counter("prompt_tokens", "Prompt tokens.")
+        self._cached_tokens = self.counter(
+            "prompt_cached_tokens", "Of these, tokens whose KV cache the verifier had already."
+        )
         self._tokens = self.counter("generation_tokens", "Generated tokens.")
         self._first_token_seconds = self.histogram(
             "time_to_first_token_seconds",
@@ -142,12 +146,19 @@ class ServiceMetrics(PrometheusMetrics):
             # It ended in the queue.
             return
         self._prompt_tokens.inc(len(answer.request.prompt))
+        self._cached_tokens.inc(answer.cached_tokens)
         self._tokens.inc(answer.tokens)
         self._unverified.inc(answer.unverified_tokens)
         self._withdrawn.inc(answer.withdrawn_tokens)
         if answer.first_seconds:
             self._first_token_seconds.observe(answer.first_seconds)
         self._duration_seconds.observe(answer.seconds)
+
+    def add_prefix_cache(self, cache: DraftPrefixCache) -> None:
+        """Add the gauge of the draft's prefix cache."""
+        self.add_gauge(
+            "draft_prefix_cache_bytes", "Memory of the draft's KV caches of ended texts.", lambda: cache.used_bytes
+        )
 
     def add_ngram_cache(self, cache: NgramCache) -> None:
         """Add the gauges of the n-gram cache."""
