@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: image lock-wheels demo test test-quick lint lint-quick bench clean setup
+.PHONY: image boot-test release lock-wheels demo test test-quick lint lint-quick bench clean setup
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
@@ -54,6 +54,19 @@ $(STAMP): pyproject.toml constraints.txt
 BOARD ?= generic-arm64
 image: $(STAMP)
 	$(BIN)/device-profile image build --board $(BOARD) $(IMAGE_OPTIONS)
+
+# Boots images in emulated boards, of a Zero 2 W's and of a Raspberry Pi 5's kind, and uses them: 20 minutes or more.
+boot-test: $(STAMP)
+	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
+		--output build/boot-test-4k.img
+	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-4k.img --model small
+	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
+		--pages 16k --output build/boot-test-16k.img
+	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-16k.img --model large
+
+# Wheel, wheels of a board, update and example draft, with checksums, in dist/; KEY=maker.key signs them.
+release: $(STAMP)
+	$(BIN)/python -m device_profiles.image.release $(if $(KEY),--key $(KEY))
 
 # The wheels of a board, pinned by hash; run it after a change of the dependencies.
 lock-wheels: $(STAMP)

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         read_board_file(options.check)
         print(f"{options.check}: valid")
         return 0
-    errors = [] if not options.grow else _grow()
+    errors = [*(_grow() if options.grow else []), *_settle_update(options.root)]
     source = options.boot / FILE_NAME
     if source.exists():
         try:
@@ -109,6 +109,20 @@ def _grow() -> list[str]:
         return [f"the root file system could not be grown: {(error.stderr or str(error)).strip()}"]
     except OSError as error:
         return [f"the root file system could not be grown: {error}"]
+    return []
+
+
+def _settle_update(root: Path) -> list[str]:
+    """Undo an update of the program that was on trial when the board lost power. Returns errors."""
+    from edge_runtime.protocol.errors import FlexSpecError
+    from edge_runtime.updates.slots import HOME, Slots
+
+    home = root / HOME.relative_to("/")
+    try:
+        if home.is_symlink() and (version := Slots(home).settle()):
+            return [f"an update of FlexSpec was interrupted; the version in use is again: {version}"]
+    except (OSError, FlexSpecError) as error:
+        return [f"the interrupted update of FlexSpec could not be undone: {error}"]
     return []
 
 

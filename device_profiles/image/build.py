@@ -131,7 +131,10 @@ def build_image(options: ImageOptions, say: Callable[[str], None]) -> ImageManif
         store = make_bundle_store(options.bundle, scratch) if options.bundle else None
         with new_archive(scratch / "system.tar", options.epoch) as system:
             add_system_files(system, options.board, recipe, wheel.name.split("-")[1], store)
-            system.tree(kernel.modules, f"usr/lib/modules/{kernel.release}")
+            for path in sorted(kernel.modules.rglob("*")):
+                # Kernel and device trees are on the boot partition.
+                if path != kernel.image and not path.is_relative_to(kernel.device_trees):
+                    system.copy(path, f"usr/lib/modules/{path.relative_to(kernel.modules.parent)}")
             for path in radio_firmware(recipe, scratch / "extra"):
                 system.copy(path, str(path.relative_to(scratch / "extra")))
         say("disk: file systems")

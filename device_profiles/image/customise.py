@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from device_profiles.first_boot.board_file import FILE_NAME, SSH_KEY, read_board_file
+from device_profiles.image.archives import new_archive
 from device_profiles.image.boot_files import TEMPLATE
 from device_profiles.image.boot_partition import open_boot_partition
 from device_profiles.image.programs import run
@@ -109,7 +109,7 @@ def customise(place: Path, options: CustomiseOptions, say: Callable[[str], None]
             "network-config": NETWORK_CONFIG.encode(),
         }
         if options.bundle:
-            files[BUNDLE_NAME] = _archive(options.bundle, Path(scratch))
+            files[BUNDLE_NAME] = archive_bundle(options.bundle, Path(scratch), options.epoch)
         # cloud-init runs again on a card whose instance has another id.
         files["meta-data"] = f"instance-id: flexspec-{_digest(files)}\n".encode()
         for name, content in files.items():
@@ -162,19 +162,19 @@ def _read_key(path: Path) -> str:
     return key
 
 
-def _archive(bundle: Path, scratch: Path) -> Path:
-    """Return an archive of the bundle, which may be one already."""
+def archive_bundle(bundle: Path, scratch: Path, epoch: int) -> Path:
+    """Return an archive of a bundle, which may be one already: the files that its manifest names, and its signature."""
     from edge_runtime.bundles.signatures import SIGNATURE
     from edge_runtime.protocol.bundle import MANIFEST_NAME, read_bundle
 
     if bundle.is_file():
         return bundle
-    path = scratch / BUNDLE_NAME
     names = [MANIFEST_NAME, *read_bundle(bundle).manifest.files]
-    with tarfile.open(path, "w:gz") as tar:
+    with new_archive(scratch / "bundle.tar", epoch) as archive:
         for name in [*names, *([SIGNATURE] if (bundle / SIGNATURE).exists() else [])]:
-            tar.add(bundle / name, name)
-    return path
+            archive.file(name, (bundle / name).read_bytes())
+    run(["gzip", "--no-name", "-6", scratch / "bundle.tar"])
+    return scratch / BUNDLE_NAME
 
 
 def _digest(files: dict[str, bytes | Path]) -> str:

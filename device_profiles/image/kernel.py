@@ -77,21 +77,25 @@ def unpack_kernel(archive: PackageArchive, package: KernelPackage, directory: Pa
     resolved = archive.resolve([package.package], package.suite if package.suite != SUITE else "")
     files = [file for file in resolved if KERNEL_FILES.match(file.package)]
     unpack(archive, files, directory)
-    images = sorted(directory.glob("boot/vmlinuz-*"))
-    if len(images) != 1:
-        raise ImageError(
-            f"the packages {', '.join(file.name for file in files)} hold {len(images)} kernels instead of one"
-        )
-    release = images[0].name.removeprefix("vmlinuz-")
+    releases = [path for name in MODULE_DIRECTORIES for path in (directory / name).glob("*") if path.is_dir()]
+    if len(releases) != 1:
+        names = ", ".join(file.name for file in files)
+        raise ImageError(f"the packages {names} hold the modules of {len(releases)} kernels instead of one")
+    release = releases[0].name
     # depmod looks below lib/modules.
     modules = directory / "lib/modules" / release
-    found = next(directory / name / release for name in MODULE_DIRECTORIES if (directory / name / release).is_dir())
-    if found != modules:
+    if releases[0] != modules:
         modules.parent.mkdir(parents=True)
-        found.rename(modules)
+        releases[0].rename(modules)
     _thin_out(modules / "kernel")
     run(["depmod", "--basedir", directory, release])
-    return Kernel(release, images[0], modules, next(directory.glob(f"usr/lib/linux-*{release}"))), files
+    kernel = Kernel(
+        release,
+        image=_first(directory, f"boot/vmlinuz-{release}", f"lib/modules/{release}/vmlinuz"),
+        modules=modules,
+        device_trees=_first(directory, f"lib/modules/{release}/dtb", f"usr/lib/linux-image-{release}"),
+    )
+    return kernel, files
 
 
 def unpack(archive: PackageArchive, files: Iterable[PackageFile], directory: Path) -> None:
@@ -129,6 +133,14 @@ def build_initrd(kernel: Kernel, busybox: Path, scratch: Path) -> bytes:
     # The kernel's messages and those of `init` need it before devtmpfs is mounted.
     entries = [*_cpio_tree(tree), _cpio_entry("dev/console", 0o020600, device=(5, 1))]
     return gzip.compress(b"".join([*entries, _cpio_entry("TRAILER!!!", 0)]), 9, mtime=0)
+
+
+def _first(directory: Path, *names: str) -> Path:
+    """Return the first of these that exists: Debian's packages changed their layout with Linux 7."""
+    for name in names:
+        if (directory / name).exists():
+            return directory / name
+    raise ImageError(f"the packages of the kernel hold none of {', '.join(names)}")
 
 
 def _thin_out(modules: Path) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 
-from edge_runtime.cli import bundle, chat, config, demo, generate, ngram_cache, probe, serve, simulate, top
+from edge_runtime.cli import bundle, chat, config, demo, generate, ngram_cache, probe, serve, simulate, top, update
 from edge_runtime.cli.settings_options import warn
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.systemd import actions
@@ -48,6 +48,7 @@ COMMANDS = {
     "bundle": bundle,
     "config": config,
     "ngram-cache": ngram_cache,
+    "update": update,
 }
 # Former name of a command, and its name now.
 DEPRECATED_COMMANDS = {"memory": "ngram-cache"}

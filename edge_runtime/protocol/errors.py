@@ -17,6 +17,9 @@
     ├── DraftError               the draft model cannot be loaded or run
     │   └── ContextOverflow          more tokens than the draft's context
     ├── ServiceUnreachable       the board's local service does not answer (`cli.top`)
+    ├── UpdateError              an update of the program cannot be used (`updates.package`)
+    ├── ImageError               an image could not be built or changed (`device_profiles.image.programs`)
+    ├── FlashError               a card was not written as it should have been (`device_profiles.flash.writing`)
     ├── ServiceError             systemd did not do what it was asked (`systemd.units`)
     ├── TargetError              the verifier cannot serve this checkpoint
     │   ├── RegistryError            the registry cannot be read or written (`cloud_verifier.registry.registry`)

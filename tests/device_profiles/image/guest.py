@@ -1,0 +1,141 @@
+"""An emulated board: an image booted by qemu-system-aarch64, with ports for SSH and its service on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from device_profiles.flash.fleet import personalise
+from device_profiles.image.block_map import read_block_map
+from device_profiles.image.boot_partition import ImagePartition
+from device_profiles.image.programs import require, run
+
+# qemu's network: this machine, as the guest sees it.
+HOST_ADDRESS = "10.0.2.2"
+# The card is larger than the image, so that the board has something to grow into.
+EXTRA_BYTES = 512 << 20
+# Only limits for hangs, on a machine that emulates and is busy with other things.
+BOOT_SECONDS, COMMAND_SECONDS = 900.0, 300.0
+
+
+class BoardModel(NamedTuple):
+    """A kind of board to emulate.
+
+    Attributes:
+        cpu: of qemu.
+        memory_mb: of the machine.
+        arguments: more of the kernel's command line.
+    """
+
+    cpu: str
+    memory_mb: int
+    arguments: str = ""
+
+
+# A Raspberry Pi Zero 2 W; a Raspberry Pi 5 with the command line of Raspberry Pi OS, which turns memory cgroups off.
+SMALL_BOARD = BoardModel("cortex-a53", 512)
+LARGE_BOARD = BoardModel("cortex-a76", 1024, "cgroup_disable=memory")
+
+
+class Guest:
+    """A card in an emulated board.
+
+    Attributes:
+        card: the card: a copy of an image.
+        url: of its service, on this machine.
+        log: what its serial console printed, of all boots.
+    """
+
+    def __init__(self, card: Path, key: Path, model: BoardModel) -> None:
+        self.card, self.log, self._key, self._model = card, card.with_suffix(".log"), key, model
+        self._service_port, self._ssh_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self._service_port}"
+
+    @contextlib.contextmanager
+    def booted(self) -> Iterator[None]:
+        """Boot, and shut down cleanly in the end."""
+        require("qemu-system-aarch64", "ssh")
+        boot = ImagePartition(self.card)
+        for name in ("vmlinuz", "initrd.img"):
+            self.card.with_name(name).write_bytes(boot.read(name) or b"")
+        loader = (boot.read("extlinux/extlinux.conf") or b"").decode()
+        append = next(line.split(maxsplit=1)[1] for line in loader.splitlines() if line.split()[0] == "append")
+        ports = f"hostfwd=tcp:127.0.0.1:{self._service_port}-:8400,hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22"
+        command = ["qemu-system-aarch64", "-M", "virt", "-cpu", self._model.cpu, "-m", str(self._model.memory_mb)]
+        command += ["-smp", "2", "-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]
+        command += ["-kernel", str(self.card.with_name("vmlinuz")), "-initrd", str(self.card.with_name("initrd.img"))]
+        command += ["-append", f"{append} {self._model.arguments}".strip().replace("console=tty1", "")]
+        command += ["-drive", f"file={self.card},if=none,id=card,format=raw", "-device", "virtio-blk-pci,drive=card"]
+        command += ["-netdev", f"user,id=net,{ports}", "-device", "virtio-net-pci,netdev=net,romfile="]
+        command += ["-device", "virtio-rng-pci"]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            yield
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                self.run("systemctl", "poweroff")
+            process.wait(COMMAND_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a command in the guest as root. Returns its output."""
+        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=30"]
+        ssh = ["ssh", "-i", str(self._key), "-p", str(self._ssh_port), *(word for o in options for word in ("-o", o))]
+        done = subprocess.run(
+            [*ssh, "root@127.0.0.1", *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+        )
+        assert not check or done.returncode == 0, (command, done.returncode, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def wait_for(self, what: str, condition: Callable[[], object]) -> None:
+        """Wait until `condition` returns something true; errors count as not yet."""
+        deadline = time.monotonic() + BOOT_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Exception):
+                if condition():
+                    return
+            time.sleep(1)
+        raise AssertionError(f"not within {BOOT_SECONDS:g} s: {what}; the serial console is in {self.log}")
+
+    def property(self, unit: str, name: str) -> str:
+        """Return a property of a unit."""
+        return self.run("systemctl", "show", unit, f"--property={name}", "--value")
+
+
+def make_card(image: Path, configuration: str, directory: Path, model: BoardModel) -> Guest:
+    """Put an image with this flexspec.toml on a card. A key for SSH is made, and added to the configuration."""
+    require("ssh-keygen")
+    key = directory / "key"
+    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key])
+    text = f'{configuration}\n[ssh]\nkeys = ["{key.with_suffix(".pub").read_text().strip()}"]\n'
+    card = directory / "card.img"
+    personalise(image, read_block_map(image.with_name(f"{image.name}.bmap")), text, card)
+    with card.open("r+b") as file:
+        file.truncate(card.stat().st_size + EXTRA_BYTES)
+    return Guest(card, key, model)
+
+
+def keep_log(guest: Guest, place: Path) -> None:
+    """Copy the serial console's log."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(guest.log, place)
+
+
+def free_port() -> int:
+    """Return a port that no one listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
