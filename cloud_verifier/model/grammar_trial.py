@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -148,12 +148,12 @@ _TRIAL = GrammarTrial()
 atexit.register(_TRIAL.close)
 
 
-def _write(stream: BinaryIO, message: bytes) -> None:
+def _write(stream: IO[bytes], message: bytes) -> None:
     stream.write(struct.pack("<I", len(message)) + message)
     stream.flush()
 
 
-def _read(stream: BinaryIO) -> bytes | None:
+def _read(stream: IO[bytes]) -> bytes | None:
     """The next message; None at the end of the stream."""
     header = stream.read(4)
     if len(header) < 4:

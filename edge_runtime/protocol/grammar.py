@@ -11,6 +11,7 @@ and roll back. Grammars come from strangers: their size, their nesting and the w
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import math
 import threading
@@ -49,7 +50,8 @@ RENEWAL_SECONDS = 0.05
 MAX_REASON_CHARACTERS = 300
 # Longest time for compiling a grammar, the wait for other grammars included. Chosen: a usual one takes a millisecond.
 COMPILE_SECONDS = 5.0
-_COMPILE_THREAD = ThreadPoolExecutor(1, "grammar")
+# llguidance recurses along chains of rules: more than 8 MB for 8,000 of them. Only the part that is used takes memory.
+COMPILE_STACK = 256 << 20
 # Compiled grammars that are kept for each model: clients repeat the same schema. Chosen: each takes up to megabytes.
 CACHED_GRAMMARS = 16
 
@@ -149,7 +151,7 @@ class GrammarCompiler:
         """
         try:
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await asyncio.get_running_loop().run_in_executor(_COMPILE_THREAD, self.compile, grammar)
+                return await asyncio.get_running_loop().run_in_executor(_compile_thread(), self.compile, grammar)
         except TimeoutError:
             raise GrammarError(f"the grammar was not compiled within {COMPILE_SECONDS:g} s: simplify it") from None
 
@@ -296,6 +298,18 @@ def find_problem(grammar: str) -> str:
 def unpack_mask(mask: TokenMask, count: int) -> npt.NDArray[np.bool_]:
     """The mask as one boolean for each of the first `count` ids. (bytes,) -> (count,)."""
     return np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
+
+
+@functools.cache
+def _compile_thread() -> ThreadPoolExecutor:
+    thread = ThreadPoolExecutor(1, "grammar")
+    usual_size = threading.stack_size(COMPILE_STACK)
+    try:
+        # Starts the thread.
+        thread.submit(int).result()
+    finally:
+        threading.stack_size(usual_size)
+    return thread
 
 
 def _raise_error(matcher: LLMatcher) -> None:

@@ -49,7 +49,9 @@ def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = N
     # 8 MB of memory: imported with the first grammar, here and below.
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(text, defaults=JSON_LAYOUT if layout is None else layout)
+    # A plain dictionary, where llguidance declares a typed one.
+    options: Any = JSON_LAYOUT if layout is None else layout
+    return LLMatcher.grammar_from_json_schema(text, defaults=options)
 
 
 def from_regex(regex: str) -> str:

@@ -6,10 +6,12 @@ OpenAI's `response_format`; vLLM's `structured_outputs` and the older `guided_*`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 
+from edge_runtime.draft import OnnxDraft
 from edge_runtime.protocol import grammar_sources
 from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar_sources import JsonSchema
@@ -115,19 +117,20 @@ def get_constraint(request: ConstrainedRequest) -> OutputConstraint:
     Raises:
         ApiError: (400) several fields do, or one of them is invalid; the error names it.
     """
+    readers: list[tuple[str, Callable[[Any], str], Any]] = [
+        ("response_format", _response_format, request.response_format),
+        ("structured_outputs", _structured_outputs, request.structured_outputs),
+        ("guided_json", _json, request.guided_json),
+        ("guided_regex", _regex, request.guided_regex),
+        ("guided_choice", _choice, request.guided_choice),
+        ("guided_grammar", _grammar, request.guided_grammar),
+        ("json_schema", _json, request.json_schema),
+        ("grammar", _grammar, request.grammar),
+    ]
     constraints = []
-    for field, read in {
-        "response_format": lambda: _response_format(request.response_format),
-        "structured_outputs": lambda: _structured_outputs(request.structured_outputs),
-        "guided_json": lambda: _json(request.guided_json),
-        "guided_regex": lambda: _regex(request.guided_regex),
-        "guided_choice": lambda: _choice(request.guided_choice),
-        "guided_grammar": lambda: _grammar(request.guided_grammar),
-        "json_schema": lambda: _json(request.json_schema),
-        "grammar": lambda: _grammar(request.grammar),
-    }.items():
+    for field, read, value in readers:
         try:
-            grammar = read()
+            grammar = read(value)
         except GrammarError as error:
             raise OutputConstraint("", field).refuse(error) from None
         if grammar:
@@ -136,6 +139,19 @@ def get_constraint(request: ConstrainedRequest) -> OutputConstraint:
         first, second = (constraint.field for constraint in constraints[:2])
         raise ApiError(400, f"{first} and {second} both constrain the answer: send one of them", param=second)
     return constraints[0] if constraints else FREE_TEXT
+
+
+async def compile_constraint(draft: OnnxDraft, constraint: OutputConstraint) -> None:
+    """Compile the grammar for the draft model, which keeps it.
+
+    Raises:
+        ApiError: (400) it is invalid or too costly; the error names the field.
+    """
+    if constraint.grammar:
+        try:
+            await draft.grammars.compile_in_thread(constraint.grammar)
+        except GrammarError as error:
+            raise constraint.refuse(error) from None
 
 
 def _response_format(value: ResponseFormat | None) -> str:
