@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 PERIOD_SECONDS = 1.0
 # Pause between two checks of a verifier that cannot be reached: the first, doubled up to the last. And the silence
 # after which a reachable one is checked: 300 bytes of payload each, which a metered link can bear every five minutes.
-FIRST_CHECK_SECONDS, LAST_CHECK_SECONDS = 5.0, 300.0
+FIRST_CHECK_SECONDS, LAST_CHECK_SECONDS = 1.0, 300.0
 IDLE_CHECK_SECONDS = 300.0
 # Pause between two log lines about a verifier that stays unreachable, or becomes so again: the first, doubled up to the
 # last.

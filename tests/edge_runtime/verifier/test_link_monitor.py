@@ -69,7 +69,6 @@ async def test_a_lasting_fault_is_logged_again_at_growing_intervals(
             now[0] += 10.0
     logged = [10 * index for index, count in enumerate(lines) if count > ([0, *lines])[index]]
     assert logged == [0, 60, 180, 420, 900, 1860, 3780, 7380]
-    # It was checked after 5 s, then half as often each time, and at last every five minutes.
     assert client.link_state.problem is not None
 
 
