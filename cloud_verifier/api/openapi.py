@@ -14,6 +14,7 @@ from cloud_verifier.api.admin import ADMIN_OPERATIONS
 from cloud_verifier.api.codec import ADMIN_PREFIX
 from edge_runtime.common.openapi import JSON, REF, TEXT, build_operation, schema_ref
 from edge_runtime.protocol import messages
+from edge_runtime.protocol.sampling import MAX_BIASED_IDS, MAX_GRAMMAR_CHARACTERS, MAX_STOP_IDS
 
 JSON_LINES = messages.STREAM_MEDIA_TYPES[JSON]
 
@@ -126,7 +127,15 @@ def _refine_schemas(schemas: dict[str, Any], vocabulary_size: int, context: int)
     # Without prefixItems, which fewer tools support.
     pair = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
     schemas["Frame"]["properties"]["close_calls"] = {"type": "array", "items": pair}
+    schemas["TokenLogprobs"]["properties"]["top"] = {"type": "array", "items": pair, "default": []}
     sampling = schemas["Sampling"]["properties"]
+    ids = {"pattern": "^(0|[1-9][0-9]*)$", "description": f"A token id below {vocabulary_size}."}
+    sampling["logit_bias"] |= {"propertyNames": ids, "maxProperties": MAX_BIASED_IDS}
+    sampling["stop_ids"] = {"type": "array", "items": token, "maxItems": MAX_STOP_IDS, "default": []}
+    sampling["grammar"] |= {
+        "maxLength": MAX_GRAMMAR_CHARACTERS,
+        "description": "A grammar that llguidance compiles; empty for free text.",
+    }
     sampling["seed"]["exclusiveMaximum"] = 1 << 64
     # Logits divided by a temperature close to 0 would overflow.
     sampling["temperature"]["anyOf"] = [{"const": 0}, {"minimum": 0.001}]
