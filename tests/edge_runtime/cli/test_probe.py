@@ -55,6 +55,15 @@ def test_every_recorded_board_is_rendered(board: str) -> None:
     assert "13 probes, 0 with errors" in render(board)
 
 
+def test_a_sensor_in_the_batterys_line_is_shown_and_not_taken_for_the_board() -> None:
+    text = render("ups-hat-battery-line", None)
+    assert "power unknown, current flows backwards through ina219, as in the line of a battery" in " ".join(
+        text.split()
+    )
+    assert "-5.396 W ina219" in text
+    assert "-256" not in text and "-1 dBm" not in text
+
+
 def test_rendered_readings() -> None:
     text = render("ups-hat", TcpInfo(10, 20, 0.0553, 0.0412, 0.0101, 2, None, 10, 0.1))
     for words in (
