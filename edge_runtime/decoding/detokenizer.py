@@ -48,8 +48,9 @@ class Detokenizer:
         visible: Set[int] = frozenset(),
         hidden: Collection[int] = (),
     ) -> None:
-        self._special = _special_ids(tokenizer) - visible
-        self._hidden = self._special.union(hidden)
+        self._special = _special_ids(tokenizer)
+        self._hidden = self._special.union(hidden) - visible
+        self._visible = {token: tokenizer.id_to_token(token) for token in visible}
         self._decoder: _TokenDecoder = _ByteDecoder(tokenizer) if _is_byte_level(tokenizer) else _RunDecoder(tokenizer)
         context: list[int] = []
         for token in reversed(prompt):
@@ -62,6 +63,8 @@ class Detokenizer:
 
     def step(self, token: int) -> str:
         """Append `token` and return the text that it completes; a character that spans tokens comes with its last."""
+        if token in self._visible:
+            return self._decoder.flush() + self._visible[token]
         return "" if token in self._hidden else self._decoder.step(token)
 
     def flush(self) -> str:
@@ -208,8 +211,7 @@ class _RunDecoder:
         return text[common:]
 
     def _decode(self, tokens: list[int]) -> str:
-        # Special tokens arrive here only if they are to be shown.
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
 

@@ -24,6 +24,8 @@ from edge_runtime.service.tool_calls.parser import OutputParser
 
 # OpenAI's rule for names, and the dots of some servers of the model context protocol.
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+# Levels of lists and objects in a schema of parameters. llguidance takes somewhat more.
+MAX_SCHEMA_DEPTH = 64
 # The error of templates, such as Llama 3.1's, that render one call per message.
 SINGLE_CALL_SIGN = "only supports single tool-calls"
 
@@ -235,4 +237,17 @@ def _read_tool(description: dict[str, Any]) -> Tool:
     parameters = function.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError("parameters must be a JSON schema of an object")
+    if _is_deeper(parameters, MAX_SCHEMA_DEPTH):
+        raise ValueError(f"parameters are nested more than {MAX_SCHEMA_DEPTH} levels deep")
     return Tool(name, parameters, bool(function.get("strict")))
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects in a JSON value are nested more than `depth` levels deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        if not containers:
+            return False
+    return True

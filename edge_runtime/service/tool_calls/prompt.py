@@ -32,17 +32,10 @@ EXAMPLE_NAME, EXAMPLE_ARGUMENTS = "function-name", {"argument-name": "value"}
 
 def render_prompt(template: ChatTemplate, messages: Conversation, options: ChatOptions, form: ToolCallForm) -> str:
     """Return the text that the model continues; see `ChatTemplate.render`. Raises InputError."""
-    messages, options = add_tools(template, messages, options, form)
     try:
-        return template.render(messages, options)
-    except InputError:
-        # Most templates write the arguments of calls from objects, some, such as DeepSeek's, from their JSON.
-        as_json = [_with_json_arguments(message) for message in messages]
-        if as_json == messages:
-            raise
-        with contextlib.suppress(InputError):
-            return template.render(as_json, options)
-        raise
+        return _render(template, *add_tools(template, messages, options, form))
+    except RecursionError:
+        raise InputError("arguments of calls, or tools, are nested too deeply") from None
 
 
 def add_tools(
@@ -58,6 +51,19 @@ def add_tools(
         messages = _with_instructions(template, messages, INSTRUCTIONS.format(tools=tools, example=example))
         options = msgspec.structs.replace(options, tools=None)
     return messages, options
+
+
+def _render(template: ChatTemplate, messages: Conversation, options: ChatOptions) -> str:
+    """Render with the arguments of calls as objects, or, where a template such as DeepSeek's wants text, as JSON."""
+    try:
+        return template.render(messages, options)
+    except InputError:
+        as_json = [_with_json_arguments(message) for message in messages]
+        if as_json == messages:
+            raise
+        with contextlib.suppress(InputError):
+            return template.render(as_json, options)
+        raise
 
 
 def _with_instructions(template: ChatTemplate, messages: Conversation, text: str) -> Conversation:

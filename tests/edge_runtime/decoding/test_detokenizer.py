@@ -71,6 +71,17 @@ TOKENIZERS = {
 NESTED = make_nested_byte_level()
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_can_be_visible(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokenizer.add_special_tokens([AddedToken("[CALL]"), AddedToken("<｜call▁end｜>")])
+    ids = [tokenizer.token_to_id(token) for token in ("<s>", "[CALL]", "<｜call▁end｜>", "</s>")]
+    words = tokenizer.encode("the board drafts", add_special_tokens=False).ids
+    detokenizer = Detokenizer(tokenizer, words, visible={ids[1], ids[2]})
+    text = "".join(map(detokenizer.step, [*ids[:2], *words, *ids[2:]])) + detokenizer.flush()
+    assert text.replace(" ", "") == "[CALL]theboarddrafts<｜call▁end｜>"
+
+
 def draw_ids(data: st.DataObject, tokenizer: Tokenizer, size: int = 24) -> list[int]:
     ids: list[int] = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=size))
     return ids

@@ -77,6 +77,13 @@ def test_reasoning_effort_is_a_variable_of_the_template() -> None:
     assert options.variables == {"reasoning_effort": "none", "enable_thinking": False, "date_string": "x"}
 
 
+def deep_tool(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 HELLO = {"role": "user", "content": "hello"}
 BAD_CALL = {"function": {"name": "f", "arguments": "[1"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -153,6 +160,7 @@ def test_invalid_and_unsupported_values_are_refused_by_field(fields: dict[str, A
         ({"messages": [HELLO], "tools": [TOOL, {}]}, "tools[1]"),
         ({"messages": [HELLO], "tools": [{"type": "function", "function": {}}]}, "tools[0]"),
         ({"messages": [HELLO], "tools": [TOOL, TOOL]}, "tools[1]"),
+        ({"messages": [HELLO], "tools": [deep_tool(70)]}, "tools[0]"),
         ({"messages": [HELLO], "tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         ({"messages": [HELLO], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [HELLO], "top_logprobs": 2}, "top_logprobs"),

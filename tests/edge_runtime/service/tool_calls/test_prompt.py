@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,17 @@ def test_templates_with_tools_are_left_alone(model: str) -> None:
     options = ChatOptions(tools=[tool], variables={"date_string": "x"})
     form = find_forms(template).tool_calls
     assert render_prompt(template, messages, options, form) == template.render(messages, options)
+
+
+def test_arguments_may_be_too_deep() -> None:
+    arguments: dict[str, Any] = {}
+    for _ in range(2000):
+        arguments = {"a": arguments}
+    call = {"id": "x", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    messages = [*CONVERSATION[:1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for template in (PLAIN, read_template("qwen2.5")):
+        with pytest.raises(InputError, match=r"nested too deeply|recursion"):
+            render_prompt(template, messages, ChatOptions(), tool_call_form("hermes"))
 
 
 def test_arguments_are_given_as_json_where_a_template_wants_text() -> None:
