@@ -93,7 +93,7 @@ def make_planner(options: argparse.Namespace, settings: PlannerSettings, draft: 
 
     if options.explain:
         _log_decisions()
-    if plan := _parse_fixed_plan(options, settings):
+    if plan := parse_fixed_plan(options, settings):
         return FixedPlanner(plan)
     manifest = draft.manifest
     device, calibrated = DeviceModel(), None
@@ -166,7 +166,7 @@ async def run_probes(meter: ByteMeter, settings: PlannerSettings) -> AsyncIterat
         yield surroundings
 
 
-def _parse_fixed_plan(options: argparse.Namespace, settings: PlannerSettings) -> Plan | None:
+def parse_fixed_plan(options: argparse.Namespace, settings: PlannerSettings) -> Plan | None:
     """Return the plan that the options describe; None if they describe none. Raises InputError."""
     values = {field: getattr(options, f"fixed_plan.{field}") for field in FIXED_PLAN_OPTIONS}
     given = {field: value for field, value in values.items() if value is not None}

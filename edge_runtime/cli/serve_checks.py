@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.cli.draft_options import resolve_bundle
+from edge_runtime.cli.planner_options import parse_fixed_plan
 from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.cli.verifier_client import check_verifier_settings, make_client
 from edge_runtime.common.network import is_loopback
@@ -70,6 +71,7 @@ def check_limits(options: argparse.Namespace, settings: Settings) -> tuple[Servi
     """Check what a reload may change. Returns the limits and the API keys. Raises InputError."""
     limits, keys = make_limits(options, settings), read_api_keys(settings.service.api_key_file)
     check_verifier_settings(settings.verifier)
+    parse_fixed_plan(options, settings.planner)
     port = settings.service.port
     if not 0 <= port < 1 << 16:
         raise InputError(f"--port {port}: must be in [0, 65535]")

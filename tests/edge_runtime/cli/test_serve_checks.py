@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.cli.main import main
+from edge_runtime.cli.main import build_parser, main
+from edge_runtime.cli.serve_checks import check_installed
+from edge_runtime.protocol.errors import InputError
 from tests.conftest import FAMILY
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
@@ -54,6 +56,19 @@ def test_what_serve_refuses_the_check_refuses(
         said.append(capsys.readouterr().err.splitlines()[-1])
     assert said[0] == said[1]
     assert message in said[0]
+
+
+def test_a_service_that_serve_would_refuse_is_not_installed(folder: Path) -> None:
+    config = folder / "config.toml"
+    config.write_text('planner.policy = "ucb"\n')
+    parse = build_parser().parse_args
+    with pytest.raises(InputError, match="--siblings is part of a fixed plan"):
+        check_installed(parse(["serve", "--config", str(config), "--siblings", "2"]))
+    # The shell's environment is not the service's.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXSPEC_PLANNER__POLICY", "ucb")
+        config.write_text("")
+        check_installed(parse(["serve", "--config", str(config), "--siblings", "2"]))
 
 
 def test_what_the_check_accepts_has_a_bundle_or_says_that_none_is_installed(folder: Path, capsys: Captured) -> None:
