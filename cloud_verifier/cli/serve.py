@@ -321,6 +321,7 @@ def _load_speculation(options: argparse.Namespace, target: Target) -> Speculatio
         return None
     if not (options.draft / "draft.json").is_file():
         from cloud_verifier.model.onnx_speculation import OnnxSpeculation
+        from edge_runtime.draft import DEFAULT_PREFIX_CACHE_BYTES
 
         return OnnxSpeculation(
             options.draft,
@@ -328,6 +329,7 @@ def _load_speculation(options: argparse.Namespace, target: Target) -> Speculatio
             max_draft_tokens=options.draft_tokens,
             threads=options.draft_threads,
             max_rounds=options.draft_rounds,
+            prefix_cache_bytes=0 if options.no_prefix_cache else DEFAULT_PREFIX_CACHE_BYTES,
         )
     from cloud_verifier.draft_models.checkpoint import load_draft
     from cloud_verifier.model.torch_speculation import TorchSpeculation

@@ -133,7 +133,7 @@ class ActiveRound:
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
             return []
         if session.draft is None:
-            session.draft = speculation.new_session_draft()
+            session.draft = speculation.new_session_draft(session.owner)
         count = min(count, speculation.max_draft_tokens)
         steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
         sampled: SampledTokens | None = None

@@ -425,5 +425,8 @@ class Scheduler:
             prefix_cache = self._prefix_caches.get(session.target.runner.shape)
             (prefix_cache.close if prefix_cache else pool.release)(session.cache)
             draft, speculation = session.draft, self.speculation
+            session.draft = None
+            if draft:
+                draft.close()
             if draft and draft.cached_sequence and speculation and speculation.runner:
                 self._pool(speculation.runner.shape, for_draft=True).release(draft.cached_sequence)

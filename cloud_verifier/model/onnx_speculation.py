@@ -14,7 +14,7 @@ from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
 from cloud_verifier.model.target import Target
-from edge_runtime.draft import PREFILL_CHUNK_TOKENS, OnnxDraft
+from edge_runtime.draft import DEFAULT_PREFIX_CACHE_BYTES, PREFILL_CHUNK_TOKENS, OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
 from edge_runtime.protocol.logits_processing import SequenceProcessor
@@ -36,11 +36,13 @@ class OnnxSpeculation:
         max_draft_tokens: int,
         threads: int = 0,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
+        prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
     ) -> None:
         """Load the bundle.
 
         Args:
             threads: CPU threads of a draft step; 0 leaves the choice to `OnnxDraft`.
+            prefix_cache_bytes: see `OnnxDraft`.
 
         Raises:
             InputError: one forward cannot verify `max_draft_tokens`.
@@ -58,10 +60,10 @@ class OnnxSpeculation:
         self.vocabulary = vocabulary
         self.max_draft_tokens = max_draft_tokens
         self.max_rounds = max_rounds
-        self._draft = OnnxDraft(found, threads)
+        self._draft = OnnxDraft(found, threads, prefix_cache_bytes)
 
-    def new_session_draft(self) -> OnnxSessionDraft:
-        return OnnxSessionDraft(self._draft)
+    def new_session_draft(self, owner: str) -> OnnxSessionDraft:
+        return OnnxSessionDraft(self._draft, owner)
 
 
 class OnnxSessionDraft:
@@ -69,9 +71,10 @@ class OnnxSessionDraft:
 
     cached_sequence = None
 
-    def __init__(self, draft: OnnxDraft) -> None:
+    def __init__(self, draft: OnnxDraft, owner: str) -> None:
         self._context = draft.new_context()
-        self._failed = False
+        self._owner = owner
+        self._begun = self._failed = False
 
     def propose(
         self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
@@ -82,6 +85,9 @@ class OnnxSessionDraft:
         """
         if self._failed or len(ids) > self._context.limit:
             return []
+        if not self._begun:
+            self._begun = True
+            self._context.reuse_prefix(ids, self._owner)
         try:
             while (unread := self._context.tokens_to_prefill(ids)) > PREFILL_CHUNK_TOKENS:
                 self._context.sync_to(ids[: len(ids) - unread + PREFILL_CHUNK_TOKENS])
@@ -91,3 +97,7 @@ class OnnxSessionDraft:
             log.exception("drafting failed; this session continues without server-side speculation")
             self._failed = True
             return []
+
+    def close(self) -> None:
+        if not self._failed:
+            self._context.close()

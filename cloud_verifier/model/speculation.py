@@ -41,6 +41,9 @@ class SessionDraft(Protocol):
         other rounds proceed. It returns the drafted tokens, fewer than `count` if the draft's context ends.
         """
 
+    def close(self) -> None:
+        """The text has ended: what is cached of it may be used for others of its owner."""
+
 
 class Speculation(Protocol):
     """A draft model for the target, shared by all sessions.
@@ -60,8 +63,8 @@ class Speculation(Protocol):
     def runner(self) -> SegmentRunner | None:
         """The runner of a draft that runs as batched forwards, as the target does; None for any other."""
 
-    def new_session_draft(self) -> SessionDraft:
-        """A draft for one text, of which nothing has been prefilled yet."""
+    def new_session_draft(self, owner: str) -> SessionDraft:
+        """A draft for one text. What is cached of other texts is used only if they have the same owner."""
 
 
 def check_draft_tokens(count: int) -> None:

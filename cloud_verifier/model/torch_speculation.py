@@ -51,7 +51,7 @@ class TorchSpeculation:
         model = model.to(device=target.device, dtype=target.dtype).eval()
         self.runner = make_runner(model, self.context)
 
-    def new_session_draft(self) -> TorchSessionDraft:
+    def new_session_draft(self, owner: str) -> TorchSessionDraft:
         return TorchSessionDraft(self)
 
 
@@ -67,6 +67,9 @@ class TorchSessionDraft:
     @property
     def cached_sequence(self) -> CachedSequence:
         return self._sequence
+
+    def close(self) -> None:
+        """Keep nothing: the scheduler releases `cached_sequence`."""
 
     def propose(
         self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None

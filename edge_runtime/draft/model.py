@@ -213,6 +213,7 @@ class DraftContext:
         self._sampler = sampler
         self.ngram_lookup = ngram_lookup
         self.limit = draft.manifest.architecture.context
+        self._owner = ""
         self._runner = make_runner(draft.session, draft.manifest.architecture)
         self._ids: list[int] = []
         # Logits after the last id; None after a rollback.
@@ -227,14 +228,19 @@ class DraftContext:
         """Copy of the ids in the KV cache."""
         return list(self._ids)
 
-    def reuse_prefix(self, ids: list[int]) -> None:
-        """Let the context, still empty, begin with the longest prefix of `ids` that a closed context has left."""
-        if cached := self._draft.prefix_cache.take(ids):
-            self._runner, self._ids = cached
+    def reuse_prefix(self, ids: list[int], owner: str = "") -> None:
+        """Let the context, still empty, begin with the longest prefix of `ids` that a closed context has left.
+
+        Args:
+            owner: to whom the text belongs; prefixes of texts of others are not used.
+        """
+        self._owner = owner
+        if cached := self._draft.prefix_cache.take(ids, owner):
+            self._runner, self._ids = cached.runner, cached.ids
 
     def close(self) -> None:
         """Leave the KV cache to contexts of other texts. The context must not be used afterwards."""
-        self._draft.prefix_cache.keep(self._runner, self._ids)
+        self._draft.prefix_cache.keep(self._runner, self._ids, self._owner)
 
     def prefill(self, ids: list[int]) -> None:
         """Append `ids` to the context.

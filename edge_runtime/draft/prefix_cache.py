@@ -17,10 +17,15 @@ TAKEN_SHARE = 0.5
 
 
 class CachedPrefix(NamedTuple):
-    """A KV cache and the token ids in it."""
+    """A KV cache and the token ids in it.
+
+    Attributes:
+        owner: only texts of the same owner may begin with it.
+    """
 
     runner: OnnxRunner
     ids: list[int]
+    owner: str = ""
 
 
 class DraftPrefixCache:
@@ -44,28 +49,33 @@ class DraftPrefixCache:
         with self._lock:
             return sum(kept.runner.nbytes for kept in self._kept)
 
-    def take(self, ids: list[int]) -> CachedPrefix | None:
+    def take(self, ids: list[int], owner: str = "") -> CachedPrefix | None:
         """Return a KV cache of the longest known prefix of `ids`, for the caller alone; None if nothing is known."""
         with self._lock:
-            best = max(reversed(self._kept), key=lambda kept: common_prefix_length(kept.ids, ids), default=None)
+            own = [kept for kept in reversed(self._kept) if kept.owner == owner]
+            best = max(own, key=lambda kept: common_prefix_length(kept.ids, ids), default=None)
             length = common_prefix_length(best.ids, ids) if best else 0
             if best is None or not length:
                 return None
             self._kept.remove(best)
             if length < TAKEN_SHARE * len(best.ids):
                 self._kept.append(best)
-                return CachedPrefix(best.runner.copy_prefix(length), ids[:length])
+                return CachedPrefix(best.runner.copy_prefix(length), ids[:length], owner)
         best.runner.truncate(length)
-        return CachedPrefix(best.runner, ids[:length])
+        return CachedPrefix(best.runner, ids[:length], owner)
 
-    def keep(self, runner: OnnxRunner, ids: list[int]) -> None:
+    def keep(self, runner: OnnxRunner, ids: list[int], owner: str = "") -> None:
         """Keep the KV cache of `ids`, which the caller does not use any more, and drop the oldest beyond the bound."""
         if not ids:
             return
         with self._lock:
             # What is the beginning of the new text is of no further use.
-            kept = [other for other in self._kept if common_prefix_length(other.ids, ids) < len(other.ids)]
-            kept.append(CachedPrefix(runner, ids))
+            kept = [
+                other
+                for other in self._kept
+                if other.owner != owner or common_prefix_length(other.ids, ids) < len(other.ids)
+            ]
+            kept.append(CachedPrefix(runner, ids, owner))
             sizes = [other.runner.nbytes for other in kept]
             while kept and sum(sizes) > self.max_bytes:
                 del kept[0], sizes[0]
