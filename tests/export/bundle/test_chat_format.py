@@ -26,12 +26,20 @@ def write_generation_config(directory: Path, content: dict[str, Any]) -> Path:
         ({}, SamplingDefaults(), []),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, SamplingDefaults(0.6, None, 0.9), []),
         (
-            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
-            SamplingDefaults(0.7, 20, 0.8),
-            ["repetition_penalty"],
+            {
+                "temperature": 0.7,
+                "top_p": 0.8,
+                "top_k": 20,
+                "min_p": 0.05,
+                "repetition_penalty": 1.05,
+                "typical_p": 0.5,
+            },
+            SamplingDefaults(0.7, 20, 0.8, 0.05, 1.05),
+            ["typical_p"],
         ),
-        ({"do_sample": False, "temperature": 0.6}, SamplingDefaults(0.0), []),
-        ({"do_sample": None, "temperature": None, "repetition_penalty": 1.0}, SamplingDefaults(), []),
+        ({"do_sample": False, "temperature": 0.6, "min_p": 0.5}, SamplingDefaults(0.0), []),
+        ({"do_sample": False, "repetition_penalty": 1.1}, SamplingDefaults(0.0, repetition_penalty=1.1), []),
+        ({"do_sample": None, "temperature": None, "min_p": None}, SamplingDefaults(), []),
     ],
 )
 def test_sampling_defaults(
