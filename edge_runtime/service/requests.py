@@ -27,7 +27,7 @@ from edge_runtime.service.conversation import ChatMessage
 from edge_runtime.service.errors import ApiError
 from edge_runtime.service.field_policy import EndpointName, check_fields
 from edge_runtime.service.structured_output import Choices, ResponseFormat, SchemaOrText, StructuredOutputs
-from edge_runtime.service.tool_calls.output_format import ToolChoice
+from edge_runtime.service.tool_calls.output_format import TOOL_NAME, ToolChoice
 
 # The largest `n` and `best_of`: OpenAI's.
 MAX_CHOICES = 128
@@ -66,7 +66,16 @@ def _excludes(**properties: Any) -> dict[str, Any]:
 TOOL_SCHEMA = {
     "properties": {
         "type": {"const": "function"},
-        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": f"^{TOOL_NAME.pattern}$"},
+                "description": {"type": "string"},
+                "parameters": {"type": ["object", "null"]},
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["name"],
+        },
     },
     "required": ["type", "function"],
 }
