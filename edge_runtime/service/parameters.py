@@ -144,12 +144,12 @@ def limit_answer(request: GenerationRequest, prompt_tokens: int, *, context: int
     asked = request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         asked = request.max_completion_tokens
-    limits = [limit for limit in (maximum, context and context - prompt_tokens) if limit]
-    if asked is not None and asked >= 0:
-        limits.append(asked)
-    if context and prompt_tokens >= context and asked != 0:
+    if asked == 0:
+        return 0
+    if context and prompt_tokens >= context:
         raise context_overflow(context, prompt_tokens, "messages" if isinstance(request, ChatRequest) else "prompt")
-    return min(limits, default=UNKNOWN_CONTEXT_TOKENS)
+    limits = (maximum, context and context - prompt_tokens, max(0, asked or 0))
+    return min((limit for limit in limits if limit), default=UNKNOWN_CONTEXT_TOKENS)
 
 
 def context_overflow(context: int, prompt_tokens: int, param: str) -> ApiError:
