@@ -182,7 +182,8 @@ def measure_draft(bundle: Bundle, seconds: float, watts: Watts, tick: Tick) -> l
     while not passes[counts[-1]] or time.monotonic() + longest < until:
         began = time.monotonic()
         for threads in counts:
-            first = passes[threads][0] if passes[threads] else None
+            # All passes measure the same contexts, so that thread counts can be compared.
+            first = next(iter(passes[counts[0]]), None)
             draft = OnnxDraft(bundle, threads)
             with _sampling_power(watts) as readings:
                 note = f"{manifest.name}, pass {len(passes[threads]) + 1}, threads: {threads}"

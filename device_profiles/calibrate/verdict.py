@@ -91,7 +91,7 @@ def describe_result(profile: BoardProfile, manifest: Manifest, links: Mapping[st
         )
     by_itself = "; commands with --profile FILE use it by themselves" if entry.is_steady else ""
     yield f"threads: --threads {entry.threads} is the fastest{by_itself}"
-    yield f"heat: {_describe_heat(profile)}"
+    yield f"heat: {_describe_heat(profile, entry)}"
     yield f"power: {_describe_power(profile, entry)}"
     device = DeviceModel.from_profile(profile, entry.weight_bytes, cache_bytes=cache_bytes(manifest))
     device = DeviceModel.from_measurement(entry, device)
@@ -108,7 +108,7 @@ def describe_result(profile: BoardProfile, manifest: Manifest, links: Mapping[st
         yield f"  {name} ({1e3 * link_seconds:.3g} ms): {'; '.join(cells)}"
 
 
-def _describe_heat(profile: BoardProfile) -> str:
+def _describe_heat(profile: BoardProfile, entry: MeasuredDraft) -> str:
     samples = profile.calibration.sustained if profile.calibration else []
     if not samples:
         return "not measured; give it more --seconds"
@@ -122,7 +122,11 @@ def _describe_heat(profile: BoardProfile) -> str:
     ]
     at_end = f" ({', '.join(facts)})" if facts else ""
     if hot > THROTTLED_FACTOR * cold:
-        return f"after {last.seconds:.0f} s of drafting without a pause it takes {hot / cold:.2g} times as long{at_end}"
+        slower = (
+            f"after {last.seconds:.0f} s of drafting without a pause it takes {hot / cold:.2g} times as long{at_end}"
+        )
+        throttled = any(sample.throttled for sample in samples)
+        return slower if entry.is_steady or throttled else f"{slower}, or other programs slow it down"
     if last.seconds < MIN_SUSTAINED_SECONDS:
         return f"no slower after {last.seconds:.0f} s{at_end}, which is too short to tell; give it --seconds 600"
     return f"no slower after {last.seconds:.0f} s of drafting without a pause{at_end}"
