@@ -15,6 +15,7 @@ from cloud_verifier.cli import check, serve, targets, token
 from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
+from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
 from edge_runtime.common.options import add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -118,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="one or more prompts (default: standard input)")
     generate.add_argument("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
     add_sampling_options(generate)
+    add_grammar_options(generate)
     text = (
         'read jobs, JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, from FILE or "-", and print the '
         "new ids of each as a JSON line"
@@ -150,6 +152,7 @@ def _generate(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     model, base, end_ids = load_model(resolve_checkpoint(options.target), options.device, options.dtype)
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     if options.jobs:
         try:
             lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()
@@ -163,13 +166,13 @@ def _generate(options: argparse.Namespace) -> int:
                 max_new_tokens = int(job["max_new_tokens"])
             except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
                 raise InputError(f"not a job: {line.strip()[:80]} ({error})") from None
-            print(json.dumps(generate_reference(model, job["ids"], sampling, max_new_tokens, end_ids)), flush=True)
+            new_ids = generate_reference(model, job["ids"], sampling, max_new_tokens, end_ids, tokenizer=tokenizer)
+            print(json.dumps(new_ids), flush=True)
         return 0
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    sampling = read_sampling(options)
+    sampling = read_sampling(options, grammar=read_grammar(options))
     for prompt in options.prompt or [sys.stdin.read()]:
         ids = tokenizer.encode(prompt).ids
         validate_prompt(ids, vocabulary_size)
-        new_ids = generate_reference(model, ids, sampling, options.max_new_tokens, end_ids)
+        new_ids = generate_reference(model, ids, sampling, options.max_new_tokens, end_ids, tokenizer=tokenizer)
         print(prompt + tokenizer.decode(new_ids))
     return 0

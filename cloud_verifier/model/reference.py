@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
+from tokenizers import Tokenizer
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -18,6 +21,7 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.logits_processing import end_ids_of
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
 
@@ -59,14 +63,57 @@ class OccurrencePenaltyLogitsProcessor(LogitsProcessor):
         return scores - (self._frequency * counts + self._presence * (counts > 0)).float()
 
 
+class GrammarLogitsProcessor(LogitsProcessor):
+    """Excludes the tokens with which a text cannot match a grammar, by llguidance's own functions for numpy.
+
+    Args:
+        tokenizer: the model's.
+        end_ids: tokens that end a text of the model.
+        prompt_length: number of tokens that were not generated.
+    """
+
+    def __init__(self, grammar: str, tokenizer: Tokenizer, end_ids: frozenset[int], prompt_length: int) -> None:
+        self._grammar, self._definition = grammar, tokenizer.to_str()
+        self._end_ids, self._prompt_length = sorted(end_ids), prompt_length
+        self._tokenizer: LLTokenizer | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask the scores after `input_ids` (1, length): (1, V) -> (1, V)."""
+        size = scores.shape[1]
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._definition, n_vocab=size, eos_token=self._end_ids)
+        generated = input_ids[0, self._prompt_length :].tolist()
+        if set(self._end_ids) & set(generated):
+            # After an end token that is ignored, only end tokens follow.
+            allowed = torch.full_like(scores, -torch.inf)
+            allowed[:, self._end_ids] = 0.0
+            return scores + allowed
+        matcher = LLMatcher(self._tokenizer, self._grammar, log_level=0)
+        if not matcher.consume_tokens(generated) or matcher.is_error():
+            raise GrammarError(f"the grammar is invalid, or the text does not match it: {matcher.get_error()[:300]}")
+        bitmask = allocate_token_bitmask(1, size)
+        fill_next_token_bitmask(matcher, bitmask)
+        masked = scores.float().cpu().numpy().copy()
+        apply_token_bitmask_inplace(masked, bitmask)
+        return torch.from_numpy(masked).to(scores.device)
+
+
 def make_logits_processors(
-    sampling: Sampling, vocabulary_size: int, prompt_length: int, end_ids: frozenset[int], device: torch.device
+    sampling: Sampling,
+    vocabulary_size: int,
+    prompt_length: int,
+    end_ids: frozenset[int],
+    device: torch.device,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> LogitsProcessorList:
     """The processors of one text in transformers' order, and the sampling rule.
 
     Args:
-        end_ids: tokens that end the text.
+        end_ids: tokens that end a text of the model, unless `sampling.ignore_eos`; `sampling.stop_ids` do, too.
+        tokenizer: the model's; needed for a grammar.
     """
+    text_end_ids = end_ids_of(sampling, end_ids)
     processors = LogitsProcessorList()
     if sampling.logit_bias:
         # Its stubs know only the form in which token 0 is refused.
@@ -76,17 +123,27 @@ def make_logits_processors(
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(OccurrencePenaltyLogitsProcessor(sampling, prompt_length))
-    if sampling.min_tokens and end_ids:
+    if sampling.min_tokens and text_end_ids:
+        ids = sorted(text_end_ids)
         processors.append(
-            MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, sorted(end_ids), device=str(device))
+            MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, ids, device=str(device))
         )
+    if sampling.grammar:
+        assert tokenizer is not None, "a grammar needs the tokenizer"
+        processors.append(GrammarLogitsProcessor(sampling.grammar, tokenizer, end_ids, prompt_length))
     processors.append(CoupledLogitsProcessor(sampling, vocabulary_size))
     return processors
 
 
 @torch.inference_mode()
 def generate_reference(
-    model: Any, prompt: list[int], sampling: Sampling, max_new_tokens: int, end_ids: frozenset[int]
+    model: Any,
+    prompt: list[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> list[int]:
     """Generate the text of `model` token by token.
 
@@ -95,7 +152,7 @@ def generate_reference(
         prompt: at least one token id.
         sampling: sampling parameters and seed.
         max_new_tokens: upper bound.
-        end_ids: tokens that end the text, unless `sampling.ignore_eos`; `sampling.stop_ids` do, too.
+        end_ids, tokenizer: see `make_logits_processors`.
 
     Returns the new token ids, the end token included.
     """
@@ -106,7 +163,9 @@ def generate_reference(
     ids = torch.tensor([prompt], device=model.device)
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     end = end_ids_of(sampling, end_ids)
-    processors = make_logits_processors(sampling, vocabulary_size, len(prompt), end, model.device)
+    processors = make_logits_processors(
+        sampling, vocabulary_size, len(prompt), end_ids, model.device, tokenizer=tokenizer
+    )
     # `generate` adds what the model's own settings say, such as penalties, to those that it is given.
     model_config, model.generation_config = model.generation_config, config_class()
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.generations import GenerationFactory, add_generation_options
 from edge_runtime.cli.settings_options import add_settings, read_settings
+from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
@@ -32,6 +33,7 @@ examples:
   edge-runtime generate --file prompt.txt --temperature 0.7 --top-p 0.9 --seed 1 --json
   git log -1 | edge-runtime generate --objective balanced --profile raspberry-pi-5 --explain
   edge-runtime generate "The sea is" --num-assistant-tokens 8 --siblings 3
+  edge-runtime generate "A book as JSON: " --json-schema book.json
 """
 
 # Interval between checks whether the verifier can be reached.
@@ -45,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "draft.bundle", "draft.threads")
     add_max_new_tokens_option(parser)
     add_sampling_options(parser)
+    add_grammar_options(parser)
     add_flag(parser, "--echo", "print the prompt before its continuation")
     add_flag(parser, "--json", "print one JSON object: text, ids, statistics")
     add_flag(parser, "--quiet", "print neither statistics nor link trouble on standard error")
@@ -68,7 +71,7 @@ async def _run(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     bundle = resolve_bundle(options, settings.draft)
     prompt = _read_prompt(options)
-    sampling = read_sampling(options)
+    sampling = read_sampling(options, grammar=read_grammar(options))
     draft = OnnxDraft.load(bundle, threads=settings.draft.threads)
     ids: list[int] = draft.tokenizer.encode(prompt).ids
     factory = GenerationFactory(options, settings, draft)

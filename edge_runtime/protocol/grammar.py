@@ -44,12 +44,16 @@ TOO_COSTLY = "the grammar is too costly: simplify it"
 # CPU time that a matcher with a budget may spend at first, before its masks earn more. Chosen: some masks of an
 # ordinary grammar take 20 ms, nearly all less than 1 ms.
 INITIAL_BUDGET_SECONDS = 0.25
+# Masks that are computed when a grammar is compiled, and the CPU time that each may take on average. Chosen: a usual
+# one takes 0.1 ms, and four times that on a board.
+PROBED_MASKS = 8
+PROBED_MASK_SECONDS = 0.05
 # A grammar that took longer to compile is not compiled again while a forward waits for its mask. Chosen.
 RENEWAL_SECONDS = 0.05
 # llguidance may quote a whole grammar in its messages.
 MAX_REASON_CHARACTERS = 300
 # Longest time for compiling a grammar, the wait for other grammars included. Chosen: a usual one takes a millisecond.
-COMPILE_SECONDS = 5.0
+COMPILE_SECONDS = 10.0
 # llguidance recurses along chains of rules: more than 8 MB for 8,000 of them. Only the part that is used takes memory.
 COMPILE_STACK = 256 << 20
 # Compiled grammars that are kept for each model: clients repeat the same schema. Chosen: each takes up to megabytes.
@@ -169,6 +173,19 @@ class CompiledGrammar:
         _raise_error(self._first)
         if not mask.any():
             raise GrammarError("no token of this model begins a text that matches the grammar")
+        self._probe()
+
+    def _probe(self) -> None:
+        """Compute the first masks of some text: many a grammar that is too costly fails there."""
+        matcher, ids, started = GrammarMatcher(self), [], time.thread_time()
+        for _ in range(PROBED_MASKS):
+            allowed = matcher.allowed(ids)
+            texts = np.flatnonzero(unpack_mask(allowed & self.tokenizer.text_mask)) if allowed is not None else []
+            if not len(texts):
+                break
+            ids.append(int(texts[len(texts) // 2]))
+        if time.thread_time() - started > PROBED_MASKS * PROBED_MASK_SECONDS:
+            raise GrammarError(TOO_COSTLY)
 
     def new_matcher(self) -> LLMatcher:
         """llguidance's matcher before the first token. All share the states of one lexer."""
@@ -295,8 +312,8 @@ def find_problem(grammar: str) -> str:
     return "" if problem.startswith("WARNING") else _shorten(problem)
 
 
-def unpack_mask(mask: TokenMask, count: int) -> npt.NDArray[np.bool_]:
-    """The mask as one boolean for each of the first `count` ids. (bytes,) -> (count,)."""
+def unpack_mask(mask: TokenMask, count: int | None = None) -> npt.NDArray[np.bool_]:
+    """The mask as one boolean for each of the first `count` ids, or for all its bits. (bytes,) -> (count,)."""
     return np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
 
 

@@ -1,8 +1,8 @@
 """Exactness under grammars: drafts, plans, faults and company change no text that a grammar constrains.
 
-The reference is transformers' `generate` with its own processors and, before the sampling rule, llguidance's own numpy
-functions for logits. To finish within minutes, every plan and fault meets every prompt under one of the grammars and
-one of the samplings, in turn.
+The reference is transformers' `generate` with its own processors and llguidance's own functions for logits
+(`reference.GrammarLogitsProcessor`). To finish within minutes, every plan and fault meets every prompt under one of the
+grammars and one of the samplings, in turn.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import jsonschema
 import msgspec
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
-from transformers import LogitsProcessor, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
@@ -110,22 +109,6 @@ def cases_for(number: int) -> list[Case]:
     ]
 
 
-class LLGuidanceProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Masks scores by llguidance's own functions."""
-
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, prompt_length: int) -> None:
-        self._tokenizer, self._grammar, self._prompt_length = tokenizer, grammar, prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        matcher = LLMatcher(self._tokenizer, self._grammar)
-        assert matcher.consume_tokens(input_ids[0, self._prompt_length :].tolist()), matcher.get_error()
-        bitmask = allocate_token_bitmask(1, scores.shape[1])
-        fill_next_token_bitmask(matcher, bitmask)
-        masked = scores.numpy().copy()
-        apply_token_bitmask_inplace(masked, bitmask)
-        return torch.from_numpy(masked)
-
-
 @pytest.fixture(scope="module")
 def prompts(shipped_draft: OnnxDraft) -> list[list[int]]:
     return [shipped_draft.tokenizer.encode(text).ids for text in PROMPTS]
@@ -141,12 +124,13 @@ def reference(family: Path, prompts: list[list[int]], compute_once: ComputeOnce)
 def generate_references(path: Path, prompts: list[list[int]]) -> bytes:
     model: PreTrainedModel = load_model(path, "cpu", "float32")[0]
     size = model.config.vocab_size
-    tokenizer = LLTokenizer((path / "tokenizer.json").read_text(), n_vocab=size, eos_token=[END])
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     texts = []
     for case in CASES:
         prompt = prompts[case.prompt]
-        processors = make_logits_processors(case.parameters, size, len(prompt), frozenset([END]), torch.device("cpu"))
-        processors.insert(-1, LLGuidanceProcessor(tokenizer, GRAMMARS[case.grammar], len(prompt)))
+        processors = make_logits_processors(
+            case.parameters, size, len(prompt), frozenset([END]), torch.device("cpu"), tokenizer=tokenizer
+        )
         ids = torch.tensor([prompt])
         text = model.generate(
             ids,

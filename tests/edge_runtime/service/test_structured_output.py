@@ -136,7 +136,7 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any], pa
         ({"guided_json": {"type": "object", "if": {}}}, "guided_json", 'Unimplemented keys: ["if"]'),
         ({"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),
         ({"guided_regex": "(" * 300 + "a" + ")" * 300}, "guided_regex", "invalid regex"),
-        ({"guided_choice": [f"choice {number}" for number in range(3000)]}, "guided_choice", "max is 2000"),
+        ({"guided_choice": [f"{n} of many" for n in range(3000)]}, "guided_choice", "max is 2000"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}},
             "response_format",

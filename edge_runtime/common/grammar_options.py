@@ -1,4 +1,4 @@
-"""Options that constrain the generated text, and the grammar that they stand for."""
+"""Options that constrain the generated text: `edge-runtime generate` and `cloud-verifier generate`."""
 
 from __future__ import annotations
 
