@@ -78,15 +78,17 @@ async def test_a_verifier_that_refuses_this_board_is_no_verifier_for_it(
     tokens = tmp_path / "tokens.toml"
     assert cloud_verifier(["token", "add", "board", "--tokens", str(tokens)]) == 0
     token = capsys.readouterr().out.strip()
-    async with serving(tiny, authenticator=Authenticator(tokens)) as server:
-        async with VerifierClient(server.url, token="wrong") as client:
-            await client.check()
-            problem = client.link_state.problem
-            assert problem is not None and (problem.code, problem.errno) == ("unauthorized", errno.EACCES)
-            assert problem.reason.startswith(f"{server.url} refuses this board: ")
-            client.set_token(token)
-            await client.check()
-            assert client.link_state.reachable
+    async with (
+        serving(tiny, authenticator=Authenticator(tokens)) as server,
+        VerifierClient(server.url, token="wrong") as client,
+    ):
+        await client.check()
+        problem = client.link_state.problem
+        assert problem is not None and (problem.code, problem.errno) == ("unauthorized", errno.EACCES)
+        assert problem.reason.startswith(f"{server.url} refuses this board: ")
+        client.set_token(token)
+        await client.check()
+        assert client.link_state.reachable
 
 
 async def test_one_of_several_verifiers_is_enough(tiny: Target, port: int) -> None:
