@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.cli.settings_options import warn
 from edge_runtime.common.options import add_action, add_flag
 from edge_runtime.settings import SETTINGS, TABLES, SettingEntry, describe_type
+from edge_runtime.systemd.actions import BOARD_UNIT
 
 if TYPE_CHECKING:
     from edge_runtime.settings.loading import EffectiveSettings
+
+# Of the unit that `edge-runtime service install` writes by default.
+SERVICE_STATE_DIRECTORY = f"/var/lib/{BOARD_UNIT.state_directory}"
 
 HELP = "check the configuration, show the effective settings, or print all settings"
 DESCRIPTION = """\
@@ -112,9 +116,13 @@ async def _reference(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace) -> EffectiveSettings:
     """Read the effective settings and print their warnings. Raises ConfigurationError."""
-    from edge_runtime.settings.loading import read_effective_settings
+    from edge_runtime.settings import loading
 
-    effective = read_effective_settings(options.file, os.environ)
+    file, environ = loading.find_file(options.file, os.environ), dict(os.environ)
+    if file is not None and file.resolve().is_relative_to(loading.SYSTEM_FILE.parent):
+        # This is the service's file, whatever the shell is: its bundle store is that of the service.
+        environ.setdefault("STATE_DIRECTORY", SERVICE_STATE_DIRECTORY)
+    effective = loading.read_effective_settings(options.file, environ)
     for warning in effective.warnings:
         warn(warning)
     return effective

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.cli import config, draft_options
 from edge_runtime.cli.main import build_parser, main
 from edge_runtime.cli.serve_checks import check_installed
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.settings import loading
 from tests.conftest import FAMILY
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
@@ -56,6 +58,18 @@ def test_what_serve_refuses_the_check_refuses(
         said.append(capsys.readouterr().err.splitlines()[-1])
     assert said[0] == said[1]
     assert message in said[0]
+
+
+def test_the_services_file_is_checked_with_the_services_store(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY")
+    (folder / "config.toml").touch()
+    monkeypatch.setattr(loading, "SYSTEM_FILE", folder / "config.toml")
+    monkeypatch.setattr(config, "SERVICE_STATE_DIRECTORY", str(folder / "service"))
+    monkeypatch.setattr(draft_options, "EXAMPLE_FAMILY", folder / "nowhere")
+    assert main(["config", "check", str(folder / "config.toml")]) == 0
+    assert f"no draft bundle is installed in {folder}/service/bundles" in capsys.readouterr().out
 
 
 def test_a_service_that_serve_would_refuse_is_not_installed(folder: Path) -> None:
