@@ -36,6 +36,8 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # Schemas of a tool that is not strict may use keywords that llguidance does not know; these are not enforced.
 LENIENT = {"lenient": True}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Keywords that constrain nothing. The grammar travels to the verifier.
+ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "deprecated"})
 # Keywords beside which `additionalProperties: false` would change what is valid.
 COMBINATIONS = frozenset({"allOf", "anyOf", "oneOf", "if", "not", "$ref", "patternProperties", "additionalProperties"})
 
@@ -114,23 +116,24 @@ def build_grammar(shape: AnswerShape, added: AddedTokens) -> str:
     return json.dumps({"grammars": [{"name": "answer", "lark_grammar": lark}, *_named(shape.text_grammar)]})
 
 
-def close_objects(schema: Any) -> Any:
-    """Return a JSON schema that admits no properties but the declared ones where it does not say otherwise.
+def reduce_schema(schema: Any) -> Any:
+    """Return a JSON schema without annotations that admits no properties but the declared ones.
 
-    A model would otherwise be free to invent some. All that it admits is valid by the original.
+    A model would otherwise be free to invent some, where the schema does not say otherwise. All that the result admits
+    is valid by the original.
     """
     if not isinstance(schema, dict):
         return schema
-    closed = dict(schema)
+    closed = {keyword: value for keyword, value in schema.items() if keyword not in ANNOTATIONS}
     for keyword in ("properties", "$defs", "definitions"):
         if isinstance(schema.get(keyword), dict):
-            closed[keyword] = {name: close_objects(value) for name, value in schema[keyword].items()}
+            closed[keyword] = {name: reduce_schema(value) for name, value in schema[keyword].items()}
     for keyword in ("items", "additionalProperties"):
         if keyword in schema:
-            closed[keyword] = close_objects(schema[keyword])
+            closed[keyword] = reduce_schema(schema[keyword])
     for keyword in ("anyOf", "oneOf", "prefixItems"):
         if isinstance(schema.get(keyword), list):
-            closed[keyword] = [close_objects(value) for value in schema[keyword]]
+            closed[keyword] = [reduce_schema(value) for value in schema[keyword]]
     if "properties" in schema and not COMBINATIONS & schema.keys():
         closed["additionalProperties"] = False
     return closed
@@ -221,11 +224,14 @@ class _GrammarBuilder:
         form = self._form
         name = f"call_{index}"
         style = JSON_STYLE if tool.strict else JSON_STYLE | LENIENT
-        schema = {"type": "object", **(close_objects(tool.parameters) or NO_PARAMETERS)}
+        schema = {"type": "object", **(reduce_schema(tool.parameters) or NO_PARAMETERS)}
+        enforceable = _is_enforceable(tool, schema, style)
         if form.parameters:
+            if not enforceable:
+                schema = _with_enforceable_properties(tool, schema, style)
             self._add(name, self._parameters(name, tool, schema, style, form.parameters))
             return
-        if not _is_enforceable(tool, schema, style):
+        if not enforceable:
             schema = {"type": "object"}
         if form.body == "array":
             name_key, arguments_key = form.keys
@@ -252,8 +258,6 @@ class _GrammarBuilder:
             name = f"{rule}_{number}"
             start = self._literal(marks.key + key + marks.key_end + marks.value)
             value = definitions | value if isinstance(value, dict) else {}
-            if not _is_enforceable(tool, value, style):
-                value = {"type": "string"}
             self._add(name, f"{start} {self._argument(value, style, marks.value_end)}")
             parts.append(name if key in required else f"{name}?")
         return " ".join([*parts, self._literal(marks.end)])
@@ -311,6 +315,17 @@ def _is_enforceable(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -
     if problem and tool.strict:
         raise GrammarError(f"tools: the parameters of {tool.name} cannot be enforced: {problem}")
     return not problem
+
+
+def _with_enforceable_properties(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema whose properties are any text where llguidance cannot make arguments match them."""
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    properties = {
+        key: value if _is_enforceable(tool, definitions | value, style) else {"type": "string"}
+        for key, value in schema.get("properties", {}).items()
+        if isinstance(value, dict)
+    }
+    return schema | {"properties": properties}
 
 
 def _json(schema: dict[str, Any], style: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import msgspec
 from tokenizers import Tokenizer
 
+from edge_runtime.protocol.grammar import GrammarError
+from edge_runtime.protocol.sampling import MAX_GRAMMAR_CHARACTERS
 from edge_runtime.service.chat_template import ChatOptions, ChatTemplate, Conversation
 from edge_runtime.service.errors import ApiError
 from edge_runtime.service.tool_calls.forms import (
@@ -211,6 +213,10 @@ def make_grammar(output: OutputFormat, calls: AllowedCalls, tokenizer: Tokenizer
 
     Args:
         text_grammar: what text without calls must match; empty for any text.
+
+    Raises:
+        GrammarError: a schema cannot be enforced, or the grammar is too long. Calls that are neither required nor of
+            strict tools are not constrained then.
     """
     if output.form is None and (output.reasoning is None or not text_grammar):
         return text_grammar
@@ -223,7 +229,12 @@ def make_grammar(output: OutputFormat, calls: AllowedCalls, tokenizer: Tokenizer
         in_reasoning=output.in_reasoning,
         text_grammar="" if calls.required else text_grammar,
     )
-    return build_grammar(shape, AddedTokens.of(tokenizer))
+    grammar = build_grammar(shape, AddedTokens.of(tokenizer))
+    if len(grammar) <= MAX_GRAMMAR_CHARACTERS:
+        return grammar
+    if calls.required or text_grammar or any(tool.strict for tool in calls.tools):
+        raise GrammarError(f"tools: their grammar has more than {MAX_GRAMMAR_CHARACTERS} characters: send fewer tools")
+    return ""
 
 
 def _read_tool(description: dict[str, Any]) -> Tool:

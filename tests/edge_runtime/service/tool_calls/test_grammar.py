@@ -17,7 +17,7 @@ from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
 from edge_runtime.protocol.grammar_sources import from_json_schema
 from edge_runtime.service.tool_calls.forms import REASONING_FORMS, TOOL_CALL_FORMS, ToolCallForm, format_calls
-from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, close_objects
+from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, reduce_schema
 from edge_runtime.service.tool_calls.parser import OutputParser, merge_calls
 from tests.models import byte_tokenizer
 
@@ -183,13 +183,18 @@ def test_a_schema_that_cannot_be_enforced_is_an_error_of_strict_tools(form: Tool
 
 def test_objects_are_closed_where_the_schema_does_not_say() -> None:
     schema = {
-        "properties": {"a": {"properties": {}}, "b": {"additionalProperties": {"properties": {"c": True}}}},
+        "title": "A",
+        "properties": {
+            "a": {"properties": {"title": {"title": "B"}}},
+            "b": {"additionalProperties": {"properties": {"c": True}}},
+        },
         "$defs": {"d": {"anyOf": [{"properties": {}}, {"type": "string"}]}, "e": {"$ref": "#", "properties": {}}},
         "items": {"properties": {}, "patternProperties": {"x": {}}},
     }
-    closed = close_objects(schema)
+    closed = reduce_schema(schema)
     assert closed["additionalProperties"] is False
-    assert closed["properties"]["a"]["additionalProperties"] is False
+    assert closed["properties"]["a"] == {"properties": {"title": {}}, "additionalProperties": False}
+    assert "title" not in closed
     assert closed["properties"]["b"]["additionalProperties"] == {
         "properties": {"c": True},
         "additionalProperties": False,
