@@ -381,7 +381,7 @@ def test_show_prints_equivalent_toml_with_origins(folder: Path) -> None:
     assert report["file"] == str(path)
     token = report["values"]["verifier"]["token_file"]
     assert token["value"] == str(folder / "token")
-    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 16)
+    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 15)
 
 
 # TOML positions
