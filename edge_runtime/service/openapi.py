@@ -99,7 +99,7 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
         "/readyz": _get("Check that answers can start", TEXT, STRING, "403", "503"),
         "/metrics": _get("Prometheus metrics", TEXT, STRING, "403"),
         "/events": _get("Recent and live events of the board", EVENTS, BOARD_EVENT, *EVENT_ERRORS),
-        "/": _get("The dashboard", HTML, STRING, "403"),
+        "/": _get("The page: a chat beside a live view", HTML, STRING, "403"),
         "/openapi.json": _get("This document", JSON, {"type": "object"}, "403"),
     }
     components: dict[str, Any] = {"schemas": schemas}

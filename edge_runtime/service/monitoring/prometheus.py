@@ -81,6 +81,7 @@ class ServiceMetrics(PrometheusMetrics):
         self._unverified = self.counter(
             "unverified_tokens", "Draft tokens at the end of answers that no verifier has checked."
         )
+        self._unverified_answers = self.counter("unverified_answers", "Answers that ended with such tokens.")
         self._withdrawn = self.counter(
             "withdrawn_tokens", "Draft tokens shown without a verifier and later rejected by the target."
         )
@@ -149,6 +150,7 @@ class ServiceMetrics(PrometheusMetrics):
         self._cached_tokens.inc(answer.cached_tokens)
         self._tokens.inc(answer.tokens)
         self._unverified.inc(answer.unverified_tokens)
+        self._unverified_answers.inc(answer.unverified_tokens > 0)
         self._withdrawn.inc(answer.withdrawn_tokens)
         if answer.first_seconds:
             self._first_token_seconds.observe(answer.first_seconds)

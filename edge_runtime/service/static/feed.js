@@ -1,13 +1,15 @@
 // Requests to the board, and server-sent events over fetch, which unlike EventSource can send an API key.
 
+import { tabStorage } from "./store.js";
+
 const KEY = "flexspec-key";
 
 /** The API key, kept in this tab only. */
-export const getKey = () => sessionStorage.getItem(KEY) ?? "";
+export const getKey = () => tabStorage.getItem(KEY) ?? "";
 
 export function setKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  if (key) tabStorage.setItem(KEY, key);
+  else tabStorage.removeItem(KEY);
 }
 
 /** An error of the service, or of the connection to it (status 0, code `lost`). */

@@ -96,7 +96,7 @@ function addInline(home, run, start = 0, end = run.text.length, depth = 0) {
       next = i + mark.length;
       if (close >= 0) {
         flush(i);
-        const element = make(char === "~" ? "del" : mark.length === 2 ? "strong" : "em");
+        const element = make(char === "~" ? "s" : mark.length === 2 ? "strong" : "em");
         addInline(element, run, next, close, depth + 1);
         home.append(element);
         plain = next = close + mark.length;

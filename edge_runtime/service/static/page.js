@@ -4,6 +4,7 @@ import * as chat from "./chat.js";
 import { $, WORDS, show } from "./dom.js";
 import { getKey, setKey, subscribe } from "./feed.js";
 import * as live from "./live.js";
+import { storage } from "./store.js";
 
 let feed = "";
 
@@ -55,10 +56,10 @@ const colors = $("colors");
 
 function showColors() {
   $("log").toggleAttribute("data-plain", !colors.checked);
-  localStorage.setItem(COLORS, colors.checked ? "on" : "off");
+  storage.setItem(COLORS, colors.checked ? "on" : "off");
 }
 
-colors.checked = localStorage.getItem(COLORS) !== "off";
+colors.checked = storage.getItem(COLORS) !== "off";
 colors.addEventListener("change", showColors);
 showColors();
 

@@ -1,5 +1,23 @@
 // The chats, kept in this browser and nowhere else: one entry of its local storage each.
 
+const MEMORY = {
+  getItem(key) { return this[key] ?? null; },
+  setItem(key, value) { this[key] = value; },
+  removeItem(key) { delete this[key]; },
+};
+
+/** A storage of the browser; if it forbids them, one that lasts as long as the page. */
+function openStorage(name) {
+  try {
+    return window[name] ?? Object.create(MEMORY);
+  } catch {
+    return Object.create(MEMORY);
+  }
+}
+
+export const storage = openStorage("localStorage");
+export const tabStorage = openStorage("sessionStorage");
+
 const PREFIX = "flexspec-chat-";
 const SETTINGS = "flexspec-settings";
 // The oldest are dropped.
@@ -7,7 +25,7 @@ const MAX_CHATS = 100;
 
 function read(key) {
   try {
-    return JSON.parse(localStorage.getItem(key));
+    return JSON.parse(storage.getItem(key));
   } catch {
     return null;
   }
@@ -15,7 +33,7 @@ function read(key) {
 
 /** All chats, the newest first. */
 export function listChats() {
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
+  const keys = Object.keys(storage).filter((key) => key.startsWith(PREFIX));
   return keys.map(read).filter((chat) => chat?.messages).sort((a, b) => b.updated - a.updated);
 }
 
@@ -27,7 +45,7 @@ export function saveChat(chat) {
   while (oldest.length >= MAX_CHATS) removeChat(oldest.shift());
   for (;;) {
     try {
-      return localStorage.setItem(PREFIX + chat.id, JSON.stringify(chat));
+      return storage.setItem(PREFIX + chat.id, JSON.stringify(chat));
     } catch {
       if (!oldest.length) return undefined;
       removeChat(oldest.shift());
@@ -35,11 +53,11 @@ export function saveChat(chat) {
   }
 }
 
-export const removeChat = ({ id }) => localStorage.removeItem(PREFIX + id);
+export const removeChat = ({ id }) => storage.removeItem(PREFIX + id);
 
 export const readSettings = () => read(SETTINGS) ?? {};
 
-export const saveSettings = (settings) => localStorage.setItem(SETTINGS, JSON.stringify(settings));
+export const saveSettings = (settings) => storage.setItem(SETTINGS, JSON.stringify(settings));
 
 /** A new chat with these settings. */
 export const makeChat = (settings) => ({ id: randomNumber().toString(36), updated: Date.now(), settings, messages: [] });

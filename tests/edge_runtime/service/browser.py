@@ -32,6 +32,13 @@ def chromium() -> Iterator[Any]:
 FIND_NEWEST_CHAT = """() => Object.keys(localStorage).filter(key => key.startsWith("flexspec-chat-"))
   .map(key => JSON.parse(localStorage[key])).sort((a, b) => b.updated - a.updated)[0]"""
 
+# The events of an answer arrive a moment after its text; a browser that keeps nothing has nothing to compare.
+ORIGINS_ARE_KNOWN = f"""(() => {{
+  let last = null;
+  try {{ last = ({FIND_NEWEST_CHAT})()?.messages.at(-1); }} catch {{ return true; }}
+  return !last?.finish || last.error || last.finish === "cancelled" || last.kinds.length === last.content.length;
+}})()"""
+
 
 class Tab:
     """One page of a browser.
@@ -104,6 +111,7 @@ class Tab:
         """Wait until no answer is being written and the last one is complete, with the origins of its tokens."""
         self.page.wait_for_selector("#send:visible")
         self.wait_until("!document.querySelector('.answer[data-writing], .message[data-writing]')")
+        self.wait_until(ORIGINS_ARE_KNOWN)
 
     def ask(self, message: str, **settings: str | float | bool | None) -> dict[str, Any]:
         """Send a message, wait for the answer, and return the answer's message as the browser keeps it."""

@@ -1,4 +1,4 @@
-"""Makes the README's picture of the dashboard: `python -m tests.edge_runtime.service.screenshot`.
+"""Makes the README's picture of the page: `python -m tests.edge_runtime.service.screenshot`.
 
 A real service and a verifier of the example family's target answer in a real browser. The sensor readings are those
 recorded on a Raspberry Pi with a UPS hat.
@@ -25,10 +25,7 @@ from tests.edge_runtime.probes.conftest import BOARDS, roots_of
 from tests.edge_runtime.service.browser import Tab, chromium
 from tests.edge_runtime.service.conftest import service_pair
 
-# (question, temperature) in turn; the last answer is in view.
-QUESTIONS = tuple(
-    zip((EVERYDAY_QUESTIONS[2], EVERYDAY_QUESTIONS[4], EVERYDAY_QUESTIONS[0]), (0.7, 0.7, 0.0), strict=True)
-)
+QUESTIONS = (EVERYDAY_QUESTIONS[2], EVERYDAY_QUESTIONS[4], EVERYDAY_QUESTIONS[0])
 # Chosen: on one machine the verifier computes few positions much faster than many.
 PLAN = Plan(3, siblings=1, sibling_confidence=0.5, reason="fixed")
 # Palette size of the file. The page has few colors, and a small file loads fast; chosen.
@@ -36,12 +33,13 @@ PALETTE_COLORS = 128
 
 
 def take_screenshot(url: str, path: Path) -> None:
-    """Send a few prompts to the dashboard at `url` and save a screenshot."""
+    """Ask a few questions on the page at `url` and save a screenshot; the last answer is in view."""
     with chromium() as browser:
-        tab = Tab(browser, url, width=1280, height=960)
+        tab = Tab(browser, url, width=1280, height=860)
         tab.wait_for_state("live")
-        for question, temperature in QUESTIONS:
-            tab.ask(question, temperature, 96, chat=True)
+        tab.set_settings(temperature=0)
+        for question in QUESTIONS:
+            tab.ask(question)
             tab.page.wait_for_timeout(1500)
         tab.page.evaluate("document.activeElement.blur()")
         tab.page.screenshot(path=path)

@@ -24,6 +24,7 @@ WORDS = load_words()
 # The toy target writes Python.
 QUESTION, SECOND = "def read_config(path):", "class Connection:"
 LAST = ".message:last-child"
+TEXT = f"{LAST} > .text"
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
 pytestmark = pytest.mark.slow
@@ -93,26 +94,27 @@ def test_text_is_colored_by_origin_and_counted(tab: Tab, client: openai.OpenAI) 
     assert counts["corrected"] + counts["own"] == timings["predicted_n"] - counts["accepted"]
     assert counts["corrected"] > 0
     assert len(answer["kinds"]) == len(answer["content"])
-    shown = tab.page.eval_on_selector_all(f"{LAST} .text span", "spans => spans.map(s => s.className)")
+    shown = tab.page.eval_on_selector_all(f"{TEXT} span", "spans => spans.map(s => s.className)")
     assert {"accepted", "corrected"} <= set(shown)
     footer = tab.page.inner_text(f"{LAST} footer")
     for kind in ("accepted", "corrected"):
         assert f"{counts[kind]} {WORDS.tokens[kind]}" in footer
     # The bar is to scale.
-    widths = tab.page.eval_on_selector_all(f"{LAST} .bar span", "spans => spans.map(s => [s.className, s.offsetWidth])")
+    parts = f"[...document.querySelectorAll('{LAST} .bar span')]"
+    widths = tab.page.evaluate(f"{parts}.map(s => [s.className, s.offsetWidth])")
     total = sum(width for _, width in widths)
     for kind, width in widths:
         assert width / total == pytest.approx(counts[kind] / sum(counts.values()), abs=0.02)
     # Without the colors, the text looks as if it had no origins.
     style = "e => [getComputedStyle(e).color, getComputedStyle(e).textDecorationLine]"
     tab.page.uncheck("#colors")
-    plain = tab.page.eval_on_selector(f"{LAST} .text", style)
-    assert tab.page.eval_on_selector(f"{LAST} .text .accepted", style) == plain
+    plain = tab.page.eval_on_selector(TEXT, style)
+    assert tab.page.eval_on_selector(f"{TEXT} .accepted", style) == plain
 
 
 def test_chats_are_kept_in_the_browser(tab: Tab) -> None:
     answer = tab.ask(QUESTION, **GREEDY)
-    colors = f"{LAST} .text"
+    colors = TEXT
     shown = tab.page.inner_html(colors)
     tab.page.reload()
     tab.wait_for_state("live")
@@ -134,6 +136,22 @@ def test_chats_are_kept_in_the_browser(tab: Tab) -> None:
     assert tab.page.locator(".message").count() == 0, "the deleted chat is not shown any more"
     # Nothing of it goes elsewhere.
     assert tab.page.evaluate("document.cookie") == ""
+
+
+def test_a_browser_that_keeps_nothing_can_chat(tab: Tab) -> None:
+    forbid = "Object.defineProperty(window, name, { get() { throw new DOMException('', 'SecurityError'); } })"
+    tab.page.add_init_script(f"for (const name of ['localStorage', 'sessionStorage']) {forbid}")
+    tab.page.reload()
+    tab.wait_for_state("live")
+    tab.set_settings(**GREEDY)
+    tab.send(QUESTION)
+    tab.wait_for_answer()
+    assert tab.page.inner_text(TEXT)
+    tab.page.click("#new")
+    tab.page.click("#open-chats")
+    tab.page.click(f"#chat-list button:has-text('{QUESTION}')")
+    assert tab.page.locator(".message").count() == 2
+    assert tab.problems == []
 
 
 def test_regenerate_replaces_the_answer_and_edit_what_follows(tab: Tab, client: openai.OpenAI) -> None:
@@ -167,7 +185,7 @@ def test_stop_ends_the_answer_and_keeps_its_text(browser: Any, pair: ServicePair
         tab.page.click("#new")
         # Repetitive text does not end before the limit.
         tab.send("x = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1")
-        tab.wait_until(f"document.querySelector('{LAST} .text')?.textContent.length > 20")
+        tab.wait_until(f"document.querySelector('{TEXT}')?.textContent.length > 20")
         stop()
         tab.wait_for_answer()
         answer = tab.chat()["messages"][-1]
@@ -262,7 +280,7 @@ def test_an_answer_without_a_verifier_is_marked_and_counted(
     assert answer["unverified"] > 0
     assert set(answer["kinds"]) == {"u"}
     assert f"{answer['unverified']} tokens" in tab.page.inner_text(f"{LAST} .warning")
-    assert tab.page.locator(f"{LAST} .text .unverified").count() > 0
+    assert tab.page.locator(f"{TEXT} .unverified").count() > 0
     tab.wait_until("document.querySelector('#chips').textContent.includes('1 answer ended without verification')")
     assert tab.page.inner_text("#count-unverified") == str(answer["unverified"])
     portal.call(pair.verifier.start)
@@ -369,9 +387,10 @@ def test_the_keyboard_does_everything(tab: Tab) -> None:
 
 
 def test_html_of_the_model_is_never_interpreted(tab: Tab) -> None:
-    # The toy target goes on like this.
-    answer = tab.ask(" ".join(["<img src=x>"] * 5), temperature=0)
-    assert "<img" in answer["content"], "the target generated no HTML, so this tests nothing"
+    hostile = "<img src=x onerror=alert(1)>"
+    schema = json.dumps({"type": "string", "enum": [hostile]})
+    assert json.loads(tab.ask("What is the tag?", **GREEDY | {"max_tokens": 32}, schema=schema)["content"]) == hostile
+    assert hostile in tab.page.inner_text(TEXT)
     assert tab.page.locator("main img, main script, main [onerror]").count() == 0
     assert tab.problems == []
     # Even if markup got into the page, it could not run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from tests.edge_runtime.service.conftest import board_process, service_pair
 
 PROMPT = "def read_config(path):\n"
 NEWEST_TEXT = ".answer:first-child pre"
+# The target continues what it reads, so that its own text is hostile as well.
+HOSTILE = " ".join(["<img src=x>"] * 5)
 WORDS = load_words()
 
 
@@ -45,7 +48,8 @@ def complete(tab: Tab, url: str, **options: Any) -> str:
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 32, **options}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status().json()
     text: str = answer["choices"][0]["text"]
-    tab.wait_until(f"document.querySelector('{NEWEST_TEXT}')?.textContent.endsWith({PROMPT + text!r})")
+    shown = json.dumps(body["prompt"] + text)
+    tab.wait_until(f"document.querySelector('{NEWEST_TEXT}')?.textContent.endsWith({shown})")
     tab.page.wait_for_selector(".answer:first-child:not([data-writing])", state="attached")
     return text
 
@@ -115,13 +119,22 @@ def test_the_bar_of_times_is_to_scale(tab: Tab, url: str) -> None:
     percents = {part: int(re.search(rf"{words}.*?(\d+) %", legend)[1]) for part, words in WORDS.times.items()}  # type: ignore[index]
     assert 99 <= sum(percents.values()) <= 101
     widths = dict(
-        tab.page.eval_on_selector_all(
-            "#times span",
-            "spans => spans.map(s => [s.className, 100 * s.offsetWidth / s.parentElement.clientWidth])",
+        tab.page.evaluate(
+            """[...document.querySelectorAll("#times span")]
+              .map(s => [s.className, 100 * s.offsetWidth / s.parentElement.clientWidth])"""
         )
     )
     for part, percent in percents.items():
         assert widths.get(part, 0) == pytest.approx(percent, abs=1)
+
+
+@pytest.mark.slow
+def test_html_of_the_model_is_never_interpreted(tab: Tab, url: str) -> None:
+    # The toy target goes on like this.
+    text = complete(tab, url, prompt=HOSTILE)
+    assert "<img src=x>" in text, "the target generated no HTML, so this tests nothing"
+    assert tab.page.locator("main img, main script, main [onerror]").count() == 0
+    assert tab.problems == []
 
 
 @pytest.mark.slow

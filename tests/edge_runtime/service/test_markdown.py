@@ -90,7 +90,8 @@ NORMALIZE = """home => {
   // The page has headings of its own above those of an answer.
   return home.innerHTML.replace(/<(\\/?)h(\\d)>/g, (_, end, level) => `<${end}h${level}>`)
     .replace(/>\\s+</g, "><").replace(/\\s+(<\\/?(p|li|ul|ol|pre|blockquote)>)/g, "$1")
-    .replace(/(<(li|blockquote)>)\\s+/g, "$1").replaceAll("\\n</code>", "</code>").trim();
+    .replace(/(<(li|blockquote)>)\\s+/g, "$1").replaceAll("\\n</code>", "</code>")
+    .replaceAll("<br> ", "<br>").trim();
 }"""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -10,8 +11,10 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import openai
@@ -19,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from edge_runtime.cli.main import main
-from edge_runtime.cli.top_view import render_dashboard, replace_control_characters, sparkline
+from edge_runtime.cli.top_view import TOKEN_STYLES, DashboardView, replace_control_characters, sparkline
 from edge_runtime.service.monitoring.dashboard_state import MAX_TOKENS, DashboardState
 from edge_runtime.service.monitoring.events import (
     AnswerFinished,
@@ -29,9 +32,11 @@ from edge_runtime.service.monitoring.events import (
     Event,
     GaugeSample,
     PlanChosen,
+    Privacy,
     RoundFinished,
     TokensAdded,
 )
+from edge_runtime.service.monitoring.words import load_words
 from tests.edge_runtime.service.conftest import board_process
 
 PROMPT = "def read_config(path):\n"
@@ -49,13 +54,14 @@ def test_once(url: str, client: openai.OpenAI) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     shown = " ".join(done.stdout.split())
     assert "on this machine" in shown
-    assert "plan: 5 drafted + 1 by the target, fixed" in shown
-    assert "last round: " in shown
+    assert "This board drafts 5 tokens; the target model verifies them and adds 1 token. Reason: fixed plan" in shown
+    assert "Last round: " in shown
+    assert f"target model {answer.system_fingerprint}" in shown
     assert answer.choices[0].text.split()[0] in shown
     # This machine has no battery sensor, so there is no row for it.
-    assert "battery" not in shown
+    assert "Battery" not in shown
     # Without a terminal, --once is the default.
-    assert "plan: 5 drafted" in top("--url", url).stdout
+    assert "This board drafts 5 tokens" in top("--url", url).stdout
 
 
 def test_once_as_json(url: str, client: openai.OpenAI) -> None:
@@ -88,21 +94,32 @@ def test_json_prints_every_event_as_a_line(url: str, client: openai.OpenAI) -> N
         assert (process.returncode, error) == (130, b"")
 
 
-def test_live_view_until_interrupted(url: str, client: openai.OpenAI) -> None:
+@pytest.mark.parametrize(("key", "code"), [("q", 0), ("\x03", 130)])
+def test_live_view_until_a_key_ends_it(url: str, client: openai.OpenAI, key: str, code: int) -> None:
     main_end, child_end = pty.openpty()
+    before = termios.tcgetattr(child_end)
     with subprocess.Popen(
         [*COMMAND, "--url", url],
         stdout=child_end,
         stderr=child_end,
         stdin=child_end,
         env=os.environ | {"TERM": "xterm"},
+        # The terminal is its own, so that ^C reaches it as a signal.
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     ) as process:
-        os.close(child_end)
         client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=8)
-        seen = read_until(main_end, "last round")
-        process.send_signal(signal.SIGINT)
-        seen += read_until(main_end, None)
-        assert process.wait(300) == 130
+        seen = read_until(main_end, "Last round")
+        assert "q quits" in seen
+        os.write(main_end, key.encode())
+        # What it shows has to be read, or it would wait.
+        while process.poll() is None:
+            if select.select([main_end], [], [], 0.1)[0]:
+                seen += os.read(main_end, 65536).decode(errors="replace")
+        assert process.wait(300) == code
+    # The terminal is as it was before: characters are shown again.
+    assert termios.tcgetattr(child_end) == before
+    os.close(child_end)
+    seen += read_until(main_end, None)
     os.close(main_end)
     assert "Traceback" not in seen
     # The terminal has left the alternate screen.
@@ -179,9 +196,9 @@ def gauges(at: float, **fields: object) -> GaugeSample:
     return GaugeSample(**{"at": at, "verifier": "https://v.example", "privacy": "tls", **neutral, **fields})  # type: ignore[arg-type]
 
 
-def shown(dashboard: DashboardState) -> str:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    console.print(render_dashboard(dashboard, "live"))
+def shown(dashboard: DashboardState, width: int = 120, height: int = 40, *, screen: bool = False) -> str:
+    console = Console(width=width, height=height, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(DashboardView(dashboard, "live", screen=screen, keys="q quits"))
     return console.export_text(styles=True)
 
 
@@ -275,9 +292,17 @@ def test_a_restart_of_the_service_resets_the_dashboard() -> None:
 def test_sensors_faults_and_encryption_are_shown() -> None:
     sensors = {"watts": 5.5, "joules": 12.0, "energy": "profile", "celsius": 61.0, "battery_percent": 63.0}
     text = shown(dashboard_of(gauges(1.0, **sensors, throttled=True, fault="the link is down", privacy="clear")))
-    for words in ("5.5 W", "modelled", "61 °C", "63 %", "throttled", "no verifier: the link is down", "NOT encrypted"):
+    for words in (
+        "5.5 W",
+        "modelled",
+        "61.0 °C",
+        "63 %",
+        "throttled",
+        "The verifier could not be reached: the link is down",
+        "NOT encrypted",
+    ):
         assert words in text
-    assert "temperature" not in shown(dashboard_of(gauges(1.0)))
+    assert "Temperature" not in shown(dashboard_of(gauges(1.0)))
 
 
 @pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "\u202egnp", "\r\x08"])
@@ -294,3 +319,53 @@ def test_control_characters_in_model_output_do_not_reach_the_terminal(hostile: s
             assert control not in text
     assert "[bold]not markup[/bold]" in text
     assert replace_control_characters("tab\tand\nline") == "tab\tand\nline"
+
+
+ANSWERED = (
+    gauges(0.0),
+    gauges(1.0, version="target@0123", verifier="https://a-verifier-with-a-long-name.example"),
+    BEGUN,
+    PlanChosen(at=2, answer=7, draft=4, own=1, reason="drafting 4 tokens: 20 ms/token drafted, 40 streamed"),
+    *(TokensAdded(at=3, answer=7, accepted=["line", f" {number}"], own=[" of the text\n"]) for number in range(60)),
+    round_(drafted=4, accepted=2, own=1, draft_seconds=0.01, link_seconds=0.03, verifier_seconds=0.04),
+)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_narrow_terminals(width: int) -> None:
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown(dashboard_of(*ANSWERED), width)).splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(" ".join(lines).split())
+    for part in ("target@0123", "tokens/s", "ms", "q quits"):
+        assert part in words
+
+
+@pytest.mark.parametrize("height", [24, 40])
+def test_the_newest_text_is_shown_where_there_is_little_room(height: int) -> None:
+    lines = shown(dashboard_of(*ANSWERED), 80, height, screen=True).splitlines()
+    assert len(lines) <= height
+    assert any("line 59 of the text" in re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines)
+
+
+def test_the_bar_of_times_is_to_scale() -> None:
+    (bar,) = [line for line in shown(dashboard_of(*ANSWERED), 80).splitlines() if "━" in line]
+    parts = [len(re.sub(r"\x1b\[[\d;]*m", "", part)) for part in re.findall(r"(?<=m)━+", bar)]
+    assert parts == [10, 30, 40]
+
+
+def test_answers_without_verification_are_counted_and_marked() -> None:
+    finished = AnswerFinished(
+        at=4, answer=7, outcome="stop", tokens=0, drafted=0, accepted=0, rounds=0, seconds=1, unverified=5
+    )
+    dashboard = dashboard_of(gauges(1.0, unverified_answers=2), BEGUN, finished)
+    text = shown(dashboard)
+    assert "2 answers ended without verification" in text
+    assert "complete, 5 drafted by this board, not verified" in text
+
+
+def test_the_words_of_the_views_have_all_that_they_need() -> None:
+    words = load_words()
+    assert set(words.tokens) == set(TOKEN_STYLES)
+    assert set(words.privacy) == set(get_args(Privacy))
+    names = {name for form in words.plans.values() for name in re.findall(r"{(\w+)}", form)}
+    assert names == {"draft", "own"}
