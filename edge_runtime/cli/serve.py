@@ -51,9 +51,9 @@ TRIM_BYTES, MMAP_BYTES = 1 << 17, 1 << 16
 HELP = "run the OpenAI-compatible service of this board"
 DESCRIPTION = """\
 Serves an OpenAI-compatible HTTP API on this board, with streaming: /v1/completions, /v1/chat/completions, /v1/models.
-The draft model runs here, the target model on a verifier. Also served: a dashboard for browsers (/), its events
+The draft model runs here, the target model on a verifier. Also served: a page to chat with (/), its events
 (/events), Prometheus metrics (/metrics), an OpenAPI document (/openapi.json) and readiness (/readyz). `edge-runtime
-top` shows the same as the dashboard in a terminal, and `edge-runtime service` installs a systemd service.
+top` shows the live view of the page in a terminal, and `edge-runtime service` installs a systemd service.
 
 SIGHUP reloads the configuration; one with errors changes nothing.
 

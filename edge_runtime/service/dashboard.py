@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 STATIC_DIRECTORY = Path(__file__).parent / "static"
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "json": "application/json"}
-NAMES = ("page.css", "page.js", "charts.js", "chat.js", "dom.js", "feed.js", "live.js", "markdown.js", "message.js")
-NAMES += ("origins.js", "store.js", "words.json")
+SCRIPTS = ("page", "charts", "chat", "dom", "feed", "live", "markdown", "message", "origins", "store")
+NAMES = ("page.css", "words.json", *(f"{name}.js" for name in SCRIPTS))
 # File name by path.
 PAGE_FILES = {"/": "index.html", **{f"/{name}": name for name in NAMES}}
 HEADERS = {
