@@ -106,6 +106,7 @@ class AnswerRunner:
             self._state.metrics.count_answer(answer, outcome)
             reporter.report_end(outcome)
             log_answer(answer, outcome, board.draft.tokenizer)
+            self._state.models.notice(answer.version)
 
     async def _generate(self, answer: Answer, board: BoardRuntime, reporter: AnswerReporter) -> None:
         request, reason, generated = answer.request, REASON_SWITCHED_OFF, 0

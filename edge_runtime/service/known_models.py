@@ -45,6 +45,8 @@ class KnownModels:
         # What `_models` was made of, and when it was asked for by `fetch`.
         self._source: ModelList | None = None
         self._asked = float("-inf")
+        # Versions of answers that were in no list when they came; each is a reason to ask only once.
+        self._unlisted: set[str] = set()
 
     def context_of(self, model: str) -> int:
         """Return the longest text of a model in tokens; 0 if unknown.
@@ -55,6 +57,13 @@ class KnownModels:
         self._update()
         found = (known for known in self._models if not model or model in (known.id, known.version))
         return next((known.context for known in found), 0)
+
+    def notice(self, version: str) -> None:
+        """Ask for the models in the background if an answer came from a version that is not among them."""
+        self._update()
+        if version and version not in self._unlisted and all(version != model.version for model in self._models):
+            self._unlisted.add(version)
+            self._client.in_background(self._client.check())
 
     async def fetch(self, configured: str = "") -> OpenAIModelList:
         """Return the models, from the verifier if it answers soon.

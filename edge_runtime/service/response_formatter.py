@@ -138,7 +138,7 @@ class ResponseFormatter(ABC):
             "created": self._created,
             "model": first.request.model or version.partition("@")[0],
             "system_fingerprint": version,
-            "seed": first.request.sampling.seed,
+            "seed": _signed(first.request.sampling.seed),
         }
 
 
@@ -281,4 +281,11 @@ def _call_delta(call: CallDelta) -> ToolCallDelta:
 
 def _with_seed(group: AnswerGroup, answer: Answer, choice: msgspec.Struct) -> msgspec.Struct:
     """Add the seed of the answer to its choice if the response has several."""
-    return msgspec.structs.replace(choice, seed=answer.request.sampling.seed) if len(group.answers) > 1 else choice
+    if len(group.answers) == 1:
+        return choice
+    return msgspec.structs.replace(choice, seed=_signed(answer.request.sampling.seed))
+
+
+def _signed(seed: int) -> int:
+    """Return a seed as OpenAI's clients send it: negative if the top one of its 64 bits is set."""
+    return seed - (1 << 64) if seed >> 63 else seed

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_runtime.common.metrics import CONTENT_TYPE
-from edge_runtime.protocol.errors import FlexSpecError, VerifierUnreachable
+from edge_runtime.protocol.errors import FlexSpecError, VerifierError, VerifierUnreachable
 from edge_runtime.protocol.sampling import MASK_64
 from edge_runtime.service import dashboard
 from edge_runtime.service.answer import AnswerRequest
@@ -256,7 +256,7 @@ class Routes:
 
     async def _answer(self, request: Request, body: GenerationRequest, order: AnswerOrder) -> Response:
         """Run answers and return them whole or as a stream; they are abandoned when the client disconnects."""
-        context = self._state.models.context_of(body.model or order.board.model)
+        context = await self._find_context(body.model or order.board.model, max(map(len, order.prompts)))
         await compile_constraint(order.board.draft, order.constraint)
         requests = self._make_answer_requests(body, order, context, request.scope[REQUEST_ID_KEY])
         formatter, group = order.formatter, None
@@ -279,6 +279,15 @@ class Routes:
             log_unknown(order.ignored)
             response.headers[IGNORED_HEADER] = show_names(order.ignored)
         return response
+
+    async def _find_context(self, model: str, prompt_tokens: int) -> int:
+        """Return the model's context in tokens, 0 if unknown; asks the verifier if the prompt seems to be too long."""
+        context = self._state.models.context_of(model)
+        if not context or prompt_tokens < context:
+            return context
+        with contextlib.suppress(VerifierError):
+            await self._state.models.fetch()
+        return self._state.models.context_of(model)
 
     async def _wait_until_done(self, group: AnswerGroup) -> None:
         """Wait for complete answers. Raises the error of one, and VerifierUnreachable without a verifier for long."""

@@ -211,3 +211,15 @@ async def test_more_choices_than_slots_take_turns_with_other_requests(target: Ta
         with pytest.raises(openai.BadRequestError):
             await pair.client.completions.create(prompt=PROMPT, n=10, **SAMPLED)
         assert (pair.service.queue.running, pair.service.queue.waiting) == (0, 0)
+
+
+async def test_further_choices_do_not_prefill_the_prompt_again(target: Target, draft: OnnxDraft) -> None:
+    prompt = [5 + index % 300 for index in range(400)]
+    async with service_pair(target, draft, ServiceLimits(max_concurrent=3)) as pair:
+        stream = await pair.client.completions.create(prompt=prompt, n=3, seed=1, stream=True, **SAMPLED)
+        cached = {}
+        async for chunk in stream:
+            if chunk.choices[0].finish_reason:
+                cached[chunk.choices[0].index] = chunk.timings["cache_n"]
+    assert cached[0] == 0
+    assert min(cached[1], cached[2]) > len(prompt) // 2

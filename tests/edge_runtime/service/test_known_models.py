@@ -49,6 +49,22 @@ async def test_models_stay_known_without_a_verifier(
                 await KnownModels(other, file).fetch()
 
 
+async def test_a_version_that_is_not_listed_is_a_reason_to_ask_once(target: Target, draft: OnnxDraft) -> None:
+    async with service_pair(target, draft) as pair:
+        models, client = pair.service.state.models, pair.service.client
+        assert models.context_of("") == 0
+        await pair.client.completions.create(model="", prompt="x", max_tokens=1)
+        await wait_until(lambda: models.context_of("") == target.context)
+        first = client.latest_models
+        for version in ("target-v2@1", "target-v2@1", target.version):
+            models.notice(version)
+        await wait_until(lambda: client.latest_models is not first)
+        second = client.latest_models
+        models.notice("target-v2@1")
+        await pair.client.completions.create(model="", prompt="x", max_tokens=1)
+        assert client.latest_models is second
+
+
 async def test_without_anything_else_the_configured_model_is_known(tmp_path: Path) -> None:
     async with VerifierClient(NOWHERE, deadline=0.2) as client:
         damaged = tmp_path / "models.json"
