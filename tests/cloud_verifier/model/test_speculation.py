@@ -262,6 +262,26 @@ def test_concurrent_sessions_keep_their_own_drafts(
         assert ids == reference_text([5, seed + 1], 28, Sampling(1.0, seed=seed, ignore_eos=True))
 
 
+def test_the_next_turn_takes_the_cache_of_the_verifiers_own_draft(
+    tiny: Target, perfect_bundle: Path, reference_text: ReferenceText
+) -> None:
+    with serve_with_bundle(tiny, perfect_bundle) as verifier:
+        speculation = verifier.service.scheduler.speculation
+        assert isinstance(speculation, OnnxSpeculation)
+        kept = speculation._draft.prefix_cache
+        prompt, sizes = list(PROMPT), []
+        for _ in range(3):
+            session = verifier.client.open(prompt, n=12)
+            sizes.append(len(kept))
+            assert session.ids[len(prompt) :] == reference_text(prompt, 12)
+            verifier.client.http.delete(f"/v1/sessions/{session.id}")
+            prompt = [*session.ids, 7, 8]
+        # The cache of the turn before was there, and is in use.
+        assert sizes == [0, 0, 0]
+        verifier.client.open([9])
+        assert [cached.ids[: len(session.ids) - 6] for cached in kept._kept] == [session.ids[:-6]]
+
+
 def test_short_rounds_create_no_session_draft(verifier: SpeculatingVerifier) -> None:
     """Two tokens cost two forwards, with or without a draft."""
     session = verifier.client.open(n=2)

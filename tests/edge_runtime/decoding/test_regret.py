@@ -11,6 +11,7 @@ import copy
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -44,8 +45,8 @@ class CorruptedDraft(OnnxDraft):
         context, random = super().new_context(ngram_cache), Random(0)
         draft_token, vocabulary = context._draft_token, self.manifest.architecture.vocabulary_size
 
-        def corrupted(position: int, tokens: list[int], sampling: Sampling, siblings: int) -> object:
-            drafted = draft_token(position, tokens, sampling, siblings)
+        def corrupted(*arguments: Any) -> object:
+            drafted = draft_token(*arguments)
             if random.random() >= self.share:
                 return drafted
             others = [(token + 1) % vocabulary for token in drafted.siblings]

@@ -119,3 +119,16 @@ async def test_the_next_turn_finds_its_history_on_both_ends(target_v1: Target, f
         unread = 2 + 12
         second = await generate([*first.ids, *prompt[:2]])
         assert len(prompt) <= second.statistics.cached_prompt_tokens < len(first.ids)
+
+
+def test_the_cache_of_another_owner_is_not_taken(draft: OnnxDraft) -> None:
+    context = draft.new_context()
+    context.reuse_prefix(CHAT, "kitchen")
+    context.prefill(CHAT)
+    context.close()
+    lengths = []
+    for owner in ("garage", "", "kitchen"):
+        other = draft.new_context()
+        other.reuse_prefix([*CHAT, 5], owner)
+        lengths.append(len(other.ids))
+    assert lengths == [0, 0, len(CHAT)]
