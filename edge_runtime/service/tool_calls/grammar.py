@@ -319,7 +319,7 @@ def _is_enforceable(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -
 
 def _with_enforceable_properties(tool: Tool, schema: dict[str, Any], style: dict[str, Any]) -> dict[str, Any]:
     """Return a schema whose properties are any text where llguidance cannot make arguments match them."""
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     properties = {
         key: value if _is_enforceable(tool, definitions | value, style) else {"type": "string"}
         for key, value in schema.get("properties", {}).items()

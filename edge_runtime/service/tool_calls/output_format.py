@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from edge_runtime.protocol.grammar import GrammarError
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.sampling import MAX_GRAMMAR_CHARACTERS
 from edge_runtime.service.chat_template import ChatOptions, ChatTemplate, Conversation
 from edge_runtime.service.errors import ApiError

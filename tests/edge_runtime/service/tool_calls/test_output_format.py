@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 
 from edge_runtime.protocol.bundle import ChatFormat
-from edge_runtime.protocol.grammar import GrammarError
+from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.service.chat_template import ChatOptions, ChatTemplate, Conversation
 from edge_runtime.service.tool_calls.forms import (
     REASONING_FORMS,
