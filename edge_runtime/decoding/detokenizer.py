@@ -50,7 +50,7 @@ class Detokenizer:
     ) -> None:
         self._special = _special_ids(tokenizer)
         self._hidden = self._special.union(hidden) - visible
-        self._visible = {token: tokenizer.id_to_token(token) for token in visible}
+        self._visible: dict[int, str] = {token: tokenizer.id_to_token(token) for token in visible}
         self._decoder: _TokenDecoder = _ByteDecoder(tokenizer) if _is_byte_level(tokenizer) else _RunDecoder(tokenizer)
         context: list[int] = []
         for token in reversed(prompt):
