@@ -207,7 +207,14 @@ class SamplingBatch(NamedTuple):
         if device.type == "cuda":
             integers = integers.pin_memory().to(device, non_blocking=True)
             floats = floats.pin_memory().to(device, non_blocking=True)
-        return cls(*integers, floats, truncated=truncated, greedy=greedy, changes=list(changes))
+        return cls(
+            seeds=integers[0],
+            positions=integers[1],
+            temperatures=floats,
+            truncated=truncated,
+            greedy=greedy,
+            changes=list(changes),
+        )
 
     def slice_rows(self, start: int, stop: int) -> SamplingBatch:
         """The parameters of rows `start` to `stop`."""
@@ -249,7 +256,7 @@ def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 def sample_segments(
     logits: torch.Tensor, segments: Sequence[tuple[RowSampling | None, int]]
-) -> Sequence[Sequence[SampledToken] | None]:
+) -> list[SampledTokens | None]:
     """Sample after all rows of consecutive segments, on the device.
 
     How their logits are processed is computed on the host, which a forward that still runs does not delay.

@@ -79,6 +79,8 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], int, str, dict[str, Any]]] = {
     "position other than the end of the prompt": ({"position": 5}, 409, ErrorCode.WRONG_POSITION, {"expected": 4}),
     "draft outside the vocabulary": ({"draft": [300]}, 400, ErrorCode.INVALID_TOKEN, {}),
     "draft too long": ({"draft": [1] * 33}, 400, ErrorCode.DRAFT_TOO_LONG, {"limit": 32}),
+    "bias outside the vocabulary": ({"sampling": Sampling(logit_bias={300: 1.0})}, 400, ErrorCode.INVALID_TOKEN, {}),
+    "stop id outside the vocabulary": ({"sampling": Sampling(stop_ids=[300])}, 400, ErrorCode.INVALID_TOKEN, {}),
     "short key": ({"key": "short"}, 400, ErrorCode.MALFORMED, {}),
     "other protocol version": ({"v": 2}, 400, ErrorCode.UNSUPPORTED_VERSION, {}),
 }

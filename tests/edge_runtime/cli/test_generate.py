@@ -70,6 +70,29 @@ def test_what_the_planner_learns_survives_the_process(verifier: str, tmp_path: P
 
 
 @pytest.mark.slow
+def test_sampling_options_mean_the_same_to_the_target_alone(verifier: str, family: Path) -> None:
+    """The board does not show the stop id, a newline; the target alone prints it."""
+    options = ("--max-new-tokens", "60", "--temperature", "0.8", "--seed", "4", "--min-p", "0.02", "--min-tokens", "20")
+    options += ("--repetition-penalty", "1.1", "--presence-penalty", "0.2", "--frequency-penalty", "0.1")
+    options += ("--logit-bias", "13=1.5", "--logit-bias", "311=-100", "--stop-id", "200")
+    answer = run("generate", PROMPT, "--verifier", verifier, "--json", *options)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads(answer.stdout)
+    assert (report["finish"], report["ids"].index(200)) == ("stop", len(report["ids"]) - 1)
+    command = [sys.executable, "-m", "cloud_verifier.cli", "generate", str(family / "target-v1"), PROMPT, *options]
+    alone = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert alone == PROMPT + report["text"] + "\n\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [("--logit-bias", "5"), ("--logit-bias", "5=1000"), ("--repetition-penalty", "0")])
+def test_invalid_sampling_options_are_refused(option: tuple[str, str]) -> None:
+    refused = run("generate", PROMPT, "--verifier", "http://127.0.0.1:9", *option)
+    assert refused.returncode == 2
+    assert option[0].strip("-").replace("-", "_") in refused.stderr or "is not ID=BIAS" in refused.stderr
+
+
+@pytest.mark.slow
 def test_json_report(verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
