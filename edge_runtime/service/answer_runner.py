@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from edge_runtime.decoding import Generation
 from edge_runtime.draft import OnnxDraft
+from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import DraftError, FlexSpecError
 from edge_runtime.protocol.sampling import validate_prompt
 from edge_runtime.service.access_log import log_answer
@@ -129,7 +130,9 @@ class AnswerRunner:
                     model=generation.version or request.model,
                 )
                 reason = REASON_DRAFT_FAILED
-        reporter.report_target_only(TARGET_ONLY_REASONS[reason], request.max_new_tokens)
+        reporter.report_target_only(
+            TARGET_ONLY_REASONS[reason], min(request.max_new_tokens, messages.MAX_CONTINUATION_TOKENS)
+        )
         generation = self._make_generation(request, board, None, reporter, generated)
         try:
             return await answer.consume(generation, reporter.report_tokens)
