@@ -177,13 +177,13 @@ class CompiledGrammar:
 
     def _probe(self) -> None:
         """Compute the first masks of some text: many a grammar that is too costly fails there."""
-        matcher, ids, started = GrammarMatcher(self), [], time.thread_time()
-        for _ in range(PROBED_MASKS):
-            allowed = matcher.allowed(ids)
-            texts = np.flatnonzero(unpack_mask(allowed & self.tokenizer.text_mask)) if allowed is not None else []
-            if not len(texts):
+        matcher, started = GrammarMatcher(self), time.thread_time()
+        ids: list[int] = []
+        while len(ids) < PROBED_MASKS and (allowed := matcher.allowed(ids)) is not None:
+            texts = np.flatnonzero(unpack_mask(allowed & self.tokenizer.text_mask))
+            if not texts.size:
                 break
-            ids.append(int(texts[len(texts) // 2]))
+            ids.append(int(texts[texts.size // 2]))
         if time.thread_time() - started > PROBED_MASKS * PROBED_MASK_SECONDS:
             raise GrammarError(TOO_COSTLY)
 

@@ -1,10 +1,10 @@
 """Structured output of the real model: `python -m tests.benchmarks.structured`. About ten minutes on two cores.
 
 The example family answers 200 questions, each of ten JSON schemas with twenty subjects, in turn under every plan and
-temperature below, and the package jsonschema judges the answers. A quarter of the questions without a schema, with answers as
-long, show what the grammar does to acceptance. Prints, by schema and by plan: valid answers; tokens of an answer; the
-share of tokens that the grammar forced; the share of draft tokens that were accepted, also without the forced ones; and
-draft steps and forwards of the target per token.
+temperature below, and the package jsonschema judges the answers. A quarter of the questions, without a schema and with
+answers as long, show what the grammar does to acceptance. Prints, by schema and by plan: valid answers; tokens of an
+answer; the share of tokens that the grammar forced; the share of draft tokens that were accepted, also without the
+forced ones; and draft steps and forwards of the target per token.
 """
 
 from __future__ import annotations
