@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.model.grammar_trial import TriedGrammarCompiler
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import make_logits_processors
 from cloud_verifier.model.target import Target, load_model
+from cloud_verifier.registry.checkpoint import load_tokenizer
 from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
@@ -34,9 +36,12 @@ from edge_runtime.protocol import grammar_sources
 from edge_runtime.protocol.grammar import GrammarMatcher
 from edge_runtime.protocol.logits_processing import make_processor
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.service.tool_calls.forms import tool_call_form
+from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar
 from edge_runtime.verifier.client import VerifierClient
 from tests.conftest import ComputeOnce, serving
 from tests.edge_runtime.test_exactness import (
+    AHEAD,
     COVERING_PLANS,
     FAULTS,
     Ingress,
@@ -45,7 +50,7 @@ from tests.edge_runtime.test_exactness import (
     connected,
 )
 
-END = 0
+END, PADDING = 0, 1
 NEW_TOKENS = 48
 PROMPTS = (
     "class Connection:\n    def __init__(self, host, port",
@@ -65,6 +70,10 @@ SCHEMA = {
     "required": ["name", "port", "modes", "binary"],
     "additionalProperties": False,
 }
+TOOLS = [
+    Tool("close", {"properties": {"code": {"enum": [0, 1, 2]}, "reason": {"type": "string", "maxLength": 9}}}),
+    Tool("log", {"properties": {"level": {"enum": ["low", "high"]}}, "required": ["level"]}),
+]
 GRAMMARS = {
     "schema": grammar_sources.from_json_schema(SCHEMA),
     # Whitespace is free, so hardly anything is forced.
@@ -72,6 +81,9 @@ GRAMMARS = {
     "regex": grammar_sources.from_regex(r"(self|cls)(\.[a-z_]{2,9}){1,6}(\(\))?"),
     "GBNF": grammar_sources.from_grammar(
         'root ::= "return " expr\nexpr ::= term (" " [-+*] " " term)*\nterm ::= [a-z]+ | "(" expr ")" | [1-9] [0-9]*\n'
+    ),
+    "tool call": build_grammar(
+        AnswerShape(form=tool_call_form("llama3"), tools=TOOLS, required=True, parallel=False), AddedTokens()
     ),
 }
 SAMPLINGS = {
@@ -301,3 +313,42 @@ async def test_a_verifier_that_drafts_gives_the_reference_text(
                 assert generation.ids[len(prompts[case.prompt]) :] == reference[case], case
     finally:
         await server.stop()
+
+
+class OtherEnd(Target):
+    """A copy of a loaded target whose texts end with another token, which the board's bundle does not name first."""
+
+    def __init__(self, target: Target, path: Path, end: int) -> None:
+        vars(self).update(vars(target))
+        self.end_ids = frozenset([end])
+        self.grammars = TriedGrammarCompiler(lambda: load_tokenizer(path, path), self.vocabulary_size, self.end_ids)
+
+
+async def test_a_version_with_another_end_token(
+    reference: dict[Case, list[int]],
+    target_v1: Target,
+    prompts: list[list[int]],
+    shipped_draft: OnnxDraft,
+    family: Path,
+) -> None:
+    target = OtherEnd(target_v1, family / "target-v1", end=PADDING)
+    cases = [case for case in CASES if case.grammar == "schema" and reference[case][-1] == END]
+    async with serving(target) as server, connected(server.url) as client:
+        for case, plan in zip(cases, itertools.cycle([Plan(4, siblings=2), AHEAD, Plan(0, continuation=8)])):
+            generation = await generate(client, shipped_draft, prompts[case.prompt], case, FixedPlanner(plan))
+            # The schema's text ends where only an end token may follow, whatever the target calls it.
+            assert generation.ids[len(prompts[case.prompt]) :] == [*reference[case][:-1], PADDING]
+
+
+async def test_what_the_draft_writes_alone_matches_the_grammar(
+    prompts: list[list[int]], shipped_draft: OnnxDraft
+) -> None:
+    async with VerifierClient("http://127.0.0.1:9", deadline=60.0) as client:
+        for number, prompt in enumerate(prompts):
+            sampling = Sampling(1.0, seed=number, grammar=GRAMMARS["schema"])
+            generation = Generation(shipped_draft, client, prompt, sampling, max_new_tokens=120, on_link_loss="draft")
+            async for _ in generation:
+                pass
+            text = shipped_draft.tokenizer.decode(generation.unverified)
+            assert generation.finish == "stop"
+            jsonschema.validate(json.loads(text), SCHEMA)

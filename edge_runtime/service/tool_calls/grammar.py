@@ -36,6 +36,8 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # Schemas of a tool that is not strict may use keywords that llguidance does not know; these are not enforced.
 LENIENT = {"lenient": True}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Further calls after the first. Chosen: a weak model that must call would otherwise do so until the answer is full.
+MORE_CALLS = "{0,15}"
 # Keywords that constrain nothing. The grammar travels to the verifier.
 ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "deprecated"})
 # Keywords beside which `additionalProperties: false` would change what is valid.
@@ -211,10 +213,10 @@ class _GrammarBuilder:
         end = self._literal(form.end)
         if form.body == "array":
             prefix, suffix = array_brackets(form)
-            more = ' (", " call)*' if parallel else ""
+            more = f' (", " call){MORE_CALLS}' if parallel else ""
             self._add("calls", f"{self._literal(prefix)} call{more} {self._literal(suffix)} {end}")
             return
-        more = f" ({self._literal(form.separator + form.begin)} call {end})*" if parallel else ""
+        more = f" ({self._literal(form.separator + form.begin)} call {end}){MORE_CALLS}" if parallel else ""
         first = ""
         if not form.begin and form.optional_begin in self._added.ids:
             first = f"{self._literal(form.optional_begin)}? "
