@@ -7,6 +7,7 @@ Qwen 2.5 was trained on. Earlier calls become text of the assistant, and their r
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from typing import Any
 
@@ -45,6 +46,8 @@ def add_tools(
     source = template.source(options)
     if not takes_calls(source):
         messages = _calls_as_text(messages, form)
+    elif form.id_length:
+        messages = [_with_ids_of_length(message, form.id_length) for message in messages]
     if options.tools and not takes_tools(source):
         example = format_calls(form, [(EXAMPLE_NAME, EXAMPLE_ARGUMENTS)])
         tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in options.tools)
@@ -95,6 +98,21 @@ def _calls_as_text(messages: Conversation, form: ToolCallForm) -> Conversation:
 def _name_and_arguments(function: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = function["arguments"]
     return function["name"], arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
+def _with_ids_of_length(message: dict[str, Any], length: int) -> dict[str, Any]:
+    """Replace ids of calls that another service made; the template accepts ids of one length alone."""
+
+    def fit(identity: str) -> str:
+        fits = len(identity) == length and identity.isalnum()
+        return identity if fits else hashlib.sha256(identity.encode()).hexdigest()[:length]
+
+    message = dict(message)
+    if message.get("tool_calls"):
+        message["tool_calls"] = [{**call, "id": fit(call.get("id", ""))} for call in message["tool_calls"]]
+    if "tool_call_id" in message:
+        message["tool_call_id"] = fit(message["tool_call_id"])
+    return message
 
 
 def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ def test_templates_with_tools_are_left_alone(model: str) -> None:
     options = ChatOptions(tools=[tool], variables={"date_string": "x"})
     form = find_forms(template).tool_calls
     assert render_prompt(template, messages, options, form) == template.render(messages, options)
+
+
+def test_ids_of_calls_fit_the_template() -> None:
+    template, form = read_template("mistral-v3"), tool_call_form("mistral")
+    assert '"id": "abcdef123"' in render_prompt(template, CONVERSATION[:3], ChatOptions(), form)
+    call, result = {**CALL, "id": "call_0123456789abcdef"}, {**CONVERSATION[2], "tool_call_id": "call_0123456789abcdef"}
+    messages = [CONVERSATION[0], {**CONVERSATION[1], "tool_calls": [call]}, result]
+    text = render_prompt(template, messages, ChatOptions(), form)
+    (identity,) = re.findall(r'"id": "(\w{9})"', text)
+    assert f'"call_id": "{identity}"' in text
 
 
 def test_arguments_may_be_too_deep() -> None:
