@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import openai
+import pydantic
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -48,6 +50,13 @@ WEATHER = {
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
 MESSAGES: list[Any] = [{"role": "user", "content": "Will it rain?"}]
 REQUEST: dict[str, Any] = {"model": "", "messages": MESSAGES, "tools": TOOLS, "temperature": 0, "max_tokens": 64}
+
+
+class Weather(pydantic.BaseModel):
+    """The arguments of the tool, as the client declares it: a strict one."""
+
+    place: str
+    days: int
 
 
 def save_scripted_target(path: Path) -> Path:
@@ -136,6 +145,18 @@ async def test_reasoning_text_and_call_are_separated(pair: ServicePair) -> None:
     arguments = [delta.tool_calls[0].function.arguments for delta in deltas if delta.tool_calls]  # type: ignore[union-attr]
     assert "".join(arguments) == call.function.arguments  # type: ignore[arg-type]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+async def test_the_client_accumulates_a_stream(pair: ServicePair) -> None:
+    request = {name: value for name, value in REQUEST.items() if name != "tools"}
+    tools = [openai.pydantic_function_tool(Weather, name="get_weather")]
+    async with pair.client.chat.completions.stream(**request, tools=tools) as stream:
+        kinds = [event.type async for event in stream]
+        message = (await stream.get_final_completion()).choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert message.content == "Let me see {"
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].function.parsed_arguments == Weather(place="Rome", days=12)
 
 
 async def test_stop_strings_end_the_content_alone(pair: ServicePair) -> None:
