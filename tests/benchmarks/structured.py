@@ -1,7 +1,7 @@
 """Structured output of the real model: `python -m tests.benchmarks.structured`. About ten minutes on two cores.
 
 The example family answers 200 questions, each of ten JSON schemas with twenty subjects, in turn under every plan and
-temperature below, and the package jsonschema judges the answers. A quarter of the questions, without a schema and with
+temperature below, and the package jsonschema judges the answers. A fifth of the questions, without a schema and with
 answers as long, show what the grammar does to acceptance. Prints, by schema and by plan: valid answers; tokens of an
 answer; the share of tokens that the grammar forced; the share of draft tokens that were accepted, also without the
 forced ones; and draft steps and forwards of the target per token.
@@ -127,8 +127,8 @@ SCHEMAS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 PLANS = (
     Plan(4),
-    Plan(8, siblings=3),
-    Plan(4, siblings=2, draft_ahead=4, in_flight=2),
+    Plan(6, siblings=2),
+    Plan(3, siblings=1, draft_ahead=3, in_flight=2),
     Plan(4, continuation=4),
     Plan(0, continuation=64),
 )
@@ -138,9 +138,9 @@ SETTINGS = list(itertools.product(PLANS, SAMPLINGS))
 # Enough for the longest answer that a schema admits.
 MAX_TOKENS = 400
 # Subjects of each schema that are also asked about without it.
-FREE_SUBJECTS = 5
+FREE_SUBJECTS = 4
 # Answers that are generated at the same time.
-COMPANY = 16
+COMPANY = 4
 
 
 class AnswerRecord(msgspec.Struct, frozen=True):
@@ -270,12 +270,12 @@ async def measure(url: str, draft: OnnxDraft, template: ChatTemplate, subjects: 
     by_plan: dict[str, list[AnswerRecord]] = {}
     free_by_plan: dict[str, list[AnswerRecord]] = {}
     valid: dict[str, int] = {}
-    async with VerifierClient(url) as client:
+    async with VerifierClient(url, deadline=600.0) as client:
         bench = Bench(draft, template, client)
         for number, (name, (question, schema)) in enumerate(SCHEMAS.items()):
             grammar = grammar_sources.from_json_schema(schema)
             questions = [
-                f"{question.format(subject)} Answer in JSON with this schema: {json.dumps(schema)}"
+                f"Answer in JSON with this schema: {json.dumps(schema)}\n{question.format(subject)}"
                 for subject in SUBJECTS[:subjects]
             ]
             settings = [SETTINGS[(number + index) % len(SETTINGS)] for index in range(subjects)]

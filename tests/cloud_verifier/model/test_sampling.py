@@ -17,9 +17,12 @@ from cloud_verifier.model.sampling import (
     measure_logprobs,
     uniform_noise,
 )
-from edge_runtime.protocol.logits_processing import SequenceProcessor
+from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.grammar import GrammarCompiler, GrammarMatcher
+from edge_runtime.protocol.logits_processing import SequenceProcessor, make_processor
 from edge_runtime.protocol.messages import MIN_LOGPROB, TokenLogprobs
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling, filter_candidates
+from tests.models import VOCABULARY_SIZE, byte_tokenizer
 
 LOGITS = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 500)).astype(np.float32) * 3)
 POSITIONS = [7, 8, 1000, 2**31 - 1]
@@ -114,3 +117,49 @@ def test_improbable_tokens_have_the_least_log_probability() -> None:
     logits = torch.tensor([[0.0, -30_000.0, -torch.inf]])
     for token in (1, 2):
         assert measure_logprobs(logits, torch.tensor([token]), 0) == [TokenLogprobs(MIN_LOGPROB)]
+
+
+def test_an_error_of_a_grammar_on_a_rejected_path_is_raised_only_where_it_is_asked_for() -> None:
+    class Costly:
+        """Fails after a text that ends with 9."""
+
+        def allowed(self, generated: list[int]) -> None:
+            if generated[-1:] == [9]:
+                raise GrammarError("too costly")
+
+        def forced(self, generated: list[int], limit: int) -> list[int]:
+            return []
+
+    sampling = Sampling(grammar="start: /x/")
+    processor = make_processor(sampling, 2, [0], Costly())
+    assert processor is not None
+    processor.sync_to([5, 6])
+    rows = RowSampling(sampling, [2, 3, 3], processor=processor, paths=[[], [7], [9]])
+    assert [row for row, _ in rows.all_changes(3)] == [0, 1]
+    sampled = rows.result([SampledToken(token, 1.0) for token in (7, 8, 3)])
+    assert (sampled[0].token, sampled[1].token) == (7, 8)
+    with pytest.raises(GrammarError, match="too costly"):
+        sampled[2]
+
+
+@pytest.mark.parametrize("size", [VOCABULARY_SIZE, VOCABULARY_SIZE + 33])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_grammar_masks_are_equal_on_cpu_and_device(size: int, temperature: float) -> None:
+    sampling = Sampling(temperature, seed=8, top_p=0.9, grammar="start: /[a-f]{2,9}x/", repetition_penalty=1.2)
+    compiled = GrammarCompiler(byte_tokenizer, size, [0]).compile(sampling.grammar)
+    processor = make_processor(sampling, 2, [0], GrammarMatcher(compiled))
+    assert processor is not None
+    first, second = byte_tokenizer().encode("bd").ids
+    prompt = [5, 6]
+    processor.sync_to([*prompt, first])
+    # The root, a draft token, one that the grammar excludes, and a row that nobody asks for.
+    rows = RowSampling(sampling, [3, 4, 4, 4], processor=processor, paths=[[], [second], [290], None])
+    logits = torch.from_numpy(np.random.default_rng(4).standard_normal((4, size)).astype(np.float32) * 3)
+    lazy = LazySampledTokens(logits, rows, CoupledSampler(size))
+    batch = SamplingBatch.from_segments([(sampling, [3, 4, 4, 4])], logits.device, changes=rows.all_changes(4))
+    tokens, margins = torch_form.sample_tokens(logits, batch).tolist()
+    for row in range(4):
+        assert tokens[row] == lazy[row].token
+        assert margins[row] == pytest.approx(lazy[row].margin, rel=1e-6)
+    spelled = byte_tokenizer().decode([int(tokens[0]), int(tokens[1])])
+    assert set(spelled) <= set("abcdefx")
