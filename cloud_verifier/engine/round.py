@@ -17,7 +17,7 @@ from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
 from edge_runtime.protocol.errors import GrammarError, VerifierRefused
-from edge_runtime.protocol.messages import PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
+from edge_runtime.protocol.messages import MAX_TREE_NODES, PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
 
 class ActiveRound:
@@ -127,7 +127,9 @@ class ActiveRound:
         Returns none if neither can.
         """
         session, speculation = self.session, self._current_speculation()
-        if session.processor and (forced := session.processor.forced_after(session.ids, count)):
+        # A forward takes no more nodes than the tree of a board.
+        forced_limit = min(count, MAX_TREE_NODES - 1)
+        if session.processor and (forced := session.processor.forced_after(session.ids, forced_limit)):
             return forced
         # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
