@@ -33,7 +33,7 @@ class StopStringFilter:
             end, start = min(matches)
             shown, self._held = self._held[: end if self._include else start], ""
             return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop_strings), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]
         return shown
@@ -44,6 +44,6 @@ class StopStringFilter:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from edge_runtime.service.stop_strings import overlap
 from edge_runtime.service.tool_calls.forms import ARGUMENT_KEYS, NAME_KEYS, ReasoningForm, ToolCallForm
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ T = TypeVar("T")
 Reading = Generator[None, str, T]
 
 SPACES = " \t\r\n"
-# Longest header of a named call: longer names are no names. Chosen; OpenAI's limit is 64 characters.
+# Longest name of a function or argument, with what surrounds it: longer ones are no names. Chosen; OpenAI's limit of a
+# name is 64 characters.
 MAX_HEADER_CHARACTERS = 256
 ID_CHARACTERS = string.ascii_letters + string.digits
 # How templates that use Python's `str` write these values.
@@ -439,10 +441,12 @@ class OutputParser:
         return decoded
 
     def _read_until(self, end: str, *others: str) -> Reading[str]:
-        """Read up to `end`, which is dropped, or to one of `others`, which are read again."""
+        """Read a name up to `end`, which is dropped, or to one of `others`, which are read again."""
         text = ""
         while not text.endswith(end):
             text += yield from self._next()
+            if len(text) > MAX_HEADER_CHARACTERS:
+                raise MalformedCall
             for other in others:
                 if text.endswith(other):
                     self._unread(other)
@@ -512,11 +516,6 @@ def make_call_id(length: int = 0) -> str:
     if length:
         return "".join(secrets.choice(ID_CHARACTERS) for _ in range(length))
     return "call_" + secrets.token_hex(12)
-
-
-def overlap(text: str, mark: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `mark`."""
-    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
 
 
 def _is_text(schema: Any) -> bool:

@@ -157,6 +157,7 @@ def test_a_text_that_ends_within_a_call_keeps_what_is_known(form: ToolCallForm) 
         ("mistral-args", "[TOOL_CALLS]two words{}"),
         ("qwen3-coder", "<tool_call>\n<parameter=x>1</parameter>"),
         ("glm", "<tool_call>two words\n"),
+        ("glm", "<tool_call>" + "x" * 300),
         ("command-r", "Action: `ls`"),
         ("llama3", '{"name": "Bob", "parameters": {}}'),
         ("llama3", '{"name": "now"'),
