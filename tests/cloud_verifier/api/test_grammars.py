@@ -58,6 +58,13 @@ def test_a_text_that_is_reopened_goes_on_as_before(client: ProtocolClient) -> No
         assert session.ids == whole
 
 
+def test_more_forced_tokens_than_a_forward_has_rows(client: ProtocolClient) -> None:
+    fixed = "no choice " * 40
+    session = client.open(sampling=Sampling(grammar=grammar_sources.from_regex(fixed)), n=512)
+    assert (session.frame.finish, text_of(session.ids[len(PROMPT) :])) == ("stop", fixed)
+    assert session.frame.further < 10
+
+
 @pytest.mark.parametrize(
     ("sampling", "prompt", "generated", "reason"),
     [
