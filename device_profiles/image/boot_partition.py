@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from device_profiles.image.disk import partition_offset
-from device_profiles.image.programs import ImageError, require, run
+from device_profiles.image.programs import ImageError, require, run, run_binary
 from edge_runtime.protocol.errors import InputError
 
 # Files that the boot partition of a Raspberry Pi has, one of them at least.
@@ -61,7 +61,7 @@ class ImagePartition:
     def read(self, name: str) -> bytes | None:
         if not self._has(name):
             return None
-        return run(["mcopy", "-n", "-i", self._drive, f"::{name}", "-"], encoding="latin-1").stdout.encode("latin-1")
+        return run_binary(["mcopy", "-n", "-i", self._drive, f"::{name}", "-"]).stdout
 
     def write(self, name: str, content: bytes | Path) -> None:
         parent = str(Path(name).parent)
@@ -71,7 +71,7 @@ class ImagePartition:
         if isinstance(content, Path):
             run(["mcopy", *options, content, f"::{name}"])
         else:
-            run(["mcopy", *options, "-", f"::{name}"], input=content.decode("latin-1"), encoding="latin-1")
+            run_binary(["mcopy", *options, "-", f"::{name}"], input=content)
 
     def _has(self, name: str) -> bool:
         """Return whether there is this file, or this directory if the name ends with a slash. FAT ignores case."""

@@ -59,19 +59,23 @@ def require(*programs: str) -> None:
 
 
 def run(
-    command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **keywords: Any
+    command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, input: str | None = None, **keywords: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; by default its output is captured. Raises ImageError: it is missing, or failed."""
+    """Run a program to its end, and return its output as text. Raises ImageError: it is missing, or failed."""
+    done = run_binary(command, env=env, input=None if input is None else input.encode(), **keywords)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(errors="replace"), "")
+
+
+def run_binary(
+    command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, input: bytes | None = None, **keywords: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, and return its output as bytes. Raises ImageError: it is missing, or failed."""
     words = [str(word) for word in command]
     require(words[0])
-    keywords = {"stdin": None if "input" in keywords else subprocess.DEVNULL, "stdout": subprocess.PIPE, **keywords}
-    if keywords["stdin"] is None:
-        del keywords["stdin"]
     environment = {**(env if env is not None else os.environ), "PATH": search_path()}
-    done: subprocess.CompletedProcess[str] = subprocess.run(
-        words, stderr=subprocess.PIPE, text=True, env=environment, **keywords
-    )
+    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+    done = subprocess.run(words, capture_output=True, env=environment, **source, **keywords)
     if done.returncode:
-        output = (done.stderr or done.stdout or "").strip()[-MAX_QUOTED:]
+        output = (done.stderr or done.stdout).decode(errors="replace").strip()[-MAX_QUOTED:]
         raise ImageError(f"`{' '.join(words)[:200]}` failed with exit code {done.returncode}: {output}")
     return done

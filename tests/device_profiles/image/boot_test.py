@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,8 @@ def main() -> int:
     parser.add_argument("--model", choices=("small", "large"), default="small")
     options = parser.parse_args()
     model = {"small": SMALL_BOARD, "large": LARGE_BOARD}[options.model]
+    # So that an emulator, and the log, are taken care of when this is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     expected = reference()
     with tempfile.TemporaryDirectory(prefix="boot-test-", dir=options.image.parent) as name, verifier() as port:
         text = CONFIGURATION.format(url=f"http://{HOST_ADDRESS}:{port}", key=API_KEY)

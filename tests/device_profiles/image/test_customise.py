@@ -16,7 +16,8 @@ from edge_runtime.protocol.errors import InputError
 from tests.device_profiles.first_boot.test_configure import FULL, KEY
 from tests.device_profiles.image.small_image import build_small_image
 
-BUNDLE = b"an archive of a bundle"
+# What a conversion of text would change.
+BUNDLE = b"an archive of a bundle\r\n\xff\x00\n\r"
 
 
 @pytest.fixture
