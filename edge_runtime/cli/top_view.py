@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_runtime.service.monitoring.dashboard_state import DashboardState
-from edge_runtime.service.monitoring.words import count, load_words
+from edge_runtime.service.monitoring.words import capitalize, count, load_words
 
 WORDS = load_words()
 # As in the browser: no kind of token differs from another by color alone.
@@ -103,7 +103,7 @@ def _render_header(dashboard: DashboardState, state: str, keys: str) -> Text:
             answers = count(gauges.unverified_answers, "answer")
             head.append("\n" + WORDS.answers["unverified"].format(answers=answers), "bold")
         if gauges.fault:
-            head.append("\n" + WORDS.fault.format(fault=replace_control_characters(gauges.fault)), "bold red")
+            head.append("\n" + capitalize(replace_control_characters(gauges.fault)), "bold red")
     return head
 
 

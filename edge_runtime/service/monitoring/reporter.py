@@ -17,7 +17,7 @@ from edge_runtime.service.monitoring.event_log import EventLog
 
 # Tokens shown of the end of a prompt; chosen.
 SHOWN_PROMPT_TOKENS = 300
-OFFLINE_FAULT = "none can be reached; the draft model continues alone, and its text is not yet verified"
+OFFLINE_FAULT = "no verifier can be reached; the draft model continues alone, and its text is not yet verified"
 
 
 class ServiceTotals(msgspec.Struct):

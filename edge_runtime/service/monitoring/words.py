@@ -37,7 +37,8 @@ class ViewWords(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         states: of the connection to the service.
         answers, board: parts of the status line.
         outcomes: how an answer ended, for finish reasons.
-        fault: why the verifier is not reached.
+        waiting: what an answer that is being written waits for.
+        key: the API key of a request is missing or wrong.
         remedies: what to do about an error, by its code.
     """
 
@@ -52,7 +53,8 @@ class ViewWords(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answers: dict[str, str]
     board: dict[str, str]
     outcomes: dict[str, str]
-    fault: str
+    waiting: dict[str, str]
+    key: str
     remedies: dict[str, str]
 
     def plan(self, plan: PlanChosen | None) -> str:
@@ -77,6 +79,11 @@ class ViewWords(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_words() -> ViewWords:
     """Return the words."""
     return msgspec.json.decode(WORDS_FILE.read_bytes(), type=ViewWords)
+
+
+def capitalize(sentence: str) -> str:
+    """Return a sentence that begins with a capital; error messages begin without, to follow a colon."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def count(number: int, noun: str) -> str:

@@ -40,10 +40,11 @@ function draw() {
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
 }
 
-function describeWaiting({ content, begun }) {
-  if (gauges.fault) return `Waiting for the verifier. ${gauges.fault}. The answer goes on by itself when it is back.`;
-  if (content) return "Writing";
-  return gauges.waiting && !begun ? `Waiting for a free slot: ${fill(WORDS.answers.running, { answers: count(gauges.running, "answer") })}` : "Waiting for the first words";
+function describeWaiting({ content, kinds, begun }) {
+  const { waiting } = WORDS;
+  if (gauges.fault) return kinds?.endsWith("u") ? waiting.alone : waiting.verifier;
+  if (content) return waiting.more;
+  return gauges.waiting && !begun ? fill(waiting.slot, { answers: count(gauges.running, "answer") }) : waiting.text;
 }
 
 function showChat(opened) {
@@ -192,19 +193,23 @@ function regenerate() {
 
 // Origins: events of the board, matched by the seed of the request
 
-const tracked = new Map();
-let byAnswer = new Map();
+// Text and events of an answer come on two ways, and either may end first.
+const trackers = new WeakMap();
+// Trackers of answers that have not begun, by seed, and of the others, by the board's number.
+const expected = new Map();
+let begun = new Map();
 
 function track(message, owner) {
-  tracked.set(message.seed, { message, owner, origins: new Origins() });
+  const tracker = { message, owner, origins: new Origins() };
+  trackers.set(message, tracker);
+  expected.set(message.seed, tracker);
 }
 
 function color(message) {
-  const tracker = tracked.get(message.seed);
-  if (tracker?.message !== message) return;
-  message.kinds = tracker.origins.kindsOf(message.content);
-  message.counts = tracker.origins.counts;
-  message.withdrawn = tracker.origins.withdrawn;
+  const { origins } = trackers.get(message);
+  message.kinds = origins.kindsOf(message.content);
+  message.counts = origins.counts;
+  message.withdrawn = origins.withdrawn;
 }
 
 /** Apply an event of the board, of whichever client's answer. */
@@ -214,8 +219,11 @@ export function applyEvent(event) {
     if (running) refresh(running.message);
     if (chat) showControls();
   }
-  if (event.type === "begun" && tracked.has(event.seed)) byAnswer.set(event.answer, tracked.get(event.seed));
-  const tracker = byAnswer.get(event.answer);
+  if (event.type === "begun" && expected.has(event.seed)) {
+    begun.set(event.answer, expected.get(event.seed));
+    expected.delete(event.seed);
+  }
+  const tracker = begun.get(event.answer);
   if (!tracker) return;
   const { message, owner, origins } = tracker;
   message.begun = true;
@@ -225,14 +233,13 @@ export function applyEvent(event) {
   refresh(message);
   if (event.type !== "ended") return;
   message.version ||= event.version;
-  byAnswer.delete(event.answer);
-  if (tracked.get(message.seed) === tracker) tracked.delete(message.seed);
+  begun.delete(event.answer);
   if (owner.messages.includes(message)) saveChat(owner);
 }
 
 /** The board numbers its answers from 1 again. */
 export function resetEvents() {
-  byAnswer = new Map();
+  begun = new Map();
 }
 
 // Composer

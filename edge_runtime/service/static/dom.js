@@ -25,6 +25,9 @@ export const fill = (words, values) => words.replace(/\{(\w+)\}/g, (_, name) => 
 
 export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
+/** A sentence that begins with a capital; error messages begin without, to follow a colon. */
+export const capitalize = (sentence) => sentence.slice(0, 1).toUpperCase() + sentence.slice(1);
+
 export const ms = (seconds) => (seconds < 10 ? `${(1e3 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(1)} s`);
 
 export function bytes(number) {

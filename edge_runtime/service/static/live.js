@@ -1,7 +1,7 @@
 // The live view: what the board and the verifier are doing, drawn from the events of the board.
 
 import { GaugeTile, RoundsChart } from "./charts.js";
-import { $, WORDS, bytes, count, describePlan, drawBar, fill, make, ms, show } from "./dom.js";
+import { $, WORDS, bytes, capitalize, count, describePlan, drawBar, fill, make, ms, show } from "./dom.js";
 
 const MAX_ANSWERS = 8;
 // Rounds whose times are added up.
@@ -50,7 +50,7 @@ function applyGauges(gauge) {
   show("received", bytes(gauge.received));
   show("per-token", gauge.tokens ? bytes(Math.round((gauge.sent + gauge.received) / gauge.tokens)) : "–");
   showVerifier(gauge);
-  show("fault", gauge.fault ? fill(WORDS.fault, gauge) : "");
+  show("fault", capitalize(gauge.fault ?? ""));
   $("fault").hidden = !gauge.fault;
   const chips = [
     [fill(WORDS.answers.running, { answers: gauge.running ? count(gauge.running, "answer") : "no answer" }), ""],

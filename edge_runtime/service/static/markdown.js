@@ -141,7 +141,7 @@ function makeCode(pieces, kinds, language) {
   const run = new Run(pieces, kinds);
   run.append(code, 0, run.text.length);
   const copy = make("button", { type: "button", className: "quiet", "data-copy": "code", "aria-label": "Copy code" }, "Copy");
-  return make("div", { className: "code" }, make("div", {}, make("span", {}, language || "code"), copy), make("pre", { tabIndex: 0 }, code));
+  return make("div", { className: "code", "data-language": language }, make("div", {}, make("span", {}, language || "code"), copy), make("pre", { tabIndex: 0 }, code));
 }
 
 /** Split lines, [text, place], into blocks: {from, to, build}, of lines from `from` to before `to`. */

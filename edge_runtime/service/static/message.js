@@ -1,6 +1,6 @@
 // The elements of one message: its text, what it cost, and what to do if it failed.
 
-import { WORDS, count, drawBar, make } from "./dom.js";
+import { WORDS, capitalize, count, drawBar, make } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 const ORIGINS = ["accepted", "corrected", "own", "unverified"];
@@ -56,14 +56,15 @@ class AnswerView {
     if (error && this.error.dataset.message !== error.message) {
       this.error.dataset.message = error.message;
       const way = error.code === "context_length_exceeded" ? button("new", "New chat") : button("again", "Try again");
-      this.error.replaceChildren(make("p", {}, make("b", {}, error.message)), make("p", {}, remedyFor(error)), way);
+      const message = error.status === 401 ? WORDS.key : capitalize(error.message);
+      this.error.replaceChildren(make("p", {}, make("b", {}, message)), make("p", {}, remedyFor(error)), way);
     }
     this.about.hidden = Boolean(waiting) || !(finish && (content || finish !== "cancelled")) || Boolean(error && !content);
     if (!this.about.hidden) this.describe();
   }
 
   describe() {
-    const { version, counts = {}, finish, timings, withdrawn } = this.message;
+    const { version, counts = {}, finish, timings, unverified = 0, withdrawn } = this.message;
     const origins = ORIGINS.filter((kind) => counts[kind]);
     drawBar(this.bar, origins.map((kind) => [kind, counts[kind]]));
     const words = origins.map((kind) => `${counts[kind]} ${WORDS.tokens[kind]}`);
@@ -72,7 +73,8 @@ class AnswerView {
     this.bar.setAttribute("aria-label", `Tokens: ${words.join(", ")}`);
     this.bar.title = words.join(", ");
     const facts = [
-      timings && `${count(timings.predicted_n, "token")}, ${timings.predicted_per_second.toFixed(1)} per second`,
+      timings && count(timings.predicted_n + unverified, "token"),
+      timings?.predicted_n && `${timings.predicted_per_second.toFixed(1)} per second`,
       finish !== "stop" && (WORDS.outcomes[finish] ?? finish),
     ].filter(Boolean);
     this.note.replaceChildren(
