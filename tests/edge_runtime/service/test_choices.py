@@ -191,13 +191,14 @@ async def test_an_answer_fills_the_context_by_default(target: Target, draft: Onn
 
 async def test_a_context_that_is_not_known_yet_gives_the_same(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
-        prompt = [5] * (target.context - 10)
-        answer = await pair.client.completions.create(model="", prompt=prompt, extra_body={"ignore_eos": True})
-        assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", target.context)
+        assert pair.service.state.models.context_of("") == 0
         with pytest.raises(openai.BadRequestError) as caught:
             await pair.client.completions.create(model="", prompt=[5] * (target.context + 10))
         assert caught.value.code == "context_length_exceeded"
         assert f"maximum context length is {target.context - 1} tokens. However, the prompt has" in str(caught.value)
+        prompt = [5] * (target.context - 10)
+        answer = await pair.client.completions.create(model="", prompt=prompt, extra_body={"ignore_eos": True})
+        assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", target.context)
 
 
 async def test_more_choices_than_slots_take_turns_with_other_requests(target: Target, draft: OnnxDraft) -> None:

@@ -82,11 +82,16 @@ async def test_unverified_text_is_marked_and_corrected(
     async with service_pair(target, draft) as pair:
         wanted = await generate_target_text(pair)
         shown, steps = StreamedText(), iter([pair.verifier.stop, pair.verifier.start])
-        step = next(steps)
-        async for chunk in stream_chunks(pair, on_link_loss="draft"):
+        step, tokens = next(steps), ""
+        async for chunk in stream_chunks(pair, on_link_loss="draft", logprobs=1):
             assert isinstance(chunk, dict)
             shown.apply(chunk)
             assert wanted.startswith(shown.verified)
+            # Tokens have log-probabilities once they are verified, also if their text was shown before.
+            if logprobs := chunk["choices"][0]["logprobs"]:
+                assert logprobs["text_offset"][:1] in ([], [len(tokens)])
+                tokens += "".join(logprobs["tokens"])
+            assert tokens == shown.verified
             if step and (shown.unverified >= 60 if step == pair.verifier.start else len(shown.text) >= 60):
                 await step()
                 step = next(steps, None)
@@ -95,6 +100,7 @@ async def test_unverified_text_is_marked_and_corrected(
         assert shown.max_unverified >= 60
         assert shown.unverified == 0
         assert chunk["timings"]["unverified_n"] == 0
+        assert tokens == wanted
         assert (chunk["timings"]["withdrawn_n"] > 0) == (shown.withdrawn > 0)
 
 
