@@ -81,6 +81,28 @@ def test_close_calls_are_rare_and_small(client: ProtocolClient) -> None:
     assert len(session.frame.close_calls) < 5
 
 
+def test_log_probabilities_of_all_tokens_of_a_round(
+    client: ProtocolClient, reference_text: ReferenceText, tiny_path: Path
+) -> None:
+    """Of accepted tokens, a sibling and the target's own, in both encodings, before the logits are processed."""
+    sampling = Sampling(0.7, seed=1, ignore_eos=True, logit_bias={7: 5.0})
+    text = reference_text(PROMPT, 12, sampling)
+    session = client.open(sampling=sampling, logprobs=3, draft=[*text[:2], other_token(text[2])], n=3)
+    entries = session.frame.logprobs
+    assert (session.frame.accepted, len(session.frame.tokens), len(entries)) == (2, 3, 5)
+    frame = session.run_round(draft=[other_token(text[5])], siblings={0: [text[5]]}, n=1)
+    entries = entries + frame.logprobs
+    assert (frame.accepted, frame.tokens, len(entries)) == (0, text[5:7], 7)
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    with torch.inference_mode():
+        rows = model(torch.tensor([PROMPT + text])).logits[0, len(PROMPT) - 1 :].double().log_softmax(-1)
+    for row, token, entry in zip(rows, text, entries, strict=False):
+        assert entry.logprob == pytest.approx(row[token].item(), abs=3e-4)
+        assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()
+    assert session.run_round(n=2).logprobs
+    assert not client.open(n=4).frame.logprobs
+
+
 def test_greedy_reference_decoding_equals_generate(reference_text: ReferenceText, tiny_path: Path) -> None:
     """The reference itself is checked against transformers."""
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
