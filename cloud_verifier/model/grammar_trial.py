@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from tokenizers import Tokenizer
 
 from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar import (
@@ -46,7 +45,7 @@ REMEMBERED_REFUSALS = 256
 
 
 class TrialModel(msgspec.Struct, frozen=True):
-    """The model that a grammar is for; see `GrammarTokenizer`. `tokenizer` is the content of a `tokenizer.json`."""
+    """The model that a grammar is for; see `GrammarTokenizer`, whose `definition` is `tokenizer`."""
 
     tokenizer: str
     logits: int
@@ -133,8 +132,14 @@ class GrammarTrial:
 class TriedGrammarCompiler(GrammarCompiler):
     """Compiles grammars for one target after a trial."""
 
+    _model: TrialModel
+
+    def _make_tokenizer(self, definition: str) -> GrammarTokenizer:
+        self._model = TrialModel(definition, self._logits, sorted(self._end_ids))
+        return super()._make_tokenizer(definition)
+
     def _compile(self, tokenizer: GrammarTokenizer, grammar: str) -> CompiledGrammar:
-        _TRIAL.run(TrialModel(tokenizer.definition, tokenizer.logits, sorted(tokenizer.end_ids)), grammar)
+        _TRIAL.run(self._model, grammar)
         return super()._compile(tokenizer, grammar)
 
 
@@ -179,7 +184,7 @@ def main() -> None:
     if description is None:
         return
     model = msgspec.json.decode(description, type=TrialModel)
-    tokenizer = GrammarTokenizer(Tokenizer.from_str(model.tokenizer), model.logits, model.end_ids)
+    tokenizer = GrammarTokenizer(model.tokenizer, model.logits, model.end_ids)
     _try_grammar(tokenizer, "start: /a/")
     resource.setrlimit(resource.RLIMIT_AS, (_virtual_memory() + TRIAL_MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

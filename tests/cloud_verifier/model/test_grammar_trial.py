@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from cloud_verifier.model.grammar_trial import GrammarTrial, TrialModel
 from edge_runtime.protocol import grammar_sources
 from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.grammar import define_tokenizer
 from tests.toy_family import FAMILY
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model() -> TrialModel:
-    return TrialModel(Tokenizer.from_file(str(FAMILY / "bundle" / "tokenizer.json")).to_str(), 2048, [0])
+    return TrialModel(define_tokenizer(Tokenizer.from_file(str(FAMILY / "bundle" / "tokenizer.json"))), 2048, [0])
 
 
 @pytest.fixture(scope="module")

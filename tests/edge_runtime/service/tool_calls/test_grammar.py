@@ -14,7 +14,7 @@ from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from edge_runtime.protocol.errors import GrammarError
-from edge_runtime.protocol.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
+from edge_runtime.protocol.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer, define_tokenizer
 from edge_runtime.protocol.grammar_sources import from_json_schema
 from edge_runtime.service.tool_calls.forms import REASONING_FORMS, TOOL_CALL_FORMS, ToolCallForm, format_calls
 from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, reduce_schema
@@ -77,7 +77,7 @@ def make_tokenizer(form_name: str, as_tokens: bool) -> tuple[Tokenizer, GrammarT
         marks = {*form.markers, *form.hidden, *(tag for tag in tags if tag in form.structure), THINK.begin, THINK.end}
         special = form.name in ("mistral", "mistral-args", "deepseek")
         tokenizer.add_tokens([AddedToken(mark, special=special) for mark in sorted(marks)])
-    grammar_tokenizer = GrammarTokenizer(tokenizer, tokenizer.get_vocab_size(), [0])
+    grammar_tokenizer = GrammarTokenizer(define_tokenizer(tokenizer), tokenizer.get_vocab_size(), [0])
     return tokenizer, grammar_tokenizer, AddedTokens.of(tokenizer)
 
 
