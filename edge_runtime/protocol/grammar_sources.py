@@ -17,7 +17,7 @@ from edge_runtime.protocol.errors import GrammarError
 # whitespace to the model forces far fewer tokens, and lets a weak model write nothing else.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # The converter of GBNF is written in Python and takes time that grows with the square of the number of rules.
-MAX_GBNF_CHARACTERS = 1 << 15
+MAX_GBNF_CHARACTERS = 1 << 14
 
 JsonSchema = dict[str, Any] | bool
 
