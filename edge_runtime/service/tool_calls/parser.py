@@ -105,8 +105,8 @@ class OutputParser:
         self._deltas: list[CallDelta] = []
         # Characters to be read again before those that arrive.
         self._ahead: list[str] = []
-        # Text that may still be a marker, or white space before one.
-        self._held = ""
+        # Text that may still become a marker, and white space before it.
+        self._held, self._spaces = "", list[str]()
         # What has been read since a marker, until the first call's name is known.
         self._raw = ""
         self._records_raw = False
@@ -129,17 +129,17 @@ class OutputParser:
         """Return what was held back; to be called at the end of the text."""
         if not self.complete:
             if self.in_reasoning:
-                self._thoughts.append(self._held.rstrip(SPACES))
+                if self._held:
+                    self._thoughts += [*self._spaces, self._held]
+            elif self._in_content and self._after_call:
+                # The start of a marker between calls or after them may be cut off by the limit of the length.
+                partial = max(overlap(self._held, marker) for marker in ("", *self._markers))
+                self._content.append(self._held[: len(self._held) - partial])
             elif self._in_content:
-                held = self._held
-                if self._after_call:
-                    # The start of a marker between calls or after them, cut off by the limit of the length.
-                    partial = max(overlap(held, marker) for marker in ("", *self._markers))
-                    held = held[: len(held) - partial].strip(SPACES + ";")
-                self._content.append(held.lstrip(SPACES) if self._after_reasoning else held)
+                self._content += [*([] if self._after_reasoning else self._spaces), self._held]
             else:
                 self._content.append(self._raw)
-        self._held = self._raw = ""
+        self._held, self._spaces, self._raw = "", [], ""
         return self._take()
 
     def preview(self, tail: str) -> str:
@@ -149,7 +149,9 @@ class OutputParser:
         text = self._held + tail
         shown, _ = self._split(text)
         content = text[:shown]
-        return content.lstrip(SPACES) if self._after_reasoning or self._after_call else content
+        if self._after_reasoning or self._after_call:
+            return content.lstrip(SPACES)
+        return "".join(self._spaces) + content if content else ""
 
     def _take(self) -> MessageDelta:
         delta = MessageDelta("".join(self._content), "".join(self._thoughts), merge_calls([], self._deltas))
@@ -170,42 +172,54 @@ class OutputParser:
 
     def _read_content(self) -> Reading[str]:
         """Emit content up to a marker, and return the marker."""
-        self._in_content, self._held = True, ""
+        self._in_content, self._held, self._spaces = True, "", []
         while True:
-            self._held += yield from self._next()
+            character = yield from self._next()
+            if not self._held and character in self._separators and self._may_have_markers:
+                self._spaces.append(character)
+                continue
+            self._held += character
             shown, marker = self._split(self._held)
             if shown:
-                content, self._held = self._held[:shown], self._held[shown:]
-                if self._after_reasoning or self._after_call:
-                    content = content.lstrip(SPACES)
-                self._content.append(content)
-                if content:
-                    self._at_start = self._after_reasoning = self._after_call = False
+                if not self._after_reasoning and not self._after_call:
+                    self._content += self._spaces
+                self._content.append(self._held[:shown])
+                self._held, self._spaces = self._held[shown:], []
+                self._at_start = self._after_reasoning = self._after_call = False
             if marker:
                 # White space before what turns out to be no call is content.
-                self._raw = self._held
-                self._in_content, self._held = False, ""
+                self._raw = "".join(self._spaces) + self._held
+                self._in_content, self._held, self._spaces = False, "", []
                 return marker
+            if self._held.isspace():
+                self._spaces.append(self._held)
+                self._held = ""
 
     def _split(self, text: str) -> tuple[int, str]:
         """Return how many characters of `text` are surely content, and the marker that follows them, if any.
 
         White space before a marker belongs to neither.
         """
-        separators = SPACES + (";" if self._after_call else "")
-        if self._is_bare and (start := text.lstrip(separators)).startswith("{"):
-            return 0, start[0]
+        if self._is_bare and text.lstrip(self._separators).startswith("{"):
+            return 0, "{"
+        if not self._may_have_markers:
+            return len(text), ""
         found = [(at, marker) for marker in self._markers if (at := text.find(marker)) >= 0]
         if found:
             at, marker = min(found, key=lambda pair: (pair[0], -len(pair[1])))
         else:
             at, marker = len(text) - max((overlap(text, marker) for marker in self._markers), default=0), ""
-        if not self._markers:
-            return at, marker
         shown = len(text[:at].rstrip(SPACES))
-        if self._after_call and not text[:shown].strip(separators):
-            shown = 0
-        return shown, marker
+        return (shown if text[:shown].strip(self._separators) else 0), marker
+
+    @property
+    def _separators(self) -> str:
+        """Characters that may precede a marker without being content."""
+        return SPACES + self._form.separator if self._after_call and self._form else SPACES
+
+    @property
+    def _may_have_markers(self) -> bool:
+        return self._form is not None or bool(self._markers)
 
     @property
     def _is_bare(self) -> bool:
@@ -219,20 +233,26 @@ class OutputParser:
 
     def _read_reasoning(self) -> Reading[None]:
         assert self._reasoning is not None
-        end, self.in_reasoning, self._held = self._reasoning.end, True, ""
+        end, self.in_reasoning = self._reasoning.end, True
+        self._held, self._spaces = "", []
         started = False
-        while True:
-            self._held += yield from self._next()
-            if not started:
-                self._held = self._held.lstrip(SPACES)
-            if self._held.endswith(end):
-                self._thoughts.append(self._held[: -len(end)].rstrip(SPACES))
-                break
-            shown = len(self._held[: len(self._held) - overlap(self._held, end)].rstrip(SPACES))
-            started = started or shown > 0
-            self._thoughts.append(self._held[:shown])
-            self._held = self._held[shown:]
-        self.in_reasoning, self._held = False, ""
+        while not self._held.endswith(end):
+            character = yield from self._next()
+            if not self._held and character in SPACES:
+                # White space around the reasoning is dropped.
+                if started:
+                    self._spaces.append(character)
+                continue
+            self._held += character
+            at = len(self._held) - len(end) if self._held.endswith(end) else len(self._held) - overlap(self._held, end)
+            shown = len(self._held[:at].rstrip(SPACES))
+            if shown:
+                self._thoughts += [*self._spaces, self._held[:shown]]
+                self._held, self._spaces, started = self._held[shown:], [], True
+            if self._held.isspace():
+                self._spaces.append(self._held)
+                self._held = ""
+        self.in_reasoning, self._held, self._spaces = False, "", []
         self._after_reasoning = self._at_start = True
 
     # Calls.
@@ -464,12 +484,15 @@ class OutputParser:
 
     def _skip(self, mark: str) -> Reading[None]:
         """Skip white space and `mark`, if they follow."""
-        text = ""
-        while mark and text.lstrip(SPACES) != mark:
-            text += yield from self._next()
-            if not mark.startswith(text.lstrip(SPACES)):
-                self._unread(text)
+        spaces: list[str] = []
+        while mark and (character := (yield from self._next())) in SPACES:
+            spaces.append(character)
+        text = character if mark else ""
+        while text != mark:
+            if not mark.startswith(text):
+                self._unread("".join(spaces) + text)
                 return
+            text += yield from self._next()
 
     def _next_visible(self) -> Reading[str]:
         """Read the next character that is not white space."""
