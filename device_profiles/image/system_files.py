@@ -134,7 +134,8 @@ def make_bundle_store(bundle: Path, scratch: Path) -> Path:
 def _fstab() -> str:
     return (
         f"LABEL={ROOT_LABEL} / ext4 noatime,errors=remount-ro 0 1\n"
-        # Only root reads it: secrets are in it until the first boot.
-        f"LABEL={BOOT_LABEL} {BOOT_DIRECTORY} vfat noatime,umask=0077 0 2\n"
+        # Only root reads it: secrets are in it until the first boot. A board whose boot partition is damaged or slow
+        # starts with the configuration that it has, rather than in an emergency shell that nobody sees.
+        f"LABEL={BOOT_LABEL} {BOOT_DIRECTORY} vfat noatime,umask=0077,nofail,x-systemd.device-timeout=5min 0 2\n"
         "tmpfs /tmp tmpfs nosuid,nodev,size=25% 0 0\n"
     )

@@ -170,6 +170,8 @@ def test_system_files_have_no_password_and_enable_the_service(tmp_path: Path) ->
         "ExecStart=/opt/flexspec/bin/python -m edge_runtime.cli serve"
         in (root / "etc/systemd/system/flexspec-edge.service").read_text()
     )
+    # A boot partition that is missing must not keep a board without a screen from starting.
+    assert "nofail" in next(line for line in (root / "etc/fstab").read_text().splitlines() if "FLEXBOOT" in line)
     settings = read_effective_settings(root / "etc/flexspec/config.toml", {}).settings
     assert settings.planner.profile == "raspberry-pi-4"
 
