@@ -112,6 +112,20 @@ def test_text_is_colored_by_origin_and_counted(tab: Tab, client: openai.OpenAI) 
     assert tab.page.eval_on_selector(f"{TEXT} .accepted", style) == plain
 
 
+def test_text_that_arrives_after_its_events_is_colored(tab: Tab) -> None:
+    tab.set_settings(**GREEDY)
+
+    def hold_back(route: Any) -> None:
+        response = route.fetch()
+        tab.wait_until("/complete|limit/.test(document.querySelector('.answer')?.textContent)")
+        route.fulfill(response=response)
+
+    tab.page.route("**/v1/chat/completions", hold_back)
+    answer = tab.ask(QUESTION)
+    assert len(answer["kinds"]) == len(answer["content"]) > 0
+    assert set(answer["kinds"]) >= set("ac")
+
+
 def test_chats_are_kept_in_the_browser(tab: Tab) -> None:
     answer = tab.ask(QUESTION, **GREEDY)
     colors = TEXT
