@@ -16,6 +16,12 @@ from edge_runtime.protocol.errors import GrammarError
 # How JSON is laid out: as Python's `json.dumps` does, and most JSON in what models read. A grammar that leaves
 # whitespace to the model forces far fewer tokens, and lets a weak model write nothing else.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# The formats of strings that llguidance enforces. By JSON Schema's default any other one is an annotation, such as
+# pydantic's `path` and `password`; llguidance would refuse it.
+FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"))
+# Keywords whose values are schemas by name, and those whose values are data.
+_NAMED_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+_DATA = frozenset(("enum", "const", "default", "examples", "x-guidance"))
 # The converter of GBNF is written in Python and takes time that grows with the square of the number of rules.
 MAX_GBNF_CHARACTERS = 1 << 14
 
@@ -43,7 +49,7 @@ def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = N
         raise GrammarError("no value matches the schema false")
     # llguidance takes objects alone.
     try:
-        text = msgspec.json.encode({} if schema is True else schema).decode()
+        text = msgspec.json.encode({} if schema is True else _without_other_formats(schema)).decode()
     except RecursionError:
         raise GrammarError("the JSON schema is nested too deeply") from None
     # 8 MB of memory: imported with the first grammar, here and below.
@@ -52,6 +58,27 @@ def from_json_schema(schema: JsonSchema | str, layout: dict[str, Any] | None = N
     # A plain dictionary, where llguidance declares a typed one.
     options: Any = JSON_LAYOUT if layout is None else layout
     return LLMatcher.grammar_from_json_schema(text, defaults=options)
+
+
+def _without_other_formats(value: Any, *, is_schema: bool = True) -> Any:
+    """Drop the formats that llguidance does not know.
+
+    Args:
+        value: a schema, a list of schemas, or, unless `is_schema`, schemas by name.
+    """
+    if isinstance(value, list):
+        return [_without_other_formats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if not is_schema:
+        return {name: _without_other_formats(schema) for name, schema in value.items()}
+    return {
+        keyword: content
+        if keyword in _DATA
+        else _without_other_formats(content, is_schema=keyword not in _NAMED_SCHEMAS)
+        for keyword, content in value.items()
+        if keyword != "format" or not isinstance(content, str) or content in FORMATS
+    }
 
 
 def from_regex(regex: str) -> str:

@@ -282,3 +282,20 @@ def test_a_budget_ends_a_text_whose_masks_take_too_long(toy_grammars: GrammarCom
         for index in range(1000):
             impatient.allowed(ids[:index])
     assert patient.allowed(ids) is not None
+
+
+def test_formats_that_nobody_enforces_are_annotations(toy: Tokenizer, toy_grammars: GrammarCompiler) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "format": {"type": "string", "format": "path", "enum": ["a", "b"]},
+            "data": {"const": {"format": "path"}},
+            "day": {"type": "string", "format": "date"},
+        },
+        "required": ["format", "data", "day"],
+        "additionalProperties": False,
+    }
+    matcher = GrammarMatcher(toy_grammars.compile(grammar_sources.from_json_schema(schema)))
+    for day, matches in (("2024-02-29", True), ("2024-02-31", False), ("today", False)):
+        text = f'{{"format": "a", "data": {{"format": "path"}}, "day": "{day}"}}'
+        assert (matcher.allowed(toy.encode(text).ids) is not None) == matches
