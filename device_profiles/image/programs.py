@@ -11,8 +11,15 @@ from typing import Any
 
 from edge_runtime.protocol.errors import FlexSpecError
 
-# Program, and the Debian package that it is in.
+# Program, and the Debian package that it is in, unless that has the same name.
 PACKAGES = {
+    "bmaptool": "bmap-tools",
+    "e2fsck": "e2fsprogs",
+    "fsck.vfat": "dosfstools",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "systemd-analyze": "systemd",
     "apt-get": "apt",
     "apt-cache": "apt",
     "debugfs": "e2fsprogs",
