@@ -273,6 +273,7 @@ def test_the_lexers_limit_ends_no_text_that_fits_into_it(
             ids.append(pick.choice(allowed))
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_text_whose_masks_take_too_long(toy_grammars: GrammarCompiler) -> None:
     # The whole text is forced, and llguidance splits it into tokens again for every mask.
     compiled = toy_grammars.compile('start: "' + "ab" * 20_000 + '"\n')
