@@ -101,6 +101,9 @@ class TextChange(msgspec.Struct, frozen=True):
         return parts or [content]
 
 
+NO_CHANGE = TextChange("")
+
+
 class AnswerAbandoned(Exception):
     """The client disconnected before the answer was complete."""
 

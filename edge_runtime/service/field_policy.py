@@ -12,7 +12,7 @@ The fields that are implemented are those of the structs in `requests`; `field_r
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -20,7 +20,7 @@ from edge_runtime.service.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-EndpointName = Literal["chat", "completions"]
+EndpointName = Literal["chat", "completions", "responses"]
 IGNORED_HEADER = "x-ignored-fields"
 # Names shown of ignored fields; chosen.
 MAX_SHOWN_NAMES = 20
@@ -33,12 +33,12 @@ class RefusedField(NamedTuple):
     Attributes:
         neutral: values that change nothing, in addition to null.
         advice: what to do instead.
-        endpoint: where it is refused; None for both endpoints.
+        endpoints: where it is refused.
     """
 
     neutral: tuple[Any, ...] = ()
     advice: str = "leave it out"
-    endpoint: EndpointName | None = None
+    endpoints: tuple[EndpointName, ...] = get_args(EndpointName)
 
 
 # Known fields of OpenAI's API, vLLM, llama-server and ollama without an effect here.
@@ -47,6 +47,8 @@ IGNORED_FIELDS = frozenset(
         # OpenAI: accounting, storage, caching, and a guess of the answer that would only make it faster.
         *("user", "metadata", "store", "service_tier", "verbosity", "safety_identifier", "moderation"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
+        # Of OpenAI's own tools, which are refused.
+        "max_tool_calls",
         # vLLM: scheduling, caching, and the form of the answer.
         *("priority", "request_id", "session_id", "cache_salt", "kv_transfer_params", "ec_transfer_params"),
         *("vllm_xargs", "skip_special_tokens", "spaces_between_special_tokens", "return_tokens_as_token_ids"),
@@ -63,15 +65,26 @@ IGNORED_FIELDS = frozenset(
 )
 REFUSED_FIELDS: dict[str, RefusedField] = {
     # OpenAI.
-    "suffix": RefusedField(("",), "the models here continue a text and do not fill gaps", "completions"),
-    "best_of": RefusedField((1,), "use n", "chat"),
-    "echo": RefusedField((False,), endpoint="chat"),
-    "add_special_tokens": RefusedField((False,), "the chat template writes them", "chat"),
+    "suffix": RefusedField(("",), "the models here continue a text and do not fill gaps", ("completions",)),
+    "best_of": RefusedField((1,), "use n", ("chat", "responses")),
+    "echo": RefusedField((False,), endpoints=("chat", "responses")),
+    "add_special_tokens": RefusedField((False,), "the chat template writes them", ("chat", "responses")),
     "audio": RefusedField((), "the answer is text"),
     "modalities": RefusedField((["text"],), "the answer is text"),
     "functions": RefusedField(([],), "use tools"),
     "function_call": RefusedField(("none", "auto"), "use tool_choice"),
     "web_search_options": RefusedField(),
+    "n": RefusedField((1,), "send a request for each answer", ("responses",)),
+    "messages": RefusedField((), "use input", ("responses",)),
+    "prompt": RefusedField((), "use input", ("responses",)),
+    "max_tokens": RefusedField((), "use max_output_tokens", ("responses",)),
+    "max_completion_tokens": RefusedField((), "use max_output_tokens", ("responses",)),
+    "response_format": RefusedField((), "use text.format", ("responses",)),
+    "logprobs": RefusedField((False,), "use top_logprobs", ("responses",)),
+    "background": RefusedField((False,), endpoints=("responses",)),
+    "conversation": RefusedField((), "use previous_response_id", ("responses",)),
+    "context_management": RefusedField(([],), "shorten the input", ("responses",)),
+    "truncation": RefusedField(("disabled",), "shorten the input", ("responses",)),
     # vLLM.
     "use_beam_search": RefusedField((False,)),
     "length_penalty": RefusedField((1,)),
@@ -113,7 +126,7 @@ def check_fields(fields: dict[str, msgspec.Raw], supported: frozenset[str], endp
     others = [name for name in fields if name not in supported]
     for name in others:
         refused = REFUSED_FIELDS.get(name)
-        if refused and refused.endpoint in (None, endpoint):
+        if refused and endpoint in refused.endpoints:
             _check_neutral(name, fields[name], refused)
     return others
 

@@ -36,7 +36,7 @@ class Middleware:
             self._inner = CORSMiddleware(
                 self._app,
                 allow_origins=rules.origins,
-                allow_methods=("GET", "POST"),
+                allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
                 # A public page needs this to reach a private address; its origin is one that the owner named.
                 allow_private_network=True,

@@ -12,6 +12,8 @@ from edge_runtime.service import conversation, field_policy, openai_schema, requ
 from edge_runtime.service.auth import GUARDED_PATHS
 from edge_runtime.service.errors import ErrorBody
 from edge_runtime.service.monitoring import events
+from edge_runtime.service.responses import requests as responses_requests
+from edge_runtime.service.responses import schema as responses_schema
 
 EVENTS = "text/event-stream"
 HTML = "text/html"
@@ -21,7 +23,7 @@ ERROR_DESCRIPTIONS = {
     "400": "The request is malformed, uses an unsupported feature, or does not fit the model.",
     "401": "The API key is missing or wrong.",
     "403": "The service is local, and the request names another host.",
-    "404": "No such model.",
+    "404": "No such model, or no such response.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "415": "The content type is not JSON.",
@@ -43,8 +45,13 @@ BOARD_EVENT = {
     "required": ["data"],
     "description": "One event of the stream.",
 }
+COMPLETION_EVENTS = "JSON of a {}; [DONE] at the end; or, in the event `error`, an ErrorBody, which ends the stream."
+RESPONSE_EVENTS = (
+    "JSON of the schema with the event's name as `type`; response.completed, response.incomplete or error is the last."
+)
 GENERATION_ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503")
 EVENT_ERRORS = ("401", "403", "429")
+RESPONSE_ERRORS = ("401", "403", "404")
 MODEL_ERRORS = ("401", "403", "404", "500", "502", "503")
 
 
@@ -59,26 +66,32 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
     schema_types = [
         requests.CompletionRequest,
         requests.ChatRequest,
+        responses_requests.ResponsesRequest,
+        *responses_requests.INPUT_ITEMS.values(),
         openai_schema.Completion,
         openai_schema.CompletionChunk,
         openai_schema.ChatCompletion,
         openai_schema.ChatChunk,
+        responses_schema.ResponseObject,
+        responses_schema.AnyStreamedEvent,
+        responses_schema.DeletedResponse,
         openai_schema.OpenAIModel,
         openai_schema.OpenAIModelList,
         events.AnyEvent,
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(schema_types, ref_template=REF)
-    for kind in (requests.CompletionRequest, requests.ChatRequest):
+    for kind in (requests.CompletionRequest, requests.ChatRequest, responses_requests.ResponsesRequest):
         properties = schemas[kind.__name__]["properties"]
         for field in field_policy.IGNORED_FIELDS - properties.keys():
             properties[field] = {"description": "Accepted and ignored."}
         for field, refused in field_policy.REFUSED_FIELDS.items():
-            if refused.endpoint in (None, kind.endpoint):
+            if kind.endpoint in refused.endpoints:
                 properties.setdefault(field, field_policy.refused_schema(refused))
     token = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocabulary_size}
     schemas["TokenIds"] = {"type": "array", "items": token, "minItems": 1}
     schemas["CompletionRequest"]["properties"]["prompt"] = requests.PROMPT_SCHEMA
+    schemas["ResponsesRequest"]["properties"]["input"] = responses_requests.INPUT_SCHEMA
     schemas["ChatMessage"] |= conversation.MESSAGE_SCHEMA
     schemas["ChatRequest"] |= requests.CHAT_SCHEMA
     schemas["CompletionRequest"] |= requests.COMPLETION_SCHEMA
@@ -86,9 +99,22 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
         schemas["ChatRequest"]["properties"]["documents"] = {"enum": [None, []]}
     message = "Generate the next message of a conversation"
     model_name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    response_id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths: dict[str, Any] = {
-        "/v1/completions": _generation("Continue a text", "CompletionRequest", "Completion", "CompletionChunk"),
-        "/v1/chat/completions": _generation(message, "ChatRequest", "ChatCompletion", "ChatChunk"),
+        "/v1/completions": _generation(
+            "Continue a text", "CompletionRequest", "Completion", COMPLETION_EVENTS.format("CompletionChunk")
+        ),
+        "/v1/chat/completions": _generation(
+            message, "ChatRequest", "ChatCompletion", COMPLETION_EVENTS.format("ChatChunk")
+        ),
+        "/v1/responses": _generation(
+            "Generate a response, as a message of a conversation", "ResponsesRequest", "ResponseObject", RESPONSE_EVENTS
+        ),
+        "/v1/responses/{id}": {
+            **_get("Get a response that is kept", JSON, schema_ref("ResponseObject"), *RESPONSE_ERRORS),
+            "delete": _operation("Forget a response", {JSON: schema_ref("DeletedResponse")}, RESPONSE_ERRORS),
+            "parameters": [response_id],
+        },
         "/v1/models": _get("List the verifier's models", JSON, schema_ref("OpenAIModelList"), *MODEL_ERRORS),
         "/v1/models/{model}": {
             **_get("Get one model", JSON, schema_ref("OpenAIModel"), *MODEL_ERRORS),
@@ -107,7 +133,8 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, item in paths.items():
             if path.startswith(GUARDED_PATHS):
-                item["post" if "post" in item else "get"]["security"] = [{"key": []}]
+                for method in item.keys() & {"get", "post", "delete"}:
+                    item[method]["security"] = [{"key": []}]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -121,12 +148,16 @@ def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_templ
     }
 
 
-def _generation(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
-    """Build the item of a path whose POST generates text; the arguments after `summary` are names of schemas."""
-    data = f"JSON of a {chunk}; [DONE] at the end; or, in the event `error`, an ErrorBody, which ends the stream."
+def _generation(summary: str, body: str, answer: str, data: str) -> dict[str, Any]:
+    """Build the item of a path whose POST generates text.
+
+    Args:
+        body, answer: names of schemas.
+        data: what the data of an event is.
+    """
     event = {
         "type": "object",
-        "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string", "description": data}},
+        "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": data}},
         "required": ["data"],
         "description": "One event of the stream.",
     }

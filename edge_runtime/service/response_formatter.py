@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
 
 from edge_runtime.decoding import token_bytes
-from edge_runtime.service.answer import Answer, TextChange
+from edge_runtime.service.answer import NO_CHANGE, Answer, TextChange
 from edge_runtime.service.answer_group import AnswerGroup
+from edge_runtime.service.errors import ApiError
 from edge_runtime.service.openai_schema import (
     AssistantMessage,
     CalledFunction,
@@ -40,18 +42,20 @@ from edge_runtime.service.openai_schema import (
     WholeResponse,
 )
 from edge_runtime.service.shown_tokens import ShownToken
+from edge_runtime.service.sse import AnswerFormatter, ServerEvent
 from edge_runtime.service.tool_calls.parser import CallDelta
 
-NO_CHANGE = TextChange("")
+DONE_EVENT = b"data: [DONE]\n\n"
 
 
-class ResponseFormatter(ABC):
-    """Formats the answers of one request to one endpoint.
+class ResponseFormatter(AnswerFormatter, ABC):
+    """Formats answers as completions of one kind or the other.
 
     Attributes:
         id: of the response; it and the creation time are the same in all chunks.
     """
 
+    end_mark = DONE_EVENT
     id_prefix: str
     response_type: type[WholeResponse[Any]]
     chunk_type: type[ResponseChunk[Any]]
@@ -85,7 +89,6 @@ class ResponseFormatter(ABC):
         """Return the choice of a chunk that has the finish reason of a choice, without its seed."""
 
     def format_response(self, group: AnswerGroup) -> msgspec.Struct:
-        """Format a complete response."""
         choices = [
             _with_seed(group, answer, self.make_choice(answer, answer.take() or NO_CHANGE, index))
             for index, answer in enumerate(group.choices())
@@ -99,47 +102,44 @@ class ResponseFormatter(ABC):
             unverified=unverified,
         )
 
-    def format_chunk(self, group: AnswerGroup, index: int, change: TextChange, *, first: bool) -> msgspec.Struct:
-        """Format a change of the text of one answer; `first` of its changes or not."""
+    def begin_stream(self, group: AnswerGroup) -> list[ServerEvent]:
+        return []
+
+    def stream_change(self, group: AnswerGroup, index: int, change: TextChange, *, first: bool) -> list[ServerEvent]:
         answer = group.answers[index]
-        return self.chunk_type(
+        chunk = self.chunk_type(
             **self._header(group),
             choices=[self.make_chunk_choice(answer, change, index, first=first)],
             usage=self._usage,
             unverified=change.unverified or msgspec.UNSET,
             withdrawn=change.withdrawn or msgspec.UNSET,
         )
+        return [ServerEvent(chunk)]
 
-    def format_last_chunk(self, group: AnswerGroup, index: int) -> msgspec.Struct:
-        """Format the finish reason of one answer, and its timings."""
+    def end_choice(self, group: AnswerGroup, index: int) -> list[ServerEvent]:
+        """Return the finish reason of one answer, and its timings."""
         answer = group.answers[index]
         choice = _with_seed(group, answer, self.make_last_chunk_choice(answer, index))
-        return self.chunk_type(
+        chunk = self.chunk_type(
             **self._header(group),
             choices=[choice],
             usage=self._usage,
             timings=make_timings([answer], [answer]),
             unverified=answer.unverified or msgspec.UNSET,
         )
+        return [ServerEvent(chunk)]
 
-    def format_usage_chunk(self, group: AnswerGroup) -> msgspec.Struct:
-        """Format the token counts alone."""
-        return self.chunk_type(**self._header(group), choices=[], usage=make_usage(group))
+    def end_stream(self, group: AnswerGroup) -> list[ServerEvent]:
+        """Return the token counts alone, if they were announced."""
+        if self._usage is msgspec.UNSET:
+            return []
+        return [ServerEvent(self.chunk_type(**self._header(group), choices=[], usage=make_usage(group)))]
 
-    def _token_text(self, token: int) -> tuple[str, bytes]:
-        data = token_bytes(self._tokenizer, token)
-        return data.decode("utf-8", "replace"), data
+    def stream_error(self, error: ApiError) -> ServerEvent:
+        return ServerEvent(error.body, "error")
 
     def _header(self, group: AnswerGroup) -> dict[str, Any]:
-        first = group.answers[0]
-        version = next((answer.version for answer in group.answers if answer.version), "")
-        return {
-            "id": self.id,
-            "created": self._created,
-            "model": first.request.model or version.partition("@")[0],
-            "system_fingerprint": version,
-            "seed": _signed(first.request.sampling.seed),
-        }
+        return {"id": self.id, "created": self._created, **describe_origin(group)}
 
 
 class CompletionFormatter(ResponseFormatter):
@@ -178,9 +178,9 @@ class CompletionFormatter(ResponseFormatter):
     def _logprobs(self, tokens: tuple[ShownToken, ...], offset: int) -> CompletionLogprobs | None:
         if not self._shown_logprobs:
             return None
-        top = [{self._token_text(token)[0]: value for token, value in each.logprobs.top} for each in tokens]
+        top = [{_token_text(self._tokenizer, token)[0]: value for token, value in each.logprobs.top} for each in tokens]
         return CompletionLogprobs(
-            tokens=[self._token_text(each.token)[0] for each in tokens],
+            tokens=[_token_text(self._tokenizer, each.token)[0] for each in tokens],
             token_logprobs=[each.logprobs.logprob for each in tokens],
             top_logprobs=top if self._shown_logprobs > 1 else None,
             text_offset=[offset + each.offset for each in tokens],
@@ -219,16 +219,32 @@ class ChatFormatter(ResponseFormatter):
     def _logprobs(self, tokens: tuple[ShownToken, ...]) -> ChatLogprobs | None:
         if not self._shown_logprobs:
             return None
-        return ChatLogprobs([self._token_logprob(each) for each in tokens])
+        return ChatLogprobs(describe_tokens(self._tokenizer, tokens))
 
-    def _token_logprob(self, shown: ShownToken) -> ChatTokenLogprob:
-        text, data = self._token_text(shown.token)
+
+def describe_origin(group: AnswerGroup) -> dict[str, Any]:
+    """Return the fields that say what reproduces a response: the model, its exact version, and the seed."""
+    first = group.answers[0]
+    version = next((answer.version for answer in group.answers if answer.version), "")
+    return {
+        "model": first.request.model or version.partition("@")[0],
+        "system_fingerprint": version,
+        "seed": _signed(first.request.sampling.seed),
+    }
+
+
+def describe_tokens(tokenizer: Tokenizer, tokens: Iterable[ShownToken]) -> list[ChatTokenLogprob]:
+    """Return the log-probabilities of tokens of a message."""
+    described = []
+    for shown in tokens:
+        text, data = _token_text(tokenizer, shown.token)
         top = [
             TopTokenLogprob(other, logprob, list(other_data))
             for token, logprob in shown.logprobs.top
-            for other, other_data in [self._token_text(token)]
+            for other, other_data in [_token_text(tokenizer, token)]
         ]
-        return ChatTokenLogprob(text, shown.logprobs.logprob, list(data), top)
+        described.append(ChatTokenLogprob(text, shown.logprobs.logprob, list(data), top))
+    return described
 
 
 def finish_reason(answer: Answer) -> Finish:
@@ -271,6 +287,11 @@ def make_timings(answers: list[Answer], firsts: list[Answer]) -> Timings:
         withdrawn_n=sum(answer.withdrawn_tokens for answer in answers),
         logprobs_bytes=sum(answer.logprobs_bytes for answer in answers) if asked else msgspec.UNSET,
     )
+
+
+def _token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
+    data = token_bytes(tokenizer, token)
+    return data.decode("utf-8", "replace"), data
 
 
 def _call_delta(call: CallDelta) -> ToolCallDelta:

@@ -41,8 +41,12 @@ from edge_runtime.service.parameters import (
     limit_answer,
 )
 from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
-from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter, ResponseFormatter
-from edge_runtime.service.sse import EventStream, stream_answers, wait_for_disconnect
+from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter
+from edge_runtime.service.responses.formatter import ResponsesFormatter
+from edge_runtime.service.responses.requests import ResponsesRequest, rename_fields, to_chat
+from edge_runtime.service.responses.schema import DeletedResponse
+from edge_runtime.service.responses.store import ResponseStore
+from edge_runtime.service.sse import AnswerFormatter, EventStream, stream_answers, wait_for_disconnect
 from edge_runtime.service.state import BoardRuntime, ServiceState
 from edge_runtime.service.structured_output import FREE_TEXT, OutputConstraint, compile_constraint, get_constraint
 from edge_runtime.service.tool_calls.output_format import (
@@ -83,7 +87,7 @@ class AnswerOrder(msgspec.Struct, frozen=True):
     board: BoardRuntime
     prompts: list[list[int]]
     choices: ChoicePlan
-    formatter: ResponseFormatter
+    formatter: AnswerFormatter
     ignored: list[str]
     stop_strings: list[str] = []
     output: OutputFormat = PLAIN_TEXT
@@ -104,10 +108,17 @@ class Routes:
         self._runner = runner
         # One thread, so that the memory of tokenizing is needed for one text at a time.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
-        posts: dict[str, Handler] = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
+        self._responses = ResponseStore()
+        posts: dict[str, Handler] = {
+            "/v1/completions": self._complete,
+            "/v1/chat/completions": self._chat,
+            "/v1/responses": self._respond,
+            "/v1/embeddings": self._refuse_embeddings,
+        }
         gets: dict[str, Handler] = {
             "/v1/models": self._list_models,
             "/v1/models/{model:path}": self._get_model,
+            "/v1/responses/{id}": self._get_response,
             "/healthz": self._get_health,
             "/health": self._get_health,
             "/readyz": self._get_readiness,
@@ -116,9 +127,10 @@ class Routes:
             "/events": self._stream_events,
             **dict.fromkeys(dashboard.PAGE_FILES, dashboard.serve_file),
         }
+        deletes: dict[str, Handler] = {"/v1/responses/{id}": self._delete_response}
         routes = [
             Route(path, self._guarded(handler), methods=[method])
-            for method, handlers in (("POST", posts), ("GET", gets))
+            for method, handlers in (("POST", posts), ("GET", gets), ("DELETE", deletes))
             for path, handler in handlers.items()
         ]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
@@ -143,34 +155,42 @@ class Routes:
         """POST /v1/chat/completions: generate the next message of a conversation."""
         board = self._state.require_board()
         body, ignored = parse_request(await self._read_body(request), ChatRequest)
-        template, tokenizer = board.chat_template, board.draft.tokenizer
-        conversation, options = get_conversation(body.messages), get_chat_options(body)
-        calls, constraint = (
-            get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls),
-            get_constraint(body),
-        )
-        forms = find_forms(template, board.tool_call_form, board.reasoning_form)
+        formatter = ChatFormatter(board.draft.tokenizer, get_logprobs(body), _wants_usage(body))
+        return await self._answer(request, body, await self._make_chat_order(board, body, formatter, ignored))
 
-        def encode() -> tuple[list[int], OutputFormat, str]:
-            prompt = render_prompt(template, conversation, options, forms.tool_calls)
-            output = make_output_format(
-                forms, calls, tokenizer, prompt=prompt, conversation=conversation, options=options
-            )
-            grammar = make_grammar(output, calls, tokenizer, constraint.grammar)
-            return template.encode(tokenizer, prompt), output, grammar
+    async def _respond(self, request: Request) -> Response:
+        """POST /v1/responses: the same in another form, with a memory of earlier responses."""
+        board = self._state.require_board()
+        body, ignored = parse_request(await self._read_body(request), ResponsesRequest)
+        task = to_chat(body, self._responses)
+        formatter = ResponsesFormatter(task, board.draft.tokenizer, self._responses)
+        try:
+            order = await self._make_chat_order(board, task.chat, formatter, ignored)
+            return await self._answer(request, task.chat, order)
+        except ApiError as error:
+            raise rename_fields(error) from None
 
-        ids, output, grammar = await self._run_tokenizer(encode)
-        order = AnswerOrder(
-            board,
-            [ids],
-            get_choices(body),
-            ChatFormatter(tokenizer, get_logprobs(body), _wants_usage(body)),
-            ignored,
-            stop_strings=template.stop_strings,
-            output=output,
-            constraint=OutputConstraint(grammar, "tools" if calls.tools else constraint.field),
-        )
-        return await self._answer(request, body, order)
+    async def _get_response(self, request: Request) -> Response:
+        """GET /v1/responses/{id}: a response that is kept."""
+        if request.query_params.get("stream") == "true":
+            raise ApiError(400, "a response is kept whole: leave out stream", param="stream")
+        response_id = request.path_params["id"]
+        stored = self._responses.get(response_id)
+        if stored is None:
+            raise _unknown_response(response_id)
+        return Response(stored.body, media_type="application/json")
+
+    async def _delete_response(self, request: Request) -> Response:
+        """DELETE /v1/responses/{id}: forget a response."""
+        response_id = request.path_params["id"]
+        if not self._responses.delete(response_id):
+            raise _unknown_response(response_id)
+        return _json_response(DeletedResponse(response_id))
+
+    async def _refuse_embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: there are none."""
+        message = "this service generates text and has no embeddings: ask a server with an embedding model for them"
+        raise ApiError(404, message, code="no_embeddings")
 
     async def _list_models(self, request: Request) -> Response:
         """GET /v1/models: the verifier's models, or the last known ones while it cannot be reached."""
@@ -222,6 +242,38 @@ class Routes:
         """GET /events: recent and live events of the board."""
         return self._state.monitoring.respond(request)
 
+    async def _make_chat_order(
+        self, board: BoardRuntime, body: ChatRequest, formatter: AnswerFormatter, ignored: list[str]
+    ) -> AnswerOrder:
+        """Render and tokenize a conversation, and find out what its answer may be."""
+        template, tokenizer = board.chat_template, board.draft.tokenizer
+        conversation, options = get_conversation(body.messages), get_chat_options(body)
+        calls, constraint = (
+            get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls),
+            get_constraint(body),
+        )
+        forms = find_forms(template, board.tool_call_form, board.reasoning_form)
+
+        def encode() -> tuple[list[int], OutputFormat, str]:
+            prompt = render_prompt(template, conversation, options, forms.tool_calls)
+            output = make_output_format(
+                forms, calls, tokenizer, prompt=prompt, conversation=conversation, options=options
+            )
+            grammar = make_grammar(output, calls, tokenizer, constraint.grammar)
+            return template.encode(tokenizer, prompt), output, grammar
+
+        ids, output, grammar = await self._run_tokenizer(encode)
+        return AnswerOrder(
+            board,
+            [ids],
+            get_choices(body),
+            formatter,
+            ignored,
+            stop_strings=template.stop_strings,
+            output=output,
+            constraint=OutputConstraint(grammar, "tools" if calls.tools else constraint.field),
+        )
+
     def _make_answer_requests(
         self, body: GenerationRequest, order: AnswerOrder, context: int, request_id: str
     ) -> list[AnswerRequest]:
@@ -265,7 +317,7 @@ class Routes:
             group = self._runner.start(requests, order.choices, disconnected)
             if body.stream:
                 await group.wait_for_text(FIRST_TEXT_SECONDS)
-                stream = stream_answers(group, formatter, _wants_usage(body))
+                stream = stream_answers(group, formatter)
                 response: Response = EventStream(stream, disconnected)
             else:
                 await self._wait_until_done(group)
@@ -356,6 +408,11 @@ class Routes:
                 return _error_response(answer)
 
         return handle
+
+
+def _unknown_response(response_id: str) -> ApiError:
+    message = f"no response {response_id[:80]!r} here: it was not stored, or dropped for newer ones or at a restart"
+    return ApiError(404, message, param="id", code="response_not_found")
 
 
 def _wants_usage(body: GenerationRequest) -> bool:

@@ -4,22 +4,59 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import NamedTuple, Protocol
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from edge_runtime.service.answer import NO_CHANGE, TextChange
 from edge_runtime.service.answer_group import AnswerGroup
-from edge_runtime.service.errors import to_api_error
-from edge_runtime.service.response_formatter import NO_CHANGE, ResponseFormatter
+from edge_runtime.service.errors import ApiError, to_api_error
 
-DONE_EVENT = b"data: [DONE]\n\n"
 # A comment that keeps idle connections open while an answer waits for its slot or for the link. Period: chosen.
 WAITING_COMMENT = b": waiting\n\n"
 WAITING_SECONDS = 10.0
 # Line separators of Unicode that JSON does not escape.
 LINE_SEPARATORS = "\x85\u2028\u2029"
+
+
+class ServerEvent(NamedTuple):
+    """One event: its JSON data, and its name if it has one."""
+
+    data: msgspec.Struct
+    name: str = ""
+
+
+class AnswerFormatter(Protocol):
+    """Formats the answers of one request to one endpoint, whole or as a stream.
+
+    Attributes:
+        id: of the response.
+        end_mark: encoded event after the last one of a complete stream.
+    """
+
+    id: str
+    end_mark: bytes
+
+    def format_response(self, group: AnswerGroup) -> msgspec.Struct:
+        """Format a complete response."""
+
+    def begin_stream(self, group: AnswerGroup) -> list[ServerEvent]:
+        """Return the events before any text."""
+
+    def stream_change(self, group: AnswerGroup, index: int, change: TextChange, *, first: bool) -> list[ServerEvent]:
+        """Format a change of one kind of the text of one answer; `first` of its changes or not."""
+
+    def end_choice(self, group: AnswerGroup, index: int) -> list[ServerEvent]:
+        """Return the events at the end of one answer."""
+
+    def end_stream(self, group: AnswerGroup) -> list[ServerEvent]:
+        """Return the events at the end of all answers."""
+
+    def stream_error(self, error: ApiError) -> ServerEvent:
+        """Return the event of an error, which ends the stream."""
 
 
 class EventStream(Response):
@@ -56,10 +93,12 @@ class EventStream(Response):
             self._disconnected.cancel()
 
 
-async def stream_answers(group: AnswerGroup, formatter: ResponseFormatter, include_usage: bool) -> AsyncIterator[bytes]:
-    """Yield the events of a response. An error ends the stream with an `error` event, without `[DONE]`."""
+async def stream_answers(group: AnswerGroup, formatter: AnswerFormatter) -> AsyncIterator[bytes]:
+    """Yield the events of a response. An error ends the stream with an event of its own, without the end mark."""
     begun: set[int] = set()
     try:
+        for event in formatter.begin_stream(group):
+            yield encode_event(*event)
         while True:
             try:
                 update = await group.read(WAITING_SECONDS)
@@ -70,18 +109,21 @@ async def stream_answers(group: AnswerGroup, formatter: ResponseFormatter, inclu
                 break
             index, change = update
             for part in (change or NO_CHANGE).parts() if change or index not in begun else ():
-                yield encode_event(formatter.format_chunk(group, index, part, first=index not in begun))
+                for event in formatter.stream_change(group, index, part, first=index not in begun):
+                    yield encode_event(*event)
                 begun.add(index)
             if change is None:
-                yield encode_event(formatter.format_last_chunk(group, index))
+                for event in formatter.end_choice(group, index):
+                    yield encode_event(*event)
     except ClientDisconnect:
         return
     except Exception as error:
-        yield b"event: error\n" + encode_event(to_api_error(error).body)
+        yield encode_event(*formatter.stream_error(to_api_error(error)))
         return
-    if include_usage:
-        yield encode_event(formatter.format_usage_chunk(group))
-    yield DONE_EVENT
+    for event in formatter.end_stream(group):
+        yield encode_event(*event)
+    if formatter.end_mark:
+        yield formatter.end_mark
 
 
 async def wait_for_disconnect(request: Request) -> None:
@@ -90,9 +132,9 @@ async def wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def encode_event(message: msgspec.Struct) -> bytes:
+def encode_event(message: msgspec.Struct, name: str = "") -> bytes:
     """Encode one event. Unicode line separators are escaped, because many clients split lines there as well."""
     data = msgspec.json.encode(message)
     for character in LINE_SEPARATORS:
         data = data.replace(character.encode(), f"\\u{ord(character):04x}".encode())
-    return b"data: " + data + b"\n\n"
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"

@@ -32,7 +32,15 @@ from edge_runtime.service.parameters import (
     get_stop_strings,
     limit_answer,
 )
-from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
+from edge_runtime.service.requests import (
+    ChatRequest,
+    CompletionRequest,
+    EndpointRequest,
+    GenerationRequest,
+    parse_request,
+)
+from edge_runtime.service.responses.requests import ResponsesRequest, to_chat
+from edge_runtime.service.responses.store import ResponseStore
 from edge_runtime.service.tool_calls.output_format import get_allowed_calls
 
 
@@ -85,6 +93,12 @@ def deep_tool(depth: int) -> dict[str, Any]:
 
 
 HELLO = {"role": "user", "content": "hello"}
+# What a request to each endpoint needs.
+ENDPOINTS: dict[type[EndpointRequest], dict[str, Any]] = {
+    CompletionRequest: {"prompt": "x"},
+    ChatRequest: {"messages": [HELLO]},
+    ResponsesRequest: {"input": "x"},
+}
 BAD_CALL = {"function": {"name": "f", "arguments": "[1"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
@@ -231,14 +245,21 @@ def test_fields_without_effect_are_accepted_and_named() -> None:
     assert get_chat_options(chat_request) == ChatOptions()
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS | REFUSED_FIELDS.keys()))
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_every_field_that_is_not_implemented_may_be_null_or_neutral(name: str, kind: type[GenerationRequest]) -> None:
-    required = {"prompt": "x"} if kind is CompletionRequest else {"messages": [HELLO]}
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in ENDPOINTS
+        for name in sorted(IGNORED_FIELDS | REFUSED_FIELDS.keys())
+        if name not in kind.__struct_fields__
+    ],
+)
+def test_every_field_that_is_not_implemented_may_be_null_or_neutral(kind: type[EndpointRequest], name: str) -> None:
+    required = ENDPOINTS[kind]
     neutral = REFUSED_FIELDS[name].neutral if name in REFUSED_FIELDS else ("anything", 7, {"a": []})
     for value in (None, *neutral):
         request, _ = parse_request(json.dumps(required | {name: value}).encode(), kind)
-        read_parameters(request)
+        read_parameters(to_chat(request, ResponseStore()).chat if isinstance(request, ResponsesRequest) else request)
 
 
 def test_only_unknown_fields_are_logged_without_their_values(caplog: pytest.LogCaptureFixture) -> None:
@@ -265,8 +286,10 @@ def test_a_field_is_implemented_ignored_or_refused() -> None:
     implemented = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
     assert not implemented & IGNORED_FIELDS
     assert not IGNORED_FIELDS & REFUSED_FIELDS.keys()
-    # `best_of` is implemented for one of the two.
-    assert {name for name in implemented & REFUSED_FIELDS.keys() if REFUSED_FIELDS[name].endpoint is None} == set()
+    # `best_of`, for one, is implemented by one endpoint and refused by the others.
+    for kind in ENDPOINTS:
+        refused = {name for name, field in REFUSED_FIELDS.items() if kind.endpoint in field.endpoints}
+        assert not refused & set(kind.__struct_fields__)
 
 
 def test_prompts_are_accepted_in_all_formats() -> None:

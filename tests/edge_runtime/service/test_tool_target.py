@@ -159,6 +159,31 @@ async def test_the_client_accumulates_a_stream(pair: ServicePair) -> None:
     assert message.tool_calls[0].function.parsed_arguments == Weather(place="Rome", days=12)
 
 
+async def test_a_response_has_the_same_as_items(pair: ServicePair) -> None:
+    tools: list[Any] = [{"type": "function", **TOOLS[0]["function"]}]
+    request: dict[str, Any] = {"model": "", "input": MESSAGES, "tools": tools, "temperature": 0}
+    whole = await pair.client.responses.create(**request)
+    async with pair.client.responses.stream(**request) as stream:
+        kinds = [event.type async for event in stream]
+        streamed = await stream.get_final_response()
+    assert [kind for kind in dict.fromkeys(kinds) if "delta" in kind] == [
+        *("response.reasoning_text.delta", "response.output_text.delta", "response.function_call_arguments.delta")
+    ]
+    for response in (whole, streamed):
+        thought, message, call = response.output
+        assert thought.content[0].text == "Hm, a tool {."  # type: ignore[union-attr,index]
+        assert response.output_text == "Let me see {"
+        assert message.type == "message"
+        assert (call.name, call.arguments) == ("get_weather", '{"place": "Rome", "days": 12}')  # type: ignore[union-attr]
+        assert response.usage is not None
+        assert response.usage.output_tokens_details.reasoning_tokens == 6
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}  # type: ignore[union-attr]
+    following = await pair.client.responses.create(
+        model="", input=[result], previous_response_id=whole.id, temperature=0
+    )
+    assert following.status == "completed"
+
+
 async def test_stop_strings_end_the_content_alone(pair: ServicePair) -> None:
     choice = (await pair.client.chat.completions.create(**REQUEST, stop=["{"])).choices[0]
     assert choice.message.reasoning_content == "Hm, a tool {."  # type: ignore[attr-defined]
