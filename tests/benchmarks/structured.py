@@ -1,4 +1,4 @@
-"""Structured output of the real model: `python -m tests.benchmarks.structured`. About ten minutes on two cores.
+"""Structured output of the real model: `python -m tests.benchmarks.structured`. 15 to 40 minutes on two cores.
 
 The example family answers 200 questions, each of ten JSON schemas with twenty subjects, in turn under every plan and
 temperature below, and the package jsonschema judges the answers. A fifth of the questions, without a schema and with
