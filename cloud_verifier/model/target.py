@@ -14,7 +14,6 @@ import transformers
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.general_tier import GeneralRunner
-from cloud_verifier.model.grammar_trial import TriedGrammarCompiler
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
 from cloud_verifier.model.merged_adapter import merge_adapter
@@ -46,6 +45,7 @@ from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
 from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
 from edge_runtime.protocol.bundle import draft_identity
 from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.grammar_trial import TriedGrammarCompiler
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 

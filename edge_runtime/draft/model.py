@@ -28,7 +28,7 @@ from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_chat_format, read_head_ids
 from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError, GrammarError
-from edge_runtime.protocol.grammar import GrammarCompiler
+from edge_runtime.protocol.grammar_trial import TriedGrammarCompiler
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling, common_prefix_length, hash_counters
 
@@ -149,7 +149,7 @@ class OnnxDraft:
                 "export the bundle again"
             )
         self._hash_counters = hash_counters(ids)
-        self.grammars = GrammarCompiler(lambda: self.tokenizer, size, _end_ids(bundle))
+        self.grammars = TriedGrammarCompiler(lambda: self.tokenizer, size, _end_ids(bundle))
 
     @classmethod
     def load(

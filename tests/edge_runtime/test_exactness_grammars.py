@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.api.server import VerifierServer
-from cloud_verifier.model.grammar_trial import TriedGrammarCompiler
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import make_logits_processors
 from cloud_verifier.model.target import Target, load_model
@@ -34,6 +33,7 @@ from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol import grammar_sources
 from edge_runtime.protocol.grammar import GrammarMatcher
+from edge_runtime.protocol.grammar_trial import TriedGrammarCompiler
 from edge_runtime.protocol.logits_processing import make_processor
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.service.tool_calls.forms import tool_call_form

@@ -138,6 +138,11 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any], pa
         ({"guided_regex": "(" * 300 + "a" + ")" * 300}, "guided_regex", "invalid regex"),
         ({"guided_choice": [f"{n} of many" for n in range(3000)]}, "guided_choice", "max is 2000"),
         (
+            {"guided_json": {"allOf": [{"type": "string", "pattern": f"^.*a.{{{count}}}$"} for count in range(30)]}},
+            "guided_json",
+            "too costly",
+        ),
+        (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}},
             "response_format",
             "type",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 from tokenizers import Tokenizer
 
-from cloud_verifier.model.grammar_trial import GrammarTrial, TrialModel
 from edge_runtime.protocol import grammar_sources
 from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar import define_tokenizer
+from edge_runtime.protocol.grammar_trial import GrammarTrial, TrialModel
 from tests.toy_family import FAMILY
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,9 @@ HOSTILE = {
     + ',{"name": "g1000", "lark_grammar": "start: \\"a\\""}]}',
     "time for masks": 'start: "' + "ab" * 100_000 + '"\n',
     "growth": chain(40, "R{0}: R{1} R{1}"),
+    "product of patterns": grammar_sources.from_json_schema(
+        {"allOf": [{"type": "string", "pattern": f"^.*a.{{{count}}}$"} for count in range(30)]}
+    ),
 }
 
 
@@ -69,3 +73,12 @@ def test_an_invalid_grammar_is_refused_with_the_reason(trial: GrammarTrial, mode
 def test_a_costly_but_ordinary_schema_is_accepted(trial: GrammarTrial, model: TrialModel) -> None:
     properties = {f"property_{number}": {"type": "string", "maxLength": 100} for number in range(300)}
     trial.run(model, grammar_sources.from_json_schema({"type": "object", "properties": properties}))
+
+
+def test_the_child_ends_when_no_grammar_needs_it(model: TrialModel) -> None:
+    trial = GrammarTrial(idle_seconds=0.1)
+    trial.run(model, "start: /a/")
+    while trial.running:
+        time.sleep(0.01)
+    trial.run(model, "start: /b/")
+    trial.close()

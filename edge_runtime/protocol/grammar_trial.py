@@ -2,7 +2,7 @@
 
 llguidance bounds some of the work for a grammar, but not all: chains of rules overflow the stack, others take minutes
 or gigabytes. In the child process they only end the child. A grammar that compiles there within the limits does so here
-too, because compiling is deterministic.
+too, because compiling is deterministic. Both ends do this: clients of a board are strangers to it, too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ TRIAL_STACK = 2 << 20
 START_SECONDS = 30.0
 # Refused grammars that are remembered, so that repeating one costs nothing. Chosen.
 REMEMBERED_REFUSALS = 256
+# How long the child stays for the next grammar, with a tokenizer and llguidance of its own in memory. Chosen: clients
+# repeat their grammars, which are tried out once.
+IDLE_SECONDS = 60.0
 
 
 class TrialModel(msgspec.Struct, frozen=True):
@@ -53,9 +56,18 @@ class TrialModel(msgspec.Struct, frozen=True):
 
 
 class GrammarTrial:
-    """A child process in which grammars are tried out, one after the other. Thread-safe; started when it is needed."""
+    """A child process in which grammars are tried out, one after the other. Thread-safe.
 
-    def __init__(self) -> None:
+    The child is started when it is needed, and ended when it has not been for a while.
+    """
+
+    def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
+        """
+        Args:
+            idle_seconds: how long the child stays after a trial.
+        """
+        self._idle_seconds = idle_seconds
+        self._idle_timer: threading.Timer | None = None
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._model: TrialModel | None = None
@@ -68,14 +80,20 @@ class GrammarTrial:
             reason = self._refused.get(key)
             if reason is None:
                 reason = self._try(model, grammar)
+                self._stop_later()
             if reason:
                 self._refused[key] = reason
                 if len(self._refused) > REMEMBERED_REFUSALS:
                     self._refused.popitem(last=False)
                 raise GrammarError(reason)
 
+    @property
+    def running(self) -> bool:
+        """Whether the child runs."""
+        return self._child is not None
+
     def close(self) -> None:
-        """End the child."""
+        """End the child; the next grammar starts another one."""
         with self._lock:
             self._stop()
 
@@ -93,7 +111,7 @@ class GrammarTrial:
         self._stop()
         # Only what the child imports: neither torch nor the state of this process.
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "cloud_verifier.model.grammar_trial"],
+            [sys.executable, "-m", "edge_runtime.protocol.grammar_trial"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -104,7 +122,15 @@ class GrammarTrial:
         self._model = model
         if self._exchange(msgspec.json.encode(model), START_SECONDS) != b"":
             self._stop()
-            raise GrammarError("this verifier cannot try out grammars: its child process does not start")
+            raise GrammarError("grammars cannot be tried out here: the child process does not start")
+
+    def _stop_later(self) -> None:
+        """End the child after the idle time, which begins now."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._idle_timer = threading.Timer(self._idle_seconds, self.close)
+        self._idle_timer.daemon = True
+        self._idle_timer.start()
 
     def _stop(self) -> None:
         if self._child is not None:
@@ -130,7 +156,7 @@ class GrammarTrial:
 
 
 class TriedGrammarCompiler(GrammarCompiler):
-    """Compiles grammars for one target after a trial."""
+    """Compiles grammars for one model after a trial."""
 
     _model: TrialModel
 
@@ -143,7 +169,7 @@ class TriedGrammarCompiler(GrammarCompiler):
         return super()._compile(tokenizer, grammar)
 
 
-# All targets share the child.
+# All models share the child.
 _TRIAL = GrammarTrial()
 atexit.register(_TRIAL.close)
 
