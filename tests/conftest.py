@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,9 @@ TRACES = Path(__file__).resolve().parents[1] / "export" / "example_family" / "ac
 
 # transformers logs to the standard error of its first use: here, not to one that a test captures and closes.
 transformers_logging.get_verbosity()
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that; Ctrl-C must end programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
 torch.set_num_threads(1)
