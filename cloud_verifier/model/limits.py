@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import msgspec
 
@@ -75,8 +76,9 @@ async def check_opening(opening: OpenRequest, target: Target, limits: VerifierLi
             f"of {len(opening.prompt)} ids, {opening.generated} cannot have been generated after a prompt",
             detail={"expected": len(opening.prompt)},
         )
-    _check_ids(opening.prompt, target)
-    _check_ids([*opening.sampling.logit_bias, *opening.sampling.stop_ids], target)
+    _check_ids("prompt", opening.prompt, target)
+    _check_ids("logit_bias", opening.sampling.logit_bias, target)
+    _check_ids("stop_ids", opening.sampling.stop_ids, target)
     if opening.first.round != 0:
         raise VerifierRefused(ErrorCode.ROUND_OUT_OF_ORDER, "the first round is round 0", detail={"expected": 0})
     if opening.first.position != len(opening.prompt):
@@ -126,15 +128,16 @@ def check_round(request: RoundRequest, target: Target, limits: VerifierLimits) -
             )
     if any(index >= len(request.draft) for index in request.siblings):
         raise VerifierRefused(ErrorCode.MALFORMED, "siblings for a draft token that does not exist")
-    _check_ids(request.draft, target)
+    _check_ids("draft", request.draft, target)
     for alternatives in request.siblings.values():
-        _check_ids(alternatives, target)
+        _check_ids("siblings", alternatives, target)
 
 
-def _check_ids(ids: list[int], target: Target) -> None:
+def _check_ids(field: str, ids: Iterable[int], target: Target) -> None:
     largest = max(ids, default=0)
     if largest >= target.vocabulary_size:
         raise VerifierRefused(
             ErrorCode.INVALID_TOKEN,
-            f"token id {largest} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
+            f"{field}: token id {largest} is outside {target.version}'s vocabulary of {target.vocabulary_size}",
+            detail={"field": field},
         )

@@ -93,7 +93,7 @@ class ErrorCode(enum.StrEnum):
     MALFORMED = "malformed", 400  # the body does not parse, or a field has the wrong type or range
     DAMAGED = "damaged", 400  # the checksum is wrong; send the request again
     UNSUPPORTED_VERSION = "unsupported_version", 400  # another protocol version
-    INVALID_TOKEN = "invalid_token", 400  # a token id outside the vocabulary
+    INVALID_TOKEN = "invalid_token", 400  # a token id outside the vocabulary; detail: field
     INVALID_SAMPLING = "invalid_sampling", 400  # a sampling parameter out of range
     INVALID_GRAMMAR = "invalid_grammar", 400  # the grammar is invalid or too costly, also while the text is generated
     DRAFT_TOO_LONG = "draft_too_long", 400  # detail: limit

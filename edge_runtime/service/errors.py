@@ -89,6 +89,8 @@ _CLIENT_ERRORS: dict[str, tuple[int, str | None, str]] = {
     ErrorCode.INVALID_SAMPLING: (400, None, "invalid_sampling"),
     ErrorCode.INVALID_GRAMMAR: (400, None, "invalid_grammar"),
 }
+# Fields of the protocol that hold token ids, and those of requests that they come from.
+_FIELDS = {"logit_bias": "logit_bias", "stop_ids": "stop_token_ids"}
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -112,6 +114,8 @@ def to_api_error(error: Exception) -> ApiError:
             message = f"This model's maximum context length is {limit} tokens. However, {message}."
         if error.code in _CLIENT_ERRORS:
             status, param, code = _CLIENT_ERRORS[error.code]
+            if error.code == ErrorCode.INVALID_TOKEN:
+                param = _FIELDS.get(str(error.detail.get("field")), param)
             return ApiError(status, message, param=param, code=code)
         retry_after = error.retry_after or BRIEF_RETRY_SECONDS
         if error.code == ErrorCode.RATE_LIMITED:

@@ -5,8 +5,8 @@ and `timings`, named as in llama.cpp's server. `system_fingerprint` is the exact
 `response_formatter` fills them.
 
 If the draft model continued alone because no verifier was reachable, `unverified` is the number of characters at the
-end of the text so far that are not verified. In a chunk, `withdrawn` is the number of characters to remove from the end
-of the text before the chunk's own are appended.
+end of the text so far that are not verified; of several choices, each has its own, and the response the sum. In a
+chunk, `withdrawn` is the number of characters to remove from the end of the text before the chunk's own are appended.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: Finish | None = None
     seed: ChoiceSeed = msgspec.UNSET
+    unverified: Count = msgspec.UNSET
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -189,6 +190,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int = 0
     logprobs: ChatLogprobs | None = None
     seed: ChoiceSeed = msgspec.UNSET
+    unverified: Count = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -199,6 +201,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int = 0
     logprobs: ChatLogprobs | None = None
     seed: ChoiceSeed = msgspec.UNSET
+    unverified: Count = msgspec.UNSET
 
 
 class WholeResponse(ResponseHeader, Generic[Choice], frozen=True, kw_only=True):

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from edge_runtime.protocol.bundle import SamplingDefaults
-from edge_runtime.protocol.sampling import MASK_64, Sampling
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.protocol.sampling import MASK_64, Sampling, validate_prompt
 from edge_runtime.service.chat_template import ChatOptions
 from edge_runtime.service.errors import ApiError
 from edge_runtime.service.requests import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
@@ -56,6 +57,14 @@ def get_prompts(request: CompletionRequest) -> list[str | list[int]]:
     if len({isinstance(each, str) for each in prompts}) > 1:
         raise ApiError(400, "prompts must be all texts or all lists of token ids", param="prompt")
     return prompts
+
+
+def check_prompt(prompt: list[int], vocabulary_size: int) -> None:
+    """Raise ApiError (400) unless the ids of a prompt are tokens of the model."""
+    try:
+        validate_prompt(prompt, vocabulary_size)
+    except InputError as error:
+        raise ApiError(400, str(error), param="prompt", code="invalid_token") from None
 
 
 def get_chat_options(request: ChatRequest) -> ChatOptions:

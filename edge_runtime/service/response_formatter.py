@@ -74,7 +74,7 @@ class ResponseFormatter(AnswerFormatter, ABC):
 
     @abstractmethod
     def make_choice(self, answer: Answer, change: TextChange, index: int) -> msgspec.Struct:
-        """Return a choice of a complete response, without its seed.
+        """Return a choice of a complete response as for one choice alone.
 
         Args:
             change: the whole text.
@@ -82,15 +82,15 @@ class ResponseFormatter(AnswerFormatter, ABC):
 
     @abstractmethod
     def make_chunk_choice(self, answer: Answer, change: TextChange, index: int, *, first: bool) -> msgspec.Struct:
-        """Return the choice of a chunk that has text, without its seed."""
+        """Return the choice of a chunk that has text as for one choice alone."""
 
     @abstractmethod
     def make_last_chunk_choice(self, answer: Answer, index: int) -> msgspec.Struct:
-        """Return the choice of a chunk that has the finish reason of a choice, without its seed."""
+        """Return the choice of a chunk that has the finish reason of a choice as for one choice alone."""
 
     def format_response(self, group: AnswerGroup) -> msgspec.Struct:
         choices = [
-            _with_seed(group, answer, self.make_choice(answer, answer.take() or NO_CHANGE, index))
+            _with_details(group, answer, self.make_choice(answer, answer.take() or NO_CHANGE, index))
             for index, answer in enumerate(group.choices())
         ]
         unverified = sum(answer.unverified for answer in group.choices()) or msgspec.UNSET
@@ -119,7 +119,7 @@ class ResponseFormatter(AnswerFormatter, ABC):
     def end_choice(self, group: AnswerGroup, index: int) -> list[ServerEvent]:
         """Return the finish reason of one answer, and its timings."""
         answer = group.answers[index]
-        choice = _with_seed(group, answer, self.make_last_chunk_choice(answer, index))
+        choice = _with_details(group, answer, self.make_last_chunk_choice(answer, index))
         chunk = self.chunk_type(
             **self._header(group),
             choices=[choice],
@@ -300,11 +300,12 @@ def _call_delta(call: CallDelta) -> ToolCallDelta:
     return ToolCallDelta(call.index, FunctionDelta(call.arguments, call.name), call.id, "function")
 
 
-def _with_seed(group: AnswerGroup, answer: Answer, choice: msgspec.Struct) -> msgspec.Struct:
-    """Add the seed of the answer to its choice if the response has several."""
+def _with_details(group: AnswerGroup, answer: Answer, choice: msgspec.Struct) -> msgspec.Struct:
+    """Add what else is known of one answer to its choice if the response has several."""
     if len(group.answers) == 1:
         return choice
-    return msgspec.structs.replace(choice, seed=_signed(answer.request.sampling.seed))
+    unverified = answer.unverified or msgspec.UNSET
+    return msgspec.structs.replace(choice, seed=_signed(answer.request.sampling.seed), unverified=unverified)
 
 
 def _signed(seed: int) -> int:

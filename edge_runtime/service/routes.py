@@ -32,6 +32,7 @@ from edge_runtime.service.middleware import REQUEST_ID_KEY
 from edge_runtime.service.openapi import build_document
 from edge_runtime.service.parameters import (
     ChoicePlan,
+    check_prompt,
     get_chat_options,
     get_choices,
     get_logprobs,
@@ -144,6 +145,8 @@ class Routes:
         tokenizer = board.draft.tokenizer
         special = body.add_special_tokens is not False
         ids = [each if isinstance(each, list) else await self._tokenize(board, each, special) for each in prompts]
+        for each_ids in ids:
+            check_prompt(each_ids, board.draft.manifest.architecture.vocabulary_size)
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]

@@ -142,6 +142,14 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-5")
 
 
+@pytest.mark.parametrize("field", ["prompt", "logit_bias", "stop_token_ids"])
+def test_a_token_that_does_not_exist_is_refused_by_field(url: str, field: str) -> None:
+    value = {"2048": 1.0} if field == "logit_bias" else [2048]
+    response = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 1, field: value}, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, field, "invalid_token")
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "code"),
     [
@@ -150,7 +158,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"n": 0}, openai.BadRequestError, "invalid_parameter"),
         ({"n": 100}, openai.BadRequestError, "invalid_request"),
         ({"prompt": "x " * 5000}, openai.BadRequestError, "context_length_exceeded"),
-        ({"prompt": [2048]}, openai.BadRequestError, "invalid_request"),
+        ({"prompt": [2048]}, openai.BadRequestError, "invalid_token"),
         ({"prompt": [2048], "extra_body": {"speculation": False}}, openai.BadRequestError, "invalid_token"),
         ({"prompt": "x" * 2_000_000}, openai.APIStatusError, "body_too_large"),
         ({"extra_body": {"use_beam_search": True}}, openai.BadRequestError, "unsupported_parameter"),

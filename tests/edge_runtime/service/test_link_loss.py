@@ -137,6 +137,17 @@ async def test_an_answer_completed_without_a_verifier_is_marked_unverified(
         assert last["choices"][0]["finish_reason"] == "length"
 
 
+async def test_each_of_several_choices_says_how_much_of_it_is_unverified(target: Target, draft: OnnxDraft) -> None:
+    async with service_pair(target, draft) as pair:
+        await pair.verifier.stop()
+        body = BODY | {"on_link_loss": "draft", "max_tokens": 8, "temperature": 1, "seed": 3, "n": 2}
+        async with httpx.AsyncClient(timeout=300.0) as client:
+            answer = (await client.post(f"{pair.url}/v1/completions", json=body)).json()
+        sizes = [len(choice["text"]) for choice in answer["choices"]]
+        assert [choice["unverified"] for choice in answer["choices"]] == sizes
+        assert answer["unverified"] == sum(sizes) > 0
+
+
 async def test_a_stop_string_in_unverified_text_ends_the_answer(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         await pair.verifier.stop()
