@@ -60,7 +60,8 @@ class OccurrencePenaltyLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Lower the scores of generated tokens: (1, V) -> (1, V)."""
         counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1]).double()
-        return scores - (self._frequency * counts + self._presence * (counts > 0)).float()
+        # In float64: PyTorch would compute the product of a number and a truth value in float32.
+        return scores - (self._frequency * counts + self._presence * (counts > 0).double()).float()
 
 
 class GrammarLogitsProcessor(LogitsProcessor):

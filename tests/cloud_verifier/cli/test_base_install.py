@@ -53,7 +53,10 @@ def run_without(packages: str, *arguments: str, cwd: Path) -> subprocess.Complet
 )
 def test_commands_that_need_no_extra(arguments: str, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    (tmp_path / "root" / "etc" / "systemd" / "system").mkdir(parents=True)
+    # A board's file system, of which the service needs an interpreter and the target.
+    for directory in ("etc/systemd/system", "usr/bin", "srv/target"):
+        (tmp_path / "root" / directory).mkdir(parents=True)
+    (tmp_path / "root" / "usr" / "bin" / "python3").touch(0o755)
     result = run_without(ALL_EXTRAS, *arguments.split(), cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -312,4 +312,5 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path
 
 def test_tree_segments_are_greedy_by_default(tiny_loaded: LoadedTarget) -> None:
     segment = tiny_loaded.target.tree_segment(CachedSequence(), TokenTree(1, 1, [], {}))
-    assert segment.sampling == GREEDY
+    assert segment.sampling is not None
+    assert segment.sampling.parameters == GREEDY
