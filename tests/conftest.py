@@ -44,6 +44,8 @@ torch.set_num_threads(1)
 settings.register_profile(
     "flexspec", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
+# For `make test-quick`: a few examples where a test does not say how many it needs.
+settings.register_profile("quick", settings.get_profile("flexspec"), max_examples=10)
 settings.load_profile("flexspec")
 
 

@@ -142,6 +142,16 @@ class Terminal:
         self._read += found.end()
         return text
 
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C until `pattern` appears: Python notices one that comes while it reads a key with the next."""
+        end = time.monotonic() + LIMIT_SECONDS
+        while not re.search(pattern, self.shown[self._read :]):
+            assert time.monotonic() < end, self.shown
+            self.type("\x03")
+            if select.select([self._file], [], [], 2.0)[0]:
+                self.shown += os.read(self._file, 65536).decode(errors="replace")
+        self.expect(pattern)
+
     _read = 0
 
     def wait(self) -> int:
@@ -190,8 +200,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(bundle: Path) -> None:
             connection.close()
         terminal.type("half a line")
         terminal.expect("half a line")
-        terminal.type("\x03")
-        terminal.expect(r"/quit leaves")
+        terminal.interrupt(r"/quit leaves")
         terminal.expect(PROMPT)
         terminal.type("/quit\n")
         assert terminal.wait() == 0
