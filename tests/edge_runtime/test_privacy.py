@@ -138,6 +138,7 @@ def documented_fields(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"`([\w-]+)`", row.split("|")[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [("--num-assistant-tokens", "5", "--siblings", "2"), ("--policy", "analytic")])
 def test_requests_hold_only_the_documented_fields(
     target_v1: Target, family: Path, tmp_path: Path, plan: tuple[str, ...], capsys: pytest.CaptureFixture[str]

@@ -163,6 +163,7 @@ def test_presets_match_the_simulator(network: Network) -> None:
     retry(check)
 
 
+@pytest.mark.slow
 def test_unplugged_link_drops_packets_silently(network: Network) -> None:
     network.set_conditions(steady_conditions(0.002))
     with network.inside("cloud"):

@@ -91,6 +91,7 @@ def active_aliases(reply: TargetsReply) -> dict[str, str]:
     return {alias: version.partition("@")[0] for alias, version in reply.active_aliases.items()}
 
 
+@pytest.mark.slow
 def test_only_admins_are_authorized(registry: Registry, tokens: dict[str, str], tmp_path: Path) -> None:
     with serve_registry(registry, tmp_path / TOKENS) as url:
         for token, status, code in (

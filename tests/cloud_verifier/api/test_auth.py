@@ -277,6 +277,7 @@ def test_one_session_too_many_closes_the_least_recently_used_of_the_principal(
             session.run_round()
 
 
+@pytest.mark.slow
 async def test_a_principal_whose_sessions_are_all_busy_is_rate_limited(
     tiny: Target, tokens: Path, add_token: AddToken
 ) -> None:

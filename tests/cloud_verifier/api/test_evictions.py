@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
@@ -61,6 +63,7 @@ def test_a_prompt_that_can_never_fit_evicts_no_session(tiny: Target) -> None:
         session.run_round()
 
 
+@pytest.mark.slow
 async def test_the_verifier_is_overloaded_if_all_sessions_are_busy(tiny: Target) -> None:
     async with connected(tiny, VerifierLimits(max_sessions=1)) as client:
         busy = messages.encode(opening(sampling=ENDLESS, n=500, stream=True), MSGPACK)

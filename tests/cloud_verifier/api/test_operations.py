@@ -151,6 +151,7 @@ def test_the_log_contains_the_request_id_and_no_tokens_of_texts(tiny: Target, ca
 # Overload
 
 
+@pytest.mark.slow
 async def test_load_is_shed_while_rounds_wait_too_long(tiny: Target, reference_text: ReferenceText) -> None:
     target = ObservedTarget(tiny)
     headers = {"content-type": MSGPACK}
@@ -295,6 +296,7 @@ async def test_a_board_continues_at_its_next_verifier_when_one_drains(
         assert session.ids == PROMPT + reference_text(PROMPT, len(session.ids) - 4, ENDLESS)
 
 
+@pytest.mark.slow
 async def test_a_board_waits_for_its_only_verifier_to_return(tiny: Target, reference_text: ReferenceText) -> None:
     async with (
         draining_service(tiny) as (service, server),

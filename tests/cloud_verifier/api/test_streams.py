@@ -25,6 +25,7 @@ from tests.cloud_verifier.protocol_client import PROMPT, connected, opening
 ENDLESS = Sampling(ignore_eos=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("media_type", [MSGPACK, JSON])
 async def test_streamed_frames_add_up_to_the_whole_reply(
     tiny: Target, reference_text: ReferenceText, media_type: str
@@ -66,6 +67,7 @@ async def test_a_streamed_opening_begins_with_the_open_reply(tiny: Target, refer
         assert [token for frame in frames for token in frame.tokens] == reference_text(PROMPT, 60, ENDLESS)
 
 
+@pytest.mark.slow
 async def test_concurrent_boards_get_their_own_texts(tiny: Target, reference_text: ReferenceText) -> None:
     async with connected(tiny) as client:
 

@@ -61,6 +61,7 @@ def test_commands_that_need_no_extra(arguments: str, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_tokens_and_listings_need_no_extra(tmp_path: Path) -> None:
     for arguments in ("add board", "list", "revoke board"):
         result = run_without(ALL_EXTRAS, "token", *arguments.split(), "--tokens", "tokens.toml", cwd=tmp_path)
@@ -101,6 +102,7 @@ def example_commands(description: str) -> list[list[str]]:
     return [command for command in words if command[:1] == ["cloud-verifier"]]
 
 
+@pytest.mark.slow
 def test_the_examples_of_token_run_as_printed(tmp_path: Path) -> None:
     for _, *arguments in example_commands(token.DESCRIPTION):
         if arguments[0] == "token":

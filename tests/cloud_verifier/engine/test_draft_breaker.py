@@ -104,6 +104,7 @@ def metric_sum(url: str, name: str) -> float:
     return sum(values)
 
 
+@pytest.mark.slow
 def test_ignored_drafts_do_not_change_the_text_and_good_drafts_close_the_breaker(
     tiny: Target, reference_text: ReferenceText
 ) -> None:

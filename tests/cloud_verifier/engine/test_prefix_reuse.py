@@ -135,6 +135,7 @@ def test_another_token_does_not_see_what_is_cached(
     assert cached == [0, 0, 49]
 
 
+@pytest.mark.slow
 async def test_a_prefix_belongs_to_its_version(tiny_path: Path, tmp_path: Path) -> None:
     """Versions of one base share pages, but not contents; those of an unloaded version are gone."""
     base = Target(tiny_path, device="cpu", dtype=torch.float32)

@@ -103,6 +103,7 @@ async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference
     assert [len(forward) for forward in target.forwards].count(2) >= 2
 
 
+@pytest.mark.slow
 async def test_a_forward_waits_for_sessions_that_are_expected(tiny: Target) -> None:
     target = RecordingTarget(tiny)
     async with running_scheduler(target, window=3600.0) as scheduler:

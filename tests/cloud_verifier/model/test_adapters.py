@@ -190,6 +190,7 @@ def test_an_adapter_that_peft_cannot_merge_is_refused(base: Path, tmp_path: Path
         load(adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_adapter_whose_tensors_have_no_place_is_refused(base: Path, tmp_path: Path, shared: bool) -> None:
     adapter = save_adapter(base, tmp_path / "tuned", target_modules=ATTENTION)

@@ -72,6 +72,7 @@ def pool_of(scheduler: Scheduler) -> GeneralCachePool:
     return pool
 
 
+@pytest.mark.slow
 def test_how_the_models_verify_drafts(tmp_path: Path) -> None:
     """The tests of this module cover what they say."""
     runners = {name: LoadedModel(save_architecture(tmp_path / name, name)).runner for name in MODELS}
@@ -85,6 +86,7 @@ def test_how_the_models_verify_drafts(tmp_path: Path) -> None:
     assert crops == {TOKEN_BY_TOKEN: False, SNAPSHOTS: False, CROPPING: True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_is_right", [True, False])
 def test_rejected_rows_leave_no_trace(loaded: LoadedModel, draft_is_right: bool) -> None:
     pool, sequence = loaded.runner.shape.make_pool(1000), CachedSequence()
@@ -107,6 +109,7 @@ def test_rejected_rows_leave_no_trace(loaded: LoadedModel, draft_is_right: bool)
     assert pool.used_bytes == 0
 
 
+@pytest.mark.slow
 async def test_an_end_of_text_token_in_a_draft_ends_the_text(loaded: LoadedModel) -> None:
     text = loaded.text(PROMPT)
     end = text.continuation[2]
@@ -122,6 +125,7 @@ async def test_an_end_of_text_token_in_a_draft_ends_the_text(loaded: LoadedModel
         scheduler.release(session)
 
 
+@pytest.mark.slow
 async def test_caches_beyond_the_bound_are_dropped_and_computed_again(loaded: LoadedModel) -> None:
     texts = [loaded.text([(7 * i + 13 * k + 3) % VOCABULARY_SIZE for i in range(30)]) for k in range(5)]
     async with running_scheduler(loaded.target, window=0.0) as scheduler:
@@ -157,6 +161,7 @@ def test_the_pool_is_bounded_by_the_tokens_that_it_is_made_for(loaded: LoadedMod
         )
 
 
+@pytest.mark.slow
 async def test_a_session_that_was_lost_continues_with_the_same_text(loaded: LoadedModel) -> None:
     text = loaded.text(PROMPT)
     async with running_scheduler(loaded.target) as scheduler:
@@ -170,6 +175,7 @@ async def test_a_session_that_was_lost_continues_with_the_same_text(loaded: Load
         assert ids[len(PROMPT) :] == text.continuation[:done]
 
 
+@pytest.mark.slow
 async def test_a_failing_round_does_not_harm_others_in_its_batch(loaded: LoadedModel) -> None:
     target = RecordingTarget(loaded.target)
     runner = loaded.runner
@@ -256,6 +262,7 @@ def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
         Target(path, device="cpu", dtype=torch.float32)
 
 
+@pytest.mark.slow
 async def test_a_lost_session_of_a_model_that_remembers_its_prompt(tmp_path: Path) -> None:
     """Doge reads a prompt differently from the tokens that follow: over HTTP, the board says where the prompt ended."""
     loaded = LoadedModel(save_architecture(tmp_path / "model", "doge"))
@@ -276,6 +283,7 @@ async def test_a_lost_session_of_a_model_that_remembers_its_prompt(tmp_path: Pat
     assert [session.recoveries for session in sessions] == [3, 3]
 
 
+@pytest.mark.slow
 async def test_prompts_that_transformers_cannot_read_at_once_are_read_in_parts(tmp_path: Path) -> None:
     """The text of a short prompt, and of the same prompt with its first tokens as one long prompt."""
     loaded = LoadedModel(save_architecture(tmp_path / "model", "xlstm", **XLSTM))

@@ -258,6 +258,7 @@ def logits(directory: Path, ids: Sequence[int] = range(200)) -> torch.Tensor:
         return model(input_ids=torch.tensor([list(ids)])).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_an_unquantized_model_is_the_original(model_type: str, tied: bool, convert: Callable[..., Any]) -> None:
@@ -357,6 +358,7 @@ def test_the_cache_follows_the_standard(tmp_path: Path) -> None:
         cache_directory({})
 
 
+@pytest.mark.slow
 def test_commands_take_gguf_files_and_convert_them_once(
     tmp_path: Path,
     trained: dict[str, dict[str, Any]],

@@ -25,6 +25,7 @@ def inspect(path: Path, **options: Any) -> dict[str, Finding]:
     return {finding.subject: finding for finding in inspect_target(path, **options)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma3", "mistral3", "llama4", "bloom", "gpt_oss", "mamba2", "lfm2"])
 def test_what_is_said_is_what_serving_does(tmp_path: Path, model_type: str) -> None:
     path = save_architecture(tmp_path / "target", model_type)
@@ -36,6 +37,7 @@ def test_what_is_said_is_what_serving_does(tmp_path: Path, model_type: str) -> N
     assert found["context"].figures["context"] == target.context
 
 
+@pytest.mark.slow
 def test_a_large_model_is_cut_down_to_every_kind_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cloud_verifier.model.skeleton.LARGE_PARAMETERS", 0)
     kinds = ["full_attention"] * 11 + ["sliding_attention"]
@@ -68,6 +70,7 @@ def edit(file: str, **settings: Any) -> Callable[[Path], object]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "subject", "words"),
     [
@@ -115,6 +118,7 @@ def test_the_template_and_the_tokens_that_end_a_text(tiny_path: Path, tmp_path: 
     assert "every text has its full length" in inspect(path)["end of text"].found
 
 
+@pytest.mark.slow
 def test_the_command(family: Path, tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(family / "target-v2"), "--draft", str(family / "bundle"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

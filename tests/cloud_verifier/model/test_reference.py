@@ -36,6 +36,7 @@ def other_token(token: int) -> int:
 msgpack_only = pytest.mark.parametrize("client", [MSGPACK], indirect=True)
 
 
+@pytest.mark.slow
 @msgpack_only
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=SAMPLING_NAMES)
 @pytest.mark.parametrize("n", [1, 5])
@@ -73,6 +74,7 @@ def test_drafts_that_are_always_rejected_cost_rounds_only(
     assert session.ids == PROMPT + reference_text(PROMPT, 11)
 
 
+@pytest.mark.slow
 @msgpack_only
 def test_close_calls_are_rare_and_small(client: ProtocolClient) -> None:
     """In float32 few positions are reported, all with a margin below 1e-4."""

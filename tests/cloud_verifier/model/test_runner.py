@@ -93,6 +93,7 @@ def assert_equal_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft", "siblings"),
     [
@@ -175,6 +176,7 @@ def test_sequences_longer_than_a_page(tmp_path: Path, window: int) -> None:
     assert_equal_logits(logits[0], loaded.reference_logits([*ids[5:20], 9]))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32))
 def test_sequences_in_one_forward_do_not_influence_each_other(tiny_loaded: LoadedTarget, seed: int) -> None:

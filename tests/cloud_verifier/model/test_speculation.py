@@ -193,6 +193,7 @@ def test_the_text_equals_reference_decoding(
     assert verifier.target.forwards == rounds + further < rounds * n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "sampling"), [(1, ENDLESS), (3, ENDLESS), (7, ENDLESS), (32, ENDLESS), (7, PENALIZED)]
 )
@@ -245,6 +246,7 @@ def test_the_context_may_end_anywhere_in_speculated_tokens(
     assert session.ids == prompt + reference_text(prompt, 512 - prompt_length, ENDLESS)
 
 
+@pytest.mark.slow
 def test_concurrent_sessions_keep_their_own_drafts(
     verifier: SpeculatingVerifier, reference_text: ReferenceText
 ) -> None:
@@ -291,6 +293,7 @@ def test_short_rounds_create_no_session_draft(verifier: SpeculatingVerifier) -> 
     assert verifier.session_draft(session) is not None
 
 
+@pytest.mark.slow
 def test_the_target_continues_alone_past_the_drafts_context(
     tiny: Target, make_tiny_bundle: MakeBundle, reference_text: ReferenceText, tmp_path: Path
 ) -> None:
@@ -303,6 +306,7 @@ def test_the_target_continues_alone_past_the_drafts_context(
         assert verifier.client.open(long, ENDLESS, n=20).ids == long + reference_text(long, 20, ENDLESS)
 
 
+@pytest.mark.slow
 def test_the_target_continues_alone_after_a_draft_failure(
     tiny: Target,
     make_tiny_bundle: MakeBundle,

@@ -214,6 +214,7 @@ def test_shards_that_contradict_their_index_are_refused(family: Path, tmp_path: 
         check_compatibility(sharded, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("special", "count"), [(True, 2), (False, 1), (True, 20)])
 def test_added_special_tokens_lock_out_no_draft(family: Path, tmp_path: Path, special: bool, count: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(family / "target-v1")

@@ -91,6 +91,7 @@ def make_registry(path: Path, *names: str) -> Registry:
     return registry
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(catalog=catalogs())
 def test_catalogs_survive_a_round_trip(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -166,6 +167,7 @@ def test_a_refused_change_changes_nothing(tmp_path: Path) -> None:
     assert registry.file_stamp() != stamp
 
 
+@pytest.mark.slow
 def test_concurrent_processes_lose_no_change(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", ADD_TWENTY_VERSIONS, str(tmp_path), name]) for name in ("a", "b", "c")

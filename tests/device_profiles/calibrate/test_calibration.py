@@ -106,6 +106,7 @@ def test_the_picture_is_svg_with_a_line_for_each_number_of_threads(calibrated: P
     assert "prefers-color-scheme: dark" in (root.findtext(f"{SVG}style") or "")
 
 
+@pytest.mark.slow
 def test_calibrating_again_needs_force(calibrated: Path, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = calibrated.read_bytes()
     capsys.readouterr()
@@ -199,6 +200,7 @@ async def test_a_verifier_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
         await measure_link("http://127.0.0.1:1", 0.0, silent)
 
 
+@pytest.mark.slow
 def test_the_draft_is_measured_until_the_passes_agree(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = read_bundle(family / "bundle")
     monkeypatch.setattr(calibration, "thread_counts", lambda cores: [1])
@@ -222,6 +224,7 @@ def test_the_spread_is_that_of_the_worst_context_and_forgives_one_pass_of_five()
     assert calibration._spread(five) == pytest.approx(0.03 / 1.02)
 
 
+@pytest.mark.slow
 def test_sustained_load_is_sampled_with_heat_clock_and_throttling(
     family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

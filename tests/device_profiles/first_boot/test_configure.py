@@ -239,6 +239,7 @@ def test_a_file_is_checked_anywhere(board: Board, capsys: pytest.CaptureFixture[
     assert not (board.root / "etc/hostname").exists()
 
 
+@pytest.mark.slow
 def test_a_draft_on_the_boot_partition_is_installed_once(
     board: Board, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from device_profiles.first_boot.growth import extend_partition, free_bytes_after
 from device_profiles.image.disk import ALIGNMENT, MIB, assemble, partition_offset
 from tests.device_profiles.programs import require_programs
 
 
+@pytest.mark.slow
 def test_the_last_partition_is_extended_to_the_end_of_the_card(tmp_path: Path) -> None:
     require_programs("sfdisk")
     for name in ("boot", "root"):

@@ -70,6 +70,7 @@ def test_a_mistake_is_found_before_the_first_card(tmp_path: Path, text: str, mes
         fleet(tmp_path, text)
 
 
+@pytest.mark.slow
 def test_a_personal_image_differs_in_its_boot_partition_only(tmp_path: Path) -> None:
     require_programs("fsck.vfat")
     image, block_map = build_small_image(tmp_path)

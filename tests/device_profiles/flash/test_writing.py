@@ -73,6 +73,7 @@ def test_without_a_map_all_blocks_are_written(image: Path, card: Path) -> None:
     assert card.read_bytes()[: image.stat().st_size] == image.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
 def test_compressed_images_are_the_same(image: Path, card: Path, suffix: str) -> None:
     packed = image.with_name(f"disk.img{suffix}")

@@ -51,6 +51,7 @@ def mounted(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_mounted_partition_and_an_image_get_the_same_files(
     tmp_path: Path, mounted: Path, options: CustomiseOptions
 ) -> None:

@@ -30,6 +30,7 @@ def debugfs(image: Path, request: str) -> str:
     return run(["debugfs", "-R", request, image]).stdout
 
 
+@pytest.mark.slow
 def test_the_same_inputs_make_the_same_image(built: Path, tmp_path: Path) -> None:
     image, block_map = build_small_image(tmp_path)
     assert image.read_bytes() == (built / "disk.img").read_bytes()
@@ -64,6 +65,7 @@ def test_the_partition_table_names_both_file_systems(built: Path) -> None:
     assert ImagePartition(image).read("flexspec.toml") is None
 
 
+@pytest.mark.slow
 def test_a_used_card_with_only_the_mapped_blocks_has_no_errors(built: Path, tmp_path: Path) -> None:
     """Zeros that belong to a file system are written; free space keeps what the card had."""
     require_programs("fsck.vfat", "e2fsck")
@@ -84,6 +86,7 @@ def test_a_used_card_with_only_the_mapped_blocks_has_no_errors(built: Path, tmp_
     assert debugfs(tmp_path / "root", "cat /usr/zeros") == "\0" * 300_000
 
 
+@pytest.mark.slow
 def test_bmaptool_accepts_the_block_map(built: Path, tmp_path: Path) -> None:
     require_programs("bmaptool")
     copy = tmp_path / "copy.img"

@@ -55,6 +55,7 @@ def test_archives_may_be_compressed_and_have_a_folder(small: Path, mode: str, fo
     assert unpack(pack(small, mode, folder)) == read_manifest(small)
 
 
+@pytest.mark.slow
 def test_an_archive_of_the_shipped_bundle_is_installed(store: BundleStore, shipped: Path, tmp_path: Path) -> None:
     archive = tmp_path / "bundle.tar"
     archive.write_bytes(pack(shipped, folder="bundle/"))
@@ -122,6 +123,7 @@ def test_a_file_that_is_no_archive_is_refused() -> None:
             unpack(content)
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(["w", "w:gz", "w:bz2", "w:xz"]))
 def test_damaged_archives_are_typed_errors(small: Path, data: st.DataObject, mode: str) -> None:
     content = bytearray(pack(small, mode))
@@ -135,6 +137,7 @@ def test_damaged_archives_are_typed_errors(small: Path, data: st.DataObject, mod
         assert unpack(bytes(content)).files.keys() == read_manifest(small).files.keys()
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.text(max_size=20), st.sampled_from(tarfile.SUPPORTED_TYPES), st.binary(max_size=600))))
 def test_any_members_are_typed_errors(members: list[tuple[str, bytes, bytes]]) -> None:
     content = io.BytesIO()

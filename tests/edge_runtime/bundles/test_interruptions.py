@@ -82,6 +82,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None] | None
             subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_left_as_it_was(
     small_disk: tuple[Path, Callable[[], None] | None], another: Path
 ) -> None:

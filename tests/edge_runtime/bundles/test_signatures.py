@@ -21,6 +21,7 @@ from export.cli.main import main as export
 from tests.edge_runtime.bundles.bundle_files import assert_whole, change, run, spoil
 
 
+@pytest.mark.slow
 def test_with_a_key_only_what_it_signed_is_installed_and_used(
     tmp_path: Path, another: Path, keys: Path, shipped: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_an_unsigned_bundle_already_installed_is_refused_once_a_key_is_configure
         current_bundle(BundleStore(store.path, keys / "maker.pub"))
 
 
+@pytest.mark.slow
 def test_a_file_of_keys_may_hold_the_next_one_too(tmp_path: Path, another: Path, keys: Path) -> None:
     both = tmp_path / "both.pub"
     both.write_bytes((keys / "maker.pub").read_bytes() + (keys / "other.pub").read_bytes())
@@ -90,6 +92,7 @@ def test_keys_that_are_none_are_refused(tmp_path: Path, another: Path, keys: Pat
         sign_bundle(another, keys / "maker.key")
 
 
+@pytest.mark.slow
 def test_keys_and_signatures_by_command(another: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     public, secret = tmp_path / "me.pub", tmp_path / "me.key"
     assert export(["keygen", "--output", str(tmp_path / "me")]) == 0

@@ -48,6 +48,7 @@ def test_a_new_bundle_takes_the_place_of_the_old_one_which_stays(
     assert stat.S_IMODE((store.path / first.name / "model.onnx").stat().st_mode) == 0o644
 
 
+@pytest.mark.slow
 def test_a_bundle_is_located_by_its_name_or_else_as_a_directory(
     store: BundleStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_bundles_name_must_be_fit_for_a_directory(store: BundleStore, another:
     assert_clean(store)
 
 
+@pytest.mark.slow
 def test_what_does_not_work_is_not_installed(store: BundleStore, shipped: Path, another: Path, unfit: Path) -> None:
     good = store.install(shipped).name
     with pytest.raises(BundleUnfit, match=r"failed its self-test: .*does not load.*; nothing was installed"):
@@ -151,6 +153,7 @@ def test_the_previous_bundle_is_used_where_the_current_one_fails(
     assert current_bundle(store).path == store.path / first
 
 
+@pytest.mark.slow
 def test_a_self_test_that_is_killed_or_hangs_takes_nobody_along(store: BundleStore, shipped: Path) -> None:
     installing = start(store.path, shipped)
     child = None

@@ -81,6 +81,7 @@ def test_without_the_chat_model_the_demo_says_how_to_install_it(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

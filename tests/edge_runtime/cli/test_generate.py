@@ -213,6 +213,7 @@ def test_a_refusal_of_the_verifier_names_its_code(verifier: str) -> None:
     assert "[unknown_model]" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_not_an_error(verifier: str) -> None:
     command = f"{sys.executable} -m edge_runtime.cli generate 'import os' --verifier {verifier} | head -c 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
@@ -241,6 +242,7 @@ def test_help_imports_nothing_slow(command: list[str]) -> None:
     assert str(Path(__file__).resolve().parents[3]) not in result.stdout
 
 
+@pytest.mark.slow
 def test_help_has_examples() -> None:
     assert "edge-runtime generate" in run("--help").stdout
     text = " ".join(run("generate", "--help").stdout.split())

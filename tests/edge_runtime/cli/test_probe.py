@@ -87,6 +87,7 @@ def test_failures_are_rendered(tmp_path: Path) -> None:
     assert "1 of 1" in text and "not a whole number: 'hot'" in text and "1 with errors" in text
 
 
+@pytest.mark.slow
 def test_json_prints_one_object() -> None:
     done = probe("--json", *root_options("jetson-orin-nano"))
     assert done.returncode == 0, done.stderr
@@ -101,6 +102,7 @@ def test_json_prints_one_object() -> None:
     assert report["snapshot"]["interfaces"][0]["received_bytes_per_second"] == 0.0
 
 
+@pytest.mark.slow
 def test_programs_are_not_run_for_the_files_of_another_machine() -> None:
     done = probe("--json", *root_options("jetson-orin-nano")[:2])
     assert json.loads(done.stdout)["snapshot"]["modem"] is None
@@ -116,6 +118,7 @@ def test_the_tcp_statistics_of_a_verifier_connection(verifier: str) -> None:
     assert report["snapshot"]["route"]["interface"] == "lo"
 
 
+@pytest.mark.slow
 def test_watch_prints_one_object_per_period() -> None:
     with subprocess.Popen([*COMMAND, "--json", "--watch", "--period", "0.05"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -126,6 +129,7 @@ def test_watch_prints_one_object_per_period() -> None:
     assert [line["snapshot"]["probes"]["route"]["readings"] for line in lines] == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_live_view_in_a_terminal() -> None:
     main, side = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "60"}

@@ -113,6 +113,7 @@ def test_a_board_is_ready_when_it_can_answer_and_feeds_its_watchdog(notify: Noti
         assert process.wait(TIMEOUT_SECONDS) == 0
 
 
+@pytest.mark.slow
 def test_a_board_without_a_draft_is_never_ready(notify: NotifySocket, tmp_path: Path) -> None:
     with started(notify, "edge_runtime.cli", "--bundle", str(tmp_path)) as process:
         assert process.wait(TIMEOUT_SECONDS) == 3
@@ -158,6 +159,7 @@ def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Pa
     assert f"the previous one stays in use: an error in the configuration:\n  {config}:1:" in said
 
 
+@pytest.mark.slow
 def test_a_token_that_is_new_goes_to_no_verifier_of_the_start_in_clear(notify: NotifySocket, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     (tmp_path / "token").write_text("secret")
@@ -187,6 +189,7 @@ def test_a_verifier_is_ready_when_its_target_is(notify: NotifySocket) -> None:
         assert process.wait(TIMEOUT_SECONDS) == 0
 
 
+@pytest.mark.slow
 async def test_a_stalled_service_does_not_feed_the_watchdog(notify: NotifySocket) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": notify.address, "WATCHDOG_USEC": "300000"})
     stalled = 0.0

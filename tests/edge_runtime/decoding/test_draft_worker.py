@@ -62,6 +62,7 @@ async def test_shadow_guesses_equal_what_it_would_have_drafted(
         assert confidence == pytest.approx(guess.confidences[0], abs=1e-5)
 
 
+@pytest.mark.slow
 async def test_without_watch_it_only_prefills(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     _, rounds = await stream(
         target_v1, shipped_draft, Sampling(ignore_eos=True), Plan(0, continuation=24, draft_ahead=1)

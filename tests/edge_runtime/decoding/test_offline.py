@@ -218,6 +218,7 @@ async def test_a_slow_verifier_is_not_a_lost_link(target_v1: Target, shipped_dra
     assert answer.statistics.tokens == 12
 
 
+@pytest.mark.slow
 async def test_cancelling_during_offline_drafting(verifier: RestartableVerifier, shipped_draft: OnnxDraft) -> None:
     async with VerifierClient(verifier.url) as client:
         answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 
 from cloud_verifier.model.target import Target
 from edge_runtime.decoding.generation import Generation
@@ -64,6 +65,7 @@ async def texts(url: str, draft: OnnxDraft, *, cross: bool) -> list[list[int]]:
     return written
 
 
+@pytest.mark.slow
 async def test_a_reply_to_another_session_does_not_change_the_text(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     async with serving(target_v1) as server:
         assert await texts(server.url, shipped_draft, cross=True) == await texts(server.url, shipped_draft, cross=False)

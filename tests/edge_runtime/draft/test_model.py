@@ -237,6 +237,7 @@ def read_manifest_only(path: Path):
     return msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
 
 
+@pytest.mark.slow
 def test_onnxruntime_telemetry_is_disabled(family: Path, tmp_path: Path) -> None:
     """onnxruntime stores and sends usage events unless ORT_DISABLE_TELEMETRY is set before it is loaded."""
     imports = "from pathlib import Path; from edge_runtime.draft.model import OnnxDraft"

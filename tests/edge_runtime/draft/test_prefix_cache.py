@@ -96,6 +96,7 @@ def test_a_copy_is_as_large_as_its_text_needs(draft: OnnxDraft) -> None:
     assert len(longer.ids) == 401
 
 
+@pytest.mark.slow
 async def test_the_next_turn_finds_its_history_on_both_ends(target_v1: Target, family: Path) -> None:
     draft = OnnxDraft.load(family / "bundle", threads=1)
     sampling = Sampling(ignore_eos=True)

@@ -29,6 +29,7 @@ def row(seed: int, spread: float) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(SIZE) * spread).astype(np.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.integers(0, 10**6), st.floats(0.5, 8.0), samplings, st.integers(0, 4000), st.integers(1, 5))
 def test_samples_equal_the_exact_choice(

@@ -30,6 +30,7 @@ def common_suffix_length(one: list[int], other: list[int]) -> int:
     return length
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(texts, st.lists(st.integers(0, 3), min_size=1, max_size=24))
 def test_find_equals_a_brute_force_search(history: list[list[int]], end: list[int]) -> None:
@@ -52,6 +53,7 @@ def test_find_equals_a_brute_force_search(history: list[list[int]], end: list[in
         assert match.share == weights[match.token] / sum(weights.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(texts, st.lists(st.integers(0, 3), min_size=1, max_size=24))
 def test_a_match_occurs_at_its_position(history: list[list[int]], end: list[int]) -> None:

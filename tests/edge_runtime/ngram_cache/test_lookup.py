@@ -179,6 +179,7 @@ def test_cache_and_lookup_are_bounded() -> None:
     assert len(lookup._proposals) < 200
 
 
+@pytest.mark.slow
 def test_concurrent_texts() -> None:
     cache = NgramCache(SIZE, capacity=1024)
     estimates: list[list[float]] = []

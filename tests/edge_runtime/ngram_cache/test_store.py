@@ -72,6 +72,7 @@ def test_the_file_is_bounded_and_drops_the_oldest_texts(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"abc.jsonl", ".lock"}
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_damage_loses_only_the_damaged_lines(tmp_path: Path, data: st.DataObject) -> None:
@@ -111,6 +112,7 @@ def test_a_foreign_file_is_moved_aside_and_counted(tmp_path: Path, content: byte
     assert NgramStore(tmp_path, "abc").read() == RECORDS[:1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_complete_texts(tmp_path: Path) -> None:
     for delay in (0.01, 0.03, 0.08):
         command = [sys.executable, "-c", APPENDING, str(tmp_path), "1000000", "20000"]
@@ -131,6 +133,7 @@ def test_a_killed_process_leaves_complete_texts(tmp_path: Path) -> None:
         erase_stores(tmp_path)
 
 
+@pytest.mark.slow
 def test_several_processes_append_to_one_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", APPENDING, str(tmp_path), "40", "3000"]
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]

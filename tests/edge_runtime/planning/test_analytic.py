@@ -114,6 +114,7 @@ def test_beats_streaming_and_every_fixed_length_if_drafting_pays_off(
     assert planned < min(fixed)
 
 
+@pytest.mark.slow
 def test_shadow_drafting_corrects_a_pessimistic_prior() -> None:
     """The bundle reports a very low acceptance: the planner streams until shadow drafting has shown a higher one."""
     # Twelve texts of 128 tokens are needed to correct this prior.

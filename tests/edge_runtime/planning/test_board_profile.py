@@ -185,6 +185,7 @@ def test_arbitrary_bytes_raise_profile_error(tmp_path: Path, contents: bytes) ->
         read_profile(tmp_path / "board.toml")
 
 
+@pytest.mark.slow
 @given(st.sampled_from(PATHS), TOML_VALUES)
 @quick
 def test_wrong_value_anywhere_raises_profile_error(tmp_path: Path, path: str, value: object) -> None:
@@ -195,6 +196,7 @@ def test_wrong_value_anywhere_raises_profile_error(tmp_path: Path, path: str, va
         assert str(file) in str(error)
 
 
+@pytest.mark.slow
 @given(st.text('[]{}"=.#\n az0_-', max_size=80))
 @quick
 def test_nearly_valid_toml_raises_profile_error(tmp_path: Path, text: str) -> None:
@@ -247,6 +249,7 @@ def test_measured_draft_uses_its_measurements() -> None:
     assert with_threads(profile, 2).draft_seconds(9_000_000, 16) == pytest.approx(9e6 / 5e9)
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.integers(1, 10_000), st.floats(1e-3, 1e3), min_size=1, max_size=6),
     st.lists(st.integers(0, 20_000), min_size=2, max_size=2).map(sorted),

@@ -191,6 +191,7 @@ def test_policy_is_created_by_name() -> None:
     assert isinstance(make_planner("learned", LATENCY, DeviceModel()), LearnedPlanner)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_plans_are_always_valid(data: st.DataObject) -> None:

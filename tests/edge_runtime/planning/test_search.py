@@ -172,6 +172,7 @@ def test_no_drafting_ahead_if_its_energy_is_expensive_or_nothing_fits() -> None:
     assert best_drafted_round(table, msgspec.structs.replace(far, step_seconds=0.2, step=0.2)).plan.draft_ahead == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     st.dictionaries(st.integers(0, CONFIDENCE_BINS - 1), st.floats(0.01, 1.0), min_size=1, max_size=6),

@@ -95,6 +95,7 @@ def test_the_figures_equal_those_of_ss(pair: Pair) -> None:
         assert before.busy_seconds * 1e3 == pytest.approx(float(*value(r"busy:([0-9.]+)ms")), abs=1.0)
 
 
+@pytest.mark.slow
 def test_retransmits_are_those_of_the_kernel() -> None:
     """Segments to a peer whose full queue makes the kernel drop the handshake's end are sent again."""
     with socket.socket() as server:

@@ -191,6 +191,7 @@ def test_a_needed_file_without_a_record_is_refused(path: Path, name: str) -> Non
         read_bundle(path)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150)
 def test_a_damaged_manifest_reads_or_is_a_bundle_error(path: Path, data: st.DataObject) -> None:
@@ -228,6 +229,7 @@ def test_a_manifest_that_is_a_directory(tmp_path: Path) -> None:
 halves = st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(halves, st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
 def test_a_fingerprint_does_not_depend_on_the_storage_type(values: list[float], dtype: torch.dtype) -> None:
     stored = torch.tensor(values, dtype=torch.float32).bfloat16().half().float()  # representable in every type
@@ -235,6 +237,7 @@ def test_a_fingerprint_does_not_depend_on_the_storage_type(values: list[float], 
     assert fingerprint_tensor(stored.to(dtype).float().numpy()) == fingerprint_tensor(stored.numpy())
 
 
+@pytest.mark.slow
 @given(halves, st.data())
 def test_a_fingerprint_covers_every_value(values: list[float], data: st.DataObject) -> None:
     tensor = np.array(values, dtype=np.float32)

@@ -84,6 +84,7 @@ def test_the_documented_vectors() -> None:
     assert list(chosen.values()) == [9, 7, 5, 9, 6]
 
 
+@pytest.mark.slow
 @given(samplings, texts, st.integers(1, 40), st.integers(0, 2**32))
 @settings(max_examples=300)
 def test_the_choice_is_that_of_transformers_processors(
@@ -103,6 +104,7 @@ def test_the_choice_is_that_of_transformers_processors(
     assert coupled(torch.zeros(1, 9, dtype=torch.int64), scores)[0, token.ids[0]] == 0.0
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(samplings, texts, st.lists(ids, max_size=5), st.one_of(st.none(), texts)), min_size=1, max_size=4
@@ -145,6 +147,7 @@ def test_torch_processes_and_chooses_as_numpy(
         assert all(processed_rows[row].tobytes() == each.apply(logits[row]).tobytes() for row, each in changes)
 
 
+@pytest.mark.slow
 @given(samplings, st.lists(texts, min_size=1, max_size=6), st.integers(0, 20))
 @settings(max_examples=200)
 def test_following_a_text_with_rollbacks_equals_a_new_processor(

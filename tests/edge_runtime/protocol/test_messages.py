@@ -135,6 +135,7 @@ def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Mes
         return None
 
 
+@pytest.mark.slow
 @given(any_message, encodings)
 @settings(max_examples=400)
 def test_round_trip(message: Message, media_type: str) -> None:
@@ -206,6 +207,7 @@ def test_a_round_trip_with_any_timings_stays_within_36_bytes(
     assert len(there) + len(back) <= 36 + 4 * (len(draft) + len(tokens))
 
 
+@pytest.mark.slow
 @given(st.lists(frames, max_size=4), encodings, st.data())
 def test_frames_are_split_at_any_chunk_boundaries(sent: list[Frame], media_type: str, data: st.DataObject) -> None:
     stream = b"".join(messages.encode_frame(frame, media_type, index=index) for index, frame in enumerate(sent))
@@ -218,6 +220,7 @@ def test_frames_are_split_at_any_chunk_boundaries(sent: list[Frame], media_type:
     assert not splitter.incomplete
 
 
+@pytest.mark.slow
 @given(st.lists(frames, min_size=2, max_size=4), st.data())
 def test_a_message_that_is_lost_or_repeated_within_a_stream_is_noticed(sent: list[Frame], data: st.DataObject) -> None:
     parts = [messages.encode_frame(frame, MSGPACK, index=index) for index, frame in enumerate(sent)]
@@ -230,6 +233,7 @@ def test_a_message_that_is_lost_or_repeated_within_a_stream_is_noticed(sent: lis
             messages.decode(body, Frame, MSGPACK)
 
 
+@pytest.mark.slow
 @given(frames, encodings, st.data())
 def test_a_truncated_stream_is_incomplete(frame: Frame, media_type: str, data: st.DataObject) -> None:
     stream = messages.encode_frame(frame, media_type, index=0)
@@ -278,6 +282,7 @@ def test_any_bytes_are_varints_or_a_value_error(packed: bytes) -> None:
     assert all(0 <= number < 2**35 for number in numbers)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200), kinds, encodings)
 @settings(max_examples=500)
 def test_garbage_is_refused(body: bytes, kind: type[Message], media_type: str) -> None:
@@ -326,12 +331,14 @@ flat = st.one_of(scalars, st.lists(scalars, max_size=4), st.dictionaries(keys, s
 nested = st.one_of(flat, st.lists(flat, max_size=7), st.dictionaries(keys, flat, max_size=3))
 
 
+@pytest.mark.slow
 @given(st.one_of(nested, st.lists(nested, min_size=3, max_size=10)), kinds)
 @settings(max_examples=400)
 def test_well_formed_msgpack_of_any_shape_is_refused_or_a_message(value: Any, kind: type[Message]) -> None:
     decoded_or_refused(messages.add_checksum(msgspec.msgpack.encode(value)), kind, MSGPACK)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(RoundRequest.__struct_fields__), nested), st.sampled_from([1, "1", None, []]))
 @settings(max_examples=300)
 @example({}, 1)

@@ -209,6 +209,7 @@ def test_the_nucleus_prefers_lower_ids_among_equal_probabilities() -> None:
     assert filter_candidates(np.zeros(4096, dtype=np.float32), Sampling(1.0, top_p=0.25)).tolist() == list(range(1024))
 
 
+@pytest.mark.slow
 @given(logits_rows(), samplings, positions, st.integers(1, 4), st.sampled_from([None, 0, 1]), st.integers(0, 9))
 @settings(max_examples=300)
 def test_rank_equals_the_definition(
@@ -245,6 +246,7 @@ def test_an_improbable_token_wins_with_extreme_noise() -> None:
     assert stats.binomtest(outside, 200, share).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @given(st.data(), samplings, st.integers(1, 3))
 @settings(max_examples=150)
 def test_torch_chooses_as_numpy_ranks(data: st.DataObject, sampling: Sampling, rows: int) -> None:

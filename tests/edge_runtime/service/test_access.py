@@ -139,6 +139,7 @@ def test_errors_always_have_a_code(
         assert error["code"] == code if code else error["code"] == "unsupported_media_type"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["nonsense", "socks5://127.0.0.1:1", "http://127.0.0.1:1"])
 def test_top_ignores_proxies_of_the_environment(url: str, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):

@@ -53,6 +53,7 @@ def test_the_text_equals_that_of_generate(client: openai.OpenAI, verifier: str) 
     assert greedy.choices[0].text == run_generate(verifier, "--max-new-tokens", "24")
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_same_text_and_ends_with_usage(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="", prompt=PROMPT, **SAMPLED)
     stream = client.completions.create(
@@ -264,6 +265,7 @@ def test_malformed_requests_do_no_harm(url: str, data: bytes) -> None:
     assert httpx.get(f"{url}/readyz").text == "ready\n"
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(body=st.binary(max_size=80), path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
 def test_garbage_bodies_are_refused(url: str, body: bytes, path: str) -> None:

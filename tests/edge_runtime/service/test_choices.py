@@ -34,6 +34,7 @@ def compute_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_choices_are_the_answers_of_successive_seeds(client: openai.OpenAI) -> None:
     answer = client.completions.create(prompt=PROMPT, n=3, seed=40, **SAMPLED)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -46,6 +47,7 @@ def test_choices_are_the_answers_of_successive_seeds(client: openai.OpenAI) -> N
     assert answer.timings["predicted_n"] == 36
 
 
+@pytest.mark.slow
 def test_a_stream_carries_all_choices_by_index(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(messages=[{"role": "user", "content": "x"}], n=3, seed=7, **SAMPLED)
     stream = client.chat.completions.create(
@@ -70,6 +72,7 @@ def test_a_stream_carries_all_choices_by_index(client: openai.OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.slow
 def test_several_prompts_are_answered_as_if_alone(client: openai.OpenAI, draft: OnnxDraft) -> None:
     answer = client.completions.create(prompt=[PROMPT, OTHER], n=2, seed=5, echo=True, **SAMPLED)
     alone = [client.completions.create(prompt=each, n=2, seed=5, echo=True, **SAMPLED) for each in (PROMPT, OTHER)]
@@ -83,6 +86,7 @@ def test_several_prompts_are_answered_as_if_alone(client: openai.OpenAI, draft: 
     assert [choice.text for choice in by_ids.choices] == [choice.text for choice in answer.choices]
 
 
+@pytest.mark.slow
 def test_best_of_returns_the_most_probable(client: openai.OpenAI) -> None:
     candidates = client.completions.create(prompt=PROMPT, n=4, seed=11, logprobs=0, **SAMPLED)
     means = [sum(choice.logprobs.token_logprobs) / 12 for choice in candidates.choices]
@@ -174,6 +178,7 @@ def test_no_tokens_return_the_prompt_alone(client: openai.OpenAI) -> None:
     assert ["".join(chunk.choices[0].text for chunk in chunks), last.choices[0].finish_reason] == [PROMPT, "length"]
 
 
+@pytest.mark.slow
 async def test_an_answer_fills_the_context_by_default(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         await pair.client.models.list()
@@ -189,6 +194,7 @@ async def test_an_answer_fills_the_context_by_default(target: Target, draft: Onn
         assert f"maximum context length is {target.context} tokens. However, your prompt" in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_a_context_that_is_not_known_yet_gives_the_same(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         assert pair.service.state.models.context_of("") == 0
@@ -201,6 +207,7 @@ async def test_a_context_that_is_not_known_yet_gives_the_same(target: Target, dr
         assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", target.context)
 
 
+@pytest.mark.slow
 async def test_more_choices_than_slots_take_turns_with_other_requests(target: Target, draft: OnnxDraft) -> None:
     limits = ServiceLimits(max_concurrent=1, max_waiting=8)
     async with service_pair(target, draft, limits) as pair:
@@ -214,6 +221,7 @@ async def test_more_choices_than_slots_take_turns_with_other_requests(target: Ta
         assert (pair.service.queue.running, pair.service.queue.waiting) == (0, 0)
 
 
+@pytest.mark.slow
 async def test_further_choices_do_not_prefill_the_prompt_again(target: Target, draft: OnnxDraft) -> None:
     prompt = [5 + index % 300 for index in range(400)]
     async with service_pair(target, draft, ServiceLimits(max_concurrent=3)) as pair:

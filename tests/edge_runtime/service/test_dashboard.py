@@ -285,6 +285,7 @@ def test_unverified_tokens_are_marked_and_struck_through_when_withdrawn(
         assert answer["content"] == wanted
 
 
+@pytest.mark.slow
 def test_files_are_served_with_a_strict_content_security_policy(url: str) -> None:
     for path, name in dashboard.PAGE_FILES.items():
         plain = httpx.get(url + path, headers={"accept-encoding": "identity"})

@@ -72,6 +72,7 @@ async def test_a_client_that_leaves_the_queue_is_never_served(target: Target, dr
         await wait_until(lambda: pair.verifier.sessions == 0)
 
 
+@pytest.mark.slow
 async def test_an_unreachable_verifier(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         (model,) = (await pair.client.models.list()).data
@@ -166,6 +167,7 @@ async def test_a_full_context_ends_the_answer_with_length(target: Target, draft:
         assert read_metric(pair, 'flexspec_cloud_rounds_total{reason="no_room"}') <= 1
 
 
+@pytest.mark.slow
 async def test_draining_cancels_answers_that_take_too_long(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         stream = await pair.client.completions.create(**LONG_REQUEST, stream=True)
@@ -215,6 +217,7 @@ async def test_readiness_follows_the_link_and_what_happens_without_it(target: Ta
         assert read_metric(pair, "flexspec_link_verifier_reachable") == 1
 
 
+@pytest.mark.slow
 async def test_the_chat_template_of_the_bundle_is_used(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:
     template = "{% for m in messages %}<|endoftext|>{{ m.content }}{% endfor %}"
     chat_template = load_chat_template(write_chat_bundle(tmp_path, ChatFormat({"default": template})))

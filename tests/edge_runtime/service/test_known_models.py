@@ -29,6 +29,7 @@ async def stop_verifier(pair: ServicePair) -> None:
     assert pair.service.client.link_state.reachable is False
 
 
+@pytest.mark.slow
 async def test_models_stay_known_without_a_verifier(
     target: Target, draft: OnnxDraft, short_grace: None, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ async def test_without_anything_else_the_configured_model_is_known(tmp_path: Pat
         assert (model.id, model.version, model.context) == ("my-model", "", 0)
 
 
+@pytest.mark.slow
 async def test_a_request_that_is_not_streamed_fails_with_the_reason(
     target: Target, draft: OnnxDraft, short_grace: None, caplog: pytest.LogCaptureFixture
 ) -> None:

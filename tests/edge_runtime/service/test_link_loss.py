@@ -137,6 +137,7 @@ async def test_an_answer_completed_without_a_verifier_is_marked_unverified(
         assert last["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 async def test_each_of_several_choices_says_how_much_of_it_is_unverified(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         await pair.verifier.stop()
@@ -148,6 +149,7 @@ async def test_each_of_several_choices_says_how_much_of_it_is_unverified(target:
         assert answer["unverified"] == sum(sizes) > 0
 
 
+@pytest.mark.slow
 async def test_a_stop_string_in_unverified_text_ends_the_answer(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         await pair.verifier.stop()

@@ -130,6 +130,7 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any], pa
     assert (refusal.value.status, refusal.value.body.error.param) == (400, param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [

@@ -181,6 +181,7 @@ async def test_every_form_of_calls(target: Target, draft: OnnxDraft, form: str) 
         assert len(read_calls(choice.message.tool_calls)) == 1
 
 
+@pytest.mark.slow
 async def test_reasoning_may_begin_in_the_prompt(target: Target, draft: OnnxDraft) -> None:
     template = thinking_template("<|im_start|>assistant\n{% if enable_thinking is not false %}<think>\n{% endif %}")
     async with service_pair(target, draft, chat_template=template) as pair:

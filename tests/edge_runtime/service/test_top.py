@@ -64,6 +64,7 @@ def test_once(url: str, client: openai.OpenAI) -> None:
     assert "This board drafts 5 tokens" in top("--url", url).stdout
 
 
+@pytest.mark.slow
 def test_once_as_json(url: str, client: openai.OpenAI) -> None:
     client.completions.create(model="", prompt=PROMPT, temperature=0, max_tokens=24)
     done = top("--url", url, "--once", "--json")
@@ -94,6 +95,7 @@ def test_json_prints_every_event_as_a_line(url: str, client: openai.OpenAI) -> N
         assert (process.returncode, error) == (130, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "code"), [("q", 0), ("\x03", 130)])
 def test_live_view_until_a_key_ends_it(url: str, client: openai.OpenAI, key: str, code: int) -> None:
     main_end, child_end = pty.openpty()
@@ -180,6 +182,7 @@ def test_an_api_key_is_never_sent_unencrypted(tmp_path: Path, capsys: pytest.Cap
     assert "unencrypted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_a_board_is_an_error(verifier: str) -> None:
     done = top("--url", verifier, "--once")
     assert done.returncode == 4

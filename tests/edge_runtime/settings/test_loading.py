@@ -358,6 +358,7 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment | environ)
 
 
+@pytest.mark.slow
 def test_check_lists_errors_and_exits_with_2(folder: Path) -> None:
     path = write(folder, "[service]\nport = 8401\n")
     valid = run("check", str(path), STATE_DIRECTORY=str(folder))
@@ -368,6 +369,7 @@ def test_check_lists_errors_and_exits_with_2(folder: Path) -> None:
     assert invalid.stderr.startswith("edge-runtime: 2 errors in the configuration:\n  $FLEXSPEC_DRAFT__THREADS: ")
 
 
+@pytest.mark.slow
 def test_show_prints_equivalent_toml_with_origins(folder: Path) -> None:
     path = write(folder, ALL_SETTINGS)
     shown = run("show", FLEXSPEC_CONFIG=str(path), FLEXSPEC_LOG__LEVEL="error")
@@ -394,6 +396,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
 def test_every_key_is_at_its_position(document: dict[str, Any], multiline: bool) -> None:
     text = tomli_w.dumps(document, multiline_strings=multiline)
@@ -439,6 +442,7 @@ def test_any_text_parses_or_raises_a_toml_error(text: str) -> None:
         assert all(position.line <= text.count("\n") + 1 for position in parsed.positions.values())
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.sampled_from([entry.variable for entry in SETTINGS.values()]),

@@ -70,6 +70,7 @@ def test_footprints_predict_simulated_costs(
         )
 
 
+@pytest.mark.slow
 def test_hindsight_costs_no_more_than_any_static_plan(recorded: list[RecordedText], footprints: PlanFootprints) -> None:
     objective = Objective()
     for step in (0.001, 0.03):

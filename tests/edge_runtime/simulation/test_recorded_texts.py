@@ -28,6 +28,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @given(written=st.lists(texts, min_size=1, max_size=4))
 def test_texts_round_trip(written: list[RecordedText], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.npz"
@@ -71,6 +72,7 @@ def test_arbitrary_bytes_are_refused(content: bytes) -> None:
         read_texts(_Bytes(content, path))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_a_damaged_file_is_refused_or_still_valid(file: Path, data: st.DataObject) -> None:
     content = bytearray(file.read_bytes())

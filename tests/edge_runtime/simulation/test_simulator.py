@@ -37,6 +37,7 @@ def run(ranks: str, plan: Plan, world: World | None = None) -> SimulationResult:
     return simulate([make_text(ranks)], FixedPlanner(plan), world or make_world(), log=True)
 
 
+@pytest.mark.slow
 @given(st.lists(texts, min_size=1, max_size=3), st.lists(plans, min_size=1, max_size=4), st.booleans())
 def test_every_plan_yields_the_whole_text_and_consistent_outcomes(
     texts: list[RecordedText], plans: list[Plan], speculates: bool

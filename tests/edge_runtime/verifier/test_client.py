@@ -60,6 +60,7 @@ def test_invalid_certificate_authorities_are_refused(tmp_path: Path) -> None:
         VerifierClient("https://x", authorities=tmp_path / "none.pem")
 
 
+@pytest.mark.slow
 async def test_an_unreachable_verifier_is_reported() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -71,6 +72,7 @@ async def test_an_unreachable_verifier_is_reported() -> None:
         assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 async def test_a_silent_peer_cannot_exceed_the_deadline() -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()
@@ -202,6 +204,7 @@ def test_truncated_or_corrupted_answers_are_retried(tiny: Target, data: st.DataO
     assert got == wanted
 
 
+@pytest.mark.slow
 async def test_an_answer_to_another_round_is_rejected(tiny: Target) -> None:
     def spoil(number: int, body: bytes) -> list[bytes | Exception]:
         # Byte 2 of a frame is its round number.
@@ -212,6 +215,7 @@ async def test_an_answer_to_another_round_is_rejected(tiny: Target) -> None:
         assert client.retries == 1
 
 
+@pytest.mark.slow
 async def test_a_frame_lost_within_a_stream_is_noticed(tiny: Target) -> None:
     """A damaged HTTP/2 frame can lose a whole message; the messages after it are intact."""
     lost = 0

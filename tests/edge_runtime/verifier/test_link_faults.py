@@ -65,6 +65,7 @@ async def test_a_name_that_does_not_exist() -> None:
     assert "is the name right?" in sentence
 
 
+@pytest.mark.slow
 async def test_a_closed_port() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -73,12 +74,14 @@ async def test_a_closed_port() -> None:
     assert "nothing listens on that port" in sentence
 
 
+@pytest.mark.slow
 async def test_a_silent_peer() -> None:
     async with answering(None) as place:
         fault, _ = await fault_at(f"http://{place}")
     assert fault == Fault.TIMED_OUT
 
 
+@pytest.mark.slow
 async def test_a_truncated_answer() -> None:
     async with answering(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc") as place:
         fault, _ = await fault_at(f"http://{place}")
@@ -94,6 +97,7 @@ async def test_a_captive_portal(answer: bytes) -> None:
     assert "log in" in sentence
 
 
+@pytest.mark.slow
 async def test_a_proxy_without_its_verifier() -> None:
     async with answering(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n") as place:
         fault, _ = await fault_at(f"http://{place}")
@@ -172,6 +176,7 @@ async def test_an_impatient_session_reports_a_fault_at_once() -> None:
     assert client.retries == 0
 
 
+@pytest.mark.slow
 async def test_a_connection_closed_while_idle_is_not_a_fault(tiny: Target) -> None:
     async with serving(tiny) as server, VerifierClient(server.url) as client:
         session = VerifierSession(client, PROMPT, Sampling(ignore_eos=True), patient=False)

@@ -33,6 +33,7 @@ def test_every_fault_has_a_hint_and_an_errno() -> None:
     assert all(number in errno.errorcode for number in ERRNOS.values())
 
 
+@pytest.mark.slow
 async def test_a_verifier_that_is_not_there_is_reported_and_found_again(
     tiny: Target, port: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_graph_that_is_another_function_is_no_bundle(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_a_quantized_anchor_draft_of_every_architecture(model_type: str, tmp_path: Path) -> None:
     """The usual bundle: new and shared blocks, 8 bits, and a tied table that is both embedding and head."""
@@ -111,6 +112,7 @@ def test_a_quantized_anchor_draft_of_every_architecture(model_type: str, tmp_pat
     assert manifest.parity.greedy_agreement > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_anchor_draft_has_the_identity_that_its_target_expects(tied: bool, tmp_path: Path) -> None:
     path = save_target(tmp_path / "target", num_hidden_layers=4, tie_word_embeddings=tied)
@@ -221,6 +223,7 @@ def test_a_killed_run_leaves_no_bundle_and_the_next_one_cleans_up(tiny_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "concat"])
 def test_a_text_longer_than_the_context_is_split(kind: str, tiny_path: Path, tmp_path: Path) -> None:
     config = BundleConfig(tiny_path, tiny_path, kind, "fp32", TEXT, context=32)
@@ -264,6 +267,7 @@ def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["onnx", str(tiny_path), str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 2
 
 
+@pytest.mark.slow
 def test_a_bundle_matches_all_versions_of_its_target(family: Path) -> None:
     bundle = read_bundle(family / "bundle")
     targets = [Target(family / f"target-v{number}", device="cpu", dtype=torch.float32) for number in (1, 2, 3, 4)]

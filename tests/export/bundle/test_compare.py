@@ -82,6 +82,7 @@ def test_existing_results_are_reused(comparison: ComparisonConfig) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_variants_of_other_inputs_are_refused(comparison: ComparisonConfig, tiny_path: Path, tmp_path: Path) -> None:
     config = BundleConfig(tiny_path, tiny_path, "fused", "fp32", TEXT)
     output = tmp_path / "table"
@@ -103,6 +104,7 @@ def test_a_bundle_that_does_not_load_is_an_error(tmp_path: Path) -> None:
         footprint.measure_footprint(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(TEXT)
     arguments = ["forms", str(tiny_path), str(tiny_path), "--text", str(tmp_path / "text"), "--form", "fused-int8"]

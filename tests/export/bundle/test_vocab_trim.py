@@ -110,6 +110,7 @@ def test_a_trimmed_bundle_passes_the_self_test(bundle: Path) -> None:
     assert check_draft(bundle).tokens
 
 
+@pytest.mark.slow
 def test_a_damaged_head_file_is_an_error(bundle: Path, tmp_path: Path) -> None:
     whole = read_bundle(bundle)
 

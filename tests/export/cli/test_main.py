@@ -41,6 +41,7 @@ def test_choices_match_their_definitions() -> None:
     assert len(set(STAGES)) == len(STAGES)
 
 
+@pytest.mark.slow
 def test_help_works_on_the_base_install() -> None:
     done = run_on_base_install("--help")
     assert done.returncode == 0, done.stderr
@@ -52,6 +53,7 @@ def test_help_works_on_the_base_install() -> None:
         assert f"\n    {command} " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [("maker.key",), ("--output", "maker")], ids=str)
 def test_keygen_and_sign_work_on_the_base_install(family: Path, tmp_path: Path, output: tuple[str, ...]) -> None:
     bundle = tmp_path / "bundle"
@@ -67,11 +69,13 @@ def test_keygen_and_sign_work_on_the_base_install(family: Path, tmp_path: Path, 
     assert (bundle / "manifest.sig").is_file()
 
 
+@pytest.mark.slow
 def test_keygen_takes_one_name() -> None:
     assert run_on_base_install("keygen").returncode == 2
     assert run_on_base_install("keygen", "a.key", "--output", "a").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -48,6 +48,7 @@ def as_lists(written: Chats) -> list[tuple[list[int], int]]:
     return written.rows()
 
 
+@pytest.mark.slow
 def test_turns_follow_the_template(writer: ChatWriter, target_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target_path)
     rows = as_lists(writer.write(ChatConfig(6, 100, second_turns=0.0)))
@@ -82,6 +83,7 @@ def test_a_second_turn_continues_the_first(writer: ChatWriter, target_path: Path
         assert len(ids) <= 150
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_those_of_generate(writer: ChatWriter, target_path: Path) -> None:
     """Each alone and without padding."""
     model = load_model(target_path, "cpu", torch.float32)[0]
@@ -90,6 +92,7 @@ def test_greedy_answers_are_those_of_generate(writer: ChatWriter, target_path: P
         assert model.generate(torch.tensor([ids[:start]]), generation_config=greedy)[0].tolist() == ids
 
 
+@pytest.mark.slow
 def test_temperatures_take_turns(writer: ChatWriter, target_path: Path) -> None:
     """At temperature 0 an answer is a function of its prompt; otherwise it also depends on the seed."""
     model = load_model(target_path, "cpu", torch.float32)[0]
@@ -162,6 +165,7 @@ def test_questions_are_first_messages_of_users(writer: ChatWriter) -> None:
         assert len(writer.encode_prompt(messages)) <= chats.MAX_QUESTION_TOKENS
 
 
+@pytest.mark.slow
 def test_another_template(tmp_path: Path) -> None:
     path = save_chat_target(tmp_path / "brackets", BRACKETS)
     tokenizer = AutoTokenizer.from_pretrained(path)

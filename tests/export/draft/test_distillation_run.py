@@ -41,6 +41,7 @@ def config(tmp_path: Path) -> DistillationConfig:
     return DistillationConfig(target=target, plan=SCHEDULE, texts=(text,), siblings=1, samples=150)
 
 
+@pytest.mark.slow
 def test_output_files_and_record(config: DistillationConfig, tmp_path: Path) -> None:
     result = distill(config, tmp_path / "draft", CPU)
     names = {path.name for path in (tmp_path / "draft").iterdir()}
@@ -124,6 +125,7 @@ def test_other_options_do_not_resume_a_run(
         distill(changed, tmp_path / "draft", CPU)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported(config: DistillationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "draft.partial" / WEIGHTS_FILE))
@@ -265,6 +267,7 @@ def test_a_training_starts_from_a_draft(chat_config: DistillationConfig, tmp_pat
     assert (tmp_path / "second" / "draft.json").read_bytes() == (tmp_path / "first" / "draft.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_versions_teach_along(tmp_path: Path) -> None:
     target_path = save_target(tmp_path / "target", num_hidden_layers=3)
     adapted, _ = evolve(

@@ -114,6 +114,7 @@ def test_chats_alone(config: DistillationConfig, target: PreTrainedModel, tmp_pa
             assert AutoTokenizer.from_pretrained(config.target).decode(ids) not in written
 
 
+@pytest.mark.slow
 def test_shares_of_text_samples_and_chats(config: DistillationConfig, target: PreTrainedModel, tmp_path: Path) -> None:
     both = gather(replace(config, chats=6), target, tmp_path / "both")
     assert shares(both) == [TEXT_SHARE, 1 - TEXT_SHARE]
@@ -143,6 +144,7 @@ def test_chats_that_are_kept_serve_further_trainings(
     assert first.held_out_chats == second.held_out_chats
 
 
+@pytest.mark.slow
 def test_too_few_chats_are_an_error(config: DistillationConfig, target: PreTrainedModel, tmp_path: Path) -> None:
     few = replace(config, texts=(), chats=1, plan=TrainingSchedule(1, 1e-3, 4, 400))
     with pytest.raises(InputError, match="1 chats give no text of 400 tokens: ask for more chats"):

@@ -77,6 +77,7 @@ def test_the_estimate_matches_the_built_draft(model_type: str, layout: str) -> N
     assert expected.parameters == sum(parameter.numel() for parameter in draft.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen3", False)])
 def test_the_estimate_matches_the_bundle(tmp_path: Path, model_type: str, tied: bool, weights: str) -> None:
@@ -139,6 +140,7 @@ def test_targets_that_only_drafts_of_another_type_fit(tmp_path: Path, model_type
     assert found["tier"].found.startswith("general" if model_type in ("mamba", "bloom") else "fast")
 
 
+@pytest.mark.slow
 def test_incomplete_checkpoints_are_faults(modify_target: Rewrite) -> None:
     target = modify_target()
     (target / "tokenizer.json").unlink()
@@ -166,6 +168,7 @@ def test_an_untied_head_that_is_not_stored(tmp_path: Path) -> None:
     assert "no lm_head.weight" in faults(target)["head"].found
 
 
+@pytest.mark.slow
 def test_a_bundle_with_another_tokenizer(tiny_path: Path, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "logits: 300, and the draft has 2048"
@@ -175,6 +178,7 @@ def test_a_bundle_with_another_tokenizer(tiny_path: Path, family: Path, capsys: 
     assert "fault" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_impossible_drafts(tiny_path: Path) -> None:
     assert "shares 0 to 1" in faults(tiny_path, shared_blocks=2)["layout"].found
     assert "choose one of anchor" in faults(tiny_path, layout="sideways")["layout"].found

@@ -25,6 +25,7 @@ def find_by_definition(ids: list[int]) -> list[bool]:
 pieces = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(pieces, st.integers(1, 12)), max_size=4))
 def test_matches_the_definition(parts: list[tuple[list[int], int]]) -> None:
     ids = [token for piece, count in parts for token in piece * count]

@@ -18,6 +18,7 @@ from export.evaluate.proposers import OnnxProposer, TargetWriter, TorchProposer
 SAMPLINGS = [Sampling(temperature=t, seed=s) for s, t in enumerate((0.0, 0.7, 1.0))]
 
 
+@pytest.mark.slow
 def test_targets_generate_in_a_batch_what_they_generate_alone(tiny_path: Path) -> None:
     model, _, ends = load_model(tiny_path, "cpu", "float32")
     # Of different lengths, so that some are padded.
@@ -69,6 +70,7 @@ def test_the_boards_runner_and_pytorch_propose_similar_tokens(family: Path, samp
     assert len(ours.candidates) == 60 and all(len(set(row)) == 8 for row in ours.candidates + theirs.candidates)
 
 
+@pytest.mark.slow
 def test_the_ngram_cache_grows_during_a_pass_and_is_empty_at_its_start(family: Path) -> None:
     draft = OnnxDraft.load(family / "bundle", threads=1)
     cached, plain = OnnxProposer(draft, with_ngram_cache=True), OnnxProposer(draft)

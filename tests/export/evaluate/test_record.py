@@ -90,6 +90,7 @@ def _comparable(outcome: Outcome) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.slow
 def test_a_recording_is_reproducible(family: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(read_calibration_text())

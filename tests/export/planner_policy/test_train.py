@@ -43,6 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_environment_satisfies_gymnasiums_checker() -> None:
     environment = RoundEnvironment()
     check_env(environment, skip_render_check=True)
@@ -64,6 +65,7 @@ def test_rewards_add_up_to_the_saved_cost_in_tokens(texts: list[RecordedText]) -
         assert round(tokens) % 128 == 0
 
 
+@pytest.mark.slow
 def test_no_correction_saves_nothing() -> None:
     environment = RoundEnvironment()
     for seed in range(4):

@@ -111,6 +111,7 @@ def test_late_subscribers_get_the_history_and_returning_ones_resume(url: str, cl
         assert [next(stream).id for _ in range(3)][1:] == [history[0].id, history[1].id]
 
 
+@pytest.mark.slow
 def test_without_speculation_all_tokens_are_the_targets_own(url: str, client: openai.OpenAI) -> None:
     with open_stream(url) as stream:
         read_history(stream)
@@ -124,6 +125,7 @@ def test_without_speculation_all_tokens_are_the_targets_own(url: str, client: op
     assert not any(event.accepted for event in tokens)
 
 
+@pytest.mark.slow
 def test_events_require_a_key(verifier: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("first-key\n")
     options = ("--api-key-file", str(tmp_path / "keys"), "--policy", "fixed", "--threads", "1")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
+
 from edge_runtime.decoding.generation import VerifiedTokens
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.sampling import Sampling
@@ -64,6 +66,7 @@ async def test_unverified_tokens_are_shown_and_withdrawn(draft: OnnxDraft) -> No
     assert (fifth.withdrawn, fifth.unverified) == ([text[c[0]]], [])
 
 
+@pytest.mark.slow
 async def test_logged_events_keep_no_reference_to_the_answer(draft: OnnxDraft) -> None:
     """The events have not been read yet, so the log still has the functions that build them."""
     event_log, reporter = start_reporter(draft)

@@ -23,6 +23,7 @@ def ask_chat(client: openai.OpenAI, messages: list[Any], **fields: Any) -> Any:
     return client.chat.completions.create(messages=messages, **(REQUEST | fields))
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_the_chat_and_of_a_stream(client: openai.OpenAI) -> None:
     chat = ask_chat(client, [{"role": "system", "content": "Be brief."}, *QUESTION], max_tokens=12)
     request = REQUEST | {"input": "Hello", "instructions": "Be brief.", "max_output_tokens": 12}
@@ -66,6 +67,7 @@ def test_a_response_is_kept_continued_and_forgotten(client: openai.OpenAI) -> No
     assert lost.value.code == "previous_response_not_found"
 
 
+@pytest.mark.slow
 def test_structured_output_and_log_probabilities(client: openai.OpenAI) -> None:
     form: Any = {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}}
     response = client.responses.create(**REQUEST, input="Hello", text=form, top_logprobs=2)
@@ -91,6 +93,7 @@ def test_overlong_input_is_worded_as_openai_does(client: openai.OpenAI) -> None:
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
 
 
+@pytest.mark.slow
 async def test_a_stream_that_fails_ends_with_an_error(target: Target, draft: OnnxDraft, short_grace: None) -> None:
     async with service_pair(target, draft, ServiceLimits(max_concurrent=1), deadline=1.0) as pair:
         stream = await pair.client.responses.create(model="", input="Hello", stream=True, max_output_tokens=2000)

@@ -145,6 +145,7 @@ def test_text_may_have_a_grammar_of_its_own() -> None:
     assert build_grammar(AnswerShape(form=form, tools=[]), AddedTokens()) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TOOL_CALL_FORMS, ids=lambda form: form.name)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())

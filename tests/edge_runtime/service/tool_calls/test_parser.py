@@ -98,6 +98,7 @@ def test_text_and_reasoning_precede_calls(form: ToolCallForm) -> None:
         assert (message.content, read_calls(message)) == ("Let me see.", CALLS)
 
 
+@pytest.mark.slow
 @given(st.lists(FRAGMENTS, max_size=8), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.data())
 def test_the_message_does_not_depend_on_the_pieces(fragments: list[str], sizes: list[int], data: st.DataObject) -> None:
     form = data.draw(st.sampled_from(TOOL_CALL_FORMS))
