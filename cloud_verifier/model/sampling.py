@@ -275,8 +275,7 @@ def sample_segments(
     changes = [
         (rows.start + row, changed)
         for rows, sampling in chosen_rows
-        for row in range(rows.stop - rows.start)
-        if (changed := sampling.changes(row))
+        for row, changed in sampling.all_changes(rows.stop - rows.start)
     ]
     chosen = sample_tokens(logits, SamplingBatch.from_segments(parameters, logits.device, len(logits), changes))
     logprobs: list[TokenLogprobs | None] = [None] * len(logits)
@@ -286,7 +285,7 @@ def sample_segments(
     tokens, margins = chosen.tolist()
     sampled = list(map(SampledToken, map(int, tokens), margins, logprobs))
     return [
-        sampled[start : start + count] if sampling else None
+        sampling.result(sampled[start : start + count]) if sampling else None
         for start, (sampling, count) in zip(starts, segments, strict=False)
     ]
 

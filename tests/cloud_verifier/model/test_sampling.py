@@ -140,6 +140,13 @@ def test_an_error_of_a_grammar_on_a_rejected_path_is_raised_only_where_it_is_ask
     assert (sampled[0].token, sampled[1].token) == (7, 8)
     with pytest.raises(GrammarError, match="too costly"):
         sampled[2]
+    logits = torch.zeros(3, 10)
+    logits[[0, 1, 2], [7, 8, 3]] = 1.0
+    (on_device,) = torch_form.sample_segments(logits, [(rows, 3)])
+    assert on_device is not None
+    assert (on_device[0].token, on_device[1].token) == (7, 8)
+    with pytest.raises(GrammarError, match="too costly"):
+        on_device[2]
 
 
 @pytest.mark.parametrize("size", [VOCABULARY_SIZE, VOCABULARY_SIZE + 33])
