@@ -144,9 +144,11 @@ def check_credentials(board: Board) -> None:
     with RecordingRelay(board.relay_port, board.verifier_port) as sent:
         assert board.answer(key="another").status_code == 401
         board.text()
-    assert f"authorization: Bearer {TOKEN}".encode() in bytes(sent)
-    wait_until(lambda: httpx.get(f"{board.url}/readyz").status_code == 200)
-    wait_until(lambda: board.state()["error"] == "")
+        assert f"authorization: Bearer {TOKEN}".encode() in bytes(sent)
+        # While the relay accepts connections: without it, the next check finds the verifier gone again.
+        wait_until(lambda: httpx.get(f"{board.url}/readyz").status_code == 200)
+        wait_until(lambda: board.state()["error"] == "")
+        wait_until(lambda: "the verifier answers again" in board.machine.journal(EDGE))
     wait_until(lambda: re.search(r"K=\d+ n=\d+, rtt \d+ ms, 0 answers", str(board.state()["text"])))
     entries = [json.loads(line) for line in board.machine.journal(EDGE, "--output=json").splitlines()]
     counted = [entry for entry in entries if "FLEXSPEC_TOKENS" in entry]
