@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from edge_runtime.protocol.errors import GrammarError
+from edge_runtime.protocol.logits_processing import TokenMask, unpack_mask
 from edge_runtime.protocol.sampling import common_prefix_length
 
 # 8 MB of memory: imported with the first grammar.
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
 
 T = TypeVar("T")
-
-# One bit per token id, least significant first, padded with zeros to a multiple of 32 bits.
-TokenMask = npt.NDArray[np.uint8]
 
 # llguidance's own limits of the work for a mask let it take some 20 ms. A state of the lexer takes 1 to 2 kB; a text of
 # an ordinary schema needs hundreds, one with arrays of long strings thousands. All texts of a grammar share them.
@@ -321,11 +318,6 @@ def find_problem(grammar: str) -> str:
 
     problem = LLMatcher.validate_grammar(grammar, limits=_parser_limits())
     return "" if problem.startswith("WARNING") else _shorten(problem)
-
-
-def unpack_mask(mask: TokenMask, count: int | None = None) -> npt.NDArray[np.bool_]:
-    """The mask as one boolean for each of the first `count` ids, or for all its bits. (bytes,) -> (count,)."""
-    return np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
 
 
 @functools.cache

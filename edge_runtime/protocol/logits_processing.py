@@ -36,7 +36,7 @@ import numpy.typing as npt
 from edge_runtime.protocol.sampling import Ids, Sampling, common_prefix_length
 
 Logits = npt.NDArray[np.float32]
-# One bit per token id, least significant first.
+# One bit per token id, least significant first, padded with zeros.
 TokenMask = npt.NDArray[np.uint8]
 
 # Tokens for which memory is reserved at first. Chosen; it doubles on demand.
@@ -96,9 +96,9 @@ class LogitChanges(NamedTuple):
         x = processed[ids] + bias
         processed[ids] = np.where(x < 0, x * penalties, x / penalties) - subtracted
         if self.allowed is not None:
-            bits = np.unpackbits(self.allowed, bitorder="little")
+            bits = unpack_mask(self.allowed)
             covered = bits[: logits.size] if head_ids is None else bits[head_ids[: head_ids.searchsorted(bits.size)]]
-            processed[: covered.size][covered == 0] = -np.inf
+            processed[: covered.size][~covered] = -np.inf
             processed[covered.size :] = -np.inf
         return processed
 
@@ -217,6 +217,11 @@ class SequenceProcessor:
                     setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
             self._ids[slot] = token
         return slot
+
+
+def unpack_mask(mask: TokenMask, count: int | None = None) -> npt.NDArray[np.bool_]:
+    """The mask as one boolean for each of the first `count` ids, or for all its bits. (bytes,) -> (count,)."""
+    return np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
 
 
 def end_ids_of(sampling: Sampling, target_end_ids: Collection[int]) -> frozenset[int]:

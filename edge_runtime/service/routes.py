@@ -251,10 +251,8 @@ class Routes:
         """Render and tokenize a conversation, and find out what its answer may be."""
         template, tokenizer = board.chat_template, board.draft.tokenizer
         conversation, options = get_conversation(body.messages), get_chat_options(body)
-        calls, constraint = (
-            get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls),
-            get_constraint(body),
-        )
+        calls = get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls)
+        constraint = get_constraint(body)
         forms = find_forms(template, board.tool_call_form, board.reasoning_form)
 
         def encode() -> tuple[list[int], OutputFormat, str]:

@@ -24,9 +24,8 @@ ENVIRONMENT_PREFIX = "FLEXSPEC_"
 
 # As `planning.factory.POLICY_NAMES`, whose module takes long to import; a test compares the two.
 PolicyName = Literal["analytic", "learned", "fixed", "hf-dynamic", "genai-ewma", "ucb"]
-# As in `service.tool_calls.forms`, whose package is above this one; a test compares them.
-ToolCallFormSetting = Literal[
-    "auto",
+# The forms themselves are in `service.tool_calls.forms`, above this package.
+ToolCallFormName = Literal[
     "hermes",
     "qwen3-coder",
     "glm",
@@ -38,7 +37,9 @@ ToolCallFormSetting = Literal[
     "deepseek-v3.1",
     "command-r",
 ]
-ReasoningFormSetting = Literal["auto", "none", "think", "mistral"]
+ReasoningFormName = Literal["none", "think", "mistral"]
+ToolCallFormSetting = Literal["auto", ToolCallFormName]
+ReasoningFormSetting = Literal["auto", ReasoningFormName]
 RadioName = Literal["", "wifi", "ethernet", "lte", "5g"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 # Chosen: a client would rather hear why than wait longer, and most restarts of a router or verifier are over by then.

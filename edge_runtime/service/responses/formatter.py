@@ -17,8 +17,6 @@ from edge_runtime.service.responses.output_items import OutputItems
 from edge_runtime.service.responses.requests import ResponseTask, TextOptions
 from edge_runtime.service.responses.schema import (
     IncompleteDetails,
-    InputTokensDetails,
-    OutputTokensDetails,
     ResponseCompleted,
     ResponseCreated,
     ResponseIncomplete,
@@ -98,9 +96,9 @@ class ResponsesFormatter(AnswerFormatter):
             output=self._items.build(),
             usage=ResponseUsage(
                 usage.prompt_tokens,
-                InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
+                usage.prompt_tokens_details,
                 usage.completion_tokens,
-                OutputTokensDetails(usage.completion_tokens_details.reasoning_tokens),
+                usage.completion_tokens_details,
                 usage.total_tokens,
             ),
             timings=make_timings(group.answers, group.firsts),

@@ -11,7 +11,13 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.service.errors import ErrorObject
-from edge_runtime.service.openai_schema import ChatTokenLogprob, Count, Timings
+from edge_runtime.service.openai_schema import (
+    ChatTokenLogprob,
+    CompletionTokensDetails,
+    Count,
+    PromptTokensDetails,
+    Timings,
+)
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete"]
@@ -62,25 +68,13 @@ class OutputCall(msgspec.Struct, frozen=True, tag_field="type", tag="function_ca
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
-class InputTokensDetails(msgspec.Struct, frozen=True):
-    """Tokens of the prompt that the verifier had in its KV cache, from earlier requests."""
-
-    cached_tokens: int
-
-
-class OutputTokensDetails(msgspec.Struct, frozen=True):
-    """Tokens of the answer that are reasoning, its markers included."""
-
-    reasoning_tokens: int
-
-
 class ResponseUsage(msgspec.Struct, frozen=True):
     """Tokens of the prompt and of the answer."""
 
     input_tokens: int
-    input_tokens_details: InputTokensDetails
+    input_tokens_details: PromptTokensDetails
     output_tokens: int
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: CompletionTokensDetails
     total_tokens: int
 
 

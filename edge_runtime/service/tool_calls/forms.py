@@ -25,19 +25,8 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-ToolCallFormName = Literal[
-    "hermes",
-    "qwen3-coder",
-    "glm",
-    "llama3",
-    "mistral",
-    "mistral-args",
-    "granite",
-    "deepseek",
-    "deepseek-v3.1",
-    "command-r",
-]
-ReasoningFormName = Literal["think", "mistral", "none"]
+from edge_runtime.settings import ReasoningFormName, ToolCallFormName
+
 # Keys of name and arguments in the JSON of calls; models confuse them.
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters")
