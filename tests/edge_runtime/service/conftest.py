@@ -32,6 +32,7 @@ from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
 from tests.cloud_verifier.protocol_client import running
 from tests.conftest import FAMILY, ComputeOnce
+from tests.edge_runtime.service.browser import Tab, chromium
 from tests.emulator.answer_checker import AnswerCase, make_cases
 
 BUNDLE = FAMILY / "bundle"
@@ -87,6 +88,21 @@ def url(verifier: str) -> Iterator[str]:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai_client:
         yield openai_client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Any, url: str) -> Iterator[Tab]:
+    """The page of the board, connected."""
+    opened = Tab(browser, url)
+    opened.wait_for_state("live")
+    yield opened
+    opened.close()
 
 
 class RestartableVerifier:

@@ -17,7 +17,7 @@ from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service.monitoring.words import load_words
-from tests.edge_runtime.service.browser import Tab, chromium
+from tests.edge_runtime.service.browser import Tab
 from tests.edge_runtime.service.conftest import ServicePair, board_process, service_pair
 
 WORDS = load_words()
@@ -28,20 +28,6 @@ TEXT = f"{LAST} > .text"
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def tab(browser: Any, url: str) -> Iterator[Tab]:
-    opened = Tab(browser, url)
-    opened.wait_for_state("live")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

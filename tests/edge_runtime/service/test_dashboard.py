@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -19,7 +18,7 @@ from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service import dashboard
 from edge_runtime.service.monitoring.words import load_words
-from tests.edge_runtime.service.browser import Tab, chromium
+from tests.edge_runtime.service.browser import Tab
 from tests.edge_runtime.service.conftest import board_process, service_pair
 
 PROMPT = "def read_config(path):\n"
@@ -27,20 +26,6 @@ NEWEST_TEXT = ".answer:first-child pre"
 # The target continues what it reads, so that its own text is hostile as well.
 HOSTILE = " ".join(["<img src=x>"] * 5)
 WORDS = load_words()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def tab(browser: Any, url: str) -> Iterator[Tab]:
-    opened = Tab(browser, url)
-    opened.wait_for_state("live")
-    yield opened
-    opened.close()
 
 
 def complete(tab: Tab, url: str, **options: Any) -> str:

@@ -18,7 +18,7 @@ def connect(service: Service, mode: instructor.Mode) -> instructor.Instructor:
     return instructor.from_openai(client, mode=mode)
 
 
-def check_mode(service: Service, mode: instructor.Mode) -> None:
+def ask_in_mode(service: Service, mode: instructor.Mode) -> None:
     weather = connect(service, mode).create(
         model=service.model, messages=MESSAGES, response_model=Weather, max_retries=0
     )
@@ -26,11 +26,11 @@ def check_mode(service: Service, mode: instructor.Mode) -> None:
 
 
 def check_tools(service: Service) -> None:
-    check_mode(service, instructor.Mode.TOOLS)
+    ask_in_mode(service, instructor.Mode.TOOLS)
 
 
 def check_structured(service: Service) -> None:
-    check_mode(service, instructor.Mode.JSON_SCHEMA)
+    ask_in_mode(service, instructor.Mode.JSON_SCHEMA)
 
 
 def check_stream(service: Service) -> None:
@@ -48,4 +48,4 @@ def check_errors(service: Service) -> None:
         assert "no model" in str(error) or "model_not_found" in str(error), error
 
 
-run({"stream": check_stream, "tools": check_tools, "structured": check_structured, "errors": check_errors})
+run()

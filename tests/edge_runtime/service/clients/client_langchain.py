@@ -84,16 +84,4 @@ def check_responses(service: Service) -> None:
     assert "".join(chunk.text for chunk in model.stream(QUESTION)) == service.text
 
 
-run(
-    {
-        "chat": check_chat,
-        "stream": check_stream,
-        "tools": check_tools,
-        "structured": check_structured,
-        "logprobs": check_logprobs,
-        "cancel": check_cancel,
-        "history": check_history,
-        "errors": check_errors,
-        "responses": check_responses,
-    }
-)
+run()

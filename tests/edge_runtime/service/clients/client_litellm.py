@@ -105,17 +105,4 @@ def check_responses(service: Service) -> None:
     assert answer.output[0].content[0].text == service.text
 
 
-run(
-    {
-        "list": check_list,
-        "chat": check_chat,
-        "stream": check_stream,
-        "tools": check_tools,
-        "structured": check_structured,
-        "logprobs": check_logprobs,
-        "cancel": check_cancel,
-        "history": check_history,
-        "errors": check_errors,
-        "responses": check_responses,
-    }
-)
+run()

@@ -70,13 +70,4 @@ def check_errors(service: Service) -> None:
         assert "maximum context length" in str(error), error
 
 
-run(
-    {
-        "chat": check_chat,
-        "stream": check_stream,
-        "tools": check_tools,
-        "structured": check_structured,
-        "history": check_history,
-        "errors": check_errors,
-    }
-)
+run()

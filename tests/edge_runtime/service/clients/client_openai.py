@@ -109,17 +109,4 @@ def check_responses(service: Service) -> None:
     assert second.usage.input_tokens > first.usage.input_tokens + LIMIT
 
 
-run(
-    {
-        "list": check_list,
-        "chat": check_chat,
-        "stream": check_stream,
-        "tools": check_tools,
-        "structured": check_structured,
-        "logprobs": check_logprobs,
-        "cancel": check_cancel,
-        "history": check_history,
-        "errors": check_errors,
-        "responses": check_responses,
-    }
-)
+run()

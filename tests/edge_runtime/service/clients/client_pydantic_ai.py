@@ -97,16 +97,4 @@ def check_responses(service: Service) -> None:
     check_arguments(weather.model_dump())
 
 
-run(
-    {
-        "chat": check_chat,
-        "stream": check_stream,
-        "tools": check_tools,
-        "structured": check_structured,
-        "logprobs": check_logprobs,
-        "cancel": check_cancel,
-        "history": check_history,
-        "errors": check_errors,
-        "responses": check_responses,
-    }
-)
+run()

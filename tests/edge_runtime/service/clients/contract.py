@@ -1,14 +1,13 @@
 """What every client is asked. Runs in the clients' own environment, which has nothing of this project.
 
-A client's script passes its checks to `run`; the name of each check that passed is printed. `test_clients` runs the
-scripts: `python CLIENT.py '{"url": ..., "model": ..., "text": ...}'`.
+A client's script calls `run`, which runs its checks; the name of each check that passed is printed. `test_clients` runs
+the scripts: `python CLIENT.py '{"url": ..., "model": ..., "text": ...}'`.
 """
 
 import json
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 QUESTION = "import os"
@@ -45,12 +44,13 @@ class Service(NamedTuple):
         return f"{self.url}/v1"
 
 
-def run(checks: dict[str, Callable[[Service], None]]) -> None:
-    """Run checks; the first that fails ends the program."""
+def run() -> None:
+    """Run the checks of the program, its own functions `check_NAME`; the first that fails ends it."""
     service = Service(**json.loads(sys.argv[1]))
-    for name, check in checks.items():
-        check(service)
-        print(name, flush=True)
+    for name, check in list(vars(sys.modules["__main__"]).items()):
+        if name.startswith("check_") and check.__module__ == "__main__":
+            check(service)
+            print(name.removeprefix("check_"), flush=True)
 
 
 def count_cancelled(service: Service) -> float:
