@@ -5,40 +5,45 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers.utils import logging as transformers_logging
 
-from cloud_verifier.api.app import VerifierLimits, VerifierService
-from cloud_verifier.api.server import VerifierServer
-from cloud_verifier.engine.auth import Authenticator
-from cloud_verifier.model.target import Target
 from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
-from tests.models import save_target
 from tests.toy_family import FAMILY
+
+if TYPE_CHECKING:
+    from cloud_verifier.api.app import VerifierLimits
+    from cloud_verifier.api.server import VerifierServer
+    from cloud_verifier.engine.auth import Authenticator
+    from cloud_verifier.model.target import Target
 
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
 # Recorded acceptance of the example family, on which simulations run.
 TRACES = Path(__file__).resolve().parents[1] / "export" / "example_family" / "acceptance.npz"
 
-# transformers logs to the standard error of its first use: here, not to one that a test captures and closes.
-transformers_logging.get_verbosity()
+# The board's tests run without PyTorch, too (`make test-arm`); fixtures that need it then skip their tests.
+if importlib.util.find_spec("torch"):
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    # transformers logs to the standard error of its first use: here, not to one that a test captures and closes.
+    transformers_logging.get_verbosity()
+    # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
+    torch.set_num_threads(1)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; Ctrl-C must end programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
-torch.set_num_threads(1)
 
 # No test fails because the machine is busy, so examples have no time limit. Fixtures that examples share are meant so.
 settings.register_profile(
@@ -112,12 +117,15 @@ def compute_once(tmp_path_factory: pytest.TempPathFactory) -> ComputeOnce:
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-block Llama with a vocabulary of 300, as a Hugging Face directory."""
+    pytest.importorskip("torch")
+    from tests.models import save_target
+
     return save_target(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_path: Path) -> Target:
-    return Target(tiny_path, device="cpu", dtype=torch.float32)
+    return load_target(tiny_path)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +144,15 @@ def toy_bundle() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def target_v1(family: Path) -> Target:
-    return Target(family / "target-v1", device="cpu", dtype=torch.float32)
+    return load_target(family / "target-v1")
+
+
+def load_target(path: Path) -> Target:
+    """Load a target in float32 on the CPU; skip the test if there is no PyTorch."""
+    pytest.importorskip("torch")
+    from cloud_verifier.model.target import Target
+
+    return Target(path, device="cpu", dtype=torch.float32)
 
 
 @contextlib.asynccontextmanager
@@ -147,6 +163,9 @@ async def serving(
     **listening: object,
 ) -> AsyncIterator[VerifierServer]:
     """A real verifier on a free port of loopback, in this process; see `VerifierServer.url`."""
+    from cloud_verifier.api.app import VerifierLimits, VerifierService
+    from cloud_verifier.api.server import VerifierServer
+
     service = VerifierService(lambda: target, limits or VerifierLimits(), authenticator=authenticator)
     server = VerifierServer(service, ListenOptions(**{"port": 0, **listening}))
     await server.start()

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from edge_runtime.draft.model import OnnxDraft
-from export.bundle.build import BundleConfig, make_bundle
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 
@@ -17,6 +14,8 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 @pytest.fixture(scope="session", params=["fused", "concat"])
 def tiny_bundle(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as its own draft, as either kind of graph."""
+    from export.bundle.build import BundleConfig, make_bundle
+
     output = tmp_path_factory.mktemp("bundles") / request.param
     make_bundle(BundleConfig(tiny_path, tiny_path, request.param, "fp32", TEXT), output, lambda step: None)
     return output
@@ -35,6 +34,11 @@ def shipped_draft(family: Path) -> OnnxDraft:
 @pytest.fixture(scope="session")
 def other_draft(family: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxDraft:
     """A draft that has nothing to do with the shipped one: target v1 with its upper half cut off, fp32, optimum's."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from export.bundle.build import BundleConfig, make_bundle
+
     model = AutoModelForCausalLM.from_pretrained(family / "target-v1", dtype=torch.float32)
     model.model.layers = model.model.layers[:4]
     model.config.num_hidden_layers = 4

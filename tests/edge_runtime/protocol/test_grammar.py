@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from edge_runtime.protocol import grammar, grammar_sources
 from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.grammar import GrammarCompiler, GrammarMatcher, unpack_mask
-from tests.models import VOCABULARY_SIZE, byte_tokenizer
+from tests.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 from tests.toy_family import FAMILY
 
 END = 0

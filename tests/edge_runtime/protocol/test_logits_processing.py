@@ -1,21 +1,20 @@
-"""Logits processing: test vectors, and numpy compared with torch and with transformers' own processors."""
+"""Logits processing in numpy: test vectors and properties.
+
+`tests/cloud_verifier/model/test_shared_sampling.py` compares it with torch's and transformers' own processors.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.model.reference import make_logits_processors
-from cloud_verifier.model.sampling import RowSampling, process_rows, sample_segments
 from edge_runtime.protocol.logits_processing import (
     LogitChanges,
     SequenceProcessor,
     TokenMask,
-    end_ids_of,
     make_processor,
 )
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
@@ -85,69 +84,6 @@ def test_the_documented_vectors() -> None:
 
 
 @pytest.mark.slow
-@given(samplings, texts, st.integers(1, 40), st.integers(0, 2**32))
-@settings(max_examples=300)
-def test_the_choice_is_that_of_transformers_processors(
-    sampling: Sampling, text: list[int], prompt: int, seed: int
-) -> None:
-    """With processors of transformers in its order; only the penalties of OpenAI are not among them."""
-    prompt = min(prompt, len(text))
-    logits = logits_row(seed)
-    end_ids = end_ids_of(sampling, END_IDS)
-    processors = make_logits_processors(sampling, SIZE, prompt, end_ids, torch.device("cpu"))
-    scores = torch.from_numpy(logits)[None]
-    *before, coupled = processors
-    for processor in before:
-        scores = processor(torch.tensor([text]), scores)
-    assert processed(text, prompt, sampling, logits) == scores[0].tolist()
-    token = CoupledSampler(SIZE).rank(np.array(processed(text, prompt, sampling, logits), np.float32), sampling, 9)
-    assert coupled(torch.zeros(1, 9, dtype=torch.int64), scores)[0, token.ids[0]] == 0.0
-
-
-@pytest.mark.slow
-@given(
-    st.lists(
-        st.tuples(samplings, texts, st.lists(ids, max_size=5), st.one_of(st.none(), texts)), min_size=1, max_size=4
-    ),
-    st.integers(0, 2**32),
-)
-@settings(max_examples=200)
-def test_torch_processes_and_chooses_as_numpy(
-    segments: list[tuple[Sampling, list[int], list[int], list[int] | None]], seed: int
-) -> None:
-    """Rows of several texts in one batch, each after a longer prefix of its draft, with and without a mask."""
-    samplings, total = [], 0
-    for sampling, text, draft, allowed in segments:
-        processor = make_processor(sampling, max(1, len(text) - 3), END_IDS, Allows(*allowed) if allowed else None)
-        if processor:
-            processor.sync_to(text)
-        rows = [draft[:index] for index in range(len(draft) + 1)]
-        places = [len(text) + len(path) for path in rows]
-        samplings.append(RowSampling(sampling, places, processor=processor, paths=rows, logprobs=2))
-        total += len(rows)
-    # Between them, and after them as padding, rows that are not sampled.
-    counts = [len(rows.positions) for rows in samplings]
-    batch = [*zip(samplings, counts, strict=True)]
-    logits = np.stack([logits_row(seed + index) for index in range(total + 4)])
-    logits[1::3] = logits[1::3].round(1)
-    sampled = sample_segments(torch.from_numpy(logits), [batch[0], (None, 2), *batch[1:]])
-    assert sampled[1] is None
-    start = 0
-    for rows, count, tokens in zip(samplings, counts, [sampled[0], *sampled[2:]], strict=True):
-        assert tokens is not None
-        for row in range(count):
-            token = tokens[row]
-            expected = rows.sample(row, logits[start + row], CoupledSampler(SIZE))
-            assert (token.token, token.logprobs) == (expected.token, expected.logprobs)
-            assert token.margin == pytest.approx(expected.margin, abs=1e-9)
-        start += count + (2 if rows is samplings[0] else 0)
-    changes = [(row, changed) for row in range(counts[0]) if (changed := samplings[0].changes(row))]
-    if changes:
-        processed_rows = process_rows(torch.from_numpy(logits), changes).numpy()
-        assert all(processed_rows[row].tobytes() == each.apply(logits[row]).tobytes() for row, each in changes)
-
-
-@pytest.mark.slow
 @given(samplings, st.lists(texts, min_size=1, max_size=6), st.integers(0, 20))
 @settings(max_examples=200)
 def test_following_a_text_with_rollbacks_equals_a_new_processor(
@@ -159,19 +95,6 @@ def test_following_a_text_with_rollbacks_equals_a_new_processor(
         fresh = SequenceProcessor(sampling, prompt, END_IDS).changes_after(text).apply(logits)
         assert followed.changes_after(text).apply(logits).tolist() == fresh.tolist()
         assert followed.length == len(text)
-
-
-def test_many_different_tokens() -> None:
-    """More than memory is reserved for at first."""
-    size = 1000
-    bias = dict.fromkeys(range(0, size, 3), 0.5)
-    sampling = Sampling(logit_bias=bias, repetition_penalty=1.5, frequency_penalty=0.25)
-    text = [*range(0, 900, 2), *range(0, 900, 4)]
-    logits = logits_row(5, size)
-    scores = torch.from_numpy(logits)[None]
-    for processor in make_logits_processors(sampling, size, 100, frozenset(), torch.device("cpu"))[:-1]:
-        scores = processor(torch.tensor([text]), scores)
-    assert SequenceProcessor(sampling, 100).changes_after(text).apply(logits).tolist() == scores[0].tolist()
 
 
 @given(samplings, texts, st.sets(ids, min_size=1), st.sets(ids, min_size=1))
@@ -201,7 +124,6 @@ def test_more_logits_than_the_mask_or_the_text_covers() -> None:
     values = changes.apply(logits)
     assert np.flatnonzero(values > -np.inf).tolist() == [1, 2, 31]
     assert values[2] == logits[2] + np.float32(5)
-    assert process_rows(torch.from_numpy(logits)[None], [(0, changes)])[0].tolist() == values.tolist()
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import openai
 import pytest
-import torch
 
-from cloud_verifier.api.app import VerifierLimits, VerifierService
-from cloud_verifier.api.server import VerifierServer
-from cloud_verifier.model.target import Target
 from edge_runtime.common import http_server
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
@@ -30,17 +25,22 @@ from edge_runtime.service.auth import AccessRules
 from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
 from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
-from tests.cloud_verifier.protocol_client import running
-from tests.conftest import FAMILY, ComputeOnce
+from tests.conftest import FAMILY, ComputeOnce, load_target
 from tests.edge_runtime.service.browser import Tab, chromium
 from tests.emulator.answer_checker import AnswerCase, make_cases
+
+if TYPE_CHECKING:
+    import openai
+
+    from cloud_verifier.api.server import VerifierServer
+    from cloud_verifier.model.target import Target
 
 BUNDLE = FAMILY / "bundle"
 
 
 @pytest.fixture(scope="session")
 def target() -> Target:
-    return Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)
+    return load_target(FAMILY / "target-v1")
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,8 @@ def draft() -> OnnxDraft:
 @pytest.fixture(scope="session")
 def verifier(target: Target) -> Iterator[str]:
     """URL of a verifier that no test stops."""
+    from tests.cloud_verifier.protocol_client import running
+
     with running(target) as url:
         yield url
 
@@ -86,6 +88,8 @@ def url(verifier: str) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai_client:
         yield openai_client
 
@@ -114,6 +118,9 @@ class RestartableVerifier:
         self._server: VerifierServer | None = None
 
     async def start(self) -> None:
+        from cloud_verifier.api.app import VerifierLimits, VerifierService
+        from cloud_verifier.api.server import VerifierServer
+
         self._service = VerifierService(lambda: self._target, VerifierLimits())
         self._server = VerifierServer(self._service, ListenOptions(port=self._port))
         await self._server.start()
@@ -158,6 +165,8 @@ async def service_pair(
     Args:
         board: other fields of `BoardRuntime`.
     """
+    import openai
+
     verifier = RestartableVerifier(target)
     await verifier.start()
     try:

@@ -19,7 +19,7 @@ from edge_runtime.protocol.grammar_sources import from_json_schema
 from edge_runtime.service.tool_calls.forms import REASONING_FORMS, TOOL_CALL_FORMS, ToolCallForm, format_calls
 from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar, reduce_schema
 from edge_runtime.service.tool_calls.parser import OutputParser, merge_calls
-from tests.models import byte_tokenizer
+from tests.byte_tokenizer import byte_tokenizer
 
 WEATHER = {
     "type": "object",

@@ -27,7 +27,7 @@ from edge_runtime.service.tool_calls.output_format import (
     make_output_format,
 )
 from edge_runtime.settings import table
-from tests.models import byte_tokenizer
+from tests.byte_tokenizer import byte_tokenizer
 
 TEMPLATES = Path(__file__).parent.parent / "chat_templates"
 THINK = REASONING_FORMS[1]
