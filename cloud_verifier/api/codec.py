@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from cloud_verifier.engine.sessions import RoundReply
+from edge_runtime.common.request_body import read_body
 from edge_runtime.protocol import messages
-from edge_runtime.protocol.errors import InputError, VerifierRefused
+from edge_runtime.protocol.errors import BodyRefused, InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, Message, OpenReply
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 # Retry-After if the error names no time.
 DEFAULT_RETRY_SECONDS = 1
 # Statuses that carry Retry-After.
 RETRY_STATUSES = (429, 503)
+# Bodies from this size on are decoded in a thread. Chosen: so many bytes take 2 ms.
+LARGE_BODY_BYTES = 1 << 15
 # Paths whose bodies are always JSON.
 ADMIN_PREFIX = "/admin/"
 
 
 async def read_message(request: Request, kind: type[M], limit: int, session: str = "") -> M:
     """Decode a body of at most `limit` bytes; see `messages.decode` for `session`. Raises VerifierRefused."""
-    body = await read_body(request, limit)
+    body = await read_request_body(request, limit)
     try:
-        message = messages.decode(body, kind, request_media_type(request), session)
+        decode = functools.partial(messages.decode, body, kind, request_media_type(request), session)
+        # The event loop serves others meanwhile.
+        message = decode() if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(decode)
     except InputError as error:
         if isinstance(error, messages.DamagedMessage):
             raise VerifierRefused(ErrorCode.DAMAGED, f"{error}; send it again") from None
@@ -104,30 +111,26 @@ def error_response(request: Request, error: VerifierRefused) -> Response:
     return response
 
 
-async def await_while_connected(request: Request, coroutine: Coroutine[None, None, None]) -> None:
-    """Await `coroutine` until it ends or the client disconnects. Raises ClientDisconnect."""
+async def await_while_connected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await `coroutine` until it ends, and return its result. Raises ClientDisconnect if the client does before."""
     awaited, disconnected = asyncio.ensure_future(coroutine), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({awaited, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not awaited.done():
             raise ClientDisconnect
+        return awaited.result()
     finally:
         awaited.cancel()
         disconnected.cancel()
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Read a body of at most `limit` bytes. Raises VerifierRefused (`too_large`)."""
-    body = bytearray()
-    size = 0
-    # Read to the end even if it is too large: a client that is still writing does not read the response.
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            body += chunk
-    if size > limit:
-        raise VerifierRefused(ErrorCode.TOO_LARGE, f"the body is longer than {limit} bytes", detail={"limit": limit})
-    return bytes(body)
+async def read_request_body(request: Request, limit: int) -> bytes:
+    """Read a body; see `read_body`. Raises VerifierRefused (`too_large` or `too_slow`)."""
+    try:
+        return await read_body(request, limit)
+    except BodyRefused as error:
+        code = ErrorCode.TOO_SLOW if error.limit is None else ErrorCode.TOO_LARGE
+        raise VerifierRefused(code, str(error), detail={} if error.limit is None else {"limit": error.limit}) from None
 
 
 def _check_protocol_version(version: int | None) -> None:

@@ -21,8 +21,9 @@ JSON_LINES = messages.STREAM_MEDIA_TYPES[JSON]
 ERROR_DESCRIPTIONS = {
     "400": "The body is malformed or damaged, or the round is not a valid one.",
     "401": "The token is missing or unknown.",
-    "403": "The token's role does not allow this.",
+    "403": "The token's role does not allow this, or the verifier is local and the request names another host.",
     "404": "The model or session does not exist, or not for this token.",
+    "408": "The body did not arrive in time.",
     "409": "The round does not continue the session, the draft does not match the target, or the registry does not "
     "allow this.",
     "413": "The body or the prompt is too long.",
@@ -30,14 +31,14 @@ ERROR_DESCRIPTIONS = {
     "500": "Internal error of the verifier.",
     "503": "The target is still loading, too many rounds wait, or the verifier is draining; see Retry-After.",
 }
-ADMIN_ERRORS = ("400", "401", "403", "404", "409", "413", "500", "503")
-ROUND_ERRORS = ("400", "401", "403", "404", "409", "413", "429", "500", "503")
+ADMIN_ERRORS = ("400", "401", "403", "404", "408", "409", "413", "500", "503")
+ROUND_ERRORS = ("400", "401", "403", "404", "408", "409", "413", "429", "500", "503")
 # Paths that need a token; the others are public.
 PROTECTED_PATHS = ("/v1/", "/metrics", ADMIN_PREFIX)
 
 
 def build_document(
-    vocabulary_size: int, context: int, max_body: int, *, tokens: bool, has_admin_api: bool = False
+    vocabulary_size: int, context: int, max_body: int, tokens: bool, has_admin_api: bool = False
 ) -> dict[str, Any]:
     """Build the OpenAPI document of a verifier.
 
@@ -77,10 +78,10 @@ def build_document(
         "/v1/models": {
             "get": _operation("The models served", {JSON: schema_ref("ModelList")}, ("401", "403", "500", "503"))
         },
-        "/healthz": {"get": _operation("Whether the process is alive", plain_text, ())},
-        "/readyz": {"get": _operation("Whether sessions can be opened", plain_text, ("500", "503"))},
+        "/healthz": {"get": _operation("Whether the process is alive", plain_text, ("403",))},
+        "/readyz": {"get": _operation("Whether sessions can be opened", plain_text, ("403", "500", "503"))},
         "/metrics": {"get": _operation("Metrics for Prometheus", plain_text, ("401", "403"))},
-        "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("500", "503"))},
+        "/openapi.json": {"get": _operation("This document", {JSON: {"type": "object"}}, ("403", "500", "503"))},
     }
     for admin in operations:
         request = admin.request.__name__ if admin.request else ""

@@ -7,10 +7,18 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cloud_verifier.api.codec import error_response
 from cloud_verifier.engine.admission import AdmissionController
+from cloud_verifier.engine.auth import Authenticator
 from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_reload_signal, watch_stop_signals
+from edge_runtime.common.memory import freeze_objects
+from edge_runtime.common.network import HostNames, is_loopback
 from edge_runtime.common.sd_notify import Notifier
-from edge_runtime.protocol.errors import FlexSpecError
+from edge_runtime.protocol.errors import FlexSpecError, VerifierRefused
+from edge_runtime.protocol.messages import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +35,9 @@ class ServedApplication(Protocol):
     """What a process serves: an `app.VerifierService`, or the `ingress.Ingress` of several replicas."""
 
     app: Any
+
+    @property
+    def authenticator(self) -> Authenticator: ...
 
     @property
     def admission(self) -> AdmissionController: ...
@@ -50,11 +61,36 @@ class ServedApplication(Protocol):
     def abort(self) -> None: ...
 
 
+class HostCheck:
+    """An ASGI application around another one that refuses requests whose Host header has a foreign name."""
+
+    def __init__(self, app: ASGIApp, hosts: HostNames) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            name = self._hosts.foreign_name(request.headers.get("host", ""))
+            if name is not None:
+                refused = VerifierRefused(
+                    ErrorCode.FORBIDDEN,
+                    f"this verifier is local and does not answer for the host {name[:80]!a}: add the name with "
+                    "--allowed-hosts, or require tokens with --tokens",
+                )
+                await error_response(request, refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class VerifierServer(HttpServer):
     """A listening verifier, inside a running event loop."""
 
     def __init__(self, service: ServedApplication, listening: ListenOptions) -> None:
-        super().__init__(service.app, listening)
+        app = service.app
+        if is_loopback(listening.host) and service.authenticator.file is None:
+            app = HostCheck(app, HostNames(listening.allowed_hosts))
+        super().__init__(app, listening)
         self._service = service
 
     async def stop(self) -> bool:
@@ -78,6 +114,8 @@ async def serve(
     """
     stop_requested, notifier = watch_stop_signals(), Notifier()
     reload_requested = watch_reload_signal()
+    # Before the target is loaded, so that retired versions can be collected.
+    freeze_objects()
     notifier.starting("loading the target")
     server = VerifierServer(service, listening)
     await server.start()

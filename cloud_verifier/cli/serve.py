@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud_verifier.registry.catalog import NAME
+from edge_runtime.common.connections import DEFAULT_CONNECTIONS, ConnectionLimits
 from edge_runtime.common.credentials import find_credential
+from edge_runtime.common.network import check_ca_file, check_host_name, is_loopback
 from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
@@ -80,6 +82,22 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         "costs a single board about 15 %% per round"
     )
     serve.add_argument("--exact", action="store_true", help=text)
+    text = (
+        "further names under which a verifier without tokens that listens on loopback answers, for instance behind a "
+        "proxy (default: localhost and the machine's own name, also with .local)"
+    )
+    option("--allowed-hosts NAME[,NAME...]", text, type=_host_names)
+    text = (
+        "connections at once; when there are more, whoever has most of them loses the one that has been idle for "
+        "longest"
+    )
+    option("--max-connections N", text, default=DEFAULT_CONNECTIONS.total, type=positive)
+    text = (
+        "of these, from one IPv4 address or IPv6 network of 64 bits, this machine excepted; 0 for as many as there "
+        "are, for instance behind a proxy on another machine"
+    )
+    option("--max-connections-per-address N", text, default=DEFAULT_CONNECTIONS.per_address, type=_count)
+    option("--max-body BYTES", "size of a request body", default=1 << 20, type=positive)
     option("--max-sessions", "concurrent sessions", default=256, type=positive)
     text = "KV cache capacity in tokens, all sessions together"
     option("--max-tokens", text, default=262_144, type=positive)
@@ -124,6 +142,20 @@ def positive(text: str) -> int:
     return number
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def _host_names(text: str) -> list[str]:
+    try:
+        return [check_host_name(name) for name in text.split(",")]
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _name(text: str) -> str:
     if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a name: use up to 80 letters, digits, dots and dashes")
@@ -163,7 +195,6 @@ def _serve(options: argparse.Namespace) -> int:
     from cloud_verifier.api.server import serve
     from cloud_verifier.engine.auth import Authenticator
     from edge_runtime.common.http_server import ListenOptions
-    from edge_runtime.common.network import check_ca_file, is_loopback
 
     # The watchdog ends a hanging process with SIGABRT; this prints the stacks of its threads.
     faulthandler.enable(2)
@@ -183,6 +214,8 @@ def _serve(options: argparse.Namespace) -> int:
         key=options.key,
         http=options.http,
         client_ca=client_ca,
+        connections=ConnectionLimits(options.max_connections, options.max_connections_per_address),
+        allowed_hosts=tuple(options.allowed_hosts or ()),
     )
     authenticator = Authenticator(options.tokens)
     if not is_loopback(options.host):
@@ -292,6 +325,7 @@ def _limits(options: argparse.Namespace) -> VerifierLimits:
     return VerifierLimits(
         max_sessions=options.max_sessions,
         max_tokens=options.max_tokens,
+        max_body=options.max_body,
         idle_seconds=options.idle_seconds,
         max_queue_seconds=options.max_queue_seconds,
         page=allocation_granularity(options.device),

@@ -102,7 +102,8 @@ async def make_constraint(opening: OpenRequest, target: Target) -> TokenConstrai
         return None
     try:
         matcher = GrammarMatcher(await target.grammars.compile_in_thread(opening.sampling.grammar), SECONDS_PER_MASK)
-        matches = matcher.allowed(opening.prompt[len(opening.prompt) - opening.generated :]) is not None
+        generated = opening.prompt[len(opening.prompt) - opening.generated :]
+        matches = await asyncio.to_thread(matcher.allowed, generated) is not None
     except GrammarError as error:
         raise VerifierRefused(ErrorCode.INVALID_GRAMMAR, str(error)) from None
     if not matches:

@@ -30,7 +30,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from cloud_verifier.api.codec import error_response, read_body, request_media_type
+from cloud_verifier.api.codec import error_response, read_request_body, request_media_type
 from cloud_verifier.engine.admission import AdmissionController, InFlightMiddleware
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.engine.principals import Role
@@ -164,9 +164,12 @@ class Ingress:
         request = Request(scope, receive)
         response_started = False
         try:
+            body = b""
             if scope["method"] == "POST":
                 self.admission.check(opening=True)
-            body = await read_body(request, self._limits.max_body)
+                # The replica checks the role; without a token, there is no reason to read anything.
+                self.authenticator.authorize(request, *Role)
+                body = await read_request_body(request, self._limits.max_body)
             async for message in self._call_replica(request, body):
                 response_started = True
                 await send(message)

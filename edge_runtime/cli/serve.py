@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
 import logging
 import os
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
     from edge_runtime.service.state import BoardRuntime
 
 log = logging.getLogger(__name__)
-
-# Parameters of mallopt() in glibc's malloc.h: free bytes at the end of the heap above which it shrinks, and the size
-# from which a block is mapped alone. Chosen: small, because answers allocate and free much, and glibc's own thresholds
-# would grow and keep that memory.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-TRIM_BYTES, MMAP_BYTES = 1 << 17, 1 << 16
 
 HELP = "run the OpenAI-compatible service of this board"
 DESCRIPTION = """\
@@ -84,6 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     limits = parser.add_argument_group("limits")
     add_settings(limits, "service.max_concurrent", "service.max_waiting")
+    add_settings(limits, "service.max_connections", "service.max_connections_per_address")
     text = "tokens per answer at most; 0 for what the context leaves"
     add_option(limits, "--max-new-tokens N", text, default=0)
     add_option(limits, "--max-body BYTES", "size of a request body at most", default=1 << 18)
@@ -98,8 +92,9 @@ async def _run(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from edge_runtime.cli.reload import ConfigurationReloader
     from edge_runtime.cli.serve_checks import check_serve, make_access
+    from edge_runtime.common.connections import ConnectionLimits
     from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
-    from edge_runtime.common.memory import accounts_for_services, limit_own_memory
+    from edge_runtime.common.memory import accounts_for_services, freeze_objects, limit_heap_growth, limit_own_memory
     from edge_runtime.common.network import is_loopback
     from edge_runtime.common.sd_notify import Notifier
     from edge_runtime.service.app import Service
@@ -115,7 +110,7 @@ async def _run(options: argparse.Namespace) -> int:
     logs.configure(settings.log.level, "edge-runtime", prompts=settings.log.prompts)
     # systemd's watchdog ends a process that hangs with SIGABRT: print every thread's stack then.
     faulthandler.enable(2)
-    _limit_heap_growth()
+    limit_heap_growth()
     local = is_loopback(host)
     if not local and not keys:
         log.warning(
@@ -129,12 +124,15 @@ async def _run(options: argparse.Namespace) -> int:
         models_file = state_directory(os.environ) / "models.json"
         service = Service(client, limits, access, models_file=models_file)
         reloader = ConfigurationReloader(options, settings, bundle, service, notifier)
-        server = HttpServer(service.app, ListenOptions(host, port, options.certificate, options.key))
+        bounds = ConnectionLimits(settings.service.max_connections, settings.service.max_connections_per_address)
+        listening = ListenOptions(host, port, options.certificate, options.key, connections=bounds)
+        server = HttpServer(service.app, listening)
         await server.start()
         stack.push_async_callback(server.stop)
         notifier.starting("loading the draft")
         # Loading takes seconds. The server already listens, so that requests get a proper "not ready" answer.
         board = await _load_board(options, settings, bundle, service, stack)
+        freeze_objects()
         if notifier.enabled and not accounts_for_services():
             log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
         if not stop.is_set():
@@ -147,14 +145,6 @@ async def _run(options: argparse.Namespace) -> int:
         notifier.stopping("waiting for running answers")
         await service.drain(options.grace)
     return 0
-
-
-def _limit_heap_growth() -> None:
-    """Make glibc return freed memory to the system early."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 async def _load_board(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 from pathlib import Path
@@ -18,12 +17,29 @@ from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server as Granian
 
+from edge_runtime.common.connections import (
+    BURST,
+    DEFAULT_CONNECTIONS,
+    ConnectionGuard,
+    ConnectionLimits,
+    allow_connections,
+    own_sockets,
+)
 from edge_runtime.protocol.errors import FlexSpecError
 
 # How long `HttpServer.stop` waits for requests in progress. Chosen.
 GRACE_SECONDS = 3.0
 # Time limit for a request's headers: a client that sends none occupies a connection. Chosen.
 HEADER_TIMEOUT_MILLISECONDS = 10_000
+# An HTTP/2 connection that is silent for the first of these times gets a PING, and is closed if there is no answer
+# within the second. Chosen: outages of a radio link are shorter, and together it is less than the time after which an
+# idle connection is closed.
+PING_MILLISECONDS = 20_000
+PING_ANSWER_SECONDS = 20
+# Bytes of a request's headers over HTTP/2. Chosen: what granian accepts over HTTP/1.1 is of this order.
+MAX_HEADER_BYTES = 1 << 16
+# Requests in progress on one HTTP/2 connection: what RFC 9113, section 6.5.2, recommends at least.
+MAX_STREAMS = 100
 BACKLOG = 1024
 # TCP keep-alive, to close connections of clients that vanished without a FIN: the idle time before the first probe, the
 # time between probes (both in seconds), and the number of unanswered probes; and for how many milliseconds sent data
@@ -34,9 +50,6 @@ TCP_OPTIONS = {
     socket.TCP_KEEPCNT: 3,
     socket.TCP_USER_TIMEOUT: 45_000,
 }
-# Approximate number of file descriptors that a process needs in addition to its connections.
-RESERVED_FILES = 100
-MAX_CONNECTIONS = 10_000
 
 
 class ListenOptions(msgspec.Struct, frozen=True):
@@ -48,6 +61,8 @@ class ListenOptions(msgspec.Struct, frozen=True):
         http: `auto`, `1` or `2`.
         client_ca: PEM file of certificate authorities: over TLS, only clients with a certificate of theirs are served.
             The application does not learn which client it is: granian does not pass the certificate on.
+        connections: bounds on the connections.
+        allowed_hosts: further names under which a verifier without tokens answers on loopback; see `HostNames`.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +71,8 @@ class ListenOptions(msgspec.Struct, frozen=True):
     key: Path | None = None
     http: str = "auto"
     client_ca: Path | None = None
+    connections: ConnectionLimits = DEFAULT_CONNECTIONS
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class HttpServer:
@@ -78,10 +95,13 @@ class HttpServer:
         scheme = "https" if options.certificate else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{scheme}://{host}:{self._port}"
+        accepted = allow_connections(int(options.connections.total * (1 + BURST)))
+        total = min(options.connections.total, int(accepted / (1 + BURST)))
+        self._guard = ConnectionGuard(app, msgspec.structs.replace(options.connections, total=total))
         try:
             # Typed as Any: its methods have no annotations.
             self._granian: Any = Granian(
-                app,
+                self._guard,
                 address=options.host,
                 port=self._port,
                 interface=Interfaces.ASGI,
@@ -94,10 +114,16 @@ class HttpServer:
                 log_enabled=False,
                 # Granian counts all connections, idle ones too: with its default, the 129th would wait forever.
                 backlog=BACKLOG,
-                backpressure=_max_connections(),
+                backpressure=accepted,
                 http1_settings=HTTP1Settings(header_read_timeout=HEADER_TIMEOUT_MILLISECONDS),
-                # Wide enough that no round waits for a window update, or carries the bytes of one.
-                http2_settings=HTTP2Settings(initial_stream_window_size=1 << 20),
+                http2_settings=HTTP2Settings(
+                    # Wide enough that no round waits for a window update, or carries the bytes of one.
+                    initial_stream_window_size=1 << 20,
+                    keep_alive_interval=PING_MILLISECONDS,
+                    keep_alive_timeout=PING_ANSWER_SECONDS,
+                    max_headers_size=MAX_HEADER_BYTES,
+                    max_concurrent_streams=MAX_STREAMS,
+                ),
             )
         except OSError as error:
             raise FlexSpecError(f"cannot use the certificate {options.certificate}: {error}") from None
@@ -123,6 +149,7 @@ class HttpServer:
             else:
                 writer.close()
                 _enable_keepalive(self._port)
+                self._guard.watch(self._port)
                 return
         raise in_use
 
@@ -135,6 +162,7 @@ class HttpServer:
             Whether the shutdown was clean; if not, the application's lifespan has not been exited.
         """
         assert self._task is not None
+        self._guard.stop()
         self._granian.stop()
         _, unfinished = await asyncio.wait({self._task}, timeout=GRACE_SECONDS)
         if unfinished:
@@ -165,27 +193,11 @@ def _enable_keepalive(port: int) -> None:
 
     Granian creates the listening socket and does not expose it, so look for it among this process's descriptors.
     """
-    for file in Path("/proc/self/fd").iterdir():
-        try:
-            candidate = socket.socket(fileno=int(file.name))
-        except OSError:
-            continue
-        try:
-            is_tcp = candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.type == socket.SOCK_STREAM
-            is_listening = is_tcp and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if is_listening and candidate.getsockname()[1] == port:
-                candidate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in TCP_OPTIONS.items():
-                    candidate.setsockopt(socket.IPPROTO_TCP, option, value)
-        finally:
-            # Granian owns the descriptor and closes it.
-            candidate.detach()
-
-
-def _max_connections() -> int:
-    """Limit of concurrent connections, from the number of files that this process may open."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, min(files - RESERVED_FILES, MAX_CONNECTIONS))
+    for own in own_sockets():
+        if own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and own.getsockname()[1] == port:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_OPTIONS.items():
+                own.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _free_port(host: str) -> int:

@@ -6,6 +6,7 @@ decoding carry vLLM's names after that prefix, so that dashboards for vLLM need 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import (
@@ -25,6 +26,8 @@ PREFIX = "flexspec_"
 # The value of a bounded label once its limit is reached, and the value for an empty one.
 OTHER_VALUE = "other"
 EMPTY_VALUE = "none"
+# Share of the event loop's time that rendering the page may take, however many clients ask for it. Chosen.
+RENDERING_SHARE = 0.2
 
 
 class PrometheusMetrics:
@@ -37,6 +40,7 @@ class PrometheusMetrics:
         # The creation time of each counter is of no use here and would double the size of the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
+        self._page, self._page_expires = b"", 0.0
         ProcessCollector(registry=self._registry)
 
     def counter(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Counter:
@@ -60,8 +64,13 @@ class PrometheusMetrics:
         self._registry.register(collector)
 
     def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """Return all metrics in Prometheus' text format, a few milliseconds old if they are asked for very often."""
+        started = time.monotonic()
+        if started >= self._page_expires:
+            self._page = generate_latest(self._registry)
+            ended = time.monotonic()
+            self._page_expires = ended + (ended - started) / RENDERING_SHARE
+        return self._page
 
 
 class SpeculationCounters:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +19,37 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_host_name(name: str) -> str:
+    """Return `name` if a Host header can have it, without port. Raises InputError."""
+    if not re.fullmatch(r"[0-9A-Za-z_.-]+", name):
+        raise InputError(f"{name!r} is not a host name; write for instance raspberrypi.local, without a port")
+    return name
+
+
+class HostNames:
+    """The names by which this machine calls itself.
+
+    A server that listens on loopback and asks for no key answers only for these: a web page of elsewhere can have its
+    own host's name resolve to this machine (DNS rebinding), and its requests then carry that name. The page cannot do
+    so with this machine's own name.
+    """
+
+    def __init__(self, further: Iterable[str] = ()) -> None:
+        """
+        Args:
+            further: names in addition to localhost and the machine's own, also with .local.
+        """
+        name = socket.gethostname().lower()
+        self._names = {name, f"{name.partition('.')[0]}.local", *(host.lower() for host in further)}
+
+    def foreign_name(self, header: str) -> str | None:
+        """Return the name in a Host header if it is not one of these; None if it is, or if there is no name."""
+        name = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+        name = name.lower().rstrip(".")
+        is_own = not name or name in self._names or name.endswith(".localhost") or is_loopback(name)
+        return None if is_own else name
 
 
 def check_proxy(url: str) -> str:

@@ -1,15 +1,40 @@
-"""Building blocks of OpenAPI 3.1 documents: a schema reference, and an operation with its error responses."""
+"""Building blocks of OpenAPI 3.1 documents, and the cache from which a server answers with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import msgspec
 
 REF = "#/components/schemas/{name}"
 JSON = "application/json"
 TEXT = "text/plain"
 # Statuses that carry a Retry-After header.
 RETRY_STATUSES = ("429", "503")
+
+
+class DocumentCache:
+    """The documents of one server as JSON, each built once, in a thread: that takes milliseconds.
+
+    Args:
+        build: builds a document.
+    """
+
+    def __init__(self, build: Callable[..., dict[str, Any]]) -> None:
+        self._build = build
+        self._documents: dict[tuple[object, ...], asyncio.Task[bytes]] = {}
+
+    async def get(self, *arguments: Any) -> bytes:
+        """Return the document that `build(*arguments)` builds."""
+        if arguments not in self._documents:
+            self._documents[arguments] = asyncio.create_task(asyncio.to_thread(self._encode, *arguments))
+        # Whoever disconnects meanwhile takes it from nobody else.
+        return await asyncio.shield(self._documents[arguments])
+
+    def _encode(self, *arguments: Any) -> bytes:
+        return msgspec.json.encode(self._build(*arguments))
 
 
 def schema_ref(name: str) -> dict[str, str]:

@@ -5,6 +5,7 @@
     │   ├── ProfileError             a device profile does not exist or parse (`planning.board_profile`)
     │   ├── ConfigurationError       an error in the configuration file or the environment (`settings`)
     │   ├── GrammarError             a grammar is invalid or too costly
+    │   ├── BodyRefused              the body of a request is too long or too slow
     │   ├── DamagedMessage           a message whose checksum is wrong (`protocol.messages`)
     │   └── UnknownVersion           the registry has no such version or alias (`cloud_verifier.registry.catalog`)
     ├── ProbeError               a sensor file does not parse (`probes.roots`); counted, never raised to callers
@@ -16,6 +17,7 @@
     │   └── StoreError               the bundle cannot be put into the store (`bundles.archive`)
     ├── DraftError               the draft model cannot be loaded or run
     │   └── ContextOverflow          more tokens than the draft's context
+    ├── ArchiveError             a tar archive is damaged or hostile (`common.tar_stream`); its readers say which
     ├── ServiceUnreachable       the board's local service does not answer (`cli.top`)
     ├── UpdateError              an update of the program cannot be used (`updates.package`)
     ├── ImageError               an image could not be built or changed (`device_profiles.image.programs`)
@@ -52,6 +54,20 @@ class InputError(FlexSpecError):
 
 class GrammarError(InputError):
     """The grammar is invalid or too costly, or the model cannot write any text that matches it."""
+
+
+class BodyRefused(InputError):
+    """The body of a request is too long or too slow.
+
+    Attributes:
+        status: HTTP status of the answer, 408 or 413.
+        limit: bytes that it may have; None if the length is not the reason.
+    """
+
+    def __init__(self, status: int, message: str, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.limit = limit
 
 
 class BundleError(FlexSpecError):

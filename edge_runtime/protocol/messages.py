@@ -43,6 +43,7 @@ import msgspec
 
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.protocol.varints import pack_varints, unpack_varints
 
 PROTOCOL_VERSION = 1
 MSGPACK = "application/msgpack"
@@ -55,6 +56,9 @@ STREAM_MEDIA_TYPES = {MSGPACK: "application/msgpack-seq", JSON: "application/x-n
 MAX_DRAFT_TOKENS = 32
 MAX_CONTINUATION_TOKENS = 512
 MAX_TREE_NODES = 72
+# Bytes of a reply, of all frames together if it is streamed. Chosen: ten times what MAX_CONTINUATION_TOKENS with
+# MAX_LOGPROBS take.
+MAX_REPLY_BYTES = 1 << 20
 
 # Length of the checksum after a msgpack message.
 CHECKSUM_BYTES = 4
@@ -98,7 +102,7 @@ class ErrorCode(enum.StrEnum):
     INVALID_GRAMMAR = "invalid_grammar", 400  # the grammar is invalid or too costly, also while the text is generated
     DRAFT_TOO_LONG = "draft_too_long", 400  # detail: limit
     UNAUTHORIZED = "unauthorized", 401  # no bearer token, or an unknown one
-    FORBIDDEN = "forbidden", 403  # the role of the bearer token does not allow this
+    FORBIDDEN = "forbidden", 403  # by the role of the bearer token, or by the Host header of a local verifier
     UNKNOWN_ROUTE = "unknown_route", 404  # and 405 for a method that the route does not have
     UNKNOWN_MODEL = "unknown_model", 404  # detail: available
     SESSION_LOST = "session_lost", 404  # evicted, closed or from before a restart; open again with all ids
@@ -111,6 +115,7 @@ class ErrorCode(enum.StrEnum):
     DRAFT_MISMATCH = "draft_mismatch", 409  # the draft's shared tensors are not the target's
     INCOMPATIBLE_TARGET = "incompatible_target", 409  # admin: deployed drafts do not fit it; detail: differences
     TARGET_REFUSED = "target_refused", 409  # admin: the registry or the checkpoint on disk does not allow it
+    TOO_SLOW = "too_slow", 408  # the body did not arrive in time
     TOO_LARGE = "too_large", 413  # the body exceeds the limit; detail: limit
     CONTEXT_OVERFLOW = "context_overflow", 413  # prompt over the target's context or the client's limit; detail: limit
     RATE_LIMITED = "rate_limited", 429  # over a limit of this client's; retry after `Retry-After`
@@ -405,7 +410,11 @@ class FrameSplitter:
         self._count = 0
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Add received bytes and yield each body that is now complete. Raises InputError if this is no such stream."""
+        """Add received bytes and yield each body that is now complete.
+
+        Raises:
+            InputError: this is no such stream, or a body is larger than MAX_REPLY_BYTES; it is not waited for.
+        """
         self._buffer += chunk
         while (bounds := self._find_body()) is not None:
             start, stop, consumed = bounds
@@ -423,6 +432,7 @@ class FrameSplitter:
         """Start and end of the first complete body, and the number of bytes to drop with it."""
         if self._json:
             end = self._buffer.find(b"\n")
+            _check_size(end if end >= 0 else len(self._buffer))
             return None if end < 0 else (0, end, end + 1)
         length = shift = 0
         for index, byte in enumerate(self._buffer[:5]):
@@ -430,39 +440,16 @@ class FrameSplitter:
             shift += 7
             if byte < 0x80:
                 start = index + 1
+                _check_size(length)
                 return (start, start + length, start + length) if len(self._buffer) >= start + length else None
         if shift == 35:
             raise InputError("a frame's length is longer than five bytes: this is no stream of frames")
         return None
 
 
-def pack_varints(numbers: list[int]) -> bytes:
-    """Encode as LEB128: seven bits per byte, least significant first, top bit set on all but a number's last byte."""
-    packed = bytearray()
-    for number in numbers:
-        while number > 0x7F:
-            packed.append(number & 0x7F | 0x80)
-            number >>= 7
-        packed.append(number)
-    return bytes(packed)
-
-
-def unpack_varints(packed: bytes) -> list[int]:
-    """Inverse of `pack_varints`. Raises ValueError on a number over 35 bits or a truncated one."""
-    numbers: list[int] = []
-    number = shift = 0
-    for byte in packed:
-        number |= (byte & 0x7F) << shift
-        if byte & 0x80:
-            shift += 7
-            if shift > 28:
-                raise ValueError("a token id is longer than five bytes")
-        else:
-            numbers.append(number)
-            number = shift = 0
-    if shift:
-        raise ValueError("the last token id is truncated")
-    return numbers
+def _check_size(length: int) -> None:
+    if length > MAX_REPLY_BYTES:
+        raise InputError(f"a frame of {length} bytes, and {MAX_REPLY_BYTES} are the most: this is no stream of frames")
 
 
 def _to_array(message: msgspec.Struct) -> list[Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hmac
-import socket
 
 import msgspec
 from starlette.requests import Request
 
-from edge_runtime.common.network import is_loopback
+from edge_runtime.common.network import HostNames
 from edge_runtime.service.errors import ApiError
 
 # Path prefixes that give access to prompts and answers, and therefore require a key.
@@ -37,18 +36,15 @@ class RequestGuard:
 
     def __init__(self, rules: AccessRules) -> None:
         self._keys = [key.encode() for key in rules.keys]
-        self._local = rules.local and not rules.keys
-        # A page can only have its own host's name resolve to this board, so the board's own name is safe.
-        name = socket.gethostname().lower()
-        self._hosts = {name, f"{name.partition('.')[0]}.local", *(host.lower() for host in rules.hosts)}
+        self._hosts = HostNames(rules.hosts) if rules.local and not rules.keys else None
 
     def check(self, request: Request) -> None:
         """Raise ApiError (401 or 403) unless the request may be served."""
-        host = _host_without_port(request.headers.get("host", "")).lower().rstrip(".")
-        if self._local and not _is_loopback_host(host) and host not in self._hosts:
+        name = self._hosts.foreign_name(request.headers.get("host", "")) if self._hosts else None
+        if name is not None:
             raise ApiError(
                 403,
-                f"this service is local and does not answer for the host {host[:80]!a}: add the name to "
+                f"this service is local and does not answer for the host {name[:80]!a}: add the name to "
                 "service.allowed_hosts (--allowed-hosts), or require API keys (service.api_key_file)",
                 code="host_not_allowed",
             )
@@ -59,13 +55,3 @@ class RequestGuard:
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, known) for known in self._keys):
             message = "this service requires one of its API keys: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
-
-
-def _host_without_port(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
-
-
-def _is_loopback_host(host: str) -> bool:
-    return not host or host.endswith(".localhost") or is_loopback(host)

@@ -106,7 +106,8 @@ class KnownModels:
         ]
         if models != self._models:
             self._models = models
-            self._save()
+            # In a thread: writing to a card can take longer than the event loop may be held.
+            self._saving = asyncio.ensure_future(asyncio.to_thread(self._save))
 
     def _load(self) -> list[OpenAIModel]:
         if self._file is None:

@@ -363,6 +363,24 @@ class ServiceSettings(SettingsTable, frozen=True):
             reloadable=True,
         ),
     ] = 64
+    max_connections: Annotated[
+        int,
+        msgspec.Meta(ge=16, le=65536),
+        SettingSpec(
+            "--max-connections N",
+            "connections of clients at once; when there are more, whoever has most of them loses the one that has been "
+            "idle for longest",
+        ),
+    ] = 512
+    max_connections_per_address: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=65536),
+        SettingSpec(
+            "--max-connections-per-address N",
+            "of these, from one IPv4 address or IPv6 network of 64 bits, this machine excepted; 0 for as many as there "
+            "are, for instance behind a proxy on another machine",
+        ),
+    ] = 128
     api_key_file: Annotated[
         Path | None,
         SettingSpec(

@@ -186,10 +186,9 @@ def host(value: str, folder: Path) -> str:
 
 def host_names(values: list[str], folder: Path) -> list[str]:
     """Accept names that a Host header may have, without port."""
-    for value in values:
-        if not re.fullmatch(r"[0-9A-Za-z_.-]+", value):
-            raise InputError(f"{value!r} is not a host name; write for instance raspberrypi.local, without a port")
-    return values
+    from edge_runtime.common.network import check_host_name
+
+    return [check_host_name(value) for value in values]
 
 
 def origins(values: list[str], folder: Path) -> list[str]:

@@ -41,6 +41,7 @@ async def test_models_stay_known_without_a_verifier(
         assert (model.id, model.context) == ("target-v1", target.context)
         assert {models.context_of(name) for name in ("", model.id, model.version)} == {target.context}
         assert models.context_of("other") == 0
+        await wait_until(file.is_file)
         await stop_verifier(pair)
         assert (await models.fetch()).data == [model]
         # After a restart, for the same verifiers.
