@@ -55,7 +55,7 @@ RESPONSE_ERRORS = ("401", "403", "404")
 MODEL_ERRORS = ("401", "403", "404", "500", "502", "503")
 
 
-def build_document(max_body: int, keys: bool, vocabulary_size: int, *, has_template: bool) -> dict[str, Any]:
+def build_document(max_body: int, keys: bool, vocabulary_size: int, has_template: bool) -> dict[str, Any]:
     """Build the document of a service.
 
     Args:
