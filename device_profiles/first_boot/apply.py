@@ -22,7 +22,6 @@ from device_profiles.first_boot.board_file import (
     hide_secrets,
     service_text,
 )
-from edge_runtime.bundles.store import BundleStore
 from edge_runtime.common.files import fsync_path, write_atomically
 from edge_runtime.settings.loading import read_effective_settings
 
@@ -83,6 +82,9 @@ class BoardRoot:
         installed = self.root / INSTALLED_BUNDLE
         if installed.is_file() and installed.read_text() == digest:
             return ""
+        # Not at every boot: it imports numpy, and takes longer than everything else here.
+        from edge_runtime.bundles.store import BundleStore
+
         configuration = self.root / CONFIGURATION / "config.toml"
         key = (
             read_effective_settings(configuration, {}).settings.draft.public_key_file

@@ -46,12 +46,14 @@ ConditionPathExists=!/etc/ssh/ssh_host_ed25519_key
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/usr/bin/ssh-keygen -A
+ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
 
 [Install]
 WantedBy=ssh.service
 """
 SSH_CONFIGURATION = """\
+# The only one that is made: a key for RSA takes a small board many seconds.
+HostKey /etc/ssh/ssh_host_ed25519_key
 # Nobody has a password. The keys of [ssh] in flexspec.toml may log in as root.
 PasswordAuthentication no
 KbdInteractiveAuthentication no
@@ -69,13 +71,28 @@ ENABLED = {
     "multi-user.target.wants": ("flexspec-edge.service", "NetworkManager.service", "ssh.service"),
     "ssh.service.wants": ("flexspec-ssh-keys.service",),
 }
-# Units of Debian that write to the card, or wait, for nothing that a board needs.
+# wpa_supplicant only where there is a radio.
+RADIO = "[Unit]\nConditionDirectoryNotEmpty=/sys/class/ieee80211\n"
+# systemd compares its time with that of /usr: what follows from /usr, such as the cache of ldconfig, is made with the
+# packages, and not once more at the first boot.
+UPDATED = "# Time of the last update of /usr; see systemd-update-done.service(8).\n"
+# Units of Debian that write to the card, take time or wait, for nothing that a board needs.
 MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "e2scrub_all.timer",
-    "man-db.timer",
     "NetworkManager-wait-online.service",
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
+    "dev-hugepages.mount",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "man-db.timer",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-binfmt.service",
+    "systemd-pstore.service",
 )
 OWN_UNITS = ("flexspec-configure.service", "flexspec-edge.service", "flexspec-ssh-keys.service")
 
@@ -104,6 +121,9 @@ def add_system_files(
     archive.file("etc/systemd/journald.conf.d/flexspec.conf", JOURNAL)
     archive.file("etc/systemd/zram-generator.conf", ZRAM)
     archive.file("etc/systemd/system.conf.d/flexspec.conf", WATCHDOG)
+    archive.file("etc/systemd/system/wpa_supplicant.service.d/flexspec.conf", RADIO)
+    archive.file("etc/.updated", UPDATED)
+    archive.file("var/.updated", UPDATED)
     archive.file("etc/fstab", _fstab())
     archive.file("etc/hostname", "flexspec\n")
     archive.file("etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tflexspec\n")

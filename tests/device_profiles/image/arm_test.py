@@ -1,0 +1,126 @@
+"""Runs the board's tests on aarch64, emulated by qemu-user, with Python 3.11 and 3.13: `make test-arm`.
+
+    python -m tests.device_profiles.image.arm_test
+    python -m tests.device_profiles.image.arm_test --python 3.13 tests/edge_runtime/protocol
+
+For each version of Python: the tests that need only the board's install (without those marked slow, unless `--slow`);
+the draft's proposals, compared with this machine's; and answers of the service through a verifier on this machine,
+compared with the target's own text. The first run takes longer: it unpacks a system, and byte code is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import httpx
+
+from device_profiles.image.command import _default_cache
+from device_profiles.image.programs import ImageError, run
+from device_profiles.image.runtime import CHECKOUT
+from tests.board_modules import board_test_modules
+from tests.device_profiles.image.arm_root import PYTHON_VERSIONS, ArmRoot, prepare_root
+from tests.device_profiles.image.boot_test import verifier
+from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases, request_answer
+from tests.toy_family import FAMILY
+
+# A limit for hangs of one answer.
+ANSWER_SECONDS = 600.0
+# Modules of which tests look at the real machine, or at what qemu-user does not emulate.
+NOT_EMULATED: dict[str, str] = {}
+
+
+def main() -> int:
+    """Run the tests. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", help="tests to run (default: all that need only the board's install)")
+    parser.add_argument("--python", action="append", choices=PYTHON_VERSIONS, help="default: both versions")
+    parser.add_argument("--slow", action="store_true", help="also run the tests marked slow")
+    parser.add_argument("--jobs", default=str(os.cpu_count()), help="processes (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        root = prepare_root(_default_cache(), report)
+    except ImageError as error:
+        print(f"cannot run arm64 programs: {error}", file=sys.stderr)
+        return 1
+    cases = make_cases(FAMILY / "target-v1")
+    versions = options.python or PYTHON_VERSIONS
+    passed = [check_version(root, version, options, cases) for version in versions]
+    return 0 if all(passed) else 1
+
+
+def check_version(root: ArmRoot, version: str, options: argparse.Namespace, cases: list[AnswerCase]) -> bool:
+    """Run everything with one version of Python. Returns whether it passed."""
+    report(f"Python {version} on aarch64")
+    results = [run_tests(root, version, options)]
+    if not options.paths:
+        results += [compare_proposals(root, version), check_answers(root, version, cases)]
+    return all(results)
+
+
+def run_tests(root: ArmRoot, version: str, options: argparse.Namespace) -> bool:
+    """Run pytest in the root. Returns whether no test failed."""
+    started = time.monotonic()
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", options.jobs, "--dist", "worksteal"]
+    pytest += ["--hypothesis-profile=quick", *([] if options.slow else ["-m", "not slow"])]
+    done = subprocess.run(root.command(version, *pytest, *(options.paths or emulated_modules())))
+    report(f"tests: exit code {done.returncode} after {time.monotonic() - started:.0f} s")
+    return done.returncode == 0
+
+
+def emulated_modules() -> list[str]:
+    """Return the modules of tests that make sense under qemu-user."""
+    return [path for path in board_test_modules() if path not in NOT_EMULATED]
+
+
+def compare_proposals(root: ArmRoot, version: str) -> bool:
+    """Compare the tokens that the draft proposes here and there, token for token."""
+    module = ["-m", "tests.device_profiles.image.proposals"]
+    here, there = (
+        json.loads(run(command, cwd=CHECKOUT).stdout)
+        for command in ([sys.executable, *module], root.command(version, *module))
+    )
+    equal = [tokens == others for (tokens, _), (others, _) in zip(here, there, strict=True)]
+    report(f"proposals of the draft: {sum(equal)} of {len(equal)} equal this machine's, token for token")
+    return all(equal)
+
+
+def check_answers(root: ArmRoot, version: str, cases: list[AnswerCase]) -> bool:
+    """Ask the service, which runs in the root, through a verifier on this machine; compare with the target's text."""
+    with verifier() as port:
+        serve = ["-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", f"http://127.0.0.1:{port}"]
+        serve += ["--bundle", "tests/toy_family/bundle", "--policy", "fixed", "--no-ngram-cache", "--threads", "1"]
+        with subprocess.Popen(root.command(version, *serve), stdout=subprocess.PIPE, text=True) as service:
+            try:
+                assert service.stdout is not None
+                kinds = asyncio.run(ask(service.stdout.readline().split()[-1], cases))
+            finally:
+                service.terminate()
+    report(f"answers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    return set(kinds) == {AnswerKind.RIGHT}
+
+
+async def ask(url: str, cases: list[AnswerCase]) -> Counter[AnswerKind]:
+    """Request every answer, half of them as streams. Returns how many there are of each kind."""
+    kinds: Counter[AnswerKind] = Counter()
+    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
+        for number, case in enumerate(cases):
+            answer = await request_answer(client, case, stream=bool(number % 2), limit=ANSWER_SECONDS)
+            kinds[answer.kind] += 1
+            if answer.kind != AnswerKind.RIGHT:
+                report(f"{answer.kind}: {answer.detail}")
+    return kinds
+
+
+def report(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
