@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.cli.main import main
 from export.example_family.prepare import PACKAGE, PACKAGE_INSTALLATION
 
 # What a board lacks; the demo must leave it to other processes.
@@ -42,7 +43,7 @@ def table_rows(output: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_toy_demo_is_exact_with_two_versions_and_one_draft() -> None:
-    done = run_demo("--toy", "--max-new-tokens", "24")
+    done = run_demo("--toy", "--max-new-tokens", "16")
     assert done.returncode == 0, done.stderr
     rows = table_rows(done.stdout)
     assert [row[0] for row in rows] == ["target-v1"] * 3 + ["target-v2"] * 3
@@ -58,10 +59,11 @@ def test_the_toy_demo_is_exact_with_two_versions_and_one_draft() -> None:
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"no chat model: {PACKAGE_INSTALLATION}")
 def test_the_chat_model_answers_exactly_within_the_memory_of_a_board() -> None:
     question = "What is the capital of France?"
-    done = run_demo("--question", question, "--max-new-tokens", "12", "--target", "target-v1", "--target", "target-v2")
+    # The later versions with the same frozen draft are those of the toy demo.
+    done = run_demo("--question", question, "--max-new-tokens", "8", "--target", "target-v1")
     assert done.returncode == 0, done.stderr
-    assert [row[-1] for row in table_rows(done.stdout)] == ["yes"] * 2
-    assert done.stdout.count(question) == 2
+    assert [row[-1] for row in table_rows(done.stdout)] == ["yes"]
+    assert done.stdout.count(question) == 1
     # The chat template is applied: the model answers instead of continuing the question.
     assert "The capital of France is Paris" in done.stdout
     peak = re.search(r"at most (\d+) MB of memory", done.stdout)
@@ -81,7 +83,6 @@ def test_without_the_chat_model_the_demo_says_how_to_install_it(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,7 +91,9 @@ def test_without_the_chat_model_the_demo_says_how_to_install_it(tmp_path: Path) 
         (("--family", "nowhere", "--target", "target-v1"), "no target at nowhere/target-v1"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: tuple[str, ...], message: str) -> None:
-    done = run_demo(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_is_one_sentence(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLEXSPEC_BUNDLE", raising=False)
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err

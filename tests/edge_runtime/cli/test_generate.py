@@ -1,18 +1,22 @@
-"""`edge-runtime generate`, in real processes, with a real verifier and the toy family."""
+"""`edge-runtime generate` with a real verifier and the toy family; in a process of its own where that matters."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import httpx
 import pytest
+
+from edge_runtime.cli.main import main
+
+if TYPE_CHECKING:
+    from cloud_verifier.model.target import Target
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
 
@@ -22,31 +26,53 @@ MEGABYTE = 1 << 20
 FORBIDDEN = ("torch", "transformers", "optimum", "peft", "scipy", "onnx.")
 
 
-def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def run_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+class Finished(NamedTuple):
+    """What a command returned and printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(*arguments, stdin="")`: `edge-runtime` in this process."""
+
+    def run(*arguments: str, stdin: str = "") -> Finished:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = main(list(arguments))
+        except SystemExit as refused:
+            code = int(refused.code or 0)
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def verifier(family: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(family / "target-v1"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().split()[-1]
-        # It listens while it loads the target. Requests before it is ready are repeated, which costs bytes.
-        while httpx.get(f"{url}/readyz").status_code != 200:
-            time.sleep(0.1)
+def verifier(target_v1: Target) -> Iterator[str]:
+    from tests.cloud_verifier.protocol_client import running
+
+    with running(target_v1) as url:
         yield url
-        process.terminate()
 
 
 @pytest.mark.slow
-def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp_path: Path) -> None:
+def test_a_prompt_can_be_an_argument_a_file_or_standard_input(run: Run, verifier: str, tmp_path: Path) -> None:
     options = ("--verifier", verifier, "--max-new-tokens", "24")
     by_argument = run("generate", PROMPT, *options)
     assert by_argument.returncode == 0, by_argument.stderr
     (tmp_path / "prompt").write_text(PROMPT)
     assert run("generate", "--file", str(tmp_path / "prompt"), *options).stdout == by_argument.stdout
-    assert run("generate", *options, input=PROMPT).stdout == by_argument.stdout
+    assert run_process("generate", *options, input=PROMPT).stdout == by_argument.stdout
     assert "tokens in" in by_argument.stderr
     assert "\x1b" not in by_argument.stdout
 
@@ -56,7 +82,7 @@ def test_what_the_planner_learns_survives_the_process(verifier: str, tmp_path: P
     options = ("--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos", "--planner-state", str(tmp_path))
     budgets, texts = [], []
     for _ in range(3):
-        answer = run("generate", PROMPT, *options, "--explain")
+        answer = run_process("generate", PROMPT, *options, "--explain")
         assert answer.returncode == 0, answer.stderr
         texts.append(answer.stdout)
         budgets.append([int(tokens) for tokens in re.findall(r"regret budget (-?\d+) tokens", answer.stderr)])
@@ -70,7 +96,9 @@ def test_what_the_planner_learns_survives_the_process(verifier: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_sampling_options_mean_the_same_to_the_target_alone(verifier: str, family: Path) -> None:
+def test_sampling_options_mean_the_same_to_the_target_alone(
+    run: Run, verifier: str, family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The board does not show the stop id, a newline; the target alone prints it."""
     options = ("--max-new-tokens", "60", "--temperature", "0.8", "--seed", "4", "--min-p", "0.02", "--min-tokens", "20")
     options += ("--repetition-penalty", "1.1", "--presence-penalty", "0.2", "--frequency-penalty", "0.1")
@@ -79,21 +107,22 @@ def test_sampling_options_mean_the_same_to_the_target_alone(verifier: str, famil
     assert answer.returncode == 0, answer.stderr
     report = json.loads(answer.stdout)
     assert (report["finish"], report["ids"].index(200)) == ("stop", len(report["ids"]) - 1)
-    command = [sys.executable, "-m", "cloud_verifier.cli", "generate", str(family / "target-v1"), PROMPT, *options]
-    alone = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
-    assert alone == PROMPT + report["text"] + "\n\n"
+    from cloud_verifier.cli.main import main as cloud_main
+
+    assert cloud_main(["generate", str(family / "target-v1"), PROMPT, *options]) == 0
+    assert capsys.readouterr().out == PROMPT + report["text"] + "\n\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [("--logit-bias", "5"), ("--logit-bias", "5=1000"), ("--repetition-penalty", "0")])
-def test_invalid_sampling_options_are_refused(option: tuple[str, str]) -> None:
+def test_invalid_sampling_options_are_refused(run: Run, option: tuple[str, str]) -> None:
     refused = run("generate", PROMPT, "--verifier", "http://127.0.0.1:9", *option)
     assert refused.returncode == 2
     assert option[0].strip("-").replace("-", "_") in refused.stderr or "is not ID=BIAS" in refused.stderr
 
 
 @pytest.mark.slow
-def test_json_report(verifier: str) -> None:
+def test_json_report(run: Run, verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
         json.loads(run("generate", PROMPT, *shared, "--temperature", "0.7", "--num-assistant-tokens", k).stdout)
@@ -116,7 +145,7 @@ FIXED = ("--policy", "fixed")
 @pytest.mark.parametrize(
     ("options", "limit"), [(FIXED, 5000), ((*FIXED, "--no-http2"), 10_000), ((), 10_000)], ids=["2", "1.1", "planned"]
 )
-def test_a_hundred_tokens_take_few_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
+def test_a_hundred_tokens_take_few_kilobytes(run: Run, verifier: str, options: tuple[str, ...], limit: int) -> None:
     """The limit is higher with the planner: on a busy machine it plans shorter rounds, which take more bytes."""
     arguments = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json")
     answer = run("generate", PROMPT, *arguments, *options)
@@ -165,30 +194,46 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
         (["generate", "x", "--verifier", "http://127.0.0.1:9", "--deadline", "0.3"], 4, "is it running"),
     ],
 )
-def test_errors_are_one_sentence_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
-    result = run(*arguments, input="")
+def test_errors_are_one_sentence_and_an_exit_code(run: Run, arguments: list[str], code: int, message: str) -> None:
+    result = run(*arguments)
     assert result.returncode == code
     assert result.stderr.startswith("edge-runtime: ")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
+def test_the_exit_code_is_that_of_the_process() -> None:
+    result = run_process("generate", "", input="")
+    assert result.returncode == 2
+    assert result.stderr.startswith("edge-runtime: the prompt is empty")
+
+
+@pytest.fixture(scope="module")
+def fixed_text(verifier: str) -> str:
+    """What `generate` prints under a fixed plan."""
+    options = ("--max-new-tokens", "48", "--ignore-eos", "--num-assistant-tokens", "3")
+    return run_process("generate", PROMPT, "--verifier", verifier, *options).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["analytic", "hf-dynamic", "genai-ewma", "ucb"])
-def test_every_policy_generates_the_same_text_and_explains_its_decisions(verifier: str, policy: str) -> None:
+def test_every_policy_generates_the_same_text_and_explains_its_decisions(
+    run: Run, verifier: str, fixed_text: str, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     shared = ("generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos")
     options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
-    answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
-    assert answer.stdout == run(*shared, "--num-assistant-tokens", "3").stdout
-    prefix = "edge_runtime.decoding.generation: position "
-    decisions = [line for line in answer.stderr.splitlines() if line.startswith(prefix)]
+    # Restores the levels that --explain sets.
+    with caplog.at_level("DEBUG", "edge_runtime.decoding"), caplog.at_level("DEBUG", "edge_runtime.planning"):
+        answer = run(*shared, *options, "--energy-budget", "40000", "--explain")
+    assert answer.stdout == fixed_text
+    decisions = [message for message in caplog.messages if message.startswith("position ")]
     # Includes rounds that were sent early and then discarded.
     assert len(decisions) >= int(re.search(r"in (\d+) rounds", answer.stderr)[1])
     assert all(re.search(r"K=\d+ n=\d+, \S", line) for line in decisions)
 
 
 @pytest.mark.slow
-def test_options_override_the_configuration(tmp_path: Path) -> None:
+def test_options_override_the_configuration(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[verifier]\nurls = ["http://127.0.0.1:9"]\ndeadline_seconds = 0.3\n')
     configured = run("generate", "x", "--config", str(file))
@@ -196,9 +241,8 @@ def test_options_override_the_configuration(tmp_path: Path) -> None:
         4,
         True,
     )
-    overridden = run(
-        "generate", "x", "--verifier", "http://127.0.0.1:10", env=os.environ | {"FLEXSPEC_CONFIG": str(file)}
-    )
+    monkeypatch.setenv("FLEXSPEC_CONFIG", str(file))
+    overridden = run("generate", "x", "--verifier", "http://127.0.0.1:10")
     assert "no usable answer from http://127.0.0.1:10 within 0." in overridden.stderr
     file.write_text("[verifier]\nurl = 3\n")
     invalid = run("generate", "x", "--config", str(file))
@@ -207,7 +251,7 @@ def test_options_override_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_of_the_verifier_names_its_code(verifier: str) -> None:
+def test_a_refusal_of_the_verifier_names_its_code(run: Run, verifier: str) -> None:
     result = run("generate", "x", "--verifier", verifier, "--model", "gpt")
     assert result.returncode == 4
     assert "[unknown_model]" in result.stderr
@@ -242,10 +286,13 @@ def test_help_imports_nothing_slow(command: list[str]) -> None:
     assert str(Path(__file__).resolve().parents[3]) not in result.stdout
 
 
-@pytest.mark.slow
-def test_help_has_examples() -> None:
-    assert "edge-runtime generate" in run("--help").stdout
-    text = " ".join(run("generate", "--help").stdout.split())
-    assert "--num-assistant-tokens" in text
-    assert "else the bundle shipped with a source checkout" in text
-    assert "--memory" not in text
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, phrases in {
+        ("--help",): ["edge-runtime generate"],
+        ("generate", "--help"): ["--num-assistant-tokens", "else the bundle shipped with a source checkout"],
+    }.items():
+        with pytest.raises(SystemExit, match="0"):
+            main(list(arguments))
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(phrase in text for phrase in phrases)
+        assert "--memory" not in text
