@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud_verifier.engine.principals import DEFAULT_MAX_PROMPT, DEFAULT_MAX_SESSIONS, DEFAULT_TOKENS_PER_SECOND
 from edge_runtime.common.options import add_action, add_option
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_TOKEN_FILE = Path("/etc/credstore/flexspec.verifier-tokens")
 DESCRIPTION = f"""\
 Creates the tokens that boards, monitors and admins authenticate with, and maintains the token file of a verifier:
-names, roles, limits, and hashes of the tokens. A token is printed once and stored nowhere.
+names, roles, limits, and hashes of the tokens. A token is printed once and stored nowhere. Its limits are finite unless
+told otherwise, and printed on standard error.
 
 A running verifier rereads the file at SIGHUP; the one of `cloud-verifier service`, whose file is
 {DEFAULT_TOKEN_FILE}, when it is restarted. Sessions survive both.
@@ -49,15 +51,29 @@ def add_parser(commands: Any) -> None:
     add.add_argument("name", metavar="NAME", help="name of its holder, for logs and metrics")
     text = "board: sessions; monitor: reads /metrics; admin: everything"
     add_option(add, "--role", text, default="board", choices=["board", "monitor", "admin"])
-    add_option(add, "--max-sessions N", "concurrent sessions (default: no limit)", type=int)
-    add_option(add, "--tokens-per-second N", "long-run rate (default: no limit)", type=float)
-    add_option(add, "--max-prompt TOKENS", "longest prompt (default: the target's limit)", type=int)
+    text = "concurrent sessions; `none` for no limit"
+    add_option(add, "--max-sessions N", text, default=DEFAULT_MAX_SESSIONS, type=_limit(int))
+    text = "long-run rate; `none` for no limit"
+    add_option(add, "--tokens-per-second N", text, default=DEFAULT_TOKENS_PER_SECOND, type=_limit(float))
+    text = "longest prompt; `none` for that of the target"
+    add_option(add, "--max-prompt TOKENS", text, default=DEFAULT_MAX_PROMPT, type=_limit(int))
     add.add_argument("--replace", action="store_true", help="revoke the existing token of NAME")
 
     revoke = add_action(actions, "revoke", _revoke, "revoke a token", parents=[file_options])
     revoke.add_argument("name", metavar="NAME")
     listing = add_action(actions, "list", _list, "list the holders of tokens", parents=[file_options])
     listing.add_argument("--json", action="store_true", help="print one JSON object, by name")
+
+
+def _limit(parse: Callable[[str], float]) -> Callable[[str], float | None]:
+    """Parse a limit, or `none`, for argparse."""
+
+    def limit(text: str) -> float | None:
+        return None if text == "none" else parse(text)
+
+    # argparse names the type in its errors.
+    limit.__name__ = "limit"
+    return limit
 
 
 def _add(options: argparse.Namespace) -> int:
@@ -68,11 +84,13 @@ def _add(options: argparse.Namespace) -> int:
 
     check_name(options.name)
     token = new_token()
-    limits = {name: getattr(options, name) for name in ("max_sessions", "tokens_per_second", "max_prompt")}
+    # The limits are those of sessions, and a monitor opens none.
+    names = () if options.role == "monitor" else ("max_sessions", "tokens_per_second", "max_prompt")
+    limits = {name: getattr(options, name) for name in names}
     fields = {"sha256": hash_token(token), "role": options.role}
     fields |= {name: limit for name, limit in limits.items() if limit is not None}
     try:
-        msgspec.convert(fields, Principal)
+        principal = msgspec.convert(fields, Principal)
     except msgspec.ValidationError as error:
         raise InputError(f"invalid limit: {error}") from None
 
@@ -84,6 +102,7 @@ def _add(options: argparse.Namespace) -> int:
         document[options.name] = table
 
     _edit_token_file(options.tokens, add_table)
+    print_note(f"the token of {options.name} has the role {principal.role}; {principal.describe_limits()}")
     # Nothing else goes to standard output, so that it can be redirected to a file.
     print(token)
     return 0
@@ -95,7 +114,7 @@ def _revoke(options: argparse.Namespace) -> int:
     if options.name not in read_principals(options.tokens):
         raise InputError(f"{options.tokens} has no token of {options.name!r}; see `cloud-verifier token list`")
     _edit_token_file(options.tokens, lambda document: document.pop(options.name, None))
-    print(f"the token of {options.name} is revoked", file=sys.stderr)
+    print_note(f"the token of {options.name} is revoked")
     return 0
 
 
@@ -114,16 +133,7 @@ def _list(options: argparse.Namespace) -> int:
         print(msgspec.json.encode(listed).decode())
         return 0
     for name, principal in principals.items():
-        limits = [
-            f"{limit} {unit}"
-            for limit, unit in (
-                (principal.max_sessions, "sessions"),
-                (principal.tokens_per_second, "tokens per second"),
-                (principal.max_prompt, "prompt tokens"),
-            )
-            if limit is not None
-        ]
-        print(f"{name:24} {principal.role:8} {', '.join(limits) or 'no limits'}")
+        print(f"{name:24} {principal.role:8} {principal.describe_limits()}")
     return 0
 
 

@@ -6,7 +6,7 @@ A principal is known by the SHA-256 hash of its token. The file is TOML with one
     [kitchen]
     sha256 = "..."              # hash of the token; the token itself is stored nowhere
     role = "board"              # board: sessions; monitor: reads /metrics; admin: everything
-    max_sessions = 8            # every limit is optional: without it there is none
+    max_sessions = 8            # a limit that is not there does not exist: `token add` writes all of them
     tokens_per_second = 50.0
     max_prompt = 4096
 
@@ -32,6 +32,11 @@ from edge_runtime.protocol.errors import InputError
 
 # 192 bits.
 TOKEN_BYTES = 24
+# Limits that `cloud-verifier token add` gives unless told otherwise. Chosen: a household with a few boards does not reach
+# them (each answer of a board has a session, and people read some tens of tokens per second), and a GPU bears dozens.
+DEFAULT_MAX_SESSIONS = 16
+DEFAULT_TOKENS_PER_SECOND = 200.0
+DEFAULT_MAX_PROMPT = 32_768
 PRINCIPAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -62,6 +67,16 @@ class Principal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     tokens_per_second: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_prompt: Annotated[int, msgspec.Meta(ge=1)] | None = None
     name: str = ""
+
+    def describe_limits(self) -> str:
+        """The limits in words."""
+        limits = (
+            (self.max_sessions, "sessions"),
+            (self.tokens_per_second, "tokens per second"),
+            (self.max_prompt, "prompt tokens"),
+        )
+        named = [f"{limit:g} {unit}" if limit < 1e6 else f"{limit} {unit}" for limit, unit in limits if limit]
+        return ", ".join(named) or "no limits"
 
 
 # The principal of every request to a verifier that has no token file.

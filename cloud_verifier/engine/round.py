@@ -60,6 +60,7 @@ class ActiveRound:
         self._current_speculation = current_speculation
         self._session_load = session_load
         self._last_frame_at = 0.0
+        self._out_of_memory_since: float | None = None
         self._prefill_seconds = 0.0
         self.forward_seconds = 0.0
         self._further_forwards = 0
@@ -80,10 +81,18 @@ class ActiveRound:
         Any exception propagates; the caller then fails the round.
         """
         self.forward_seconds += seconds
+        self._out_of_memory_since = None
         try:
             self.work = self._steps.send(sampled)
         except StopIteration:
             self.work, self.done = None, True
+
+    def may_wait_for_memory(self, seconds: float) -> bool:
+        """Record that the KV cache has no memory for `work`; return whether it has had none for less than `seconds`."""
+        now = time.perf_counter()
+        if self._out_of_memory_since is None:
+            self._out_of_memory_since = now
+        return now - self._out_of_memory_since < seconds
 
     def fail(self, error: VerifierRefused) -> None:
         """End the round with an error."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from cloud_verifier.engine.fairness import TurnOrder
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
@@ -46,6 +47,8 @@ BATCH_WINDOW_SECONDS = 0.002
 LATE_ARRIVAL_SECONDS = 0.0005
 # Pause between attempts to unload a version while rounds of its closed sessions are still running.
 UNLOAD_RETRY_SECONDS = 0.01
+# How long a round waits for memory of the KV cache, and the pause between attempts while nothing else runs. Chosen.
+CACHE_WAIT_SECONDS, CACHE_RETRY_SECONDS = 3.0, 0.005
 # Default capacity of the KV cache, in tokens.
 CACHE_TOKENS = 1 << 18
 
@@ -100,6 +103,7 @@ class Scheduler:
         self._released: deque[Session] = deque()
         self._tasks: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: list[ActiveRound] = []
+        self._turns, self._prefill_turns = TurnOrder(), TurnOrder()
         # Heap of (expected arrival of the next round, tie-breaker, session).
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
@@ -284,17 +288,22 @@ class Scheduler:
         for running in self._running:
             if running.work is None and not running.done:
                 self._advance(running, None, 0.0)
-        if batch:
-            self._run_forward(batch)
+        if batch and not self._run_forward(batch):
+            # Nothing but the end of a session gives memory back now.
+            with self._wake:
+                self._wake.wait(CACHE_RETRY_SECONDS)
         self._running = [running for running in self._running if not running.done]
 
     def _schedule_batch(self) -> list[ScheduledSegment]:
-        """Select the segments of the next forward: everything pending for the runner of the longest-waiting round."""
+        """Select the segments of the next forward: everything pending for the runner of whoever's turn it is.
+
+        Principals take turns where a forward has no room for all, and in prefilling; see `TurnOrder`.
+        """
         runner: SegmentRunner | None = None
         batch: list[ScheduledSegment] = []
         prefilling: list[ActiveRound] = []
         rows = 0
-        for running in self._running:
+        for running in self._turns.sort(self._running):
             if running.work is None:
                 continue
             runner = runner or running.runner
@@ -308,7 +317,8 @@ class Scheduler:
         if runner is None:
             return []
         prefill_rows = min(runner.max_prefill_rows, runner.max_rows - rows)
-        for running in prefilling[: runner.max_segments - len(batch)]:
+        prefilled: list[ActiveRound] = []
+        for running in self._prefill_turns.sort(prefilling)[: runner.max_segments - len(batch)]:
             prefill = running.work
             assert isinstance(prefill, PendingPrefill)
             if prefill_rows < 1:
@@ -317,14 +327,20 @@ class Scheduler:
             chunk = session.target.prefill_segment(session.cache, prefill.ids[:prefill_rows])
             chunk.next_id = session.ids[session.cache.length + len(chunk)]
             batch.append(ScheduledSegment(running, chunk))
+            prefilled.append(running)
             prefill_rows -= len(chunk)
+        self._prefill_turns.record(prefilled)
+        self._turns.record([member.round for member in batch])
         # The list is ordered by waiting time: rounds of this forward go to its end.
         scheduled = {id(member.round) for member in batch}
         self._running.sort(key=lambda running: id(running) in scheduled)
         return batch
 
-    def _run_forward(self, batch: list[ScheduledSegment]) -> None:
-        """Run the batch in one forward. If that fails, run each segment alone, so that only the faulty round fails."""
+    def _run_forward(self, batch: list[ScheduledSegment]) -> bool:
+        """Run the batch in one forward. If that fails, run each segment alone, so that only the faulty round fails.
+
+        Returns whether anything was done. Rounds for which the KV cache has no memory left are left as they are.
+        """
         # A segment of the draft model names its runner; segments of the target are run by one of its versions.
         first = batch[0]
         runner = first.segment.runner or first.round.session.target
@@ -335,11 +351,11 @@ class Scheduler:
             sampled_by_segment = runner.run(pool, [member.segment for member in batch])
         except Exception as error:
             if len(batch) > 1:
-                for member in batch:
-                    self._run_forward([member])
-                return
+                return sum(self._run_forward([member]) for member in batch) > 0
+            if isinstance(error, KVCacheFull) and first.round.may_wait_for_memory(CACHE_WAIT_SECONDS):
+                return False
             self._fail(first.round, error)
-            return
+            return True
         seconds = time.perf_counter() - started
         if first.segment.runner is None:
             self._metrics.observe_forward(sum(len(member.segment) for member in batch), len(batch), seconds)
@@ -353,6 +369,7 @@ class Scheduler:
                     running.forward_seconds += seconds
                     continue
             self._advance(running, sampled, seconds)
+        return True
 
     def _advance(self, running: ActiveRound, sampled: SampledTokens | None, seconds: float) -> None:
         session = running.session

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +24,16 @@ from edge_runtime.protocol.sampling import Sampling
 
 # Weight of the latest pause in the moving average of a session's pause between two rounds.
 PAUSE_SMOOTHING = 0.3
+# A session that was used within this time is taken to be in the middle of an answer. Chosen: longer than any pause
+# between two rounds of one, and shorter than most people take to go on with a chat.
+ACTIVE_SECONDS = 30.0
+
+
+class StoreFull(VerifierRefused):
+    """There is no room for a session or its next round, as long as the rounds in progress last."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly")
 
 
 class RoundReply:
@@ -133,6 +144,7 @@ class Session:
         previous_reply: the round before it, kept while the latest was sent ahead, since it may be requested again.
         finish: why the text has ended, or empty.
         closed: the session was removed; frames of a running round are discarded.
+        waiting: number of requests for its next round that wait for room; see `fairness.PlaceQueue`.
         last_used_at: time of the latest request, by `time.monotonic`.
         replied_at: time at which the scheduler finished the latest round, by `time.perf_counter`.
         pause_seconds: moving average of the time from there to the next round; None before the second round.
@@ -173,6 +185,7 @@ class Session:
         self.previous_reply: RoundReply | None = None
         self.finish = ""
         self.closed = False
+        self.waiting = 0
         self.last_used_at = time.monotonic()
         self.replied_at: float | None = None
         self.pause_seconds: float | None = None
@@ -246,10 +259,11 @@ class Session:
 class SessionStore:
     """Sessions by id and by opening key, least recently used first.
 
-    A session is visible only to its owner: to others it does not exist.
+    A session is visible only to its owner: to others it does not exist. Room is shared fairly among owners: sessions
+    are evicted from whoever holds most.
 
     Args:
-        limits: with more sessions or tokens, the least recently used sessions are evicted; with more idle time, too.
+        limits: with more sessions or tokens, sessions are evicted; with more idle time, too.
         on_remove: called with every session that leaves the store.
     """
 
@@ -302,9 +316,10 @@ class SessionStore:
         """Add a session, evicting others if necessary.
 
         Raises:
-            VerifierRefused: `overloaded`: every other session has a round in progress.
+            StoreFull: see `make_room`.
+            VerifierRefused: likewise.
         """
-        self.make_room(1, len(session.ids))
+        self.make_room(1, self._reserved_tokens(session), session.owner)
         session.id = messages.session_id_prefix(key) + session.id[len(messages.session_id_prefix(key)) :]
         session.key = key
         self._by_id[session.id] = session
@@ -320,34 +335,113 @@ class SessionStore:
             if self._by_key.get((session.owner, session.key)) is session:
                 del self._by_key[session.owner, session.key]
 
-    def make_room(self, sessions: int, tokens: int, exempt: Session | None = None) -> None:
-        """Evict idle sessions, then least recently used ones, until `sessions` and `tokens` more fit.
+    def shares(self) -> dict[str, float]:
+        """The dominant share of each owner: of the sessions or of the tokens, whichever it holds more of.
 
-        Sessions with a round in progress and `exempt` are never evicted.
+        Dominant resource fairness: Ghodsi et al., NSDI 2011.
+        """
+        return {owner: holding.share(self._limits) for owner, holding in self._holdings().items()}
+
+    def make_room(self, sessions: int, tokens: int, owner: str = "", exempt: Session | None = None) -> None:
+        """Evict idle sessions, then others if necessary, until `owner` may have `sessions` and `tokens` more.
+
+        The least recently used session of whoever holds the largest share is evicted, the new ones included. From one
+        that holds less than `owner` would, only sessions that are not in the middle of an answer are taken. Sessions
+        with a round in progress and `exempt` are never evicted, nor, while there are such, those that wait for room.
 
         Raises:
-            VerifierRefused: `overloaded`: the sessions that cannot be evicted leave too little room.
+            StoreFull: the sessions that cannot be evicted leave too little room; none was evicted for this.
+            VerifierRefused: `overloaded`: there would not be room in an empty store.
         """
         now = time.monotonic()
-        pinned = [s for s in self._by_id.values() if s is exempt or not s.reply.done]
-        pinned_tokens = sum(map(self._reserved_tokens, pinned))
-        if len(pinned) + sessions > self._limits.max_sessions or pinned_tokens + tokens > self._limits.max_tokens:
-            raise VerifierRefused(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly")
-        reserved = sum(map(self._reserved_tokens, self._by_id.values()))
         for session in list(self._by_id.values()):
-            full = (
-                len(self._by_id) + sessions > self._limits.max_sessions or reserved + tokens > self._limits.max_tokens
+            if session is not exempt and session.reply.done and now - session.last_used_at > self._limits.idle_seconds:
+                self._evict(session)
+        present = self._reserved_tokens(exempt) if exempt else 0
+        future = self._whole_pages(tokens + (len(exempt.ids) if exempt else 0))
+        if future > self._limits.max_tokens:
+            raise VerifierRefused(
+                ErrorCode.OVERLOADED,
+                f"the session would take {future} tokens, and all sessions of this verifier together have room for "
+                f"{self._limits.max_tokens}; ask for less",
             )
-            if session is exempt or not session.reply.done:
-                continue
-            if full or now - session.last_used_at > self._limits.idle_seconds:
-                reserved -= self._reserved_tokens(session)
-                self.remove(session.id)
-                self.evictions += 1
+        for session in self._choose_victims(_Holding(sessions, future - present), owner, exempt, now - ACTIVE_SECONDS):
+            self._evict(session)
+
+    def _choose_victims(
+        self, wanted: _Holding, owner: str, exempt: Session | None, active_since: float
+    ) -> list[Session]:
+        """The sessions to evict so that `owner` may have `wanted`; see `make_room`.
+
+        Args:
+            active_since: sessions that were used since then are in the middle of an answer.
+        """
+        limits = self._limits
+        held = self._holdings()
+        held[owner] += wanted
+        total = sum(held.values(), _Holding())
+        if total.share(limits) <= 1.0:
+            return []
+        anything_runs = any(not session.reply.done for session in self._by_id.values())
+        # By owner, least recently used first.
+        candidates: defaultdict[str, deque[Session]] = defaultdict(deque)
+        for session in self._by_id.values():
+            if session is not exempt and session.reply.done and not (session.waiting and anything_runs):
+                candidates[session.owner].append(session)
+        victims: list[Session] = []
+        while total.share(limits) > 1.0:
+            share = held[owner].share(limits)
+            largest = max(
+                (name for name, queue in candidates.items() if queue),
+                key=lambda name: (held[name].share(limits), name == owner),
+                default=owner,
+            )
+            if largest != owner and held[largest].share(limits) <= share:
+                unused = (name for name, queue in candidates.items() if queue and queue[0].last_used_at < active_since)
+                largest = min(unused, key=lambda name: candidates[name][0].last_used_at, default=owner)
+            if not candidates[largest]:
+                raise StoreFull
+            victim = candidates[largest].popleft()
+            victims.append(victim)
+            freed = _Holding(-1, -self._reserved_tokens(victim))
+            held[largest] += freed
+            total += freed
+        return victims
+
+    def _holdings(self) -> defaultdict[str, _Holding]:
+        """What each owner has."""
+        held: defaultdict[str, _Holding] = defaultdict(_Holding)
+        for session in self._by_id.values():
+            held[session.owner] += _Holding(1, self._reserved_tokens(session))
+        return held
+
+    def _evict(self, session: Session) -> None:
+        self.remove(session.id)
+        self.evictions += 1
 
     def _reserved_tokens(self, session: Session) -> int:
-        """Tokens of the session, rounded up to whole pages."""
-        return -(-len(session.ids) // self._limits.page) * self._limits.page
+        """Tokens of the session at the end of its round in progress, if any, rounded up to whole pages."""
+        tokens, request = len(session.ids), session.reply.request
+        if not session.reply.done:
+            end = request.position + len(request.draft) + request.n
+            tokens = max(tokens, min(end, session.target.context))
+        return self._whole_pages(tokens)
+
+    def _whole_pages(self, tokens: int) -> int:
+        return -(-tokens // self._limits.page) * self._limits.page
+
+
+class _Holding(NamedTuple):
+    """What a principal has of a store."""
+
+    sessions: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: _Holding) -> _Holding:  # type: ignore[override]
+        return _Holding(self.sessions + other.sessions, self.tokens + other.tokens)
+
+    def share(self, limits: VerifierLimits) -> float:
+        return max(self.sessions / limits.max_sessions, self.tokens / limits.max_tokens)
 
 
 def _void_error(request: RoundRequest, why: str) -> VerifierRefused:

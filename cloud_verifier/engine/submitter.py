@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from cloud_verifier.engine.admission import AdmissionController
+from cloud_verifier.engine.fairness import PlaceQueue
 from cloud_verifier.engine.metrics import VerifierMetrics, is_sibling_hit
 from cloud_verifier.engine.principals import Principal
 from cloud_verifier.engine.rate_limits import PrincipalAccount
@@ -28,11 +29,12 @@ class RoundSubmitter:
         self._metrics = metrics
         # By name of the principal. Bounded by the token file: only authorized principals get here.
         self._accounts: dict[str, PrincipalAccount] = {}
+        self.places = PlaceQueue(sessions)
 
     def open_session(
         self, principal: Principal, opening: OpenRequest, target: Target, constraint: TokenConstraint | None = None
     ) -> Session:
-        """Create a session and submit its first round. Raises VerifierRefused.
+        """Create a session and submit its first round. Raises VerifierRefused, `StoreFull` if it may wait for room.
 
         Args:
             constraint: matcher of the grammar of `opening.sampling`.
@@ -59,9 +61,13 @@ class RoundSubmitter:
         return session
 
     def submit_round(self, principal: Principal, session: Session, request: RoundRequest) -> RoundReply:
-        """Submit the session's next round. Raises VerifierRefused; the session does not change then."""
+        """Submit the session's next round. Raises VerifierRefused; the session does not change then.
+
+        In particular `StoreFull`, if it may wait for room.
+        """
         account = self._admit(principal, opening=False)
-        self._sessions.make_room(0, len(request.draft) + request.n, session)
+        growth = min(len(request.draft) + request.n, session.target.context - len(session.ids))
+        self._sessions.make_room(0, growth, session.owner, session)
         reply = session.begin_round(request, verify_draft=_allows_draft(request, account, session))
         self._submit(session, reply, account)
         return reply
@@ -105,6 +111,7 @@ class RoundSubmitter:
                 self._metrics.prefix_cache_hits.inc(session.cached_tokens)
             frame, request = reply.merged(), reply.request
             verified = reply.executed_request is request
+            self.places.serve()
             account.charge(frame.accepted + len(frame.tokens))
             if request.draft and verified and not frame.more:
                 rows = len(request.draft) + sum(map(len, request.siblings.values()))

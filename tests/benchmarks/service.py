@@ -58,10 +58,16 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def run_server(*arguments: str) -> AsyncIterator[tuple[Process, str, float]]:
-    """Run a server; yields its process, its URL, and the seconds until it announced the URL."""
+async def run_server(*arguments: str, log_file: Path | None = None) -> AsyncIterator[tuple[Process, str, float]]:
+    """Run a server; yields its process, its URL, and the seconds until it announced the URL.
+
+    Args:
+        log_file: where its log goes; by default to this process's standard error.
+    """
     started = time.perf_counter()
-    server = await asyncio.create_subprocess_exec(sys.executable, "-m", *arguments, "--port", "0", stdout=PIPE)
+    with log_file.open("ab") if log_file else contextlib.nullcontext() as log:
+        command = (sys.executable, "-m", *arguments, "--port", "0")
+        server = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=log)
     assert server.stdout is not None
     try:
         url = (await server.stdout.readline()).decode().split()[-1]
@@ -77,8 +83,23 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
+    return _memory(pid, "VmRSS")
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The largest resident memory of a process since its start, or since it was reset."""
+    return _memory(pid, "VmHWM")
+
+
+def reset_peak_resident_bytes(pid: int) -> None:
+    """Let the peak begin again at the present value, where the kernel can do that (proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _memory(pid: int, field: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 async def measure(verifier: str, policy: str, table: Table) -> None:

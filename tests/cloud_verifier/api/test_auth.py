@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.cli.main import main
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.engine.principals import Role, hash_token, read_principals
@@ -102,14 +104,17 @@ def test_a_token_is_replaced_only_with_replace(
 
 
 def test_list_and_revoke(tokens: Path, add_token: AddToken, capsys: pytest.CaptureFixture[str]) -> None:
-    token = add_token("kitchen", "--max-sessions", "8")
+    token = add_token("kitchen", "--max-sessions", "8", "--max-prompt", "none")
     add_token("operator", "--role", "admin")
     assert main(["token", "list", "--tokens", str(tokens)]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in listed] == [["kitchen", "board"], ["operator", "admin"]]
     assert "8 sessions" in listed[0]
     assert main(["token", "list", "--json", "--tokens", str(tokens)]) == 0
-    assert capsys.readouterr().out == '{"kitchen":{"role":"board","max_sessions":8},"operator":{"role":"admin"}}\n'
+    assert json.loads(capsys.readouterr().out) == {
+        "kitchen": {"role": "board", "max_sessions": 8, "tokens_per_second": 200.0},
+        "operator": {"role": "admin", "max_sessions": 16, "tokens_per_second": 200.0, "max_prompt": 32_768},
+    }
     assert main(["token", "revoke", "kitchen", "--tokens", str(tokens)]) == 0
     assert list(read_principals(tokens)) == ["operator"]
     assert hash_token(token) not in tokens.read_text()
@@ -144,6 +149,23 @@ def test_an_invalid_token_file(
     if text is not None:
         assert main(["token", "add", "c", "--tokens", str(tokens)]) == 2
         assert tokens.read_text() == text
+
+
+def test_limits_are_finite_and_printed_unless_told_otherwise(
+    tokens: Path, add_token: AddToken, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ("max_sessions", "tokens_per_second", "max_prompt")
+    assert main(["token", "add", "usual", "--tokens", str(tokens)]) == 0
+    told = capsys.readouterr()
+    assert len(told.out.split()) == 1
+    assert "usual has the role board; 16 sessions, 200 tokens per second, 32768 prompt tokens" in told.err
+    unlimited = [argument for name in limits for argument in (f"--{name.replace('_', '-')}", "none")]
+    add_token("unlimited", *unlimited)
+    add_token("prometheus", "--role", "monitor")
+    principals = read_principals(tokens)
+    for name in limits:
+        assert getattr(principals["usual"], name)
+        assert getattr(principals["unlimited"], name) is getattr(principals["prometheus"], name) is None
 
 
 @pytest.mark.parametrize(
@@ -275,6 +297,23 @@ def test_one_session_too_many_closes_the_least_recently_used_of_the_principal(
         client.expect_error(client.post(second.path, second.next_round()), 404, ErrorCode.SESSION_LOST)
         for session in (first, third, unaffected):
             session.run_round()
+
+
+def test_a_flood_of_sessions_evicts_only_its_own(tiny: Target, tokens: Path, add_token: AddToken) -> None:
+    small, flood = add_token("small"), add_token("flood", "--max-sessions", "none")
+    with (
+        running(tiny, VerifierLimits(max_sessions=4), authenticator=Authenticator(tokens)) as url,
+        ProtocolClient(url, token=small) as client,
+        ProtocolClient(url, token=flood) as flooding,
+    ):
+        kept = client.open()
+        flooded = [flooding.open([index, index]) for index in range(6)]
+        kept.run_round()
+        second = client.open([9, 9])
+        for session in (kept, second, *flooded[-2:]):
+            session.run_round()
+        lost = flooded[-3]
+        flooding.expect_error(flooding.post(lost.path, lost.next_round()), 404, ErrorCode.SESSION_LOST)
 
 
 @pytest.mark.slow

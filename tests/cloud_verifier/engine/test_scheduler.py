@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from cloud_verifier.engine import scheduler as scheduler_module
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment
-from cloud_verifier.model.kv_cache import KVCachePool
+from cloud_verifier.model.kv_cache import KVCacheFull, KVCachePool
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
-from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.model.test_runner import save_lora_adapter
@@ -40,11 +41,12 @@ class RecordingTarget(Target):
         self.may_run = threading.Event()
         self.may_run.set()
         self.fails: Callable[[Segment], bool] = lambda piece: False
+        self.failure: Exception = RuntimeError("injected failure")
 
     def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
         self.may_run.wait(TIMEOUT_SECONDS)
         if any(map(self.fails, pieces)):
-            raise RuntimeError("injected failure")
+            raise self.failure
         self.forwards.append([len(piece) for piece in pieces])
         return super().run(pool, pieces)
 
@@ -62,11 +64,17 @@ async def running_scheduler(target: Target, **options: Any) -> AsyncIterator[Sch
 
 
 def submit_opening(
-    scheduler: Scheduler, target: Target, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **round: Any
+    scheduler: Scheduler,
+    target: Target,
+    prompt: list[int] = PROMPT,
+    sampling: Sampling = GREEDY,
+    *,
+    owner: str = "",
+    **round: Any,
 ) -> tuple[Session, RoundReply]:
     """Submit the first round of a new session; returns the session and the reply."""
     reply = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, len(prompt), **round))
-    session = Session(list(prompt), sampling, target, reply)
+    session = Session(list(prompt), sampling, target, reply, owner)
     scheduler.submit(session, reply)
     return session, reply
 
@@ -101,6 +109,44 @@ async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference
     assert all(sum(forward) <= target.runner.max_prefill_rows + 1 for forward in target.forwards)
     # The three tokens of the short text came from forwards that also prefilled a part of the prompt.
     assert [len(forward) for forward in target.forwards].count(2) >= 2
+
+
+async def test_prompts_of_principals_are_prefilled_in_turns(tiny: Target) -> None:
+    target = RecordingTarget(tiny)
+    async with running_scheduler(target, reuse_prefixes=False) as scheduler:
+        target.may_run.clear()
+        long = [(7 * i + 3) % VOCABULARY_SIZE for i in range(500)]
+        flood = [submit_opening(scheduler, target, prompt=long, owner="flood")[1] for _ in range(8)]
+        _, small = submit_opening(scheduler, target, prompt=long, owner="small")
+        target.may_run.set()
+        await small.result()
+        # It has had every second turn, and not its share of nine prompts.
+        assert sum(reply.done for reply in flood) <= 1
+        await asyncio.gather(*(reply.result() for reply in flood))
+
+
+async def test_a_round_waits_for_memory_of_the_cache(tiny: Target, reference_text: ReferenceText) -> None:
+    target = RecordingTarget(tiny)
+    target.failure = KVCacheFull()
+    async with running_scheduler(target) as scheduler:
+        waiting_session, waiting = submit_opening(scheduler, target, prompt=[7], n=3)
+        target.fails = lambda piece: piece.sequence is waiting_session.cache
+        _, other = submit_opening(scheduler, target, n=5)
+        assert (await other.result()).tokens == reference_text(PROMPT, 5)
+        assert not waiting.done
+        target.fails = lambda piece: False
+        assert (await waiting.result()).tokens == reference_text([7], 3)
+
+
+async def test_a_round_does_not_wait_for_memory_for_ever(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "CACHE_WAIT_SECONDS", 0.02)
+    target = RecordingTarget(tiny)
+    target.failure, target.fails = KVCacheFull(), lambda piece: True
+    async with running_scheduler(target) as scheduler:
+        session, reply = submit_opening(scheduler, target)
+        with pytest.raises(VerifierRefused, match="the KV cache is full") as caught:
+            await reply.result()
+        assert (caught.value.code, session.closed) == (ErrorCode.OVERLOADED, True)
 
 
 @pytest.mark.slow
