@@ -11,9 +11,8 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,24 +30,26 @@ from cloud_verifier.api.codec import (
     reply_to_round,
 )
 from cloud_verifier.api.openapi import build_document
-from cloud_verifier.engine.admission import AdmissionController, InFlightMiddleware
+from cloud_verifier.engine.admission import OPENING_SHARE, AdmissionController, InFlightMiddleware
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.principals import Principal, Role
 from cloud_verifier.engine.rate_limits import check_prompt_length
 from cloud_verifier.engine.rollout import Rollout
 from cloud_verifier.engine.scheduler import BATCH_WINDOW_SECONDS, Scheduler, TargetFactory
-from cloud_verifier.engine.sessions import SessionStore
+from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore, StoreFull
 from cloud_verifier.engine.submitter import RoundSubmitter
 from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round, make_constraint
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
+from edge_runtime.common.openapi import DocumentCache
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
@@ -81,8 +82,9 @@ class VerifierService:
         reuse_prefixes: bool = True,
     ) -> None:
         self.limits = limits
-        self.authenticator = authenticator or Authenticator()
-        self.sessions = SessionStore(limits, lambda session: self.scheduler.release(session))
+        # An authenticator of an empty token file is false, and refuses every request.
+        self.authenticator = Authenticator() if authenticator is None else authenticator
+        self.sessions = SessionStore(limits, self._release)
         self.admission = AdmissionController(limits.max_queue_seconds)
         self.metrics = _build_metrics(self)
         self.scheduler = Scheduler(
@@ -96,6 +98,7 @@ class VerifierService:
             reuse_prefixes=reuse_prefixes,
         )
         self.rollout = make_rollout(self.scheduler, self.sessions) if make_rollout else None
+        self._documents = DocumentCache(build_document)
         self._submitter = RoundSubmitter(self.scheduler, self.sessions, self.admission, self.metrics)
         # Without tokens there are no admins, so the admin API could not be used.
         self._has_admin_api = self.rollout is not None and self.authenticator.file is not None
@@ -143,6 +146,11 @@ class VerifierService:
         """Whether boards may be about to send their next round."""
         return len(self.sessions) > 0
 
+    @property
+    def requests_waiting_for_room(self) -> int:
+        """Requests that wait for room in the session store."""
+        return len(self._submitter.places)
+
     def abort(self) -> None:
         """Stop the scheduler after a shutdown that did not run the application's lifespan to its end."""
         self.scheduler.stop()
@@ -166,23 +174,17 @@ class VerifierService:
         await check_opening(opening, target, self.limits)
         check_prompt_length(principal, opening)
         constraint = await make_constraint(opening, target)
-        # No await from here to the store's `add`, so that two requests with one key cannot both open a session.
-        session = self.sessions.find_by_key(opening.key, principal.name)
-        if session is not None:
-            same_text = session.ids[: len(opening.prompt)] == opening.prompt
-            if not same_text or (session.sampling, session.logprobs) != (opening.sampling, opening.logprobs):
-                raise VerifierRefused(ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt")
-            reply = session.recorded_reply(opening.first)
-            if reply is None:
-                raise VerifierRefused(
-                    ErrorCode.ROUND_OUT_OF_ORDER,
-                    "this session is already open; send its rounds to its own URL",
-                    detail={"expected": session.reply.request.round + 1},
-                )
-            target = session.target
-        else:
-            session = self._submitter.open_session(principal, opening, target, constraint)
-            reply = session.reply
+
+        def find_or_open() -> tuple[Session, RoundReply]:
+            # Does not wait, so that two requests with one key cannot both open a session.
+            session = self.sessions.find_by_key(opening.key, principal.name)
+            if session is None:
+                session = self._submitter.open_session(principal, opening, target, constraint)
+                return session, session.reply
+            return session, _recorded_opening(session, opening)
+
+        session, reply = await self._when_there_is_room(request, principal, find_or_open, opening=True)
+        target = session.target
         request.state.session = session_id = session.id
 
         def open_reply(frame: Frame) -> OpenReply:
@@ -210,12 +212,35 @@ class VerifierService:
         if running is not None:
             await await_while_connected(request, running.wait_done())
             session = self.sessions.get(session_id, principal.name)
-        # No await from here to `submit_round`: of several rounds that were sent ahead, only one is executed.
-        reply = session.recorded_reply(round_request)
-        if reply is None:
-            check_round(round_request, session.target, self.limits)
-            reply = self._submitter.submit_round(principal, session, round_request)
-        return await reply_to_round(request, reply, stream=round_request.stream, session=session.id)
+
+        def find_or_submit() -> RoundReply:
+            # Does not wait: of several rounds that were sent ahead, only one is executed.
+            session = self.sessions.get(session_id, principal.name)
+            reply = session.recorded_reply(round_request)
+            if reply is None:
+                check_round(round_request, session.target, self.limits)
+                reply = self._submitter.submit_round(principal, session, round_request)
+            return reply
+
+        reply = await self._when_there_is_room(request, principal, find_or_submit, session=session)
+        return await reply_to_round(request, reply, stream=round_request.stream, session=session_id)
+
+    async def _when_there_is_room(
+        self,
+        request: Request,
+        principal: Principal,
+        attempt: Callable[[], T],
+        *,
+        opening: bool = False,
+        session: Session | None = None,
+    ) -> T:
+        """Call `attempt`, again later if it raises `StoreFull`, in its turn among principals; see `PlaceQueue`."""
+        places = self._submitter.places
+        if not len(places):
+            with contextlib.suppress(StoreFull):
+                return attempt()
+        seconds = self.limits.max_queue_seconds * (OPENING_SHARE if opening else 1.0)
+        return await await_while_connected(request, places.wait(principal.name, attempt, seconds, session))
 
     async def close(self, request: Request) -> Response:
         """DELETE /v1/sessions/{id}: close a session. Closing one that does not exist is not an error."""
@@ -265,14 +290,20 @@ class VerifierService:
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json: the OpenAPI document of this verifier."""
         target = self._require_target()
-        document = build_document(
+        document = await self._documents.get(
             target.vocabulary_size,
             target.context,
             self.limits.max_body,
-            tokens=self.authenticator.file is not None,
-            has_admin_api=self._has_admin_api,
+            self.authenticator.file is not None,
+            self._has_admin_api,
         )
-        return Response(msgspec.json.encode(document), media_type="application/json")
+        return Response(document, media_type="application/json")
+
+    def _release(self, session: Session) -> None:
+        """Give back the memory of a session that has left the store, where others may wait for its place."""
+        self.scheduler.release(session)
+        if len(self._submitter.places):
+            asyncio.get_running_loop().call_soon(self._submitter.places.serve)
 
     def _authorize(self, request: Request, *roles: Role) -> Principal:
         principal = self.authenticator.authorize(request, *roles)
@@ -353,6 +384,25 @@ class VerifierService:
         self.scheduler.stop()
 
 
+def _recorded_opening(session: Session, opening: OpenRequest) -> RoundReply:
+    """The reply to the first round of a session that a request with the same key has opened.
+
+    Raises:
+        VerifierRefused: `opening` is not that request, or the session has gone on.
+    """
+    same_text = session.ids[: len(opening.prompt)] == opening.prompt
+    if not same_text or (session.sampling, session.logprobs) != (opening.sampling, opening.logprobs):
+        raise VerifierRefused(ErrorCode.ROUND_CONFLICT, "this key has opened a session with another prompt")
+    reply = session.recorded_reply(opening.first)
+    if reply is None:
+        raise VerifierRefused(
+            ErrorCode.ROUND_OUT_OF_ORDER,
+            "this session is already open; send its rounds to its own URL",
+            detail={"expected": session.reply.request.round + 1},
+        )
+    return reply
+
+
 async def _unknown_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     sentence = (
@@ -377,6 +427,11 @@ def _build_metrics(service: VerifierService) -> VerifierMetrics:
         ),
         ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.admission)),
         ("rounds_waiting", "Of these, rounds that have no token yet.", lambda: service.admission.waiting),
+        (
+            "requests_waiting_for_room",
+            "Requests that wait until the sessions of others end.",
+            lambda: service.requests_waiting_for_room,
+        ),
         ("queue_oldest_seconds", "Longest time that one of them has waited.", lambda: service.admission.queue_seconds),
         ("draining", "1 while the verifier drains before it stops.", lambda: service.admission.draining),
     ):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+
+import httpx
 
 from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.target import Target
@@ -13,6 +15,7 @@ from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
     TIMEOUT_SECONDS,
+    ObservedTarget,
     ProtocolClient,
     connected,
     decode_error,
@@ -63,16 +66,34 @@ def test_a_prompt_that_can_never_fit_evicts_no_session(tiny: Target) -> None:
         session.run_round()
 
 
-@pytest.mark.slow
-async def test_the_verifier_is_overloaded_if_all_sessions_are_busy(tiny: Target) -> None:
-    async with connected(tiny, VerifierLimits(max_sessions=1)) as client:
-        busy = messages.encode(opening(sampling=ENDLESS, n=500, stream=True), MSGPACK)
-        async with client.stream("POST", "/v1/sessions", content=busy) as response:
-            pieces = response.aiter_raw()
-            await anext(pieces)
-            refused = await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))
-            assert (refused.status_code, decode_error(refused).code) == (503, ErrorCode.OVERLOADED)
-            assert refused.headers["retry-after"] == "1"
-            async for _ in pieces:
-                pass
-        assert (await client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK))).status_code == 200
+async def test_an_opening_waits_for_a_place_and_is_refused_in_the_end(tiny: Target) -> None:
+    observed = ObservedTarget(tiny)
+    async with connected(observed, VerifierLimits(max_sessions=1, max_queue_seconds=0.2)) as client:
+
+        def start(n: int = 1) -> asyncio.Task[httpx.Response]:
+            content = messages.encode(opening(sampling=ENDLESS, n=n), MSGPACK)
+            return asyncio.create_task(client.post("/v1/sessions", content=content))
+
+        observed.hold()
+        busy = start(n=20)
+        await asyncio.to_thread(observed.reached.wait, TIMEOUT_SECONDS)
+        refused = await start()
+        assert (refused.status_code, decode_error(refused).code) == (503, ErrorCode.OVERLOADED)
+        assert refused.headers["retry-after"] == "1"
+        observed.release()
+        assert (await busy).status_code == 200
+        assert (await start()).status_code == 200
+
+
+async def test_openings_that_wait_for_a_place_are_served(tiny: Target) -> None:
+    observed = ObservedTarget(tiny)
+    async with connected(observed, VerifierLimits(max_sessions=1, max_queue_seconds=600)) as client:
+        observed.hold()
+        tasks = [
+            asyncio.create_task(client.post("/v1/sessions", content=messages.encode(opening(), MSGPACK)))
+            for _ in range(3)
+        ]
+        while "requests_waiting_for_room 2" not in (await client.get("/metrics")).text:  # noqa: ASYNC110 - over HTTP
+            await asyncio.sleep(0.01)
+        observed.release()
+        assert [response.status_code for response in await asyncio.gather(*tasks)] == [200] * 3
