@@ -48,7 +48,6 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "choose_closed", choose)
     for name in ("RELAXED_SECONDS", "BUSY_SECONDS"):
         monkeypatch.setattr(connections, name, 0.02)
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 async def wait_until(condition: Callable[[], object]) -> None:

@@ -13,17 +13,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from edge_runtime.common import http_server, request_body
+from edge_runtime.common import request_body
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.common.request_body import read_body
 from edge_runtime.protocol.errors import BodyRefused
 
 LIMIT = 1000
-
-
-@pytest.fixture(autouse=True)
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 async def answer(request: Request) -> Response:
