@@ -349,16 +349,6 @@ def _largest(scores: npt.NDArray[np.floating], count: int) -> list[int]:
     return best
 
 
-def token_probability(logits: npt.NDArray[np.float32], token: int, temperature: float) -> float:
-    """Return softmax(logits / T)[token] over the whole vocabulary (V,); temperature 0 counts as 1."""
-    ratios = logits - logits[token]
-    if temperature not in (0.0, 1.0):
-        ratios *= np.float32(1.0 / temperature)
-    # An overflow to infinity is correct: that token is infinitely more probable.
-    with np.errstate(over="ignore"):
-        return float(1.0 / np.exp(ratios, out=ratios).sum())
-
-
 def accepted_length(draft: list[int], chosen: list[int]) -> int:
     """Return how many leading draft tokens equal the target's choices: the acceptance rule."""
     return common_prefix_length(draft, chosen)

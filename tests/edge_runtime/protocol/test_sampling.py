@@ -308,9 +308,3 @@ def test_a_prompt_outside_the_vocabulary_is_refused(prompt: list[int]) -> None:
 def test_the_error_names_a_negative_id() -> None:
     with pytest.raises(InputError, match="-1"):
         sampling_module.validate_prompt([-1, 7], 300)
-
-
-@given(logits_rows(largest=500), st.sampled_from([0.0, 0.5, 1.0]))
-def test_confidence_is_a_softmax(logits: Logits, temperature: float) -> None:
-    total = sum(sampling_module.token_probability(logits, token, temperature) for token in range(logits.size))
-    assert total == pytest.approx(1.0, abs=1e-4)
