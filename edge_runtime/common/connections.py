@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 RELAXED_SECONDS, BUSY_SECONDS = 1.0, 0.25
 # Share of a processor that looking may take at most; the looks become rarer with very many connections. Chosen.
 DUTY = 0.05
+# A connection without a request is closed after this time. Chosen: a new one costs a client two or three round trips.
+IDLE_SECONDS = 60.0
 # Connections that the server accepts beyond `ConnectionLimits.total`, as a share of it, until the next look closes as
 # many: meanwhile a new client is served instead of left in the queue. Chosen.
 BURST = 0.25
@@ -62,7 +64,7 @@ class ConnectionLimits(msgspec.Struct, frozen=True):
 
     total: int
     per_address: int
-    idle_seconds: float = 60.0
+    idle_seconds: float = IDLE_SECONDS
     shared: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
 
 

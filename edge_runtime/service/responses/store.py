@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -39,38 +40,42 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
 
 class ResponseStore:
-    """Keeps responses in memory; drops the least recently used ones if they are too large together."""
+    """Keeps responses in memory, from any thread; drops the least recently used ones if they are too large together."""
 
     def __init__(self, max_bytes: int = MAX_STORE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
         self._items: dict[str, str] = {}
         self.size = 0
+        self._lock = threading.RLock()
 
     def put(self, response: ResponseObject, messages: list[ChatMessage]) -> None:
         """Keep a response. One that is larger than the store is not kept."""
         entry = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(messages))
-        self._responses[response.id] = entry
-        self._items |= {item.id: response.id for item in response.output}
-        self.size += _size(entry)
-        while self.size > self._max_bytes:
-            self.delete(next(iter(self._responses)))
+        with self._lock:
+            self._responses[response.id] = entry
+            self._items |= {item.id: response.id for item in response.output}
+            self.size += _size(entry)
+            while self.size > self._max_bytes:
+                self.delete(next(iter(self._responses)))
 
     def get(self, response_id: str) -> StoredResponse | None:
         """Return a response; None if it is not (or no longer) kept."""
-        entry = self._responses.get(response_id)
-        if entry:
-            self._responses.move_to_end(response_id)
+        with self._lock:
+            entry = self._responses.get(response_id)
+            if entry:
+                self._responses.move_to_end(response_id)
         return entry
 
     def delete(self, response_id: str) -> bool:
         """Drop a response; return whether it was kept."""
-        entry = self._responses.pop(response_id, None)
-        if entry is None:
-            return False
-        self.size -= _size(entry)
-        for item in entry.output:
-            del self._items[item.id]
+        with self._lock:
+            entry = self._responses.pop(response_id, None)
+            if entry is None:
+                return False
+            self.size -= _size(entry)
+            for item in entry.output:
+                del self._items[item.id]
         return True
 
     def find_item(self, item_id: str) -> dict[str, Any] | None:
