@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from edge_runtime.common import http_server
 from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
 from tests.toy_family import FAMILY
@@ -94,6 +95,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the modules with slow tests first: at the end of a parallel run, quick ones keep all processes busy."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_grace() -> Iterator[None]:
+    """Let servers in this process stop without waiting for connections that clients keep alive."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_server, "GRACE_SECONDS", 0.2)
+        yield
 
 
 @pytest.fixture(scope="session")

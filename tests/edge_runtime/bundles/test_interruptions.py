@@ -30,7 +30,7 @@ def test_killed_at_any_moment_nothing_half_installed_is_visible(
     longest = 1.5 * (time.monotonic() - begun) + 0.3
     delays = random.Random(0)
     outcomes = set()
-    for number in range(10):
+    for number in range(6):
         source = change(another, acceptance={"x": number})
         process = start(store.path, source)
         time.sleep(delays.uniform(0.1, longest))

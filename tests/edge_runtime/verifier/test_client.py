@@ -107,8 +107,9 @@ async def test_another_http_server_is_not_taken_for_a_verifier() -> None:
 @pytest.mark.parametrize("http2", [True, False])
 async def test_every_http_version(tiny: Target, http: str, http2: bool) -> None:
     wanted = await expected(tiny)
-    async with serving(tiny, http=http) as server, VerifierClient(server.url, http2=http2, deadline=5) as client:
+    async with serving(tiny, http=http) as server, VerifierClient(server.url, http2=http2) as client:
         if http == "2" and not http2:
+            client.deadline = 1.0
             with pytest.raises(VerifierUnreachable):
                 await text_of(VerifierSession(client, PROMPT, Sampling(ignore_eos=True)))
             return
@@ -171,7 +172,7 @@ class Faulty(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data(), n=st.sampled_from([1, 4, 12]))
 def test_truncated_or_corrupted_answers_are_retried(tiny: Target, data: st.DataObject, n: int) -> None:
     plan = data.draw(
