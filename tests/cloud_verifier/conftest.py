@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cloud_verifier.engine import rollout
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.registry import Registry
@@ -16,6 +17,14 @@ from tests.cloud_verifier.protocol_client import GREEDY, ProtocolClient, running
 from tests.models import save_target
 
 ReferenceText = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_polls() -> Iterator[None]:
+    """Let verifiers notice changes of their registry at once rather than within a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "POLL_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -109,16 +109,17 @@ class Case(NamedTuple):
         return msgspec.structs.replace(SAMPLINGS[self.sampling], grammar=GRAMMARS[self.grammar])
 
 
-CASES = [Case(*case) for case in itertools.product(range(len(PROMPTS)), GRAMMARS, SAMPLINGS)]
+# Every prompt with every grammar, under one of the samplings in turn.
+CASES = [
+    Case(prompt, grammar, list(SAMPLINGS)[(prompt + number) % len(SAMPLINGS)])
+    for prompt in range(len(PROMPTS))
+    for number, grammar in enumerate(GRAMMARS)
+]
 
 
 def cases_for(number: int) -> list[Case]:
-    """The cases that a plan or fault meets: every prompt with one grammar and one sampling."""
-    grammars, samplings = list(GRAMMARS), list(SAMPLINGS)
-    return [
-        Case(prompt, grammars[(prompt + number) % len(grammars)], samplings[(prompt * 2 + number) % len(samplings)])
-        for prompt in range(len(PROMPTS))
-    ]
+    """The cases that a plan or fault meets: every prompt, each with another grammar."""
+    return [CASES[prompt * len(GRAMMARS) + (prompt + number) % len(GRAMMARS)] for prompt in range(len(PROMPTS))]
 
 
 @pytest.fixture(scope="module")

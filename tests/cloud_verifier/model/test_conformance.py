@@ -37,10 +37,10 @@ from tests.models import VOCABULARY_SIZE
 README = Path("cloud_verifier/README.md")
 FAST, GENERAL = "fast", "general"
 # Tokens generated for each prompt, and how many more of the reference a round's draft and its tokens may reach into.
-NEW_TOKENS, MARGIN = 12, 12
+NEW_TOKENS, MARGIN = 12, 9
 # Shorter and longer than windows and chunks, and longer than a chunk of the fast tier's prefill. Not 1: RecurrentGemma
-# in transformers cannot generate from one token.
-PROMPT_LENGTHS = (2, CHUNK - 2, WINDOW + 5, 150)
+# in transformers cannot generate from one token. Each with one of the samplings in turn.
+PROMPT_LENGTHS = (2, CHUNK - 2, WINDOW + 5, 150, 150)
 SAMPLINGS = (
     Sampling(ignore_eos=True),
     Sampling(0.8, seed=3, ignore_eos=True),
@@ -75,9 +75,9 @@ def texts_of(model: Any) -> list[TargetText]:
     texts = []
     for index, length in enumerate(PROMPT_LENGTHS):
         prompt = [(37 * index + 11 * i * i + 7 * i + 3) % VOCABULARY_SIZE for i in range(length)]
-        for sampling in SAMPLINGS[:1] if length == PROMPT_LENGTHS[0] else SAMPLINGS[index % 2 :][:2]:
-            continuation = generate_reference(model, prompt, sampling, NEW_TOKENS + MARGIN, frozenset())
-            texts.append(TargetText(prompt, sampling, continuation))
+        sampling = SAMPLINGS[index % len(SAMPLINGS)]
+        continuation = generate_reference(model, prompt, sampling, NEW_TOKENS + MARGIN, frozenset())
+        texts.append(TargetText(prompt, sampling, continuation))
     return texts
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from edge_runtime.bundles.store import BundleStore
 from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest, read_bundle, record_file, write_manifest
+from tests.edge_runtime import commands
 
 
-def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `edge-runtime bundle`; with `preexec_fn`, which cannot be undone, in a process of its own."""
+    if preexec_fn is None:
+        return commands.run("bundle", *arguments)
     command = [sys.executable, "-m", "edge_runtime.cli", "bundle", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=preexec_fn)
 
 
 def start(store: Path, source: Path) -> subprocess.Popen[str]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
-from edge_runtime.cli.main import main
+from tests.edge_runtime.commands import run
 
 if TYPE_CHECKING:
     from cloud_verifier.model.target import Target
@@ -31,32 +30,6 @@ def run_process(*arguments: str, **options: object) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-class Finished(NamedTuple):
-    """What a command returned and printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Finished]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run(*arguments, stdin="")`: `edge-runtime` in this process."""
-
-    def run(*arguments: str, stdin: str = "") -> Finished:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            code = main(list(arguments))
-        except SystemExit as refused:
-            code = int(refused.code or 0)
-        return Finished(code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def verifier(target_v1: Target) -> Iterator[str]:
     from tests.cloud_verifier.protocol_client import running
@@ -66,7 +39,7 @@ def verifier(target_v1: Target) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_prompt_can_be_an_argument_a_file_or_standard_input(run: Run, verifier: str, tmp_path: Path) -> None:
+def test_a_prompt_can_be_an_argument_a_file_or_standard_input(verifier: str, tmp_path: Path) -> None:
     options = ("--verifier", verifier, "--max-new-tokens", "24")
     by_argument = run("generate", PROMPT, *options)
     assert by_argument.returncode == 0, by_argument.stderr
@@ -97,7 +70,7 @@ def test_what_the_planner_learns_survives_the_process(verifier: str, tmp_path: P
 
 @pytest.mark.slow
 def test_sampling_options_mean_the_same_to_the_target_alone(
-    run: Run, verifier: str, family: Path, capsys: pytest.CaptureFixture[str]
+    verifier: str, family: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The board does not show the stop id, a newline; the target alone prints it."""
     options = ("--max-new-tokens", "60", "--temperature", "0.8", "--seed", "4", "--min-p", "0.02", "--min-tokens", "20")
@@ -115,14 +88,14 @@ def test_sampling_options_mean_the_same_to_the_target_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [("--logit-bias", "5"), ("--logit-bias", "5=1000"), ("--repetition-penalty", "0")])
-def test_invalid_sampling_options_are_refused(run: Run, option: tuple[str, str]) -> None:
+def test_invalid_sampling_options_are_refused(option: tuple[str, str]) -> None:
     refused = run("generate", PROMPT, "--verifier", "http://127.0.0.1:9", *option)
     assert refused.returncode == 2
     assert option[0].strip("-").replace("-", "_") in refused.stderr or "is not ID=BIAS" in refused.stderr
 
 
 @pytest.mark.slow
-def test_json_report(run: Run, verifier: str) -> None:
+def test_json_report(verifier: str) -> None:
     shared = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json", "--seed", "7")
     answers = [
         json.loads(run("generate", PROMPT, *shared, "--temperature", "0.7", "--num-assistant-tokens", k).stdout)
@@ -145,7 +118,7 @@ FIXED = ("--policy", "fixed")
 @pytest.mark.parametrize(
     ("options", "limit"), [(FIXED, 5000), ((*FIXED, "--no-http2"), 10_000), ((), 10_000)], ids=["2", "1.1", "planned"]
 )
-def test_a_hundred_tokens_take_few_kilobytes(run: Run, verifier: str, options: tuple[str, ...], limit: int) -> None:
+def test_a_hundred_tokens_take_few_kilobytes(verifier: str, options: tuple[str, ...], limit: int) -> None:
     """The limit is higher with the planner: on a busy machine it plans shorter rounds, which take more bytes."""
     arguments = ("--verifier", verifier, "--max-new-tokens", "100", "--ignore-eos", "--json")
     answer = run("generate", PROMPT, *arguments, *options)
@@ -194,7 +167,7 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
         (["generate", "x", "--verifier", "http://127.0.0.1:9", "--deadline", "0.3"], 4, "is it running"),
     ],
 )
-def test_errors_are_one_sentence_and_an_exit_code(run: Run, arguments: list[str], code: int, message: str) -> None:
+def test_errors_are_one_sentence_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
     result = run(*arguments)
     assert result.returncode == code
     assert result.stderr.startswith("edge-runtime: ")
@@ -218,7 +191,7 @@ def fixed_text(verifier: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["analytic", "hf-dynamic", "genai-ewma", "ucb"])
 def test_every_policy_generates_the_same_text_and_explains_its_decisions(
-    run: Run, verifier: str, fixed_text: str, policy: str, caplog: pytest.LogCaptureFixture
+    verifier: str, fixed_text: str, policy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = ("generate", PROMPT, "--verifier", verifier, "--max-new-tokens", "48", "--ignore-eos")
     options = ("--policy", policy, "--objective", "balanced", "--profile", "raspberry-pi-5", "--radio", "wifi")
@@ -233,7 +206,7 @@ def test_every_policy_generates_the_same_text_and_explains_its_decisions(
 
 
 @pytest.mark.slow
-def test_options_override_the_configuration(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_override_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[verifier]\nurls = ["http://127.0.0.1:9"]\ndeadline_seconds = 0.3\n')
     configured = run("generate", "x", "--config", str(file))
@@ -241,8 +214,8 @@ def test_options_override_the_configuration(run: Run, tmp_path: Path, monkeypatc
         4,
         True,
     )
-    monkeypatch.setenv("FLEXSPEC_CONFIG", str(file))
-    overridden = run("generate", "x", "--verifier", "http://127.0.0.1:10")
+    environ = {"FLEXSPEC_CONFIG": str(file)}
+    overridden = run("generate", "x", "--verifier", "http://127.0.0.1:10", environ=environ)
     assert "no usable answer from http://127.0.0.1:10 within 0." in overridden.stderr
     file.write_text("[verifier]\nurl = 3\n")
     invalid = run("generate", "x", "--config", str(file))
@@ -251,7 +224,7 @@ def test_options_override_the_configuration(run: Run, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_refusal_of_the_verifier_names_its_code(run: Run, verifier: str) -> None:
+def test_a_refusal_of_the_verifier_names_its_code(verifier: str) -> None:
     result = run("generate", "x", "--verifier", verifier, "--model", "gpt")
     assert result.returncode == 4
     assert "[unknown_model]" in result.stderr
@@ -286,13 +259,9 @@ def test_help_imports_nothing_slow(command: list[str]) -> None:
     assert str(Path(__file__).resolve().parents[3]) not in result.stdout
 
 
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, phrases in {
-        ("--help",): ["edge-runtime generate"],
-        ("generate", "--help"): ["--num-assistant-tokens", "else the bundle shipped with a source checkout"],
-    }.items():
-        with pytest.raises(SystemExit, match="0"):
-            main(list(arguments))
-        text = " ".join(capsys.readouterr().out.split())
-        assert all(phrase in text for phrase in phrases)
-        assert "--memory" not in text
+def test_help_has_examples() -> None:
+    assert "edge-runtime generate" in run("--help").stdout
+    text = " ".join(run("generate", "--help").stdout.split())
+    assert "--num-assistant-tokens" in text
+    assert "else the bundle shipped with a source checkout" in text
+    assert "--memory" not in text

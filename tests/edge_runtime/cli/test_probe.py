@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -19,13 +20,17 @@ from rich.console import Console
 from edge_runtime.cli.probe_view import render_snapshot
 from edge_runtime.probes.snapshot import Prober
 from edge_runtime.probes.tcp import TcpInfo
+from tests.edge_runtime.commands import run
 from tests.edge_runtime.probes.conftest import BOARDS, NAMES, roots_of
+
+if TYPE_CHECKING:
+    from cloud_verifier.model.target import Target
 
 COMMAND = [sys.executable, "-m", "edge_runtime.cli", "probe"]
 
 
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+    return run("probe", *arguments)
 
 
 def root_options(board: str) -> list[str]:
@@ -34,12 +39,11 @@ def root_options(board: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def verifier(tiny_path: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
+def verifier(tiny: Target) -> Iterator[str]:
+    from tests.cloud_verifier.protocol_client import running
+
+    with running(tiny) as url:
+        yield url
 
 
 def render(board: str | Path, tcp: TcpInfo | None = None) -> str:

@@ -11,7 +11,6 @@ import pytest
 
 from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
-from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.decoding.generation import Generation, VerifiedTokens
 from edge_runtime.draft.model import OnnxDraft
@@ -50,9 +49,7 @@ class RestartableVerifier:
 
 
 @pytest.fixture
-async def verifier(target_v1: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RestartableVerifier]:
-    # Stop without waiting for kept-alive connections.
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
+async def verifier(target_v1: Target) -> AsyncIterator[RestartableVerifier]:
     verifier = RestartableVerifier(target_v1)
     await verifier.start()
     yield verifier

@@ -13,7 +13,6 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from cloud_verifier.model.target import Target
-from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service.monitoring.words import load_words
@@ -41,7 +40,6 @@ def portal() -> Iterator[BlockingPortal]:
 def pair(
     portal: BlockingPortal, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ServicePair]:
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
     with portal.wrap_async_context_manager(service_pair(target, draft)) as started:
         yield started

@@ -13,7 +13,6 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from cloud_verifier.model.target import Target
-from edge_runtime.common import http_server
 from edge_runtime.decoding import offline
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.service import dashboard
@@ -237,7 +236,6 @@ def test_unverified_tokens_are_marked_and_struck_through_when_withdrawn(
     browser: Any, target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offline, "OFFLINE_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(service_pair(target, draft, on_link_loss="draft")) as pair,

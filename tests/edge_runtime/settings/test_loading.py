@@ -6,10 +6,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tomli_w
@@ -20,6 +20,7 @@ from edge_runtime.settings import loading, toml_positions
 from edge_runtime.settings.loading import ConfigurationError, read_effective_settings, read_settings
 from edge_runtime.settings.table import SETTINGS
 from edge_runtime.settings.validators import read_secret
+from tests.edge_runtime import commands
 
 ALL_SETTINGS = """\
 [draft]
@@ -353,9 +354,11 @@ def test_a_new_key_overrides_a_deprecated_one(folder: Path, lines: str) -> None:
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEXSPEC_")}
-    command = [sys.executable, "-m", "edge_runtime.cli", "config", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment | environ)
+    """Run `edge-runtime config`, with no settings in the environment but these."""
+    with mock.patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith("FLEXSPEC_")]:
+            del os.environ[name]
+        return commands.run("config", *arguments, environ=environ)
 
 
 @pytest.mark.slow
