@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import re
 import socket
@@ -19,8 +18,8 @@ import msgspec
 from device_profiles.first_boot import command as first_boot
 from device_profiles.flash import command as flash
 from device_profiles.image import command as image
+from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
-from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import FlexSpecError
 
 if TYPE_CHECKING:
@@ -65,13 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ProfileError as error:
-        print(f"device-profile: {error}", file=sys.stderr)
+        print_note(f"device-profile: {error}")
         return 2
     except FlexSpecError as error:
-        print(f"device-profile: {error}", file=sys.stderr)
+        print_note(f"device-profile: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("device-profile: interrupted; nothing was written", file=sys.stderr)
+        print_note("device-profile: interrupted; nothing was written")
         return 130
 
 
@@ -191,18 +190,21 @@ def _validate(options: argparse.Namespace) -> int:
         _print_json(results)
     for result in results:
         if result["error"]:
-            print(f"device-profile: {result['error']}", file=sys.stderr)
+            print_note(f"device-profile: {result['error']}")
         elif not options.json:
             print(f"{result['file']}: valid")
     return 2 if any(result["error"] for result in results) else 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    import asyncio
+
     from device_profiles.calibrate import machine, output
     from device_profiles.calibrate.calibration import LINK_SHARE, CalibrationConfig, calibrate, measure_link
     from device_profiles.calibrate.verdict import describe_result
     from device_profiles.calibrate.wattmeter import Wattmeter
     from device_profiles.comparison import describe_profile
+    from edge_runtime.protocol.bundle import read_bundle
 
     name = options.name or (options.output.stem if options.output else _slug(socket.gethostname()))
     path: Path = options.output or Path(f"{name}.toml")
@@ -249,17 +251,16 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _warn(message: str) -> None:
-    print(f"device-profile: warning: {message}", file=sys.stderr)
+    print_note(f"device-profile: warning: {message}")
 
 
 @contextmanager
 def _progress(seconds: float) -> Iterator[Tick]:
     """A progress bar with the time left, on a terminal only. Drawn only in `tick`, so between measurements."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress
 
     started = shown = time.monotonic()
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     columns = (BarColumn(24), "{task.fields[left]:.0f} s left ", "{task.description}")
     with Progress(
         *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
@@ -291,9 +292,8 @@ def _slug(text: str) -> str:
 
 
 def _console() -> Console:
-    from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return new_console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def _print_json(value: Any) -> None:

@@ -18,6 +18,7 @@ from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
 from edge_runtime.common.options import add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
@@ -75,11 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except FlexSpecError as error:
-        print(f"cloud-verifier: {error}", file=sys.stderr)
+        print_note(f"cloud-verifier: {error}")
         return error.exit_code
     except ModuleNotFoundError as error:
         extra = "scale" if getattr(options, "replicas", None) else "cloud"
-        print(f"cloud-verifier: {describe_missing_extra(error, EXTRA_MODULES, extra)}", file=sys.stderr)
+        print_note(f"cloud-verifier: {describe_missing_extra(error, EXTRA_MODULES, extra)}")
         return InputError.exit_code
     except KeyboardInterrupt:
         return 130

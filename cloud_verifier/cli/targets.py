@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.common.options import add_action, add_option
+from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.protocol.errors import InputError, TargetError
 
 # Imports that need the extras, or take time, are inside the functions: every command builds this parser.
@@ -143,7 +144,7 @@ def _add(options: argparse.Namespace) -> int:
         print(f"{bundle}: deployed")
         for version, fit in incompatible.items():
             for difference in fit.differences:
-                print(f"cloud-verifier: warning: {version} is incompatible with it: {difference}", file=sys.stderr)
+                print_note(f"cloud-verifier: warning: {version} is incompatible with it: {difference}")
     if options.version:
         entry = registry.add(options.version, unshared=options.unshared)
         shares = registry.read().traffic_shares(entry.version)
@@ -240,7 +241,6 @@ def _registry(options: argparse.Namespace) -> Registry:
 
 
 def _print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -249,4 +249,4 @@ def _print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     # A pipe has no width; programs that read it want one line per row.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    new_console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

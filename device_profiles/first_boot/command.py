@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import print_note
 
 DESCRIPTION = """\
 Run at boot by flexspec-configure.service. Applies flexspec.toml of the boot partition (host name, Wi-Fi, SSH keys, the
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
     report(options.root, options.boot, errors)
     for line in errors:
-        print(f"flexspec: {line}", file=sys.stderr)
+        print_note(f"flexspec: {line}")
     return 2 if errors else 0
 
 
@@ -96,7 +96,7 @@ def _use_now(hostname: str, country: str) -> None:
         try:
             subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired) as error:
-            print(f"flexspec: `{' '.join(command)}` failed: {error}", file=sys.stderr)
+            print_note(f"flexspec: `{' '.join(command)}` failed: {error}")
 
 
 def _grow() -> list[str]:

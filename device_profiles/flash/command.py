@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.common.options import add_flag
+from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.protocol.errors import InputError
 
 if TYPE_CHECKING:
@@ -169,10 +169,9 @@ def _decompress(image: Path, scratch: Path) -> Path:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Progress]:
     """Show stage, rate and time left, on a terminal only."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     columns = (TextColumn("{task.description:7}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         tasks = {stage: bar.add_task(stage, total=total, start=False) for stage in ("write", "verify")}
@@ -191,4 +190,4 @@ def _print_devices(devices: list[BlockDevice]) -> None:
             uses = f"in use: {', '.join(device.uses)}" if device.uses else ""
             print(f"{device.path!s:16} {device.bytes / 1e9:8.1f} GB  {kind:9}  {device.model:32} {uses}".rstrip())
     if not any(device.removable and device.bytes for device in devices):
-        print("device-profile: there is no card: insert one, and wait until it is found", file=sys.stderr)
+        print_note("device-profile: there is no card: insert one, and wait until it is found")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import BundleError, FlexSpecError
 
 PROMPT = "A board drafts a few tokens, and a verifier has the last word.\n"
@@ -122,7 +123,7 @@ def main() -> int:
     try:
         print(msgspec.json.encode(check_draft(Path(sys.argv[1]))).decode())
     except FlexSpecError as error:
-        print(error, file=sys.stderr)
+        print_note(error)
         return error.exit_code
     return os.EX_OK
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.common.options import add_action, add_flag, add_option
+from edge_runtime.common.terminal import new_console, print_line, print_note
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -66,11 +67,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 async def _install(options: argparse.Namespace) -> int:
     store = _store(options)
     installed = store.install(options.source, use=not options.no_use, keep=options.keep)
-    print(f"{installed.name}: {'in use' if not options.no_use else 'installed'}, {_format_speed(installed.self_test)}")
+    print_line(
+        f"{installed.name}: {'in use' if not options.no_use else 'installed'}, {_format_speed(installed.self_test)}"
+    )
     for name in installed.left_out:
-        print(f"edge-runtime: warning: left out {name}: it is not in the manifest", file=sys.stderr)
+        print_note(f"edge-runtime: warning: left out {name!r}: it is not in the manifest")
     for name in installed.removed:
-        print(f"{name}: removed, because it was old")
+        print_line(f"{name}: removed, because it was old")
     return 0
 
 
@@ -84,10 +87,10 @@ async def _verify(options: argparse.Namespace) -> int:
         try:
             _, examination = store.check(path)
         except BundleError as error:
-            print(f"edge-runtime: {error}", file=sys.stderr)
+            print_note(f"edge-runtime: {error}")
             code = error.exit_code
         else:
-            print(f"{path.name}: no errors, {_format_speed(examination)}")
+            print_line(f"{path.name}: no errors, {_format_speed(examination)}")
     return code
 
 
@@ -103,12 +106,12 @@ async def _list(options: argparse.Namespace) -> int:
 
 
 async def _use(options: argparse.Namespace) -> int:
-    print(f"{_store(options).use(options.name)}: in use")
+    print_line(f"{_store(options).use(options.name)}: in use")
     return 0
 
 
 async def _remove(options: argparse.Namespace) -> int:
-    print(f"{_store(options).remove(options.name)}: removed")
+    print_line(f"{_store(options).remove(options.name)}: removed")
     return 0
 
 
@@ -127,7 +130,6 @@ def _format_speed(report: SelfTestReport) -> str:
 
 
 def _print_table(entries: list[StoredBundle]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -146,4 +148,4 @@ def _print_table(entries: list[StoredBundle]) -> None:
             entry.problem,
         )
         table.add_row(*cells)
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+    new_console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)

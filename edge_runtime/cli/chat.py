@@ -19,6 +19,7 @@ from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError
 
 # Imported by every command; these are slow to import.
@@ -84,13 +85,13 @@ async def _run(options: argparse.Namespace) -> int:
     async with contextlib.AsyncExitStack() as stack:
         if options.target:
             require_verifier_package()
-            print(f"edge-runtime: starting a verifier for {options.target}", file=sys.stderr)
+            print_note(f"edge-runtime: starting a verifier for {options.target}")
             url = await stack.enter_async_context(run_verifier(options.target))
             settings = settings.replace({"verifier.urls": [url]})
         client, generate = await stack.enter_async_context(factory.connect(settings, sampling))
         session = ChatSession(draft, template, generate, options.system or "", sampling.stop_ids)
         if not options.quiet and template.is_plain:
-            print("edge-runtime: this model has no chat template: it continues a plain dialog", file=sys.stderr)
+            print_note("edge-runtime: this model has no chat template: it continues a plain dialog")
         async with contextlib.nullcontext() if options.quiet else background_task(report_link_trouble(client)):
             await _talk(session, quiet=options.quiet)
     return 0
@@ -177,7 +178,7 @@ async def _talk(session: ChatSession, *, quiet: bool) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() line editing and history
         if not quiet:
-            print("/help shows the commands", file=sys.stderr)
+            print_note("/help shows the commands")
     # asyncio's own handler would cancel this task.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
@@ -190,7 +191,8 @@ async def _talk(session: ChatSession, *, quiet: bool) -> None:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+            print_note("")
+            print_note("(Ctrl-D or /quit leaves)")
             continue
         word, _, rest = line.partition(" ")
         if word == "/quit":
@@ -221,9 +223,10 @@ def _run_command(session: ChatSession, word: str, rest: str) -> None:
     elif word == "/system":
         session.reset(rest)
     elif word == "/help":
-        print(COMMANDS_HELP, file=sys.stderr)
+        for line in COMMANDS_HELP.splitlines():
+            print_note(line)
     else:
-        print(f"no command {word}: /help lists them; begin with a space to send the line", file=sys.stderr)
+        print_note(f"no command {word}: /help lists them; begin with a space to send the line")
 
 
 async def _answer(session: ChatSession, text: str, *, quiet: bool, interactive: bool) -> None:
@@ -240,17 +243,17 @@ async def _answer(session: ChatSession, text: str, *, quiet: bool, interactive: 
     if answering.cancelled():
         if not interactive:
             _interrupt()
-        print("(stopped)", file=sys.stderr)
+        print_note("(stopped)")
         return
     try:
         generation = answering.result()
     except FlexSpecError as error:
         if not interactive:
             raise
-        print(f"edge-runtime: {error}; the message was not answered, /reset begins anew", file=sys.stderr)
+        print_note(f"edge-runtime: {error}; the message was not answered, /reset begins anew")
         return
     if not quiet:
-        print(_describe(generation), file=sys.stderr)
+        print_note(_describe(generation))
 
 
 def _describe(generation: Generation) -> str:

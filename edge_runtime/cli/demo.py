@@ -23,6 +23,7 @@ from edge_runtime.cli.local_verifier import (
 from edge_runtime.cli.planner_options import add_planner_options, make_planner
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
@@ -123,13 +124,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 async def _run(options: argparse.Namespace) -> int:
     """Run the demo. Returns 0 if every text is exact, else 1."""
-    from rich.console import Console
     from rich.table import Table
 
     from edge_runtime.draft import OnnxDraft
 
     require_verifier_package()
-    console = Console(highlight=False, markup=False)
+    console = new_console(highlight=False, markup=False)
     # Without --config, these are the defaults and the command line.
     settings = read_settings(options)
     if settings.planner.policy == "fixed":

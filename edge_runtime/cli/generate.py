@@ -16,6 +16,7 @@ from edge_runtime.common.grammar_options import add_grammar_options, read_gramma
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -104,9 +105,9 @@ async def _run(options: argparse.Namespace) -> int:
     text.end(generation.unverified)
     if generation.unverified:
         count = len(generation.unverified)
-        print(f"edge-runtime: the last {count} tokens are unverified: {client.trouble}", file=sys.stderr)
+        print_note(f"edge-runtime: the last {count} tokens are unverified: {client.trouble}")
     if not options.quiet:
-        print(f"{generation.version or 'no verifier'}: {summarize(statistics)}", file=sys.stderr)
+        print_note(f"{generation.version or 'no verifier'}: {summarize(statistics)}")
     return 0
 
 
@@ -146,4 +147,4 @@ async def report_link_trouble(client: VerifierClient) -> None:
         trouble = client.trouble
         if trouble and trouble.fault != reported:
             reported = trouble.fault
-            print(f"edge-runtime: no verifier yet ({trouble}): {HINTS[reported]}", file=sys.stderr)
+            print_note(f"edge-runtime: no verifier yet ({trouble}): {HINTS[reported]}")

@@ -13,6 +13,7 @@ import sys
 
 from edge_runtime.cli import bundle, chat, config, demo, generate, ngram_cache, probe, serve, simulate, top, update
 from edge_runtime.cli.settings_options import warn
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.systemd import actions
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         return int(asyncio.run(options.run(options)))
     except FlexSpecError as error:
-        print(f"edge-runtime: {error}", file=sys.stderr)
+        print_note(f"edge-runtime: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.cli.planner_options import read_sensor_lines
 from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -93,12 +94,11 @@ async def _run(options: argparse.Namespace) -> int:
 
 async def _show(prober: Prober, client: VerifierClient | None, as_json: bool, watch: bool) -> None:
     import msgspec
-    from rich.console import Console
     from rich.live import Live
 
     from edge_runtime.cli.probe_view import render_snapshot
 
-    console = Console()
+    console = new_console()
     with contextlib.ExitStack() as stack:
         screen = None
         if watch and not as_json:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from msgspec import inspect
 
 from edge_runtime.common.options import ArgumentContainer, add_option
+from edge_runtime.common.terminal import print_note
 from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
 
 # How an option's text becomes the value of its setting, by the setting's type; text that is not here stays as it is.
@@ -68,7 +68,7 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str] = os.e
 
 def warn(message: str) -> None:
     """Print a warning to standard error."""
-    print(f"edge-runtime: warning: {message}", file=sys.stderr)
+    print_note(f"edge-runtime: warning: {message}")
 
 
 class _DeprecatedOption(argparse.Action):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import InputError
 
 # Imported by every command; these are slow to import.
@@ -159,7 +160,6 @@ def _print_json(name: str, rows: list[DecodingResult]) -> None:
 
 
 def _print_table(name: str, rows: list[DecodingResult]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("", box=None)
@@ -178,7 +178,7 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
             f"{(result.sent + result.received) / result.tokens:.1f}",
         )
         table.add_row(*cells)
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     console.print(f"{name}: modelled", soft_wrap=True)
     console.print(table)
     for row in rows:

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from tokenizers import Tokenizer
 
+from edge_runtime.common.terminal import escape
 from edge_runtime.decoding import Detokenizer, VerifiedTokens
 from edge_runtime.service.monitoring.words import load_words
 from edge_runtime.service.stop_strings import StopStringFilter
@@ -58,7 +59,7 @@ class TextStream:
         """Write what the colors mean, if there are colors."""
         if self._color:
             meanings = (f"{color}{load_words().tokens[kind]}{RESET}" for kind, color in COLORS.items())
-            self._write(", ".join(meanings) + "\n", "")
+            self._stream.write(", ".join(meanings) + "\n")
 
     def write(self, verified: VerifiedTokens) -> None:
         """Write verified tokens."""
@@ -88,5 +89,7 @@ class TextStream:
 
     def _write(self, text: str, color: str) -> None:
         if text:
+            # In a pipe, the text is what was generated.
+            text = escape(text, keep="\n\t") if self._stream.isatty() else text
             self._stream.write(f"{color}{text}{RESET}" if color and self._color else text)
             self._stream.flush()

@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.common.http_client import UNCOMPRESSED, UnusableAnswer, read_answer, read_lines
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import Escaped, new_console
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
@@ -77,7 +79,6 @@ async def _run(options: argparse.Namespace) -> int:
 
 async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, dashboard: DashboardState) -> None:
     import msgspec
-    from rich.console import Console
 
     from edge_runtime.cli.top_view import DashboardView
     from edge_runtime.service.monitoring.events import GaugeSample
@@ -95,12 +96,11 @@ async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, da
         print(msgspec.json.encode(dashboard.summary()).decode())
     else:
         state = load_words().states["live" if dashboard.gauges else "loading"]
-        Console().print(DashboardView(dashboard, state))
+        new_console().print(DashboardView(dashboard, state))
 
 
 async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, dashboard: DashboardState) -> None:
     """Show the live view until q is pressed. Raises ServiceUnreachable if the first connection fails."""
-    from rich.console import Console
     from rich.live import Live
 
     from edge_runtime.cli.top_view import DashboardView
@@ -127,10 +127,10 @@ async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, dashboa
 
     with _quit_key() as (pressed, keys):
 
-        def render() -> DashboardView:
-            return DashboardView(dashboard, state, screen=True, keys=keys)
+        def render() -> Escaped:
+            return Escaped(DashboardView(dashboard, state, screen=True, keys=keys))
 
-        with Live(console=Console(), screen=True, refresh_per_second=8, get_renderable=render):
+        with Live(console=new_console(), screen=True, refresh_per_second=8, get_renderable=render):
             following, quitting = asyncio.ensure_future(follow()), asyncio.ensure_future(pressed.wait())
             try:
                 done, _ = await asyncio.wait({following, quitting}, return_when=asyncio.FIRST_COMPLETED)
@@ -203,7 +203,7 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
             raise InputError(f"cannot trust the authorities in {options.ca_file}: {error}") from None
     return httpx.AsyncClient(
         verify=trust,
-        headers={"authorization": f"Bearer {key}"} if key else None,
+        headers=UNCOMPRESSED | ({"authorization": f"Bearer {key}"} if key else {}),
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         # A board is on this network: proxies of the environment are not for it.
         trust_env=False,
@@ -221,16 +221,18 @@ async def _events(client: httpx.AsyncClient, url: str) -> AsyncIterator[tuple[st
     try:
         async with client.stream("GET", url.rstrip("/") + "/events") as response:
             if not response.is_success:
-                raise _refusal_error(url, response.status_code, await response.aread())
+                raise _refusal_error(url, response.status_code, await read_answer(response))
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
                 raise ServiceUnreachable(f"the server at {url} is not a board's service; check --url")
-            async for line in response.aiter_lines():
+            async for line in read_lines(response):
                 if line.startswith("data: "):
                     event = line.removeprefix("data: ")
                     yield event, decoder.decode(event)
     except httpx.TransportError as error:
         cause = str(error) or type(error).__name__
         raise ServiceUnreachable(f"no service answers at {url} ({cause}); is `edge-runtime serve` running?") from None
+    except UnusableAnswer as error:
+        raise ServiceUnreachable(f"{error}; the server is not a board's service, check --url") from None
     except msgspec.MsgspecError as error:
         raise ServiceUnreachable(
             f"the service at {url} sent an event that this version does not know: {error}"

@@ -1,7 +1,10 @@
 """Logging: to the systemd journal with structured fields if systemd runs the process, else to standard error.
 
-On standard error, records are lines of text, or JSON objects for log collectors. Prompts and answers are logged only if
-the configuration asks for it (`[log] prompts`): code that would log one checks `are_prompts_logged` first.
+On standard error, records are lines of text, or JSON objects for log collectors. What peers sent cannot pass for a
+record of its own: text is escaped here (JSON escapes it by itself), and a traceback is indented.
+
+Prompts and answers are logged only if the configuration asks for it (`[log] prompts`): code that would log one checks
+`are_prompts_logged` first.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
+
+from edge_runtime.common.terminal import escape, indent_lines
 
 # The configured level applies to these packages. Others log warnings only: at a lower level some log every HTTP header,
 # bearer tokens included.
@@ -70,8 +75,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self, program: str, journal: Path | None, form: str) -> None:
         super().__init__(sys.stderr)
-        text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
-        self.setFormatter(_JsonFormatter() if form == "json" else text)
+        self.setFormatter(_JsonFormatter() if form == "json" else TextFormatter())
         self._program = program
         self._journal = journal
 
@@ -96,6 +100,13 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
         super().emit(record)
 
 
+class TextFormatter(logging.Formatter):
+    """Formats a record as one line of text, and a traceback as indented lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname} {record.name}: {_describe(record)}"
+
+
 class _JsonFormatter(logging.Formatter):
     """Formats a record as one line of JSON."""
 
@@ -114,20 +125,25 @@ class _JsonFormatter(logging.Formatter):
 
 def journal_entry(record: logging.LogRecord, program: str) -> bytes:
     """Encode `record` as a datagram of the journal's native protocol."""
-    message = record.getMessage()
-    if record.exc_info:
-        message += "\n" + logging.Formatter().formatException(record.exc_info)
     fields = {
-        "MESSAGE": message,
+        "MESSAGE": _describe(record),
         "PRIORITY": SYSLOG_PRIORITIES.get(record.levelno, 6),
         "SYSLOG_IDENTIFIER": program,
         "LOGGER": record.name,
         "CODE_FILE": record.pathname,
         "CODE_LINE": record.lineno,
         "CODE_FUNC": record.funcName,
-        **getattr(record, EXTRA_FIELDS, {}),
+        **{name: escape(str(value)) for name, value in getattr(record, EXTRA_FIELDS, {}).items()},
     }
     return b"".join(_encode_field(name, str(value)) for name, value in fields.items())
+
+
+def _describe(record: logging.LogRecord) -> str:
+    """Return the message on one line, and the traceback, if there is one, on indented lines."""
+    message = escape(record.getMessage())
+    if not record.exc_info:
+        return message
+    return indent_lines(f"{message}\n{logging.Formatter().formatException(record.exc_info)}")
 
 
 def _encode_field(name: str, value: str) -> bytes:

@@ -29,7 +29,7 @@ class AdmissionQueue:
         Args:
             max_concurrent: slots; each answer has a KV cache of its own in the draft model, which is what the board's
                 memory bounds.
-            max_waiting: answers in the queue; each holds only its prompt.
+            max_waiting: answers in the queue, from before their prompts are tokenized; each holds only its prompt.
         """
         self.waiting = 0
         self._max_waiting = max_waiting

@@ -50,21 +50,25 @@ class AnswerRunner:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(
-        self, requests: list[AnswerRequest], choices: ChoicePlan, disconnected: asyncio.Task[None]
+        self,
+        requests: list[AnswerRequest],
+        choices: ChoicePlan,
+        places: list[Place],
+        disconnected: asyncio.Task[None],
     ) -> AnswerGroup:
         """Start the answers of one request, which are abandoned when `disconnected` completes or is cancelled.
 
-        Each needs a slot of its own, because each has a context of the draft model. All get their places in the queue
-        now, or none. The further candidates of a prompt wait until the verifier has the prompt in its KV cache.
+        Each needs a slot of its own, because each has a context of the draft model. The further candidates of a prompt
+        wait until the verifier has the prompt in its KV cache.
 
         Args:
             requests: the candidates of the first prompt, then those of the next.
+            places: theirs in the queue.
 
         Raises:
-            ApiError: (429) the queue is full.
+            ApiError: (503) the service is stopping.
         """
         board = self._state.require_board()
-        places = self._state.queue.reserve(len(requests))
         group = AnswerGroup(requests, choices, board.draft.tokenizer)
         for index, (answer, place) in enumerate(zip(group.answers, places, strict=True)):
             task = asyncio.create_task(self._run(answer, board, place, group.first_of_prompt(index)))

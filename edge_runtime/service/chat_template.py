@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from edge_runtime.protocol.bundle import CHAT_FILE, ChatFormat, read_bundle, read_chat_format
 from edge_runtime.protocol.errors import BundleCorrupt, InputError
+from edge_runtime.service.prompt_tokenizer import encode_prompt
 
 # Messages as in OpenAI's API; `arguments` of tool calls are objects.
 Conversation = list[dict[str, Any]]
@@ -107,14 +108,18 @@ class ChatTemplate:
             return self._render_unfinished(messages, options)
         return self._render(messages, options)
 
-    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+    def encode(self, tokenizer: Tokenizer, text: str, limit: int = 0) -> list[int]:
         """Return the ids of a rendered conversation.
 
         A template contains the special tokens. The plain form begins with those with which the tokenizer begins a text.
+
+        Args:
+            limit: see `encode_prompt`.
+
+        Raises:
+            PromptTooLong: see `encode_prompt`.
         """
-        encoding = tokenizer.encode(text, add_special_tokens=self.is_plain)
-        ids: list[int] = encoding.ids
-        added: list[int] = encoding.special_tokens_mask
+        ids, added = encode_prompt(tokenizer, text, special=self.is_plain, limit=limit)
         end = len(ids)
         # The text goes on, so it does not end with what the tokenizer puts after a text.
         while self.is_plain and end and added[end - 1]:

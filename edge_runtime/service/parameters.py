@@ -150,21 +150,31 @@ def limit_answer(request: GenerationRequest, prompt_tokens: int, *, context: int
     Raises:
         ApiError: (400) the prompt leaves no room in the context.
     """
-    asked = request.max_tokens
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        asked = request.max_completion_tokens
+    asked = get_max_tokens(request)
     if asked == 0:
         return 0
     if context and prompt_tokens >= context:
-        raise context_overflow(context, prompt_tokens, "messages" if isinstance(request, ChatRequest) else "prompt")
+        raise context_overflow(request, context, f"{prompt_tokens} tokens")
     limits = (maximum, context and context - prompt_tokens, max(0, asked or 0))
     return min((limit for limit in limits if limit), default=UNKNOWN_CONTEXT_TOKENS)
 
 
-def context_overflow(context: int, prompt_tokens: int, param: str) -> ApiError:
-    """Return the error of a prompt that is too long, in OpenAI's words, by which clients recognize it."""
+def get_max_tokens(request: GenerationRequest) -> int | None:
+    """Return how many tokens the request asks for at most: 0 for the prompt alone, None or less for no limit."""
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
+def context_overflow(request: GenerationRequest, context: int, length: str) -> ApiError:
+    """Return the error of a prompt that is too long, in OpenAI's words, by which clients recognize it.
+
+    Args:
+        length: how long the prompt is, for the message.
+    """
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
     message = (
-        f"This model's maximum context length is {context} tokens. However, your {param} resulted in {prompt_tokens} "
-        f"tokens. Please reduce the length of the {param}."
+        f"This model's maximum context length is {context} tokens. However, your {param} resulted in {length}. "
+        f"Please reduce the length of the {param}."
     )
     return ApiError(400, message, param=param, code="context_length_exceeded")

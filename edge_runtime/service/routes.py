@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -18,9 +17,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_runtime.common.metrics import CONTENT_TYPE
-from edge_runtime.protocol.errors import FlexSpecError, VerifierError, VerifierUnreachable
+from edge_runtime.common.openapi import DocumentCache
+from edge_runtime.common.request_body import read_body
+from edge_runtime.protocol.errors import BodyRefused, FlexSpecError, VerifierError, VerifierUnreachable
 from edge_runtime.protocol.sampling import MASK_64
 from edge_runtime.service import dashboard
+from edge_runtime.service.admission import Place
 from edge_runtime.service.answer import AnswerRequest
 from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.answer_runner import AnswerRunner
@@ -33,14 +35,17 @@ from edge_runtime.service.openapi import build_document
 from edge_runtime.service.parameters import (
     ChoicePlan,
     check_prompt,
+    context_overflow,
     get_chat_options,
     get_choices,
     get_logprobs,
+    get_max_tokens,
     get_prompts,
     get_sampling,
     get_stop_strings,
     limit_answer,
 )
+from edge_runtime.service.prompt_tokenizer import PromptTokenizer, PromptTooLong, encode_prompt
 from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
 from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter
 from edge_runtime.service.responses.formatter import ResponsesFormatter
@@ -70,8 +75,18 @@ Handler = Callable[[Request], Awaitable[Response]]
 FIRST_TEXT_SECONDS = 10.0
 # How often the link is looked at while a complete answer is awaited.
 LINK_POLL_SECONDS = 0.5
-# Limit for the arrival of a request body.
-BODY_SECONDS = 30.0
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """What a request holds from before its prompts are tokenized.
+
+    Attributes:
+        places: one in the queue for each answer.
+        disconnected: a task that ends when the client disconnects.
+    """
+
+    places: list[Place]
+    disconnected: asyncio.Task[None]
 
 
 class AnswerOrder(msgspec.Struct, frozen=True):
@@ -107,9 +122,9 @@ class Routes:
         self.guard = RequestGuard(state.access)
         self._state = state
         self._runner = runner
-        # One thread, so that the memory of tokenizing is needed for one text at a time.
-        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._prompt_tokenizer = PromptTokenizer()
         self._responses = ResponseStore()
+        self._documents = DocumentCache(build_document)
         posts: dict[str, Handler] = {
             "/v1/completions": self._complete,
             "/v1/chat/completions": self._chat,
@@ -141,25 +156,35 @@ class Routes:
         """POST /v1/completions: continue texts."""
         board = self._state.require_board()
         body, ignored = parse_request(await self._read_body(request), CompletionRequest)
-        choices, prompts = get_choices(body), get_prompts(body)
-        tokenizer = board.draft.tokenizer
-        special = body.add_special_tokens is not False
-        ids = [each if isinstance(each, list) else await self._tokenize(board, each, special) for each in prompts]
-        for each_ids in ids:
-            check_prompt(each_ids, board.draft.manifest.architecture.vocabulary_size)
-        echoes = [""] * len(prompts)
-        if body.echo:
-            echoes = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]
-        formatter = CompletionFormatter(tokenizer, get_logprobs(body), _wants_usage(body), echoes, choices.returned)
-        order = AnswerOrder(board, ids, choices, formatter, ignored, constraint=get_constraint(body))
-        return await self._answer(request, body, order)
+        choices, prompts, logprobs = get_choices(body), get_prompts(body), get_logprobs(body)
+        tokenizer, special = board.draft.tokenizer, body.add_special_tokens is not False
+
+        def encode(limit: int) -> tuple[list[list[int]], list[str], OutputConstraint]:
+            constraint = get_constraint(body)
+            ids = [
+                encode_prompt(tokenizer, each, special=special, limit=limit)[0] if isinstance(each, str) else each
+                for each in prompts
+            ]
+            for each_ids in ids:
+                check_prompt(each_ids, board.draft.manifest.architecture.vocabulary_size)
+            if not body.echo:
+                return ids, [""] * len(prompts), constraint
+            # Unlike `Tokenizer.decode`, this leaves other threads running.
+            echoes = [each if isinstance(each, str) else tokenizer.decode_batch([each])[0] for each in prompts]
+            return ids, echoes, constraint
+
+        async with self._admit(request, len(prompts) * choices.candidates) as admission:
+            ids, echoes, constraint = await self._encode(body, board, admission, encode)
+            formatter = CompletionFormatter(tokenizer, logprobs, _wants_usage(body), echoes, choices.returned)
+            order = AnswerOrder(board, ids, choices, formatter, ignored, constraint=constraint)
+            return await self._answer(request, body, order, admission)
 
     async def _chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: generate the next message of a conversation."""
         board = self._state.require_board()
         body, ignored = parse_request(await self._read_body(request), ChatRequest)
         formatter = ChatFormatter(board.draft.tokenizer, get_logprobs(body), _wants_usage(body))
-        return await self._answer(request, body, await self._make_chat_order(board, body, formatter, ignored))
+        return await self._answer_chat(request, body, board, formatter, ignored)
 
     async def _respond(self, request: Request) -> Response:
         """POST /v1/responses: the same in another form, with a memory of earlier responses."""
@@ -168,8 +193,7 @@ class Routes:
         task = to_chat(body, self._responses)
         formatter = ResponsesFormatter(task, board.draft.tokenizer, self._responses)
         try:
-            order = await self._make_chat_order(board, task.chat, formatter, ignored)
-            return await self._answer(request, task.chat, order)
+            return await self._answer_chat(request, task.chat, board, formatter, ignored)
         except ApiError as error:
             raise rename_fields(error) from None
 
@@ -236,44 +260,90 @@ class Routes:
         board = self._state.board
         vocabulary_size = board.draft.manifest.architecture.vocabulary_size if board else 1 << 31
         has_template = board is None or not board.chat_template.is_plain
-        document = build_document(
-            self._state.limits.max_body, bool(self._state.access.keys), vocabulary_size, has_template=has_template
+        document = await self._documents.get(
+            self._state.limits.max_body, bool(self._state.access.keys), vocabulary_size, has_template
         )
-        return Response(msgspec.json.encode(document), media_type="application/json")
+        return Response(document, media_type="application/json")
 
     async def _stream_events(self, request: Request) -> Response:
         """GET /events: recent and live events of the board."""
         return self._state.monitoring.respond(request)
 
-    async def _make_chat_order(
-        self, board: BoardRuntime, body: ChatRequest, formatter: AnswerFormatter, ignored: list[str]
-    ) -> AnswerOrder:
-        """Render and tokenize a conversation, and find out what its answer may be."""
+    @contextlib.asynccontextmanager
+    async def _admit(self, request: Request, answers: int) -> AsyncIterator[Admission]:
+        """Reserve places before there is any work for a request; if it fails, its answers end and leave them.
+
+        Raises:
+            ApiError: (429) the queue is full.
+        """
+        places = self._state.queue.reserve(answers)
+        disconnected = asyncio.create_task(wait_for_disconnect(request))
+        try:
+            yield Admission(places, disconnected)
+        except BaseException:
+            disconnected.cancel()
+            for place in places:
+                place.leave()
+            raise
+
+    async def _encode(
+        self, body: GenerationRequest, board: BoardRuntime, admission: Admission, encode: Callable[[int], T]
+    ) -> T:
+        """Return `encode(limit)`, run by the tokenizer's thread.
+
+        Args:
+            encode: raises PromptTooLong if a prompt certainly has `limit` tokens or more; 0 is no limit.
+
+        Raises:
+            ApiError: (400) a prompt does not fit the context, or is invalid.
+        """
+
+        async def run(limit: int) -> T:
+            return await self._prompt_tokenizer.run(lambda: encode(limit), admission.disconnected)
+
+        model = body.model or board.model
+        try:
+            return await run(self._state.models.context_of(model) if get_max_tokens(body) != 0 else 0)
+        except PromptTooLong as error:
+            # Unless the context has grown meanwhile.
+            context = await self._find_context(model, error.tokens)
+            if context and error.tokens >= context:
+                raise context_overflow(body, context, f"at least {error.tokens} tokens") from None
+            return await run(0)
+
+    async def _answer_chat(
+        self, request: Request, body: ChatRequest, board: BoardRuntime, formatter: AnswerFormatter, ignored: list[str]
+    ) -> Response:
+        """Render and tokenize a conversation, find out what its answer may be, and answer it."""
         template, tokenizer = board.chat_template, board.draft.tokenizer
-        conversation, options = get_conversation(body.messages), get_chat_options(body)
-        calls = get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls)
-        constraint = get_constraint(body)
+        conversation, options, choices = get_conversation(body.messages), get_chat_options(body), get_choices(body)
         forms = find_forms(template, board.tool_call_form, board.reasoning_form)
 
-        def encode() -> tuple[list[int], OutputFormat, str]:
+        def encode(limit: int) -> tuple[list[int], OutputFormat, OutputConstraint]:
+            # Large schemas take long, too.
+            calls = get_allowed_calls(body.tools, body.tool_choice, body.parallel_tool_calls)
+            constraint = get_constraint(body)
             prompt = render_prompt(template, conversation, options, forms.tool_calls)
+            ids = template.encode(tokenizer, prompt, limit)
             output = make_output_format(
                 forms, calls, tokenizer, prompt=prompt, conversation=conversation, options=options
             )
             grammar = make_grammar(output, calls, tokenizer, constraint.grammar)
-            return template.encode(tokenizer, prompt), output, grammar
+            return ids, output, OutputConstraint(grammar, "tools" if calls.tools else constraint.field)
 
-        ids, output, grammar = await self._run_tokenizer(encode)
-        return AnswerOrder(
-            board,
-            [ids],
-            get_choices(body),
-            formatter,
-            ignored,
-            stop_strings=template.stop_strings,
-            output=output,
-            constraint=OutputConstraint(grammar, "tools" if calls.tools else constraint.field),
-        )
+        async with self._admit(request, choices.candidates) as admission:
+            ids, output, constraint = await self._encode(body, board, admission, encode)
+            order = AnswerOrder(
+                board,
+                [ids],
+                choices,
+                formatter,
+                ignored,
+                stop_strings=template.stop_strings,
+                output=output,
+                constraint=constraint,
+            )
+            return await self._answer(request, body, order, admission)
 
     def _make_answer_requests(
         self, body: GenerationRequest, order: AnswerOrder, context: int, request_id: str
@@ -307,26 +377,24 @@ class Routes:
             for index in range(choices.candidates)
         ]
 
-    async def _answer(self, request: Request, body: GenerationRequest, order: AnswerOrder) -> Response:
+    async def _answer(
+        self, request: Request, body: GenerationRequest, order: AnswerOrder, admission: Admission
+    ) -> Response:
         """Run answers and return them whole or as a stream; they are abandoned when the client disconnects."""
         context = await self._find_context(body.model or order.board.model, max(map(len, order.prompts)))
         await compile_constraint(order.board.draft, order.constraint)
         requests = self._make_answer_requests(body, order, context, request.scope[REQUEST_ID_KEY])
-        formatter, group = order.formatter, None
-        disconnected = asyncio.create_task(wait_for_disconnect(request))
-        try:
-            group = self._runner.start(requests, order.choices, disconnected)
-            if body.stream:
-                await group.wait_for_text(FIRST_TEXT_SECONDS)
-                stream = stream_answers(group, formatter)
-                response: Response = EventStream(stream, disconnected)
-            else:
-                await self._wait_until_done(group)
-                response = _json_response(formatter.format_response(group))
-        except BaseException:
-            disconnected.cancel()
-            raise
-        if not body.stream:
+        formatter, disconnected = order.formatter, admission.disconnected
+        group = self._runner.start(requests, order.choices, admission.places, disconnected)
+        if body.stream:
+            await group.wait_for_text(FIRST_TEXT_SECONDS)
+            stream = stream_answers(group, formatter)
+            response: Response = EventStream(stream, disconnected)
+        else:
+            await self._wait_until_done(group)
+            # The log-probabilities of a long answer take long to describe.
+            has_logprobs = get_logprobs(body) > 0
+            response = await asyncio.to_thread(_format, formatter, group) if has_logprobs else _format(formatter, group)
             disconnected.cancel()
         if order.ignored:
             log_unknown(order.ignored)
@@ -355,16 +423,6 @@ class Routes:
             with contextlib.suppress(TimeoutError):
                 return await group.wait_until_done(LINK_POLL_SECONDS)
 
-    async def _tokenize(self, board: BoardRuntime, text: str, special: bool) -> list[int]:
-        def encode() -> list[int]:
-            ids: list[int] = board.draft.tokenizer.encode(text, add_special_tokens=special).ids
-            return ids
-
-        return await self._run_tokenizer(encode)
-
-    async def _run_tokenizer(self, encode: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, encode)
-
     def _configured_model(self) -> str:
         return self._state.board.model if self._state.board else ""
 
@@ -376,19 +434,10 @@ class Routes:
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
             raise ApiError(415, f"send the body uncompressed, not with content-encoding: {ascii(encoding[:40])[1:-1]}")
-        limit, body, size = self._state.limits.max_body, bytearray(), 0
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                # An oversized body is read to its end: a client that is still sending would not read the response.
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size <= limit:
-                        body += chunk
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
-        if size > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-        return bytes(body)
+            return await read_body(request, self._state.limits.max_body)
+        except BodyRefused as error:
+            raise ApiError(error.status, str(error)) from None
 
     def _guarded(self, handler: Handler) -> Handler:
         """Wrap a handler: check access first, and convert errors to OpenAI's error responses."""
@@ -418,6 +467,10 @@ def _unknown_response(response_id: str) -> ApiError:
 
 def _wants_usage(body: GenerationRequest) -> bool:
     return bool(body.stream and body.stream_options and body.stream_options.include_usage)
+
+
+def _format(formatter: AnswerFormatter, group: AnswerGroup) -> Response:
+    return _json_response(formatter.format_response(group))
 
 
 def _json_response(message: msgspec.Struct, status: int = 200) -> Response:

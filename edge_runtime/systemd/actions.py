@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.terminal import print_note
 from edge_runtime.systemd.units import ServiceUnit
 
 BOARD_UNIT = ServiceUnit(
@@ -145,7 +146,7 @@ def _install(options: argparse.Namespace, parse: ArgumentsParser, check: Argumen
             image.missing_for_board(root, config, dict(named).get("draft.bundle"), state) if root else memory_notes()
         )
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print_note(f"note: {note}")
     if not options.now:
         print(f"`systemctl enable --now {options.name}`, or --now here, starts it now and at every boot")
     return 0

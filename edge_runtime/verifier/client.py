@@ -14,6 +14,7 @@ from typing import TypeVar
 import httpx
 import tenacity
 
+from edge_runtime.common.http_client import read_answer
 from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused, VerifierUnreachable
@@ -26,8 +27,10 @@ M = TypeVar("M", bound=Message)
 
 # Chosen: the verifier evicts abandoned sessions anyway, so an explicit close is not worth a long wait.
 CLOSE_SECONDS = 2.0
+# A check of a verifier includes name resolution and diagnosis; an answer that trickles in would last for ever. Chosen.
+CHECK_SECONDS = 60.0
 # Refusals worth retrying. After `internal` the session is lost, which the retried round reports.
-TRANSIENT_CODES = UNHEALTHY | {ErrorCode.DAMAGED, ErrorCode.RATE_LIMITED}
+TRANSIENT_CODES = UNHEALTHY | {ErrorCode.DAMAGED, ErrorCode.RATE_LIMITED, ErrorCode.TOO_SLOW}
 # Attempts at a URL that does not answer like a verifier. More than one, because a damaged answer looks the same.
 UNKNOWN_ROUTE_ATTEMPTS = 3
 # Exponential backoff with full jitter between attempts: first and longest upper bound of the pause.
@@ -119,11 +122,12 @@ class VerifierClient:
     async def check(self) -> None:
         """Ask the verifiers for their models, the preferred one first, until one answers; updates `link_state`.
 
-        Takes about a minute at most for each of them.
+        Takes a minute at most for each of them.
         """
         for endpoint in self.endpoints:
-            with contextlib.suppress(LinkFailure, VerifierRefused):
-                await self._fetch_models(endpoint)
+            with contextlib.suppress(LinkFailure, VerifierRefused, TimeoutError):
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await self._fetch_models(endpoint)
                 return
 
     def pick(self, without: Collection[Endpoint] = ()) -> Endpoint:
@@ -210,7 +214,7 @@ class VerifierClient:
 
     async def _fetch_models(self, endpoint: Endpoint) -> messages.ModelList:
         async with endpoint.exchange("GET", "/v1/models", None) as response:
-            self.latest_models = parsed(await response.aread(), messages.ModelList)
+            self.latest_models = parsed(await read_answer(response, messages.MAX_REPLY_BYTES), messages.ModelList)
         return self.latest_models
 
     def _is_transient_and_healthy(self, state: tenacity.RetryCallState) -> bool:

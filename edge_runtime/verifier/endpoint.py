@@ -14,6 +14,7 @@ from h2.exceptions import H2Error
 from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
 
+from edge_runtime.common.http_client import UNCOMPRESSED, UnusableAnswer, read_answer
 from edge_runtime.common.network import check_proxy
 from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
@@ -23,6 +24,7 @@ from edge_runtime.verifier.http_transport import CONNECT_SECONDS, READ_SECONDS, 
 from edge_runtime.verifier.link_faults import (
     HINTS,
     PERSISTENT,
+    BrokenAnswer,
     Fault,
     LinkFailure,
     LinkProblem,
@@ -52,6 +54,8 @@ DENIALS = {
     *(ErrorCode.UNAUTHORIZED, ErrorCode.FORBIDDEN),
     *(ErrorCode.UNKNOWN_ROUTE, ErrorCode.UNSUPPORTED_VERSION),
 }
+# What is kept of a refusal, which ends up in logs and in answers to clients. Chosen: more than verifiers write.
+MAX_CODE_CHARACTERS, MAX_SENTENCE_CHARACTERS = 64, 2000
 # Upper bound of an accepted Retry-After.
 MAX_RETRY_AFTER_SECONDS = 3600
 
@@ -146,7 +150,9 @@ class Endpoint:
     async def exchange(
         self, method: str, path: str, message: Message | None, session: str = ""
     ) -> AsyncIterator[httpx.Response]:
-        """Send one request, without retries; the caller reads the response body. For `session` see `messages.encode`.
+        """Send one request, without retries; the caller reads the response body by `common.http_client`.
+
+        For `session` see `messages.encode`.
 
         Raises:
             VerifierRefused: the verifier answered with a typed error.
@@ -160,12 +166,14 @@ class Endpoint:
                 if portal:
                     raise portal
                 if not response.is_success:
-                    raise _error_from(response, await response.aread())
+                    raise _error_from(response, await read_answer(response, messages.MAX_REPLY_BYTES))
                 yield response
             finally:
                 await response.aclose()
         except (httpx.RequestError, *TRANSPORT_ERRORS) as error:
             raise self._record_failure(await self._diagnose(failure_of(error))) from error
+        except UnusableAnswer as error:
+            raise self._record_failure(BrokenAnswer(str(error))) from None
         except LinkFailure as failure:
             raise self._record_failure(failure) from failure.__cause__
         except VerifierRefused as refused:
@@ -243,8 +251,9 @@ class Endpoint:
         self._pool = getattr(transport, "_pool", None)
         client = httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS))
         # Bytes count on a metered link, and the verifier reads none of these headers.
-        for name in ("accept", "accept-encoding", "connection", "user-agent"):
+        for name in ("accept", "connection", "user-agent"):
             del client.headers[name]
+        client.headers.update(UNCOMPRESSED)
         if self._token:
             client.headers["authorization"] = f"Bearer {self._token}"
         return client
@@ -259,9 +268,8 @@ def _error_from(response: httpx.Response, body: bytes) -> Exception:
             return LinkFailure(message, Fault.UNAVAILABLE)
         hint = f"{message}; is this the URL of a verifier?"
         return VerifierRefused(ErrorCode.UNKNOWN_ROUTE, hint, response.status_code)
-    return VerifierRefused(
-        refusal.code, refusal.message, response.status_code, refusal.detail, _retry_after(response.headers)
-    )
+    code, sentence = refusal.code[:MAX_CODE_CHARACTERS], refusal.message[:MAX_SENTENCE_CHARACTERS]
+    return VerifierRefused(code, sentence, response.status_code, refusal.detail, _retry_after(response.headers))
 
 
 def _retry_after(headers: httpx.Headers) -> int | None:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import httpx
 
+from edge_runtime.common.http_client import UNCOMPRESSED
+
 # A board without a real-time clock starts in 1970 or at its last shutdown. A clock before this date, when the code was
 # written, is certainly wrong.
 EARLIEST_PLAUSIBLE_TIME = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
@@ -169,9 +171,14 @@ async def probe_over_http(host: str) -> Fault | None:
     if time.time() < EARLIEST_PLAUSIBLE_TIME.timestamp():
         return Fault.CLOCK
     try:
-        async with httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False) as client:
-            response = await client.head(f"http://{host}:{HTTP_PORT}/")
-    except httpx.HTTPError:
+        async with (
+            # httpx limits each piece of an answer alone.
+            asyncio.timeout(2 * PROBE_SECONDS),
+            httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False, headers=UNCOMPRESSED) as client,
+            client.stream("HEAD", f"http://{host}:{HTTP_PORT}/") as response,
+        ):
+            pass
+    except (httpx.HTTPError, TimeoutError):
         return None
     redirected = response.is_redirect and httpx.URL(response.headers.get("location", "")).host not in ("", host)
     if response.status_code == 511 or redirected:

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import httpx
 import msgspec
 
+from edge_runtime.common.http_client import read_answer, read_pieces
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest, TokenLogprobs
@@ -327,10 +328,10 @@ class _ActiveRound:
 async def _bodies(response: httpx.Response) -> AsyncIterator[bytes]:
     """The encoded messages of a reply, streamed or not."""
     if response.headers.get("content-type") != messages.STREAM_MEDIA_TYPES[messages.MSGPACK]:
-        yield await response.aread()
+        yield await read_answer(response, messages.MAX_REPLY_BYTES)
         return
     splitter = messages.FrameSplitter(messages.MSGPACK)
-    async for piece in response.aiter_bytes():
+    async for piece in read_pieces(response, messages.MAX_REPLY_BYTES):
         try:
             bodies = list(splitter.feed(piece))
         except InputError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import DraftError, FlexSpecError
 
 PREFILL_TOKENS = 32
@@ -99,7 +100,7 @@ def main() -> int:
     try:
         print(msgspec.json.encode(measure_in_process(Path(sys.argv[1]), int(sys.argv[2]))).decode())
     except FlexSpecError as error:
-        print(error, file=sys.stderr)
+        print_note(error)
         return error.exit_code
     return os.EX_OK
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
     draft_name = options.draft.resolve().name
     drafts = {draft_name: draft}
     if options.memory:
-        print("draft-export: --memory is deprecated; use --ngram-cache", file=sys.stderr)
+        print_note("draft-export: --memory is deprecated; use --ngram-cache")
     if options.ngram_cache or options.memory:
         drafts[f"{draft_name} + memory"] = _open_with_ngram_cache(options.draft, options.threads)
     retrained = {}

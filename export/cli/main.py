@@ -7,10 +7,10 @@ therefore import packages of the extra `export` only inside their `run` function
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, quick, record, sign
 
@@ -53,10 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         _convert_gguf_files(options)
         return int(options.run(options))
     except FlexSpecError as error:
-        print(f"draft-export: {error}", file=sys.stderr)
+        print_note(f"draft-export: {error}")
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"draft-export: {describe_missing_extra(error, EXTRA_MODULES, 'export')}", file=sys.stderr)
+        print_note(f"draft-export: {describe_missing_extra(error, EXTRA_MODULES, 'export')}")
         return InputError.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE

@@ -1,4 +1,4 @@
-"""Draft bundles, exported for real."""
+"""Draft bundles, exported for real, and servers that stop at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.common import http_server
 from edge_runtime.draft.model import OnnxDraft
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let servers stop without waiting for kept-alive connections."""
+    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="session", params=["fused", "concat"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Iterator
 
 import msgspec
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from cloud_verifier.api.app import VerifierLimits
 from cloud_verifier.model.target import Target
+from edge_runtime.common import logs
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import JSON, MSGPACK, ErrorCode, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
@@ -122,3 +125,22 @@ def test_well_formed_messages_with_invalid_contents(
     possibly_valid = msgspec.structs.replace(first, first=valid_round)
     fuzzed.send("POST", "/v1/sessions", messages.encode(possibly_valid, media_type), headers)
     fuzzed.send("POST", "FUZZED", messages.encode(later, media_type, fuzzed.attacked.id), headers)
+
+
+def test_paths_cannot_write_lines_or_escape_sequences_to_the_log(fuzzed: FuzzedVerifier) -> None:
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(logs.TextFormatter())
+    logger = logging.getLogger("cloud_verifier")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        fuzzed.send("POST", "/v1/sessions/%1b%0d%0aERROR%20forged/rounds", b"", {"x-request-id": "a\tb"})
+        fuzzed.send("POST", "/v1/sessions/%e2%80%ae%c2%9b%0a/rounds", b"", {})
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    first, second = text.getvalue().splitlines()
+    assert r"session \x1b\r\nE..." in first
+    assert r"session \u202e\x9b\n..." in second

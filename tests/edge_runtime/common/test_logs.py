@@ -75,9 +75,9 @@ def test_entries_for_the_journal(tmp_path: Path) -> None:
         journal.settimeout(300)
         assert run(tmp_path, "info", journal=True) == ""
         info, broke = parse(journal.recv(1 << 18)), parse(journal.recv(1 << 18))
-    assert (info["MESSAGE"], info["PRIORITY"], info["FLEXSPEC_TOKENS"]) == ("two\nlines", "6", "7")
+    assert (info["MESSAGE"], info["PRIORITY"], info["FLEXSPEC_TOKENS"]) == (r"two\nlines", "6", "7")
     assert (info["LOGGER"], info["SYSLOG_IDENTIFIER"]) == ("edge_runtime.service", "edge-runtime")
-    assert broke["PRIORITY"] == "3" and broke["MESSAGE"].startswith("broke\nTraceback")
+    assert broke["PRIORITY"] == "3" and broke["MESSAGE"].startswith("broke\n  Traceback")
 
 
 def test_without_a_journal_after_all(tmp_path: Path) -> None:

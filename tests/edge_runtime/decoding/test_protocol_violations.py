@@ -34,14 +34,14 @@ class CrossingTransport(httpx.AsyncBaseTransport):
         response = await self._inner.handle_async_request(request)
         body = await response.aread()
         if self.crossed or not request.url.path.endswith("/rounds") or not response.is_success:
-            return response
+            return httpx.Response(response.status_code, headers=response.headers, stream=httpx.ByteStream(body))
         if self._first is None:
             self._first = body, asyncio.get_running_loop().create_future()
-            return httpx.Response(200, content=await self._first[1])
+            return httpx.Response(200, stream=httpx.ByteStream(await self._first[1]))
         other_body, future = self._first
         future.set_result(body)
         self.crossed = True
-        return httpx.Response(200, content=other_body)
+        return httpx.Response(200, stream=httpx.ByteStream(other_body))
 
     async def aclose(self) -> None:
         await self._inner.aclose()

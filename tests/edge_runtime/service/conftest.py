@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from edge_runtime.common import http_server
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Planner, Surroundings
@@ -67,8 +66,8 @@ def answer_cases(compute_once: ComputeOnce) -> list[AnswerCase]:
 @contextlib.contextmanager
 def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `edge-runtime serve` on a free port; yield its process and URL."""
-    command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", verifier]
-    command += ["--bundle", str(BUNDLE), *options]
+    command = [sys.executable, "-m", "tests.event_loop_watchdog", "edge_runtime.cli", "serve", "--port", "0"]
+    command += ["--verifier", verifier, "--bundle", str(BUNDLE), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -188,12 +187,6 @@ async def service_pair(
                 await server.stop()
     finally:
         await verifier.stop()
-
-
-@pytest.fixture
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let servers stop without waiting for kept-alive connections."""
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
 
 
 async def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
