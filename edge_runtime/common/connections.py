@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks at the connections: while fewer than half of the bound are open, and otherwise. A client may
 # have to wait this long for a place that the server makes for it. A look costs about 15 us a descriptor.
-RELAXED_SECONDS, BUSY_SECONDS = 1.0, 0.25
+RELAXED_SECONDS, BUSY_SECONDS = 1.0, 0.1
 # Share of a processor that looking may take at most; the looks become rarer with very many connections. Chosen.
 DUTY = 0.05
 # A connection without a request is closed after this time. Chosen: a new one costs a client two or three round trips.
@@ -43,6 +43,9 @@ BURST = 0.25
 # Approximate number of file descriptors that a process needs in addition to its connections.
 RESERVED_FILES = 100
 FEWEST_CONNECTIONS = 16
+# Share of `ConnectionLimits.total` that is free after connections had to be closed, as far as that costs nobody a
+# request: whoever opens closed ones again at once would otherwise take each place before others do. Chosen.
+SPARE = 0.5
 # At most one line in the log this often about connections that were closed because of a bound.
 LOG_SECONDS = 60.0
 # Neighbors in an IPv6 network of this prefix length are usually one client, which can use every address in it.
@@ -198,7 +201,8 @@ def choose_closed(
 
     Of an address over its bound, the connections without a request are closed first, the one that has been idle for
     longest before the others, then the newest ones. If there are too many in total, whichever address holds most loses
-    one, and so on, so that one client cannot keep others out; requests are cut only if no connection is without one.
+    one, and so on until there is room to spare, so that one client cannot keep others out; requests are cut only if no
+    connection is without one.
     """
     idle, groups = [], defaultdict(list)
     for each in connections:
@@ -219,14 +223,15 @@ def choose_closed(
         while not is_shared and limits.per_address and stay[network] > limits.per_address:
             excess.append((unused[network] or in_use[network]).pop())
             stay[network] -= 1
-    too_many = sum(stay.values()) - limits.total
-    for candidates in (unused, in_use):
+    too_many, before = sum(stay.values()) - limits.total, len(excess)
+    spare = int(limits.total * SPARE) if too_many > 0 else 0
+    for candidates, wanted in ((unused, too_many + spare), (in_use, too_many)):
         heap = [(-stay[network], network) for network, group in candidates.items() if group]
         heapq.heapify(heap)
-        while too_many > 0 and heap:
+        while len(excess) < before + wanted and heap:
             _, network = heap[0]
             excess.append(candidates[network].pop())
-            too_many, stay[network] = too_many - 1, stay[network] - 1
+            stay[network] -= 1
             if candidates[network]:
                 heapq.heapreplace(heap, (-stay[network], network))
             else:
