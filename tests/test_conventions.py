@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import io
 import re
 import shlex
@@ -20,7 +21,8 @@ import export.cli.main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / name / "README.md" for name in PACKAGES)]
+SECURITY = ROOT / "SECURITY.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", SECURITY, *(ROOT / name / "README.md" for name in PACKAGES)]
 DOCUMENTS += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "export" / "example_family" / "README.md"]
 MAX_README_BYTES = 8192
 MAX_POSITIONAL_ARGUMENTS = 5
@@ -33,10 +35,10 @@ PROGRAMS = {
 }
 
 
-def sources() -> Iterator[tuple[Path, ast.Module]]:
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            yield path.relative_to(ROOT), ast.parse(path.read_text())
+@functools.cache
+def sources() -> list[tuple[Path, ast.Module]]:
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return [(path.relative_to(ROOT), ast.parse(path.read_text())) for path in paths]
 
 
 def is_log_call(node: ast.Call) -> bool:
@@ -122,15 +124,15 @@ def helps() -> Iterator[tuple[str, str]]:
             pending += [[*words, name] for name in names]
 
 
-def examples() -> Iterator[tuple[str, list[str]]]:
+@functools.cache
+def examples() -> list[tuple[str, list[str]]]:
+    """The example commands of all documents and help texts, with the names of these."""
+    texts = []
     for document in DOCUMENTS:
         blocks = re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
-        for block in blocks:
-            for command in commands(block):
-                yield str(document.relative_to(ROOT)), command
-    for name, text in helps():
-        for command in commands(text.partition("examples")[2]):
-            yield f"{name} --help", command
+        texts += [(str(document.relative_to(ROOT)), block) for block in blocks]
+    texts += [(f"{name} --help", text.partition("examples")[2]) for name, text in helps()]
+    return [(name, command) for name, text in texts for command in commands(text)]
 
 
 def test_examples_name_existing_files_of_the_repository() -> None:
@@ -148,10 +150,9 @@ def test_examples_name_existing_files_of_the_repository() -> None:
 
 @pytest.mark.slow
 def test_examples_in_documents_and_help_texts_parse() -> None:
-    found = list(examples())
-    assert len(found) > 100
+    assert len(examples()) > 100
     wrong = []
-    for where, (program, *arguments) in found:
+    for where, (program, *arguments) in examples():
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):

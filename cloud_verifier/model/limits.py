@@ -23,7 +23,7 @@ class VerifierLimits(msgspec.Struct, frozen=True):
     """The limits of one verifier process.
 
     Attributes:
-        max_sessions: concurrent sessions; the least recently used one is evicted.
+        max_sessions: concurrent sessions; with more, those of whoever holds most are evicted (see `SessionStore`).
         max_tokens: tokens of all sessions together.
         max_draft: draft tokens per round (K).
         max_own: tokens that the target generates per round (n).
@@ -31,7 +31,7 @@ class VerifierLimits(msgspec.Struct, frozen=True):
         idle_seconds: sessions unused for longer are evicted.
         page: tokens by which a session's memory grows (see `kv_cache.allocation_granularity`).
         max_queue_seconds: how long a round may wait for its first token. While one has waited longer, new rounds are
-            refused; openings are refused from half of that on.
+            refused; openings are refused from half of that on. As long, or half of it, they wait for room.
     """
 
     max_sessions: int = 256

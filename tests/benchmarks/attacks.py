@@ -362,11 +362,13 @@ async def _keep_session(client: httpx.AsyncClient, seconds: float, broken: list[
 
 async def forge_log_lines(scene: Scene) -> list[str]:
     """Escape sequences and line breaks in everything that a log may repeat."""
-    odd_headers = [(b"x-request-id", b"\x9b31mforged"), (b"user-agent", b"\t\x9b")]
+    odd_headers = [(b"x-request-id", b"\x9b31mforged"), (b"user-agent", b"odd \x9b31m")]
+    sent = 0
     forged = f"%1b%5b31m%0d%0a{FORGED_LINE.replace(' ', '%20')}%0a"
     async with _client(scene.board) as board, _client(scene.verifier, token=scene.flood_token) as verifier:
 
         async def send() -> None:
+            nonlocal sent
             for client in (board, verifier):
                 for method, path in (
                     ("POST", f"/v1/sessions/{forged}/rounds"),
@@ -377,8 +379,11 @@ async def forge_log_lines(scene: Scene) -> list[str]:
                     await client.request(method, path, headers=odd_headers)
                 body = {"prompt": "x", "model": f"\x1b[31m\r\n{FORGED_LINE}\n", "max_tokens": 1}
                 await client.post("/v1/completions", json=body)
+                sent += 1
 
         await _repeat(scene, 1, 0.2, send)
+    if not sent:
+        return ["no forged request was answered"]
     return [sentence for path in scene.log_files for sentence in find_forgeries(Path(path))]
 
 
