@@ -297,6 +297,7 @@ def client_network(address: str) -> str:
     return f"{ip}/32"
 
 
+@functools.lru_cache(4096)
 def _is_shared(network: str, shared: tuple[str, ...]) -> bool:
     one = ipaddress.ip_network(network)
     networks = map(ipaddress.ip_network, shared)
