@@ -17,20 +17,16 @@ from device_profiles.image.archives import new_archive
 from device_profiles.image.base_root import BASE_EPOCH, build_base
 from device_profiles.image.block_map import fat_spans, map_image, write_block_map
 from device_profiles.image.boot_files import boot_directory, radio_firmware
+from device_profiles.image.build_python import python_of_debian
 from device_profiles.image.kernel import build_initrd, unpack, unpack_kernel
 from device_profiles.image.packages import Mirrors, PackageArchive
 from device_profiles.image.programs import require, run
 from device_profiles.image.recipe import MODEM_PACKAGES, PACKAGES, ImageRecipe
-from device_profiles.image.runtime import CHECKOUT, LOCK, PYTHON_VERSION, build_runtime, build_wheel, foreign_python
+from device_profiles.image.runtime import CHECKOUT, LOCK, PYTHON_VERSION, build_runtime, build_wheel
 from device_profiles.image.system_files import add_system_files, make_bundle_store
 
 # Room for the kernel, and for what people put there: a draft bundle, certificates.
 BOOT_BYTES = 256 * disk.MIB
-# Parts of the base that Python needs to run from outside.
-PYTHON_PATHS = (
-    *("./lib", "./usr/lib/aarch64-linux-gnu", "./usr/lib/ld-linux-aarch64.so.1"),
-    *(f"./usr/lib/python{PYTHON_VERSION}", f"./usr/bin/python{PYTHON_VERSION}"),
-)
 # Debian packages that are unpacked on the boot partition or into /usr/lib/firmware, without their scripts.
 FIRMWARE_PACKAGES, EFI_PACKAGES = ("raspi-firmware", "firmware-brcm80211"), ("systemd-boot-efi",)
 DISK_FILES = ("disk.img", "boot.img", "root.img")
@@ -120,7 +116,7 @@ def build_image(options: ImageOptions, say: Callable[[str], None]) -> ImageManif
     with tempfile.TemporaryDirectory(prefix=".flexspec-image-", dir=options.output.parent.resolve()) as name:
         scratch = Path(name)
         wheel = options.wheel or build_wheel(scratch, options.epoch)
-        runtime = cached_runtime(wheel, base, scratch, options, say)
+        runtime = cached_runtime(wheel, base, options, say)
         say("kernel: unpacking, initial RAM disk")
         kernel, kernel_files = unpack_kernel(archive, recipe.kernel(options.pages), scratch / "kernel")
         extra = FIRMWARE_PACKAGES if recipe.raspberry_pi else EFI_PACKAGES
@@ -157,16 +153,14 @@ def build_image(options: ImageOptions, say: Callable[[str], None]) -> ImageManif
     return manifest
 
 
-def cached_runtime(wheel: Path, base: Path, scratch: Path, options: ImageOptions, say: Callable[[str], None]) -> Path:
+def cached_runtime(wheel: Path, base: Path, options: ImageOptions, say: Callable[[str], None]) -> Path:
     """Return the tar archive of the runtime, from the cache if it was made from the same inputs before."""
     code = Path(__file__).with_name("runtime.py")
     inputs = " ".join([base.name, str(options.epoch), *map(file_hash, (wheel, LOCK, code))])
     path = options.cache / f"runtime-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.tar"
     if not path.exists():
-        root = scratch / "python"
-        root.mkdir()
-        run(["tar", "--extract", "--file", base, "--directory", root, *PYTHON_PATHS])
-        build_runtime(wheel, path, epoch=options.epoch, compiler=foreign_python(root), say=say)
+        compiler = python_of_debian(PYTHON_VERSION, options.cache, options.mirrors)
+        build_runtime(wheel, path, epoch=options.epoch, compiler=compiler, say=say)
     return path
 
 

@@ -66,9 +66,9 @@ class PackageFile(NamedTuple):
 
 
 class PackageArchive:
-    """The packages of the mirrors, for arm64."""
+    """The packages of the mirrors, for one architecture: that of boards unless another one is given."""
 
-    def __init__(self, cache: Path, mirrors: Mirrors) -> None:
+    def __init__(self, cache: Path, mirrors: Mirrors, architecture: str = ARCHITECTURE) -> None:
         """Prepare apt's directories in `cache`. Call `update` before the first use."""
         self._cache = cache.resolve()
         for name in ("state/lists/partial", "cache/archives/partial", "etc", "debs"):
@@ -86,8 +86,8 @@ class PackageArchive:
             "Dir::Etc::sourceparts": "/dev/null",
             "Dir::Etc::preferencesparts": "/dev/null",
             "Dir::Etc::preferences": "/dev/null",
-            "APT::Architecture": ARCHITECTURE,
-            "APT::Architectures": ARCHITECTURE,
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
             "APT::Install-Recommends": "false",
             "APT::Sandbox::User": "root",
             "Acquire::ForceHash": "SHA256",

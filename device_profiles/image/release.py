@@ -90,21 +90,27 @@ def _wheelhouse(wheel: Path, target: Path, scratch: Path, epoch: int) -> Path:
 def _update(wheel: Path, target: Path, scratch: Path, key: Ed25519PrivateKey | None, epoch: int) -> Path:
     plain = scratch / "runtime.tar"
     build_runtime(wheel, plain, epoch=epoch, compiler=[], say=print)
-    runtime = scratch / RUNTIME_NAME
+    return pack_update(plain, wheel.name.split("-")[1], target, key, epoch)
+
+
+def pack_update(plain: Path, version: str, target: Path, key: Ed25519PrivateKey | None, epoch: int) -> Path:
+    """Write the update `target` from the archive of a runtime, beside which it is compressed. Returns `target`."""
+    runtime = plain.with_name(RUNTIME_NAME)
     prefix = f"{FIRST_SLOT[1:]}/"
     with (
         tarfile.open(plain) as source,
         runtime.open("wb") as raw,
         # Neither a name nor a time in the header, so that the same inputs make the same update.
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w|") as inner,
+        # Boards refuse the longer headers of other formats.
+        tarfile.open(fileobj=packed, mode="w|", format=tarfile.USTAR_FORMAT) as inner,
     ):
         for entry in source:
             if entry.name.startswith(prefix):
                 content = source.extractfile(entry) if entry.isreg() else None
                 inner.addfile(entry.replace(name=entry.name.removeprefix(prefix)), content)
     description = UpdateDescription(
-        version=wheel.name.split("-")[1], python=PYTHON_VERSION, machine=MACHINE, runtime_sha256=file_hash(runtime)
+        version=version, python=PYTHON_VERSION, machine=MACHINE, runtime_sha256=file_hash(runtime)
     )
     text = msgspec.json.encode(description)
     with new_archive(target, epoch) as archive:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from device_profiles.image.archives import TreeArchive, new_archive
-from device_profiles.image.programs import ImageError, require, run
+from device_profiles.image.programs import ImageError, run
 
 CHECKOUT = Path(__file__).parents[2]
 LOCK = Path(__file__).with_name("wheels.lock")
@@ -108,7 +108,7 @@ def build_runtime(
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
         library = f"{HOME}/lib/python{PYTHON_VERSION}/site-packages"
         if compiler:
-            say("runtime: compiling byte code under emulation")
+            say("runtime: compiling byte code")
             arguments = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
             arguments += ["-s", str(packages), "-p", library]
             run([*compiler, *arguments, packages], env={**os.environ, "PYTHONHASHSEED": "0"})
@@ -174,14 +174,6 @@ def _needed(items: Mapping[str, dict[str, dict[str, list[str]]]], requirements: 
             if wanted and child not in NEVER_IMPORTED.get(name, ()) and child not in needed:
                 pending.append(dependency.partition(";")[0])
     return needed
-
-
-def foreign_python(root: Path) -> list[str]:
-    """Return the command that runs the Python in the arm64 root file system at `root`, without entering it."""
-    require("qemu-aarch64-static")
-    variables = {"PYTHONHOME": root / "usr", "PYTHONDONTWRITEBYTECODE": ""}
-    settings = [word for name, value in variables.items() for word in ("-E", f"{name}={value}")]
-    return ["qemu-aarch64-static", "-L", str(root), *settings, str(root / f"usr/bin/python{PYTHON_VERSION}")]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from device_profiles.image.base_root import build_base, enable_emulation
+from device_profiles.image.build_python import python_of_debian
 from device_profiles.image.packages import Mirrors, PackageArchive
 from device_profiles.image.programs import require, run
 from device_profiles.image.recipe import PACKAGES
 from device_profiles.image.runtime import CHECKOUT, PLATFORMS
-from tests.board_modules import REQUIREMENTS
+from device_profiles.image.runtime import PYTHON_VERSION as SYSTEM_PYTHON
+from tests.board_modules import OWN_PACKAGES, REQUIREMENTS
 
 PYTHON_VERSIONS = ("3.11", "3.13")
+# Changes whenever this module makes another root from the same inputs.
+FORMAT = "1"
 OLD_PYTHON = ("libpython3.11-minimal", "libpython3.11-stdlib", "python3.11", "python3.11-minimal")
 CPUINFO = "".join(
     f"processor\t: {number}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp "
@@ -29,14 +33,13 @@ CPUINFO = "".join(
     "CPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
     for number in range(2)
 )
-# Arguments: the root, this checkout, the packages and the byte code of a Python version, a /proc/cpuinfo; a command.
+# Arguments: the root, this checkout, the packages of a Python version, a /proc/cpuinfo; a command.
 ENTER = """
-root=$1 checkout=$2 packages=$3 bytecode=$4 cpuinfo=$5; shift 5
+root=$1 checkout=$2 packages=$3 cpuinfo=$4; shift 4
 mount --make-rprivate /
 mount --bind "$checkout" "$root/checkout"
 mount -o remount,bind,ro "$root/checkout"
 mount --bind "$packages" "$root/packages"
-mount --bind "$bytecode" "$root/bytecode"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/sys"
 mkdir -p "$root/sys/devices/system/cpu"
@@ -66,38 +69,48 @@ class ArmRoot:
 
     def command(self, version: str, *words: str, environment: Mapping[str, str] = {}) -> list[str]:
         """Return the command that runs Python `version` with these arguments."""
-        paths = [self._directory / "root", CHECKOUT, self._packages(version), self._directory / f"bytecode-{version}"]
-        paths[-1].mkdir(exist_ok=True)
+        paths = [self._directory / "root", CHECKOUT, self._packages(version), self._directory / "cpuinfo"]
         variables = {
             "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": "/tmp",
             "LC_ALL": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": "/checkout:/packages",
-            "PYTHONPYCACHEPREFIX": "/bytecode",
             "PYTHONUNBUFFERED": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
             **environment,
         }
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         enter = ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "sh", "-e", "-c", ENTER, "sh"]
-        enter += [*map(str, paths), str(self._directory / "cpuinfo")]
-        return [*enter, *(f"{name}={value}" for name, value in variables.items()), f"python{version}", *words]
+        return [
+            *enter,
+            *map(str, paths),
+            *(f"{name}={value}" for name, value in variables.items()),
+            f"python{version}",
+            *words,
+        ]
 
     def _packages(self, version: str) -> Path:
         return self._directory / f"packages-{version}"
 
     def install(self, version: str, requirements: Sequence[str]) -> None:
-        """Install packages for a version of Python, unless that was done before."""
+        """Install packages for a version of Python, and compile them and its standard library."""
         target = self._packages(version)
-        if target.exists():
-            return
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", "--target", unfinished]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", "--target", target]
         pip += [word for platform in PLATFORMS for word in ("--platform", platform)]
         pip += ["--python-version", version, "--only-binary=:all:", "--ignore-requires-python"]
         run([*pip, "--constraint", CHECKOUT / "constraints.txt", *requirements])
-        unfinished.rename(target)
+        self._compile(version, target, self._directory / f"root/usr/lib/python{version}")
+
+    def compile_checkout(self, version: str) -> None:
+        """Compile this checkout for a version of Python: programs in the root cannot write it."""
+        self._compile(version, *(CHECKOUT / name for name in OWN_PACKAGES))
+
+    def _compile(self, version: str, *places: Path) -> None:
+        mirrors = {SYSTEM_PYTHON: Mirrors()}.get(version, OldStable())
+        python = python_of_debian(version, self._directory.parent, mirrors)
+        # A few files of packages and of Python's own tests are no valid Python; that is theirs.
+        run(["sh", "-c", '"$@" || true', "sh", *python, "-m", "compileall", "-q", *places])
 
 
 def prepare_root(cache: Path, say: Callable[[str], None]) -> ArmRoot:
@@ -116,7 +129,7 @@ def prepare_root(cache: Path, say: Callable[[str], None]) -> ArmRoot:
         base, _ = build_base(archive, PACKAGES, Mirrors(), cache, say)
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [entry.replace(" ", "") for entry in (*project["dependencies"], *REQUIREMENTS)]
-    inputs = [base.name, *requirements, (CHECKOUT / "constraints.txt").read_text(), Path(__file__).read_text()]
+    inputs = [FORMAT, base.name, *requirements, (CHECKOUT / "constraints.txt").read_text()]
     key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
     directory = cache / f"arm-{key}"
     root = ArmRoot(directory)
@@ -139,5 +152,5 @@ def _unpack(base: Path, directory: Path, cache: Path) -> None:
     old.update()
     for package in OLD_PYTHON:
         run(["dpkg-deb", "--extract", old.download(old.newest(package)), root])
-    for name in ("checkout", "packages", "bytecode"):
+    for name in ("checkout", "packages"):
         (root / name).mkdir(exist_ok=True)

@@ -58,6 +58,7 @@ def main() -> int:
 def check_version(root: ArmRoot, version: str, options: argparse.Namespace, cases: list[AnswerCase]) -> bool:
     """Run everything with one version of Python. Returns whether it passed."""
     report(f"Python {version} on aarch64")
+    root.compile_checkout(version)
     results = [run_tests(root, version, options)]
     if not options.paths:
         results += [compare_proposals(root, version), check_answers(root, version, cases)]

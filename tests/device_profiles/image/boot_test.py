@@ -3,8 +3,8 @@
     python -m tests.device_profiles.image.boot_test build/flexspec-generic-arm64.img --model small
 
 The board configures itself from flexspec.toml, answers through a verifier on this machine exactly as transformers'
-`generate`, is restarted by its watchdog, measures a slower link, and boots a second time. Emulation is slow: times are
-printed, not judged.
+`generate`, is restarted by its watchdog, measures a slower link, returns from a broken update to the version that it
+had, and boots a second time. Emulation is slow: times are printed, not judged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 
+from device_profiles.image.archives import new_archive
 from device_profiles.image.boot_partition import ImagePartition
-from device_profiles.image.runtime import CHECKOUT
+from device_profiles.image.release import pack_update
+from device_profiles.image.runtime import CHECKOUT, FIRST_SLOT, PYTHON_VERSION, build_wheel
 from tests.device_profiles.image.guest import (
     HOST_ADDRESS,
     LARGE_BOARD,
@@ -49,6 +52,7 @@ insecure = true
 [service]
 host = "0.0.0.0"
 """
+BROKEN_VERSION = "9.9.9"
 LOG = CHECKOUT / "build/boot-test.log"
 
 
@@ -72,6 +76,8 @@ def main() -> int:
                 check_watchdog(guest)
                 check_answer(guest, expected)
                 check_link(guest)
+                check_broken_update(guest, broken_update(Path(name)))
+                check_answer(guest, expected)
             check_boot_partition(guest)
             with guest.booted():
                 wait_until_ready(guest)
@@ -140,6 +146,29 @@ def check_link(guest: Guest) -> None:
     guest.wait_for("the round trip time follows the link", sees_delay)
     report("round trip", f"{before * 1e3:.0f} ms, with a delay of 300 ms {round_trip(guest) * 1e3:.0f} ms")
     guest.run("tc", "qdisc", "del", "dev", device, "root")
+
+
+def check_broken_update(guest: Guest, update: Path) -> None:
+    """An update that cannot start is undone by itself."""
+    guest.copy(update, "/root/broken.update")
+    output = guest.run("edge-runtime update install /root/broken.update", check=False)
+    assert f"version {BROKEN_VERSION} did not become ready" in output, output
+    assert "is in use again" in output, output
+    status = json.loads(guest.run("edge-runtime update status --json"))
+    assert (status["active"], status["version"], status["on_trial"]) == ("flexspec.a", "as in the image", False), status
+    wait_until_ready(guest)
+    report("broken update", "fell back")
+
+
+def broken_update(directory: Path) -> Path:
+    """Make an update that lacks every package that FlexSpec depends on, as if its wheels had been forgotten."""
+    wheel = build_wheel(directory, 0)
+    with new_archive(directory / "runtime.tar", 0) as archive, zipfile.ZipFile(wheel) as content:
+        for name in sorted(content.namelist()):
+            archive.file(f"{FIRST_SLOT[1:]}/lib/python{PYTHON_VERSION}/site-packages/{name}", content.read(name))
+        archive.file(f"{FIRST_SLOT[1:]}/pyvenv.cfg", "home = /usr/bin\n")
+        archive.link(f"{FIRST_SLOT[1:]}/bin/python", f"/usr/bin/python{PYTHON_VERSION}")
+    return pack_update(directory / "runtime.tar", BROKEN_VERSION, directory / "broken.update", None, 0)
 
 
 def check_boot_partition(guest: Guest) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from device_profiles.flash.fleet import personalise
 from device_profiles.image.block_map import read_block_map
@@ -21,7 +22,7 @@ HOST_ADDRESS = "10.0.2.2"
 # The card is larger than the image, so that the board has something to grow into.
 EXTRA_BYTES = 512 << 20
 # Only limits for hangs, on a machine that emulates and is busy with other things.
-BOOT_SECONDS, COMMAND_SECONDS = 900.0, 300.0
+BOOT_SECONDS, COMMAND_SECONDS = 1800.0, 1200.0
 
 
 class BoardModel(NamedTuple):
@@ -85,18 +86,24 @@ class Guest:
             process.kill()
             process.wait()
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """Run a command in the guest as root. Returns its output."""
+    def copy(self, path: Path, name: str) -> None:
+        """Copy a file of this machine into the guest, as `name`."""
+        with path.open("rb") as content:
+            self.run(f"cat >{shlex.quote(name)}", content=content)
+
+    def run(self, *command: str, check: bool = True, content: IO[bytes] | None = None) -> str:
+        """Run a command in the guest as root, with this standard input. Returns its output and errors."""
         options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=30"]
         ssh = ["ssh", "-i", str(self._key), "-p", str(self._ssh_port), *(word for o in options for word in ("-o", o))]
         done = subprocess.run(
             [*ssh, "root@127.0.0.1", *command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdin=content or subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=COMMAND_SECONDS,
         )
-        assert not check or done.returncode == 0, (command, done.returncode, done.stdout, done.stderr)
+        assert not check or done.returncode == 0, (command, done.returncode, done.stdout)
         return done.stdout.strip()
 
     def wait_for(self, what: str, condition: Callable[[], object]) -> None:
