@@ -50,7 +50,7 @@ def retry(check: Callable[[], None], tries: int = 3) -> None:
 @pytest.mark.parametrize("rtt", [0.005, 0.06, 0.3])
 def test_round_trip_time(network: Network, rtt: float) -> None:
     def check() -> None:
-        trips = measure_round_trips(network, 12)
+        trips = measure_round_trips(network, 6)
         assert rtt <= trips.median < rtt + 0.004
         assert trips.low >= rtt
 
@@ -70,7 +70,7 @@ def test_jitter_has_the_configured_width(network: Network) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("up", "down"), [(1e6, 5e6), (10e6, 20e6), (20e6, 10e6)])
+@pytest.mark.parametrize(("up", "down"), [(1e6, 5e6), (20e6, 10e6)])
 def test_rates(network: Network, up: float, down: float) -> None:
     network.set_conditions(LinkConditions(LinkParameters("uneven", "lte", 0.01, 0.0, up, down)))
     retry(lambda: _is_near(measure_throughput(network, "board", 0.8, warm_up=0.4), up))

@@ -314,14 +314,18 @@ async def test_a_board_waits_for_its_only_verifier_to_return(tiny: Target, refer
 
 
 @pytest.mark.slow
-def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_text: ReferenceText) -> None:
+def test_sigterm_cuts_off_no_round_and_ends_the_process_despite_an_idle_connection(
+    tiny: Target, tiny_path: Path, reference_text: ReferenceText
+) -> None:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
     # Enough for a busy machine.
     command += ["--grace", str(TIMEOUT_SECONDS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            url = process.stdout.readline().split()[-1]
+            line = process.stdout.readline()
+            assert line.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
+            url = line.split()[-1]
 
             async def generate() -> list[int]:
                 async with VerifierClient(url) as client:
@@ -337,8 +341,10 @@ def test_sigterm_during_a_round_does_not_cut_it_off(tiny_path: Path, reference_t
                         await anext(session.run_round([]))
                     return session.ids
 
-            assert asyncio.run(generate()) == PROMPT + reference_text(PROMPT, 450, ENDLESS)
-            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+            with httpx.Client(http1=False, http2=True) as idle:
+                assert idle.get(f"{url}/readyz").status_code == 200
+                assert asyncio.run(generate()) == PROMPT + reference_text(PROMPT, 450, ENDLESS)
+                out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
             process.kill()
         assert (process.returncode, out, err) == (0, "", "")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,22 +158,6 @@ def test_malformed_http_does_not_harm_the_server(url: str, garbage: bytes) -> No
     assert http_version(url) == "HTTP/1.1"
 
 
-@pytest.mark.slow
-def test_serve_announces_its_url_and_exits_on_sigterm(tiny_path: Path, tiny: Target) -> None:
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            assert line.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
-            assert http_version(line.split()[-1]) == "HTTP/1.1"
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-        finally:
-            process.kill()
-        assert (process.returncode, out, err) == (0, "", "")
-
-
 def test_serve_reports_a_directory_without_a_target(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 3
     out, err = capfd.readouterr()
@@ -258,14 +240,3 @@ def test_generate_reports_invalid_arguments(
 ) -> None:
     assert main(["generate", str(tiny_path), *arguments]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
-
-
-@pytest.mark.slow
-def test_an_idle_connection_does_not_keep_the_process_alive(tiny_path: Path) -> None:
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().split()[-1]
-        with httpx.Client(http1=False, http2=True) as client:
-            assert client.get(f"{url}/readyz").status_code == 200
-            process.terminate()
-            assert process.wait(timeout=TIMEOUT_SECONDS) == 0

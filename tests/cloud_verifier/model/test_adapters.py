@@ -106,15 +106,22 @@ def load(path: Path, others: list[Target] | None = None) -> Target:
     return Target(path, device="cpu", dtype=torch.float32, share_with=others)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(
-        tmp_path_factory.mktemp("adapters") / "base", tie_word_embeddings=request.param, attention_bias=True
-    )
+    path = tmp_path_factory.mktemp("adapters") / "base"
+    return save_target(path, tie_word_embeddings=request.param == "tied", attention_bias=True)
 
 
+# Each with a tied head; with a head of its own those that change head or embedding, and one of each other kind.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLAIN | MERGED)
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *(("tied", name) for name in PLAIN | MERGED),
+        *(("untied", name) for name in ("plain", "head", "dora", "embedding", "tokens")),
+    ],
+    indirect=["base"],
+)
 async def test_the_text_is_that_of_peft_alone_and_beside_others(base: Path, tmp_path: Path, name: str) -> None:
     adapter = save_adapter(base, tmp_path / "tuned", **(PLAIN | MERGED)[name])
     other = save_adapter(base, tmp_path / "other", seed=2, **PLAIN["plain"])

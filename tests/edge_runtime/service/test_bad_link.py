@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 ANSWERS = 10
 # Each of these strikes at least once within ANSWERS answers.
 FAULTS = (
-    "cable-1s",
     "cable-4s",
     "loss",
     "rtt-jumps",
