@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 try:
     from transformers.modeling_utils import no_init_weights as no_init_weights
@@ -25,8 +25,9 @@ except ImportError:  # Release 5 moved it. Imported by name, as release 4 has no
 
 from cloud_verifier.draft_models.layouts import DraftPlan, draft_config, fingerprint_shared, freeze_shared
 from cloud_verifier.draft_models.safetensors_io import read_tensors
-from cloud_verifier.registry.checkpoint import find_tensor_files
+from cloud_verifier.registry.checkpoint import load_config
 from cloud_verifier.registry.int8 import pack, unpack
+from cloud_verifier.registry.version_files import find_tensor_files
 from edge_runtime.protocol.errors import DraftError, InputError
 
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ def load_draft(directory: Path, target_directory: Path) -> PreTrainedModel:
     """
     description = read_description(directory)
     plan = description.plan
-    config = AutoConfig.from_pretrained(target_directory)
+    config = load_config(target_directory)
     if (config.model_type, config.num_hidden_layers) != (description.model_type, plan.target_blocks):
         raise DraftError(
             f"{directory} is a draft for a {description.model_type} of {plan.target_blocks} blocks, and "

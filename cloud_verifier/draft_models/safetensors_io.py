@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from cloud_verifier.registry.checkpoint import find_tensor_files
+from cloud_verifier.registry.version_files import find_tensor_files
 from edge_runtime.protocol.errors import TargetError
 
 # Chosen below the 16 MB that many hosts and proxies allow per file.

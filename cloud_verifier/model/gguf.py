@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from cloud_verifier.model.gguf_tokenizer import CONTROL, GgufTokenizer
+from cloud_verifier.registry.model_settings import check_model_settings
 from edge_runtime.protocol.errors import TargetError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,18 @@ COPIED_SETTINGS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "rope.freq_base": "rope_theta",
+}
+# Settings with bounds, by the name under which `model_settings` has them.
+BOUNDED_SETTINGS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "num_experts": "expert_count",
 }
 # Tensors that describe RoPE and are no weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -175,6 +188,8 @@ class _GgufFile:
         """Write `config.json`, in the form that releases 4 and 5 of transformers read, and return what they read."""
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+        bounded = {name: self._setting(stored) for name, stored in BOUNDED_SETTINGS.items()}
+        check_model_settings(bounded, "its metadata")
         try:
             config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name).to_diff_dict()
         except Exception as error:

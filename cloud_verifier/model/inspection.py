@@ -31,12 +31,13 @@ from cloud_verifier.registry.adapter import check_adapter, is_adapter, is_plain_
 from cloud_verifier.registry.checkpoint import (
     base_directory,
     check_tokenizer,
-    find_tensor_files,
     load_config,
     load_tokenizer,
     read_end_ids,
 )
 from cloud_verifier.registry.compatibility import check_compatibility
+from cloud_verifier.registry.version_files import find_tensor_files, list_unused_weights
+from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import FlexSpecError, TargetError
 
 State = Literal["ok", "warning", "fault"]
@@ -93,7 +94,7 @@ def inspect_target(
     )
     findings = [Finding("ok", "architecture", f"{config.model_type}{part}, {size}")]
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "weights": lambda: _check_weights(base),
+        "weights": lambda: _check_weights(path, base),
         "quantization": lambda: _check_quantization(base),
         "adapter": lambda: _check_adapter(path),
         "context": lambda: _check_context(config, context, path),
@@ -118,12 +119,17 @@ def _fault(subject: str, error: FlexSpecError) -> Finding:
     return Finding("fault", subject, found or advice, advice if found else "copy the whole model again")
 
 
-def _check_weights(base: Path) -> Iterator[Finding]:
+def _check_weights(path: Path, base: Path) -> Iterator[Finding]:
+    unused = [file.name for file in list_unused_weights(path, base)]
     files = find_tensor_files(base)
     paths = set(files.values())
     size = sum(path.stat().st_size for path in paths)
     found = f"{len(files)} tensors in {len(paths)} file{'s' * (len(paths) > 1)}, {format_bytes(size)}"
     yield Finding("ok", "weights", found, figures={"tensors": len(files), "bytes": size})
+    if unused:
+        rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        found = f"{', '.join(map(repr, unused[:3]))}{rest}: never loaded, and not part of the version"
+        yield Finding("ok", "other weights", found)
 
 
 def _check_quantization(base: Path) -> Iterator[Finding]:
@@ -259,7 +265,6 @@ def format_bytes(count: float) -> str:
 
 def print_findings(findings: Sequence[Finding], title: str) -> None:
     """Print a table of the findings on standard output."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -267,4 +272,4 @@ def print_findings(findings: Sequence[Finding], title: str) -> None:
     for finding in findings:
         state = Text(finding.state, style=STATE_COLORS[finding.state])
         table.add_row(state, finding.subject, Text(finding.found), Text(finding.advice))
-    Console().print(table)
+    new_console().print(table)

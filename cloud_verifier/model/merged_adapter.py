@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cloud_verifier.registry.adapter import adapter_tensor_names, check_adapter
+from cloud_verifier.registry.version_files import list_own_files, loading_directory
 from edge_runtime.protocol.errors import TargetError
 
 # Length of the text on which the merged model is compared with the adapter beside its base.
@@ -25,21 +26,22 @@ def merge_adapter(model: Any, path: Path) -> Any:
     Raises:
         TargetError: it cannot be merged exactly, or does not fit the model.
     """
+    files = list_own_files(path)
     check_adapter(path)
     if getattr(model, "hf_quantizer", None) is not None:
         raise TargetError(f"{path} is an adapter of a quantized base, which would round it: name an unquantized base")
     # Imported here: peft takes a second.
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(str(path))
-    config.inference_mode = True
-    if not getattr(config, "ensure_weight_tying", False):
-        _untie_head(model, path)
     device = model.device
-    with warnings.catch_warnings():
+    with loading_directory(files) as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(str(directory))
+        config.inference_mode = True
+        if not getattr(config, "ensure_weight_tying", False):
+            _untie_head(model, path)
         wrapped = PeftModel(model, config)
-        loaded = wrapped.load_adapter(str(path), "default", torch_device=str(device))
+        loaded = wrapped.load_adapter(str(directory), "default", torch_device=str(device))
     if loaded.unexpected_keys or loaded.missing_keys:
         names = sorted([*loaded.unexpected_keys, *loaded.missing_keys])
         what = "has tensors that its base has no place for" if loaded.unexpected_keys else "lacks tensors"

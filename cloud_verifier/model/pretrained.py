@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import threading
@@ -12,7 +13,9 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM
 
+from cloud_verifier.draft_models.checkpoint import no_init_weights
 from cloud_verifier.registry.checkpoint import load_config
+from cloud_verifier.registry.version_files import LOADING_PREFIX, find_tensor_files, list_base_files, loading_directory
 from edge_runtime.protocol.errors import TargetError
 
 # transformers loads one model at a time: while loading it changes global state that affects all threads.
@@ -83,8 +86,9 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
     if quantization:
         options["device_map"] = {"": torch.device(device)}
     try:
-        with _LOAD_LOCK:
-            model, info = _from_pretrained(base, options)
+        with _LOAD_LOCK, loading_directory(list_base_files(base)) as directory:
+            _check_size(config, base)
+            model, info = _from_pretrained(auto_class(config, base), directory, options)
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
         if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
@@ -99,13 +103,39 @@ def load_pretrained(base: Path, device: str | torch.device, dtype: torch.dtype) 
     return model.eval()
 
 
-def _from_pretrained(base: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Load the checkpoint at `base`; only its text part if a package for the other parts is missing."""
+def check_parameter_count(count: int, base: Path) -> None:
+    """Check that the weights of the checkpoint at `base` can be those of so many parameters, at one bit for each.
+
+    Raises:
+        TargetError: they cannot, or there are none.
+    """
+    size = sum(file.stat().st_size for file in set(find_tensor_files(base).values()))
+    if count > 8 * size:
+        raise TargetError(
+            f"{base / 'config.json'} describes {count} parameters, and the weights have {size} bytes; copy the model "
+            "again"
+        )
+
+
+def _check_size(config: Any, base: Path) -> None:
+    """Check the size of the model before memory is reserved: transformers fills what the files lack.
+
+    A model that cannot be built without memory, or not at all, is left to the loading. Raises TargetError.
+    """
+    model_class = auto_class(config, base)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            empty = model_class.from_config(copy.deepcopy(config))
+    except Exception:
+        return
+    check_parameter_count(sum(parameter.numel() for parameter in empty.parameters()), base)
+
+
+def _from_pretrained(model_class: Any, directory: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load the checkpoint at `directory`; only its text part if a package for the other parts is missing."""
     config = options["config"]
     try:
-        loaded: tuple[Any, dict[str, Any]] = auto_class(config, base).from_pretrained(
-            base, output_loading_info=True, **options
-        )
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(directory, output_loading_info=True, **options)
     except ImportError as missing_package:
         text_config = config.get_text_config(decoder=True)
         text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
@@ -113,7 +143,7 @@ def _from_pretrained(base: Path, options: dict[str, Any]) -> tuple[Any, dict[str
             raise
         options = options | {"config": text_config, "key_mapping": _TEXT_TENSOR_NAMES}
         try:
-            loaded = text_class.from_pretrained(base, output_loading_info=True, **options)
+            loaded = text_class.from_pretrained(directory, output_loading_info=True, **options)
         except Exception:
             raise missing_package from None
     return loaded
@@ -175,7 +205,7 @@ def auto_class(config: Any, base: Path) -> Any:
 
 def _load_error(base: Path, device: str | torch.device, quantization: str, error: Exception) -> str:
     """One sentence about why a checkpoint does not load."""
-    reason = " ".join(str(error).split())
+    reason = re.sub(rf"\S*/{LOADING_PREFIX}\w+", lambda _: str(base), " ".join(str(error).split()))
     if quantization:
         named = re.search(r"pip install (?:-\S+ )*[\"'`]*([A-Za-z0-9_.-]+)", reason)
         package, module = QUANTIZATION_PACKAGES.get(quantization, ("", ""))

@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
 from cloud_verifier.draft_models.checkpoint import no_init_weights
-from cloud_verifier.model.pretrained import auto_class, text_part
+from cloud_verifier.model.pretrained import auto_class, check_parameter_count, text_part
 from cloud_verifier.registry.checkpoint import load_config
 from edge_runtime.protocol.errors import TargetError
 
@@ -55,7 +55,9 @@ def build_skeleton(base: Path) -> Skeleton:
             del settings.quantization_config
     try:
         model = _empty_model(config, base)
-        if sum(parameter.numel() for parameter in model.parameters()) > LARGE_PARAMETERS:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if parameters > LARGE_PARAMETERS:
+            check_parameter_count(parameters, base)
             model = _empty_model(_cut_down(config), base)
         _fill(model)
         layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)

@@ -33,16 +33,15 @@ from cloud_verifier.registry.checkpoint import (
     accepted_vocabularies,
     base_directory,
     check_tokenizer,
-    check_weights,
     load_config,
     load_tokenizer,
     shared_fingerprints,
     tokenizer_vocabulary_hash,
-    version_hash,
     version_name,
 )
 from cloud_verifier.registry.delta import CHANGES_FILE, apply_changes
 from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
+from cloud_verifier.registry.version_files import version_hash
 from edge_runtime.protocol.bundle import draft_identity
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.grammar_trial import TriedGrammarCompiler
@@ -108,7 +107,6 @@ class Target:
         path = path.resolve()
         base = base_directory(path)
         config = load_text_config(base)
-        check_weights(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int, int | None], str] = {}
         self.name = name or version_name(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,15 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from cloud_verifier.registry.adapter import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    adapter_tensor_names,
-    read_adapter_config,
-)
+from cloud_verifier.registry.adapter import ADAPTER_CONFIG_FILE, adapter_tensor_names, read_adapter_config
 from cloud_verifier.registry.catalog import VersionKind
-from cloud_verifier.registry.delta import CHANGED_TENSORS_FILE, CHANGES_FILE, changed_tensor_names, read_base_name
+from cloud_verifier.registry.delta import CHANGES_FILE, changed_tensor_names, read_base_name
+from cloud_verifier.registry.model_settings import check_model_settings
 from cloud_verifier.registry.tokenizer_config import ends_of_tokenizer
-from edge_runtime.protocol.bundle import READ_CHUNK_BYTES, fingerprint_tensor, hash_vocabulary, shared_tensor_names
+from cloud_verifier.registry.version_files import find_tensor_files, loading_directory
+from edge_runtime.protocol.bundle import fingerprint_tensor, hash_vocabulary, shared_tensor_names
 from edge_runtime.protocol.errors import TargetError
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Names of the embedding and of the head in the architectures that drafts are made for.
 EMBEDDING, HEAD_MODULE = "model.embed_tokens.weight", "lm_head"
 HEAD = f"{HEAD_MODULE}.weight"
@@ -104,7 +99,7 @@ def load_config(base: Path) -> Any:
         model_type = settings.get("model_type")
     except FileNotFoundError:
         raise TargetError(f"{base} is not a Hugging Face model directory: it has no config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise TargetError(f"{file} is not a model configuration ({error}); copy the model again") from None
     if not isinstance(model_type, str):
         raise TargetError(f"{file} names no model_type; save the model again with save_pretrained")
@@ -114,71 +109,12 @@ def load_config(base: Path) -> Any:
             f"{base} is of type {model_type[:80]!r}, which transformers {transformers.__version__} does not have; "
             f"it needs {needs}"
         )
+    check_model_settings(settings, file)
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        with loading_directory([file]) as directory:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise TargetError(f"{file} is not a {model_type} configuration: {_first_line(error)}") from None
-
-
-def find_tensor_files(directory: Path) -> dict[str, Path]:
-    """By tensor name: the file from which transformers loads it. One file comes before an index; others are not read.
-
-    Raises:
-        TargetError: there is no safetensors checkpoint, or one of its files is missing or damaged.
-    """
-    index = directory / INDEX_FILE
-    if (directory / SINGLE_FILE).exists():
-        return dict.fromkeys(_stored_names(directory / SINGLE_FILE), directory / SINGLE_FILE)
-    if not index.exists():
-        raise TargetError(_why_no_weights(directory))
-    try:
-        listed = {
-            str(name): directory / str(file)
-            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TargetError(f"{index} cannot be read ({error!r}); copy the model again") from None
-    files = sorted(set(listed.values()))
-    outside = next((file for file in files if file.parent != directory), None)
-    if outside:
-        raise TargetError(f"{index} names {outside}, which is not beside it; copy the model again")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise TargetError(f"{directory} lacks {', '.join(missing[:3])}; copy the model again")
-    stored: dict[str, Path] = {}
-    for file in files:
-        for name in _stored_names(file):
-            # transformers reads a listed file whole, so that a second copy would replace the first.
-            if stored.setdefault(name, file) != file:
-                raise TargetError(f"{file} and {stored[name].name} both hold {name}; copy the model again")
-    for name, file in listed.items():
-        if stored.get(name) != file:
-            raise TargetError(f"{file} has no tensor {name}, although {index.name} says so; copy the model again")
-    return listed
-
-
-def _stored_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        raise TargetError(f"{file} is damaged or truncated ({error}); copy the model again") from None
-
-
-def _why_no_weights(directory: Path) -> str:
-    if any(directory.glob("*-of-*.safetensors")):
-        return f"{directory} lacks {INDEX_FILE}; copy the model again"
-    pickled = next((path.name for path in sorted(directory.glob("*.bin")) if path.name != "training_args.bin"), "")
-    others = f", only {pickled}, and pickled weights are never loaded" if pickled else ""
-    return (
-        f"{directory} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE}){others}; save the model again with "
-        "safe_serialization=True"
-    )
-
-
-def check_weights(base: Path) -> None:
-    """Check that the checkpoint at `base` has all its weight files, at their full length. Raises TargetError."""
-    find_tensor_files(base)
 
 
 def load_tokenizer(path: Path, base: Path) -> Tokenizer:
@@ -252,24 +188,6 @@ def read_end_ids(base: Path) -> list[int]:
         if ids is not None:
             return sorted({*([ids] if isinstance(ids, int) else ids), *ends_of_tokenizer(base)})
     return sorted(ends_of_tokenizer(base))
-
-
-def version_hash(path: Path, base: Path) -> str:
-    """12 hex digits of SHA-256 over the names and contents of all weight and configuration files that are loaded."""
-    digest = hashlib.sha256()
-    for directory in dict.fromkeys((base, path)):
-        if directory == base:
-            weights = set(find_tensor_files(base).values())
-        else:
-            weights = {directory / ADAPTER_WEIGHTS_FILE, directory / CHANGED_TENSORS_FILE}
-        for file in sorted([*weights, *directory.glob("*config.json")]):
-            if not file.is_file():
-                continue
-            digest.update(file.name.encode())
-            with file.open("rb") as contents:
-                while chunk := contents.read(READ_CHUNK_BYTES):
-                    digest.update(chunk)
-    return digest.hexdigest()[:12]
 
 
 def shared_fingerprints(

@@ -18,16 +18,15 @@ from cloud_verifier.registry.catalog import VersionKind
 from cloud_verifier.registry.checkpoint import (
     accepted_vocabularies,
     base_directory,
-    check_weights,
     load_config,
     load_tokenizer,
     read_end_ids,
     shared_fingerprints,
     tokenizer_vocabulary_hash,
-    version_hash,
     version_kind,
     version_name,
 )
+from cloud_verifier.registry.version_files import version_hash
 from edge_runtime.protocol.bundle import Bundle, read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
 
@@ -116,7 +115,7 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
     config = load_config(base).get_text_config(decoder=True)
     # Recurrent models may name no number of layers; no draft shares any of theirs.
     depth: int = getattr(config, "num_hidden_layers", 0)
-    check_weights(base)
+    version = f"{version_name(path)}@{version_hash(path, base)}"
     if is_adapter(path):
         check_adapter(path)
     tokenizer = load_tokenizer(path, base)
@@ -138,7 +137,7 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
             differences.append(Difference("logits", "", f"{config.vocab_size}, and the draft has {draft_logits}"))
         fits.append(DraftFit(str(draft), shared.identity, differences))
     return CompatibilityReport(
-        version=f"{version_name(path)}@{version_hash(path, base)}",
+        version=version,
         kind=version_kind(path, base),
         fits=fits,
         differences=[] if in_use is None else list(_compare_with_version(base, tokenizer, in_use)),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SIGNATURE = "manifest.sig"
+# Of Ed25519 (RFC 8032).
+SIGNATURE_BYTES = 64
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 
@@ -50,19 +52,38 @@ def check_signature(bundle: Path, keys: list[Ed25519PublicKey]) -> None:
     """Verify that one of `keys` signed the manifest in the directory `bundle`.
 
     Raises:
+        BundleUntrusted: see `verify_signature`; or a file cannot be read.
+    """
+    contents: dict[str, bytes] = {}
+    for name in (MANIFEST_NAME, SIGNATURE):
+        try:
+            contents[name] = (bundle / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BundleUntrusted(f"cannot read the signature of {bundle}: {error.strerror}") from None
+    verify_signature(contents.get(MANIFEST_NAME), contents.get(SIGNATURE), keys, bundle)
+
+
+def verify_signature(
+    manifest: bytes | None, signature: bytes | None, keys: list[Ed25519PublicKey], bundle: Path
+) -> None:
+    """Verify that `signature` is that of one of `keys` over `manifest`.
+
+    Args:
+        manifest, signature: contents of the two files; None for a file that the bundle does not have.
+        bundle: its directory or archive, for messages.
+
+    Raises:
         BundleUntrusted: the signature is missing, or is not one of these keys over this manifest.
     """
     from cryptography.exceptions import InvalidSignature
 
-    try:
-        manifest, signature = (bundle / MANIFEST_NAME).read_bytes(), (bundle / SIGNATURE).read_bytes()
-    except FileNotFoundError as error:
+    if manifest is None or signature is None:
         raise BundleUntrusted(
-            f"{bundle} is not signed: it has no {Path(error.filename).name}, and a key is configured; "
-            "sign it with `draft-export sign`, or get a signed copy"
-        ) from None
-    except OSError as error:
-        raise BundleUntrusted(f"cannot read the signature of {bundle}: {error.strerror}") from None
+            f"{bundle} is not signed: it has no {MANIFEST_NAME if manifest is None else SIGNATURE}, and a key is "
+            "configured; sign it with `draft-export sign`, or get a signed copy"
+        )
     for key in keys:
         try:
             key.verify(signature, manifest)

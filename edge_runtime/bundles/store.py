@@ -116,7 +116,7 @@ class BundleStore:
             raise InputError(f"--keep {keep}: must be at least 1, for the previous bundle")
         with self._exclusive() as scratch:
             try:
-                work, left_out = fetch(source, scratch)
+                work, left_out = fetch(source, scratch, self._keys)
                 bundle, self_test = self.check(work)
                 name = _name(bundle.manifest, work)
             except BundleError as error:

@@ -20,6 +20,7 @@ import psutil
 from tokenizers import Tokenizer
 
 from edge_runtime.common.memory import release_freed_memory
+from edge_runtime.draft.onnx_files import check_external_files
 from edge_runtime.draft.onnx_runner import Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.prefix_cache import DEFAULT_PREFIX_CACHE_BYTES, DraftPrefixCache
 from edge_runtime.draft.sampler import DraftSampler
@@ -27,7 +28,7 @@ from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_chat_format, read_head_ids
-from edge_runtime.protocol.errors import BundleCorrupt, ContextOverflow, DraftError, GrammarError
+from edge_runtime.protocol.errors import BundleCorrupt, BundleError, ContextOverflow, DraftError, GrammarError
 from edge_runtime.protocol.grammar_trial import TriedGrammarCompiler
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling, common_prefix_length, hash_counters
@@ -113,7 +114,7 @@ class OnnxDraft:
 
         Raises:
             DraftError: onnxruntime or tokenizers cannot read the files.
-            BundleCorrupt: the graph does not match the manifest.
+            BundleCorrupt: the graph does not match the manifest, or reads files that the manifest does not name.
         """
         options = ort.SessionOptions()
         self.threads = threads or min(4, psutil.cpu_count(logical=False) or 1)
@@ -122,10 +123,15 @@ class OnnxDraft:
         # Threads that spin between steps save microseconds and drain the battery.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # Whatever the file is called: onnxruntime's own format names its files elsewhere.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
+            check_external_files(bundle)
             self.session = ort.InferenceSession(str(bundle.graph_path), options, providers=["CPUExecutionProvider"])
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
             release_freed_memory()
+        except BundleError:
+            raise
         except Exception as error:  # both libraries raise bare Exception subclasses of their own
             raise DraftError(f"the draft in {bundle.path} does not load: {error}; copy the bundle again") from error
         kind = detect_graph_kind(self.session)

@@ -31,28 +31,50 @@ from edge_runtime.protocol.errors import BundleCorrupt, BundleMissing
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 CHAT_FILE = "chat.json"
 READ_CHUNK_BYTES = 1 << 20
+# Chosen: a manifest has a few kilobytes, and one that names thousands of special tokens a few hundred.
+MAX_MANIFEST_BYTES = 1 << 20
+# Chosen: chat templates have up to a hundred kilobytes.
+MAX_CHAT_BYTES = 1 << 20
+# Chosen: no draft of this size answers in time on a board.
+MAX_FILE_BYTES = 1 << 32
+
+# Sizes of a model. The bounds, about eight times the largest of any published model, are there to refuse nonsense
+# before memory is reserved for it.
+LayerCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+HeadCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+HiddenSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
+VocabularySize = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
+ContextLength = Annotated[int, msgspec.Meta(ge=1, le=1 << 27)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+# Texts that are used as names: of files in the bundle's directory, and in messages, which they cannot disturb.
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+FileName = Annotated[str, msgspec.Meta(pattern=rf"\A{_NAME}\Z")]
+OptionalFileName = Annotated[str, msgspec.Meta(pattern=rf"\A({_NAME})?\Z")]
+Identifier = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_.+-]{1,200}\Z")]
 
 
 class Architecture(msgspec.Struct, frozen=True):
     """Shape of the draft model. `context` is the longest text in tokens; `model_type` is that of transformers."""
 
-    model_type: str
-    hidden_size: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    vocabulary_size: int
-    context: int
+    model_type: Identifier
+    hidden_size: HiddenSize
+    layers: LayerCount
+    kv_heads: HeadCount
+    head_dim: HiddenSize
+    vocabulary_size: VocabularySize
+    context: ContextLength
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
     """The properties of the tokenizer on which both ends must agree. `hash`: see `hash_vocabulary`."""
 
-    size: int
-    hash: str
-    special_ids: dict[str, int]
+    size: VocabularySize
+    hash: Identifier
+    special_ids: dict[str, TokenId]
 
 
 class SharedTensors(msgspec.Struct, frozen=True):
@@ -65,9 +87,9 @@ class SharedTensors(msgspec.Struct, frozen=True):
         fingerprints: `fingerprint_tensor` of each shared tensor by its name in the target's checkpoint.
     """
 
-    layout: str
-    blocks: int
-    fingerprints: dict[str, str]
+    layout: Annotated[str, msgspec.Meta(pattern=r"\A(anchor|prefix|standalone)\Z")]
+    blocks: Annotated[int, msgspec.Meta(ge=0, le=1 << 10)]
+    fingerprints: dict[Identifier, Identifier]
 
     @property
     def identity(self) -> str:
@@ -85,10 +107,10 @@ class OnnxGraph(msgspec.Struct, frozen=True, omit_defaults=True):
         head_ids: file of the ids that the logits cover (.npy, int32, ascending); empty if they cover the vocabulary.
     """
 
-    file: str
-    kind: str
-    weights: str
-    head_ids: str = ""
+    file: FileName
+    kind: Annotated[str, msgspec.Meta(pattern=r"\A(fused|concat)\Z")]
+    weights: Identifier
+    head_ids: OptionalFileName = ""
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -119,8 +141,8 @@ class ChatFormat(msgspec.Struct, frozen=True, omit_defaults=True):
 class FileRecord(msgspec.Struct, frozen=True):
     """Length in bytes and sha256 of one file of the bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class Parity(msgspec.Struct, frozen=True):
@@ -132,9 +154,9 @@ class Parity(msgspec.Struct, frozen=True):
         max_logit_difference: largest absolute difference of a logit.
     """
 
-    positions: int
-    greedy_agreement: float
-    max_logit_difference: float
+    positions: Annotated[int, msgspec.Meta(ge=0)]
+    greedy_agreement: Share
+    max_logit_difference: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -147,15 +169,21 @@ class Manifest(msgspec.Struct, frozen=True):
     """
 
     format_version: int
-    name: str
+    name: Annotated[str, msgspec.Meta(max_length=200)]
     architecture: Architecture
     vocabulary: Vocabulary
     shared: SharedTensors
     graph: OnnxGraph
     parity: Parity
-    files: Annotated[dict[str, FileRecord], msgspec.Meta(min_length=1)]
-    acceptance: dict[str, float] = {}
+    files: Annotated[dict[FileName, FileRecord], msgspec.Meta(min_length=1, max_length=100)]
+    acceptance: dict[str, Share] = {}
     made: dict[str, Any] = {}
+
+
+class _AnyFormat(msgspec.Struct, frozen=True):
+    """What manifests of all formats have."""
+
+    format_version: int
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -170,7 +198,7 @@ class Bundle(msgspec.Struct, frozen=True):
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.json"
+        return self.path / TOKENIZER_FILE
 
 
 def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
@@ -183,8 +211,17 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
         BundleMissing: there is no bundle, or one of its files is missing.
         BundleCorrupt: the manifest does not parse, has another format version, or a file does not match its record.
     """
+    bundle = Bundle(path, parse_manifest(read_manifest_text(path), path))
+    for name, record in bundle.manifest.files.items():
+        _check_file(path / name, record, verify)
+    return bundle
+
+
+def read_manifest_text(path: Path) -> bytes:
+    """Read the manifest of the bundle at `path`, for `parse_manifest`. Raises BundleMissing, BundleCorrupt."""
     try:
-        text = (path / MANIFEST_NAME).read_bytes()
+        with (path / MANIFEST_NAME).open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleMissing(
             f"no draft bundle at {path}: it has no {MANIFEST_NAME}; make one with `draft-export onnx`, "
@@ -192,28 +229,39 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
         ) from None
     except OSError as error:
         raise BundleMissing(f"cannot read {path / MANIFEST_NAME}: {error.strerror}") from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise BundleCorrupt(
+            f"{path / MANIFEST_NAME} is not a bundle manifest (it has more than {MAX_MANIFEST_BYTES} bytes): "
+            "copy the bundle again"
+        )
+    return text
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """Parse a manifest. It is untrusted input: every number is bounded, and every file is in the bundle's directory.
+
+    Args:
+        path: directory or archive of the bundle, for messages.
+
+    Raises:
+        BundleCorrupt: it does not parse, has another format version, or does not record a file that is needed.
+    """
     try:
-        version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
+        version = msgspec.json.decode(text, type=_AnyFormat).format_version
         if version != FORMAT_VERSION:
             raise BundleCorrupt(
-                f"{path / MANIFEST_NAME} has format {version!r} and this release reads {FORMAT_VERSION}: "
+                f"{path / MANIFEST_NAME} has format {version} and this release reads {FORMAT_VERSION}: "
                 "upgrade flexspec, or export the bundle again"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleCorrupt(
-            f"{path / MANIFEST_NAME} is not a bundle manifest ({error}): copy the bundle again"
+            f"{path / MANIFEST_NAME} is not a bundle manifest ({error}): copy the bundle again, or export it again"
         ) from None
-    bundle = Bundle(path, manifest)
-    required = {manifest.graph.file, bundle.tokenizer_path.name, manifest.graph.head_ids} - {""}
-    for name in required - manifest.files.keys():
+    required = {manifest.graph.file, TOKENIZER_FILE, manifest.graph.head_ids} - {""}
+    for name in sorted(required - manifest.files.keys()):
         raise BundleCorrupt(f"{path / MANIFEST_NAME} records no hash for {name}: export the bundle again")
-    for name, record in manifest.files.items():
-        # The manifest is untrusted input: it must not make the board read, or later run, files outside the bundle.
-        if Path(name).name != name:
-            raise BundleCorrupt(f"{path / MANIFEST_NAME} names the file {name!r}, which is not inside the bundle")
-        _check_file(path / name, record, verify)
-    return bundle
+    return manifest
 
 
 def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
@@ -227,7 +275,7 @@ def read_head_ids(bundle: Bundle) -> npt.NDArray[np.int32] | None:
         return None
     try:
         ids = np.load(bundle.path / name, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise BundleCorrupt(f"{bundle.path / name} is not a list of ids ({error}): copy the bundle again") from None
     ascending = ids.dtype == np.int32 and ids.ndim == 1 and ids.size > 0 and bool(np.all(np.diff(ids) > 0))
     if not ascending or ids[0] < 0 or ids[-1] >= size:
@@ -246,7 +294,8 @@ def read_chat_format(bundle: Bundle) -> ChatFormat:
     if CHAT_FILE not in bundle.manifest.files:
         return ChatFormat()
     try:
-        return msgspec.json.decode((bundle.path / CHAT_FILE).read_bytes(), type=ChatFormat)
+        with (bundle.path / CHAT_FILE).open("rb") as file:
+            return msgspec.json.decode(file.read(MAX_CHAT_BYTES), type=ChatFormat)
     except (OSError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
         raise BundleCorrupt(
             f"{bundle.path / CHAT_FILE} does not describe chats ({error}): copy the bundle again"
@@ -313,6 +362,8 @@ def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
 
 
 def _check_file(path: Path, record: FileRecord, verify: bool) -> None:
+    if path.is_symlink():
+        raise BundleCorrupt(f"{path} is a symbolic link, and a bundle has regular files: copy it again with `cp -L`")
     if not path.is_file():
         raise BundleMissing(f"the bundle lacks {path.name} ({path}): copy the bundle again")
     size = path.stat().st_size

@@ -25,7 +25,7 @@ from cloud_verifier.acceptance.measure import TEMPERATURES, choose_tokens, count
 from cloud_verifier.draft_models.checkpoint import DESCRIPTION_FILE, load_draft, read_description
 from cloud_verifier.draft_models.layouts import DraftPlan, fingerprint_shared
 from cloud_verifier.draft_models.safetensors_io import read_tensors
-from cloud_verifier.registry.checkpoint import find_tensor_files
+from cloud_verifier.registry.version_files import find_tensor_files
 from edge_runtime.draft import OnnxRunner, make_runner
 from edge_runtime.protocol.bundle import (
     FORMAT_VERSION,
@@ -217,7 +217,7 @@ def _load_draft(config: BundleConfig) -> tuple[PreTrainedModel, DraftPlan | None
 
 
 def _load_model(directory: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
     model.train(False)
     return model
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, DraftPlan, draft_config, plan_draft
 from cloud_verifier.model.gguf import resolve_checkpoint
 from cloud_verifier.model.inspection import Finding, format_bytes, inspect_target
-from cloud_verifier.registry.checkpoint import base_directory, find_tensor_files, load_config
+from cloud_verifier.registry.checkpoint import base_directory, load_config
+from cloud_verifier.registry.version_files import find_tensor_files
 from device_profiles.comparison import DraftCost, DraftSize
 from edge_runtime.planning.board_profile import BoardProfile
 from edge_runtime.protocol.errors import InputError, TargetError

@@ -329,6 +329,8 @@ def test_a_quantized_model_is_stored_in_bfloat16_and_has_tokenizer_template_and_
         ({"settings": {"rope.scaling.type": "su", "rope.scaling.factor": 2.0}}, "scales RoPE by 'su'"),
         ({"settings": {"expert_count": 8}}, "mixtures of experts"),
         ({"settings": {"split.count": 2}}, "llama.split.count"),
+        ({"settings": {"block_count": 10**9}}, r"Expected `int` <= 1024 - at `\$\.num_hidden_layers`"),
+        ({"settings": {"context_length": 10**9}}, r"Expected `int` <= \d+ - at `\$\.max_position_embeddings`"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "follow no rule"),
         (
             {"tensors": {"blk.0.extra.weight": np.ones((4, 4), np.float32)}},

@@ -85,7 +85,7 @@ def another_tokenizer(path: Path) -> None:
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: (path / "config.json").write_text('{"model_type": "vit"}'), "vit model, which does not generate"),
         (lambda path: (path / "config.json").write_text('{"model_type": "t5"}'), "encoder-decoder model"),
-        (only_pickled_weights, "only pytorch_model.bin, and pickled weights are never loaded"),
+        (only_pickled_weights, "only 'pytorch_model.bin', and pickled weights are never loaded"),
         (lambda path: shard(path)[1].unlink(), "lacks model-00002-of-"),
         (lambda path: (shard(path), (path / "model.safetensors.index.json").unlink()), "lacks .*index.json"),
         (lambda path: (path / "tokenizer.json").unlink(), "has no tokenizer.json"),

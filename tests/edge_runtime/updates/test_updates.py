@@ -7,7 +7,7 @@ import io
 import platform
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ import pytest
 
 from device_profiles.cli import main as device_profile
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.updates import package
 from edge_runtime.updates.package import UpdateDescription, UpdateError
 from edge_runtime.updates.slots import Slots
 from export.bundle.sign import _read_private_key, generate_key_pair
@@ -48,11 +49,15 @@ class Board:
 
         return restart
 
-    def update(self, version: str, *, signed: bool = True, **changes: str) -> Path:
-        """Make an update; `changes` are of its description."""
+    def update(
+        self, version: str, *, signed: bool = True, members: Sequence[tarfile.TarInfo] = (), **changes: str
+    ) -> Path:
+        """Make an update; `changes` are of its description, and `members` are added to the runtime."""
         runtime = io.BytesIO()
         with tarfile.open(fileobj=runtime, mode="w:gz") as tar:
             add(tar, "lib/version.py", version.encode())
+            for member in members:
+                tar.addfile(member)
             link = tarfile.TarInfo("bin/python")
             link.type, link.linkname = tarfile.SYMTYPE, sys.executable
             tar.addfile(link)
@@ -158,6 +163,75 @@ def test_only_the_makers_updates_are_installed(board: Board, tmp_path: Path) -> 
         with pytest.raises(UpdateError, match=message):
             board.slots.install(archive, key, board.restart())
     assert board.slots.install(board.update("'4'", signed=False), None, board.restart()) == "'4'"
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, link
+    return entry
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("../evil")],
+        [member("lib/../../evil")],
+        [member("/evil")],
+        [member("lib/version.py")],
+        [member("out", tarfile.SYMTYPE, ".."), member("out/evil")],
+        [member("lib", tarfile.SYMTYPE, "..")],
+        [member("evil", tarfile.LNKTYPE, "/etc/passwd")],
+        [member("evil", tarfile.CHRTYPE)],
+        [member("evil" * 40)],
+    ],
+    ids=[
+        "upwards",
+        "upwards later",
+        "absolute",
+        "twice",
+        "through a link",
+        "a link instead",
+        "hard link",
+        "device",
+        "long",
+    ],
+)
+def test_hostile_updates_write_nothing_outside_of_their_slot(board: Board, members: list[tarfile.TarInfo]) -> None:
+    before = sorted(board.directory.rglob("*"))
+    archive = board.update("'2'", members=members)
+    with pytest.raises(UpdateError, match="nothing was changed"):
+        board.slots.install(archive, board.public, board.restart())
+    assert sorted(path for path in board.directory.rglob("*") if path != archive) == before
+    assert board.seen == []
+
+
+def test_a_link_is_made_after_all_files(board: Board) -> None:
+    """As in a virtual environment: `lib64` is a link to `lib`, wherever it is in the archive."""
+    board.slots.install(
+        board.update("'2'", members=[member("lib64", tarfile.SYMTYPE, "lib"), member("lib/more.py")]),
+        board.public,
+        board.restart(),
+    )
+    assert (board.home / "lib64/more.py").is_file()
+
+
+def test_an_update_has_a_bound(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "MAX_RUNTIME_BYTES", 1 << 13)
+    large = member("lib/large")
+    archive = board.update("'2'", members=[large] * 20)
+    with pytest.raises(UpdateError, match=r"it unpacks to more than 8192 bytes\); nothing was changed"):
+        board.slots.install(archive, board.public, board.restart())
+
+
+def test_nothing_but_the_description_comes_before_the_signature(board: Board) -> None:
+    archive = board.update("'2'")
+    with tarfile.open(archive) as tar:
+        contents = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+    with tarfile.open(archive, "w") as tar:
+        for name in ("update.json", "runtime.tar.gz", "update.sig"):
+            add(tar, name, contents[name])
+    with pytest.raises(UpdateError, match=r"it has no update\.sig, or not in its place\); nothing was changed"):
+        board.slots.install(archive, board.public, board.restart())
 
 
 def test_other_files_are_no_updates(board: Board, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,7 @@ def test_help_works_on_the_base_install() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("output", [("maker.key",), ("--output", "maker")], ids=str)
 def test_keygen_and_sign_work_on_the_base_install(family: Path, tmp_path: Path, output: tuple[str, ...]) -> None:
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    for file in (family / "bundle").iterdir():
-        (bundle / file.name).symlink_to(file)
+    bundle = shutil.copytree(family / "bundle", tmp_path / "bundle")
     *option, name = output
     done = run_on_base_install("keygen", *option, tmp_path / name)
     assert done.returncode == 0, done.stderr
