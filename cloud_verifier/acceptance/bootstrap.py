@@ -37,7 +37,6 @@ class Bootstrap:
     """Resamples texts; every figure over the same number of texts uses the same resamples.
 
     Args:
-        resamples: number of resamples.
         seed: seed of all resamples.
     """
 

@@ -43,7 +43,6 @@ def build_document(
     """Build the OpenAPI document of a verifier.
 
     Args:
-        vocabulary_size, context: of its targets.
         max_body: bytes of a request body.
         tokens: requests need a token.
         has_admin_api: the admin API of targets is available.

@@ -84,7 +84,6 @@ class VerifierMetrics(PrometheusMetrics):
         """Record a finished round.
 
         Args:
-            version: target version.
             draft: fingerprint of the board's draft model, or empty.
             principal: name of the access token, or empty.
             reply: all frames of the round, merged.

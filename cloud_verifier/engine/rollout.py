@@ -51,7 +51,6 @@ class ServedVersion(ListedVersion, frozen=True):
     """One version of the registry and its state in this process.
 
     Attributes:
-        loaded: whether it is loaded.
         sessions: number of sessions pinned to it.
         general_tier_reason: why it runs on the slower general tier; empty if it does not, or is not loaded.
     """

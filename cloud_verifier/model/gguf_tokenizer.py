@@ -100,7 +100,6 @@ class GgufTokenizer:
     """The tokenizer of a GGUF file.
 
     Attributes:
-        tokenizer: the rebuilt tokenizer.
         special: text of the special tokens by role: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
     """
 

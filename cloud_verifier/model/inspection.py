@@ -53,7 +53,6 @@ class Finding(msgspec.Struct, frozen=True):
     Attributes:
         state: `fault` rules out that it is served, or drafted for.
         subject: what was examined.
-        found: the result.
         advice: what to do; empty if nothing needs to be done.
         figures: the numbers of `found`, for programs.
     """

@@ -68,7 +68,6 @@ class GrammarLogitsProcessor(LogitsProcessor):
     """Excludes the tokens with which a text cannot match a grammar, by llguidance's own functions for numpy.
 
     Args:
-        tokenizer: the model's.
         end_ids: tokens that end a text of the model.
         prompt_length: number of tokens that were not generated.
     """

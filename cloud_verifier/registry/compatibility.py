@@ -40,7 +40,6 @@ class Difference(msgspec.Struct, frozen=True):
     Attributes:
         what: a token of the `vocabulary`, a `special id`, a `tensor`, the number of `logits`, or the `end`-of-text ids.
         name: of the token or tensor; may be empty.
-        why: the difference.
     """
 
     what: Literal["vocabulary", "special id", "tensor", "logits", "end"]

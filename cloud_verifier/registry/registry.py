@@ -59,7 +59,6 @@ class Registry:
     """A registry in a directory, which need not exist before the first version is added.
 
     Attributes:
-        path: the directory.
         file: its `targets.toml`.
     """
 

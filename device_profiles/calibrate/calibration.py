@@ -74,7 +74,6 @@ class CalibrationConfig(msgspec.Struct, frozen=True):
 
     Attributes:
         bundle: the draft's directory.
-        name: the profile's name.
         title: display name; empty uses the board's model.
         seconds: total time; slow boards need slightly more.
         like: profile from which to copy [power], [radio] and [sensors] that cannot be measured.

@@ -49,12 +49,7 @@ class Written(NamedTuple):
 
 
 class CardDevice:
-    """A block device, or a file that stands for one, opened exclusively.
-
-    Attributes:
-        path: of the device.
-        bytes: its size.
-    """
+    """A block device, or a file that stands for one, opened exclusively."""
 
     def __init__(self, path: Path, *, exclusive: bool = True) -> None:
         """

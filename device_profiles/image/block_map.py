@@ -50,7 +50,6 @@ class BlockMap(NamedTuple):
     """The map of one image.
 
     Attributes:
-        image_bytes: size of the image.
         block_bytes: size of a block; the last one may be shorter.
         ranges: what to write, in ascending order.
     """

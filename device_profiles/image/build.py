@@ -50,7 +50,6 @@ class ImageOptions(NamedTuple):
 
     Attributes:
         board: name of the recipe.
-        recipe: the recipe.
         output: the image; its block map, manifest and compressed form are written beside it.
         cache: directory for what later builds use again.
         mirrors: where Debian packages come from.
@@ -79,7 +78,6 @@ class ImageManifest(msgspec.Struct, frozen=True):
     """What an image was made from; equal manifests belong to equal images.
 
     Attributes:
-        image_sha256, image_bytes: of the image.
         kernel: release of the kernel.
         packages: file name and checksum of every Debian package.
         wheels_sha256: of the lock of the wheels.

@@ -61,7 +61,6 @@ class Kernel(NamedTuple):
 
     Attributes:
         release: such as 6.12.48+deb13-arm64.
-        image: the kernel itself.
         modules: directory of its modules, of the name `release`.
         device_trees: directory with device trees, in subdirectories.
     """

@@ -72,7 +72,6 @@ class Installation(msgspec.Struct, frozen=True):
 
     Attributes:
         name: name of the bundle in the store.
-        self_test: report of its self-test.
         left_out: files of the source that the manifest does not name.
         removed: old bundles that were removed.
     """
@@ -84,11 +83,7 @@ class Installation(msgspec.Struct, frozen=True):
 
 
 class BundleStore:
-    """A store of bundles in a directory; it need not exist before the first installation.
-
-    Attributes:
-        path: directory of the store.
-    """
+    """A store of bundles in a directory; it need not exist before the first installation."""
 
     def __init__(self, path: Path, public_key_file: Path | None = None) -> None:
         """

@@ -39,7 +39,6 @@ class PlannerStateFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         format: FILE_FORMAT.
         draft: identity of the draft (`board_profile.draft_sha256`).
         saved: Unix time.
-        state: of the planner.
     """
 
     format: Literal[1]

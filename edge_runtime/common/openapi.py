@@ -16,11 +16,7 @@ RETRY_STATUSES = ("429", "503")
 
 
 class DocumentCache:
-    """The documents of one server as JSON, each built once, in a thread: that takes milliseconds.
-
-    Args:
-        build: builds a document.
-    """
+    """The documents of one server as JSON, each built once, in a thread: that takes milliseconds."""
 
     def __init__(self, build: Callable[..., dict[str, Any]]) -> None:
         self._build = build

@@ -18,7 +18,6 @@ class SamplingOption(NamedTuple):
     """An option for the field of `Sampling` with the same name.
 
     Attributes:
-        default: the field's.
         help: what the value does.
     """
 

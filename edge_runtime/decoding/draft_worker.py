@@ -112,7 +112,6 @@ class ShadowRun(msgspec.Struct):
     """Shadow drafting during one round.
 
     Attributes:
-        plan: the round's plan.
         guesses: predictions of consecutive tokens so far.
         seconds: time that the draft worked.
         stopped: no further step is started.

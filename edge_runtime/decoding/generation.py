@@ -69,7 +69,6 @@ class ProposedRound(msgspec.Struct):
     """A round whose tokens have been drafted.
 
     Attributes:
-        proposal: the draft.
         outcome: what is known of the outcome before the reply.
         sent: clock time in seconds when the request was sent; for an early round when the previous one was answered.
         request: the request, if it was sent before the previous round was answered.
@@ -88,7 +87,6 @@ class Generation:
 
     Attributes:
         ids: prompt and verified tokens so far.
-        statistics: cost so far.
         finish: `stop` (the target ended the text), `length` (max_new_tokens or the context is exhausted), or empty. If
             there are unverified tokens, the draft model decided it.
     """

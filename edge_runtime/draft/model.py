@@ -97,7 +97,6 @@ class OnnxDraft:
     """A loaded draft model: weights, tokenizer and manifest. Shared by all requests; each has its own `DraftContext`.
 
     Attributes:
-        manifest: the bundle's manifest.
         tokenizer: the tokenizer that the draft and its targets share.
         threads: CPU threads of a step.
         run_seconds: time spent in onnxruntime since loading.

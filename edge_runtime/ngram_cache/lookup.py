@@ -53,7 +53,6 @@ class NgramProposal:
         Args:
             is_earlier: the match is in an earlier text.
             is_foreign: the match is in a text of another target version.
-            weights: of the regression.
         """
         length = match.length
         self.token, self.tail = match.token, tail

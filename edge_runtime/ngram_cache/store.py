@@ -49,7 +49,6 @@ class NgramStore:
     """The file of one vocabulary. Its methods do not raise OSError: an answer must not fail because of the cache.
 
     Attributes:
-        path: the file.
         failures: number of failed reads and writes; the first one is logged.
         damaged: number of unreadable lines, and of unreadable files, which are moved aside.
     """

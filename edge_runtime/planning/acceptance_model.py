@@ -151,7 +151,6 @@ class _Evidence:
         """Count the siblings of a rejected guess.
 
         Args:
-            offered: number of siblings.
             rank: which of them was correct, from 1; 0 for none.
         """
         for index in range(min(rank or offered, MAX_SIBLINGS)):

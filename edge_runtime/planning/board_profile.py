@@ -197,7 +197,6 @@ class Calibration(ProfileTable, frozen=True):
     """Circumstances of a calibration.
 
     Attributes:
-        date: of the calibration.
         seconds: duration.
         kernel: name and release.
         runtime: version of onnxruntime.

@@ -21,7 +21,6 @@ class ReplayedRounds(NamedTuple):
     """Totals of replayed rounds.
 
     Attributes:
-        tokens: of all rounds.
         last_stage_tokens: of the chains of rounds that began in the last stage.
         cost: in the objective's seconds.
         predicted_cost: what the search predicted for as many tokens.
@@ -48,7 +47,6 @@ def replay_rounds(
         streak: consecutive correct guesses before them.
         first_stage: round to use while the streak is below `STAGE_STREAKS[-1]`.
         last_stage: round to use from that streak on.
-        prices: of both.
     """
     replay = _Replay(guesses, streak, prices)
     last_stage_tokens, predicted = 0, 0.0
@@ -67,7 +65,6 @@ class _Replay:
     Attributes:
         done: tokens so far.
         streak: consecutive correct guesses before the next token.
-        cost: so far.
     """
 
     def __init__(self, guesses: Sequence[ShadowGuess], streak: int, prices: RoundPrices) -> None:

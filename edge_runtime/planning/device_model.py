@@ -63,7 +63,6 @@ class DeviceModel(msgspec.Struct, frozen=True):
         """Return the figures of the board in `profile` with a draft of `weight_bytes`.
 
         Args:
-            profile: of the board.
             weight_bytes: size of the draft's weights.
             radio: `wifi`, `ethernet`, `lte` or `5g`; empty counts no energy for transfers.
             cache_bytes: KV cache bytes of one token in all layers.

@@ -42,7 +42,6 @@ class RobustMean:
     A long run on one side of the mean restarts it as well (drift test).
 
     Attributes:
-        value: the mean.
         deviation: mean absolute deviation.
         weight: number of observations that the mean rests on, at most `memory`; below 1 the mean is the initial guess.
         changes: number of step changes detected so far; drifts are not counted.

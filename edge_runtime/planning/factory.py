@@ -27,7 +27,6 @@ def make_planner(
     """Create the planner called `name`, one of `POLICY_NAMES`.
 
     Args:
-        name: of the policy.
         objective: prices. Only `analytic` considers the prices of joules and bytes; so does `learned` where it falls
             back to it.
         device: prior figures of the board.

@@ -135,7 +135,6 @@ class CorrectedPlanner(AnalyticPlanner):
         """Return the correction of the analytic plan, and who chose it, for the plan's reason.
 
         Args:
-            conditions: of the round.
             observation: (len(OBSERVATIONS),) float32.
         """
         raise NotImplementedError
@@ -242,11 +241,7 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
 
 
 class CorrectionPolicy:
-    """A trained policy network with the range of features that it was trained on.
-
-    Attributes:
-        metadata: of its training.
-    """
+    """A trained policy network with the range of features that it was trained on."""
 
     def __init__(self, path: Path = MODEL_PATH) -> None:
         """Load a policy.
@@ -318,7 +313,6 @@ class LearnedPlanner(CorrectedPlanner):
         """
         Args:
             objective, device, acceptance, budget: as for `AnalyticPlanner`.
-            model: of the policy.
         """
         super().__init__(objective, device, acceptance=acceptance, budget=budget)
         self._policy: CorrectionPolicy | None = None

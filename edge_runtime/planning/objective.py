@@ -23,7 +23,6 @@ class Objective(msgspec.Struct, frozen=True):
         latency: of a second of waiting; 1 unless latency does not matter.
         verifier: of a second of the verifier's forwards.
         joule: of a joule of the board's energy.
-        byte: of a byte on the link.
     """
 
     latency: float = 1.0

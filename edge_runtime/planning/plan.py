@@ -133,7 +133,6 @@ class Outcome(msgspec.Struct, frozen=True):
     """The result of one round; times in seconds.
 
     Attributes:
-        plan: the plan that was executed.
         conditions: the conditions that the plan was made for.
         accepted: number of draft tokens that the target accepted.
         own_tokens: tokens that the target generated itself; after a sibling hit one more than the plan asked for.

@@ -115,7 +115,6 @@ class RegretBudget:
         """Charge or credit a round. One that was never reserved is only credited.
 
         Args:
-            outcome: of the round.
             equivalent: own tokens that the verifier streams, on average, in the time that this round's tokens would
                 have taken it (`CostModel.streaming_equivalent`).
             cost: measured cost of the round, in the objective's seconds.

@@ -52,9 +52,7 @@ class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         exchange: fixed cost of a round, whatever it carries.
-        step: of a draft step.
         id: of each token id sent.
-        flight_second: of a second in flight.
         forward_second: of a second of the verifier's forward, including the wait for it.
         step_ahead: of a draft step while a round is in flight: energy alone.
         void: of a round that was sent early and is void.
@@ -107,7 +105,6 @@ class DraftedRound(msgspec.Struct, frozen=True):
 
     Attributes:
         cost: per token.
-        plan: of the round.
         tokens: expected tokens of a round that was not sent early.
         chain_tokens: expected tokens of that round and the early rounds after it, which share one exchange.
     """

@@ -47,11 +47,7 @@ class ProbeError(FlexSpecError):
 
 
 class ProgramFailed(ProbeError):
-    """A program exists but exits non-zero, for instance because it may not open its device.
-
-    Attributes:
-        exit_code: its exit code.
-    """
+    """A program exists but exits non-zero, for instance because it may not open its device."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

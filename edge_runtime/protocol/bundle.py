@@ -149,7 +149,6 @@ class Parity(msgspec.Struct, frozen=True):
     """Agreement of the exported graph with PyTorch fp32 on the same tokens.
 
     Attributes:
-        positions: number of positions compared.
         greedy_agreement: share of positions with the same argmax.
         max_logit_difference: largest absolute difference of a logit.
     """
@@ -339,7 +338,6 @@ def shared_tensor_names(layout: str, blocks: int, layers: int, tensor_names: lis
 
     Args:
         layout: `anchor`, `prefix` or `standalone`.
-        blocks: number of shared blocks.
         layers: number of blocks of the target.
         tensor_names: names in the target's checkpoint, in the scheme that transformers uses for Llama, Qwen2, Qwen3,
             Mistral and Gemma alike.

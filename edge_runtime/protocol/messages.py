@@ -160,7 +160,6 @@ class OpenRequest(Message, frozen=True):
     Attributes:
         key: random string chosen by the client; the same key opens the same session, so a request may be repeated.
         prompt: all token ids so far, at least one.
-        first: the first round.
         model: a model id of `GET /v1/models`, or an exact version `id@hash`; empty for the default.
         vocabulary: hash of the draft's vocabulary (`bundle.hash_vocabulary`); empty without a draft.
         draft: identity of the draft (`bundle.SharedTensors.identity`); empty without a draft.
@@ -199,7 +198,6 @@ class Frame(Message, frozen=True):
     Times are in units of 100 microseconds and count from the start of the round; three bytes hold 6.5 seconds.
 
     Attributes:
-        round: number of the round.
         accepted: number of leading draft tokens that the target accepted; set in the first frame, 0 in later ones.
         tokens: the target's own tokens after the accepted ones.
         queue_100us: time spent waiting for the engine.

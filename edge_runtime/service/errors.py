@@ -60,7 +60,6 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status.
-        body: response body.
         retry_after: seconds; None if a retry would not help.
     """
 

@@ -36,7 +36,6 @@ class AnswerFormatter(Protocol):
     """Formats the answers of one request to one endpoint, whole or as a stream.
 
     Attributes:
-        id: of the response.
         end_mark: encoded event after the last one of a complete stream.
     """
 

@@ -71,8 +71,6 @@ class ServiceState:
     """What the lifecycle and the request handlers share.
 
     Attributes:
-        client: the client of the verifier.
-        limits: current limits.
         access: who may use the service.
         models: the verifier's models, as far as known.
         board: None until the draft model is loaded.

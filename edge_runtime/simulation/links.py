@@ -183,11 +183,7 @@ class ScheduledLink:
 
 
 class RecordedLink:
-    """A recorded cellular link: one packet can pass at each recorded time, and the recording repeats.
-
-    Attributes:
-        radio: kind of radio.
-    """
+    """A recorded cellular link: one packet can pass at each recorded time, and the recording repeats."""
 
     def __init__(
         self, up: list[int], down: list[int], *, propagation_seconds: float, radio: str = "lte", start: float = 0.0

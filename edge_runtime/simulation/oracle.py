@@ -47,7 +47,6 @@ class PlanFootprint(msgspec.Struct, frozen=True):
     """What a static plan does to a set of texts, whatever the world.
 
     Attributes:
-        plan: the plan.
         rounds, tokens: how many.
         steps: decode steps of the draft.
         prefill: tokens that the draft prefills before the first step of a round, beyond FREE_PREFILL_TOKENS.

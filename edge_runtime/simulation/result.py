@@ -18,7 +18,6 @@ class SimulationResult(RoundTotals):
         latency_seconds: from each text's start to its end, in total.
         first_token_seconds: from each text's start to its first tokens, in total.
         verifier_seconds: the verifier's forwards and its server-side drafting.
-        forwards: forwards of the target.
         draft_seconds: time in which the board drafts, drafting ahead included.
         joules: energy of the board during the texts.
         sent, received: TCP payload bytes.

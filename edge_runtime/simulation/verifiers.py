@@ -43,7 +43,6 @@ class SimulatedVerifier:
     """A verifier on a simulated clock.
 
     Attributes:
-        cost: its figures.
         forward_seconds: time of a forward by its number of nodes, 0 to MAX_TREE_NODES.
         draft_tokens: tokens that it drafts for each forward that continues the text; 0 if it does not speculate.
         continuation_seconds: time of such a forward, drafting included.

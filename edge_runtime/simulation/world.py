@@ -33,7 +33,6 @@ class World:
     Attributes:
         name: display name.
         device: true speed and power of the board.
-        link, verifier: as modeled.
         rtt_seconds: smoothed round-trip time of the connection, as the kernel would report it.
     """
 

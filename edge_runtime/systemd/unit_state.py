@@ -22,7 +22,6 @@ class UnitState(msgspec.Struct, frozen=True):
     """State of one service.
 
     Attributes:
-        name: name of its unit.
         installed: whether the unit exists.
         state: `active`, `reloading`, `inactive`, `failed`, `activating` or `deactivating`.
         detail: systemd's sub-state, such as `running` or `auto-restart`.

@@ -126,11 +126,7 @@ class LinkState(NamedTuple):
 
 
 class LinkFailure(Exception):
-    """An attempt that failed below the protocol; a retry may succeed.
-
-    Attributes:
-        fault: what failed.
-    """
+    """An attempt that failed below the protocol; a retry may succeed."""
 
     def __init__(self, message: str, fault: Fault) -> None:
         super().__init__(message)

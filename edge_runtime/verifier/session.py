@@ -251,7 +251,6 @@ class EarlyRound:
 
     Attributes:
         session: id of the session that it was sent to.
-        round: the round itself.
     """
 
     def __init__(self, client: VerifierClient, round: _ActiveRound, session: str) -> None:

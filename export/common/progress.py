@@ -17,7 +17,6 @@ class Progress(AbstractContextManager["Progress"]):
 
     Args:
         label: name of the run.
-        total: number of steps.
         done: steps that an earlier run has done.
     """
 

@@ -205,7 +205,6 @@ def gather_corpus(domain: Domain, *, max_bytes: float | None = None) -> Corpus:
     """Collect the documents of a domain; equal installed versions give equal documents in equal order.
 
     Args:
-        domain: the domain to collect.
         max_bytes: bound on the text of all sources, for small runs; it scales the bound of each source.
 
     Raises:

@@ -140,7 +140,6 @@ class Evaluation:
     """The results.
 
     Attributes:
-        config: what was measured.
         texts: number of pieces by the name of the text that they come from.
         rows: by version, kind, temperature and draft, in the order in which these were given.
     """

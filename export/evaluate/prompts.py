@@ -30,7 +30,6 @@ def load_prompts(
     everyday questions, and in any case source code on which no member of the example family was trained.
 
     Args:
-        tokenizer: the target's.
         base: directory of the target, or of its base, with the chat template.
         files: UTF-8 texts.
         chat_files: JSON lines, each with `messages` in OpenAI's form, the last by the user.

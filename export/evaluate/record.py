@@ -34,8 +34,6 @@ class RecordingConfig:
 
     Attributes:
         bundle: directory of the draft.
-        targets: directories of the targets.
-        prompts: number of prompts.
         tokens: length of each text.
         shortest, longest: length of a prompt in tokens.
         seed: seed of the choice of prompts; text i is sampled with seed + i.

@@ -25,7 +25,6 @@ class AcceptanceTrace:
     """One draft along one text.
 
     Attributes:
-        passage: the text.
         ranks: for each judged position, the rank of the target's token among the draft's candidates (see `rank_of`).
         confidences: for each position, the draft's probability of its token.
         looped: whether each position only repeats earlier text (`export.evaluate.loops`).

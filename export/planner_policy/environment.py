@@ -311,7 +311,6 @@ class DecisionRequest(NamedTuple):
     Attributes:
         observation: None at the end.
         done: completed tokens.
-        spent: cost so far.
     """
 
     observation: Floats | None

@@ -47,7 +47,6 @@ class AnswerStarted(Event, frozen=True, tag="begun"):
     """An answer got its slot.
 
     Attributes:
-        answer: its number.
         seed: also in the response, so that a client can tell which answer is its own.
         prompt: text of the end of the prompt.
         prompt_tokens: length of the whole prompt.

@@ -24,11 +24,7 @@ from edge_runtime.verifier import VerifierClient
 
 
 class MonitoringHub:
-    """Collects what happens in a service and streams it to `GET /events`.
-
-    Attributes:
-        sampler: the gauges.
-    """
+    """Collects what happens in a service and streams it to `GET /events`."""
 
     def __init__(self, queue: AdmissionQueue, client: VerifierClient, max_new_tokens: int) -> None:
         self._client = client

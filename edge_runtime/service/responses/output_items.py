@@ -43,7 +43,6 @@ class ItemBuilder(ABC):
     """Builds one item.
 
     Attributes:
-        status: of the item so far.
         text: its text, or the arguments of a call.
     """
 

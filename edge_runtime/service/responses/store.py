@@ -21,7 +21,6 @@ class StoredResponse(msgspec.Struct, frozen=True):
     """A response and its conversation, both as JSON, which takes less memory than objects.
 
     Attributes:
-        body: the response.
         conversation: messages of input and output, of earlier responses, too; without instructions.
     """
 

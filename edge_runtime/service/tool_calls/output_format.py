@@ -71,7 +71,6 @@ class OutputForms(msgspec.Struct, frozen=True):
     """How a model writes calls and reasoning.
 
     Attributes:
-        tool_calls: its form of calls.
         reasoning: its form of reasoning; None if it does not think.
         single_call: its chat template renders one call per message.
     """

@@ -70,7 +70,6 @@ class OutputParser:
     """Parses the text of one answer.
 
     Attributes:
-        calls: number of calls so far.
         complete: no more text is wanted: the only call that is allowed is complete.
         in_reasoning: the text so far ends within the reasoning.
     """
