@@ -71,7 +71,8 @@ BOARD ?= generic-arm64
 image: $(STAMP)
 	$(BIN)/device-profile image build --board $(BOARD) $(IMAGE_OPTIONS)
 
-# Boots images in emulated boards, of a Zero 2 W's and of a Raspberry Pi 5's kind, and uses them: 20 minutes or more.
+# Boots images in emulated boards, of a Zero 2 W's and of a Raspberry Pi 5's kind, and uses them; then a system like stock
+# Raspberry Pi OS, customised, and by the README: an hour or more.
 boot-test: $(STAMP)
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
 		--output build/boot-test-4k.img
@@ -79,6 +80,8 @@ boot-test: $(STAMP)
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
 		--pages 16k --output build/boot-test-16k.img
 	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-16k.img --model large
+	$(BIN)/python -m tests.device_profiles.image.stock_test customised
+	$(BIN)/python -m tests.device_profiles.image.stock_test readme
 
 # The board's tests on aarch64, emulated, with Python 3.11 and 3.13: 20 minutes or more.
 test-arm: $(STAMP)

@@ -102,7 +102,8 @@ def check_answers(root: ArmRoot, version: str, cases: list[AnswerCase]) -> bool:
                 assert service.stdout is not None
                 kinds = asyncio.run(ask(service.stdout.readline().split()[-1], cases))
             finally:
-                service.terminate()
+                # `unshare` ignores SIGTERM; what it runs dies with it.
+                service.kill()
     report(f"answers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
     return set(kinds) == {AnswerKind.RIGHT}
 

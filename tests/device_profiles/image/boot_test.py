@@ -94,7 +94,8 @@ def check_first_boot(guest: Guest) -> None:
     wait_until_ready(guest)
     report("ready after", f"{time.monotonic() - started:.0f} s on this machine")
     activated = int(guest.property(SERVICE, "ActiveEnterTimestampMonotonic")) / 1e6
-    report("ready at", f"{activated:.1f} s of the guest's uptime")
+    cost = f"the emulator has used {guest.processor_seconds():.0f} s of processor time"
+    report("ready at", f"{activated:.1f} s of the guest's uptime; {cost}")
     process = guest.property(SERVICE, "MainPID")
     memory = guest.run("grep", "VmRSS", f"/proc/{process}/status").split()[1]
     report("memory of the idle service", f"{int(memory) / 1e3:.0f} MB")
@@ -118,6 +119,7 @@ def check_answer(guest: Guest, expected: str) -> None:
     request = {"model": "", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
     headers = {"authorization": f"Bearer {API_KEY}"}
     answer = httpx.post(f"{guest.url}/v1/completions", json=request, headers=headers, timeout=600).json()
+    assert "choices" in answer, answer
     assert answer["choices"][0]["text"] == expected, (answer, expected)
     assert httpx.post(f"{guest.url}/v1/completions", json=request, timeout=60).status_code == 401
     report("answer", "exact")
@@ -198,10 +200,11 @@ def report(what: str, value: str) -> None:
 
 
 @contextlib.contextmanager
-def verifier() -> Iterator[int]:
-    """Serve target-v1 of the toy family on this machine. Yields the port."""
-    port = free_port()
+def verifier(port: int = 0, host: str = HOST_ADDRESS) -> Iterator[int]:
+    """Serve target-v1 of the toy family on this machine, of which guests know the name `host`. Yields the port."""
+    port = port or free_port()
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(FAMILY / "target-v1"), "--port", str(port)]
+    command += ["--allowed-hosts", host]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 300

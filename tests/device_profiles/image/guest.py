@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import psutil
+
 from device_profiles.flash.fleet import personalise
 from device_profiles.image.block_map import read_block_map
 from device_profiles.image.boot_partition import ImagePartition
@@ -19,6 +21,8 @@ from device_profiles.image.programs import require, run
 
 # qemu's network: this machine, as the guest sees it.
 HOST_ADDRESS = "10.0.2.2"
+# Such a network, in which this machine has the address of the README's verifier.
+README_NETWORK = "net=192.168.1.0/24,host=192.168.1.20"
 # The card is larger than the image, so that the board has something to grow into.
 EXTRA_BYTES = 512 << 20
 # Only limits for hangs, on a machine that emulates and is busy with other things.
@@ -53,8 +57,14 @@ class Guest:
         log: what its serial console printed, of all boots.
     """
 
-    def __init__(self, card: Path, key: Path, model: BoardModel) -> None:
+    def __init__(self, card: Path, key: Path, model: BoardModel, *, user: str = "root", network: str = "") -> None:
+        """
+        Args:
+            key: private key with which `user` may log in.
+            network: options of qemu's user network; empty for its own addresses.
+        """
         self.card, self.log, self._key, self._model = card, card.with_suffix(".log"), key, model
+        self._user, self._network = user, network
         self._service_port, self._ssh_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self._service_port}"
 
@@ -73,18 +83,25 @@ class Guest:
         command += ["-kernel", str(self.card.with_name("vmlinuz")), "-initrd", str(self.card.with_name("initrd.img"))]
         command += ["-append", f"{append} {self._model.arguments}".strip().replace("console=tty1", "")]
         command += ["-drive", f"file={self.card},if=none,id=card,format=raw", "-device", "virtio-blk-pci,drive=card"]
-        command += ["-netdev", f"user,id=net,{ports}", "-device", "virtio-net-pci,netdev=net,romfile="]
+        network = ",".join(filter(None, ["user", "id=net", self._network, ports]))
+        command += ["-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile="]
         command += ["-device", "virtio-rng-pci"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._emulator = psutil.Process(process.pid)
         try:
             yield
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-                self.run("systemctl", "poweroff")
+                self.run(*([] if self._user == "root" else ["sudo"]), "systemctl", "poweroff")
             process.wait(COMMAND_SECONDS)
         finally:
             process.kill()
             process.wait()
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that the emulator has used since the boot: unlike uptime, not a matter of load."""
+        times = self._emulator.cpu_times()
+        return times.user + times.system
 
     def copy(self, path: Path, name: str) -> None:
         """Copy a file of this machine into the guest, as `name`."""
@@ -92,11 +109,11 @@ class Guest:
             self.run(f"cat >{shlex.quote(name)}", content=content)
 
     def run(self, *command: str, check: bool = True, content: IO[bytes] | None = None) -> str:
-        """Run a command in the guest as root, with this standard input. Returns its output and errors."""
+        """Run a command in the guest, with this standard input. Returns its output and errors."""
         options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=30"]
         ssh = ["ssh", "-i", str(self._key), "-p", str(self._ssh_port), *(word for o in options for word in ("-o", o))]
         done = subprocess.run(
-            [*ssh, "root@127.0.0.1", *command],
+            [*ssh, f"{self._user}@127.0.0.1", *command],
             stdin=content or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -123,15 +140,21 @@ class Guest:
 
 def make_card(image: Path, configuration: str, directory: Path, model: BoardModel) -> Guest:
     """Put an image with this flexspec.toml on a card. A key for SSH is made, and added to the configuration."""
-    require("ssh-keygen")
-    key = directory / "key"
-    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key])
+    key = make_key(directory)
     text = f'{configuration}\n[ssh]\nkeys = ["{key.with_suffix(".pub").read_text().strip()}"]\n'
     card = directory / "card.img"
     personalise(image, read_block_map(image.with_name(f"{image.name}.bmap")), text, card)
     with card.open("r+b") as file:
         file.truncate(card.stat().st_size + EXTRA_BYTES)
     return Guest(card, key, model)
+
+
+def make_key(directory: Path) -> Path:
+    """Make a key for SSH. Returns the private one; the public one is beside it, with the suffix .pub."""
+    require("ssh-keygen")
+    key = directory / "key"
+    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key])
+    return key
 
 
 def keep_log(guest: Guest, place: Path) -> None:
