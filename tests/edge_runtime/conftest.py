@@ -1,21 +1,28 @@
-"""Draft bundles, exported for real, and servers that stop at once."""
+"""Draft bundles, exported for real, and a verifier."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from edge_runtime.common import http_server
 from edge_runtime.draft.model import OnnxDraft
+
+if TYPE_CHECKING:
+    from cloud_verifier.model.target import Target
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 
 
-@pytest.fixture
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let servers stop without waiting for kept-alive connections."""
-    monkeypatch.setattr(http_server, "GRACE_SECONDS", 0.2)
+@pytest.fixture(scope="session")
+def verifier(target_v1: Target) -> Iterator[str]:
+    """URL of a verifier of the toy family's first version, which no test stops."""
+    from tests.cloud_verifier.protocol_client import running
+
+    with running(target_v1) as url:
+        yield url
 
 
 @pytest.fixture(scope="session", params=["fused", "concat"])

@@ -47,7 +47,7 @@ PROMPT_TOKENS = 40
 # The token that ends a text.
 END = 0
 # Enough for several rounds under every plan, and for the faults, which occur in the first rounds.
-NEW_TOKENS = 128 if FULL else 64
+NEW_TOKENS = 128 if FULL else 48
 # Texts generated at the same time.
 BATCH = 40
 

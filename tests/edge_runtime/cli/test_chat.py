@@ -8,19 +8,17 @@ import pty
 import re
 import select
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cloud_verifier.model.target import Target
 from edge_runtime.protocol.bundle import ChatFormat, SamplingDefaults
-from tests.cloud_verifier.protocol_client import running
+from tests.edge_runtime.commands import run
 from tests.edge_runtime.service.conftest import write_chat_bundle
 
 # The toy model writes Python, so the conversation is one.
@@ -37,21 +35,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_bundle(tmp_path_factory.mktemp("chat"), chat)
 
 
-@pytest.fixture(scope="module")
-def verifier(target_v1: Target) -> Iterator[str]:
-    with running(target_v1) as url:
-        yield url
+def arguments(bundle: Path, verifier: str, *options: str) -> list[str]:
+    return ["chat", "--bundle", str(bundle), "--verifier", verifier, *OPTIONS, *options]
 
 
 def command(bundle: Path, verifier: str, *options: str) -> list[str]:
-    arguments = ("chat", "--bundle", str(bundle), "--verifier", verifier, *OPTIONS, *options)
-    return [sys.executable, "-m", "edge_runtime.cli", *arguments]
+    return [sys.executable, "-m", "edge_runtime.cli", *arguments(bundle, verifier, *options)]
 
 
-def chat_through_pipes(lines: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    text = "".join(f"{line}\n" for line in lines)
-    run = command(*arguments)  # type: ignore[arg-type]
-    return subprocess.run(run, input=text, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+def chat_through_pipes(lines: list[str], bundle: Path, verifier: str, *options: str) -> CompletedProcess[str]:
+    return run(*arguments(bundle, verifier, *options), stdin="".join(f"{line}\n" for line in lines))
 
 
 def answer_of_transformers(family: Path, messages: list[dict[str, str]]) -> str:
@@ -128,16 +121,21 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def expect(self, pattern: str) -> str:
-        """Wait until `pattern` appears in what was not expected before; return the text up to its end."""
-        end = time.monotonic() + LIMIT_SECONDS
-        while not (found := re.search(pattern, self.shown[self._read :])):
-            assert time.monotonic() < end, self.shown
-            if select.select([self._file], [], [], 1.0)[0]:
+    def _search(self, pattern: str, seconds: float) -> re.Match[str] | None:
+        """Read for up to `seconds`, until `pattern` appears in what was not expected before."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown[self._read :])) and (left := end - time.monotonic()) > 0:
+            if select.select([self._file], [], [], left)[0]:
                 try:
                     self.shown += os.read(self._file, 65536).decode(errors="replace")
                 except OSError:
                     pytest.fail(f"the process ended: {self.shown}")
+        return found
+
+    def expect(self, pattern: str) -> str:
+        """Wait until `pattern` appears in what was not expected before; return the text up to its end."""
+        found = self._search(pattern, LIMIT_SECONDS)
+        assert found, self.shown
         text = self.shown[self._read : self._read + found.end()]
         self._read += found.end()
         return text
@@ -145,11 +143,11 @@ class Terminal:
     def interrupt(self, pattern: str) -> None:
         """Press Ctrl-C until `pattern` appears: Python notices one that comes while it reads a key with the next."""
         end = time.monotonic() + LIMIT_SECONDS
-        while not re.search(pattern, self.shown[self._read :]):
+        self.type("\x03")
+        # A second one while the first is answered would end the process.
+        while not self._search(pattern, 5.0):
             assert time.monotonic() < end, self.shown
             self.type("\x03")
-            if select.select([self._file], [], [], 2.0)[0]:
-                self.shown += os.read(self._file, 65536).decode(errors="replace")
         self.expect(pattern)
 
     _read = 0

@@ -6,16 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.edge_runtime.commands import run
-
-if TYPE_CHECKING:
-    from cloud_verifier.model.target import Target
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
 
@@ -28,14 +23,6 @@ FORBIDDEN = ("torch", "transformers", "optimum", "peft", "scipy", "onnx.")
 def run_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture(scope="module")
-def verifier(target_v1: Target) -> Iterator[str]:
-    from tests.cloud_verifier.protocol_client import running
-
-    with running(target_v1) as url:
-        yield url
 
 
 @pytest.mark.slow

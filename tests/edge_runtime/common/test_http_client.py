@@ -57,7 +57,7 @@ async def answer_of(app: HostileServer, *, http2: bool) -> AsyncIterator[httpx.R
         await server.stop()
 
 
-pytestmark = [pytest.mark.parametrize("http2", [False, True]), pytest.mark.usefixtures("short_grace")]
+pytestmark = pytest.mark.parametrize("http2", [False, True])
 
 
 async def test_an_endless_body_is_left_at_its_limit(http2: bool) -> None:

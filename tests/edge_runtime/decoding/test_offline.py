@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.target import Target
 from edge_runtime.decoding import offline
 from edge_runtime.decoding.generation import Generation, VerifiedTokens
@@ -19,6 +18,7 @@ from edge_runtime.protocol.errors import VerifierUnreachable
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from tests.conftest import serving
+from tests.edge_runtime.service.conftest import RestartableVerifier
 
 TEXT = "def read_config(path):\n"
 TOKENS = 96
@@ -26,26 +26,6 @@ LONG = 300
 GREEDY = Sampling(ignore_eos=True)
 SAMPLED = Sampling(1.0, seed=4, ignore_eos=True, repetition_penalty=1.05, frequency_penalty=0.1, min_p=0.01)
 PLANS = [FIXED_PLAN, Plan(0, continuation=24, shadow=True), Plan(2, draft_ahead=3, in_flight=2)]
-
-
-class RestartableVerifier:
-    """A verifier that can be stopped and started again at one address."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._stack = contextlib.AsyncExitStack()
-        self._port = 0
-        self.is_running = False
-
-    async def start(self) -> None:
-        server: VerifierServer = await self._stack.enter_async_context(serving(self._target, port=self._port))
-        self.url = server.url
-        self._port = int(server.url.rsplit(":", 1)[1])
-        self.is_running = True
-
-    async def stop(self) -> None:
-        self.is_running = False
-        await self._stack.aclose()
 
 
 @pytest.fixture

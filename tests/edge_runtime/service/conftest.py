@@ -24,7 +24,7 @@ from edge_runtime.service.auth import AccessRules
 from edge_runtime.service.chat_template import ChatTemplate, load_chat_template
 from edge_runtime.service.state import BoardRuntime, ServiceLimits
 from edge_runtime.verifier.client import VerifierClient
-from tests.conftest import FAMILY, ComputeOnce, load_target
+from tests.conftest import FAMILY, ComputeOnce
 from tests.edge_runtime.service.browser import Tab, chromium
 from tests.emulator.answer_checker import AnswerCase, make_cases
 
@@ -38,22 +38,13 @@ BUNDLE = FAMILY / "bundle"
 
 
 @pytest.fixture(scope="session")
-def target() -> Target:
-    return load_target(FAMILY / "target-v1")
+def target(target_v1: Target) -> Target:
+    return target_v1
 
 
 @pytest.fixture(scope="session")
-def draft() -> OnnxDraft:
-    return OnnxDraft.load(BUNDLE, threads=1)
-
-
-@pytest.fixture(scope="session")
-def verifier(target: Target) -> Iterator[str]:
-    """URL of a verifier that no test stops."""
-    from tests.cloud_verifier.protocol_client import running
-
-    with running(target) as url:
-        yield url
+def draft(shipped_draft: OnnxDraft) -> OnnxDraft:
+    return shipped_draft
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +121,10 @@ class RestartableVerifier:
         server, self._server = self._server, None
         if server:
             await server.stop()
+
+    @property
+    def is_running(self) -> bool:
+        return self._server is not None
 
     @property
     def sessions(self) -> int:

@@ -27,9 +27,6 @@ LONG_REQUEST = {"model": "", "prompt": PROMPT, "max_tokens": 1000, "temperature"
 IN_PROGRESS_SECONDS = 5.0
 
 
-pytestmark = pytest.mark.usefixtures("short_grace")
-
-
 @pytest.mark.parametrize("speculation", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_disconnected_client_ends_the_answer_and_its_session(

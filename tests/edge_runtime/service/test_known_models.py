@@ -30,9 +30,7 @@ async def stop_verifier(pair: ServicePair) -> None:
 
 
 @pytest.mark.slow
-async def test_models_stay_known_without_a_verifier(
-    target: Target, draft: OnnxDraft, short_grace: None, tmp_path: Path
-) -> None:
+async def test_models_stay_known_without_a_verifier(target: Target, draft: OnnxDraft, tmp_path: Path) -> None:
     file = tmp_path / "state" / "models.json"
     async with service_pair(target, draft) as pair:
         models = KnownModels(pair.service.client, file)
@@ -77,7 +75,7 @@ async def test_without_anything_else_the_configured_model_is_known(tmp_path: Pat
 
 @pytest.mark.slow
 async def test_a_request_that_is_not_streamed_fails_with_the_reason(
-    target: Target, draft: OnnxDraft, short_grace: None, caplog: pytest.LogCaptureFixture
+    target: Target, draft: OnnxDraft, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "edge_runtime.service")
     async with service_pair(target, draft, ServiceLimits(unreachable_seconds=0.3)) as pair:
@@ -90,7 +88,7 @@ async def test_a_request_that_is_not_streamed_fails_with_the_reason(
         await wait_until(lambda: not pair.service.queue.running)
 
 
-async def test_a_verifier_that_comes_back_in_time_answers(target: Target, draft: OnnxDraft, short_grace: None) -> None:
+async def test_a_verifier_that_comes_back_in_time_answers(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft, ServiceLimits(unreachable_seconds=60.0)) as pair:
         await stop_verifier(pair)
         answer = asyncio.create_task(pair.client.completions.create(model="", prompt="x", max_tokens=4))

@@ -21,9 +21,6 @@ PROMPT = "def read_config(path):\n"
 BODY: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 
 
-pytestmark = pytest.mark.usefixtures("short_grace")
-
-
 async def generate_target_text(pair: ServicePair) -> str:
     extra = {"ignore_eos": True, "speculation": False}
     answer = await pair.client.completions.create(

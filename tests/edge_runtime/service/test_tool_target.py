@@ -26,7 +26,7 @@ from tests.edge_runtime.conftest import TEXT
 from tests.edge_runtime.service.conftest import ServicePair, service_pair
 from tests.models import CHAT_TEMPLATE, byte_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_grace")]
+pytestmark = pytest.mark.slow
 
 # The answer, each piece a token that occurs once; the marker of calls is a special one. What a grammar leaves no choice
 # about is split as llguidance splits it.

@@ -23,7 +23,7 @@ from tests.edge_runtime.service.conftest import board_process, service_pair
 from tests.edge_runtime.service.test_link_loss import stream_chunks
 from tests.models import CHAT_TEMPLATE
 
-pytestmark = pytest.mark.usefixtures("toy_bundle", "short_grace")
+pytestmark = pytest.mark.usefixtures("toy_bundle")
 
 WEATHER: dict[str, Any] = {
     "type": "object",

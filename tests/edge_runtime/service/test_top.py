@@ -37,6 +37,7 @@ from edge_runtime.service.monitoring.events import (
     TokensAdded,
 )
 from edge_runtime.service.monitoring.words import load_words
+from tests.edge_runtime.commands import run
 from tests.edge_runtime.service.conftest import board_process
 
 PROMPT = "def read_config(path):\n"
@@ -44,7 +45,7 @@ COMMAND = [sys.executable, "-m", "edge_runtime.cli", "top"]
 
 
 def top(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+    return run("top", *arguments)
 
 
 @pytest.mark.slow

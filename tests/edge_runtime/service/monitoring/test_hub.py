@@ -160,7 +160,6 @@ async def test_a_link_fault_is_reported_until_the_verifier_is_back(target: Targe
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("short_grace")
 async def test_unverified_tokens_are_reported_and_corrected(
     target: Target, draft: OnnxDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def test_overlong_input_is_worded_as_openai_does(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-async def test_a_stream_that_fails_ends_with_an_error(target: Target, draft: OnnxDraft, short_grace: None) -> None:
+async def test_a_stream_that_fails_ends_with_an_error(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft, ServiceLimits(max_concurrent=1), deadline=1.0) as pair:
         stream = await pair.client.responses.create(model="", input="Hello", stream=True, max_output_tokens=2000)
         kinds = []
@@ -108,7 +108,7 @@ async def test_a_stream_that_fails_ends_with_an_error(target: Target, draft: Onn
         assert failed.value.code
 
 
-async def test_a_stream_is_abandoned_with_its_client(target: Target, draft: OnnxDraft, short_grace: None) -> None:
+async def test_a_stream_is_abandoned_with_its_client(target: Target, draft: OnnxDraft) -> None:
     async with service_pair(target, draft) as pair:
         stream = await pair.client.responses.create(
             model="", input="Hello", stream=True, extra_body={"ignore_eos": True}, max_output_tokens=100_000
