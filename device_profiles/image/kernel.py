@@ -10,7 +10,7 @@ import gzip
 import lzma
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,11 +97,11 @@ def unpack_kernel(archive: PackageArchive, package: KernelPackage, directory: Pa
     return kernel, files
 
 
-def unpack(archive: PackageArchive, files: Iterable[PackageFile], directory: Path) -> None:
+def unpack(archive: PackageArchive, files: Sequence[PackageFile], directory: Path) -> None:
     """Unpack package files into `directory`, without running their scripts."""
     directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        run(["dpkg-deb", "--extract", archive.download(file), directory])
+    for path in archive.download(files):
+        run(["dpkg-deb", "--extract", path, directory])
 
 
 def build_initrd(kernel: Kernel, busybox: Path, scratch: Path) -> bytes:

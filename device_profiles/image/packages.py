@@ -114,14 +114,19 @@ class PackageArchive:
         [file] = _parse_uris(self._apt("download", "-qq", "--print-uris", package))
         return file
 
-    def download(self, file: PackageFile) -> Path:
-        """Return the path of a package file, downloaded unless it is there already."""
-        path = self._cache / "debs" / file.name
-        if not path.exists():
-            self._apt("download", "-qq", f"{file.package}={file.version}", directory=path.parent)
-        if not path.exists():
-            raise ImageError(f"apt downloaded {file.package}, but not as {path.name}; remove {self._cache} and repeat")
-        return path
+    def download(self, files: Sequence[PackageFile]) -> list[Path]:
+        """Return the paths of package files, downloaded unless they are there already."""
+        directory = self._cache / "debs"
+        paths = [directory / file.name for file in files]
+        # All at once: apt reads its lists at every start, which takes longer than a download.
+        missing = [file for file, path in zip(files, paths, strict=True) if not path.exists()]
+        if missing:
+            names = [f"{file.package}={file.version}" for file in missing]
+            self._apt("download", "-qq", *names, directory=directory)
+        for path in paths:
+            if not path.exists():
+                raise ImageError(f"apt downloaded {path.name} under another name; remove {self._cache} and repeat")
+        return paths
 
     def _apt(self, *arguments: str, directory: Path | None = None) -> str:
         # This machine's own sources and preferences stay out of it; its proxies and credentials do not.

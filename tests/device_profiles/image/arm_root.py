@@ -16,6 +16,7 @@ from pathlib import Path
 
 from device_profiles.image.base_root import build_base, enable_emulation
 from device_profiles.image.build_python import python_of_debian
+from device_profiles.image.kernel import unpack
 from device_profiles.image.packages import Mirrors, PackageArchive
 from device_profiles.image.programs import require, run
 from device_profiles.image.recipe import PACKAGES
@@ -150,7 +151,6 @@ def _unpack(base: Path, directory: Path, cache: Path) -> None:
     run(["tar", "--extract", "--file", base, "--directory", root, "--exclude=./dev/*", "--no-same-owner"])
     old = PackageArchive(cache / "apt-bookworm", OldStable())
     old.update()
-    for package in OLD_PYTHON:
-        run(["dpkg-deb", "--extract", old.download(old.newest(package)), root])
+    unpack(old, [old.newest(package) for package in OLD_PYTHON], root)
     for name in ("checkout", "packages"):
         (root / name).mkdir(exist_ok=True)
