@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from edge_runtime.common import http_server
 from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
+from tests.event_loop_watchdog import watch_event_loops
 from tests.toy_family import FAMILY
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from cloud_verifier.api.server import VerifierServer
     from cloud_verifier.engine.auth import Authenticator
     from cloud_verifier.model.target import Target
+
+# Fixtures that are defined elsewhere.
+__all__ = ["watch_event_loops"]
 
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
