@@ -156,7 +156,8 @@ def test_sighup_reads_the_configuration_again(notify: NotifySocket, tmp_path: Pa
     assert "configuration reloaded; changed: planner.policy\n" in said
     # The port was given on the command line, which is not read again.
     assert "restart" not in said
-    assert f"the previous one stays in use: an error in the configuration:\n  {config}:1:" in said
+    # Line breaks within a record are escaped.
+    assert f"the previous one stays in use: an error in the configuration:\\n  {config}:1:" in said
 
 
 @pytest.mark.slow
