@@ -25,8 +25,13 @@ examples:
   draft-export distill /models/base --text corpus/ --samples 2000000 --output draft               # no chat template
   draft-export distill tests/toy_family/target-v1 --text README.md \\
       --steps 20 --rows 4 --length 64 --output /tmp/draft
+  draft-export distill /models/chat --chats 12000 --minutes 10 --head-bits 4 \\
+      --start draft --layout standalone --output draft2                                 # train its head as well
   draft-export distill /models/v2 --start draft --chats 4000 --steps 800 --output draft-v2  # retrain for a version
 """
+
+# Chosen: DEFAULT_STEPS gives a usable draft; --minutes reduces MOST_STEPS to what fits.
+DEFAULT_STEPS, MOST_STEPS = 3000, 1_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -47,13 +52,16 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help="UTF-8 files, or folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
-    parser.add_argument("--layout", choices=LAYOUTS, default="anchor", help="default: %(default)s")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: that of --start, or anchor")
     parser.add_argument("--new-blocks", type=int, default=3, metavar="N", help="trained blocks (default: %(default)s)")
     parser.add_argument(
         "--shared-blocks", type=int, default=0, metavar="N", help="blocks of the target's own (default: %(default)s)"
     )
     parser.add_argument(
-        "--start", type=Path, metavar="DRAFT", help="continue from this draft instead of TARGET's blocks"
+        "--start",
+        type=Path,
+        metavar="DRAFT",
+        help="continue from this draft instead of TARGET's blocks; with --layout standalone, train its head too",
     )
     parser.add_argument(
         "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"
@@ -84,7 +92,13 @@ def add_parser(commands: Any) -> None:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--objective", choices=OBJECTIVES, default="mixed", help="loss (default: %(default)s)")
-    training.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
+    training.add_argument("--steps", type=int, help=f"default: {DEFAULT_STEPS}, or as many as --minutes allows")
+    training.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="train for M minutes, without the writing of chats and the evaluation at the end",
+    )
     training.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     training.add_argument("--rows", type=int, default=64, help="texts in a batch (default: %(default)s)")
     training.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
@@ -107,7 +121,6 @@ def run(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises FlexSpecError."""
     import torch
 
-    from cloud_verifier.draft_models.layouts import LAYOUTS as LAYOUT_DEFINITIONS
     from export.draft.distillation_config import DistillationConfig
     from export.draft.distillation_run import MONITORED_TEMPERATURE, distill
     from export.draft.training import TrainingSchedule
@@ -117,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     config = DistillationConfig(
         target=options.target,
         plan=TrainingSchedule(
-            options.steps,
+            options.steps or (DEFAULT_STEPS if options.minutes is None else MOST_STEPS),
             options.rate,
             options.rows,
             options.length,
@@ -130,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         chats_directory=options.keep_chats,
         layout=options.layout,
         new_blocks=options.new_blocks,
-        shared_blocks=options.shared_blocks if LAYOUT_DEFINITIONS[options.layout].shares else 0,
+        shared_blocks=options.shared_blocks,
         objective=options.objective,
         samples=options.samples,
         versions=tuple(options.versions),
@@ -138,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
         strength=options.strength,
         future_share=options.future_share,
         start=options.start,
+        minutes=options.minutes,
         head_bits=options.head_bits,
         compiled=options.compile,
     )

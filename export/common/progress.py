@@ -49,6 +49,10 @@ class Progress(AbstractContextManager["Progress"]):
         left = elapsed / max(1, done - self._first) * (self._total - done)
         print(f"{self._label}: {done}/{self._total}  {note}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
 
+    def change_total(self, total: int) -> None:
+        """Expect another number of steps from now on."""
+        self._total = total
+
     def _open_bar(self) -> None:
         from rich import progress
 
@@ -64,5 +68,5 @@ class Progress(AbstractContextManager["Progress"]):
         display = progress.Progress(*columns)
         task = display.add_task(self._label, total=self._total, completed=self._first, note="")
         display.start()
-        self._bar = lambda done, note: display.update(task, completed=done, note=note)
+        self._bar = lambda done, note: display.update(task, completed=done, total=self._total, note=note)
         self._close = display.stop

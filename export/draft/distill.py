@@ -11,6 +11,7 @@ The losses compare the next-token distributions of the target, p, and of the dra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -85,6 +86,8 @@ def train_draft(
     checkpoint: Path | None = None,
     compiled: bool = False,
     evaluate: Callable[[], float] | None = None,
+    rounded: Callable[[], AbstractContextManager[None]] = nullcontext,
+    max_seconds: float | None = None,
 ) -> TrainingCurve:
     """Train the parameters of `draft` that require a gradient, in place, to match the teachers on their texts.
 
@@ -98,7 +101,7 @@ def train_draft(
         objective: the loss; see the module.
         checkpoint: file to save to periodically and to resume from.
         compiled: compile draft and loss; with a small model the loss alone takes half of the time of a step.
-        evaluate: see `export.draft.training.fit`.
+        evaluate, rounded, max_seconds: see `export.draft.training.fit`.
     """
     torch.manual_seed(schedule.seed)
     compiled_loss = torch.compile(blended_loss, dynamic=False) if compiled else None
@@ -120,7 +123,16 @@ def train_draft(
         value: torch.Tensor = compiled_loss(torch.cat(target_logits).flatten(0, 1), draft_logits.flatten(0, 1), weight)
         return value
 
-    return fit(draft, loss, schedule, label=f"draft ({objective})", checkpoint=checkpoint, evaluate=evaluate)
+    return fit(
+        draft,
+        loss,
+        schedule,
+        label=f"draft ({objective})",
+        checkpoint=checkpoint,
+        evaluate=evaluate,
+        rounded=rounded,
+        max_seconds=max_seconds,
+    )
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

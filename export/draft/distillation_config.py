@@ -8,6 +8,8 @@ from pathlib import Path
 from export.draft.distill import Objective
 from export.draft.training import TrainingSchedule
 
+DEFAULT_LAYOUT = "anchor"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
@@ -20,14 +22,17 @@ class DistillationConfig:
         chats: number of chats that the target writes itself as training text.
         chats_directory: where the chats are kept for further trainings; None removes them at the end.
         evaluated_chats: number of held-out chats for each temperature.
-        layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`.
+        layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`. Without a layout, it is that of
+            `start`, or DEFAULT_LAYOUT.
         objective: see `export.draft.distill`.
         samples: tokens to sample from the target after prompts from `texts`, as additional training text.
         versions: directories of further versions of the target (adapters, changed tensors): additional teachers.
         siblings, strength: perturbed targets as additional teachers; see `export.draft.teachers`.
         future_share: share of every batch that versions and siblings teach together.
-        start: directory of a draft to train on; None starts from blocks of the target.
+        start: directory of a draft to train on, as the layout `standalone` its head too; None starts from blocks of the
+            target.
         head_bits: train with head and embedding rounded to 4 bits, as in such a bundle; None: as they are.
+        minutes: take only as many of the schedule's steps as fit into this time.
         compiled: compile blocks and loss; None: on a GPU.
     """
 
@@ -37,7 +42,7 @@ class DistillationConfig:
     chats: int = 0
     chats_directory: Path | None = None
     evaluated_chats: int = 192
-    layout: str = "anchor"
+    layout: str | None = None
     new_blocks: int = 3
     shared_blocks: int = 0
     objective: Objective = "mixed"
@@ -48,4 +53,5 @@ class DistillationConfig:
     future_share: float = 0.3
     start: Path | None = None
     head_bits: int | None = None
+    minutes: float | None = None
     compiled: bool | None = None

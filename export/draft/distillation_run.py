@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cloud_verifier.draft_models.checkpoint import load_draft, read_description, save_draft
-from cloud_verifier.draft_models.layouts import DraftPlan, build_draft
+from cloud_verifier.draft_models.layouts import LAYOUTS, DraftPlan, build_draft
 from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -23,7 +24,7 @@ from export.bundle.head_rounding import round_head
 from export.draft.agreement import Agreement, measure_agreement
 from export.draft.base_target import TextSource, to_device
 from export.draft.distill import TeacherMix, compile_blocks, train_draft
-from export.draft.distillation_config import DistillationConfig
+from export.draft.distillation_config import DEFAULT_LAYOUT, DistillationConfig
 from export.draft.teachers import make_siblings, target_teacher
 from export.draft.training import EVALUATIONS, TrainingCurve, write_json
 from export.draft.training_text import CHATS_DIRECTORY, SAMPLES_FILE, TrainingText
@@ -73,14 +74,11 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
         target = load_version(config.target, device)
         text = TrainingText.gather(config, base, target, partial, device)
         if config.start is None:
-            draft, plan = build_draft(
-                target, config.layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks
-            )
+            layout = config.layout or DEFAULT_LAYOUT
+            draft, plan = build_draft(target, layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks)
         else:
-            draft, plan = to_device(load_draft(config.start, base), device), read_description(config.start).plan
-        to_device(draft, torch.float32)
-        if config.head_bits is not None and any(weight.requires_grad for weight in _head_weights(draft)):
-            raise InputError(f"a draft of the layout {plan.layout} trains its own head: leave out --head-bits")
+            draft, plan = _continue_draft(config.start, base, config.layout)
+        to_device(to_device(draft, torch.float32), device)
         compiled = config.compiled if config.compiled is not None else device.type == "cuda"
         mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)
 
@@ -90,12 +88,17 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
             with torch.compiler.set_stance("force_eager"):
                 return measure_agreement(target, draft, chats, temperatures=[temperature])
 
+        # A frozen head is rounded once, a trained one anew in every step.
+        head_is_trained = any(weight.requires_grad for weight in _head_weights(draft))
+        rounded = functools.partial(head_as_in_bundle, draft, config.head_bits)
+
         def monitor() -> float:
-            agreement = measure_chats(MONITORED_TEMPERATURE, MONITORED_CHATS, draft)
+            with rounded() if head_is_trained else contextlib.nullcontext():
+                agreement = measure_chats(MONITORED_TEMPERATURE, MONITORED_CHATS, draft)
             (score,) = agreement.accepted.values()
             return score
 
-        with head_as_in_bundle(draft, config.head_bits):
+        with contextlib.nullcontext() if head_is_trained else rounded():
             curve = train_draft(
                 mixes,
                 draft,
@@ -104,6 +107,8 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
                 checkpoint=partial / "checkpoint",
                 compiled=compiled,
                 evaluate=monitor if config.chats else None,
+                rounded=rounded if head_is_trained else contextlib.nullcontext,
+                max_seconds=config.minutes and config.minutes * 60,
             )
         save_draft(draft, plan, base, partial)
         # Measured after storing, because bfloat16 keeps fewer bits than training.
@@ -120,7 +125,7 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
             )
         record = _options_as_json(config) | {"curve": asdict(curve), "agreement": result.record()}
         write_json(partial / RECORD_FILE, record | {"tokens": text.tokens})
-        save_loss_chart(curve, f"{config.layout} draft of {config.target.name}", partial / LOSS_CHART_FILE)
+        save_loss_chart(curve, f"{plan.layout} draft of {config.target.name}", partial / LOSS_CHART_FILE)
         for leftover in SCRATCH_FILES:
             (partial / leftover).unlink(missing_ok=True)
         shutil.rmtree(partial / CHATS_DIRECTORY, ignore_errors=True)
@@ -150,8 +155,7 @@ def extrapolate_doubling(curve: TrainingCurve) -> float | None:
 def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None]:
     """Replace head and embedding of a draft by what a bundle of the form `int8-head4` computes with, for a while.
 
-    The frozen head is a constant of the training. A draft that is trained with the rounded one adapts its blocks to it,
-    so that rounding costs almost no acceptance.
+    A draft that is trained with the rounded head adapts to it, so that rounding costs almost no acceptance.
     """
     if bits is None:
         yield
@@ -159,7 +163,7 @@ def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None
     weights = _head_weights(draft)
     originals = [weight.detach().clone() for weight in weights]
     for weight in weights:
-        weight.data.copy_(round_head(weight.detach().float().cpu()))
+        weight.data.copy_(round_head(weight.detach().float()))
     try:
         yield
     finally:
@@ -172,6 +176,21 @@ def _head_weights(draft: PreTrainedModel) -> list[torch.nn.Parameter]:
     model: Any = draft
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return [embedding] if head is embedding else [embedding, head]
+
+
+def _continue_draft(start: Path, base: Path, layout: str | None) -> tuple[PreTrainedModel, DraftPlan]:
+    """Load a draft to train on; as `standalone`, what it shared is trained from now on as well.
+
+    Raises:
+        InputError: the draft is of another layout, which is not `standalone`.
+    """
+    draft, plan = load_draft(start, base), read_description(start).plan
+    if layout in (None, plan.layout):
+        return draft, plan
+    if LAYOUTS[layout].shares:
+        raise InputError(f"{start} is a draft of the layout {plan.layout}: leave out --layout, or ask for standalone")
+    draft.requires_grad_(True)
+    return draft, DraftPlan(layout, plan.blocks, 0, plan.target_blocks)
 
 
 def save_loss_chart(curve: TrainingCurve, title: str, path: Path) -> None:

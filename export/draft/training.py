@@ -12,7 +12,8 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
 # Chosen: five points from a fifth of the training to its end.
 EVALUATIONS, EVALUATION_FACTOR = 5, 1.5
+# Chosen: steps after compilation whose time tells how many fit, and the share of the time that is kept for evaluations.
+TIMED_STEPS, TIME_RESERVE = range(20, 60), 0.05
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def fit(
     label: str,
     checkpoint: Path | None = None,
     evaluate: Callable[[], float] | None = None,
+    rounded: Callable[[], AbstractContextManager[None]] = nullcontext,
+    max_seconds: float | None = None,
     seconds_between_checkpoints: float = 60.0,
     record_every: int = 25,
 ) -> TrainingCurve:
@@ -143,6 +148,10 @@ def fit(
         label: name of the run in the progress output.
         checkpoint: file to save to periodically and to resume from; the caller removes it after storing the result.
         evaluate: measures the model, EVALUATIONS times at steps that grow by a constant factor, for the curve.
+        rounded: context in which parameters have the values of their stored form; loss and gradients are computed in
+            it, and the step is taken from the values outside (a straight-through estimator).
+        max_seconds: take only as many steps as fit into this time, judged by TIMED_STEPS; the curve's plan says how
+            many. Learning rates and lengths of text follow the new number, so that the training ends as it should.
         seconds_between_checkpoints: minimum time between two saves.
         record_every: steps per point of the curve.
 
@@ -156,47 +165,60 @@ def fit(
     device = next(iter(parameters.values())).device
     optimizer = _make_optimizer(parameters, schedule, device)
     curve = TrainingCurve(asdict(schedule), _describe_machine(device))
-    first = _resume(checkpoint, parameters, optimizer, curve)
-    started = saved = time.monotonic()
+    first = _resume(checkpoint, parameters, optimizer, curve, other_steps=max_seconds is not None)
+    schedule = replace(schedule, steps=int(str(curve.plan["steps"])))
+    started = saved = timed = time.monotonic()
     seconds_before = curve.seconds
     # Summed on the device: reading a value at every step would stall the kernel queue.
     total, summed = torch.zeros((), device=device), 0
     model.train()
     with Progress(label, schedule.steps, first) as progress:
-        for number in range(first, schedule.steps):
+        number = first
+        while number < schedule.steps:
+            if number == first + TIMED_STEPS.start:
+                timed = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(number)
             rows, length = schedule.shape(number)
             random = np.random.default_rng([schedule.seed, number])
             batch = MicroBatch(number, rows, length, number / schedule.steps, random)
             for _ in range(schedule.accumulate):
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    value = loss(batch) / schedule.accumulate
-                torch.autograd.backward(value)
+                with rounded():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                        value = loss(batch) / schedule.accumulate
+                    torch.autograd.backward(value)
                 total += value.detach()
             nn.utils.clip_grad_norm_(list(parameters.values()), MAX_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             summed += 1
-            last = number + 1 == schedule.steps
+            number += 1
+            last = number == schedule.steps
             if summed == record_every or last:
-                curve.steps.append(number + 1)
+                curve.steps.append(number)
                 curve.losses.append(round(total.item() / summed, 5))
                 curve.seconds = round(seconds_before + time.monotonic() - started, 2)
                 if not math.isfinite(curve.losses[-1]):
-                    raise FloatingPointError(f"{label}: the loss is {curve.losses[-1]} at step {number + 1}")
+                    raise FloatingPointError(f"{label}: the loss is {curve.losses[-1]} at step {number}")
                 total.zero_()
                 summed = 0
-                progress.update(number + 1, f"loss {curve.losses[-1]:.4f}")
-                if evaluate is not None and number + 1 >= schedule.evaluation_step(len(curve.scores)):
+                progress.update(number, f"loss {curve.losses[-1]:.4f}")
+                if evaluate is not None and number >= schedule.evaluation_step(len(curve.scores)):
                     model.eval()
-                    curve.evaluated_steps.append(number + 1)
+                    curve.evaluated_steps.append(number)
                     curve.scores.append(evaluate())
                     model.train()
                 # Saved only at a record, so that a resumed run records the same means.
                 if checkpoint and not last and time.monotonic() - saved > seconds_between_checkpoints:
-                    _save(checkpoint, number + 1, parameters, optimizer, curve)
+                    _save(checkpoint, number, parameters, optimizer, curve)
                     saved = time.monotonic()
+            if max_seconds is not None and number == first + TIMED_STEPS.stop:
+                total.item()  # Waits for the device.
+                step_seconds = (time.monotonic() - timed) / len(TIMED_STEPS)
+                left = max_seconds * (1 - TIME_RESERVE) - seconds_before - (time.monotonic() - started)
+                schedule = replace(schedule, steps=min(schedule.steps, number + max(1, int(left / step_seconds))))
+                curve.plan = asdict(schedule)
+                progress.change_total(schedule.steps)
     model.eval()
     return curve
 
@@ -241,20 +263,32 @@ def _save(
 
 
 def _resume(
-    path: Path | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, curve: TrainingCurve
+    path: Path | None,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    curve: TrainingCurve,
+    *,
+    other_steps: bool,
 ) -> int:
-    """Restore the checkpoint if it has the same schedule; return the number of completed steps."""
+    """Restore the checkpoint if it has the same schedule; return the number of completed steps.
+
+    Args:
+        other_steps: the checkpoint may have another number of steps, which `curve.plan` then has as well.
+    """
     if path is None or not path.is_file():
         return 0
     device = next(iter(parameters.values())).device
     state = torch.load(path, map_location=device, weights_only=True)
-    if state["curve"]["plan"] != curve.plan or state["parameters"].keys() != parameters.keys():
+    plan = state["curve"]["plan"]
+    expected = curve.plan | ({"steps": plan["steps"]} if other_steps else {})
+    if plan != expected or state["parameters"].keys() != parameters.keys():
         print(f"{path} belongs to another training schedule: starting over", flush=True)
         return 0
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimiser"])
+    curve.plan = plan
     curve.steps, curve.losses = state["curve"]["steps"], state["curve"]["losses"]
     curve.seconds = state["curve"]["seconds"]
     curve.evaluated_steps, curve.scores = state["curve"]["evaluated_steps"], state["curve"]["scores"]

@@ -183,7 +183,11 @@ class FamilyRecipe:
                 heads.enter_context(head_as_in_bundle(model, HEAD_BITS))
                 return TorchProposer(model)
 
-            retrained = {version: draft(self.out / RETRAINED / version) for version in VERSIONS}
+            retrained = {
+                version: draft(self.out / RETRAINED / version)
+                for version in VERSIONS
+                if (self.out / RETRAINED / version).is_dir()
+            }
             targets = {version: partial(self._load, version) for version in VERSIONS}
             evaluation = evaluate(
                 {"frozen": draft(self.out / DRAFT)},

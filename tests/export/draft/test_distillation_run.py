@@ -14,15 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft
+from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft, read_description
 from cloud_verifier.draft_models.layouts import build_draft, plan_draft
+from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from export.bundle.head_rounding import round_head
 from export.cli.main import main
 from export.data.token_stream import TokenStream
 from export.draft import chats, distillation_run, training
 from export.draft.distillation_config import DistillationConfig
-from export.draft.distillation_run import distill, extrapolate_doubling, head_as_in_bundle, load_version
+from export.draft.distillation_run import (
+    distill,
+    extrapolate_doubling,
+    head_as_in_bundle,
+    load_version,
+)
 from export.draft.teachers import make_siblings, target_teacher
 from export.draft.training import TrainingSchedule
 from export.example_family.evolution import evolve, save_adapter
@@ -313,10 +319,23 @@ def test_the_head_is_rounded_for_a_while(tied: bool) -> None:
         assert torch.equal(draft.lm_head.weight, before["lm_head.weight"])
 
 
-def test_a_head_of_its_own_is_not_rounded(config: DistillationConfig, tmp_path: Path) -> None:
-    own = replace(config, layout="standalone", new_blocks=1, head_bits=4, samples=0)
-    with pytest.raises(InputError, match="trains its own head: leave out --head-bits"):
-        distill(own, tmp_path / "draft", CPU)
+def test_a_shared_draft_is_trained_on_with_its_head_as_in_the_bundle(
+    config: DistillationConfig, tmp_path: Path
+) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    distill(replace(config, head_bits=4), shared, CPU)
+    base = base_directory(config.target)
+    before = load_draft(shared, base).get_input_embeddings().weight
+    plan = replace(config.plan, steps=1)
+    distill(replace(config, plan=plan, start=shared, layout="standalone", head_bits=4), own, CPU)
+    draft, description = load_draft(own, base), read_description(own)
+    assert (description.plan.layout, description.plan.blocks) == ("standalone", read_description(shared).plan.blocks)
+    after = draft.get_input_embeddings().weight
+    # The step is taken from the exact values: the stored weights are not those of the rounded head.
+    assert 0 < (after - before).abs().max() <= 2 * plan.peak_rate
+    assert not torch.equal(after, round_head(after))
+    with pytest.raises(InputError, match="is a draft of the layout standalone: leave out --layout"):
+        distill(replace(config, start=own, layout="anchor"), tmp_path / "again", CPU)
 
 
 def curve(scores: list[float], steps: list[int]) -> training.TrainingCurve:

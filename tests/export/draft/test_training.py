@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from export.draft.training import LossFunction, MicroBatch, TrainingSchedule, fit
+from export.draft import training
+from export.draft.training import TIME_RESERVE, TIMED_STEPS, LossFunction, MicroBatch, TrainingSchedule, fit
 
 SCHEDULE = TrainingSchedule(steps=40, peak_rate=0.05, rows=16, length=4, warm_up=5, weight_decay=0.0)
 
@@ -57,6 +59,33 @@ def test_a_checkpoint_of_another_schedule_is_not_used(tmp_path: Path, capsys: py
     curve = fit(resumed, regression(resumed), TrainingSchedule(10, 0.05, 16, 4, warm_up=5), **options)
     assert curve.steps[0] == 5
     assert "another training schedule" in capsys.readouterr().out
+
+
+def test_the_steps_that_fit_into_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+
+    def tick() -> float:
+        return seconds
+
+    monkeypatch.setattr(training.time, "monotonic", tick)
+    model = make_model()
+    plain = regression(model)
+
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        nonlocal seconds
+        seconds += 2.0 if batch.step < TIMED_STEPS.start else 0.5  # The first steps compile.
+        return plain(batch)
+
+    long = replace(SCHEDULE, steps=1000)
+    checkpoint = tmp_path / "c"
+    options = {"label": "test", "checkpoint": checkpoint, "max_seconds": 120.0, "seconds_between_checkpoints": 0.0}
+    curve = fit(model, loss, long, **options)
+    # 40 s for 20 steps, and half a second for each of the others, with a reserve.
+    expected = TIMED_STEPS.start + int((120 * (1 - TIME_RESERVE) - 2 * TIMED_STEPS.start) / 0.5)
+    assert curve.steps[-1] == curve.plan["steps"] == expected
+    assert seconds <= 120
+    resumed = fit(make_model(), loss, long, **options)
+    assert resumed.plan == curve.plan
 
 
 def test_frozen_parameters_do_not_change() -> None:
