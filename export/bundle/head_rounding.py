@@ -16,8 +16,8 @@ HEAD_LEVELS = 16
 # Ranges that are tried for each block, relative to that of its values: a smaller one clips a few values and rounds the
 # others more finely.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-# Rows at once: 4096 rows of 8192 columns take 134 MB in float32, a few times.
-ROWS_AT_ONCE = 4096
+# Weights that are rounded at once: 134 MB in float32, a few times. On a GPU many small kernels would take longer.
+WEIGHTS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class QuantizedHead:
 def quantize_head(weight: torch.Tensor) -> QuantizedHead:
     """Quantize a head (V, columns) to 4 bits with the least squared error among RANGES, block by block."""
     rows = weight.detach().float()
-    parts = [_quantize_rows(rows[start : start + ROWS_AT_ONCE]) for start in range(0, len(rows), ROWS_AT_ONCE)]
+    parts = [_quantize_rows(part) for part in rows.split(max(1, WEIGHTS_AT_ONCE // rows.shape[1]))]
     levels, zero_points, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedHead(levels, zero_points, round_scales(scales), weight.shape[1])
 

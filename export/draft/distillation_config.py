@@ -21,7 +21,7 @@ class DistillationConfig:
         texts: UTF-8 files, or directories of them; may be empty if there are chats.
         chats: number of chats that the target writes itself as training text.
         chats_directory: where the chats are kept for further trainings; None removes them at the end.
-        evaluated_chats: number of held-out chats for each temperature.
+        evaluated_chats: number of held-out chats for each temperature; 0 evaluates on the given text alone.
         layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`. Without a layout, it is that of
             `start`, or DEFAULT_LAYOUT.
         objective: see `export.draft.distill`.

@@ -106,7 +106,7 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
                 objective=config.objective,
                 checkpoint=partial / "checkpoint",
                 compiled=compiled,
-                evaluate=monitor if config.chats else None,
+                evaluate=monitor if text.held_out_chats else None,
                 rounded=rounded if head_is_trained else contextlib.nullcontext,
                 max_seconds=config.minutes and config.minutes * 60,
             )

@@ -72,7 +72,7 @@ class TrainingText:
             length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
             directory = config.chats_directory or partial / CHATS_DIRECTORY
             chats = writer.write(ChatConfig(config.chats, length, seed=seed), directory)
-            for temperature in TEMPERATURES:
+            for temperature in TEMPERATURES if config.evaluated_chats else ():
                 own = ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
                 held_out_chats[temperature] = writer.write(own, config.chats_directory).rows()
             parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))

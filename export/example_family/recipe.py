@@ -153,7 +153,7 @@ class FamilyRecipe:
                 chats=self.size.version_chats,
                 start=self.out / DRAFT,
                 head_bits=HEAD_BITS,
-                evaluated_chats=self.size.evaluated_chats,
+                evaluated_chats=0,
             )
             result = distill(config, output, self.device)
             self._record(f"{RETRAINED}-{version}", result.record())

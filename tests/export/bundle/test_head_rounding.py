@@ -33,6 +33,6 @@ def test_the_values_are_levels_and_scales_that_a_bundle_stores(monkeypatch: pyte
     stored = quantize_head(weight)
     assert torch.equal(round_scales(stored.scales), stored.scales)
     assert stored.levels.max() <= 15 and stored.zero_points.max() <= 15
-    monkeypatch.setattr(head_rounding, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(head_rounding, "WEIGHTS_AT_ONCE", 6400)
     assert torch.equal(round_head(weight), stored.values())
     assert round_head(weight.bfloat16()).shape == weight.shape
