@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What begins in the code of these counts: our packages, and what the HTTP server calls them through. All else is the
 # tests' own: their coroutines and fixtures, and the clients, browsers and portals that they use.
 SERVERS = (f"{ROOT}/edge_runtime/", f"{ROOT}/cloud_verifier/", "/granian/", "/starlette/")
-# The coroutine of a command does not count: until it is ready, it has no clients.
-COMMAND = "_run"
+# The coroutine of a command, which takes its options, does not count: until it is ready, it has no clients.
+COMMAND_PARAMETER = "options"
 
 
 class Hold(msgspec.Struct, frozen=True):
@@ -108,7 +108,7 @@ class EventLoopWatchdog:
     def _report(self, callback: Callable[..., Any], seconds: float, stack: str) -> None:
         code, name = _code_of(callback)
         file = code.co_filename if code else ""
-        is_command = "/cli/" in file and name == COMMAND
+        is_command = code is not None and "/cli/" in file and code.co_varnames[:1] == (COMMAND_PARAMETER,)
         if is_command or not any(server in file for server in SERVERS):
             return
         hold = Hold(seconds, f"{name} ({file})", stack)
