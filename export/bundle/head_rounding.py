@@ -45,7 +45,8 @@ class QuantizedHead:
 def quantize_head(weight: torch.Tensor) -> QuantizedHead:
     """Quantize a head (V, columns) to 4 bits with the least squared error among RANGES, block by block."""
     rows = weight.detach().float()
-    parts = [_quantize_rows(part) for part in rows.split(max(1, WEIGHTS_AT_ONCE // rows.shape[1]))]
+    step = max(1, WEIGHTS_AT_ONCE // rows.shape[1])
+    parts = [_quantize_rows(rows[start : start + step]) for start in range(0, len(rows), step)]
     levels, zero_points, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedHead(levels, zero_points, round_scales(scales), weight.shape[1])
 
