@@ -11,11 +11,16 @@ from typing import Any, TypeVar
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from cloud_verifier.api.app import VerifierLimits
+from cloud_verifier.api.app import VerifierLimits, VerifierService
+from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.cli import serve
+from cloud_verifier.cli.main import build_parser
+from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target
+from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import ErrorReply, Frame, Message, OpenReply, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
@@ -38,6 +43,32 @@ def running(target: Target, limits: VerifierLimits | None = None, **options: obj
         portal.wrap_async_context_manager(serving(target, limits, **options)) as server,
     ):
         yield server.url
+
+
+@contextlib.asynccontextmanager
+async def listening(service: VerifierService) -> AsyncIterator[VerifierServer]:
+    """A service on a free port of loopback."""
+    server = VerifierServer(service, ListenOptions(port=0))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@contextlib.contextmanager
+def running_service(service: VerifierService) -> Iterator[str]:
+    """`listening` in a thread of its own, with its target loaded; yields the URL."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(listening(service)) as server:
+        while httpx.get(f"{server.url}/readyz").status_code != 200:
+            assert service.failure is None
+        yield server.url
+
+
+def command_service(*arguments: object) -> VerifierService:
+    """The service of `cloud-verifier serve` with these arguments, which starts no process here."""
+    options = build_parser().parse_args(["serve", *map(str, arguments)])
+    return serve._build_service(options, serve._target_loader(options), Authenticator(options.tokens))
 
 
 @contextlib.asynccontextmanager

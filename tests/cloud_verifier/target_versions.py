@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from anyio.from_thread import start_blocking_portal
 
 from cloud_verifier.api.app import VerifierService
-from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.engine.auth import Authenticator
 from cloud_verifier.engine.rollout import DEFAULT_RETIREMENT_POLICY, RetirementPolicy, Rollout, load_default_target
 from cloud_verifier.model.limits import VerifierLimits
@@ -19,7 +18,7 @@ from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.registry import Registry
-from edge_runtime.common.http_server import ListenOptions
+from tests.cloud_verifier.protocol_client import listening
 
 
 def make_target(path: Path, name: str, others: list[Target]) -> Target:
@@ -59,15 +58,6 @@ def registry_service(
 @contextlib.contextmanager
 def serve_registry(registry: Registry, tokens: Path | None = None, **options: Any) -> Iterator[str]:
     """Serve `registry_service` in a thread of its own; yields its URL."""
-
-    @contextlib.asynccontextmanager
-    async def listening() -> AsyncIterator[VerifierServer]:
-        server = VerifierServer(registry_service(registry, tokens, **options), ListenOptions(port=0))
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.stop()
-
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(listening()) as server:
+    service = registry_service(registry, tokens, **options)
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(listening(service)) as server:
         yield server.url

@@ -17,14 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.engine.rollout import RetirementPolicy
 from cloud_verifier.engine.sessions import RoundReply
 from cloud_verifier.engine.sessions import Session as ServerSession
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.registry import Registry
-from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FixedPlanner, Plan
@@ -33,7 +31,7 @@ from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import JSON, ErrorCode, ModelList, OpenReply, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
-from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, Session, opening
+from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, Session, listening, opening
 from tests.cloud_verifier.target_versions import registry_service, serve_registry
 from tests.conftest import serving
 from tests.models import save_target
@@ -154,9 +152,7 @@ def test_a_lost_session_continues_on_its_version_until_that_is_unloaded(
 async def test_an_unloaded_version_is_garbage_collected(registry: Registry) -> None:
     """Even the initial one, after a draft was compared with it."""
     service = registry_service(registry, policy=RetirementPolicy(linger_seconds=0, grace_seconds=3600))
-    server = VerifierServer(service, ListenOptions(port=0))
-    await server.start()
-    try:
+    async with listening(service) as server:
         versions = service.scheduler.versions
         async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
             await wait_until(lambda: len(versions) == 2)
@@ -176,8 +172,6 @@ async def test_an_unloaded_version_is_garbage_collected(registry: Registry) -> N
             await wait_until(lambda: version in versions)
         gc.collect()
         assert (target(), model()) == (None, None)
-    finally:
-        await server.stop()
 
 
 @pytest.mark.slow
@@ -187,37 +181,35 @@ async def test_a_version_of_another_cache_shape_is_unloaded_with_its_pool(regist
     model, _, end_ids = load_model(wide, "cpu", "float32")
     text = generate_reference(model, PROMPT, SAMPLING, LENGTH, end_ids)
     service = registry_service(registry, policy=RetirementPolicy(linger_seconds=0, grace_seconds=3600))
-    server = VerifierServer(service, ListenOptions(port=0))
-    await server.start()
 
     def loaded() -> list[str]:
         return [version for version in service.scheduler.versions if version.startswith("wide@")]
 
-    try:
-        async with httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client:
+    async with (
+        listening(service) as server,
+        httpx.AsyncClient(base_url=server.url, headers={"content-type": JSON}) as client,
+    ):
 
-            async def generate() -> tuple[str, list[int]]:
-                request = messages.encode(opening(sampling=SAMPLING, n=LENGTH, model="wide"), JSON)
-                reply = (await client.post("/v1/sessions", content=request)).json()
-                return reply["session"], reply["first"]["tokens"]
+        async def generate() -> tuple[str, list[int]]:
+            request = messages.encode(opening(sampling=SAMPLING, n=LENGTH, model="wide"), JSON)
+            reply = (await client.post("/v1/sessions", content=request)).json()
+            return reply["session"], reply["first"]["tokens"]
 
-            for _ in range(2):
-                await wait_until(loaded)
-                target = service.scheduler.versions[loaded()[0]]
-                generated = [await generate() for _ in range(3)]
-                assert [tokens for _, tokens in generated] == [text] * 3
-                registry.retire("wide")
-                for session, _ in generated:
-                    await client.delete(f"/v1/sessions/{session}")
-                await wait_until(lambda: not loaded())
-                late = RoundReply(RoundRequest(messages.PROTOCOL_VERSION, 0, len(PROMPT)))
-                service.scheduler.submit(ServerSession(list(PROMPT), SAMPLING, target, late), late)
-                with pytest.raises(VerifierRefused) as caught:
-                    await late.result()
-                assert caught.value.code == ErrorCode.SESSION_LOST
-                registry.add(str(wide))
-    finally:
-        await server.stop()
+        for _ in range(2):
+            await wait_until(loaded)
+            target = service.scheduler.versions[loaded()[0]]
+            generated = [await generate() for _ in range(3)]
+            assert [tokens for _, tokens in generated] == [text] * 3
+            registry.retire("wide")
+            for session, _ in generated:
+                await client.delete(f"/v1/sessions/{session}")
+            await wait_until(lambda: not loaded())
+            late = RoundReply(RoundRequest(messages.PROTOCOL_VERSION, 0, len(PROMPT)))
+            service.scheduler.submit(ServerSession(list(PROMPT), SAMPLING, target, late), late)
+            with pytest.raises(VerifierRefused) as caught:
+                await late.result()
+            assert caught.value.code == ErrorCode.SESSION_LOST
+            registry.add(str(wide))
 
 
 @pytest.mark.slow

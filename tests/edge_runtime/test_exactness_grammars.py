@@ -22,12 +22,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
-from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import make_logits_processors
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.checkpoint import load_tokenizer
-from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
@@ -39,6 +37,7 @@ from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.service.tool_calls.forms import tool_call_form
 from edge_runtime.service.tool_calls.grammar import AddedTokens, AnswerShape, Tool, build_grammar
 from edge_runtime.verifier.client import VerifierClient
+from tests.cloud_verifier.protocol_client import listening
 from tests.conftest import ComputeOnce, serving
 from tests.edge_runtime.test_exactness import (
     AHEAD,
@@ -305,15 +304,10 @@ async def test_a_verifier_that_drafts_gives_the_reference_text(
         VerifierLimits(),
         load_speculation=lambda target: OnnxSpeculation(family / "bundle", target, max_draft_tokens=4, threads=1),
     )
-    server = VerifierServer(service, ListenOptions(port=0))
-    await server.start()
-    try:
-        async with connected(server.url) as client:
-            for case in cases_for(0) + cases_for(1):
-                generation = await generate(client, None, prompts[case.prompt], case, FixedPlanner(Plan(0)))
-                assert generation.ids[len(prompts[case.prompt]) :] == reference[case], case
-    finally:
-        await server.stop()
+    async with listening(service) as server, connected(server.url) as client:
+        for case in cases_for(0) + cases_for(1):
+            generation = await generate(client, None, prompts[case.prompt], case, FixedPlanner(Plan(0)))
+            assert generation.ids[len(prompts[case.prompt]) :] == reference[case], case
 
 
 class OtherEnd(Target):

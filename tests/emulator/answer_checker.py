@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import io
 import itertools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -82,15 +81,16 @@ def make_cases(target: Path) -> list[AnswerCase]:
         bodies.append({"prompt": prompt, "max_tokens": length, **sampling})
         ids = tokenizer.encode(prompt).ids
         jobs.append(json.dumps({"ids": ids, "max_new_tokens": length, "sampling": sampling}))
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    # Imports PyTorch, which not everyone who checks answers needs.
+    from cloud_verifier.cli.main import main
+
+    output = io.StringIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, contextlib.redirect_stdout(output):
         file.write("\n".join(jobs))
         file.flush()
-        command = [sys.executable, "-m", "cloud_verifier.cli", "generate", str(target), "--jobs", file.name]
-        # One thread: on a busy machine several threads mostly wait for each other.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        assert main(["generate", str(target), "--jobs", file.name]) == 0
     cases = []
-    for fields, line in zip(bodies, output.splitlines(), strict=True):
+    for fields, line in zip(bodies, output.getvalue().splitlines(), strict=True):
         ids = json.loads(line)
         finish = "stop" if ids[-1] == 0 else "length"
         prompt = tokenizer.encode(fields["prompt"]).ids

@@ -14,7 +14,7 @@ import pytest
 from cloud_verifier.acceptance.bootstrap import Interval
 from cloud_verifier.cli.main import main
 from export.example_family.evolution import break_contract
-from tests.cloud_verifier.protocol_client import TIMEOUT_SECONDS
+from tests.cloud_verifier.protocol_client import TIMEOUT_SECONDS, command_service, running_service
 from tests.models import save_target
 
 
@@ -178,24 +178,16 @@ def test_a_text_that_is_too_short_or_missing(
 @pytest.mark.slow
 def test_serving_a_registry(registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "add", save_target(tmp_path / "tiny"))
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", "--registry", str(registry), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline().split()
-        try:
-            assert line[1].startswith("tiny@")
-            run(capsys, "promote", "tiny", "--alias", "stable")
-            deadline = time.monotonic() + TIMEOUT_SECONDS
-            while [model["id"] for model in httpx.get(f"{line[-1]}/v1/models").json()["data"]] != [
-                "latest",
-                "stable",
-                "tiny",
-            ]:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        finally:
-            process.terminate()
-        assert process.wait(TIMEOUT_SECONDS) == 0
+    with running_service(command_service("--registry", registry)) as url:
+
+        def listed() -> list[str]:
+            return [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+
+        run(capsys, "promote", "tiny", "--alias", "stable")
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while listed() != ["latest", "stable", "tiny"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_serve_reports_unusable_registries(

@@ -40,7 +40,7 @@ FAST, GENERAL = "fast", "general"
 NEW_TOKENS, MARGIN = 12, 9
 # Shorter and longer than windows and chunks, and longer than a chunk of the fast tier's prefill. Not 1: RecurrentGemma
 # in transformers cannot generate from one token. Each with one of the samplings in turn.
-PROMPT_LENGTHS = (2, CHUNK - 2, WINDOW + 5, 150, 150)
+PROMPT_LENGTHS = (2, CHUNK - 2, WINDOW + 5, 150)
 SAMPLINGS = (
     Sampling(ignore_eos=True),
     Sampling(0.8, seed=3, ignore_eos=True),

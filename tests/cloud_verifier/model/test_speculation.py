@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from anyio.from_thread import start_blocking_portal
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
-from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.cli.main import main
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.model.torch_speculation import TorchSpeculation
-from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest
 from edge_runtime.protocol.errors import BundleMissing, FlexSpecError, InputError, TargetError
@@ -34,7 +28,14 @@ from edge_runtime.protocol.messages import MSGPACK, Frame, FrameSplitter, ModelL
 from edge_runtime.protocol.sampling import Sampling
 from export.bundle.build import BundleConfig, make_bundle
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.protocol_client import PROMPT, ObservedTarget, ProtocolClient, Session
+from tests.cloud_verifier.protocol_client import (
+    PROMPT,
+    ObservedTarget,
+    ProtocolClient,
+    Session,
+    command_service,
+    running_service,
+)
 from tests.models import save_target
 
 ENDLESS = Sampling(ignore_eos=True)
@@ -80,23 +81,7 @@ def serve_speculating(
 ) -> Iterator[SpeculatingVerifier]:
     observed = ObservedTarget(target)
     service = VerifierService(lambda: observed, VerifierLimits(), load_speculation=load_speculation)
-
-    @contextlib.asynccontextmanager
-    async def listening() -> AsyncIterator[VerifierServer]:
-        server = VerifierServer(service, ListenOptions(port=0))
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.stop()
-
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(listening()) as server,
-        ProtocolClient(server.url) as client,
-    ):
-        while client.http.get("/readyz").status_code != 200:
-            assert service.failure is None
+    with running_service(service) as url, ProtocolClient(url) as client:
         yield SpeculatingVerifier(client, observed, service)
 
 
@@ -370,18 +355,10 @@ def test_serve_with_an_invalid_draft_reports_an_error(
 
 @pytest.mark.slow
 def test_serve_with_a_draft(tiny_path: Path, perfect_bundle: Path, reference_text: ReferenceText) -> None:
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(tiny_path), "--port", "0", "--threads", "1"]
-    command += ["--draft", str(perfect_bundle), "--draft-tokens", "3", "--draft-threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            with ProtocolClient(process.stdout.readline().split()[-1]) as client:
-                assert client.decode_reply(client.http.get("/v1/models"), ModelList).data[0].speculates
-                assert client.open(sampling=ENDLESS, n=30).ids == PROMPT + reference_text(PROMPT, 30, ENDLESS)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=300) == 0
-        finally:
-            process.kill()
+    options = ("--threads", "1", "--draft", perfect_bundle, "--draft-tokens", "3", "--draft-threads", "1")
+    with running_service(command_service(tiny_path, *options)) as url, ProtocolClient(url) as client:
+        assert client.decode_reply(client.http.get("/v1/models"), ModelList).data[0].speculates
+        assert client.open(sampling=ENDLESS, n=30).ids == PROMPT + reference_text(PROMPT, 30, ENDLESS)
 
 
 def test_no_server_side_drafts_with_more_than_max_rounds(
@@ -410,18 +387,12 @@ def test_no_server_side_drafts_with_more_than_max_rounds(
 def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:
     model, _, end_ids = load_model(family / "target-v1", "cpu", "float32")
     prompt = Tokenizer.from_file(str(family / "bundle" / "tokenizer.json")).encode("def main(").ids
-    command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(family / "target-v1"), "--port", "0"]
-    command += ["--threads", "1", "--draft", str(family / "draft-anchor")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            with ProtocolClient(process.stdout.readline().split()[-1]) as client:
-                sampling = Sampling(0.7, seed=1, ignore_eos=True)
-                session = client.open(prompt, sampling, n=64)
-                assert session.ids == prompt + generate_reference(model, prompt, sampling, 64, end_ids)
-                metrics = client.http.get("/metrics").text
-        finally:
-            process.kill()
+    service = command_service(family / "target-v1", "--threads", "1", "--draft", family / "draft-anchor")
+    with running_service(service) as url, ProtocolClient(url) as client:
+        sampling = Sampling(0.7, seed=1, ignore_eos=True)
+        session = client.open(prompt, sampling, n=64)
+        assert session.ids == prompt + generate_reference(model, prompt, sampling, 64, end_ids)
+        metrics = client.http.get("/metrics").text
     counted = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
     assert float(counted["flexspec_forward_seconds_count"]) > 0
 
