@@ -36,12 +36,12 @@ def make_planner(
     return AnalyticPlanner(objective or Objective(), world.device, acceptance=ACCEPTANCE, budget=budget)
 
 
-def check_plan(plan: Plan, conditions_: Conditions) -> None:
+def check_plan(plan: Plan, conditions_: Conditions, max_ahead: int = MAX_DRAFT_LENGTH) -> None:
     """Assert that `plan` is valid under the conditions."""
     assert 0 <= plan.draft <= max(MAX_DRAFT_LENGTH, conditions_.ready)
     assert 1 <= plan.continuation <= conditions_.left
     assert plan.in_flight in (1, 2)
-    assert 0 <= plan.draft_ahead <= MAX_DRAFT_LENGTH
+    assert 0 <= plan.draft_ahead <= max_ahead
     # Without a draft, `draft_ahead` only lets the draft prefill.
     assert not plan.draft_ahead or plan.continuation == 1 or not plan.draft
     assert not plan.shadow or not plan.draft
