@@ -42,7 +42,9 @@ from cloud_verifier.engine.submitter import RoundSubmitter
 from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round, make_constraint
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
+from edge_runtime.common.memory import RELEASE_SECONDS
 from edge_runtime.common.openapi import DocumentCache
+from edge_runtime.common.tasks import background_task
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Frame, OpenReply, OpenRequest, RoundRequest
@@ -375,13 +377,19 @@ class VerifierService:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.scheduler.start()
-        rollout_task = asyncio.create_task(self.rollout.run()) if self.rollout is not None else None
-        yield
-        if rollout_task is not None:
-            rollout_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await rollout_task
-        self.scheduler.stop()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self.scheduler.stop)
+            if self.rollout is not None:
+                await stack.enter_async_context(background_task(self.rollout.run()))
+            await stack.enter_async_context(background_task(self._release_memory()))
+            yield
+
+    async def _release_memory(self) -> None:
+        """Evict idle sessions and give unused memory back, until cancelled."""
+        while True:
+            await asyncio.sleep(RELEASE_SECONDS)
+            self.sessions.evict_idle()
+            await self.scheduler.release_unused_memory(self.limits.idle_seconds)
 
 
 def _recorded_opening(session: Session, opening: OpenRequest) -> RoundReply:

@@ -103,7 +103,8 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--max-tokens", text, default=262_144, type=positive)
     text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
     serve.add_argument("--no-prefix-cache", action="store_true", help=text)
-    option("--idle-seconds SECONDS", "evict sessions unused for longer", default=600.0)
+    text = "evict sessions unused for longer, and on a CPU the prefixes of closed ones; their memory goes back"
+    option("--idle-seconds SECONDS", text, default=600.0)
     text = "refuse new rounds while one has waited longer for its first token"
     option("--max-queue-seconds SECONDS", text, default=3.0, type=_seconds)
     text = "at SIGTERM, let rounds in progress run this long while new ones are refused"

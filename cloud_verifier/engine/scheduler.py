@@ -31,6 +31,7 @@ from cloud_verifier.model.runner import PendingPrefill
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
+from edge_runtime.common.memory import release_freed_memory
 from edge_runtime.protocol.errors import GrammarError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
@@ -207,6 +208,23 @@ class Scheduler:
             if self.target is target:
                 self.target = None
         return True
+
+    async def release_unused_memory(self, idle_seconds: float) -> None:
+        """Give memory back that a peak has taken: to be called regularly.
+
+        Args:
+            idle_seconds: how long KV caches of closed sessions are kept for reuse, where that takes memory.
+        """
+
+        def release() -> None:
+            self._free_released_sessions()
+            for prefix_cache in self._prefix_caches.values():
+                prefix_cache.expire(idle_seconds)
+            for pool in self._pools.values():
+                pool.trim()
+            release_freed_memory()
+
+        await self._run_between_steps(release)
 
     async def _run_between_steps(self, task: Callable[[], T]) -> T:
         future = concurrent.futures.Future[T]()

@@ -342,6 +342,13 @@ class SessionStore:
         """
         return {owner: holding.share(self._limits) for owner, holding in self._holdings().items()}
 
+    def evict_idle(self, exempt: Session | None = None) -> None:
+        """Evict the sessions that have been idle for too long, except `exempt`."""
+        before = time.monotonic() - self._limits.idle_seconds
+        for session in list(self._by_id.values()):
+            if session is not exempt and session.reply.done and session.last_used_at < before:
+                self._evict(session)
+
     def make_room(self, sessions: int, tokens: int, owner: str = "", exempt: Session | None = None) -> None:
         """Evict idle sessions, then others if necessary, until `owner` may have `sessions` and `tokens` more.
 
@@ -354,9 +361,7 @@ class SessionStore:
             VerifierRefused: `overloaded`: there would not be room in an empty store.
         """
         now = time.monotonic()
-        for session in list(self._by_id.values()):
-            if session is not exempt and session.reply.done and now - session.last_used_at > self._limits.idle_seconds:
-                self._evict(session)
+        self.evict_idle(exempt)
         present = self._reserved_tokens(exempt) if exempt else 0
         future = self._whole_pages(tokens + (len(exempt.ids) if exempt else 0))
         if future > self._limits.max_tokens:

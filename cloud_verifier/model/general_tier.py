@@ -121,8 +121,10 @@ class GeneralCachePool:
 
     Attributes:
         used_bytes: memory of all caches; what texts share is counted in each.
-        reclaim: see `kv_cache.CachePool`.
+        preallocated, reclaim: see `kv_cache.CachePool`.
     """
+
+    preallocated = False
 
     def __init__(self, shape: GeneralCacheShape, capacity_bytes: int) -> None:
         self.shape = shape
@@ -217,6 +219,9 @@ class GeneralCachePool:
     def retain(self, sequence: CachedSequence) -> int:
         """See `kv_cache.CachePool.retain`."""
         return self.shareable(sequence, sequence.length)
+
+    def trim(self) -> None:
+        """See `kv_cache.CachePool.trim`: caches that are released are freed at once."""
 
 
 class GeneralRunner:

@@ -1,9 +1,10 @@
 """Paged KV cache: a bounded pool of pages from which sequences take and to which they return memory.
 
 On an accelerator the pool is one allocation made at start, and pages are small so that little memory is left unused in
-a sequence's last page. On a CPU a page is allocated when it is first needed. CPU pages are so large that most sequences
-have one: the keys of a sequence are then a view, and memory past its tokens costs nothing because it is never touched.
-Live sequences of a CPU pool have no bound of their own; the session store limits them.
+a sequence's last page. On a CPU a page is allocated when it is first needed, and given back when it was not for a while
+(`trim`). CPU pages are so large that most sequences have one: the keys of a sequence are then a view, and memory past
+its tokens costs nothing because it is never touched. Live sequences of a CPU pool have no bound of their own; the
+session store limits them.
 
 Sequences with a common prefix can share its pages. A page that several sequences hold is never written: a sequence that
 is about to write to one takes another page first (copy on write).
@@ -49,10 +50,12 @@ class CachePool(Protocol):
     """What the engine needs of a pool: the caches of sequences in the fast tier, or those in the general tier.
 
     Attributes:
+        preallocated: the pool takes its memory when it is made, and keeps it.
         reclaim: releases one sequence that is kept only for reuse, when the pool needs memory; returns whether there
             was one. The prefix cache sets it.
     """
 
+    preallocated: bool
     reclaim: Callable[[], bool]
 
     def keep(self, sequence: CachedSequence, rows: list[int]) -> None: ...
@@ -67,6 +70,9 @@ class CachePool(Protocol):
 
     def retain(self, sequence: CachedSequence) -> int:
         """Release what of `sequence`, to which nothing is going to be added, cannot be shared; return what is left."""
+
+    def trim(self) -> None:
+        """Give memory back that has not been needed since the last call; the pool takes it again when it is."""
 
 
 class CacheShape(Protocol):
@@ -129,23 +135,26 @@ class KVCachePool:
         page_tokens: tokens per page.
         capacity_pages: pages that an accelerator's pool can give to sequences. On a CPU, with more pages than these in
             use, no sequence is kept only for reuse.
-        reclaim: see `CachePool`.
+        preallocated, reclaim: see `CachePool`.
         slabs: tensors (pages, layers, 2, heads, page, head size); index 0 of the third dimension holds keys, 1 values.
-            One slab on an accelerator; on a CPU one for every page allocated so far.
+            One slab on an accelerator; on a CPU one for every page so far, empty if the page was given back.
     """
 
     def __init__(self, shape: KVCacheShape, tokens: int) -> None:
         self.shape = shape
         self.page_tokens = PAGE_TOKENS.get(shape.device.type, PAGE_TOKENS["cuda"])
-        self._preallocated = shape.device.type != "cpu"
+        self.preallocated = shape.device.type != "cpu"
         self.capacity_pages = -(-tokens // self.page_tokens) + SLACK_PAGES
         self.reclaim: Callable[[], bool] = reclaim_nothing
         self._free: list[int] = []
+        # On a CPU: pages without memory, and how many of the free ones were never needed since the last `trim`.
+        self._given_back: list[int] = []
+        self._least_free = 0
         # By page in use: how many sequences hold it.
         self._holders: dict[int, int] = {}
         self._moves: list[tuple[int, int, int, int]] = []
         self.slabs: list[torch.Tensor] = []
-        if self._preallocated:
+        if self.preallocated:
             # Page 0 belongs to no sequence and is never read: padding rows of a batch are written there.
             self.slabs.append(self._allocate(self.capacity_pages + 1))
             self._free = list(range(self.capacity_pages, 0, -1))
@@ -157,7 +166,7 @@ class KVCachePool:
         shape = self.shape
         size = (pages, shape.layers, 2, shape.heads, self.page_tokens, shape.head_size)
         slab = torch.empty(size, dtype=shape.dtype, device=shape.device)
-        if not self._preallocated:
+        if not self.preallocated:
             slab[..., :PRETOUCHED_TOKENS, :] = 0
         return slab
 
@@ -177,7 +186,7 @@ class KVCachePool:
             missing = len(shared) + max(0, -(-length // self.page_tokens) - len(sequence.pages))
             if self.used_pages + missing <= self.capacity_pages or not missing or not self.reclaim():
                 break
-        if self._preallocated and missing > len(self._free):
+        if self.preallocated and missing > len(self._free):
             raise KVCacheFull
         for index in shared:
             self._replace(sequence, index)
@@ -191,7 +200,7 @@ class KVCachePool:
 
     def shareable(self, source: CachedSequence, length: int) -> int:
         """See `CachePool.shareable`: whole pages on an accelerator, so that none has to be copied."""
-        return length - length % self.page_tokens if self._preallocated else length
+        return length - length % self.page_tokens if self.preallocated else length
 
     def share(self, source: CachedSequence, sequence: CachedSequence, length: int) -> None:
         """See `CachePool.share`. The keys must not differ for another reason, see `Target.key_variant`."""
@@ -207,6 +216,17 @@ class KVCachePool:
         sequence.length = self.shareable(sequence, sequence.length)
         self._drop_pages(sequence, -(-sequence.length // self.page_tokens))
         return sequence.length
+
+    def trim(self) -> None:
+        """See `CachePool.trim`."""
+        if self.preallocated:
+            return
+        # The first ones were free for the longest time.
+        unneeded, self._free = self._free[: self._least_free], self._free[self._least_free :]
+        for page in unneeded:
+            self.slabs[page] = torch.empty(0)
+        self._given_back += unneeded
+        self._least_free = len(self._free)
 
     def _shared_pages(self, sequence: CachedSequence, length: int) -> list[int]:
         """Indices of those pages of `sequence` that other sequences hold, and that a growth to `length` writes to."""
@@ -226,10 +246,15 @@ class KVCachePool:
         sequence.pages[index] = page
 
     def _take_page(self) -> int:
-        if not self._free:
+        if self._free:
+            page = self._free.pop()
+        elif self._given_back:
+            page = self._given_back.pop()
+            self.slabs[page] = self._allocate(1)
+        else:
+            page = len(self.slabs)
             self.slabs.append(self._allocate(1))
-            self._free.append(len(self.slabs) - 1)
-        page = self._free.pop()
+        self._least_free = min(self._least_free, len(self._free))
         self._holders[page] = 1
         return page
 
@@ -244,7 +269,7 @@ class KVCachePool:
 
     def view(self, page: int) -> torch.Tensor:
         """Keys and values of one page: (layers, 2, heads, page, head size)."""
-        return self.slabs[0][page] if self._preallocated else self.slabs[page][0]
+        return self.slabs[0][page] if self.preallocated else self.slabs[page][0]
 
     def keep(self, sequence: CachedSequence, rows: list[int]) -> None:
         """Extend `sequence` by the given rows of the last forward, and roll back the others.

@@ -12,6 +12,7 @@ the time to the first token tells whether a prefix was cached. Everything here b
 from __future__ import annotations
 
 import itertools
+import time
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class PrefixEntry:
         ids: its token ids; a live session appends to them.
         sequence: its KV cache, of a prefix of `ids`.
         number: entries are numbered in the order in which their sessions opened.
+        used_at: when a session that used it closed or opened last, by `time.monotonic`.
     """
 
     def __init__(self, scope: CacheScope, ids: list[int], sequence: CachedSequence, number: int) -> None:
@@ -46,6 +48,7 @@ class PrefixEntry:
         self.ids = ids
         self.sequence = sequence
         self.number = number
+        self.used_at = time.monotonic()
 
 
 class PrefixCache:
@@ -126,6 +129,7 @@ class PrefixCache:
             if self._covers(entry, other):
                 self._discard(other)
         self._retained[sequence] = entry
+        self._touch(entry)
         self.retained_tokens += length
 
     def forget(self, sequence: CachedSequence) -> None:
@@ -139,6 +143,16 @@ class PrefixCache:
         for entry in list(self._retained.values()):
             if entry.scope.target is target:
                 self._discard(entry)
+
+    def expire(self, seconds: float) -> None:
+        """Release what no session has used for `seconds`, unless that would free no memory."""
+        if self._pool.preallocated:
+            return
+        before = time.monotonic() - seconds
+        for entry in list(self._retained.values()):
+            if entry.used_at > before:
+                break
+            self._discard(entry)
 
     def _covers(self, entry: PrefixEntry, other: PrefixEntry) -> bool:
         """Whether everything that could be taken from `other` can be taken from `entry`, too."""
@@ -171,4 +185,5 @@ class PrefixCache:
 
     def _touch(self, entry: PrefixEntry) -> None:
         if entry.sequence in self._retained:
+            entry.used_at = time.monotonic()
             self._retained.move_to_end(entry.sequence)

@@ -94,7 +94,13 @@ async def _run(options: argparse.Namespace) -> int:
     from edge_runtime.cli.serve_checks import check_serve, make_access
     from edge_runtime.common.connections import ConnectionLimits
     from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_stop_signals
-    from edge_runtime.common.memory import accounts_for_services, freeze_objects, limit_heap_growth, limit_own_memory
+    from edge_runtime.common.memory import (
+        accounts_for_services,
+        freeze_objects,
+        keep_releasing_memory,
+        limit_heap_growth,
+        limit_own_memory,
+    )
     from edge_runtime.common.network import is_loopback
     from edge_runtime.common.sd_notify import Notifier
     from edge_runtime.service.app import Service
@@ -139,7 +145,7 @@ async def _run(options: argparse.Namespace) -> int:
             print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
             notifier.ready(reloader.status())
         feeding = notifier.run(reloader.status, lambda: board.draft.step_seconds, reloader.errno)
-        for coroutine in (feeding, reloader.run(board), LinkMonitor(client).run()):
+        for coroutine in (feeding, reloader.run(board), LinkMonitor(client).run(), keep_releasing_memory()):
             await stack.enter_async_context(background_task(coroutine))
         await stop.wait()
         notifier.stopping("waiting for running answers")

@@ -48,11 +48,11 @@ class PromptTokenizer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
-    async def run(self, work: Callable[[], T], disconnected: asyncio.Task[None]) -> T:
+    async def run(self, work: Callable[[], T], disconnected: asyncio.Future[None]) -> T:
         """Return the result of `work()`, run in the thread after what is queued before it.
 
         Args:
-            disconnected: if this task ends first, the client has left: `work` is not begun any more.
+            disconnected: if this ends first, the client has left: `work` is not begun any more.
 
         Raises:
             ClientDisconnect: the client has left.

@@ -200,6 +200,23 @@ async def test_cache_pages_of_closed_sessions_are_reused(tiny: Target) -> None:
         assert len(pool.slabs) <= 2
 
 
+async def test_memory_of_closed_sessions_goes_back(tiny: Target, reference_text: ReferenceText) -> None:
+    async with running_scheduler(tiny) as scheduler:
+        for _ in range(2):
+            opened = [submit_opening(scheduler, tiny, prompt=[*PROMPT, k]) for k in range(8)]
+            for session, reply in opened:
+                await reply.result()
+                scheduler.release(session)
+            (pool,) = scheduler._pools.values()
+            await scheduler.release_unused_memory(300.0)
+            assert scheduler.retained_tokens and any(slab.numel() for slab in pool.slabs)
+            # The pages that become free by the first call were not needed until the second.
+            for _ in range(2):
+                await scheduler.release_unused_memory(0.0)
+            assert not scheduler.retained_tokens and not any(slab.numel() for slab in pool.slabs)
+        assert (await submit_opening(scheduler, tiny)[1].result()).tokens == reference_text(PROMPT, 1)
+
+
 @pytest.mark.slow
 async def test_no_text_depends_on_the_batch_it_is_computed_in(tiny_path: Path, tmp_path: Path) -> None:
     """Texts of three versions are decoded, evicted and reopened while another version is loaded and unloaded."""

@@ -41,7 +41,7 @@ def make_pool(device: str) -> KVCachePool:
     pool.page_tokens = PAGE
     pool.capacity_pages = CAPACITY_PAGES
     pool.slabs, pool._free = [], []
-    if pool._preallocated:
+    if pool.preallocated:
         pool.slabs = [pool._allocate(CAPACITY_PAGES + 1)]
         pool._free = list(range(CAPACITY_PAGES, 0, -1))
     return pool
@@ -187,6 +187,21 @@ class PoolMachine(RuleBasedStateMachine):
             del self.ids[sequence]
             self.waiting.pop(sequence, None)
 
+    @rule()
+    def trim(self) -> None:
+        """Twice without a need for them in between, and no free page of a CPU has memory."""
+        self.pool.trim()
+        free = [] if self.pool.preallocated else list(self.pool._free)
+        self.pool.trim()
+        assert not any(self.pool.slabs[page].numel() for page in free)
+
+    @rule()
+    def expire(self) -> None:
+        self.cache.expire(300.0)
+        retained = self.cache.retained_tokens
+        self.cache.expire(-1.0)
+        assert self.cache.retained_tokens == (retained if self.pool.preallocated else 0)
+
     @rule(version=st.integers(0, 1))
     def unload(self, version: int) -> None:
         self.cache.purge(self.targets[version])
@@ -217,10 +232,11 @@ class PoolMachine(RuleBasedStateMachine):
         pool = self.pool
         holders = Counter(page for sequence in (*self.ids, *self.cache._retained) for page in sequence.pages)
         assert holders == pool._holders
-        assert len(set(pool._free)) == len(pool._free)
-        assert not holders.keys() & set(pool._free)
-        total = CAPACITY_PAGES if pool._preallocated else len(pool.slabs)
-        assert len(holders) + len(pool._free) == total
+        free = [*pool._free, *pool._given_back]
+        assert len(set(free)) == len(free)
+        assert not holders.keys() & set(free)
+        total = CAPACITY_PAGES if pool.preallocated else len(pool.slabs)
+        assert len(holders) + len(free) == total
         if len(holders) > CAPACITY_PAGES:
             assert self.device == "cpu"
 
