@@ -5,7 +5,8 @@ could, or a tenant with a token: idle connections, floods of prompts and session
 and endless bodies, forged log lines. An honest client asks all the while. Prints a row for each attack, and the memory
 of both processes at the start, at its peak, and a minute after. Exit code 1 if a goal is missed: no error for the
 honest client, its p99 under 2 s, /healthz within 100 ms at 99 %, memory back within 20 %, and nothing that an attack
-saw broken.
+saw broken. The first row is without an attack: where that takes more than half of a limit, since the machine is busy
+with other work, the limit is twice that row.
 """
 
 from __future__ import annotations
@@ -42,16 +43,20 @@ SETTLING_SECONDS = 60.0
 # Seconds after which the honest client gives up; far above the goal.
 ANSWER_LIMIT_SECONDS = 60.0
 HONEST_CLIENTS = 2
+# An answer that is refused because the queue is full is asked for again, as OpenAI's clients do by default.
+RETRIES, RETRY_SECONDS = 2, 1.0
 # Pauses of the honest clients between answers, and of the probes of /healthz.
 ANSWER_PAUSE_SECONDS, HEALTH_PAUSE_SECONDS = 0.1, 0.25
 # Answers before the start, which fill caches and pools.
 WARM_UP_ANSWERS = 20
 # An attack may take this long to notice that its time is over.
 ATTACK_GRACE_SECONDS = 90.0
-# So that a flood fills the verifier within seconds.
-VERIFIER_OPTIONS = ("--threads", "1", "--max-sessions", "32", "--max-tokens", "65536")
+# So that a flood fills the verifier within seconds, and what it leaves behind is old within the time for settling.
+VERIFIER_OPTIONS = ("--threads", "1", "--max-sessions", "32", "--max-tokens", "65536", "--idle-seconds", "20")
 PROCESSES = ("board", "verifier")
 NO_ATTACK = "none"
+# The limits are at least this many times what the honest client sees without an attack, for machines that are busy.
+QUIET_FACTOR = 2.0
 
 
 class AttackResult(msgspec.Struct):
@@ -59,8 +64,9 @@ class AttackResult(msgspec.Struct):
 
     Attributes:
         answers: kinds of its answers.
+        retries: how often it was asked to try again, and did.
         errors: descriptions of those that were not right.
-        seconds: durations of its answers.
+        seconds: durations of its answers, retries included.
         health: durations of probes of /healthz, by process; a probe that failed counts as infinite.
         peaks: largest resident bytes by process.
         broken: what the attack saw broken.
@@ -68,27 +74,37 @@ class AttackResult(msgspec.Struct):
 
     name: str
     answers: Counter[str] = msgspec.field(default_factory=Counter)
+    retries: int = 0
     errors: Counter[str] = msgspec.field(default_factory=Counter)
     seconds: list[float] = msgspec.field(default_factory=list)
     health: dict[str, list[float]] = msgspec.field(default_factory=lambda: {name: [] for name in PROCESSES})
     peaks: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(PROCESSES, 0))
     broken: list[str] = msgspec.field(default_factory=list)
 
-    def missed_goals(self) -> list[str]:
-        """Describe the goals that were missed during this attack."""
+    def missed_goals(self, quiet: AttackResult) -> list[str]:
+        """Describe the goals that were missed during this attack; `quiet` is what there was without one."""
+        answer_limit, health_limits = quiet.limits()
         missed = [f"{count} answers of the honest client: {error}" for error, count in self.errors.items()]
         if not self.answers:
             missed.append("the honest client got no answer at all")
-        if (p99 := quantile(self.seconds, 0.99)) > MAX_ANSWER_SECONDS:
+        if (p99 := quantile(self.seconds, 0.99)) > answer_limit:
             missed.append(f"the honest client's p99 was {p99:.2f} s")
         for name, seconds in self.health.items():
-            if (p99 := quantile(seconds, 0.99)) > MAX_HEALTH_SECONDS:
+            if (p99 := quantile(seconds, 0.99)) > health_limits[name]:
                 missed.append(f"/healthz of the {name} took {1e3 * p99:.0f} ms at 99 %")
         return missed + self.broken
 
+    def limits(self) -> tuple[float, dict[str, float]]:
+        """The limits in seconds for p99 of answers, and of /healthz by process, if this is without an attack."""
+        health = {
+            name: max(MAX_HEALTH_SECONDS, QUIET_FACTOR * quantile(seconds, 0.99))
+            for name, seconds in self.health.items()
+        }
+        return max(MAX_ANSWER_SECONDS, QUIET_FACTOR * quantile(self.seconds, 0.99)), health
+
 
 class SiegeResult(msgspec.Struct):
-    """All attacks, and resident bytes by process at the start and after settling."""
+    """All attacks, the first of which is none, and resident bytes by process after that and after settling."""
 
     attacks: list[AttackResult]
     before: dict[str, int]
@@ -100,7 +116,8 @@ class SiegeResult(msgspec.Struct):
 
     def missed_goals(self) -> list[str]:
         """Describe all goals that were missed."""
-        missed = [f"{attack.name}: {sentence}" for attack in self.attacks for sentence in attack.missed_goals()]
+        quiet = self.attacks[0]
+        missed = [f"{attack.name}: {sentence}" for attack in self.attacks for sentence in attack.missed_goals(quiet)]
         ratios = {name: self.after[name] / self.before[name] for name in PROCESSES}
         return missed + [
             f"the {name}'s memory is {ratio:.2f} times that at the start"
@@ -170,9 +187,15 @@ class Siege:
             while True:
                 case = self._cases[(7 * number + result.answers.total()) % len(self._cases)]
                 stream = bool((number + result.answers.total()) % 2)
-                checked = await request_answer(client, case, stream=stream, limit=ANSWER_LIMIT_SECONDS)
+                started = time.perf_counter()
+                for attempt in range(RETRIES + 1):
+                    checked = await request_answer(client, case, stream=stream, limit=ANSWER_LIMIT_SECONDS)
+                    if checked.code != "rate_limit_exceeded" or attempt == RETRIES:
+                        break
+                    result.retries += 1
+                    await asyncio.sleep(RETRY_SECONDS)
                 result.answers[str(checked.kind)] += 1
-                result.seconds.append(checked.seconds)
+                result.seconds.append(time.perf_counter() - started)
                 if checked.kind != AnswerKind.RIGHT:
                     result.errors[f"{checked.kind} {checked.code} {checked.detail[:120]}".strip()] += 1
                 await asyncio.sleep(ANSWER_PAUSE_SECONDS)
@@ -266,13 +289,15 @@ async def _add_token(folder: Path, name: str, *options: str) -> str:
 async def measure(
     cases: Sequence[AnswerCase], names: Sequence[str], seconds: float, on_result: Callable[[AttackResult], None]
 ) -> SiegeResult:
-    """Run the attacks, each for its share of `seconds`; call `on_result` after each."""
+    """Run no attack and then all of `names`, each for its share of `seconds`; call `on_result` after each."""
     async with besieged(cases) as siege:
         await siege.warm_up()
+        results = [await siege.run_attack(NO_ATTACK, seconds / (1 + len(names)))]
+        on_result(results[0])
+        # After answers for a while, which fill caches and the history of events.
         before = siege.resident()
-        results = []
         for name in names:
-            results.append(await siege.run_attack(name, seconds / len(names)))
+            results.append(await siege.run_attack(name, seconds / (1 + len(names))))
             on_result(results[-1])
         await asyncio.sleep(min(SETTLING_SECONDS, seconds))
         return SiegeResult(results, before, siege.resident())
@@ -281,7 +306,7 @@ async def measure(
 def print_result(result: SiegeResult, console: Console) -> None:
     table = Table(title="the honest client under attack")
     table.add_column("attack")
-    for column in ("answers", "errors", "p50, s", "p99, s", "max, s"):
+    for column in ("answers", "retries", "errors", "p50, s", "p99, s", "max, s"):
         table.add_column(column, justify="right")
     for column in ("/healthz p50, p99, max of board, ms", "of verifier, ms", "peak MB of board, verifier", "goals"):
         table.add_column(column, justify="right")
@@ -292,9 +317,14 @@ def print_result(result: SiegeResult, console: Console) -> None:
             for name in PROCESSES
         ]
         peaks = ", ".join(str(attack.peaks[name] >> 20) for name in PROCESSES)
-        verdict = "[red]missed[/red]" if attack.missed_goals() else "met"
+        verdict = "[red]missed[/red]" if attack.missed_goals(result.attacks[0]) else "met"
         table.add_row(
-            attack.name, str(attack.answers.total()), str(attack.errors.total()), *times, *health, peaks, verdict
+            attack.name,
+            *(str(count) for count in (attack.answers.total(), attack.retries, attack.errors.total())),
+            *times,
+            *health,
+            peaks,
+            verdict,
         )
     console.print(table)
     for name in PROCESSES:
@@ -310,7 +340,7 @@ def main() -> int:
     text = f"attacks to run, by default all: {', '.join(ATTACKS)}"
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME", help=text)
     options = parser.parse_args()
-    names, seconds = [NO_ATTACK, *options.only], 60 * options.minutes
+    names, seconds = [NO_ATTACK, *options.only], 60.0 * options.minutes
     console = Console(width=160)
     console.print("preparing the answers to compare with")
     cases = make_cases(TARGET)
@@ -318,15 +348,18 @@ def main() -> int:
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(names[0], total=len(names))
 
+        shown: list[AttackResult] = []
+
         def show(result: AttackResult) -> None:
+            shown.append(result)
             progress.advance(task)
             following = (*names, "settling")[names.index(result.name) + 1]
             progress.update(task, description=following)
-            goals = "; ".join(result.missed_goals()) or "all goals met"
+            goals = "; ".join(result.missed_goals(shown[0])) or "all goals met"
             # Not as markup: an error may contain brackets.
             progress.console.print(f"{result.name}: {goals}", markup=False)
 
-        result = asyncio.run(measure(cases, names, seconds, show))
+        result = asyncio.run(measure(cases, options.only, seconds, show))
     print_result(result, console)
     missed = result.missed_goals()
     for sentence in missed:
