@@ -2,6 +2,9 @@
 
 The scheduler starts on all submitted rounds at once, so the queue is the set of rounds that have no token yet. The time
 that an opening spends on prefilling its own prompt is not waiting: it is estimated from recent prompts and subtracted.
+
+Principals take turns in prefilling (`fairness.TurnOrder`), so the openings of one wait for each other more than those
+of others wait for them: a principal that sends many is refused before others are.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -55,7 +58,8 @@ class AdmissionController:
         self._max_queue_seconds = max_queue_seconds
         self._active: set[RoundReply] = set()
         self._queued_rounds: deque[_QueuedRound] = deque()
-        self._queued_openings: deque[_QueuedRound] = deque()
+        # By name of the principal.
+        self._queued_openings: defaultdict[str, deque[_QueuedRound]] = defaultdict(deque)
         # None until the first prompt has been prefilled.
         self._prefill_seconds_per_token: float | None = None
         self._exchanges = 0
@@ -69,15 +73,19 @@ class AdmissionController:
     @property
     def waiting(self) -> int:
         """Number of rounds that have no token yet."""
-        return sum(queued.waits for queued in (*self._queued_rounds, *self._queued_openings))
+        return sum(map(_count_waiting, (self._queued_rounds, *self._queued_openings.values())))
 
     @property
     def queue_seconds(self) -> float:
         """Longest time that a round or an opening has been waiting; about what a new one would wait."""
-        return max(self._longest_wait(self._queued_rounds), self._longest_wait(self._queued_openings))
+        return max(map(self._longest_wait, (self._queued_rounds, *self._queued_openings.values())))
 
-    def check(self, *, opening: bool) -> None:
-        """Raises VerifierRefused: `draining`, or `overloaded` if a new round would have to wait too long."""
+    def check(self, *, opening: bool, owner: str = "") -> None:
+        """Check whether a new round of the principal `owner` is admitted.
+
+        Raises:
+            VerifierRefused: `draining`, or `overloaded` if it would have to wait too long.
+        """
         if self.draining:
             raise VerifierRefused(
                 ErrorCode.DRAINING,
@@ -85,15 +93,26 @@ class AdmissionController:
             )
         limit = self._max_queue_seconds * (OPENING_SHARE if opening else 1.0)
         # Rounds of running sessions do not wait for prompts: a forward has room for both.
-        queues = (self._queued_rounds, self._queued_openings) if opening else (self._queued_rounds,)
-        wait = max(self._longest_wait(queue) for queue in queues)
+        wait = self._longest_wait(self._queued_rounds)
+        for name, queue in list(self._queued_openings.items()) if opening else ():
+            # With m openings of another principal in the queue, one of this principal has every second turn, not one of
+            # m + 1.
+            shared_by = 1 if name == owner else max(1, _count_waiting(queue))
+            wait = max(wait, self._longest_wait(queue) / shared_by)
+            if not queue:
+                del self._queued_openings[name]
         if wait > limit and self.waiting > MIN_QUEUED_ROUNDS:
             raise VerifierRefused(ErrorCode.OVERLOADED, f"rounds have been waiting for {wait:.1f} s; try again shortly")
 
-    def register(self, reply: RoundReply, prompt_tokens: int = 0) -> None:
-        """Record a submitted round. `prompt_tokens` is the length of the prompt that it has to prefill first."""
+    def register(self, reply: RoundReply, prompt_tokens: int = 0, owner: str = "") -> None:
+        """Record a submitted round.
+
+        Args:
+            prompt_tokens: length of the prompt that it has to prefill first.
+            owner: name of the principal.
+        """
         self._active.add(reply)
-        queue = self._queued_openings if prompt_tokens else self._queued_rounds
+        queue = self._queued_openings[owner] if prompt_tokens else self._queued_rounds
         queue.append(_QueuedRound(reply, time.monotonic(), prompt_tokens))
         self._idle.clear()
 
@@ -138,6 +157,10 @@ class AdmissionController:
     def _update_idle(self) -> None:
         if not self._active and not self._exchanges:
             self._idle.set()
+
+
+def _count_waiting(queue: Iterable[_QueuedRound]) -> int:
+    return sum(queued.waits for queued in queue)
 
 
 class InFlightMiddleware:

@@ -32,8 +32,9 @@ from edge_runtime.protocol.errors import InputError
 
 # 192 bits.
 TOKEN_BYTES = 24
-# Limits that `cloud-verifier token add` gives unless told otherwise. Chosen: a household with a few boards does not reach
-# them (each answer of a board has a session, and people read some tens of tokens per second), and a GPU bears dozens.
+# Limits that `cloud-verifier token add` gives unless told otherwise. Chosen: a household with a few boards does not
+# reach them (each answer of a board has a session, and people read some tens of tokens per second), and a GPU bears
+# dozens of those.
 DEFAULT_MAX_SESSIONS = 16
 DEFAULT_TOKENS_PER_SECOND = 200.0
 DEFAULT_MAX_PROMPT = 32_768

@@ -74,7 +74,7 @@ class RoundSubmitter:
 
     def _admit(self, principal: Principal, *, opening: bool) -> PrincipalAccount:
         """Return the principal's account. Raises VerifierRefused if it may not have a round now."""
-        self._admission.check(opening=opening)
+        self._admission.check(opening=opening, owner=principal.name)
         if principal.name not in self._accounts:
             self._accounts[principal.name] = PrincipalAccount(principal)
         account = self._accounts[principal.name]
@@ -128,7 +128,7 @@ class RoundSubmitter:
             )
 
         reply.on_done = account_for_round
-        self._admission.register(reply, prompt_tokens)
+        self._admission.register(reply, prompt_tokens, session.owner)
         self._scheduler.submit(session, reply)
 
 

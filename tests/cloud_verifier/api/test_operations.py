@@ -218,6 +218,30 @@ async def test_the_prefill_of_its_own_prompt_does_not_count_as_waiting() -> None
     admission.check(opening=True)
 
 
+async def test_whoever_sends_many_prompts_is_refused_before_others() -> None:
+    admission = AdmissionController(0.1)
+
+    def register(owner: str) -> None:
+        admission.register(RoundReply(RoundRequest(PROTOCOL_VERSION, 0, 1)), 1000, owner)
+
+    measured = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, 1))
+    admission.register(measured, 1)
+    measured.push(Frame(PROTOCOL_VERSION, 0, tokens=[1]))
+    admission.unregister(measured, 1)
+    for _ in range(10_000):
+        register("flood")
+    await asyncio.sleep(0.1)
+    with pytest.raises(VerifierRefused, match="try again shortly"):
+        admission.check(opening=True, owner="flood")
+    admission.check(opening=True, owner="small")
+    # Many who wait for one each are too many for a newcomer, too.
+    for index in range(5):
+        register(f"small {index}")
+    await asyncio.sleep(0.1)
+    with pytest.raises(VerifierRefused, match="try again shortly"):
+        admission.check(opening=True, owner="small")
+
+
 # Drain
 
 
