@@ -37,10 +37,8 @@ lint-quick: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.speed
-	$(BIN)/python -m tests.benchmarks.wire
+	$(BIN)/python -m tests.benchmarks run
 	$(BIN)/python -m tests.benchmarks.probes
-	$(BIN)/python -m tests.benchmarks.service
 	$(BIN)/python -m tests.benchmarks.reality
 	$(BIN)/python -m tests.benchmarks.planning
 	$(BIN)/python -m tests.benchmarks.ngram_cache

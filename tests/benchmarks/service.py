@@ -1,4 +1,4 @@
-"""Latency, memory and idle CPU of the local service: `python -m tests.benchmarks.service`.
+"""Latency, memory and idle CPU of the local service: `python -m tests.benchmarks run service`.
 
     ready          from process start to the line that announces the URL
     first event    delay from the verifier's first bytes, as seen by a relay, to the client's first event
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import statistics
 import sys
 import time
@@ -20,10 +19,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
-from rich.console import Console
-from rich.table import Table
 
-from tests.benchmarks.speed import FAMILY
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
+from tests.toy_family import FAMILY
 
 PROMPT = "def read_config(path):\n"
 ANSWERS = 60
@@ -102,7 +100,15 @@ def _memory(pid: int, field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-async def measure(verifier: str, policy: str, table: Table) -> None:
+READY = Quantity("process start to ready", "s", goal=3.0)
+FIRST_EVENT = Quantity("first event after the verifier's first bytes, median", "ms", digits=1, goal=30.0)
+LATE_EVENT = Quantity("the same, 95 % of answers", "ms", digits=1, goal=30.0)
+MEMORY = Quantity("resident memory after the answers", "MB", digits=0, goal=150.0)
+IDLE = Quantity("idle CPU, share of a core", "%", goal=1.0)
+
+
+async def measure_board(verifier: str, policy: str) -> Values:
+    """Start a board, let it answer, and let it idle."""
     relay = Relay(int(verifier.rsplit(":", 1)[1]))
     listener = await asyncio.start_server(relay.handle_connection, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
@@ -128,21 +134,33 @@ async def measure(verifier: str, policy: str, table: Table) -> None:
     listener.close()
     # Leave out the first answer, which opened the connection.
     delays = sorted(delays[1:])
-    table.add_row(f"ready, {policy}", f"{ready:.2f} s", "under 3 s")
-    first = f"{1e3 * statistics.median(delays):.1f} ms, {1e3 * delays[len(delays) * 19 // 20]:.1f} ms at 95 %"
-    table.add_row(f"first event after the verifier's first bytes, {policy}", first, "within 30 ms")
-    table.add_row(f"memory, {policy}", f"{memory / 1e6:.0f} MB", "under 150 MB")
-    table.add_row(f"idle CPU, {policy}", f"{100 * idle:.2f} % of a core", "under 1 %")
+    return {
+        READY.name: ready,
+        FIRST_EVENT.name: 1e3 * statistics.median(delays),
+        LATE_EVENT.name: 1e3 * delays[len(delays) * 19 // 20],
+        MEMORY.name: memory / 1e6,
+        IDLE.name: 100 * idle,
+    }
 
 
-async def main() -> None:
-    table = Table("quantity", "measured", "goal", title=f"the local service, {os.cpu_count()} cores")
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
     options = ("serve", str(FAMILY / "target-v1"), "--threads", "1")
     async with run_server("cloud_verifier.cli", *options) as (_, url, _):
-        for policy in ("analytic", "fixed"):
-            await measure(url, policy, table)
-    Console(width=120).print(table)
+
+        async def measure(scenario: Scenario, _repetition: int) -> Values:
+            return await measure_board(url, scenario.labels["policy"])
+
+        yield measure
 
 
-if __name__ == "__main__":
-    asyncio.run(main())
+BENCHMARK = Benchmark(
+    name="service",
+    title="What the local service adds, takes and costs",
+    scenarios=tuple(
+        Scenario({"policy": policy}, (READY, FIRST_EVENT, LATE_EVENT, MEMORY, IDLE)) for policy in ("analytic", "fixed")
+    ),
+    running=running,
+    repetitions=5,
+    quick_repetitions=1,
+)

@@ -1,31 +1,26 @@
-"""Overheads of FlexSpec, measured within one run: `python -m tests.benchmarks.speed`.
+"""Overheads of FlexSpec, measured within one run: `python -m tests.benchmarks run speed`.
 
-    draft step      fp32 fused graph, one thread, relative to reading its weights once at the measured bandwidth
-    loop            Python time per round outside onnxruntime and the HTTP client
-    client          CPU time of the HTTP client per round
-    verifier        HTTP and scheduling on top of the verifier's forward, with a bare socket on loopback
-    cold start      from process start to the first draft token
-
-Machines differ and are noisy: figures are medians, and a column gives the goal.
+draft step      fp32 fused graph, one thread, relative to reading its weights once at the measured bandwidth
+loop            Python time per round outside onnxruntime and the HTTP client
+client          CPU time of the HTTP client per round
+verifier        HTTP and scheduling on top of the verifier's forward, with a bare socket on loopback
+cold start      from process start to the first draft token
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
@@ -35,6 +30,7 @@ from edge_runtime.protocol import messages
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
 from export.bundle.build import BundleConfig, make_bundle
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
 from tests.models import save_target
 from tests.toy_family import FAMILY
 
@@ -160,37 +156,53 @@ def measure_verifier_overhead(url: str) -> float:
 
 
 def measure_cold_start() -> float:
-    """Return the median seconds from process start to the first draft token."""
+    """Return the seconds from process start to the first draft token."""
     program = COLD_START.format(bundle=str(FAMILY / "bundle"))
-    return statistics.median(
-        time_seconds(lambda: subprocess.run([sys.executable, "-c", program], check=True)) for _ in range(5)
-    )
+    return time_seconds(lambda: subprocess.run([sys.executable, "-c", program], check=True))
 
 
-def main() -> None:
-    table = Table("quantity", "measured", "goal", title=f"{os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory() as scratch:
-        step, floor = measure_draft_step(Path(scratch))
-    table.add_row(
-        "draft step / reading its weights",
-        f"{step / floor:.2f}  ({1e3 * step:.2f} ms / {1e3 * floor:.2f} ms)",
-        "at most 1.25",
-    )
+STEP = Quantity("draft step, in times of reading its weights", goal=1.25)
+PYTHON = Quantity("the loop's own Python per round", "ms", goal=0.5)
+CLIENT = Quantity("CPU time of the HTTP client per round", "ms")
+OVERHEAD = Quantity("HTTP and scheduling of the verifier per round", "ms", goal=1.5)
+COLD_START_TIME = Quantity("process start to the first draft token", "s", goal=2.0)
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "T=1": Sampling(temperature=1.0),
+    "T=0.7, top-p 0.9": Sampling(temperature=0.7, top_p=0.9),
+}
+LOOP = "K=5, 3 siblings, "
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
-    with run_verifier(FAMILY / "target-v1", "--threads", "1") as url:
-        for name, sampling in (
-            ("greedy", Sampling()),
-            ("T=1", Sampling(temperature=1.0)),
-            ("T=0.7, top-p 0.9", Sampling(temperature=0.7, top_p=0.9)),
-        ):
-            own, client = asyncio.run(measure_loop(url, draft, sampling))
-            table.add_row(f"loop's Python per round (K=5, 3 siblings), {name}", f"{1e3 * own:.2f} ms", "at most 0.5 ms")
-            table.add_row(f"HTTP client's CPU per round, {name}", f"{1e3 * client:.2f} ms", "-")
-        overhead = measure_verifier_overhead(url)
-    table.add_row("verifier's HTTP and scheduling per round", f"{1e3 * overhead:.2f} ms", "at most 1.5 ms")
-    table.add_row("cold start to first draft token", f"{measure_cold_start():.2f} s", "under 2 s")
-    Console(width=110).print(table)
+    with run_verifier(FAMILY / "target-v1", "--threads", "1") as url, tempfile.TemporaryDirectory() as scratch:
+
+        async def measure(scenario: Scenario, repetition: int) -> Values:
+            if STEP in scenario.quantities:
+                step, floor = measure_draft_step(Path(scratch) / str(repetition))
+                return {STEP.name: step / floor}
+            if PYTHON in scenario.quantities:
+                own, client = await measure_loop(url, draft, SAMPLINGS[scenario.key.removeprefix(LOOP)])
+                return {PYTHON.name: 1e3 * own, CLIENT.name: 1e3 * client}
+            if OVERHEAD in scenario.quantities:
+                return {OVERHEAD.name: 1e3 * await asyncio.to_thread(measure_verifier_overhead, url)}
+            return {COLD_START_TIME.name: await asyncio.to_thread(measure_cold_start)}
+
+        yield measure
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="speed",
+    title="Overheads of FlexSpec",
+    scenarios=(
+        Scenario({"of": "60M draft, fp32, one thread"}, (STEP,)),
+        *(Scenario({"of": LOOP + name}, (PYTHON, CLIENT)) for name in SAMPLINGS),
+        Scenario({"of": "bare socket"}, (OVERHEAD,)),
+        Scenario({"of": "cold start"}, (COLD_START_TIME,)),
+    ),
+    running=running,
+    repetitions=5,
+    quick_repetitions=1,
+)

@@ -1,71 +1,71 @@
-"""Network traffic per answer: `python -m tests.benchmarks.wire`.
+"""Network traffic per answer: `python -m tests.benchmarks run wire`.
 
 Bytes are the kernel's count of TCP payload in both directions, HTTP framing included, for 100-token answers of target
-v1 with the shipped draft. The number of rounds depends on the text, so the results are averaged over several prompts.
+v1 with the shipped draft. The number of rounds depends on the text; every repetition continues other prompts.
 """
 
 from __future__ import annotations
 
-import asyncio
-
-import rich
-from rich.table import Table
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.planning.plan import FIXED_PLAN, FixedPlanner, Plan
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
 from tests.benchmarks.speed import FAMILY, run_verifier
 
 PROMPTS = ["import argparse\n", "class Stack:\n", "def main():\n", "async def fetch(url", "for line in file:\n"]
 TOKENS = 100
+PLANS = {
+    "K=5, 2 siblings": FIXED_PLAN,
+    "K=4": Plan(4),
+    "K=0, n=32 streamed": Plan(0, continuation=32),
+}
+ROUNDS = Quantity("rounds", digits=0)
+BYTES = {
+    "2": Quantity("bytes of an answer", digits=0, goal=5000),
+    "1.1": Quantity("bytes of an answer", digits=0, goal=10000),
+}
 
 
-async def measure(url: str, http2: bool, plan: Plan, temperature: float) -> tuple[float, float, float]:
-    """Return (mean rounds, mean bytes, maximum bytes) per answer."""
+@asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
-    rounds, totals = [], []
-    for seed, prompt in enumerate(PROMPTS):
-        # A new client for each answer, so that opening the connection is counted.
-        async with VerifierClient(url, http2=http2) as client:
-            generation = Generation(
-                draft,
-                client,
-                draft.tokenizer.encode(prompt).ids,
-                Sampling(temperature, seed=seed, ignore_eos=True),
-                max_new_tokens=TOKENS,
-                planner=FixedPlanner(plan),
-            )
-            async for _ in generation:
-                pass
-        rounds.append(generation.statistics.rounds)
-        totals.append(generation.statistics.bytes_total)
-    return sum(rounds) / len(rounds), sum(totals) / len(totals), max(totals)
-
-
-def main() -> None:
-    table = Table("HTTP", "plan", "T", "rounds", "bytes per 100-token answer", "worst", "goal")
     with run_verifier(FAMILY / "target-v1", "--threads", "1") as url:
-        for http2 in (True, False):
-            for name, plan in (
-                ("K=5, 2 siblings", FIXED_PLAN),
-                ("K=4", Plan(4)),
-                ("K=0, n=32 streamed", Plan(0, continuation=32)),
-            ):
-                for temperature in (0.0, 1.0):
-                    rounds, mean, worst = asyncio.run(measure(url, http2, plan, temperature))
-                    table.add_row(
-                        "2" if http2 else "1.1",
-                        name,
-                        f"{temperature:g}",
-                        f"{rounds:.0f}",
-                        f"{mean:.0f}",
-                        f"{worst:.0f}",
-                        "5000" if http2 else "10000",
-                    )
-    rich.print(table)
+
+        async def measure(scenario: Scenario, repetition: int) -> Values:
+            http, plan, temperature = scenario.labels.values()
+            # A new client for each answer, so that opening the connection is counted.
+            async with VerifierClient(url, http2=http == "2") as client:
+                generation = Generation(
+                    draft,
+                    client,
+                    draft.tokenizer.encode(PROMPTS[repetition % len(PROMPTS)]).ids,
+                    Sampling(float(temperature), seed=repetition, ignore_eos=True),
+                    max_new_tokens=TOKENS,
+                    planner=FixedPlanner(PLANS[plan]),
+                )
+                async for _ in generation:
+                    pass
+            statistics = generation.statistics
+            return {ROUNDS.name: statistics.rounds, BYTES[http].name: statistics.bytes_total}
+
+        yield measure
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="wire",
+    title=f"TCP payload of {TOKENS}-token answers",
+    scenarios=tuple(
+        Scenario({"HTTP": http, "plan": plan, "T": temperature}, (ROUNDS, BYTES[http]))
+        for http in BYTES
+        for plan in PLANS
+        for temperature in ("0", "1")
+    ),
+    running=running,
+    repetitions=10,
+    quick_repetitions=3,
+)
