@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from cloud_verifier.model.target import Target
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
+# Directory with the bundles of `tiny_bundle`, for machines that cannot export them (`make test-arm`).
+EXPORTED_VARIABLE = "FLEXSPEC_TEST_BUNDLES"
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +29,19 @@ def verifier(target_v1: Target) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session", params=["fused", "concat"])
-def tiny_bundle(request: pytest.FixtureRequest, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as its own draft, as either kind of graph."""
+    if EXPORTED_VARIABLE in os.environ:
+        return Path(os.environ[EXPORTED_VARIABLE], request.param)
+    output = tmp_path_factory.mktemp("bundles") / request.param
+    return export_tiny_bundle(request.getfixturevalue("tiny_path"), request.param, output)
+
+
+def export_tiny_bundle(target: Path, graph: str, output: Path) -> Path:
+    """Export the target in the directory `target` as its own draft, as this kind of graph. Returns `output`."""
     from export.bundle.build import BundleConfig, make_bundle
 
-    output = tmp_path_factory.mktemp("bundles") / request.param
-    make_bundle(BundleConfig(tiny_path, tiny_path, request.param, "fp32", TEXT), output, lambda step: None)
+    make_bundle(BundleConfig(target, target, graph, "fp32", TEXT), output, lambda step: None)
     return output
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from device_profiles.image.recipe import PACKAGES
 from device_profiles.image.runtime import CHECKOUT, PLATFORMS
 from device_profiles.image.runtime import PYTHON_VERSION as SYSTEM_PYTHON
 from tests.board_modules import OWN_PACKAGES, REQUIREMENTS
+from tests.edge_runtime.conftest import export_tiny_bundle
+from tests.models import save_target
 
 PYTHON_VERSIONS = ("3.11", "3.13")
 # Changes whenever this module makes another root from the same inputs.
@@ -79,6 +83,8 @@ class ArmRoot:
             "PYTHONPATH": "/checkout:/packages",
             "PYTHONUNBUFFERED": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+            "FLEXSPEC_TEST_BUNDLES": "/bundles",
+            "FLEXSPEC_WATCHDOG_LIMIT": "10",
             **environment,
         }
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
@@ -90,6 +96,15 @@ class ArmRoot:
             f"python{version}",
             *words,
         ]
+
+    def add_bundles(self) -> None:
+        """Export the bundles of the tests of drafts: nothing in the root can."""
+        bundles = self._directory / "root/bundles"
+        shutil.rmtree(bundles, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="flexspec-arm-") as scratch:
+            target = save_target(Path(scratch, "tiny"))
+            for graph in ("fused", "concat"):
+                export_tiny_bundle(target, graph, bundles / graph)
 
     def _packages(self, version: str) -> Path:
         return self._directory / f"packages-{version}"

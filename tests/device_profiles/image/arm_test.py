@@ -3,9 +3,10 @@
     python -m tests.device_profiles.image.arm_test
     python -m tests.device_profiles.image.arm_test --python 3.13 tests/edge_runtime/protocol
 
-For each version of Python: the tests that need only the board's install (without those marked slow, unless `--slow`);
-the draft's proposals, compared with this machine's; and answers of the service through a verifier on this machine,
-compared with the target's own text. The first run takes longer: it unpacks a system, and byte code is compiled.
+For each version of Python: what the draft proposes, which is what it proposes on this machine but for how processors
+round; answers of the service through a verifier on this machine, which must be the target's own text; and the tests that need
+only the board's install (without those marked slow, unless `--slow`). The first run takes longer: it unpacks a system,
+and compiles byte code.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tests.device_profiles.image.boot_test import verifier
 from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases, request_answer
 from tests.toy_family import FAMILY
 
+# Chosen: after the first token that differs, a whole proposal may differ; a wrong kernel would agree on a few percent.
+MIN_EQUAL_TOKENS = 0.75
 # A limit for hangs of one answer.
 ANSWER_SECONDS = 600.0
 # Modules of which tests look at the real machine, or at what qemu-user does not emulate.
@@ -50,6 +53,7 @@ def main() -> int:
         print(f"cannot run arm64 programs: {error}", file=sys.stderr)
         return 1
     cases = make_cases(FAMILY / "target-v1")
+    root.add_bundles()
     versions = options.python or PYTHON_VERSIONS
     passed = [check_version(root, version, options, cases) for version in versions]
     return 0 if all(passed) else 1
@@ -59,10 +63,10 @@ def check_version(root: ArmRoot, version: str, options: argparse.Namespace, case
     """Run everything with one version of Python. Returns whether it passed."""
     report(f"Python {version} on aarch64")
     root.compile_checkout(version)
-    results = [run_tests(root, version, options)]
-    if not options.paths:
-        results += [compare_proposals(root, version), check_answers(root, version, cases)]
-    return all(results)
+    if options.paths:
+        return run_tests(root, version, options)
+    checks = [compare_proposals(root, version), check_answers(root, version, cases)]
+    return run_tests(root, version, options) and all(checks)
 
 
 def run_tests(root: ArmRoot, version: str, options: argparse.Namespace) -> bool:
@@ -81,15 +85,16 @@ def emulated_modules() -> list[str]:
 
 
 def compare_proposals(root: ArmRoot, version: str) -> bool:
-    """Compare the tokens that the draft proposes here and there, token for token."""
+    """Compare the tokens that the draft proposes here and there: the same model, in kernels that round differently."""
     module = ["-m", "tests.device_profiles.image.proposals"]
     here, there = (
         json.loads(run(command, cwd=CHECKOUT).stdout)
         for command in ([sys.executable, *module], root.command(version, *module))
     )
-    equal = [tokens == others for (tokens, _), (others, _) in zip(here, there, strict=True)]
-    report(f"proposals of the draft: {sum(equal)} of {len(equal)} equal this machine's, token for token")
-    return all(equal)
+    pairs = [pair for ours, theirs in zip(here, there, strict=True) for pair in zip(ours, theirs, strict=True)]
+    equal = sum(one == other for one, other in pairs) / len(pairs)
+    report(f"proposals of the draft: {equal:.1%} of {len(pairs)} tokens are this machine's")
+    return equal > MIN_EQUAL_TOKENS
 
 
 def check_answers(root: ArmRoot, version: str, cases: list[AnswerCase]) -> bool:

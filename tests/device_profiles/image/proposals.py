@@ -1,4 +1,4 @@
-"""Prints what the toy family's draft proposes, and with which confidence: to compare processors.
+"""Prints what the toy family's draft proposes: to compare processors.
 
 python -m tests.device_profiles.image.proposals
 """
@@ -29,7 +29,7 @@ def main() -> None:
         ids = draft.tokenizer.encode(prompt).ids
         for sampling in SAMPLINGS:
             proposal = draft.new_context().propose(ids, TOKENS, sampling, Plan(TOKENS, siblings=2))
-            proposals.append([proposal.tokens, [round(value, 3) for value in proposal.confidences]])
+            proposals.append(proposal.tokens)
     print(json.dumps(proposals))
 
 

@@ -68,7 +68,7 @@ def main() -> int:
         if options.image:
             shutil.copyfile(options.image, card)
         else:
-            build_stock_image(card, _default_cache(), report)
+            build_stock_image(card, _default_cache(), print)
         {"customised": first_boot_of_customised, "readme": section_of_readme}[options.scenario](card, expected)
     print(f"{options.scenario}: passed", flush=True)
     return 0
@@ -83,7 +83,7 @@ def first_boot_of_customised(card: Path, expected: str) -> None:
         configuration = card.parent / "flexspec.toml"
         configuration.write_text(f'{text}\n[ssh]\nkeys = ["{public.read_text().strip()}"]\n')
         options = CustomiseOptions(bundle=FAMILY / "bundle", configuration=configuration, ssh_keys=[public])
-        list(customise(card, options, report))
+        list(customise(card, options, print))
         with booted(Guest(card, key, LARGE_BOARD)) as guest:
             wait_until_ready(guest)
             check_answer(guest, expected)
