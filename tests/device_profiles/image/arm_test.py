@@ -4,9 +4,9 @@
     python -m tests.device_profiles.image.arm_test --python 3.13 tests/edge_runtime/protocol
 
 For each version of Python: what the draft proposes, which is what it proposes on this machine but for how processors
-round; answers of the service through a verifier on this machine, which must be the target's own text; and the tests that need
-only the board's install (without those marked slow, unless `--slow`). The first run takes longer: it unpacks a system,
-and compiles byte code.
+round; answers of the service through a verifier on this machine, which must be the target's own text; and the tests
+that need only the board's install (without those marked slow, unless `--slow`). The first run takes longer: it unpacks
+a system, and compiles byte code.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ from tests.toy_family import FAMILY
 MIN_EQUAL_TOKENS = 0.75
 # A limit for hangs of one answer.
 ANSWER_SECONDS = 600.0
-# Modules of which tests look at the real machine, or at what qemu-user does not emulate.
-NOT_EMULATED: dict[str, str] = {}
 
 
 def main() -> int:
     """Run the tests. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="tests to run (default: all that need only the board's install)")
+    parser.add_argument("paths", nargs="*", help="modules of tests, or directories of them (default: all)")
     parser.add_argument("--python", action="append", choices=PYTHON_VERSIONS, help="default: both versions")
     parser.add_argument("--slow", action="store_true", help="also run the tests marked slow")
     parser.add_argument("--jobs", default=str(os.cpu_count()), help="processes (default: %(default)s)")
@@ -74,14 +72,16 @@ def run_tests(root: ArmRoot, version: str, options: argparse.Namespace) -> bool:
     started = time.monotonic()
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", options.jobs, "--dist", "worksteal"]
     pytest += ["--hypothesis-profile=quick", *([] if options.slow else ["-m", "not slow"])]
-    done = subprocess.run(root.command(version, *pytest, *(options.paths or emulated_modules())))
+    done = subprocess.run(root.command(version, *pytest, *selected_modules(options.paths)))
     report(f"tests: exit code {done.returncode} after {time.monotonic() - started:.0f} s")
     return done.returncode == 0
 
 
-def emulated_modules() -> list[str]:
-    """Return the modules of tests that make sense under qemu-user."""
-    return [path for path in board_test_modules() if path not in NOT_EMULATED]
+def selected_modules(paths: list[str]) -> list[str]:
+    """Return the modules of tests that need only the board's install, in these directories or of these names."""
+    prefixes = [path.rstrip("/") for path in paths] or ["tests"]
+    modules = board_test_modules()
+    return [name for name in modules if any(name == prefix or name.startswith(f"{prefix}/") for prefix in prefixes)]
 
 
 def compare_proposals(root: ArmRoot, version: str) -> bool:
