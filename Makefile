@@ -81,7 +81,7 @@ boot-test: $(STAMP)
 	$(BIN)/python -m tests.device_profiles.image.stock_test customised
 	$(BIN)/python -m tests.device_profiles.image.stock_test readme
 
-# The board's tests on aarch64, emulated, with Python 3.11 and 3.13: 20 minutes or more.
+# The board's tests on aarch64, emulated, with Python 3.11 and 3.13: an hour or more on a busy machine.
 test-arm: $(STAMP)
 	$(BIN)/python -m tests.device_profiles.image.arm_test
 
