@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.cli.top import ServiceUnreachable, _events
 from edge_runtime.common import http_client
 from edge_runtime.common.http_client import MAX_ANSWER_BYTES, UnusableAnswer, read_answer, read_lines
 from edge_runtime.common.http_server import HttpServer, ListenOptions
@@ -105,3 +106,21 @@ async def test_lines_of_an_endless_stream(http2: bool) -> None:
         with pytest.raises(UnusableAnswer, match="a line of more than 1048576 bytes"):
             await anext(read_lines(response))
         assert response.num_bytes_downloaded < 2 * MAX_ANSWER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("headers", "sentence"),
+    [
+        ({"content-encoding": "gzip", "content-type": "text/event-stream"}, "content-encoding: gzip, unasked"),
+        ({"content-type": "text/event-stream"}, "a line of more than 1048576 bytes"),
+    ],
+)
+async def test_top_refuses_such_streams(http2: bool, headers: dict[str, str], sentence: str) -> None:
+    server = HttpServer(HostileServer(bytes(MEBIBYTE // 16), endless=True, headers=headers), ListenOptions(port=0))
+    await server.start()
+    try:
+        async with httpx.AsyncClient(http1=not http2, http2=http2) as client:
+            with pytest.raises(ServiceUnreachable, match=sentence):
+                await anext(_events(client, server.url))
+    finally:
+        await server.stop()
