@@ -71,6 +71,8 @@ def build_stock_image(image: Path, cache: Path, say: Callable[[str], None]) -> N
             system.file("etc/systemd/system/flexspec-ssh-keys.service", SSH_KEYS_UNIT)
             wants = "etc/systemd/system/ssh.service.wants/flexspec-ssh-keys.service"
             system.link(wants, "/etc/systemd/system/flexspec-ssh-keys.service")
+            # Debian's alternatives make this link; cloud-init's units speak through it.
+            system.link("usr/bin/nc", "nc.openbsd")
             system.file("etc/fstab", FSTAB)
             system.file("etc/hostname", "raspberrypi\n")
             system.file("etc/hosts", "127.0.0.1\tlocalhost\n127.0.1.1\traspberrypi\n")
