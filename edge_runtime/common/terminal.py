@@ -40,8 +40,8 @@ def print_line(text: object) -> None:
 
 
 def print_note(text: object) -> None:
-    """Print a message to standard error. The second line and those after it are indented."""
-    print(indent_lines(str(text)), file=sys.stderr)
+    """Print a message to standard error. The second line and those after it are indented, unless they are already."""
+    print(indent_lines(str(text).replace("\n  ", "\n")), file=sys.stderr)
 
 
 def indent_lines(text: str) -> str:
