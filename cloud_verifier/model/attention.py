@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cloud_verifier.model.batch import AttentionSpan, ForwardBatch
-from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.batch import AttentionSpan, ForwardBatch, SegmentCache
+from cloud_verifier.model.torchscript import scripted
 
 IMPLEMENTATION_NAME = "flexspec"
 
@@ -76,23 +76,59 @@ def attend(
     group = query.shape[1] // heads
     # Grouped queries become extra rows of their KV head, so that keys and values are not repeated.
     queries = query[0].view(heads, group, *query.shape[2:])
-    out = torch.empty(query.shape[2], heads, group, value.shape[3], dtype=query.dtype)
-    for segment, start, (first_key, mask) in zip(batch.segments, batch.starts, batch.visible_keys(span), strict=True):
-        rows = slice(start, start + len(segment))
-        keys, values = _store(batch.pool, segment.sequence, layer, key[0, :, rows], value[0, :, rows], first=first_key)
-        grouped = queries[:, :, rows].flatten(1, 2)
-        grouped_mask = None if mask is None else mask.repeat(group, 1) if group > 1 else mask
-        if softcap is None and s_aux is None:
-            output = scaled_dot_product_attention(grouped[None], keys[None], values[None], grouped_mask, scale=scaling)[
-                0
-            ]
+    explicit = softcap is not None or s_aux is not None
+    # (rows, heads, group, value size) of each segment.
+    outputs: list[torch.Tensor] = []
+    for index, (first_key, mask) in enumerate(batch.grouped_masks(span, group, None if explicit else query.dtype)):
+        start, count, cache = batch.starts[index], len(batch.segments[index]), batch.caches[index]
+        own = queries[:, :, start : start + count], key[0, :, start : start + count], value[0, :, start : start + count]
+        if len(cache.pages) == 1 and not (first_key or explicit):
+            outputs.append(attend_page(*own, cache.pages[0][layer], cache.new_rows[0][layer], mask, scaling))
+            continue
+        keys, values = _store(cache, layer, *own[1:], first=first_key)
+        grouped = own[0].flatten(1, 2)
+        if explicit:
+            sinks = None if s_aux is None else s_aux.view(heads, group, 1).expand(-1, -1, count).flatten(1)
+            output = explicit_attention(grouped, keys, values, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         else:
-            sinks = None if s_aux is None else s_aux.view(heads, group, 1).expand(-1, -1, len(segment)).flatten(1)
-            output = explicit_attention(
-                grouped, keys, values, grouped_mask, scaling=scaling, softcap=softcap, sinks=sinks
-            )
-        out[rows] = output.view(heads, group, len(segment), -1).permute(2, 0, 1, 3)
-    return out.flatten(1, 2)[None], None
+            output = scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=scaling)[0]
+        outputs.append(output.view(heads, group, count, -1).permute(2, 0, 1, 3))
+    if batch.padding:
+        outputs.append(outputs[-1][-1:].expand(batch.padding, -1, -1, -1))
+    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    # Contiguous: some models view it with other sizes.
+    return attended.flatten(1, 2).contiguous()[None], None
+
+
+@scripted
+def attend_page(
+    queries: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    page: torch.Tensor,
+    new_rows: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one segment whose sequence has one page.
+
+    Args:
+        queries: (heads, group, rows, key size).
+        key, value: (heads, rows, size); they are written to the cache.
+        page, new_rows: keys and values of the sequence with the segment, and of the segment alone, in the cache:
+            (2, heads, tokens, size), perhaps with more heads and larger sizes.
+        mask: (group x rows, tokens), see `ForwardBatch.grouped_masks`.
+
+    Returns (rows, heads, group, value size).
+    """
+    heads, group, rows, key_size = queries.shape
+    value_size = value.shape[2]
+    new_rows[0, :heads, :, :key_size].copy_(key)
+    new_rows[1, :heads, :, :value_size].copy_(value)
+    keys, values = page[:1, :heads, :, :key_size], page[1:, :heads, :, :value_size]
+    grouped = queries.reshape(1, heads, group * rows, key_size)
+    output = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
+    return output.view(heads, group, rows, value_size).permute(2, 0, 1, 3)
 
 
 def explicit_attention(
@@ -128,25 +164,28 @@ def explicit_attention(
 
 
 def _store(
-    pool: KVCachePool, sequence: CachedSequence, layer: int, key: torch.Tensor, value: torch.Tensor, *, first: int
+    cache: SegmentCache, layer: int, key: torch.Tensor, value: torch.Tensor, *, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write rows (heads, rows, size) after the sequence; return its keys and values from `first` on, rows included."""
-    page_tokens, past = pool.page_tokens, sequence.length
-    heads, key_size, value_size = key.shape[0], key.shape[2], value.shape[2]
-    length = past + key.shape[1]
-    position = past
-    while position < length:
-        offset = position % page_tokens
-        count = min(page_tokens - offset, length - position)
-        page = pool.view(sequence.pages[position // page_tokens])[layer]
-        page[0, :heads, offset : offset + count, :key_size] = key[:, position - past : position - past + count]
-        page[1, :heads, offset : offset + count, :value_size] = value[:, position - past : position - past + count]
-        position += count
-    skipped = first // page_tokens
-    views = [pool.view(page)[layer] for page in sequence.pages[skipped : -(-length // page_tokens)]]
-    cached = views[0] if len(views) == 1 else torch.cat(views, dim=2)
-    rows = slice(first - skipped * page_tokens, length - skipped * page_tokens)
-    return cached[0, :heads, rows, :key_size], cached[1, :heads, rows, :value_size]
+    start = 0
+    for new_rows in cache.new_rows:
+        page_keys, page_values = new_rows[layer].unbind(0)
+        stop = start + page_keys.shape[1]
+        _part(page_keys, key).copy_(key[:, start:stop])
+        _part(page_values, value).copy_(value[:, start:stop])
+        start = stop
+    pages = cache.pages[first // cache.page_tokens :]
+    cached = pages[0][layer] if len(pages) == 1 else torch.cat([page[layer] for page in pages], dim=2)
+    keys, values = cached.unbind(0)
+    if skipped := first % cache.page_tokens:
+        keys, values = keys[:, skipped:], values[:, skipped:]
+    return _part(keys, key), _part(values, value)
+
+
+def _part(cached: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The heads and sizes of (heads, tokens, size) that a layer with these rows uses."""
+    heads, _, size = rows.shape
+    return cached if cached.shape[::2] == (heads, size) else cached[:heads, :, :size]
 
 
 AttentionInterface.register(IMPLEMENTATION_NAME, attend)

@@ -160,32 +160,68 @@ class Segment:
         return torch.cat([torch.ones(rows, self.sequence.length, dtype=torch.bool), own], 1)
 
 
+class SegmentCache(NamedTuple):
+    """The part of the KV cache that a segment uses in one forward, as views by layer.
+
+    Attributes:
+        page_tokens: tokens per page.
+        pages: for each page of the sequence and the segment, its tokens by layer: (2, heads, tokens, size) of keys and
+            values.
+        new_rows: likewise the tokens of the segment, for each page that they are on.
+    """
+
+    page_tokens: int
+    pages: list[tuple[torch.Tensor, ...]]
+    new_rows: list[tuple[torch.Tensor, ...]]
+
+    @classmethod
+    def of(cls, pool: KVCachePool, segment: Segment) -> SegmentCache:
+        page_tokens, past = pool.page_tokens, segment.sequence.length
+        length = past + len(segment)
+        pages, new_rows = [], []
+        for index, page in enumerate(segment.sequence.pages[: -(-length // page_tokens)]):
+            view, begin = pool.view(page), index * page_tokens
+            stop = min(page_tokens, length - begin)
+            pages.append(view[:, :, :, :stop].unbind(0))
+            if past < begin + stop:
+                new_rows.append(view[:, :, :, max(0, past - begin) : stop].unbind(0))
+        return cls(page_tokens, pages, new_rows)
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One forward on a CPU.
 
     Attributes:
         starts: the first row of each segment.
+        padding: rows of the forward after those of the segments, which repeat the last one.
+        caches: the KV cache of each segment.
         lora_mask: which adapter columns each row uses (see `lora.LoRAAdapters`); None if no row uses an adapter.
     """
 
-    pool: KVCachePool
     segments: list[Segment]
     starts: list[int]
+    padding: int
+    caches: list[SegmentCache]
     lora_mask: torch.Tensor | None = None
     _visible: dict[AttentionSpan, list[tuple[int, torch.Tensor | None]]] = field(default_factory=dict)
+    _grouped: dict[tuple[AttentionSpan, int, torch.dtype | None], list[tuple[int, torch.Tensor | None]]] = field(
+        default_factory=dict
+    )
 
     @classmethod
-    def from_segments(cls, pool: KVCachePool, segments: list[Segment]) -> ForwardBatch:
+    def from_segments(cls, pool: KVCachePool, segments: list[Segment], min_rows: int = 1) -> ForwardBatch:
+        """The forward of `segments`, padded to `min_rows`."""
         starts, rows = [], 0
         for segment in segments:
             starts.append(rows)
             rows += len(segment)
-        return cls(pool, segments, starts)
+        return cls(segments, starts, max(0, min_rows - rows), [SegmentCache.of(pool, segment) for segment in segments])
 
     def long_rope_rows(self, rows_of: Callable[[Segment], list[bool]]) -> torch.Tensor:
         """(rows,) bool: whether each row uses the second set of RoPE frequencies, by `LengthScaledRope.long_rows`."""
-        return torch.tensor([is_long for segment in self.segments for is_long in rows_of(segment)])
+        is_long = [is_long for segment in self.segments for is_long in rows_of(segment)]
+        return torch.tensor(is_long + is_long[-1:] * self.padding)
 
     def visible_keys(self, span: AttentionSpan) -> list[tuple[int, torch.Tensor | None]]:
         """What the rows of each segment attend to in a layer of the given span.
@@ -197,6 +233,27 @@ class ForwardBatch:
         if known is None:
             known = self._visible[span] = [_visible_keys(segment, span) for segment in self.segments]
         return known
+
+    def grouped_masks(
+        self, span: AttentionSpan, group: int, dtype: torch.dtype | None
+    ) -> list[tuple[int, torch.Tensor | None]]:
+        """The masks of `visible_keys` for the rows of `group` query heads, one head after the other.
+
+        Args:
+            dtype: of masks of 0 and -inf, which `scaled_dot_product_attention` makes from others; None for bool.
+        """
+        known = self._grouped.get((span, group, dtype))
+        if known is None:
+            known = [(first, _grouped_mask(mask, group, dtype)) for first, mask in self.visible_keys(span)]
+            self._grouped[span, group, dtype] = known
+        return known
+
+
+def _grouped_mask(mask: torch.Tensor | None, group: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    mask = mask.repeat(group, 1) if group > 1 else mask
+    return mask if dtype is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _visible_keys(segment: Segment, span: AttentionSpan) -> tuple[int, torch.Tensor | None]:

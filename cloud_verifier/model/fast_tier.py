@@ -9,9 +9,10 @@ right is then for `self_test` to find out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -174,10 +175,17 @@ def forward_arguments(model: Any, ids: torch.Tensor, positions: torch.Tensor) ->
         ids, positions: (rows,) token ids and absolute positions.
     """
     arguments: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
-    if "cache_position" in inspect.signature(model.forward).parameters:
+    model_class: Any = type(model)
+    if "cache_position" in _forward_parameters(model_class):
         # Some models read positions from here (Llama 4 scales queries by it, in transformers 4).
         arguments["cache_position"] = positions
     return arguments
+
+
+@functools.cache
+def _forward_parameters(model_class: Any) -> Set[str]:
+    """The names of the parameters of a model's forward."""
+    return inspect.signature(model_class.forward).parameters.keys()
 
 
 @torch.inference_mode()

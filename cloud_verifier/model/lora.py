@@ -68,7 +68,8 @@ class LoRAAdapters:
                 rank, alphas = down.shape[0], config.alpha_pattern or {}
                 alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
                 scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-                weights[module] = (down.to(linear.weight), (up.float() * scale).to(linear.weight))
+                dtype, device = linear.weight.dtype, linear.weight.device
+                weights[module] = (down.to(device, dtype), (up.float() * scale).to(device, dtype))
             if tensors or not weights:
                 raise ValueError(f"{next(iter(tensors), 'nothing')} is not LoRA on a linear layer")
             targeted = {name for name, _ in self._model.named_modules() if check_target_module_exists(config, name)}
@@ -109,8 +110,9 @@ class LoRAAdapters:
             self._layers.pop(name).remove_hook()
         for name in adapted:
             linear: Any = self._model.get_submodule(name)
-            down = linear.weight.new_zeros(width, linear.in_features)
-            up = linear.weight.new_zeros(linear.out_features, width)
+            dtype, device = linear.weight.dtype, linear.weight.device
+            down = torch.zeros(width, linear.in_features, dtype=dtype, device=device)
+            up = torch.zeros(linear.out_features, width, dtype=dtype, device=device)
             for slot, weights in self._slots.items():
                 if name in weights:
                     rank, first = weights[name][0].shape[0], (slot - 1) * self._rank

@@ -1,6 +1,6 @@
 """The model runner: one forward over segments of many sequences, and the tokens sampled after their rows.
 
-On a CPU a forward has exactly the rows of its segments. For CUDA see `cuda_graphs`.
+On a CPU a forward has the rows of its segments, and at least `min_rows`. For CUDA see `cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class TargetRunner:
         shape: KV cache shape of the pools that it runs with.
         adapters: the LoRA adapters of the model.
         max_rows, max_segments: limits of one forward.
+        min_rows: rows to which a forward on a CPU is padded, see `cpu_layers`.
         max_prefill_rows: rows of one forward that the scheduler should use for prefill, so that rounds in the same
             forward do not wait long.
         exact: the result of a row does not depend on the batch composition, not even in the last bit. Siblings must not
@@ -46,6 +47,7 @@ class TargetRunner:
     """
 
     max_rows = 256
+    min_rows = 1
     max_segments = 1 << 16
     max_prefill_rows = 128
     exact = False
@@ -97,19 +99,20 @@ class TargetRunner:
         pool.apply_moves()
         for segment in segments:
             pool.reserve(segment.sequence, segment.sequence.length + len(segment))
-        batch = ForwardBatch.from_segments(pool, list(segments))
+        batch = ForwardBatch.from_segments(pool, list(segments), self.min_rows)
         if any(segment.adapter_slot for segment in segments):
-            batch.lora_mask = self.adapters.row_mask(
-                torch.tensor([segment.adapter_slot for segment in segments for _ in segment.ids])
-            )
+            slots = [segment.adapter_slot for segment in segments for _ in segment.ids]
+            batch.lora_mask = self.adapters.row_mask(torch.tensor(_padded(slots, self.min_rows)))
         sampled = [index for index, segment in enumerate(segments) if segment.sampling]
         rows = [row for i in sampled for row in range(batch.starts[i], batch.starts[i] + len(segments[i]))]
+        ids = list(itertools.chain.from_iterable(s.ids for s in segments))
+        positions = list(itertools.chain.from_iterable(s.positions for s in segments))
         logits = self._model_logits(
             batch,
-            torch.tensor(list(itertools.chain.from_iterable(s.ids for s in segments))),
-            torch.tensor(list(itertools.chain.from_iterable(s.positions for s in segments))),
-            torch.tensor(rows, dtype=torch.int64),
-        ).float()
+            torch.tensor(_padded(ids, self.min_rows)),
+            torch.tensor(_padded(positions, self.min_rows)),
+            torch.tensor(_padded(rows, self.min_rows), dtype=torch.int64),
+        )[: len(rows)].float()
         return torch.split(logits, [len(segments[index]) for index in sampled])
 
     def _model_logits(
@@ -130,3 +133,8 @@ class TargetRunner:
         with set_forward_context(context):
             logits: torch.Tensor = self.model(**arguments).logits[0]
         return logits if self._selects_rows or kept_rows is None else logits[kept_rows]
+
+
+def _padded(row_values: list[int], rows: int) -> list[int]:
+    """Extend a list with a value for each row to at least `rows`, by repeating the last one."""
+    return row_values + row_values[-1:] * (rows - len(row_values))

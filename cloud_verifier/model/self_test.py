@@ -73,12 +73,16 @@ class SelfTest:
             self._expected_other = _transformers_logits(model, self._other)
 
     @torch.inference_mode()
-    def run(self, runner: TargetRunner) -> None:
+    def run(self, runner: TargetRunner, min_rows: int = 1) -> None:
         """Compare the logits of `runner`.
+
+        Args:
+            min_rows: let it pad forwards to this many rows, here and from now on.
 
         Raises:
             TargetError: they differ.
         """
+        runner.min_rows = min_rows
         # `logits` uses no CUDA graph: one of this temporary pool would stay, and only the leader of a tensor-parallel
         # group has this pool.
         with self._attention.shortened_spans(self._longest_span):

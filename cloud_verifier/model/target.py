@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.cpu_layers import CpuLayers, dense_weight
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.general_tier import GeneralRunner
 from cloud_verifier.model.kv_cache import CachedSequence
@@ -287,6 +289,7 @@ def make_runner(
     if model.config.get_text_config(decoder=True) is not model.config:
         raise TargetError("it is a multimodal model that transformers does not run without its other parts")
     attention: PagedAttention | None = None
+    layers: CpuLayers | None = None
     try:
         attention = PagedAttention(model, group.size if group else 1)
         test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None
@@ -301,9 +304,14 @@ def make_runner(
                 runner.try_capture()
         else:
             runner = TargetRunner(model, attention)
-        if test:
+        if test and model.device.type == "cpu":
+            layers = CpuLayers(model)
+            layers.prepare(functools.partial(test.run, runner))
+        elif test:
             test.run(runner)
     except Exception as error:
+        if layers:
+            layers.restore()
         if attention:
             attention.remove()
         if isinstance(error, TargetError | torch.OutOfMemoryError):
@@ -329,8 +337,14 @@ def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
                 known = other.get_submodule(name)._parameters.get(key)
             except AttributeError:
                 continue
-            if value is not None and known is not None and value.dtype == known.dtype and torch.equal(value, known):
+            if value is not None and known is not None and _are_equal(value, known):
                 module._parameters[key] = known
+
+
+def _are_equal(value: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether two parameters are the same, packed or not."""
+    same_kind = (value.dtype, value.shape, value.layout) == (known.dtype, known.shape, known.layout)
+    return same_kind and torch.equal(dense_weight(value), dense_weight(known))
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, Path, frozenset[int]]:
