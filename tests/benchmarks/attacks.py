@@ -43,7 +43,7 @@ ENDLESS_CONNECTIONS = 8
 MAX_ENDLESS_BYTES = 64 << 20
 TOKEN_FLOOD_WORKERS = 16
 # Between two rounds of the session that must survive: a board on a bad link.
-TENANT_PAUSE_SECONDS = 3.0
+TENANT_PAUSE_SECONDS = 2.0
 CHEAP_CONNECTIONS, CHEAP_STREAMS = 20, 20
 # What a board's memory may grow by while a captive portal answers; chosen: answers are capped at a mebibyte.
 MAX_PORTAL_GROWTH_BYTES = 64 << 20

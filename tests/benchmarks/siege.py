@@ -52,7 +52,7 @@ WARM_UP_ANSWERS = 20
 # An attack may take this long to notice that its time is over.
 ATTACK_GRACE_SECONDS = 90.0
 # So that a flood fills the verifier within seconds, and what it leaves behind is old within the time for settling.
-VERIFIER_OPTIONS = ("--threads", "1", "--max-sessions", "32", "--max-tokens", "65536", "--idle-seconds", "20")
+VERIFIER_OPTIONS = ("--threads", "1", "--max-sessions", "32", "--max-tokens", "65536", "--idle-seconds", "5")
 PROCESSES = ("board", "verifier")
 NO_ATTACK = "none"
 # The limits are at least this many times what the honest client sees without an attack, for machines that are busy.
