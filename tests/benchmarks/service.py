@@ -112,7 +112,7 @@ async def measure_board(verifier: str, policy: str) -> Values:
     relay = Relay(int(verifier.rsplit(":", 1)[1]))
     listener = await asyncio.start_server(relay.handle_connection, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    options = ("serve", "--verifier", address, "--policy", policy)
+    options = ("serve", "--bundle", str(FAMILY / "bundle"), "--verifier", address, "--policy", policy)
     async with run_server("edge_runtime.cli", *options) as (board, url, ready), httpx.AsyncClient() as client:
         delays = []
         for seed in range(ANSWERS):
