@@ -217,8 +217,7 @@ def test_a_link_is_made_after_all_files(board: Board) -> None:
 
 def test_an_update_has_a_bound(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "MAX_RUNTIME_BYTES", 1 << 13)
-    large = member("lib/large")
-    archive = board.update("'2'", members=[large] * 20)
+    archive = board.update("'2'", members=[member(f"lib/large-{number}") for number in range(20)])
     with pytest.raises(UpdateError, match=r"it unpacks to more than 8192 bytes\); nothing was changed"):
         board.slots.install(archive, board.public, board.restart())
 
