@@ -27,6 +27,8 @@ README_NETWORK = "net=192.168.1.0/24,host=192.168.1.20"
 EXTRA_BYTES = 512 << 20
 # Only limits for hangs, on a machine that emulates and is busy with other things.
 BOOT_SECONDS, COMMAND_SECONDS = 1800.0, 1200.0
+# Likewise, for the guest's own waiting for devices.
+PATIENCE = "systemd.default_device_timeout_sec=1800 udev.event_timeout=1800"
 
 
 class BoardModel(NamedTuple):
@@ -81,7 +83,7 @@ class Guest:
         command = ["qemu-system-aarch64", "-M", "virt", "-cpu", self._model.cpu, "-m", str(self._model.memory_mb)]
         command += ["-smp", "2", "-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]
         command += ["-kernel", str(self.card.with_name("vmlinuz")), "-initrd", str(self.card.with_name("initrd.img"))]
-        command += ["-append", f"{append} {self._model.arguments}".strip().replace("console=tty1", "")]
+        command += ["-append", f"{append} {self._model.arguments} {PATIENCE}".replace("console=tty1", "")]
         command += ["-drive", f"file={self.card},if=none,id=card,format=raw", "-device", "virtio-blk-pci,drive=card"]
         network = ",".join(filter(None, ["user", "id=net", self._network, ports]))
         command += ["-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile="]
