@@ -105,7 +105,8 @@ def section_of_readme(card: Path, expected: str) -> None:
     files = make_release(card.parent / "dist", FAMILY / "bundle", None, 0)
     guest = Guest(card, key, LARGE_BOARD, user="pi", network=README_NETWORK)
     with verifier(README_PORT, README_HOST), booted(guest):
-        guest.wait_for("SSH answers", lambda: guest.run("cloud-init", "status", "--wait", check=False))
+        guest.wait_for("SSH answers", lambda: guest.run("true") == "")
+        guest.run("cloud-init", "status", "--wait", check=False)
         for path in files:
             guest.copy(path, path.name)
         report("README", guest.run("bash", "-e", "-o", "pipefail", content=script(card.parent, install)))
