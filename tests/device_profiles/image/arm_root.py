@@ -30,7 +30,7 @@ from tests.models import save_target
 
 PYTHON_VERSIONS = ("3.11", "3.13")
 # Changes whenever this module makes another root from the same inputs.
-FORMAT = "1"
+FORMAT = "2"
 OLD_PYTHON = ("libpython3.11-minimal", "libpython3.11-stdlib", "python3.11", "python3.11-minimal")
 CPUINFO = "".join(
     f"processor\t: {number}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp "
@@ -44,7 +44,7 @@ root=$1 checkout=$2 packages=$3 cpuinfo=$4; shift 4
 mount --make-rprivate /
 mount --bind "$checkout" "$root/checkout"
 mount -o remount,bind,ro "$root/checkout"
-mount --bind "$packages" "$root/packages"
+mount --bind "$packages" "$root/site-packages"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/sys"
 mkdir -p "$root/sys/devices/system/cpu"
@@ -80,7 +80,7 @@ class ArmRoot:
             "HOME": "/tmp",
             "LC_ALL": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": "/checkout:/packages",
+            "PYTHONPATH": "/checkout:/site-packages",
             "PYTHONUNBUFFERED": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
             "FLEXSPEC_TEST_BUNDLES": "/bundles",
@@ -167,5 +167,5 @@ def _unpack(base: Path, directory: Path, cache: Path) -> None:
     old = PackageArchive(cache / "apt-bookworm", OldStable())
     old.update()
     unpack(old, [old.newest(package) for package in OLD_PYTHON], root)
-    for name in ("checkout", "packages"):
+    for name in ("checkout", "site-packages"):
         (root / name).mkdir(exist_ok=True)
