@@ -153,10 +153,6 @@ class VerifierService:
         """Requests that wait for room in the session store."""
         return len(self._submitter.places)
 
-    def abort(self) -> None:
-        """Stop the scheduler after a shutdown that did not run the application's lifespan to its end."""
-        self.scheduler.stop()
-
     def status(self) -> str:
         """One line about the current state."""
         target = self.target

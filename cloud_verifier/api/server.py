@@ -58,7 +58,6 @@ class ServedApplication(Protocol):
 
     def reload(self) -> None: ...
 
-    def abort(self) -> None: ...
 
 
 class HostCheck:
@@ -91,13 +90,6 @@ class VerifierServer(HttpServer):
         if is_loopback(listening.host) and service.authenticator.file is None:
             app = HostCheck(app, HostNames(listening.allowed_hosts))
         super().__init__(app, listening)
-        self._service = service
-
-    async def stop(self) -> bool:
-        clean = await super().stop()
-        if not clean:
-            self._service.abort()
-        return clean
 
 
 async def serve(

@@ -128,9 +128,6 @@ class Ingress:
             self._replicas.handle.broadcast("reload").results(timeout_s=BROADCAST_SECONDS)
         log.info("%d tokens", len(self.authenticator))
 
-    def abort(self) -> None:
-        """Nothing to stop: the replicas are stopped by their deployment."""
-
     async def _health(self, request: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
 

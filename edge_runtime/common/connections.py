@@ -256,9 +256,12 @@ def own_sockets() -> Iterator[socket.socket]:
     """
     for link in Path("/proc/self/fd").iterdir():
         try:
+            # To close a duplicate of a locked file would drop this process's locks on it (fcntl(2)).
+            if not os.readlink(link).startswith("socket:"):
+                continue
             own = _duplicate_socket(int(link.name))
         except OSError:
-            # It is closed already, or not a socket.
+            # It is closed already.
             continue
         with own:
             if own.family in (socket.AF_INET, socket.AF_INET6) and own.type == socket.SOCK_STREAM:

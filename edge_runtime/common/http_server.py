@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from granian.constants import HTTPModes, Interfaces
@@ -26,6 +26,9 @@ from edge_runtime.common.connections import (
     own_sockets,
 )
 from edge_runtime.protocol.errors import FlexSpecError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 # How long `HttpServer.stop` waits for requests in progress. Chosen.
 GRACE_SECONDS = 3.0
@@ -95,9 +98,10 @@ class HttpServer:
         scheme = "https" if options.certificate else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{scheme}://{host}:{self._port}"
+        self._lifespan = LifespanKeeper(app)
         accepted = allow_connections(int(options.connections.total * (1 + BURST)))
         total = min(options.connections.total, int(accepted / (1 + BURST)))
-        self._guard = ConnectionGuard(app, msgspec.structs.replace(options.connections, total=total))
+        self._guard = ConnectionGuard(self._lifespan, msgspec.structs.replace(options.connections, total=total))
         try:
             # Typed as Any: its methods have no annotations.
             self._granian: Any = Granian(
@@ -153,13 +157,10 @@ class HttpServer:
                 return
         raise in_use
 
-    async def stop(self) -> bool:
-        """Stop after the requests in progress, waiting at most GRACE_SECONDS for them.
+    async def stop(self) -> None:
+        """Stop after the requests in progress, waiting at most GRACE_SECONDS for them, and exit the lifespan.
 
         Without a limit, a client with an idle HTTP/2 connection would keep the process alive forever.
-
-        Returns:
-            Whether the shutdown was clean; if not, the application's lifespan has not been exited.
         """
         assert self._task is not None
         self._guard.stop()
@@ -168,7 +169,31 @@ class HttpServer:
         if unfinished:
             self._task.cancel()
             await asyncio.wait({self._task})
-        return not unfinished
+        await self._lifespan.exit()
+
+
+class LifespanKeeper:
+    """An ASGI application around another one whose lifespan it can exit.
+
+    Granian forgets the lifespan's task if it is cancelled while it waits for connections. Nothing would refer to that
+    task any more, and whichever thread next collects garbage would close its coroutines while their event loop, in
+    another thread, resumes them: CPython crashes.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._task: asyncio.Task[Any] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._task = asyncio.current_task()
+        await self._app(scope, receive, send)
+
+    async def exit(self) -> None:
+        """Exit the application's lifespan unless that is done."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
 
 
 def watch_stop_signals() -> asyncio.Event:

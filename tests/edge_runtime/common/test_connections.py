@@ -151,6 +151,7 @@ async def test_peers_that_answer_no_ping_are_closed_sooner(monkeypatch: pytest.M
     monkeypatch.setattr(http_server, "PING_ANSWER_SECONDS", 1)
     async with running() as server:
         silent, answering = server.connect(ATTACKER), server.connect(HONEST)
+        await server.wait_for_count(ATTACKER, 1)
         answering.setblocking(False)
         peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         peer.initiate_connection()
