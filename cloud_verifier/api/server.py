@@ -59,7 +59,6 @@ class ServedApplication(Protocol):
     def reload(self) -> None: ...
 
 
-
 class HostCheck:
     """An ASGI application around another one that refuses requests whose Host header has a foreign name."""
 

@@ -257,7 +257,7 @@ def own_sockets() -> Iterator[socket.socket]:
     for link in Path("/proc/self/fd").iterdir():
         try:
             # To close a duplicate of a locked file would drop this process's locks on it (fcntl(2)).
-            if not os.readlink(link).startswith("socket:"):
+            if not str(link.readlink()).startswith("socket:"):
                 continue
             own = _duplicate_socket(int(link.name))
         except OSError:
