@@ -19,7 +19,7 @@ from edge_runtime.planning.board_profile import (
 )
 from edge_runtime.protocol.bundle import read_bundle
 
-Basis = Literal["measured", "modelled"]
+Basis = Literal["measured", "modeled"]
 
 
 class DraftSize(msgspec.Struct, frozen=True):
@@ -69,9 +69,9 @@ class DraftCost(msgspec.Struct, frozen=True):
             milliseconds_per_token=1e3 * seconds,
             tokens_per_second=1 / seconds,
             prefill_tokens_per_second=prompt / profile.prefill_seconds(draft.weight_bytes, prompt),
-            basis="modelled" if entry is None else "measured",
+            basis="modeled" if entry is None else "measured",
             joules_per_token=profile.draft_joules(draft.weight_bytes, context, draft.cache_bytes),
-            joules_basis="modelled" if entry is None or entry.watts is None else "measured",
+            joules_basis="modeled" if entry is None or entry.watts is None else "measured",
         )
 
 

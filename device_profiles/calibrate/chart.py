@@ -19,7 +19,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 .grid { stroke: #d8dee4; stroke-width: 1 }
 .axis { stroke: #57606a; stroke-width: 1 }
 .curve { fill: none; stroke-width: 2.2; stroke-linejoin: round }
-.modelled { stroke-dasharray: 6 5 }
+.modeled { stroke-dasharray: 6 5 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 }
   .paper { fill: #0d1117 }
@@ -34,12 +34,12 @@ class ChartLine(msgspec.Struct, frozen=True):
     Attributes:
         name: legend entry.
         points: (x, y), at least one, x > 0.
-        modelled: draw it dashed and without markers.
+        modeled: draw it dashed and without markers.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    modelled: bool = False
+    modeled: bool = False
 
 
 def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[ChartLine]) -> str:
@@ -81,11 +81,11 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Sequence[ChartLin
     )
     for number, curve in enumerate(curves):
         color = COLORS[number % len(COLORS)]
-        dashed = " modelled" if curve.modelled else ""
+        dashed = " modeled" if curve.modeled else ""
         path = " ".join(f"{x_pixel(x):.1f},{y_pixel(y):.1f}" for x, y in curve.points)
         stroke = f'class="curve{dashed}" stroke="{color}"'
         parts.append(f'<polyline {stroke} points="{path}"/>')
-        if not curve.modelled:
+        if not curve.modeled:
             parts += [
                 f'<circle cx="{x_pixel(x):.1f}" cy="{y_pixel(y):.1f}" r="3.6" fill="{color}"/>' for x, y in curve.points
             ]

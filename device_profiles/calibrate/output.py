@@ -35,14 +35,14 @@ def save(path: Path, profile: BoardProfile, chart: str) -> None:
 
 
 def draft_chart(profile: BoardProfile, cache_bytes: int) -> str:
-    """SVG chart of a measured profile: ms per token over context, per number of threads, measured and modelled."""
+    """SVG chart of a measured profile: ms per token over context, per number of threads, measured and modeled."""
     first = profile.draft[0]
     curves = [
         ChartLine(f"{speed.threads} thread{'s' * (speed.threads > 1)}", sorted(speed.milliseconds.items()))
         for speed in profile.draft
     ]
     unmeasured = msgspec.structs.replace(profile, draft=[])
-    modelled = [
+    modeled = [
         (x, 1e3 * unmeasured.draft_seconds(first.weight_bytes, x, cache_bytes)) for x in sorted(first.milliseconds)
     ]
     gigabytes = profile.processor.weight_bytes_per_second / 1e9
@@ -50,5 +50,5 @@ def draft_chart(profile: BoardProfile, cache_bytes: int) -> str:
         f"{profile.title}: {first.bundle}, {first.weight_bytes / 1e6:.3g} MB of weights",
         "context, tokens",
         "ms per drafted token",
-        [*curves, ChartLine(f"modelled, {gigabytes:.3g} GB/s", modelled, modelled=True)],
+        [*curves, ChartLine(f"modeled, {gigabytes:.3g} GB/s", modeled, modeled=True)],
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from edge_runtime.cli.draft_options import load_draft, resolve_bundle
 from edge_runtime.cli.generate import add_max_new_tokens_option, report_link_trouble, summarize
-from edge_runtime.cli.generations import GenerationFactory, add_generation_options
+from edge_runtime.cli.generation_factory import GenerationFactory, add_generation_options
 from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.cli.draft_options import resolve_bundle
-from edge_runtime.cli.generations import GenerationFactory, add_generation_options
+from edge_runtime.cli.generation_factory import GenerationFactory, add_generation_options
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
 from edge_runtime.common.options import add_flag, add_option

@@ -31,8 +31,8 @@ HEADINGS = (
 )
 
 DESCRIPTION = """\
-Simulates the decoding of recorded texts with a modelled board, link and verifier, and compares the planner with fixed
-plans. Acceptance is recorded; times, joules and bytes are modelled.
+Simulates the decoding of recorded texts with a modeled board, link and verifier, and compares the planner with fixed
+plans. Acceptance is recorded; times, joules and bytes are modeled.
 
 examples:
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier loaded
@@ -155,7 +155,7 @@ def _print_json(name: str, rows: list[DecodingResult]) -> None:
     import msgspec
 
     ways = {row.label: row.record() for row in rows}
-    record = {"world": name, "modelled": True, "policy": rows[0].label, "ways": ways}
+    record = {"world": name, "modeled": True, "policy": rows[0].label, "ways": ways}
     print(msgspec.json.format(msgspec.json.encode(record)).decode())
 
 
@@ -179,7 +179,7 @@ def _print_table(name: str, rows: list[DecodingResult]) -> None:
         )
         table.add_row(*cells)
     console = new_console(highlight=False)
-    console.print(f"{name}: modelled", soft_wrap=True)
+    console.print(f"{name}: modeled", soft_wrap=True)
     console.print(table)
     for row in rows:
         console.print(f"{row.label}: {row.plan}", soft_wrap=True)

@@ -133,7 +133,7 @@ def _gauge_rows(dashboard: DashboardState) -> Iterator[tuple[str, Series, str]]:
     yield "draft", [rate.draft_length for rate in rates], count(now.rounds, "round")
     traffic = [None if rate.bytes_per_second is None else rate.bytes_per_second / 1e3 for rate in rates]
     yield "bytes", traffic, f"{now.sent / 1e3:.1f} kB sent, {now.received / 1e3:.1f} kB received"
-    energy = ("" if now.joules is None else f"{now.joules:.0f} J") + (", modelled" if now.energy == "profile" else "")
+    energy = ("" if now.joules is None else f"{now.joules:.0f} J") + (", modeled" if now.energy == "profile" else "")
     sensors: list[tuple[str, Series, str]] = [
         ("rtt", [None if g.rtt_seconds is None else 1e3 * g.rtt_seconds for g in gauges], ""),
         ("watts", [g.watts for g in gauges], energy),

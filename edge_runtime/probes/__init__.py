@@ -10,7 +10,7 @@ from edge_runtime.probes.battery import read_supply
 from edge_runtime.probes.firmware import read_firmware
 from edge_runtime.probes.power import PowerProbe, PowerReading
 from edge_runtime.probes.rapl import RaplProbe
-from edge_runtime.probes.roots import Reader, RecordedPrograms, Roots, run_program
+from edge_runtime.probes.reader import Reader, RecordedPrograms, Roots, run_program
 from edge_runtime.probes.snapshot import Prober, Snapshot, best_power
 from edge_runtime.probes.tcp import ByteMeter, TcpInfo
 

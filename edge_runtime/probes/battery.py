@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.probes.roots import Reader, within
+from edge_runtime.probes.reader import Reader, within
 
 JOULES_PER_MICROWATT_HOUR = 3600e-6
 # Upper bounds of a battery of a board or laptop: 10 kWh, 1 kW and 1 kV. Chosen: gauges report unknown values far above.

@@ -9,7 +9,7 @@ import msgspec
 
 from edge_runtime.probes.power import PowerReading, Rail
 from edge_runtime.probes.processor import read_model
-from edge_runtime.probes.roots import ProbeError, Reader, excerpt
+from edge_runtime.probes.reader import ProbeError, Reader, excerpt
 
 # Bits of get_throttled: the low ones for now, the same shifted by 16 for since boot. Under-voltage alone does not
 # throttle.

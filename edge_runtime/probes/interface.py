@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from edge_runtime.probes.roots import Reader, within
+from edge_runtime.probes.reader import Reader, within
 from edge_runtime.probes.route import Address, read_route
 
 # Speed of the fastest Ethernet, 1.6 Tbit/s. A driver that does not know the speed reports -1, signed or not.

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, within
+from edge_runtime.probes.reader import ProbeError, Reader, decimal, excerpt, within
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from edge_runtime.planning.board_profile import SensorLine
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.reader import Reader
 
 # Labels of the input rails that supply everything else, as board makers name them.
 WHOLE_BOARD = {"VDD_IN", "VIN", "VIN_SYS_5V0", "POM_5V_IN", "SYS_VIN", "TOTAL"}

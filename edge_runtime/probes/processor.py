@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, integer
+from edge_runtime.probes.reader import ProbeError, Reader, decimal, excerpt, integer
 
 
 class ProcessorLoad(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import math
 import re
 
 from edge_runtime.probes.power import PowerReading, Rail
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.reader import Reader
 
 _ZONE = re.compile(r"intel-rapl:[0-9]+(:[0-9]+)?", re.ASCII)
 

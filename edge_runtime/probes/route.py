@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, excerpt
+from edge_runtime.probes.reader import ProbeError, Reader, excerpt
 
 # Longest prefix in bits that counts as a default route: VPNs that keep the real default route add two routes of one
 # bit, and 2000::/3 is the whole IPv6 Internet.

@@ -20,7 +20,7 @@ from edge_runtime.probes.modem import Modem, read_modem
 from edge_runtime.probes.power import PowerProbe, PowerReading
 from edge_runtime.probes.processor import ProcessorLoad, ProcessorProbe
 from edge_runtime.probes.rapl import RaplProbe
-from edge_runtime.probes.roots import Reader, Roots
+from edge_runtime.probes.reader import Reader, Roots
 from edge_runtime.probes.route import Address, Metering, Route, read_metering, read_route
 from edge_runtime.probes.tcp import TcpInfo
 from edge_runtime.probes.thermal import Thermal, read_thermal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.reader import Reader
 
 # hwmon chips of processors. Thermal zones also appear in hwmon and are read as zones.
 PROCESSOR_CHIPS = ("coretemp", "k10temp", "zenpower")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from edge_runtime.probes.firmware import SINCE_BOOT, UNDER_VOLTAGE, flags_file, parse_throttled, reasons
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.reader import Reader
 
 # Cooling devices of the kernel that lower the clock: `cpufreq-cpu0` and the older `thermal-cpufreq-0` on boards,
 # `Processor` on PCs. Fans are cooling devices too but do not throttle.

@@ -8,7 +8,7 @@ from functools import partial
 
 import msgspec
 
-from edge_runtime.probes.roots import ProbeError, Reader, decimal, excerpt, within
+from edge_runtime.probes.reader import ProbeError, Reader, decimal, excerpt, within
 
 # Levels that a receiver can measure, in dBm: thermal noise of a 20 MHz channel is -101, and 802.11 requires no receiver
 # to take more than -10. Drivers report an unknown level as -256, -1, 0 or, without dBm, on a scale of their own.

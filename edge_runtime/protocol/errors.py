@@ -8,7 +8,7 @@
     │   ├── BodyRefused              the body of a request is too long or too slow
     │   ├── DamagedMessage           a message whose checksum is wrong (`protocol.messages`)
     │   └── UnknownVersion           the registry has no such version or alias (`cloud_verifier.registry.catalog`)
-    ├── ProbeError               a sensor file does not parse (`probes.roots`); counted, never raised to callers
+    ├── ProbeError               a sensor file does not parse (`probes.reader`); counted, never raised to callers
     ├── BundleError              the draft bundle on disk is unusable
     │   ├── BundleMissing            the directory or one of its files does not exist
     │   ├── BundleCorrupt            a hash, a length or the manifest is wrong

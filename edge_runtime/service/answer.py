@@ -14,7 +14,7 @@ from edge_runtime.decoding import Detokenizer, Generation, VerifiedTokens
 from edge_runtime.planning.plan import OnLinkLoss
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.service.answer_text import AnswerText
-from edge_runtime.service.shown_tokens import ShownToken, ShownTokens
+from edge_runtime.service.logprob_buffer import LogprobBuffer, ShownToken
 from edge_runtime.service.tool_calls.output_format import PLAIN_TEXT, OutputFormat
 from edge_runtime.service.tool_calls.parser import CallDelta, merge_calls
 
@@ -141,7 +141,7 @@ class Answer:
         hidden = () if request.include_stop else request.sampling.stop_ids
         self._detokenizer = Detokenizer(tokenizer, request.prompt, request.output.visible, hidden)
         self._text = AnswerText(request.output, request.stop_strings, request.include_stop)
-        self._shown_tokens = ShownTokens()
+        self._logprobs = LogprobBuffer()
         # The unverified end of the text shown so far.
         self._tail = ""
         self._unread: TextChange | None = None
@@ -206,12 +206,12 @@ class Answer:
     @property
     def logprobs_bytes(self) -> int:
         """Size of the log-probabilities on the wire from the verifier."""
-        return self._shown_tokens.wire_bytes
+        return self._logprobs.wire_bytes
 
     @property
     def mean_logprob(self) -> float:
         """Mean log-probability of the tokens, if the request asked for log-probabilities."""
-        return self._shown_tokens.mean
+        return self._logprobs.mean
 
     async def consume(self, generation: Generation, on_tokens: Callable[[VerifiedTokens], None]) -> None:
         """Run `generation` to its end or to a stop string; `on_tokens` is called with each of its items.
@@ -270,7 +270,7 @@ class Answer:
             self.tokens += 1
             piece = self._detokenizer.step(token)
             if item.logprobs:
-                self._shown_tokens.add(token, len(piece), item.logprobs[index])
+                self._logprobs.add(token, len(piece), item.logprobs[index])
             text += self._text.feed(piece)
             if self._text.stopped:
                 break
@@ -279,7 +279,7 @@ class Answer:
     def _finish(self, text: str, finish: str, tail: str = "") -> None:
         """Show the last verified `text`, and the unverified `tail` after it."""
         self.finish = finish
-        tokens = self._shown_tokens.finish(self._text.shown, stopped=finish == "stop" and not tail)
+        tokens = self._logprobs.finish(self._text.shown, stopped=finish == "stop" and not tail)
         self._show(text, tail, tokens)
 
     def _show(self, text: str, tail: str = "", tokens: tuple[ShownToken, ...] = ()) -> None:
@@ -288,7 +288,7 @@ class Answer:
         after, common = text + tail, 0
         while common < min(len(before), len(after)) and before[common] == after[common]:
             common += 1
-        tokens = tokens or self._shown_tokens.take(self._text.shown)
+        tokens = tokens or self._logprobs.take(self._text.shown)
         change = TextChange(after[common:], len(before) - common, len(tail), tokens, *self._text.take())
         if not (change.text or change.reasoning or change.calls or tokens) and len(before) == len(tail):
             return

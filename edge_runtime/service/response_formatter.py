@@ -15,6 +15,7 @@ from edge_runtime.decoding import token_bytes
 from edge_runtime.service.answer import NO_CHANGE, Answer, TextChange
 from edge_runtime.service.answer_group import AnswerGroup
 from edge_runtime.service.errors import ApiError
+from edge_runtime.service.logprob_buffer import ShownToken
 from edge_runtime.service.openai_schema import (
     AssistantMessage,
     CalledFunction,
@@ -41,7 +42,6 @@ from edge_runtime.service.openai_schema import (
     Usage,
     WholeResponse,
 )
-from edge_runtime.service.shown_tokens import ShownToken
 from edge_runtime.service.sse import AnswerFormatter, ServerEvent
 from edge_runtime.service.tool_calls.parser import CallDelta
 

@@ -303,7 +303,7 @@ class PlannerSettings(SettingsTable, frozen=True):
         SettingSpec(
             "--profile NAME",
             "device profile of this board: a name from `device-profile list`, or a .toml file",
-            default="none, joules are not modelled",
+            default="none, joules are not modeled",
             validate=validators.profile,
             reloadable=True,
         ),

@@ -1,4 +1,4 @@
-"""Modelled links: transfer times on a simulated clock, deterministic for a seed.
+"""Modeled links: transfer times on a simulated clock, deterministic for a seed.
 
     SteadyLink       one delay with jitter, two rates, loss
     ScheduledLink    other links in sequence, once or repeatedly: step changes, bursts, outages

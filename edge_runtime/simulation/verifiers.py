@@ -1,4 +1,4 @@
-"""Modelled verifiers: forward time by width, and queueing time.
+"""Modeled verifiers: forward time by width, and queueing time.
 
 Forward times are measured (one H200, bf16, context 512, CUDA graphs; `tests.benchmarks.verifier`); `loaded` has the
 shape of the 32B row at the 80 ms of a loaded or cheap GPU. Queueing is modeled: the batching window on an idle

@@ -45,15 +45,15 @@ class Source:
 
     Attributes:
         package: name of the distribution; `cpython` means the standard library of the running interpreter.
-        licence: SPDX expression of the part that is used.
-        declared: text that the metadata of the distribution must contain to confirm `licence`.
+        license: SPDX expression of the part that is used.
+        declared: text that the metadata of the distribution must contain to confirm `license`.
         roots: directories to read, relative to site-packages.
         megabytes: upper bound on the text taken, so that no package dominates.
         skip: pattern of relative paths to exclude.
     """
 
     package: str
-    licence: str
+    license: str
     declared: str
     roots: tuple[str, ...]
     megabytes: float = 2.0
@@ -84,7 +84,7 @@ class Contribution:
 
     package: str
     version: str
-    licence: str
+    license: str
     files: int = 0
     bytes: int = 0
 
@@ -103,11 +103,11 @@ class Corpus:
 
 
 def _permissive(
-    package: str, licence: str, root: str | None = None, *, megabytes: float = 2.0, skip: str = r"^$"
+    package: str, license: str, root: str | None = None, *, megabytes: float = 2.0, skip: str = r"^$"
 ) -> Source:
     """Return a source in one directory, `root` or named like the package, whose metadata names the license family."""
-    family = licence.split("-")[0]
-    return Source(package, licence, family, (root or package,), megabytes=megabytes, skip=skip)
+    family = license.split("-")[0]
+    return Source(package, license, family, (root or package,), megabytes=megabytes, skip=skip)
 
 
 PYTHON = Domain(
@@ -219,7 +219,7 @@ def gather_corpus(domain: Domain, *, max_bytes: float | None = None) -> Corpus:
         version = _checked_version(source)
         if version is None:
             continue
-        contribution = Contribution(source.package, version, source.licence)
+        contribution = Contribution(source.package, version, source.license)
         for path, text in _usable_files(source, domain.suffixes):
             # Checked before a file is added, so that at most one file exceeds the bound.
             if contribution.bytes >= source.megabytes * MEGABYTE * share:
@@ -318,7 +318,7 @@ def _checked_version(source: Source) -> str | None:
     declared = declared_license(found)
     if source.declared.lower() not in declared.lower():
         raise InputError(
-            f"{source.package} {found.version} is listed as {source.licence} but declares {declared!r}: "
+            f"{source.package} {found.version} is listed as {source.license} but declares {declared!r}: "
             "check its license and correct export/data/corpus.py"
         )
     return found.version

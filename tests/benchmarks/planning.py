@@ -452,7 +452,7 @@ def main() -> None:
     for name in options.tables:
         benchmark.console.rule(name)
         getattr(benchmark, name)()
-    benchmark.console.print("times, joules and bytes are modelled; acceptance is recorded")
+    benchmark.console.print("times, joules and bytes are modeled; acceptance is recorded")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import rich
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.probes.roots import PROGRAM_PATH, Reader, Roots, run_program
+from edge_runtime.probes.reader import PROGRAM_PATH, Reader, Roots, run_program
 from edge_runtime.probes.snapshot import PERIOD_SECONDS, PROGRAM_PERIOD_SECONDS, Prober
 
 BOARDS = Path(__file__).parent.parent / "edge_runtime" / "probes" / "boards"

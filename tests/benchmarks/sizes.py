@@ -203,7 +203,7 @@ def main() -> None:
         "draft", "parameters", "file", "read per token", "resident (private)", "1 thread", "2 threads", "export", "peak"
     )
     for board in BOARDS:
-        table.add_column(f"{board}, modelled")
+        table.add_column(f"{board}, modeled")
     shapes = [shape for shape in SHAPES if shape in options.only] or list(SHAPES)
     layouts = [layout for layout in LAYOUTS if layout in options.only] or list(LAYOUTS)
     for shape in shapes:

@@ -46,23 +46,23 @@ def test_show_for_people_has_every_figure_and_source(tmp_path: Path, capsys: Cap
     assert "16: 2, 116: 3, 1116: 5" in out.replace(".0", "")
 
 
-def test_show_with_weights_adds_modelled_costs(tmp_path: Path, capsys: Captured) -> None:
+def test_show_with_weights_adds_modeled_costs(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "model.onnx.data").write_bytes(bytes(5_000_000))
     cost = run_json(capsys, "show", save(tmp_path), "--weights", tmp_path / "model.onnx.data")["cost"]
     assert (cost["milliseconds_per_token"], cost["joules_per_token"]) == (pytest.approx(1.0), pytest.approx(0.004))
-    assert (cost["basis"], cost["joules_basis"]) == ("modelled", "modelled")
+    assert (cost["basis"], cost["joules_basis"]) == ("modeled", "modeled")
     assert cli.main(["show", str(save(tmp_path)), "--weights", str(tmp_path / "model.onnx.data")]) == 0
     assert "milliseconds_per_token" in capsys.readouterr().out
 
 
-def test_compare_marks_what_is_measured_and_what_is_modelled(tmp_path: Path, family: Path, capsys: Captured) -> None:
+def test_compare_marks_what_is_measured_and_what_is_modeled(tmp_path: Path, family: Path, capsys: Captured) -> None:
     files = family / "bundle"
     size = sum((files / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     cached = DraftSize.from_bundle(files).cache_bytes
     board = save(tmp_path, changed("draft.0.weight_bytes", size))
     arguments = ["raspberry-pi-5", board, "--bundle", files, "--context", "116"]
     pi, mine = (found["cost"] for found in run_json(capsys, "compare", *arguments))
-    assert (pi["basis"], mine["basis"], mine["joules_basis"]) == ("modelled", "measured", "measured")
+    assert (pi["basis"], mine["basis"], mine["joules_basis"]) == ("modeled", "measured", "measured")
     assert mine["milliseconds_per_token"] == pytest.approx(3.0)
     assert mine["tokens_per_second"] == pytest.approx(1000 / 3)
     assert mine["joules_per_token"] == pytest.approx(0.003 * 2)
@@ -75,7 +75,7 @@ def test_compare_marks_what_is_measured_and_what_is_modelled(tmp_path: Path, fam
     table = {row[0]: row[1:] for row in rows}
     assert table["origin"] == ["published", "measured"]
     assert table["busy W"] == ["12.4 published", "6 measured"]
-    assert table["ms per token"][1] == "3 measured" and table["ms per token"][0].endswith("modelled")
+    assert table["ms per token"][1] == "3 measured" and table["ms per token"][0].endswith("modeled")
     assert table["5g active W, tail J"][1] == "-"
 
 

@@ -218,7 +218,7 @@ class _SensorCollector(Collector):
         if self._sampler.joules:
             energy = CounterMetricFamily(
                 "flexspec_board_energy_joules",
-                "Energy drawn since the start, measured by sensors or modelled from the board's profile.",
+                "Energy drawn since the start, measured by sensors or modeled from the board's profile.",
                 labels=["source"],
             )
             for source, joules in self._sampler.joules.items():

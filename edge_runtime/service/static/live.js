@@ -42,8 +42,8 @@ function applyGauges(gauge) {
   gauges.rtt.add(gauge.at, gauge.rtt_seconds == null ? null : 1e3 * gauge.rtt_seconds);
   const link = perSecond("sent");
   gauges.bytes.add(gauge.at, link === null ? null : (link + perSecond("received")) / 1e3);
-  const modelled = gauge.energy === "profile" ? "modelled" : "";
-  gauges.watts.add(gauge.at, gauge.watts, [modelled, gauge.joules == null ? "" : energy(gauge.joules)].filter(Boolean).join(", "));
+  const modeled = gauge.energy === "profile" ? "modeled" : "";
+  gauges.watts.add(gauge.at, gauge.watts, [modeled, gauge.joules == null ? "" : energy(gauge.joules)].filter(Boolean).join(", "));
   gauges.celsius.add(gauge.at, gauge.celsius, gauge.throttled ? "throttled" : "");
   gauges.battery.add(gauge.at, gauge.battery_percent, gauge.battery_joules == null ? "" : energy(gauge.battery_joules));
   show("sent", bytes(gauge.sent));

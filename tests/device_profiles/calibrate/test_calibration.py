@@ -37,7 +37,7 @@ from edge_runtime.planning.board_profile import (
     weight_bytes,
 )
 from edge_runtime.probes import Prober
-from edge_runtime.probes.roots import Roots
+from edge_runtime.probes.reader import Roots
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import VerifierUnreachable
 from tests.conftest import serving
@@ -99,8 +99,8 @@ def test_the_picture_is_svg_with_a_line_for_each_number_of_threads(calibrated: P
     texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
     assert texts[0].startswith("A <board> & more")
     assert {"context, tokens", "ms per drafted token", "1 thread"} <= set(texts)
-    assert any(text.startswith("modelled, ") for text in texts)
-    curves = [line for line in root.iter(f"{SVG}polyline") if "modelled" not in line.attrib["class"]]
+    assert any(text.startswith("modeled, ") for text in texts)
+    curves = [line for line in root.iter(f"{SVG}polyline") if "modeled" not in line.attrib["class"]]
     assert len(curves) == len(profile.draft)
     assert len(list(root.iter(f"{SVG}circle"))) == sum(len(speed.milliseconds) for speed in profile.draft)
     assert "prefers-color-scheme: dark" in (root.findtext(f"{SVG}style") or "")
@@ -294,11 +294,11 @@ def test_the_machine_from_its_files(tmp_path: Path) -> None:
     )
 
 
-def test_the_modelled_line_is_the_profiles_model(calibrated: Path, family: Path) -> None:
+def test_the_modeled_line_is_the_profiles_model(calibrated: Path, family: Path) -> None:
     profile = read_profile(calibrated)
     manifest = read_bundle(family / "bundle", verify=False).manifest
     svg = output.draft_chart(profile, cache_bytes(manifest))
-    heights = re.findall(r'class="curve modelled" stroke="[^"]*" points="([^"]*)"', svg)[0].split()
+    heights = re.findall(r'class="curve modeled" stroke="[^"]*" points="([^"]*)"', svg)[0].split()
     low, high = float(heights[0].split(",")[1]), float(heights[-1].split(",")[1])
     # SVG counts downwards: a longer context costs more.
     assert high <= low

@@ -16,7 +16,7 @@ QUICK = ["simulate", "--texts", "1", "--link", "wifi", "--profile", "laptop"]
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "--verifier", "loaded"]) == 0
     printed = capsys.readouterr().out
-    assert "modelled" in printed
+    assert "modeled" in printed
     for label in (
         "analytic",
         "streaming",
@@ -36,7 +36,7 @@ def test_json_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     record = msgspec.json.decode(printed[0])
-    assert record["modelled"] is True and record["policy"] == "fixed"
+    assert record["modeled"] is True and record["policy"] == "fixed"
     ways = record["ways"]
     assert {way["tokens"] for way in ways.values()} == {128}
     hindsight = ways["best single plan"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.probes.roots import Reader, RecordedPrograms, Roots
+from edge_runtime.probes.reader import Reader, RecordedPrograms, Roots
 
 BOARDS = Path(__file__).parent / "boards"
 NAMES = sorted(path.name for path in BOARDS.iterdir())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.probes.battery import Battery, Supply, read_supply
-from edge_runtime.probes.roots import Reader
+from edge_runtime.probes.reader import Reader
 
 Make = Callable[..., Reader]
 
@@ -121,7 +121,7 @@ def test_mains_alone(reader: Make) -> None:
 CLIENTS = """
 import psutil
 from edge_runtime.probes.battery import read_supply
-from edge_runtime.probes.roots import Reader, Roots
+from edge_runtime.probes.reader import Reader, Roots
 supply = read_supply(Reader(Roots(), 0.0))
 theirs = psutil.sensors_battery()
 print(theirs.percent, supply.batteries[0].percent)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from edge_runtime.probes.processor import ProcessorProbe, parse_times
-from edge_runtime.probes.roots import Reader, Roots
+from edge_runtime.probes.reader import Reader, Roots
 from edge_runtime.probes.thermal import Zone, read_thermal
 from edge_runtime.probes.throttling import Throttling, ThrottlingProbe, merged, throttling_of
 

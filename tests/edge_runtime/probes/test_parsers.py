@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge_runtime.probes.firmware import parse_pmic, parse_throttled
 from edge_runtime.probes.modem import parse_modem, parse_signal
 from edge_runtime.probes.processor import parse_load, parse_times
-from edge_runtime.probes.roots import ProbeError, Reader, Roots, decimal, integer
+from edge_runtime.probes.reader import ProbeError, Reader, Roots, decimal, integer
 from edge_runtime.probes.route import parse_ipv4, parse_ipv6, parse_metered, read_route
 from edge_runtime.probes.wireless import parse_link, parse_wireless
 from tests.edge_runtime.probes.conftest import BOARDS

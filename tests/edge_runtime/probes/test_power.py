@@ -13,7 +13,7 @@ from edge_runtime.probes.battery import Battery, Supply
 from edge_runtime.probes.firmware import Firmware, parse_pmic, parse_throttled
 from edge_runtime.probes.power import PowerProbe, PowerReading, Rail
 from edge_runtime.probes.rapl import RaplProbe
-from edge_runtime.probes.roots import ProbeError, Reader
+from edge_runtime.probes.reader import ProbeError, Reader
 from edge_runtime.probes.snapshot import best_power
 from tests.edge_runtime.probes.conftest import BOARDS
 

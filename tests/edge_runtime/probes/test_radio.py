@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.probes.interface import InterfaceProbe
 from edge_runtime.probes.modem import ModemSignal, parse_modem, parse_signal, read_modem
-from edge_runtime.probes.roots import ProbeError, Reader, Roots
+from edge_runtime.probes.reader import ProbeError, Reader, Roots
 from edge_runtime.probes.wireless import Station, parse_link, parse_wireless, read_stations
 from tests.edge_runtime.probes.conftest import BOARDS, roots_of
 

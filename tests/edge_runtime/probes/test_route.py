@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from edge_runtime.probes.roots import Reader, Roots
+from edge_runtime.probes.reader import Reader, Roots
 from edge_runtime.probes.route import Route, parse_ipv4, parse_metered, read_metering, read_route
 from tests.edge_runtime.probes.conftest import BOARDS, roots_of
 

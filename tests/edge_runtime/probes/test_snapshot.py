@@ -14,7 +14,7 @@ import pytest
 
 from edge_runtime.planning.plan import Surroundings
 from edge_runtime.probes.battery import Supply
-from edge_runtime.probes.roots import ProbeError, Reader, Roots
+from edge_runtime.probes.reader import ProbeError, Reader, Roots
 from edge_runtime.probes.route import Metering, Route
 from edge_runtime.probes.snapshot import Prober, ScheduledProbe, Snapshot
 from edge_runtime.probes.tcp import TcpInfo

@@ -298,7 +298,7 @@ def test_sensors_faults_and_encryption_are_shown() -> None:
     text = shown(dashboard_of(gauges(1.0, **sensors, throttled=True, fault="the link is down", privacy="clear")))
     for words in (
         "5.5 W",
-        "modelled",
+        "modeled",
         "61.0 °C",
         "63 %",
         "throttled",

@@ -1,4 +1,4 @@
-"""Modelled links: means and bounds, losses, schedules, and recordings."""
+"""Modeled links: means and bounds, losses, schedules, and recordings."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def test_documents_and_their_order_are_deterministic() -> None:
     first, second = gather_corpus(SMALL), gather_corpus(SMALL)
     assert first.documents == second.documents
     assert first.record() == second.record()
-    assert first.record()[0]["licence"] == "BSD-3-Clause"
+    assert first.record()[0]["license"] == "BSD-3-Clause"
     assert sum(len(document.text.encode()) for document in first.documents) == first.record()[0]["bytes"]
 
 
@@ -49,8 +49,8 @@ def test_a_domain_without_installed_packages_is_an_error() -> None:
 
 
 def test_all_listed_licenses_are_open() -> None:
-    listed = {source.licence for domain in DOMAINS for source in domain.sources}
-    assert {licence for expression in listed for licence in expression.split(" AND ")} <= OPEN_LICENSES
+    listed = {source.license for domain in DOMAINS for source in domain.sources}
+    assert {license for expression in listed for license in expression.split(" AND ")} <= OPEN_LICENSES
 
 
 LINES = "def function(argument):\n    return argument + 1\n" * 10

@@ -67,7 +67,7 @@ async def test_missing_sensors_are_absent_rather_than_zero(clock: SimpleNamespac
         assert raw["privacy"] == "tls"
 
 
-async def test_energy_is_measured_by_sensors_or_else_modelled(clock: SimpleNamespace) -> None:
+async def test_energy_is_measured_by_sensors_or_else_modeled(clock: SimpleNamespace) -> None:
     readings = Surroundings(watts=7.0, battery_percent=63.0)
     sample, sampler = await sample_gauges(clock, readings, "raspberry-pi-5")
     assert (sample.watts, sample.energy, sample.battery_percent) == (7.0, "sensor", 63.0)

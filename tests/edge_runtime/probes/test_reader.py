@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.probes import roots as module
-from edge_runtime.probes.roots import (
+from edge_runtime.probes import reader as module
+from edge_runtime.probes.reader import (
     ProbeError,
     ProgramFailed,
     Reader,

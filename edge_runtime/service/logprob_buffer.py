@@ -17,7 +17,7 @@ class ShownToken(msgspec.Struct, frozen=True):
     logprobs: TokenLogprobs
 
 
-class ShownTokens:
+class LogprobBuffer:
     """Holds back the log-probabilities of tokens whose text is held back, and drops those of text that is cut off.
 
     Attributes:
