@@ -250,7 +250,7 @@ def _save(
     state = {
         "step": step,
         "parameters": parameters,
-        "optimizer": optimizer.state_dict(),
+        "optimiser": optimizer.state_dict(),
         "curve": asdict(curve),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def _resume(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state["optimiser"])
     curve.plan = plan
     curve.steps, curve.losses = state["curve"]["steps"], state["curve"]["losses"]
     curve.seconds = state["curve"]["seconds"]
