@@ -82,13 +82,18 @@ class HostCheck:
 
 
 class VerifierServer(HttpServer):
-    """A listening verifier, inside a running event loop."""
+    """A listening verifier, inside a running event loop.
+
+    Attributes:
+        service: what it serves.
+    """
 
     def __init__(self, service: ServedApplication, listening: ListenOptions) -> None:
         app = service.app
         if is_loopback(listening.host) and service.authenticator.file is None:
             app = HostCheck(app, HostNames(listening.allowed_hosts))
         super().__init__(app, listening)
+        self.service = service
 
 
 async def serve(

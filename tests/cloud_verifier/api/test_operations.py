@@ -171,7 +171,7 @@ async def test_load_is_shed_while_rounds_wait_too_long(tiny: Target, reference_t
         opened = [messages.decode((await open_one(seed)).content, messages.OpenReply, MSGPACK) for seed in range(9)]
         target.hold()
         waiting = [asyncio.create_task(run_round(reply.session)) for reply in opened[:8]]
-        while server._service.admission.waiting < 8:  # noqa: ASYNC110
+        while server.service.admission.waiting < 8:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         # From now on the oldest round has waited for more than half of the limit, however slow the machine is.
         await asyncio.sleep(0.4)

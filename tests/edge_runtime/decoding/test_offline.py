@@ -182,7 +182,7 @@ async def test_failing_does_not_wait(verifier: RestartableVerifier, shipped_draf
 async def test_a_slow_verifier_is_not_a_lost_link(target_v1: Target, shipped_draft: OnnxDraft) -> None:
     """A verifier that acknowledges its input but replies late does not trigger offline drafting."""
     async with serving(target_v1) as server, VerifierClient(server.url) as client:
-        scheduler = server._service.scheduler
+        scheduler = server.service.scheduler
         answer = generation(shipped_draft, client, "draft", Sampling(ignore_eos=True), tokens=12)
         submit = scheduler.submit
 

@@ -253,7 +253,7 @@ async def test_a_lost_session_is_reopened_mid_round(tiny: Target) -> None:
         async for said in session.run_round([], n=20, stream=True):
             got += said.own
             if len(got) == len(said.own):
-                server._service.sessions.remove(session._id)
+                server.service.sessions.remove(session._id)
         assert PROMPT + got == session.ids == wanted
         assert session.recoveries == 1
 
@@ -263,9 +263,9 @@ async def test_closing_frees_the_session(tiny: Target) -> None:
         async with VerifierClient(server.url) as client:
             session = VerifierSession(client, PROMPT, Sampling())
             await text_of(session, 1)
-            assert len(server._service.sessions) == 1
+            assert len(server.service.sessions) == 1
             session.close()
-        assert len(server._service.sessions) == 0
+        assert len(server.service.sessions) == 0
 
 
 async def test_a_broken_answer_discards_only_tokens_not_yet_yielded() -> None:
