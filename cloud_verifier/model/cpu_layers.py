@@ -2,8 +2,10 @@
 
 A forward of a few rows takes as long as its weights take to read. PyTorch's own matrix products read them at half that
 speed or less for 1 to 8 rows, and with a kernel that depends on the number of rows. oneDNN's, on weights that are
-packed once at load, come near it from 4 rows on, and the result of a row does not depend on the other rows, not even
-in the last bit. A forward of fewer rows is therefore padded to `MIN_ROWS`.
+packed once at load, come near it from 4 rows on, and in float32 the result of a row does not depend on the other rows,
+not even in the last bit. A forward of fewer rows is therefore padded to `MIN_ROWS`. In bfloat16, a processor with
+matrix units (Intel's AMX) gives other last bits for 3 to 32 rows: there, as with PyTorch's own products, a row depends
+on the others without `--exact`.
 
 Milliseconds of all matrices of SmolLM2-135M in float32 (one thread of an AMD EPYC with AVX-512; reading them once takes
 26), by rows: 1: 48 by `torch.nn.functional.linear`, 45 packed; 2: 89, 50; 3: 110, 39; 4: 73, 37; 6: 76, 37; 8: 80, 47.

@@ -55,6 +55,9 @@ def test_a_row_of_a_packed_layer_does_not_depend_on_the_others(dtype: torch.dtyp
             PackedLinear.pack(linear)
             together = linear(rows)
             torch.testing.assert_close(together, expected)
+            if dtype != torch.float32:
+                # Some processors compute few rows in another way; a text in bfloat16 is promised with `--exact` only.
+                continue
             for count in (MIN_ROWS, 5, 6, 7, 8, 17, 33):
                 assert torch.equal(linear(rows[:count].contiguous()), together[:count])
                 assert torch.equal(linear(rows[-count:].contiguous()), together[-count:])
