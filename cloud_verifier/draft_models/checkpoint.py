@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 try:
     from transformers.modeling_utils import no_init_weights as no_init_weights
@@ -114,15 +114,21 @@ def load_draft(directory: Path, target_directory: Path) -> PreTrainedModel:
         own = unpack(load_file(directory / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise DraftError(f"{directory / WEIGHTS_FILE} cannot be read ({error}): copy the draft again") from None
-    # Every parameter is filled below: random initialization of billions of weights would take longer than all the rest.
+    draft = new_draft(config, plan)
+    _fill_parameters(draft, shared | own, directory)
+    freeze_shared(draft, plan)
+    return draft
+
+
+def new_draft(config: PretrainedConfig, plan: DraftPlan) -> PreTrainedModel:
+    """Make a draft for a target with this configuration, in float32 on the CPU, whose parameters have no values yet."""
     auto_model: Any = AutoModelForCausalLM  # transformers annotates few of the methods used below.
+    # Random initialization of billions of weights would take longer than all the rest.
     with no_init_weights():
         draft = auto_model.from_config(draft_config(config, plan), dtype=torch.float32)
     draft.tie_weights()
-    _fill_parameters(draft, shared | own, directory)
-    freeze_shared(draft, plan)
-    loaded: PreTrainedModel = draft.eval()
-    return loaded
+    made: PreTrainedModel = draft.eval()
+    return made
 
 
 def read_description(directory: Path) -> DraftDescription:

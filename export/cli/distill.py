@@ -61,7 +61,8 @@ def add_parser(commands: Any) -> None:
         "--start",
         type=Path,
         metavar="DRAFT",
-        help="continue from this draft instead of TARGET's blocks; with --layout standalone, train its head too",
+        help="continue from this draft or bundle instead of TARGET's blocks; with --layout standalone, train its head "
+        "too",
     )
     parser.add_argument(
         "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"

@@ -29,8 +29,8 @@ class DistillationConfig:
         versions: directories of further versions of the target (adapters, changed tensors): additional teachers.
         siblings, strength: perturbed targets as additional teachers; see `export.draft.teachers`.
         future_share: share of every batch that versions and siblings teach together.
-        start: directory of a draft to train on, as the layout `standalone` its head too; None starts from blocks of the
-            target.
+        start: directory or bundle of a draft to train on, as the layout `standalone` its head too; None starts from
+            blocks of the target.
         head_bits: train with head and embedding rounded to 4 bits, as in such a bundle; None: as they are.
         minutes: take only as many of the schedule's steps as fit into this time.
         compiled: compile blocks and loss; None: on a GPU.

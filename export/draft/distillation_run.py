@@ -19,10 +19,12 @@ from cloud_verifier.draft_models.checkpoint import load_draft, read_description,
 from cloud_verifier.draft_models.layouts import LAYOUTS, DraftPlan, build_draft
 from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory
+from edge_runtime.protocol.bundle import MANIFEST_NAME
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from export.bundle.head_rounding import round_head
 from export.draft.agreement import Agreement, measure_agreement
 from export.draft.base_target import TextSource, to_device
+from export.draft.bundle_weights import read_draft
 from export.draft.distill import TeacherMix, compile_blocks, train_draft
 from export.draft.distillation_config import DEFAULT_LAYOUT, DistillationConfig
 from export.draft.teachers import make_siblings, target_teacher
@@ -179,12 +181,17 @@ def _head_weights(draft: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def _continue_draft(start: Path, base: Path, layout: str | None) -> tuple[PreTrainedModel, DraftPlan]:
-    """Load a draft to train on; as `standalone`, what it shared is trained from now on as well.
+    """Load a draft to train on, from its directory or from its bundle.
+
+    As `standalone`, what it shared is trained from now on as well.
 
     Raises:
-        InputError: the draft is of another layout, which is not `standalone`.
+        InputError: the draft is of another layout, which is not `standalone`, or its bundle does not hold all of it.
     """
-    draft, plan = load_draft(start, base), read_description(start).plan
+    if (start / MANIFEST_NAME).is_file():
+        draft, plan = read_draft(start, base)
+    else:
+        draft, plan = load_draft(start, base), read_description(start).plan
     if layout in (None, plan.layout):
         return draft, plan
     if LAYOUTS[layout].shares:
