@@ -20,16 +20,18 @@ frozen draft, its bundle, the drafts that it is compared with, and the compariso
 
   draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family               # one H200, half an hour
   draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage bundle
+  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage distill --start bundle --minutes 10
 
 The stages target, corpus and bundle need only a CPU; the others take minutes on one GPU. A stage whose result exists is
 skipped, and an interrupted stage resumes, so that the same command can be given again. Stand-ins for future versions
-(LoRAs of target v1) teach the draft. They and the retrained drafts are not shipped. With several GPUs, run
-`--stage futures` and `--stage retrain` once for each, with `--only NAME`.
+(LoRAs of target v1) teach the draft's blocks; stage distill trains these on, with a head of their own. Stand-ins and
+retrained drafts are not shipped. With several GPUs, run `--stage futures` and `--stage retrain` once for each, with
+`--only NAME`.
 """
 
 STAGES = (
     *("target", "corpus", "questions", "futures", "evolve-v2", "evolve-v3", "evolve-v4"),
-    *("distill", "bundle", "retrain", "evaluate"),
+    *("blocks", "distill", "bundle", "retrain", "evaluate"),
 )
 
 
@@ -46,6 +48,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--size", choices=FAMILY_SIZES, default="full", help="default: %(default)s")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES, help="default: all")
     parser.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DRAFT",
+        help="draft or bundle that stage distill trains on (default: stage blocks')",
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="bound on the training of stage distill")
     parser.add_argument("--only", metavar="NAME", help="only this one of the futures or retrained drafts")
     parser.set_defaults(run=run)
 
@@ -62,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         source=options.source,
         out=options.out,
         device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        start=options.start,
+        minutes=options.minutes,
         only=options.only,
     )
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +101,7 @@ def _stage_functions(recipe: FamilyRecipe) -> dict[str, tuple[Path, Callable[[],
         "evolve-v2": (out / "target-v2", partial(recipe.make_version, "target-v2")),
         "evolve-v3": (out / "target-v3", partial(recipe.make_version, "target-v3")),
         "evolve-v4": (out / names.TUNED, recipe.make_tuned),
+        "blocks": (out / names.BLOCKS, recipe.make_blocks),
         "distill": (out / names.DRAFT, recipe.make_draft),
         "bundle": (out / names.BUNDLE, recipe.make_bundle),
         "retrain": (out / names.RETRAINED / (recipe.only or names.VERSIONS[-1]), recipe.make_retrained),

@@ -29,7 +29,7 @@ from export.example_family import cards
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
 from export.example_family.sizes import FamilySize
 
-TARGET, DRAFT, BUNDLE, EVALUATION = "target-v1", "draft", "bundle", "evaluation"
+TARGET, BLOCKS, DRAFT, BUNDLE, EVALUATION = "target-v1", "draft-blocks", "draft", "bundle", "evaluation"
 # LoRA versions with their domains; the last version has blocks trained in full.
 LORAS = {"target-v2": PYTHON, "target-v3": CPP}
 TUNED = "target-v4"
@@ -58,6 +58,8 @@ class FamilyRecipe:
         source: Hugging Face directory of target v1.
         out: output directory; also of intermediate results, which are not shipped.
         device: training device.
+        start: draft or bundle to train on instead of blocks of this recipe's own.
+        minutes: bound on the training of the draft; None takes all of its steps.
         only: restrict the stages `futures` and `retrain` to this member, to run members in parallel.
     """
 
@@ -65,6 +67,8 @@ class FamilyRecipe:
     source: Path
     out: Path
     device: torch.device
+    start: Path | None = None
+    minutes: float | None = None
     only: str | None = None
 
     def make_target(self) -> None:
@@ -115,16 +119,36 @@ class FamilyRecipe:
             with self._output_directory(name) as (directory, checkpoint):
                 self._train_lora(directory, checkpoint, domain.name, 2 * self.size.rank, seed=100 + number)
 
-    def make_draft(self) -> None:
-        """Distill the draft from target v1 and the stand-ins for its future versions."""
+    def make_blocks(self) -> None:
+        """Distill the draft's blocks, under target v1's head, from it and the stand-ins for its future versions."""
         config = DistillationConfig(
             target=self.out / TARGET,
-            plan=self.size.distill,
+            plan=self.size.blocks,
             texts=(self.out / "corpus" / TRAINING,),
             chats=self.size.chats,
             new_blocks=self.size.new_blocks,
             versions=tuple(self.out / name for name in FUTURES),
             head_bits=HEAD_BITS,
+            evaluated_chats=self.size.evaluated_chats,
+        )
+        result = distill(config, self.out / BLOCKS, self.device)
+        self._record("blocks", result.record())
+
+    def make_draft(self) -> None:
+        """Train the draft on with a head and an embedding of its own, whose rounding they adapt to.
+
+        A perturbed target v1 stands in for its future versions here.
+        """
+        config = DistillationConfig(
+            target=self.out / TARGET,
+            plan=self.size.distill,
+            texts=(self.out / "corpus" / TRAINING,),
+            chats=self.size.chats,
+            layout="standalone",
+            siblings=1,
+            start=self.start or self.out / BLOCKS,
+            head_bits=HEAD_BITS,
+            minutes=self.minutes,
             evaluated_chats=self.size.evaluated_chats,
         )
         result = distill(config, self.out / DRAFT, self.device)

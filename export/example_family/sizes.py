@@ -19,7 +19,9 @@ class FamilySize:
         questions: held-out user messages that the evaluation starts from.
         evolve, tune: schedules of a LoRA, and of the version whose `tuned_blocks` are trained in full.
         rank: rank of a LoRA; the stand-ins for future versions that teach the draft have twice this rank.
-        distill, retrain: schedules of the draft, and of the drafts retrained from it for one version each.
+        blocks: schedule of the draft's blocks, under the target's frozen head.
+        distill: schedule of the whole draft, head and embedding too, trained on from those blocks.
+        retrain: schedule of the drafts retrained from it for one version each.
         evaluated: texts of the evaluation, prompt tokens of a piece of code, and judged tokens of each.
         new_blocks: blocks of the draft.
     """
@@ -32,6 +34,7 @@ class FamilySize:
     tune: TrainingSchedule
     tuned_blocks: tuple[int, ...]
     rank: int
+    blocks: TrainingSchedule
     distill: TrainingSchedule
     retrain: TrainingSchedule
     evaluated: tuple[int, int, int]
@@ -49,7 +52,8 @@ SIZES = {
         tune=TrainingSchedule(4, 5e-4, 4, 48, warm_up=1),
         tuned_blocks=(1,),
         rank=2,
-        distill=TrainingSchedule(8, 3e-3, 4, 48, long_length=96, long_share=0.2, warm_up=2),
+        blocks=TrainingSchedule(8, 3e-3, 4, 48, long_length=96, long_share=0.2, warm_up=2),
+        distill=TrainingSchedule(4, 1e-3, 4, 48, long_length=96, long_share=0.2, warm_up=1),
         retrain=TrainingSchedule(4, 1e-3, 4, 48, warm_up=1),
         evaluated=(8, 16, 16),
         new_blocks=2,
@@ -64,7 +68,8 @@ SIZES = {
         tune=TrainingSchedule(250, 1e-4, 32, 512, warm_up=30),
         tuned_blocks=(10, 20),
         rank=4,
-        distill=TrainingSchedule(6000, 1e-3, 64, 512, long_length=2048, long_share=0.1, warm_up=100),
+        blocks=TrainingSchedule(5200, 1e-3, 64, 512, long_length=2048, long_share=0.1, warm_up=100),
+        distill=TrainingSchedule(6400, 5e-4, 64, 512, long_length=2048, long_share=0.1, warm_up=100),
         retrain=TrainingSchedule(400, 3e-4, 64, 512, warm_up=20),
         evaluated=(192, 64, 128),
     ),

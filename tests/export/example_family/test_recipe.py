@@ -62,23 +62,26 @@ def check_versions(family: Path) -> None:
 
 
 def check_compatibility_gate(family: Path) -> None:
-    """The compatibility gate accepts exactly the versions that kept the shared tensors."""
-    identity = read_description(family / "draft").shared_identity
+    """The gate accepts exactly the versions that kept what a draft shares; the final draft shares nothing."""
+    identity = read_description(family / "draft-blocks").shared_identity
+    own = read_description(family / "draft").shared_identity
     break_contract(family / "target-v1", family / "target-v5", "../target-v1")
     for version in (*VERSIONS, "target-v5"):
         target = Target(family / version, device="cpu", dtype=torch.float32)
         assert (target.expected_identity(identity) == identity) == (version != "target-v5")
+        assert target.expected_identity(own) == own
 
 
 def check_records(family: Path) -> None:
     """Training curves of all versions, what each distillation reached, and the evaluation."""
     records = {path.stem: json.loads(path.read_text()) for path in (family / "training").iterdir()}
-    assert set(records) == {*VERSIONS[1:], "distill", *(f"retrained-{version}" for version in VERSIONS)}
+    assert set(records) == {*VERSIONS[1:], "blocks", "distill", *(f"retrained-{version}" for version in VERSIONS)}
     for version in VERSIONS[1:]:
         assert records[version]["steps"][-1] == SIZES["smoke"].evolve.steps
     for version in VERSIONS:
         assert load_draft(family / "retrained" / version, family / "target-v1").config.num_hidden_layers == 2
-    assert 0 < records["distill"]["text"]["overlap"] <= 1
+    for stage in ("blocks", "distill"):
+        assert 0 < records[stage]["text"]["overlap"] <= 1
     evaluation = json.loads((family / "evaluation" / "evaluation.json").read_text())
     assert [*evaluation["texts"]] == ["chats", "everyday", "python", "cpp"]
     rows = {(row["draft"], row["version"]) for row in evaluation["rows"]}
