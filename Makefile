@@ -72,6 +72,7 @@ image: $(STAMP)
 # Boots images in emulated boards, of a Zero 2 W's and of a Raspberry Pi 5's kind, and uses them; then a system like stock
 # Raspberry Pi OS, customised, and by the README: an hour or more.
 boot-test: $(STAMP)
+	$(BIN)/python -m tests.device_profiles.image.guest
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
 		--output build/boot-test-4k.img
 	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-4k.img --model small

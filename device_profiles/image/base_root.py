@@ -56,7 +56,8 @@ def build_base(
     if path.exists():
         say(f"base: {path.name} from the cache")
         return path, files
-    require("mmdebstrap")
+    # mmdebstrap asks arch-test whether arm64 programs run here; Debian only recommends it.
+    require("mmdebstrap", "arch-test")
     enable_emulation()
     say(f"base: installing {len(files)} packages under emulation; takes minutes, once")
     unfinished = path.with_suffix(".unfinished")

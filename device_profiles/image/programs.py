@@ -36,6 +36,7 @@ PACKAGES = {
     "modinfo": "kmod",
     "newuidmap": "uidmap",
     "qemu-aarch64-static": "qemu-user-static",
+    "resize2fs": "e2fsprogs",
     "sfdisk": "fdisk",
     "unshare": "util-linux",
     "xz": "xz-utils",

@@ -6,6 +6,11 @@
     bundle.tar.gz                                the draft of the example family
     SHA256SUMS, SHA256SUMS.sig                   checksums, and their Ed25519 signature if there is a key
 
+Whoever has the maker's public key checks the signature, and with it all files:
+
+    openssl pkeyutl -verify -pubin -inkey maker.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig
+    sha256sum --check --quiet SHA256SUMS
+
 The wheels are those of `wheels.lock`, so `pip` needs no index and no network:
 
     tar -xf flexspec-VERSION-wheels-aarch64.tar
@@ -40,7 +45,8 @@ from device_profiles.image.runtime import (
     build_runtime,
     build_wheel,
 )
-from edge_runtime.protocol.errors import InputError
+from edge_runtime.common.terminal import print_note
+from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.updates.package import DESCRIPTION_NAME, RUNTIME_NAME, SIGNATURE_NAME, UpdateDescription
 
 MACHINE = "aarch64"
@@ -121,17 +127,20 @@ def pack_update(plain: Path, version: str, target: Path, key: Ed25519PrivateKey 
     return target
 
 
-def _read_key(path: Path) -> Ed25519PrivateKey:
+def read_key(path: Path) -> Ed25519PrivateKey:
+    """Read a private key of `draft-export keygen`. Raises InputError: it is none."""
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read the key {path}: {error}; make one with `draft-export keygen`") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the key {path}: {reason}; make one with `draft-export keygen`") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{path} is not an Ed25519 key; make one with `draft-export keygen`")
     return key
 
 
-def main() -> None:
+def main() -> int:
+    """Make a release. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dist"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -139,10 +148,16 @@ def main() -> None:
     )
     parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this key, of `draft-export keygen`")
     options = parser.parse_args()
-    key = _read_key(options.key) if options.key else None
-    for path in make_release(options.output, options.bundle, key, default_epoch()):
+    try:
+        key = read_key(options.key) if options.key else None
+        files = make_release(options.output, options.bundle, key, default_epoch())
+    except FlexSpecError as error:
+        print_note(f"release: {error}")
+        return error.exit_code
+    for path in files:
         print(f"{path.stat().st_size / 1e6:8.1f} MB  {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

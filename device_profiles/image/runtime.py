@@ -113,10 +113,12 @@ def build_runtime(
             arguments += ["-s", str(packages), "-p", library]
             run([*compiler, *arguments, packages], env={**os.environ, "PYTHONHASHSEED": "0"})
         with new_archive(target, epoch) as archive:
-            _add_environment(archive, packages, FIRST_SLOT[1:])
+            add_environment(archive, packages)
 
 
-def _add_environment(archive: TreeArchive, packages: Path, root: str) -> None:
+def add_environment(archive: TreeArchive, packages: Path) -> None:
+    """Add `FIRST_SLOT`, a virtual environment with the tree `packages` as its site-packages, and the links to it."""
+    root = FIRST_SLOT[1:]
     archive.tree(packages, f"{root}/lib/python{PYTHON_VERSION}/site-packages")
     configuration = f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {PYTHON_VERSION}\n"
     archive.file(f"{root}/pyvenv.cfg", configuration)

@@ -22,11 +22,15 @@ DefaultDependencies=no
 After=local-fs.target systemd-sysusers.service systemd-udevd.service
 Before=NetworkManager.service ssh.service {BOARD_UNIT.name}.service network-pre.target sysinit.target
 RequiresMountsFor={BOOT_DIRECTORY} /var
-ConditionPathExists={HOME}/bin/device-profile
+ConditionPathIsSymbolicLink={HOME}
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+# The board lost power while an update was on trial: return to the version before it (edge_runtime/updates/slots.py).
+# By the shell, since the update may be what does not run.
+ExecStartPre=-/bin/sh -c 'slot=$$(cat {HOME}.update 2>/dev/null) && test -d /opt/$$slot/bin && \
+    ln -sfn $$slot {HOME}.new && mv -T {HOME}.new {HOME}'
 ExecStart={HOME}/bin/device-profile configure --grow
 StandardOutput=journal+console
 StandardError=journal+console

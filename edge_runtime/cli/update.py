@@ -41,9 +41,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 async def _install(options: argparse.Namespace) -> int:
+    from edge_runtime.protocol.errors import InputError
     from edge_runtime.settings.loading import read_settings
+    from edge_runtime.systemd.unit_state import read_unit_state
     from edge_runtime.updates.slots import Slots
 
+    # Now, as everything that `restart` imports: while it runs, modules would come from the new version.
+    if not read_unit_state(options.name).installed:
+        raise InputError(f"there is no service {options.name} to update; name its unit with --name")
     key = options.key or read_settings().draft.public_key_file
     # asyncio delivers ^C to tasks that await, and none does here.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -87,18 +88,20 @@ class Slots:
         if self.on_trial:
             raise UpdateError("another update is on trial; wait for it to end, or undo it with `update rollback`")
         description = read_update(archive, public_keys)
-        slot = self.other
-        shutil.rmtree(slot, ignore_errors=True)
+        slot, unpacked = self.other, self._temporary("unpacked")
+        shutil.rmtree(unpacked, ignore_errors=True)
         try:
-            unpack_update(archive, description, slot)
-            _compile(slot)
-            (slot / DESCRIPTION).write_bytes(msgspec.json.encode(description))
+            unpack_update(archive, description, unpacked)
+            _compile(unpacked)
+            (unpacked / DESCRIPTION).write_bytes(msgspec.json.encode(description))
+            # After a power cut, files that were not written yet would be empty.
+            os.sync()
+            self._discard(slot)
+            unpacked.rename(slot)
         except OSError as error:
-            shutil.rmtree(slot, ignore_errors=True)
             raise UpdateError(f"cannot unpack {archive}: {error.strerror}; nothing was changed") from None
-        except UpdateError:
-            shutil.rmtree(slot, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
         before = self.active
         write_atomically(self._trial, before.name.encode(), 0o644)
         self._use(slot)
@@ -107,8 +110,11 @@ class Slots:
         except BaseException as error:
             self._use(before)
             self._trial.unlink(missing_ok=True)
-            # Should the old version fail too, its own error says why.
-            restart()
+            try:
+                # Should the old version fail too, its own error says why.
+                restart()
+            finally:
+                self._discard(slot)
             raise UpdateError(
                 f"version {description.version} did not become ready ({error}); {_version(before)} is in use again"
             ) from None
@@ -125,12 +131,17 @@ class Slots:
         return _version(self.active)
 
     def settle(self) -> str | None:
-        """Undo an update whose trial was cut short, at boot. Returns the version in use; None if there was none."""
+        """Undo an update whose trial was cut short, at boot. Returns the version in use; None if there was none.
+
+        The link may have been set back already: flexspec-configure.service does that before it runs anything of ours.
+        """
         if not self.on_trial:
             return None
         before = self.home.with_name(self._trial.read_text().strip())
-        if before.name in self._names() and before.is_dir() and before != self.active:
-            self._use(before)
+        if before.name in self._names() and before.is_dir():
+            if before != self.active:
+                self._use(before)
+            self._discard(self.other)
         self._trial.unlink()
         return _version(self.active)
 
@@ -140,6 +151,18 @@ class Slots:
 
     def _names(self) -> list[str]:
         return [f"{self.home.name}{suffix}" for suffix in SUFFIXES]
+
+    def _temporary(self, name: str) -> Path:
+        """A directory beside the slots, which is none of them if it is left over."""
+        return self.home.with_name(f"{self.home.name}.{name}")
+
+    def _discard(self, slot: Path) -> None:
+        """Remove a slot at once, so that an interruption leaves no half of it to return to."""
+        discarded = self._temporary("discarded")
+        shutil.rmtree(discarded, ignore_errors=True)
+        if slot.exists():
+            slot.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
     def _use(self, slot: Path) -> None:
         link = self.home.with_name(f"{self.home.name}.new")

@@ -3,8 +3,9 @@
     python -m tests.device_profiles.image.boot_test build/flexspec-generic-arm64.img --model small
 
 The board configures itself from flexspec.toml, answers through a verifier on this machine exactly as transformers'
-`generate`, is restarted by its watchdog, measures a slower link, returns from a broken update to the version that it
-had, and boots a second time. Emulation is slow: times are printed, not judged.
+`generate`, is restarted by its watchdog, measures a slower link, takes a signed update and returns from it, refuses one
+that its maker has not signed, undoes one that cannot start, and boots a second time. Emulation is slow: times are
+printed, not judged.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from device_profiles.image.archives import new_archive
 from device_profiles.image.boot_partition import ImagePartition
-from device_profiles.image.release import pack_update
-from device_profiles.image.runtime import CHECKOUT, FIRST_SLOT, PYTHON_VERSION, build_wheel
+from device_profiles.image.release import pack_update, read_key
+from device_profiles.image.runtime import CHECKOUT, FIRST_SLOT, PYTHON_VERSION, add_environment, build_wheel
+from export.bundle.sign import generate_key_pair
 from tests.device_profiles.image.guest import (
     HOST_ADDRESS,
     LARGE_BOARD,
@@ -52,7 +56,9 @@ insecure = true
 [service]
 host = "0.0.0.0"
 """
-BROKEN_VERSION = "9.9.9"
+UPDATE_VERSION, BROKEN_VERSION = "9.9.8", "9.9.9"
+# Of the idle service: what a Zero 2 W, with 512 MB, has room for beside everything else.
+MAX_IDLE_MB = 120
 LOG = CHECKOUT / "build/boot-test.log"
 
 
@@ -76,7 +82,7 @@ def main() -> int:
                 check_watchdog(guest)
                 check_answer(guest, expected)
                 check_link(guest)
-                check_broken_update(guest, broken_update(Path(name)))
+                check_updates(guest, Path(name), expected)
                 check_answer(guest, expected)
             check_boot_partition(guest)
             with guest.booted():
@@ -97,8 +103,10 @@ def check_first_boot(guest: Guest) -> None:
     cost = f"the emulator has used {guest.processor_seconds():.0f} s of processor time"
     report("ready at", f"{activated:.1f} s of the guest's uptime; {cost}")
     process = guest.property(SERVICE, "MainPID")
-    memory = guest.run("grep", "VmRSS", f"/proc/{process}/status").split()[1]
-    report("memory of the idle service", f"{int(memory) / 1e3:.0f} MB")
+    lines = guest.run("grep", "-E", "^Vm(RSS|Swap):", f"/proc/{process}/status").splitlines()
+    megabytes = sum(int(line.split()[1]) for line in lines) / 1e3
+    report("memory of the idle service", f"{megabytes:.0f} MB")
+    assert megabytes < MAX_IDLE_MB
     report("page size", guest.run("getconf", "PAGESIZE"))
     assert guest.run("hostname") == "boot-test"
     root_kilobytes = int(guest.run("df", "--output=size", "/").splitlines()[1])
@@ -150,27 +158,69 @@ def check_link(guest: Guest) -> None:
     guest.run("tc", "qdisc", "del", "dev", device, "root")
 
 
-def check_broken_update(guest: Guest, update: Path) -> None:
-    """An update that cannot start is undone by itself."""
-    guest.copy(update, "/root/broken.update")
-    output = guest.run("edge-runtime update install /root/broken.update", check=False)
+def check_updates(guest: Guest, directory: Path, expected: str) -> None:
+    """An update of the maker's is used, and can be undone; another's is refused; one that cannot start is undone."""
+    private = directory / "maker.key"
+    guest.copy(generate_key_pair(private), "/root/maker.pub")
+    key = read_key(private)
+    install = "edge-runtime update install --key /root/maker.pub /root/flexspec.update"
+    image = ("flexspec.a", "as in the image")
+
+    guest.copy(make_update(directory, UPDATE_VERSION, None, complete=True), "/root/flexspec.update")
+    output = guest.run(install, check=False)
+    assert "nothing was changed" in output, output
+    assert update_status(guest) == (*image, None)
+
+    guest.copy(make_update(directory, UPDATE_VERSION, key, complete=True), "/root/flexspec.update")
+    assert f"version {UPDATE_VERSION} is in use" in guest.run(install)
+    assert update_status(guest) == ("flexspec.b", UPDATE_VERSION, image[1])
+    wait_until_ready(guest)
+    check_answer(guest, expected)
+    guest.run("edge-runtime update rollback")
+    assert update_status(guest) == (*image, UPDATE_VERSION)
+    wait_until_ready(guest)
+    report("signed update", "used, and undone")
+
+    guest.copy(make_update(directory, BROKEN_VERSION, key, complete=False), "/root/flexspec.update")
+    output = guest.run(install, check=False)
     assert f"version {BROKEN_VERSION} did not become ready" in output, output
     assert "is in use again" in output, output
-    status = json.loads(guest.run("edge-runtime update status --json"))
-    assert (status["active"], status["version"], status["on_trial"]) == ("flexspec.a", "as in the image", False), status
+    assert update_status(guest) == (*image, None)
     wait_until_ready(guest)
     report("broken update", "fell back")
 
+    # What a power cut during its trial leaves: nothing of it runs, and it is in use.
+    guest.run("mkdir /opt/flexspec.b && ln -sfn flexspec.b /opt/flexspec && printf flexspec.a >/opt/flexspec.update")
+    guest.run("systemctl restart flexspec-configure", check=False)
+    assert update_status(guest) == (*image, None)
+    assert "an update of FlexSpec was interrupted" in guest.run("cat /boot/firmware/flexspec-errors.txt")
+    guest.run("systemctl restart flexspec-configure")
+    report("interrupted update", "undone")
 
-def broken_update(directory: Path) -> Path:
-    """Make an update that lacks every package that FlexSpec depends on, as if its wheels had been forgotten."""
-    wheel = build_wheel(directory, 0)
-    with new_archive(directory / "runtime.tar", 0) as archive, zipfile.ZipFile(wheel) as content:
-        for name in sorted(content.namelist()):
-            archive.file(f"{FIRST_SLOT[1:]}/lib/python{PYTHON_VERSION}/site-packages/{name}", content.read(name))
-        archive.file(f"{FIRST_SLOT[1:]}/pyvenv.cfg", "home = /usr/bin\n")
-        archive.link(f"{FIRST_SLOT[1:]}/bin/python", f"/usr/bin/python{PYTHON_VERSION}")
-    return pack_update(directory / "runtime.tar", BROKEN_VERSION, directory / "broken.update", None, 0)
+
+def update_status(guest: Guest) -> tuple[str, str, str | None]:
+    """Return the slot in use, its version and that of the other slot; no update is on trial."""
+    status = json.loads(guest.run("edge-runtime update status --json"))
+    assert not status["on_trial"], status
+    return status["active"], status["version"], status["other"]
+
+
+def make_update(directory: Path, version: str, key: Ed25519PrivateKey | None, *, complete: bool) -> Path:
+    """Make an update with the program of this checkout.
+
+    Args:
+        complete: with the packages that it depends on, which are those of the image; else it cannot start, as if its
+            wheels had been forgotten.
+    """
+    packages = directory / "packages"
+    shutil.rmtree(packages, ignore_errors=True)
+    with zipfile.ZipFile(build_wheel(directory, 0)) as content:
+        content.extractall(packages)
+    if complete:
+        (packages / "image.pth").write_text(f"{FIRST_SLOT}/lib/python{PYTHON_VERSION}/site-packages\n")
+    with new_archive(directory / "runtime.tar", 0) as archive:
+        add_environment(archive, packages)
+    return pack_update(directory / "runtime.tar", version, directory / "flexspec.update", key, 0)
 
 
 def check_boot_partition(guest: Guest) -> None:

@@ -17,8 +17,10 @@ import psutil
 from device_profiles.flash.fleet import personalise
 from device_profiles.image.block_map import read_block_map
 from device_profiles.image.boot_partition import ImagePartition
-from device_profiles.image.programs import require, run
+from device_profiles.image.programs import ImageError, require, run
 
+# Of this machine: for the emulator, and for the image like a stock system.
+PROGRAMS = ("qemu-system-aarch64", "ssh", "ssh-keygen", "resize2fs")
 # qemu's network: this machine, as the guest sees it.
 HOST_ADDRESS = "10.0.2.2"
 # Such a network, in which this machine has the address of the README's verifier.
@@ -73,7 +75,7 @@ class Guest:
     @contextlib.contextmanager
     def booted(self) -> Iterator[None]:
         """Boot, and shut down cleanly in the end."""
-        require("qemu-system-aarch64", "ssh")
+        require(*PROGRAMS)
         boot = ImagePartition(self.card)
         for name in ("vmlinuz", "initrd.img"):
             self.card.with_name(name).write_bytes(boot.read(name) or b"")
@@ -153,7 +155,6 @@ def make_card(image: Path, configuration: str, directory: Path, model: BoardMode
 
 def make_key(directory: Path) -> Path:
     """Make a key for SSH. Returns the private one; the public one is beside it, with the suffix .pub."""
-    require("ssh-keygen")
     key = directory / "key"
     run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key])
     return key
@@ -171,3 +172,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+if __name__ == "__main__":
+    # `make boot-test` asks this first: building an image takes half an hour.
+    try:
+        require(*PROGRAMS)
+    except ImageError as error:
+        raise SystemExit(str(error)) from None

@@ -20,8 +20,10 @@ from typing import IO, Any
 
 from device_profiles.image.command import _default_cache
 from device_profiles.image.customise import CustomiseOptions, customise
-from device_profiles.image.release import make_release
+from device_profiles.image.programs import run
+from device_profiles.image.release import make_release, read_key
 from device_profiles.image.runtime import CHECKOUT
+from export.bundle.sign import generate_key_pair
 from tests.device_profiles.image.boot_test import (
     API_KEY,
     CONFIGURATION,
@@ -102,7 +104,9 @@ def section_of_readme(card: Path, expected: str) -> None:
     partition = ImagePartition(card)
     partition.write("user-data", f"#cloud-config\n{json.dumps({'users': [account]})}\n".encode())
     # With the small draft, whose target the verifier here has.
-    files = make_release(card.parent / "dist", FAMILY / "bundle", None, 0)
+    public = generate_key_pair(card.parent / "maker.key")
+    files = make_release(card.parent / "dist", FAMILY / "bundle", read_key(card.parent / "maker.key"), 0)
+    check_signature(files, public)
     guest = Guest(card, key, LARGE_BOARD, user="pi", network=README_NETWORK)
     with verifier(README_PORT, README_HOST), booted(guest):
         guest.wait_for("SSH answers", lambda: guest.run("true") == "")
@@ -116,6 +120,14 @@ def section_of_readme(card: Path, expected: str) -> None:
         command = f"curl -s http://127.0.0.1:8400/v1/completions -H 'content-type: application/json' -d '{body}'"
         answer = json.loads(guest.run("bash", "-e", content=script(card.parent, command)))
         assert answer["choices"][0]["text"] == expected, (answer, expected)
+
+
+def check_signature(files: list[Path], public: Path) -> None:
+    """OpenSSL, as CONTRIBUTING.md has it, accepts the signature of a release."""
+    sums, signature = files[-2:]
+    check = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", sums, "-sigfile", signature]
+    assert "Signature Verified Successfully" in run(check).stdout
+    report("signature of the release", "verified")
 
 
 def section() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import platform
@@ -15,9 +16,9 @@ import pytest
 
 from device_profiles.cli import main as device_profile
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.updates import package
+from edge_runtime.updates import package, slots
 from edge_runtime.updates.package import UpdateDescription, UpdateError
-from edge_runtime.updates.slots import Slots
+from edge_runtime.updates.slots import Slots, SlotStatus
 from export.bundle.sign import _read_private_key, generate_key_pair
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -111,22 +112,35 @@ def test_an_update_that_does_not_start_is_undone(board: Board) -> None:
     ):
         board.slots.install(board.update("'2'"), board.public, board.restart("'2'"))
     assert board.seen == ["'2'", "image"]
-    assert not board.slots.on_trial
+    # `rollback` must not lead to it.
+    assert board.slots.status() == SlotStatus("flexspec.a", "as in the image", None, on_trial=False)
+    with pytest.raises(InputError, match="there is no previous version"):
+        board.slots.rollback()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_update_that_cannot_be_unpacked_leaves_both_versions(
+    board: Board, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    board.slots.install(board.update("'2'"), board.public, board.restart())
+    before = board.slots.status()
+
+    def interrupt(slot: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(slots, "_compile", interrupt)
+    with pytest.raises((KeyboardInterrupt, UpdateError)):
+        board.slots.install(board.update("'3'"), board.public, board.restart())
+    assert board.slots.status() == before
+    assert sorted(path.name for path in board.home.parent.iterdir()) == ["flexspec", "flexspec.a", "flexspec.b"]
+    assert (board.home.with_name("flexspec.a") / "lib/version.py").read_text() == "image"
 
 
 def test_a_power_cut_during_the_trial_undoes_the_update_at_boot(
     board: Board, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class PowerCut(BaseException):
-        pass
-
-    def cut() -> None:
-        raise PowerCut
-
     # What is on the card then: the link to the new version, and the mark.
-    with pytest.raises(PowerCut):
-        board.slots.install(board.update("'2'"), board.public, cut)
-    board.slots._use(board.home.with_name("flexspec.b"))
+    board.slots.install(board.update("'2'"), board.public, board.restart())
     board.slots._trial.write_text("flexspec.a")
     boot = board.directory / "boot"
     boot.mkdir()
@@ -135,6 +149,7 @@ def test_a_power_cut_during_the_trial_undoes_the_update_at_boot(
     assert "an update of FlexSpec was interrupted" in (boot / "flexspec-errors.txt").read_text()
     assert (board.home / "lib/version.py").read_text() == "image"
     assert device_profile(arguments) == 0
+    assert board.slots.status().other is None
 
 
 @pytest.mark.parametrize(
