@@ -25,12 +25,12 @@ frozen draft, its bundle, the drafts that it is compared with, and the compariso
 The stages target, corpus and bundle need only a CPU; the others take minutes on one GPU. A stage whose result exists is
 skipped, and an interrupted stage resumes, so that the same command can be given again. Stand-ins for future versions
 (LoRAs of target v1) teach the draft's blocks; stage distill trains these on, with a head of their own. Stand-ins and
-retrained drafts are not shipped. With several GPUs, run `--stage futures` and `--stage retrain` once for each, with
-`--only NAME`.
+retrained drafts are not shipped. With several GPUs, run the stages futures, chats and retrain once for each, with
+`--only NAME`; two GPUs write the chats of one version if the second takes them `--backwards`.
 """
 
 STAGES = (
-    *("target", "corpus", "questions", "futures", "evolve-v2", "evolve-v3", "evolve-v4"),
+    *("target", "corpus", "questions", "futures", "evolve-v2", "evolve-v3", "evolve-v4", "chats"),
     *("blocks", "distill", "bundle", "retrain", "evaluate"),
 )
 
@@ -55,7 +55,10 @@ def add_parser(commands: Any) -> None:
         help="draft or bundle that stage distill trains on (default: stage blocks')",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="bound on the training of stage distill")
-    parser.add_argument("--only", metavar="NAME", help="only this one of the futures or retrained drafts")
+    parser.add_argument(
+        "--only", metavar="NAME", help="only this one of the futures, or this version's chats or retrained draft"
+    )
+    parser.add_argument("--backwards", action="store_true", help="write the last chats first")
     parser.set_defaults(run=run)
 
 
@@ -76,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         only=options.only,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    stages = _stage_functions(recipe)
+    stages = _stage_functions(recipe, backwards=options.backwards)
     for stage in options.stage:
         result, make = stages[stage]
         if result.exists():
@@ -88,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stage_functions(recipe: FamilyRecipe) -> dict[str, tuple[Path, Callable[[], None]]]:
+def _stage_functions(recipe: FamilyRecipe, *, backwards: bool) -> dict[str, tuple[Path, Callable[[], None]]]:
     """Result of each stage, and the function that makes it."""
     from export.example_family import recipe as names
 
@@ -101,6 +104,10 @@ def _stage_functions(recipe: FamilyRecipe) -> dict[str, tuple[Path, Callable[[],
         "evolve-v2": (out / "target-v2", partial(recipe.make_version, "target-v2")),
         "evolve-v3": (out / "target-v3", partial(recipe.make_version, "target-v3")),
         "evolve-v4": (out / names.TUNED, recipe.make_tuned),
+        "chats": (
+            recipe.chats_complete(recipe.only or names.VERSIONS[-1]),
+            partial(recipe.make_chats, backwards=backwards),
+        ),
         "blocks": (out / names.BLOCKS, recipe.make_blocks),
         "distill": (out / names.DRAFT, recipe.make_draft),
         "bundle": (out / names.BUNDLE, recipe.make_bundle),

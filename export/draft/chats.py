@@ -146,34 +146,35 @@ class ChatWriter:
         self._end_ids = own_ends or self._special_ids
         self._vocabulary_size = int(target.config.vocab_size)
 
-    def write(self, config: ChatConfig, directory: Path | None = None) -> Chats:
+    def write(self, config: ChatConfig, directory: Path | None = None, *, backwards: bool = False) -> Chats:
         """Write chats in large batches.
 
         Args:
             directory: where each batch is saved, to resume from after an interruption; None saves nothing.
+            backwards: start with the last batch, so that another process that shares `directory` meets this one.
         """
         rows = min(config.count, self._rows_at_once(config.length))
         batches = -(-config.count // rows)
-        parts = []
+        written: dict[int, Chats] = {}
         with Progress("chats", config.count) as progress:
-            for batch in range(batches):
+            for batch in reversed(range(batches)) if backwards else range(batches):
                 count = min(rows, config.count - batch * rows)
                 temperature = config.temperatures[batch % len(config.temperatures)]
                 name = f"seed{config.seed}-{batch:04d}-{count}x{config.length}-T{temperature:g}.npz"
                 path = directory and directory / name
                 if path and path.is_file():
-                    parts.append(Chats.load(path))
+                    written[batch] = Chats.load(path)
                 else:
                     # Spread over the batches: batch b has a second turn when the running share passes a whole number.
                     second = int((batch + 1) * config.second_turns) > int(batch * config.second_turns)
                     random = np.random.default_rng([config.seed, batch])
                     torch.manual_seed(int(random.integers(1 << 31)))
-                    parts.append(self._write_batch(count, temperature, 1 + second, config.length, random))
+                    written[batch] = self._write_batch(count, temperature, 1 + second, config.length, random)
                     if path:
-                        parts[-1].save(path)
-                tokens = sum(len(part.ids) for part in parts)
-                progress.update(min(config.count, (batch + 1) * rows), f"{tokens} tokens")
-        return Chats.join(parts)
+                        written[batch].save(path)
+                tokens = sum(len(part.ids) for part in written.values())
+                progress.update(sum(len(part.lengths) for part in written.values()), f"{tokens} tokens")
+        return Chats.join([written[batch] for batch in range(batches)])
 
     def _write_batch(
         self, count: int, temperature: float, turns: int, length: int, random: np.random.Generator

@@ -69,12 +69,10 @@ class TrainingText:
         held_out_chats = {}
         if config.chats:
             writer = ChatWriter(target, base)
-            length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
-            directory = config.chats_directory or partial / CHATS_DIRECTORY
-            chats = writer.write(ChatConfig(config.chats, length, seed=seed), directory)
-            for temperature in TEMPERATURES if config.evaluated_chats else ():
-                own = ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
-                held_out_chats[temperature] = writer.write(own, config.chats_directory).rows()
+            training, *held_out_kinds = chat_kinds(config)
+            chats = writer.write(training, config.chats_directory or partial / CHATS_DIRECTORY)
+            for kind in held_out_kinds:
+                held_out_chats[kind.temperatures[0]] = writer.write(kind, config.chats_directory).rows()
             parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
             if len(chats.ids) < config.plan.length:
                 raise InputError(
@@ -82,6 +80,19 @@ class TrainingText:
                 )
         tokens = sum(len(stream.ids) for stream, _ in parts)
         return cls(MixedStream(tuple(parts)), tokens, windows, held_out_chats)
+
+
+def chat_kinds(config: DistillationConfig) -> list[ChatConfig]:
+    """Return what chats a distillation needs: those to train on, then the held-out ones, one kind a temperature."""
+    length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
+    held_out = TEMPERATURES if config.evaluated_chats else ()
+    return [
+        ChatConfig(config.chats, length, seed=seed),
+        *(
+            ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
+            for temperature in held_out
+        ),
+    ]
 
 
 def _read_texts(

@@ -24,6 +24,7 @@ from export.draft.chats import ChatConfig, Chats, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill, head_as_in_bundle
 from export.draft.training import TrainingCurve, write_json
+from export.draft.training_text import chat_kinds
 from export.evaluate.prompts import load_chats
 from export.example_family import cards
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
@@ -119,18 +120,29 @@ class FamilyRecipe:
             with self._output_directory(name) as (directory, checkpoint):
                 self._train_lora(directory, checkpoint, domain.name, 2 * self.size.rank, seed=100 + number)
 
+    def make_chats(self, *, backwards: bool = False) -> None:
+        """Let each version write the chats that its draft is trained on, and those that the draft is measured on.
+
+        Args:
+            backwards: see `ChatWriter.write`.
+        """
+        for version in VERSIONS:
+            if self.only not in (None, version):
+                continue
+            config = self._draft_config if version == TARGET else self._retraining(version)
+            writer = ChatWriter(self._fast(self._load(version)), self.out / TARGET)
+            for kind in chat_kinds(config):
+                writer.write(kind, config.chats_directory, backwards=backwards)
+            self.chats_complete(version).touch()
+
+    def chats_complete(self, version: str) -> Path:
+        """Return the file that exists once the chats of a version are written."""
+        return self.out / "chats" / f"{version}.complete"
+
     def make_blocks(self) -> None:
         """Distill the draft's blocks, under target v1's head, from it and the stand-ins for its future versions."""
-        config = DistillationConfig(
-            target=self.out / TARGET,
-            plan=self.size.blocks,
-            texts=(self.out / "corpus" / TRAINING,),
-            chats=self.size.chats,
-            new_blocks=self.size.new_blocks,
-            versions=tuple(self.out / name for name in FUTURES),
-            head_bits=HEAD_BITS,
-            evaluated_chats=self.size.evaluated_chats,
-        )
+        futures = tuple(self.out / name for name in FUTURES)
+        config = replace(self._draft_config, plan=self.size.blocks, versions=futures)
         result = distill(config, self.out / BLOCKS, self.device)
         self._record("blocks", result.record())
 
@@ -139,18 +151,8 @@ class FamilyRecipe:
 
         A perturbed target v1 stands in for its future versions here.
         """
-        config = DistillationConfig(
-            target=self.out / TARGET,
-            plan=self.size.distill,
-            texts=(self.out / "corpus" / TRAINING,),
-            chats=self.size.chats,
-            layout="standalone",
-            siblings=1,
-            start=self.start or self.out / BLOCKS,
-            head_bits=HEAD_BITS,
-            minutes=self.minutes,
-            evaluated_chats=self.size.evaluated_chats,
-        )
+        start = self.start or self.out / BLOCKS
+        config = replace(self._draft_config, layout="standalone", siblings=1, start=start, minutes=self.minutes)
         result = distill(config, self.out / DRAFT, self.device)
         self._record("distill", result.record())
 
@@ -170,15 +172,7 @@ class FamilyRecipe:
             output = self.out / RETRAINED / version
             if self.only not in (None, version) or output.exists():
                 continue
-            config = DistillationConfig(
-                target=self.out / version,
-                plan=self.size.retrain,
-                texts=(self.out / "corpus" / TRAINING,),
-                chats=self.size.version_chats,
-                start=self.out / DRAFT,
-                head_bits=HEAD_BITS,
-                evaluated_chats=0,
-            )
+            config = self._retraining(version)
             result = distill(config, output, self.device)
             self._record(f"{RETRAINED}-{version}", result.record())
 
@@ -290,6 +284,31 @@ class FamilyRecipe:
     def _record(self, stage: str, content: Mapping[str, object]) -> None:
         """Save the curve and results of a stage; one file each, because stages may run in parallel."""
         write_json(self.out / "training" / f"{stage}.json", content)
+
+    @property
+    def _draft_config(self) -> DistillationConfig:
+        return DistillationConfig(
+            target=self.out / TARGET,
+            plan=self.size.distill,
+            texts=(self.out / "corpus" / TRAINING,),
+            chats=self.size.chats,
+            chats_directory=self.out / "chats" / TARGET,
+            new_blocks=self.size.new_blocks,
+            head_bits=HEAD_BITS,
+            evaluated_chats=self.size.evaluated_chats,
+        )
+
+    def _retraining(self, version: str) -> DistillationConfig:
+        return DistillationConfig(
+            target=self.out / version,
+            plan=self.size.retrain,
+            texts=(self.out / "corpus" / TRAINING,),
+            chats=self.size.version_chats,
+            chats_directory=self.out / "chats" / f"retrained-{version}",
+            start=self.out / DRAFT,
+            head_bits=HEAD_BITS,
+            evaluated_chats=0,
+        )
 
     @staticmethod
     def _facts(curve: TrainingCurve) -> dict[str, object]:
