@@ -33,9 +33,11 @@ FEW_TOKENS = 2048
 
 
 class Skeleton(NamedTuple):
-    """Attributes:
-    model: the text part of the model.
-    layers: number of its layers; those of the checkpoint unless it was cut down.
+    """The model that `build_skeleton` builds.
+
+    Attributes:
+        model: the text part of the model.
+        layers: number of its layers; those of the checkpoint unless it was cut down.
     """
 
     model: Any

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 # Chosen: a bundle has four files, so an archive of this many entries is not a bundle.
 MAX_ARCHIVE_MEMBERS = 1000
-# All that is decompressed of an archive, files that are not installed included.
+# Bytes that are decompressed from an archive at most, including files that are not installed.
 MAX_ARCHIVE_BYTES = MAX_FILE_BYTES
-# By name: the bound on the files that are read before the manifest tells their sizes.
+# Bounds of the files that are read before the manifest states their sizes, by name.
 HEAD_BYTES = {MANIFEST_NAME: MAX_MANIFEST_BYTES, SIGNATURE: SIGNATURE_BYTES}
 
 
@@ -47,7 +47,7 @@ def fetch(source: Path, scratch: Path, keys: list[Ed25519PublicKey] | None = Non
     Args:
         source: a bundle's directory, or a tar archive of one, compressed or not.
         scratch: an empty directory.
-        keys: of which one must have signed the manifest; without any, no signature is required.
+        keys: public keys, one of which must have signed the manifest; if there are none, no signature is required.
 
     Returns:
         The new directory, and the names of files that were skipped because the manifest does not name them.
@@ -88,7 +88,7 @@ def _read_directory_head(source: Path) -> dict[str, bytes]:
     with _reading(source):
         if (source / SIGNATURE).is_file():
             with (source / SIGNATURE).open("rb") as file:
-                # A longer one is no signature, and stays invalid.
+                # A longer file is not a signature, and its beginning does not pass for one.
                 head[SIGNATURE] = file.read(SIGNATURE_BYTES + 1)
     return head
 
@@ -171,7 +171,7 @@ def _check_size(path: Path, size: int, recorded: int) -> None:
 
 
 def _write(read: Callable[[int], bytes], size: int, target: Path, source: Path) -> None:
-    """Write `size` bytes that `read` returns to `target`. It reads from `source`."""
+    """Write the `size` bytes that `read` returns to `target`; `source`, from which it reads, is named in errors."""
     with target.open("xb") as written:
         while size:
             with _reading(source):

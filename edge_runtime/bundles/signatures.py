@@ -2,8 +2,9 @@
 
     manifest.sig        the 64 signature bytes over the content of manifest.json
 
-Keys are PEM files in OpenSSL's format. A file may hold several public keys, of which one must have signed, so that a
-new key can be introduced before the old one is retired. `draft-export keygen` and `sign` make keys and signatures.
+Keys are PEM files in OpenSSL's format. A file may hold several public keys: a signature by any of them is accepted, so
+that a new key can be introduced before the old one is retired. `draft-export keygen` and `sign` make keys and
+signatures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SIGNATURE = "manifest.sig"
-# Of Ed25519 (RFC 8032).
+# Length of an Ed25519 signature (RFC 8032).
 SIGNATURE_BYTES = 64
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 

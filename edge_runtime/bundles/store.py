@@ -88,7 +88,8 @@ class BundleStore:
     def __init__(self, path: Path, public_key_file: Path | None = None) -> None:
         """
         Args:
-            public_key_file: keys of which one must have signed a bundle; None requires no signature.
+            public_key_file: PEM file of public keys, one of which must have signed a bundle; None requires no
+                signature.
 
         Raises:
             InputError: the keys cannot be read.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -10,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from edge_runtime.common.terminal import escape
 from edge_runtime.service.monitoring.dashboard_state import DashboardState
 from edge_runtime.service.monitoring.words import capitalize, count, load_words
 
@@ -74,24 +74,17 @@ def sparkline(values: Series, min_scale: float = 1.0) -> str:
     )
 
 
-def replace_control_characters(text: str) -> str:
-    """Replace what a terminal would interpret: a model may write escape sequences."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "�" for c in text)
-
-
 def _render_header(dashboard: DashboardState, state: str, keys: str) -> Text:
     board = dashboard.board
     head = Text.assemble(("FlexSpec", "bold"), f" {state}" if board is None else f" {board.version}, {state}")
     head.append(f"  ({keys})" if keys else "", "dim")
     gauges = dashboard.gauges[-1] if dashboard.gauges else None
     if gauges and gauges.version:
-        head.append("\ntarget model ").append(replace_control_characters(gauges.version), "bold")
+        head.append("\ntarget model ").append(escape(gauges.version), "bold")
     known = gauges or board
     if known:
         style = "bold red" if known.privacy == "clear" else "green"
-        head.append(f"\nverifier {replace_control_characters(known.verifier)}, ").append(
-            WORDS.privacy[known.privacy], style
-        )
+        head.append(f"\nverifier {escape(known.verifier)}, ").append(WORDS.privacy[known.privacy], style)
     if gauges:
         facts = [
             WORDS.answers["running"].format(answers=count(gauges.running, "answer")),
@@ -103,7 +96,7 @@ def _render_header(dashboard: DashboardState, state: str, keys: str) -> Text:
             answers = count(gauges.unverified_answers, "answer")
             head.append("\n" + WORDS.answers["unverified"].format(answers=answers), "bold")
         if gauges.fault:
-            head.append("\n" + capitalize(replace_control_characters(gauges.fault)), "bold red")
+            head.append("\n" + capitalize(escape(gauges.fault)), "bold red")
     return head
 
 
@@ -180,13 +173,13 @@ def _render_times(times: dict[str, float], width: int) -> Text:
 def _render_answer(dashboard: DashboardState, width: int, lines: int | None) -> Iterator[RenderableType]:
     started, finished = dashboard.started, dashboard.finished
     assert started is not None
-    text = Text(replace_control_characters(started.prompt), "dim")
+    text = Text(escape(started.prompt, keep="\n\t"), "dim")
     for kind, token in dashboard.tokens:
-        text.append(replace_control_characters(token), TOKEN_STYLES[kind])
+        text.append(escape(token, keep="\n\t"), TOKEN_STYLES[kind])
     title = f"answer {started.answer}"
     if finished is not None and finished.answer == started.answer:
         outcome = WORDS.outcomes.get(finished.outcome, finished.message or finished.outcome)
-        title += f": {count(finished.tokens, 'token')}, {replace_control_characters(outcome)}"
+        title += f": {count(finished.tokens, 'token')}, {escape(outcome)}"
         if finished.unverified:
             title += f", {finished.unverified} {WORDS.tokens['unverified']}"
     text = text[max(0, len(text) - MAX_TEXT_CHARACTERS) :]

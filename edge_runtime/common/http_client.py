@@ -1,7 +1,7 @@
-"""What our HTTP clients accept of a peer, whoever that is: uncompressed answers of bounded size.
+"""Limits on the answers that our HTTP clients accept from any peer: uncompressed, and of bounded size.
 
-httpx unpacks whatever a peer has compressed, and a gigabyte of zeros takes a megabyte on the wire. So answers are read
-as they arrive, and compressed ones are refused.
+httpx decompresses whatever a peer sends, and a gigabyte of zeros takes a megabyte on the wire. Answers are therefore
+read as they arrive, and compressed ones are refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def read_pieces(response: httpx.Response, limit: int = MAX_ANSWER_BYTES) -
 
 
 async def read_answer(response: httpx.Response, limit: int = MAX_ANSWER_BYTES) -> bytes:
-    """Return the whole body of a streamed response; arguments and errors as of `read_pieces`."""
+    """Return the whole body of a streamed response; arguments and errors are those of `read_pieces`."""
     return b"".join([piece async for piece in read_pieces(response, limit)])
 
 

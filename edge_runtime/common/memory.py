@@ -21,7 +21,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 # glibc's own thresholds would grow and keep that memory.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 TRIM_BYTES, MMAP_BYTES, ARENAS = 1 << 17, 1 << 16, 2
-# How often memory that a peak has left is given back. Chosen: soon enough for other programs, and it takes a
+# Seconds between two returns of freed memory to the system. Chosen: soon enough for other programs; a return takes a
 # millisecond.
 RELEASE_SECONDS = 15.0
 
@@ -41,10 +41,10 @@ def limit_heap_growth() -> None:
 
 
 def freeze_objects() -> None:
-    """Exclude all objects of now from garbage collection, which otherwise stops every thread to look at each of them.
+    """Exclude all existing objects from garbage collection, which otherwise stops every thread to scan them.
 
-    Measured: 200 ms in a verifier, 30 ms on a laptop in the service of a board; 1 ms afterwards. Call it once what a
-    process keeps for good is imported and loaded.
+    Measured: 200 ms in a verifier, 30 ms on a laptop in the service of a board; 1 ms afterwards. Call it once
+    everything that the process keeps is imported and loaded.
     """
     gc.collect()
     gc.freeze()
@@ -83,8 +83,8 @@ def limit_own_memory(share: float = SERVICE_SHARE) -> int:
 
     The bound is on private writable memory (RLIMIT_DATA): RLIMIT_AS would also count files that are only mapped, such
     as libraries. An allocation beyond it fails: onnxruntime reports that, and the target goes on without the draft;
-    Python raises MemoryError. What is reserved but unused by now, mostly the stacks of threads, is not counted: on
-    x86-64 that is 150 MB of 280 MB, with 127 MB in use.
+    Python raises MemoryError. Memory that is reserved but not yet used, mostly stacks of threads, is not counted: 150
+    MB of 280 MB on x86-64, where 127 MB are in use.
     """
     bound = int(share * psutil.virtual_memory().total)
     reserved, used = _read_data_bytes()

@@ -31,9 +31,9 @@ def check_host_name(name: str) -> str:
 class HostNames:
     """The names by which this machine calls itself.
 
-    A server that listens on loopback and asks for no key answers only for these: a web page of elsewhere can have its
-    own host's name resolve to this machine (DNS rebinding), and its requests then carry that name. The page cannot do
-    so with this machine's own name.
+    A server that listens on loopback and asks for no key answers only for these: a foreign web page can let its own
+    host name resolve to this machine (DNS rebinding), and its requests then carry that name. It has no power over this
+    machine's own names.
     """
 
     def __init__(self, further: Iterable[str] = ()) -> None:
@@ -61,9 +61,15 @@ def check_proxy(url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        hidden = re.sub(r"//[^/@]*@", "//...@", url)
-        raise InputError(f"{hidden!r} is not the URL of an HTTP proxy; write for instance http://proxy.example:3128")
+        raise InputError(
+            f"{hide_password(url)!r} is not the URL of an HTTP proxy; write for instance http://proxy.example:3128"
+        )
     return url
+
+
+def hide_password(url: str) -> str:
+    """Return `url` without its user and password, for messages."""
+    return re.sub(r"//[^/@]*@", "//...@", url)
 
 
 def check_ca_file(path: Path) -> Path:

@@ -26,7 +26,7 @@ class DocumentCache:
         """Return the document that `build(*arguments)` builds."""
         if arguments not in self._documents:
             self._documents[arguments] = asyncio.create_task(asyncio.to_thread(self._encode, *arguments))
-        # Whoever disconnects meanwhile takes it from nobody else.
+        # A client that disconnects meanwhile must not cancel the build for the others.
         return await asyncio.shield(self._documents[arguments])
 
     def _encode(self, *arguments: Any) -> bytes:

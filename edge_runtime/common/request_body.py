@@ -10,8 +10,8 @@ from edge_runtime.protocol.errors import BodyRefused
 
 # A body must have arrived within this time. Chosen: 100,000 token ids at 13 KB/s.
 BODY_SECONDS = 30.0
-# An oversized body is read to its end, because a client that is still sending would not read the answer; but no further
-# than this: whoever sends more does not read answers. Chosen.
+# An oversized body is read to its end, because a client does not read the answer while it is still sending; but no
+# further than this, since a client that sends more hardly reads answers. Chosen.
 DISCARDED_BYTES = 1 << 24
 
 

@@ -27,14 +27,14 @@ class SamplingOption(NamedTuple):
 
 
 SAMPLING_OPTIONS = (
-    SamplingOption("--temperature T", 0.0, "0 is greedy decoding"),
-    SamplingOption("--top-k K", 0, "0 keeps all tokens"),
-    SamplingOption("--top-p P", 1.0, "1 keeps all tokens"),
-    SamplingOption("--min-p P", 0.0, "keep tokens with this share of the best one's probability; 0 keeps all"),
-    SamplingOption("--repetition-penalty P", 1.0, "for tokens of prompt and text; 1 changes nothing"),
-    SamplingOption("--presence-penalty P", 0.0, "for tokens that were generated; 0 changes nothing"),
-    SamplingOption("--frequency-penalty P", 0.0, "the same, for each time; 0 changes nothing"),
-    SamplingOption("--min-tokens N", 0, "the text does not end before"),
+    SamplingOption("--temperature T", 0.0, "divides the logits; 0 is greedy decoding"),
+    SamplingOption("--top-k K", 0, "sample from the K most probable tokens; 0 keeps all"),
+    SamplingOption("--top-p P", 1.0, "sample from the most probable tokens that together reach this probability; 1 keeps all"),
+    SamplingOption("--min-p P", 0.0, "sample from tokens with at least this share of the best one's probability; 0 keeps all"),
+    SamplingOption("--repetition-penalty P", 1.0, "divides the logits of tokens that occur in prompt or text; 1 changes nothing"),
+    SamplingOption("--presence-penalty P", 0.0, "subtracted from the logits of tokens that were generated; 0 changes nothing"),
+    SamplingOption("--frequency-penalty P", 0.0, "the same, once for each time that a token was generated; 0 changes nothing"),
+    SamplingOption("--min-tokens N", 0, "tokens that the text has at least"),
 )
 
 
@@ -50,11 +50,11 @@ def add_sampling_options(parser: ArgumentContainer, *, of_model: bool = False) -
         else:
             add_option(parser, option, text, default=default)
     for repeated, parse, text in (
-        ("--logit-bias ID=BIAS", _parse_bias, "add to the logit of this token id; may be repeated"),
-        ("--stop-id ID", int, "end the text at this token id, too; may be repeated"),
+        ("--logit-bias ID=BIAS", _parse_bias, "add BIAS to the logit of this token id; may be repeated"),
+        ("--stop-id ID", int, "also end the text at this token id; may be repeated"),
     ):
         add_option(parser, repeated, text, type=parse, action="append")
-    add_option(parser, "--seed", "same input and same seed, same text", default=0)
+    add_option(parser, "--seed", "same input and same seed give the same text", default=0)
     add_flag(parser, "--ignore-eos", "continue after the end-of-text token, for measurements")
 
 

@@ -1,4 +1,4 @@
-"""Reads tar archives from strangers: member by member, in constant memory, everything under a bound.
+"""Reads untrusted tar archives: member by member, in constant memory, with a bound on everything.
 
 The standard library's `tarfile` joins headers of any length in memory, writes as much as a sparse member claims, and
 follows what an archive says about links. This reader takes regular files and directories with plain headers (POSIX
@@ -38,27 +38,29 @@ _REFUSED_KINDS = {
     b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",
     b"S": "a sparse file", b"K": "a long link", b"L": "a long name",
 }  # fmt: skip
-# What the decompressors raise for malformed input.
+# Exceptions that the decompressors raise for malformed input.
 _DAMAGE = (EOFError, ValueError, ArithmeticError, zlib.error, lzma.LZMAError, MemoryError)
 
 MemberKind = Literal["file", "directory", "link"]
 
 
 class ArchiveError(FlexSpecError):
-    """An archive is damaged, or has what no archive of this kind has. Callers say which archive, and what to do."""
+    """An archive is damaged, or contains something that does not belong there. Callers name it and the remedy."""
 
 
 class Readable(Protocol):
-    """Anything that bytes are read from, fewer than asked for only at its end."""
+    """A source of bytes, which returns fewer than asked for only at its end."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 class TarMember(NamedTuple):
-    """Attributes:
-    name: as in the archive: it may be absolute or lead upwards. Quote it in messages.
-    size: bytes of a file's content.
-    target: of a symbolic link.
+    """One member of an archive.
+
+    Attributes:
+        name: as in the archive: it may be absolute or lead upwards. Quote it in messages.
+        size: bytes of a file's content.
+        target: of a symbolic link.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Text for terminals and logs in which nothing foreign can pass for ours, or control the terminal.
+"""Escapes text from others for terminals and logs, so that it neither passes for our own nor controls the terminal.
 
 Names in archives, paths of requests, header values and messages of peers may hold escape sequences, line breaks and
 marks that reverse the direction of text. Everything that commands print for people, and every text of the log (`logs`),
@@ -26,7 +26,7 @@ HARMFUL = re.compile(
 
 
 def escape(text: str, keep: str = "") -> str:
-    r"""Return `text` with characters that could change more than their own place written as in Python: `\x1b`.
+    r"""Return `text` with every harmful character written as Python writes it, such as `\x1b`.
 
     Args:
         keep: control characters that stay.

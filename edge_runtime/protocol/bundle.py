@@ -50,7 +50,7 @@ VocabularySize = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
 ContextLength = Annotated[int, msgspec.Meta(ge=1, le=1 << 27)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-# Texts that are used as names: of files in the bundle's directory, and in messages, which they cannot disturb.
+# Texts that are used as names, of files in the bundle's directory and in messages; the patterns keep both safe.
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 FileName = Annotated[str, msgspec.Meta(pattern=rf"\A{_NAME}\Z")]
 OptionalFileName = Annotated[str, msgspec.Meta(pattern=rf"\A({_NAME})?\Z")]
@@ -114,7 +114,7 @@ class OnnxGraph(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Sampling parameters of requests that name none: the target's `generation_config.json`; None if it is silent."""
+    """Sampling parameters of requests that name none: the target's `generation_config.json`; None if unset."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -180,7 +180,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class _AnyFormat(msgspec.Struct, frozen=True):
-    """What manifests of all formats have."""
+    """The one field that manifests of all formats have."""
 
     format_version: int
 

@@ -1,8 +1,8 @@
-"""Tries out grammars in a process of its own before this one compiles them.
+"""Tries out grammars in a child process before this process compiles them.
 
 llguidance bounds some of the work for a grammar, but not all: chains of rules overflow the stack, others take minutes
 or gigabytes. In the child process they only end the child. A grammar that compiles there within the limits does so here
-too, because compiling is deterministic. Both ends do this: clients of a board are strangers to it, too.
+too, because compiling is deterministic. Both ends do this: a board does not trust its clients' grammars either.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class AnswerGroup:
         self._changed = asyncio.Event()
         self.answers = [Answer(request, tokenizer, self._changed) for request in requests]
         self._plan = choices
-        # Answers of which the reader knows that they are complete, and the one to look at first, by turns.
+        # Indices of the answers whose end the reader has seen; and the index to look at first, which rotates.
         self._finished: set[int] = set()
         self._turn = 0
 

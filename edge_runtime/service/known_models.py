@@ -1,4 +1,4 @@
-"""The verifier's models, as far as known: from the verifier, else from the last time, else from the configuration."""
+"""The verifier's models, as far as known: as it lists them now, else as it last did, else as configured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class KnownModels:
         self._file = file
         self._urls = [endpoint.url for endpoint in client.endpoints]
         self._models = self._load()
-        # What `_models` was made of, and when it was asked for by `fetch`.
+        # The verifier's list that `_models` was made from, and when `fetch` last asked for it.
         self._source: ModelList | None = None
         self._asked = float("-inf")
         # Versions of answers that were in no list when they came; each is a reason to ask only once.

@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens, released when the text of the tokens is."""
+"""Buffers the log-probabilities of an answer's tokens until the text of these tokens is shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class LogprobBuffer:
         self.wire_bytes = 0
         self._sum, self._count = 0.0, 0
         self._length = 0
-        # Tokens that are not released, with the end of their text. Offsets count the text before stop strings are cut.
+        # Tokens that are not released yet, with the end of their text. Offsets refer to the text before stop strings
+        # are cut off.
         self._held: deque[tuple[ShownToken, int]] = deque()
 
     @property

@@ -1,4 +1,4 @@
-"""What surrounds every route: the id of the request, and the permission of web pages to read answers (CORS)."""
+"""Wraps all routes: gives every request an id, and lets web pages of permitted origins read answers (CORS)."""
 
 from __future__ import annotations
 

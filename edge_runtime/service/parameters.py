@@ -24,8 +24,8 @@ SAME_NAMES = (
 MIN_TEMPERATURE = 1e-3
 # JavaScript's numbers hold 53 bits exactly. One bit is for the choices, whose seeds count up from this one.
 RANDOM_SEED_BITS = 52
-# The length of an answer while the target's context is not known: the verifier ends the text at its end. It is the
-# largest count of the protocol.
+# Limit of an answer while the target's context is not known: the largest count of the protocol. The verifier ends the
+# text at the end of its context.
 UNKNOWN_CONTEXT_TOKENS = (1 << 31) - 1
 
 

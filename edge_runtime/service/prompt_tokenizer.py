@@ -1,7 +1,7 @@
 """Tokenizes prompts off the event loop, one at a time, and recognizes by its length a text that cannot fit the context.
 
-A tokenizer takes up to 250 times the size of a text in memory while it works, so only one thread tokenizes. Who uses it
-holds a place in the admission queue, which bounds how many texts wait for it.
+A tokenizer takes up to 250 times the size of a text in memory while it works, so only one thread tokenizes. Every
+request holds a place in the admission queue before it gets here, which bounds how many texts wait.
 """
 
 from __future__ import annotations

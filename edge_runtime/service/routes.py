@@ -78,7 +78,7 @@ LINK_POLL_SECONDS = 0.5
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """What a request holds from before its prompts are tokenized.
+    """What a request holds, from before its prompts are tokenized until its answers end.
 
     Attributes:
         places: one in the queue for each answer.
@@ -90,7 +90,7 @@ class Admission(msgspec.Struct, frozen=True):
 
 
 class AnswerOrder(msgspec.Struct, frozen=True):
-    """What both endpoints make of a request.
+    """A request as the endpoints have understood it, ready to be answered.
 
     Attributes:
         prompts: token ids.

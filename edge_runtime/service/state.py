@@ -1,4 +1,4 @@
-"""What the parts of the service share: its limits, its access rules, and the draft model with all that answers need."""
+"""State that the parts of the service share: limits, access rules, the draft model and what else answers need."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import inspect
 
 from edge_runtime.common.files import os_errors_as_input_errors
-from edge_runtime.common.network import check_ca_file, is_loopback
+from edge_runtime.common.network import check_ca_file, hide_password, is_loopback
 from edge_runtime.protocol.errors import InputError
 
 # Chosen: a message repeats this much of a wrong value.
@@ -141,9 +141,9 @@ def urls(values: list[str], folder: Path) -> list[str]:
         except ValueError:
             valid = False
         if not valid or re.search(r"\s", url):
-            raise InputError(f"{_hide_password(url)!r} is not a URL; write for instance https://verifier.example")
+            raise InputError(f"{hide_password(url)!r} is not a URL; write for instance https://verifier.example")
         if parts.username is not None or parts.password is not None:
-            raise InputError(f"{_hide_password(url)!r} holds a user or password; use verifier.token_file instead")
+            raise InputError(f"{hide_password(url)!r} holds a user or password; use verifier.token_file instead")
         if parts.query or parts.fragment:
             raise InputError(f"{url!r} has a query or fragment; end the URL after its path")
     return [url.rstrip("/") for url in values]
@@ -225,10 +225,6 @@ def _examine(source: Path, test: Callable[[Path], bool]) -> bool:
 def _read(source: Path, max_bytes: int = 1) -> bytes:
     with os_errors_as_input_errors(source), source.open("rb") as opened:
         return opened.read(max_bytes)
-
-
-def _hide_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", url)
 
 
 def _decode_path(kind: type, value: Any) -> Path:

@@ -175,7 +175,7 @@ class OutputItems:
         self._tokenizer = tokenizer
         self._sequence = sequence
         self._builders: list[ItemBuilder] = []
-        # The one that was appended to last.
+        # The item that was appended to last.
         self._current: ItemBuilder | None = None
         # Log-probabilities that came before the message.
         self._early: list[ChatTokenLogprob] = []

@@ -103,7 +103,7 @@ INPUT_ITEMS: dict[str, type[InputItem]] = {
     "reasoning": InputReasoning,
     "item_reference": ItemReference,
 }
-# Exactly what `_read_items` accepts; that references resolve, a schema cannot say.
+# Exactly what `_read_items` accepts, except that a schema cannot say whether references resolve.
 INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},

@@ -13,7 +13,7 @@ from edge_runtime.service.responses.schema import OutputItem, ResponseObject
 
 # Chosen: some hundred conversations of a few thousand tokens, and little beside a draft model of 100 MB and more.
 MAX_STORE_BYTES = 4 << 20
-# Roughly what a response takes beside its texts.
+# Approximate memory of a response in addition to its texts, in bytes.
 ENTRY_BYTES = 1024
 
 

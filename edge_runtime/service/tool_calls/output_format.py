@@ -1,4 +1,4 @@
-"""What the text of an answer may consist of and how it is read: the choice of tools, the grammar, the parser."""
+"""The form of an answer's text: the tools that it may call, the grammar that it must match, and its parser."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from edge_runtime.cli.main import main
-from edge_runtime.cli.top_view import TOKEN_STYLES, DashboardView, replace_control_characters, sparkline
+from edge_runtime.cli.top_view import TOKEN_STYLES, DashboardView, sparkline
 from edge_runtime.service.monitoring.dashboard_state import MAX_TOKENS, DashboardState
 from edge_runtime.service.monitoring.events import (
     AnswerFinished,
@@ -322,7 +322,6 @@ def test_control_characters_in_model_output_do_not_reach_the_terminal(hostile: s
         if not control.isprintable():
             assert control not in text
     assert "[bold]not markup[/bold]" in text
-    assert replace_control_characters("tab\tand\nline") == "tab\tand\nline"
 
 
 ANSWERED = (
