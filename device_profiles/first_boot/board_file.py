@@ -38,7 +38,8 @@ from typing import Any
 import msgspec
 import tomlkit
 
-from edge_runtime.settings import toml_positions
+from edge_runtime.protocol.errors import InputError
+from edge_runtime.settings import VerifierSettings, check_verifier_settings, toml_positions
 from edge_runtime.settings.loading import (
     ConfigurationError,
     EffectiveSettings,
@@ -148,6 +149,8 @@ def read_board_file(path: Path, is_stored: Callable[[str], bool] = lambda name: 
         document = toml_positions.parse(text)
         tables, wrong = _convert_tables(document)
         wrong += _check(tables, is_stored)
+        if settings is not None:
+            wrong += _check_verifier(settings.settings.verifier, tables.secrets, path)
         problems += [Problem(Origin("file", str(path), *document.position(key)), message) for key, message in wrong]
     if problems or settings is None:
         raise ConfigurationError(problems)
@@ -232,6 +235,23 @@ def _wrong_values(tables: BoardTables, is_stored: Callable[[str], bool]) -> Iter
                 yield key, "must be a private key in PEM, in three double quotes"
         elif value and not HEADER_VALUE.fullmatch(value):
             yield key, "must be one line of ASCII without blanks"
+
+
+def _check_verifier(verifier: VerifierSettings, secrets: SecretsTable, file: Path) -> Iterator[FieldProblem]:
+    """Yield what the service would refuse: it would end, on a board that has neither screen nor network yet.
+
+    Args:
+        file: stands for those that the secrets become.
+    """
+    with_secrets = msgspec.structs.replace(
+        verifier,
+        token_file=file if secrets.verifier_token else verifier.token_file,
+        key_file=file if secrets.verifier_key else verifier.key_file,
+    )
+    try:
+        check_verifier_settings(with_secrets)
+    except InputError as error:
+        yield ("verifier",), f"verifier: {error}"
 
 
 def _is_base64(text: str) -> bool:

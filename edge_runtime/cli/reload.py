@@ -1,6 +1,6 @@
 """Reloads the configuration of a running service on SIGHUP.
 
-What can change without a restart changes at once; what cannot is named in the log. A configuration with errors changes
+Settings that can change without a restart change at once; the log names the others. A configuration with errors changes
 nothing.
 """
 
@@ -17,7 +17,7 @@ from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.planner_options import PLANNER_KEYS, make_planner, read_board_power
 from edge_runtime.cli.serve_checks import check_limits, check_memory, make_access
 from edge_runtime.cli.settings_options import read_settings
-from edge_runtime.cli.verifier_client import check_encryption, read_token
+from edge_runtime.cli.verifier_client import read_token
 from edge_runtime.common import logs
 from edge_runtime.common.http_server import watch_reload_signal
 from edge_runtime.common.sd_notify import Notifier
@@ -25,7 +25,7 @@ from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.service.app import Service
 from edge_runtime.service.state import BoardRuntime
-from edge_runtime.settings import SETTINGS, Settings
+from edge_runtime.settings import SETTINGS, Settings, check_encryption
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_runtime.cli.draft_options import resolve_bundle
 from edge_runtime.cli.planner_options import parse_fixed_plan
 from edge_runtime.cli.settings_options import read_settings
-from edge_runtime.cli.verifier_client import check_verifier_settings, make_client
+from edge_runtime.cli.verifier_client import make_client
 from edge_runtime.common.network import is_loopback
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings import ServiceSettings, Settings
+from edge_runtime.settings import ServiceSettings, Settings, check_verifier_settings
 
 # `serve` checks its options before it loads what takes long.
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ServeSetup(NamedTuple):
-    """What follows from the configuration and the options of `serve`, checked.
+    """The checked configuration and options of `serve`, and what was made from them.
 
     Attributes:
         client: has no connection yet; whoever uses it closes it.

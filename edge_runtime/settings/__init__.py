@@ -18,6 +18,7 @@ from edge_runtime.settings.table import (
     state_directory,
 )
 from edge_runtime.settings.validators import bare_type, describe_type, is_in_clear, read_secret
+from edge_runtime.settings.verifier_checks import check_encryption, check_verifier_settings
 
 __all__ = [
     "SETTINGS",
@@ -32,6 +33,8 @@ __all__ = [
     "ToolCallFormName",
     "VerifierSettings",
     "bare_type",
+    "check_encryption",
+    "check_verifier_settings",
     "describe_type",
     "is_in_clear",
     "read_secret",

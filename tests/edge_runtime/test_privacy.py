@@ -15,13 +15,12 @@ import h11
 import pytest
 
 from cloud_verifier.model.target import Target
-from edge_runtime.cli import verifier_client
 from edge_runtime.cli.main import main
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import MSGPACK, OpenRequest, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from edge_runtime.settings.validators import is_in_clear
+from edge_runtime.settings import check_encryption, is_in_clear
 from tests.cloud_verifier.protocol_client import running
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
@@ -69,13 +68,13 @@ def test_a_token_is_never_sent_unencrypted(tmp_path: Path, capsys: pytest.Captur
     assert f"the token would be sent to {REMOTE} unencrypted" in capsys.readouterr().err
     # One unencrypted URL among several is enough.
     with pytest.raises(InputError, match="the token would be sent"):
-        verifier_client.check_encryption(["https://verifier.example", REMOTE], has_token=True, insecure=True)
+        check_encryption(["https://verifier.example", REMOTE], has_token=True, insecure=True)
 
 
 def test_encrypted_local_or_permitted_urls_are_accepted() -> None:
     urls = ["https://verifier.example", "http://127.0.0.1:8500"]
-    verifier_client.check_encryption(urls, has_token=True, insecure=False)
-    verifier_client.check_encryption([REMOTE], has_token=False, insecure=True)
+    check_encryption(urls, has_token=True, insecure=False)
+    check_encryption([REMOTE], has_token=False, insecure=True)
 
 
 def test_the_configuration_can_permit_unencrypted_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

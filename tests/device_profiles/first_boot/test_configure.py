@@ -15,6 +15,7 @@ from edge_runtime.settings.loading import read_effective_settings
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1yG8m4K0Yp3vY2q0m7c1o8T2S0zq1vWc0Zk3aB1d me@laptop"
 PASSWORD, TOKEN, API_KEY = "correct horse \\ battery", "token-of-the-verifier", "key-of-the-board"
+PRIVATE_KEY = r"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
 FULL = f"""\
 # The board in the kitchen.
 [board]
@@ -32,6 +33,7 @@ keys = ["{KEY}"]
 [secrets]
 verifier_token = "{TOKEN}"
 api_key = "{API_KEY}"
+verifier_key = "{PRIVATE_KEY}"
 
 [verifier]
 urls = ["https://verifier.example"]
@@ -114,7 +116,11 @@ def test_secrets_become_credentials_and_leave_the_boot_partition(board: Board) -
     board.configure(FULL)
     store = board.root / "etc/credstore"
     assert mode(store) == 0o700
-    for name, secret in (("flexspec.verifier-token", TOKEN), ("flexspec.api-key", API_KEY)):
+    for name, secret in (
+        ("flexspec.verifier-token", TOKEN),
+        ("flexspec.api-key", API_KEY),
+        ("flexspec.verifier-key", PRIVATE_KEY.replace(r"\n", "\n")),
+    ):
         assert (store / name).read_text() == secret
         assert mode(store / name) == 0o600
     content = b"".join(path.read_bytes() for path in board.boot.iterdir())
@@ -122,7 +128,7 @@ def test_secrets_become_credentials_and_leave_the_boot_partition(board: Board) -
     # Everything else stays as it was written, comments included.
     assert board.file.replace(STORED, "") == FULL.replace(PASSWORD.replace("\\", "\\\\"), "").replace(
         TOKEN, ""
-    ).replace(API_KEY, "")
+    ).replace(API_KEY, "").replace(PRIVATE_KEY, "")
 
 
 def test_the_next_boot_changes_nothing(board: Board) -> None:
@@ -202,6 +208,16 @@ def test_mistakes_change_nothing_and_are_reported_everywhere(board: Board, capsy
         ("[ssh]\nkeys = ['me@laptop']\n", "'me@laptop' is not a public key"),
         ("[secrets]\nverifier_token = 'two words'\n", "secrets.verifier_token: must be one line"),
         ("[verifier]\ntoken = 'abc'\n", "verifier.token: secrets do not belong here"),
+        # What `serve` would refuse.
+        (
+            "[verifier]\nurls = ['http://192.168.1.20:8500']\n",
+            r"flexspec\.toml:1:1: verifier: prompts and answers would be",
+        ),
+        (
+            "[secrets]\nverifier_token = 'abc'\n[verifier]\nurls = ['http://192.168.1.20:8500']\ninsecure = true\n",
+            "verifier: the token would be sent to http://192.168.1.20:8500 unencrypted",
+        ),
+        ("[verifier]\ncertificate_file = 'board.pem'\n", "verifier: --client-certificate and --client-key go together"),
     ],
 )
 def test_every_mistake_has_its_words(board: Board, text: str, message: str) -> None:

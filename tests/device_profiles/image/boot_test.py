@@ -107,6 +107,11 @@ def check_first_boot(guest: Guest) -> None:
     megabytes = sum(int(line.split()[1]) for line in lines) / 1e3
     report("memory of the idle service", f"{megabytes:.0f} MB")
     assert megabytes < MAX_IDLE_MB
+    # Without memory cgroups, the unit's limit is none: the service limits itself, and its status says so.
+    status = guest.run("edge-runtime service status")
+    limit = guest.run("grep", "Max data size", f"/proc/{process}/limits").split()[3]
+    assert ("does not account for memory" in status) is (limit != "unlimited") is guest.lacks_memory_cgroups, status
+    assert "credential" not in guest.run("journalctl", "--unit", SERVICE).lower()
     report("page size", guest.run("getconf", "PAGESIZE"))
     assert guest.run("hostname") == "boot-test"
     root_kilobytes = int(guest.run("df", "--output=size", "/").splitlines()[1])

@@ -72,6 +72,11 @@ class Guest:
         self._service_port, self._ssh_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self._service_port}"
 
+    @property
+    def lacks_memory_cgroups(self) -> bool:
+        """Whether the kernel does not account for the memory of services."""
+        return "cgroup_disable=memory" in self._model.arguments
+
     @contextlib.contextmanager
     def booted(self) -> Iterator[None]:
         """Boot, and shut down cleanly in the end."""
