@@ -84,7 +84,7 @@ class VerifierService:
         reuse_prefixes: bool = True,
     ) -> None:
         self.limits = limits
-        # An authenticator of an empty token file is false, and refuses every request.
+        # Compared with None: the authenticator of an empty token file is false, and must refuse every request.
         self.authenticator = Authenticator() if authenticator is None else authenticator
         self.sessions = SessionStore(limits, self._release)
         self.admission = AdmissionController(limits.max_queue_seconds)
@@ -174,7 +174,7 @@ class VerifierService:
         constraint = await make_constraint(opening, target)
 
         def find_or_open() -> tuple[Session, RoundReply]:
-            # Does not wait, so that two requests with one key cannot both open a session.
+            # This does not yield to the event loop, so that two requests with one key cannot both open a session.
             session = self.sessions.find_by_key(opening.key, principal.name)
             if session is None:
                 session = self._submitter.open_session(principal, opening, target, constraint)
@@ -212,7 +212,8 @@ class VerifierService:
             session = self.sessions.get(session_id, principal.name)
 
         def find_or_submit() -> RoundReply:
-            # Does not wait: of several rounds that were sent ahead, only one is executed.
+            # This does not yield to the event loop, so that of several rounds that were sent ahead only one is
+            # executed.
             session = self.sessions.get(session_id, principal.name)
             reply = session.recorded_reply(round_request)
             if reply is None:
@@ -298,7 +299,7 @@ class VerifierService:
         return Response(document, media_type="application/json")
 
     def _release(self, session: Session) -> None:
-        """Give back the memory of a session that has left the store, where others may wait for its place."""
+        """Free the memory of a session that has left the store, and serve the requests that wait for its place."""
         self.scheduler.release(session)
         if len(self._submitter.places):
             asyncio.get_running_loop().call_soon(self._submitter.places.serve)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 DEFAULT_RETRY_SECONDS = 1
 # Statuses that carry Retry-After.
 RETRY_STATUSES = (429, 503)
-# Bodies from this size on are decoded in a thread. Chosen: so many bytes take 2 ms.
+# Bodies from this size on are decoded in a thread. Chosen: decoding this much takes 2 ms.
 LARGE_BODY_BYTES = 1 << 15
 # Paths whose bodies are always JSON.
 ADMIN_PREFIX = "/admin/"
@@ -112,7 +112,7 @@ def error_response(request: Request, error: VerifierRefused) -> Response:
 
 
 async def await_while_connected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await `coroutine` until it ends, and return its result. Raises ClientDisconnect if the client does before."""
+    """Await `coroutine` and return its result. Raises ClientDisconnect if the client disconnects first."""
     awaited, disconnected = asyncio.ensure_future(coroutine), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({awaited, disconnected}, return_when=asyncio.FIRST_COMPLETED)

@@ -19,7 +19,7 @@ from edge_runtime.common.network import check_ca_file, check_host_name, is_loopb
 from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
-# Imports that need the extras are inside the functions: see `cli.main`.
+# Imports that need the extras are inside the functions; see `cli.main`.
 if TYPE_CHECKING:
     from cloud_verifier.api.app import VerifierService
     from cloud_verifier.engine.auth import Authenticator
@@ -88,13 +88,13 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     )
     option("--allowed-hosts NAME[,NAME...]", text, type=_host_names)
     text = (
-        "connections at once; when there are more, whoever has most of them loses the one that has been idle for "
+        "connections at once; when there are more, the address with most of them loses the one that has been idle for "
         "longest"
     )
     option("--max-connections N", text, default=DEFAULT_CONNECTIONS.total, type=positive)
     text = (
-        "of these, from one IPv4 address or IPv6 network of 64 bits, this machine excepted; 0 for as many as there "
-        "are, for instance behind a proxy on another machine"
+        "connections from one IPv4 address or IPv6 /64 network, this machine excepted; 0 for no limit of its own, for "
+        "instance behind a proxy on another machine"
     )
     option("--max-connections-per-address N", text, default=DEFAULT_CONNECTIONS.per_address, type=_count)
     option("--max-body BYTES", "size of a request body", default=1 << 20, type=positive)
@@ -103,7 +103,7 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--max-tokens", text, default=262_144, type=positive)
     text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
     serve.add_argument("--no-prefix-cache", action="store_true", help=text)
-    text = "evict sessions unused for longer, and on a CPU the prefixes of closed ones; their memory goes back"
+    text = "evict sessions, and on a CPU cached prefixes, that have been unused for longer, and free their memory"
     option("--idle-seconds SECONDS", text, default=600.0)
     text = "refuse new rounds while one has waited longer for its first token"
     option("--max-queue-seconds SECONDS", text, default=3.0, type=_seconds)

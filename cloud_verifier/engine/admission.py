@@ -3,8 +3,8 @@
 The scheduler starts on all submitted rounds at once, so the queue is the set of rounds that have no token yet. The time
 that an opening spends on prefilling its own prompt is not waiting: it is estimated from recent prompts and subtracted.
 
-Principals take turns in prefilling (`fairness.TurnOrder`), so the openings of one wait for each other more than those
-of others wait for them: a principal that sends many is refused before others are.
+Principals take turns in prefilling (`fairness.TurnOrder`), so a principal's openings mostly wait for one another: one
+that sends many is refused before others are.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ class AdmissionController:
         # Rounds of running sessions do not wait for prompts: a forward has room for both.
         wait = self._longest_wait(self._queued_rounds)
         for name, queue in list(self._queued_openings.items()) if opening else ():
-            # With m openings of another principal in the queue, one of this principal has every second turn, not one of
-            # m + 1.
+            # However many openings of one other principal wait, this principal has every second turn.
             shared_by = 1 if name == owner else max(1, _count_waiting(queue))
             wait = max(wait, self._longest_wait(queue) / shared_by)
             if not queue:

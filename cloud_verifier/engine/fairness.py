@@ -1,7 +1,7 @@
 """Fairness among principals: whose round is computed next, and who gets the next place in the session store.
 
-A principal is one token's holder. Work is divided among those that want some, whatever number of requests each sends,
-so that one holder without limits slows nobody down by more than one further holder does.
+A principal is one token's holder. Work is divided among the principals that have some, however many requests each
+sends: one that floods the verifier slows the others no more than one that sends a single request at a time.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class PlaceQueue:
         return False
 
     def _bound(self) -> None:
-        """With too many requests, refuse the newest one of whoever has most of them."""
+        """With too many requests, refuse the newest one of the principal that has most."""
         if len(self._waiting) > MAX_WAITING:
             (owner, _), *_ = Counter(waiting.owner for waiting in self._waiting).most_common(1)
             newest = next(waiting for waiting in reversed(self._waiting) if waiting.owner == owner)

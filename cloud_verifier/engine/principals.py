@@ -6,7 +6,7 @@ A principal is known by the SHA-256 hash of its token. The file is TOML with one
     [kitchen]
     sha256 = "..."              # hash of the token; the token itself is stored nowhere
     role = "board"              # board: sessions; monitor: reads /metrics; admin: everything
-    max_sessions = 8            # a limit that is not there does not exist: `token add` writes all of them
+    max_sessions = 8            # without this line there is no limit; `token add` writes all three
     tokens_per_second = 50.0
     max_prompt = 4096
 
@@ -30,7 +30,7 @@ import msgspec
 
 from edge_runtime.protocol.errors import InputError
 
-# 192 bits.
+# Random bytes of a token: 192 bits.
 TOKEN_BYTES = 24
 # Limits that `cloud-verifier token add` gives unless told otherwise. Chosen: a household with a few boards does not
 # reach them (each answer of a board has a session, and people read some tens of tokens per second), and a GPU bears

@@ -210,7 +210,7 @@ class Scheduler:
         return True
 
     async def release_unused_memory(self, idle_seconds: float) -> None:
-        """Give memory back that a peak has taken: to be called regularly.
+        """Free memory that a peak has left behind; to be called regularly.
 
         Args:
             idle_seconds: how long KV caches of closed sessions are kept for reuse, where that takes memory.
@@ -307,13 +307,13 @@ class Scheduler:
             if running.work is None and not running.done:
                 self._advance(running, None, 0.0)
         if batch and not self._run_forward(batch):
-            # Nothing but the end of a session gives memory back now.
+            # From here on, only the end of a session frees memory.
             with self._wake:
                 self._wake.wait(CACHE_RETRY_SECONDS)
         self._running = [running for running in self._running if not running.done]
 
     def _schedule_batch(self) -> list[ScheduledSegment]:
-        """Select the segments of the next forward: everything pending for the runner of whoever's turn it is.
+        """Select the segments of the next forward: everything pending for the runner of the round whose turn it is.
 
         Principals take turns where a forward has no room for all, and in prefilling; see `TurnOrder`.
         """

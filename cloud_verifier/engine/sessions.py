@@ -24,13 +24,13 @@ from edge_runtime.protocol.sampling import Sampling
 
 # Weight of the latest pause in the moving average of a session's pause between two rounds.
 PAUSE_SMOOTHING = 0.3
-# A session that was used within this time is taken to be in the middle of an answer. Chosen: longer than any pause
-# between two rounds of one, and shorter than most people take to go on with a chat.
+# A session that was used within this time is assumed to be in the middle of an answer. Chosen: longer than the pauses
+# between the rounds of an answer, and shorter than most pauses between the turns of a chat.
 ACTIVE_SECONDS = 30.0
 
 
 class StoreFull(VerifierRefused):
-    """There is no room for a session or its next round, as long as the rounds in progress last."""
+    """There is no room for a session or its next round until a round in progress ends."""
 
     def __init__(self) -> None:
         super().__init__(ErrorCode.OVERLOADED, "every session has a round in progress; try again shortly")
@@ -352,9 +352,10 @@ class SessionStore:
     def make_room(self, sessions: int, tokens: int, owner: str = "", exempt: Session | None = None) -> None:
         """Evict idle sessions, then others if necessary, until `owner` may have `sessions` and `tokens` more.
 
-        The least recently used session of whoever holds the largest share is evicted, the new ones included. From one
-        that holds less than `owner` would, only sessions that are not in the middle of an answer are taken. Sessions
-        with a round in progress and `exempt` are never evicted, nor, while there are such, those that wait for room.
+        The least recently used session of the owner with the largest share is evicted, counting what `owner` would get.
+        From an owner that holds less than `owner` would, only sessions that are not in the middle of an answer are
+        taken. Sessions with a round in progress and `exempt` are never evicted, nor, while there are such, those that
+        wait for room.
 
         Raises:
             StoreFull: the sessions that cannot be evicted leave too little room; none was evicted for this.

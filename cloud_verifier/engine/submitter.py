@@ -34,7 +34,7 @@ class RoundSubmitter:
     def open_session(
         self, principal: Principal, opening: OpenRequest, target: Target, constraint: TokenConstraint | None = None
     ) -> Session:
-        """Create a session and submit its first round. Raises VerifierRefused, `StoreFull` if it may wait for room.
+        """Create a session and submit its first round. Raises VerifierRefused: `StoreFull` if waiting may help.
 
         Args:
             constraint: matcher of the grammar of `opening.sampling`.
@@ -63,7 +63,7 @@ class RoundSubmitter:
     def submit_round(self, principal: Principal, session: Session, request: RoundRequest) -> RoundReply:
         """Submit the session's next round. Raises VerifierRefused; the session does not change then.
 
-        In particular `StoreFull`, if it may wait for room.
+        That is `StoreFull` if waiting for room may help.
         """
         account = self._admit(principal, opening=False)
         growth = min(len(request.draft) + request.n, session.target.context - len(session.ids))

@@ -1,4 +1,4 @@
-"""Says of any directory or GGUF file how it will be served, or why not: one finding for each thing that matters.
+"""Inspects a directory or GGUF file: how it would be served, or why not, with a finding for each thing that matters.
 
 No weights are loaded, nothing is unpickled, and no code of a checkpoint runs. Which tier a model runs on follows from a
 model of the same architecture with made-up weights (`model.skeleton`), by the functions that `serve` uses.

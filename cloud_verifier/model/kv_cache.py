@@ -1,10 +1,10 @@
 """Paged KV cache: a bounded pool of pages from which sequences take and to which they return memory.
 
 On an accelerator the pool is one allocation made at start, and pages are small so that little memory is left unused in
-a sequence's last page. On a CPU a page is allocated when it is first needed, and given back when it was not for a while
-(`trim`). CPU pages are so large that most sequences have one: the keys of a sequence are then a view, and memory past
-its tokens costs nothing because it is never touched. Live sequences of a CPU pool have no bound of their own; the
-session store limits them.
+a sequence's last page. On a CPU a page is allocated when it is first needed, and freed once it has not been needed for
+a while (`trim`). CPU pages are so large that most sequences have one: the keys of a sequence are then a view, and
+memory past its tokens costs nothing because it is never touched. Live sequences of a CPU pool have no bound of their
+own; the session store limits them.
 
 Sequences with a common prefix can share its pages. A page that several sequences hold is never written: a sequence that
 is about to write to one takes another page first (copy on write).
@@ -52,7 +52,7 @@ class CachePool(Protocol):
     Attributes:
         preallocated: the pool takes its memory when it is made, and keeps it.
         reclaim: releases one sequence that is kept only for reuse, when the pool needs memory; returns whether there
-            was one. The prefix cache sets it.
+            was one. Set by the prefix cache.
     """
 
     preallocated: bool
@@ -69,10 +69,10 @@ class CachePool(Protocol):
         """Let the empty `sequence` begin with the first `length` tokens of `source`, a length that is shareable."""
 
     def retain(self, sequence: CachedSequence) -> int:
-        """Release what of `sequence`, to which nothing is going to be added, cannot be shared; return what is left."""
+        """Release those tokens of the finished `sequence` that cannot be shared; return how many are left."""
 
     def trim(self) -> None:
-        """Give memory back that has not been needed since the last call; the pool takes it again when it is."""
+        """Free memory that has not been needed since the last call; the pool allocates it again on demand."""
 
 
 class CacheShape(Protocol):

@@ -31,7 +31,8 @@ class VerifierLimits(msgspec.Struct, frozen=True):
         idle_seconds: sessions unused for longer are evicted.
         page: tokens by which a session's memory grows (see `kv_cache.allocation_granularity`).
         max_queue_seconds: how long a round may wait for its first token. While one has waited longer, new rounds are
-            refused; openings are refused from half of that on. As long, or half of it, they wait for room.
+            refused; openings are refused from half of that on. They wait for room in the session store for the same
+            times.
     """
 
     max_sessions: int = 256

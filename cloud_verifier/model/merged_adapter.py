@@ -1,4 +1,4 @@
-"""Merges a PEFT adapter into its base, and makes sure that the result is what the adapter does."""
+"""Merges a PEFT adapter into its base, and verifies that the result computes what the adapter does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefix cache: KV caches of earlier texts, from which a new text with the same beginning takes what it can.
+"""Prefix cache: KV caches of earlier texts, whose beginning a new text with the same beginning reuses.
 
 The second turn of a chat begins with the whole first turn, and parallel answers to one prompt have all of it in common.
 A prefix is taken from live sessions and from closed ones, whose caches stay in the pool until it needs their memory.
@@ -90,7 +90,7 @@ class PrefixCache:
         source, length, expected = entry, 0, 0
         variant = entry.scope.target.key_variant(sequence)
         for other in self._by_scope[entry.scope].values():
-            # Most texts are ruled out by one token: to be better than `source`, a text must agree there, too.
+            # One comparison rules most texts out: a longer match than `source` must also agree at the token after it.
             if other is entry or other.ids[length : length + 1] != entry.ids[length : length + 1]:
                 continue
             if other.scope.target.key_variant(other.sequence) != variant:

@@ -1,4 +1,4 @@
-"""A model of a checkpoint's architecture with made-up weights: it tells how the checkpoint runs, without loading it.
+"""A model of a checkpoint's architecture with made-up weights, which shows how the checkpoint runs without loading it.
 
 Its text is meaningless; masks, positions and caches are those of the real model. Equal shapes share one weight. A large
 model is cut down to a few layers that include every kind of layer, with narrow feed-forward parts.

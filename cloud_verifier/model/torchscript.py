@@ -1,4 +1,4 @@
-"""Functions of tensors that TorchScript runs, which spares a CPU Python's share of a forward of few rows."""
+"""Runs functions of tensors by TorchScript, which avoids Python's overhead in forwards of few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def scripted(function: F) -> F:
-    """Let TorchScript run a function of tensors, which saves a third of its time for a few rows.
+    """Compile a function of tensors by TorchScript, which saves a third of its time for a few rows.
 
-    Where it cannot (it is not to be had in Python from 3.14 on), the function computes the same.
+    Where TorchScript is missing, as from Python 3.14 on, the function runs as it is.
     """
     try:
         with warnings.catch_warnings():

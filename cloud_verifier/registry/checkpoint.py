@@ -157,8 +157,8 @@ def tokenizer_vocabulary_hash(tokenizer: Tokenizer) -> str:
 def accepted_vocabularies(tokenizer: Tokenizer) -> dict[str, int | None]:
     """Hashes of the vocabularies of drafts that can draft for a target with this tokenizer.
 
-    They are that of the tokenizer itself, and those from before special tokens were added to it: such a draft never
-    proposes them, and a text shows none of them.
+    These are the hash of the tokenizer itself, and those of the tokenizer before special tokens were added to it: a
+    draft with one of those never proposes the added tokens.
 
     Returns:
         By hash: None for the tokenizer itself; else the lowest added id, which is the number of rows that an embedding

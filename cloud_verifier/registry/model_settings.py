@@ -1,7 +1,7 @@
 """Bounds on what a model's configuration says, checked before anything is built or loaded from it.
 
-Configurations are written by strangers, too: a billion layers would fill the memory with empty objects, and some
-settings make transformers read files, or run code, that nobody listed.
+A configuration is untrusted input: a billion layers would fill the memory with empty objects, and some settings make
+transformers read files, or run code, that are not part of the version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_runtime.protocol.errors import TargetError
 OptionalHeads = Annotated[int, msgspec.Meta(ge=0, le=1 << 10)]
 Width = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 ExpertCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 14)]
-# Not the name of a repository of kernels.
+# The attention functions that transformers has itself; other names are those of repositories of kernels.
 AttentionName = Annotated[str, msgspec.Meta(pattern=r"\A\w*\Z")]
 
 

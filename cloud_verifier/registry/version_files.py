@@ -1,7 +1,7 @@
 """The files that make up a target version: what is loaded, and nothing else.
 
-`list_version_files` is the one list. The version's identity is a hash of these files, the compatibility gate reads
-them, and transformers and peft load a version from a directory that has nothing but them (`loading_directory`). So
+`list_version_files` lists them. The version's identity is a hash of these files, the compatibility gate reads them, and
+transformers and peft load a version from a directory that contains nothing else (`loading_directory`). Therefore
 nothing is loaded that is not hashed, whatever else is beside it. Weights are safetensors: nothing is unpickled.
 """
 
@@ -34,7 +34,7 @@ OWN_FILES = {
     CHANGES_FILE: (CHANGES_FILE, CHANGED_TENSORS_FILE),
     ADAPTER_CONFIG_FILE: (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE),
 }
-# Of the names of directories to load from, which errors of a library may show.
+# Prefix of the temporary directories to load from, which a library's errors may show.
 LOADING_PREFIX = "flexspec-loading-"
 # Endings of files with weights, and a pickled file that has none.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -180,7 +180,7 @@ def _why_no_weights(directory: Path) -> str:
 
 
 def _only_others(directory: Path) -> str:
-    """A remark on weights that are in the place of those that would be loaded."""
+    """A remark on the weights that are there instead of those that could be loaded."""
     names = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     others = [name for name in names if name != TRAINING_ARGUMENTS_FILE]
     pickled = [name for name in others if name.endswith(PICKLE_SUFFIXES)]

@@ -1,4 +1,4 @@
-"""What a calibration means, in plain words: speed, heat, power, and on which links drafting pays."""
+"""Explains a calibration in plain words: speed, heat, power, and on which links drafting pays."""
 
 from __future__ import annotations
 

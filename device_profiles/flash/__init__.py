@@ -1,1 +1,1 @@
-"""Writes images to cards: finds the card, refuses disks that are none, writes, and reads everything back."""
+"""Writes images to cards: finds the card, refuses disks that are not cards, writes, and reads everything back."""

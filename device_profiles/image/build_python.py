@@ -12,7 +12,7 @@ from device_profiles.image.kernel import unpack
 from device_profiles.image.packages import Mirrors, PackageArchive
 from device_profiles.image.programs import ImageError, run
 
-# What `compileall` needs beside Python's own packages.
+# Packages that `compileall` needs in addition to Python's own.
 LIBRARIES = ("libc6", "libexpat1", "zlib1g")
 
 

@@ -98,7 +98,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 class ChatSession:
-    """A conversation and what continues it.
+    """A conversation, and the means to continue it.
 
     Attributes:
         messages: the conversation so far, the system message first, if there is one.

@@ -80,7 +80,7 @@ TOY_PROMPTS = (
 
 
 class DemoFamily(NamedTuple):
-    """What the demo runs with.
+    """The models that the demo runs, and the prompts.
 
     Attributes:
         directory: where the targets are.

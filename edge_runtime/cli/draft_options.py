@@ -1,4 +1,4 @@
-"""Options of the draft model and its n-gram cache, and what they stand for."""
+"""Options of the draft model and its n-gram cache, and the objects that are made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: their options, and generations with a planner that remembers what it learned."""
+"""Makes the generations of `generate` and `chat` from their options, with a planner that remembers what it learned."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ async def _watch(client: httpx.AsyncClient, options: argparse.Namespace, dashboa
 
 @contextlib.contextmanager
 def _quit_key() -> Iterator[tuple[asyncio.Event, str]]:
-    """Yield an event that is set when q is pressed, and what to tell about it; without a terminal, nothing is read."""
+    """Yield an event that is set when q is pressed, and a hint about the key; without a terminal, nothing is read."""
     import os
     import termios
     import tty

@@ -14,7 +14,7 @@ def add_option(parser: ArgumentContainer, option: str, help_text: str, *, defaul
 
     Args:
         option: the option and the placeholder of its value, such as `--threads N`.
-        default: also tells the type, unless `keywords` do, and is shown in the help.
+        default: also gives the type, unless `keywords` do; the help shows it.
         keywords: further arguments of `add_argument`.
     """
     flag, _, metavar = option.partition(" ")

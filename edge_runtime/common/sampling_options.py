@@ -29,11 +29,21 @@ class SamplingOption(NamedTuple):
 SAMPLING_OPTIONS = (
     SamplingOption("--temperature T", 0.0, "divides the logits; 0 is greedy decoding"),
     SamplingOption("--top-k K", 0, "sample from the K most probable tokens; 0 keeps all"),
-    SamplingOption("--top-p P", 1.0, "sample from the most probable tokens that together reach this probability; 1 keeps all"),
-    SamplingOption("--min-p P", 0.0, "sample from tokens with at least this share of the best one's probability; 0 keeps all"),
-    SamplingOption("--repetition-penalty P", 1.0, "divides the logits of tokens that occur in prompt or text; 1 changes nothing"),
-    SamplingOption("--presence-penalty P", 0.0, "subtracted from the logits of tokens that were generated; 0 changes nothing"),
-    SamplingOption("--frequency-penalty P", 0.0, "the same, once for each time that a token was generated; 0 changes nothing"),
+    SamplingOption(
+        "--top-p P", 1.0, "sample from the most probable tokens that together reach this probability; 1 keeps all"
+    ),
+    SamplingOption(
+        "--min-p P", 0.0, "sample from tokens with at least this share of the best one's probability; 0 keeps all"
+    ),
+    SamplingOption(
+        "--repetition-penalty P", 1.0, "divides the logits of tokens that occur in prompt or text; 1 changes nothing"
+    ),
+    SamplingOption(
+        "--presence-penalty P", 0.0, "subtracted from the logits of tokens that were generated; 0 changes nothing"
+    ),
+    SamplingOption(
+        "--frequency-penalty P", 0.0, "the same, once for each time that a token was generated; 0 changes nothing"
+    ),
     SamplingOption("--min-tokens N", 0, "tokens that the text has at least"),
 )
 

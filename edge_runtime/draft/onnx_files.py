@@ -1,4 +1,4 @@
-"""Finds the files besides itself from which an ONNX graph reads tensors, without loading it.
+"""Finds the external files from which an ONNX graph reads tensors, without loading the graph.
 
 onnxruntime opens whatever file a graph names as external data. The board has no package that parses ONNX, so the few
 fields of the protobuf format that lead to a tensor are followed here. Field numbers are those of `onnx.proto`
@@ -14,7 +14,7 @@ from pathlib import Path
 from edge_runtime.protocol.bundle import Bundle
 from edge_runtime.protocol.errors import BundleCorrupt
 
-# By message: the fields that hold messages which may lead to a tensor, and their kinds.
+# Fields that hold messages which may lead to a tensor, with the kinds of these messages, by kind of message.
 _MESSAGE_FIELDS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -85,7 +85,7 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
     while start < end:
         tag, start = _varint(content, start, end)
         if tag >= 1 << 32:
-            # Other readers cut such a number, and find another field.
+            # Other readers truncate such a number, and would see another field.
             raise ValueError("a field has too large a number")
         number, wire_type = tag >> 3, tag & 7
         if wire_type == _VARINT:

@@ -1,4 +1,4 @@
-"""The draft's KV caches of the last texts, with which a text that begins alike does not have to be prefilled again."""
+"""The draft's KV caches of the last texts, so that a text that begins like one of them is not prefilled again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DraftPrefixCache:
         if not ids:
             return
         with self._lock:
-            # What is the beginning of the new text is of no further use.
+            # A cache whose text is the beginning of the new one is of no further use.
             kept = [
                 other
                 for other in self._kept

@@ -123,7 +123,7 @@ class NgramCache:
         with self._lock:
             common = max((accepted_length(known, ids) for known in self._recent), default=0)
             self._recent.append(ids)
-            # A repeated prefix must not count twice; a few of its tokens are the context of what is new.
+            # A repeated prefix must not count twice; its last tokens stay, as the context of what is new.
             new = ids[max(0, common - MAX_MATCH_TOKENS) :]
             record = NgramRecord(version, new, self._weights_of(version))
         if self._store and self._store.append(record):

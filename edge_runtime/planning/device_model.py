@@ -1,4 +1,4 @@
-"""Prior figures of a board and its draft, which the planner starts from before it has measured anything."""
+"""Prior speed and power of a board with its draft, which the planner starts from before it has measured anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input of the probes: files below replaceable roots, programs that may be absent, and errors that are counted."""
+"""The input of probes: files below replaceable roots, and programs that may be absent; errors are recorded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_DATA = {
     errno.EAGAIN,
     errno.EOPNOTSUPP,
 }
-# Characters of what a failed program printed that its error message shows. Chosen: a line of a terminal.
+# Characters of a failed program's output that its error message shows. Chosen: a line of a terminal.
 MAX_MESSAGE = 120
 # `iw` is installed in sbin, which a user's PATH may lack.
 PROGRAM_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"

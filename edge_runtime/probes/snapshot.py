@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 # Reads one sensor; returns the value of a field of `Snapshot`, None if the board has no such sensor.
 Probe = Callable[[Reader], Any]
 
-# Between two readings of files, and between two runs of programs, which cost a hundred times as much
-# (`python -m tests.benchmarks.probes`).
+# Seconds between two readings of files, and between two runs of a program, which costs a hundred times as much
+# (measured: `python -m tests.benchmarks.probes`).
 PERIOD_SECONDS = 5.0
 PROGRAM_PERIOD_SECONDS = 60.0
 

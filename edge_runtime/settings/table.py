@@ -368,8 +368,8 @@ class ServiceSettings(SettingsTable, frozen=True):
         msgspec.Meta(ge=16, le=65536),
         SettingSpec(
             "--max-connections N",
-            "connections of clients at once; when there are more, whoever has most of them loses the one that has been "
-            "idle for longest",
+            "connections of clients at once; when there are more, the address with most of them loses the one that has "
+            "been idle for longest",
         ),
     ] = 512
     max_connections_per_address: Annotated[
@@ -377,8 +377,8 @@ class ServiceSettings(SettingsTable, frozen=True):
         msgspec.Meta(ge=0, le=65536),
         SettingSpec(
             "--max-connections-per-address N",
-            "of these, from one IPv4 address or IPv6 network of 64 bits, this machine excepted; 0 for as many as there "
-            "are, for instance behind a proxy on another machine",
+            "connections from one IPv4 address or IPv6 /64 network, this machine excepted; 0 for no limit of its own, "
+            "for instance behind a proxy on another machine",
         ),
     ] = 128
     api_key_file: Annotated[

@@ -1,4 +1,4 @@
-"""Cost of simulated generations. All times are modeled."""
+"""Cost of simulated generations; all times are modeled."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ DENIALS = {
     *(ErrorCode.UNAUTHORIZED, ErrorCode.FORBIDDEN),
     *(ErrorCode.UNKNOWN_ROUTE, ErrorCode.UNSUPPORTED_VERSION),
 }
-# What is kept of a refusal, which ends up in logs and in answers to clients. Chosen: more than verifiers write.
+# Characters that are kept of a refusal, which ends up in logs and in answers to clients. Chosen: more than verifiers
+# write.
 MAX_CODE_CHARACTERS, MAX_SENTENCE_CHARACTERS = 64, 2000
 # Upper bound of an accepted Retry-After.
 MAX_RETRY_AFTER_SECONDS = 3600
@@ -126,7 +127,7 @@ class Endpoint:
 
     @property
     def problem(self) -> LinkProblem | None:
-        """Why no round can be verified here, as far as known; None while this works, or nothing was tried."""
+        """Why no round can be verified here, as far as known; None while this works, or before the first attempt."""
         if self.denial is not None:
             text = str(self.denial).removesuffix(f" [{self.denial.code}]")
             return LinkProblem(self.denial.code, f"{self.url} refuses this board: {text}", self.failing_since)

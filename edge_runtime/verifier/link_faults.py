@@ -56,7 +56,7 @@ HINTS = {
     Fault.CLOCK: "this board's clock is wrong, so no certificate can be checked: `timedatectl` shows it, NTP sets it",
     Fault.PORTAL: "a captive portal intercepts the connection: open any page in a browser on this network and log in",
 }
-# The closest errno of each fault, for those who know only numbers: systemd shows it as the service's error.
+# The closest errno of each fault: systemd takes only a number, and shows it as the service's error.
 ERRNOS: dict[str, int] = {
     Fault.DNS: errno.EHOSTUNREACH,
     Fault.REFUSED: errno.ECONNREFUSED,

@@ -258,7 +258,8 @@ class EarlyRound:
         self.round = round
         self._client = client
         self._first = round.first = asyncio.get_running_loop().create_task(round.next_update())
-        # Whoever awaits the round gets its error. If nobody does, it does not matter, and asyncio shall not log it.
+        # The caller that awaits the round gets its error. If none does, the error does not matter, and asyncio must not
+        # log it.
         self._first.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def drop(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads how a target is talked to (chat templates, special tokens, sampling defaults) from its Hugging Face files."""
+"""Reads a target's chat format (chat templates, special tokens, sampling defaults) from its Hugging Face files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNSUPPORTED_DEFAULTS: dict[str, float] = {
 
 
 class TargetChat(NamedTuple):
-    """How a target is talked to, and the names of its sampling defaults that boards do not support."""
+    """A target's chat format, and the names of its sampling defaults that boards do not support."""
 
     format: ChatFormat
     unsupported: list[str]

@@ -16,7 +16,8 @@ HEAD_LEVELS = 16
 # Ranges that are tried for each block, relative to that of its values: a smaller one clips a few values and rounds the
 # others more finely.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-# Weights that are rounded at once: 134 MB in float32, a few times. On a GPU many small kernels would take longer.
+# Weights that are rounded at once: 134 MB in float32, and a few such tensors. On a GPU many small kernels would take
+# longer.
 WEIGHTS_AT_ONCE = 1 << 25
 
 

@@ -1,4 +1,4 @@
-"""Collect the training corpus of the example family: openly licensed source text that is installed on this machine.
+"""Collects the training corpus of the example family: openly licensed source text that is installed on this machine.
 
 There are two domains, `python` and `cpp` (headers), for the later versions of the target and for its draft. Every
 contributing package is listed with its license, which is checked against the metadata of the installed

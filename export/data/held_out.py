@@ -1,4 +1,4 @@
-"""Load evaluation text: given files, or the files that no member of the example family was trained on."""
+"""Loads evaluation text: given files, or the files that no member of the example family was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure the agreement of a draft with its target on held-out text under teacher forcing."""
+"""Measures the agreement of a draft with its target on held-out text under teacher forcing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainings on a target share: the loss of next-token prediction, moving models, and the end of a text."""
+"""Helpers of all trainings on a target: the loss of next-token prediction, moving models, and the end of a text."""
 
 from __future__ import annotations
 

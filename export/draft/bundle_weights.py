@@ -1,4 +1,4 @@
-"""Read a draft's weights back from its bundle, to train it on.
+"""Reads a draft's weights back from its bundle, to train it further.
 
 The draft's directory may be gone when a later training is to start from the draft that boards have. What comes back is
 what boards compute with: matrices rounded to 8 bits or fewer, which training soon corrects.

@@ -1,4 +1,4 @@
-"""Sample training text from a target: the distribution that its draft meets in service, which no corpus has."""
+"""Samples training text from a target: the distribution that its draft meets in service, which no corpus has."""
 
 from __future__ import annotations
 

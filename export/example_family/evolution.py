@@ -1,4 +1,4 @@
-"""Train later versions of a target without changing the tensors that drafts share: by LoRA, or some blocks in full.
+"""Trains later versions of a target without changing the tensors that drafts share: by LoRA, or some blocks in full.
 
 A version of the second kind is stored as its changed tensors (`CHANGED_TENSORS_FILE`) and a reference to its base
 (`CHANGES_FILE`). `cloud_verifier.model.target` combines it with the base.

@@ -1,4 +1,4 @@
-"""Prepare the example family on a machine: target v1 comes with a Python package, everything else is shipped here."""
+"""Prepares the example family on a machine: target v1 comes with a Python package, everything else is shipped here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the policy of the learned planner: PPO on simulated rounds, exported as a small ONNX model for the board.
+"""Trains the policy of the learned planner: PPO on simulated rounds, exported as a small ONNX model for the board.
 
 A single round is too noisy to show a correction that saves 2 % of its cost. Training therefore starts with
 counterfactuals of whole scenarios: each scenario is run once with each correction applied throughout, and the policy
