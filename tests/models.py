@@ -1,7 +1,8 @@
-"""Tiny models with random weights, in memory and as ordinary Hugging Face directories."""
+"""Tiny models with random weights, in memory and as ordinary Hugging Face directories, and pickled code for them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tests.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 
 # Depth of `make_target`.
 BLOCKS = 5
-
 
 # ChatML, as SmolLM2 and Qwen write it.
 CHAT_TEMPLATE = (
@@ -101,3 +101,13 @@ def make_stored_target(
     path = directory / f"{model_type}-{seed}"
     target.to(torch.bfloat16).save_pretrained(path)
     return target.to(torch.float32), path
+
+
+class CodeInPickle:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self._path),)

@@ -36,8 +36,9 @@ PROGRAMS = {
 
 
 @functools.cache
-def sources() -> list[tuple[Path, ast.Module]]:
-    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+def sources(*directories: str) -> list[tuple[Path, ast.Module]]:
+    """The modules below these directories, by default those of the packages, parsed."""
+    paths = [path for directory in directories or PACKAGES for path in (ROOT / directory).rglob("*.py")]
     return [(path.relative_to(ROOT), ast.parse(path.read_text())) for path in paths]
 
 
@@ -45,13 +46,21 @@ def is_log_call(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Attribute) and node.func.attr in LOG_METHODS
 
 
-def test_a_class_name_occurs_once() -> None:
+def classes(*directories: str) -> dict[str, list[str]]:
+    """The places of the classes below these directories, by name."""
     places = defaultdict(list)
-    for path, tree in sources():
+    for path, tree in sources(*directories):
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path}:{node.lineno}")
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    return places
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    """Also where tests use it; classes of two tests may have the same name."""
+    named = classes()
+    assert {name: where for name, where in named.items() if len(where) > 1} == {}
+    assert {name: where for name, where in classes("tests").items() if name in named} == {}
 
 
 def test_no_call_passes_more_than_five_arguments_by_position() -> None:

@@ -67,7 +67,7 @@ ROLLOUT_SHARE = 0.15
 EVALUATED_BUNDLE_SHARE = 0.5
 
 
-class Scenario(NamedTuple):
+class EpisodeScenario(NamedTuple):
     """The simulated conditions of an episode.
 
     Attributes:
@@ -118,7 +118,7 @@ class ScenarioSampler:
         self._profiles = shipped_profiles()
         self._acceptance = read_bundle(EXAMPLE_FAMILY_PATH / "bundle", verify=False).manifest.acceptance
 
-    def draw(self, seed: int) -> Scenario:
+    def draw(self, seed: int) -> EpisodeScenario:
         """Return the scenario of this seed."""
         random = Random(seed)
         profile = random.choice(self._profiles)
@@ -129,7 +129,7 @@ class ScenarioSampler:
         # A real board deviates from its profile.
         device = DeviceModel.from_profile(profile, int(weights * _lognormal_factor(random, 0.15)), radio=radio)
         cost = _draw_verifier(random)
-        return Scenario(
+        return EpisodeScenario(
             f"{name}, {profile.name} {weights / 1e6:.0f} MB, {cost.name}",
             profile_device=profile_device,
             device=device,
@@ -178,7 +178,7 @@ class CallbackPlanner(CorrectedPlanner):
         end: tokens of all texts up to the end of the current one.
     """
 
-    def __init__(self, objective: Objective, scenario: Scenario, choose: CorrectionCallback) -> None:
+    def __init__(self, objective: Objective, scenario: EpisodeScenario, choose: CorrectionCallback) -> None:
         super().__init__(objective, scenario.profile_device, acceptance=scenario.acceptance)
         self.end = 0
         self._choose = choose
@@ -201,7 +201,7 @@ class CallbackPlanner(CorrectedPlanner):
         return self._objective.cost(now, self._verifier_seconds, joules, self._bytes)
 
 
-def run_episode(scenario: Scenario, objective: Objective, choose: CorrectionCallback) -> float:
+def run_episode(scenario: EpisodeScenario, objective: Objective, choose: CorrectionCallback) -> float:
     """Simulate all texts of a scenario with the corrections that `choose` returns; return their total cost."""
     planner = CallbackPlanner(objective, scenario, choose)
     simulator = Simulator(scenario.world(), planner)
@@ -220,7 +220,7 @@ class AnalyticBaseline:
         observations: one for each plan that can be corrected.
     """
 
-    def __init__(self, scenario: Scenario, objective: Objective) -> None:
+    def __init__(self, scenario: EpisodeScenario, objective: Objective) -> None:
         self._done, self._spent = [0], [0.0]
         self.observations: list[Floats] = []
         self.spent = run_episode(scenario, objective, self._record_observation)
@@ -325,7 +325,7 @@ class EpisodeAbandoned(Exception):
 class EpisodeThread:
     """Simulates a scenario in a thread, because the simulator calls its planner but Gymnasium is driven by step()."""
 
-    def __init__(self, scenario: Scenario, objective: Objective) -> None:
+    def __init__(self, scenario: EpisodeScenario, objective: Objective) -> None:
         self._scenario, self._objective = scenario, objective
         self._requests: SimpleQueue[DecisionRequest | Exception] = SimpleQueue()
         self._actions: SimpleQueue[int | None] = SimpleQueue()

@@ -27,7 +27,7 @@ from edge_runtime.protocol.messages import ErrorReply, OpenReply, OpenRequest, R
 from edge_runtime.protocol.sampling import Sampling
 from tests.benchmarks.hostile_archives import attack_installation
 from tests.benchmarks.service import peak_resident_bytes, run_server
-from tests.emulator.test_bed import BUNDLE, Usage
+from tests.emulator.test_bed import BUNDLE, ProcessUsage
 
 # What a stranger's connections come from. All of 127.0.0.0/8 is loopback on Linux.
 ATTACKER_ADDRESS = "127.0.0.66"
@@ -151,7 +151,7 @@ async def answer_oversized(scene: Scene) -> list[str]:
     options: tuple[str, ...] = ("serve", "--bundle", str(BUNDLE), "--threads", "1", "--verifier", portal, "--no-http2")
     options += ("--deadline", "5", "--log-level", "error")
     async with run_server("edge_runtime.cli", *options) as (board, url, _), httpx.AsyncClient(base_url=url) as client:
-        before = Usage.from_pid(board.pid).resident
+        before = ProcessUsage.from_pid(board.pid).resident
 
         async def ask() -> None:
             body = {"prompt": "def main():", "max_tokens": 8}

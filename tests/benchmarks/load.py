@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from tests.benchmarks.service import run_server
 from tests.emulator.answer_checker import AnswerCase, AnswerKind, make_cases, request_answer
-from tests.emulator.test_bed import BUNDLE, TARGET, Usage
+from tests.emulator.test_bed import BUNDLE, TARGET, ProcessUsage
 
 # Seconds after which an answer counts as hung; longer than any answer takes.
 LIMIT = 60.0
@@ -65,8 +65,8 @@ class Sample(msgspec.Struct, frozen=True):
     """The resources of board and verifier, `seconds` after the start."""
 
     seconds: float
-    board: Usage
-    verifier: Usage
+    board: ProcessUsage
+    verifier: ProcessUsage
 
     @property
     def files(self) -> tuple[int, int]:
@@ -241,7 +241,9 @@ async def measure(
             started = time.monotonic()
 
             def sample() -> Sample:
-                return Sample(time.monotonic() - started, Usage.from_pid(board.pid), Usage.from_pid(verifier.pid))
+                return Sample(
+                    time.monotonic() - started, ProcessUsage.from_pid(board.pid), ProcessUsage.from_pid(verifier.pid)
+                )
 
             load = Load(url, cases)
             warm_up = Load(url, cases)

@@ -130,7 +130,7 @@ class ObservedTarget(Target):
         return super().run(pool, segments)
 
 
-class Session:
+class ClientSession:
     """An open session and its text, as the client knows it."""
 
     def __init__(self, client: ProtocolClient, reply: OpenReply, request: OpenRequest) -> None:
@@ -195,10 +195,10 @@ class ProtocolClient:
         assert len(reply.message.split()) > 3
         return reply
 
-    def open(self, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: Any) -> Session:
+    def open(self, prompt: list[int] = PROMPT, sampling: Sampling = GREEDY, **changes: Any) -> ClientSession:
         """Open a session; see `opening`."""
         request = opening(prompt, sampling, **changes)
-        return Session(self, self.decode_reply(self.post("/v1/sessions", request), OpenReply), request)
+        return ClientSession(self, self.decode_reply(self.post("/v1/sessions", request), OpenReply), request)
 
 
 def session_id_of_path(path: str) -> str:

@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloud_verifier.engine.rollout import RetirementPolicy
-from cloud_verifier.engine.sessions import RoundReply
-from cloud_verifier.engine.sessions import Session as ServerSession
+from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.registry.registry import Registry
@@ -31,7 +30,14 @@ from edge_runtime.protocol.errors import VerifierRefused
 from edge_runtime.protocol.messages import JSON, ErrorCode, ModelList, OpenReply, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier.client import VerifierClient
-from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, Session, listening, opening
+from tests.cloud_verifier.protocol_client import (
+    PROMPT,
+    TIMEOUT_SECONDS,
+    ClientSession,
+    ProtocolClient,
+    listening,
+    opening,
+)
 from tests.cloud_verifier.target_versions import registry_service, serve_registry
 from tests.conftest import serving
 from tests.models import save_target
@@ -86,7 +92,7 @@ def wait_for_latest(url: str, version: str) -> None:
     wait_for_models(url, lambda listed: listed.data[0].version.startswith(f"{version}@"))
 
 
-def finish(session: Session, **changes: object) -> list[int]:
+def finish(session: ClientSession, **changes: object) -> list[int]:
     """Continue to LENGTH new tokens, with drafts that are mostly wrong; returns the new tokens."""
     while len(session.ids) < len(PROMPT) + LENGTH:
         left = len(PROMPT) + LENGTH - len(session.ids)
@@ -205,7 +211,7 @@ async def test_a_version_of_another_cache_shape_is_unloaded_with_its_pool(regist
                 await client.delete(f"/v1/sessions/{session}")
             await wait_until(lambda: not loaded())
             late = RoundReply(RoundRequest(messages.PROTOCOL_VERSION, 0, len(PROMPT)))
-            service.scheduler.submit(ServerSession(list(PROMPT), SAMPLING, target, late), late)
+            service.scheduler.submit(Session(list(PROMPT), SAMPLING, target, late), late)
             with pytest.raises(VerifierRefused) as caught:
                 await late.result()
             assert caught.value.code == ErrorCode.SESSION_LOST
@@ -223,7 +229,7 @@ def test_a_repeated_opening_gets_its_session_after_the_alias_has_moved(
         wait_for_latest(url, "v1")
         second = client.decode_reply(client.post("/v1/sessions", request), OpenReply)
         assert second == first
-        assert finish(Session(client, second, request)) == reference_text("v0")
+        assert finish(ClientSession(client, second, request)) == reference_text("v0")
 
 
 @pytest.mark.slow

@@ -232,10 +232,10 @@ async def test_every_draft_and_plan_gives_the_reference_text(
                 assert generation.finish == ("stop" if text[-1] in end_ids(SAMPLINGS[case[3]]) else "length")
 
 
-class Fault:
+class AnswerFault:
     """A fault in the middle of one answer; this one is none."""
 
-    def __init__(self, server: Ingress, client: VerifierClient) -> None:
+    def __init__(self, server: RestartingAddress, client: VerifierClient) -> None:
         self.server, self.client, self.pieces = server, client, 0
 
     async def after_piece(self) -> None:
@@ -243,7 +243,7 @@ class Fault:
         self.pieces += 1
 
 
-class Restart(Fault):
+class Restart(AnswerFault):
     """The verifier restarts at the same address and loses all sessions."""
 
     async def after_piece(self) -> None:
@@ -252,7 +252,7 @@ class Restart(Fault):
             await self.server.restart()
 
 
-class Evict(Fault):
+class Evict(AnswerFault):
     """Another session takes the only slot."""
 
     async def after_piece(self) -> None:
@@ -277,7 +277,7 @@ class Twice(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-class Ingress:
+class RestartingAddress:
     """One address in front of restarting verifiers: a restart cuts every connection and loses every session.
 
     The board sees the same as if the process had been killed and started again.
@@ -289,7 +289,7 @@ class Ingress:
         self._restarting = asyncio.Lock()
         self._connections: set[asyncio.StreamWriter] = set()
 
-    async def __aenter__(self) -> Ingress:
+    async def __aenter__(self) -> RestartingAddress:
         self._backend = await self._running.enter_async_context(serving(self._target, self._limits))
         self._listener = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
@@ -329,9 +329,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 FAULTS = {
     "restart": (Restart, Plan(4, continuation=4, siblings=3)),
     "evict": (Evict, Plan(8, continuation=1, siblings=3)),
-    "twice": (Fault, Plan(4, continuation=4, siblings=3)),
+    "twice": (AnswerFault, Plan(4, continuation=4, siblings=3)),
     "restart, rounds ahead": (Restart, AHEAD),
-    "twice, rounds ahead": (Fault, AHEAD),
+    "twice, rounds ahead": (AnswerFault, AHEAD),
 }
 
 
@@ -370,7 +370,7 @@ async def test_no_fault_changes_the_text(
         assert generation.ids[PROMPT_TOKENS:] == expected[sampling][index]
         return generation.statistics.recoveries
 
-    async with Ingress(target_v1, VerifierLimits(max_sessions=1) if evicts else None) as server:
+    async with RestartingAddress(target_v1, VerifierLimits(max_sessions=1) if evicts else None) as server:
         transport = Twice() if fault.startswith("twice") else None
         async with connected(server.url, transport) as client:
             if evicts:
@@ -426,9 +426,9 @@ async def test_log_probabilities_are_the_targets_under_any_plan_and_fault(
     fault: str | None, reference: ReferenceTexts, target_v1: Target, prompts: list[list[int]], shipped_draft: OnnxDraft
 ) -> None:
     """One entry for every token, whatever is drafted, streamed, repeated, cut off or lost; compared with PyTorch."""
-    kind, plan = FAULTS[fault] if fault else (Fault, Plan(4, continuation=9, siblings=3))
+    kind, plan = FAULTS[fault] if fault else (AnswerFault, Plan(4, continuation=9, siblings=3))
     chunk = prompts[:CHUNK]
-    async with Ingress(target_v1, VerifierLimits(max_sessions=1) if fault == "evict" else None) as server:
+    async with RestartingAddress(target_v1, VerifierLimits(max_sessions=1) if fault == "evict" else None) as server:
         transport = Twice() if fault and fault.startswith("twice") else None
         async with connected(server.url, transport) as client:
             for index, name in enumerate(SAMPLINGS):

@@ -21,7 +21,7 @@ import msgspec
 from tests.emulator.answer_checker import AnswerCase, AnswerKind, CheckedAnswer, request_answer
 from tests.emulator.link_conditions import steady_conditions
 from tests.emulator.middlebox import FaultCounts, FaultRates
-from tests.emulator.test_bed import ProcessName, TestBed, Usage
+from tests.emulator.test_bed import ProcessName, ProcessUsage, TestBed
 
 CALM = steady_conditions(0.02)
 CLIENTS = 4
@@ -80,7 +80,7 @@ class FaultContext:
 Strike = Callable[[FaultContext], Coroutine[None, None, None]]
 
 
-class Fault(msgspec.Struct, frozen=True):
+class InjectedFault(msgspec.Struct, frozen=True):
     """One kind of fault.
 
     Attributes:
@@ -167,19 +167,21 @@ async def _unavailable(context: FaultContext) -> None:
 
 
 FAULTS = {
-    "none": Fault(_no_fault),
-    "cable-1s": Fault(_unplug(1.0, 4), seconds=20),
-    "cable-4s": Fault(_unplug(4.0, 4), seconds=30),
-    "cable-10s": Fault(_unplug(10.0, 20), seconds=60),
-    "cable-60s": Fault(_unplug(60.0, 60), seconds=180),
-    "loss": Fault(_packet_loss, seconds=60),
-    "rtt-jumps": Fault(_rtt_jumps, seconds=60),
-    "verifier-killed": Fault(_kill_verifier, seconds=60, kills="verifier"),
-    "503": Fault(_unavailable, box=True, fault_rates=FaultRates(refuse=0.2)),
-    "half-open": Fault(_forget_connections, seconds=90),
-    "cut": Fault(_middlebox_only, box=True, seconds=60, fault_rates=FaultRates(cut=0.1, cut_raw=0.02)),
-    "corrupted": Fault(_middlebox_only, box=True, seconds=90, fault_rates=FaultRates(corrupt=0.2, corrupt_raw=0.02)),
-    "board-killed": Fault(_kill_board, seconds=60, kills="board", losable=True),
+    "none": InjectedFault(_no_fault),
+    "cable-1s": InjectedFault(_unplug(1.0, 4), seconds=20),
+    "cable-4s": InjectedFault(_unplug(4.0, 4), seconds=30),
+    "cable-10s": InjectedFault(_unplug(10.0, 20), seconds=60),
+    "cable-60s": InjectedFault(_unplug(60.0, 60), seconds=180),
+    "loss": InjectedFault(_packet_loss, seconds=60),
+    "rtt-jumps": InjectedFault(_rtt_jumps, seconds=60),
+    "verifier-killed": InjectedFault(_kill_verifier, seconds=60, kills="verifier"),
+    "503": InjectedFault(_unavailable, box=True, fault_rates=FaultRates(refuse=0.2)),
+    "half-open": InjectedFault(_forget_connections, seconds=90),
+    "cut": InjectedFault(_middlebox_only, box=True, seconds=60, fault_rates=FaultRates(cut=0.1, cut_raw=0.02)),
+    "corrupted": InjectedFault(
+        _middlebox_only, box=True, seconds=90, fault_rates=FaultRates(corrupt=0.2, corrupt_raw=0.02)
+    ),
+    "board-killed": InjectedFault(_kill_board, seconds=60, kills="board", losable=True),
 }
 
 
@@ -202,8 +204,8 @@ class FaultResult(msgspec.Struct):
     codes: Counter[str]
     strikes: int
     hit: int
-    before: dict[ProcessName, Usage]
-    after: dict[ProcessName, Usage]
+    before: dict[ProcessName, ProcessUsage]
+    after: dict[ProcessName, ProcessUsage]
     seconds: list[float]
     withdrawn: int
     details: list[str]
@@ -302,7 +304,7 @@ async def run_fault(
     return row
 
 
-def _find_broken_guarantees(fault: Fault, row: FaultResult) -> list[str]:
+def _find_broken_guarantees(fault: InjectedFault, row: FaultResult) -> list[str]:
     never = (AnswerKind.HUNG, AnswerKind.DIFFERENT, AnswerKind.PASSED_OFF, AnswerKind.UNTYPED)
     broken = [f"{row.answers[kind]} {kind}" for kind in never if row.answers[kind]]
     if row.answers[AnswerKind.LOST] and not fault.losable:
@@ -320,8 +322,8 @@ def _find_broken_guarantees(fault: Fault, row: FaultResult) -> list[str]:
 
 
 async def _wait_settled(
-    test_bed: TestBed, before: dict[ProcessName, Usage], killed: ProcessName | None, seconds: float
-) -> dict[ProcessName, Usage]:
+    test_bed: TestBed, before: dict[ProcessName, ProcessUsage], killed: ProcessName | None, seconds: float
+) -> dict[ProcessName, ProcessUsage]:
     """Return the resources of the processes that were not killed, once their open files are down to `before` or after
     `seconds`."""
     alive = [which for which in before if which != killed]

@@ -29,14 +29,14 @@ START_SECONDS = 60.0
 ProcessName = Literal["verifier", "board"]
 
 
-class Usage(msgspec.Struct, frozen=True):
+class ProcessUsage(msgspec.Struct, frozen=True):
     """Resources of a process: resident bytes and number of open files."""
 
     resident: int
     files: int
 
     @classmethod
-    def from_pid(cls, pid: int) -> Usage:
+    def from_pid(cls, pid: int) -> ProcessUsage:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         resident = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
         return cls(resident, len(list(Path(f"/proc/{pid}/fd").iterdir())))
@@ -113,8 +113,8 @@ class TestBed:
             process.kill()
             process.communicate()
 
-    def usage(self, which: ProcessName) -> Usage:
-        return Usage.from_pid(self._processes[which].pid)
+    def usage(self, which: ProcessName) -> ProcessUsage:
+        return ProcessUsage.from_pid(self._processes[which].pid)
 
     def set_fault_rates(self, rates: FaultRates) -> FaultCounts:
         """Set the fault rates of the middlebox, and return the counts of the faults injected so far."""

@@ -26,7 +26,14 @@ from edge_runtime.protocol.messages import (
 )
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, Session, decode_error, opening
+from tests.cloud_verifier.protocol_client import (
+    PROMPT,
+    TIMEOUT_SECONDS,
+    ClientSession,
+    ProtocolClient,
+    decode_error,
+    opening,
+)
 
 ENDLESS = Sampling(ignore_eos=True)
 
@@ -121,7 +128,7 @@ def test_the_same_key_opens_the_same_session(client: ProtocolClient) -> None:
     request = opening(n=3)
     once, again = (client.decode_reply(client.post("/v1/sessions", request), OpenReply) for _ in range(2))
     assert once == again
-    session = Session(client, once, request)
+    session = ClientSession(client, once, request)
     session.run_round()
     error = client.expect_error(client.post("/v1/sessions", request), 409, ErrorCode.ROUND_OUT_OF_ORDER)
     assert error.detail == {"expected": 2}

@@ -29,9 +29,9 @@ from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
     TIMEOUT_SECONDS,
+    ClientSession,
     ObservedTarget,
     ProtocolClient,
-    Session,
     decode_error,
     opening,
     running,
@@ -315,7 +315,9 @@ def test_an_opening_may_expect_only_the_last_prompt_token(client: ProtocolClient
 class PipelinedBoard:
     """A session whose board sends each round together with the one after it."""
 
-    def __init__(self, client: ProtocolClient, target: ObservedTarget, session: Session, truth: list[int]) -> None:
+    def __init__(
+        self, client: ProtocolClient, target: ObservedTarget, session: ClientSession, truth: list[int]
+    ) -> None:
         self._client = client
         self._target = target
         self._session = session

@@ -18,7 +18,7 @@ from tests.cloud_verifier.engine.test_scheduler import RecordingTarget, running_
 from tests.cloud_verifier.model.architectures import save_architecture
 from tests.cloud_verifier.model.test_rope import LONGROPE, SWITCH, generate_without_cache
 from tests.cloud_verifier.model.test_runner import save_lora_adapter
-from tests.cloud_verifier.protocol_client import ProtocolClient, Session, running
+from tests.cloud_verifier.protocol_client import ClientSession, ProtocolClient, running
 from tests.models import VOCABULARY_SIZE, save_target
 
 SAMPLED = Sampling(0.9, top_p=0.95, seed=5, ignore_eos=True)
@@ -31,11 +31,13 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
     return [(37 * index + 11 * seed) % (VOCABULARY_SIZE - 1) + 1 for index in range(length)]
 
 
-def close(client: ProtocolClient, session: Session) -> None:
+def close(client: ProtocolClient, session: ClientSession) -> None:
     assert client.http.delete(f"/v1/sessions/{session.id}").status_code == 204
 
 
-def generate(client: ProtocolClient, prompt: list[int], sampling: Sampling, truth: list[int], drafts: bool) -> Session:
+def generate(
+    client: ProtocolClient, prompt: list[int], sampling: Sampling, truth: list[int], drafts: bool
+) -> ClientSession:
     """Generate the text `truth` after the prompt, if wanted with drafts of which a part is wrong."""
     session = client.open(prompt, sampling, n=1 if drafts else 4)
     while (done := len(session.ids) - len(prompt)) < len(truth):

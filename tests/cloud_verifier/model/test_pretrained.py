@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from cloud_verifier.model.pretrained import UNLIMITED_CONTEXT, load_pretrained, 
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import TargetError
 from tests.cloud_verifier.model.architectures import save_architecture
+from tests.models import CodeInPickle
 
 Damage = Callable[[Path], object]
 
@@ -48,16 +48,6 @@ def remote_code(model_type: str) -> Damage:
             (path / name).write_text(f"open({str(path / 'code ran')!r}, 'w')\n")
 
     return damage
-
-
-class CodeInPickle:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self._file),)
 
 
 def only_pickled_weights(path: Path) -> None:

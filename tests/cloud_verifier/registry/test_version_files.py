@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +22,9 @@ from cloud_verifier.registry.compatibility import check_compatibility
 from cloud_verifier.registry.version_files import list_version_files, loading_directory, version_hash
 from edge_runtime.protocol.errors import TargetError
 from tests.cloud_verifier.model.architectures import save_architecture
+from tests.models import CodeInPickle
 
 IDS = torch.arange(3, 19)[None]
-
-
-class CodeInPickle:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self._path),)
 
 
 @pytest.fixture(scope="module")

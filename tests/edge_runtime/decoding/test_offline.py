@@ -61,7 +61,7 @@ async def target_text(
         return plain.ids
 
 
-class Reader:
+class TextAssembler:
     """Assembles the text from its pieces, as a client does."""
 
     def __init__(self, prompt: list[int]) -> None:
@@ -93,7 +93,7 @@ async def test_offline_tokens_are_verified_when_the_link_is_back(
     wanted = await target_text(verifier, shipped_draft, sampling, LONG)
     async with VerifierClient(verifier.url) as client:
         answer = generation(shipped_draft, client, "draft", sampling, plan=plan, tokens=LONG)
-        reader = Reader(answer.ids)
+        reader = TextAssembler(answer.ids)
         steps = iter([verifier.stop, verifier.start])
         async for piece in answer:
             reader.read(piece)
@@ -119,7 +119,7 @@ async def test_without_a_verifier_the_rest_stays_unverified(
     wanted = await target_text(verifier, shipped_draft, sampling)
     async with VerifierClient(verifier.url) as client:
         answer = generation(shipped_draft, client, "draft", sampling)
-        reader = Reader(answer.ids)
+        reader = TextAssembler(answer.ids)
         async for piece in answer:
             reader.read(piece)
             if answer.statistics.tokens >= 20:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import instructor
 import openai
-from contract import MESSAGES, Service, check_arguments, run
+from contract import MESSAGES, ServiceUnderTest, check_arguments, run
 from pydantic import BaseModel
 
 
@@ -13,34 +13,34 @@ class Weather(BaseModel):
     days: Literal[1, 2]
 
 
-def connect(service: Service, mode: instructor.Mode) -> instructor.Instructor:
+def connect(service: ServiceUnderTest, mode: instructor.Mode) -> instructor.Instructor:
     client = openai.OpenAI(base_url=service.base_url, api_key="none", max_retries=0)
     return instructor.from_openai(client, mode=mode)
 
 
-def ask_in_mode(service: Service, mode: instructor.Mode) -> None:
+def ask_in_mode(service: ServiceUnderTest, mode: instructor.Mode) -> None:
     weather = connect(service, mode).create(
         model=service.model, messages=MESSAGES, response_model=Weather, max_retries=0
     )
     check_arguments(weather.model_dump())
 
 
-def check_tools(service: Service) -> None:
+def check_tools(service: ServiceUnderTest) -> None:
     ask_in_mode(service, instructor.Mode.TOOLS)
 
 
-def check_structured(service: Service) -> None:
+def check_structured(service: ServiceUnderTest) -> None:
     ask_in_mode(service, instructor.Mode.JSON_SCHEMA)
 
 
-def check_stream(service: Service) -> None:
+def check_stream(service: ServiceUnderTest) -> None:
     parts = connect(service, instructor.Mode.TOOLS).create_partial(
         model=service.model, messages=MESSAGES, response_model=Weather, max_retries=0
     )
     check_arguments(list(parts)[-1].model_dump())
 
 
-def check_errors(service: Service) -> None:
+def check_errors(service: ServiceUnderTest) -> None:
     try:
         check_structured(service._replace(model="nobody"))
         raise AssertionError("an unknown model is an error")

@@ -9,7 +9,7 @@ from contract import (
     QUESTION,
     TOOL,
     WEATHER,
-    Service,
+    ServiceUnderTest,
     check_arguments,
     count_cancelled,
     run,
@@ -19,23 +19,23 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
 
-def connect(service: Service, **fields: Any) -> ChatOpenAI:
+def connect(service: ServiceUnderTest, **fields: Any) -> ChatOpenAI:
     defaults = {"temperature": 0, "model": service.model, "base_url": service.base_url, "api_key": "none"}
     return ChatOpenAI(**(defaults | {"max_retries": 0} | fields))
 
 
-def check_chat(service: Service) -> None:
+def check_chat(service: ServiceUnderTest) -> None:
     answer = connect(service, max_tokens=LIMIT).invoke(QUESTION)
     assert answer.content == service.text
     assert answer.usage_metadata["output_tokens"] == LIMIT
 
 
-def check_stream(service: Service) -> None:
+def check_stream(service: ServiceUnderTest) -> None:
     chunks = list(connect(service, max_tokens=LIMIT).stream(QUESTION))
     assert "".join(chunk.content for chunk in chunks) == service.text
 
 
-def check_tools(service: Service) -> None:
+def check_tools(service: ServiceUnderTest) -> None:
     model = connect(service).bind_tools([TOOL], tool_choice="get_weather")
     answer = model.invoke(QUESTION)
     (call,) = answer.tool_calls
@@ -45,19 +45,19 @@ def check_tools(service: Service) -> None:
     assert following.invoke([HumanMessage(QUESTION), answer, result]).usage_metadata["output_tokens"] <= LIMIT
 
 
-def check_structured(service: Service) -> None:
+def check_structured(service: ServiceUnderTest) -> None:
     schema = WEATHER | {"title": "weather", "description": "The weather."}
     for method in ("json_schema", "function_calling"):
         check_arguments(connect(service).with_structured_output(schema, method=method).invoke(QUESTION))
 
 
-def check_logprobs(service: Service) -> None:
+def check_logprobs(service: ServiceUnderTest) -> None:
     answer = connect(service, max_tokens=LIMIT, logprobs=True, top_logprobs=2).invoke(QUESTION)
     tokens = answer.response_metadata["logprobs"]["content"]
     assert "".join(token["token"] for token in tokens) == service.text
 
 
-def check_cancel(service: Service) -> None:
+def check_cancel(service: ServiceUnderTest) -> None:
     before = count_cancelled(service)
     stream = connect(service, extra_body=ENDLESS).stream(QUESTION)
     next(stream)
@@ -65,12 +65,12 @@ def check_cancel(service: Service) -> None:
     wait_until_cancelled(service, before)
 
 
-def check_history(service: Service) -> None:
+def check_history(service: ServiceUnderTest) -> None:
     history = [HumanMessage(QUESTION), AIMessage(service.text), HumanMessage("more")]
     assert connect(service, max_tokens=LIMIT).invoke(history).usage_metadata["input_tokens"] > LIMIT
 
 
-def check_errors(service: Service) -> None:
+def check_errors(service: ServiceUnderTest) -> None:
     try:
         connect(service).invoke("x " * 9000)
         raise AssertionError("a long prompt is an error")
@@ -78,7 +78,7 @@ def check_errors(service: Service) -> None:
         assert error.code == "context_length_exceeded"
 
 
-def check_responses(service: Service) -> None:
+def check_responses(service: ServiceUnderTest) -> None:
     model = connect(service, use_responses_api=True, max_tokens=LIMIT)
     assert model.invoke(QUESTION).text == service.text
     assert "".join(chunk.text for chunk in model.stream(QUESTION)) == service.text

@@ -14,7 +14,7 @@ from contract import (
     QUESTION,
     TOOL,
     WEATHER,
-    Service,
+    ServiceUnderTest,
     check_arguments,
     count_cancelled,
     run,
@@ -22,7 +22,7 @@ from contract import (
 )
 
 
-def ask(service: Service, messages: list[Any] = MESSAGES, **fields: Any) -> Any:
+def ask(service: ServiceUnderTest, messages: list[Any] = MESSAGES, **fields: Any) -> Any:
     return litellm.completion(
         model=f"openai/{service.model}",
         messages=messages,
@@ -33,41 +33,41 @@ def ask(service: Service, messages: list[Any] = MESSAGES, **fields: Any) -> Any:
     )
 
 
-def check_list(service: Service) -> None:
+def check_list(service: ServiceUnderTest) -> None:
     names = litellm.get_valid_models(
         check_provider_endpoint=True, custom_llm_provider="openai", api_key="none", api_base=service.base_url
     )
     assert any(name.endswith(service.model) for name in names), names
 
 
-def check_chat(service: Service) -> None:
+def check_chat(service: ServiceUnderTest) -> None:
     answer = ask(service, max_tokens=LIMIT)
     assert answer.choices[0].message.content == service.text
     assert answer.usage.completion_tokens == LIMIT
 
 
-def check_stream(service: Service) -> None:
+def check_stream(service: ServiceUnderTest) -> None:
     chunks = ask(service, max_tokens=LIMIT, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == service.text
 
 
-def check_tools(service: Service) -> None:
+def check_tools(service: ServiceUnderTest) -> None:
     answer = ask(service, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
     (call,) = answer.choices[0].message.tool_calls
     check_arguments(call.function.arguments)
 
 
-def check_structured(service: Service) -> None:
+def check_structured(service: ServiceUnderTest) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER, "strict": True}}
     check_arguments(ask(service, response_format=form).choices[0].message.content)
 
 
-def check_logprobs(service: Service) -> None:
+def check_logprobs(service: ServiceUnderTest) -> None:
     tokens = ask(service, max_tokens=LIMIT, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == service.text
 
 
-def check_cancel(service: Service) -> None:
+def check_cancel(service: ServiceUnderTest) -> None:
     before = count_cancelled(service)
     stream = ask(service, stream=True, extra_body=ENDLESS)
     next(iter(stream))
@@ -75,12 +75,12 @@ def check_cancel(service: Service) -> None:
     wait_until_cancelled(service, before)
 
 
-def check_history(service: Service) -> None:
+def check_history(service: ServiceUnderTest) -> None:
     history = [*MESSAGES, {"role": "assistant", "content": service.text}, {"role": "user", "content": "more"}]
     assert ask(service, history, max_tokens=LIMIT).usage.prompt_tokens > LIMIT
 
 
-def check_errors(service: Service) -> None:
+def check_errors(service: ServiceUnderTest) -> None:
     try:
         ask(service, [{"role": "user", "content": "x " * 9000}])
         raise AssertionError("a long prompt is an error")
@@ -93,7 +93,7 @@ def check_errors(service: Service) -> None:
         pass
 
 
-def check_responses(service: Service) -> None:
+def check_responses(service: ServiceUnderTest) -> None:
     answer = litellm.responses(
         model=f"openai/{service.model}",
         input=QUESTION,

@@ -13,13 +13,13 @@ from contract import (
     LIMIT,
     QUESTION,
     WEATHER,
-    Service,
+    ServiceUnderTest,
     check_arguments,
     run,
 )
 
 
-def connect(service: Service) -> llm.Model:
+def connect(service: ServiceUnderTest) -> llm.Model:
     model = {
         "model_id": "board",
         "model_name": service.model,
@@ -32,28 +32,28 @@ def connect(service: Service) -> llm.Model:
     return llm.get_model("board")
 
 
-def check_chat(service: Service) -> None:
+def check_chat(service: ServiceUnderTest) -> None:
     response = connect(service).prompt(QUESTION, max_tokens=LIMIT, temperature=0, stream=False)
     assert response.text() == service.text
     assert response.usage().output == LIMIT
 
 
-def check_stream(service: Service) -> None:
+def check_stream(service: ServiceUnderTest) -> None:
     assert "".join(connect(service).prompt(QUESTION, max_tokens=LIMIT, temperature=0)) == service.text
 
 
-def check_tools(service: Service) -> None:
+def check_tools(service: ServiceUnderTest) -> None:
     tool = llm.Tool(name="get_weather", description="The weather.", input_schema=WEATHER)
     response = connect(service).prompt(QUESTION, tools=[tool], max_tokens=LIMIT, temperature=0, stream=False)
     # The target is free to call or not, and knows nothing of tools.
     assert response.tool_calls() or response.text()
 
 
-def check_structured(service: Service) -> None:
+def check_structured(service: ServiceUnderTest) -> None:
     check_arguments(connect(service).prompt(QUESTION, schema=WEATHER).text())
 
 
-def check_history(service: Service) -> None:
+def check_history(service: ServiceUnderTest) -> None:
     conversation = connect(service).conversation()
     first = conversation.prompt(QUESTION, max_tokens=LIMIT, temperature=0)
     first.text()
@@ -62,7 +62,7 @@ def check_history(service: Service) -> None:
     assert second.usage().input > first.usage().input + LIMIT
 
 
-def check_errors(service: Service) -> None:
+def check_errors(service: ServiceUnderTest) -> None:
     try:
         connect(service).prompt("x " * 9000).text()
         raise AssertionError("a long prompt is an error")

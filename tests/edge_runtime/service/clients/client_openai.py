@@ -8,7 +8,7 @@ from contract import (
     QUESTION,
     TOOL,
     WEATHER,
-    Service,
+    ServiceUnderTest,
     check_arguments,
     count_cancelled,
     run,
@@ -16,15 +16,15 @@ from contract import (
 )
 
 
-def connect(service: Service) -> openai.OpenAI:
+def connect(service: ServiceUnderTest) -> openai.OpenAI:
     return openai.OpenAI(base_url=service.base_url, api_key="none", max_retries=0)
 
 
-def check_list(service: Service) -> None:
+def check_list(service: ServiceUnderTest) -> None:
     assert [model.id for model in connect(service).models.list()] == [service.model]
 
 
-def check_chat(service: Service) -> None:
+def check_chat(service: ServiceUnderTest) -> None:
     answer = connect(service).chat.completions.create(
         model=service.model, messages=MESSAGES, max_tokens=LIMIT, temperature=0
     )
@@ -32,7 +32,7 @@ def check_chat(service: Service) -> None:
     assert answer.usage.completion_tokens == LIMIT
 
 
-def check_stream(service: Service) -> None:
+def check_stream(service: ServiceUnderTest) -> None:
     stream = connect(service).chat.completions.create(
         model=service.model,
         messages=MESSAGES,
@@ -46,7 +46,7 @@ def check_stream(service: Service) -> None:
     assert chunks[-1].usage.completion_tokens == LIMIT
 
 
-def check_tools(service: Service) -> None:
+def check_tools(service: ServiceUnderTest) -> None:
     answer = connect(service).chat.completions.create(
         model=service.model, messages=MESSAGES, tools=[TOOL], tool_choice="required", parallel_tool_calls=False
     )
@@ -54,13 +54,13 @@ def check_tools(service: Service) -> None:
     check_arguments(call.function.arguments)
 
 
-def check_structured(service: Service) -> None:
+def check_structured(service: ServiceUnderTest) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER, "strict": True}}
     answer = connect(service).chat.completions.create(model=service.model, messages=MESSAGES, response_format=form)
     check_arguments(answer.choices[0].message.content)
 
 
-def check_logprobs(service: Service) -> None:
+def check_logprobs(service: ServiceUnderTest) -> None:
     answer = connect(service).chat.completions.create(
         model=service.model, messages=MESSAGES, max_tokens=LIMIT, temperature=0, logprobs=True, top_logprobs=2
     )
@@ -69,7 +69,7 @@ def check_logprobs(service: Service) -> None:
     assert all(token.top_logprobs[0].logprob == token.logprob for token in tokens)
 
 
-def check_cancel(service: Service) -> None:
+def check_cancel(service: ServiceUnderTest) -> None:
     before = count_cancelled(service)
     with connect(service).chat.completions.create(
         model=service.model, messages=MESSAGES, stream=True, extra_body=ENDLESS
@@ -78,13 +78,13 @@ def check_cancel(service: Service) -> None:
     wait_until_cancelled(service, before)
 
 
-def check_history(service: Service) -> None:
+def check_history(service: ServiceUnderTest) -> None:
     history = [*MESSAGES, {"role": "assistant", "content": service.text}, {"role": "user", "content": "more"}]
     answer = connect(service).chat.completions.create(model=service.model, messages=history, max_tokens=LIMIT)
     assert answer.usage.prompt_tokens > LIMIT
 
 
-def check_errors(service: Service) -> None:
+def check_errors(service: ServiceUnderTest) -> None:
     client = connect(service)
     try:
         client.chat.completions.create(model="nobody", messages=MESSAGES)
@@ -98,7 +98,7 @@ def check_errors(service: Service) -> None:
         assert error.code == "context_length_exceeded"
 
 
-def check_responses(service: Service) -> None:
+def check_responses(service: ServiceUnderTest) -> None:
     client = connect(service)
     fields = {"model": service.model, "max_output_tokens": LIMIT, "temperature": 0}
     first = client.responses.create(input=QUESTION, **fields)

@@ -25,7 +25,7 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "description": "
 ENDLESS = {"ignore_eos": True}
 
 
-class Service(NamedTuple):
+class ServiceUnderTest(NamedTuple):
     """The service that is asked.
 
     Attributes:
@@ -46,21 +46,21 @@ class Service(NamedTuple):
 
 def run() -> None:
     """Run the checks of the program, its own functions `check_NAME`; the first that fails ends it."""
-    service = Service(**json.loads(sys.argv[1]))
+    service = ServiceUnderTest(**json.loads(sys.argv[1]))
     for name, check in list(vars(sys.modules["__main__"]).items()):
         if name.startswith("check_") and check.__module__ == "__main__":
             check(service)
             print(name.removeprefix("check_"), flush=True)
 
 
-def count_cancelled(service: Service) -> float:
+def count_cancelled(service: ServiceUnderTest) -> float:
     """Return how many answers were cancelled so far."""
     with urllib.request.urlopen(f"{service.url}/metrics") as response:
         lines = response.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'outcome="cancelled"' in line)
 
 
-def wait_until_cancelled(service: Service, before: float) -> None:
+def wait_until_cancelled(service: ServiceUnderTest, before: float) -> None:
     """Wait until one more answer is cancelled. Raises TimeoutError."""
     end = time.monotonic() + 60
     while count_cancelled(service) <= before:
