@@ -51,6 +51,9 @@ LOG_SECONDS = 60.0
 # Neighbors in an IPv6 network of this prefix length are usually one client, which can use every address in it.
 IPV6_CLIENT_BITS = 64
 
+# This machine.
+DEFAULT_SHARED = ("127.0.0.0/8", "::1/128")
+
 Peer = tuple[str, int]
 
 
@@ -68,7 +71,7 @@ class ConnectionLimits(msgspec.Struct, frozen=True):
     total: int
     per_address: int
     idle_seconds: float = IDLE_SECONDS
-    shared: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    shared: tuple[str, ...] = DEFAULT_SHARED
 
 
 # For a verifier; a board has its settings. Chosen: a fleet of which many boards share an address (NAT). An idle HTTP/2
@@ -298,6 +301,12 @@ def client_network(address: str) -> str:
         bits = 128 if ip.is_loopback else IPV6_CLIENT_BITS
         return str(ipaddress.IPv6Network((ip, bits), strict=False))
     return f"{ip}/32"
+
+
+def client_group(peer: Peer, shared: tuple[str, ...]) -> str:
+    """Return what a connection counts with: its network, or itself if that network stands for many clients."""
+    network = client_network(peer[0])
+    return f"{peer[0]} {peer[1]}" if _is_shared(network, shared) else network
 
 
 @functools.lru_cache(4096)

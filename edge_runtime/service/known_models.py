@@ -45,6 +45,7 @@ class KnownModels:
         # The verifier's list that `_models` was made from, and when `fetch` last asked for it.
         self._source: ModelList | None = None
         self._asked = float("-inf")
+        self._asking: asyncio.Future[ModelList] | None = None
         # Versions of answers that were in no list when they came; each is a reason to ask only once.
         self._unlisted: set[str] = set()
 
@@ -82,8 +83,7 @@ class KnownModels:
                 if state.problem is not None:
                     raise VerifierUnreachable(state.problem.reason, state.problem.code)
                 async with asyncio.timeout(seconds):
-                    await self._client.models()
-                self._asked = time.monotonic()
+                    await self._ask()
             except (VerifierUnreachable, TimeoutError) as error:
                 if not self._models and not configured:
                     if isinstance(error, VerifierUnreachable):
@@ -92,6 +92,14 @@ class KnownModels:
                     raise VerifierUnreachable(message) from None
             self._update()
         return OpenAIModelList(self._models or [OpenAIModel(configured, int(time.time()), "", 0)])
+
+    async def _ask(self) -> None:
+        """Ask the verifier for its models; many at once ask it once."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._client.models())
+        # Whoever gives up meanwhile takes it from nobody else.
+        await asyncio.shield(self._asking)
+        self._asked = time.monotonic()
 
     def _update(self) -> None:
         """Take over the list that the client received last."""

@@ -43,10 +43,23 @@ class PromptTooLong(Exception):
 
 
 class PromptTokenizer:
-    """The thread that renders and tokenizes prompts."""
+    """The thread that renders and tokenizes prompts, and one that recognizes texts that are too long."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._counter = ThreadPoolExecutor(1, "prompt-length")
+
+    async def count_at_least(self, tokenizer: Tokenizer, texts: list[str], limit: int) -> int:
+        """Return a lower bound of the tokens of the longest text; 0 if all are too short to have `limit` tokens.
+
+        Texts that are being tokenized delay this at most a little.
+        """
+        long = [text for text in texts if may_have(text, limit)]
+        if not long:
+            return 0
+        return await asyncio.get_running_loop().run_in_executor(
+            self._counter, lambda: max(count_at_least(tokenizer, text) for text in long)
+        )
 
     async def run(self, work: Callable[[], T], disconnected: asyncio.Future[None]) -> T:
         """Return the result of `work()`, run in the thread after what is queued before it.
@@ -80,7 +93,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool, limit: int 
     Raises:
         PromptTooLong: the length of the text shows that it has not. A text that passes may still have too many.
     """
-    if limit and len(text) >= limit // LONGEST_DECOMPOSITION and (tokens := count_at_least(tokenizer, text)) >= limit:
+    if limit and may_have(text, limit) and (tokens := count_at_least(tokenizer, text)) >= limit:
         raise PromptTooLong(tokens)
     encoding = tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
     ids, added = encoding.ids, encoding.special_tokens_mask
@@ -88,6 +101,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool, limit: int 
     if len(text) >= LARGE_TEXT:
         release_freed_memory()
     return ids, added
+
+
+def may_have(text: str, tokens: int) -> bool:
+    """Whether a text is long enough, in characters, that it might have this many tokens."""
+    return len(text) >= tokens // LONGEST_DECOMPOSITION
 
 
 def count_at_least(tokenizer: Tokenizer, text: str) -> int:

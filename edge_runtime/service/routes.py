@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -158,11 +158,12 @@ class Routes:
         body, ignored = parse_request(await self._read_body(request), CompletionRequest)
         choices, prompts, logprobs = get_choices(body), get_prompts(body), get_logprobs(body)
         tokenizer, special = board.draft.tokenizer, body.add_special_tokens is not False
+        await self._refuse_long_prompts(body, board, prompts)
 
-        def encode(limit: int) -> tuple[list[list[int]], list[str], OutputConstraint]:
+        def encode(_limit: int) -> tuple[list[list[int]], list[str], OutputConstraint]:
             constraint = get_constraint(body)
             ids = [
-                encode_prompt(tokenizer, each, special=special, limit=limit)[0] if isinstance(each, str) else each
+                encode_prompt(tokenizer, each, special=special)[0] if isinstance(each, str) else each
                 for each in prompts
             ]
             for each_ids in ids:
@@ -285,6 +286,26 @@ class Routes:
             for place in places:
                 place.leave()
             raise
+
+    async def _refuse_long_prompts(
+        self, body: CompletionRequest, board: BoardRuntime, prompts: Sequence[str | list[int]]
+    ) -> None:
+        """Refuse prompts that certainly do not fit the context, before they take a place in the queue.
+
+        Raises:
+            ApiError: (400) one does not fit.
+        """
+        model = body.model or board.model
+        context = self._state.models.context_of(model)
+        if not context or get_max_tokens(body) == 0:
+            return
+        texts = [each for each in prompts if isinstance(each, str)]
+        ids = max((len(each) for each in prompts if not isinstance(each, str)), default=0)
+        tokens = ids or await self._prompt_tokenizer.count_at_least(board.draft.tokenizer, texts, context)
+        # Unless the context has grown meanwhile.
+        context = await self._find_context(model, tokens)
+        if context and tokens >= context:
+            raise context_overflow(body, context, f"{tokens} tokens" if ids else f"at least {tokens} tokens")
 
     async def _encode(
         self, body: GenerationRequest, board: BoardRuntime, admission: Admission, encode: Callable[[int], T]

@@ -94,6 +94,19 @@ async def test_a_prompt_that_cannot_fit_is_refused_by_its_length(
         assert counted.json()["usage"]["prompt_tokens"] == len(draft.tokenizer.encode(LONG_TEXT))
 
 
+async def test_a_prompt_that_cannot_fit_takes_no_place_in_the_queue(target: Target, draft: OnnxDraft) -> None:
+    limits = ServiceLimits(max_concurrent=1, max_waiting=0)
+    async with service_pair(target, draft, limits) as pair, httpx.AsyncClient(base_url=pair.url, timeout=300) as client:
+        await client.get("/v1/models")
+        for place in pair.service.queue.reserve():
+            for prompt in (LONG_TEXT, [5] * target.context):
+                refused = await client.post("/v1/completions", json={"prompt": prompt})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+            assert (await client.post("/v1/completions", json=SHORT)).status_code == 429
+            place.leave()
+        assert (await client.post("/v1/completions", json=SHORT)).status_code == 200
+
+
 @pytest.mark.slow
 def test_the_memory_of_large_prompts_goes_back(verifier: str) -> None:
     options = ("--threads", "1", "--no-ngram-cache", "--draft-prefix-cache", "0", "--max-waiting", "8")

@@ -1,0 +1,171 @@
+"""Requests begin in turns, are bounded in number, and an answer that nobody reads stays small."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.common import request_gate
+from edge_runtime.common.http_server import HttpServer, ListenOptions
+from edge_runtime.common.request_gate import BEGUN_PER_TURN, PIECE_BYTES, RequestGate, in_pieces
+
+ATTACKER, OTHER = "192.0.2.66", "192.0.2.1"
+LARGE_BODY = bytes(range(256)) * 4096
+
+
+class Application:
+    """An ASGI application whose requests stay until they are released.
+
+    Attributes:
+        begun: address and path of each request, and the turn of the event loop in which it began.
+        statuses: of the answers that were sent, in order.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.gate = RequestGate(self, limit)
+        self.begun: list[tuple[str, str, int]] = []
+        self.statuses: list[int] = []
+        self.released = asyncio.Event()
+        self.turn = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun.append((scope["client"][0], scope["path"], self.turn))
+        await self.released.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def request(self, address: str, path: str = "/") -> asyncio.Task[None]:
+        async def send(message: Any) -> None:
+            self.statuses.extend([message["status"]] if "status" in message else [])
+
+        scope = {"type": "http", "path": path, "client": (address, 1000 + len(self.begun))}
+        return asyncio.create_task(self.gate(scope, lambda: None, send))  # type: ignore[arg-type]
+
+    async def wait_until_begun(self, count: int) -> None:
+        while len(self.begun) < count:  # noqa: ASYNC110 - each pause is one turn
+            await asyncio.sleep(0)
+
+    async def count_turns(self) -> None:
+        while True:
+            self.turn += 1
+            await asyncio.sleep(0)
+
+
+async def test_requests_begin_in_turns_of_their_clients_and_health_before_all() -> None:
+    app = Application(1000)
+    counting = asyncio.create_task(app.count_turns())
+    tasks = [app.request(ATTACKER, f"/{number}") for number in range(100)]
+    tasks += [app.request(ATTACKER, "/healthz") for _ in range(100)]
+    tasks += [app.request(OTHER, "/"), app.request(OTHER, "/healthz")]
+    await app.wait_until_begun(len(tasks))
+    app.released.set()
+    await asyncio.gather(*tasks)
+    counting.cancel()
+    begun = [(address, path) for address, path, _ in app.begun]
+    # What the attacker sent before was there first, but for the others' turn.
+    assert begun.index((OTHER, "/")) <= 2 * BEGUN_PER_TURN + 2
+    assert begun.index((OTHER, "/healthz")) <= 2 * BEGUN_PER_TURN + 2
+    assert [path for _, path in begun if path[1:].isdigit()] == [f"/{number}" for number in range(100)]
+    turns = [turn for _, _, turn in app.begun]
+    assert max(map(turns.count, set(turns))) <= 2 * BEGUN_PER_TURN
+    assert app.statuses == [200] * len(tasks)
+
+
+async def test_too_many_requests_are_refused_to_whoever_has_most() -> None:
+    app = Application(8)
+    tasks = [app.request(ATTACKER) for _ in range(8)]
+    await app.wait_until_begun(8)
+    await app.request(ATTACKER)
+    assert app.statuses == [503]
+    # Two clients share the places, and the second has none yet.
+    tasks += [app.request(OTHER) for _ in range(4)]
+    await app.request(ATTACKER)
+    await app.request(OTHER)
+    assert app.statuses == [503] * 3
+    app.released.set()
+    await asyncio.gather(*tasks)
+    await app.request(ATTACKER)
+    assert app.statuses == [503] * 3 + [200] * 13
+
+
+async def test_requests_that_are_cancelled_while_they_wait_take_no_turn() -> None:
+    app = Application(1000)
+    tasks = [app.request(ATTACKER) for _ in range(3 * BEGUN_PER_TURN)]
+    await asyncio.sleep(0)
+    for task in tasks[BEGUN_PER_TURN:-1]:
+        task.cancel()
+    await app.wait_until_begun(BEGUN_PER_TURN + 1)
+    app.released.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert app.statuses == [200] * (BEGUN_PER_TURN + 1)
+
+
+@given(st.integers(0, 5 * PIECE_BYTES))
+def test_a_body_is_sent_whole_in_pieces(size: int) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = LARGE_BODY[:size]
+    asyncio.run(in_pieces(send)({"type": "http.response.body", "body": body, "more_body": False}))  # type: ignore[arg-type]
+    assert b"".join(message["body"] for message in sent) == body
+    assert [message["more_body"] for message in sent] == [True] * (len(sent) - 1) + [False]
+    assert max(len(message["body"]) for message in sent) <= PIECE_BYTES
+
+
+async def test_an_answer_that_nobody_reads_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over, pieces = 0, request_gate.in_pieces
+
+    def counted(send: Any) -> Any:
+        async def count(message: Any) -> None:
+            nonlocal handed_over
+            await send(message)
+            handed_over += len(message.get("body", b""))
+
+        return pieces(count)  # type: ignore[arg-type]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = [(b"content-length", b"%d" % len(LARGE_BODY))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": LARGE_BODY})
+
+    monkeypatch.setattr(request_gate, "in_pieces", counted)
+    server = HttpServer(app, ListenOptions(port=0))
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    try:
+        client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        client.initiate_connection()
+        client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        client.send_headers(
+            1, [(":method", "GET"), (":path", "/"), (":scheme", "http"), (":authority", "a")], end_stream=True
+        )
+        body, ended = b"", False
+        while not ended:
+            writer.write(client.data_to_send())
+            for event in client.receive_data(await reader.read(1 << 16)):
+                if isinstance(event, h2.events.ResponseReceived):
+                    # The server has as much as it takes now.
+                    before = -1
+                    while before != handed_over:
+                        before = handed_over
+                        await asyncio.sleep(0.1)
+                    assert 0 < handed_over <= 8 * PIECE_BYTES
+                    client.increment_flow_control_window(len(LARGE_BODY))
+                    client.increment_flow_control_window(len(LARGE_BODY), 1)
+                elif isinstance(event, h2.events.DataReceived):
+                    body += event.data
+                ended = ended or isinstance(event, h2.events.StreamEnded)
+        assert body == LARGE_BODY
+    finally:
+        writer.close()
+        await server.stop()
