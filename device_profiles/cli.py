@@ -18,6 +18,7 @@ import msgspec
 from device_profiles.first_boot import command as first_boot
 from device_profiles.flash import command as flash
 from device_profiles.image import command as image
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
 from edge_runtime.protocol.errors import FlexSpecError
@@ -80,14 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="print JSON")
+    add_flag(output, "--json", "print JSON")
     draft = argparse.ArgumentParser(add_help=False)
     which = draft.add_mutually_exclusive_group()
-    which.add_argument("--bundle", type=Path, metavar="DIR", help="add the cost of this draft bundle")
-    which.add_argument("--weights", type=Path, metavar="FILE", help="add the cost of a draft with this weight file")
-    draft.add_argument(
-        "--context", type=int, default=512, metavar="N", help="cost after N tokens of context (default: %(default)s)"
-    )
+    add_option(which, "--bundle DIR", "add the cost of this draft bundle", type=Path)
+    add_option(which, "--weights FILE", "add the cost of a draft with this weight file", type=Path)
+    add_option(draft, "--context N", "cost after N tokens of context", default=512)
 
     listing = commands.add_parser("list", parents=[output], help="list the shipped profiles")
     listing.set_defaults(run=_list)
@@ -117,19 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE)",
     )
     calibrate.add_argument("--verifier", default="", metavar="URL", help="also judge the link to this verifier")
-    calibrate.add_argument(
-        "--output", type=Path, metavar="FILE", help="profile to write (default: NAME.toml in the current directory)"
-    )
-    calibrate.add_argument(
-        "--name", help="profile name, equal to the file name (default: from --output, else the host name)"
-    )
+    add_option(calibrate, "--output FILE", "profile to write (default: NAME.toml in the current directory)", type=Path)
+    add_option(calibrate, "--name", "profile name, equal to the file name (default: from --output, else the host name)")
     calibrate.add_argument("--title", default="", help="display name (default: the board's model)")
-    calibrate.add_argument(
-        "--like", metavar="PROFILE", help="copy power, radios and sensors that cannot be measured from this profile"
-    )
+    add_option(calibrate, "--like PROFILE", "copy power, radios and sensors that cannot be measured from this profile")
     text = "duration, at most 7200 (default: %(default)g); a board without a cooler takes minutes to throttle"
     calibrate.add_argument("--seconds", type=float, default=180.0, help=text)
-    calibrate.add_argument("--force", action="store_true", help="replace existing files")
+    add_flag(calibrate, "--force", "replace existing files")
     calibrate.set_defaults(run=_calibrate)
 
     for module in (image, flash, first_boot):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_flag, add_option
 
 DESCRIPTION = """\
 Reports how `cloud-verifier serve` would run a target: fast or general tier, context, memory of the KV cache,
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
     add_option(parser, "--max-context TOKENS", "longest text (default: the model's own limit)", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flag(parser, "--json", "print one JSON object")
     parser.set_defaults(run=run)
 
 

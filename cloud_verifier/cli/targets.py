@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.common.options import add_action, add_option
+from edge_runtime.common.options import add_action, add_flag, add_option
 from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.protocol.errors import InputError, TargetError
 
@@ -64,7 +64,7 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     default = Path(os.environ.get(REGISTRY_VARIABLE) or DEFAULT_REGISTRY)
     registry.add_argument("--registry", type=Path, default=default, metavar="DIR", help=text)
     as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flag(as_json, "--json", "print one JSON object")
     alias = argparse.ArgumentParser(add_help=False)
     alias.add_argument("--alias", default="", metavar="NAME", help=f"default: {DEFAULT_ALIAS_HELP}")
     version = argparse.ArgumentParser(add_help=False)
@@ -77,14 +77,14 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     add.add_argument("version", nargs="?", metavar="VERSION", help=text)
     text = "register a bundle that is deployed on boards"
     add.add_argument("--draft", type=Path, action="append", default=[], metavar="BUNDLE", help=text)
-    add.add_argument("--unshared", action="store_true", help=f"admit it {UNSHARED_HELP}")
+    add_flag(add, "--unshared", f"admit it {UNSHARED_HELP}")
     text = "route all new sessions of an alias to a version"
     promote = add_action(actions, "promote", _promote, text, parents=[registry, alias, version])
-    promote.add_argument("--unshared", action="store_true", help=f"promote it {UNSHARED_HELP}")
+    add_flag(promote, "--unshared", f"promote it {UNSHARED_HELP}")
     text = "route a percentage of the new sessions of an alias to a version"
     canary = add_action(actions, "canary", _canary, text, parents=[registry, alias, version])
     canary.add_argument("percent", type=float, metavar="PERCENT", help="percentage of new sessions; 0 ends the canary")
-    canary.add_argument("--unshared", action="store_true", help=f"route to it {UNSHARED_HELP}")
+    add_flag(canary, "--unshared", f"route to it {UNSHARED_HELP}")
     rollback = add_action(actions, "rollback", _rollback, "undo the last change of an alias", parents=[registry])
     rollback.add_argument("alias", nargs="?", default="", metavar="ALIAS", help=f"default: {DEFAULT_ALIAS_HELP}")
     text = "stop routing new sessions to a version"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud_verifier.engine.principals import DEFAULT_MAX_PROMPT, DEFAULT_MAX_SESSIONS, DEFAULT_TOKENS_PER_SECOND
-from edge_runtime.common.options import add_action, add_option
+from edge_runtime.common.options import add_action, add_flag, add_option
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
@@ -57,12 +57,12 @@ def add_parser(commands: Any) -> None:
     add_option(add, "--tokens-per-second N", text, default=DEFAULT_TOKENS_PER_SECOND, type=_limit(float))
     text = "longest prompt; `none` for that of the target"
     add_option(add, "--max-prompt TOKENS", text, default=DEFAULT_MAX_PROMPT, type=_limit(int))
-    add.add_argument("--replace", action="store_true", help="revoke the existing token of NAME")
+    add_flag(add, "--replace", "revoke the existing token of NAME")
 
     revoke = add_action(actions, "revoke", _revoke, "revoke a token", parents=[file_options])
     revoke.add_argument("name", metavar="NAME")
     listing = add_action(actions, "list", _list, "list the holders of tokens", parents=[file_options])
-    listing.add_argument("--json", action="store_true", help="print one JSON object, by name")
+    add_flag(listing, "--json", "print one JSON object, by name")
 
 
 def _limit(parse: Callable[[str], float]) -> Callable[[str], float | None]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_flag, add_option
 from export.cli.choices import LAYOUTS
 
 DESCRIPTION = """\
@@ -35,12 +36,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--new-blocks", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--shared-blocks", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--weights", default="int8", choices=["int4", "int8"], help="default: %(default)s")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
     parser.add_argument(
         "--profile", nargs="+", default=[], metavar="NAME", help="boards (default: all that are shipped)"
     )
-    parser.add_argument("--bundle", type=Path, help="an existing draft: check whether it fits this target")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_option(parser, "--bundle", "an existing draft: check whether it fits this target", type=Path)
+    add_flag(parser, "--json", "print JSON")
     parser.set_defaults(run=run)
 
 

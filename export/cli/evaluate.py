@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("draft", type=Path, metavar="BUNDLE", help="a bundle, or a draft's directory")
-    parser.add_argument("--target", nargs="+", required=True, metavar="VERSION", help="directories of targets")
+    add_option(parser, "--target VERSION", "directories of targets", nargs="+", required=True)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="held-out text")
     parser.add_argument(
         "--chats", type=Path, nargs="+", default=[], metavar="FILE", help="prompts as JSON lines with `messages`"
@@ -59,23 +60,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
     )
-    parser.add_argument("--ngram-cache", action="store_true", help="also measure with the board's n-gram cache")
+    add_flag(parser, "--ngram-cache", "also measure with the board's n-gram cache")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--profile", default="raspberry-pi-5", help="board of the modeled speed (default: %(default)s)")
-    parser.add_argument("--link", default="wifi", help="link, as in `edge-runtime simulate` (default: %(default)s)")
-    parser.add_argument(
-        "--verifier", default="loaded", help="verifier, as in `edge-runtime simulate` (default: %(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, nargs="+", metavar="T", help="default: 0, 0.7 and 1")
-    parser.add_argument("--texts", type=int, default=48, help="pieces of text (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each to prefill (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each to judge (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and bootstrap (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="of PyTorch (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"save {', '.join(OUTPUT_FILES)} there; must not exist"
-    )
+    add_option(parser, "--profile", "board of the modeled speed", default="raspberry-pi-5")
+    add_option(parser, "--link", "link, as in `edge-runtime simulate`", default="wifi")
+    add_option(parser, "--verifier", "verifier, as in `edge-runtime simulate`", default="loaded")
+    add_option(parser, "--temperature T", "default: 0, 0.7 and 1", type=float, nargs="+")
+    add_option(parser, "--texts", "pieces of text", default=48)
+    add_option(parser, "--prompt", "tokens of each to prefill", default=64)
+    add_option(parser, "--tokens", "tokens of each to judge", default=128)
+    add_option(parser, "--seed", "seed of noise and bootstrap", default=0)
+    add_option(parser, "--device", "of PyTorch", default="cpu")
+    add_option(parser, "--threads", "CPU threads", default=1)
+    add_option(parser, "--output DIR", f"save {', '.join(OUTPUT_FILES)} there; must not exist", type=Path)
     parser.set_defaults(run=run)
 
 

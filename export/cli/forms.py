@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_option
+
 DESCRIPTION = """\
 Builds every form (variant) of DRAFT: kinds of graph, weight types, trimmed heads. It measures each one and recommends
 one, int8 unless a smaller one loses no acceptance. Measured are size on disk, resident memory and milliseconds per
@@ -37,30 +39,24 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("target", type=Path, help="Hugging Face directory or GGUF file of the target")
     parser.add_argument("draft", type=Path, help="directory of the draft, as for `onnx`")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the bundles and the table")
-    parser.add_argument(
-        "--text", type=Path, action="append", metavar="FILE", help="text to measure on (default: held-out Python)"
-    )
-    parser.add_argument(
+    add_option(parser, "--output DIR", "for the bundles and the table", type=Path, required=True)
+    add_option(parser, "--text FILE", "text to measure on (default: held-out Python)", type=Path, action="append")
+    add_option(
+        parser,
         "--positions",
+        f"tokens of it to measure (default: {DEFAULT_POSITIONS}; 2000 with a vocabulary of 128k)",
         type=int,
-        help=f"tokens of it to measure (default: {DEFAULT_POSITIONS}; 2000 with a vocabulary of 128k)",
     )
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
-    parser.add_argument(
-        "--trim-vocabulary",
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
+    add_option(
+        parser,
+        "--trim-vocabulary FILE",
+        "also measure heads trimmed to this text's tokens; it must not be the --text",
         type=Path,
-        metavar="FILE",
-        help="also measure heads trimmed to this text's tokens; it must not be the --text",
     )
-    parser.add_argument("--head-size", type=int, metavar="IDS", help="keep at most this many, the most frequent")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1.0,
-        help="points of acceptance that may be lost against int8 (default: %(default)s)",
-    )
-    parser.add_argument("--form", action="append", metavar="NAME", help="only this form, int8 and fp32; may repeat")
+    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=int)
+    add_option(parser, "--tolerance", "points of acceptance that may be lost against int8", default=1.0)
+    add_option(parser, "--form NAME", "only this form, int8 and fp32; may repeat", action="append")
     parser.set_defaults(run=run)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.protocol.bundle import Manifest
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import GRAPH_KINDS, WEIGHT_TYPES
@@ -29,30 +30,26 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("onnx", help="export a draft into a bundle", description=DESCRIPTION)
     parser.add_argument("target", type=Path, help="Hugging Face directory or GGUF file of the target")
     parser.add_argument("draft", type=Path, help="directory of the draft, or a GGUF file")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle; must not exist")
-    parser.add_argument(
-        "--graph",
-        default="fused",
-        choices=GRAPH_KINDS,
-        help="fused: onnxruntime-genai's, fast; concat: optimum's (default: %(default)s)",
+    add_option(parser, "--output DIR", "the bundle; must not exist", type=Path, required=True)
+    add_option(
+        parser, "--graph", "fused: onnxruntime-genai's, fast; concat: optimum's", default="fused", choices=GRAPH_KINDS
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--weights",
-        choices=WEIGHT_TYPES,
-        help="default: int8 for fused, which loses next to no acceptance, and fp32 for concat; int4 is smaller and "
+        "default: int8 for fused, which loses next to no acceptance, and fp32 for concat; int4 is smaller and "
         "loses up to half of a real model's acceptance; `draft-export forms` compares them",
+        choices=WEIGHT_TYPES,
     )
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="longest text (default: the model's)")
-    parser.add_argument("--text", type=Path, help="text to measure on (default: one that ships with FlexSpec)")
-    parser.add_argument("--positions", type=int, default=2000, help="tokens of it to measure (default: %(default)s)")
-    parser.add_argument(
-        "--trim-vocabulary", type=Path, metavar="FILE", help="trim the head to this text's tokens and the special ones"
-    )
-    parser.add_argument("--head-size", type=int, metavar="IDS", help="keep at most this many, the most frequent")
-    parser.add_argument(
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
+    add_option(parser, "--text", "text to measure on (default: one that ships with FlexSpec)", type=Path)
+    add_option(parser, "--positions", "tokens of it to measure", default=2000)
+    add_option(parser, "--trim-vocabulary FILE", "trim the head to this text's tokens and the special ones", type=Path)
+    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=int)
+    add_flag(
+        parser,
         "--no-acceptance",
-        action="store_true",
-        help="do not measure acceptance: of the target's weights only the shared tensors are then read",
+        "do not measure acceptance: of the target's weights only the shared tensors are then read",
     )
     parser.set_defaults(run=run)
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_option
+
 DESCRIPTION = """\
 Trains the policy of the learned planner (`edge-runtime --policy learned`) on simulated rounds: recorded acceptance, and
 random links, boards and verifiers around the shipped presets. Writes learned.onnx, learned.json (training parameters
@@ -26,19 +28,14 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="existing files are overwritten")
-    parser.add_argument("--steps", type=int, default=200_000, help="simulated rounds (default: %(default)s)")
+    add_option(parser, "--output DIR", "existing files are overwritten", type=Path, required=True)
+    add_option(parser, "--steps", "simulated rounds", default=200_000)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--objective", default="latency", help="latency, cloud, energy, balanced, or prices (default: %(default)s)"
+    add_option(parser, "--objective", "latency, cloud, energy, balanced, or prices", default="latency")
+    add_option(
+        parser, "--drills", "settings in which every correction is tried before reinforcement learning", default=6000
     )
-    parser.add_argument(
-        "--drills",
-        type=int,
-        default=6000,
-        help="settings in which every correction is tried before reinforcement learning (default: %(default)s)",
-    )
-    parser.add_argument("--settings", type=int, default=1000, help="settings to evaluate on (default: %(default)s)")
+    add_option(parser, "--settings", "settings to evaluate on", default=1000)
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
 
 DESCRIPTION = """\
@@ -32,13 +33,11 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", type=Path, help="Hugging Face directory or GGUF file of the target")
-    parser.add_argument(
-        "--sibling", type=Path, metavar="MODEL", help="small model with the same tokenizer, as the draft"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle; must not exist")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time for tuning (default: %(default)s)")
+    add_option(parser, "--sibling MODEL", "small model with the same tokenizer, as the draft", type=Path)
+    add_option(parser, "--output DIR", "the bundle; must not exist", type=Path, required=True)
+    add_option(parser, "--minutes", "time for tuning", default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")
+    add_option(parser, "--device", "of PyTorch (default: cuda if available, else cpu)")
     parser.set_defaults(run=run)
 
 

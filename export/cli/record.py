@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_option
+
 DESCRIPTION = """\
 Records which draft tokens targets accept, and the draft's confidence in them: an acceptance trace, on which
 `edge-runtime simulate` simulates plans without running a model. Every target continues every prompt at every
@@ -26,22 +28,18 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, help="bundle of the draft")
-    parser.add_argument(
-        "--target", type=Path, action="append", required=True, metavar="DIR", help="directory of a target, may repeat"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the trace, .npz; overwritten")
-    parser.add_argument(
-        "--temperature", type=float, action="append", metavar="T", help="may repeat (default: 0, 0.7 and 1)"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, help="at temperatures above 0 (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=24, help="number of prompts (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each text (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
+    add_option(parser, "--target DIR", "directory of a target, may repeat", type=Path, action="append", required=True)
+    add_option(parser, "--output FILE", "the trace, .npz; overwritten", type=Path, required=True)
+    add_option(parser, "--temperature T", "may repeat (default: 0, 0.7 and 1)", type=float, action="append")
+    add_option(parser, "--top-p", "at temperatures above 0", default=1.0)
+    add_option(parser, "--prompts", "number of prompts", default=24)
+    add_option(parser, "--tokens", "tokens of each text", default=128)
+    add_option(parser, "--seed", "seed of prompts and sampling", default=0)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="texts to cut prompts from")
     parser.add_argument(
         "--chats", type=Path, nargs="+", default=[], metavar="FILE", help="prompts as JSON lines with `messages`"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    add_option(parser, "--threads", "CPU threads", default=1)
     parser.set_defaults(run=run)
 
 

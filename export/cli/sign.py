@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.common.options import add_option
+
 KEYGEN_DESCRIPTION = """\
 Makes a pair of Ed25519 keys in PEM: the private key for `draft-export sign`, and the public key for boards.
 
@@ -27,11 +29,11 @@ def add_parser(commands: Any) -> None:
     name.add_argument(
         "key", nargs="?", type=Path, metavar="FILE", help="private key to make; the public key is written next to it"
     )
-    name.add_argument("--output", type=Path, metavar="NAME", help="make NAME.key and NAME.pub")
+    add_option(name, "--output NAME", "make NAME.key and NAME.pub", type=Path)
     keygen.set_defaults(run=run_keygen)
     sign = commands.add_parser("sign", help="sign a bundle, so that boards can verify its origin")
     sign.add_argument("bundle", type=Path, help="directory of the bundle")
-    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key that `keygen` made")
+    add_option(sign, "--key FILE", "private key that `keygen` made", type=Path, required=True)
     sign.set_defaults(run=run_sign)
 
 
