@@ -282,21 +282,21 @@ async def run_fault(
         context.count = context.hit = injected.total
     after = await _wait_settled(test_bed, before, fault.kills, settling)
     row = FaultResult(
-        name,
-        Counter(answer.kind for answer in checked),
-        Counter(answer.code for answer in checked if answer.code),
-        context.count,
-        context.hit,
-        before,
-        after,
-        sorted(answer.seconds for answer in checked),
-        sum(answer.withdrawn for answer in checked),
-        [
+        name=name,
+        answers=Counter(answer.kind for answer in checked),
+        codes=Counter(answer.code for answer in checked if answer.code),
+        strikes=context.count,
+        hit=context.hit,
+        before=before,
+        after=after,
+        seconds=sorted(answer.seconds for answer in checked),
+        withdrawn=sum(answer.withdrawn for answer in checked),
+        details=[
             f"{answer.kind}: {answer.code} {answer.detail}".strip()
             for answer in checked
             if answer.kind not in (AnswerKind.RIGHT, AnswerKind.UNVERIFIED)
         ],
-        [],
+        broken=[],
     )
     row.broken = list(_find_broken_guarantees(fault, row))
     if any(answer.kind != AnswerKind.RIGHT for answer in warm_up_answers):

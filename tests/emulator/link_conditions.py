@@ -43,7 +43,17 @@ def steady_conditions(
     rtt: float = 0.02, *, jitter: float = 0.0, rate: float = 20e6, loss: float = 0.0
 ) -> LinkConditions:
     """Return constant conditions, equal in both directions: seconds, bits per second, and a share of lost packets."""
-    return LinkConditions(LinkParameters("steady", "ethernet", rtt, jitter, rate, rate, loss))
+    return LinkConditions(
+        LinkParameters(
+            name="steady",
+            radio="ethernet",
+            rtt_seconds=rtt,
+            jitter_seconds=jitter,
+            up_rate=rate,
+            down_rate=rate,
+            loss=loss,
+        )
+    )
 
 
 def preset_conditions(name: str) -> list[LinkConditions]:

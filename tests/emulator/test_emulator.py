@@ -72,7 +72,11 @@ def test_jitter_has_the_configured_width(network: Network) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("up", "down"), [(1e6, 5e6), (20e6, 10e6)])
 def test_rates(network: Network, up: float, down: float) -> None:
-    network.set_conditions(LinkConditions(LinkParameters("uneven", "lte", 0.01, 0.0, up, down)))
+    network.set_conditions(
+        LinkConditions(
+            LinkParameters(name="uneven", radio="lte", rtt_seconds=0.01, jitter_seconds=0.0, up_rate=up, down_rate=down)
+        )
+    )
     retry(lambda: _is_near(measure_throughput(network, "board", 0.8, warm_up=0.4), up))
     retry(lambda: _is_near(measure_throughput(network, "cloud", 0.8, warm_up=0.4), down))
 

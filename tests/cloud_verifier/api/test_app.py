@@ -108,7 +108,9 @@ def test_a_repeated_round_gets_the_recorded_reply(client: ProtocolClient, refere
     session.run_round(draft=[1, 2, 3], siblings={0: [7, 9]}, n=2)
     session.run_round(n=4)
     assert session.ids == PROMPT + reference_text(PROMPT, len(session.ids) - len(PROMPT))
-    stale = RoundRequest(PROTOCOL_VERSION, 1, len(PROMPT) + 2, [1, 2, 3], 2, {0: [7, 9]})
+    stale = RoundRequest(
+        v=PROTOCOL_VERSION, round=1, position=len(PROMPT) + 2, draft=[1, 2, 3], n=2, siblings={0: [7, 9]}
+    )
     error = client.expect_error(client.post(session.path, stale), 409, ErrorCode.ROUND_OUT_OF_ORDER)
     assert error.detail == {"expected": 3}
 

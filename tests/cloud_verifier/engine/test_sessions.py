@@ -55,13 +55,50 @@ async def test_readers_see_all_frames_whenever_they_start() -> None:
     reply = RoundReply(request(n=3))
     early = asyncio.create_task(reply.result())
     await asyncio.sleep(0)
-    reply.push(Frame(PROTOCOL_VERSION, 0, 2, [5], 1, 10, 50, "", True, [(4, 0.5)]))
+    reply.push(
+        Frame(
+            v=PROTOCOL_VERSION,
+            round=0,
+            accepted=2,
+            tokens=[5],
+            queue_100us=1,
+            forward_100us=10,
+            load=50,
+            finish="",
+            more=True,
+            close_calls=[(4, 0.5)],
+        )
+    )
     middle = asyncio.create_task(reply.result())
     await asyncio.sleep(0)
     assert not reply.done
     assert not early.done()
-    reply.push(Frame(PROTOCOL_VERSION, 0, 0, [6, 7], 2, 20, 60, "stop", False, [(6, 0.25)]))
-    expected = Frame(PROTOCOL_VERSION, 0, 2, [5, 6, 7], 2, 20, 60, "stop", False, [(4, 0.5), (6, 0.25)])
+    reply.push(
+        Frame(
+            v=PROTOCOL_VERSION,
+            round=0,
+            accepted=0,
+            tokens=[6, 7],
+            queue_100us=2,
+            forward_100us=20,
+            load=60,
+            finish="stop",
+            more=False,
+            close_calls=[(6, 0.25)],
+        )
+    )
+    expected = Frame(
+        v=PROTOCOL_VERSION,
+        round=0,
+        accepted=2,
+        tokens=[5, 6, 7],
+        queue_100us=2,
+        forward_100us=20,
+        load=60,
+        finish="stop",
+        more=False,
+        close_calls=[(4, 0.5), (6, 0.25)],
+    )
     assert reply.done
     assert [await early, await middle, await reply.result()] == [expected] * 3
     assert len([frame async for frame in reply.frames()]) == 2

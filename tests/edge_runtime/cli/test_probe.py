@@ -69,7 +69,20 @@ def test_a_sensor_in_the_batterys_line_is_shown_and_not_taken_for_the_board() ->
 
 
 def test_rendered_readings() -> None:
-    text = render("ups-hat", TcpInfo(10, 20, 0.0553, 0.0412, 0.0101, 2, None, 10, 0.1))
+    text = render(
+        "ups-hat",
+        TcpInfo(
+            bytes_sent=10,
+            bytes_received=20,
+            rtt_seconds=0.0553,
+            min_rtt_seconds=0.0412,
+            rtt_variation_seconds=0.0101,
+            retransmits=2,
+            delivery_rate=None,
+            bytes_acked=10,
+            busy_seconds=0.1,
+        ),
+    )
     for words in (
         "Raspberry Pi Compute Module 4 Rev 1.1",
         "3.928 W, from ina219, whole board",

@@ -208,12 +208,12 @@ def test_plans_are_always_valid(data: st.DataObject) -> None:
         drafted = min(plan.draft, left - 1)
         accepted = data.draw(st.integers(0, drafted))
         outcome = Outcome(
-            plan,
-            conditions,
-            accepted,
-            min(plan.continuation, left - accepted),
-            data.draw(st.lists(st.floats(0.0, 1.0), min_size=drafted, max_size=drafted)),
-            [plan.siblings] * drafted,
+            plan=plan,
+            conditions=conditions,
+            accepted=accepted,
+            own_tokens=min(plan.continuation, left - accepted),
+            confidences=data.draw(st.lists(st.floats(0.0, 1.0), min_size=drafted, max_size=drafted)),
+            offered=[plan.siblings] * drafted,
             draft_seconds=data.draw(seconds),
             first_seconds=data.draw(seconds),
             exchange_seconds=data.draw(seconds),

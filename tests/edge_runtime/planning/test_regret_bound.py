@@ -33,12 +33,23 @@ def make_text(acceptance: float, seed: int) -> RecordedText:
     confidences = [random.random() ** 0.3 for _ in range(TOKENS)]
     ranks = [0 if random.random() < acceptance else UNRANKED for _ in range(TOKENS)]
     continuations = [[random.random() ** 0.3 for _ in range(CONTINUATION_TOKENS)] if rank else [] for rank in ranks]
-    return RecordedText("poor", 0.7, 1.0, seed, 30, confidences, ranks, continuations)
+    return RecordedText(
+        target="poor",
+        temperature=0.7,
+        top_p=1.0,
+        seed=seed,
+        prompt=30,
+        confidences=confidences,
+        ranks=ranks,
+        continuations=continuations,
+    )
 
 
 def make_world(forward: float, rtt: float, step: float) -> World:
     device = DeviceModel(step_seconds=step, prefill_seconds=step / 4, overhead_seconds=0.002)
-    link = SteadyLink(LinkParameters("steady", "wifi", rtt, 0.0, 1e9, 1e9), 0)
+    link = SteadyLink(
+        LinkParameters(name="steady", radio="wifi", rtt_seconds=rtt, jitter_seconds=0.0, up_rate=1e9, down_rate=1e9), 0
+    )
     cost = VerifierCost("steady", ((1, forward), (5, 1.05 * forward), (17, 1.15 * forward)), 0.0, 0.001)
     return World("steady", device, link, SimulatedVerifier(cost, 0))
 

@@ -39,7 +39,10 @@ def test_energy_in_microwatt_hours(reader: Make) -> None:
             )
         )
     )
-    assert supply == Supply([Battery("BAT0", "charging", 50.0, 36_000.0, 72_000.0, 15.0)], None)
+    assert supply == Supply(
+        [Battery(name="BAT0", state="charging", percent=50.0, joules_left=36_000.0, joules_full=72_000.0, watts=15.0)],
+        None,
+    )
     assert supply.on_battery is False
     assert supply.joules_left == 36_000.0
     # What flows in is not what the board draws.

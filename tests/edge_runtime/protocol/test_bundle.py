@@ -41,7 +41,9 @@ def manifest_of(path: Path) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         name="tiny",
-        architecture=Architecture("llama", 64, 2, 2, 16, 300, 512),
+        architecture=Architecture(
+            model_type="llama", hidden_size=64, layers=2, kv_heads=2, head_dim=16, vocabulary_size=300, context=512
+        ),
         vocabulary=Vocabulary(300, "0123456789abcdef", {"eos": 0}),
         shared=SharedTensors("anchor", 1, {"lm_head.weight": "00", "model.norm.weight": "11"}),
         graph=OnnxGraph("model.onnx", "fused", "int4"),

@@ -191,7 +191,16 @@ def test_a_frame_of_a_fast_target_stays_within_its_budget(
     number: int, accepted: int, tokens: list[int], queue_100us: int, forward_100us: int
 ) -> None:
     body = messages.encode(
-        Frame(PROTOCOL_VERSION, number, accepted, tokens, queue_100us, forward_100us, load=100), MSGPACK
+        Frame(
+            v=PROTOCOL_VERSION,
+            round=number,
+            accepted=accepted,
+            tokens=tokens,
+            queue_100us=queue_100us,
+            forward_100us=forward_100us,
+            load=100,
+        ),
+        MSGPACK,
     )
     assert len(body) <= 12 + 4 * len(tokens) + messages.CHECKSUM_BYTES
 
@@ -202,7 +211,16 @@ def test_a_round_trip_with_any_timings_stays_within_36_bytes(
 ) -> None:
     there = messages.encode(RoundRequest(PROTOCOL_VERSION, number, 65_535, draft), MSGPACK)
     back = messages.encode(
-        Frame(PROTOCOL_VERSION, number, len(draft), tokens, queue_100us, forward_100us, load=100), MSGPACK
+        Frame(
+            v=PROTOCOL_VERSION,
+            round=number,
+            accepted=len(draft),
+            tokens=tokens,
+            queue_100us=queue_100us,
+            forward_100us=forward_100us,
+            load=100,
+        ),
+        MSGPACK,
     )
     assert len(there) + len(back) <= 36 + 4 * (len(draft) + len(tokens))
 

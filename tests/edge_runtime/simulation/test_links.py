@@ -41,7 +41,12 @@ def test_a_preset_matches_its_parameters(name: str) -> None:
 
 
 def test_a_lost_packet_is_delayed_by_its_timeout() -> None:
-    link = SteadyLink(LinkParameters("lossy", "lte", 0.3, 0.0, 1e9, 1e9, loss=0.3), 0)
+    link = SteadyLink(
+        LinkParameters(
+            name="lossy", radio="lte", rtt_seconds=0.3, jitter_seconds=0.0, up_rate=1e9, down_rate=1e9, loss=0.3
+        ),
+        0,
+    )
     transfers = [link.up(0.0, 10) for _ in range(2000)]
     clean, once, twice = 0.15, 0.15 + 0.6, 0.15 + 0.6 + 1.2
     seconds = [transfer.seconds for transfer in transfers]
@@ -52,7 +57,15 @@ def test_a_lost_packet_is_delayed_by_its_timeout() -> None:
 
 
 def test_schedules_change_at_phase_ends() -> None:
-    links = [SteadyLink(LinkParameters(str(i), "wifi", 0.1 * (i + 1), 0.0, 1e9, 1e9), 0) for i in range(2)]
+    links = [
+        SteadyLink(
+            LinkParameters(
+                name=str(i), radio="wifi", rtt_seconds=0.1 * (i + 1), jitter_seconds=0.0, up_rate=1e9, down_rate=1e9
+            ),
+            0,
+        )
+        for i in range(2)
+    ]
     once = ScheduledLink([LinkPhase(2.0, links[0]), LinkPhase(1.0, None), LinkPhase(3.0, links[1])])
     assert [round(once.up(now, 0).seconds, 3) for now in (0.0, 1.99, 3.01, 100.0)] == [0.05, 0.05, 0.1, 0.1]
     assert [once.available(now) for now in (1.0, 2.5, 3.5)] == [1.0, 3.0, 3.5]

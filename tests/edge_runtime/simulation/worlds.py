@@ -29,7 +29,12 @@ def make_world(
         step_seconds=step, prefill_seconds=0.0, overhead_seconds=overhead, idle_watts=2.0, busy_watts=7.0,
         radio_watts=1.0, joules_per_byte=0.001,
     )  # fmt: skip
-    link = SteadyLink(LinkParameters("constant", "wifi", 2 * half_trip, 0.0, 1e15, 1e15), 0)
+    link = SteadyLink(
+        LinkParameters(
+            name="constant", radio="wifi", rtt_seconds=2 * half_trip, jitter_seconds=0.0, up_rate=1e15, down_rate=1e15
+        ),
+        0,
+    )
     cost = VerifierCost("constant", ((1, FORWARD), (2, FORWARD + NODE)), queue, 0.001, speculates)
     return World("constant", device, link, SimulatedVerifier(cost, 0))
 
@@ -38,8 +43,9 @@ def make_text(ranks: str, confidence: float = 0.9, continuation: float = 0.5) ->
     """A text by its ranks: `.` is a correct guess, a digit the rank of the correct sibling, `x` none of them."""
     values = [0 if mark == "." else UNRANKED if mark == "x" else int(mark) for mark in ranks]
     return RecordedText(
-        "made-up", 0.0, 1.0, 0, PROMPT, [confidence] * len(values), values,
-        [[continuation] * CONTINUATION_TOKENS if rank else [] for rank in values],
+        target="made-up", temperature=0.0, top_p=1.0, seed=0, prompt=PROMPT,
+        confidences=[confidence] * len(values), ranks=values,
+        continuations=[[continuation] * CONTINUATION_TOKENS if rank else [] for rank in values],
     )  # fmt: skip
 
 

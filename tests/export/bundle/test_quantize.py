@@ -152,7 +152,9 @@ def test_a_graph_computes_with_exactly_the_rounded_weights(tied: bool, tmp_path:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
     onnx.save(graph, tmp_path / GRAPH_FILE)
-    architecture = Architecture("llama", 192, 2, 2, 16, ROWS, 64)
+    architecture = Architecture(
+        model_type="llama", hidden_size=192, layers=2, kv_heads=2, head_dim=16, vocabulary_size=ROWS, context=64
+    )
     exported = make_runner(ort.InferenceSession(tmp_path / GRAPH_FILE), architecture)
     logits = np.stack([exported.append([token]).copy() for token in ids])
     with torch.no_grad():
