@@ -22,6 +22,8 @@ training would bring. `draft-export onnx TARGET OUTPUT` packs the draft for boar
 examples:
   draft-export distill /models/SmolLM2-135M-Instruct --chats 48000 --steps 8000 --output draft    # 20 minutes, one H200
   draft-export distill /models/Llama-3.1-8B-Instruct --chats 48000 --text docs/ --rows 64 --accumulate 16 --output draft
+  torchrun --nproc-per-node 4 -m export.cli distill /models/Llama-3.1-8B-Instruct --chats 48000 \\
+      --rows 256 --accumulate 4 --output draft                                          # four GPUs
   draft-export distill /models/base --text corpus/ --samples 2000000 --output draft               # no chat template
   draft-export distill tests/toy_family/target-v1 --text README.md \\
       --steps 20 --rows 4 --length 64 --output /tmp/draft
@@ -120,11 +122,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises FlexSpecError."""
-    import torch
-
     from export.draft.distillation_config import DistillationConfig
     from export.draft.distillation_run import MONITORED_TEMPERATURE, distill
     from export.draft.training import TrainingSchedule
+    from export.draft.training_group import TrainingGroup, worker_device
 
     if min(options.siblings, options.samples, options.chats) < 0:
         raise InputError("--siblings, --samples and --chats must be at least 0")
@@ -156,8 +157,11 @@ def run(options: argparse.Namespace) -> int:
         head_bits=options.head_bits,
         compiled=options.compile,
     )
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    result = distill(config, options.output, device)
+    device = worker_device(options.device)
+    group = TrainingGroup.join(device)
+    result = distill(config, options.output, device, group)
+    if not group.is_first:
+        return 0
     print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text")
     if result.text is not None:
         cells = (f"{share:.1%} ({result.text.round_tokens[t]:.2f}) at {t}" for t, share in result.text.accepted.items())

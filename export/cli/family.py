@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.protocol.errors import InputError
 from export.cli.choices import FAMILY_SIZES
 
 if TYPE_CHECKING:
@@ -25,14 +26,20 @@ frozen draft, its bundle, the drafts that it is compared with, and the compariso
 The stages target, corpus and bundle need only a CPU; the others take minutes on one GPU. A stage whose result exists is
 skipped, and an interrupted stage resumes, so that the same command can be given again. Stand-ins for future versions
 (LoRAs of target v1) teach the draft's blocks; stage distill trains these on, with a head of their own. Stand-ins and
-retrained drafts are not shipped. With several GPUs, run the stages futures, chats and retrain once for each, with
-`--only NAME`; two GPUs write the chats of one version if the second takes them `--backwards`.
+retrained drafts are not shipped.
+
+With several GPUs, run the stages futures, chats and retrain once for each, with `--only NAME`, or let the GPUs share a
+stage (chats, blocks, distill, retrain):
+
+  torchrun --nproc-per-node 2 -m export.cli family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage chats distill
 """
 
 STAGES = (
     *("target", "corpus", "questions", "futures", "evolve-v2", "evolve-v3", "evolve-v4", "chats"),
     *("blocks", "distill", "bundle", "retrain", "evaluate"),
 )
+# Stages that several processes can share.
+SHARED_STAGES = {"chats", "blocks", "distill", "retrain"}
 
 
 def add_parser(commands: Any) -> None:
@@ -58,28 +65,31 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--only", metavar="NAME", help="only this one of the futures, or this version's chats or retrained draft"
     )
-    parser.add_argument("--backwards", action="store_true", help="write the last chats first")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the selected stages that are not done yet. Returns the exit code; raises FlexSpecError."""
-    import torch
-
+    from export.draft.training_group import TrainingGroup, worker_device
     from export.example_family.recipe import FamilyRecipe
     from export.example_family.sizes import SIZES
 
+    device = worker_device(options.device)
+    group = TrainingGroup.join(device)
+    if group.size > 1 and not set(options.stage) <= SHARED_STAGES:
+        raise InputError(f"torchrun is for --stage {', '.join(sorted(SHARED_STAGES))}: run the others with one process")
     recipe = FamilyRecipe(
         size=SIZES[options.size],
         source=options.source,
         out=options.out,
-        device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=device,
+        group=group,
         start=options.start,
         minutes=options.minutes,
         only=options.only,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    stages = _stage_functions(recipe, backwards=options.backwards)
+    stages = _stage_functions(recipe)
     for stage in options.stage:
         result, make = stages[stage]
         if result.exists():
@@ -87,11 +97,12 @@ def run(options: argparse.Namespace) -> int:
             continue
         started = time.monotonic()
         make()
-        print(f"{stage}: {result} made in {time.monotonic() - started:.0f} s", flush=True)
+        if group.is_first:
+            print(f"{stage}: {result} made in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
 
-def _stage_functions(recipe: FamilyRecipe, *, backwards: bool) -> dict[str, tuple[Path, Callable[[], None]]]:
+def _stage_functions(recipe: FamilyRecipe) -> dict[str, tuple[Path, Callable[[], None]]]:
     """Result of each stage, and the function that makes it."""
     from export.example_family import recipe as names
 
@@ -104,10 +115,7 @@ def _stage_functions(recipe: FamilyRecipe, *, backwards: bool) -> dict[str, tupl
         "evolve-v2": (out / "target-v2", partial(recipe.make_version, "target-v2")),
         "evolve-v3": (out / "target-v3", partial(recipe.make_version, "target-v3")),
         "evolve-v4": (out / names.TUNED, recipe.make_tuned),
-        "chats": (
-            recipe.chats_complete(recipe.only or names.VERSIONS[-1]),
-            partial(recipe.make_chats, backwards=backwards),
-        ),
+        "chats": (recipe.chats_complete(recipe.only or names.VERSIONS[-1]), recipe.make_chats),
         "blocks": (out / names.BLOCKS, recipe.make_blocks),
         "distill": (out / names.DRAFT, recipe.make_draft),
         "bundle": (out / names.BUNDLE, recipe.make_bundle),

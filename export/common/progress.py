@@ -18,16 +18,17 @@ class Progress(AbstractContextManager["Progress"]):
     Args:
         label: name of the run.
         done: steps that an earlier run has done.
+        shown: whether to print anything.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self._label, self._total, self._first = label, total, done
+    def __init__(self, label: str, total: int, done: int = 0, *, shown: bool = True) -> None:
+        self._label, self._total, self._first, self._shown = label, total, done, shown
         self._started = self._printed = time.monotonic()
         self._bar: Callable[[int, str], None] | None = None
         self._close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             self._open_bar()
         return self
 
@@ -42,7 +43,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar(done, note)
             return
         now = time.monotonic()
-        if done < self._total and now - self._printed < SECONDS_BETWEEN_LINES:
+        if not self._shown or (done < self._total and now - self._printed < SECONDS_BETWEEN_LINES):
             return
         self._printed = now
         elapsed = now - self._started

@@ -7,6 +7,7 @@ on other text instead (documentation) accepted .20 of positions of chat answers,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class Chats:
     def save(self, path: Path) -> None:
         """Write the chats to a compressed `.npz` file, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with partial.open("wb") as file:
             np.savez_compressed(file, ids=self.ids, lengths=self.lengths, starts=self.starts)
         partial.replace(path)

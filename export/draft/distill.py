@@ -24,6 +24,7 @@ from edge_runtime.protocol.errors import InputError
 from export.draft.base_target import TextSource
 from export.draft.teachers import Teacher
 from export.draft.training import MicroBatch, TrainingCurve, TrainingSchedule, fit
+from export.draft.training_group import ALONE, TrainingGroup
 
 Objective = Literal["kl", "lk", "mixed"]
 # Training progress at which `mixed` starts to add lk; at the end of training it is lk alone.
@@ -88,6 +89,7 @@ def train_draft(
     evaluate: Callable[[], float] | None = None,
     rounded: Callable[[], AbstractContextManager[None]] = nullcontext,
     max_seconds: float | None = None,
+    group: TrainingGroup = ALONE,
 ) -> TrainingCurve:
     """Train the parameters of `draft` that require a gradient, in place, to match the teachers on their texts.
 
@@ -101,7 +103,7 @@ def train_draft(
         objective: the loss; see the module.
         checkpoint: file to save to periodically and to resume from.
         compiled: compile draft and loss; with a small model the loss alone takes half of the time of a step.
-        evaluate, rounded, max_seconds: see `export.draft.training.fit`.
+        evaluate, rounded, max_seconds, group: see `export.draft.training.fit`.
     """
     torch.manual_seed(schedule.seed)
     compiled_loss = torch.compile(blended_loss, dynamic=False) if compiled else None
@@ -132,6 +134,7 @@ def train_draft(
         evaluate=evaluate,
         rounded=rounded,
         max_seconds=max_seconds,
+        group=group,
     )
 
 

@@ -1,4 +1,4 @@
-"""Distill a draft for a target on chats that it writes itself, on given text, or on both: `draft-export distill`."""
+"""Distills a draft for a target on chats that it writes itself, on given text, or on both: `draft-export distill`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from export.draft.distill import TeacherMix, compile_blocks, train_draft
 from export.draft.distillation_config import DEFAULT_LAYOUT, DistillationConfig
 from export.draft.teachers import make_siblings, target_teacher
 from export.draft.training import EVALUATIONS, TrainingCurve, write_json
+from export.draft.training_group import ALONE, TrainingGroup
 from export.draft.training_text import CHATS_DIRECTORY, SAMPLES_FILE, TrainingText
 
 # Held-out chats that follow the training, and their temperature.
@@ -57,8 +58,16 @@ class DistillationResult:
         return asdict(self)
 
 
-def distill(config: DistillationConfig, output: Path, device: torch.device) -> DistillationResult:
+def distill(
+    config: DistillationConfig, output: Path, device: torch.device, group: TrainingGroup = ALONE
+) -> DistillationResult:
     """Train a draft and write it to `output`, which appears only when it is complete. A killed run is resumed.
+
+    Args:
+        group: the processes that write chats and train together.
+
+    Returns:
+        What the draft reached; nothing in processes other than the first.
 
     Raises:
         InputError: `output` exists, or was started with other options; a text cannot be read or is too short.
@@ -71,10 +80,12 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
         raise InputError("nothing to train on: give --chats, --text or both")
     partial = output.with_name(output.name + ".partial")
     try:
-        _create_work_directory(config, partial)
+        with group.first_before_others():
+            if group.is_first:
+                _create_work_directory(config, partial)
         base = base_directory(config.target)
         target = load_version(config.target, device)
-        text = TrainingText.gather(config, base, target, partial, device)
+        text = TrainingText.gather(config, base, target, partial, device, group)
         if config.start is None:
             layout = config.layout or DEFAULT_LAYOUT
             draft, plan = build_draft(target, layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks)
@@ -108,10 +119,13 @@ def distill(config: DistillationConfig, output: Path, device: torch.device) -> D
                 objective=config.objective,
                 checkpoint=partial / "checkpoint",
                 compiled=compiled,
-                evaluate=monitor if text.held_out_chats else None,
+                evaluate=monitor if config.chats and config.evaluated_chats else None,
                 rounded=rounded if head_is_trained else contextlib.nullcontext,
                 max_seconds=config.minutes and config.minutes * 60,
+                group=group,
             )
+        if not group.is_first:
+            return DistillationResult(None, {}, None)
         save_draft(draft, plan, base, partial)
         # Measured after storing, because bfloat16 keeps fewer bits than training.
         stored = to_device(load_draft(partial, base), device)

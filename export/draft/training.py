@@ -1,7 +1,7 @@
 """The training loop of pretraining, adapters and distillation, which differ only in their loss functions.
 
-Batches depend on (seed, step) alone, so that a killed run resumes from its last checkpoint with the same batches as an
-uninterrupted one.
+Batches depend on (seed, step, part) alone, so that a killed run resumes from its last checkpoint with the same batches
+as an uninterrupted one, and several GPUs train on the same batches as one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 
 from edge_runtime.protocol.errors import InputError
 from export.common.progress import Progress
+from export.draft.training_group import ALONE, TrainingGroup
 
 # Computes the scalar loss of one micro-batch.
 LossFunction = Callable[["MicroBatch"], torch.Tensor]
@@ -92,7 +93,7 @@ class MicroBatch:
         step: number of the optimizer step, from 0.
         rows, length: shape in sequences and tokens.
         progress: share of the steps completed, in [0, 1).
-        random: generator seeded by (seed, step); shared by all micro-batches of the step.
+        random: generator seeded by (seed, step, part of the batch).
     """
 
     step: int
@@ -134,6 +135,7 @@ def fit(
     evaluate: Callable[[], float] | None = None,
     rounded: Callable[[], AbstractContextManager[None]] = nullcontext,
     max_seconds: float | None = None,
+    group: TrainingGroup = ALONE,
     seconds_between_checkpoints: float = 60.0,
     record_every: int = 25,
 ) -> TrainingCurve:
@@ -152,6 +154,7 @@ def fit(
             it, and the step is taken from the values outside (a straight-through estimator).
         max_seconds: take only as many steps as fit into this time, judged by TIMED_STEPS; the curve's plan says how
             many. Learning rates and lengths of text follow the new number, so that the training ends as it should.
+        group: the processes that train; each computes some of the micro-batches of every step.
         seconds_between_checkpoints: minimum time between two saves.
         record_every: steps per point of the curve.
 
@@ -160,7 +163,9 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        InputError: the micro-batches cannot be divided among the processes.
     """
+    parts = group.own_parts(schedule.accumulate)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     device = next(iter(parameters.values())).device
     optimizer = _make_optimizer(parameters, schedule, device)
@@ -172,22 +177,23 @@ def fit(
     # Summed on the device: reading a value at every step would stall the kernel queue.
     total, summed = torch.zeros((), device=device), 0
     model.train()
-    with Progress(label, schedule.steps, first) as progress:
+    with Progress(label, schedule.steps, first, shown=group.is_first) as progress:
         number = first
         while number < schedule.steps:
             if number == first + TIMED_STEPS.start:
                 timed = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(number)
+            for options in optimizer.param_groups:
+                options["lr"] = schedule.rate(number)
             rows, length = schedule.shape(number)
-            random = np.random.default_rng([schedule.seed, number])
-            batch = MicroBatch(number, rows, length, number / schedule.steps, random)
-            for _ in range(schedule.accumulate):
+            for part in parts:
+                random = np.random.default_rng([schedule.seed, number, part])
+                batch = MicroBatch(number, rows, length, number / schedule.steps, random)
                 with rounded():
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                         value = loss(batch) / schedule.accumulate
                     torch.autograd.backward(value)
                 total += value.detach()
+            group.sum(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
             nn.utils.clip_grad_norm_(list(parameters.values()), MAX_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -195,6 +201,7 @@ def fit(
             number += 1
             last = number == schedule.steps
             if summed == record_every or last:
+                group.sum([total])
                 curve.steps.append(number)
                 curve.losses.append(round(total.item() / summed, 5))
                 curve.seconds = round(seconds_before + time.monotonic() - started, 2)
@@ -206,17 +213,23 @@ def fit(
                 if evaluate is not None and number >= schedule.evaluation_step(len(curve.scores)):
                     model.eval()
                     curve.evaluated_steps.append(number)
-                    curve.scores.append(evaluate())
+                    curve.scores.append(group.share(evaluate() if group.is_first else 0.0, device))
                     model.train()
                 # Saved only at a record, so that a resumed run records the same means.
-                if checkpoint and not last and time.monotonic() - saved > seconds_between_checkpoints:
+                if (
+                    checkpoint
+                    and group.is_first
+                    and not last
+                    and time.monotonic() - saved > seconds_between_checkpoints
+                ):
                     _save(checkpoint, number, parameters, optimizer, curve)
                     saved = time.monotonic()
             if max_seconds is not None and number == first + TIMED_STEPS.stop:
                 total.item()  # Waits for the device.
                 step_seconds = (time.monotonic() - timed) / len(TIMED_STEPS)
                 left = max_seconds * (1 - TIME_RESERVE) - seconds_before - (time.monotonic() - started)
-                schedule = replace(schedule, steps=min(schedule.steps, number + max(1, int(left / step_seconds))))
+                steps = min(schedule.steps, number + max(1, int(left / step_seconds)))
+                schedule = replace(schedule, steps=int(group.share(steps, device)))
                 curve.plan = asdict(schedule)
                 progress.change_total(schedule.steps)
     model.eval()

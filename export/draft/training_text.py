@@ -19,6 +19,7 @@ from export.draft.base_target import TextSource, end_of_text_id
 from export.draft.chats import ChatConfig, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.samples import SampleConfig, sample_texts
+from export.draft.training_group import ALONE, TrainingGroup
 
 # Every HELD_OUT_EVERY-th document is held out for the evaluation.
 HELD_OUT_EVERY = 20
@@ -53,9 +54,18 @@ class TrainingText:
 
     @classmethod
     def gather(
-        cls, config: DistillationConfig, base: Path, target: PreTrainedModel, partial: Path, device: torch.device
+        cls,
+        config: DistillationConfig,
+        base: Path,
+        target: PreTrainedModel,
+        partial: Path,
+        device: torch.device,
+        group: TrainingGroup = ALONE,
     ) -> TrainingText:
-        """Read the given text, and let the target write its share; what an interrupted run wrote is reused."""
+        """Read the given text, and let the target write its share; what an interrupted run wrote is reused.
+
+        Of two processes of `group`, one writes the first chats first, the other the last.
+        """
         parts: list[tuple[TokenStream, float]] = []
         windows: list[JudgedText] = []
         if config.texts:
@@ -64,15 +74,17 @@ class TrainingText:
             rows = held_out.consecutive_windows(min(config.plan.length, len(held_out.ids))).tolist()
             windows = [(row, 1) for row in rows[:: max(1, len(rows) // EVALUATED_WINDOWS)][:EVALUATED_WINDOWS]]
             if config.samples:
-                sampled = _load_or_sample(target, given, config, partial, device)
+                with group.first_before_others():
+                    sampled = _load_or_sample(target, given, config, partial, device)
                 parts = [(given, parts[0][1] * (1 - SAMPLES_SHARE)), (sampled, parts[0][1] * SAMPLES_SHARE)]
         held_out_chats = {}
         if config.chats:
             writer = ChatWriter(target, base)
             training, *held_out_kinds = chat_kinds(config)
-            chats = writer.write(training, config.chats_directory or partial / CHATS_DIRECTORY)
-            for kind in held_out_kinds:
-                held_out_chats[kind.temperatures[0]] = writer.write(kind, config.chats_directory).rows()
+            directory = config.chats_directory or partial / CHATS_DIRECTORY
+            chats = writer.write(training, directory, backwards=group.writes_backwards)
+            for kind in held_out_kinds if group.is_first else ():
+                held_out_chats[kind.temperatures[0]] = writer.write(kind, directory).rows()
             parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
             if len(chats.ids) < config.plan.length:
                 raise InputError(

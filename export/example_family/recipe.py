@@ -24,6 +24,7 @@ from export.draft.chats import ChatConfig, Chats, ChatWriter
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import distill, head_as_in_bundle
 from export.draft.training import TrainingCurve, write_json
+from export.draft.training_group import ALONE, TrainingGroup
 from export.draft.training_text import chat_kinds
 from export.evaluate.prompts import load_chats
 from export.example_family import cards
@@ -61,6 +62,7 @@ class FamilyRecipe:
         device: training device.
         start: draft or bundle to train on instead of blocks of this recipe's own.
         minutes: bound on the training of the draft; None takes all of its steps.
+        group: processes of torchrun that train the draft together.
         only: restrict the stages `futures` and `retrain` to this member, to run members in parallel.
     """
 
@@ -70,6 +72,7 @@ class FamilyRecipe:
     device: torch.device
     start: Path | None = None
     minutes: float | None = None
+    group: TrainingGroup = ALONE
     only: str | None = None
 
     def make_target(self) -> None:
@@ -120,19 +123,15 @@ class FamilyRecipe:
             with self._output_directory(name) as (directory, checkpoint):
                 self._train_lora(directory, checkpoint, domain.name, 2 * self.size.rank, seed=100 + number)
 
-    def make_chats(self, *, backwards: bool = False) -> None:
-        """Let each version write the chats that its draft is trained on, and those that the draft is measured on.
-
-        Args:
-            backwards: see `ChatWriter.write`.
-        """
+    def make_chats(self) -> None:
+        """Let each version write the chats that its draft is trained on, and those that the draft is measured on."""
         for version in VERSIONS:
             if self.only not in (None, version):
                 continue
             config = self._draft_config if version == TARGET else self._retraining(version)
             writer = ChatWriter(self._fast(self._load(version)), self.out / TARGET)
             for kind in chat_kinds(config):
-                writer.write(kind, config.chats_directory, backwards=backwards)
+                writer.write(kind, config.chats_directory, backwards=self.group.writes_backwards)
             self.chats_complete(version).touch()
 
     def chats_complete(self, version: str) -> Path:
@@ -143,7 +142,7 @@ class FamilyRecipe:
         """Distill the draft's blocks, under target v1's head, from it and the stand-ins for its future versions."""
         futures = tuple(self.out / name for name in FUTURES)
         config = replace(self._draft_config, plan=self.size.blocks, versions=futures)
-        result = distill(config, self.out / BLOCKS, self.device)
+        result = distill(config, self.out / BLOCKS, self.device, self.group)
         self._record("blocks", result.record())
 
     def make_draft(self) -> None:
@@ -153,7 +152,7 @@ class FamilyRecipe:
         """
         start = self.start or self.out / BLOCKS
         config = replace(self._draft_config, layout="standalone", siblings=1, start=start, minutes=self.minutes)
-        result = distill(config, self.out / DRAFT, self.device)
+        result = distill(config, self.out / DRAFT, self.device, self.group)
         self._record("distill", result.record())
 
     def make_bundle(self) -> None:
@@ -173,7 +172,7 @@ class FamilyRecipe:
             if self.only not in (None, version) or output.exists():
                 continue
             config = self._retraining(version)
-            result = distill(config, output, self.device)
+            result = distill(config, output, self.device, self.group)
             self._record(f"{RETRAINED}-{version}", result.record())
 
     def make_questions(self) -> None:
@@ -283,7 +282,8 @@ class FamilyRecipe:
 
     def _record(self, stage: str, content: Mapping[str, object]) -> None:
         """Save the curve and results of a stage; one file each, because stages may run in parallel."""
-        write_json(self.out / "training" / f"{stage}.json", content)
+        if self.group.is_first:
+            write_json(self.out / "training" / f"{stage}.json", content)
 
     @property
     def _draft_config(self) -> DistillationConfig:

@@ -146,6 +146,17 @@ def test_an_interrupted_run_keeps_its_batches(
         writer.write(config, tmp_path / "saved")
 
 
+@pytest.mark.slow
+def test_backwards_are_the_same_chats(writer: ChatWriter, tmp_path: Path) -> None:
+    config = ChatConfig(7, 60, seed=5)
+    forwards = writer.write(config, tmp_path / "forwards")
+    backwards = writer.write(config, tmp_path / "backwards", backwards=True)
+    assert as_lists(forwards) == as_lists(backwards)
+    assert {path.name for path in (tmp_path / "backwards").iterdir()} == {
+        path.name for path in (tmp_path / "forwards").iterdir()
+    }
+
+
 def test_saved_chats_are_equal(writer: ChatWriter, tmp_path: Path) -> None:
     written = writer.write(ChatConfig(4, 80))
     written.save(tmp_path / "new" / "chats.npz")

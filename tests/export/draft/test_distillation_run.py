@@ -251,8 +251,7 @@ def test_an_interrupted_training_resumes_with_the_chats_that_it_wrote(
 
     monkeypatch.setattr(chats.ChatWriter, "_write_batch", count)
     distill(chat_config, tmp_path / "draft", CPU)
-    # Only held-out chats were written again, three for each temperature.
-    assert counts == [3, 3, 3]
+    assert counts == []
     expected, resumed = stored_weights(tmp_path / "uninterrupted"), stored_weights(tmp_path / "draft")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 

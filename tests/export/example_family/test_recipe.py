@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -40,11 +39,6 @@ def test_all_stages_at_smoke_size(
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out.count("nothing to do") == len(STAGES)
-    written = {path.name: path.read_bytes() for path in (out / "chats" / "target-v1").iterdir()}
-    shutil.rmtree(out / "chats")
-    assert main([*command, "--stage", "chats", "--only", "target-v1", "--backwards"]) == 0
-    assert {path.name: path.read_bytes() for path in (out / "chats" / "target-v1").iterdir()} == written
-    capsys.readouterr()
     # A deleted result is made again.
     (out / "questions.jsonl").unlink()
     assert main([*command, "--stage", "questions", "bundle"]) == 0
