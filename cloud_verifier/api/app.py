@@ -94,6 +94,8 @@ class VerifierService:
             load_speculation,
             lambda: self.sessions.load,
             cache_tokens=limits.max_tokens,
+            on_capacity=self.sessions.set_max_tokens,
+            several=make_rollout is not None,
             metrics=self.metrics,
             window=window,
             target_factory=target_factory,
@@ -424,7 +426,7 @@ def _build_metrics(service: VerifierService) -> VerifierMetrics:
         ("sessions", "Open sessions.", lambda: len(sessions)),
         ("session_limit", "Most sessions that can be open.", lambda: limits.max_sessions),
         ("cache_tokens", "Tokens of all sessions in the KV cache.", lambda: sessions.tokens),
-        ("cache_token_limit", "Most tokens in the KV cache.", lambda: limits.max_tokens),
+        ("cache_token_limit", "Most tokens in the KV cache.", lambda: sessions.max_tokens),
         (
             "prefix_cache_tokens",
             "Tokens of closed sessions, kept for reuse.",

@@ -75,8 +75,12 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     )
     text = "how long a forward waits for boards that are about to send a round; 0: not at all"
     option("--batch-window MS", text, default=2.0, type=_milliseconds)
-    text = "on CUDA: let torch fuse layers; takes a minute at start and makes rounds a third faster"
-    serve.add_argument("--compile", action="store_true", help=text)
+    text = (
+        "on CUDA: let torch fuse layers, which makes rounds a third faster; takes a while at the first start, after "
+        "that the code is in the cache (default: on CUDA, but not with torchrun; layers that cannot be compiled, or "
+        "then compute something else, run as they are)"
+    )
+    serve.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
     text = (
         "on CUDA in 16 bits: make every text independent of the batch it was computed in, even in a near tie; "
         "costs a single board about 15 %% per round"
@@ -99,8 +103,11 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--max-connections-per-address N", text, default=DEFAULT_CONNECTIONS.per_address, type=_count)
     option("--max-body BYTES", "size of a request body", default=1 << 20, type=positive)
     option("--max-sessions", "concurrent sessions", default=256, type=positive)
-    text = "KV cache capacity in tokens, all sessions together"
-    option("--max-tokens", text, default=262_144, type=positive)
+    text = (
+        "KV cache capacity in tokens, all sessions together (default, printed at start: what the GPU's free memory has "
+        "room for; on a CPU half of the available memory, at most 262,144; with torchrun 262,144)"
+    )
+    option("--max-tokens N", text, type=positive)
     text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
     serve.add_argument("--no-prefix-cache", action="store_true", help=text)
     text = "evict sessions, and on a CPU cached prefixes, that have been unused for longer, and free their memory"
@@ -234,7 +241,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _serve_replicas(options, listening, authenticator)
     loader = _target_loader(options)
     if options.registry is None and loader.is_tensor_parallel and int(os.environ["RANK"]):
-        loader.follow_leader(options.target, options.max_tokens)
+        loader.follow_leader(options.target, _limits(options).max_tokens)
         return 0
     # The service answers while the target loads: clients get `starting` instead of a refused connection.
     service = _build_service(options, loader, authenticator)
@@ -242,6 +249,9 @@ def _serve(options: argparse.Namespace) -> int:
     def announce(url: str) -> None:
         assert service.target is not None
         print(f"cloud-verifier: {service.target.version} on {url}", flush=True)
+        if options.max_tokens is None:
+            tokens, size = service.sessions.max_tokens, service.target.runner.shape.bytes_per_token
+            print(f"cloud-verifier: KV cache of {tokens} tokens, {tokens * size / 2**30:.2f} GiB", flush=True)
 
     uvloop.run(serve(service, listening, announce, options.grace))
     return 0
@@ -320,12 +330,14 @@ def _build_service(options: argparse.Namespace, loader: TargetLoader, authentica
 
 
 def _limits(options: argparse.Namespace) -> VerifierLimits:
-    from cloud_verifier.model.kv_cache import allocation_granularity
+    from cloud_verifier.model.kv_cache import CACHE_TOKENS, allocation_granularity
     from cloud_verifier.model.limits import VerifierLimits
 
+    # The followers of a tensor-parallel group have as many as the leader.
+    max_tokens = options.max_tokens or (CACHE_TOKENS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
     return VerifierLimits(
         max_sessions=options.max_sessions,
-        max_tokens=options.max_tokens,
+        max_tokens=max_tokens,
         max_body=options.max_body,
         idle_seconds=options.idle_seconds,
         max_queue_seconds=options.max_queue_seconds,

@@ -22,10 +22,18 @@ import torch
 
 from cloud_verifier.engine.fairness import TurnOrder
 from cloud_verifier.engine.metrics import VerifierMetrics
+from cloud_verifier.engine.prefill_pacing import PrefillPacer
 from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
-from cloud_verifier.model.kv_cache import CachePool, CacheShape, KVCacheFull
+from cloud_verifier.model.kv_cache import (
+    CACHE_TOKENS,
+    CachedSequence,
+    CachePool,
+    CacheShape,
+    KVCacheFull,
+    affordable_tokens,
+)
 from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
 from cloud_verifier.model.runner import PendingPrefill
 from cloud_verifier.model.sampling import SampledTokens
@@ -50,8 +58,6 @@ LATE_ARRIVAL_SECONDS = 0.0005
 UNLOAD_RETRY_SECONDS = 0.01
 # How long a round waits for memory of the KV cache, and the pause between attempts while nothing else runs. Chosen.
 CACHE_WAIT_SECONDS, CACHE_RETRY_SECONDS = 3.0, 0.005
-# Default capacity of the KV cache, in tokens.
-CACHE_TOKENS = 1 << 18
 
 
 class ScheduledSegment(NamedTuple):
@@ -68,7 +74,10 @@ class Scheduler:
         load_target: makes the initial target; called once, in the scheduler's thread.
         load_speculation: makes the draft model for the initial target, or None; called likewise.
         session_load: returns the percentage of session slots in use, which every frame reports.
-        cache_tokens: capacity of the KV cache in tokens, all sessions together.
+        cache_tokens: capacity of the KV cache in tokens, all sessions together; 0 for what memory has room for, see
+            `kv_cache.affordable_tokens`.
+        on_capacity: called with that capacity in the scheduler's thread, once, before the initial target is ready.
+        several: further versions are going to be loaded, so some memory is left to them.
         window: seconds that a forward may wait for sessions whose next round is expected within them; 0 never waits.
         target_factory: makes the targets of `load`; None if the scheduler serves only the initial target.
         reuse_prefixes: let new sessions begin with the KV caches of others that have a prefix in common with them.
@@ -87,6 +96,8 @@ class Scheduler:
         session_load: Callable[[], int],
         *,
         cache_tokens: int = CACHE_TOKENS,
+        on_capacity: Callable[[int], None] = lambda tokens: None,
+        several: bool = False,
         metrics: VerifierMetrics | None = None,
         window: float = BATCH_WINDOW_SECONDS,
         target_factory: TargetFactory | None = None,
@@ -98,6 +109,8 @@ class Scheduler:
         self._session_load = session_load
         self._reuse_prefixes = reuse_prefixes
         self._cache_tokens = cache_tokens
+        self._on_capacity = on_capacity
+        self._several = several
         self._metrics = metrics or VerifierMetrics()
         self._window = window
         self._submitted: deque[ActiveRound] = deque()
@@ -105,6 +118,7 @@ class Scheduler:
         self._tasks: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: list[ActiveRound] = []
         self._turns, self._prefill_turns = TurnOrder(), TurnOrder()
+        self._pacer = PrefillPacer()
         # Heap of (expected arrival of the next round, tie-breaker, session).
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
@@ -260,12 +274,35 @@ class Scheduler:
         self.speculation = self._load_speculation(target)
         target.attach_adapter()
         runner: SegmentRunner = target.runner
-        runner.warm_up(self._pool(runner.shape))
+        if not self._cache_tokens:
+            draft = self.speculation.runner if self.speculation else None
+            self._cache_tokens = affordable_tokens(
+                [runner.shape, *([draft.shape] if draft else [])],
+                workspace=runner.measure_workspace() + (draft.measure_workspace() if draft else 0),
+                several=self._several,
+            )
+        self._on_capacity(self._cache_tokens)
+        pool = self._pool(runner.shape)
+        runner.warm_up(pool)
+        if pool.preallocated:
+            self._calibrate(target, pool)
         if self.speculation and self.speculation.runner:
             self.speculation.runner.warm_up(self._pool(self.speculation.runner.shape, for_draft=True))
         self.versions[target.version] = target
         # Last: it makes the verifier ready.
         self.target = target
+
+    def _calibrate(self, target: Target, pool: CachePool) -> None:
+        """Measure how long prefill takes on an accelerator, so that even the first prompt delays no round for long."""
+        rows = min(target.runner.max_prefill_rows, target.context - 1, self._cache_tokens)
+        sequence = CachedSequence()
+        # Twice: the first forward of its kind also loads kernels.
+        for _ in range(2):
+            started = time.perf_counter()
+            target.run(pool, [target.prefill_segment(sequence, [0] * rows)])
+            seconds = time.perf_counter() - started
+        pool.release(sequence)
+        self._pacer.calibrate(target.runner, rows, seconds)
 
     def _batching_delay(self) -> float:
         """Seconds to wait for sessions whose next round is expected soon, within the window of the oldest round."""
@@ -334,7 +371,8 @@ class Scheduler:
                 rows += len(running.work)
         if runner is None:
             return []
-        prefill_rows = min(runner.max_prefill_rows, runner.max_rows - rows)
+        alone = not batch and not self._expected
+        prefill_rows = min(self._pacer.limit(runner, alone=alone), runner.max_rows - rows)
         prefilled: list[ActiveRound] = []
         for running in self._prefill_turns.sort(prefilling)[: runner.max_segments - len(batch)]:
             prefill = running.work
@@ -375,6 +413,8 @@ class Scheduler:
             self._fail(first.round, error)
             return True
         seconds = time.perf_counter() - started
+        prefilled = sum(len(segment) for running, segment in batch if isinstance(running.work, PendingPrefill))
+        self._pacer.observe(first.round.runner, prefilled, seconds)
         if first.segment.runner is None:
             self._metrics.observe_forward(sum(len(member.segment) for member in batch), len(batch), seconds)
         for (running, segment), sampled in zip(batch, sampled_by_segment, strict=True):

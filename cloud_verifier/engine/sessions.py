@@ -278,6 +278,15 @@ class SessionStore:
         return len(self._by_id)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of all sessions together; 0 if that is not known yet."""
+        return self._limits.max_tokens
+
+    def set_max_tokens(self, tokens: int) -> None:
+        """Set the limit of tokens, before the first session is opened."""
+        self._limits = msgspec.structs.replace(self._limits, max_tokens=tokens)
+
+    @property
     def load(self) -> int:
         """Share of the session slots in use, in percent."""
         return 100 * len(self._by_id) // self._limits.max_sessions

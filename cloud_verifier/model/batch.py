@@ -28,10 +28,13 @@ class SegmentRunner(Protocol):
     max_rows: int
     max_segments: int
     max_prefill_rows: int
+    exact: bool
 
     def run(self, pool: Any, segments: Sequence[Segment]) -> Sequence[SampledTokens | None]: ...
 
     def warm_up(self, pool: Any) -> None: ...
+
+    def measure_workspace(self) -> int: ...
 
 
 class AttentionSpan(NamedTuple):

@@ -275,6 +275,10 @@ class GeneralRunner:
         with self._lock, torch.inference_mode():
             return [self._run_segment(pool, segment) for segment in segments]
 
+    def measure_workspace(self) -> int:
+        """See `TargetRunner.measure_workspace`: pools leave memory free by `POOL_MEMORY_SHARE`."""
+        return 0
+
     def warm_up(self, pool: GeneralCachePool) -> None:
         """Do in advance what would delay the first forwards: nothing."""
 

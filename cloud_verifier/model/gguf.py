@@ -115,21 +115,23 @@ def resolve_checkpoint(path: Path) -> Path:
     return directory
 
 
-def cache_directory(environ: Mapping[str, str]) -> Path:
-    """The directory of converted files: in systemd's $CACHE_DIRECTORY, else in $XDG_CACHE_HOME (default: ~/.cache).
+def cache_directory(environ: Mapping[str, str], name: str = "gguf") -> Path:
+    """A directory of files that can be made again, converted ones by default.
+
+    It is in systemd's $CACHE_DIRECTORY, else in $XDG_CACHE_HOME (default: ~/.cache).
 
     Raises:
         TargetError: none of them is set.
     """
     service = environ.get("CACHE_DIRECTORY", "").split(":")[0]
     if service:
-        return Path(service) / "gguf"
+        return Path(service) / name
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     if base.is_absolute():
-        return base / "flexspec" / "gguf"
+        return base / "flexspec" / name
     if not environ.get("HOME"):
         raise TargetError("there is no place for converted GGUF files: set $XDG_CACHE_HOME")
-    return Path(environ["HOME"], ".cache", "flexspec", "gguf")
+    return Path(environ["HOME"], ".cache", "flexspec", name)
 
 
 def convert_gguf(path: Path, directory: Path) -> None:

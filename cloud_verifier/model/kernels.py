@@ -181,7 +181,10 @@ def _attend(
     tl.store(
         out + span * out_span + row[:, None] * out_row + column[:, None] * VALUE_SIZE + value_lanes[None, :],
         accumulator.to(out.dtype.element_ty),
-        mask=is_query[:, None] & (value_lanes < VALUE_SIZE)[None, :],
+        # A span without keys, of which a context of 100,000 tokens has dozens, has nothing that `_combine` reads.
+        mask=is_query[:, None]
+        & (value_lanes < VALUE_SIZE)[None, :]
+        & ((running_sum > 0) | (log_sum_span == 0))[:, None],
     )
     if log_sum_span:
         log_sum = tl.where(
@@ -325,6 +328,7 @@ def attend(
     chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    blocks: int | None = None,
 ) -> torch.Tensor:
     """Attention of one layer: (1, query heads, rows, key size) -> (1, rows, query heads, value size).
 
@@ -334,6 +338,7 @@ def attend(
         span, chunked: see `batch.AttentionSpan`.
         softcap: see `attention.attend`; 0 for none.
         sinks: (query heads,) see `attention.attend`.
+        blocks: how many of `inputs.blocks`, the first ones, have rows of `query`; None for all.
     """
     _, query_heads, rows, key_size = query.shape
     page, size = slab.shape[4:]
@@ -343,7 +348,7 @@ def attend(
     dtype = query.dtype if spans == 1 else torch.float32
     out = torch.empty(spans, rows, query_heads, value_size, dtype=dtype, device=query.device)
     log_sums = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
-    _attend[(inputs.blocks.shape[0], kv_heads, spans)](
+    _attend[(inputs.blocks.shape[0] if blocks is None else blocks, kv_heads, spans)](
         query=query,
         out=out,
         log_sums=log_sums,

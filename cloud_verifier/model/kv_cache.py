@@ -14,7 +14,7 @@ All pages belong to the engine's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import psutil
@@ -30,6 +30,39 @@ PRETOUCHED_TOKENS = 96
 # A CPU pool keeps prefixes of closed sessions while all its pages take at most this share of the memory that was free
 # when it was made. Chosen: a verifier on a CPU shares its machine with other programs.
 RETENTION_MEMORY_SHARE = 0.25
+
+
+# Default capacity in tokens where memory sets no closer limit: the most on a CPU, and that of a tensor-parallel group.
+CACHE_TOKENS = 1 << 18
+# Share of the free memory that the caches of live sessions may take by default: on an accelerator, which nothing else
+# uses; there if further versions are going to be loaded beside the first; and on a CPU. Chosen.
+DEVICE_SHARE, DEVICE_SHARE_OF_SEVERAL, CPU_SHARE = 0.92, 0.5, 0.5
+
+
+def affordable_tokens(shapes: Sequence[CacheShape], *, workspace: int = 0, several: bool = False) -> int:
+    """How many tokens all sessions together may have by default, by the memory that is free now: at least 1.
+
+    Args:
+        shapes: of the pools that are going to be made with this capacity, all on one device.
+        workspace: bytes to leave free besides.
+        several: further models are going to be loaded.
+    """
+    device = shapes[0].device
+    bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
+    if device.type == "cuda":
+        # torch's own reserves are free, too.
+        torch.cuda.empty_cache()
+        free, share = torch.cuda.mem_get_info(device)[0], DEVICE_SHARE_OF_SEVERAL if several else DEVICE_SHARE
+    else:
+        free, share = psutil.virtual_memory().available, CPU_SHARE
+    if not bytes_per_token:
+        return CACHE_TOKENS
+    tokens = int(share * free - workspace) // bytes_per_token
+    if device.type == "cuda":
+        # Whole pages, without those that the pool adds.
+        page = PAGE_TOKENS["cuda"]
+        return max(page, tokens // page * page - (SLACK_PAGES + 1) * page)
+    return max(1, min(tokens, CACHE_TOKENS))
 
 
 def allocation_granularity(device: str) -> int:

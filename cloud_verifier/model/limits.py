@@ -24,7 +24,7 @@ class VerifierLimits(msgspec.Struct, frozen=True):
 
     Attributes:
         max_sessions: concurrent sessions; with more, those of whoever holds most are evicted (see `SessionStore`).
-        max_tokens: tokens of all sessions together.
+        max_tokens: tokens of all sessions together; 0 for what memory has room for once the target is loaded.
         max_draft: draft tokens per round (K).
         max_own: tokens that the target generates per round (n).
         max_body: bytes of a request body.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cloud_verifier.model.gguf import resolve_checkpoint
+from cloud_verifier.model.gguf import cache_directory, resolve_checkpoint
 from cloud_verifier.model.kv_cache import KVCachePool
+from cloud_verifier.model.layer_compilation import keep_compiled_code
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError, TargetError
@@ -25,7 +27,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
         context: longest text to serve, in tokens; None for the length that each model was trained for.
         threads: torch's CPU threads; 0 leaves the number to torch.
         name: of a single target; empty for that of its directory.
-        exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`.
+        exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`; None compiles on CUDA, without a group.
     """
 
     device: str = "cpu"
@@ -34,7 +36,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0
     name: str = ""
     exact: bool = False
-    compiled: bool = False
+    compiled: bool | None = None
 
     def validate(self) -> None:
         """Raise InputError if this machine cannot load targets with these options."""
@@ -77,6 +79,11 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             if others is not None:
                 raise TargetError("a registry's versions cannot be split over several GPUs yet; serve one target")
             group = tensor_parallel_group()
+        is_cuda = torch.device(self.device).type == "cuda"
+        if is_cuda:
+            # Without a place to keep it, code is compiled at every start.
+            with contextlib.suppress(TargetError):
+                keep_compiled_code(cache_directory(os.environ, "compiled"))
         if self.threads:
             torch.set_num_threads(self.threads)
         directory = resolve_checkpoint(path)
@@ -87,7 +94,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             context=self.context,
             name=name or path.stem if directory != path else name,
             exact=self.exact,
-            compiled=self.compiled,
+            compiled=is_cuda and group is None if self.compiled is None else self.compiled,
             share_with=others,
             group=group,
         )

@@ -30,14 +30,18 @@ class LoRAAdapters:
 
     Slots are numbered from 1; slot 0 is the base model alone. Adapters may be added and removed only between forwards.
 
+    The matrices have room for more slots than are in use, so that most adapters come and go in place: whoever holds
+    the addresses of the matrices, such as a CUDA graph, is affected only when the room is exhausted or far too large.
+
     Attributes:
-        layout_version: changes whenever the adapters have moved in memory.
+        layout_version: changes whenever the matrices have moved in memory.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._layers: dict[str, _LoRALayer] = {}
-        self._rank = 0
+        # Columns of a slot, and slots for which there is room.
+        self._rank = self._room = 0
         self.layout_version = 0
         self._slots: dict[int, LoRAWeights] = {}
 
@@ -83,43 +87,58 @@ class LoRAAdapters:
         """Add an adapter and return its slot."""
         slot = next(slot for slot in range(1, len(self._slots) + 2) if slot not in self._slots)
         self._slots[slot] = weights
-        self._rebuild()
+        self._fit(slot)
         return slot
 
     def remove(self, slot: int) -> None:
         """Remove an adapter that no sequence uses any more."""
         del self._slots[slot]
-        self._rebuild()
+        self._fit(slot)
 
     def row_mask(self, slots: torch.Tensor) -> torch.Tensor | None:
         """(rows,) slots -> (rows, columns): 1 for the columns of the row's adapter, else 0. None without adapters."""
         if not self._slots:
             return None
-        owners = torch.arange(1, max(self._slots) + 1, device=slots.device).repeat_interleave(self._rank)
+        owners = torch.arange(1, self._room + 1, device=slots.device).repeat_interleave(self._rank)
         dtype: Any = self._model.dtype
         return (slots[:, None] == owners[None, :]).to(dtype)
 
-    def _rebuild(self) -> None:
-        """Concatenate the adapters of every layer: slot s has columns (s - 1) rank to s rank of both matrices."""
-        self.layout_version += 1
+    def _fit(self, changed: int) -> None:
+        """Bring the matrices up to date after a change of slot `changed`: in place, or with another room or rank."""
         matrices = [pair for weights in self._slots.values() for pair in weights.values()]
-        self._rank = max((down.shape[0] for down, _ in matrices), default=0)
-        width = max(self._slots, default=0) * self._rank
+        rank = max((down.shape[0] for down, _ in matrices), default=0)
+        needed = max(self._slots, default=0)
         adapted = {name for weights in self._slots.values() for name in weights}
+        fits = rank <= self._rank and needed <= self._room and adapted <= self._layers.keys()
+        if fits and needed > self._room // 4:
+            for name in self._layers:
+                self._write(name, changed)
+            return
+        self.layout_version += 1
+        # The next power of two: as many further adapters as there are, at the price of columns that are zero.
+        self._rank, self._room = rank, 1 << (needed - 1).bit_length() if needed else 0
         for name in set(self._layers) - adapted:
             self._layers.pop(name).remove_hook()
         for name in adapted:
             linear: Any = self._model.get_submodule(name)
-            dtype, device = linear.weight.dtype, linear.weight.device
-            down = torch.zeros(width, linear.in_features, dtype=dtype, device=device)
-            up = torch.zeros(linear.out_features, width, dtype=dtype, device=device)
-            for slot, weights in self._slots.items():
-                if name in weights:
-                    rank, first = weights[name][0].shape[0], (slot - 1) * self._rank
-                    down[first : first + rank], up[:, first : first + rank] = weights[name]
             if name not in self._layers:
                 self._layers[name] = _LoRALayer(linear)
-            self._layers[name].down, self._layers[name].up = down, up
+            layer, width = self._layers[name], self._room * self._rank
+            options: Any = {"dtype": self._model.dtype, "device": linear.weight.device}
+            layer.down = torch.zeros(width, linear.in_features, **options)
+            layer.up = torch.zeros(linear.out_features, width, **options)
+            for slot in self._slots:
+                self._write(name, slot)
+
+    def _write(self, name: str, slot: int) -> None:
+        """Write the matrices of one layer and slot: columns (slot - 1) rank to slot rank, zero after its own rank."""
+        layer, first = self._layers[name], (slot - 1) * self._rank
+        down, up = layer.down[first : first + self._rank], layer.up[:, first : first + self._rank]
+        down.zero_()
+        up.zero_()
+        if own := self._slots.get(slot, {}).get(name):
+            rank = own[0].shape[0]
+            down[:rank], up[:, :rank] = own
 
 
 class _LoRALayer:

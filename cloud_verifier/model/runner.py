@@ -82,6 +82,14 @@ class TargetRunner:
     def warm_up(self, pool: KVCachePool) -> None:
         """Do in advance what would delay the first forwards."""
 
+    def measure_workspace(self) -> int:
+        """Bytes that forwards take beside the weights and the pool, where a pool is to use all memory that is left."""
+        return 0
+
+    def leave_uncompiled(self) -> bool:
+        """Compile nothing of the model from now on; return whether something was."""
+        return False
+
     def follow_leader(self, pool: KVCachePool) -> None:
         """Run the forwards of the tensor-parallel leader until it shuts down. CUDA only; see `cuda_graphs`."""
         raise NotImplementedError

@@ -35,7 +35,10 @@ LONGEST_ROPE = {"cpu": 256, "cuda": 8192}
 # Length of the text past the longest span, and sizes of its last chunks, of which all logits are compared.
 TEXT_TOKENS = 28
 LAST_CHUNKS = (1, 7, 12)
-# The other text in the batch.
+# Rows of its earlier chunks. On a GPU there are two of them, which are long enough for `chunk_attention`, and one comes
+# after the other.
+EARLIER_CHUNK = 320
+# Length of the other text in the batch.
 OTHER_TOKENS, OTHER_CHUNK = 10, 4
 
 
@@ -54,6 +57,9 @@ class SelfTest:
         self._attention = attention
         self._longest_span = LONGEST_SPAN[model.device.type]
         length = attention.longest_span(self._longest_span) + TEXT_TOKENS
+        if model.device.type == "cuda":
+            # And four tokens after the prompt, see `_paged_logits`.
+            length = max(length, 2 * EARLIER_CHUNK + sum(LAST_CHUNKS) + 4)
         switch = attention.rope.switch
         if switch and switch <= LONGEST_ROPE[model.device.type]:
             length = max(length, switch + TEXT_TOKENS)
@@ -110,7 +116,7 @@ class SelfTest:
         for size in reversed(LAST_CHUNKS):
             sizes.insert(0, min(size, prompt - sum(sizes)))
         while rest := prompt - sum(sizes):
-            sizes.insert(0, min(rest, runner.max_prefill_rows))
+            sizes.insert(0, min(rest, runner.max_prefill_rows, EARLIER_CHUNK))
         first_compared = prompt - sum(sizes[-len(LAST_CHUNKS) :])
         rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for size in filter(None, sizes):

@@ -7,6 +7,7 @@ relative to the largest value, and exits with 1 if one exceeds its dtype's toler
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from random import Random
@@ -16,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cloud_verifier.model import kernels
 from cloud_verifier.model.attention import explicit_attention
 from cloud_verifier.model.batch import AttentionSpan, ForwardBatch, Segment
-from cloud_verifier.model.cuda_graphs import GraphInputs
-from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCachePool, KVCacheShape
+from cloud_verifier.model.chunk_attention import MIN_CHUNK_ROWS, find_chunks
+from cloud_verifier.model.cuda_graphs import GraphContext, GraphInputs
+from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling
 
@@ -55,14 +56,20 @@ CASES = (
 )
 
 
-def make_segments(lengths: Sequence[int], random: Random) -> list[Segment]:
-    """A chunk of a prefill, single tokens and token trees after sequences of the given lengths."""
+def make_segments(lengths: Sequence[int], random: Random, chunks: int) -> list[Segment]:
+    """A chunk of a prefill, single tokens and token trees after sequences of the given lengths.
+
+    Args:
+        chunks: how many of the last ones are long chunks of prefills.
+    """
     segments = []
     pages = iter(random.sample(range(1, 400), 399))
     for index, length in enumerate(lengths):
         sequence = CachedSequence()
         sequence.length = length
-        if index % 3 == 0:
+        if index >= len(lengths) - chunks:
+            segment = Segment.from_tokens(sequence, [1] * (MIN_CHUNK_ROWS + 11 * index))
+        elif index % 3 == 0:
             segment = Segment.from_tokens(sequence, [1] * random.randint(2, 60))
         else:
             draft = [1] * random.randint(0, 9)
@@ -73,11 +80,17 @@ def make_segments(lengths: Sequence[int], random: Random) -> list[Segment]:
     return segments
 
 
-def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, device: str, dtype: torch.dtype) -> float:
-    """The largest error of the kernels' result, relative to the largest value."""
+def measure_error(
+    case: AttentionCase, lengths: Sequence[int], context: int, *, device: str, dtype: torch.dtype, chunks: int
+) -> float:
+    """The largest error of the kernels' result, relative to the largest value.
+
+    Args:
+        chunks: of how many segments, the last ones, the attention may be that of `chunk_attention`.
+    """
     random = Random(7)
     torch.manual_seed(7)
-    segments = make_segments(lengths, random)
+    segments = make_segments(lengths, random, chunks)
     rows, page = sum(map(len, segments)), PAGE_TOKENS["cuda"]
     group = case.query_heads // case.kv_heads
     # Another layer may have larger groups.
@@ -104,21 +117,23 @@ def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, dev
             where = slab[segment.sequence.pages[position // page], LAYER, :, :, position % page]
             where[0, : case.kv_heads, : case.key_size] = keys[:, position]
             where[1, : case.kv_heads, : case.value_size] = values[:, position]
-    kernels.store(key[None], value[None], slab, layer, inputs)
-    actual = kernels.attend(
+    counts = [-(-len(segment) // inputs.block_rows) for segment in segments]
+    blocks = (sum(counts[: len(counts) - chunks]), sum(counts)) if chunks else (None, None)
+    found = find_chunks(segments, page, torch.device(device))
+    assert len(found) == chunks
+    actual = GraphContext(inputs, rows + 5, slab, None, found, blocks).attend(
         query[None],
-        slab,
+        key[None],
+        value[None],
         layer,
-        case.key_size**-0.5,
-        inputs,
-        kv_heads=case.kv_heads,
-        value_size=case.value_size,
+        scaling=case.key_size**-0.5,
         span=case.span.size,
         chunked=case.span.chunked,
         softcap=case.softcap,
         sinks=sinks,
     )[0]
-    batch = ForwardBatch.from_segments(_unused_pool(), segments)
+    starts = list(itertools.accumulate(map(len, segments), initial=0))
+    batch = ForwardBatch(segments, starts[:-1], 5, [])
     error = largest = 0.0
     for segment, start, (first, mask), (keys, values) in zip(
         segments, batch.starts, batch.visible_keys(case.span), cached, strict=True
@@ -140,10 +155,6 @@ def measure_error(case: AttentionCase, lengths: Sequence[int], context: int, dev
     return error / largest
 
 
-def _unused_pool() -> KVCachePool:
-    return KVCachePool(KVCacheShape(1, 1, 1, torch.float32, torch.device("cpu")), 0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -154,11 +165,16 @@ def main() -> None:
         table.add_column(column, justify="right")
     failures = 0
     for case in CASES:
-        # One span of keys for a program, and several.
-        for lengths, context in (((0, 1, 63, 130, 300, 17), 512), ((2100, 40, 4000), 4160)):
+        # One span of keys for a program, and several; and long chunks of prompts after the others.
+        for lengths, context, chunks in (
+            ((0, 1, 63, 130, 300, 17), 512, 0),
+            ((2100, 40, 4000), 4160, 0),
+            ((300, 1, 0, 130), 768, 2),
+        ):
             errors = {}
             for name in options.dtype:
-                errors[name] = measure_error(case, lengths, context, options.device, getattr(torch, name))
+                dtype = getattr(torch, name)
+                errors[name] = measure_error(case, lengths, context, device=options.device, dtype=dtype, chunks=chunks)
                 failures += not errors[name] <= TOLERANCE[name]
             shown = (f"{error:.1e}{'' if error <= TOLERANCE[name] else ' WRONG'}" for name, error in errors.items())
             table.add_row(case.name, ", ".join(map(str, lengths)), str(context), *shown)

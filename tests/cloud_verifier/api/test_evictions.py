@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 
 from cloud_verifier.api.app import VerifierLimits
+from cloud_verifier.model import kv_cache
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.messages import MSGPACK, ErrorCode
@@ -42,6 +44,16 @@ def test_sessions_are_evicted_to_bound_the_tokens(tiny: Target) -> None:
         first, second = client.open([1] * 150), client.open([2] * 150)
         client.expect_error(client.post(first.path, first.next_round()), 404, ErrorCode.SESSION_LOST)
         second.run_round()
+
+
+def test_by_default_memory_bounds_the_tokens(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "CPU_SHARE", 1e-12)
+    with running(tiny, VerifierLimits(max_tokens=0)) as url, ProtocolClient(url) as client:
+        client.expect_error(client.post("/v1/sessions", opening([5] * 200)), 503, ErrorCode.OVERLOADED)
+    monkeypatch.undo()
+    with running(tiny, VerifierLimits(max_tokens=0)) as url, ProtocolClient(url) as client:
+        client.open([5] * 200).run_round()
+        assert f"flexspec_cache_token_limit {float(kv_cache.CACHE_TOKENS)}" in client.http.get("/metrics").text
 
 
 def test_idle_sessions_are_evicted(tiny: Target) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -371,7 +372,8 @@ def test_sigterm_cuts_off_no_round_and_ends_the_process_despite_an_idle_connecti
                 out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
             process.kill()
-        assert (process.returncode, out, err) == (0, "", "")
+        assert (process.returncode, err) == (0, "")
+        assert re.fullmatch(r"cloud-verifier: KV cache of \d+ tokens, \d+\.\d\d GiB\n", out)
 
 
 @pytest.mark.slow

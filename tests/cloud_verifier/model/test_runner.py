@@ -279,6 +279,51 @@ def test_versions_of_one_base_share_its_weights_and_a_forward(tiny_path: Path, t
     assert not any(module._forward_hooks for module in base.runner.model.modules())
 
 
+def test_fifty_adapters_come_and_go_without_moving_the_others(tiny_path: Path) -> None:
+    base, (reference, *_) = (
+        Target(tiny_path, device="cpu", dtype=torch.float32),
+        load_model(tiny_path, "cpu", "float32"),
+    )
+    adapters, name = base.runner.adapters, "model.layers.0.self_attn.q_proj"
+    weight = reference.get_submodule(name).weight
+    unchanged = weight.detach().clone()
+    generator = torch.Generator().manual_seed(1)
+    matrices = [
+        (
+            torch.randn(4, unchanged.shape[1], generator=generator),
+            torch.randn(unchanged.shape[0], 4, generator=generator),
+        )
+        for _ in range(60)
+    ]
+    # By slot.
+    held = {adapters.add({name: pair}): pair for pair in matrices[:50]}
+    assert list(held) == list(range(1, 51))
+    # Room doubles.
+    assert adapters.layout_version <= 7
+    layout = adapters.layout_version
+    for slot, pair in zip([7, 50, 1, 23, 49, 8, 9, 10, 11, 12], matrices[50:], strict=True):
+        adapters.remove(slot)
+        del held[slot]
+        assert adapters.add({name: pair}) == slot
+        held[slot] = pair
+    adapters.remove(33)
+    del held[33]
+    assert adapters.layout_version == layout
+    pool, tree = KVCachePool(base.runner.shape, 0), TokenTree(TEXT[0], 1, TEXT[1:], {})
+    slots = [0, 1, 7, 22, 33, 50]
+    segments = [Segment.from_tree(CachedSequence(), tree, GREEDY, slot) for slot in slots]
+    for slot, logits in zip(slots, base.runner.logits(pool, segments), strict=True):
+        with torch.inference_mode():
+            down, up = held.get(slot, (torch.zeros(4, unchanged.shape[1]), torch.zeros(unchanged.shape[0], 4)))
+            weight.copy_(unchanged + up @ down)
+            expected = reference(input_ids=torch.tensor([TEXT])).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    for slot in held:
+        adapters.remove(slot)
+    assert len(adapters) == 0
+    assert not any(module._forward_hooks for module in base.runner.model.modules())
+
+
 def test_adapters_share_a_base_that_is_not_served_itself(tiny: Target, tiny_path: Path, tmp_path: Path) -> None:
     paths = [save_lora_adapter(tiny_path, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)]
     first = Target(paths[0], device="cpu", dtype=torch.float32, share_with=[])
