@@ -24,7 +24,7 @@ from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import ROOT, SampleFile
 
 # Modules of this package that define a BENCHMARK.
-NAMES = ("speed", "wire", "service")
+NAMES = ("systems", "speed", "wire", "service")
 DIRECTORY = ROOT / "build" / "benchmarks"
 READMES = (Path(__file__).parent / "README.md",)
 

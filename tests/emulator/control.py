@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def on_time() -> Iterator[None]:
+    """Context manager: the calling thread has real-time priority, where that is allowed."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, *before)
+
+
+def claim_standard_output() -> BinaryIO:
+    """Return this process's standard output for its replies; what else it prints goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return replies
 
 
 class ControlledProcess:

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import NamedTuple
 
+from tests.emulator.control import on_time
 from tests.emulator.network import ADDRESSES, Network, Side
 
 # Share of payload in a full TCP segment with timestamps: 1448 of 1500 bytes.
@@ -42,7 +43,7 @@ def open_udp_socket(network: Network, side: Side) -> socket.socket:
 
 def measure_round_trips(network: Network, count: int = 100, pause: float = 0.005) -> RoundTrips:
     """Measure `count` echoes one after the other; lost ones are left out."""
-    with open_udp_socket(network, "board") as board, open_udp_socket(network, "cloud") as cloud:
+    with open_udp_socket(network, "board") as board, open_udp_socket(network, "cloud") as cloud, on_time():
         there, times = cloud.getsockname(), []
         for number in range(count):
             message = number.to_bytes(4, "big")

@@ -20,6 +20,7 @@ from random import Random
 import msgspec
 
 from edge_runtime.simulation.links import DeliveryOpportunities
+from tests.emulator.control import on_time
 from tests.emulator.link_conditions import LinkConditions
 
 MAX_PACKET_BYTES = 2048
@@ -44,21 +45,32 @@ class GetCounters(msgspec.Struct, tag=True):
 
 
 class Counters(msgspec.Struct):
-    """Number of packets since the start, both directions together.
+    """What happened since the start: packets of both directions together, and bytes of IP packets.
 
     Attributes:
         passed: packets delivered.
         lost: packets lost at random.
         dropped: packets that found the queue full.
         cut: packets dropped while unplugged or of a forgotten connection.
-        bytes: bytes delivered.
+        up_bytes, down_bytes: bytes delivered to the cloud and to the board, headers of IP and TCP included.
+        payload_bytes: of these, in both directions, what TCP carries, retransmissions included.
     """
 
     passed: int = 0
     lost: int = 0
     dropped: int = 0
     cut: int = 0
-    bytes: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    payload_bytes: int = 0
+
+
+def payload_size(packet: bytes) -> int:
+    """Return the bytes that an IPv4 packet carries over TCP; 0 for others."""
+    if len(packet) < 20 or packet[0] >> 4 != 4 or packet[9] != TCP:
+        return 0
+    start = 4 * (packet[0] & 0xF)
+    return len(packet) - start - 4 * (packet[start + 12] >> 4) if len(packet) > start + 12 else 0
 
 
 class Flows:
@@ -155,7 +167,11 @@ class Direction:
             with contextlib.suppress(OSError):
                 os.write(self._sink, packet)
                 self._counters.passed += 1
-                self._counters.bytes += len(packet)
+                self._counters.payload_bytes += payload_size(packet)
+                if self._up:
+                    self._counters.up_bytes += len(packet)
+                else:
+                    self._counters.down_bytes += len(packet)
 
     def _is_lost(self, loss: float, burst: float) -> bool:
         """Gilbert's model: every loss ends its run with probability 1 / burst; `loss` is the share of lost packets."""
@@ -237,10 +253,9 @@ def main() -> None:
     board, cloud, seed = map(int, sys.argv[1:])
     for descriptor in (board, cloud):
         os.set_blocking(descriptor, False)
-    # Real-time priority: this process needs little CPU, but must run on time even if the machine is busy.
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    Relay(board, cloud, seed).run()
+    # This process needs little CPU, but must run on time even if the machine is busy.
+    with on_time():
+        Relay(board, cloud, seed).run()
 
 
 if __name__ == "__main__":

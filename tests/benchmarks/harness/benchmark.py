@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Values of one sample by the names of their quantities.
 Values = Mapping[str, float]
@@ -20,6 +20,8 @@ class Quantity:
         digits: decimals that tables show.
         goal: bound that the median should keep; None for a figure without a goal.
         higher_is_better: the goal is a lower bound, and a comparison takes more for an improvement.
+        quantile: what is shown of the samples; 0.5 is the median.
+        source: name of the value in samples; empty for `name`.
     """
 
     name: str
@@ -27,6 +29,13 @@ class Quantity:
     digits: int = 2
     goal: float | None = None
     higher_is_better: bool = False
+    quantile: float = 0.5
+    source: str = ""
+
+    @property
+    def value_name(self) -> str:
+        """The name of its value in samples."""
+        return self.source or self.name
 
     def is_reached(self, value: float) -> bool:
         """Whether `value` keeps the goal, if there is one."""
@@ -49,15 +58,38 @@ class Scenario:
     Attributes:
         labels: what distinguishes it, by column.
         quantities: what it measures, in the order of the columns.
+        table: heading of the table that it belongs to, if the benchmark has several.
+        quick: whether a quick run takes it.
     """
 
     labels: Mapping[str, str]
     quantities: tuple[Quantity, ...]
+    table: str = ""
+    quick: bool = True
 
     @property
     def key(self) -> str:
         """Its name in files."""
-        return ", ".join(self.labels.values())
+        return ", ".join([self.table] * bool(self.table) + list(self.labels.values()))
+
+
+@dataclass(frozen=True)
+class RatioGoal:
+    """A bound on one scenario relative to others of the same run, sample by sample.
+
+    Attributes:
+        claim: as tables show it.
+        value_name: of the values that are compared.
+        scenario: key of the scenario.
+        baselines: keys of those it is compared with: with whichever has the lowest mean.
+        most: upper bound of the ratio.
+    """
+
+    claim: str
+    value_name: str
+    scenario: str
+    baselines: tuple[str, ...]
+    most: float
 
 
 # Takes one sample of a scenario; the number of the repetition, from 0, may serve as a seed.
@@ -74,6 +106,7 @@ class Benchmark:
         scenarios: its rows; unique keys.
         running: starts what the scenarios share (servers, models), and yields the function that takes samples.
         repetitions, quick_repetitions: samples of each scenario.
+        ratio_goals: shown in a table of their own, by its heading.
     """
 
     name: str
@@ -82,3 +115,4 @@ class Benchmark:
     running: Callable[[], AbstractAsyncContextManager[Measure]]
     repetitions: int = 7
     quick_repetitions: int = 3
+    ratio_goals: Mapping[str, Sequence[RatioGoal]] = field(default_factory=dict)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from cloud_verifier.acceptance.bootstrap import Interval
 from edge_runtime.protocol.errors import InputError
 from tests.benchmarks.harness.benchmark import Benchmark, Quantity, Scenario
-from tests.benchmarks.harness.intervals import median_interval, ratio_interval
+from tests.benchmarks.harness.intervals import (
+    median_interval,
+    paired_ratio_interval,
+    quantile_interval,
+    ratio_interval,
+)
 from tests.benchmarks.harness.samples import SampleFile
+
+# Values of all samples by scenario and name.
+SampleValues: TypeAlias = Mapping[tuple[str, str], Sequence[float]]
 
 # A change counts if its interval excludes 1 and the ratio of medians is further from 1 than this. Chosen: less is of no
 # consequence, and intervals over few repetitions are too narrow.
@@ -21,38 +30,67 @@ MARKS = re.compile(r"(<!-- benchmark: ([a-z_]+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def format_table(benchmark: Benchmark, file: SampleFile) -> str:
-    """Return a Markdown table of medians with 95 % intervals; a goal that is missed is marked.
+    """Return Markdown tables of medians with 95 % intervals; a goal that is missed is marked.
 
-    Scenarios that measure the same quantities are rows with a column for each quantity; otherwise every quantity has a
-    row of its own.
+    Scenarios of one table that measure the same quantities are rows with a column for each quantity; otherwise every
+    quantity has a row of its own. Tables of which nothing was measured are left out.
     """
     values = file.values()
-    first = benchmark.scenarios[0]
+    tables: dict[str, list[Scenario]] = {}
+    for scenario in benchmark.scenarios:
+        tables.setdefault(scenario.table, []).append(scenario)
+    measured = {key for key, _ in values}
+    parts = [
+        (f"**{title}**\n\n" if title else "") + _format_scenarios(scenarios, values)
+        for title, scenarios in tables.items()
+        if not title or any(scenario.key in measured for scenario in scenarios)
+    ]
+    if benchmark.ratio_goals:
+        parts.append(_format_goals(benchmark, values))
+    return "\n\n".join(parts)
+
+
+def _format_scenarios(scenarios: Sequence[Scenario], values: SampleValues) -> str:
+    first = scenarios[0]
     names = [quantity.name for quantity in first.quantities]
-    if all([quantity.name for quantity in scenario.quantities] == names for scenario in benchmark.scenarios):
-        columns = zip(*(scenario.quantities for scenario in benchmark.scenarios), strict=True)
+    if all([quantity.name for quantity in scenario.quantities] == names for scenario in scenarios):
+        columns = zip(*(scenario.quantities for scenario in scenarios), strict=True)
         header = [*first.labels, *map(_heading_of_column, columns)]
         rows = [
-            [
-                *scenario.labels.values(),
-                *(_cell(quantity, values.get((scenario.key, quantity.name))) for quantity in scenario.quantities),
-            ]
-            for scenario in benchmark.scenarios
+            [*scenario.labels.values(), *(_cell(scenario, quantity, values) for quantity in scenario.quantities)]
+            for scenario in scenarios
         ]
     else:
         header = [*first.labels, "what", "measured", "goal"]
         rows = [
-            [
-                *scenario.labels.values(),
-                quantity.heading,
-                _cell(quantity, values.get((scenario.key, quantity.name))),
-                _goal(quantity),
-            ]
-            for scenario in benchmark.scenarios
+            [*scenario.labels.values(), quantity.heading, _cell(scenario, quantity, values), _goal(quantity)]
+            for scenario in scenarios
             for quantity in scenario.quantities
         ]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown(header, rows)
+
+
+def _format_goals(benchmark: Benchmark, values: SampleValues) -> str:
+    """A table of the goals that compare scenarios."""
+    rows = []
+    for title, goals in benchmark.ratio_goals.items():
+        for goal in goals:
+            new = values.get((goal.scenario, goal.value_name))
+            baselines = [values[key, goal.value_name] for key in goal.baselines if (key, goal.value_name) in values]
+            # A run in progress has samples of some scenarios that others lack.
+            counts = [len(each) for each in (new or (), *baselines)]
+            if not min(counts) or not baselines:
+                continue
+            old = min((each[: min(counts)] for each in baselines), key=sum)
+            interval = paired_ratio_interval((new or ())[: min(counts)], old)
+            shown = f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+            reached = interval.value <= goal.most
+            rows.append([title, goal.claim, shown if reached else f"**{shown}**", f"at most {goal.most:g}"])
+    return _markdown(["where", "ratio of means", "measured", "goal"], rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 
 
 def describe_run(file: SampleFile) -> str:
@@ -67,29 +105,39 @@ def describe_run(file: SampleFile) -> str:
 
 
 def save_chart(benchmark: Benchmark, file: SampleFile, path: Path) -> None:
-    """Save a chart of all medians with intervals and goals, one panel for each quantity."""
+    """Save a chart of everything measured with intervals and goals: a panel for each quantity of each table."""
     import matplotlib.figure
 
     values = file.values()
-    quantities = {quantity.name: quantity for scenario in benchmark.scenarios for quantity in scenario.quantities}
-    figure = matplotlib.figure.Figure(figsize=(9, 1 + 0.32 * len(values)), layout="constrained")
-    panels = figure.subplots(len(quantities), squeeze=False)[:, 0]
-    for axes, quantity in zip(panels, quantities.values(), strict=True):
-        rows = [
-            (scenario.key, median_interval(values[scenario.key, quantity.name]))
+    panels = {
+        (scenario.table, quantity.name): quantity
+        for scenario in benchmark.scenarios
+        for quantity in scenario.quantities
+        if (scenario.key, quantity.value_name) in values
+    }
+    rows = {
+        (table, name): [
+            (", ".join(scenario.labels.values()), quantile_interval(found, quantity.quantile))
             for scenario in benchmark.scenarios
-            if (scenario.key, quantity.name) in values
+            if scenario.table == table and (found := values.get((scenario.key, quantity.value_name)))
         ]
-        medians = [interval.value for _, interval in rows]
+        for (table, name), quantity in panels.items()
+    }
+    heights = [1 + 0.25 * len(each) for each in rows.values()]
+    figure = matplotlib.figure.Figure(figsize=(9, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, ((table, name), quantity) in zip(grid, panels.items(), strict=True):
+        intervals = [interval for _, interval in rows[table, name]]
         errors = [
-            [interval.value - interval.low for _, interval in rows],
-            [interval.high - interval.value for _, interval in rows],
+            [max(0.0, interval.value - interval.low) for interval in intervals],
+            [max(0.0, interval.high - interval.value) for interval in intervals],
         ]
-        axes.errorbar(medians, range(len(rows)), xerr=errors, fmt="o", capsize=3)
-        axes.set_yticks(range(len(rows)), [key for key, _ in rows])
+        axes.errorbar([each.value for each in intervals], range(len(intervals)), xerr=errors, fmt="o", capsize=3)
+        axes.set_yticks(range(len(intervals)), [label for label, _ in rows[table, name]])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel(quantity.heading)
+        axes.set_title(table, fontsize="medium")
         if quantity.goal is not None:
             axes.axvline(quantity.goal, linestyle="--", color="gray")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +181,11 @@ def compare(benchmark: Benchmark, old: SampleFile, new: SampleFile) -> list[Chan
     changes = []
     for scenario in benchmark.scenarios:
         for quantity in scenario.quantities:
-            first, second = before.get((scenario.key, quantity.name)), after.get((scenario.key, quantity.name))
+            if quantity.source:
+                # Another view of values that are compared already.
+                continue
+            key = (scenario.key, quantity.value_name)
+            first, second = before.get(key), after.get(key)
             if first and second and median_interval(first).value:
                 old_median, new_median = median_interval(first).value, median_interval(second).value
                 changes.append(Change(scenario, quantity, old_median, new_median, ratio_interval(second, first)))
@@ -144,10 +196,10 @@ def compare(benchmark: Benchmark, old: SampleFile, new: SampleFile) -> list[Chan
 
 def format_changes(changes: Sequence[Change]) -> str:
     """Return a Markdown table of changes."""
-    header = [*changes[0].scenario.labels, "what", "old", "new", "new / old", "verdict"]
+    header = ["scenario", "what", "old", "new", "new / old", "verdict"]
     rows = [
         [
-            *change.scenario.labels.values(),
+            change.scenario.key,
             change.quantity.heading,
             change.quantity.format(change.old),
             change.quantity.format(change.new),
@@ -156,7 +208,7 @@ def format_changes(changes: Sequence[Change]) -> str:
         ]
         for change in changes
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+    return _markdown(header, rows)
 
 
 def update_readme(text: str, tables: dict[str, str]) -> str:
@@ -185,10 +237,11 @@ def _goal(quantity: Quantity) -> str:
     return f"at {'least' if quantity.higher_is_better else 'most'} {quantity.format(quantity.goal)}"
 
 
-def _cell(quantity: Quantity, values: Sequence[float] | None) -> str:
-    if not values:
-        return "not measured"
-    interval = median_interval(values)
+def _cell(scenario: Scenario, quantity: Quantity, values: SampleValues) -> str:
+    samples = values.get((scenario.key, quantity.value_name))
+    if not samples:
+        return "-" if any(key == scenario.key for key, _ in values) else "not measured"
+    interval = quantile_interval(samples, quantity.quantile)
     low, value, high = (quantity.format(each) for each in (interval.low, interval.value, interval.high))
     shown = value if low == high else f"{value} ({low} to {high})"
     return shown if quantity.is_reached(interval.value) else f"**{shown}**"

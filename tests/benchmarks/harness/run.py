@@ -66,7 +66,7 @@ async def _take(benchmark: Benchmark, file: SampleFile, quick: bool, progress: P
         (scenario, repetition)
         for repetition in range(repetitions)
         for scenario in benchmark.scenarios
-        if (scenario.key, repetition) not in taken
+        if (scenario.key, repetition) not in taken and (scenario.quick or not quick)
     ]
     task = progress.add_task(benchmark.name, total=len(missing))
     if not missing:

@@ -112,9 +112,9 @@ class SampleFile:
             file.write(msgspec.json.encode(sample).decode() + "\n")
 
     def values(self) -> dict[tuple[str, str], list[float]]:
-        """Return the values of all samples by scenario and quantity."""
+        """Return the values of all samples by scenario and quantity, in the order of repetitions."""
         by_quantity: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for sample in self.samples:
+        for sample in sorted(self.samples, key=lambda sample: sample.repetition):
             for name, value in sample.values.items():
                 by_quantity[sample.scenario, name].append(value)
         return by_quantity

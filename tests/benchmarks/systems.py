@@ -1,0 +1,445 @@
+"""This project against everything else that a user would pick: `python -m tests.benchmarks run systems`.
+
+Real processes, real HTTP and a real model over the emulated link: the board, and in the cloud a verifier, a verifier
+that speculates, and a verifier that receives probabilities (`comparison`), all with the same target and runner. Every
+sample is one answer; repetition r is the same prompt and seed for all systems.
+
+Modelled, by a real forward and a pause: the forwards of the verifier (a row of `simulation.verifiers`, measured on an
+H200) and the steps of the board's draft (its profile). Where the real one takes longer than 1.05 times the modelled
+time, it counts as late: figures are then too high. Joules are computed from the board's profile. A planner generates
+one text before the first sample, and the fixed K of a baseline is the best one for what it measures on such a text.
+
+BENCHMARK_TRACES=DIRECTORY adds recorded links: every pair of NAME.up and NAME.down in Mahimahi's format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import msgspec
+import numpy as np
+
+from edge_runtime.protocol.bundle import Bundle, read_bundle, read_chat_format
+from edge_runtime.service.chat_template import ChatTemplate
+from edge_runtime.simulation.links import PACKET_BYTES
+from export.example_family.prepare import prepare_family
+from tests.benchmarks.comparison.board import Answer, AnswerReport, Prepare, System, make_device
+from tests.benchmarks.comparison.cloud import SetPace
+from tests.benchmarks.comparison.pacing import PaceCounts
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
+from tests.benchmarks.harness.samples import ROOT
+from tests.emulator.control import ControlledProcess
+from tests.emulator.link_conditions import LinkConditions, preset_conditions, recorded_conditions
+from tests.emulator.measurement import measure_round_trips, measure_throughput
+from tests.emulator.network import ADDRESSES, Network, missing_requirement
+
+TOKENS = 64
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "How do I boil an egg?",
+    "What is the capital of France, and what is it known for?",
+    "Explain recursion to a child.",
+    "Give me three tips for better sleep.",
+    "What is the difference between a list and a tuple in Python?",
+    "Write an email that asks for a day off.",
+)
+# What a planner and the choice of K learn from before the first sample.
+TRIAL_QUESTION = "Tell me something about cats."
+
+SYSTEMS = (
+    *(
+        System(f"FlexSpec, {objective}", "planner", cloud="speculating", objective=objective)
+        for objective in ("latency", "balanced", "energy", "cloud")
+    ),
+    *(
+        System(f"FlexSpec, {objective}; no draft in the cloud", "planner", cloud="plain", objective=objective)
+        for objective in ("latency", "cloud")
+    ),
+    System("streaming from the cloud", "streaming", cloud="plain"),
+    System("streaming, speculating in the cloud", "streaming", cloud="speculating"),
+    System("one token per request", "streaming", cloud="plain", continuation=1),
+    System("best fixed K, ids only", "fixed", cloud="plain"),
+    System("SpecEdge's manner: fixed K, drafting ahead", "fixed", cloud="plain", draft_ahead=True),
+    System("traditional SD", "traditional", cloud="probabilities", exact=False),
+    System("DSSD", "dssd", cloud="probabilities", exact=False),
+    System("the draft alone", "draft", exact=False),
+)
+# How long packets under way are waited for, in round-trip times, before bytes are read.
+DRAIN_ROUND_TRIPS = 2
+START_SECONDS = 300.0
+# Where the processes in the cloud listen.
+PORTS = {"plain": 8500, "speculating": 8501, "probabilities": 8502}
+MEASURED_PINGS, MEASURED_SECONDS = 60, 3.0
+
+PER_TOKEN = Quantity("answer, per token", "ms", digits=1)
+PER_TOKEN_95 = Quantity("95 % of answers", "ms", digits=1, quantile=0.95, source=PER_TOKEN.name)
+FIRST = Quantity("first token", "ms", digits=0)
+UP = Quantity("IP bytes up per 100 tokens", digits=0)
+DOWN = Quantity("down", digits=0)
+PAYLOAD = Quantity("TCP payload", digits=0)
+BYTES = "IP bytes per 100 tokens"
+FORWARDS = Quantity("target forwards per token")
+VERIFIER = Quantity("verifier per token", "ms", digits=1)
+ACCEPTED = Quantity("draft tokens accepted", "%", digits=0)
+JOULES = Quantity("modelled energy per 100 tokens", "J", digits=1)
+SAME = Quantity("same text as transformers", "% of tokens", digits=0)
+LENGTH = Quantity("K", digits=0)
+LATE = Quantity("late forwards", "%", digits=0)
+COLUMNS: tuple[Quantity, ...] = (
+    PER_TOKEN,
+    PER_TOKEN_95,
+    FIRST,
+    UP,
+    DOWN,
+    PAYLOAD,
+    FORWARDS,
+    VERIFIER,
+    ACCEPTED,
+    JOULES,
+    SAME,
+    LENGTH,
+    LATE,
+)
+EXACT = Quantity(SAME.name, SAME.unit, digits=0, goal=100, higher_is_better=True)
+
+RTT = Quantity("RTT set", "ms", digits=1)
+MEASURED_RTT = Quantity("measured", "ms", digits=1)
+RTT_ERROR = Quantity("error / max(1 ms, 3 %)", goal=1.0)
+UP_RATE, DOWN_RATE = Quantity("up set", "Mbit/s"), Quantity("down set", "Mbit/s")
+MEASURED_UP, MEASURED_DOWN = Quantity("up measured", "Mbit/s"), Quantity("down measured", "Mbit/s")
+RATE_ERROR = Quantity("larger error / 5 %", goal=1.0)
+LINK_COLUMNS: tuple[Quantity, ...] = (
+    RTT,
+    MEASURED_RTT,
+    RTT_ERROR,
+    UP_RATE,
+    MEASURED_UP,
+    DOWN_RATE,
+    MEASURED_DOWN,
+    RATE_ERROR,
+)
+
+
+class Place(NamedTuple):
+    """What all systems of one table have in common.
+
+    Attributes:
+        link: a preset, or the path of a recorded link without its suffix.
+        verifier, board: names of modelled ones; an empty verifier is this machine.
+    """
+
+    link: str
+    verifier: str = "loaded"
+    board: str = "raspberry-pi-5"
+    temperature: float = 0.7
+    version: str = "target-v1"
+
+    @property
+    def title(self) -> str:
+        """Heading of the table."""
+        verifier = f"verifier `{self.verifier}` (modelled)" if self.verifier else "verifier on this machine"
+        parts = [Path(self.link).name, verifier, f"{self.board} (modelled)", f"T={self.temperature:g}"]
+        return ", ".join(parts + [self.version] * (self.version != "target-v1"))
+
+
+def find_recordings() -> list[str]:
+    """Paths of the recorded links in BENCHMARK_TRACES, without suffix."""
+    directory = os.environ.get("BENCHMARK_TRACES")
+    return sorted(str(path.with_suffix("")) for path in Path(directory).glob("*.up")) if directory else []
+
+
+# The quick ones first.
+PLACES = (
+    Place("4g"),
+    Place("wifi", temperature=0.0),
+    *(Place(link) for link in ("wifi", "5g", "weak-4g", *find_recordings())),
+    Place("4g", temperature=0.0),
+    *(Place("4g", board=board) for board in ("raspberry-pi-zero-2w", "raspberry-pi-4", "jetson-orin-nano")),
+    *(Place("4g", version=version) for version in ("target-v2", "target-v3", "target-v4")),
+)
+QUICK_PLACES = 2
+
+
+class Case(NamedTuple):
+    """What a scenario measures: a system at a place, or the link of a place."""
+
+    place: Place
+    system: System | None
+
+
+def make_cases() -> dict[str, tuple[Scenario, Case]]:
+    """All scenarios by key: those of a place together, its link first. Places share the measurement of their link."""
+    cases = {}
+    measured = set()
+    for index, place in enumerate(PLACES):
+        quick = index < QUICK_PLACES
+        systems: list[System | None] = [None] * (place.link not in measured) + list(SYSTEMS)
+        measured.add(place.link)
+        for system in systems:
+            if system is None:
+                scenario = Scenario({"link": Path(place.link).name}, LINK_COLUMNS, "The links, measured", quick)
+            else:
+                columns = tuple(EXACT if each is SAME and system.exact else each for each in COLUMNS)
+                scenario = Scenario({"system": system.name}, columns, place.title, quick)
+            cases[scenario.key] = scenario, Case(place, system)
+    return cases
+
+
+CASES = make_cases()
+
+
+def make_goals(place: Place) -> list[RatioGoal]:
+    """What is claimed of this project at every place."""
+
+    def goal(claim: str, value_name: str, system: str, baselines: Sequence[str], most: float) -> RatioGoal:
+        keys = tuple(f"{place.title}, {name}" for name in baselines)
+        return RatioGoal(claim, value_name, f"{place.title}, {system}", keys, most)
+
+    latency, cloud = "FlexSpec, latency", "FlexSpec, cloud"
+    streaming, speculating, per_token, fixed = (system.name for system in SYSTEMS[6:10])
+    traditional = "traditional SD"
+    return [
+        goal("latency / traditional SD", PER_TOKEN.name, latency, [traditional], 0.5),
+        goal("bytes / traditional SD", BYTES, latency, [traditional], 0.01),
+        goal("energy / traditional SD", JOULES.name, latency, [traditional], 0.65),
+        goal(
+            "latency / best of streaming, speculating in the cloud, one token per request, fixed K",
+            PER_TOKEN.name,
+            latency,
+            [streaming, speculating, per_token, fixed],
+            1.02,
+        ),
+        goal("objective cloud: forwards / streaming", FORWARDS.name, cloud, [streaming], 0.4),
+        goal("objective cloud: verifier time / speculating in the cloud", VERIFIER.name, cloud, [speculating], 0.75),
+    ]
+
+
+def link_conditions(link: str) -> list[LinkConditions]:
+    """Conditions of a preset, or of a recorded link on top of the delay of 4g."""
+    path = Path(link)
+    if path.is_absolute() or path.with_suffix(".up").is_file():
+        delay = preset_conditions("4g")[0].link.rtt_seconds
+        return [recorded_conditions(path.with_suffix(".up"), path.with_suffix(".down"), delay)]
+    return preset_conditions(link)
+
+
+def mean_rate(opportunities: Sequence[int], seconds: tuple[float, float] | None = None) -> float:
+    """Bits per second of a recorded link that repeats: in the long run, or between two times after its beginning."""
+    period = opportunities[-1] / 1e3
+    if seconds is None:
+        return 8 * PACKET_BYTES * len(opportunities) / period
+    start, end = seconds
+    cycles = range(int(start // period), int(end // period) + 1)
+    times = np.add.outer([cycle * period for cycle in cycles], np.asarray(opportunities) / 1e3)
+    return 8 * PACKET_BYTES * int(((times >= start) & (times < end)).sum()) / (end - start)
+
+
+def measure_link(network: Network, link: str) -> Values:
+    """Compare the delay and the rates of an emulated link with its conditions.
+
+    Without losses, which TCP would measure instead of the rate, and without jitter, of which few echoes give no median.
+    """
+    [conditions] = link_conditions(link)
+    parameters = msgspec.structs.replace(conditions.link, loss=0.0, jitter_seconds=0.0)
+    conditions = msgspec.structs.replace(conditions, link=parameters)
+    network.set_conditions(conditions)
+    trips = measure_round_trips(network, MEASURED_PINGS)
+    values = {RTT.name: 1e3 * parameters.rtt_seconds, MEASURED_RTT.name: 1e3 * trips.median}
+    if not conditions.up_trace:
+        tolerance = max(0.001, 0.03 * parameters.rtt_seconds)
+        values[RTT_ERROR.name] = abs(trips.median - parameters.rtt_seconds) / tolerance
+    warm_up, errors = 1 + 15 * parameters.rtt_seconds, []
+    for side, quantities, trace in (
+        ("board", (UP_RATE, MEASURED_UP), conditions.up_trace),
+        ("cloud", (DOWN_RATE, MEASURED_DOWN), conditions.down_trace),
+    ):
+        network.set_conditions(conditions)
+        rate = measure_throughput(network, side, MEASURED_SECONDS, warm_up=warm_up)  # type: ignore[arg-type]
+        expected = parameters.up_rate if side == "board" else parameters.down_rate
+        if trace:
+            # What a receiver counts has left the queue half a round trip earlier.
+            start = warm_up - parameters.rtt_seconds / 2
+            expected = mean_rate(trace, (start, start + MEASURED_SECONDS))
+        values |= {quantities[0].name: expected / 1e6, quantities[1].name: rate / 1e6}
+        errors.append(abs(rate / expected - 1) / 0.05)
+    return values | {RATE_ERROR.name: max(errors)}
+
+
+class References:
+    """Texts of transformers' own `generate`, kept on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._texts: dict[str, list[int]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, target: Path, wanted: Sequence[Answer]) -> list[list[int]]:
+        """Return the texts, generating those that are missing in a process of its own."""
+        keys = [hashlib.sha256(msgspec.json.encode([str(target.resolve()), each])).hexdigest() for each in wanted]
+        if missing := [index for index, key in enumerate(keys) if key not in self._texts]:
+            command = [sys.executable, "-m", "tests.benchmarks.comparison.reference", str(target)]
+            requests = msgspec.json.encode([wanted[index] for index in missing])
+            done = subprocess.run(command, input=requests, stdout=subprocess.PIPE, check=True)
+            self._texts |= zip((keys[index] for index in missing), json.loads(done.stdout), strict=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._texts))
+        return [self._texts[key] for key in keys]
+
+
+class Comparison:
+    """The processes and the link between them."""
+
+    def __init__(self, network: Network, family: Path, stack: contextlib.ExitStack) -> None:
+        self._network, self._family, self._stack = network, family, stack
+        self._bundle: Bundle = read_bundle((family / "bundle").resolve(), verify=False)
+        from tokenizers import Tokenizer
+
+        template = ChatTemplate(read_chat_format(self._bundle), self._bundle.path)
+        tokenizer = Tokenizer.from_file(str(self._bundle.tokenizer_path))
+        self._prompts: list[list[int]] = [
+            tokenizer.encode(template.render([{"role": "user", "content": question}])).ids
+            for question in (*QUESTIONS, TRIAL_QUESTION)
+        ]
+        self._references = References(ROOT / "build" / "benchmarks" / "references.json")
+        command = [sys.executable, "-m", "tests.benchmarks.comparison.board", str(self._bundle.path)]
+        self._board = ControlledProcess(network.command("board", command), cwd=ROOT)
+        stack.callback(self._board.stop)
+        self._clouds: dict[str, ControlledProcess] = {}
+        self._version = ""
+
+    def _start_clouds(self, version: str) -> None:
+        """Let the cloud serve a version."""
+        for process in self._clouds.values():
+            process.stop()
+        self._clouds, self._version = {}, version
+        target, host = self._family / version, ADDRESSES["cloud"]
+        for name, port in PORTS.items():
+            options = ["probabilities", str(target), host, str(port)]
+            if name != "probabilities":
+                # Prompts repeat: without a cache every answer begins as its first one does.
+                options = ["verifier", str(target), "--host", host, "--port", str(port), "--no-prefix-cache"]
+                options += ["--threads", "1"]
+            if name == "speculating":
+                options += ["--draft", str(self._bundle.path), "--draft-threads", "1"]
+            command = [sys.executable, "-m", "tests.benchmarks.comparison.cloud", *options]
+            with (ROOT / "build" / "benchmarks" / f"{name}.log").open("wb") as log:
+                process = ControlledProcess(self._network.command("cloud", command), cwd=ROOT, stderr=log)
+            self._stack.callback(process.stop)
+            self._clouds[name] = process
+        with self._network.inside("board"):
+            for name, process in self._clouds.items():
+                self._wait_until_ready(name, process)
+
+    @staticmethod
+    def _wait_until_ready(name: str, process: ControlledProcess) -> None:
+        url, end = f"http://{ADDRESSES['cloud']}:{PORTS[name]}/readyz", time.monotonic() + START_SECONDS
+        while time.monotonic() < end and process.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url).is_success:
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"the process {name!r} does not serve: see its log in build/benchmarks")
+
+    async def measure(self, case: Case, repetition: int) -> Values:
+        place, system = case
+        if system is None:
+            return await asyncio.to_thread(measure_link, self._network, place.link)
+        if place.version != self._version:
+            self._start_clouds(place.version)
+        conditions = link_conditions(place.link)
+        link = conditions[0].link
+        self._network.set_conditions(*conditions)
+        cloud = self._clouds.get(system.cloud)
+        if cloud:
+            cloud.send(SetPace(place.verifier), PaceCounts)
+        trace = conditions[0].up_trace
+        prepare = Prepare(
+            system,
+            place.title,
+            f"http://{ADDRESSES['cloud']}:{PORTS[system.cloud]}" if cloud else "",
+            place.board,
+            link.radio,
+            mean_rate(trace) if trace else link.up_rate,
+            self._prompts[-1],
+            place.temperature,
+        )
+        self._board.send(prepare, AnswerReport)
+        if cloud:
+            cloud.send(SetPace(place.verifier), PaceCounts)
+        answer = Answer(self._prompts[repetition % len(QUESTIONS)], place.temperature, repetition, TOKENS)
+        # Let what the preparation left arrive.
+        await asyncio.sleep(DRAIN_ROUND_TRIPS * link.rtt_seconds)
+        before = self._network.counters()
+        report = self._board.send(answer, AnswerReport)
+        await asyncio.sleep(DRAIN_ROUND_TRIPS * link.rtt_seconds)
+        after = self._network.counters()
+        counts = cloud.send(SetPace(place.verifier), PaceCounts) if cloud else PaceCounts()
+        up, down = after.up_bytes - before.up_bytes, after.down_bytes - before.down_bytes
+        values = self._describe(place, report, up, down)
+        values[PAYLOAD.name] = 100 * (after.payload_bytes - before.payload_bytes) / TOKENS
+        [expected] = self._references.get(self._family / place.version, [answer])
+        common = next((i for i, pair in enumerate(zip(report.ids, expected, strict=False)) if len({*pair}) > 1), TOKENS)
+        if system.exact or not place.temperature or system.kind == "draft":
+            values[SAME.name] = 100 * common / TOKENS
+        values[LATE.name] = 100 * max(report.late, counts.late / max(1, counts.forwards))
+        return values
+
+    def _describe(self, place: Place, report: AnswerReport, up: int, down: int) -> dict[str, float]:
+        """The figures of an answer, from what the board measured and what the link carried."""
+        costs, seconds = report.costs, report.arrivals[-1]
+        device = make_device(self._bundle.manifest, place.board, link_conditions(place.link)[0].link.radio)
+        joules = device.idle_watts * seconds
+        joules += (device.busy_watts - device.idle_watts) * costs.draft_seconds
+        joules += device.radio_watts * costs.exchange_seconds + device.joules_per_byte * (up + down)
+        values = {
+            PER_TOKEN.name: 1e3 * seconds / TOKENS,
+            FIRST.name: 1e3 * report.arrivals[0],
+            UP.name: 100 * up / TOKENS,
+            DOWN.name: 100 * down / TOKENS,
+            BYTES: 100 * (up + down) / TOKENS,
+            FORWARDS.name: costs.forwards / TOKENS,
+            VERIFIER.name: 1e3 * costs.verifier_seconds / TOKENS,
+            JOULES.name: 100 * joules / TOKENS,
+        }
+        if costs.drafted:
+            values[ACCEPTED.name] = 100 * costs.accepted / costs.drafted
+        if report.draft_length:
+            values[LENGTH.name] = report.draft_length
+        return values
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
+    if reason := missing_requirement():
+        raise SystemExit(f"the links cannot be emulated: {reason}")
+    (ROOT / "build" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        network = stack.enter_context(Network(seed=1))
+        comparison = Comparison(network, prepare_family(), stack)
+
+        async def measure(scenario: Scenario, repetition: int) -> Values:
+            return await comparison.measure(CASES[scenario.key][1], repetition)
+
+        yield measure
+
+
+BENCHMARK = Benchmark(
+    name="systems",
+    title=f"Answers of {TOKENS} tokens by all systems",
+    scenarios=tuple(scenario for scenario, _ in CASES.values()),
+    running=running,
+    repetitions=8,
+    quick_repetitions=2,
+    ratio_goals={place.title: make_goals(place) for place in PLACES},
+)
