@@ -123,16 +123,6 @@ class PagedAttention:
                 layer.attention_span = span
 
 
-def fast_tier_obstacle(model: Any) -> str | None:
-    """Why a loaded transformers model cannot run on the paged KV cache; None if it can. The model is left unchanged."""
-    try:
-        _probe(model)
-        LengthScaledRope(model).remove()
-    except TargetError as error:
-        return str(error)
-    return None
-
-
 def _configs(model: Any) -> list[Any]:
     """The configurations that the modules of `model` refer to."""
     configs = (getattr(module, "config", None) for module in model.modules())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -10,6 +13,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from export.draft.base_target import TextSource, next_token_loss, to_device
 from export.draft.training import TrainingSchedule, fit
 from tests.toy_family.tokenizer import END_OF_TEXT_ID, PADDING_ID
+
+# Chosen below the 16 MB that many hosts and proxies allow per file.
+SHARD_SIZE = "15MB"
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,23 @@ def pretrain(
     )
     fit(model, next_token_loss(model, text, compiled=compiled), schedule, label="target v1")
     return model
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """Save weights as bfloat16 shards, configuration and generation settings; converts `model` to bfloat16.
+
+    The configuration is written so that transformers 4 and 5, and tools that know neither, read the same model:
+    release 5 nests the rotary base and renames the dtype.
+    """
+    module: Any = model  # transformers wraps `to` without its signature.
+    module.to(torch.bfloat16).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        # A plain rotary embedding is fully described by its base; any other kind keeps its description.
+        if rope.get("rope_type", "default") == "default":
+            del config["rope_parameters"]
+    config["torch_dtype"] = config["dtype"] = "bfloat16"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

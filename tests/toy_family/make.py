@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from cloud_verifier.draft_models.safetensors_io import save_model
 from cloud_verifier.model.target import load_model
 from export.data.corpus import CPP, PYTHON, Domain, Source, gather_corpus
 from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenStream, tokenize_texts
@@ -27,7 +26,7 @@ from export.draft.distillation_run import distill
 from export.draft.training import TrainingSchedule
 from export.example_family.evolution import evolve, save_adapter, save_changes, tune
 from tests.toy_family import VOCABULARY_SIZE
-from tests.toy_family.base_target import TargetShape, pretrain
+from tests.toy_family.base_target import TargetShape, pretrain, save_model
 from tests.toy_family.tokenizer import END_OF_TEXT_ID, TOKENIZER_FILES, save_tokenizer, train_tokenizer
 
 STUBS = Domain(
