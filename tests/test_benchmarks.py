@@ -12,8 +12,8 @@ import pytest
 from edge_runtime.protocol.errors import InputError
 from tests.benchmarks import __main__ as command
 from tests.benchmarks.harness import report, samples
-from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
-from tests.benchmarks.harness.intervals import median_interval, ratio_interval
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
+from tests.benchmarks.harness.intervals import median_interval, paired_ratio_interval, quantile_interval, ratio_interval
 from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import RunInfo, Sample, SampleFile
 
@@ -96,6 +96,40 @@ def test_scenarios_with_different_quantities_have_a_row_for_each(tmp_path: Path)
     ]
 
 
+def test_a_benchmark_has_tables_quantiles_and_goals_relative_to_others(tmp_path: Path) -> None:
+    late = Quantity("95 % of delays", "ms", quantile=0.95, source=DELAY.name)
+    tables = ("here", "there", "elsewhere")
+    scenarios = tuple(
+        Scenario({"system": system}, (DELAY, late), table, quick=table == "here")
+        for table in tables
+        for system in ("ours", "theirs")
+    )
+    goals = {"here": [RatioGoal("ours / theirs", DELAY.name, "here, ours", ("here, theirs", "no, such"), 0.5)]}
+    toy = replace(benchmark([]), scenarios=scenarios, ratio_goals=goals)
+    file = SampleFile.create(tmp_path / "toy.jsonl", INFO)
+    for table in tables[:2]:
+        for repetition in range(3):
+            file.add(Sample(f"{table}, theirs", repetition, {DELAY.name: 100.0 + repetition}))
+            file.add(Sample(f"{table}, ours", repetition, {DELAY.name: 55.0 + repetition}))
+    lines = report.format_table(toy, file).splitlines()
+    assert [line for line in lines if line.startswith("**")] == ["**here**", "**there**"]
+    assert "| ours | **56 (55 to 57)** | 56.90 (55.00 to 57.00) |" in lines
+    assert lines[-1] == "| here | ours / theirs | **0.554 (0.550 to 0.559)** | at most 0.5 |"
+    report.save_chart(toy, file, tmp_path / "toy.png")
+    assert [change.quantity for change in report.compare(toy, file, file)] == [DELAY] * 4
+
+
+def test_a_quick_run_takes_the_quick_scenarios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "_commit", lambda: "abc")
+    taken: list[tuple[str, int]] = []
+    toy = benchmark(taken)
+    slow = replace(toy, scenarios=(toy.scenarios[0], replace(toy.scenarios[1], quick=False)))
+    take_samples([slow], tmp_path, quick=True)
+    assert {key for key, _ in taken} == {"4G, 5"}
+    take_samples([slow], tmp_path, quick=False)
+    assert len(taken) == 6
+
+
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
     old = file_of(tmp_path, speed=[10.0, 10.1, 9.9, 10.0], delay=[20.0, 35.0, 18.0, 30.0])
     new = file_of(tmp_path, speed=[12.0, 12.1, 11.9, 12.0], delay=[22.0, 33.0, 19.0, 31.0])
@@ -113,6 +147,14 @@ def test_intervals_hold_the_value_and_narrow_with_more_samples() -> None:
     assert few.low < few.value < few.high
     assert many.high - many.low < few.high - few.low
     assert ratio_interval([2.0, 2.0], [1.0, 1.0]).value == 2
+    assert quantile_interval([1.0, 2.0, 3.0], 1.0).value == 3
+
+
+def test_pairs_hide_what_differs_among_prompts() -> None:
+    old = [10.0, 20.0, 40.0, 80.0]
+    paired = paired_ratio_interval([value / 2 for value in old], old)
+    assert (paired.low, paired.value, paired.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert ratio_interval([value / 2 for value in old], old).high > 1
 
 
 def test_a_readme_takes_its_tables_from_samples() -> None:

@@ -31,6 +31,7 @@ from edge_runtime.protocol.sampling import Sampling, common_prefix_length
 from edge_runtime.verifier.client import VerifierClient
 from tests.benchmarks.comparison.distributions import (
     Probabilities,
+    ProbabilityOpening,
     ProbabilityReply,
     ProbabilityRound,
     decode_distribution,
@@ -336,7 +337,7 @@ class ProbabilitiesContestant:
                 carried = [np.array(chosen, "<f2").tobytes()]
             request = ProbabilityRound(session, costs.rounds, unsent + tokens, carried, self._traditional)
             if not session:
-                request.prompt, request.temperature, request.seed = command.prompt, command.temperature, command.seed
+                request.opening = ProbabilityOpening(command.prompt, command.temperature, command.seed)
             sent_at, body = time.perf_counter(), msgspec.msgpack.encode(request)
             response = await self._client.post("/rounds", content=body)
             reply = msgspec.msgpack.decode(response.raise_for_status().content, type=ProbabilityReply)

@@ -32,6 +32,7 @@ from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.protocol.sampling import Sampling
 from tests.benchmarks.comparison.distributions import (
     Probabilities,
+    ProbabilityOpening,
     ProbabilityReply,
     ProbabilityRound,
     decode_distribution,
@@ -63,7 +64,7 @@ class ProbabilitySession:
         replies: answers by number of the round.
     """
 
-    def __init__(self, opening: ProbabilityRound) -> None:
+    def __init__(self, opening: ProbabilityOpening) -> None:
         self.sequence = CachedSequence()
         self.temperature = opening.temperature
         self.random = np.random.default_rng([opening.seed, 1])
@@ -85,7 +86,7 @@ class ProbabilityVerifier:
     def answer(self, body: bytes) -> bytes:
         request = msgspec.msgpack.decode(body, type=ProbabilityRound)
         with self._lock:
-            number = request.session or self._open(request)
+            number = self._open(request.opening) if request.opening else request.session
             session = self._sessions[number]
             if request.round not in session.replies:
                 session.replies[request.round] = self._verify(number, session, request)
@@ -96,10 +97,10 @@ class ProbabilityVerifier:
             if session := self._sessions.pop(number, None):
                 self._pool.release(session.sequence)
 
-    def _open(self, request: ProbabilityRound) -> int:
+    def _open(self, opening: ProbabilityOpening) -> int:
         number = max(self._sessions, default=0) + 1
-        session = self._sessions[number] = ProbabilitySession(request)
-        known = request.prompt[:-1]
+        session = self._sessions[number] = ProbabilitySession(opening)
+        known = opening.prompt[:-1]
         for start in range(0, len(known), PREFILL_ROWS):
             chunk = known[start : start + PREFILL_ROWS]
             self._target.run(self._pool, [self._target.prefill_segment(session.sequence, chunk)])
@@ -137,10 +138,8 @@ class ProbabilityVerifier:
         return msgspec.msgpack.encode(ProbabilityReply(number, accepted, token, forward_100us, distribution))
 
 
-async def serve_probabilities(target_path: Path, host: str, port: int) -> None:
-    """Serve until the process ends."""
-    torch.set_num_threads(1)
-    verifier = ProbabilityVerifier(Target(target_path, device="cpu", dtype=torch.float32))
+def make_app(verifier: ProbabilityVerifier) -> Starlette:
+    """The HTTP interface of a verifier that receives probabilities."""
 
     async def answer_round(request: Request) -> Response:
         return Response(await asyncio.to_thread(verifier.answer, await request.body()))
@@ -152,13 +151,20 @@ async def serve_probabilities(target_path: Path, host: str, port: int) -> None:
         await asyncio.to_thread(verifier.close, int(request.path_params["number"]))
         return Response()
 
-    routes = [
-        Route("/readyz", answer_readiness),
-        Route("/rounds", answer_round, methods=["POST"]),
-        Route("/sessions/{number:int}", close_session, methods=["DELETE"]),
-    ]
-    server = HttpServer(Starlette(routes=routes), ListenOptions(host=host, port=port))
-    await server.start()
+    return Starlette(
+        routes=[
+            Route("/readyz", answer_readiness),
+            Route("/rounds", answer_round, methods=["POST"]),
+            Route("/sessions/{number:int}", close_session, methods=["DELETE"]),
+        ]
+    )
+
+
+async def serve_probabilities(target_path: Path, host: str, port: int) -> None:
+    """Serve until the process ends."""
+    torch.set_num_threads(1)
+    app = make_app(ProbabilityVerifier(Target(target_path, device="cpu", dtype=torch.float32)))
+    await HttpServer(app, ListenOptions(host=host, port=port)).start()
     await asyncio.Event().wait()
 
 

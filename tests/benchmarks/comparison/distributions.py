@@ -24,7 +24,15 @@ Probabilities = npt.NDArray[np.float32]
 DENSE, MASKED, LISTED = range(3)
 
 
-class ProbabilityRound(msgspec.Struct, array_like=True, omit_defaults=True):
+class ProbabilityOpening(msgspec.Struct, array_like=True):
+    """A text that begins."""
+
+    prompt: list[int]
+    temperature: float
+    seed: int
+
+
+class ProbabilityRound(msgspec.Struct, array_like=True):
     """The board's request.
 
     Attributes:
@@ -32,7 +40,7 @@ class ProbabilityRound(msgspec.Struct, array_like=True, omit_defaults=True):
         round: number of the round; a repeated request gets the recorded answer.
         tokens: draft tokens after the text that both ends know.
         draft_probabilities: traditional: the encoded q of every draft token. DSSD: q(x) of all, float16.
-        prompt, temperature, seed: of a session that is opened.
+        opening: of a session that is opened.
     """
 
     session: int
@@ -40,12 +48,10 @@ class ProbabilityRound(msgspec.Struct, array_like=True, omit_defaults=True):
     tokens: list[int]
     draft_probabilities: list[bytes]
     traditional: bool = True
-    prompt: list[int] = []
-    temperature: float = 0.0
-    seed: int = 0
+    opening: ProbabilityOpening | None = None
 
 
-class ProbabilityReply(msgspec.Struct, array_like=True, omit_defaults=True):
+class ProbabilityReply(msgspec.Struct, array_like=True):
     """The cloud's answer.
 
     Attributes:
