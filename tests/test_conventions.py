@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib.util
 import io
 import re
 import shlex
@@ -22,7 +23,8 @@ import export.cli.main
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles")
 SECURITY = ROOT / "SECURITY.md"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", SECURITY, *(ROOT / name / "README.md" for name in PACKAGES)]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", SECURITY]
+DOCUMENTS += [ROOT / name / "README.md" for name in PACKAGES]
 DOCUMENTS += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "export" / "example_family" / "README.md"]
 MAX_README_BYTES = 8192
 MAX_POSITIONAL_ARGUMENTS = 5
@@ -107,6 +109,8 @@ def commands(text: str) -> Iterator[list[str]]:
                 continue
             while words and (words[0] in ("sudo", "-") or "=" in words[0]):
                 words = words[1:]
+            if "cloud_verifier.cli" in words:
+                words = ["cloud-verifier", *words[words.index("cloud_verifier.cli") + 1 :]]
             if (
                 words
                 and Path(words[0]).name in PROGRAMS
@@ -157,18 +161,34 @@ def test_examples_name_existing_files_of_the_repository() -> None:
     assert [(where, word) for where, word in named if not (ROOT / word).exists()] == []
 
 
+def error_of(program: str, arguments: list[str]) -> str:
+    """What the parser of a program says against arguments; empty if it accepts them."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            PROGRAMS[program]().parse_args(arguments)
+    except SystemExit as end:
+        return f"{shlex.join([program, *arguments])}: {errors.getvalue().strip().splitlines()[-1]}" if end.code else ""
+    return ""
+
+
 @pytest.mark.slow
 def test_examples_in_documents_and_help_texts_parse() -> None:
     assert len(examples()) > 100
-    wrong = []
-    for where, (program, *arguments) in examples():
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                PROGRAMS[program]().parse_args(arguments)
-        except SystemExit as end:
-            if end.code:
-                wrong.append(
-                    f"{where}: {program} {shlex.join(arguments)}: {errors.getvalue().strip().splitlines()[-1]}"
-                )
-    assert wrong == []
+    errors = [(where, error_of(program, arguments)) for where, (program, *arguments) in examples()]
+    assert [(where, error) for where, error in errors if error] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_text_mentions_exists(document: Path) -> None:
+    """Commands, which may lack arguments; targets of make, modules to run, and files."""
+    text = document.read_text()
+    mentioned = [command for span in re.findall(r"`([^`\n]+)`", text) for command in commands(span)]
+    errors = [error_of(program, arguments) for program, *arguments in mentioned if arguments]
+    assert [error for error in errors if error and not re.search(r"required|expected one argument", error)] == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)(?=[`; ]*(?:`|;|$|    ))", text, re.MULTILINE)) <= {*targets}
+    tops = "|".join((*PACKAGES, "tests"))
+    modules = re.findall(rf"python3? -m ((?:{tops})(?:\.[a-z_0-9]+)*)(?![\w.])", text)
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+    assert [path for path in re.findall(rf"`((?:{tops})/[\w./-]+)", text) if not (ROOT / path).exists()] == []
