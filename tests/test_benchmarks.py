@@ -126,6 +126,8 @@ def test_a_quick_run_takes_the_quick_scenarios(tmp_path: Path, monkeypatch: pyte
     slow = replace(toy, scenarios=(toy.scenarios[0], replace(toy.scenarios[1], quick=False)))
     take_samples([slow], tmp_path, quick=True)
     assert {key for key, _ in taken} == {"4G, 5"}
+    take_samples([slow], tmp_path, quick=False, only="4G")
+    assert len(taken) == 3
     take_samples([slow], tmp_path, quick=False)
     assert len(taken) == 6
 

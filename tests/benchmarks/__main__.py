@@ -3,6 +3,7 @@
 examples:
   python -m tests.benchmarks run                            # all; goes on where a killed run stopped
   python -m tests.benchmarks run wire speed --quick         # few samples
+  python -m tests.benchmarks run systems --only 4g          # some scenarios
   python -m tests.benchmarks report wire                    # Markdown and a chart, from the files
   python -m tests.benchmarks compare before/wire.jsonl build/benchmarks/wire.jsonl
   python -m tests.benchmarks readme                         # tables of READMEs, from the files
@@ -24,7 +25,7 @@ from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import ROOT, SampleFile
 
 # Modules of this package that define a BENCHMARK.
-NAMES = ("systems", "speed", "wire", "service")
+NAMES = ("systems", "ablation", "update_storm", "speed", "wire", "service")
 DIRECTORY = ROOT / "build" / "benchmarks"
 READMES = (Path(__file__).parent / "README.md",)
 
@@ -39,7 +40,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 def run(options: argparse.Namespace) -> int:
     benchmarks = [load_benchmark(name) for name in options.names or NAMES]
-    take_samples(benchmarks, options.directory, quick=options.quick, again=options.again)
+    take_samples(benchmarks, options.directory, quick=options.quick, again=options.again, only=options.only)
     return write_reports(options)
 
 
@@ -90,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=function)
         if name == "run":
             command.add_argument("--quick", action="store_true", help="few samples")
+            text = "take samples of scenarios with this text in their names"
+            command.add_argument("--only", default="", metavar="TEXT", help=text)
             command.add_argument("--again", action="store_true", help="do not go on with samples of an earlier run")
     comparison = commands.add_parser("compare", help="tell regressions from noise")
     comparison.add_argument("old", type=Path)

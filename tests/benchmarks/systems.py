@@ -22,9 +22,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import httpx
 import msgspec
@@ -179,25 +179,32 @@ class Case(NamedTuple):
     system: System | None
 
 
-def make_cases() -> dict[str, tuple[Scenario, Case]]:
-    """All scenarios by key: those of a place together, its link first. Places share the measurement of their link."""
+# Scenarios by key, and what they measure.
+Cases: TypeAlias = Mapping[str, tuple[Scenario, Case]]
+
+
+def make_cases(places: Sequence[Place], systems: Sequence[System], *, quick_places: int) -> Cases:
+    """All scenarios: those of a place together, its link first. Places share the measurement of their link.
+
+    Args:
+        quick_places: how many places a quick run takes.
+    """
     cases = {}
     measured = set()
-    for index, place in enumerate(PLACES):
-        quick = index < QUICK_PLACES
-        systems: list[System | None] = [None] * (place.link not in measured) + list(SYSTEMS)
-        measured.add(place.link)
-        for system in systems:
+    for index, place in enumerate(places):
+        quick = index < quick_places
+        for system in [*[None] * (place.link not in measured), *systems]:
             if system is None:
                 scenario = Scenario({"link": Path(place.link).name}, LINK_COLUMNS, "The links, measured", quick)
             else:
                 columns = tuple(EXACT if each is SAME and system.exact else each for each in COLUMNS)
                 scenario = Scenario({"system": system.name}, columns, place.title, quick)
             cases[scenario.key] = scenario, Case(place, system)
+        measured.add(place.link)
     return cases
 
 
-CASES = make_cases()
+CASES = make_cases(PLACES, SYSTEMS, quick_places=QUICK_PLACES)
 
 
 def make_goals(place: Place) -> list[RatioGoal]:
@@ -420,7 +427,8 @@ class Comparison:
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Measure]:
+async def running(cases: Cases) -> AsyncIterator[Measure]:
+    """Run the processes; see `Benchmark.running`."""
     if reason := missing_requirement():
         raise SystemExit(f"the links cannot be emulated: {reason}")
     (ROOT / "build" / "benchmarks").mkdir(parents=True, exist_ok=True)
@@ -429,7 +437,7 @@ async def running() -> AsyncIterator[Measure]:
         comparison = Comparison(network, prepare_family(), stack)
 
         async def measure(scenario: Scenario, repetition: int) -> Values:
-            return await comparison.measure(CASES[scenario.key][1], repetition)
+            return await comparison.measure(cases[scenario.key][1], repetition)
 
         yield measure
 
@@ -438,7 +446,7 @@ BENCHMARK = Benchmark(
     name="systems",
     title=f"Answers of {TOKENS} tokens by all systems",
     scenarios=tuple(scenario for scenario, _ in CASES.values()),
-    running=running,
+    running=lambda: running(CASES),
     repetitions=8,
     quick_repetitions=2,
     ratio_goals={place.title: make_goals(place) for place in PLACES},

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import httpx
 import msgspec
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import cache_bytes, find_profile, weight_bytes
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.factory import DEFAULT_POLICY, make_planner
@@ -50,6 +51,14 @@ MAX_FIXED_DRAFT, TRIAL_TOKENS = 8, 48
 # Longer than any pause of a machine that is busy with other things. Chosen.
 DEADLINE_SECONDS = 120.0
 
+# Fields of a plan without a part that plans have.
+PLAN_PARTS: dict[str, dict[str, Any]] = {
+    "siblings": {"siblings": 0},
+    "drafting ahead": {"draft_ahead": 0, "in_flight": 1},
+    "guessing along with streams": {"shadow": False},
+    "confidence stop": {"min_confidence": 0.0, "min_survival": 0.0},
+}
+
 HeadIds = npt.NDArray[np.int32]
 
 Kind = Literal["planner", "fixed", "streaming", "traditional", "dssd", "draft"]
@@ -67,6 +76,8 @@ class System(msgspec.Struct, frozen=True):
         continuation: tokens of the target's own in a round of `streaming`; 0 for the whole text.
         draft_ahead: draft the next round's tokens while one is in flight.
         exact: claims the text that transformers generates for this prompt, sampling and seed.
+        off: a part that is switched off, of PLAN_PARTS, or `HTTP/2`.
+        ngram_cache: with an n-gram cache of the answers before.
     """
 
     name: str
@@ -76,6 +87,8 @@ class System(msgspec.Struct, frozen=True):
     continuation: int = 0
     draft_ahead: bool = False
     exact: bool = True
+    off: str = ""
+    ngram_cache: bool = False
 
 
 class Prepare(msgspec.Struct, tag=True):
@@ -189,14 +202,19 @@ class Contestant(Protocol):
 
 
 class RecordingPlanner:
-    """Hands on to a planner, and records the outcomes."""
+    """Hands on to a planner, and records the outcomes.
 
-    def __init__(self, planner: Planner) -> None:
+    Args:
+        changes: fields of plans that are replaced.
+    """
+
+    def __init__(self, planner: Planner, changes: dict[str, Any]) -> None:
         self.planner = planner
         self.outcomes: list[Outcome] = []
+        self._changes = changes
 
     def plan(self, conditions: Conditions) -> Plan:
-        return self.planner.plan(conditions)
+        return msgspec.structs.replace(self.planner.plan(conditions), **self._changes)
 
     def observe(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -209,12 +227,14 @@ class IdsContestant:
     def __init__(self, draft: OnnxDraft, command: Prepare, device: DeviceModel) -> None:
         self.draft_length = 0
         self._draft, self._system = draft, command.system
-        self._client = VerifierClient(command.url, deadline=DEADLINE_SECONDS)
+        self._client = VerifierClient(command.url, deadline=DEADLINE_SECONDS, http2=command.system.off != "HTTP/2")
+        vocabulary_size = draft.manifest.architecture.vocabulary_size
+        self._ngram_cache = NgramCache(vocabulary_size) if command.system.ngram_cache else None
         planner: Planner = FixedPlanner(Plan(0, continuation=command.system.continuation or 1 << 12))
         if command.system.kind == "planner":
             objective = parse_objective(command.system.objective)
             planner = make_planner(DEFAULT_POLICY, objective, device, acceptance=draft.manifest.acceptance)
-        self._planner = RecordingPlanner(planner)
+        self._planner = RecordingPlanner(planner, PLAN_PARTS.get(command.system.off, {}))
 
     async def connect(self) -> None:
         await self._client.models()
@@ -232,6 +252,7 @@ class IdsContestant:
             sampling,
             max_new_tokens=command.tokens,
             planner=self._planner,
+            ngram_cache=self._ngram_cache,
         )
         started, arrivals = time.perf_counter(), []
         async for piece in generation:

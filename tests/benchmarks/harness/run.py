@@ -14,7 +14,9 @@ from tests.benchmarks.harness.benchmark import Benchmark
 from tests.benchmarks.harness.samples import RunInfo, Sample, SampleFile
 
 
-def take_samples(benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool, again: bool = False) -> list[Path]:
+def take_samples(
+    benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool, again: bool = False, only: str = ""
+) -> list[Path]:
     """Run benchmarks one after the other. Returns the files of their samples.
 
     Repetitions are interleaved (every scenario once, then every scenario again), so that a machine that becomes slower
@@ -25,6 +27,7 @@ def take_samples(benchmarks: Sequence[Benchmark], directory: Path, *, quick: boo
         directory: of the files.
         quick: take few samples.
         again: start over.
+        only: take samples of scenarios with this text in their key.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -39,7 +42,7 @@ def take_samples(benchmarks: Sequence[Benchmark], directory: Path, *, quick: boo
         for benchmark in benchmarks:
             path = directory / f"{benchmark.name}.jsonl"
             file = open_samples(benchmark, path, again=again)
-            asyncio.run(_take(benchmark, file, quick, progress))
+            asyncio.run(_take(benchmark, file, progress, quick=quick, only=only))
             paths.append(path)
     return paths
 
@@ -59,14 +62,14 @@ def open_samples(benchmark: Benchmark, path: Path, *, again: bool) -> SampleFile
     return SampleFile.create(path, info)
 
 
-async def _take(benchmark: Benchmark, file: SampleFile, quick: bool, progress: Progress) -> None:
+async def _take(benchmark: Benchmark, file: SampleFile, progress: Progress, *, quick: bool, only: str) -> None:
     repetitions = benchmark.quick_repetitions if quick else benchmark.repetitions
     taken = {(sample.scenario, sample.repetition) for sample in file.samples}
     missing = [
         (scenario, repetition)
         for repetition in range(repetitions)
         for scenario in benchmark.scenarios
-        if (scenario.key, repetition) not in taken and (scenario.quick or not quick)
+        if (scenario.key, repetition) not in taken and only in scenario.key and (scenario.quick or not quick)
     ]
     task = progress.add_task(benchmark.name, total=len(missing))
     if not missing:

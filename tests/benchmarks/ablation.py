@@ -1,0 +1,43 @@
+"""One part of this project off at a time: `python -m tests.benchmarks run ablation`.
+
+The processes, links and columns of `systems`; see there what is modelled. At objective `latency` most rounds stream, so
+that parts of drafting can only show where the cloud has no draft; at objective `cloud` most rounds draft. What reuse of
+prefixes is worth, `prefix_reuse` measures.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from tests.benchmarks.comparison.board import PLAN_PARTS, System
+from tests.benchmarks.harness.benchmark import Benchmark
+from tests.benchmarks.systems import TOKENS, Place, make_cases, running
+
+
+def make_systems(objective: str) -> list[System]:
+    """The whole at one objective, and the whole without each of its parts."""
+
+    def system(change: str, **fields: str | bool) -> System:
+        options = {"kind": "planner", "cloud": "plain", "objective": objective, **fields}
+        return System(f"{objective}: {change}", **options)  # type: ignore[arg-type]
+
+    return [
+        system("all"),
+        *(system(f"without {part}", off=part) for part in (*PLAN_PARTS, "HTTP/2")),
+        system("without a planner: best fixed K", kind="fixed", objective=""),
+        system("with an n-gram cache", ngram_cache=True),
+        system("with a draft in the cloud", cloud="speculating"),
+    ]
+
+
+SYSTEMS = tuple(itertools.chain.from_iterable(map(make_systems, ("latency", "cloud"))))
+PLACES = (Place("wifi"), Place("4g"), Place("5g"), Place("weak-4g"))
+CASES = make_cases(PLACES, SYSTEMS, quick_places=0)
+
+BENCHMARK = Benchmark(
+    name="ablation",
+    title=f"Answers of {TOKENS} tokens, one part off at a time",
+    scenarios=tuple(scenario for scenario, _ in CASES.values()),
+    running=lambda: running(CASES),
+    repetitions=8,
+)

@@ -1,0 +1,95 @@
+"""What a new version of the target costs a fleet: `python -m tests.benchmarks run update_storm`.
+
+Computed, not measured: bytes of files, divided by rates. Every board has a link of its own and downloads at its full
+rate. Acceptance is that of the shipped recordings (`acceptance.npz`), at the positions of texts that the new version
+wrote, with the draft that was frozen before it existed.
+
+    this project       boards download nothing
+    the whole bundle   what a board would download if the draft were made anew for every version
+    its own blocks     without embedding and head, which the draft shares with the target
+    published          sizes that papers give: a draft synchronised again (FlexSpec, arXiv 2601.00644), a delta of every
+                       version (EDA, as the same paper quotes it)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from edge_runtime.simulation.recorded_texts import read_texts
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
+
+FAMILY = Path(__file__).parents[2] / "export" / "example_family"
+BOARDS = 1000
+RATES_MBIT = (10, 50, 300)
+# Those of which recordings are shipped; `systems` measures all.
+VERSIONS = ("target-v1", "target-v2")
+TEMPERATURE = 0.7
+# Parts of names of the tensors that draft and target share in every layout of the example family.
+SHARED_TENSORS = ("embed_tokens", "lm_head")
+
+
+def bundle_bytes() -> int:
+    """Bytes of a bundle's files."""
+    return sum(path.stat().st_size for path in (FAMILY / "bundle").iterdir())
+
+
+def block_bytes() -> int:
+    """Bytes of the weights in the bundle's graph that are the draft's own."""
+    import onnx
+
+    graph = onnx.load(str(FAMILY / "bundle" / "model.onnx"), load_external_data=False).graph
+    lengths = {
+        tensor.name: next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+        for tensor in graph.initializer
+    }
+    return sum(length for name, length in lengths.items() if not any(part in name for part in SHARED_TENSORS))
+
+
+# By what boards download: a function that returns the bytes of one of them.
+DOWNLOADS: dict[str, Callable[[], float]] = {
+    "this project": lambda: 0,
+    "the whole bundle of the example family": bundle_bytes,
+    "its own blocks": block_bytes,
+    "published: a draft synchronised again": lambda: 3.2e9,
+    "published: a delta of every version": lambda: 127e6,
+}
+MEGABYTES = Quantity("a board", "MB", digits=1)
+GIGABYTES = Quantity(f"{BOARDS:,} boards", "GB", digits=1)
+MINUTES = {rate: Quantity(f"minutes at {rate} Mbit/s", digits=2) for rate in RATES_MBIT}
+ACCEPTANCE = Quantity(f"positions accepted by the frozen draft at T={TEMPERATURE:g}", "%", digits=1)
+
+
+async def compute(scenario: Scenario, _repetition: int) -> Values:
+    if version := scenario.labels.get("version"):
+        texts = read_texts(FAMILY / "acceptance.npz", target=version, temperature=TEMPERATURE)
+        return {ACCEPTANCE.name: 100 * statistics.mean(text.acceptance for text in texts)}
+    downloaded = DOWNLOADS[scenario.labels["download"]]()
+    times = {quantity.name: 8 * downloaded / (1e6 * rate) / 60 for rate, quantity in MINUTES.items()}
+    return {MEGABYTES.name: downloaded / 1e6, GIGABYTES.name: downloaded * BOARDS / 1e9, **times}
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
+    yield compute
+
+
+BENCHMARK = Benchmark(
+    name="update_storm",
+    title="What a new version of the target costs (computed)",
+    scenarios=(
+        *(
+            Scenario({"download": name}, (MEGABYTES, GIGABYTES, *MINUTES.values()), "Downloads, computed")
+            for name in DOWNLOADS
+        ),
+        *(
+            Scenario({"version": version}, (ACCEPTANCE,), "What the frozen draft then has, recorded")
+            for version in VERSIONS
+        ),
+    ),
+    running=running,
+    repetitions=1,
+    quick_repetitions=1,
+)
