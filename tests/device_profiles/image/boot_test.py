@@ -103,13 +103,13 @@ def check_first_boot(guest: Guest) -> None:
     cost = f"the emulator has used {guest.processor_seconds():.0f} s of processor time"
     report("ready at", f"{activated:.1f} s of the guest's uptime; {cost}")
     process = guest.property(SERVICE, "MainPID")
-    lines = guest.run("grep", "-E", "^Vm(RSS|Swap):", f"/proc/{process}/status").splitlines()
+    lines = guest.run(f"grep -E '^Vm(RSS|Swap):' /proc/{process}/status").splitlines()
     megabytes = sum(int(line.split()[1]) for line in lines) / 1e3
     report("memory of the idle service", f"{megabytes:.0f} MB")
     assert megabytes < MAX_IDLE_MB
     # Without memory cgroups, the unit's limit is none: the service limits itself, and its status says so.
     status = guest.run("edge-runtime service status")
-    limit = guest.run("grep", "Max data size", f"/proc/{process}/limits").split()[3]
+    limit = guest.run(f"grep 'Max data size' /proc/{process}/limits").split()[3]
     assert ("does not account for memory" in status) is (limit != "unlimited") is guest.lacks_memory_cgroups, status
     assert "credential" not in guest.run("journalctl", "--unit", SERVICE).lower()
     report("page size", guest.run("getconf", "PAGESIZE"))
