@@ -61,7 +61,7 @@ SIZES = {
     ),
     "full": FamilySize(
         corpus_bytes=20_000_000,
-        chats=48_000,
+        chats=24_000,
         version_chats=4_000,
         questions=144,
         evolve=TrainingSchedule(250, 5e-4, 32, 512, warm_up=30, weight_decay=0.0),
