@@ -15,7 +15,7 @@ import edge_runtime.cli.main
 from edge_runtime.settings.table import Settings
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "SECURITY.md"
-BOUND = re.compile(r"^\| (?:board|verifier|both) \| [^|]+ \| `([^`]+)` \| (\S+) \|$", re.MULTILINE)
+BOUND = re.compile(r"^\| (?:board|verifier|both) \| [^|]+ \| `([^`]+)` \| ([^|]+) \|$", re.MULTILINE)
 PARSERS = {"edge-runtime": edge_runtime.cli.main.build_parser, "cloud-verifier": cloud_verifier.cli.main.build_parser}
 BOUNDS = dict(BOUND.findall(DOCUMENT.read_text()))
 
@@ -55,4 +55,7 @@ def test_a_bound_of_the_document_is_that_of_the_code(setting: str) -> None:
         value = value_of_option(setting.split())
     else:
         value = value_of_setting(setting)
-    assert value == float(BOUNDS[setting])
+    if value is None:
+        assert not BOUNDS[setting].isdecimal(), "it depends on the machine"
+    else:
+        assert value == float(BOUNDS[setting])
