@@ -61,12 +61,24 @@ class Guest:
         log: what its serial console printed, of all boots.
     """
 
-    def __init__(self, card: Path, key: Path, model: BoardModel, *, user: str = "root", network: str = "") -> None:
+    def __init__(
+        self,
+        card: Path,
+        key: Path,
+        model: BoardModel,
+        *,
+        user: str = "root",
+        network: str = "",
+        counts_instructions: bool = False,
+    ) -> None:
         """
         Args:
             key: private key with which `user` may log in.
             network: options of qemu's user network; empty for its own addresses.
+            counts_instructions: the guest's clock counts instructions, a nanosecond each, of all its processors
+                together, and goes on while they are idle: its times do not depend on how busy this machine is.
         """
+        self._clock = ["-icount", "shift=0"] if counts_instructions else []
         self.card, self.log, self._key, self._model = card, card.with_suffix(".log"), key, model
         self._user, self._network = user, network
         self._service_port, self._ssh_port = free_port(), free_port()
@@ -88,7 +100,7 @@ class Guest:
         append = next(line.split(maxsplit=1)[1] for line in loader.splitlines() if line.split()[0] == "append")
         ports = f"hostfwd=tcp:127.0.0.1:{self._service_port}-:8400,hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22"
         command = ["qemu-system-aarch64", "-M", "virt", "-cpu", self._model.cpu, "-m", str(self._model.memory_mb)]
-        command += ["-smp", "2", "-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]
+        command += [*self._clock, "-smp", "2", "-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]
         command += ["-kernel", str(self.card.with_name("vmlinuz")), "-initrd", str(self.card.with_name("initrd.img"))]
         command += ["-append", f"{append} {self._model.arguments} {PATIENCE}".replace("console=tty1", "")]
         command += ["-drive", f"file={self.card},if=none,id=card,format=raw", "-device", "virtio-blk-pci,drive=card"]
@@ -147,7 +159,9 @@ class Guest:
         return self.run("systemctl", "show", unit, f"--property={name}", "--value")
 
 
-def make_card(image: Path, configuration: str, directory: Path, model: BoardModel) -> Guest:
+def make_card(
+    image: Path, configuration: str, directory: Path, model: BoardModel, *, counts_instructions: bool = False
+) -> Guest:
     """Put an image with this flexspec.toml on a card. A key for SSH is made, and added to the configuration."""
     key = make_key(directory)
     text = f'{configuration}\n[ssh]\nkeys = ["{key.with_suffix(".pub").read_text().strip()}"]\n'
@@ -155,7 +169,7 @@ def make_card(image: Path, configuration: str, directory: Path, model: BoardMode
     personalise(image, read_block_map(image.with_name(f"{image.name}.bmap")), text, card)
     with card.open("r+b") as file:
         file.truncate(card.stat().st_size + EXTRA_BYTES)
-    return Guest(card, key, model)
+    return Guest(card, key, model, counts_instructions=counts_instructions)
 
 
 def make_key(directory: Path) -> Path:
