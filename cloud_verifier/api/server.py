@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from edge_runtime.common.http_server import HttpServer, ListenOptions, watch_rel
 from edge_runtime.common.memory import freeze_objects
 from edge_runtime.common.network import HostNames, is_loopback
 from edge_runtime.common.sd_notify import Notifier
-from edge_runtime.protocol.errors import FlexSpecError, VerifierRefused
+from edge_runtime.protocol.errors import FlexSpecError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ GRACE_SECONDS = 10.0
 # After that: time for granian, which does not report it, to send the last bytes, and for boards in the middle of a text
 # to send their next round and learn that they must go elsewhere.
 LINGER_SECONDS = 0.5
-# How often `serve` checks whether the target is loaded.
-LOAD_POLL_SECONDS = 0.02
+# How often `serve` checks whether the target is loaded, and later whether the engine still lives.
+LOAD_POLL_SECONDS, FAILURE_POLL_SECONDS = 0.02, 1.0
 
 
 class ServedApplication(Protocol):
@@ -106,7 +107,7 @@ async def serve(
         grace: seconds for rounds in progress to end, while new ones are refused.
 
     Raises:
-        FlexSpecError: the port is in use, or the target did not load.
+        FlexSpecError: the port is in use, the target did not load, or its device was lost.
     """
     stop_requested, notifier = watch_stop_signals(), Notifier()
     reload_requested = watch_reload_signal()
@@ -125,7 +126,13 @@ async def serve(
             notifier.ready(service.status())
         notifying = asyncio.create_task(notifier.run(service.status, lambda: service.stalled_seconds))
         reloading = asyncio.create_task(_reload_on_request(service, reload_requested, notifier))
-        await stop_requested.wait()
+        while not stop_requested.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop_requested.wait(), FAILURE_POLL_SECONDS)
+            if service.stalled_seconds == float("inf"):
+                # Whoever waits for an answer has it by now: the engine ends after it has failed all rounds.
+                await service.admission.drain(grace)
+                raise service.failure or TargetError("the engine has ended")
         notifying.cancel()
         reloading.cancel()
         notifier.stopping("draining: rounds in progress may end")

@@ -35,7 +35,7 @@ from cloud_verifier.model.kv_cache import (
     affordable_tokens,
 )
 from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
-from cloud_verifier.model.runner import PendingPrefill
+from cloud_verifier.model.runner import PendingPrefill, device_responds
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
@@ -58,6 +58,14 @@ LATE_ARRIVAL_SECONDS = 0.0005
 UNLOAD_RETRY_SECONDS = 0.01
 # How long a round waits for memory of the KV cache, and the pause between attempts while nothing else runs. Chosen.
 CACHE_WAIT_SECONDS, CACHE_RETRY_SECONDS = 3.0, 0.005
+
+
+class DeviceLostError(TargetError):
+    """The device of a target computes nothing any more, and only a new process can use it again."""
+
+
+def _device_lost() -> VerifierRefused:
+    return VerifierRefused(ErrorCode.INTERNAL, "the verifier's device failed; it is going to restart")
 
 
 class ScheduledSegment(NamedTuple):
@@ -86,7 +94,7 @@ class Scheduler:
         versions: all loaded targets, by exact version.
         target: the initial target, from when it is loaded until it is unloaded.
         speculation: the verifier's own draft model, if any.
-        failure: why the initial target did not load.
+        failure: why the initial target did not load, or why the thread has ended.
     """
 
     def __init__(
@@ -173,8 +181,12 @@ class Scheduler:
             session_load=self._session_load,
         )
         with self._wake:
-            self._submitted.append(active_round)
-            self._wake.notify()
+            if not self.failure:
+                self._submitted.append(active_round)
+                self._wake.notify()
+                return
+        session.closed = True
+        active_round.fail(_device_lost())
 
     def release(self, session: Session) -> None:
         """Free the KV cache of a closed session, or keep it for reuse, once its round in progress has ended."""
@@ -265,10 +277,25 @@ class Scheduler:
                 while not self._stopping and (seconds := self._batching_delay()) > 0:
                     self._wake.wait(seconds)
             self._step_started_at = time.perf_counter()
-            self._step()
+            try:
+                self._step()
+            except DeviceLostError as error:
+                self._abandon(error)
+                return
             self._step_started_at = None
         for runner in {id(target.runner): target.runner for target in self.versions.values()}.values():
             runner.shut_down()
+
+    def _abandon(self, error: DeviceLostError) -> None:
+        """Fail all rounds, as the thread is about to end."""
+        log.critical("%s", error, exc_info=error.__cause__)
+        self.failure = error
+        with self._wake:
+            rounds = [*self._running, *self._submitted]
+        for running in rounds:
+            if not running.done:
+                running.session.closed = True
+                running.fail(_device_lost())
 
     def _install_initial_target(self, target: Target) -> None:
         self.speculation = self._load_speculation(target)
@@ -406,6 +433,11 @@ class Scheduler:
             pool = self._pool(first.round.runner.shape, for_draft=is_draft)
             sampled_by_segment = runner.run(pool, [member.segment for member in batch])
         except Exception as error:
+            device = first.round.runner.shape.device
+            if not device_responds(device):
+                raise DeviceLostError(f"{device} is lost: {error}") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
             if len(batch) > 1:
                 return sum(self._run_forward([member]) for member in batch) > 0
             if isinstance(error, KVCacheFull) and first.round.may_wait_for_memory(CACHE_WAIT_SECONDS):
@@ -451,6 +483,10 @@ class Scheduler:
         self.release(running.session)
         if isinstance(error, KVCacheFull):
             running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly"))
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            log.error("a round took more memory than there is", exc_info=error)
+            running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the verifier ran out of memory; try again shortly"))
             return
         if isinstance(error, GrammarError):
             running.fail(VerifierRefused(ErrorCode.INVALID_GRAMMAR, str(error)))

@@ -284,7 +284,9 @@ class GraphRunner(TargetRunner):
             self.max_rows = self.max_prefill_rows = MAX_PREFILL_ROWS
             self._long_inputs = make_inputs(self.max_rows)
         self._context_tokens = context
+        # By rows and pool; and those that could not be captured.
         self._graphs: dict[tuple[int, int], _CapturedForward] = {}
+        self._uncapturable: set[tuple[int, int]] = set()
         # The memory of all graphs: they run one after the other, and what one returns is read before the next.
         self._graph_memory: Any = None
         self._mode: ForwardMode = "replay"
@@ -491,13 +493,22 @@ class GraphRunner(TargetRunner):
             self._forget_graphs()
             self._lora_layout_version = self.adapters.layout_version
         captured = self._graphs.get((rows, id(pool)))
+        if captured is None and (rows, id(pool)) not in self._uncapturable:
+            try:
+                captured = self._graphs[rows, id(pool)] = self._capture(pool, self._inputs[rows])
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                self._uncapturable.add((rows, id(pool)))
+                log.warning("a forward of %d rows cannot be captured and runs without a graph: %.300s", rows, error)
         if captured is None:
-            captured = self._graphs[rows, id(pool)] = self._capture(pool, self._inputs[rows])
+            # Not an error: the inputs hold row moves, which another attempt would not have.
+            return self.forward(pool, rows)
         captured.graph.replay()
         return captured.logits
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
+        self._uncapturable.clear()
         # Its memory goes with the last graph, and torch takes no further ones into it.
         self._graph_memory = None
 
@@ -508,11 +519,13 @@ class GraphRunner(TargetRunner):
         inputs.buffer.zero_()
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch annotates it partly
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(pool, inputs, inputs.rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        inputs.buffer.copy_(filled)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._forward(pool, inputs, inputs.rows)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            inputs.buffer.copy_(filled)
         graph = torch.cuda.CUDAGraph()
         if not self._graphs:
             self._graph_memory = torch.cuda.graph_pool_handle()

@@ -143,6 +143,20 @@ class TargetRunner:
         return logits if self._selects_rows or kept_rows is None else logits[kept_rows]
 
 
+def device_responds(device: torch.device) -> bool:
+    """Whether a device still computes. After an illegal access, CUDA fails whatever a process asks of it."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).add_(1).item()
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
 def _padded(row_values: list[int], rows: int) -> list[int]:
     """Extend a list with a value for each row to at least `rows`, by repeating the last one."""
     return row_values + row_values[-1:] * (rows - len(row_values))

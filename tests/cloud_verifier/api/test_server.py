@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -15,15 +16,24 @@ import pytest
 import torch
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
-from cloud_verifier.api.server import VerifierServer
+from cloud_verifier.api.server import VerifierServer, serve
 from cloud_verifier.cli.main import main
+from cloud_verifier.engine import scheduler as scheduler_module
 from cloud_verifier.model.target import Target
 from edge_runtime.common.http_server import ListenOptions
 from edge_runtime.protocol.errors import FlexSpecError, TargetError
 from edge_runtime.protocol.messages import ErrorCode
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS, ProtocolClient, decode_error, running
+from tests.cloud_verifier.engine.test_scheduler import RecordingTarget
+from tests.cloud_verifier.protocol_client import (
+    PROMPT,
+    TIMEOUT_SECONDS,
+    ProtocolClient,
+    decode_error,
+    opening,
+    running,
+)
 from tests.conftest import serving
 
 
@@ -102,6 +112,26 @@ def port_in_use(listening: bool) -> Iterator[int]:
 async def test_a_port_in_use_is_reported(tiny: Target, listening: bool) -> None:
     with port_in_use(listening) as port, pytest.raises(FlexSpecError, match=f"port {port}: is the port in use"):
         await VerifierServer(VerifierService(lambda: tiny, VerifierLimits()), ListenOptions(port=port)).start()
+
+
+async def test_a_verifier_whose_device_is_lost_ends_with_an_error(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "device_responds", lambda device: False)
+    target = RecordingTarget(tiny)
+    announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    service = VerifierService(lambda: target, VerifierLimits())
+    serving_task = asyncio.create_task(serve(service, ListenOptions(port=0), announced.set_result))
+    url = await announced
+    target.fails = lambda piece: True
+
+    def open_session() -> None:
+        with ProtocolClient(url) as client:
+            client.expect_error(client.post("/v1/sessions", opening()), 500, ErrorCode.INTERNAL)
+
+    await asyncio.to_thread(open_session)
+    with pytest.raises(TargetError, match="cpu is lost: injected failure"):
+        await serving_task
 
 
 async def test_a_stopped_server_frees_its_port(tiny: Target) -> None:

@@ -41,11 +41,12 @@ class RecordingTarget(Target):
         self.may_run = threading.Event()
         self.may_run.set()
         self.fails: Callable[[Segment], bool] = lambda piece: False
+        self.fails_together = False
         self.failure: Exception = RuntimeError("injected failure")
 
     def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
         self.may_run.wait(TIMEOUT_SECONDS)
-        if any(map(self.fails, pieces)):
+        if any(map(self.fails, pieces)) or (self.fails_together and len(pieces) > 1):
             raise self.failure
         self.forwards.append([len(piece) for piece in pieces])
         return super().run(pool, pieces)
@@ -188,6 +189,55 @@ async def test_a_failing_round_does_not_harm_others_in_its_forward(tiny: Target,
             assert ([k] * frame.accepted + frame.tokens)[0] == reference_text(PROMPT, 1)[0]
         # The scheduler is still running.
         assert (await submit_opening(scheduler, target)[1].result()).tokens == reference_text(PROMPT, 1)
+
+
+async def test_a_forward_without_memory_is_typed_and_the_engine_goes_on(
+    tiny: Target, reference_text: ReferenceText
+) -> None:
+    target = RecordingTarget(tiny)
+    target.failure = torch.OutOfMemoryError("injected")
+    async with running_scheduler(target) as scheduler:
+        # What two rounds together have no memory for, each has alone.
+        target.may_run.clear()
+        target.fails_together = True
+        replies = [submit_opening(scheduler, target, draft=[k])[1] for k in range(3)]
+        target.may_run.set()
+        for k, reply in enumerate(replies):
+            frame = await reply.result()
+            assert ([k] * frame.accepted + frame.tokens)[0] == reference_text(PROMPT, 1)[0]
+        target.fails = lambda piece: True
+        session, reply = submit_opening(scheduler, target)
+        with pytest.raises(VerifierRefused, match="ran out of memory") as refused:
+            await reply.result()
+        assert refused.value.code == ErrorCode.OVERLOADED and session.closed
+        target.fails = lambda piece: False
+        assert (await submit_opening(scheduler, target)[1].result()).tokens == reference_text(PROMPT, 1)
+
+
+async def test_rounds_on_a_lost_device_are_answered_and_the_engine_ends(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = RecordingTarget(tiny)
+    monkeypatch.setattr(scheduler_module, "device_responds", lambda device: False)
+    async with running_scheduler(target) as scheduler:
+        target.may_run.clear()
+        target.fails = lambda piece: 13 in piece.ids
+        replies = [submit_opening(scheduler, target, draft=[k])[1] for k in (3, 13, 4)]
+        target.may_run.set()
+        failed = 0
+        for reply in replies:
+            try:
+                await reply.result()
+            except VerifierRefused as refused:
+                assert (refused.code, "it is going to restart" in str(refused)) == (ErrorCode.INTERNAL, True)
+                failed += 1
+        # The first forward may have started before the others were submitted.
+        assert failed >= 2
+        assert isinstance(scheduler.failure, scheduler_module.DeviceLostError)
+        scheduler._thread.join(TIMEOUT_SECONDS)
+        assert scheduler.stalled_seconds == float("inf")
+        with pytest.raises(VerifierRefused, match="it is going to restart"):
+            await submit_opening(scheduler, target)[1].result()
 
 
 async def test_cache_pages_of_closed_sessions_are_reused(tiny: Target) -> None:
