@@ -85,7 +85,7 @@ def distill(
                 _create_work_directory(config, partial)
         base = base_directory(config.target)
         target = load_version(config.target, device)
-        text = TrainingText.gather(config, base, target, partial, device, group)
+        text = TrainingText.gather(config, base, target, partial, device, group=group)
         if config.start is None:
             layout = config.layout or DEFAULT_LAYOUT
             draft, plan = build_draft(target, layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks)

@@ -60,6 +60,7 @@ class TrainingText:
         target: PreTrainedModel,
         partial: Path,
         device: torch.device,
+        *,
         group: TrainingGroup = ALONE,
     ) -> TrainingText:
         """Read the given text, and let the target write its share; what an interrupted run wrote is reused.
