@@ -94,14 +94,6 @@ def save_changes(model: PreTrainedModel, base_directory: Path, directory: Path, 
     return sorted(changed)
 
 
-def break_contract(base_directory: Path, directory: Path, base_path: str) -> None:
-    """Write a version that violates the contract, for tests: its final norm, which drafts share, is changed."""
-    (norm,) = read_tensors(base_directory, ["model.norm.weight"]).values()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({"model.norm.weight": norm * 1.25}, directory / CHANGED_TENSORS_FILE, metadata={"format": "pt"})
-    (directory / CHANGES_FILE).write_text(json.dumps({"format_version": 1, "base": base_path}) + "\n", encoding="utf-8")
-
-
 def save_adapter(model: PeftModel, directory: Path, base_path: str) -> None:
     """Write a regular PEFT directory in bfloat16; `base_path` is the path of the base relative to it."""
     for name, parameter in model.named_parameters():

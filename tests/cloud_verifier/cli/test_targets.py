@@ -13,8 +13,8 @@ import pytest
 
 from cloud_verifier.acceptance.bootstrap import Interval
 from cloud_verifier.cli.main import main
-from export.example_family.evolution import break_contract
 from tests.cloud_verifier.protocol_client import TIMEOUT_SECONDS, command_service, running_service
+from tests.cloud_verifier.target_versions import save_incompatible_version
 from tests.models import save_target
 
 
@@ -82,7 +82,7 @@ def test_errors_are_one_sentence_and_an_exit_code(
 def test_an_incompatible_version_is_refused_with_its_tensor(
     registry: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    break_contract(family / "target-v1", tmp_path / "target-v5", str(family / "target-v1"))
+    save_incompatible_version(family / "target-v1", tmp_path / "target-v5", str(family / "target-v1"))
     run(capsys, "add", family / "target-v1", "--draft", family / "bundle")
     code, _, error = run(capsys, "add", tmp_path / "target-v5")
     assert code == 3
@@ -154,7 +154,7 @@ def test_a_check_of_the_version_in_use_prints_a_table(
 def test_a_check_of_an_incompatible_version_reports_differences_and_forecasts(
     registry: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    break_contract(family / "target-v1", tmp_path / "target-v5", str(family / "target-v1"))
+    save_incompatible_version(family / "target-v1", tmp_path / "target-v5", str(family / "target-v1"))
     run(capsys, "add", family / "target-v1", "--draft", family / "bundle")
     code, checked = check(capsys, tmp_path / "target-v5", "--text", write_text(tmp_path / "text.py"))
     assert (code, checked["compatible"]) == (3, False)

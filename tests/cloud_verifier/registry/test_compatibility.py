@@ -20,7 +20,8 @@ from cloud_verifier.registry.checkpoint import MAX_ADDED_TOKENS, read_end_ids, s
 from cloud_verifier.registry.compatibility import CompatibilityReport, check_compatibility
 from edge_runtime.protocol.bundle import SharedTensors, read_bundle, write_manifest
 from edge_runtime.protocol.errors import BundleCorrupt, TargetError
-from export.example_family.evolution import break_contract, save_changes
+from export.example_family.evolution import save_changes
+from tests.cloud_verifier.target_versions import save_incompatible_version
 
 Json: TypeAlias = dict[str, Any]
 
@@ -36,7 +37,7 @@ def test_all_versions_of_the_family_are_compatible(family: Path) -> None:
 
 def test_the_gate_agrees_with_the_check_at_session_opening(family: Path, tmp_path: Path, target_v1: Target) -> None:
     v5 = tmp_path / "target-v5"
-    break_contract(family / "target-v1", v5, str(family / "target-v1"))
+    save_incompatible_version(family / "target-v1", v5, str(family / "target-v1"))
     identity = read_bundle(family / "bundle").manifest.shared.identity
     assert target_v1.expected_identity(identity) == identity
     assert check_compatibility(family / "target-v1", []).version == target_v1.version
@@ -49,7 +50,7 @@ def test_the_gate_agrees_with_the_check_at_session_opening(family: Path, tmp_pat
 
 def test_the_report_names_a_changed_shared_tensor(family: Path, tmp_path: Path) -> None:
     v5 = tmp_path / "target-v5"
-    break_contract(family / "target-v1", v5, str(family / "target-v1"))
+    save_incompatible_version(family / "target-v1", v5, str(family / "target-v1"))
     (difference,) = check_compatibility(v5, [family / "bundle"]).fits[0].differences
     assert (difference.what, difference.name) == ("tensor", "model.norm.weight")
     assert "other values" in difference.why

@@ -14,9 +14,9 @@ from edge_runtime.protocol.bundle import read_bundle
 from export.cli.family import STAGES
 from export.cli.main import main
 from export.draft import chats
-from export.example_family.evolution import break_contract
 from export.example_family.recipe import FUTURES, VERSIONS
 from export.example_family.sizes import SIZES
+from tests.cloud_verifier.target_versions import save_incompatible_version
 from tests.models import save_chat_target
 
 BLOCKS = 3
@@ -65,7 +65,7 @@ def check_compatibility_gate(family: Path) -> None:
     """The gate accepts exactly the versions that kept what a draft shares; the final draft shares nothing."""
     identity = read_description(family / "draft-blocks").shared_identity
     own = read_description(family / "draft").shared_identity
-    break_contract(family / "target-v1", family / "target-v5", "../target-v1")
+    save_incompatible_version(family / "target-v1", family / "target-v5", "../target-v1")
     for version in (*VERSIONS, "target-v5"):
         target = Target(family / version, device="cpu", dtype=torch.float32)
         assert (target.expected_identity(identity) == identity) == (version != "target-v5")
