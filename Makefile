@@ -11,7 +11,7 @@ CLIENTS_DIR := tests/edge_runtime/service/clients
 # Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: image boot-test test-arm release lock-wheels demo test test-quick lint lint-quick bench clean setup clients
+.PHONY: image boot-test test-arm release lock-wheels demo test test-quick lint lint-quick bench bench-quick clean setup clients
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
@@ -36,12 +36,13 @@ lint-quick: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# All benchmarks that fit a laptop, hours; the same with few samples and scenarios. Both go on where a killed run of the
+# same commit stopped, and write to build/benchmarks.
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks run
-	$(BIN)/python -m tests.benchmarks.probes
-	$(BIN)/python -m tests.benchmarks.reality
-	$(BIN)/python -m tests.benchmarks.planning
-	$(BIN)/python -m tests.benchmarks.ngram_cache
+
+bench-quick: $(STAMP)
+	$(BIN)/python -m tests.benchmarks run --quick
 
 setup: $(STAMP)
 

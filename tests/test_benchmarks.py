@@ -166,6 +166,7 @@ def test_a_readme_takes_its_tables_from_samples() -> None:
     assert report.update_readme(updated, {"wire": "| new |"}) == updated
     with pytest.raises(InputError, match="run that benchmark first"):
         report.update_readme(text, {})
+    assert report.update_readme(text, {}, ["speed"]) == text
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ from edge_runtime.protocol.messages import MAX_CONTINUATION_TOKENS, MAX_TREE_NOD
 
 log = logging.getLogger("edge_runtime.planning")
 
-# All constants are chosen; `python -m tests.benchmarks.planning` shows their effect in simulation.
+# All constants are chosen; `python -m tests.benchmarks run planning` shows their effect in simulation.
 
 # Own tokens of the very first round, which measures link and verifier, and of later trials of streaming.
 FIRST_ROUND_TOKENS = 7

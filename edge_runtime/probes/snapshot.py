@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Probe = Callable[[Reader], Any]
 
 # Seconds between two readings of files, and between two runs of a program, which costs a hundred times as much
-# (measured: `python -m tests.benchmarks.probes`).
+# (measured: `python -m tests.benchmarks run probes`).
 PERIOD_SECONDS = 5.0
 PROGRAM_PERIOD_SECONDS = 60.0
 

@@ -25,7 +25,10 @@ from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import ROOT, SampleFile
 
 # Modules of this package that define a BENCHMARK.
-NAMES = ("systems", "ablation", "update_storm", "speed", "wire", "service")
+NAMES = (
+    *("systems", "ablation", "update_storm", "speed", "wire", "service"),
+    *("probes", "planning", "ngram_cache"),
+)
 DIRECTORY = ROOT / "build" / "benchmarks"
 READMES = (Path(__file__).parent / "README.md",)
 
@@ -73,7 +76,8 @@ def update_readmes(options: argparse.Namespace) -> int:
             file = SampleFile.load(path)
             tables[name] = f"{report.format_table(load_benchmark(name), file)}\n\n{report.describe_run(file)}"
     for path in READMES:
-        path.write_text(report.update_readme(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(report.update_readme(text, tables, options.names), encoding="utf-8")
     return 0
 
 
@@ -85,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, function, text in (
         ("run", run, "take samples, then report"),
         ("report", write_reports, "tables and charts of samples that were taken"),
+        ("readme", update_readmes, "update the tables in READMEs"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("names", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(NAMES)} (default: all)")
@@ -98,8 +103,6 @@ def main(arguments: list[str] | None = None) -> int:
     comparison.add_argument("old", type=Path)
     comparison.add_argument("new", type=Path)
     comparison.set_defaults(run=compare)
-    readme = commands.add_parser("readme", help="update the tables in READMEs")
-    readme.set_defaults(run=update_readmes)
     for command in commands.choices.values():
         command.add_argument("--directory", type=Path, default=DIRECTORY, help="of the samples (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -1,30 +1,29 @@
-"""Benefit and cost of the n-gram cache: `python -m tests.benchmarks.ngram_cache`.
+"""What the n-gram cache brings: `python -m tests.benchmarks run ngram_cache`.
 
-Replays texts of the shipped family's targets in rounds of K draft tokens, as the decoding loop does. Prompts come from
-held-out files: Python for target v1, and C++ for target v2, which was fine-tuned after the draft was trained.
+Replays texts of the toy family's targets in rounds of K draft tokens, as the decoding loop does. Prompts come from
+held-out files: Python for target v1, and C++ for target v2, which was fine-tuned after the draft was trained. A sample
+is one answer.
 
     none    without a cache
     cold    an empty cache for each answer, so that only the answer's own text is in it
-    warm    a cache that holds `--before` earlier answers to prompts from the same files
-    other   a cache that holds answers of target v1 only, none of the version that is replayed
+    warm    a cache that holds earlier answers to prompts from the same files
 
-Tokens inside loops are reported separately (`evaluate.loops`): loops raise the acceptance of every draft, and that of a
-cache even more. Confidence intervals are bootstrapped over texts.
+Acceptance is that outside loops (`evaluate.loops`): loops raise the acceptance of every draft, and that of a cache even
+more.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from cloud_verifier.acceptance.bootstrap import Bootstrap
 from cloud_verifier.model.target import load_model
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.ngram_cache.lookup import NgramCache, NgramLookup
@@ -32,12 +31,21 @@ from edge_runtime.protocol.sampling import Sampling, accepted_length
 from export.data.corpus import DOMAINS, gather_corpus
 from export.evaluate.loops import find_loops
 from export.evaluate.proposers import TargetWriter
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
 from tests.toy_family import FAMILY
 
 # Tokens of a prompt, and draft tokens per round.
 PROMPT_TOKENS, DRAFT_TOKENS = 96, 5
 VERSIONS = {"target-v1": DOMAINS[0], "target-v2": DOMAINS[1]}
 TEMPERATURES = (0.0, 0.7, 1.0)
+STATES = ("none", "cold", "warm")
+# Earlier answers in a warm cache, answers that are measured, their tokens, and files that prompts are taken from.
+ANSWERS_BEFORE, ANSWERS, ANSWER_TOKENS, FILES = 50, 24, 96, 16
+
+ACCEPTANCE = Quantity("accepted outside loops", "%", digits=1, higher_is_better=True)
+TOKENS_PER_ROUND = Quantity("tokens per round", higher_is_better=True)
+PROPOSAL = Quantity("a proposal", "us", digits=1)
+RECORDING = Quantity("a verified token", "us", digits=1)
 
 
 class Tally:
@@ -81,47 +89,36 @@ def replay(draft: OnnxDraft, text: list[int], sampling: Sampling, cache: NgramCa
     return tally
 
 
-def measure_rows(options: argparse.Namespace, draft: OnnxDraft) -> Iterator[list[str]]:
-    size, bootstrap = draft.manifest.architecture.vocabulary_size, Bootstrap(2000, 1)
-    others: dict[float, NgramCache] = {}
-    for target in VERSIONS:
-        model = load_model(FAMILY / target, "cpu", "float32")[0]
-        prompts = sample_prompts(draft, target, options.before + options.answers, options.files)
-        for temperature in TEMPERATURES:
-            samplings = [Sampling(temperature, seed=index, ignore_eos=True) for index in range(len(prompts))]
-            new = TargetWriter(model).generate(prompts, samplings, options.tokens)
-            texts = [prompt + ids for prompt, ids in zip(prompts, new, strict=True)]
-            jobs = list(zip(texts, samplings, strict=True))
-            measured_jobs = jobs[options.before :]
-            warm = NgramCache(size)
-            for text, sampling in jobs[: options.before]:
-                replay(draft, text, sampling, warm, target)
-            states = {"none": lambda: None, "cold": lambda: NgramCache(size), "warm": lambda warm=warm: warm}
-            if temperature in others:
-                states["other"] = lambda cache=others[temperature]: cache
-            others[temperature] = warm
-            none: list[Tally] = []
-            for state, make_cache in states.items():
-                tallies = [replay(draft, text, sampling, make_cache(), target) for text, sampling in measured_jobs]
-                none = none or tallies
-                intervals = [
-                    bootstrap.ratio_of_ratios([t.clear for t in tallies], [t.clear for t in none]),
-                    *(bootstrap.ratio([getattr(t, name) for t in tallies]) for name in ("clear", "all", "rounds")),
-                ]
-                gain, clear, everything, tokens = (interval for interval in intervals if interval)
-                yield [
-                    target,
-                    f"{temperature:g}",
-                    state,
-                    f"{clear.value:.3f}",
-                    "" if state == "none" else f"{gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})",
-                    f"{everything.value:.3f}",
-                    f"{tokens.value:.2f}",
-                ]
+class Texts:
+    """Answers of one target at one temperature, and the caches that hold the earlier ones."""
+
+    def __init__(self, draft: OnnxDraft, model: Any, target: str, temperature: float) -> None:
+        self._draft, self._target = draft, target
+        prompts = sample_prompts(draft, target, ANSWERS_BEFORE + ANSWERS, FILES)
+        self._samplings = [Sampling(temperature, seed=index, ignore_eos=True) for index in range(len(prompts))]
+        new = TargetWriter(model).generate(prompts, self._samplings, ANSWER_TOKENS)
+        self._texts = [prompt + ids for prompt, ids in zip(prompts, new, strict=True)]
+        self._warm = self._empty_cache()
+        for index in range(ANSWERS_BEFORE):
+            self._replay(index, self._warm)
+
+    def measure(self, state: str, repetition: int) -> Values:
+        """Replay an answer with a cache in a state."""
+        cache = {"none": None, "cold": self._empty_cache(), "warm": self._warm}[state]
+        tally = self._replay(ANSWERS_BEFORE + repetition % ANSWERS, cache)
+        values = {TOKENS_PER_ROUND.name: tally.rounds[0] / tally.rounds[1]}
+        # A text may be one loop.
+        return values | ({ACCEPTANCE.name: 100 * tally.clear[0] / tally.clear[1]} if tally.clear[1] else {})
+
+    def _empty_cache(self) -> NgramCache:
+        return NgramCache(self._draft.manifest.architecture.vocabulary_size)
+
+    def _replay(self, index: int, cache: NgramCache | None) -> Tally:
+        return replay(self._draft, self._texts[index], self._samplings[index], cache, self._target)
 
 
-def measure_cost(draft: OnnxDraft) -> tuple[float, float]:
-    """Return the median seconds per proposal and per recorded token with a full cache, without mixing distributions."""
+def measure_cost(draft: OnnxDraft) -> Values:
+    """Measure a full cache: microseconds for a proposal, and for recording a token, without mixing distributions."""
     rng, size = random.Random(3), draft.manifest.architecture.vocabulary_size
     cache = NgramCache(size)
     # Few distinct ids, so that most n-grams have matches.
@@ -142,32 +139,47 @@ def measure_cost(draft: OnnxDraft) -> tuple[float, float]:
             lookup.append(text[end : end + 5], "v")
             propose_seconds.append((middle - started) / 5)
             append_seconds.append((time.perf_counter() - middle) / 5)
-    return statistics.median(propose_seconds), statistics.median(append_seconds)
+    return {
+        PROPOSAL.name: 1e6 * statistics.median(propose_seconds),
+        RECORDING.name: 1e6 * statistics.median(append_seconds),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="acceptance with and without the n-gram cache, and its cost")
-    parser.add_argument("--before", type=int, default=50, help="earlier answers in a warm cache (default: %(default)s)")
-    parser.add_argument("--answers", type=int, default=32, help="answers that are measured (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens per answer (default: %(default)s)")
-    parser.add_argument(
-        "--files", type=int, default=16, help="files that prompts are taken from (default: %(default)s)"
-    )
-    options = parser.parse_args()
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Measure]:
     torch.set_num_threads(1)
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
-    console = Console(width=120)
-    table = Table(
-        "target", "T", "cache", "acceptance", "relative to none (95 %)", "with loops", f"tokens/round, K={DRAFT_TOKENS}"
-    )
-    for row in measure_rows(options, draft):
-        table.add_row(*row)
-        if not console.is_terminal:
-            print(*row, flush=True)
-    console.print(table)
-    propose, append = measure_cost(draft)
-    console.print(f"{1e6 * propose:.0f} us per drafted token, {1e6 * append:.0f} us per verified token, in Python")
+
+    @functools.cache
+    def load(target: str) -> Any:
+        return load_model(FAMILY / target, "cpu", "float32")[0]
+
+    @functools.cache
+    def texts(target: str, temperature: str) -> Texts:
+        return Texts(draft, load(target), target, float(temperature))
+
+    async def measure(scenario: Scenario, repetition: int) -> Values:
+        if PROPOSAL in scenario.quantities:
+            return measure_cost(draft)
+        target, temperature, state = scenario.labels.values()
+        return texts(target, temperature).measure(state, repetition)
+
+    yield measure
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="ngram_cache",
+    title=f"Drafts with and without an n-gram cache, K={DRAFT_TOKENS}",
+    scenarios=(
+        *(
+            Scenario({"target": target, "T": f"{temperature:g}", "cache": state}, (ACCEPTANCE, TOKENS_PER_ROUND))
+            for target in VERSIONS
+            for temperature in TEMPERATURES
+            for state in STATES
+        ),
+        Scenario({"of": "a full cache"}, (PROPOSAL, RECORDING), "Python time"),
+    ),
+    running=running,
+    repetitions=ANSWERS,
+    quick_repetitions=6,
+)

@@ -60,12 +60,14 @@ class Scenario:
         quantities: what it measures, in the order of the columns.
         table: heading of the table that it belongs to, if the benchmark has several.
         quick: whether a quick run takes it.
+        samples: at most so many samples; None for as many as repetitions. One, where nothing is random.
     """
 
     labels: Mapping[str, str]
     quantities: tuple[Quantity, ...]
     table: str = ""
     quick: bool = True
+    samples: int | None = None
 
     @property
     def key(self) -> str:

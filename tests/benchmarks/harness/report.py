@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -211,17 +211,23 @@ def format_changes(changes: Sequence[Change]) -> str:
     return _markdown(header, rows)
 
 
-def update_readme(text: str, tables: dict[str, str]) -> str:
+def update_readme(text: str, tables: Mapping[str, str], names: Collection[str] = ()) -> str:
     """Return a README with the table of each benchmark between its marks replaced.
+
+    Args:
+        names: of the benchmarks; the tables of others stay. Empty: all.
 
     Raises:
         InputError: it has marks of a benchmark without a table.
     """
 
     def replace(match: re.Match[str]) -> str:
-        if match[2] not in tables:
-            raise InputError(f"a README wants the table of {match[2]!r}, and there is none: run that benchmark first")
-        return f"{match[1]}{tables[match[2]]}\n{match[3]}"
+        name = match[2]
+        if names and name not in names:
+            return match[0]
+        if name not in tables:
+            raise InputError(f"a README wants the table of {name!r}, and there is none: run that benchmark first")
+        return f"{match[1]}{tables[name]}\n{match[3]}"
 
     return MARKS.sub(replace, text)
 

@@ -70,6 +70,7 @@ async def _take(benchmark: Benchmark, file: SampleFile, progress: Progress, *, q
         for repetition in range(repetitions)
         for scenario in benchmark.scenarios
         if (scenario.key, repetition) not in taken and only in scenario.key and (scenario.quick or not quick)
+        if scenario.samples is None or repetition < scenario.samples
     ]
     task = progress.add_task(benchmark.name, total=len(missing))
     if not missing:
