@@ -26,6 +26,12 @@ SECURITY = ROOT / "SECURITY.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", SECURITY]
 DOCUMENTS += [ROOT / name / "README.md" for name in PACKAGES]
 DOCUMENTS += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "export" / "example_family" / "README.md"]
+# Packages whose `__init__` offers what others may use, and the one module beside it that is slow to import.
+FRONT_DOORS = [
+    *(f"edge_runtime.{name}" for name in ("verifier", "decoding", "draft", "ngram_cache", "simulation", "probes")),
+    "edge_runtime.settings",
+    "edge_runtime.settings.loading",
+]
 MAX_README_BYTES = 8192
 MAX_POSITIONAL_ARGUMENTS = 5
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "log"}
@@ -42,6 +48,15 @@ def sources(*directories: str) -> list[tuple[Path, ast.Module]]:
     """The modules below these directories, by default those of the packages, parsed."""
     paths = [path for directory in directories or PACKAGES for path in (ROOT / directory).rglob("*.py")]
     return [(path.relative_to(ROOT), ast.parse(path.read_text())) for path in paths]
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The modules that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def is_log_call(node: ast.Call) -> bool:
@@ -73,6 +88,17 @@ def test_no_call_passes_more_than_five_arguments_by_position() -> None:
         if isinstance(node, ast.Call) and len(node.args) > MAX_POSITIONAL_ARGUMENTS and not is_log_call(node)
     ]
     assert long == []
+
+
+def test_other_packages_import_through_the_front_doors() -> None:
+    wrong = [
+        f"{path}: {name}"
+        for path, tree in sources()
+        for name in imports(tree)
+        for door in FRONT_DOORS
+        if name.startswith(f"{door}.") and name not in FRONT_DOORS and not path.is_relative_to(door.replace(".", "/"))
+    ]
+    assert wrong == []
 
 
 def test_every_module_and_package_has_a_docstring() -> None:

@@ -39,7 +39,7 @@ import msgspec
 import tomlkit
 
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings import VerifierSettings, check_verifier_settings, toml_positions
+from edge_runtime.settings import TABLES, VerifierSettings, check_verifier_settings, toml_positions
 from edge_runtime.settings.loading import (
     ConfigurationError,
     EffectiveSettings,
@@ -47,7 +47,6 @@ from edge_runtime.settings.loading import (
     Problem,
     read_effective_settings,
 )
-from edge_runtime.settings.table import TABLES
 
 FILE_NAME = "flexspec.toml"
 # Stands in flexspec.toml for a secret that the board has already moved to its own storage.

@@ -23,7 +23,7 @@ from device_profiles.image.block_map import BlockMap, BlockRange, fat_spans, map
 from device_profiles.image.boot_partition import ImagePartition
 from device_profiles.image.disk import partition_offset
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings import SETTINGS
+from edge_runtime.settings import SETTINGS, from_text
 from edge_runtime.settings.loading import ConfigurationError
 
 NOTE = "note"
@@ -120,8 +120,6 @@ def _personal(common: str, cells: dict[str, str], place: str) -> str:
 
 
 def _value(table: str, field: str, text: str) -> object:
-    from edge_runtime.settings.validators import from_text
-
     if table in OWN_TABLES:
         annotation = next(entry.type for entry in msgspec.structs.fields(OWN_TABLES[table]) if entry.name == field)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from device_profiles.image.packages import Mirrors
 from device_profiles.image.recipe import read_recipe, recipe_names
 from edge_runtime.common.options import add_action, add_flag, add_option
-from edge_runtime.settings.table import xdg_directory
+from edge_runtime.settings import xdg_directory
 
 DESCRIPTION = """\
 Images that a board boots and answers from.

@@ -16,8 +16,9 @@ from edge_runtime.settings.table import (
     ToolCallFormName,
     VerifierSettings,
     state_directory,
+    xdg_directory,
 )
-from edge_runtime.settings.validators import bare_type, describe_type, is_in_clear, read_secret
+from edge_runtime.settings.validators import bare_type, describe_type, from_text, is_in_clear, read_secret
 from edge_runtime.settings.verifier_checks import check_encryption, check_verifier_settings
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "check_encryption",
     "check_verifier_settings",
     "describe_type",
+    "from_text",
     "is_in_clear",
     "read_secret",
     "state_directory",
+    "xdg_directory",
 ]
