@@ -1,4 +1,4 @@
-"""How many tokens of prompts one forward prefills: bounded by the time that they take, and not by their number.
+"""Limits how many prompt tokens one forward prefills: by the time that they take, not by their number.
 
 A round that arrives during a forward waits for its end. Chunks of prompts make forwards long; how long depends on the
 model, the machine and the length of the text before them. The pacer finds the number of rows that take a set time by
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 # How long a forward with a chunk may take while rounds of other sessions are running or expected. Chosen: as long as a
 # few rounds of a 7B model on a GPU, and enough for it to prefill at its full rate.
 CHUNK_SECONDS = 0.05
-# Where nothing else runs, a chunk may have so many times the rows. Chosen: 0.25 s until a new session's turn.
+# Where nothing else runs, a chunk may have this many times the rows. Chosen: 0.25 s until a new session's turn.
 ALONE_FACTOR = 5
-# The fewest rows of a chunk, however long they take, and those before anything was measured. Chosen: on a CPU a row
-# costs little more in a smaller chunk; a GPU is measured at start.
+# The fewest rows of a chunk, however long they take, and the rows of a chunk before the first measurement. Chosen: on a
+# CPU a row costs little more in a smaller chunk; a GPU is measured at start.
 MIN_CHUNK_ROWS, FIRST_CHUNK_ROWS = 16, 32
-# From one forward to the next the number of rows changes at most by this factor, so that one that was late for another
-# reason does little harm.
+# From one forward to the next the number of rows changes at most by this factor, so that a forward that was slow for
+# another reason does little harm.
 MAX_STEP = 2.0
 
 
@@ -58,7 +58,7 @@ class PrefillPacer:
         if not rows:
             return
         known = self._rows.get(runner, FIRST_CHUNK_ROWS)
-        # Those that would have taken the time, if all of it was theirs.
+        # The rows that would have taken the set time, if all of the forward's time was theirs.
         fitting = rows * self._seconds / max(seconds, 1e-6)
         if fitting < known and seconds > self._seconds:
             self._rows[runner] = max(fitting, known / MAX_STEP, 1.0)

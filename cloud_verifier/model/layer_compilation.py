@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-# Compile for any number of rows, not for each of a dozen sizes: ready in a fraction of the time, and Dynamo's limit of
-# recompilations is far. `python -m tests.benchmarks.verifier forwards` compares.
+# Compile for any number of rows, not for each of a dozen sizes: this takes a fraction of the time, and stays far from
+# Dynamo's limit of recompilations. `python -m tests.benchmarks.verifier forwards` compares.
 DYNAMIC_ROWS = True
 # Options of Inductor beside its defaults, for the same comparison.
 INDUCTOR_OPTIONS: dict[str, Any] = {}
 # Compiled forms of one layer's code that Dynamo keeps: with and without adapters, and each size if not DYNAMIC_ROWS.
-# Beyond its default of 8 it would silently stop to compile.
+# Beyond its default of 8 it would silently stop compiling.
 MAX_COMPILED_FORMS = 64
 
 

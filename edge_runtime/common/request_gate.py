@@ -1,8 +1,8 @@
 """Bounds on the requests to a server: how many are in progress, and how many begin at a time.
 
-The HTTP server starts every request that it has read at once. Of thousands that a client sends over HTTP/2, each holds
-the event loop for a moment, and all others would wait for the last of them; each also holds its headers, and its answer
-until that is read.
+The HTTP server starts every request that it has read at once. When a client sends thousands over HTTP/2, each takes the
+event loop for a moment, and all other requests would wait for the last of them; each also keeps its headers in memory,
+and its answer until the client reads it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a supervisor asks for. It waits for no other request, but for the same of others.
+# Probes of health, which wait for no other requests than other probes.
 HEALTH_PATHS = frozenset(("/healthz", "/health"))
 # Requests that begin in one turn of the event loop. Chosen: each takes 0.2 to 0.5 ms until it waits for something.
 BEGUN_PER_TURN = 8
-# A longer answer is handed to the HTTP server in pieces, of which it takes five before the first is read: what nobody
-# reads stays small. Chosen.
+# Bytes of a piece in which a longer answer is handed to the HTTP server, which takes five pieces before the client
+# reads the first: an unread answer takes little memory. Chosen.
 PIECE_BYTES = 1 << 13
 
 
@@ -90,7 +90,9 @@ class RequestGate:
     async def _refuse(self, send: Send) -> None:
         if time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
-            log.warning("%d requests are in progress: more are refused to whoever has most of them", self._total)
+            log.warning(
+                "%d requests are in progress: further ones are refused to the client that has most of them", self._total
+            )
         headers = [(b"content-type", b"text/plain"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": b"too many requests are in progress; try again\n"})

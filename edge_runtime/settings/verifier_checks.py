@@ -24,7 +24,7 @@ def check_encryption(urls: list[str], *, has_token: bool, insecure: bool) -> Non
         insecure: whether prompts and answers may be sent unencrypted.
 
     Raises:
-        InputError: one of the URLs is such a URL.
+        InputError: something would be sent unencrypted to one of the URLs.
     """
     for url in filter(is_in_clear, urls):
         if has_token:

@@ -1,7 +1,7 @@
 """Reads a draft's weights back from its bundle, to train it further.
 
-The draft's directory may be gone when a later training is to start from the draft that boards have. What comes back is
-what boards compute with: matrices rounded to 8 bits or fewer, which training soon corrects.
+The draft's directory may be gone when a later training is to start from the draft that boards have. The weights are
+those that boards compute with: matrices rounded to 8 bits or fewer, which training soon corrects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edge_runtime.protocol.errors import InputError
 from export.bundle.quantize import EMBEDDING
 
 Weights = npt.NDArray[np.float32]
-# The graph's names of a block's tensors, and the model's. Several of the model are one in the graph, in this order.
+# Names of a block's tensors in the graph, and in the model, where several, in this order, make up one of the graph's.
 BLOCK_TENSORS = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "post_attention_layernorm.weight": ("post_attention_layernorm.weight",),
@@ -70,7 +70,7 @@ def read_draft(bundle: Path, target_directory: Path) -> tuple[PreTrainedModel, D
 def _model_tensors(
     weights: Mapping[str, Weights], layers: int, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """Return what the graph holds by the model's names."""
+    """Return the graph's tensors by the names that they have in the model."""
     names = {
         "lm_head.weight": HEAD,
         "model.embed_tokens.weight": EMBEDDING if EMBEDDING in weights else HEAD,
@@ -89,7 +89,7 @@ def _model_tensors(
 
 
 def _graph_weights(graph: Path) -> dict[str, Weights]:
-    """Return the float tensors of a graph and what its quantized ones stand for by name; matrices (outputs, inputs)."""
+    """Return the tensors of a graph by name, quantized ones dequantized; matrices have the shape (outputs, inputs)."""
     model = onnx.load(graph)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     weights = {}
