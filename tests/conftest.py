@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from edge_runtime.common import http_server
+from edge_runtime.common import http_server, logs
 from edge_runtime.common.files import write_atomically
 from edge_runtime.common.http_server import ListenOptions
 from tests.event_loop_watchdog import watch_event_loops
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
 
 # Fixtures that are defined elsewhere.
 __all__ = ["watch_event_loops"]
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    """Undo what a command that ran in the process of a test configured."""
+    packages = [logging.getLogger(name) for name in ("", *logs.PACKAGES)]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in packages]
+    prompts = logs._prompts
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+    logs._prompts = prompts
+
 
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.common.http_client import UNCOMPRESSED, UnusableAnswer, read_answer, read_lines
 from edge_runtime.common.options import add_flag, add_option
-from edge_runtime.common.terminal import Escaped, new_console
+from edge_runtime.common.terminal import Escaped, escape_json, new_console
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
@@ -67,7 +67,7 @@ async def _run(options: argparse.Namespace) -> int:
     async with _client(options) as client:
         if options.json and not options.once:
             async for line, _ in _events(client, options.url):
-                print(line, flush=True)
+                print(escape_json(line), flush=True)
             raise ServiceUnreachable(f"the service at {options.url} has closed the stream; it may have been stopped")
         dashboard = DashboardState()
         if options.once or not sys.stdout.isatty():
@@ -93,7 +93,7 @@ async def _print_once(client: httpx.AsyncClient, options: argparse.Namespace, da
                 if isinstance(event, GaugeSample) and (event.at >= started or time.time() > started + ONCE_SECONDS):
                     break
     if options.json:
-        print(msgspec.json.encode(dashboard.summary()).decode())
+        print(escape_json(msgspec.json.encode(dashboard.summary()).decode()))
     else:
         state = load_words().states["live" if dashboard.gauges else "loading"]
         new_console().print(DashboardView(dashboard, state))

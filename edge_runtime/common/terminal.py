@@ -7,6 +7,7 @@ passes through `escape`; JSON and generated texts in a pipe stay as they are.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -32,6 +33,11 @@ def escape(text: str, keep: str = "") -> str:
         keep: control characters that stay.
     """
     return HARMFUL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+
+def escape_json(text: str) -> str:
+    r"""Return JSON of the same value in which every harmful character is written as in JSON, such as `\u009b`."""
+    return HARMFUL.sub(lambda match: match[0] if match[0] in "\t\n" else json.dumps(match[0])[1:-1], text)
 
 
 def print_line(text: object) -> None:

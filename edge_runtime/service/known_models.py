@@ -59,6 +59,11 @@ class KnownModels:
         found = (known for known in self._models if not model or model in (known.id, known.version))
         return next((known.context for known in found), 0)
 
+    def default(self) -> str:
+        """Return the id of the verifier's default model; empty if unknown."""
+        self._update()
+        return next((known.id for known in self._models), "")
+
     def notice(self, version: str) -> None:
         """Ask for the models in the background if an answer came from a version that is not among them."""
         self._update()

@@ -275,6 +275,9 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
 
 R = TypeVar("R", bound=EndpointRequest)
 
+# Path of the type of a part of a message, in an error.
+PART_TYPE = re.compile(r"content\[[^]]*\]\.type$")
+
 
 def parse_request(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
     """Parse a request body.
@@ -309,6 +312,8 @@ def malformed_request(error: Exception, parent: str = "") -> ApiError:
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
     path = ".".join(part for part in (parent, path) if part)
+    if PART_TYPE.search(path) and message.startswith("Invalid enum value"):
+        message = "this model reads texts only, no images, sounds or files: send parts of type text"
     if not path:
         return ApiError(400, f"the body is not a valid JSON request: {message}", code="invalid_json")
     return ApiError(400, f"{path}: {message}", param=path, code="invalid_parameter")

@@ -379,6 +379,10 @@ class Routes:
             # The best are chosen by the log-probabilities of their tokens.
             logprobs = max(logprobs, 1)
         maximum = self._state.limits.max_new_tokens
+        model = body.model or board.model
+        if get_max_tokens(body) == 0:
+            # No verifier is asked, so none says which model it is.
+            model = model or self._state.models.default()
         return [
             AnswerRequest(
                 prompt=prompt,
@@ -387,7 +391,7 @@ class Routes:
                 output=order.output,
                 stop_strings=[*order.stop_strings, *get_stop_strings(body)],
                 include_stop=bool(body.include_stop_str_in_output),
-                model=body.model or board.model,
+                model=model,
                 speculation=body.speculation is not False,
                 on_link_loss=body.on_link_loss or board.on_link_loss,
                 logprobs=logprobs,

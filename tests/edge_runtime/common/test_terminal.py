@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import sys
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from edge_runtime.cli.main import main
 from edge_runtime.common.logs import TextFormatter
-from edge_runtime.common.terminal import Escaped, escape, new_console, print_line, print_note
+from edge_runtime.common.terminal import Escaped, escape, escape_json, new_console, print_line, print_note
 
 ROOT = Path(__file__).resolve().parents[3]
 # Clears the screen and sets the title; forges a line; shows text in reverse; begins an 8-bit escape sequence.
@@ -29,6 +30,14 @@ def assert_harmless(text: str) -> None:
     assert all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in text), ascii(text)
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", text), ascii(text)
     assert SAFE_END in text
+
+
+def test_json_for_a_terminal_is_harmless_and_means_the_same() -> None:
+    value = {"text": FOREIGN, "tag": "\U000e0041"}
+    text = escape_json(json.dumps(value, ensure_ascii=False))
+    assert_harmless(text)
+    assert json.loads(text) == value
+    assert escape_json('{"a":\t1}\n') == '{"a":\t1}\n'
 
 
 def test_harmful_characters_are_written_as_in_python() -> None:

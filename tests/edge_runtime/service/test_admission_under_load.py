@@ -92,6 +92,7 @@ async def test_a_prompt_that_cannot_fit_is_refused_by_its_length(
         # Nothing is generated, so any length will do.
         counted = await client.post("/v1/completions", json={"prompt": LONG_TEXT, "max_tokens": 0})
         assert counted.json()["usage"]["prompt_tokens"] == len(draft.tokenizer.encode(LONG_TEXT))
+        assert counted.json()["model"] == target.name
 
 
 async def test_a_prompt_that_cannot_fit_takes_no_place_in_the_queue(target: Target, draft: OnnxDraft) -> None:

@@ -190,6 +190,14 @@ def test_unsupported_conversations_are_refused_by_field(request_body: Any, param
     assert (caught.value.status, caught.value.body.error.param) == (400, param)
 
 
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio"}])
+def test_parts_other_than_text_are_refused_in_a_sentence(part: dict[str, Any]) -> None:
+    body = {"messages": [HELLO, {"role": "user", "content": [{"type": "text", "text": "see"}, part]}]}
+    with pytest.raises(ApiError, match="reads texts only") as caught:
+        parse_request(json.dumps(body).encode(), ChatRequest)
+    assert caught.value.body.error.param == "messages[1].content[1].type"
+
+
 def test_tools_and_their_calls_reach_the_template_as_objects() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, "ü"]}'}}
     request = chat(
