@@ -70,6 +70,7 @@ def attend_chunk(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     slab: torch.Tensor,
     layer: torch.Tensor,
     scaling: float,

@@ -195,7 +195,10 @@ class GraphContext(NamedTuple):
                 return paged
             parts.append(paged[0])
         scaling: float = options["scaling"]
-        parts += [attend_chunk(query, key, value, self.slab, layer, scaling, chunk) for chunk in self.chunks]
+        parts += [
+            attend_chunk(query, key, value, slab=self.slab, layer=layer, scaling=scaling, chunk=chunk)
+            for chunk in self.chunks
+        ]
         padding = self.rows - sum(map(len, parts))
         return torch.cat([*parts, query.new_zeros(padding, query.shape[1], value.shape[3])])[None]
 
@@ -547,7 +550,7 @@ class GraphRunner(TargetRunner):
         """Run the first `rows` rows of `inputs`; see `GraphContext`. Returns (rows, V) logits, or (kept, V)."""
         kernels.move(pool.slabs[0], inputs.moves)
         mask = self.adapters.row_mask(inputs.slots[:rows])
-        context = GraphContext(inputs, rows, pool.slabs[0], mask, chunks, blocks)
+        context = GraphContext(inputs, rows, pool.slabs[0], mask, chunks=chunks, blocks=blocks)
         return self._model_logits(context, inputs.ids[:rows].long(), inputs.positions[:rows].long(), kept)
 
 

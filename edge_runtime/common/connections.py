@@ -1,4 +1,4 @@
-"""Bounds on the connections to a server: how many are open, from whom, and for how long without a request.
+"""Bounds the connections to a server: how many are open, from whom, and for how long without a request.
 
 The HTTP server accepts connections in compiled code that offers no such bounds, so a thread looks after the sockets of
 this process from outside: it lists them several times a second and shuts down those over a bound. Which of them have
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at the connections: while fewer than half of the bound are open, and otherwise. A client may
-# have to wait this long for a place that the server makes for it. A look costs about 15 us a descriptor.
+# Seconds between two looks at the connections: the first while fewer than half of the bound are open, the second
+# otherwise. A new client may have to wait this long until a place is made for it. A look costs about 15 us per
+# descriptor.
 RELAXED_SECONDS, BUSY_SECONDS = 1.0, 0.1
-# Share of a processor that looking may take at most; the looks become rarer with very many connections. Chosen.
+# Share of a processor that the looks may take at most; with very many connections they become rarer. Chosen.
 DUTY = 0.05
 # A connection without a request is closed after this time. Chosen: a new one costs a client two or three round trips.
 IDLE_SECONDS = 60.0
@@ -43,10 +44,10 @@ BURST = 0.25
 # Approximate number of file descriptors that a process needs in addition to its connections.
 RESERVED_FILES = 100
 FEWEST_CONNECTIONS = 16
-# Share of `ConnectionLimits.total` that is free after connections had to be closed, as far as that costs nobody a
-# request: whoever opens closed ones again at once would otherwise take each place before others do. Chosen.
+# Share of `ConnectionLimits.total` that is free after connections had to be closed, as far as that cuts no request: a
+# client that reopens its closed connections at once would otherwise take each place before others do. Chosen.
 SPARE = 0.5
-# At most one line in the log this often about connections that were closed because of a bound.
+# Seconds between two log lines about connections that were closed because of a bound.
 LOG_SECONDS = 60.0
 # Neighbors in an IPv6 network of this prefix length are usually one client, which can use every address in it.
 IPV6_CLIENT_BITS = 64
@@ -203,9 +204,9 @@ def choose_closed(
     """Return the connections that have been idle for too long, and those that are too many.
 
     Of an address over its bound, the connections without a request are closed first, the one that has been idle for
-    longest before the others, then the newest ones. If there are too many in total, whichever address holds most loses
-    one, and so on until there is room to spare, so that one client cannot keep others out; requests are cut only if no
-    connection is without one.
+    longest before the others, then the newest ones. If there are too many in total, the address that holds most loses
+    one, and so on until there is room to spare, so that one client cannot keep others out; requests are cut only if
+    every connection has one.
     """
     idle, groups = [], defaultdict(list)
     for each in connections:

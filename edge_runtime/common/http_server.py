@@ -123,7 +123,7 @@ class HttpServer:
                 ssl_ca=options.client_ca,
                 ssl_client_verify=options.client_ca is not None,
                 log_enabled=False,
-                # Granian counts all connections, idle ones too: with its default, the 129th would wait forever.
+                # Granian counts all connections, idle ones too: by default, the 129th would wait forever.
                 backlog=BACKLOG,
                 backpressure=accepted,
                 http1_settings=HTTP1Settings(header_read_timeout=HEADER_TIMEOUT_MILLISECONDS),

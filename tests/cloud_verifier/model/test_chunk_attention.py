@@ -61,7 +61,8 @@ def test_a_chunk_attends_to_the_cached_tokens_and_to_its_own_up_to_each_row(past
             slab[page, LAYER, kind, :kv_heads, position % PAGE, :size] = rows_of_kind[:, position]
     [found] = find_chunks([other, chunk], PAGE, torch.device("cpu"))
     assert found[:3] == (first, rows, past)
-    actual = attend_chunk(query, key, value, slab, torch.tensor(LAYER, dtype=torch.int32), 0.3, found)
+    layer = torch.tensor(LAYER, dtype=torch.int32)
+    actual = attend_chunk(query, key, value, slab=slab, layer=layer, scaling=0.3, chunk=found)
     expected = explicit_attention(
         query[0, :, own],
         keys.repeat_interleave(query_heads // kv_heads, 0),
