@@ -102,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     model_options = argparse.ArgumentParser(add_help=False, parents=[device_options])
     text = "longest text (default: the model's own limit)"
     add_option(model_options, "--max-context TOKENS", text, type=positive)
+    text = (
+        "quantize the target's layers with torchao (flexspec[quantize]): int8 anywhere, int4, fp8 on a GPU; texts are "
+        "then those of the quantized target, whose version ends with the method"
+    )
+    add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))
     model_options.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: torch's choice)")
 
     serve.add_parser(commands, model_options)
@@ -151,7 +156,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, base, end_ids = load_model(resolve_checkpoint(options.target), options.device, options.dtype)
+    model, base, end_ids = load_model(
+        resolve_checkpoint(options.target), options.device, options.dtype, options.quantize or ""
+    )
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     if options.jobs:

@@ -210,6 +210,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise InputError("give a TARGET to serve, or --registry DIR for all versions of a registry")
     if options.name and options.registry:
         raise InputError("--name is for a TARGET; the versions of a registry have their names")
+    if options.quantize and options.registry:
+        raise InputError("--quantize is for a TARGET; a registry's versions are as in their files, quantized or not")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key must be given together")
     if options.client_ca and not options.certificate:
@@ -357,6 +359,7 @@ def _target_loader(options: argparse.Namespace) -> TargetLoader:
         name=options.name or "",
         exact=options.exact,
         compiled=options.compile,
+        quantize=options.quantize or "",
     )
     loader.validate()
     return loader

@@ -118,7 +118,8 @@ class CpuLayers:
         tied = {id(module.weight): module.weight for module in modules if isinstance(module, torch.nn.Embedding)}
         for module in modules:
             # A subclass, or a layer with a replaced forward, may compute something else.
-            if type(module) is torch.nn.Linear and "forward" not in vars(module) and packs_weights(module.weight.dtype):
+            plain = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter
+            if plain and "forward" not in vars(module) and packs_weights(module.weight.dtype):
                 known = tied.get(id(module.weight))
                 PackedLinear.pack(module)
                 self._packed.append((module, known))  # type: ignore[arg-type]  # its class has changed

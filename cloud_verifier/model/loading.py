@@ -27,6 +27,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
         context: longest text to serve, in tokens; None for the length that each model was trained for.
         threads: torch's CPU threads; 0 leaves the number to torch.
         name: of a single target; empty for that of its directory.
+        quantize: see `Target`; of a single target.
         exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`; None compiles on CUDA, without a group.
     """
 
@@ -37,6 +38,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     exact: bool = False
     compiled: bool | None = None
+    quantize: str = ""
 
     def validate(self) -> None:
         """Raise InputError if this machine cannot load targets with these options."""
@@ -45,6 +47,8 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError("--device cuda: torch finds no GPU; install torch with CUDA, or use --device cpu")
         if not cuda and (self.exact or self.compiled):
             raise InputError("--exact and --compile need --device cuda; a CPU needs neither")
+        if self.is_tensor_parallel and self.quantize:
+            raise InputError("--quantize is for one GPU; torchrun splits a target over several")
         if self.is_tensor_parallel and not cuda:
             raise InputError("torchrun is for several GPUs: give --device cuda")
 
@@ -93,6 +97,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             dtype=getattr(torch, self.dtype),
             context=self.context,
             name=name or path.stem if directory != path else name,
+            quantize=self.quantize,
             exact=self.exact,
             compiled=is_cuda and group is None if self.compiled is None else self.compiled,
             share_with=others,

@@ -26,6 +26,7 @@ from cloud_verifier.model.pretrained import (
     text_part,
     usable_context,
 )
+from cloud_verifier.model.quantization import quantize_layers
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.self_test import SelfTest
@@ -88,6 +89,7 @@ class Target:
         name: str = "",
         exact: bool = False,
         compiled: bool = False,
+        quantize: str = "",
         group: TensorParallelGroup | None = None,
         share_with: Sequence[Target] | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class Target:
             context: longest text to serve, in tokens; None for the length that the model was trained for.
             name: name of the target; empty for the directory's name.
             exact, compiled, group: on CUDA, see `cuda_graphs.GraphRunner`.
+            quantize: one of `quantization.METHODS`, which is a part of the version; empty to compute in `dtype`.
             share_with: loaded targets to share memory with. Versions of one base run through one model, to which
                 `attach_adapter` adds an adapter; any other version keeps only the tensors in which it differs from a
                 loaded target of the same shape. None: this is the only target, and an adapter is merged into its base.
@@ -112,7 +115,7 @@ class Target:
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int, int | None], str] = {}
         self.name = name or version_name(path)
-        self.version = f"{self.name}@{version_hash(path, base)}"
+        self.version = f"{self.name}@{version_hash(path, base)}" + (f"-{quantize}" if quantize else "")
         self.context = usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
         tokenizer = load_tokenizer(path, base)
@@ -133,7 +136,7 @@ class Target:
         if host and self._on_base:
             self.runner, self.end_ids = host.runner, host.end_ids
         else:
-            model, _, self.end_ids = load_model(base if unmerged else path, device, dtype)
+            model, _, self.end_ids = load_model(base if unmerged else path, device, dtype, quantize)
             structure = _structure(model)
             try:
                 self.runner = make_runner(model, self.context, exact=exact, compiled=compiled, group=group, tested=True)
@@ -142,7 +145,7 @@ class Target:
                     raise TargetError(f"{path} cannot be split over several GPUs: {obstacle}") from None
                 if unmerged or _structure(model) != structure:
                     # The general tier has no adapters beside a base, and needs the model as transformers made it.
-                    model, unmerged, self._on_base = load_model(path, device, dtype)[0], False, path == base
+                    model, unmerged, self._on_base = load_model(path, device, dtype, quantize)[0], False, path == base
                 self.runner, self.general_tier_reason = self._general_runner(model, exact), str(obstacle)
                 log.warning(
                     "%s runs on the general tier, one session per forward: slower, with the same text; %s",
@@ -353,8 +356,10 @@ def _are_equal(value: torch.Tensor, known: torch.Tensor) -> bool:
     return same_kind and torch.equal(dense_weight(value), dense_weight(known))
 
 
-def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, Path, frozenset[int]]:
-    """Load the model at `path`, an adapter merged into its base.
+def load_model(
+    path: Path, device: str, dtype: torch.dtype | str, quantize: str = ""
+) -> tuple[Any, Path, frozenset[int]]:
+    """Load the model at `path`, an adapter merged into its base, and quantize it if one of its methods is given.
 
     Returns the model, in eval mode, the base's directory, and the end-of-text tokens.
 
@@ -377,6 +382,8 @@ def load_model(path: Path, device: str, dtype: torch.dtype | str) -> tuple[Any, 
             model = merge_adapter(model, path)
         model = text_part(model)
         model = model.eval()
+        if quantize:
+            quantize_layers(model, quantize)
     except TargetError:
         raise
     except Exception as error:

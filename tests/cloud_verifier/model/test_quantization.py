@@ -1,0 +1,75 @@
+"""A target that is quantized when it is loaded: another version, exact within itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloud_verifier.cli.main import build_parser
+from cloud_verifier.model.quantization import METHODS, quantize_layers
+from cloud_verifier.model.reference import generate_reference
+from cloud_verifier.model.target import Target, load_model
+from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.sampling import Sampling
+from tests.cloud_verifier.engine.test_scheduler import running_scheduler, submit_opening
+from tests.models import save_target
+
+PROMPT, TOKENS = [17, 30, 205, 9, 77], 24
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    return save_target(tmp_path_factory.mktemp("models") / "llama", "llama", **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [Sampling(ignore_eos=True), Sampling(1.0, seed=4, ignore_eos=True)], ids=str)
+async def test_the_text_is_that_of_the_quantized_target(path: Path, sampling: Sampling) -> None:
+    plain, target = (Target(path, device="cpu", dtype=torch.float32, quantize=method) for method in ("", "int8"))
+    assert target.version == f"{plain.version}-int8"
+    assert not target.general_tier_reason
+    model, _, end_ids = load_model(path, "cpu", torch.float32, "int8")
+    reference = generate_reference(model, PROMPT, sampling, TOKENS, end_ids)
+    assert reference != generate_reference(load_model(path, "cpu", "float32")[0], PROMPT, sampling, TOKENS, end_ids)
+    async with running_scheduler(target) as scheduler:
+        streamed = [submit_opening(scheduler, target, PROMPT, sampling, n=TOKENS)[1] for _ in range(3)]
+        drafted = submit_opening(scheduler, target, PROMPT, sampling, draft=reference[:5])[1]
+        for reply in streamed:
+            assert (await reply.result()).tokens == reference
+        frame = await drafted.result()
+        assert (frame.accepted, frame.tokens) == (5, reference[5:6])
+
+
+def test_quantized_layers_take_a_quarter_of_the_memory(path: Path) -> None:
+    model = load_model(path, "cpu", "float32")[0]
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight
+    quantize_layers(model, "int8")
+    assert layer.weight.qdata.nbytes == before.nbytes // 4
+    error = (layer.weight.dequantize() - before).abs().amax(1)
+    # Half a step of 255.
+    assert bool((error <= before.abs().amax(1) / 250).all())
+
+
+@pytest.mark.parametrize("method", ["int4", "fp8"])
+def test_methods_of_a_gpu_are_refused_on_a_cpu(path: Path, method: str) -> None:
+    with pytest.raises(TargetError, match=f"{method} is for GPUs"):
+        load_model(path, "cpu", "bfloat16", method)
+
+
+def test_the_package_that_is_missing_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(TargetError, match=r"pip install 'flexspec\[quantize\]'"):
+        load_model(path, "cpu", "float32", "int8")
+
+
+def test_the_command_line_has_all_methods() -> None:
+    parser = build_parser()
+    for method in METHODS:
+        for command in ("serve", "generate"):
+            assert parser.parse_args([command, "target", "--quantize", method]).quantize == method
