@@ -58,7 +58,7 @@ class RequestGate:
             return
         address = scope.get("client")
         client = client_group((address[0], int(address[1])), self._shared) if address else ""
-        if self._total >= self._limit and self._held[client] >= self._limit // len(self._held):
+        if self._total >= self._limit and self._held[client] >= max(1, self._limit // len(self._held)):
             await self._refuse(send)
             return
         self._held[client] += 1

@@ -95,6 +95,17 @@ async def test_too_many_requests_are_refused_to_whoever_has_most() -> None:
     assert app.statuses == [503] * 3 + [200] * 13
 
 
+async def test_a_client_without_requests_is_served_among_more_clients_than_places() -> None:
+    app = Application(8)
+    tasks = [app.request(f"192.0.2.{number}") for number in range(12)]
+    await app.wait_until_begun(12)
+    await app.request("192.0.2.3")
+    assert app.statuses == [503]
+    app.released.set()
+    await asyncio.gather(*tasks)
+    assert app.statuses == [503] + [200] * 12
+
+
 async def test_requests_that_are_cancelled_while_they_wait_take_no_turn() -> None:
     app = Application(1000)
     tasks = [app.request(ATTACKER) for _ in range(3 * BEGUN_PER_TURN)]
