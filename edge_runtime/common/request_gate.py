@@ -58,7 +58,7 @@ class RequestGate:
             return
         address = scope.get("client")
         client = client_group((address[0], int(address[1])), self._shared) if address else ""
-        if self._total >= self._limit and self._held[client] >= max(1, self._limit // len(self._held)):
+        if self._total >= self._limit and self._held[client] >= self._share():
             await self._refuse(send)
             return
         self._held[client] += 1
@@ -72,6 +72,11 @@ class RequestGate:
             self._held[client] -= 1
             if not self._held[client]:
                 del self._held[client]
+
+    def _share(self) -> int:
+        """How many requests a client may have now that `limit` are in progress."""
+        # The shares of clients that come one after the other would add up to several times the limit.
+        return max(1, self._limit // len(self._held)) if self._total < 2 * self._limit else 1
 
     async def _wait(self, turns: ClientTurns, client: str) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

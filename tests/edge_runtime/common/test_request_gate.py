@@ -106,6 +106,18 @@ async def test_a_client_without_requests_is_served_among_more_clients_than_place
     assert app.statuses == [503] + [200] * 12
 
 
+async def test_clients_that_come_one_after_the_other_stay_within_twice_the_limit() -> None:
+    app = Application(64)
+    tasks = [app.request(f"192.0.2.{number}") for number in range(60) for _ in range(64)]
+    await asyncio.wait(tasks, timeout=0.0)
+    while len(app.begun) + len(app.statuses) < len(tasks):  # noqa: ASYNC110 - each pause is one turn
+        await asyncio.sleep(0)
+    assert 2 * 64 <= len(app.begun) < 2 * 64 + 60
+    assert len({address for address, _, _ in app.begun}) == 60
+    app.released.set()
+    await asyncio.gather(*tasks)
+
+
 async def test_requests_that_are_cancelled_while_they_wait_take_no_turn() -> None:
     app = Application(1000)
     tasks = [app.request(ATTACKER) for _ in range(3 * BEGUN_PER_TURN)]
