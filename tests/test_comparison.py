@@ -20,7 +20,7 @@ from edge_runtime.protocol.sampling import Sampling
 from tests.benchmarks import systems
 from tests.benchmarks.comparison.board import (
     MAX_FIXED_DRAFT,
-    Answer,
+    AnswerCommand,
     PacedDraft,
     Prepare,
     ProbabilitiesContestant,
@@ -109,12 +109,12 @@ async def test_greedy_texts_of_both_formats_are_those_of_transformers(kind: str)
         draft = PacedDraft(OnnxDraft.load(FAMILY / "bundle", threads=1), None, DraftPace())
         contestant = ProbabilitiesContestant(draft, prepare)
         await contestant.connect()
-        report = await contestant.answer(Answer(PROMPT, 0.0, 0, TOKENS))
+        report = await contestant.answer(AnswerCommand(PROMPT, 0.0, 0, TOKENS))
         assert report.ids == expected
         costs = report.costs
         assert costs.accepted + costs.forwards == TOKENS == len(report.arrivals)
         assert 0 < costs.accepted <= costs.drafted
-        sampled = await contestant.answer(Answer(PROMPT, 1.0, 0, TOKENS))
+        sampled = await contestant.answer(AnswerCommand(PROMPT, 1.0, 0, TOKENS))
         assert len(sampled.ids) == TOKENS
         assert sampled.costs.rounds < TOKENS
     finally:
@@ -131,7 +131,7 @@ def test_the_best_draft_length_follows_delay_and_bytes() -> None:
     assert choose_draft_length(trials(6.5, 800_000), up_rate=1e6) == 1
 
 
-def test_a_forward_takes_at_least_the_modelled_time() -> None:
+def test_a_forward_takes_at_least_the_modeled_time() -> None:
     counts, started = PaceCounts(), time.perf_counter()
     counts.sleep_rest(started, 0.02)
     assert time.perf_counter() - started >= 0.02

@@ -1,6 +1,6 @@
 """One part of this project off at a time: `python -m tests.benchmarks run ablation`.
 
-The processes, links and columns of `systems`; see there what is modelled. At objective `latency` most rounds stream, so
+The processes, links and columns of `systems`; see there what is modeled. At objective `latency` most rounds stream, so
 that parts of drafting can only show where the cloud has no draft; at objective `cloud` most rounds draft. What reuse of
 prefixes is worth, `prefix_reuse` measures.
 """
@@ -11,7 +11,7 @@ import itertools
 
 from tests.benchmarks.comparison.board import PLAN_PARTS, System
 from tests.benchmarks.harness.benchmark import Benchmark
-from tests.benchmarks.systems import TOKENS, Place, make_cases, running
+from tests.benchmarks.systems import TOKENS, ComparedPlace, make_cases, running
 
 
 def make_systems(objective: str) -> list[System]:
@@ -31,7 +31,7 @@ def make_systems(objective: str) -> list[System]:
 
 
 SYSTEMS = tuple(itertools.chain.from_iterable(map(make_systems, ("latency", "cloud"))))
-PLACES = (Place("wifi"), Place("4g"), Place("5g"), Place("weak-4g"))
+PLACES = (ComparedPlace("wifi"), ComparedPlace("4g"), ComparedPlace("5g"), ComparedPlace("weak-4g"))
 CASES = make_cases(PLACES, SYSTEMS, quick_places=0)
 
 BENCHMARK = Benchmark(

@@ -4,8 +4,8 @@ Real processes, real HTTP and a real model over the emulated link: the board, an
 that speculates, and a verifier that receives probabilities (`comparison`), all with the same target and runner. Every
 sample is one answer; repetition r is the same prompt and seed for all systems.
 
-Modelled, by a real forward and a pause: the forwards of the verifier (a row of `simulation.verifiers`, measured on an
-H200) and the steps of the board's draft (its profile). Where the real one takes longer than 1.05 times the modelled
+Modeled, by a real forward and a pause: the forwards of the verifier (a row of `simulation.verifiers`, measured on an
+H200) and the steps of the board's draft (its profile). Where the real one takes longer than 1.05 times the modeled
 time, it counts as late: figures are then too high. Joules are computed from the board's profile. A planner generates
 one text before the first sample, and the fixed K of a baseline is the best one for what it measures on such a text.
 
@@ -34,15 +34,15 @@ from edge_runtime.protocol.bundle import Bundle, read_bundle, read_chat_format
 from edge_runtime.service.chat_template import ChatTemplate
 from edge_runtime.simulation.links import PACKET_BYTES
 from export.example_family.prepare import prepare_family
-from tests.benchmarks.comparison.board import Answer, AnswerReport, Prepare, System, make_device
+from tests.benchmarks.comparison.board import AnswerCommand, AnswerReport, Prepare, System, make_device
 from tests.benchmarks.comparison.cloud import SetPace
 from tests.benchmarks.comparison.pacing import PaceCounts
 from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
 from tests.benchmarks.harness.samples import ROOT
 from tests.emulator.control import ControlledProcess
 from tests.emulator.link_conditions import LinkConditions, preset_conditions, recorded_conditions
-from tests.emulator.measurement import measure_round_trips, measure_throughput
-from tests.emulator.network import ADDRESSES, Network, missing_requirement
+from tests.emulator.measurement import measure_packet_rate, measure_round_trips, measure_throughput
+from tests.emulator.network import ADDRESSES, Network, Side, missing_requirement
 
 TOKENS = 64
 QUESTIONS = (
@@ -82,6 +82,8 @@ START_SECONDS = 300.0
 # Where the processes in the cloud listen.
 PORTS = {"plain": 8500, "speculating": 8501, "probabilities": 8502}
 MEASURED_PINGS, MEASURED_SECONDS = 60, 3.0
+# More than the recorded links let pass, and what is more than that in some seconds.
+PACKETS_PER_SECOND, UNLIMITED_QUEUE_BYTES = 5000.0, 1 << 26
 
 PER_TOKEN = Quantity("answer, per token", "ms", digits=1)
 PER_TOKEN_95 = Quantity("95 % of answers", "ms", digits=1, quantile=0.95, source=PER_TOKEN.name)
@@ -93,7 +95,7 @@ BYTES = "IP bytes per 100 tokens"
 FORWARDS = Quantity("target forwards per token")
 VERIFIER = Quantity("verifier per token", "ms", digits=1)
 ACCEPTED = Quantity("draft tokens accepted", "%", digits=0)
-JOULES = Quantity("modelled energy per 100 tokens", "J", digits=1)
+JOULES = Quantity("modeled energy per 100 tokens", "J", digits=1)
 SAME = Quantity("same text as transformers", "% of tokens", digits=0)
 LENGTH = Quantity("K", digits=0)
 LATE = Quantity("late forwards", "%", digits=0)
@@ -132,12 +134,12 @@ LINK_COLUMNS: tuple[Quantity, ...] = (
 )
 
 
-class Place(NamedTuple):
+class ComparedPlace(NamedTuple):
     """What all systems of one table have in common.
 
     Attributes:
         link: a preset, or the path of a recorded link without its suffix.
-        verifier, board: names of modelled ones; an empty verifier is this machine.
+        verifier, board: names of modeled ones; an empty verifier is this machine.
     """
 
     link: str
@@ -149,8 +151,8 @@ class Place(NamedTuple):
     @property
     def title(self) -> str:
         """Heading of the table."""
-        verifier = f"verifier `{self.verifier}` (modelled)" if self.verifier else "verifier on this machine"
-        parts = [Path(self.link).name, verifier, f"{self.board} (modelled)", f"T={self.temperature:g}"]
+        verifier = f"verifier `{self.verifier}` (modeled)" if self.verifier else "verifier on this machine"
+        parts = [Path(self.link).name, verifier, f"{self.board} (modeled)", f"T={self.temperature:g}"]
         return ", ".join(parts + [self.version] * (self.version != "target-v1"))
 
 
@@ -162,11 +164,11 @@ def find_recordings() -> list[str]:
 
 # The quick one first.
 PLACES = (
-    Place("4g"),
-    *(Place(link) for link in ("wifi", "5g", "weak-4g", *find_recordings())),
-    *(Place(link, temperature=0.0) for link in ("wifi", "4g")),
-    *(Place("4g", board=board) for board in ("raspberry-pi-zero-2w", "raspberry-pi-4", "jetson-orin-nano")),
-    *(Place("4g", version=version) for version in ("target-v2", "target-v3", "target-v4")),
+    ComparedPlace("4g"),
+    *(ComparedPlace(link) for link in ("wifi", "5g", "weak-4g", *find_recordings())),
+    *(ComparedPlace(link, temperature=0.0) for link in ("wifi", "4g")),
+    *(ComparedPlace("4g", board=board) for board in ("raspberry-pi-zero-2w", "raspberry-pi-4", "jetson-orin-nano")),
+    *(ComparedPlace("4g", version=version) for version in ("target-v2", "target-v3", "target-v4")),
 )
 QUICK_PLACES = 1
 
@@ -174,7 +176,7 @@ QUICK_PLACES = 1
 class Case(NamedTuple):
     """What a scenario measures: a system at a place, or the link of a place."""
 
-    place: Place
+    place: ComparedPlace
     system: System | None
 
 
@@ -182,7 +184,7 @@ class Case(NamedTuple):
 Cases: TypeAlias = Mapping[str, tuple[Scenario, Case]]
 
 
-def make_cases(places: Sequence[Place], systems: Sequence[System], *, quick_places: int) -> Cases:
+def make_cases(places: Sequence[ComparedPlace], systems: Sequence[System], *, quick_places: int) -> Cases:
     """All scenarios: those of a place together, its link first. Places share the measurement of their link.
 
     Args:
@@ -206,7 +208,7 @@ def make_cases(places: Sequence[Place], systems: Sequence[System], *, quick_plac
 CASES = make_cases(PLACES, SYSTEMS, quick_places=QUICK_PLACES)
 
 
-def make_goals(place: Place) -> list[RatioGoal]:
+def make_goals(place: ComparedPlace) -> list[RatioGoal]:
     """What is claimed of this project at every place."""
 
     def goal(claim: str, value_name: str, system: str, baselines: Sequence[str], most: float) -> RatioGoal:
@@ -266,18 +268,26 @@ def measure_link(network: Network, link: str) -> Values:
     if not conditions.up_trace:
         tolerance = max(0.001, 0.03 * parameters.rtt_seconds)
         values[RTT_ERROR.name] = abs(trips.median - parameters.rtt_seconds) / tolerance
-    warm_up, errors = 1 + 15 * parameters.rtt_seconds, []
-    for side, quantities, trace in (
-        ("board", (UP_RATE, MEASURED_UP), conditions.up_trace),
-        ("cloud", (DOWN_RATE, MEASURED_DOWN), conditions.down_trace),
-    ):
-        network.set_conditions(conditions)
-        rate = measure_throughput(network, side, MEASURED_SECONDS, warm_up=warm_up)  # type: ignore[arg-type]
-        expected = parameters.up_rate if side == "board" else parameters.down_rate
+    errors = []
+    sides: tuple[tuple[Side, tuple[Quantity, Quantity], list[int], float], ...] = (
+        ("board", (UP_RATE, MEASURED_UP), conditions.up_trace, parameters.up_rate),
+        ("cloud", (DOWN_RATE, MEASURED_DOWN), conditions.down_trace, parameters.down_rate),
+    )
+    for side, quantities, trace, expected in sides:
+        # A queue that never runs empty uses every opportunity of a recorded link.
+        queue_bytes = UNLIMITED_QUEUE_BYTES if trace else conditions.queue_bytes
+        network.set_conditions(msgspec.structs.replace(conditions, queue_bytes=queue_bytes))
         if trace:
-            # What a receiver counts has left the queue half a round trip earlier.
-            start = warm_up - parameters.rtt_seconds / 2
-            expected = mean_rate(trace, (start, start + MEASURED_SECONDS))
+            began, travel = time.monotonic(), parameters.rtt_seconds / 2
+            start, end = began + 1, began + 1 + MEASURED_SECONDS
+            expected = mean_rate(trace, (1 - travel, 1 + MEASURED_SECONDS - travel))
+            per_second = measure_packet_rate(network, side, start, end, PACKETS_PER_SECOND)
+            rate = 8 * PACKET_BYTES * per_second
+            # What is still queued must not delay what comes.
+            network.unplug()
+        else:
+            # TCP's slow start takes several round trips.
+            rate = measure_throughput(network, side, MEASURED_SECONDS, warm_up=1 + 15 * parameters.rtt_seconds)
         values |= {quantities[0].name: expected / 1e6, quantities[1].name: rate / 1e6}
         errors.append(abs(rate / expected - 1) / 0.05)
     return values | {RATE_ERROR.name: max(errors)}
@@ -290,7 +300,7 @@ class References:
         self._path = path
         self._texts: dict[str, list[int]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def get(self, target: Path, wanted: Sequence[Answer]) -> list[list[int]]:
+    def get(self, target: Path, wanted: Sequence[AnswerCommand]) -> list[list[int]]:
         """Return the texts, generating those that are missing in a process of its own."""
         keys = [hashlib.sha256(msgspec.json.encode([str(target.resolve()), each])).hexdigest() for each in wanted]
         if missing := [index for index, key in enumerate(keys) if key not in self._texts]:
@@ -383,7 +393,7 @@ class Comparison:
         self._board.send(prepare, AnswerReport)
         if cloud:
             cloud.send(SetPace(place.verifier), PaceCounts)
-        answer = Answer(self._prompts[repetition % len(QUESTIONS)], place.temperature, repetition, TOKENS)
+        answer = AnswerCommand(self._prompts[repetition % len(QUESTIONS)], place.temperature, repetition, TOKENS)
         # Let what the preparation left arrive.
         await asyncio.sleep(DRAIN_ROUND_TRIPS * link.rtt_seconds)
         before = self._network.counters()
@@ -401,7 +411,7 @@ class Comparison:
         values[LATE.name] = 100 * max(report.late, counts.late / max(1, counts.forwards))
         return values
 
-    def _describe(self, place: Place, report: AnswerReport, up: int, down: int) -> dict[str, float]:
+    def _describe(self, place: ComparedPlace, report: AnswerReport, up: int, down: int) -> dict[str, float]:
         """The figures of an answer, from what the board measured and what the link carried."""
         costs, seconds = report.costs, report.arrivals[-1]
         device = make_device(self._bundle.manifest, place.board, link_conditions(place.link)[0].link.radio)

@@ -1,8 +1,8 @@
 """The process on the board: `python -m tests.benchmarks.comparison.board BUNDLE`.
 
-Reads `Prepare` and `Answer` from its standard input, and answers with an `AnswerReport` each. The draft model takes the
-time of the board that `Prepare` names (`pacing`). What a system has learned, and its connections, are kept for each
-combination of link, verifier, board and system, as a service that runs for days would keep them.
+Reads `Prepare` and `AnswerCommand` from its standard input, and answers each with an `AnswerReport`. The draft model
+takes the time of the board that `Prepare` names (`pacing`). What a system has learned, and its connections, are kept
+for each combination of link, verifier, board and system, as a service that runs for days would keep them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Prepare(msgspec.Struct, tag=True):
     temperature: float
 
 
-class Answer(msgspec.Struct, tag=True):
+class AnswerCommand(msgspec.Struct, tag=True):
     """Command: generate an answer with the system that was prepared last."""
 
     prompt: list[int]
@@ -183,7 +183,7 @@ def choose_draft_length(rounds: list[RoundTrial], up_rate: float) -> int:
 
 
 def make_device(manifest: Manifest, board: str, radio: str) -> DeviceModel:
-    """Return the modelled speed and power draw of a board with the draft of a bundle."""
+    """Return the modeled speed and power draw of a board with the draft of a bundle."""
     weights, cached = weight_bytes(manifest), cache_bytes(manifest)
     return DeviceModel.from_profile(find_profile(board), weights, radio=radio, cache_bytes=cached)
 
@@ -195,7 +195,7 @@ class Contestant(Protocol):
 
     async def connect(self) -> None: ...
 
-    async def answer(self, command: Answer) -> AnswerReport: ...
+    async def answer(self, command: AnswerCommand) -> AnswerReport: ...
 
     def trials(self) -> list[RoundTrial]:
         """The rounds of the last answer."""
@@ -239,7 +239,7 @@ class IdsContestant:
     async def connect(self) -> None:
         await self._client.models()
 
-    async def answer(self, command: Answer) -> AnswerReport:
+    async def answer(self, command: AnswerCommand) -> AnswerReport:
         if self._system.kind == "fixed":
             length = self.draft_length or MAX_FIXED_DRAFT
             self._planner.planner = FixedPlanner(Plan(length, draft_ahead=length if self._system.draft_ahead else 0))
@@ -338,7 +338,7 @@ class ProbabilitiesContestant:
     async def connect(self) -> None:
         await self._client.delete("/sessions/0")
 
-    async def answer(self, command: Answer) -> AnswerReport:
+    async def answer(self, command: AnswerCommand) -> AnswerReport:
         self._trials = []
         report, started = AnswerReport(draft_length=self.draft_length), time.perf_counter()
         random = np.random.default_rng([command.seed, 0])
@@ -400,7 +400,7 @@ class DraftContestant:
     async def connect(self) -> None:
         pass
 
-    async def answer(self, command: Answer) -> AnswerReport:
+    async def answer(self, command: AnswerCommand) -> AnswerReport:
         report, started = AnswerReport(), time.perf_counter()
         sampling, context = Sampling(command.temperature, seed=command.seed), self._draft.new_context()
         for _ in range(command.tokens):
@@ -427,7 +427,7 @@ class Board:
         self._contestants: dict[tuple[str, str], Contestant] = {}
         self._current: Contestant = DraftContestant(self._draft.model)
 
-    async def execute(self, command: Prepare | Answer) -> AnswerReport:
+    async def execute(self, command: Prepare | AnswerCommand) -> AnswerReport:
         if isinstance(command, Prepare):
             await self._prepare(command)
             return AnswerReport()
@@ -448,7 +448,7 @@ class Board:
         await self._current.connect()
         kind = command.system.kind
         if not known and kind in ("planner", "fixed", "traditional", "dssd"):
-            await self._current.answer(Answer(command.prompt, command.temperature, 1 << 20, TRIAL_TOKENS))
+            await self._current.answer(AnswerCommand(command.prompt, command.temperature, 1 << 20, TRIAL_TOKENS))
             if kind != "planner":
                 # A last round without room for a draft tells nothing.
                 trials = [trial for trial in self._current.trials() if trial.drafted]
@@ -468,7 +468,7 @@ def main() -> None:
     replies = claim_standard_output()
     with asyncio.Runner() as runner:
         for line in sys.stdin.buffer:
-            report = runner.run(board.execute(msgspec.json.decode(line, type=Prepare | Answer)))
+            report = runner.run(board.execute(msgspec.json.decode(line, type=Prepare | AnswerCommand)))
             replies.write(msgspec.json.encode(report) + b"\n")
 
 

@@ -1,6 +1,6 @@
 """Real forwards that take the time of another machine: the forward runs, and the rest of the time is slept.
 
-Where the real forward takes longer than the modelled one, nothing can be slept; such forwards are counted as late.
+Where the real forward takes longer than the modeled one, nothing can be slept; such forwards are counted as late.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.protocol.bundle import Architecture
 from edge_runtime.simulation.verifiers import VERIFIERS, SimulatedVerifier
 
-# A forward is late if it takes this much longer than modelled. Chosen: what moves a median is more.
+# A forward is late if it takes this much longer than modeled. Chosen: what moves a median is more.
 TOLERANCE = 1.05
 
 
 class PaceCounts(msgspec.Struct):
-    """Forwards so far, and how many of them took longer than modelled."""
+    """Forwards so far, and how many of them took longer than modeled."""
 
     forwards: int = 0
     late: int = 0
@@ -68,9 +68,9 @@ class DraftPace:
 
 
 class VerifierPace:
-    """Makes the target's forwards, and the draft beside it, take the time of a modelled verifier.
+    """Makes the target's forwards, and the draft beside it, take the time of a modeled verifier.
 
-    Prefill is not modelled: a forward without rows to verify takes its own time.
+    Prefill is not modeled: a forward without rows to verify takes its own time.
     """
 
     def __init__(self) -> None:
