@@ -1,9 +1,9 @@
 """Check that a running verifier gives the same text under all plans: `python -m tests.benchmarks.plans URL`.
 
 Continues every prompt under four plans at once (streamed, with siblings, with rounds in flight, with several
-bonus tokens) with the example family's draft; all texts must be equal. Use it to check GPUs, newly loaded adapters and
-tensor parallelism, which tests on a machine without GPUs cannot cover. The hashes can be compared with those of another
-verifier of the same version, for instance on a CPU.
+bonus tokens) with the example family's draft or another one; all texts must be equal. Use it to check GPUs, newly
+loaded adapters and tensor parallelism, which tests on a machine without GPUs cannot cover. The hashes can be compared
+with those of another verifier of the same version, for instance on a CPU.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PROMPTS = ("def read_config(path):", "import os, sys", "class Queue:\n    def __
 TEMPERATURES = (0.0, 0.7, 1.0)
 
 
-async def compare(url: str, models: list[str], tokens: int) -> int:
+async def compare(url: str, models: list[str], tokens: int, bundle: Path = BUNDLE) -> int:
     """Print a line for each model and temperature. Return the number of prompts with more than one text."""
-    draft = OnnxDraft.load(BUNDLE)
+    draft = OnnxDraft.load(bundle)
     differing = rounds = 0
     async with VerifierClient(url) as client:
 
@@ -69,8 +69,9 @@ def main() -> None:
     parser.add_argument("url", help="URL of a verifier of the example family")
     parser.add_argument("--model", nargs="+", default=[""], help="versions or aliases (default: the verifier's)")
     parser.add_argument("--tokens", type=int, default=96, help="tokens per text (default: %(default)s)")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="draft that fits the verifier's target")
     options = parser.parse_args()
-    raise SystemExit(bool(asyncio.run(compare(options.url, options.model, options.tokens))))
+    raise SystemExit(bool(asyncio.run(compare(options.url, options.model, options.tokens, options.bundle))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Cost of verification: `python -m tests.benchmarks.verifier forwards|sharing|texts`.
+"""Cost of verification: `python -m tests.benchmarks.verifier forwards|prefill|serving|sharing|texts`.
 
-forwards   on CUDA: one round of many sessions on models of real shapes with random weights, relative to the floor of
-           reading weights and KV cache once
+forwards   one round of many sessions on models of real shapes with random weights, relative to the floor of reading
+           weights and KV cache once
+prefill    prompts on the same models, relative to the device's rate for matrices of their dtype
+serving    the engine with such a model: streams, boards' drafts, and streams beside prompts of 8,192 tokens that arrive
+           without end
 sharing    tokens per second of the shipped family with 16 sessions in one batch, and one by one
 texts      how often a text depends on the batch, the margins at the first difference, and the cost of `exact`
 """
@@ -11,10 +14,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import itertools
+import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -26,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session
+from cloud_verifier.model import layer_compilation
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 from cloud_verifier.model.target import Target, make_runner
@@ -34,7 +41,17 @@ from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.toy_family import FAMILY
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: dict[str, dict[str, int]] = {
+    # For a look at whether a benchmark runs, on any machine.
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
     "7B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -63,6 +80,13 @@ SHAPES: dict[str, dict[str, int]] = {
 # Milliseconds on an H200: the goal (chosen), and the time of a CUDA graph of transformers' own forward (measured).
 GOALS = {("7B", 1): (6.1, 7.9), ("7B", 16): (9.0, 11.2), ("7B", 64): (18.0, 26.0), ("32B", 1): (22.0, 25.5)}
 
+# Largest KV cache of `forwards`.
+MAX_POOL_BYTES = 50e9 if DEVICE == "cuda" else 1e9
+# Longest text of the models with random weights.
+MAX_CONTEXT = 20480
+# Streams at once, tokens of each and of its prompt, in `serving`; and the prompts that keep arriving.
+STREAMS, STREAM_TOKENS, STREAM_PROMPT, LONG_PROMPT = (1, 16, 64), 128, 512, 8192
+
 PROMPTS = (
     "import os\n\n\ndef main(",
     "class Stack:\n    def __init__(self",
@@ -77,7 +101,7 @@ PROMPTS = (
 
 def make_random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Make a Llama of a real shape with random weights."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=MAX_CONTEXT, tie_word_embeddings=False)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
@@ -93,16 +117,48 @@ def make_random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat
 
 def measure_bandwidth() -> float:
     """Return the bytes per second of this GPU's memory for a copy, reads and writes counted."""
-    source = torch.empty(1 << 30, dtype=torch.int64, device="cuda")
+    source = torch.empty(1 << (30 if DEVICE == "cuda" else 24), dtype=torch.int64, device=DEVICE)
     copy = torch.empty_like(source)
+    return 2 * source.nbytes / min(time_each(lambda: copy.copy_(source), 5))
+
+
+def measure_matrix_rate() -> float:
+    """Return the operations per second of this device for large bfloat16 matrices with random values."""
+    size = 8192 if DEVICE == "cuda" else 512
+    left, right = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
+    return 2 * size**3 / statistics.median(time_each(lambda: left @ right, 12)[2:])
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_each(work: Callable[[], object], repeats: int) -> list[float]:
+    """The seconds of each of `repeats` calls."""
     seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
+    for _ in range(repeats):
+        synchronize()
         started = time.perf_counter()
-        copy.copy_(source)
-        torch.cuda.synchronize()
+        work()
+        synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * source.nbytes / min(seconds)
+    return seconds
+
+
+def report(table: Table, options: argparse.Namespace, **facts: Any) -> None:
+    """Print a table, and add it to the JSON lines of `--json`."""
+    Console(width=140).print(table)
+    if options.json is None:
+        return
+    columns = [list(column.cells) for column in table.columns]
+    rows = [
+        dict(zip((str(c.header) for c in table.columns), cells, strict=True)) for cells in zip(*columns, strict=True)
+    ]
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    entry = {"title": str(table.title), "device": device, "torch": torch.__version__, "rows": rows, **facts}
+    with options.json.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def make_rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> list[Segment]:
@@ -118,13 +174,7 @@ def make_rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> l
 
 
 def median_ms(work: Any, repeats: int = 30) -> float:
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(seconds)
+    return 1e3 * statistics.median(time_each(work, repeats))
 
 
 def profile(work: Any) -> None:
@@ -140,56 +190,216 @@ def forwards(options: argparse.Namespace) -> None:
 
     group = TensorParallelGroup() if "RANK" in os.environ else None
     speed = measure_bandwidth()
-    gpus = f"{group.size if group else 1} x {torch.cuda.get_device_name()}"
+    gpus = f"{group.size if group else 1} x {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}"
     variant = "".join(f", {name}" for name in ("exact", "compiled") if getattr(options, name))
-    table = Table(title=f"one round, context {options.context}, bfloat16, {gpus}{variant}")
+    if options.static:
+        layer_compilation.DYNAMIC_ROWS = False
+        variant += ", for each size"
+    for each in options.inductor:
+        name, _, value = each.partition("=")
+        layer_compilation.INDUCTOR_OPTIONS[name] = bool(int(value))
+        variant += f", {name}"
+    table = Table(title=f"one round, bfloat16, {gpus}{variant}")
     for column in (
         "shape",
+        "context",
         "sessions",
         "K",
         "round, ms",
         "floor, ms",
         "round / floor",
         "goal, ms",
+        "ready, s",
     ):
         table.add_column(column, justify="right")
     for shape in options.shape:
-        model = make_random_model(shape, "cuda")
-        runner = make_runner(model, 4096, exact=options.exact, compiled=options.compiled, group=group)
+        model = make_random_model(shape, DEVICE)
+        runner = make_runner(
+            model, max(options.context) + 160, exact=options.exact, compiled=options.compiled, group=group
+        )
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
         weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
-        pool = KVCachePool(runner.shape, max(options.sessions) * (options.context + 160))
+        # Beyond a bound, which leaves memory for the weights of 32B, fewer sessions are measured.
+        tokens = max(options.sessions) * (max(options.context) + 160)
+        pool = KVCachePool(runner.shape, min(tokens, int(MAX_POOL_BYTES / runner.shape.bytes_per_token)))
         if group and group.rank:
             runner.follow_leader(pool)
             continue
-        for sessions in options.sessions:
-            for draft in options.draft:
-                segments = make_rounds(pool, sessions, draft, options.context)
-                if sum(map(len, segments)) > runner.max_rows:
-                    continue
-                started = time.perf_counter()
-                runner.run(pool, segments)
-                ready = time.perf_counter() - started
-                print(f"{shape}, {sessions} sessions, K={draft}: ready in {ready:.1f} s", flush=True)
-                round_ms = median_ms(functools.partial(runner.run, pool, segments))
-                if options.profile:
-                    profile(functools.partial(runner.run, pool, segments))
-                cache = sessions * options.context * runner.shape.bytes_per_token
-                floor = 1e3 * (weights + cache) / speed
-                goal, naive = GOALS.get((shape, sessions), (None, None)) if draft == 5 else (None, None)
-                goal_text = f"{goal} (naive graph {naive})" if goal else ""
-                row = (str(sessions), str(draft), f"{round_ms:.2f}", f"{floor:.2f}", f"{round_ms / floor:.2f}")
-                table.add_row(shape, *row, goal_text)
-                for segment in segments:
-                    pool.release(segment.sequence)
+        for context, sessions, draft in itertools.product(options.context, options.sessions, options.draft):
+            if sessions * (1 + draft) > runner.max_rows or pool.capacity_pages * 64 < sessions * (context + 160):
+                continue
+            segments = make_rounds(pool, sessions, draft, context)
+            started = time.perf_counter()
+            runner.run(pool, segments)
+            ready = time.perf_counter() - started
+            round_ms = median_ms(functools.partial(runner.run, pool, segments))
+            if options.profile:
+                profile(functools.partial(runner.run, pool, segments))
+            cache = sessions * context * runner.shape.bytes_per_token
+            floor = 1e3 * (weights + cache) / speed
+            goal, naive = GOALS.get((shape, sessions), (None, None)) if (draft, context) == (5, 512) else (None, None)
+            goal_text = f"{goal} (naive graph {naive})" if goal else ""
+            row = (str(sessions), str(draft), f"{round_ms:.2f}", f"{floor:.2f}", f"{round_ms / floor:.2f}")
+            table.add_row(shape, str(context), *row, goal_text, f"{ready:.1f}")
+            for segment in segments:
+                pool.release(segment.sequence)
         if group:
             group.stop_followers()
         del runner, model, pool, local
         torch.cuda.empty_cache()
     if group and group.rank:
         return
-    Console(width=120).print(table)
+    report(table, options, bandwidth=speed)
     print(f"memory bandwidth: {speed / 1e12:.2f} TB/s (a copy, reads and writes counted)")
+
+
+def prefill(options: argparse.Namespace) -> None:
+    rate = measure_matrix_rate()
+    table = Table(title="prefill, bfloat16" + (", compiled" if options.compiled else ""))
+    for column in ("shape", "prompts", "tokens each", "ms", "TFLOP/s", "share of the matrix rate", "peak memory, GiB"):
+        table.add_column(column, justify="right")
+    for shape in options.shape:
+        model = make_random_model(shape, DEVICE)
+        config = model.config
+        matrices = sum(layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear))
+        runner = make_runner(model, MAX_CONTEXT, compiled=options.compiled)
+        pool = KVCachePool(runner.shape, 2 * max(each * count for each, count in options.prompts))
+        for length, prompts in options.prompts:
+
+            def run(length: int = length, prompts: int = prompts, runner: Any = runner, pool: Any = pool) -> None:
+                sequences = [CachedSequence() for _ in range(prompts)]
+                for start in range(0, length * prompts, runner.max_prefill_rows):
+                    left, segments = min(runner.max_prefill_rows, length * prompts - start), []
+                    for sequence in sequences:
+                        if rows := min(left, length - sequence.length):
+                            segments.append(Segment.from_tokens(sequence, [7] * rows))
+                            left -= rows
+                    runner.run(pool, segments)
+                    for segment in segments:
+                        pool.keep(segment.sequence, list(range(len(segment))))
+                for sequence in sequences:
+                    pool.release(sequence)
+
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = statistics.median(time_each(run, 5))
+            peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
+            # Two operations for each weight; and for each pair of a query and a key, of which causality leaves half.
+            pairs = length * length / 2 * config.num_hidden_layers * config.num_attention_heads
+            operations = prompts * (2 * matrices * length + 4 * pairs * config.head_dim)
+            row = (f"{1e3 * seconds:.1f}", f"{operations / seconds / 1e12:.0f}", f"{operations / seconds / rate:.2f}")
+            table.add_row(shape, str(prompts), str(length), *row, f"{peak:.1f}")
+        del runner, model, pool
+    report(table, options, matrix_rate=rate)
+    print(f"matrix rate: {rate / 1e12:.0f} TFLOP/s (bfloat16, random values)")
+
+
+class RandomTarget(Target):
+    """A target with random weights of a real shape, which has no checkpoint and no tokenizer."""
+
+    def __init__(self, shape: str, *, compiled: bool) -> None:
+        model = make_random_model(shape, DEVICE)
+        self.runner = make_runner(model, MAX_CONTEXT, compiled=compiled)
+        self.name, self.version, self.vocabulary = shape, f"{shape}@random", ""
+        self.context, self.vocabulary_size, self.end_ids = MAX_CONTEXT, model.config.vocab_size, frozenset()
+        self.dtype, self.device = torch.bfloat16, torch.device(DEVICE)
+        self.adapter_slot, self.general_tier_reason = 0, ""
+        self._adapter_weights, self._rope = None, self.runner.rope
+
+
+async def stream_text(engine: Scheduler, target: Target, prompt: list[int], tokens: int, gaps: list[float]) -> float:
+    """Stream a text; returns the seconds to its first token, and adds those between frames per token to `gaps`."""
+    request = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=tokens, stream=True)
+    reply = RoundReply(request)
+    started = time.perf_counter()
+    session = Session(list(prompt), Sampling(1.0, seed=len(gaps), ignore_eos=True), target, reply)
+    engine.submit(session, reply)
+    first = last = 0.0
+    async for frame in reply.frames():
+        now = time.perf_counter()
+        if not first:
+            first = now - started
+        else:
+            gaps += [(now - last) / len(frame.tokens)] * len(frame.tokens)
+        last = now
+    engine.release(session)
+    return first
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def serving(options: argparse.Namespace) -> None:
+    table = Table(title=f"the engine, {options.shape[0]}, bfloat16" + (", compiled" if options.compiled else ""))
+    for column in ("what", "streams", "tokens/s", "first token p50 / p99, ms", "token p50 / p99, ms"):
+        table.add_column(column, justify="right")
+    started = time.perf_counter()
+    target = RandomTarget(options.shape[0], compiled=options.compiled)
+    engine = Scheduler(lambda: target, lambda _: None, lambda: 0, cache_tokens=0, reuse_prefixes=False)
+    random, length = Random(1), options.prompt
+
+    def make_prompt(tokens: int) -> list[int]:
+        return [random.randrange(target.vocabulary_size) for _ in range(tokens)]
+
+    async def measure() -> None:
+        engine.start()
+        while engine.target is None:
+            if engine.failure:
+                raise engine.failure
+            await asyncio.sleep(0.01)
+        print(f"ready in {time.perf_counter() - started:.1f} s, the model's construction included", flush=True)
+        await stream_text(engine, target, make_prompt(length), 16, [])
+
+        async def stream(count: int, what: str) -> None:
+            gaps: list[float] = []
+            begin = time.perf_counter()
+            texts = (stream_text(engine, target, make_prompt(length), options.tokens, gaps) for _ in range(count))
+            firsts = await asyncio.gather(*texts)
+            rate = count * options.tokens / (time.perf_counter() - begin)
+            shown = (
+                f"{1e3 * percentile(each, 0.5):.1f} / {1e3 * percentile(each, 0.99):.1f}" for each in (firsts, gaps)
+            )
+            table.add_row(what, str(count), f"{rate:.0f}", *shown)
+
+        for count in options.streams:
+            await stream(count, "streaming")
+        for count in options.streams:
+            jobs = [(make_prompt(length), Sampling(1.0, seed=seed, ignore_eos=True)) for seed in range(count)]
+
+            async def play(draft: int, expected: Any, jobs: Any = jobs) -> Any:
+                texts = (
+                    generate_text(
+                        engine, target, *job, options.tokens, draft, index, expected[index] if expected else ()
+                    )
+                    for index, job in enumerate(jobs)
+                )
+                return await asyncio.gather(*texts)
+
+            expected = [new for new, _ in await play(0, None)]
+            begin = time.perf_counter()
+            await play(5, expected)
+            rate = count * options.tokens / (time.perf_counter() - begin)
+            table.add_row("boards draft, K=5, 4 of 5 right", str(count), f"{rate:.0f}", "", "")
+        firsts: list[float] = []
+
+        async def send_long_prompts() -> None:
+            while True:
+                firsts.append(await stream_text(engine, target, make_prompt(options.long_prompt), 1, []))
+
+        sending = [asyncio.create_task(send_long_prompts()) for _ in range(2)]
+        await stream(min(16, max(options.streams)), f"beside prompts of {options.long_prompt}")
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        if firsts:
+            shown = f"{1e3 * percentile(firsts, 0.5):.0f} / {1e3 * percentile(firsts, 0.99):.0f}"
+            table.add_row(f"these prompts of {options.long_prompt}", "2", "", shown, "")
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(measure())
+    report(table, options, cache_tokens=engine._cache_tokens)
 
 
 async def generate_text(
@@ -280,7 +490,7 @@ def sharing(options: argparse.Namespace) -> None:
             rates.append(len(jobs) * options.tokens / seconds)
         name = "none (the target generates, n=16)" if not draft else f"K={draft}, 4 of 5 right"
         table.add_row(name, f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
-    Console(width=120).print(table)
+    report(table, options)
 
 
 def texts(options: argparse.Namespace) -> None:
@@ -308,7 +518,12 @@ def texts(options: argparse.Namespace) -> None:
             table.add_row(
                 name, f"{temperature:g}", str(len(jobs)), str(len(margins)), shown, f"{close:.1f}", f"{seconds:.1f}"
             )
-    Console(width=120).print(table)
+    report(table, options)
+
+
+def _tokens_and_count(text: str) -> tuple[int, int]:
+    tokens, _, count = text.partition("x")
+    return int(tokens), int(count or 1)
 
 
 def main() -> None:
@@ -318,16 +533,37 @@ def main() -> None:
     command.add_argument("--shape", nargs="+", default=["7B", "32B"], choices=SHAPES)
     command.add_argument("--sessions", nargs="+", type=int, default=[1, 16, 64])
     command.add_argument("--draft", nargs="+", type=int, default=[0, 5, 16])
-    command.add_argument("--context", type=int, default=512)
+    command.add_argument("--context", nargs="+", type=int, default=[512])
     command.add_argument("--exact", action="store_true")
     command.add_argument("--compiled", action="store_true")
+    command.add_argument("--static", action="store_true", help="compile each number of rows for itself")
+    text = "an option of torch's compiler, such as coordinate_descent_tuning=1"
+    command.add_argument("--inductor", nargs="+", default=[], metavar="NAME=0|1", help=text)
     command.add_argument("--profile", action="store_true", help="print the CUDA time of a forward by kernel")
     command.set_defaults(run=forwards)
+    command = commands.add_parser("prefill")
+    command.add_argument("--shape", nargs="+", default=["7B"], choices=SHAPES)
+    command.add_argument("--compiled", action="store_true")
+    text = "tokens of a prompt, and how many of them at once"
+    default = [(512, 1), (2048, 1), (8192, 1), (16384, 1), (2048, 16)]
+    command.add_argument("--prompts", nargs="+", type=_tokens_and_count, default=default, metavar="NxM", help=text)
+    command.set_defaults(run=prefill)
+    command = commands.add_parser("serving")
+    command.add_argument("--shape", nargs=1, default=["7B"], choices=SHAPES)
+    command.add_argument("--compiled", action="store_true")
+    command.add_argument("--streams", nargs="+", type=int, default=STREAMS)
+    command.add_argument("--tokens", type=int, default=STREAM_TOKENS)
+    command.add_argument("--prompt", type=int, default=STREAM_PROMPT)
+    command.add_argument("--long-prompt", type=int, default=LONG_PROMPT)
+    command.set_defaults(run=serving)
+    for command in commands.choices.values():
+        command.add_argument("--json", type=Path, help="add the table, as one JSON line, to this file")
     for name, run in (("sharing", sharing), ("texts", texts)):
         command = commands.add_parser(name)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--dtype", default="float32")
         command.add_argument("--tokens", type=int, default=128)
+        command.add_argument("--json", type=Path, help="add the table, as one JSON line, to this file")
         command.set_defaults(run=run)
     options = parser.parse_args()
     options.run(options)
