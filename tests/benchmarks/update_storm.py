@@ -7,7 +7,7 @@ wrote, with the draft that was frozen before it existed.
     this project       boards download nothing
     the whole bundle   what a board would download if the draft were made anew for every version
     its own blocks     without embedding and head, which the draft shares with the target
-    published          sizes that papers give: a draft synchronised again (FlexSpec, arXiv 2601.00644), a delta of every
+    published          sizes that papers give: a draft synchronized again (FlexSpec, arXiv 2601.00644), a delta of every
                        version (EDA, as the same paper quotes it)
 """
 
@@ -53,7 +53,7 @@ DOWNLOADS: dict[str, Callable[[], float]] = {
     "this project": lambda: 0,
     "the whole bundle of the example family": bundle_bytes,
     "its own blocks": block_bytes,
-    "published: a draft synchronised again": lambda: 3.2e9,
+    "published: a draft synchronized again": lambda: 3.2e9,
     "published: a delta of every version": lambda: 127e6,
 }
 MEGABYTES = Quantity("a board", "MB", digits=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import statistics
@@ -93,6 +94,34 @@ def measure_throughput(network: Network, sender: Side, seconds: float = 2.0, *, 
         while sending.is_alive():
             sink.recv(1 << 16)
     return 8 * received / taken / PAYLOAD_SHARE
+
+
+def measure_packet_rate(network: Network, sender: Side, start: float, end: float, per_second: float) -> float:
+    """Return how many packets arrive in a second between two times (`time.monotonic`) if more are sent than can pass.
+
+    TCP does not fill a link whose rate changes, so that it says little about one.
+    """
+    receiver: Side = "cloud" if sender == "board" else "board"
+    arrived = 0
+    with open_udp_socket(network, sender) as source, open_udp_socket(network, receiver) as sink:
+        there, began = sink.getsockname(), time.monotonic()
+
+        def send() -> None:
+            for number in itertools.count():
+                time.sleep(max(0.0, began + number / per_second - time.monotonic()))
+                if time.monotonic() > end:
+                    return
+                source.sendto(bytes(1400), there)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        while (now := time.monotonic()) < end:
+            # Recorded links may let nothing pass for seconds.
+            with contextlib.suppress(TimeoutError):
+                sink.recv(2048)
+                arrived += start <= now
+        sending.join()
+    return arrived / (end - start)
 
 
 def measure_loss(network: Network, count: int = 3000, per_second: float = 3000) -> Loss:

@@ -33,17 +33,17 @@ def format_table(benchmark: Benchmark, file: SampleFile) -> str:
     """Return Markdown tables of medians with 95 % intervals; a goal that is missed is marked.
 
     Scenarios of one table that measure the same quantities are rows with a column for each quantity; otherwise every
-    quantity has a row of its own. Tables of which nothing was measured are left out.
+    quantity has a row of its own. With several tables, scenarios that were not measured are left out.
     """
     values = file.values()
+    measured = {key for key, _ in values}
     tables: dict[str, list[Scenario]] = {}
     for scenario in benchmark.scenarios:
-        tables.setdefault(scenario.table, []).append(scenario)
-    measured = {key for key, _ in values}
+        if not scenario.table or scenario.key in measured:
+            tables.setdefault(scenario.table, []).append(scenario)
     parts = [
         (f"**{title}**\n\n" if title else "") + _format_scenarios(scenarios, values)
         for title, scenarios in tables.items()
-        if not title or any(scenario.key in measured for scenario in scenarios)
     ]
     if benchmark.ratio_goals:
         parts.append(_format_goals(benchmark, values))
