@@ -22,8 +22,11 @@ log = logging.getLogger(__name__)
 
 # Probes of health, which wait for no other requests than other probes.
 HEALTH_PATHS = frozenset(("/healthz", "/health"))
-# Requests that begin in one turn of the event loop. Chosen: each takes 0.2 to 0.5 ms until it waits for something.
+# Requests that begin in one turn of the event loop. Chosen: each takes 0.2 to 0.5 ms until it waits for something. If
+# they take more (a large body takes up to 20 ms), fewer begin, so that a turn takes this long at most, in processor
+# time: a probe of health takes four turns.
 BEGUN_PER_TURN = 8
+TURN_SECONDS = 0.01
 # Bytes of a piece in which a longer answer is handed to the HTTP server, which takes five pieces before the client
 # reads the first: an unread answer takes little memory. Chosen.
 PIECE_BYTES = 1 << 13
@@ -47,6 +50,8 @@ class RequestGate:
         self._shared = shared
         self._probes, self._others = ClientTurns(), ClientTurns()
         self._serving = False
+        # How many may begin in this turn, and the processor time of this thread when the last turn ended.
+        self._pace, self._served = BEGUN_PER_TURN, 0.0
         # Requests in progress by client.
         self._held: Counter[str] = Counter()
         self._total = 0
@@ -87,7 +92,12 @@ class RequestGate:
 
     def _serve(self) -> None:
         """Let the next requests begin; those after them in the next turn of the event loop."""
-        begun = sum(turns.begin(BEGUN_PER_TURN) for turns in (self._probes, self._others))
+        now = time.thread_time()
+        if self._serving:
+            excess = (now - self._served) / TURN_SECONDS
+            self._pace = max(1, min(BEGUN_PER_TURN, int(self._pace / excess) if excess > 1 else self._pace + 1))
+        self._served = now
+        begun = sum(turns.begin(self._pace) for turns in (self._probes, self._others))
         self._serving = begun > 0
         if begun:
             asyncio.get_running_loop().call_soon(self._serve)

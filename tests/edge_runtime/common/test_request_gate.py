@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import h2.config
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.common import request_gate
 from edge_runtime.common.http_server import HttpServer, ListenOptions
-from edge_runtime.common.request_gate import BEGUN_PER_TURN, PIECE_BYTES, RequestGate, in_pieces
+from edge_runtime.common.request_gate import BEGUN_PER_TURN, PIECE_BYTES, TURN_SECONDS, RequestGate, in_pieces
 
 ATTACKER, OTHER = "192.0.2.66", "192.0.2.1"
 LARGE_BODY = bytes(range(256)) * 4096
@@ -76,6 +77,23 @@ async def test_requests_begin_in_turns_of_their_clients_and_health_before_all() 
     turns = [turn for _, _, turn in app.begun]
     assert max(map(turns.count, set(turns))) <= 2 * BEGUN_PER_TURN
     assert app.statuses == [200] * len(tasks)
+
+
+async def test_fewer_requests_begin_in_a_turn_if_they_take_long() -> None:
+    class Busy(Application):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            until = time.thread_time() + 1.2 * TURN_SECONDS
+            while time.thread_time() < until:
+                pass
+            await super().__call__(scope, receive, send)
+
+    app = Busy(1000)
+    app.released.set()
+    counting = asyncio.create_task(app.count_turns())
+    await asyncio.gather(*(app.request(ATTACKER) for _ in range(30)))
+    counting.cancel()
+    turns = [turn for _, _, turn in app.begun]
+    assert max(map(turns.count, set(turns[2 * BEGUN_PER_TURN :]))) == 1
 
 
 async def test_too_many_requests_are_refused_to_whoever_has_most() -> None:
