@@ -103,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "longest text (default: the model's own limit)"
     add_option(model_options, "--max-context TOKENS", text, type=positive)
     text = (
-        "quantize the target's layers with torchao (flexspec[quantize]): int8 anywhere, int4, fp8 on a GPU; texts are "
-        "then those of the quantized target, whose version ends with the method"
+        "quantize the target's layers: to int8, or on a GPU to int4 or fp8 with torchao (flexspec[quantize]); texts "
+        "are then those of the quantized target, whose version ends with the method"
     )
     add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))
     model_options.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: torch's choice)")
