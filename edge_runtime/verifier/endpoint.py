@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 import time
@@ -160,7 +161,13 @@ class Endpoint:
             LinkFailure: no usable answer.
         """
         try:
+            if isinstance(message, messages.OpenRequest):
+                # A prompt of 100,000 ids took milliseconds to prepare: let others use the event loop before it is
+                # packed, which takes as long, and again before it is sent.
+                await asyncio.sleep(0)
             content = None if message is None else messages.encode(message, messages.MSGPACK, session)
+            if isinstance(message, messages.OpenRequest):
+                await asyncio.sleep(0)
             response = await self._send(method, path, content)
             try:
                 portal = portal_of(response)

@@ -43,8 +43,8 @@ from tests.edge_runtime.test_exactness import (
     AHEAD,
     COVERING_PLANS,
     FAULTS,
-    Ingress,
     RandomPlanner,
+    RestartingAddress,
     Twice,
     connected,
 )
@@ -285,7 +285,7 @@ async def test_no_fault_changes_the_text(
         assert generation.ids[len(prompts[case.prompt]) :] == reference[case], case
         return generation.statistics.recoveries
 
-    async with Ingress(target_v1, VerifierLimits(max_sessions=1) if evicts else None) as server:
+    async with RestartingAddress(target_v1, VerifierLimits(max_sessions=1) if evicts else None) as server:
         transport: httpx.AsyncBaseTransport | None = Twice() if fault.startswith("twice") else None
         async with connected(server.url, transport) as client:
             cases = cases_for(list(FAULTS).index(fault))

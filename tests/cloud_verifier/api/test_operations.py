@@ -348,8 +348,9 @@ def test_sigterm_cuts_off_no_round_and_ends_the_process_despite_an_idle_connecti
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            line = process.stdout.readline()
+            line, cache = process.stdout.readline(), process.stdout.readline()
             assert line.startswith(f"cloud-verifier: {tiny.version} on http://127.0.0.1:")
+            assert re.fullmatch(r"cloud-verifier: KV cache of \d+ tokens, \d+\.\d\d GiB\n", cache)
             url = line.split()[-1]
 
             async def generate() -> list[int]:
@@ -372,8 +373,7 @@ def test_sigterm_cuts_off_no_round_and_ends_the_process_despite_an_idle_connecti
                 out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
             process.kill()
-        assert (process.returncode, err) == (0, "")
-        assert re.fullmatch(r"cloud-verifier: KV cache of \d+ tokens, \d+\.\d\d GiB\n", out)
+        assert (process.returncode, out, err) == (0, "", "")
 
 
 @pytest.mark.slow

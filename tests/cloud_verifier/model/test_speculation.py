@@ -30,9 +30,9 @@ from export.bundle.build import BundleConfig, make_bundle
 from tests.cloud_verifier.conftest import ReferenceText
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
+    ClientSession,
     ObservedTarget,
     ProtocolClient,
-    Session,
     command_service,
     running_service,
 )
@@ -63,7 +63,7 @@ class SpeculatingVerifier:
         self.target = target
         self.service = service
 
-    def session_draft(self, session: Session) -> object:
+    def session_draft(self, session: ClientSession) -> object:
         return self.service.sessions.get(session.id).draft
 
 
@@ -133,13 +133,13 @@ def verifier(tiny: Target, request: pytest.FixtureRequest) -> Iterator[Speculati
         yield verifier
 
 
-def stream_frames(client: ProtocolClient, session: Session, request: RoundRequest) -> list[Frame]:
+def stream_frames(client: ProtocolClient, session: ClientSession, request: RoundRequest) -> list[Frame]:
     response = client.post(session.path, request)
     assert response.headers["content-type"] == messages.STREAM_MEDIA_TYPES[MSGPACK]
     return [messages.decode(body, Frame, MSGPACK, session.id) for body in FrameSplitter(MSGPACK).feed(response.content)]
 
 
-def run_round(verifier: SpeculatingVerifier, session: Session, request: RoundRequest) -> Frame:
+def run_round(verifier: SpeculatingVerifier, session: ClientSession, request: RoundRequest) -> Frame:
     """Run a round, streamed or not; return its whole result as one frame."""
     if not request.stream:
         session.apply_frame(request, verifier.client.decode_reply(verifier.client.post(session.path, request), Frame))

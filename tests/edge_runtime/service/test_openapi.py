@@ -43,7 +43,7 @@ def test_service_conforms_to_its_document(url: str, path: str, mode: GenerationM
                 body["best_of"] = max(body["best_of"], body["n"])
             if isinstance(body.get("prompt"), list):
                 body["prompt"] = body["prompt"][:20]
-            if mode == GenerationMode.POSITIVE and "messages" in body:
+            if mode == GenerationMode.POSITIVE and path == "/v1/chat/completions":
                 # Everything is part of the prompt, which must fit into the context.
                 body["messages"] = body["messages"][:3]
                 for message in body["messages"]:
@@ -52,7 +52,7 @@ def test_service_conforms_to_its_document(url: str, path: str, mode: GenerationM
                         call["function"]["arguments"] = str(call["function"].get("arguments", ""))[:100]
                     if not message["tool_calls"]:
                         message["content"] = message.get("content") or "x"
-            if mode == GenerationMode.POSITIVE and "input" in body:
+            if mode == GenerationMode.POSITIVE and path == "/v1/responses":
                 # What is kept, a schema cannot say.
                 body.pop("previous_response_id", None)
                 if isinstance(body["input"], list):
@@ -60,10 +60,13 @@ def test_service_conforms_to_its_document(url: str, path: str, mode: GenerationM
                     # Reasoning alone is no message, and no reference is known.
                     body["input"] += [{"role": "user", "content": "x"}]
                     body["input"] = [item for item in body["input"] if item.get("type") != "item_reference"]
-            if mode == GenerationMode.POSITIVE and body.get("tools"):
+            if mode == GenerationMode.POSITIVE and body.get("stop_token_ids"):
+                # Nor how large the vocabulary is.
+                body["stop_token_ids"] = [token % 2048 for token in body["stop_token_ids"]]
+            if mode == GenerationMode.POSITIVE and path != "/v1/completions" and body.get("tools"):
                 # That names differ, and which of them a choice may name, a schema cannot say.
                 for index, tool in enumerate(body["tools"]):
-                    function = tool["function"] if "messages" in body else tool
+                    function = tool["function"] if path == "/v1/chat/completions" else tool
                     function |= {"name": f"{function['name'][:100]}{index}", "parameters": None, "description": None}
                     function.pop("strict", None)
                 body["tool_choice"] = "required" if isinstance(body.get("tool_choice"), str) else None
