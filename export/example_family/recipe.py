@@ -299,14 +299,13 @@ class FamilyRecipe:
         )
 
     def _retraining(self, version: str) -> DistillationConfig:
-        return DistillationConfig(
+        return replace(
+            self._draft_config,
             target=self.out / version,
             plan=self.size.retrain,
-            texts=(self.out / "corpus" / TRAINING,),
             chats=self.size.version_chats,
             chats_directory=self.out / "chats" / f"retrained-{version}",
             start=self.out / DRAFT,
-            head_bits=HEAD_BITS,
             evaluated_chats=0,
         )
 

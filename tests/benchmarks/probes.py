@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_runtime.probes.reader import Reader, Roots, run_program
 from edge_runtime.probes.snapshot import PERIOD_SECONDS, Prober
-from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
+from tests.benchmarks.harness.benchmark import Benchmark, Quantity, Scenario, Values
 
 BOARDS = Path(__file__).parent.parent / "edge_runtime" / "probes" / "boards"
 THIS_MACHINE = "this machine"
@@ -66,11 +66,6 @@ async def measure_probes(scenario: Scenario, _repetition: int) -> Values:
     return {SHARE.name: 100 * share, READING.name: 1e6 * reading, PROGRAMS.name: 1e6 * programs}
 
 
-@contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Measure]:
-    yield measure_probes
-
-
 BENCHMARK = Benchmark(
     name="probes",
     title="What the probes cost",
@@ -78,7 +73,7 @@ BENCHMARK = Benchmark(
         Scenario({"board": name}, (SHARE, READING, PROGRAMS))
         for name in (THIS_MACHINE, *sorted(path.name for path in BOARDS.iterdir()))
     ),
-    running=running,
+    running=lambda: contextlib.nullcontext(measure_probes),
     repetitions=5,
     quick_repetitions=2,
 )
