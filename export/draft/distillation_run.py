@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cloud_verifier.acceptance.measure import TEMPERATURES
 from cloud_verifier.draft_models.checkpoint import load_draft, read_description, save_draft
 from cloud_verifier.draft_models.layouts import LAYOUTS, DraftPlan, build_draft
 from cloud_verifier.model.target import load_model
@@ -22,7 +23,7 @@ from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.bundle import MANIFEST_NAME
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from export.bundle.head_rounding import round_head
-from export.draft.agreement import Agreement, measure_agreement
+from export.draft.agreement import Agreement, JudgedText, measure_agreement
 from export.draft.base_target import TextSource, to_device
 from export.draft.bundle_weights import read_draft
 from export.draft.distill import TeacherMix, compile_blocks, train_draft
@@ -45,12 +46,15 @@ class DistillationResult:
     Attributes:
         text: agreement on held-out pieces of the given text; None without text.
         chats: agreement on the answers of held-out chats, each written and judged at one temperature.
+        sampled_chats: agreement, at every temperature, on those of them that were written above temperature 0; None
+            without chats.
         doubling_gain: acceptance rate at MONITORED_TEMPERATURE that twice as many steps would add, extrapolated; None
             if the run was too short for an estimate.
     """
 
     text: Agreement | None
     chats: dict[str, Agreement]
+    sampled_chats: Agreement | None
     doubling_gain: float | None
 
     def record(self) -> dict[str, Any]:
@@ -95,11 +99,10 @@ def distill(
         compiled = config.compiled if config.compiled is not None else device.type == "cuda"
         mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)
 
-        def measure_chats(temperature: float, count: int, draft: PreTrainedModel) -> Agreement:
-            chats = text.held_out_chats[temperature][:count]
+        def measure(draft: PreTrainedModel, chats: list[JudgedText], temperatures: Sequence[float]) -> Agreement:
             # Each batch has a shape of its own, for which compiling would take longer than running.
             with torch.compiler.set_stance("force_eager"):
-                return measure_agreement(target, draft, chats, temperatures=[temperature])
+                return measure_agreement(target, draft, chats, temperatures=temperatures)
 
         # A frozen head is rounded once, a trained one anew in every step.
         head_is_trained = any(weight.requires_grad for weight in _head_weights(draft))
@@ -107,7 +110,8 @@ def distill(
 
         def monitor() -> float:
             with rounded() if head_is_trained else contextlib.nullcontext():
-                agreement = measure_chats(MONITORED_TEMPERATURE, MONITORED_CHATS, draft)
+                chats = text.held_out_chats[MONITORED_TEMPERATURE][:MONITORED_CHATS]
+                agreement = measure(draft, chats, [MONITORED_TEMPERATURE])
             (score,) = agreement.accepted.values()
             return score
 
@@ -125,18 +129,20 @@ def distill(
                 group=group,
             )
         if not group.is_first:
-            return DistillationResult(None, {}, None)
+            return DistillationResult(None, {}, None, None)
         save_draft(draft, plan, base, partial)
         # Measured after storing, because bfloat16 keeps fewer bits than training.
         stored = to_device(load_draft(partial, base), device)
         to_device(target, torch.float32)
+        sampled = [chat for temperature, chats in text.held_out_chats.items() if temperature > 0 for chat in chats]
         with head_as_in_bundle(stored, config.head_bits):
             result = DistillationResult(
                 text=measure_agreement(target, stored, text.held_out_windows) if text.held_out_windows else None,
                 chats={
-                    f"T={temperature:g}": measure_chats(temperature, config.evaluated_chats, stored)
-                    for temperature in text.held_out_chats
+                    f"T={temperature:g}": measure(stored, chats, [temperature])
+                    for temperature, chats in text.held_out_chats.items()
                 },
+                sampled_chats=measure(stored, sampled, TEMPERATURES) if sampled else None,
                 doubling_gain=extrapolate_doubling(curve),
             )
         record = _options_as_json(config) | {"curve": asdict(curve), "agreement": result.record()}

@@ -50,7 +50,7 @@ class TrainingText:
     training: TextSource
     tokens: int
     held_out_windows: list[JudgedText]
-    held_out_chats: dict[float, list[tuple[list[int], int]]]
+    held_out_chats: dict[float, list[JudgedText]]
 
     @classmethod
     def gather(
@@ -78,14 +78,14 @@ class TrainingText:
                 with group.first_before_others():
                     sampled = _load_or_sample(target, given, config, partial, device)
                 parts = [(given, parts[0][1] * (1 - SAMPLES_SHARE)), (sampled, parts[0][1] * SAMPLES_SHARE)]
-        held_out_chats = {}
+        held_out_chats: dict[float, list[JudgedText]] = {}
         if config.chats:
             writer = ChatWriter(target, base)
             training, *held_out_kinds = chat_kinds(config)
             directory = config.chats_directory or partial / CHATS_DIRECTORY
             chats = writer.write(training, directory, backwards=group.writes_backwards)
             for kind in held_out_kinds if group.is_first else ():
-                held_out_chats[kind.temperatures[0]] = writer.write(kind, directory).rows()
+                held_out_chats[kind.temperatures[0]] = [*writer.write(kind, directory).rows()]
             parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
             if len(chats.ids) < config.plan.length:
                 raise InputError(
