@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import LAYOUTS, OBJECTIVES
+from export.cli.former_options import add_former_start_option
+
+if TYPE_CHECKING:
+    from export.draft.agreement import Agreement
 
 DESCRIPTION = """\
 Trains a draft for TARGET by distillation: new blocks learn TARGET's distribution, next to frozen tensors of TARGET. The
@@ -28,8 +32,8 @@ examples:
   draft-export distill tests/toy_family/target-v1 --text README.md \\
       --steps 20 --rows 4 --length 64 --output /tmp/draft
   draft-export distill /models/chat --chats 12000 --minutes 10 --head-bits 4 \\
-      --start draft --layout standalone --output draft2                                 # train its head as well
-  draft-export distill /models/v2 --start draft --chats 4000 --steps 800 --output draft-v2  # retrain for a version
+      --from-draft draft --layout standalone --output draft2                                 # train its head as well
+  draft-export distill /models/v2 --from-draft draft --chats 4000 --steps 800 --output draft-v2  # retrain for a version
 """
 
 # Chosen: DEFAULT_STEPS gives a usable draft; --minutes reduces MOST_STEPS to what fits.
@@ -54,18 +58,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help="UTF-8 files, or folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: that of --start, or anchor")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: that of --from-draft, or anchor")
     parser.add_argument("--new-blocks", type=int, default=3, metavar="N", help="trained blocks (default: %(default)s)")
     parser.add_argument(
         "--shared-blocks", type=int, default=0, metavar="N", help="blocks of the target's own (default: %(default)s)"
     )
     parser.add_argument(
-        "--start",
+        "--from-draft",
+        dest="start",
         type=Path,
         metavar="DRAFT",
         help="continue from this draft or bundle instead of TARGET's blocks; with --layout standalone, train its head "
         "too",
     )
+    add_former_start_option(parser)
     parser.add_argument(
         "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"
     )
@@ -163,14 +169,22 @@ def run(options: argparse.Namespace) -> int:
     if not group.is_first:
         return 0
     print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text")
-    if result.text is not None:
-        cells = (f"{share:.1%} ({result.text.round_tokens[t]:.2f}) at {t}" for t, share in result.text.accepted.items())
-        print(f"  given text: {', '.join(cells)}")
-    if result.chats:
-        cells = (f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for t, a in result.chats.items())
-        print(f"  chats: {', '.join(cells)}")
+    own_chats = {temperature: (agreement, temperature) for temperature, agreement in result.chats.items()}
+    for name, agreements in (
+        ("given text", _by_temperature(result.text)),
+        ("chats, each written and judged at one temperature", own_chats),
+        ("chats written at temperatures above 0", _by_temperature(result.sampled_chats)),
+    ):
+        cells = [f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for a, t in agreements.values()]
+        if cells:
+            print(f"  {name}: {', '.join(cells)}")
     if result.doubling_gain is not None:
         print(
             f"  twice the steps would bring about {result.doubling_gain:+.1%} at T={MONITORED_TEMPERATURE:g} (estimate)"
         )
     return 0
+
+
+def _by_temperature(agreement: Agreement | None) -> dict[str, tuple[Agreement, str]]:
+    """Return an agreement once for each temperature that it was measured at."""
+    return {temperature: (agreement, temperature) for temperature in agreement.accepted} if agreement else {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import FAMILY_SIZES
+from export.cli.former_options import add_former_start_option
 
 if TYPE_CHECKING:
     from export.example_family.recipe import FamilyRecipe
@@ -21,7 +22,7 @@ frozen draft, its bundle, the drafts that it is compared with, and the compariso
 
   draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family               # one H200, half an hour
   draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage bundle
-  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage distill --start bundle --minutes 10
+  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage distill --from-draft bundle --minutes 10
 
 The stages target, corpus and bundle need only a CPU; the others take minutes on one GPU. A stage whose result exists is
 skipped, and an interrupted stage resumes, so that the same command can be given again. Stand-ins for future versions
@@ -56,11 +57,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES, help="default: all")
     parser.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")
     parser.add_argument(
-        "--start",
+        "--from-draft",
+        dest="start",
         type=Path,
         metavar="DRAFT",
         help="draft or bundle that stage distill trains on (default: stage blocks')",
     )
+    add_former_start_option(parser)
     parser.add_argument("--minutes", type=float, metavar="M", help="bound on the training of stage distill")
     parser.add_argument(
         "--only", metavar="NAME", help="only this one of the futures, or this version's chats or retrained draft"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE
 from edge_runtime.protocol.errors import InputError
+from export.cli import distill, family
 from export.cli.main import main
 from export.draft.training_group import TrainingGroup
 from tests.models import save_chat_target
@@ -64,3 +68,26 @@ def test_torchrun_is_refused_where_stages_cannot_be_shared(
     command = ["family", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu", "--stage", "bundle"]
     assert main(command) == InputError.exit_code
     assert "torchrun is for --stage blocks, chats, distill, retrain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [distill, family])
+def test_torchrun_takes_no_option_for_one_of_its_own(command: Any) -> None:
+    """It expands abbreviations of its own options, also where they follow the program that it is to run."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    (own,) = actions.choices.values()
+    for action in own._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        for option in action.option_strings:
+            parsed = get_args_parser().parse_args(["-m", "export.cli", own.prog.split()[-1], option, "value"])
+            assert parsed.training_script_args[-2:] == [option, "value"]
+
+
+def test_the_former_name_of_an_option_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command fails for another reason."""
+    target = str(tmp_path / "target")
+    arguments = ["distill", target, "--chats", "1", "--start", "draft", "--output", str(tmp_path / "out")]
+    assert main(arguments) != 0
+    assert "--start is deprecated; use --from-draft" in capsys.readouterr().err
