@@ -12,7 +12,7 @@ from pathlib import Path
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, quick, record, sign
+from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, prior, quick, record, sign
 
 DESCRIPTION = """\
 Makes the frozen draft model: trains it against a target, exports it to ONNX, and packs it into a bundle for boards.
@@ -29,12 +29,13 @@ examples:
   draft-export evaluate family/bundle --target target-v1 target-v2 --output /tmp/evaluation
   draft-export doctor /models/Llama-3.1-8B --layout anchor
   draft-export record family/bundle --target family/target-v1 --output acceptance.npz
+  draft-export prior acceptance.npz
   draft-export policy --output /tmp/policy
   draft-export keygen maker.key
   draft-export sign /tmp/bundle --key maker.key
 """
 
-COMMANDS = (onnx, quick, example, family, record, sign, distill, forms, evaluate, doctor, policy)
+COMMANDS = (onnx, quick, example, family, record, sign, distill, forms, evaluate, doctor, policy, prior)
 
 # Top-level modules that only the extra `export` installs.
 EXTRA_MODULES = frozenset(

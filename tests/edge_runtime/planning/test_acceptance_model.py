@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.planning.acceptance_model import (
-    LAST_STAGE_SHARES,
-    QUINTILES,
     AcceptanceModel,
     AcceptanceModels,
     temperature_class,
 )
+from edge_runtime.planning.acceptance_prior import LAST_STAGE_SHARES, QUINTILES
 from edge_runtime.planning.acceptance_table import (
     CONFIDENCE_BINS,
     MAX_DRAFT_LENGTH,
