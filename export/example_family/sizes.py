@@ -61,7 +61,7 @@ SIZES = {
     ),
     "full": FamilySize(
         corpus_bytes=20_000_000,
-        chats=24_000,
+        chats=40_960,
         version_chats=4_000,
         questions=144,
         evolve=TrainingSchedule(250, 5e-4, 32, 512, warm_up=30, weight_decay=0.0),
@@ -69,7 +69,7 @@ SIZES = {
         tuned_blocks=(10, 20),
         rank=4,
         blocks=TrainingSchedule(5200, 1e-3, 64, 512, long_length=2048, long_share=0.1, warm_up=100),
-        distill=TrainingSchedule(6400, 5e-4, 128, 512, long_length=2048, long_share=0.1, warm_up=100, accumulate=2),
+        distill=TrainingSchedule(12_000, 5e-4, 64, 512, long_length=2048, long_share=0.1, warm_up=100, accumulate=2),
         retrain=TrainingSchedule(400, 3e-4, 64, 512, warm_up=20),
         evaluated=(192, 64, 128),
     ),
