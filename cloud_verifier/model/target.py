@@ -109,12 +109,12 @@ class Target:
         Raises:
             TargetError: not a loadable checkpoint, or its cache cannot roll back.
         """
+        self.name = name or version_name(path)
         path = path.resolve()
         base = base_directory(path)
         config = load_text_config(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int, int | None], str] = {}
-        self.name = name or version_name(path)
         self.version = f"{self.name}@{version_hash(path, base)}" + (f"-{quantize}" if quantize else "")
         self.context = usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ def _cached_snapshot(repository: str, revision: object) -> Path | None:
 
 
 def version_name(path: Path) -> str:
-    """The name of the version at `path`: its directory's, or the model's if that is a snapshot in the hub's cache."""
+    """The name of the version at `path`: its directory's, or the model's if that is a snapshot in the hub's cache.
+
+    A link counts by its own name, by which its user knows the version.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow the link
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rpartition("--")[2]

@@ -109,12 +109,13 @@ def check_compatibility(path: Path, drafts: Sequence[Path], in_use: Path | None 
         TargetError: there is no complete target at `path`.
         BundleError: a bundle cannot be read.
     """
+    name = version_name(path)
     path = path.resolve()
     base = base_directory(path)
     config = load_config(base).get_text_config(decoder=True)
     # Recurrent models may name no number of layers; no draft shares any of theirs.
     depth: int = getattr(config, "num_hidden_layers", 0)
-    version = f"{version_name(path)}@{version_hash(path, base)}"
+    version = f"{name}@{version_hash(path, base)}"
     if is_adapter(path):
         check_adapter(path)
     tokenizer = load_tokenizer(path, base)

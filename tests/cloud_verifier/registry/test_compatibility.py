@@ -246,3 +246,12 @@ def test_a_snapshot_of_the_hubs_cache_goes_by_its_models_name(tmp_path: Path, fa
     assert check_compatibility(snapshot, []).version.startswith("writer@")
     assert Target(snapshot, device="cpu", dtype=torch.float32).name == "writer"
     assert version_name(snapshot.parent) == "snapshots"
+
+
+def test_a_link_goes_by_its_own_name(tmp_path: Path, family: Path) -> None:
+    """The example family links its first version to where the converted model is cached."""
+    link = tmp_path / "writer-v1"
+    link.symlink_to(family / "target-v1")
+    assert check_compatibility(link, []).version.startswith("writer-v1@")
+    target = Target(link, device="cpu", dtype=torch.float32)
+    assert target.version == Target(family / "target-v1", device="cpu", name="writer-v1", dtype=torch.float32).version
