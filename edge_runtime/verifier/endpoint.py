@@ -21,7 +21,13 @@ from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode, Message
-from edge_runtime.verifier.http_transport import CONNECT_SECONDS, READ_SECONDS, new_transport, use_lean_headers
+from edge_runtime.verifier.http_transport import (
+    CONNECT_SECONDS,
+    READ_SECONDS,
+    new_transport,
+    trust_nobody,
+    use_lean_headers,
+)
 from edge_runtime.verifier.link_faults import (
     HINTS,
     PERSISTENT,
@@ -114,7 +120,10 @@ class Endpoint:
         self._diagnosis: tuple[float, Fault | None] = (-COOLDOWN_SECONDS, None)
         self._meter = meter
         self._token = token
-        self._trust = trust
+        if not self._secure:
+            self._trust = trust_nobody()
+        else:
+            self._trust = trust if isinstance(trust, ssl.SSLContext) else httpx.create_ssl_context()
         # Without TLS there is no ALPN to negotiate the HTTP version: guess until the first answer.
         # Through a proxy, plain HTTP is HTTP/1.1.
         self._guessing = http2 and parsed.scheme == "http" and transport is None and not proxy

@@ -30,13 +30,19 @@ LEAN_HEADERS = H2Configuration(validate_inbound_headers=False, normalize_outboun
 H2Connection.MAX_CLOSED_STREAMS = 1024
 
 
-def new_transport(
-    trust: ssl.SSLContext | bool, *, http1: bool, http2: bool, proxy: str = ""
-) -> httpx.AsyncHTTPTransport:
+def trust_nobody() -> ssl.SSLContext:
+    """A TLS context for plain HTTP, of which httpx wants one, too.
+
+    Its default reads the system's authorities, for 30 ms on a laptop: too long for an event loop.
+    """
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def new_transport(trust: ssl.SSLContext, *, http1: bool, http2: bool, proxy: str = "") -> httpx.AsyncHTTPTransport:
     """A connection pool that detects vanished peers.
 
     Args:
-        trust: TLS context, or True for the default.
+        trust: TLS context.
         proxy: URL of an HTTP proxy; empty for none.
     """
     options = [

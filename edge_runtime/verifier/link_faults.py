@@ -16,6 +16,7 @@ from typing import NamedTuple
 import httpx
 
 from edge_runtime.common.http_client import UNCOMPRESSED
+from edge_runtime.verifier.http_transport import trust_nobody
 
 # A board without a real-time clock starts in 1970 or at its last shutdown. A clock before this date, when the code was
 # written, is certainly wrong.
@@ -170,7 +171,9 @@ async def probe_over_http(host: str) -> Fault | None:
         async with (
             # httpx limits each piece of an answer alone.
             asyncio.timeout(2 * PROBE_SECONDS),
-            httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False, headers=UNCOMPRESSED) as client,
+            httpx.AsyncClient(
+                verify=trust_nobody(), timeout=PROBE_SECONDS, trust_env=False, headers=UNCOMPRESSED
+            ) as client,
             client.stream("HEAD", f"http://{host}:{HTTP_PORT}/") as response,
         ):
             pass
@@ -186,16 +189,15 @@ async def probe_over_http(host: str) -> Fault | None:
     return Fault.CLOCK if abs(server_time - time.time()) > MAX_CLOCK_ERROR_SECONDS else None
 
 
-async def probe_tls_alert(host: str, port: int, trust: ssl.SSLContext | bool) -> Fault | None:
+async def probe_tls_alert(host: str, port: int, trust: ssl.SSLContext) -> Fault | None:
     """Diagnose connections that break right after the handshake: connect, send nothing and read the TLS alert.
 
     Returns:
         CERTIFICATE, or None if the cause remains unknown.
     """
-    context = trust if isinstance(trust, ssl.SSLContext) else httpx.create_ssl_context()
     try:
         async with asyncio.timeout(PROBE_SECONDS):
-            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            reader, writer = await asyncio.open_connection(host, port, ssl=trust)
             try:
                 await reader.read(1)
             finally:
