@@ -125,6 +125,10 @@ class Routes:
         self._prompt_tokenizer = PromptTokenizer()
         self._responses = ResponseStore()
         self._documents = DocumentCache(build_document)
+        # msgspec resolves the annotations of a type when it is first used: tens of milliseconds on a small board, which
+        # the first request of each kind would spend on the event loop.
+        for kind in (CompletionRequest, ChatRequest, ResponsesRequest):
+            msgspec.json.Decoder(kind)
         posts: dict[str, Handler] = {
             "/v1/completions": self._complete,
             "/v1/chat/completions": self._chat,
