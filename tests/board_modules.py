@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from device_profiles.image.runtime import CHECKOUT, read_lock
@@ -64,9 +63,10 @@ def _imports(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files(name: str) -> Iterator[Path]:
-    """Yield the files that importing a module of ours reads: the packages that it is in, and itself."""
-    parts = name.split(".")
-    for length in range(1, len(parts) + 1):
-        path = CHECKOUT.joinpath(*parts[:length])
-        yield from (file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file())
+@functools.cache
+def _files(name: str) -> tuple[Path, ...]:
+    """Return the files that importing a module of ours reads: the packages that it is in, and itself."""
+    package, _, _ = name.rpartition(".")
+    path = CHECKOUT.joinpath(*name.split("."))
+    own = (file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file())
+    return (*(_files(package) if package else ()), *own)
