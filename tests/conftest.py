@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import gc
 import importlib.util
 import logging
 import os
@@ -47,6 +48,10 @@ def restore_logging() -> Iterator[None]:
     logs._prompts = prompts
 
 
+# Tests run in parallel, one process per core; a process that took all cores would only wait for the others. Programs
+# under test inherit it: threads of OpenMP that wait for work spin, which doubles what a verifier uses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ComputeOnce = Callable[[str, Callable[[], bytes]], bytes]
 
 # Recorded acceptance of the example family, on which simulations run.
@@ -59,7 +64,6 @@ if importlib.util.find_spec("torch"):
 
     # transformers logs to the standard error of its first use: here, not to one that a test captures and closes.
     transformers_logging.get_verbosity()
-    # Tests run in parallel, one process per core; a process that took all cores would only wait for the others.
     torch.set_num_threads(1)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; Ctrl-C must end programs under test.
@@ -114,6 +118,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the modules with slow tests first: at the end of a parallel run, quick ones keep all processes busy."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the objects of imported modules, over which it spent half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

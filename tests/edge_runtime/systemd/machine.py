@@ -138,7 +138,7 @@ def _make_root(root: Path) -> tuple[list[str], dict[str, str]]:
     packages = venv / "lib" / version / "site-packages"
     packages.mkdir(parents=True)
     (packages / "paths.pth").write_text(f"{SOURCE}\n{PACKAGES}\n")
-    environment = {"LD_LIBRARY_PATH": str(base / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"LD_LIBRARY_PATH": str(base / "lib"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     manager = "".join(f'DefaultEnvironment="{name}={value}"\n' for name, value in environment.items())
     (root / "etc/systemd/system.conf.d/test.conf").write_text(f"[Manager]\n{manager}")
     return binds, environment
