@@ -21,10 +21,9 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import msgspec
@@ -38,6 +37,7 @@ STACKS_VARIABLE = "FLEXSPEC_WATCHDOG_STACKS"
 # Names the file to which programs under test append what held their event loops.
 FILE_VARIABLE = "FLEXSPEC_WATCHDOG_FILE"
 SAMPLING_SECONDS = 0.005
+STACK_DEPTH = 12
 ROOT = Path(__file__).resolve().parents[1]
 # What begins in the code of these counts: our packages, and what the HTTP server calls them through. All else is the
 # tests' own: their coroutines and fixtures, and the clients, browsers and portals that they use.
@@ -132,17 +132,22 @@ class EventLoopWatchdog:
             time.sleep(SAMPLING_SECONDS)
             for thread, started in list(self._running.items()):
                 used = time.clock_gettime(time.pthread_getcpuclockid(thread)) - started
-                if used > LIMIT_SECONDS / 2 and (frame := _frame_of(thread)) is not None:
-                    self._stacks[thread] = "".join(traceback.format_stack(frame)[-12:])
+                if used > LIMIT_SECONDS / 2:
+                    self._stacks[thread] = _stack_of(thread)
 
 
-def _frame_of(thread: int) -> FrameType | None:
-    # Collecting garbage within this function deadlocks (CPython issue 106883).
+def _stack_of(thread: int) -> str:
+    """Return where a thread is: its innermost frames, the last one at the end."""
+    places: list[tuple[CodeType, int]] = []
+    # Collecting garbage within `_current_frames` deadlocks (CPython issue 106883). And CPython crashes on frames that a
+    # thread has left, which goes on as soon as this one gives it the chance: so nothing is formatted yet.
     gc.disable()
-    try:
-        return sys._current_frames().get(thread)
-    finally:
-        gc.enable()
+    frame = sys._current_frames().get(thread)
+    while frame is not None and len(places) < STACK_DEPTH:
+        places.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    gc.enable()
+    return "".join(f"  {code.co_filename}:{line} in {code.co_qualname}\n" for code, line in reversed(places))
 
 
 def _code_of(callback: Callable[..., Any]) -> tuple[CodeType | None, str]:
