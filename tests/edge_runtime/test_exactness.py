@@ -41,7 +41,7 @@ from tests.conftest import ComputeOnce, serving
 
 FULL = os.environ.get("FLEXSPEC_EXACT") == "full"
 # A multiple of the number of samplings, so that every plan and every fault meets each sampling equally often.
-PROMPTS = 40 if FULL else 15
+PROMPTS = 40 if FULL else 10
 CHUNK = 5
 PROMPT_TOKENS = 40
 # The token that ends a text.
