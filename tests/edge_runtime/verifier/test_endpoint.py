@@ -1,10 +1,12 @@
-"""Endpoint and transport: bounded HTTP/2 state, and cancelled first requests."""
+"""Endpoint and transport: bounded HTTP/2 state, first requests that are cancelled or break."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import anyio
+import pytest
 from h2.connection import H2Connection
 
 from cloud_verifier.model.target import Target
@@ -53,3 +55,22 @@ async def test_after_a_cancelled_first_request_failures_are_typed_and_pass(tiny:
             except LinkFailure:
                 failures += 1
         assert failures < 4
+
+
+async def test_trying_another_http_version_reads_no_authorities() -> None:
+    """That would take longer than an event loop may be held, for connections without TLS."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with VerifierClient(f"http://127.0.0.1:{port}") as client:
+            [endpoint] = client.endpoints
+            first = endpoint._pool
+            with pytest.raises(LinkFailure):
+                async with endpoint.exchange("GET", "/v1/models", None):
+                    pass
+            assert endpoint._pool is not first
+            for pool in (first, endpoint._pool):
+                assert pool._ssl_context.cert_store_stats()["x509_ca"] == 0
