@@ -71,7 +71,7 @@ content_types = st.sampled_from(CONTENT_TYPES).map(lambda kind: {"content-type":
 
 @pytest.mark.slow
 @given(st.sampled_from(["POST", "DELETE", "GET", "PUT", "PATCH"]), st.sampled_from(PATHS), random_bodies, content_types)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_random_bodies(fuzzed: FuzzedVerifier, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
     if (method, path) != ("DELETE", "FUZZED"):
         fuzzed.send(method, path, body, headers)
@@ -103,7 +103,7 @@ any_opening = st.builds(
 
 @pytest.mark.slow
 @given(st.one_of(any_round, any_opening), st.sampled_from([MSGPACK, JSON]), st.data())
-@settings(max_examples=500)
+@settings(max_examples=250)
 def test_damaged_messages(
     fuzzed: FuzzedVerifier, message: RoundRequest | OpenRequest, media_type: str, data: st.DataObject
 ) -> None:
@@ -120,7 +120,7 @@ def test_damaged_messages(
 
 @pytest.mark.slow
 @given(any_opening, any_round, st.sampled_from([MSGPACK, JSON]))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_well_formed_messages_with_invalid_contents(
     fuzzed: FuzzedVerifier, first: OpenRequest, later: RoundRequest, media_type: str
 ) -> None:

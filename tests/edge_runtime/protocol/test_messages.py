@@ -137,7 +137,7 @@ def decoded_or_refused(body: bytes, kind: type[Message], media_type: str) -> Mes
 
 @pytest.mark.slow
 @given(any_message, encodings)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_round_trip(message: Message, media_type: str) -> None:
     assert messages.decode(messages.encode(message, media_type), type(message), media_type) == message
 
@@ -302,14 +302,14 @@ def test_any_bytes_are_varints_or_a_value_error(packed: bytes) -> None:
 
 @pytest.mark.slow
 @given(st.binary(max_size=200), kinds, encodings)
-@settings(max_examples=500)
+@settings(max_examples=250)
 def test_garbage_is_refused(body: bytes, kind: type[Message], media_type: str) -> None:
     decoded_or_refused(body, kind, media_type)
 
 
 @pytest.mark.slow
 @given(any_message, encodings, st.data())
-@settings(max_examples=800)
+@settings(max_examples=400)
 def test_a_damaged_message_is_refused_or_another_message(
     message: Message, media_type: str, data: st.DataObject
 ) -> None:
@@ -351,14 +351,14 @@ nested = st.one_of(flat, st.lists(flat, max_size=7), st.dictionaries(keys, flat,
 
 @pytest.mark.slow
 @given(st.one_of(nested, st.lists(nested, min_size=3, max_size=10)), kinds)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_well_formed_msgpack_of_any_shape_is_refused_or_a_message(value: Any, kind: type[Message]) -> None:
     decoded_or_refused(messages.add_checksum(msgspec.msgpack.encode(value)), kind, MSGPACK)
 
 
 @pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(RoundRequest.__struct_fields__), nested), st.sampled_from([1, "1", None, []]))
-@settings(max_examples=300)
+@settings(max_examples=150)
 @example({}, 1)
 def test_json_fields_of_any_type_are_refused_or_a_message(fields: dict[str, Any], version: Any) -> None:
     try:
