@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import certifi
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -82,6 +83,11 @@ settings.load_profile("flexspec")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="flexspec-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
+# Every HTTP client reads the authorities that it trusts, the system's for 30 ms. No test talks to anyone whom they
+# certify, so that one of them will do.
+AUTHORITY = Path(os.environ["XDG_STATE_HOME"], "authority.pem")
+AUTHORITY.write_text("".join(certifi.contents().partition("-----END CERTIFICATE-----")[:2]))
+os.environ["SSL_CERT_FILE"] = str(AUTHORITY)
 
 # Internal errors of pytest's worker processes, which inherit the variable.
 INTERNAL_ERRORS = Path(os.environ.setdefault("FLEXSPEC_INTERNAL_ERRORS", tempfile.mktemp(prefix="flexspec-pytest-")))
