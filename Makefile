@@ -16,6 +16,9 @@ JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
 
+# Where Python may not keep bytecode, every process that runs tests compiles all of their modules: 8 s each.
+test test-quick: export PYTHONDONTWRITEBYTECODE =
+
 # Types are checked next to the tests, and printed after them.
 test: $(STAMP)
 	@$(MAKE) --no-print-directory --jobs 2 $(CLIENTS_STAMP) lint-quick
