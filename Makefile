@@ -80,6 +80,7 @@ boot-test: $(STAMP)
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
 		--output build/boot-test-4k.img
 	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-4k.img --model small
+	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-4k.img --model small --count-instructions
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \
 		--pages 16k --output build/boot-test-16k.img
 	$(BIN)/python -m tests.device_profiles.image.boot_test build/boot-test-16k.img --model large

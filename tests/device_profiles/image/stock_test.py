@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,8 @@ def main() -> int:
     parser.add_argument("scenario", choices=("customised", "readme"))
     parser.add_argument("--image", type=Path, help="stock image (default: build one)")
     options = parser.parse_args()
+    # As in boot_test: an emulator does not outlive this.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     expected = reference()
     with tempfile.TemporaryDirectory(prefix="stock-test-", dir=LOG.parent) as name:
         directory = Path(name)
