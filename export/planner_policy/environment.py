@@ -52,7 +52,7 @@ EXAMPLE_FAMILY_PATH = Path(__file__).parents[1] / "example_family"
 # Returns the index of a correction for (len(OBSERVATIONS),) observations, the completed tokens, and the cost so far.
 CorrectionCallback = Callable[[Floats, int, float], int]
 # The first texts of each kind are held out for the evaluation of policies.
-HELD_OUT_TEXTS = 48
+HELD_OUT_TEXTS = 8
 MAX_TEXTS = 8
 # Recorded texts are joined into longer ones: number of texts, and range of the factor on the prompt length. Chosen.
 JOINED_TEXT_COUNTS = (1, 1, 1, 2, 4)

@@ -13,6 +13,8 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation import RecordedText
 
 QUINTILE_COUNT, CLASS_COUNT = 5, 3
+# A stage with fewer tokens (20 a quintile) has the quintiles of the stage before it: long runs are rare at temperature 1.
+MIN_STAGE_TOKENS = 100
 # Mean confidence and acceptance rate of the tokens of each quintile of confidence, least confident first.
 Quintiles = tuple[tuple[float, float], ...]
 
@@ -35,23 +37,24 @@ def measure_prior(texts: Sequence[RecordedText]) -> AcceptancePrior:
     """Measure the prior on texts of every temperature class.
 
     Raises:
-        InputError: a class or a stage of it has fewer than QUINTILE_COUNT tokens.
+        InputError: the first stage of a class has fewer than MIN_STAGE_TOKENS tokens.
     """
     quintiles, last_stage_shares = [], []
     for kind in range(CLASS_COUNT):
         guesses = [_judged_guesses(text) for text in texts if temperature_class(text.temperature) == kind]
         confidences, accepted, stages = np.concatenate(guesses, axis=1) if guesses else np.empty((3, 0))
         counts = [int((stages == stage).sum()) for stage in range(len(STAGE_STREAKS))]
-        if min(counts) < QUINTILE_COUNT:
+        if counts[0] < MIN_STAGE_TOKENS:
             raise InputError(
-                f"too few texts of temperature class {kind}: tokens by stage {counts}, at least {QUINTILE_COUNT} needed"
+                f"too few texts of temperature class {kind}: {counts[0]} tokens in the first stage, "
+                f"at least {MIN_STAGE_TOKENS} needed"
             )
-        quintiles.append(
-            tuple(
-                _quintiles(confidences[stages == stage], accepted[stages == stage])
-                for stage in range(len(STAGE_STREAKS))
-            )
-        )
+        by_stage: list[Quintiles] = []
+        for stage, count in enumerate(counts):
+            few = count < MIN_STAGE_TOKENS
+            chosen = stages == stage
+            by_stage.append(by_stage[-1] if few else _quintiles(confidences[chosen], accepted[chosen]))
+        quintiles.append(tuple(by_stage))
         last_stage_shares.append(counts[-1] / sum(counts))
     ranks = np.array([rank for text in texts for rank in text.ranks])
     hazards = tuple(float((ranks == r).sum() / max(1, (ranks >= r).sum())) for r in range(1, MAX_SIBLINGS + 1))

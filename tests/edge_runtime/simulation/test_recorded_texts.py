@@ -49,10 +49,12 @@ def test_the_shipped_trace_covers_every_target_and_temperature() -> None:
     assert targets >= {"target-v1", "target-v2"}
     assert kinds == {(target, temperature) for target in targets for temperature in (0.0, 0.7, 1.0)}
     count = len(read_texts(TRACES)) // len(kinds)
-    assert count >= 48
+    assert count >= 24
     for target, temperature in kinds:
         some = read_texts(TRACES, target=target, temperature=temperature)
-        assert [len(text) for text in some] == [len(some[0])] * count
+        assert len(some) == count
+        # The target may end a text before its limit.
+        assert max(len(text) for text in some) == 128
         assert 0.3 < sum(text.acceptance for text in some) / len(some) < 0.95
 
 

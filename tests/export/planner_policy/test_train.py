@@ -20,6 +20,8 @@ from export.cli.main import main
 from export.planner_policy.environment import (
     EXAMPLE_FAMILY_PATH,
     HELD_OUT_TEXTS,
+    JOINED_TEXT_COUNTS,
+    MAX_TEXTS,
     AnalyticBaseline,
     RoundEnvironment,
     ScenarioSampler,
@@ -62,7 +64,8 @@ def test_rewards_add_up_to_the_saved_cost_in_tokens(texts: list[RecordedText]) -
             rewards.append(reward)
         tokens = sum(rewards) / (1.0 - info["ratio"])
         assert tokens == pytest.approx(round(tokens), abs=1e-3)
-        assert round(tokens) % 128 == 0
+        # The target may end a text before its 128 tokens; several are joined to a longer one.
+        assert 0 < round(tokens) <= 128 * MAX_TEXTS * max(JOINED_TEXT_COUNTS)
 
 
 @pytest.mark.slow
