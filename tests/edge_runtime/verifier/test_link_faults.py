@@ -49,7 +49,7 @@ async def answering(answer: bytes | None, tls: ssl.SSLContext | None = None) -> 
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def fault_at(url: str, deadline: float = 0.4, authorities: Path | None = None) -> tuple[str, str]:
+async def fault_at(url: str, deadline: float = 2.0, authorities: Path | None = None) -> tuple[str, str]:
     """Code and message of the fault of the verifier at `url`."""
     async with VerifierClient(url, deadline=deadline, authorities=authorities) as client:
         with pytest.raises(VerifierUnreachable) as caught:
