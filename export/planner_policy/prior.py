@@ -13,7 +13,7 @@ from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation import RecordedText
 
 QUINTILE_COUNT, CLASS_COUNT = 5, 3
-# A stage with fewer tokens (20 a quintile) has the quintiles of the stage before it: long runs are rare at temperature 1.
+# A stage with fewer tokens has the quintiles of the stage before it: long runs are rare at temperature 1.
 MIN_STAGE_TOKENS = 100
 # Mean confidence and acceptance rate of the tokens of each quintile of confidence, least confident first.
 Quintiles = tuple[tuple[float, float], ...]
