@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,31 @@ def build_draft(
     draft.generation_config = copy.deepcopy(target.generation_config)
     freeze_shared(draft, plan)
     return draft.to(target.device), plan
+
+
+def add_blocks(draft: PreTrainedModel, plan: DraftPlan, count: int) -> DraftPlan:
+    """Add new blocks behind the last new one of a draft, in place, and return its new plan.
+
+    They add nothing to the residual stream until they are trained, so that the draft stays the same function.
+    """
+    layers: Any = draft.base_model.layers
+    last = plan.new_blocks - 1 if LAYOUTS[plan.layout].shared_last else plan.blocks - 1
+    for _ in range(count):
+        block = copy.deepcopy(layers[last])
+        with torch.no_grad():
+            for output in (block.self_attn.o_proj, block.mlp.down_proj):
+                for parameter in output.parameters():
+                    parameter.zero_()
+        layers.insert(last + 1, block)
+    for index, block in enumerate(layers):
+        block.self_attn.layer_idx = index
+    config: Any = draft.config
+    config.num_hidden_layers = len(layers)
+    for name in PER_BLOCK_SETTINGS:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [*values[: last + 1], *[values[last]] * count, *values[last + 1 :]])
+    return replace(plan, new_blocks=plan.new_blocks + count)
 
 
 def freeze_shared(draft: PreTrainedModel, plan: DraftPlan) -> None:

@@ -73,6 +73,13 @@ def add_parser(commands: Any) -> None:
     )
     add_former_start_option(parser)
     parser.add_argument(
+        "--add-blocks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="blocks that --from-draft gets in addition; the draft is the same function until they are trained",
+    )
+    parser.add_argument(
         "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"
     )
     teachers = parser.add_argument_group("teachers and text")
@@ -133,8 +140,10 @@ def run(options: argparse.Namespace) -> int:
     from export.draft.training import TrainingSchedule
     from export.draft.training_group import TrainingGroup, worker_device
 
-    if min(options.siblings, options.samples, options.chats) < 0:
-        raise InputError("--siblings, --samples and --chats must be at least 0")
+    if min(options.siblings, options.samples, options.chats, options.add_blocks) < 0:
+        raise InputError("--siblings, --samples, --chats and --add-blocks must be at least 0")
+    if options.add_blocks and options.start is None:
+        raise InputError("--add-blocks needs --from-draft; a draft of its own has --new-blocks")
     config = DistillationConfig(
         target=options.target,
         plan=TrainingSchedule(
@@ -159,6 +168,7 @@ def run(options: argparse.Namespace) -> int:
         strength=options.strength,
         future_share=options.future_share,
         start=options.start,
+        added_blocks=options.add_blocks,
         minutes=options.minutes,
         head_bits=options.head_bits,
         compiled=options.compile,

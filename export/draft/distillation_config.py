@@ -31,6 +31,7 @@ class DistillationConfig:
         future_share: share of every batch that versions and siblings teach together.
         start: directory or bundle of a draft to train on, as the layout `standalone` its head too; None starts from
             blocks of the target.
+        added_blocks: blocks that `start` gets in addition.
         head_bits: train with head and embedding rounded to 4 bits, as in such a bundle; None: as they are.
         minutes: take only as many of the schedule's steps as fit into this time.
         compiled: compile blocks and loss; None: on a GPU.
@@ -52,6 +53,7 @@ class DistillationConfig:
     strength: float = 0.1
     future_share: float = 0.3
     start: Path | None = None
+    added_blocks: int = 0
     head_bits: int | None = None
     minutes: float | None = None
     compiled: bool | None = None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cloud_verifier.acceptance.measure import TEMPERATURES
 from cloud_verifier.draft_models.checkpoint import load_draft, read_description, save_draft
-from cloud_verifier.draft_models.layouts import LAYOUTS, DraftPlan, build_draft
+from cloud_verifier.draft_models.layouts import LAYOUTS, DraftPlan, add_blocks, build_draft
 from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.bundle import MANIFEST_NAME
@@ -95,6 +95,8 @@ def distill(
             draft, plan = build_draft(target, layout, new_blocks=config.new_blocks, shared_blocks=config.shared_blocks)
         else:
             draft, plan = _continue_draft(config.start, base, config.layout)
+            if config.added_blocks:
+                plan = add_blocks(draft, plan, config.added_blocks)
         to_device(to_device(draft, torch.float32), device)
         compiled = config.compiled if config.compiled is not None else device.type == "cuda"
         mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)

@@ -9,6 +9,7 @@ from cloud_verifier.draft_models.layouts import (
     LAYOUTS,
     SUPPORTED_MODEL_TYPES,
     DraftPlan,
+    add_blocks,
     build_draft,
     parameter_names,
     plan_draft,
@@ -114,6 +115,29 @@ def test_layer_types_follow_the_blocks() -> None:
 def test_impossible_plans_are_refused(layout: str, blocks: tuple[int, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_draft(make_target("llama").config, layout, new_blocks=blocks[0], shared_blocks=blocks[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_added_blocks_leave_the_draft_the_same_function(model_type: str, layout: str) -> None:
+    target = make_target(model_type)
+    shared = 0 if layout == "standalone" else 1
+    draft, plan = build_draft(target, layout, new_blocks=2, shared_blocks=shared)
+    ids = IDS
+    with torch.no_grad():
+        before = draft(input_ids=ids).logits
+        larger = add_blocks(draft, plan, 2)
+        assert (larger.new_blocks, larger.shared_blocks) == (4, shared)
+        assert len(draft.model.layers) == draft.config.num_hidden_layers == larger.blocks
+        assert torch.equal(draft(input_ids=ids, use_cache=False).logits, before)
+        # With a cache, too: every block has a place of its own in it.
+        assert torch.allclose(draft(input_ids=ids, use_cache=True).logits, before)
+    names = {name for name, _ in draft.named_parameters()}
+    frozen = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
+    assert frozen == names & set(larger.shared_tensors(parameter_names(target)))
+    draft(input_ids=ids, labels=ids).loss.backward()
+    added = draft.model.layers[larger.shared_range.start - 1 if layout == "anchor" else -1]
+    assert added.mlp.down_proj.weight.grad.abs().max() > 0
 
 
 def test_unknown_architectures_are_refused() -> None:

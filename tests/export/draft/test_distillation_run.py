@@ -333,6 +333,9 @@ def test_a_shared_draft_is_trained_on_with_its_head_as_in_the_bundle(
     # The step is taken from the exact values: the stored weights are not those of the rounded head.
     assert 0 < (after - before).abs().max() <= 2 * plan.peak_rate
     assert not torch.equal(after, round_head(after))
+    deeper = tmp_path / "deeper"
+    distill(replace(config, plan=plan, start=own, added_blocks=1), deeper, CPU)
+    assert read_description(deeper).plan.blocks == description.plan.blocks + 1
     with pytest.raises(InputError, match="is a draft of the layout standalone: leave out --layout"):
         distill(replace(config, start=own, layout="anchor"), tmp_path / "again", CPU)
 
