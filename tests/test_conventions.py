@@ -44,7 +44,7 @@ PROGRAMS = {
 }
 
 
-class Source(NamedTuple):
+class ParsedModule(NamedTuple):
     """A module, parsed, and the nodes of it that conventions are about, found in one walk over its tree."""
 
     path: Path
@@ -53,18 +53,18 @@ class Source(NamedTuple):
 
 
 @functools.cache
-def sources(*directories: str) -> list[Source]:
+def sources(*directories: str) -> list[ParsedModule]:
     """The modules below these directories, by default those of the packages."""
     paths = [path for directory in directories or PACKAGES for path in (ROOT / directory).rglob("*.py")]
     found = []
     for path in paths:
         tree = ast.parse(path.read_text())
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom | ast.Call | ast.ClassDef)]
-        found.append(Source(path.relative_to(ROOT), tree, nodes))
+        found.append(ParsedModule(path.relative_to(ROOT), tree, nodes))
     return found
 
 
-def imports(source: Source) -> Iterator[str]:
+def imports(source: ParsedModule) -> Iterator[str]:
     """The modules that a module imports."""
     for node in source.nodes:
         if isinstance(node, ast.Import):

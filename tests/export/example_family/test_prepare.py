@@ -119,7 +119,7 @@ def test_the_shipped_members_fit_the_real_target() -> None:
     """Converts the package's model into the cache of this machine if that has not been done yet."""
     family = prepare_family()
     bundle = read_bundle(family / "bundle")
-    assert bundle.manifest.shared.identity.startswith("anchor/0/")
+    assert bundle.manifest.shared.identity.startswith("standalone/0/")
     for version in ("target-v1", *VERSIONS):
         report = check_compatibility(family / version, [family / "bundle"], family / "target-v1")
         assert report.compatible, report.describe()
