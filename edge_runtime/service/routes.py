@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -49,7 +50,7 @@ from edge_runtime.service.prompt_tokenizer import PromptTokenizer, PromptTooLong
 from edge_runtime.service.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
 from edge_runtime.service.response_formatter import ChatFormatter, CompletionFormatter
 from edge_runtime.service.responses.formatter import ResponsesFormatter
-from edge_runtime.service.responses.requests import ResponsesRequest, rename_fields, to_chat
+from edge_runtime.service.responses.requests import ResponsesRequest, ResponseTask, rename_fields, to_chat
 from edge_runtime.service.responses.schema import DeletedResponse
 from edge_runtime.service.responses.store import ResponseStore
 from edge_runtime.service.sse import AnswerFormatter, EventStream, stream_answers, wait_for_disconnect
@@ -75,6 +76,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 FIRST_TEXT_SECONDS = 10.0
 # How often the link is looked at while a complete answer is awaited.
 LINK_POLL_SECONDS = 0.5
+# Chosen: reading a body of this size takes up to 2 ms on a slow core, one of a mebibyte up to 23.
+LARGE_BODY_BYTES = 64 << 10
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -159,8 +162,12 @@ class Routes:
     async def _complete(self, request: Request) -> Response:
         """POST /v1/completions: continue texts."""
         board = self._state.require_board()
-        body, ignored = parse_request(await self._read_body(request), CompletionRequest)
-        choices, prompts, logprobs = get_choices(body), get_prompts(body), get_logprobs(body)
+
+        def read(content: bytes) -> tuple[CompletionRequest, list[str], ChoicePlan, list[str | list[int]], int]:
+            body, ignored = parse_request(content, CompletionRequest)
+            return body, ignored, get_choices(body), get_prompts(body), get_logprobs(body)
+
+        body, ignored, choices, prompts, logprobs = await self._read_request(request, read)
         tokenizer, special = board.draft.tokenizer, body.add_special_tokens is not False
         await self._refuse_long_prompts(body, board, prompts)
 
@@ -187,15 +194,19 @@ class Routes:
     async def _chat(self, request: Request) -> Response:
         """POST /v1/chat/completions: generate the next message of a conversation."""
         board = self._state.require_board()
-        body, ignored = parse_request(await self._read_body(request), ChatRequest)
+        body, ignored = await self._read_request(request, functools.partial(parse_request, kind=ChatRequest))
         formatter = ChatFormatter(board.draft.tokenizer, get_logprobs(body), _wants_usage(body))
         return await self._answer_chat(request, body, board, formatter, ignored)
 
     async def _respond(self, request: Request) -> Response:
         """POST /v1/responses: the same in another form, with a memory of earlier responses."""
         board = self._state.require_board()
-        body, ignored = parse_request(await self._read_body(request), ResponsesRequest)
-        task = to_chat(body, self._responses)
+
+        def read(content: bytes) -> tuple[ResponseTask, list[str]]:
+            body, ignored = parse_request(content, ResponsesRequest)
+            return to_chat(body, self._responses), ignored
+
+        task, ignored = await self._read_request(request, read)
         formatter = ResponsesFormatter(task, board.draft.tokenizer, self._responses)
         try:
             return await self._answer_chat(request, task.chat, board, formatter, ignored)
@@ -454,6 +465,11 @@ class Routes:
 
     def _configured_model(self) -> str:
         return self._state.board.model if self._state.board else ""
+
+    async def _read_request(self, request: Request, read: Callable[[bytes], T]) -> T:
+        """Read the body, and return what `read` makes of it: in another thread if that would hold the event loop."""
+        content = await self._read_body(request)
+        return read(content) if len(content) < LARGE_BODY_BYTES else await asyncio.to_thread(read, content)
 
     async def _read_body(self, request: Request) -> bytes:
         """Read the body. Raises ApiError if it is not JSON, compressed, too long, or takes too long."""
