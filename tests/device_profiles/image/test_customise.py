@@ -15,6 +15,7 @@ from device_profiles.image.customise import CustomiseOptions, customise
 from edge_runtime.protocol.errors import InputError
 from tests.device_profiles.first_boot.test_configure import FULL, KEY
 from tests.device_profiles.image.small_image import build_small_image
+from tests.device_profiles.programs import require_programs
 
 # What a conversion of text would change.
 BUNDLE = b"an archive of a bundle\r\n\xff\x00\n\r"
@@ -116,6 +117,7 @@ def test_mistakes_leave_the_partition_alone(
 
 
 def test_other_places_are_refused(tmp_path: Path, mounted: Path, options: CustomiseOptions) -> None:
+    require_programs("mcopy")
     (mounted / "user-data").unlink()
     with pytest.raises(InputError, match="only Raspberry Pi OS since trixie reads cloud-init's files"):
         list(customise(mounted, options, print))

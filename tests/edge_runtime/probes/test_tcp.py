@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import socket
@@ -24,6 +25,8 @@ def pair() -> Iterator[Pair]:
         near = socket.create_connection(server.getsockname())
         far, _ = server.accept()
         with near, far:
+            if tcp_info(near) is None and platform.machine() == "aarch64":
+                pytest.skip("this kernel gives no TCP_INFO; qemu-user passes none on")
             yield near, far
 
 

@@ -45,7 +45,7 @@ async def client_of(app: HostileVerifier) -> AsyncIterator[VerifierClient]:
     server = HttpServer(app, ListenOptions(port=0))
     await server.start()
     try:
-        async with VerifierClient(server.url, deadline=1.5) as client:
+        async with VerifierClient(server.url, deadline=3.0) as client:
             yield client
     finally:
         await server.stop()
