@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from msgspec import inspect
 
-from edge_runtime.common.options import ArgumentContainer, add_option
+from edge_runtime.common.options import ArgumentContainer, DeprecatedOption, add_option
 from edge_runtime.common.terminal import print_note
 from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
 
@@ -45,7 +45,7 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
             text += f" (default: {default or entry.default})"
         parser.add_argument(spec.flag, help=text.replace("%", "%%"), **arguments)
         for flag in spec.deprecated_flags:
-            action = functools.partial(_DeprecatedOption, replacement=spec.flag)
+            action = functools.partial(DeprecatedOption, replacement=spec.flag, warn=warn)
             parser.add_argument(flag, help=argparse.SUPPRESS, **{**arguments, "action": action})
 
 
@@ -69,26 +69,6 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str] = os.e
 def warn(message: str) -> None:
     """Print a warning to standard error."""
     print_note(f"edge-runtime: warning: {message}")
-
-
-class _DeprecatedOption(argparse.Action):
-    """Stores an option's value under a former name of the option, with a warning."""
-
-    def __init__(
-        self, option_strings: Sequence[str], dest: str, *, replacement: str, const: Any = None, **keywords: Any
-    ) -> None:
-        super().__init__(option_strings, dest, nargs=None if const is None else 0, const=const, **keywords)
-        self._replacement = replacement
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        warn(f"{option_string} is deprecated; use {self._replacement}")
-        setattr(namespace, self.dest, values if self.const is None else self.const)
 
 
 def _value_arguments(entry: SettingEntry) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -36,3 +36,30 @@ def add_action(
     action: argparse.ArgumentParser = actions.add_parser(name, help=help_text, **keywords)
     action.set_defaults(run=run)
     return action
+
+
+class DeprecatedOption(argparse.Action):
+    """Stores an option's value, or `const`, under a former name of the option, with a warning."""
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        *,
+        replacement: str,
+        warn: Callable[[str], None],
+        const: Any = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(option_strings, dest, nargs=None if const is None else 0, const=const, **keywords)
+        self._replacement, self._warn = replacement, warn
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        self._warn(f"{option_string} is deprecated; use {self._replacement}")
+        setattr(namespace, self.dest, values if self.const is None else self.const)

@@ -179,13 +179,13 @@ def run(options: argparse.Namespace) -> int:
     if not group.is_first:
         return 0
     print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text")
-    own_chats = {temperature: (agreement, temperature) for temperature, agreement in result.chats.items()}
+    own_chats = [(agreement, temperature) for temperature, agreement in result.chats.items()]
     for name, agreements in (
         ("given text", _by_temperature(result.text)),
         ("chats, each written and judged at one temperature", own_chats),
         ("chats written at temperatures above 0", _by_temperature(result.sampled_chats)),
     ):
-        cells = [f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for a, t in agreements.values()]
+        cells = [f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for a, t in agreements]
         if cells:
             print(f"  {name}: {', '.join(cells)}")
     if result.doubling_gain is not None:
@@ -195,6 +195,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _by_temperature(agreement: Agreement | None) -> dict[str, tuple[Agreement, str]]:
+def _by_temperature(agreement: Agreement | None) -> list[tuple[Agreement, str]]:
     """Return an agreement once for each temperature that it was measured at."""
-    return {temperature: (agreement, temperature) for temperature in agreement.accepted} if agreement else {}
+    return [(agreement, temperature) for temperature in agreement.accepted] if agreement else []

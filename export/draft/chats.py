@@ -227,6 +227,7 @@ class ChatWriter:
         rows = min(config.count, self._rows_at_once(config.length))
         batches = -(-config.count // rows)
         written: dict[int, Chats] = {}
+        label = "-".join(f"{temperature:g}" for temperature in dict.fromkeys(config.temperatures))
         with Progress("chats", config.count) as progress:
             for batch in reversed(range(batches)) if backwards else range(batches):
                 count = min(rows, config.count - batch * rows)
@@ -234,7 +235,6 @@ class ChatWriter:
                     config.temperatures[number % len(config.temperatures)]
                     for number in range(batch * rows, batch * rows + count)
                 ]
-                label = "-".join(f"{temperature:g}" for temperature in dict.fromkeys(config.temperatures))
                 name = f"seed{config.seed}-{batch:04d}-{count}x{config.length}-T{label}.npz"
                 path = directory and directory / name
                 if path and path.is_file():

@@ -123,19 +123,18 @@ def test_added_blocks_leave_the_draft_the_same_function(model_type: str, layout:
     target = make_target(model_type)
     shared = 0 if layout == "standalone" else 1
     draft, plan = build_draft(target, layout, new_blocks=2, shared_blocks=shared)
-    ids = IDS
     with torch.no_grad():
-        before = draft(input_ids=ids).logits
+        before = draft(input_ids=IDS).logits
         larger = add_blocks(draft, plan, 2)
         assert (larger.new_blocks, larger.shared_blocks) == (4, shared)
         assert len(draft.model.layers) == draft.config.num_hidden_layers == larger.blocks
-        assert torch.equal(draft(input_ids=ids, use_cache=False).logits, before)
+        assert torch.equal(draft(input_ids=IDS, use_cache=False).logits, before)
         # With a cache, too: every block has a place of its own in it.
-        assert torch.allclose(draft(input_ids=ids, use_cache=True).logits, before)
+        assert torch.allclose(draft(input_ids=IDS, use_cache=True).logits, before)
     names = {name for name, _ in draft.named_parameters()}
     frozen = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
     assert frozen == names & set(larger.shared_tensors(parameter_names(target)))
-    draft(input_ids=ids, labels=ids).loss.backward()
+    draft(input_ids=IDS, labels=IDS).loss.backward()
     added = draft.model.layers[larger.shared_range.start - 1 if layout == "anchor" else -1]
     assert added.mlp.down_proj.weight.grad.abs().max() > 0
 
