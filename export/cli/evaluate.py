@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.common.options import add_flag, add_option
-from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
+from export.cli.former_options import add_former_memory_option
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
     )
     add_flag(parser, "--ngram-cache", "also measure with the board's n-gram cache")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    add_former_memory_option(parser)
     add_option(parser, "--profile", "board of the modeled speed", default="raspberry-pi-5")
     add_option(parser, "--link", "link, as in `edge-runtime simulate`", default="wifi")
     add_option(parser, "--verifier", "verifier, as in `edge-runtime simulate`", default="loaded")
@@ -126,9 +126,7 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
         _check_tokenizer(options.draft, tokenizer, path)
     draft_name = options.draft.resolve().name
     drafts = {draft_name: draft}
-    if options.memory:
-        print_note("draft-export: --memory is deprecated; use --ngram-cache")
-    if options.ngram_cache or options.memory:
+    if options.ngram_cache:
         drafts[f"{draft_name} + memory"] = _open_with_ngram_cache(options.draft, options.threads)
     retrained = {}
     for version, path in _parse_retrained(options.retrained, versions).items():

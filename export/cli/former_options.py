@@ -25,3 +25,17 @@ def add_former_start_option(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def add_former_memory_option(parser: argparse.ArgumentParser) -> None:
+    """Accept --memory for --ngram-cache."""
+    parser.add_argument(
+        "--memory",
+        action=DeprecatedOption,
+        replacement="--ngram-cache",
+        warn=warn,
+        dest="ngram_cache",
+        const=True,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
