@@ -97,19 +97,20 @@ def test_streams_if_drafting_does_not_pay_off(link: str, board: str, verifier: s
 
 
 @pytest.mark.parametrize(
-    ("link", "board", "verifier"),
+    ("link", "board", "verifier", "share"),
     [
-        ("lan", "laptop", "loaded"),
-        ("wifi", "raspberry-pi-5", "loaded"),
-        ("5g", "laptop", "32b"),
-        ("lan", "server", "32b"),
+        ("lan", "laptop", "loaded", 0.85),
+        ("wifi", "raspberry-pi-5", "loaded", 0.85),
+        # The link is slow beside this verifier.
+        ("5g", "laptop", "32b", 0.95),
+        ("lan", "server", "32b", 0.85),
     ],
 )
 def test_beats_streaming_and_every_fixed_length_if_drafting_pays_off(
-    link: str, board: str, verifier: str, texts: list[RecordedText]
+    link: str, board: str, verifier: str, share: float, texts: list[RecordedText]
 ) -> None:
     planned = simulate_cost(link, board, verifier, texts)
-    assert planned < 0.95 * simulate_cost(link, board, verifier, texts, STREAMING)
+    assert planned < share * simulate_cost(link, board, verifier, texts, STREAMING)
     fixed = [simulate_cost(link, board, verifier, texts, Plan(count)) for count in (1, 2, 3, 4, 5, 6, 8, 12)]
     assert planned < min(fixed)
 
