@@ -101,10 +101,10 @@ def distill(
         compiled = config.compiled if config.compiled is not None else device.type == "cuda"
         mixes = _make_teachers(config, target, plan, text.training, compiled=compiled)
 
-        def measure(draft: PreTrainedModel, chats: list[JudgedText], temperatures: Sequence[float]) -> Agreement:
+        def measure(draft: PreTrainedModel, texts: list[JudgedText], temperatures: Sequence[float]) -> Agreement:
             # Each batch has a shape of its own, for which compiling would take longer than running.
             with torch.compiler.set_stance("force_eager"):
-                return measure_agreement(target, draft, chats, temperatures=temperatures)
+                return measure_agreement(target, draft, texts, temperatures=temperatures)
 
         # A frozen head is rounded once, a trained one anew in every step.
         head_is_trained = any(weight.requires_grad for weight in _head_weights(draft))
@@ -139,7 +139,7 @@ def distill(
         sampled = [chat for temperature, chats in text.held_out_chats.items() if temperature > 0 for chat in chats]
         with head_as_in_bundle(stored, config.head_bits):
             result = DistillationResult(
-                text=measure_agreement(target, stored, text.held_out_windows) if text.held_out_windows else None,
+                text=measure(stored, text.held_out_windows, TEMPERATURES) if text.held_out_windows else None,
                 chats={
                     f"T={temperature:g}": measure(stored, chats, [temperature])
                     for temperature, chats in text.held_out_chats.items()

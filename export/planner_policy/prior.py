@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_runtime.planning.acceptance_model import temperature_class
+from edge_runtime.planning.acceptance_model import EVALUATED_TEMPERATURES, temperature_class
 from edge_runtime.planning.acceptance_table import MAX_SIBLINGS, STAGE_STREAKS, stage_index
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.simulation import RecordedText
 
-QUINTILE_COUNT, CLASS_COUNT = 5, 3
+QUINTILE_COUNT = 5
 # A stage with fewer tokens has the quintiles of the stage before it: long runs are rare at temperature 1.
 MIN_STAGE_TOKENS = 100
 # Mean confidence and acceptance rate of the tokens of each quintile of confidence, least confident first.
@@ -40,7 +40,7 @@ def measure_prior(texts: Sequence[RecordedText]) -> AcceptancePrior:
         InputError: the first stage of a class has fewer than MIN_STAGE_TOKENS tokens.
     """
     quintiles, last_stage_shares = [], []
-    for kind in range(CLASS_COUNT):
+    for kind in range(len(EVALUATED_TEMPERATURES)):
         guesses = [_judged_guesses(text) for text in texts if temperature_class(text.temperature) == kind]
         confidences, accepted, stages = np.concatenate(guesses, axis=1) if guesses else np.empty((3, 0))
         counts = [int((stages == stage).sum()) for stage in range(len(STAGE_STREAKS))]
