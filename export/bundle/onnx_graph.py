@@ -3,7 +3,8 @@
     fp32          all weights as they are
     fp16          stored as float16, computed as float32
     int8          8 bits, blocks of 32
-    int8-head4    8 bits; 4 bits for head and embedding
+    int8-head4    8 bits; 4 bits for head and embedding, which a draft can be trained with
+    int4-fitted   4 bits that a draft must be trained with, head and embedding too
     mixed         4 bits with k-quant rounding; 8 bits for the head, the embedding, and the most sensitive layers
     int4          4 bits, head and embedding too
     int4-k        the same with k-quant rounding

@@ -4,11 +4,12 @@ It works on onnxruntime-genai's graph and on optimum's: both name a block's proj
 constants. Only one weight at a time is in memory as float, and the rounding's float64 copies cover only a part of it,
 so a draft of an 8B target is quantized in little more memory than its float32 tensors take.
 
-The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), except for heads of the weight type
-`int8-head4` (see `export.bundle.head_rounding`). The layout is that of its MatMulNBits and GatherBlockQuantized
-operators: blocks of 32 or 64 along the inputs, each with a scale. Scales are stored as float16 and widened when the
-graph is loaded, which saves 6 % of an 8-bit file. All graphs use `accuracy_level=4` (int8 arithmetic), without which
-8-bit MatMulNBits is 15 times slower. The embedding gets the head's bits, and shares its bytes if the model ties them.
+The rounding is onnxruntime's own (`neural_compressor`, ported from Intel's), except for the 4-bit matrices of the
+weight types `int8-head4` and `int4-fitted` (see `export.bundle.four_bits`). The layout is that of its MatMulNBits and
+GatherBlockQuantized operators: blocks of 32 or 64 along the inputs, each with a scale. Scales are stored as float16 and
+widened when the graph is loaded, which saves 6 % of an 8-bit file. All graphs use `accuracy_level=4` (int8 arithmetic),
+without which 8-bit MatMulNBits is 15 times slower. The embedding gets the head's bits, and shares its bytes if the
+model ties them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir import convenience
 
-from export.bundle.head_rounding import HEAD_BLOCK_SIZE, quantize_head, round_scales, scale_unit
+from export.bundle.four_bits import GROUP_SIZE, quantize_to_4_bits, round_scales, scale_unit
 
 BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4
@@ -47,28 +48,28 @@ class QuantizationScheme:
         head_bits: bits of head and embedding; 32 leaves them float.
         k_quant: use llama.cpp's search for scales and zero points, not rounding to nearest with symmetric scales.
         sensitive: store the projections that llama.cpp's mixed types spare in 8 bits.
-        fitted_head: round head and embedding by `export.bundle.head_rounding`.
+        fitted: round what has 4 bits by `export.bundle.four_bits`, as in training.
     """
 
     bits: int
     head_bits: int
     k_quant: bool = False
     sensitive: bool = False
-    fitted_head: bool = False
+    fitted: bool = False
 
-    def quantize_head(self, weight: Weights) -> QuantizedBlocks:
-        """Quantize a head or an embedding (V, columns)."""
-        if not self.fitted_head:
-            return quantize_blocks(weight, self.head_bits, self.k_quant)
-        head = quantize_head(torch.from_numpy(np.array(weight, np.float32)))
-        rows = len(head.levels)
+    def quantize(self, weight: Weights, bits: int) -> QuantizedBlocks:
+        """Quantize a matrix (rows, columns)."""
+        if not (self.fitted and bits == 4):
+            return quantize_blocks(weight, bits, self.k_quant)
+        matrix = quantize_to_4_bits(torch.from_numpy(np.array(weight, np.float32)))
+        rows = len(matrix.levels)
         return QuantizedBlocks(
-            bits=self.head_bits,
-            columns=head.columns,
-            packed=_pack(head.levels.flatten(1).numpy(), 4).reshape(rows, -1, HEAD_BLOCK_SIZE // 2),
-            scales=head.scales.numpy(),
-            zeros=_pack(head.zero_points.numpy(), 4),
-            block_size=HEAD_BLOCK_SIZE,
+            bits=bits,
+            columns=matrix.columns,
+            packed=_pack(matrix.levels.flatten(1).numpy(), 4).reshape(rows, -1, GROUP_SIZE // 2),
+            scales=matrix.scales.numpy(),
+            zeros=_pack(matrix.zero_points.numpy(), 4),
+            block_size=GROUP_SIZE,
         )
 
     def projection_bits(self, node: str, layers: int) -> int:
@@ -83,7 +84,8 @@ class QuantizationScheme:
 
 QUANTIZATION_SCHEMES: Mapping[str, QuantizationScheme] = {
     "int8": QuantizationScheme(8, 8),
-    "int8-head4": QuantizationScheme(8, 4, fitted_head=True),
+    "int8-head4": QuantizationScheme(8, 4, fitted=True),
+    "int4-fitted": QuantizationScheme(4, 4, fitted=True),
     "mixed": QuantizationScheme(4, 8, k_quant=True, sensitive=True),
     "int4-head8": QuantizationScheme(4, 8),
     "int4-head32": QuantizationScheme(4, 32),
@@ -146,8 +148,7 @@ def quantize_model(model: ir.Model, scheme: QuantizationScheme, layers: int, *, 
             continue
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
-        values = weight.const_value.numpy().T
-        blocks = scheme.quantize_head(values) if node is head else quantize_blocks(values, bits, scheme.k_quant)
+        blocks = scheme.quantize(weight.const_value.numpy().T, bits)
         _replace_node(model, node, _quantized_matmul(model, node, str(weight.name), blocks))
         _remove_unused(model, weight)
         if node is head:
@@ -208,12 +209,12 @@ def _quantize_embedding(model: ir.Model, scheme: QuantizationScheme, shared: Qua
         return
     weight = table.const_value.numpy()
     # The operator has no padding.
-    if weight.shape[1] % (HEAD_BLOCK_SIZE if scheme.fitted_head else BLOCK_SIZE):
+    if weight.shape[1] % (GROUP_SIZE if scheme.fitted else BLOCK_SIZE):
         return
     (gather, _), *others = table.uses()
     assert gather.op_type == "Gather" and not others
     if shared is None:
-        blocks = scheme.quantize_head(weight)
+        blocks = scheme.quantize(weight, scheme.head_bits)
         # The operator takes a matrix here; onnxruntime then reads only the rows that it needs from the file.
         matrix = blocks.packed.reshape(len(blocks.packed), -1)
         packed, scales, zeros = _add_blocks(model, EMBEDDING, replace(blocks, packed=matrix))

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 # export.bundle.onnx_graph
 GRAPH_KINDS = ("fused", "concat")
-WEIGHT_TYPES = ("fp32", "fp16", "int8", "int8-head4", "mixed", "int4-head8", "int4-head32", "int4-k", "int4")
+WEIGHT_TYPES = (
+    *("fp32", "fp16", "int8", "int8-head4", "int4-fitted"),
+    *("mixed", "int4-head8", "int4-head32", "int4-k", "int4"),
+)
 # cloud_verifier.draft_models.layouts
 LAYOUTS = ("anchor", "prefix", "standalone")
 # export.draft.distill

@@ -82,6 +82,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--head-bits", type=int, choices=(4,), help="train with the head as a bundle `int8-head4` rounds it"
     )
+    parser.add_argument(
+        "--block-bits",
+        type=int,
+        choices=(4,),
+        help="train with the blocks as a bundle `int4-fitted` rounds them; that has --head-bits 4 as well",
+    )
     teachers = parser.add_argument_group("teachers and text")
     teachers.add_argument(
         "--versions",
@@ -99,6 +105,9 @@ def add_parser(commands: Any) -> None:
     )
     teachers.add_argument(
         "--future-share", type=float, default=0.3, help="share of versions and siblings in a batch (%(default)s)"
+    )
+    teachers.add_argument(
+        "--text-share", type=float, default=0.25, help="share of --text in a batch if there are chats too (%(default)s)"
     )
     teachers.add_argument(
         "--keep-chats", type=Path, metavar="DIR", help="keep the chats there, and reuse those of an earlier training"
@@ -142,6 +151,8 @@ def run(options: argparse.Namespace) -> int:
 
     if min(options.siblings, options.samples, options.chats, options.add_blocks) < 0:
         raise InputError("--siblings, --samples, --chats and --add-blocks must be at least 0")
+    if not 0 < options.text_share < 1:
+        raise InputError(f"--text-share is between 0 and 1, not {options.text_share:g}: without --text, it is not used")
     if options.add_blocks and options.start is None:
         raise InputError("--add-blocks needs --from-draft; a draft of its own has --new-blocks")
     config = DistillationConfig(
@@ -157,6 +168,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         texts=tuple(options.text),
         chats=options.chats,
+        text_share=options.text_share,
         chats_directory=options.keep_chats,
         layout=options.layout,
         new_blocks=options.new_blocks,
@@ -171,6 +183,7 @@ def run(options: argparse.Namespace) -> int:
         added_blocks=options.add_blocks,
         minutes=options.minutes,
         head_bits=options.head_bits,
+        block_bits=options.block_bits,
         compiled=options.compile,
     )
     device = worker_device(options.device)

@@ -64,6 +64,9 @@ def add_parser(commands: Any) -> None:
         help="draft or bundle that stage distill trains on (default: stage blocks')",
     )
     add_former_start_option(parser)
+    parser.add_argument(
+        "--add-blocks", type=int, default=0, metavar="N", help="blocks that --from-draft gets in addition"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="bound on the training of stage distill")
     parser.add_argument(
         "--only", metavar="NAME", help="only this one of the futures, or this version's chats or retrained draft"
@@ -88,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         device=device,
         group=group,
         start=options.start,
+        added_blocks=options.add_blocks,
         minutes=options.minutes,
         only=options.only,
     )

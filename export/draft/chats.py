@@ -27,9 +27,9 @@ from edge_runtime.protocol.errors import InputError
 from export.common.progress import Progress
 from export.data.token_stream import TokenIds
 
-# Temperatures of the answers, in turn by chat, so that the draft learns from text of every setting in use. The user's
-# turns are always written at temperature 1.
-ANSWER_TEMPERATURES = (0.0, 0.7, 1.0, 0.7, 1.0)
+# Temperatures of the answers, in turn by chat, so that the draft learns from text of every setting in use. Half of them
+# are 1, the hardest to match; the user's turns always are.
+ANSWER_TEMPERATURES = (0.0, 1.0, 0.7, 1.0, 0.7, 1.0)
 # How everyday questions begin. Half of the chats start with one, because a model left to itself favors the kinds of
 # its training data (rewriting a long text, for example).
 OPENINGS = (

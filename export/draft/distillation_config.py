@@ -20,6 +20,7 @@ class DistillationConfig:
         plan: training schedule.
         texts: UTF-8 files, or directories of them; may be empty if there are chats.
         chats: number of chats that the target writes itself as training text.
+        text_share: share of `texts` in every batch if there are chats too.
         chats_directory: where the chats are kept for further trainings; None removes them at the end.
         evaluated_chats: number of held-out chats for each temperature; 0 evaluates on the given text alone.
         layout, new_blocks, shared_blocks: see `cloud_verifier.draft_models.layouts`. Without a layout, it is that of
@@ -33,6 +34,7 @@ class DistillationConfig:
             blocks of the target.
         added_blocks: blocks that `start` gets in addition.
         head_bits: train with head and embedding rounded to 4 bits, as in such a bundle; None: as they are.
+        block_bits: the same for the matrices of the blocks.
         minutes: take only as many of the schedule's steps as fit into this time.
         compiled: compile blocks and loss; None: on a GPU.
     """
@@ -41,6 +43,7 @@ class DistillationConfig:
     plan: TrainingSchedule
     texts: tuple[Path, ...] = ()
     chats: int = 0
+    text_share: float = 0.25
     chats_directory: Path | None = None
     evaluated_chats: int = 192
     layout: str | None = None
@@ -55,5 +58,6 @@ class DistillationConfig:
     start: Path | None = None
     added_blocks: int = 0
     head_bits: int | None = None
+    block_bits: int | None = None
     minutes: float | None = None
     compiled: bool | None = None

@@ -22,7 +22,7 @@ from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.bundle import MANIFEST_NAME
 from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.bundle.head_rounding import round_head
+from export.bundle.four_bits import FitFunction, fit_groups, quantize_all
 from export.draft.agreement import Agreement, JudgedText, measure_agreement
 from export.draft.base_target import TextSource, to_device
 from export.draft.bundle_weights import read_draft
@@ -106,18 +106,20 @@ def distill(
             with torch.compiler.set_stance("force_eager"):
                 return measure_agreement(target, draft, texts, temperatures=temperatures)
 
-        # A frozen head is rounded once, a trained one anew in every step.
-        head_is_trained = any(weight.requires_grad for weight in _head_weights(draft))
-        rounded = functools.partial(head_as_in_bundle, draft, config.head_bits)
+        # Frozen matrices are rounded once, trained ones anew in every step.
+        stored_in_4_bits = four_bit_weights(draft, config.head_bits, config.block_bits)
+        frozen = [weight for weight in stored_in_4_bits if not weight.requires_grad]
+        trained = [weight for weight in stored_in_4_bits if weight.requires_grad]
+        rounded = functools.partial(rounded_as_in_bundle, trained, compiled=compiled)
 
         def monitor() -> float:
-            with rounded() if head_is_trained else contextlib.nullcontext():
+            with rounded():
                 chats = text.held_out_chats[MONITORED_TEMPERATURE][:MONITORED_CHATS]
                 agreement = measure(draft, chats, [MONITORED_TEMPERATURE])
             (score,) = agreement.accepted.values()
             return score
 
-        with contextlib.nullcontext() if head_is_trained else rounded():
+        with rounded_as_in_bundle(frozen):
             curve = train_draft(
                 mixes,
                 draft,
@@ -126,7 +128,7 @@ def distill(
                 checkpoint=partial / "checkpoint",
                 compiled=compiled,
                 evaluate=monitor if config.chats and config.evaluated_chats else None,
-                rounded=rounded if head_is_trained else contextlib.nullcontext,
+                rounded=rounded,
                 max_seconds=config.minutes and config.minutes * 60,
                 group=group,
             )
@@ -137,7 +139,7 @@ def distill(
         stored = to_device(load_draft(partial, base), device)
         to_device(target, torch.float32)
         sampled = [chat for temperature, chats in text.held_out_chats.items() if temperature > 0 for chat in chats]
-        with head_as_in_bundle(stored, config.head_bits):
+        with rounded_as_in_bundle(four_bit_weights(stored, config.head_bits, config.block_bits)):
             result = DistillationResult(
                 text=measure(stored, text.held_out_windows, TEMPERATURES) if text.held_out_windows else None,
                 chats={
@@ -176,18 +178,15 @@ def extrapolate_doubling(curve: TrainingCurve) -> float | None:
 
 
 @contextlib.contextmanager
-def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None]:
-    """Replace head and embedding of a draft by what a bundle of the form `int8-head4` computes with, for a while.
+def rounded_as_in_bundle(weights: Sequence[torch.nn.Parameter], *, compiled: bool = False) -> Iterator[None]:
+    """Replace matrices by what a bundle with their 4-bit form computes with, for a while.
 
-    A draft that is trained with the rounded head adapts to it, so that rounding costs almost no acceptance.
+    A draft that is trained with the rounded matrices adapts to them, so that rounding costs almost no acceptance.
     """
-    if bits is None:
-        yield
-        return
-    weights = _head_weights(draft)
     originals = [weight.detach().clone() for weight in weights]
-    for weight in weights:
-        weight.data.copy_(round_head(weight.detach().float()))
+    if weights:
+        for weight, matrix in zip(weights, quantize_all(weights, _compiled_fit() if compiled else None), strict=True):
+            weight.data.copy_(matrix.values())
     try:
         yield
     finally:
@@ -195,11 +194,21 @@ def head_as_in_bundle(draft: PreTrainedModel, bits: int | None) -> Iterator[None
             weight.data.copy_(original)
 
 
-def _head_weights(draft: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return embedding and head: one parameter if they are tied."""
+@functools.cache
+def _compiled_fit() -> FitFunction:
+    fit: FitFunction = torch.compile(fit_groups, dynamic=True)
+    return fit
+
+
+def four_bit_weights(draft: PreTrainedModel, head_bits: int | None, block_bits: int | None) -> list[torch.nn.Parameter]:
+    """Return the matrices of a draft that its bundle stores in 4 bits: of the head and embedding, of the blocks."""
     model: Any = draft
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return [embedding] if head is embedding else [embedding, head]
+    weights = [] if head_bits is None else [embedding] if head is embedding else [embedding, head]
+    if block_bits is not None:
+        linear = [module for module in model.base_model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        weights += [module.weight for module in linear]
+    return weights
 
 
 def _continue_draft(start: Path, base: Path, layout: str | None) -> tuple[PreTrainedModel, DraftPlan]:
@@ -261,14 +270,10 @@ def _make_teachers(
     config: DistillationConfig, target: PreTrainedModel, plan: DraftPlan, text: TextSource, *, compiled: bool
 ) -> list[TeacherMix]:
     """Return the target with its share of every batch, and the teachers that stand in for its future versions."""
-    if compiled:
-        compile_blocks(target)
     futures = make_siblings(target, plan, config.siblings, config.strength, seed=config.plan.seed)
-    for directory in config.versions:
-        version = load_version(directory, target.device)
-        if compiled:
-            compile_blocks(version)
-        futures.append(target_teacher(version))
+    futures += [load_version(directory, target.device) for directory in config.versions]
+    for model in (target, *futures) if compiled else ():
+        compile_blocks(model)
     own = 1 - config.future_share if futures else 1.0
     mixes = [TeacherMix(target_teacher(target), text, own)]
-    return mixes + [TeacherMix(teacher, text, config.future_share / len(futures)) for teacher in futures]
+    return mixes + [TeacherMix(target_teacher(model), text, config.future_share / len(futures)) for model in futures]

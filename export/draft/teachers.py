@@ -6,9 +6,9 @@ to every matrix that the draft does not share, as a LoRA for an unknown domain w
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -34,8 +34,8 @@ def target_teacher(target: PreTrainedModel) -> Teacher:
 
 def make_siblings(
     target: PreTrainedModel, plan: DraftPlan, count: int, strength: float, *, seed: int = 0
-) -> list[Teacher]:
-    """Return `count` perturbed targets; they need almost no memory and leave `target` unchanged.
+) -> list[PreTrainedModel]:
+    """Return `count` perturbed copies of a target, which have only the changed matrices in memory of their own.
 
     Args:
         target: the model to perturb.
@@ -51,7 +51,7 @@ def make_siblings(
         raise InputError(f"a sibling's strength is at least 0, not {strength:g}")
     shared = {plan.origins[index] for index in plan.shared_range}
     changed = [
-        module
+        name
         for name, module in target.named_modules()
         if isinstance(module, nn.Linear)
         and (match := re.match(r"model\.layers\.(\d+)\.", name))
@@ -59,42 +59,21 @@ def make_siblings(
     ]
     if count and not changed:
         raise InputError("every block is shared with the draft, so no sibling of the target can differ from it")
-    return [PerturbedTarget(target, changed, strength, seed + index) for index in range(count)]
+    return [_perturb(target, changed, strength, seed + index) for index in range(count)]
 
 
-class PerturbedTarget:
-    """A target whose matrices are changed during a forward pass: hooks add (x A) B to their outputs."""
-
-    def __init__(self, target: PreTrainedModel, changed: list[nn.Linear], strength: float, seed: int) -> None:
-        self._teach = target_teacher(target)
-        self._changes: list[tuple[nn.Linear, torch.Tensor, torch.Tensor]] = []
-        random = torch.Generator().manual_seed(seed)
-        for module in changed:
-            weight = module.weight
-            rank = min(SIBLING_RANK, *weight.shape)
-            inner = torch.randn(weight.shape[1], rank, generator=random)
-            outer = torch.randn(rank, weight.shape[0], generator=random)
-            scale = strength * weight.detach().float().norm().cpu() / (inner @ outer).norm()
-            self._changes.append((module, (inner * scale).to(weight), outer.to(weight)))
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        # Compiled code ignores the hooks.
-        with self._hooks(), torch.compiler.set_stance("force_eager"):
-            return self._teach(ids)
-
-    @contextlib.contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for module, inner, outer in self._changes:
-
-                def add_change(
-                    _: nn.Module,
-                    inputs: tuple[torch.Tensor],
-                    output: torch.Tensor,
-                    inner: torch.Tensor = inner,
-                    outer: torch.Tensor = outer,
-                ) -> torch.Tensor:
-                    return output + inputs[0] @ inner @ outer
-
-                stack.callback(module.register_forward_hook(add_change).remove)
-            yield
+def _perturb(target: PreTrainedModel, names: list[str], strength: float, seed: int) -> PreTrainedModel:
+    """Return a copy of a target with a random change of rank SIBLING_RANK to each of the named linear modules."""
+    changed = {id(target.get_parameter(f"{name}.weight")) for name in names}
+    kept = {id(tensor): tensor for tensor in (*target.parameters(), *target.buffers()) if id(tensor) not in changed}
+    sibling = copy.deepcopy(target, kept)
+    random = torch.Generator().manual_seed(seed)
+    for name in names:
+        weight = sibling.get_parameter(f"{name}.weight").data
+        rank = min(SIBLING_RANK, *weight.shape)
+        inner = torch.randn(weight.shape[1], rank, generator=random)
+        outer = torch.randn(rank, weight.shape[0], generator=random)
+        scale = strength * weight.float().norm().cpu() / (inner @ outer).norm()
+        # The target's Linear computes x W^T, the change (x inner) outer.
+        weight.copy_((weight.float().cpu() + scale * (inner @ outer).T).to(weight.dtype))
+    return sibling

@@ -26,13 +26,11 @@ HELD_OUT_EVERY = 20
 EVALUATED_WINDOWS = 64
 # Longest chat, in tokens.
 CHAT_TOKENS = 448
-# The seed of held-out chats differs by this from that of the training chats.
+# Seed of the held-out chats, whatever the seed of the training: drafts are measured on the same chats.
 HELD_OUT_SEED = 1_000_003
 # Share of the given text that the target sampled, and prompt tokens of a sample.
 SAMPLES_SHARE = 0.15
 SAMPLE_PROMPT_TOKENS = 64
-# Share of the given text if there are chats too.
-TEXT_SHARE = 0.25
 CHATS_DIRECTORY, SAMPLES_FILE = "chats", "samples.npy"
 
 
@@ -71,7 +69,7 @@ class TrainingText:
         windows: list[JudgedText] = []
         if config.texts:
             given, held_out = _read_texts(config, base, end_of_text_id(target), device)
-            parts.append((given, TEXT_SHARE if config.chats else 1.0))
+            parts.append((given, config.text_share if config.chats else 1.0))
             rows = held_out.consecutive_windows(min(config.plan.length, len(held_out.ids))).tolist()
             windows = [(row, 1) for row in rows[:: max(1, len(rows) // EVALUATED_WINDOWS)][:EVALUATED_WINDOWS]]
             if config.samples:
@@ -86,7 +84,7 @@ class TrainingText:
             chats = writer.write(training, directory, backwards=group.writes_backwards)
             for kind in held_out_kinds if group.is_first else ():
                 held_out_chats[kind.temperatures[0]] = [*writer.write(kind, directory).rows()]
-            parts.append((TokenStream.from_ids(chats.ids, device), 1 - TEXT_SHARE if config.texts else 1.0))
+            parts.append((TokenStream.from_ids(chats.ids, device), 1 - config.text_share if config.texts else 1.0))
             if len(chats.ids) < config.plan.length:
                 raise InputError(
                     f"{config.chats} chats give no text of {config.plan.length} tokens: ask for more chats"
@@ -97,14 +95,11 @@ class TrainingText:
 
 def chat_kinds(config: DistillationConfig) -> list[ChatConfig]:
     """Return what chats a distillation needs: those to train on, then the held-out ones, one kind a temperature."""
-    length, seed = min(CHAT_TOKENS, config.plan.length), config.plan.seed
+    length = min(CHAT_TOKENS, config.plan.length)
     held_out = TEMPERATURES if config.evaluated_chats else ()
     return [
-        ChatConfig(config.chats, length, seed=seed),
-        *(
-            ChatConfig(config.evaluated_chats, length, (temperature,), seed=seed + HELD_OUT_SEED)
-            for temperature in held_out
-        ),
+        ChatConfig(config.chats, length, seed=config.plan.seed),
+        *(ChatConfig(config.evaluated_chats, length, (temperature,), seed=HELD_OUT_SEED) for temperature in held_out),
     ]
 
 

@@ -22,7 +22,7 @@ from export.data.token_stream import DOCUMENT_SEPARATOR, MixedStream, TokenIds, 
 from export.draft.base_target import end_of_text_id, to_device
 from export.draft.chats import ChatConfig, Chats, ChatWriter
 from export.draft.distillation_config import DistillationConfig
-from export.draft.distillation_run import distill, head_as_in_bundle
+from export.draft.distillation_run import distill, four_bit_weights, rounded_as_in_bundle
 from export.draft.training import TrainingCurve, write_json
 from export.draft.training_group import ALONE, TrainingGroup
 from export.draft.training_text import chat_kinds
@@ -45,8 +45,10 @@ TRAINING, HELD_OUT = "train", "held-out"
 # Share of code in the text of LoRA versions and of the fully trained version; the rest is chats by target v1, so that a
 # version answers questions as before.
 EVOLVED_SHARE, TUNED_SHARE = 0.5, 0.3
-# The form of the shipped bundle: blocks in 8 bits, head and embedding in 4. The draft is trained with such a head.
-SHIPPED_WEIGHTS, HEAD_BITS = "int8-head4", 4
+# The form of the shipped bundle. The draft is trained with such matrices.
+SHIPPED_WEIGHTS, HEAD_BITS, BLOCK_BITS = "int4-fitted", 4, 4
+# Of a batch: given text, next to chats, and what the stand-ins for future versions teach.
+TEXT_SHARE, FUTURE_SHARE = 0.15, 0.2
 # Seeds differ by these from that of the draft's own chats.
 VERSION_SEED, QUESTION_SEED = 7_000, 9_000
 
@@ -61,6 +63,7 @@ class FamilyRecipe:
         out: output directory; also of intermediate results, which are not shipped.
         device: training device.
         start: draft or bundle to train on instead of blocks of this recipe's own.
+        added_blocks: blocks that `start` gets in addition.
         minutes: bound on the training of the draft; None takes all of its steps.
         group: processes of torchrun that train the draft together.
         only: restrict the stages `futures` and `retrain` to this member, to run members in parallel.
@@ -71,6 +74,7 @@ class FamilyRecipe:
     out: Path
     device: torch.device
     start: Path | None = None
+    added_blocks: int = 0
     minutes: float | None = None
     group: TrainingGroup = ALONE
     only: str | None = None
@@ -151,7 +155,14 @@ class FamilyRecipe:
         A perturbed target v1 stands in for its future versions here.
         """
         start = self.start or self.out / BLOCKS
-        config = replace(self._draft_config, layout="standalone", siblings=1, start=start, minutes=self.minutes)
+        config = replace(
+            self._draft_config,
+            layout="standalone",
+            siblings=1,
+            start=start,
+            added_blocks=self.added_blocks,
+            minutes=self.minutes,
+        )
         result = distill(config, self.out / DRAFT, self.device, self.group)
         self._record("distill", result.record())
 
@@ -193,11 +204,11 @@ class FamilyRecipe:
 
         texts, prompt, tokens = self.size.evaluated
         config = EvaluationConfig(texts=texts, prompt=prompt, tokens=tokens, kinds=(OWN_TEXT,))
-        with ExitStack() as heads:
+        with ExitStack() as roundings:
 
             def draft(directory: Path) -> TorchProposer:
                 model = to_device(load_draft(directory, self.out / TARGET), self.device)
-                heads.enter_context(head_as_in_bundle(model, HEAD_BITS))
+                roundings.enter_context(rounded_as_in_bundle(four_bit_weights(model, HEAD_BITS, BLOCK_BITS)))
                 return TorchProposer(model)
 
             retrained = {
@@ -295,6 +306,9 @@ class FamilyRecipe:
             chats_directory=self.out / "chats" / TARGET,
             new_blocks=self.size.new_blocks,
             head_bits=HEAD_BITS,
+            block_bits=BLOCK_BITS,
+            text_share=TEXT_SHARE,
+            future_share=FUTURE_SHARE,
             evaluated_chats=self.size.evaluated_chats,
         )
 

@@ -38,7 +38,7 @@ class FamilySize:
     distill: TrainingSchedule
     retrain: TrainingSchedule
     evaluated: tuple[int, int, int]
-    new_blocks: int = 3
+    new_blocks: int = 6
     evaluated_chats: int = 192
 
 
@@ -69,7 +69,9 @@ SIZES = {
         tuned_blocks=(10, 20),
         rank=4,
         blocks=TrainingSchedule(5200, 1e-3, 64, 512, long_length=2048, long_share=0.1, warm_up=100),
-        distill=TrainingSchedule(12_000, 5e-4, 64, 512, long_length=2048, long_share=0.1, warm_up=100, accumulate=2),
+        distill=TrainingSchedule(
+            12_000, 5e-4, 128, 512, long_length=2048, long_share=0.1, warm_up=100, seed=1, accumulate=2
+        ),
         retrain=TrainingSchedule(400, 3e-4, 64, 512, warm_up=20),
         evaluated=(192, 64, 128),
     ),

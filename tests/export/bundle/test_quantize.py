@@ -17,7 +17,7 @@ from edge_runtime.draft import make_runner
 from edge_runtime.protocol.bundle import Architecture
 from export.bundle import quantize
 from export.bundle.build import BundleConfig, make_bundle
-from export.bundle.head_rounding import round_head
+from export.bundle.four_bits import round_to_4_bits
 from export.bundle.onnx_graph import GRAPH_FILE, GRAPH_KINDS, WEIGHT_TYPES, export_graph
 from export.bundle.quantize import (
     BLOCK_SIZE,
@@ -135,8 +135,8 @@ def test_quantized_head_and_embedding_are_close_to_float(
     assert len(tables) == (1 if tied else 2)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_graph_computes_with_exactly_the_rounded_weights(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "tied"), [("int8-head4", True), ("int8-head4", False), ("int4-fitted", True)])
+def test_a_graph_computes_with_exactly_the_rounded_weights(weights: str, tied: bool, tmp_path: Path) -> None:
     """The values that a draft is trained with are those of its bundle. In float arithmetic, which boards do not use.
 
     Three blocks a row: an odd number, so the last byte of zero points is half used.
@@ -145,7 +145,7 @@ def test_a_graph_computes_with_exactly_the_rounded_weights(tied: bool, tmp_path:
         "llama", hidden_size=192, head_dim=16, vocab_size=ROWS, num_hidden_layers=2, tie_word_embeddings=tied
     )
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
-    export_graph(draft, tmp_path, "fused", "int8-head4", context=64)
+    export_graph(draft, tmp_path, "fused", weights, context=64)
     graph = onnx.load(tmp_path / GRAPH_FILE)
     for node in graph.graph.node:
         for attribute in node.attribute:
@@ -158,13 +158,17 @@ def test_a_graph_computes_with_exactly_the_rounded_weights(tied: bool, tmp_path:
     exported = make_runner(ort.InferenceSession(tmp_path / GRAPH_FILE), architecture)
     logits = np.stack([exported.append([token]).copy() for token in ids])
     with torch.no_grad():
-        for module in draft.modules():
-            if isinstance(module, torch.nn.Linear) and module is not draft.lm_head:
+        for module in draft.model.layers.modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            if weights == "int4-fitted":
+                module.weight.copy_(round_to_4_bits(module.weight))
+            else:
                 blocks = quantize_blocks(module.weight.numpy(), 8, False)
                 values = (blocks.packed.astype(np.float32) - 128) * blocks.scales[..., None]
                 module.weight.copy_(torch.from_numpy(values).flatten(1)[:, : module.in_features])
         for weight in {draft.lm_head.weight, draft.model.embed_tokens.weight}:
-            weight.copy_(round_head(weight))
+            weight.copy_(round_to_4_bits(weight))
         expected = draft(input_ids=torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
@@ -199,7 +203,15 @@ def test_every_weight_type_of_both_graphs(weights: str, kind: str, tmp_path: Pat
     manifest = make_bundle(BundleConfig(target, target, kind, weights, TEXT), tmp_path / "bundle", lambda _: None)
     table, blocks = 300 * 128, 2 * (2 * 128 * 64 + 2 * 128 * 32 + 3 * 128 * 256)
     # Each block of 32 weights has a scale of 16 bits, and with k-quant a zero point.
-    bits = {"fp32": 32, "fp16": 16, "int8": 8.5, "int8-head4": 8.5, "mixed": 8.75, "int4-k": 4.75}.get(weights, 4.5)
+    bits = {
+        "fp32": 32,
+        "fp16": 16,
+        "int8": 8.5,
+        "int8-head4": 8.5,
+        "int4-fitted": 4.4,
+        "mixed": 8.75,
+        "int4-k": 4.75,
+    }.get(weights, 4.5)
     head_bits = {"int4-head8": 8.5, "int4-head32": 32, "int8-head4": 4.4}.get(weights, bits)
     # Rotary tables of the fused graph, and norms and constants of both.
     spare = 2 * 4 * 512 * 8 + 20_000

@@ -18,7 +18,7 @@ from cloud_verifier.draft_models.checkpoint import WEIGHTS_FILE, load_draft, rea
 from cloud_verifier.draft_models.layouts import build_draft, plan_draft
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
-from export.bundle.head_rounding import round_head
+from export.bundle.four_bits import round_to_4_bits
 from export.cli.main import main
 from export.data.token_stream import TokenStream
 from export.draft import chats, distillation_run, training
@@ -26,8 +26,9 @@ from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import (
     distill,
     extrapolate_doubling,
-    head_as_in_bundle,
+    four_bit_weights,
     load_version,
+    rounded_as_in_bundle,
 )
 from export.draft.teachers import make_siblings, target_teacher
 from export.draft.training import TrainingSchedule
@@ -178,14 +179,20 @@ def test_siblings_differ_in_unshared_blocks_and_leave_the_target_unchanged() -> 
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     before = target_teacher(target)(ids)
     first, again = make_siblings(target, plan, 1, 0.2), make_siblings(target, plan, 2, 0.2)
-    assert torch.equal(first[0](ids), again[0](ids))
-    assert not torch.allclose(again[0](ids), again[1](ids))
-    assert not torch.allclose(first[0](ids), before)
+    taught, *others = (target_teacher(sibling)(ids) for sibling in (*first, *again))
+    assert torch.equal(taught, others[0])
+    assert not torch.allclose(*others)
+    assert not torch.allclose(taught, before)
     assert torch.equal(target_teacher(target)(ids), before)
-    assert torch.allclose(make_siblings(target, plan, 1, 0.0)[0](ids), before, atol=1e-6)
-    # The last block is shared with an anchor draft: the same input gives the same output there.
-    changed = {id(module) for module, _, _ in first[0]._changes}
-    assert not changed & {id(module) for module in target.model.layers[-1].modules()}
+    assert torch.equal(target_teacher(make_siblings(target, plan, 1, 0.0)[0])(ids), before)
+    # Only matrices in front of the last block, which an anchor draft shares, are copies.
+    shared = {id(parameter) for parameter in target.parameters()}
+    for name, parameter in first[0].named_parameters():
+        copied = "proj" in name and not name.startswith(f"model.layers.{len(target.model.layers) - 1}.")
+        assert (id(parameter) not in shared) == copied, name
+        if copied:
+            original = target.get_parameter(name).detach()
+            assert float((parameter.detach() - original).norm() / original.norm()) == pytest.approx(0.2, rel=1e-3)
     with pytest.raises(InputError, match="at least 0"):
         make_siblings(target, plan, 1, -1.0)
 
@@ -304,18 +311,24 @@ def test_versions_teach_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_rounded_for_a_while(tied: bool) -> None:
+def test_the_head_or_all_matrices_are_rounded_for_a_while(tied: bool) -> None:
     draft, _ = build_draft(make_target("llama", tie_word_embeddings=tied), new_blocks=1, shared_blocks=0)
     before = {name: value.clone() for name, value in draft.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), head_as_in_bundle(draft, 4):
-        assert torch.equal(draft.lm_head.weight, round_head(before["lm_head.weight"]))
-        assert torch.equal(draft.model.embed_tokens.weight, round_head(before["model.embed_tokens.weight"]))
+    blocks = [name for name in before if "proj" in name]
+    with pytest.raises(KeyboardInterrupt), rounded_as_in_bundle(four_bit_weights(draft, 4, None)):
+        assert all(torch.equal(draft.get_parameter(name), before[name]) for name in blocks)
+        assert torch.equal(draft.lm_head.weight, round_to_4_bits(before["lm_head.weight"]))
+        assert torch.equal(draft.model.embed_tokens.weight, round_to_4_bits(before["model.embed_tokens.weight"]))
         assert not torch.equal(draft.lm_head.weight, before["lm_head.weight"])
         raise KeyboardInterrupt
     after = draft.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    with head_as_in_bundle(draft, None):
+    with rounded_as_in_bundle(four_bit_weights(draft, None, 4)):
         assert torch.equal(draft.lm_head.weight, before["lm_head.weight"])
+        for name in blocks:
+            # The scales of one matrix are stored relative to a power of two of its own.
+            assert torch.equal(draft.get_parameter(name), round_to_4_bits(before[name])), name
+    assert four_bit_weights(draft, None, None) == []
 
 
 def test_a_shared_draft_is_trained_on_with_its_head_as_in_the_bundle(
@@ -332,9 +345,9 @@ def test_a_shared_draft_is_trained_on_with_its_head_as_in_the_bundle(
     after = draft.get_input_embeddings().weight
     # The step is taken from the exact values: the stored weights are not those of the rounded head.
     assert 0 < (after - before).abs().max() <= 2 * plan.peak_rate
-    assert not torch.equal(after, round_head(after))
+    assert not torch.equal(after, round_to_4_bits(after))
     deeper = tmp_path / "deeper"
-    distill(replace(config, plan=plan, start=own, added_blocks=1), deeper, CPU)
+    distill(replace(config, plan=plan, start=own, added_blocks=1, head_bits=4, block_bits=4), deeper, CPU)
     assert read_description(deeper).plan.blocks == description.plan.blocks + 1
     with pytest.raises(InputError, match="is a draft of the layout standalone: leave out --layout"):
         distill(replace(config, start=own, layout="anchor"), tmp_path / "again", CPU)

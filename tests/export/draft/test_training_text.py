@@ -16,7 +16,7 @@ from export.data.token_stream import DOCUMENT_SEPARATOR
 from export.draft import chats
 from export.draft.distillation_config import DistillationConfig
 from export.draft.training import TrainingSchedule
-from export.draft.training_text import SAMPLES_SHARE, TEXT_SHARE, TrainingText
+from export.draft.training_text import SAMPLES_SHARE, TrainingText
 from tests.models import save_chat_target
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_chats_alone(config: DistillationConfig, target: PreTrainedModel, tmp_pa
 @pytest.mark.slow
 def test_shares_of_text_samples_and_chats(config: DistillationConfig, target: PreTrainedModel, tmp_path: Path) -> None:
     both = gather(replace(config, chats=6), target, tmp_path / "both")
-    assert shares(both) == [TEXT_SHARE, 1 - TEXT_SHARE]
+    assert shares(both) == [config.text_share, 1 - config.text_share]
     sampled = replace(config, samples=300)
     text = gather(sampled, target, tmp_path / "sampled")
     assert shares(text) == [1 - SAMPLES_SHARE, SAMPLES_SHARE]
@@ -125,7 +125,7 @@ def test_shares_of_text_samples_and_chats(config: DistillationConfig, target: Pr
     assert len(text.training.parts[1][0].ids) == 2 * 4 * (LENGTH + 1)
     all_kinds = gather(replace(sampled, chats=6), target, tmp_path / "all")
     assert sum(shares(all_kinds)) == pytest.approx(1)
-    assert shares(all_kinds)[:2] == [TEXT_SHARE * (1 - SAMPLES_SHARE), TEXT_SHARE * SAMPLES_SHARE]
+    assert shares(all_kinds)[:2] == [config.text_share * (1 - SAMPLES_SHARE), config.text_share * SAMPLES_SHARE]
     assert all_kinds.tokens == sum(len(stream.ids) for stream, _ in all_kinds.training.parts)
 
 

@@ -93,7 +93,7 @@ def check_records(family: Path) -> None:
 def check_bundle(family: Path) -> None:
     """The bundle has the draft's weights, with a head of 4 bits, and the target's chat template."""
     manifest = read_bundle(family / "bundle").manifest
-    assert (manifest.graph.weights, manifest.architecture.layers) == ("int8-head4", 2)
+    assert (manifest.graph.weights, manifest.architecture.layers) == ("int4-fitted", 2)
     assert manifest.shared.identity == read_description(family / "draft").shared_identity
     # Against the draft with the rounded head it would agree everywhere; against the float one it loses a little.
     assert manifest.parity.greedy_agreement > 0.5
