@@ -98,7 +98,8 @@ def test_a_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF")
     broken.chmod(0o755)
-    with pytest.raises(ProbeError, match="cannot be started"):
+    # Where qemu-user emulates the start of a program, a failure of it is known by the exit code of a shell.
+    with pytest.raises(ProbeError, match=r"cannot be started|exit code 127"):
         run_program((str(broken),))
 
 

@@ -16,19 +16,22 @@ PYTHON = "/opt/flexspec/bin/python"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An image whose virtual environment points to its own interpreter, as in Debian."""
+    """An image whose virtual environment points to its own interpreter, as in Debian.
+
+    Its version is one that this machine has not: where its own interpreter exists in the image, too, that is taken.
+    """
     root = tmp_path / "image"
     for directory in ("usr/bin", "opt/flexspec/bin", "etc/flexspec", "var/lib"):
         (root / directory).mkdir(parents=True)
-    (root / "usr/bin/python3.13").write_text("#!/bin/true\n")
-    (root / "usr/bin/python3.13").chmod(0o755)
-    (root / "usr/bin/python3").symlink_to("python3.13")
+    (root / "usr/bin/python3.99").write_text("#!/bin/true\n")
+    (root / "usr/bin/python3.99").chmod(0o755)
+    (root / "usr/bin/python3").symlink_to("python3.99")
     (root / PYTHON[1:]).symlink_to("/usr/bin/python3")
     return root
 
 
 def test_links_lead_inside_the_image(root: Path) -> None:
-    assert find_in_image(root, Path(PYTHON)) == root / "usr/bin/python3.13"
+    assert find_in_image(root, Path(PYTHON)) == root / "usr/bin/python3.99"
     (root / "lib").symlink_to("../../usr/lib")
     assert find_in_image(root, Path("/lib/x")) == root / "usr/lib/x"
     (root / "a").symlink_to("/b")
@@ -46,7 +49,7 @@ def test_the_interpreter_is_the_images(root: Path) -> None:
     # This machine's interpreter is not the image's, although it exists here.
     with pytest.raises(InputError, match="name its interpreter with --python"):
         choose_interpreter(root, None)
-    (root / "usr/bin/python3.13").chmod(0o644)
+    (root / "usr/bin/python3.99").chmod(0o644)
     with pytest.raises(InputError, match="there is no interpreter"):
         choose_interpreter(root, Path(PYTHON))
 
