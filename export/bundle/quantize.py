@@ -334,3 +334,8 @@ def _pack(values: Packed, bits: int) -> Packed:
         values = np.pad(values, ((0, 0), (0, 1)), constant_values=8)
     packed: Packed = (values[:, ::2] | values[:, 1::2] << 4).astype(np.uint8)
     return packed
+
+
+def unpack(packed: Packed, bits: int) -> Packed:
+    """Return the values of packed rows, one to a byte; (rows, n) to (rows, 8 n / bits)."""
+    return packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)

@@ -22,7 +22,7 @@ from cloud_verifier.draft_models.layouts import DraftPlan, freeze_shared
 from cloud_verifier.registry.checkpoint import load_config
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import InputError
-from export.bundle.quantize import EMBEDDING
+from export.bundle.quantize import EMBEDDING, unpack
 
 Weights = npt.NDArray[np.float32]
 # Names of a block's tensors in the graph, and in the model, where several, in this order, make up one of the graph's.
@@ -118,15 +118,9 @@ def _quantized_tensors(nodes: Any, stored: Mapping[str, npt.NDArray[Any]]) -> It
         # Scales are stored in float16, relative to a unit.
         scales = stored[f"{scale_name}_fp16"].astype(np.float32) * stored[f"{scale_name}_unit"]
         rows, blocks = scales.shape
-        levels = _unpack(stored[name].reshape(rows, -1), bits).reshape(rows, blocks, -1)
+        levels = unpack(stored[name].reshape(rows, -1), bits).astype(np.float32).reshape(rows, blocks, -1)
         zeros: Any = np.float32(1 << bits - 1)
         if zero_name:
-            zeros = _unpack(stored[zero_name[0]], bits)[:, :blocks, None]
+            zeros = unpack(stored[zero_name[0]], bits)[:, :blocks, None].astype(np.float32)
         values = ((levels - zeros) * scales[..., None]).reshape(rows, -1)
         yield name.rpartition("_Q")[0], values[:, : options.get("K", values.shape[1])]
-
-
-def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> Weights:
-    """Return the values of `export.bundle.quantize`'s packed rows."""
-    values = packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
-    return values.astype(np.float32)
