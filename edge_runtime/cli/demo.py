@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edge_runtime.cli.generate import add_max_new_tokens_option
 from edge_runtime.cli.local_verifier import (
     VERIFIER_START_SECONDS,
+    cloud_verifier_process,
     require_verifier_package,
     run_verifier,
-    start_cloud_verifier,
 )
 from edge_runtime.cli.planner_options import add_planner_options, make_planner
 from edge_runtime.cli.settings_options import add_settings, read_settings
@@ -289,9 +289,9 @@ async def _decode_alone(target: Path, texts: list[DemoText], max_new_tokens: int
     """
     import msgspec
 
-    process = await start_cloud_verifier("generate", str(target), "--jobs", "-")
     jobs = [{"ids": text.prompt_ids, "max_new_tokens": max_new_tokens, "sampling": text.sampling} for text in texts]
-    output, _ = await process.communicate(b"".join(msgspec.json.encode(job) + b"\n" for job in jobs))
+    async with cloud_verifier_process("generate", str(target), "--jobs", "-") as process:
+        output, _ = await process.communicate(b"".join(msgspec.json.encode(job) + b"\n" for job in jobs))
     if process.returncode:
         raise FlexSpecError(f"{target} does not decode alone; run `cloud-verifier generate {target} Hello`")
     return [msgspec.json.decode(line, type=list[int]) for line in output.splitlines()]

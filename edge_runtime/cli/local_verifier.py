@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from edge_runtime.protocol.errors import InputError, VerifierUnreachable
 
@@ -22,15 +25,32 @@ def require_verifier_package() -> None:
         raise InputError('this runs the verifier here too: pip install "flexspec[cloud]"')
 
 
-async def start_cloud_verifier(*arguments: str) -> Process:
-    """Start `cloud-verifier` with these arguments; its input and output are pipes.
+@contextlib.asynccontextmanager
+async def cloud_verifier_process(*arguments: str) -> AsyncIterator[Process]:
+    """Run `cloud-verifier` with these arguments; its input and output are pipes. It ends with the block.
 
-    It is in a session of its own, so that Ctrl-C in the terminal does not end it before this process does.
+    It is in a session of its own, so that Ctrl-C in the terminal does not end it before this process does; SIGTERM ends
+    this process as SystemExit, and so both.
     """
     command = [sys.executable, "-m", "cloud_verifier.cli", *arguments]
-    return await asyncio.create_subprocess_exec(
-        *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
-    )
+    previous = signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_on_sigterm(number: int, _: FrameType | None) -> NoReturn:
+    # The exit code that a shell gives a process which the signal killed.
+    raise SystemExit(128 + number)
 
 
 @contextlib.asynccontextmanager
@@ -40,9 +60,8 @@ async def run_verifier(target: Path) -> AsyncIterator[str]:
     Raises:
         VerifierUnreachable: it did not start.
     """
-    process = await start_cloud_verifier("serve", str(target), "--port", "0")
-    assert process.stdout is not None
-    try:
+    async with cloud_verifier_process("serve", str(target), "--port", "0") as process:
+        assert process.stdout is not None
         try:
             async with asyncio.timeout(VERIFIER_START_SECONDS):
                 line = (await process.stdout.readline()).decode()
@@ -51,7 +70,3 @@ async def run_verifier(target: Path) -> AsyncIterator[str]:
         if " on http" not in line:
             raise VerifierUnreachable(f"the verifier for {target} did not start; run `cloud-verifier serve {target}`")
         yield line.rsplit(" ", 1)[1].strip()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
