@@ -21,7 +21,7 @@ from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from export.bundle.four_bits import round_to_4_bits
 from export.cli.main import main
 from export.data.token_stream import TokenStream
-from export.draft import chats, distillation_run, training
+from export.draft import chats, distillation_run, training, training_text
 from export.draft.distillation_config import DistillationConfig
 from export.draft.distillation_run import (
     distill,
@@ -38,6 +38,11 @@ from tests.models import make_target, save_chat_target, save_target
 CPU = torch.device("cpu")
 SCHEDULE = TrainingSchedule(12, 1e-2, 4, 24, warm_up=2, accumulate=2)
 TEXT = "the quick brown fox jumps over the lazy dog; " * 80
+
+
+@pytest.fixture(autouse=True)
+def few_evaluated_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_text, "EVALUATED_WINDOWS", 8)
 
 
 @pytest.fixture
