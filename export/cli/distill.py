@@ -98,7 +98,11 @@ def add_parser(commands: Any) -> None:
         help="further versions of TARGET that teach along",
     )
     teachers.add_argument(
-        "--siblings", type=int, default=1, metavar="N", help="perturbed targets that teach along (default: %(default)s)"
+        "--siblings",
+        type=int,
+        default=1,
+        metavar="N",
+        help="perturbed copies of TARGET that teach along, in memory too (default: %(default)s)",
     )
     teachers.add_argument(
         "--strength", type=float, default=0.1, help="size of the perturbation relative to each matrix (%(default)s)"
