@@ -1,4 +1,4 @@
-"""Bounds on the requests to a server: how many are in progress, and how many begin at a time.
+"""Bounds on the requests to a server: how many are in progress, and how many begin or read on at a time.
 
 The HTTP server starts every request that it has read at once. When a client sends thousands over HTTP/2, each takes the
 event loop for a moment, and all other requests would wait for the last of them; each also keeps its headers in memory,
@@ -35,8 +35,9 @@ PIECE_BYTES = 1 << 13
 class RequestGate:
     """An ASGI application around another one that bounds its requests.
 
-    At most `BEGUN_PER_TURN` requests, and as many probes of health, begin in a turn of the event loop; clients take
-    turns. Once `limit` requests are in progress, a client that has its share of them is refused more (503).
+    At most `BEGUN_PER_TURN` requests, and as many probes of health, begin in a turn of the event loop, or go on with a
+    further piece of a long body; clients take turns. Once `limit` requests are in progress, a client that has its share
+    of them is refused more (503).
     """
 
     def __init__(self, app: ASGIApp, limit: int, shared: tuple[str, ...] = DEFAULT_SHARED) -> None:
@@ -71,7 +72,7 @@ class RequestGate:
         try:
             turns = self._probes if scope["path"] in HEALTH_PATHS else self._others
             await self._wait(turns, client)
-            await self._app(scope, receive, in_pieces(send))
+            await self._app(scope, self._paced(receive, turns, client), in_pieces(send))
         finally:
             self._total -= 1
             self._held[client] -= 1
@@ -90,8 +91,19 @@ class RequestGate:
             self._serve()
         await turn
 
+    def _paced(self, receive: Receive, turns: ClientTurns, client: str) -> Receive:
+        """Return a `receive` after which a request with a piece of a long body waits for its turn to go on."""
+
+        async def receive_paced() -> Message:
+            message = await receive()
+            if len(message.get("body", b"")) >= PIECE_BYTES:
+                await self._wait(turns, client)
+            return message
+
+        return receive_paced
+
     def _serve(self) -> None:
-        """Let the next requests begin; those after them in the next turn of the event loop."""
+        """Let the next requests begin, or go on; those after them in the next turn of the event loop."""
         now = time.thread_time()
         if self._serving:
             excess = (now - self._served) / TURN_SECONDS

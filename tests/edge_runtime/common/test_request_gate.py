@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import h2.config
@@ -77,6 +78,39 @@ async def test_requests_begin_in_turns_of_their_clients_and_health_before_all() 
     turns = [turn for _, _, turn in app.begun]
     assert max(map(turns.count, set(turns))) <= 2 * BEGUN_PER_TURN
     assert app.statuses == [200] * len(tasks)
+
+
+@pytest.mark.parametrize(("size", "paced"), [(PIECE_BYTES, True), (PIECE_BYTES - 1, False)])
+async def test_requests_with_long_bodies_read_on_in_turns(size: int, paced: bool) -> None:
+    turn, read_in = 0, Counter[int]()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        arrived.release()
+        await all_begun.wait()
+        for _ in range(3):
+            assert len((await receive())["body"]) == size
+            read_in[turn] += 1
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": bytes(size), "more_body": True}
+
+    arrived, all_begun, gate = asyncio.Semaphore(0), asyncio.Event(), RequestGate(read, 1000)
+    counting = asyncio.create_task(count_turns())
+    scope = {"type": "http", "path": "/", "client": (ATTACKER, 1)}
+    tasks = [asyncio.create_task(gate(scope, receive, None)) for _ in range(100)]  # type: ignore[arg-type]
+    for _ in tasks:
+        await arrived.acquire()
+    all_begun.set()
+    await asyncio.gather(*tasks)
+    counting.cancel()
+    assert sum(read_in.values()) == 300
+    assert (max(read_in.values()) <= BEGUN_PER_TURN) == paced
 
 
 async def test_fewer_requests_begin_in_a_turn_if_they_take_long() -> None:
