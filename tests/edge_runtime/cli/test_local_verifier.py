@@ -11,8 +11,6 @@ import pytest
 
 from tests.toy_family import FAMILY
 
-pytest.importorskip("torch")
-
 # Its input stays open, so that it waits for jobs.
 WAIT = """
 import asyncio, sys
@@ -29,6 +27,7 @@ asyncio.run(wait())
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 def test_a_signal_ends_both_processes(number: signal.Signals, code: int) -> None:
+    pytest.importorskip("torch")
     command = [sys.executable, "-c", WAIT, str(FAMILY / "target-v1")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
