@@ -20,7 +20,7 @@ from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Architecture
 
 # Initial KV cache capacity of the fused graph, doubled on demand. Chosen.
-INITIAL_CAPACITY_TOKENS = 256
+INITIAL_CAPACITY_TOKENS = 64
 
 Logits = npt.NDArray[np.float32]
 

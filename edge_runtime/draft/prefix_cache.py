@@ -8,7 +8,7 @@ from typing import NamedTuple
 from edge_runtime.draft.onnx_runner import OnnxRunner
 from edge_runtime.protocol.sampling import common_prefix_length
 
-# Default bound of the memory. Chosen: about 14,000 tokens of the draft of SmolLM2-135M, 1,000 of a draft of 1B
+# Default bound of the memory. Chosen: about 7,000 tokens of the draft of SmolLM2-135M, 1,000 of a draft of 1B
 # parameters.
 DEFAULT_PREFIX_CACHE_BYTES = 64 << 20
 # A cache is given away if the new text keeps at least this share of it, and copied otherwise. Chosen: the next turn of
