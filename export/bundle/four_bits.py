@@ -6,6 +6,7 @@ is trained with the rounded matrices (`round_to_4_bits`) adapts to the rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,13 +59,13 @@ def round_to_4_bits(weight: torch.Tensor) -> torch.Tensor:
     return quantize_to_4_bits(weight).values()
 
 
-def quantize_all(weights: Sequence[torch.Tensor], fit: FitFunction | None = None) -> list[FourBitMatrix]:
+def quantize_all(weights: Sequence[torch.Tensor], *, compiled: bool = False) -> list[FourBitMatrix]:
     """Quantize matrices together, which on a GPU takes a fraction of the time of one after the other.
 
     Args:
-        fit: `fit_groups`, or a compiled form of it.
+        compiled: compile the search for levels and scales, which takes half a minute the first time.
     """
-    fit = fit or fit_groups
+    fit = _compiled_fit() if compiled else _fit_groups
     grouped = [_split_into_groups(weight.detach().float()) for weight in weights]
     groups = torch.cat(grouped) if len(grouped) > 1 else grouped[0]
     fitted = [fit(part) for part in torch.split(groups, WEIGHTS_AT_ONCE // GROUP_SIZE)]
@@ -81,7 +82,13 @@ def quantize_all(weights: Sequence[torch.Tensor], fit: FitFunction | None = None
     ]
 
 
-def fit_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@functools.cache
+def _compiled_fit() -> FitFunction:
+    fit: FitFunction = torch.compile(_fit_groups, dynamic=True)
+    return fit
+
+
+def _fit_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return levels, zero points and scales of groups (n, GROUP_SIZE), all as float32."""
     lowest = groups.amin(-1, keepdim=True).clamp_max(0)
     highest = groups.amax(-1, keepdim=True).clamp_min(0)

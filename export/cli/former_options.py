@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from edge_runtime.common.options import DeprecatedOption
 from edge_runtime.common.terminal import print_note
@@ -16,26 +17,22 @@ def warn(message: str) -> None:
 
 def add_former_start_option(parser: argparse.ArgumentParser) -> None:
     """Accept --start for --from-draft. torchrun takes it for an abbreviation of an option of its own."""
-    parser.add_argument(
-        "--start",
-        action=DeprecatedOption,
-        replacement="--from-draft",
-        warn=warn,
-        type=Path,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    _add_former_option(parser, "--start", "--from-draft", type=Path)
 
 
 def add_former_memory_option(parser: argparse.ArgumentParser) -> None:
     """Accept --memory for --ngram-cache."""
+    _add_former_option(parser, "--memory", "--ngram-cache", dest="ngram_cache", const=True)
+
+
+def _add_former_option(parser: argparse.ArgumentParser, name: str, replacement: str, **keywords: Any) -> None:
+    """Accept an option under its former name; it keeps the default of the present one."""
     parser.add_argument(
-        "--memory",
+        name,
         action=DeprecatedOption,
-        replacement="--ngram-cache",
+        replacement=replacement,
         warn=warn,
-        dest="ngram_cache",
-        const=True,
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
+        **keywords,
     )

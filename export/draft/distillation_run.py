@@ -22,7 +22,7 @@ from cloud_verifier.model.target import load_model
 from cloud_verifier.registry.checkpoint import base_directory
 from edge_runtime.protocol.bundle import MANIFEST_NAME
 from edge_runtime.protocol.errors import FlexSpecError, InputError
-from export.bundle.four_bits import FitFunction, fit_groups, quantize_all
+from export.bundle.four_bits import quantize_all
 from export.draft.agreement import Agreement, JudgedText, measure_agreement
 from export.draft.base_target import TextSource, to_device
 from export.draft.bundle_weights import read_draft
@@ -185,19 +185,13 @@ def rounded_as_in_bundle(weights: Sequence[torch.nn.Parameter], *, compiled: boo
     """
     originals = [weight.detach().clone() for weight in weights]
     if weights:
-        for weight, matrix in zip(weights, quantize_all(weights, _compiled_fit() if compiled else None), strict=True):
+        for weight, matrix in zip(weights, quantize_all(weights, compiled=compiled), strict=True):
             weight.data.copy_(matrix.values())
     try:
         yield
     finally:
         for weight, original in zip(weights, originals, strict=True):
             weight.data.copy_(original)
-
-
-@functools.cache
-def _compiled_fit() -> FitFunction:
-    fit: FitFunction = torch.compile(fit_groups, dynamic=True)
-    return fit
 
 
 def four_bit_weights(draft: PreTrainedModel, head_bits: int | None, block_bits: int | None) -> list[torch.nn.Parameter]:
