@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.common.http_server import HttpServer, ListenOptions
 from edge_runtime.draft.model import OnnxDraft
+from edge_runtime.draft.onnx_runner import make_runner
+from edge_runtime.draft.prefix_cache import DraftPrefixCache
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.protocol.sampling import Sampling
 from tests.benchmarks import systems
@@ -39,6 +43,7 @@ from tests.benchmarks.comparison.distributions import (
     residual,
     warp,
 )
+from tests.benchmarks.comparison.isolation import SampleIsolation
 from tests.benchmarks.comparison.pacing import DraftPace, PaceCounts
 from tests.emulator.relay import payload_size
 from tests.toy_family import FAMILY
@@ -97,8 +102,19 @@ def test_the_residual_of_equal_distributions_is_the_target() -> None:
 
 
 @pytest.mark.parametrize("kind", ["traditional", "dssd"])
-async def test_greedy_texts_of_both_formats_are_those_of_transformers(kind: str) -> None:
+async def test_greedy_texts_of_both_formats_are_those_of_transformers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
+    reused: list[int] = []
+    open_ = PrefixCache.open
+
+    def open_recorded(cache: PrefixCache, scope: CacheScope, ids: list[int], sequence: CachedSequence) -> int | None:
+        length = open_(cache, scope, ids, sequence)
+        reused.append(length or 0)
+        return length
+
+    monkeypatch.setattr(PrefixCache, "open", open_recorded)
     model, _, end_ids = load_model(FAMILY / "target-v1", "cpu", torch.float32)
     expected = generate_reference(model, PROMPT, Sampling(ignore_eos=True), TOKENS, end_ids)
     app = make_app(ProbabilityVerifier(Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)))
@@ -114,11 +130,59 @@ async def test_greedy_texts_of_both_formats_are_those_of_transformers(kind: str)
         costs = report.costs
         assert costs.accepted + costs.forwards == TOKENS == len(report.arrivals)
         assert 0 < costs.accepted <= costs.drafted
+        # The next turn begins with the KV caches of the first.
+        prompt = PROMPT + expected + PROMPT
+        second = await contestant.answer(AnswerCommand(prompt, 0.0, 0, TOKENS))
+        assert second.ids == generate_reference(model, prompt, Sampling(ignore_eos=True), TOKENS, end_ids)
+        assert sum(reused) == len(PROMPT + expected) - 1
+        await contestant.connect()
         sampled = await contestant.answer(AnswerCommand(PROMPT, 1.0, 0, TOKENS))
         assert len(sampled.ids) == TOKENS
         assert sampled.costs.rounds < TOKENS
     finally:
         await server.stop()
+
+
+def test_a_sample_begins_with_nothing_that_another_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    isolation = SampleIsolation()
+    for cache_class, name in ((PrefixCache, "open"), (DraftPrefixCache, "take"), (DraftPrefixCache, "keep")):
+        monkeypatch.setattr(cache_class, name, getattr(cache_class, name))
+    isolation.install()
+
+    draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
+    context = draft.new_context()
+    context.prefill(PROMPT)
+    context.close()
+    assert draft.prefix_cache.take(PROMPT) is not None
+    draft.prefix_cache.keep(make_runner(draft.session, draft.manifest.architecture), PROMPT)
+
+    target = Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)
+    pool = target.runner.shape.make_pool(64)
+    prefixes, scope = PrefixCache(pool), CacheScope("", target)
+
+    def open_text() -> int | None:
+        sequence = CachedSequence()
+        target.prepare_cache(sequence, len(PROMPT))
+        reused = prefixes.open(scope, list(PROMPT), sequence)
+        unread = PROMPT[reused or 0 :]
+        target.run(pool, [target.prefill_segment(sequence, unread)])
+        pool.keep(sequence, list(range(len(unread))))
+        prefixes.close(sequence)
+        return reused
+
+    assert open_text() == 0
+    assert open_text() == len(PROMPT) - 1
+    isolation.sample += 1
+    assert draft.prefix_cache.take(PROMPT) is None
+    assert open_text() == 0
+
+
+def test_a_conversation_has_a_question_and_what_follows_it() -> None:
+    assert systems.make_turns("questions", 9) == [systems.QUESTIONS[1]]
+    assert systems.make_turns("conversations", 1) == [systems.QUESTIONS[1], *systems.FURTHER_TURNS]
+    documents = {systems.make_turns("documents", repetition)[0] for repetition in range(len(systems.QUESTIONS))}
+    assert len(documents) == len(systems.QUESTIONS)
+    assert min(map(len, documents)) > systems.DOCUMENT_CHARACTERS
 
 
 def test_the_best_draft_length_follows_delay_and_bytes() -> None:
@@ -151,6 +215,8 @@ def test_a_draft_runs_at_the_speed_of_a_board() -> None:
     assert time.perf_counter() - started >= 0.05 + 0.06
     assert pace.counts.forwards == 2
     assert runner.length == len(PROMPT) + 3
+    runner.copy_prefix(4).append([13])
+    assert pace.counts.forwards == 3
 
 
 def test_a_recorded_link_is_read_by_path(tmp_path: Path) -> None:

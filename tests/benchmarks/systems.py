@@ -2,7 +2,8 @@
 
 Real processes, real HTTP and a real model over the emulated link: the board, and in the cloud a verifier, a verifier
 that speculates, and a verifier that receives probabilities (`comparison`), all with the same target and runner. Every
-sample is one answer; repetition r is the same prompt and seed for all systems.
+sample is one answer to a question or about a long document, or a conversation, whose turns begin with what earlier ones
+left in the KV caches of both ends; repetition r is the same text and seed for all systems.
 
 Modeled, by a real forward and a pause: the forwards of the verifier (a row of `simulation.verifiers`, measured on an
 H200) and the steps of the board's draft (its profile). Where the real one takes longer than 1.05 times the modeled
@@ -24,13 +25,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import httpx
 import msgspec
 import numpy as np
 
 from edge_runtime.protocol.bundle import Bundle, read_bundle, read_chat_format
+from edge_runtime.protocol.sampling import common_prefix_length
 from edge_runtime.service.chat_template import ChatTemplate
 from edge_runtime.simulation.links import PACKET_BYTES
 from export.example_family.prepare import prepare_family
@@ -44,7 +46,8 @@ from tests.emulator.link_conditions import LinkConditions, preset_conditions, re
 from tests.emulator.measurement import measure_packet_rate, measure_round_trips, measure_throughput
 from tests.emulator.network import ADDRESSES, Network, Side, missing_requirement
 
-TOKENS = 64
+# Tokens of an answer, and of each answer in a conversation.
+TOKENS, TURN_TOKENS = 64, 32
 QUESTIONS = (
     "Why is the sky blue?",
     "Write a short poem about the sea.",
@@ -55,6 +58,21 @@ QUESTIONS = (
     "What is the difference between a list and a tuple in Python?",
     "Write an email that asks for a day off.",
 )
+# What follows the question in a conversation.
+FURTHER_TURNS = (
+    "Can you explain that in more detail?",
+    "Give me an example.",
+    "Why is that so?",
+    "What do people often get wrong about it?",
+    "Say it in one short sentence.",
+    "What would an expert add?",
+    "How could I learn more about it?",
+    "Is there anything that I should avoid?",
+    "Thank you. Summarize what we talked about.",
+)
+# Characters of a document, about 1,000 tokens of the example family.
+DOCUMENT_CHARACTERS = 4000
+DOCUMENT_SOURCE = ROOT / "edge_runtime" / "README.md"
 # What a planner and the choice of K learn from before the first sample.
 TRIAL_QUESTION = "Tell me something about cats."
 
@@ -134,12 +152,21 @@ LINK_COLUMNS: tuple[Quantity, ...] = (
 )
 
 
+TextKind: TypeAlias = Literal["questions", "documents", "conversations"]
+TEXT_TITLES: dict[TextKind, str] = {
+    "questions": "",
+    "documents": "questions about documents of about 1,000 tokens",
+    "conversations": f"conversations of {1 + len(FURTHER_TURNS)} turns",
+}
+
+
 class ComparedPlace(NamedTuple):
     """What all systems of one table have in common.
 
     Attributes:
         link: a preset, or the path of a recorded link without its suffix.
         verifier, board: names of modeled ones; an empty verifier is this machine.
+        text: what a sample is.
     """
 
     link: str
@@ -147,13 +174,15 @@ class ComparedPlace(NamedTuple):
     board: str = "raspberry-pi-5"
     temperature: float = 0.7
     version: str = "target-v1"
+    text: TextKind = "questions"
 
     @property
     def title(self) -> str:
         """Heading of the table."""
         verifier = f"verifier `{self.verifier}` (modeled)" if self.verifier else "verifier on this machine"
         parts = [Path(self.link).name, verifier, f"{self.board} (modeled)", f"T={self.temperature:g}"]
-        return ", ".join(parts + [self.version] * (self.version != "target-v1"))
+        parts += [self.version] * (self.version != "target-v1")
+        return ", ".join(parts + [TEXT_TITLES[self.text]] * (self.text != "questions"))
 
 
 def find_recordings() -> list[str]:
@@ -169,6 +198,7 @@ PLACES = (
     *(ComparedPlace(link, temperature=0.0) for link in ("wifi", "4g")),
     *(ComparedPlace("4g", board=board) for board in ("raspberry-pi-zero-2w", "raspberry-pi-4", "jetson-orin-nano")),
     *(ComparedPlace("4g", version=version) for version in ("target-v2", "target-v3", "target-v4")),
+    *(ComparedPlace("4g", text=text) for text in ("documents", "conversations")),
 )
 QUICK_PLACES = 1
 
@@ -321,12 +351,8 @@ class Comparison:
         self._bundle: Bundle = read_bundle((family / "bundle").resolve(), verify=False)
         from tokenizers import Tokenizer
 
-        template = ChatTemplate(read_chat_format(self._bundle), self._bundle.path)
-        tokenizer = Tokenizer.from_file(str(self._bundle.tokenizer_path))
-        self._prompts: list[list[int]] = [
-            tokenizer.encode(template.render([{"role": "user", "content": question}])).ids
-            for question in (*QUESTIONS, TRIAL_QUESTION)
-        ]
+        self._template = ChatTemplate(read_chat_format(self._bundle), self._bundle.path)
+        self._tokenizer = Tokenizer.from_file(str(self._bundle.tokenizer_path))
         self._references = References(ROOT / "build" / "benchmarks" / "references.json")
         command = [sys.executable, "-m", "tests.benchmarks.comparison.board", str(self._bundle.path)]
         self._board = ControlledProcess(network.command("board", command), cwd=ROOT)
@@ -343,9 +369,7 @@ class Comparison:
         for name, port in PORTS.items():
             options = ["probabilities", str(target), host, str(port)]
             if name != "probabilities":
-                # Prompts repeat: without a cache every answer begins as its first one does.
-                options = ["verifier", str(target), "--host", host, "--port", str(port), "--no-prefix-cache"]
-                options += ["--threads", "1"]
+                options = ["verifier", str(target), "--host", host, "--port", str(port), "--threads", "1"]
             if name == "speculating":
                 options += ["--draft", str(self._bundle.path), "--draft-threads", "1"]
             command = [sys.executable, "-m", "tests.benchmarks.comparison.cloud", *options]
@@ -387,52 +411,84 @@ class Comparison:
             place.board,
             link.radio,
             mean_rate(trace) if trace else link.up_rate,
-            self._prompts[-1],
+            self._encode([{"role": "user", "content": TRIAL_QUESTION}]),
             place.temperature,
         )
         self._board.send(prepare, AnswerReport)
         if cloud:
             cloud.send(SetPace(place.verifier), PaceCounts)
-        answer = AnswerCommand(self._prompts[repetition % len(QUESTIONS)], place.temperature, repetition, TOKENS)
         # Let what the preparation left arrive.
         await asyncio.sleep(DRAIN_ROUND_TRIPS * link.rtt_seconds)
         before = self._network.counters()
-        report = self._board.send(answer, AnswerReport)
+        answers = self._converse(place, repetition)
         await asyncio.sleep(DRAIN_ROUND_TRIPS * link.rtt_seconds)
         after = self._network.counters()
         counts = cloud.send(SetPace(place.verifier), PaceCounts) if cloud else PaceCounts()
         up, down = after.up_bytes - before.up_bytes, after.down_bytes - before.down_bytes
-        values = self._describe(place, report, up, down)
-        values[PAYLOAD.name] = 100 * (after.payload_bytes - before.payload_bytes) / TOKENS
-        [expected] = self._references.get(self._family / place.version, [answer])
-        common = next((i for i, pair in enumerate(zip(report.ids, expected, strict=False)) if len({*pair}) > 1), TOKENS)
+        values = self._describe(place, [report for _, report in answers], up, down)
+        tokens = sum(len(report.ids) for _, report in answers)
+        values[PAYLOAD.name] = 100 * (after.payload_bytes - before.payload_bytes) / tokens
         if system.exact or not place.temperature or system.kind == "draft":
-            values[SAME.name] = 100 * common / TOKENS
-        values[LATE.name] = 100 * max(report.late, counts.late / max(1, counts.forwards))
+            expected = self._references.get(self._family / place.version, [command for command, _ in answers])
+            pairs = zip(answers, expected, strict=True)
+            values[SAME.name] = 100 * sum(common_prefix_length(each.ids, ids) for (_, each), ids in pairs) / tokens
+        late = sum(report.late for _, report in answers) / len(answers)
+        values[LATE.name] = 100 * max(late, counts.late / max(1, counts.forwards))
         return values
 
-    def _describe(self, place: ComparedPlace, report: AnswerReport, up: int, down: int) -> dict[str, float]:
-        """The figures of an answer, from what the board measured and what the link carried."""
-        costs, seconds = report.costs, report.arrivals[-1]
+    def _converse(self, place: ComparedPlace, repetition: int) -> list[tuple[AnswerCommand, AnswerReport]]:
+        """Ask the board what a sample asks; every answer of a conversation becomes part of the next prompt."""
+        messages: list[dict[str, str]] = []
+        answers = []
+        for question in make_turns(place.text, repetition):
+            messages.append({"role": "user", "content": question})
+            tokens = TURN_TOKENS if place.text == "conversations" else TOKENS
+            command = AnswerCommand(self._encode(messages), place.temperature, repetition, tokens)
+            report = self._board.send(command, AnswerReport)
+            answers.append((command, report))
+            messages.append({"role": "assistant", "content": self._tokenizer.decode(report.ids)})
+        return answers
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(self._template.render(messages)).ids
+        return ids
+
+    def _describe(self, place: ComparedPlace, reports: list[AnswerReport], up: int, down: int) -> dict[str, float]:
+        """The figures of a sample, from what the board measured and what the link carried."""
+        seconds, tokens = sum(report.arrivals[-1] for report in reports), sum(len(report.ids) for report in reports)
+        costs = [report.costs for report in reports]
         device = make_device(self._bundle.manifest, place.board, link_conditions(place.link)[0].link.radio)
         joules = device.idle_watts * seconds
-        joules += (device.busy_watts - device.idle_watts) * costs.draft_seconds
-        joules += device.radio_watts * costs.exchange_seconds + device.joules_per_byte * (up + down)
+        joules += (device.busy_watts - device.idle_watts) * sum(each.draft_seconds for each in costs)
+        joules += device.radio_watts * sum(each.exchange_seconds for each in costs)
+        joules += device.joules_per_byte * (up + down)
         values = {
-            PER_TOKEN.name: 1e3 * seconds / TOKENS,
-            FIRST.name: 1e3 * report.arrivals[0],
-            UP.name: 100 * up / TOKENS,
-            DOWN.name: 100 * down / TOKENS,
-            BYTES: 100 * (up + down) / TOKENS,
-            FORWARDS.name: costs.forwards / TOKENS,
-            VERIFIER.name: 1e3 * costs.verifier_seconds / TOKENS,
-            JOULES.name: 100 * joules / TOKENS,
+            PER_TOKEN.name: 1e3 * seconds / tokens,
+            FIRST.name: 1e3 * sum(report.arrivals[0] for report in reports) / len(reports),
+            UP.name: 100 * up / tokens,
+            DOWN.name: 100 * down / tokens,
+            BYTES: 100 * (up + down) / tokens,
+            FORWARDS.name: sum(each.forwards for each in costs) / tokens,
+            VERIFIER.name: 1e3 * sum(each.verifier_seconds for each in costs) / tokens,
+            JOULES.name: 100 * joules / tokens,
         }
-        if costs.drafted:
-            values[ACCEPTED.name] = 100 * costs.accepted / costs.drafted
-        if report.draft_length:
-            values[LENGTH.name] = report.draft_length
+        if drafted := sum(each.drafted for each in costs):
+            values[ACCEPTED.name] = 100 * sum(each.accepted for each in costs) / drafted
+        if reports[0].draft_length:
+            values[LENGTH.name] = reports[0].draft_length
         return values
+
+
+def make_turns(text: TextKind, repetition: int) -> list[str]:
+    """Return what the user says in the sample `repetition`."""
+    question = QUESTIONS[repetition % len(QUESTIONS)]
+    if text == "conversations":
+        return [question, *FURTHER_TURNS]
+    if text == "documents":
+        source = DOCUMENT_SOURCE.read_text()
+        start = repetition % len(QUESTIONS) * (len(source) - DOCUMENT_CHARACTERS) // len(QUESTIONS)
+        return [f"Summarize this text.\n\n{source[start : start + DOCUMENT_CHARACTERS]}"]
+    return [question]
 
 
 @contextlib.asynccontextmanager

@@ -41,6 +41,7 @@ from tests.benchmarks.comparison.distributions import (
     residual,
     warp,
 )
+from tests.benchmarks.comparison.isolation import SampleIsolation
 from tests.benchmarks.comparison.pacing import DraftPace
 from tests.emulator.control import claim_standard_output
 
@@ -292,11 +293,11 @@ class TextDraft:
     """The draft model on one text, by distributions.
 
     Attributes:
-        ids: the text.
+        ids: the text; what the KV cache holds of it is not prefilled again.
     """
 
-    def __init__(self, draft: PacedDraft, ids: list[int], temperature: float) -> None:
-        self.ids = list(ids)
+    def __init__(self, draft: PacedDraft, temperature: float) -> None:
+        self.ids: list[int] = []
         self._runner = draft.pace.make_runner(draft.model.session, draft.model.manifest.architecture)
         self._size, self._head_ids = draft.model.manifest.architecture.vocabulary_size, draft.head_ids
         self._temperature = temperature
@@ -334,15 +335,19 @@ class ProbabilitiesContestant:
         headers = {"accept-encoding": "identity", "user-agent": "b", "accept": "*/*"}
         self._client = httpx.AsyncClient(base_url=command.url, headers=headers, timeout=120)
         self._trials: list[RoundTrial] = []
+        # Of the sample: further turns of a conversation go on with its KV cache.
+        self._text: TextDraft | None = None
 
     async def connect(self) -> None:
+        self._text = None
         await self._client.delete("/sessions/0")
 
     async def answer(self, command: AnswerCommand) -> AnswerReport:
         self._trials = []
         report, started = AnswerReport(draft_length=self.draft_length), time.perf_counter()
         random = np.random.default_rng([command.seed, 0])
-        text = TextDraft(self._draft, command.prompt, command.temperature)
+        text = self._text = self._text or TextDraft(self._draft, command.temperature)
+        text.ids = list(command.prompt)
         costs, session = report.costs, 0
         # The token that the board drew after a rejection, and that the cloud does not know yet.
         unsent: list[int] = []
@@ -403,10 +408,12 @@ class DraftContestant:
     async def answer(self, command: AnswerCommand) -> AnswerReport:
         report, started = AnswerReport(), time.perf_counter()
         sampling, context = Sampling(command.temperature, seed=command.seed), self._draft.new_context()
+        context.reuse_prefix(command.prompt)
         for _ in range(command.tokens):
             proposal = await asyncio.to_thread(context.propose, command.prompt + report.ids, 1, sampling)
             report.ids += proposal.tokens
             report.arrivals.append(time.perf_counter() - started)
+        context.close()
         report.costs.draft_seconds = report.arrivals[-1]
         return report
 
@@ -420,9 +427,10 @@ class Board:
     def __init__(self, bundle: Path) -> None:
         self._pace = DraftPace()
         self._pace.install()
-        # Every answer prefills its prompt, on both ends, as those of the systems without a cache do.
+        self._isolation = SampleIsolation()
+        self._isolation.install()
         opened = read_bundle(bundle)
-        model = OnnxDraft(opened, threads=1, prefix_cache_bytes=0)
+        model = OnnxDraft(opened, threads=1)
         self._draft = PacedDraft(model, read_head_ids(opened), self._pace)
         self._contestants: dict[tuple[str, str], Contestant] = {}
         self._current: Contestant = DraftContestant(self._draft.model)
@@ -454,6 +462,7 @@ class Board:
                 trials = [trial for trial in self._current.trials() if trial.drafted]
                 self._current.draft_length = choose_draft_length(trials, command.up_rate)
             await self._current.connect()
+        self._isolation.sample += 1
 
     def _enter(self, command: Prepare, device: DeviceModel) -> Contestant:
         if command.system.kind == "draft":

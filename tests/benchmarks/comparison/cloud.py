@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from cloud_verifier.cli.main import main as run_cloud_verifier
 from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.target import Target
 from cloud_verifier.model.tree import TokenTree
@@ -42,6 +43,7 @@ from tests.benchmarks.comparison.distributions import (
     residual,
     warp,
 )
+from tests.benchmarks.comparison.isolation import SampleIsolation
 from tests.benchmarks.comparison.pacing import PaceCounts, VerifierPace
 from tests.emulator.control import claim_standard_output
 
@@ -51,7 +53,7 @@ PREFILL_ROWS = TargetRunner.max_prefill_rows
 
 
 class SetPace(msgspec.Struct):
-    """Command: take the time of this verifier from now on (`VerifierPace.set_verifier`), and count forwards anew."""
+    """Command: begin a sample, take the time of this verifier (`VerifierPace.set_verifier`), count forwards anew."""
 
     verifier: str
 
@@ -60,12 +62,14 @@ class ProbabilitySession:
     """One text.
 
     Attributes:
+        ids: the text as far as this end knows it.
         last: the token that both ends know and that no forward has read yet; -1 if the board has yet to draw it.
         replies: answers by number of the round.
     """
 
     def __init__(self, opening: ProbabilityOpening) -> None:
         self.sequence = CachedSequence()
+        self.ids = list(opening.prompt)
         self.temperature = opening.temperature
         self.random = np.random.default_rng([opening.seed, 1])
         self.last = opening.prompt[-1]
@@ -80,6 +84,7 @@ class ProbabilityVerifier:
         assert isinstance(target.runner, TargetRunner), "the general tier gives no logits"
         self._runner = target.runner
         self._pool = target.runner.shape.make_pool(POOL_TOKENS)
+        self._prefixes = PrefixCache(self._pool)
         self._sessions: dict[int, ProbabilitySession] = {}
         self._lock = threading.Lock()
 
@@ -95,13 +100,15 @@ class ProbabilityVerifier:
     def close(self, number: int) -> None:
         with self._lock:
             if session := self._sessions.pop(number, None):
-                self._pool.release(session.sequence)
+                self._prefixes.close(session.sequence)
 
     def _open(self, opening: ProbabilityOpening) -> int:
         number = max(self._sessions, default=0) + 1
         session = self._sessions[number] = ProbabilitySession(opening)
-        known = opening.prompt[:-1]
-        for start in range(0, len(known), PREFILL_ROWS):
+        self._target.prepare_cache(session.sequence, len(session.ids))
+        known, scope = opening.prompt[:-1], CacheScope("", self._target)
+        reused = self._prefixes.open(scope, session.ids, session.sequence) or 0
+        for start in range(reused, len(known), PREFILL_ROWS):
             chunk = known[start : start + PREFILL_ROWS]
             self._target.run(self._pool, [self._target.prefill_segment(session.sequence, chunk)])
             self._pool.keep(session.sequence, list(range(len(chunk))))
@@ -113,6 +120,7 @@ class ProbabilityVerifier:
         if session.last < 0:
             # The board has drawn the token after the last rejection, and sends it first.
             session.last, tokens = tokens[0], tokens[1:]
+            session.ids.append(session.last)
         sequence = session.sequence
         tree = TokenTree(session.last, sequence.length + 1, tokens, {})
         segment = self._target.tree_segment(sequence, tree, Sampling())
@@ -135,6 +143,7 @@ class ProbabilityVerifier:
         else:
             distribution = encode_distribution(target[accepted])
         session.last = token
+        session.ids += [*tokens[:accepted], token] if token >= 0 else tokens[:accepted]
         return msgspec.msgpack.encode(ProbabilityReply(number, accepted, token, forward_100us, distribution))
 
 
@@ -169,14 +178,16 @@ async def serve_probabilities(target_path: Path, host: str, port: int) -> None:
 
 
 def main() -> None:
-    pace = VerifierPace()
+    pace, isolation = VerifierPace(), SampleIsolation()
     pace.install(TargetRunner)
+    isolation.install()
     replies = claim_standard_output()
 
     def obey() -> None:
         for line in sys.stdin:
             pace.set_verifier(msgspec.json.decode(line, type=SetPace).verifier)
             counts, pace.counts = pace.counts, PaceCounts()
+            isolation.sample += 1
             replies.write(msgspec.json.encode(counts) + b"\n")
 
     kind, *arguments = sys.argv[1:]

@@ -52,8 +52,10 @@ class DraftPace:
 
     def make_runner(self, session: Any, architecture: Architecture) -> OnnxRunner:
         """Replaces `onnx_runner.make_runner`."""
-        runner = make_runner(session, architecture)
-        append = runner.append
+        return self._slow_down(make_runner(session, architecture))
+
+    def _slow_down(self, runner: OnnxRunner) -> OnnxRunner:
+        append, copy_prefix = runner.append, runner.copy_prefix
 
         def paced_append(ids: list[int]) -> Logits:
             started, length = time.perf_counter(), runner.length
@@ -64,6 +66,7 @@ class DraftPace:
             return logits
 
         runner.append = paced_append  # type: ignore[method-assign]
+        runner.copy_prefix = lambda length: self._slow_down(copy_prefix(length))  # type: ignore[method-assign]
         return runner
 
 
