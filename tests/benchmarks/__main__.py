@@ -26,7 +26,7 @@ from tests.benchmarks.harness.samples import ROOT, SampleFile
 
 # Modules of this package that define a BENCHMARK.
 NAMES = (
-    *("systems", "ablation", "update_storm", "energy", "speed", "wire", "service"),
+    *("systems", "ablation", "capacity", "update_storm", "energy", "speed", "wire", "service"),
     *("probes", "planning", "ngram_cache"),
 )
 DIRECTORY = ROOT / "build" / "benchmarks"
