@@ -40,10 +40,10 @@ from tests.benchmarks.systems import QUESTIONS
 TOKENS, TEMPERATURE, DRAFT_LENGTH = 48, 0.7, 4
 LINK, BOARD = "4g", "raspberry-pi-5"
 GOALS_MS = (60, 120)
-# Boards at once. Chosen: a quarter more each time, which is finer than the noise of a quantile of some 50 answers.
-COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 32, 40, 50, 64, 80, 100, 128, 160, 200, 256)
-# Answers of a run that count, and seconds after which a run with fewer ends.
-MIN_ANSWERS, RUN_SECONDS = 30, 20.0
+# Boards at once. Chosen: about 1.4 times as many each time.
+COUNTS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 180, 256)
+# Answers with which a run ends, at least two for each board, and seconds after which it ends with fewer. Chosen.
+MIN_ANSWERS, RUN_SECONDS = 30, 12.0
 DEADLINE_SECONDS = 120.0
 MANNERS = {
     "streaming": "streaming from the cloud",
@@ -73,6 +73,13 @@ class ReplayedText(NamedTuple):
         """How many of `length` draft tokens are right at a position."""
         right = [a == b for a, b in zip(self.ids[position:], self.drafted[position : position + length], strict=False)]
         return right.index(False) if False in right else len(right)
+
+
+class RoundForwards(NamedTuple):
+    """The target's forwards of one round: how many, and their seconds, with those of drafting on the verifier."""
+
+    seconds: float
+    count: int
 
 
 class RunResult(NamedTuple):
@@ -122,7 +129,7 @@ class Boards:
     async def run(self, count: int, *, drafts: bool) -> RunResult:
         """Let `count` boards ask at once."""
         answers: list[float] = []
-        forwards: list[float] = []
+        forwards: list[RoundForwards] = []
         tokens, started, numbers = 0, time.monotonic(), itertools.count()
         until = started + RUN_SECONDS
 
@@ -139,10 +146,11 @@ class Boards:
         async with VerifierClient(self._url, deadline=DEADLINE_SECONDS) as client:
             await client.models()
             await asyncio.gather(*(run_board(client) for _ in range(count)))
-        return RunResult(answers, statistics.mean(forwards), tokens / (time.monotonic() - started))
+        forward_seconds = sum(each.seconds for each in forwards) / sum(each.count for each in forwards)
+        return RunResult(answers, forward_seconds, tokens / (time.monotonic() - started))
 
     async def _answer(
-        self, client: VerifierClient, text: ReplayedText, forwards: list[float], *, drafts: bool
+        self, client: VerifierClient, text: ReplayedText, forwards: list[RoundForwards], *, drafts: bool
     ) -> float:
         """Generate a text; returns its seconds per token after the first ones."""
         session = VerifierSession(client, text.prompt, Sampling(TEMPERATURE, seed=text.seed, ignore_eos=True))
@@ -152,8 +160,8 @@ class Boards:
             await asyncio.sleep(self._times.link + self._times.draft * len(draft))
             n = 1 if drafts else TOKENS - done
             async for update in session.run_round(draft, n=n, stream=not drafts):
-                if update.frame.forward_100us:
-                    forwards.append(update.frame.forward_100us / 1e4)
+                if not update.frame.more:
+                    forwards.append(RoundForwards(update.frame.forward_100us / 1e4, 1 + update.frame.further))
                 if not first:
                     first, first_tokens = time.monotonic(), len(update.accepted) + len(update.own)
         seconds = time.monotonic() - first

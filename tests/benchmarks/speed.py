@@ -77,8 +77,10 @@ def run_verifier(target: Path, *options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "cloud_verifier.cli", "serve", str(target), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
 
 
 class OutcomeRecorder(FixedPlanner):
