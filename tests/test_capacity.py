@@ -65,6 +65,14 @@ def test_simulated_boards_wait_for_each_other() -> None:
     assert crowd == pytest.approx(60, rel=0.1)
 
 
+def test_a_simulation_may_serve_more_boards_than_were_measured() -> None:
+    streaming = {count: RunResult([0.01 + 0.001 * count], 0.01 + 0.001 * count, 1.0) for count in (1, 2, 4, 8)}
+    measured = {1: RunResult([0.03], 0.0, 1.0), 2: RunResult([0.5], 0.0, 1.0)}
+    values = capacity.compare_simulation(measured, streaming, TEXTS[:1], TIMES, drafts=True)
+    assert values[capacity.simulated_quantity(60).name] > 2
+    assert 0 < values[capacity.ERROR.name] < 100
+
+
 def test_capacity_is_the_last_count_before_a_goal_is_missed() -> None:
     slow_ms = {1: 10.0, 2: 50.0, 3: 70.0, 4: 55.0}
     assert capacity.find_capacity(slow_ms.__getitem__, 60) == 2

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import heapq
 import itertools
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,6 +252,35 @@ def make_fleet_scenario(manner: str) -> Scenario:
     return Scenario({"manner": MANNERS[manner]}, tuple(FLEET.values()), FLEET_TABLE, quick=False)
 
 
+def compare_simulation(
+    runs: Mapping[int, RunResult],
+    streaming: Mapping[int, RunResult],
+    texts: Sequence[ReplayedText],
+    times: BoardTimes,
+    *,
+    drafts: bool,
+) -> Values:
+    """Simulate the boards of `runs`, and compare.
+
+    Args:
+        runs: by the number of boards.
+        streaming: runs of streaming boards, whose forwards have a row for each.
+    """
+    rows, seconds = zip(*((count, run.forward_seconds) for count, run in streaming.items()), strict=True)
+    slope = (seconds[-1] - seconds[0]) / max(1, rows[-1] - rows[0])
+
+    def forward_seconds(count: int) -> float:
+        return float(np.interp(count, rows, seconds)) + slope * max(0, count - rows[-1])
+
+    @functools.cache
+    def simulated_ms(count: int) -> float:
+        return simulate(count, texts, times, forward_seconds, drafts=drafts)
+
+    values: dict[str, float] = {simulated_quantity(goal).name: find_capacity(simulated_ms, goal) for goal in GOALS_MS}
+    errors = [abs(simulated_ms(count) / run.slow_ms - 1) for count, run in runs.items()]
+    return values | {ERROR.name: 100 * statistics.median(errors)}
+
+
 class Capacity:
     """The verifiers, and what was measured of them in a repetition."""
 
@@ -286,22 +316,7 @@ class Capacity:
         if manner == "speculating":
             return values
         streaming = await self._run_counts("streaming", repetition)
-        rows, seconds = zip(*((count, run.forward_seconds) for count, run in streaming.items()), strict=True)
-        slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
-
-        def forward_seconds(count: int) -> float:
-            beyond = max(0, count - rows[-1])
-            return float(np.interp(count, rows, seconds)) + slope * beyond
-
-        simulated = {
-            count: simulate(count, self._texts, self._times, forward_seconds, drafts=manner == "drafting")
-            for count in runs
-        }
-        for goal in GOALS_MS:
-            values[simulated_quantity(goal).name] = find_capacity(lambda count: simulated[count], goal)
-        errors = [abs(simulated[count] / run.slow_ms - 1) for count, run in runs.items()]
-        values[ERROR.name] = 100 * statistics.median(errors)
-        return values
+        return values | compare_simulation(runs, streaming, self._texts, self._times, drafts=manner == "drafting")
 
     async def measure_fleet(self, manner: str, repetition: int) -> Values:
         """The figures of the second table, from the capacity measured in this repetition."""
