@@ -27,7 +27,7 @@ import numpy as np
 
 from edge_runtime.draft.model import OnnxDraft
 from edge_runtime.protocol.bundle import read_bundle, read_chat_format
-from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.protocol.sampling import Sampling, common_prefix_length
 from edge_runtime.service.chat_template import ChatTemplate
 from edge_runtime.simulation.links import LINK_PRESETS
 from edge_runtime.verifier.client import VerifierClient
@@ -72,8 +72,7 @@ class ReplayedText(NamedTuple):
 
     def accepted(self, position: int, length: int) -> int:
         """How many of `length` draft tokens are right at a position."""
-        right = [a == b for a, b in zip(self.ids[position:], self.drafted[position : position + length], strict=False)]
-        return right.index(False) if False in right else len(right)
+        return common_prefix_length(self.ids[position:], self.drafted[position : position + length])
 
 
 class RoundForwards(NamedTuple):
@@ -131,24 +130,21 @@ class Boards:
         """Let `count` boards ask at once."""
         answers: list[float] = []
         forwards: list[RoundForwards] = []
-        tokens, started, numbers = 0, time.monotonic(), itertools.count()
+        started, numbers = time.monotonic(), itertools.count()
         until = started + RUN_SECONDS
 
         async def run_board(client: VerifierClient) -> None:
-            nonlocal tokens
             # Boards do not begin all at once.
             await asyncio.sleep(next(numbers) / count)
             while time.monotonic() < until and len(answers) < max(MIN_ANSWERS, 2 * count):
                 text = self._texts[next(numbers) % len(self._texts)]
-                seconds = await self._answer(client, text, forwards, drafts=drafts)
-                answers.append(seconds)
-                tokens += TOKENS
+                answers.append(await self._answer(client, text, forwards, drafts=drafts))
 
         async with VerifierClient(self._url, deadline=DEADLINE_SECONDS) as client:
             await client.models()
             await asyncio.gather(*(run_board(client) for _ in range(count)))
         forward_seconds = sum(each.seconds for each in forwards) / sum(each.count for each in forwards)
-        return RunResult(answers, forward_seconds, tokens / (time.monotonic() - started))
+        return RunResult(answers, forward_seconds, TOKENS * len(answers) / (time.monotonic() - started))
 
     async def _answer(
         self, client: VerifierClient, text: ReplayedText, forwards: list[RoundForwards], *, drafts: bool
@@ -294,7 +290,8 @@ class Capacity:
         device = make_device(self._bundle.manifest, BOARD, LINK_PRESETS[LINK].radio)
         self._times = BoardTimes(device.step_seconds, LINK_PRESETS[LINK].rtt_seconds)
         self._texts: list[ReplayedText] = []
-        self._runs: dict[tuple[int, str, int], RunResult] = {}
+        # By repetition and manner, then by the number of boards.
+        self._runs: dict[tuple[int, str], dict[int, RunResult]] = {}
 
     async def prepare(self) -> None:
         """Record the texts."""
@@ -331,16 +328,16 @@ class Capacity:
         }
 
     async def _run_counts(self, manner: str, repetition: int) -> dict[int, RunResult]:
-        """Run more and more boards until not even the last goal is kept."""
+        """Run more and more boards until not even the last goal is kept, once for each repetition."""
+        if (repetition, manner) in self._runs:
+            return self._runs[repetition, manner]
         runs: dict[int, RunResult] = {}
         boards = Boards(self._urls[manner], self._texts, self._times)
         for count in COUNTS:
-            key = repetition, manner, count
-            if key not in self._runs:
-                self._runs[key] = await boards.run(count, drafts=manner == "drafting")
-            runs[count] = self._runs[key]
+            runs[count] = await boards.run(count, drafts=manner == "drafting")
             if runs[count].slow_ms > GOALS_MS[-1]:
                 break
+        self._runs[repetition, manner] = runs
         return runs
 
 

@@ -36,7 +36,7 @@ from edge_runtime.protocol.sampling import common_prefix_length
 from edge_runtime.service.chat_template import ChatTemplate
 from edge_runtime.simulation.links import PACKET_BYTES
 from export.example_family.prepare import prepare_family
-from tests.benchmarks.comparison.board import AnswerCommand, AnswerReport, Prepare, System, make_device
+from tests.benchmarks.comparison.board import AnswerCommand, AnswerReport, Costs, Prepare, System, make_device
 from tests.benchmarks.comparison.cloud import SetPace
 from tests.benchmarks.comparison.pacing import PaceCounts
 from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
@@ -456,24 +456,23 @@ class Comparison:
     def _describe(self, place: ComparedPlace, reports: list[AnswerReport], up: int, down: int) -> dict[str, float]:
         """The figures of a sample, from what the board measured and what the link carried."""
         seconds, tokens = sum(report.arrivals[-1] for report in reports), sum(len(report.ids) for report in reports)
-        costs = [report.costs for report in reports]
+        costs = Costs(*map(sum, zip(*(msgspec.structs.astuple(report.costs) for report in reports), strict=True)))
         device = make_device(self._bundle.manifest, place.board, link_conditions(place.link)[0].link.radio)
         joules = device.idle_watts * seconds
-        joules += (device.busy_watts - device.idle_watts) * sum(each.draft_seconds for each in costs)
-        joules += device.radio_watts * sum(each.exchange_seconds for each in costs)
-        joules += device.joules_per_byte * (up + down)
+        joules += (device.busy_watts - device.idle_watts) * costs.draft_seconds
+        joules += device.radio_watts * costs.exchange_seconds + device.joules_per_byte * (up + down)
         values = {
             PER_TOKEN.name: 1e3 * seconds / tokens,
             FIRST.name: 1e3 * sum(report.arrivals[0] for report in reports) / len(reports),
             UP.name: 100 * up / tokens,
             DOWN.name: 100 * down / tokens,
             BYTES: 100 * (up + down) / tokens,
-            FORWARDS.name: sum(each.forwards for each in costs) / tokens,
-            VERIFIER.name: 1e3 * sum(each.verifier_seconds for each in costs) / tokens,
+            FORWARDS.name: costs.forwards / tokens,
+            VERIFIER.name: 1e3 * costs.verifier_seconds / tokens,
             JOULES.name: 100 * joules / tokens,
         }
-        if drafted := sum(each.drafted for each in costs):
-            values[ACCEPTED.name] = 100 * sum(each.accepted for each in costs) / drafted
+        if costs.drafted:
+            values[ACCEPTED.name] = 100 * costs.accepted / costs.drafted
         if reports[0].draft_length:
             values[LENGTH.name] = reports[0].draft_length
         return values
