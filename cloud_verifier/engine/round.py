@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator
 
+from cloud_verifier.engine.outbox import Outbox
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
 from cloud_verifier.model.runner import PendingPrefill, RoundWork
@@ -30,6 +31,7 @@ class ActiveRound:
         current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
             depends on the load.
         session_load: returns the percentage of session slots in use, which every frame reports.
+        outbox: takes frames and errors for the event loop.
 
     Attributes:
         work: what has to run before the next `advance`; None if the round only yielded.
@@ -48,6 +50,7 @@ class ActiveRound:
         reuse_prefix: Callable[[Session], bool],
         current_speculation: Callable[[], Speculation | None],
         session_load: Callable[[], int],
+        outbox: Outbox,
     ) -> None:
         self.session = session
         self.reply = reply
@@ -59,6 +62,7 @@ class ActiveRound:
         self._reuse_prefix = reuse_prefix
         self._current_speculation = current_speculation
         self._session_load = session_load
+        self._outbox = outbox
         self._last_frame_at = 0.0
         self._out_of_memory_since: float | None = None
         self._prefill_seconds = 0.0
@@ -97,7 +101,7 @@ class ActiveRound:
     def fail(self, error: VerifierRefused) -> None:
         """End the round with an error."""
         self.work, self.done = None, True
-        self._loop.call_soon_threadsafe(self.reply.fail, error)
+        self._outbox.post(self._loop, self.reply.fail, error)
 
     def _execute(self) -> Generator[RoundWork, SampledTokens | None, None]:
         session, request = self.session, self.reply.executed_request
@@ -220,4 +224,4 @@ class ActiveRound:
             logprobs=self._unsent_logprobs,
         )
         self._unsent_tokens, self._unsent_close_calls, self._unsent_logprobs = [], [], []
-        self._loop.call_soon_threadsafe(self.reply.push, frame)
+        self._outbox.post(self._loop, self.reply.push, frame)

@@ -22,6 +22,7 @@ import torch
 
 from cloud_verifier.engine.fairness import TurnOrder
 from cloud_verifier.engine.metrics import VerifierMetrics
+from cloud_verifier.engine.outbox import Outbox
 from cloud_verifier.engine.prefill_pacing import PrefillPacer
 from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
@@ -127,6 +128,7 @@ class Scheduler:
         self._running: list[ActiveRound] = []
         self._turns, self._prefill_turns = TurnOrder(), TurnOrder()
         self._pacer = PrefillPacer()
+        self._outbox = Outbox()
         # Heap of (expected arrival of the next round, tie-breaker, session).
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
@@ -179,6 +181,7 @@ class Scheduler:
             reuse_prefix=self._reuse_prefix,
             current_speculation=self._current_speculation,
             session_load=self._session_load,
+            outbox=self._outbox,
         )
         with self._wake:
             if not self.failure:
@@ -186,7 +189,7 @@ class Scheduler:
                 self._wake.notify()
                 return
         session.closed = True
-        active_round.fail(_device_lost())
+        reply.fail(_device_lost())
 
     def release(self, session: Session) -> None:
         """Free the KV cache of a closed session, or keep it for reuse, once its round in progress has ended."""
@@ -296,6 +299,7 @@ class Scheduler:
             if not running.done:
                 running.session.closed = True
                 running.fail(_device_lost())
+        self._outbox.flush()
 
     def _install_initial_target(self, target: Target) -> None:
         self.speculation = self._load_speculation(target)
@@ -370,10 +374,13 @@ class Scheduler:
         for running in self._running:
             if running.work is None and not running.done:
                 self._advance(running, None, 0.0)
+        # What does not depend on the forward need not wait for it.
+        self._outbox.flush()
         if batch and not self._run_forward(batch):
             # From here on, only the end of a session frees memory.
             with self._wake:
                 self._wake.wait(CACHE_RETRY_SECONDS)
+        self._outbox.flush()
         self._running = [running for running in self._running if not running.done]
 
     def _schedule_batch(self) -> list[ScheduledSegment]:

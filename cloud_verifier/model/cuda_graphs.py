@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,17 +25,27 @@ from cloud_verifier.model.attention import get_forward_context
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.chunk_attention import PrefillChunk, attend_chunk, find_chunks, flash_takes, is_chunk
 from cloud_verifier.model.fast_tier import PagedAttention
-from cloud_verifier.model.kv_cache import PAGE_TOKENS, KVCachePool
+from cloud_verifier.model.fused_projections import ProjectionFusion
+from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCacheFull, KVCachePool
 from cloud_verifier.model.layer_compilation import compile_layers, uncompiled_unless_dynamic
 from cloud_verifier.model.rope import LengthScaledRope
 from cloud_verifier.model.runner import TargetRunner
-from cloud_verifier.model.sampling import RowSampling, SampledTokens, sample_segments
+from cloud_verifier.model.sampling import (
+    GREEDY,
+    PlainSampledTokens,
+    RowSampling,
+    SampledTokens,
+    as_int64,
+    sample_segments,
+)
+from cloud_verifier.model.sampling_kernel import sample_plain
 from cloud_verifier.model.tensor_parallel import ForwardMode, TensorParallelGroup
 from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
 
 # Rows of the captured forwards. Chosen: fine steps where padding is a large share, and few graphs to capture.
 FORWARD_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -47,29 +57,38 @@ MAX_SEGMENTS = 128
 MAX_PREFILL_ROWS = 4096
 # The same where all forwards are captured, as in a tensor-parallel group, whose followers see no segments.
 MAX_CAPTURED_PREFILL_ROWS = 512
-# Forwards that are not captured have a multiple of so many rows, for the sake of matrix kernels.
-UNCAPTURED_STEP = 64
-# Rows of one attention program, query heads of one KV head included: the least that tl.dot takes.
-BLOCK_QUERIES = 16
+# Forwards that are not captured have a multiple of so many rows: the padding is a small share, and there are few
+# kernels of products, each of which is loaded by the first forward that needs it.
+UNCAPTURED_STEP = 128
+# Rows that attend together: so many, if their query heads of one KV head are not fewer or more than these. Chosen:
+# tl.dot takes no fewer, and the keys of a round with few tokens are read only once.
+MIN_BLOCK_QUERIES, MAX_BLOCK_QUERIES, BLOCK_ROWS = 16, 64, 8
 
 
 class GraphInputs:
     """The integers that describe one forward of `rows` rows, on the device and, to be filled, in pinned host memory.
 
     Attributes:
+        seeds, temperatures: (rows,) int64 and float64, see `sampling_kernel.SamplingInputs`; 0 for rows that are not
+            sampled, or not by that kernel.
         ids, positions: (rows,) token ids and absolute positions.
         pages, offsets: (rows,) where each row's keys and values are written.
         visible_prefix: (rows,) see `Segment`.
         slots: (rows,) LoRA slots.
         long_rope: (rows,) 1 for rows that use the second set of RoPE frequencies, else 0.
-        blocks: (blocks, 3) segment, first row and number of rows of one attention program; 0 rows: no work.
-        segments: (segments, 3) cached tokens before the segment, first row, number of rows.
+        row_spans: (rows,) number of spans of the sequence of each row; 0 for padding rows.
+        blocks: (blocks, 3) segment, first row and number of rows of those that attend together.
+        work: (blocks x spans, 2) block and span of one piece of attention.
+        work_counts: (2,) how many pieces there are: before the first long prefill chunk, and of all segments.
+        segments: (segments, 4) cached tokens before the segment, first row, number of rows, pages of a span of keys.
         page_table: (segments, pages of the longest sequence).
         moves: (moves, 4) rows to move in the pool before the forward, see `kernels.move`.
         block_rows: most rows of a block.
-        spans: number of programs that share a long sequence.
+        max_spans: most spans of one sequence.
     """
 
+    seeds: torch.Tensor
+    temperatures: torch.Tensor
     ids: torch.Tensor
     positions: torch.Tensor
     pages: torch.Tensor
@@ -77,30 +96,48 @@ class GraphInputs:
     visible_prefix: torch.Tensor
     slots: torch.Tensor
     long_rope: torch.Tensor
+    row_spans: torch.Tensor
     blocks: torch.Tensor
     segments: torch.Tensor
     page_table: torch.Tensor
     moves: torch.Tensor
+    work_counts: torch.Tensor
+    work: torch.Tensor
 
     def __init__(
-        self, rows: int, context: int, group: int, device: torch.device, rope: LengthScaledRope | None = None
+        self,
+        rows: int,
+        context: int,
+        group: int,
+        device: torch.device,
+        *,
+        rope: LengthScaledRope | None = None,
+        exact: bool = False,
     ) -> None:
         """
         Args:
             context: longest sequence in tokens.
             group: most query heads that share a KV head.
             rope: the rotary embeddings of the model; None if all texts have the same frequencies.
+            exact: all sequences have spans of one length, so that a row does not depend on those after it.
         """
         self.rows = rows
         self._rope = rope
-        self.block_rows = max(1, BLOCK_QUERIES // group)
+        self.block_rows = max(1, MIN_BLOCK_QUERIES // group, min(BLOCK_ROWS, MAX_BLOCK_QUERIES // group))
         max_segments = min(rows, MAX_SEGMENTS)
         blocks = min(rows, max_segments + rows // self.block_rows)
         self._page_tokens = PAGE_TOKENS["cuda"]
         # The tree of a sequence that is nearly full may reach past the context.
         columns = -(-context // self._page_tokens) + 2
-        self.spans = -(-context // kernels.SPAN_TOKENS)
+        self._span_pages = kernels.min_span_tokens(rows) // self._page_tokens
+        self.max_spans = min(kernels.MAX_SPANS, -(-columns // self._span_pages))
+        if exact:
+            self._span_pages = max(self._span_pages, -(-columns // self.max_spans))
+        # First those of 64 bits, so that they are aligned.
+        wide = {"seeds": torch.int64, "temperatures": torch.float64}
         shapes = {
+            "seeds": (rows, 2),
+            "temperatures": (rows, 2),
             "ids": (rows,),
             "positions": (rows,),
             "pages": (rows,),
@@ -108,57 +145,94 @@ class GraphInputs:
             "visible_prefix": (rows,),
             "slots": (rows,),
             "long_rope": (rows,),
+            "row_spans": (rows,),
             "blocks": (blocks, 3),
-            "segments": (max_segments, 3),
+            "segments": (max_segments, 4),
             "page_table": (max_segments, columns),
             "moves": (max_segments, 4),
+            "work_counts": (2,),
+            # Last, because only its used part is copied.
+            "work": (blocks * self.max_spans, 2),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host: dict[str, npt.NDArray[np.int32]] = {}
+        self._host: dict[str, npt.NDArray[Any]] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
-            self._host[name] = self._pinned[start:stop].numpy().reshape(shape)
-            setattr(self, name, self.buffer[start:stop].view(shape))
+            parts = self._pinned[start:stop], self.buffer[start:stop]
+            on_host, on_device = (part.view(wide[name]) if name in wide else part.view(shape) for part in parts)
+            self._host[name] = on_host.numpy()
+            setattr(self, name, on_device)
             start = stop
 
-    def fill(self, segments: Sequence[Segment], moves: Sequence[tuple[int, int, int, int]] = ()) -> None:
-        """Write the inputs of a forward of `segments` and start their copy to the device."""
+    def fill(
+        self, segments: Sequence[Segment], moves: Sequence[tuple[int, int, int, int]] = (), chunks: int = 0
+    ) -> None:
+        """Write the inputs of a forward of `segments` and start their copy to the device.
+
+        Args:
+            moves: rows to move in the pool before.
+            chunks: how many of the last segments are long prefill chunks.
+        """
         host = self._host
-        ids, positions, visible_prefix, slots = host["ids"], host["positions"], host["visible_prefix"], host["slots"]
-        blocks: list[tuple[int, int, int]] = []
-        extents: list[tuple[int, int, int]] = []
-        row = 0
+        lengths = np.array([len(segment.ids) for segment in segments], dtype=np.int32)
+        row = int(lengths.sum())
+        # Written at once: numpy takes a microsecond for each assignment.
+        for name in ("ids", "positions", "visible_prefix"):
+            _write(host[name], list(itertools.chain.from_iterable(getattr(segment, name) for segment in segments)))
+        plain = [each.sampling.parameters if each.sampling and each.sampling.is_plain else GREEDY for each in segments]
+        for name, values in (
+            ("slots", [segment.adapter_slot for segment in segments]),
+            ("seeds", [as_int64(parameters.seed) for parameters in plain]),
+            ("temperatures", [parameters.temperature for parameters in plain]),
+        ):
+            _write(host[name], np.repeat(values, lengths))
+        if self._rope and self._rope.switch:
+            _write(host["long_rope"], [is_long for segment in segments for is_long in self._rope.long_rows(segment)])
         for index, segment in enumerate(segments):
-            stop = row + len(segment.ids)
-            ids[row:stop], positions[row:stop] = segment.ids, segment.positions
-            visible_prefix[row:stop] = segment.visible_prefix
-            slots[row:stop] = segment.adapter_slot
-            if self._rope and self._rope.switch:
-                host["long_rope"][row:stop] = self._rope.long_rows(segment)
             host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
-            extents.append((segment.sequence.length, row, stop - row))
-            blocks += [
-                (index, first, min(self.block_rows, stop - first)) for first in range(row, stop, self.block_rows)
-            ]
-            row = stop
+        extent = np.zeros((len(segments), 3), dtype=np.int32)
+        extent[:, 0] = [segment.sequence.length for segment in segments]
+        extent[:, 1], extent[:, 2] = np.cumsum(lengths) - lengths, lengths
         host["moves"][: len(moves)] = np.array(moves, dtype=np.int32).reshape(-1, 4)
         host["moves"][len(moves) :] = 0
-        extent = np.array(extents, dtype=np.int32).reshape(-1, 3)
-        host["segments"][: len(extents)] = extent
-        host["blocks"][: len(blocks)] = np.array(blocks, dtype=np.int32).reshape(-1, 3)
-        host["blocks"][len(blocks) :] = 0
-        segment_of_row = np.repeat(np.arange(len(extents)), extent[:, 2])
+        pages = -(-(extent[:, 0] + extent[:, 2]) // self._page_tokens)
+        span_pages = np.maximum(self._span_pages, -(-pages // self.max_spans))
+        host["segments"][: len(extent), :3], host["segments"][: len(extent), 3] = extent, span_pages
+        spans = -(-pages // span_pages)
+        owner, number = _enumerated(-(-extent[:, 2] // self.block_rows))
+        first = extent[owner, 1] + number * self.block_rows
+        blocks = host["blocks"]
+        blocks[: len(owner), 0], blocks[: len(owner), 1] = owner, first
+        blocks[: len(owner), 2] = np.minimum(self.block_rows, extent[owner, 1] + extent[owner, 2] - first)
+        blocks[len(owner) :] = 0
+        block, span = _enumerated(spans[owner])
+        host["work"][: len(block), 0], host["work"][: len(block), 1] = block, span
+        before_chunks = int((owner[block] < len(segments) - chunks).sum())
+        host["work_counts"][:] = before_chunks, len(block)
+        segment_of_row = np.repeat(np.arange(len(segments)), extent[:, 2])
         cache_index = np.arange(row) - extent[segment_of_row, 1] + extent[segment_of_row, 0]
+        host["row_spans"][:row] = spans[segment_of_row]
         host["pages"][:row] = host["page_table"][segment_of_row, cache_index // self._page_tokens]
         host["offsets"][:row] = cache_index % self._page_tokens
         # Padding rows are written to page 0, which is never read.
-        for name in ("ids", "positions", "visible_prefix", "slots", "long_rope", "pages"):
-            host[name][row:] = 0
+        host["row_spans"][row:], host["pages"][row:] = 0, 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
-        self.buffer.copy_(self._pinned, non_blocking=True)
+        used = self._pinned.numel() - host["work"].size + 2 * len(block)
+        self.buffer[:used].copy_(self._pinned[:used], non_blocking=True)
+
+
+def _write(field: npt.NDArray[Any], values: Sequence[Any] | npt.NDArray[Any]) -> None:
+    """Write values to the first rows of a field, and zeros to the others."""
+    field[: len(values)], field[len(values) :] = values, 0
+
+
+def _enumerated(counts: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The owner and the number of each part, where owner i has counts[i] parts."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
 
 
 class GraphContext(NamedTuple):
@@ -167,7 +241,6 @@ class GraphContext(NamedTuple):
     Attributes:
         rows: of the forward, the first ones of `inputs`.
         chunks: segments whose attention is that of `chunk_attention`, where a layer's can be. All others are before.
-        blocks: how many of the blocks of `inputs` have rows, without the chunks and with them; None for all.
     """
 
     inputs: GraphInputs
@@ -175,7 +248,6 @@ class GraphContext(NamedTuple):
     slab: torch.Tensor
     lora_mask: torch.Tensor | None
     chunks: Sequence[PrefillChunk] = ()
-    blocks: tuple[int | None, int | None] = (None, None)
 
     def long_rope_rows(self, _: Callable[[Segment], list[bool]]) -> torch.Tensor:
         return self.inputs.long_rope[: self.rows] != 0
@@ -189,7 +261,7 @@ class GraphContext(NamedTuple):
         rows = self.chunks[0].first if flash else self.rows
         parts: list[torch.Tensor] = []
         if rows:
-            options |= {"kv_heads": key.shape[1], "value_size": value.shape[3], "blocks": self.blocks[not flash]}
+            options |= {"kv_heads": key.shape[1], "value_size": value.shape[3], "without_chunks": flash}
             paged = kernels.attend(query[:, :, :rows], self.slab, layer, inputs=self.inputs, **options)
             if not flash:
                 return paged
@@ -203,7 +275,16 @@ class GraphContext(NamedTuple):
         return torch.cat([*parts, query.new_zeros(padding, query.shape[1], value.shape[3])])[None]
 
 
-@torch.library.custom_op("flexspec::attend", mutates_args=())
+# To torch.compile it is a pure function although it writes to the pool: nothing else uses the pool in a forward. The
+# checks of `torch.library.custom_op`, which would define it as well, take 0.7 ms a layer. Torch annotates it partly.
+_OPERATORS: Any = torch.library.Library("flexspec", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPERATORS.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float scaling, int span, bool chunked, "
+    "float softcap, Tensor? sinks) -> Tensor"
+)
+
+
+@torch.library.impl(_OPERATORS, "attend", "CUDA")
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -215,24 +296,33 @@ def _attend(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`attention.attend` on CUDA.
-
-    To torch.compile it is a pure function although it writes to the pool: nothing else uses the pool in a forward.
-    """
+    """`attention.attend` on CUDA."""
     context: GraphContext = get_forward_context()
     return context.attend(
         query, key, value, layer, scaling=scaling, span=span, chunked=chunked, softcap=softcap, sinks=sinks
     )
 
 
-@_attend.register_fake
+@torch.library.register_fake("flexspec::attend", lib=_OPERATORS)  # type: ignore[untyped-decorator]
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
+class ForwardResult(NamedTuple):
+    """What a forward leaves on the device.
+
+    Attributes:
+        logits: (rows, V), or only of those rows that are sampled.
+        chosen: (2, rows) of the same rows, see `sampling_kernel.sample_plain`.
+    """
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+
+
 class _CapturedForward(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
+    result: ForwardResult
 
 
 def _on_own_gpu(method: Callable[..., T]) -> Callable[..., T]:
@@ -257,6 +347,7 @@ class GraphRunner(TargetRunner):
         exact: every forward has the same number of rows, so that the result of a row cannot depend on the rest of the
             batch. Siblings are not scored then, because they would not be where a sequence's own keys are.
         compiled: let torch.compile fuse the operations between the products of a layer.
+        fusion: the model's fused linear layers, which `simplify` may undo.
         group: the tensor-parallel group over which the model is sharded; its followers take part in every forward.
     """
 
@@ -268,17 +359,19 @@ class GraphRunner(TargetRunner):
         *,
         exact: bool = False,
         compiled: bool = False,
+        fusion: ProjectionFusion | None = None,
         group: TensorParallelGroup | None = None,
     ) -> None:
         super().__init__(model, attention)
         self._group = group
+        self._fusion = fusion
         self.exact = exact
         self._sizes = (EXACT_ROWS,) if exact else FORWARD_ROWS
         self.max_rows, self.max_segments = self._sizes[-1], min(MAX_SEGMENTS, self._sizes[-1])
         self.max_prefill_rows = EXACT_ROWS if exact else MAX_CAPTURED_PREFILL_ROWS
 
         def make_inputs(rows: int) -> GraphInputs:
-            return GraphInputs(rows, context, attention.group, self.shape.device, self.rope)
+            return GraphInputs(rows, context, attention.group, self.shape.device, rope=self.rope, exact=exact)
 
         self._inputs = {rows: make_inputs(rows) for rows in self._sizes}
         # Those of forwards that are never captured, if there are such.
@@ -317,7 +410,7 @@ class GraphRunner(TargetRunner):
                 raise
             except Exception as error:
                 log.warning("layers of this model cannot be compiled and run as they are: %.300s", error)
-                self.leave_uncompiled()
+                self._leave_uncompiled()
         try:
             self._capture(pool, inputs)
         except RuntimeError as error:
@@ -326,13 +419,22 @@ class GraphRunner(TargetRunner):
             log.warning("a forward of this model cannot be captured as a CUDA graph and runs without one: %s", error)
 
     @_on_own_gpu
-    def leave_uncompiled(self) -> bool:
+    def simplify(self) -> bool:
+        """See `TargetRunner.simplify`."""
+        return self._leave_uncompiled() or self._leave_unfused()
+
+    def _leave_uncompiled(self) -> bool:
         """Run the layers as transformers made them from now on; return whether they were compiled."""
         layers, self._compiled_layers = self._compiled_layers, []
         for layer in layers:
             layer._compiled_call_impl = None
         self._forget_graphs()
         return bool(layers)
+
+    def _leave_unfused(self) -> bool:
+        """Run the linear layers one by one from now on; return whether some were fused."""
+        self._forget_graphs()
+        return self._fusion is not None and self._fusion.undo()
 
     @_on_own_gpu
     def warm_up(self, pool: KVCachePool) -> None:
@@ -343,11 +445,31 @@ class GraphRunner(TargetRunner):
                 self._group.send(self._mode, rows, self._inputs[rows].buffer)
             getattr(self, self._mode)(pool, rows)
         if self._long_inputs:
-            # Twice: the first one may compile.
-            for _ in range(2):
-                self._long_inputs.fill([])
-                self._run_long(pool, self._long_inputs.rows, kept=[0])
+            self._long_inputs.fill([])
+            # The first one may compile.
+            for rows in range(self._long_inputs.rows, self._sizes[0], -2 * UNCAPTURED_STEP):
+                self._forward_long(pool, rows, kept=[0])
+            self._warm_up_mixed(pool)
         torch.cuda.synchronize()
+
+    def _warm_up_mixed(self, pool: KVCachePool) -> None:
+        """Run a long chunk of a prompt after a shorter one, beside a round: the kernels are compiled for each kind."""
+        chunk, other = CachedSequence(), CachedSequence()
+        ids = [0] * (MAX_CAPTURED_PREFILL_ROWS + 1)
+        try:
+            for rows in (len(ids), len(ids) - 1):
+                if chunk.length + rows >= self._context_tokens:
+                    break
+                segments = [Segment.from_tokens(chunk, ids[:rows])]
+                self.run(pool, segments)
+                segments.append(Segment.from_tokens(other, [0], sampling=Sampling()))
+                self.run(pool, segments)
+                pool.keep(chunk, list(range(rows)))
+        except KVCacheFull:
+            log.info("the KV cache is too small to try a long prompt beside a round")
+        finally:
+            for sequence in (chunk, other):
+                pool.release(sequence)
 
     @_on_own_gpu
     @torch.inference_mode()
@@ -368,13 +490,13 @@ class GraphRunner(TargetRunner):
         largest.fill([])
 
         def run_and_sample() -> None:
-            logits = self._forward(pool, largest, largest.rows)
+            logits = self._forward(pool, largest, largest.rows).logits
             sample_segments(logits, [(RowSampling(Sampling(1.0), list(range(largest.rows))), largest.rows)])
 
         measure(run_and_sample)
         if long_inputs := self._long_inputs:
             long_inputs.fill([])
-            measure(lambda: self._run_long(pool, long_inputs.rows, kept=[0]))
+            measure(lambda: self._forward_long(pool, long_inputs.rows, kept=[0]))
         # The keys and values of the longest sequence, gathered for one layer: two copies.
         gathered = 2 * self._context_tokens * self.shape.bytes_per_token // self.shape.layers
         torch.cuda.empty_cache()
@@ -383,30 +505,53 @@ class GraphRunner(TargetRunner):
     @_on_own_gpu
     @torch.inference_mode()
     def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
-        sampled = [segment for segment in segments if segment.sampling]
+        rows = _sampled_rows(segments)
         if self._is_long(segments, MAX_CAPTURED_PREFILL_ROWS):
-            logits = self._long_logits(pool, segments)
+            result = self._run_long(pool, segments)
+            rows = list(range(len(rows)))
         else:
             size = self._fill_inputs(pool, segments, self._mode)
-            logits = getattr(self, self._mode)(pool, size)
-            if len(sampled) < len(segments):
-                logits = logits[self._to_device(_sampled_rows(segments))] if sampled else logits
-        if not sampled:
+            result = getattr(self, self._mode)(pool, size)
+        if not rows:
             # The pinned inputs may be overwritten only after the device has read them; and whoever comes next is not to
             # wait for more than one forward.
             torch.cuda.current_stream().synchronize()
             return [None] * len(segments)
-        tokens = iter(sample_segments(logits, [(segment.sampling, len(segment)) for segment in sampled]))
-        return [next(tokens) if segment.sampling else None for segment in segments]
+        return self._read_tokens(result, segments, rows)
+
+    def _read_tokens(
+        self, result: ForwardResult, segments: Sequence[Segment], rows: list[int]
+    ) -> list[SampledTokens | None]:
+        """The tokens after the rows of all sampled segments, which are `rows` of `result`."""
+        counts = [len(segment) if segment.sampling else 0 for segment in segments]
+        parts = list(zip(segments, itertools.accumulate(counts, initial=0), counts, strict=False))
+        others = [part for part in parts if part[0].sampling and not part[0].sampling.is_plain]
+        other_tokens: Iterator[SampledTokens | None] = iter(())
+        if others:
+            own = [row for _, start, count in others for row in rows[start : start + count]]
+            sampled = sample_segments(
+                result.logits[self._to_device(own)], [(segment.sampling, count) for segment, _, count in others]
+            )
+            other_tokens = iter(sampled)
+        ids, margins = result.chosen.tolist()
+        return [
+            None
+            if segment.sampling is None
+            # The rows of a segment follow each other.
+            else PlainSampledTokens(ids, margins, rows[start])
+            if segment.sampling.is_plain
+            else next(other_tokens)
+            for segment, start, _ in parts
+        ]
 
     @_on_own_gpu
     @torch.inference_mode()
     def logits(self, pool: KVCachePool, segments: Sequence[Segment]) -> tuple[torch.Tensor, ...]:
         if self._is_long(segments, 0):
-            logits = self._long_logits(pool, segments).float()
+            logits = self._run_long(pool, segments).logits.float()
         else:
             size = self._fill_inputs(pool, segments, "forward")
-            logits = self.forward(pool, size)[self._to_device(_sampled_rows(segments))].float()
+            logits = self.forward(pool, size).logits[self._to_device(_sampled_rows(segments))].float()
         # See `run`.
         torch.cuda.synchronize()
         return torch.split(logits, [len(segment) for segment in segments if segment.sampling])
@@ -418,38 +563,27 @@ class GraphRunner(TargetRunner):
         total = sum(map(len, segments))
         return total > self._sizes[-1] or (total > rows and any(map(is_chunk, segments)))
 
-    def _long_logits(self, pool: KVCachePool, segments: Sequence[Segment]) -> torch.Tensor:
-        """(sampled rows, V) logits of a forward that is not captured, in the order of the segments."""
+    def _run_long(self, pool: KVCachePool, segments: Sequence[Segment]) -> ForwardResult:
+        """A forward that is not captured; its result has the sampled rows, in the order of the segments."""
         assert self._long_inputs is not None
         ordered = sorted(segments, key=is_chunk)
-        moves = self._reserve(pool, segments)
-        self._long_inputs.fill(ordered, moves)
-        counts = [-(-len(segment) // self._long_inputs.block_rows) for segment in ordered]
-        paged = sum(count for count, segment in zip(counts, ordered, strict=True) if not is_chunk(segment))
-        rows = sum(map(len, ordered))
-        return self._run_long(
-            pool,
-            min(self._long_inputs.rows, -(-rows // UNCAPTURED_STEP) * UNCAPTURED_STEP),
-            kept=_sampled_rows(ordered),
-            chunks=find_chunks(ordered, pool.page_tokens, self.shape.device),
-            blocks=(paged, sum(counts)),
-        )
+        chunks = find_chunks(ordered, pool.page_tokens, self.shape.device)
+        self._long_inputs.fill(ordered, self._reserve(pool, segments), len(chunks))
+        rows = -(-sum(map(len, ordered)) // UNCAPTURED_STEP) * UNCAPTURED_STEP
+        return self._forward_long(pool, min(self._long_inputs.rows, rows), kept=_sampled_rows(ordered), chunks=chunks)
 
-    def _run_long(
+    def _forward_long(
         self,
         pool: KVCachePool,
         rows: int,
         *,
         kept: list[int],
         chunks: Sequence[PrefillChunk] = (),
-        blocks: tuple[int | None, int | None] = (None, None),
-    ) -> torch.Tensor:
+    ) -> ForwardResult:
         assert self._long_inputs is not None
         with torch.inference_mode(), uncompiled_unless_dynamic():
             # Without any row the head would have nothing to multiply.
-            return self._forward(
-                pool, self._long_inputs, rows, kept=self._to_device(kept or [0]), chunks=chunks, blocks=blocks
-            )
+            return self._forward(pool, self._long_inputs, rows, kept=self._to_device(kept or [0]), chunks=chunks)
 
     def _to_device(self, rows: list[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).pin_memory().to(self.shape.device, non_blocking=True)
@@ -484,13 +618,13 @@ class GraphRunner(TargetRunner):
         if self._group and self._group.rank == 0:
             self._group.stop_followers()
 
-    def forward(self, pool: KVCachePool, rows: int) -> torch.Tensor:
-        """(rows, V) logits of the forward described by the inputs, without a graph."""
+    def forward(self, pool: KVCachePool, rows: int) -> ForwardResult:
+        """Run the forward described by the inputs, without a graph."""
         with torch.inference_mode():
             return self._forward(pool, self._inputs[rows], rows)
 
-    def replay(self, pool: KVCachePool, rows: int) -> torch.Tensor:
-        """(rows, V) logits of the forward described by the inputs; overwritten by the next forward."""
+    def replay(self, pool: KVCachePool, rows: int) -> ForwardResult:
+        """Run the forward described by the inputs; the next forward overwrites the result."""
         if self._lora_layout_version != self.adapters.layout_version:
             # Graphs hold the old addresses of the adapters.
             self._forget_graphs()
@@ -507,7 +641,7 @@ class GraphRunner(TargetRunner):
             # Not an error: the inputs hold row moves, which another attempt would not have.
             return self.forward(pool, rows)
         captured.graph.replay()
-        return captured.logits
+        return captured.result
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
@@ -533,9 +667,9 @@ class GraphRunner(TargetRunner):
         if not self._graphs:
             self._graph_memory = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            logits = self._forward(pool, inputs, inputs.rows)
+            result = self._forward(pool, inputs, inputs.rows)
         log.info("captured a forward of %d rows", inputs.rows)
-        return _CapturedForward(graph, logits)
+        return _CapturedForward(graph, result)
 
     def _forward(
         self,
@@ -545,13 +679,13 @@ class GraphRunner(TargetRunner):
         *,
         kept: torch.Tensor | None = None,
         chunks: Sequence[PrefillChunk] = (),
-        blocks: tuple[int | None, int | None] = (None, None),
-    ) -> torch.Tensor:
-        """Run the first `rows` rows of `inputs`; see `GraphContext`. Returns (rows, V) logits, or (kept, V)."""
+    ) -> ForwardResult:
+        """Run the first `rows` rows of `inputs`; see `GraphContext`. The result has all rows, or those of `kept`."""
         kernels.move(pool.slabs[0], inputs.moves)
         mask = self.adapters.row_mask(inputs.slots[:rows])
-        context = GraphContext(inputs, rows, pool.slabs[0], mask, chunks=chunks, blocks=blocks)
-        return self._model_logits(context, inputs.ids[:rows].long(), inputs.positions[:rows].long(), kept)
+        context = GraphContext(inputs, rows, pool.slabs[0], mask, chunks=chunks)
+        logits = self._model_logits(context, inputs.ids[:rows].long(), inputs.positions[:rows].long(), kept)
+        return ForwardResult(logits, sample_plain(logits, inputs, kept))
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:

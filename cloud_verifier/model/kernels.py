@@ -1,21 +1,29 @@
 """Attention over the paged KV cache on CUDA, in Triton: keys and values are read in place, page by page.
 
-The result of one row does not depend on the other rows of the batch. Keys are taken in the order of the sequence, in
-tiles of one page and in spans of a fixed length, whose results are combined in order (compare flash decoding, Dao et
-al. 2023).
+The result of a row depends on its own sequence and the size of the forward, not on its other rows. Keys are taken in
+the order of the sequence, in tiles of one page and in spans, whose results are combined in order (compare flash
+decoding, Dao et al. 2023). A fixed number of programs share the spans of all sequences among them, so that short
+sequences beside long ones, or room for long ones, cost nothing.
 """
 
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` from the annotations.
+import functools
 from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-# Most keys that one program attends to; a longer sequence is shared among several programs.
-SPAN_TOKENS = 2048
+# Keys of one span: at least so many for each row of the forward, between these bounds; more where a sequence would have
+# more spans than that. Chosen: a forward of a few rows has few sequences, whose spans must occupy the GPU; one of many
+# rows has enough work. Combining takes a microsecond for a few spans.
+SPAN_TOKENS_PER_ROW, LEAST_SPAN_TOKENS, MOST_SPAN_TOKENS, MAX_SPANS = 16, 128, 2048, 16
+# Programs for each multiprocessor. More than it holds at once: as one ends, the next begins to load. Measured on an
+# H200, by attention of 16 sessions of 4,096 tokens: 298 us with 2, 267 with 3, 255 with 8.
+PROGRAMS_PER_PROCESSOR = 8
 # Most tiles of keys and values in flight. Chosen; the figures in tests/benchmarks/README.md were taken with it.
 MAX_STAGES = 3
+WARPS = 4
 # Share of the shared memory for these tiles; the rest is for the queries and for Triton's own use. Chosen so that
 # float32 tiles of head size 128 still have three stages on an H200.
 STAGES_SHARE = 0.85
@@ -30,11 +38,14 @@ class AttentionInputs(Protocol):
     pages: torch.Tensor
     offsets: torch.Tensor
     visible_prefix: torch.Tensor
+    row_spans: torch.Tensor
     blocks: torch.Tensor
+    work: torch.Tensor
+    work_counts: torch.Tensor
     segments: torch.Tensor
     page_table: torch.Tensor
     block_rows: int
-    spans: int
+    max_spans: int
 
 
 @triton.jit
@@ -72,20 +83,25 @@ def _store(
 def _attend(
     query,
     out,
+    parts,
     log_sums,
     slab,
     layer,
+    work,
+    work_count,
     blocks,
     segments,
     page_table,
     positions,
     visible_prefix,
+    row_spans,
     sinks,
     scale,
+    heads,
     query_head,
     query_row,
-    out_span,
     out_row,
+    part_span,
     log_sum_span,
     page_stride,
     layer_stride,
@@ -100,118 +116,133 @@ def _attend(
     VALUE_SIZE: tl.constexpr,
     VALUE_LANES: tl.constexpr,
     PAGE: tl.constexpr,
-    PAGES: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
     CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    block, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    segment = tl.load(blocks + 3 * block)
-    first, rows = tl.load(blocks + 3 * block + 1), tl.load(blocks + 3 * block + 2)
-    if rows == 0:
-        return
-    past, start = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
-    total = past + tl.load(segments + 3 * segment + 2)
-    # Queries of the tile: the rows of the block times the query heads that share this KV head.
     index = tl.arange(0, TILE)
-    row, group_head = first + index // GROUP, index % GROUP
-    is_query = index < rows * GROUP
     lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
-    queries = tl.load(
-        query + (head * GROUP + group_head)[:, None] * query_head + row[:, None] * query_row + lanes[None, :],
-        mask=is_query[:, None] & (lanes < KEY_SIZE)[None, :],
-        other=0.0,
-    )
-    prefix_end = past + tl.load(visible_prefix + row, mask=is_query, other=0)
-    own = past + row - start
-    running_max = tl.full([TILE], float("-inf"), tl.float32)
-    running_sum = tl.zeros([TILE], tl.float32)
-    accumulator = tl.zeros([TILE, VALUE_LANES], tl.float32)
-    first_page = span * PAGES
-    if WINDOW > 0:
-        # Keys from here on are visible. Those before a row's segment, and those of its chain, are at their positions.
-        position = tl.load(positions + row, mask=is_query, other=2147483647)
-        first_key = position - position % WINDOW if CHUNKED else position - WINDOW + 1
-        first_page = tl.maximum(first_page, tl.min(first_key, 0) // PAGE)
-    base = slab + tl.load(layer).to(tl.int64) * layer_stride + head * head_stride
     page_rows = tl.arange(0, PAGE)
-    for number in range(first_page, tl.minimum((span + 1) * PAGES, tl.cdiv(total, PAGE))):
-        page = base + tl.load(page_table + segment * page_table_stride + number).to(tl.int64) * page_stride
-        key_index = number * PAGE + page_rows
-        is_key = (key_index < total)[:, None]
-        keys = tl.load(
-            page + page_rows[:, None] * SIZE + lanes[None, :], mask=is_key & (lanes < KEY_SIZE)[None, :], other=0.0
-        )
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        if CAP > 0:
-            # CAP * tanh(scores)
-            scores = CAP - 2 * CAP / (tl.exp(2 * scores) + 1)
-        visible = key_index[None, :] < prefix_end[:, None]
-        if WINDOW > 0:
-            visible = visible & (key_index[None, :] >= first_key[:, None])
-        visible = visible | (key_index[None, :] == own[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        # The maximum of a row that has attended to nothing yet is -inf; use 0, as -inf - -inf is not a number.
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - finite_max[:, None])
-        rescale = tl.exp2(running_max - finite_max)
-        running_sum = running_sum * rescale + tl.sum(weights, 1)
-        values = tl.load(
-            page + kind_stride + page_rows[:, None] * SIZE + value_lanes[None, :],
-            mask=is_key & (value_lanes < VALUE_SIZE)[None, :],
+    layer_base = slab + tl.load(layer).to(tl.int64) * layer_stride
+    for item in range(tl.program_id(0), tl.load(work_count) * heads, tl.num_programs(0)):
+        head = item % heads
+        block, span = tl.load(work + 2 * (item // heads)), tl.load(work + 2 * (item // heads) + 1)
+        segment = tl.load(blocks + 3 * block)
+        first, rows = tl.load(blocks + 3 * block + 1), tl.load(blocks + 3 * block + 2)
+        past, start = tl.load(segments + 4 * segment), tl.load(segments + 4 * segment + 1)
+        total = past + tl.load(segments + 4 * segment + 2)
+        # Queries of the tile: the rows of the block times the query heads that share this KV head.
+        row, group_head = first + index // GROUP, index % GROUP
+        is_query = index < rows * GROUP
+        queries = tl.load(
+            query + (head * GROUP + group_head)[:, None] * query_head + row[:, None] * query_row + lanes[None, :],
+            mask=is_query[:, None] & (lanes < KEY_SIZE)[None, :],
             other=0.0,
         )
-        accumulator = accumulator * rescale[:, None] + tl.dot(
-            weights.to(values.dtype), values, input_precision=PRECISION
-        )
-        running_max = new_max
-    column = head * GROUP + group_head
-    if HAS_SINKS:
-        # 1.44... is log2(e), see LOG2_E.
-        sink = tl.load(sinks + column).to(tl.float32) * 1.4426950408889634
-        new_max = tl.maximum(running_max, sink)
-        rescale = tl.exp2(running_max - new_max)
-        running_sum = running_sum * rescale + tl.exp2(sink - new_max)
-        accumulator = accumulator * rescale[:, None]
-        running_max = new_max
-    accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
-    tl.store(
-        out + span * out_span + row[:, None] * out_row + column[:, None] * VALUE_SIZE + value_lanes[None, :],
-        accumulator.to(out.dtype.element_ty),
-        # A span without keys, of which a context of 100,000 tokens has dozens, has nothing that `_combine` reads.
-        mask=is_query[:, None]
-        & (value_lanes < VALUE_SIZE)[None, :]
-        & ((running_sum > 0) | (log_sum_span == 0))[:, None],
-    )
-    if log_sum_span:
-        log_sum = tl.where(
-            running_sum > 0, running_max + tl.log2(tl.where(running_sum > 0, running_sum, 1.0)), float("-inf")
-        )
-        tl.store(log_sums + span * log_sum_span + row * tl.num_programs(1) * GROUP + column, log_sum, mask=is_query)
+        prefix_end = past + tl.load(visible_prefix + row, mask=is_query, other=0)
+        own = past + row - start
+        running_max = tl.full([TILE], float("-inf"), tl.float32)
+        running_sum = tl.zeros([TILE], tl.float32)
+        accumulator = tl.zeros([TILE, VALUE_LANES], tl.float32)
+        span_pages = tl.load(segments + 4 * segment + 3)
+        first_page = span * span_pages
+        if WINDOW > 0:
+            # Keys from here on are visible. Those before a row's segment, and those of its chain, are at their
+            # positions.
+            position = tl.load(positions + row, mask=is_query, other=2147483647)
+            first_key = position - position % WINDOW if CHUNKED else position - WINDOW + 1
+            first_page = tl.maximum(first_page, tl.min(first_key, 0) // PAGE)
+        base = layer_base + head * head_stride
+        last_page = tl.minimum((span + 1) * span_pages, tl.cdiv(total, PAGE))
+        for number in tl.range(first_page, last_page, num_stages=STAGES):
+            page = base + tl.load(page_table + segment * page_table_stride + number).to(tl.int64) * page_stride
+            key_index = number * PAGE + page_rows
+            is_key = (key_index < total)[:, None]
+            keys = tl.load(
+                page + page_rows[:, None] * SIZE + lanes[None, :], mask=is_key & (lanes < KEY_SIZE)[None, :], other=0.0
+            )
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+            if CAP > 0:
+                # CAP * tanh(scores)
+                scores = CAP - 2 * CAP / (tl.exp(2 * scores) + 1)
+            visible = key_index[None, :] < prefix_end[:, None]
+            if WINDOW > 0:
+                visible = visible & (key_index[None, :] >= first_key[:, None])
+            visible = visible | (key_index[None, :] == own[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(scores, 1))
+            # The maximum of a row that has attended to nothing yet is -inf; use 0, as -inf - -inf is not a number.
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = tl.exp2(scores - finite_max[:, None])
+            rescale = tl.exp2(running_max - finite_max)
+            running_sum = running_sum * rescale + tl.sum(weights, 1)
+            values = tl.load(
+                page + kind_stride + page_rows[:, None] * SIZE + value_lanes[None, :],
+                mask=is_key & (value_lanes < VALUE_SIZE)[None, :],
+                other=0.0,
+            )
+            accumulator = accumulator * rescale[:, None] + tl.dot(
+                weights.to(values.dtype), values, input_precision=PRECISION
+            )
+            running_max = new_max
+        column = head * GROUP + group_head
+        is_whole = True
+        if HAS_PARTS:
+            is_whole = tl.load(row_spans + first) == 1
+        if HAS_SINKS:
+            # 1.44... is log2(e), see LOG2_E. Where a sequence has several spans, `_combine` adds them.
+            sink = tl.load(sinks + column).to(tl.float32) * 1.4426950408889634
+            sink = tl.where(is_whole, sink, float("-inf"))
+            new_max = tl.maximum(running_max, sink)
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            rescale = tl.exp2(running_max - finite_max)
+            running_sum = running_sum * rescale + tl.exp2(sink - finite_max)
+            accumulator = accumulator * rescale[:, None]
+            running_max = new_max
+        accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+        offsets = row[:, None] * out_row + column[:, None] * VALUE_SIZE + value_lanes[None, :]
+        is_value = is_query[:, None] & (value_lanes < VALUE_SIZE)[None, :]
+        if HAS_PARTS:
+            # A span without keys has nothing that `_combine` reads.
+            part = parts + span.to(tl.int64) * part_span
+            tl.store(part + offsets, accumulator, mask=is_value & ((running_sum > 0)[:, None] & (is_whole == 0)))
+            log_sum = tl.where(
+                running_sum > 0, running_max + tl.log2(tl.where(running_sum > 0, running_sum, 1.0)), float("-inf")
+            )
+            log_sum_of = log_sums + span * log_sum_span + row * heads * GROUP + column
+            tl.store(log_sum_of, log_sum, mask=is_query & (is_whole == 0))
+            tl.store(out + offsets, accumulator.to(out.dtype.element_ty), mask=is_value & is_whole)
+        else:
+            tl.store(out + offsets, accumulator.to(out.dtype.element_ty), mask=is_value)
 
 
 @triton.jit
 def _combine(
     parts,
     log_sums,
+    row_spans,
     sinks,
     out,
     part_span,
     log_sum_span,
-    spans,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    spans = tl.load(row_spans + tl.program_id(0))
+    if spans == 1:
+        # It is in its place already.
+        return
     column = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     lanes = tl.arange(0, LANES)
-    largest = tl.load(log_sums + column)
-    for span in range(1, spans):
+    largest = tl.full([], float("-inf"), tl.float32)
+    for span in range(0, spans):
         largest = tl.maximum(largest, tl.load(log_sums + span * log_sum_span + column))
-    # Every row attends at least to itself, except padding rows.
+    # Every row attends at least to itself, except padding rows, which have no spans.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = 0.0
     if HAS_SINKS:
@@ -225,7 +256,7 @@ def _combine(
         if weight > 0:
             total += weight
             accumulator += weight * tl.load(
-                parts + span * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0
+                parts + tl.cast(span, tl.int64) * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0
             )
     accumulator = accumulator / tl.where(total > 0, total, 1.0)
     tl.store(out + column * SIZE + lanes, accumulator.to(out.dtype.element_ty), mask=lanes < SIZE)
@@ -307,12 +338,33 @@ def store(
     )
 
 
+def min_span_tokens(rows: int) -> int:
+    """Keys of one span in forwards of `rows` rows, if the sequence has no more than `MAX_SPANS` of them."""
+    return max(LEAST_SPAN_TOKENS, min(SPAN_TOKENS_PER_ROW * rows, MOST_SPAN_TOKENS))
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory of one multiprocessor of a GPU. Asking for it takes a millisecond."""
+    size: int = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return size
+
+
 def _stages(query: torch.Tensor, tile_elements: int) -> int:
     """How many tiles of keys and values one program holds at once, so that they fit the shared memory of the GPU."""
     if not query.is_cuda:
         return MAX_STAGES
-    memory: int = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
+    memory = _shared_memory(query.device.index)
     return max(1, min(MAX_STAGES, int(STAGES_SHARE * memory) // (tile_elements * query.element_size())))
+
+
+def _programs(query: torch.Tensor, inputs: AttentionInputs, heads: int) -> int:
+    """How many programs share the work of one layer."""
+    most = inputs.work.shape[0] * heads
+    if not query.is_cuda:
+        return min(most, 4)
+    processors: int = torch.cuda.get_device_properties(query.device).multi_processor_count
+    return min(most, PROGRAMS_PER_PROCESSOR * processors)
 
 
 def attend(
@@ -328,7 +380,7 @@ def attend(
     chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    blocks: int | None = None,
+    without_chunks: bool = False,
 ) -> torch.Tensor:
     """Attention of one layer: (1, query heads, rows, key size) -> (1, rows, query heads, value size).
 
@@ -338,70 +390,75 @@ def attend(
         span, chunked: see `batch.AttentionSpan`.
         softcap: see `attention.attend`; 0 for none.
         sinks: (query heads,) see `attention.attend`.
-        blocks: how many of `inputs.blocks`, the first ones, have rows of `query`; None for all.
+        without_chunks: `query` has only the rows before the long prefill chunks.
     """
     _, query_heads, rows, key_size = query.shape
     page, size = slab.shape[4:]
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
-    group, spans = query_heads // kv_heads, inputs.spans
-    # Partial results of several spans are combined in float32.
-    dtype = query.dtype if spans == 1 else torch.float32
-    out = torch.empty(spans, rows, query_heads, value_size, dtype=dtype, device=query.device)
-    log_sums = torch.empty(spans, rows, query_heads, dtype=torch.float32, device=query.device)
-    _attend[(inputs.blocks.shape[0] if blocks is None else blocks, kv_heads, spans)](
+    out = torch.empty(1, rows, query_heads, value_size, dtype=query.dtype, device=query.device)
+    parts = log_sums = out
+    if inputs.max_spans > 1:
+        # Combined in float32.
+        parts = torch.empty(inputs.max_spans, rows, query_heads, value_size, dtype=torch.float32, device=query.device)
+        log_sums = torch.empty(inputs.max_spans, rows, query_heads, dtype=torch.float32, device=query.device)
+    tile_elements = page * (triton.next_power_of_2(key_size) + triton.next_power_of_2(value_size))
+    _attend[(_programs(query, inputs, kv_heads),)](
         query=query,
         out=out,
+        parts=parts,
         log_sums=log_sums,
         slab=slab,
         layer=layer,
+        work=inputs.work,
+        work_count=inputs.work_counts[int(not without_chunks) :],
         blocks=inputs.blocks,
         segments=inputs.segments,
         page_table=inputs.page_table,
         positions=inputs.positions,
         visible_prefix=inputs.visible_prefix,
+        row_spans=inputs.row_spans,
         sinks=log_sums if sinks is None else sinks,
         scale=scaling / softcap if softcap else scaling * LOG2_E,
+        heads=kv_heads,
         query_head=query.stride(1),
         query_row=query.stride(2),
-        out_span=out.stride(0),
         out_row=out.stride(1),
-        log_sum_span=log_sums.stride(0) if spans > 1 else 0,
+        part_span=parts.stride(0),
+        log_sum_span=log_sums.stride(0),
         page_stride=page_stride,
         layer_stride=layer_stride,
         kind_stride=kind_stride,
         head_stride=head_stride,
         page_table_stride=inputs.page_table.stride(0),
-        GROUP=group,
-        TILE=max(16, triton.next_power_of_2(inputs.block_rows * group)),
+        GROUP=query_heads // kv_heads,
+        TILE=max(16, triton.next_power_of_2(inputs.block_rows * (query_heads // kv_heads))),
         SIZE=size,
         KEY_SIZE=key_size,
         KEY_LANES=triton.next_power_of_2(key_size),
         VALUE_SIZE=value_size,
         VALUE_LANES=triton.next_power_of_2(value_size),
         PAGE=page,
-        PAGES=SPAN_TOKENS // page,
         WINDOW=span,
         CHUNKED=chunked,
         CAP=softcap * LOG2_E,
-        HAS_SINKS=sinks is not None and spans == 1,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=_stages(query, page * (triton.next_power_of_2(key_size) + triton.next_power_of_2(value_size))),
-    )
-    if spans == 1:
-        return out
-    combined = torch.empty(1, rows, query_heads, value_size, dtype=query.dtype, device=query.device)
-    _combine[(rows, query_heads)](
-        parts=out,
-        log_sums=log_sums,
-        sinks=log_sums if sinks is None else sinks,
-        out=combined,
-        part_span=out.stride(0),
-        log_sum_span=log_sums.stride(0),
-        spans=spans,
         HAS_SINKS=sinks is not None,
-        SIZE=value_size,
-        LANES=triton.next_power_of_2(value_size),
-        num_warps=1,
+        HAS_PARTS=inputs.max_spans > 1,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        STAGES=_stages(query, tile_elements),
+        num_warps=WARPS,
     )
-    return combined
+    if inputs.max_spans > 1:
+        _combine[(rows, query_heads)](
+            parts=parts,
+            log_sums=log_sums,
+            row_spans=inputs.row_spans,
+            sinks=log_sums if sinks is None else sinks,
+            out=out,
+            part_span=parts.stride(0),
+            log_sum_span=log_sums.stride(0),
+            HAS_SINKS=sinks is not None,
+            SIZE=value_size,
+            LANES=triton.next_power_of_2(value_size),
+            num_warps=1,
+        )
+    return out

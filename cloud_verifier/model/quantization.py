@@ -1,7 +1,8 @@
 """Quantization of a loaded model's decoder layers (`--quantize`), as a part of the target's version.
 
-int8 is that of `Int8Linear`, on any device. int4 and fp8 are torchao's, for which a GPU has kernels. It is an extra:
-transformers imports it at start wherever it is installed, which takes a while and prints warnings.
+int8 and fp8 are our own few lines. int4 is torchao's, an extra: transformers imports it at start wherever it is
+installed, which takes a while and prints warnings. On an H200, rounds of a 7B model take less time only with fp8 (see
+tests/benchmarks/README.md); int8 and int4 save memory.
 """
 
 from __future__ import annotations
@@ -17,34 +18,88 @@ from edge_runtime.protocol.errors import TargetError
 METHODS = {
     "int8": "weights to 8 bits",
     "int4": "weights to 4 bits, in groups of 128; on a GPU, in bfloat16",
-    "fp8": "weights and, row by row, activations to 8-bit floating point; on a GPU",
+    "fp8": "weights and, row by row, activations to 8-bit floating point; on a GPU, in bfloat16",
 }
 # Inputs of a layer that share a scale in 4 bits. torchao leaves layers alone whose inputs are no multiple of it.
 GROUP_SIZE = 128
+# Rows of smaller values than this become zero. Chosen: far from what float32 can divide by.
+LEAST_VALUE = 1e-12
 
 
-class Int8Linear(torch.nn.Module):
-    """A linear layer whose weights are 8-bit integers times a scale for each output.
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer whose weights are small numbers times a scale for each output.
 
-    Activations are not rounded: the last bit of a sum would become a step, and texts would depend on their batch.
+    Attributes:
+        weight: (out, in) in the small format.
+        scale: (out,) in the dtype of the layer.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
+    # The small format, and its largest number.
+    FORMAT: torch.dtype
+    LARGEST: float
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
-        largest = weight.float().abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        scale = largest / 127
-        self.register_buffer("weight", torch.round(weight.float() / scale).to(torch.int8))
+        scale = _row_scale(weight.float(), self.LARGEST)
+        self.register_buffer("weight", self.rounded(weight.float() / scale))
         self.register_buffer("scale", scale[:, 0].to(weight.dtype))
+
+    @classmethod
+    def rounded(cls, values: torch.Tensor) -> torch.Tensor:
+        return values.to(cls.FORMAT)
+
+
+class Int8Linear(QuantizedLinear):
+    """Weights of 8-bit integers.
+
+    Activations are not rounded: the last bit of a sum would become a step, and texts would depend on their batch.
+    """
+
+    FORMAT, LARGEST = torch.int8, 127
+
+    @classmethod
+    def rounded(cls, values: torch.Tensor) -> torch.Tensor:
+        return torch.round(values).to(cls.FORMAT)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         output = torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype)) * self.scale
         return output if self.bias is None else output + self.bias
+
+
+class Fp8Linear(QuantizedLinear):
+    """Weights and activations of 8-bit floating point (e4m3), the latter with a scale for each row; on a GPU.
+
+    The product has no scales of its own: the GPU's kernels for products with scales by row and column are slower.
+    """
+
+    one: torch.Tensor
+    FORMAT, LARGEST = torch.float8_e4m3fn, 448
+    # The product takes a multiple of so many rows.
+    ROWS = 16
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear)
+        self.register_buffer("one", torch.ones((), device=linear.weight.device))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        rows = inputs.flatten(0, -2).float()
+        scale = _row_scale(rows, self.LARGEST)
+        small = torch.nn.functional.pad((rows / scale).to(self.FORMAT), (0, 0, 0, -rows.shape[0] % self.ROWS))
+        product = torch._scaled_mm(small, self.weight.t(), scale_a=self.one, scale_b=self.one, out_dtype=inputs.dtype)
+        scaled = (product[: rows.shape[0]].float() * scale * self.scale).to(inputs.dtype)
+        output = scaled.view(*inputs.shape[:-1], self.out_features)
+        return output if self.bias is None else output + self.bias
+
+
+def _row_scale(values: torch.Tensor, largest: float) -> torch.Tensor:
+    """(rows, 1): what the rows of (rows, in) float32 are divided by, so that their largest value is `largest`."""
+    return values.abs().amax(1, keepdim=True).clamp(min=LEAST_VALUE) / largest
 
 
 def quantize_layers(model: Any, method: str) -> None:
@@ -59,24 +114,27 @@ def quantize_layers(model: Any, method: str) -> None:
     linear = [part for layer in layers for part in layer.modules() if isinstance(part, torch.nn.Linear)]
     if not linear:
         raise TargetError("it has no list of decoder layers with linear layers, which --quantize is for")
-    if method == "int8":
+    if method == "fp8":
+        _check_device(model, method)
+    if quantized := {"int8": Int8Linear, "fp8": Fp8Linear}.get(method):
         for layer in layers:
             for module in list(layer.modules()):
                 for name, part in list(module.named_children()):
                     if type(part) is torch.nn.Linear:
-                        setattr(module, name, Int8Linear(part))
+                        setattr(module, name, quantized(part))
         return
     try:
-        from torchao.quantization import quantize_
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
     except ImportError:
         raise TargetError(f"{method} needs the package torchao: pip install 'flexspec[quantize]'") from None
+    _check_device(model, method)
     before = [part.weight for part in linear]
     try:
-        config = _make_config(method, model.device.type)
+        # The layout of the kernel that PyTorch itself has. `set_inductor_config` would change the whole process.
+        layout = {"int4_packing_format": "tile_packed_to_4d", "set_inductor_config": False}
+        config = Int4WeightOnlyConfig(group_size=GROUP_SIZE, **layout)
         for layer in layers:
             quantize_(layer, config)
-    except TargetError:
-        raise
     except Exception as error:
         raise TargetError(f"torchao cannot quantize it to {method} on {model.device}: {error!r}"[:300]) from None
     left = sum(part.weight is weight for part, weight in zip(linear, before, strict=True))
@@ -86,14 +144,6 @@ def quantize_layers(model: Any, method: str) -> None:
         )
 
 
-def _make_config(method: str, device: str) -> Any:
-    from torchao import quantization
-
-    options: Any = quantization
-    if device != "cuda":
+def _check_device(model: Any, method: str) -> None:
+    if model.device.type != "cuda":
         raise TargetError(f"{method} is for GPUs; a CPU has int8")
-    if method == "int4":
-        # The layout of the kernel that PyTorch itself has. `set_inductor_config` would change the whole process.
-        layout = {"int4_packing_format": "tile_packed_to_4d", "set_inductor_config": False}
-        return options.Int4WeightOnlyConfig(group_size=GROUP_SIZE, **layout)
-    return options.Float8DynamicActivationFloat8WeightConfig(granularity=options.PerRow())

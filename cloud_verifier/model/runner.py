@@ -86,8 +86,8 @@ class TargetRunner:
         """Bytes that forwards take beside the weights and the pool, where a pool is to use all memory that is left."""
         return 0
 
-    def leave_uncompiled(self) -> bool:
-        """Compile nothing of the model from now on; return whether something was."""
+    def simplify(self) -> bool:
+        """Give up one of the changes that make the model's layers faster; return whether there was one."""
         return False
 
     def follow_leader(self, pool: KVCachePool) -> None:

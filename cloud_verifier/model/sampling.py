@@ -84,6 +84,11 @@ class RowSampling:
         self._paths = paths
         self._errors: dict[int, GrammarError] = {}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tokens follow from logits, temperature and seed alone, and nothing else is asked for."""
+        return self._processor is None and not self.logprobs and not self.parameters.truncates
+
     def changes(self, row: int) -> LogitChanges | None:
         """How the logits after `row` are changed; None if they are not."""
         path = self._paths[row] if self._processor else None
@@ -134,6 +139,21 @@ class PartlySampledTokens:
         if row in self._errors:
             raise self._errors[row]
         return self._tokens[row]
+
+
+class PlainSampledTokens:
+    """The tokens after the rows of a segment, as they come from the device with those of all rows of a forward.
+
+    Args:
+        ids, margins: of all rows; see `SampledToken`.
+        first: the first row of the segment.
+    """
+
+    def __init__(self, ids: list[float], margins: list[float], first: int) -> None:
+        self._ids, self._margins, self._first = ids, margins, first
+
+    def __getitem__(self, row: int) -> SampledToken:
+        return SampledToken(int(self._ids[self._first + row]), self._margins[self._first + row])
 
 
 class LazySampledTokens:

@@ -15,6 +15,7 @@ import transformers
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.cpu_layers import CpuLayers, dense_weight
 from cloud_verifier.model.fast_tier import PagedAttention
+from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.general_tier import GeneralRunner
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
@@ -293,6 +294,7 @@ def make_runner(
         raise TargetError("it is a multimodal model that transformers does not run without its other parts")
     attention: PagedAttention | None = None
     layers: CpuLayers | None = None
+    fusion: ProjectionFusion | None = None
     try:
         attention = PagedAttention(model, group.size if group else 1)
         test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None
@@ -302,7 +304,10 @@ def make_runner(
 
             if group:
                 group.shard_model(model)
-            runner = GraphRunner(model, attention, context, exact=exact, compiled=compiled, group=group)
+            else:
+                with attention.suspended():
+                    fusion = ProjectionFusion(model)
+            runner = GraphRunner(model, attention, context, exact=exact, compiled=compiled, fusion=fusion, group=group)
             if not group:
                 runner.try_capture()
         else:
@@ -310,17 +315,19 @@ def make_runner(
         if test and model.device.type == "cpu":
             layers = CpuLayers(model)
             layers.prepare(functools.partial(test.run, runner))
-        elif test:
+        while test and model.device.type != "cpu":
             try:
                 test.run(runner)
+                break
             except TargetError as error:
-                if group or not runner.leave_uncompiled():
+                if group or not runner.simplify():
                     raise
-                log.warning("compiled layers of this model are wrong, and run as they are: %s", error)
-                test.run(runner)
+                log.warning("changed layers of this model are wrong, and run more as they are: %s", error)
     except Exception as error:
         if layers:
             layers.restore()
+        if fusion:
+            fusion.undo()
         if attention:
             attention.remove()
         if isinstance(error, TargetError | torch.OutOfMemoryError):

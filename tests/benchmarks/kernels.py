@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cloud_verifier.model import kernels
 from cloud_verifier.model.attention import explicit_attention
 from cloud_verifier.model.batch import AttentionSpan, ForwardBatch, Segment
 from cloud_verifier.model.chunk_attention import MIN_CHUNK_ROWS, find_chunks
@@ -26,6 +27,7 @@ from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling
 
 LAYERS, LAYER = 2, 1
+MOST_SPAN_TOKENS = kernels.MOST_SPAN_TOKENS
 # Rounding of the results, and of the weights before they are multiplied with the values.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -95,7 +97,7 @@ def measure_error(
     group = case.query_heads // case.kv_heads
     # Another layer may have larger groups.
     inputs = GraphInputs(rows + 5, context, 2 * group, torch.device(device))
-    inputs.fill(segments)
+    inputs.fill(segments, chunks=chunks)
 
     def random_heads(heads: int, count: int, size: int) -> torch.Tensor:
         return torch.randn(heads, count, size, device=device).to(dtype)
@@ -117,11 +119,9 @@ def measure_error(
             where = slab[segment.sequence.pages[position // page], LAYER, :, :, position % page]
             where[0, : case.kv_heads, : case.key_size] = keys[:, position]
             where[1, : case.kv_heads, : case.value_size] = values[:, position]
-    counts = [-(-len(segment) // inputs.block_rows) for segment in segments]
-    blocks = (sum(counts[: len(counts) - chunks]), sum(counts)) if chunks else (None, None)
     found = find_chunks(segments, page, torch.device(device))
     assert len(found) == chunks
-    actual = GraphContext(inputs, rows + 5, slab, None, found, blocks).attend(
+    actual = GraphContext(inputs, rows + 5, slab, None, found).attend(
         query[None],
         key[None],
         value[None],
@@ -165,12 +165,14 @@ def main() -> None:
         table.add_column(column, justify="right")
     failures = 0
     for case in CASES:
-        # One span of keys for a program, and several; and long chunks of prompts after the others.
-        for lengths, context, chunks in (
-            ((0, 1, 63, 130, 300, 17), 512, 0),
-            ((2100, 40, 4000), 4160, 0),
-            ((300, 1, 0, 130), 768, 2),
+        # One span of keys for a sequence, several, and short ones; and long chunks of prompts after the others.
+        for lengths, context, chunks, span in (
+            ((0, 1, 63, 130, 300, 17), 512, 0, MOST_SPAN_TOKENS),
+            ((2100, 40, 4000), 4160, 0, MOST_SPAN_TOKENS),
+            ((0, 1, 700, 130), 1024, 0, 128),
+            ((300, 1, 0, 130), 768, 2, MOST_SPAN_TOKENS),
         ):
+            kernels.MOST_SPAN_TOKENS = span
             errors = {}
             for name in options.dtype:
                 dtype = getattr(torch, name)

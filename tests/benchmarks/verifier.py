@@ -35,6 +35,7 @@ from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model import layer_compilation
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.quantization import METHODS, quantize_layers
 from cloud_verifier.model.target import Target, make_runner
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
@@ -173,8 +174,10 @@ def make_rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> l
     return segments
 
 
-def median_ms(work: Any, repeats: int = 30) -> float:
-    return 1e3 * statistics.median(time_each(work, repeats))
+def median_ms(work: Any, seconds: float = 1.5) -> float:
+    """The median of the milliseconds of calls for so many seconds, after as many more in which a GPU's clock settles."""
+    repeats = max(5, round(seconds / statistics.median(time_each(work, 5))))
+    return 1e3 * statistics.median(time_each(work, 2 * repeats)[repeats:])
 
 
 def profile(work: Any) -> None:
@@ -195,6 +198,8 @@ def forwards(options: argparse.Namespace) -> None:
     if options.static:
         layer_compilation.DYNAMIC_ROWS = False
         variant += ", for each size"
+    if options.quantize:
+        variant += f", {options.quantize}"
     for each in options.inductor:
         name, _, value = each.partition("=")
         layer_compilation.INDUCTOR_OPTIONS[name] = bool(int(value))
@@ -214,11 +219,15 @@ def forwards(options: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     for shape in options.shape:
         model = make_random_model(shape, DEVICE)
+        whole = sum(value.nbytes for value in model.parameters())
+        if options.quantize:
+            quantize_layers(model, options.quantize)
         runner = make_runner(
             model, max(options.context) + 160, exact=options.exact, compiled=options.compiled, group=group
         )
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
-        weights = sum(value.nbytes for value in local) - model.get_input_embeddings().weight.nbytes
+        weights = whole if options.quantize else sum(value.nbytes for value in local)
+        weights -= model.get_input_embeddings().weight.nbytes
         # Beyond a bound, which leaves memory for the weights of 32B, fewer sessions are measured.
         tokens = max(options.sessions) * (max(options.context) + 160)
         pool = KVCachePool(runner.shape, min(tokens, int(MAX_POOL_BYTES / runner.shape.bytes_per_token)))
@@ -536,6 +545,7 @@ def main() -> None:
     command.add_argument("--context", nargs="+", type=int, default=[512])
     command.add_argument("--exact", action="store_true")
     command.add_argument("--compiled", action="store_true")
+    command.add_argument("--quantize", choices=METHODS, help="the floor is still that of bfloat16")
     command.add_argument("--static", action="store_true", help="compile each number of rows for itself")
     text = "an option of torch's compiler, such as coordinate_descent_tuning=1"
     command.add_argument("--inductor", nargs="+", default=[], metavar="NAME=0|1", help=text)

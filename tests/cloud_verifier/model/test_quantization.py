@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cloud_verifier.cli.main import build_parser
-from cloud_verifier.model.quantization import METHODS
+from cloud_verifier.model.quantization import METHODS, Fp8Linear, Int8Linear, QuantizedLinear
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError
@@ -53,11 +53,31 @@ def test_quantized_weights_take_a_quarter_of_the_memory(path: Path) -> None:
     assert bool((error <= before.abs().amax(1) / 250).all())
 
 
-@pytest.mark.parametrize("method", ["int4", "fp8"])
-def test_the_package_that_is_missing_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_the_package_that_is_missing_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(TargetError, match=r"pip install 'flexspec\[quantize\]'"):
-        load_model(path, "cpu", "bfloat16", method)
+        load_model(path, "cpu", "bfloat16", "int4")
+
+
+def test_a_cpu_refuses_fp8(path: Path) -> None:
+    with pytest.raises(TargetError, match="a CPU has int8"):
+        load_model(path, "cpu", "bfloat16", "fp8")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layer_class", [Int8Linear, Fp8Linear])
+def test_rows_of_a_quantized_layer_are_close_and_independent(layer_class: type[QuantizedLinear], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    linear = torch.nn.Linear(64, 48, bias=bias)
+    # Rows of very different sizes, and one of zeros; on a GPU in bfloat16.
+    inputs = torch.randn(2, 9, 64, generator=generator) * 10.0 ** torch.arange(-4.0, 5.0)[:, None]
+    inputs[0, 4] = 0
+    with torch.inference_mode():
+        expected, layer = linear(inputs), layer_class(linear)
+        actual = layer(inputs)
+        tolerance = {Int8Linear: 0.01, Fp8Linear: 0.1}[layer_class] * expected.abs().amax(-1, keepdim=True)
+        assert bool(((actual - expected).abs() <= tolerance + 1e-6).all())
+        torch.testing.assert_close(actual[1, 2], layer(inputs[1, 2:3])[0])
 
 
 def test_the_command_line_has_all_methods() -> None:
