@@ -175,7 +175,7 @@ def make_rounds(pool: KVCachePool, sessions: int, draft: int, context: int) -> l
 
 
 def median_ms(work: Any, seconds: float = 1.5) -> float:
-    """The median of the milliseconds of calls for so many seconds, after as many more in which a GPU's clock settles."""
+    """The median of the milliseconds of calls for so many seconds, after as many more in which a clock settles."""
     repeats = max(5, round(seconds / statistics.median(time_each(work, 5))))
     return 1e3 * statistics.median(time_each(work, 2 * repeats)[repeats:])
 
