@@ -107,7 +107,8 @@ def _concatenate(layers: list[Any]) -> torch.nn.Module:
     whole.bias = None
     for kind in ("_parameters", "_buffers"):
         for name, value in vars(first)[kind].items():
-            if value is None:
+            if value is None or not value.ndim:
+                vars(whole)[kind][name] = value
                 continue
             tensor = torch.cat([getattr(layer, name).detach() for layer in layers])
             parts = torch.split(tensor, [layer.out_features for layer in layers])

@@ -18,9 +18,11 @@ import triton.language as tl
 # more spans than that. Chosen: a forward of a few rows has few sequences, whose spans must occupy the GPU; one of many
 # rows has enough work. Combining takes a microsecond for a few spans.
 SPAN_TOKENS_PER_ROW, LEAST_SPAN_TOKENS, MOST_SPAN_TOKENS, MAX_SPANS = 16, 128, 2048, 16
-# Programs for each multiprocessor. More than it holds at once: as one ends, the next begins to load. Measured on an
-# H200, by attention of 16 sessions of 4,096 tokens: 298 us with 2, 267 with 3, 255 with 8.
-PROGRAMS_PER_PROCESSOR = 8
+# Programs for each multiprocessor. Rounds of a 7B model on an H200 take 4.8, 6.4 and 14.8 ms with 2 (1, 16 and 64
+# sessions of 512 tokens), 4.8, 6.2 and 14.2 with 4, and 5.0, 6.3 and 14.2 with 8.
+PROGRAMS_PER_PROCESSOR = 4
+# Heads that one program combines. Chosen: most forwards of many rows have nothing to combine, and start few programs.
+COMBINED_HEADS = 4
 # Most tiles of keys and values in flight. Chosen; the figures in tests/benchmarks/README.md were taken with it.
 MAX_STAGES = 3
 WARPS = 4
@@ -227,39 +229,42 @@ def _combine(
     row_spans,
     sinks,
     out,
+    heads,
     part_span,
     log_sum_span,
     HAS_SINKS: tl.constexpr,
+    HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    spans = tl.load(row_spans + tl.program_id(0))
+    row, lanes = tl.program_id(0), tl.arange(0, LANES)
+    spans = tl.load(row_spans + row)
     if spans == 1:
         # It is in its place already.
         return
-    column = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    lanes = tl.arange(0, LANES)
-    largest = tl.full([], float("-inf"), tl.float32)
-    for span in range(0, spans):
-        largest = tl.maximum(largest, tl.load(log_sums + span * log_sum_span + column))
-    # Every row attends at least to itself, except padding rows, which have no spans.
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = 0.0
-    if HAS_SINKS:
-        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * 1.4426950408889634
-        largest = tl.maximum(largest, sink)
-        total += tl.exp2(sink - largest)
-    accumulator = tl.zeros([LANES], tl.float32)
-    for span in range(0, spans):
-        weight = tl.exp2(tl.load(log_sums + span * log_sum_span + column) - largest)
-        # Where nothing was written the buffers may hold NaN, so weight 0 or NaN must not be multiplied in.
-        if weight > 0:
-            total += weight
-            accumulator += weight * tl.load(
-                parts + tl.cast(span, tl.int64) * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0
-            )
-    accumulator = accumulator / tl.where(total > 0, total, 1.0)
-    tl.store(out + column * SIZE + lanes, accumulator.to(out.dtype.element_ty), mask=lanes < SIZE)
+    for head in range(tl.program_id(1) * HEADS, tl.minimum((tl.program_id(1) + 1) * HEADS, heads)):
+        column = row * heads + head
+        largest = tl.full([], float("-inf"), tl.float32)
+        for span in range(0, spans):
+            largest = tl.maximum(largest, tl.load(log_sums + span * log_sum_span + column))
+        # Every row attends at least to itself, except padding rows, which have no spans.
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        total = 0.0
+        if HAS_SINKS:
+            sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            largest = tl.maximum(largest, sink)
+            total += tl.exp2(sink - largest)
+        accumulator = tl.zeros([LANES], tl.float32)
+        for span in range(0, spans):
+            weight = tl.exp2(tl.load(log_sums + span * log_sum_span + column) - largest)
+            # Where nothing was written the buffers may hold NaN, so weight 0 or NaN must not be multiplied in.
+            if weight > 0:
+                total += weight
+                accumulator += weight * tl.load(
+                    parts + tl.cast(span, tl.int64) * part_span + column * SIZE + lanes, mask=lanes < SIZE, other=0.0
+                )
+        accumulator = accumulator / tl.where(total > 0, total, 1.0)
+        tl.store(out + column * SIZE + lanes, accumulator.to(out.dtype.element_ty), mask=lanes < SIZE)
 
 
 @triton.jit
@@ -448,15 +453,17 @@ def attend(
         num_warps=WARPS,
     )
     if inputs.max_spans > 1:
-        _combine[(rows, query_heads)](
+        _combine[(rows, triton.cdiv(query_heads, COMBINED_HEADS))](
             parts=parts,
             log_sums=log_sums,
             row_spans=inputs.row_spans,
             sinks=log_sums if sinks is None else sinks,
             out=out,
+            heads=query_heads,
             part_span=parts.stride(0),
             log_sum_span=log_sums.stride(0),
             HAS_SINKS=sinks is not None,
+            HEADS=COMBINED_HEADS,
             SIZE=value_size,
             LANES=triton.next_power_of_2(value_size),
             num_warps=1,

@@ -80,6 +80,16 @@ PARTS = {
         (*VERIFIER, "forwards", "--compiled", "--shape", "8B", "--draft", "5", "--context", "512", "4096", "16384"),
         (*VERIFIER, "forwards", *SMALL, "--context", "32", "64"),
     ),
+    "fp8": Part(
+        90,
+        (*VERIFIER, "forwards", "--compiled", *SHAPE, "--quantize", "fp8"),
+        (*VERIFIER, "forwards", *SMALL, "--quantize", "int8"),
+    ),
+    "capacity": Part(
+        150,
+        ("tests.benchmarks.gpu_capacity",),
+        ("tests.benchmarks.gpu_capacity", "--shape", "tiny", "--boards", "2", "4", "--tokens", "16"),
+    ),
     "eager": Part(90, (*VERIFIER, "forwards", *SHAPE), (*VERIFIER, "forwards", *SMALL)),
     "static": Part(
         200, (*VERIFIER, "forwards", "--compiled", "--static", *SHAPE), (*VERIFIER, "forwards", "--static", *SMALL)

@@ -159,12 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=TOLERANCE)
+    parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains this")
     options = parser.parse_args()
     table = Table(title=f"attention kernels against PyTorch, {options.device}: largest relative error")
     for column in ("case", "sequences, tokens", "context", *options.dtype):
         table.add_column(column, justify="right")
     failures = 0
-    for case in CASES:
+    for case in (each for each in CASES if options.cases in each.name):
         # One span of keys for a sequence, several, and short ones; and long chunks of prompts after the others.
         for lengths, context, chunks, span in (
             ((0, 1, 63, 130, 300, 17), 512, 0, MOST_SPAN_TOKENS),

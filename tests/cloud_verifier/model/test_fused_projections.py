@@ -10,7 +10,7 @@ import torch
 
 from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.layer_compilation import compile_layers
-from cloud_verifier.model.quantization import quantize_layers
+from cloud_verifier.model.quantization import Fp8Linear, Int8Linear, QuantizedLinear, quantize_layers
 from cloud_verifier.model.target import load_model, share_equal_tensors
 from tests.models import VOCABULARY_SIZE, save_target
 
@@ -80,8 +80,14 @@ def test_layers_may_be_called_in_any_order_with_any_input(tiny_path: Path) -> No
                 torch.testing.assert_close(attention.q_proj(each), query)
 
 
-def test_quantized_layers_are_fused(tiny_path: Path) -> None:
+@pytest.mark.parametrize("layer_class", [Int8Linear, Fp8Linear])
+def test_quantized_layers_are_fused(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, layer_class: type[QuantizedLinear]
+) -> None:
+    # A CPU refuses fp8, which is slow there.
+    monkeypatch.setattr("cloud_verifier.model.quantization.Int8Linear", layer_class)
     model = load_model(tiny_path, "cpu", "float32", "int8")[0]
+    assert type(model.model.layers[0].mlp.up_proj) is layer_class
     before = logits(model)
     ProjectionFusion(model)
     assert fused_names(model)
