@@ -8,10 +8,13 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
 CLIENTS_DIR := tests/edge_runtime/service/clients
+# Triton, in whose interpreter the tests run the kernels for GPUs. Not in the environment of torch, which would find it.
+TRITON := .venv-triton
+TRITON_STAMP := $(TRITON)/.installed
 # Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
-.PHONY: image boot-test test-arm release lock-wheels demo test test-quick lint lint-quick bench bench-quick clean setup clients
+.PHONY: image boot-test test-arm release lock-wheels demo test test-quick lint lint-quick bench bench-quick clean setup clients triton
 
 demo: $(STAMP)
 	$(BIN)/edge-runtime demo
@@ -21,7 +24,7 @@ test test-quick: export PYTHONDONTWRITEBYTECODE =
 
 # Types are checked next to the tests, and printed after them.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory --jobs 2 $(CLIENTS_STAMP) lint-quick
+	@$(MAKE) --no-print-directory --jobs 2 $(CLIENTS_STAMP) $(TRITON_STAMP) lint-quick
 	@types=$$(mktemp) && { $(BIN)/mypy >$$types 2>&1 & } && \
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal; tests=$$?; \
 	wait $$!; wrong=$$?; cat $$types; rm $$types; exit $$((tests || wrong))
@@ -68,6 +71,12 @@ $(CLIENTS_STAMP): $(CLIENTS_DIR)/requirements.txt $(CLIENTS_DIR)/package.json | 
 		{ rm -rf $(CLIENTS)/node_modules; echo "npm cannot install the clients for JavaScript; their test is left out"; }; fi
 	touch $(CLIENTS_STAMP)
 
+triton: $(TRITON_STAMP)
+
+$(TRITON_STAMP): constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(TRITON) triton
+	touch $(TRITON_STAMP)
+
 # An image for BOARD in build/. The base system is built under emulation: minutes, once.
 BOARD ?= generic-arm64
 image: $(STAMP)
@@ -100,4 +109,4 @@ lock-wheels: $(STAMP)
 	$(BIN)/python -m device_profiles.image.runtime
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TRITON) .mypy_cache .pytest_cache .ruff_cache .hypothesis

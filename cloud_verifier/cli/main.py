@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "longest text (default: the model's own limit)"
     add_option(model_options, "--max-context TOKENS", text, type=positive)
     text = (
-        "quantize the target's layers: to int8, or on a GPU to int4 or fp8 with torchao (flexspec[quantize]); texts "
+        "quantize the target's layers: to int8, or on a GPU to fp8 or, with torchao (flexspec[quantize]), int4; texts "
         "are then those of the quantized target, whose version ends with the method"
     )
     add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))

@@ -567,8 +567,9 @@ class GraphRunner(TargetRunner):
         """A forward that is not captured; its result has the sampled rows, in the order of the segments."""
         assert self._long_inputs is not None
         ordered = sorted(segments, key=is_chunk)
+        moves = self._reserve(pool, segments)
         chunks = find_chunks(ordered, pool.page_tokens, self.shape.device)
-        self._long_inputs.fill(ordered, self._reserve(pool, segments), len(chunks))
+        self._long_inputs.fill(ordered, moves, len(chunks))
         rows = -(-sum(map(len, ordered)) // UNCAPTURED_STEP) * UNCAPTURED_STEP
         return self._forward_long(pool, min(self._long_inputs.rows, rows), kept=_sampled_rows(ordered), chunks=chunks)
 
@@ -583,7 +584,8 @@ class GraphRunner(TargetRunner):
         assert self._long_inputs is not None
         with torch.inference_mode(), uncompiled_unless_dynamic():
             # Without any row the head would have nothing to multiply.
-            return self._forward(pool, self._long_inputs, rows, kept=self._to_device(kept or [0]), chunks=chunks)
+            result = self._forward(pool, self._long_inputs, rows, kept=self._to_device(kept or [0]), chunks=chunks)
+        return ForwardResult(result.logits[: len(kept)], result.chosen[:, : len(kept)])
 
     def _to_device(self, rows: list[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).pin_memory().to(self.shape.device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Quantization of a loaded model's decoder layers (`--quantize`), as a part of the target's version.
 
 int8 and fp8 are our own few lines. int4 is torchao's, an extra: transformers imports it at start wherever it is
-installed, which takes a while and prints warnings. On an H200, rounds of a 7B model take less time only with fp8 (see
+installed, which takes a while and prints warnings. On an H200 only fp8's products take less time than bfloat16's (see
 tests/benchmarks/README.md); int8 and int4 save memory.
 """
 

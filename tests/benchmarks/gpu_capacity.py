@@ -28,7 +28,7 @@ from tests.benchmarks.verifier import SHAPES, RandomTarget, percentile, report
 TEMPERATURE = 100.0
 
 
-class Board(NamedTuple):
+class Drafting(NamedTuple):
     """How a board drafts.
 
     Attributes:
@@ -42,7 +42,7 @@ class Board(NamedTuple):
     pause: float
 
 
-class Answer(NamedTuple):
+class TimedAnswer(NamedTuple):
     """Tokens of one answer, and the seconds from its first token to its last, for each token after the first."""
 
     tokens: list[int]
@@ -60,14 +60,14 @@ async def last_frame(reply: RoundReply) -> tuple[Frame, list[int]]:
 async def answer(
     engine: Scheduler,
     target: Target,
-    board: Board,
+    board: Drafting,
     prompt: list[int],
     *,
     count: int,
     right: list[int],
     prefilled: asyncio.Barrier,
     seed: int,
-) -> Answer:
+) -> TimedAnswer:
     """One answer of `count` tokens, in rounds of drafts or in one stream.
 
     Args:
@@ -102,7 +102,7 @@ async def answer(
         tokens += reply.request.draft[: frame.accepted] + new
     seconds = time.perf_counter() - started
     engine.release(session)
-    return Answer(tokens[:count], seconds / (len(tokens) - 1))
+    return TimedAnswer(tokens[:count], seconds / (len(tokens) - 1))
 
 
 async def measure(options: argparse.Namespace, target: Target) -> Table:
@@ -124,7 +124,7 @@ async def measure(options: argparse.Namespace, target: Target) -> Table:
         prompts = [[random.randrange(target.vocabulary_size) for _ in range(options.prompt)] for _ in range(boards)]
         right: list[list[int]] = [[] for _ in prompts]
         cells: list[str] = []
-        for board in (Board(0, 1.0, 0.0), Board(options.draft, options.accuracy, draft_ms / 1e3)):
+        for board in (Drafting(0, 1.0, 0.0), Drafting(options.draft, options.accuracy, draft_ms / 1e3)):
             prefilled = asyncio.Barrier(boards)
             texts = (
                 answer(engine, target, board, prompt, count=options.tokens, right=known, prefilled=prefilled, seed=seed)

@@ -1,7 +1,7 @@
 """The attention kernels against step-by-step attention in PyTorch: `python -m tests.benchmarks.kernels`.
 
-On a GPU, or with TRITON_INTERPRET=1 and `--device cpu` in Triton's interpreter. Prints the largest error of each case,
-relative to the largest value, and exits with 1 if one exceeds its dtype's tolerance.
+On a GPU, or with TRITON_INTERPRET=1 and `--device cpu --dtype float32` in Triton's interpreter, for minutes. Prints the
+largest error of each case, relative to the largest value, and exits with 1 if one exceeds its dtype's tolerance.
 """
 
 from __future__ import annotations

@@ -1,0 +1,219 @@
+"""The verifier's GPU runner and its kernels without a GPU: `python -m tests.cloud_verifier.model.simulated_gpu CASE`.
+
+Triton's interpreter runs the kernels on a CPU, and a few functions of `torch.cuda` do nothing. What CUDA itself does is
+left out: graphs, streams, and bfloat16, whose products the interpreter gets wrong. In a process of its own, because
+Triton reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from transformers import AttentionInterface
+
+from cloud_verifier.model import attention, cuda_graphs, fast_tier, self_test
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.cuda_graphs import GraphContext, GraphRunner
+from cloud_verifier.model.fused_projections import ProjectionFusion
+from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCachePool, KVCacheShape
+from cloud_verifier.model.runner import TargetRunner
+from cloud_verifier.model.sampling import SamplingBatch, sample_tokens
+from cloud_verifier.model.sampling_kernel import sample_plain
+from cloud_verifier.model.target import load_model, make_runner
+from cloud_verifier.model.tree import TokenTree
+from edge_runtime.protocol.sampling import Sampling
+from tests.benchmarks import kernels
+from tests.cloud_verifier.model.architectures import save_architecture
+from tests.models import save_target
+
+CONTEXT = 1024
+# Text of the self-test: in float16 long enough for two chunks of a prompt through the flash kernel's path, else for
+# several pages.
+TEXT_TOKENS = {"float16": 680, "float32": 200}
+
+
+class SimulatedPool(KVCachePool):
+    """A pool as on a GPU, in one piece. What was never written is no number."""
+
+    def __init__(self, shape: KVCacheShape, tokens: int) -> None:
+        super().__init__(shape, tokens)
+        self.preallocated, self.page_tokens = True, PAGE_TOKENS["cuda"]
+        self.capacity_pages = -(-tokens // self.page_tokens) + 8
+        size = (self.capacity_pages + 1, shape.layers, 2, shape.heads, self.page_tokens, shape.head_size)
+        self.slabs = [torch.full(size, torch.nan, dtype=shape.dtype)]
+        self._free = list(range(self.capacity_pages, 0, -1))
+
+
+def simulate() -> None:
+    """Let the GPU's code run on the CPU, in this process."""
+    cuda: Any = torch.cuda
+    cuda.device = lambda _: contextlib.nullcontext()
+    cuda.synchronize = lambda *_: None
+    cuda.current_stream = lambda *_: SimpleNamespace(synchronize=lambda: None)
+    tensor_class: Any = torch.Tensor
+    tensor_class.pin_memory = lambda tensor, *_: tensor
+    torch.library.impl(cuda_graphs._OPERATORS, "attend", "CPU")(cuda_graphs._attend)
+    attend_on_cpu: Callable[..., Any] = attention.attend
+
+    def attend(layer: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        if not isinstance(attention.get_forward_context(), GraphContext):
+            return attend_on_cpu(layer, query, key, value, mask, **options)
+        span, scaling = layer.attention_span, options.get("scaling")
+        attended = torch.ops.flexspec.attend(
+            query,
+            key,
+            value,
+            layer.layer_number,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            span=span.size,
+            chunked=span.chunked,
+            softcap=options.get("softcap") or 0.0,
+            sinks=options.get("s_aux"),
+        )
+        return attended, None
+
+    AttentionInterface.register(attention.IMPLEMENTATION_NAME, attend)
+    for module, name, value in (
+        (fast_tier, "attend", attend),
+        (self_test, "KVCachePool", SimulatedPool),
+    ):
+        setattr(module, name, value)
+
+
+def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False) -> GraphRunner:
+    """The GPU's runner of the checkpoint at `path`, after its self-test."""
+    model = load_model(path, "cpu", dtype)[0]
+    paged = fast_tier.PagedAttention(model)
+    self_test.TEXT_TOKENS = TEXT_TOKENS[dtype]
+    test = self_test.SelfTest(model, paged, CONTEXT)
+    with paged.suspended():
+        fusion = ProjectionFusion(model)
+    runner = GraphRunner(model, paged, CONTEXT, exact=exact, fusion=fusion)
+    runner._mode = "forward"
+    test.run(runner)
+    return runner
+
+
+def check_self_test(directory: Path, model_type: str, dtype: str, exact: str = "") -> None:
+    """The runner's logits are those of transformers."""
+    path = save_architecture(directory / "model", model_type, max_position_embeddings=CONTEXT)
+    make_simulated_runner(path, dtype, exact=bool(exact))
+
+
+def check_tokens(directory: Path) -> None:
+    """The sampled tokens of rounds and chunks in one forward are those of the CPU's runner, one by one."""
+    path, dtype = save_target(directory / "model", "llama", max_position_embeddings=CONTEXT), "float16"
+    generator = torch.Generator().manual_seed(5)
+    gpu = make_simulated_runner(path, dtype)
+    cpu = make_runner(load_model(path, "cpu", dtype)[0], CONTEXT)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(cpu.model.config.vocab_size, (count,), generator=generator).tolist()
+
+    texts, drafts = [draw(count) for count in (40, 300, 530, 9)], [draw(count) for count in (5, 0, 3, 2)]
+    samplings = [Sampling(0.7, seed=3), Sampling(), Sampling(1.0, seed=9, top_p=0.9), Sampling(0.8, seed=1, top_k=20)]
+    results = []
+    for runner, pool in ((gpu, SimulatedPool(gpu.shape, 8000)), (cpu, KVCachePool(cpu.shape, 8000))):
+        sequences = [CachedSequence() for _ in texts]
+
+        def chunk(index: int, sequences: list[CachedSequence] = sequences) -> Segment:
+            return Segment.from_tokens(sequences[index], texts[index])
+
+        def tree(
+            index: int, sequences: list[CachedSequence] = sequences, siblings: Any = None, logprobs: int = 0
+        ) -> Segment:
+            sequence = sequences[index]
+            nodes = TokenTree(7, sequence.length + 1, drafts[index], siblings or {})
+            return Segment.from_tree(sequence, nodes, samplings[index], logprobs=logprobs)
+
+        # Chunks alone, a long one beside rounds, a short one beside a round, and rounds.
+        results.append(
+            [
+                *run(runner, pool, [chunk(0), chunk(1)]),
+                *run(runner, pool, [tree(0, siblings={1: [3, 4]}), chunk(2), tree(1)]),
+                *run(runner, pool, [chunk(3), tree(2, logprobs=2)]),
+                *run(runner, pool, [tree(index) for index in range(4)]),
+            ]
+        )
+    assert len(results[0]) == 27
+    for actual, expected in zip(*results, strict=True):
+        assert actual[0] == expected[0], (actual, expected)
+        assert abs(actual[1] - expected[1]) < 0.2, (actual, expected)
+
+
+def run(runner: TargetRunner, pool: KVCachePool, segments: Sequence[Segment]) -> list[tuple[int, float]]:
+    """Tokens and margins after the rows of sampled segments: in one forward on the simulated GPU, else one by one."""
+    parts = [segments] if isinstance(runner, GraphRunner) else [[segment] for segment in segments]
+    sampled = [each for part in parts for each in runner.run(pool, part)]
+    for segment in segments:
+        if segment.keep_all:
+            pool.keep(segment.sequence, list(range(len(segment))))
+    rows: list[tuple[int, float]] = []
+    for segment, tokens in zip(segments, sampled, strict=True):
+        assert (tokens is None) == (segment.sampling is None)
+        if tokens is not None:
+            rows += [tokens[row][:2] for row in range(len(segment))]
+    return rows
+
+
+def check_sampling() -> None:
+    """The kernel gives the tokens and margins of `sample_tokens`, to the last bit."""
+    positions = torch.tensor([3, 0, 77, 100_000, 5, 6], dtype=torch.int32)
+    samplings = [Sampling(seed=1), Sampling(), *(Sampling(T, seed=s) for T, s in ((0.7, 2**64 - 5), (1.3, 3), (2, 1)))]
+    samplings.append(Sampling(1e-3, seed=8))
+    generator = torch.Generator().manual_seed(2)
+    for vocabulary in (2, 512, 5000):
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = (torch.randn(len(samplings), vocabulary, generator=generator) * 3).to(dtype)
+            # Equal logits, of which the first counts.
+            logits[1, vocabulary // 2 :] = logits[1].max()
+            pairs = [(each, [int(position) + 1]) for each, position in zip(samplings, positions, strict=True)]
+            batch = SamplingBatch.from_segments(pairs, torch.device("cpu"))
+            inputs: Any = SimpleNamespace(positions=positions, seeds=batch.seeds, temperatures=batch.temperatures)
+            expected = sample_tokens(logits, batch)
+            assert torch.equal(sample_plain(logits, inputs), expected)
+            rows = torch.tensor([4, 1, 2])
+            assert torch.equal(sample_plain(logits[rows], inputs, rows), expected[:, rows])
+
+
+def check_attention() -> None:
+    """The attention kernels give what PyTorch gives step by step, with and without spans to combine."""
+    cases = {case.name: case for case in kernels.CASES}
+    for name in ("no groups, odd size", "sinks and window (gpt-oss)", "sinks, full", "chunks (Llama 4)"):
+        for lengths, context, span in (((0, 1, 63, 130), 512, kernels.MOST_SPAN_TOKENS), ((0, 1, 700), 1024, 128)):
+            kernels.kernels.MOST_SPAN_TOKENS = span
+            error = kernels.measure_error(cases[name], lengths, context, device="cpu", dtype=torch.float32, chunks=0)
+            assert error <= kernels.TOLERANCE["float32"], (name, error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("self-test", "tokens", "sampling", "attention"))
+    parser.add_argument("arguments", nargs="*", help="of self-test: model type, dtype and perhaps exact")
+    options = parser.parse_args()
+    simulate()
+    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+        if options.case == "self-test":
+            check_self_test(Path(directory), *options.arguments)
+        elif options.case == "tokens":
+            check_tokens(Path(directory))
+        elif options.case == "sampling":
+            check_sampling()
+        else:
+            check_attention()
+    print("right")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
