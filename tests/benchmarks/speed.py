@@ -130,7 +130,7 @@ def measure_verifier_overhead(url: str) -> float:
 
         def post(path: str, message: messages.Message, session: str = "") -> bytes:
             body = messages.encode(message, messages.MSGPACK, session)
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {messages.MSGPACK}\r\n"
+            head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: {messages.MSGPACK}\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             received = b""
             while b"\r\n\r\n" not in received:
