@@ -16,6 +16,8 @@ from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Rat
 from tests.benchmarks.harness.intervals import median_interval, paired_ratio_interval, quantile_interval, ratio_interval
 from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import RunInfo, Sample, SampleFile
+from tests.benchmarks.speed import measure_verifier_overhead, run_verifier
+from tests.toy_family import FAMILY
 
 SPEED = Quantity("speed", "tokens/s", digits=1, goal=10, higher_is_better=True)
 DELAY = Quantity("delay", "ms", digits=0, goal=30)
@@ -188,3 +190,10 @@ def test_every_benchmark_has_scenarios_with_names_of_their_own(name: str) -> Non
     loaded = command.load_benchmark(name)
     assert loaded.name == name
     assert len({scenario.key for scenario in loaded.scenarios}) == len(loaded.scenarios)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_bare_sockets_speaks_the_protocol() -> None:
+    """It builds its requests itself, so that a verifier that has become stricter would refuse them."""
+    with run_verifier(FAMILY / "target-v1", "--threads", "1") as url:
+        assert measure_verifier_overhead(url, rounds=4) > 0

@@ -122,7 +122,7 @@ async def measure_loop(url: str, draft: OnnxDraft, sampling: Sampling) -> tuple[
     return statistics.median(own), statistics.median(client_cpu)
 
 
-def measure_verifier_overhead(url: str) -> float:
+def measure_verifier_overhead(url: str, rounds: int = 300) -> float:
     """Return the median seconds of a round minus the reported forward time, with a bare HTTP/1.1 socket."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -147,7 +147,7 @@ def measure_verifier_overhead(url: str) -> float:
         opening = messages.OpenRequest(messages.PROTOCOL_VERSION, key, prompt, first, Sampling(ignore_eos=True))
         opened = messages.decode(post("/v1/sessions", opening), messages.OpenReply, messages.MSGPACK)
         position, overheads = 100 + len(opened.first.tokens), []
-        for number in range(1, 300):
+        for number in range(1, rounds):
             request = messages.RoundRequest(messages.PROTOCOL_VERSION, number, position, [5, 6, 7, 8])
             started = time.perf_counter()
             reply = post(f"/v1/sessions/{opened.session}/rounds", request, opened.session)
