@@ -1,4 +1,4 @@
-"""The verifier's GPU runner and its kernels without a GPU: `python -m tests.cloud_verifier.model.simulated_gpu CASE`.
+"""The GPU runner and its kernels without a GPU: `python -m tests.cloud_verifier.model.simulated_gpu CASE ...`.
 
 Triton's interpreter runs the kernels on a CPU, and a few functions of `torch.cuda` do nothing. What CUDA itself does is
 left out: graphs, streams, and bfloat16, whose products the interpreter gets wrong. In a process of its own, because
@@ -170,7 +170,7 @@ def run(runner: TargetRunner, pool: KVCachePool, segments: Sequence[Segment]) ->
     return rows
 
 
-def check_sampling() -> None:
+def check_sampling(_: Path) -> None:
     """The kernel gives the tokens and margins of `sample_tokens`, to the last bit."""
     positions = torch.tensor([3, 0, 77, 100_000, 5, 6], dtype=torch.int32)
     samplings = [Sampling(seed=1), Sampling(), *(Sampling(T, seed=s) for T, s in ((0.7, 2**64 - 5), (1.3, 3), (2, 1)))]
@@ -190,32 +190,34 @@ def check_sampling() -> None:
             assert torch.equal(sample_plain(logits[rows], inputs, rows), expected[:, rows])
 
 
-def check_attention() -> None:
+def check_attention(_: Path) -> None:
     """The attention kernels give what PyTorch gives step by step, with and without spans to combine."""
     cases = {case.name: case for case in kernels.CASES}
     for name in ("no groups, odd size", "sinks and window (gpt-oss)", "sinks, full", "chunks (Llama 4)"):
         for lengths, context, span in (((0, 1, 63, 130), 512, kernels.MOST_SPAN_TOKENS), ((0, 1, 700), 1024, 128)):
             kernels.kernels.MOST_SPAN_TOKENS = span
             error = kernels.measure_error(cases[name], lengths, context, device="cpu", dtype=torch.float32, chunks=0)
+            kernels.kernels.MOST_SPAN_TOKENS = kernels.MOST_SPAN_TOKENS
             assert error <= kernels.TOLERANCE["float32"], (name, error)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("self-test", "tokens", "sampling", "attention"))
-    parser.add_argument("arguments", nargs="*", help="of self-test: model type, dtype and perhaps exact")
+    text = "tokens, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact]"
+    parser.add_argument("cases", nargs="+", metavar="CASE", help=text)
     options = parser.parse_args()
+    checks: dict[str, Callable[..., None]] = {
+        "self-test": check_self_test,
+        "tokens": check_tokens,
+        "sampling": check_sampling,
+        "attention": check_attention,
+    }
     simulate()
-    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        if options.case == "self-test":
-            check_self_test(Path(directory), *options.arguments)
-        elif options.case == "tokens":
-            check_tokens(Path(directory))
-        elif options.case == "sampling":
-            check_sampling()
-        else:
-            check_attention()
-    print("right")
+    for case in options.cases:
+        name, *arguments = case.split(":")
+        with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+            checks[name](Path(directory), *arguments)
+        print(f"{case}: right", flush=True)
 
 
 if __name__ == "__main__":
