@@ -112,6 +112,8 @@ class Tab:
         self.page.wait_for_selector("#send:visible")
         self.wait_until("!document.querySelector('.answer[data-writing], .message[data-writing]')")
         self.wait_until(ORIGINS_ARE_KNOWN)
+        # They are shown in the frame after the one that begins now, at the latest.
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def ask(self, message: str, **settings: str | float | bool | None) -> dict[str, Any]:
         """Send a message, wait for the answer, and return the answer's message as the browser keeps it."""
