@@ -67,9 +67,7 @@ def attend(
     """
     span: AttentionSpan = module.attention_span  # type: ignore[assignment]  # torch annotates attributes as tensors
     if query.is_cuda:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        options = {"span": span.size, "chunked": span.chunked, "softcap": softcap or 0.0, "sinks": s_aux}
-        return torch.ops.flexspec.attend(query, key, value, module.layer_number, scaling, **options), None
+        return attend_on_gpu(module, query, key, value, scaling=scaling, softcap=softcap, s_aux=s_aux), None
     batch: ForwardBatch = get_forward_context()
     layer: Any = module.layer_idx
     heads = key.shape[1]
@@ -129,6 +127,24 @@ def attend_page(
     grouped = queries.reshape(1, heads, group * rows, key_size)
     output = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
     return output.view(heads, group, rows, value_size).permute(2, 0, 1, 3)
+
+
+def attend_on_gpu(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `attend`: by the operator of `cuda_graphs`."""
+    span: AttentionSpan = module.attention_span
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"span": span.size, "chunked": span.chunked, "softcap": softcap or 0.0, "sinks": s_aux}
+    attended: torch.Tensor = torch.ops.flexspec.attend(query, key, value, module.layer_number, scaling, **options)
+    return attended
 
 
 def explicit_attention(

@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
 # Rows of the captured forwards. Chosen: fine steps where padding is a large share, and few graphs to capture.
 FORWARD_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # With `exact`, every forward has this many rows, whatever it contains.
@@ -462,7 +461,7 @@ class GraphRunner(TargetRunner):
                     break
                 segments = [Segment.from_tokens(chunk, ids[:rows])]
                 self.run(pool, segments)
-                segments.append(Segment.from_tokens(other, [0], sampling=Sampling()))
+                segments.append(Segment.from_tokens(other, [0], sampling=GREEDY))
                 self.run(pool, segments)
                 pool.keep(chunk, list(range(rows)))
         except KVCacheFull:

@@ -22,7 +22,7 @@ from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.benchmarks.verifier import SHAPES, RandomTarget, percentile, report
+from tests.benchmarks.verifier import SHAPES, RandomTarget, percentile, report, start_engine
 
 # So high that hardly a logit counts beside the noise.
 TEMPERATURE = 100.0
@@ -107,11 +107,7 @@ async def answer(
 
 async def measure(options: argparse.Namespace, target: Target) -> Table:
     engine = Scheduler(lambda: target, lambda _: None, lambda: 0, cache_tokens=0, reuse_prefixes=False)
-    engine.start()
-    while engine.target is None:
-        if engine.failure:
-            raise engine.failure
-        await asyncio.sleep(0.01)
+    await start_engine(engine)
     draft_ms = options.round_trip_ms + options.draft * options.step_ms
     table = Table(
         title=f"boards of one GPU, {options.shape}, prompts of {options.prompt} tokens; drafts of {options.draft}, "

@@ -226,7 +226,8 @@ def forwards(options: argparse.Namespace) -> None:
             model, max(options.context) + 160, exact=options.exact, compiled=options.compiled, group=group
         )
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
-        weights = whole if options.quantize else sum(value.nbytes for value in local)
+        # Those of fused layers are twice among the parameters.
+        weights = sum(value.nbytes for value in local) if group else whole
         weights -= model.get_input_embeddings().weight.nbytes
         # Beyond a bound, which leaves memory for the weights of 32B, fewer sessions are measured.
         tokens = max(options.sessions) * (max(options.context) + 160)
@@ -317,6 +318,15 @@ class RandomTarget(Target):
         self._adapter_weights, self._rope = None, self.runner.rope
 
 
+async def start_engine(engine: Scheduler) -> None:
+    """Start an engine, and wait until its target is ready."""
+    engine.start()
+    while engine.target is None:
+        if engine.failure:
+            raise engine.failure
+        await asyncio.sleep(0.01)
+
+
 async def stream_text(engine: Scheduler, target: Target, prompt: list[int], tokens: int, gaps: list[float]) -> float:
     """Stream a text; returns the seconds to its first token, and adds those between frames per token to `gaps`."""
     request = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=tokens, stream=True)
@@ -353,11 +363,7 @@ def serving(options: argparse.Namespace) -> None:
         return [random.randrange(target.vocabulary_size) for _ in range(tokens)]
 
     async def measure() -> None:
-        engine.start()
-        while engine.target is None:
-            if engine.failure:
-                raise engine.failure
-            await asyncio.sleep(0.01)
+        await start_engine(engine)
         print(f"ready in {time.perf_counter() - started:.1f} s, the model's construction included", flush=True)
         await stream_text(engine, target, make_prompt(length), 16, [])
 
@@ -454,11 +460,7 @@ async def generate_texts(
 ) -> tuple[list[tuple[list[int], list[tuple[int, float]]]], float]:
     """Generate the texts of all jobs, `concurrency` at once. Return the results and the seconds."""
     engine = Scheduler(lambda: target, lambda _: None, lambda: 0, cache_tokens=64 * 1024)
-    engine.start()
-    while engine.target is None:
-        if engine.failure:
-            raise engine.failure
-        await asyncio.sleep(0.01)
+    await start_engine(engine)
     slots = asyncio.Semaphore(concurrency)
 
     async def one(index: int) -> tuple[list[int], list[tuple[int, float]]]:

@@ -71,18 +71,8 @@ def simulate() -> None:
     def attend(layer: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         if not isinstance(attention.get_forward_context(), GraphContext):
             return attend_on_cpu(layer, query, key, value, mask, **options)
-        span, scaling = layer.attention_span, options.get("scaling")
-        attended = torch.ops.flexspec.attend(
-            query,
-            key,
-            value,
-            layer.layer_number,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            span=span.size,
-            chunked=span.chunked,
-            softcap=options.get("softcap") or 0.0,
-            sinks=options.get("s_aux"),
-        )
+        names = ("scaling", "softcap", "s_aux")
+        attended = attention.attend_on_gpu(layer, query, key, value, **{name: options.get(name) for name in names})
         return attended, None
 
     AttentionInterface.register(attention.IMPLEMENTATION_NAME, attend)
@@ -194,10 +184,10 @@ def check_attention(_: Path) -> None:
     """The attention kernels give what PyTorch gives step by step, with and without spans to combine."""
     cases = {case.name: case for case in kernels.CASES}
     for name in ("no groups, odd size", "sinks and window (gpt-oss)", "sinks, full", "chunks (Llama 4)"):
-        for lengths, context, span in (((0, 1, 63, 130), 512, kernels.MOST_SPAN_TOKENS), ((0, 1, 700), 1024, 128)):
-            kernels.kernels.MOST_SPAN_TOKENS = span
-            error = kernels.measure_error(cases[name], lengths, context, device="cpu", dtype=torch.float32, chunks=0)
-            kernels.kernels.MOST_SPAN_TOKENS = kernels.MOST_SPAN_TOKENS
+        for lengths, context, span in (((0, 1, 63, 130), 512, None), ((0, 1, 700), 1024, 128)):
+            error = kernels.measure_error(
+                cases[name], lengths, context, device="cpu", dtype=torch.float32, chunks=0, longest_span=span
+            )
             assert error <= kernels.TOLERANCE["float32"], (name, error)
 
 
