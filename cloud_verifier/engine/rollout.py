@@ -126,6 +126,7 @@ class Rollout:
         self._retirements: dict[str, _Retirement] = {}
         self._loading: asyncio.Task[None] | None = None
         self._refresh_requested = asyncio.Event()
+        self._refresh_lock = asyncio.Lock()
 
     @property
     def ready(self) -> bool:
@@ -222,15 +223,20 @@ class Rollout:
         return served
 
     async def refresh(self) -> None:
-        """Apply changes of the registry as far as possible without loading, and start to load what is missing."""
-        stamp = await asyncio.to_thread(self.registry.file_stamp)
-        if stamp != self._file_stamp:
-            self._file_stamp = stamp
-            try:
-                self.catalog = await asyncio.to_thread(self.registry.read)
-            except RegistryError as error:
-                log.error("the rollout does not change: %s", error)
-        self._apply_catalog()
+        """Apply changes of the registry as far as possible without loading, and start to load what is missing.
+
+        All changes that were made before the call are applied when it returns.
+        """
+        # One at a time: a second refresh must not return while the first one is still reading the change.
+        async with self._refresh_lock:
+            stamp = await asyncio.to_thread(self.registry.file_stamp)
+            if stamp != self._file_stamp:
+                self._file_stamp = stamp
+                try:
+                    self.catalog = await asyncio.to_thread(self.registry.read)
+                except RegistryError as error:
+                    log.error("the rollout does not change: %s", error)
+            self._apply_catalog()
 
     def request_refresh(self) -> None:
         """Make `run` refresh at once."""

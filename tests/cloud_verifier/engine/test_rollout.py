@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from cloud_verifier.engine.rollout import RetirementPolicy, Rollout
 from cloud_verifier.model.target import Target
+from cloud_verifier.registry.catalog import Catalog
 from cloud_verifier.registry.registry import Registry, RegistryError
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
 from tests.cloud_verifier.model.architectures import save_architecture
@@ -244,3 +246,28 @@ async def test_an_invalid_registry_file_changes_nothing(registry: Registry, host
     registry.promote("latest", "v1")
     await rollout.refresh()
     assert rollout.resolve("", "key").name == "v1"
+
+
+async def test_a_refresh_waits_for_the_one_that_is_reading(
+    registry: Registry, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = Rollout(registry, host, host)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    registry.promote("latest", "v1")
+    read, reading, go_on = registry.read, threading.Event(), threading.Event()
+
+    def read_slowly() -> Catalog:
+        reading.set()
+        assert go_on.wait(TIMEOUT_SECONDS)
+        return read()
+
+    monkeypatch.setattr(registry, "read", read_slowly)
+    first = asyncio.create_task(rollout.refresh())
+    assert await asyncio.to_thread(reading.wait, TIMEOUT_SECONDS)
+    second = asyncio.create_task(rollout.refresh())
+    # Enough time for the second one to end, if it does not wait.
+    finished, _ = await asyncio.wait([second], timeout=0.2)
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert not finished
+    assert rollout.active_aliases["latest"].startswith("v1@")
