@@ -139,7 +139,7 @@ def attend_on_gpu(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `attend`: by the operator of `cuda_graphs`."""
+    """See `attend`: by the operator of `graph_attention`."""
     span: AttentionSpan = module.attention_span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = {"span": span.size, "chunked": span.chunked, "softcap": softcap or 0.0, "sinks": s_aux}

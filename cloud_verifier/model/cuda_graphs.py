@@ -1,6 +1,6 @@
 """The model runner on CUDA: forwards of a few fixed sizes, each captured once as a CUDA graph and then replayed.
 
-Everything that differs between two forwards is in one buffer of integers (`GraphInputs`), which one copy brings to the
+Everything that differs between two forwards is in one buffer of integers (`graph_inputs`), which one copy brings to the
 device. A round allocates nothing and launches hardly anything, and only token ids and margins come back. Padding rows
 that fill a forward up to its size attend to nothing of the other rows, and no other row attends to them.
 
@@ -16,26 +16,23 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cloud_verifier.model import kernels
-from cloud_verifier.model.attention import get_forward_context
 from cloud_verifier.model.batch import Segment
-from cloud_verifier.model.chunk_attention import PrefillChunk, attend_chunk, find_chunks, flash_takes, is_chunk
+from cloud_verifier.model.chunk_attention import PrefillChunk, find_chunks, is_chunk
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.fused_projections import ProjectionFusion
-from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCacheFull, KVCachePool
+from cloud_verifier.model.graph_attention import GraphContext
+from cloud_verifier.model.graph_inputs import MAX_SEGMENTS, GraphInputs
+from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull, KVCachePool
 from cloud_verifier.model.layer_compilation import compile_layers, uncompiled_unless_dynamic
-from cloud_verifier.model.rope import LengthScaledRope
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import (
     GREEDY,
     PlainSampledTokens,
     RowSampling,
     SampledTokens,
-    as_int64,
     sample_segments,
 )
 from cloud_verifier.model.sampling_kernel import sample_plain
@@ -50,7 +47,6 @@ T = TypeVar("T")
 FORWARD_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # With `exact`, every forward has this many rows, whatever it contains.
 EXACT_ROWS = 128
-MAX_SEGMENTS = 128
 # Rows of one forward for prefill (see `TargetRunner.max_prefill_rows`). Chosen: 2,048 rows of a 7B model are enough for
 # the GPU's full matrix rate; twice as many still fit beside its cache.
 MAX_PREFILL_ROWS = 4096
@@ -59,252 +55,6 @@ MAX_CAPTURED_PREFILL_ROWS = 512
 # Forwards that are not captured have a multiple of so many rows: the padding is a small share, and there are few
 # kernels of products, each of which is loaded by the first forward that needs it.
 UNCAPTURED_STEP = 128
-# Rows that attend together: so many, if their query heads of one KV head are not fewer or more than these. Chosen:
-# tl.dot takes no fewer, and the keys of a round with few tokens are read only once.
-MIN_BLOCK_QUERIES, MAX_BLOCK_QUERIES, BLOCK_ROWS = 16, 64, 8
-
-
-class GraphInputs:
-    """The integers that describe one forward of `rows` rows, on the device and, to be filled, in pinned host memory.
-
-    Attributes:
-        seeds, temperatures: (rows,) int64 and float64, see `sampling_kernel.SamplingInputs`; 0 for rows that are not
-            sampled, or not by that kernel.
-        ids, positions: (rows,) token ids and absolute positions.
-        pages, offsets: (rows,) where each row's keys and values are written.
-        visible_prefix: (rows,) see `Segment`.
-        slots: (rows,) LoRA slots.
-        long_rope: (rows,) 1 for rows that use the second set of RoPE frequencies, else 0.
-        row_spans: (rows,) number of spans of the sequence of each row; 0 for padding rows.
-        blocks: (blocks, 3) segment, first row and number of rows of those that attend together.
-        work: (blocks x spans, 2) block and span of one piece of attention.
-        work_counts: (2,) how many pieces there are: before the first long prefill chunk, and of all segments.
-        segments: (segments, 4) cached tokens before the segment, first row, number of rows, pages of a span of keys.
-        page_table: (segments, pages of the longest sequence).
-        moves: (moves, 4) rows to move in the pool before the forward, see `kernels.move`.
-        block_rows: most rows of a block.
-        max_spans: most spans of one sequence.
-    """
-
-    seeds: torch.Tensor
-    temperatures: torch.Tensor
-    ids: torch.Tensor
-    positions: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    visible_prefix: torch.Tensor
-    slots: torch.Tensor
-    long_rope: torch.Tensor
-    row_spans: torch.Tensor
-    blocks: torch.Tensor
-    segments: torch.Tensor
-    page_table: torch.Tensor
-    moves: torch.Tensor
-    work_counts: torch.Tensor
-    work: torch.Tensor
-
-    def __init__(
-        self,
-        rows: int,
-        context: int,
-        group: int,
-        device: torch.device,
-        *,
-        rope: LengthScaledRope | None = None,
-        exact: bool = False,
-    ) -> None:
-        """
-        Args:
-            context: longest sequence in tokens.
-            group: most query heads that share a KV head.
-            rope: the rotary embeddings of the model; None if all texts have the same frequencies.
-            exact: all sequences have spans of one length, so that a row does not depend on those after it.
-        """
-        self.rows = rows
-        self._rope = rope
-        self.block_rows = max(1, MIN_BLOCK_QUERIES // group, min(BLOCK_ROWS, MAX_BLOCK_QUERIES // group))
-        max_segments = min(rows, MAX_SEGMENTS)
-        blocks = min(rows, max_segments + rows // self.block_rows)
-        self._page_tokens = PAGE_TOKENS["cuda"]
-        # The tree of a sequence that is nearly full may reach past the context.
-        columns = -(-context // self._page_tokens) + 2
-        self._span_pages = kernels.min_span_tokens(rows) // self._page_tokens
-        self.max_spans = min(kernels.MAX_SPANS, -(-columns // self._span_pages))
-        if exact:
-            self._span_pages = max(self._span_pages, -(-columns // self.max_spans))
-        # First those of 64 bits, so that they are aligned.
-        wide = {"seeds": torch.int64, "temperatures": torch.float64}
-        shapes = {
-            "seeds": (rows, 2),
-            "temperatures": (rows, 2),
-            "ids": (rows,),
-            "positions": (rows,),
-            "pages": (rows,),
-            "offsets": (rows,),
-            "visible_prefix": (rows,),
-            "slots": (rows,),
-            "long_rope": (rows,),
-            "row_spans": (rows,),
-            "blocks": (blocks, 3),
-            "segments": (max_segments, 4),
-            "page_table": (max_segments, columns),
-            "moves": (max_segments, 4),
-            "work_counts": (2,),
-            # Last, because only its used part is copied.
-            "work": (blocks * self.max_spans, 2),
-        }
-        total = sum(int(np.prod(shape)) for shape in shapes.values())
-        self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host: dict[str, npt.NDArray[Any]] = {}
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + int(np.prod(shape))
-            parts = self._pinned[start:stop], self.buffer[start:stop]
-            on_host, on_device = (part.view(wide[name]) if name in wide else part.view(shape) for part in parts)
-            self._host[name] = on_host.numpy()
-            setattr(self, name, on_device)
-            start = stop
-
-    def fill(
-        self, segments: Sequence[Segment], moves: Sequence[tuple[int, int, int, int]] = (), chunks: int = 0
-    ) -> None:
-        """Write the inputs of a forward of `segments` and start their copy to the device.
-
-        Args:
-            moves: rows to move in the pool before.
-            chunks: how many of the last segments are long prefill chunks.
-        """
-        host = self._host
-        lengths = np.array([len(segment.ids) for segment in segments], dtype=np.int32)
-        row = int(lengths.sum())
-        # Written at once: numpy takes a microsecond for each assignment.
-        for name in ("ids", "positions", "visible_prefix"):
-            _write(host[name], list(itertools.chain.from_iterable(getattr(segment, name) for segment in segments)))
-        plain = [each.sampling.parameters if each.sampling and each.sampling.is_plain else GREEDY for each in segments]
-        for name, values in (
-            ("slots", [segment.adapter_slot for segment in segments]),
-            ("seeds", [as_int64(parameters.seed) for parameters in plain]),
-            ("temperatures", [parameters.temperature for parameters in plain]),
-        ):
-            _write(host[name], np.repeat(values, lengths))
-        if self._rope and self._rope.switch:
-            _write(host["long_rope"], [is_long for segment in segments for is_long in self._rope.long_rows(segment)])
-        for index, segment in enumerate(segments):
-            host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
-        extent = np.zeros((len(segments), 3), dtype=np.int32)
-        extent[:, 0] = [segment.sequence.length for segment in segments]
-        extent[:, 1], extent[:, 2] = np.cumsum(lengths) - lengths, lengths
-        host["moves"][: len(moves)] = np.array(moves, dtype=np.int32).reshape(-1, 4)
-        host["moves"][len(moves) :] = 0
-        pages = -(-(extent[:, 0] + extent[:, 2]) // self._page_tokens)
-        span_pages = np.maximum(self._span_pages, -(-pages // self.max_spans))
-        host["segments"][: len(extent), :3], host["segments"][: len(extent), 3] = extent, span_pages
-        spans = -(-pages // span_pages)
-        owner, number = _enumerated(-(-extent[:, 2] // self.block_rows))
-        first = extent[owner, 1] + number * self.block_rows
-        blocks = host["blocks"]
-        blocks[: len(owner), 0], blocks[: len(owner), 1] = owner, first
-        blocks[: len(owner), 2] = np.minimum(self.block_rows, extent[owner, 1] + extent[owner, 2] - first)
-        blocks[len(owner) :] = 0
-        block, span = _enumerated(spans[owner])
-        host["work"][: len(block), 0], host["work"][: len(block), 1] = block, span
-        before_chunks = int((owner[block] < len(segments) - chunks).sum())
-        host["work_counts"][:] = before_chunks, len(block)
-        segment_of_row = np.repeat(np.arange(len(segments)), extent[:, 2])
-        cache_index = np.arange(row) - extent[segment_of_row, 1] + extent[segment_of_row, 0]
-        host["row_spans"][:row] = spans[segment_of_row]
-        host["pages"][:row] = host["page_table"][segment_of_row, cache_index // self._page_tokens]
-        host["offsets"][:row] = cache_index % self._page_tokens
-        # Padding rows are written to page 0, which is never read.
-        host["row_spans"][row:], host["pages"][row:] = 0, 0
-        host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
-        used = self._pinned.numel() - host["work"].size + 2 * len(block)
-        self.buffer[:used].copy_(self._pinned[:used], non_blocking=True)
-
-
-def _write(field: npt.NDArray[Any], values: Sequence[Any] | npt.NDArray[Any]) -> None:
-    """Write values to the first rows of a field, and zeros to the others."""
-    field[: len(values)], field[len(values) :] = values, 0
-
-
-def _enumerated(counts: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The owner and the number of each part, where owner i has counts[i] parts."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
-
-
-class GraphContext(NamedTuple):
-    """Forward context (see `attention.set_forward_context`) on CUDA.
-
-    Attributes:
-        rows: of the forward, the first ones of `inputs`.
-        chunks: segments whose attention is that of `chunk_attention`, where a layer's can be. All others are before.
-    """
-
-    inputs: GraphInputs
-    rows: int
-    slab: torch.Tensor
-    lora_mask: torch.Tensor | None
-    chunks: Sequence[PrefillChunk] = ()
-
-    def long_rope_rows(self, _: Callable[[Segment], list[bool]]) -> torch.Tensor:
-        return self.inputs.long_rope[: self.rows] != 0
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        """Attention of one layer; see `kernels.attend` for `options`."""
-        kernels.store(key, value, self.slab, layer, self.inputs)
-        flash = bool(self.chunks) and flash_takes(query, value, options["span"], options["softcap"], options["sinks"])
-        rows = self.chunks[0].first if flash else self.rows
-        parts: list[torch.Tensor] = []
-        if rows:
-            options |= {"kv_heads": key.shape[1], "value_size": value.shape[3], "without_chunks": flash}
-            paged = kernels.attend(query[:, :, :rows], self.slab, layer, inputs=self.inputs, **options)
-            if not flash:
-                return paged
-            parts.append(paged[0])
-        scaling: float = options["scaling"]
-        parts += [
-            attend_chunk(query, key, value, slab=self.slab, layer=layer, scaling=scaling, chunk=chunk)
-            for chunk in self.chunks
-        ]
-        padding = self.rows - sum(map(len, parts))
-        return torch.cat([*parts, query.new_zeros(padding, query.shape[1], value.shape[3])])[None]
-
-
-# To torch.compile it is a pure function although it writes to the pool: nothing else uses the pool in a forward. The
-# checks of `torch.library.custom_op`, which would define it as well, take 0.7 ms a layer. Torch annotates it partly.
-_OPERATORS: Any = torch.library.Library("flexspec", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float scaling, int span, bool chunked, "
-    "float softcap, Tensor? sinks) -> Tensor"
-)
-
-
-@torch.library.impl(_OPERATORS, "attend", "CUDA")
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: torch.Tensor,
-    scaling: float,
-    span: int,
-    chunked: bool,
-    softcap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """`attention.attend` on CUDA."""
-    context: GraphContext = get_forward_context()
-    return context.attend(
-        query, key, value, layer, scaling=scaling, span=span, chunked=chunked, softcap=softcap, sinks=sinks
-    )
-
-
-@torch.library.register_fake("flexspec::attend", lib=_OPERATORS)  # type: ignore[untyped-decorator]
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 class ForwardResult(NamedTuple):

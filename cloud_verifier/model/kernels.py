@@ -34,7 +34,7 @@ LOG2_E = 1.4426950408889634
 
 
 class AttentionInputs(Protocol):
-    """The parts of `cuda_graphs.GraphInputs` that the kernels read."""
+    """The parts of `graph_inputs.GraphInputs` that the kernels read."""
 
     positions: torch.Tensor
     pages: torch.Tensor

@@ -16,7 +16,7 @@ BLOCK = 2048
 
 
 class SamplingInputs(Protocol):
-    """How the token after each row is sampled; the parts of `cuda_graphs.GraphInputs` that the kernel reads.
+    """How the token after each row is sampled; the parts of `graph_inputs.GraphInputs` that the kernel reads.
 
     Attributes:
         positions: (rows,) int32 position of the row; the sampled token is at the next one.

@@ -16,13 +16,12 @@ from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 from cloud_verifier.model.runner import TargetRunner
+from cloud_verifier.model.sampling import GREEDY
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.errors import TargetError
-from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
-GREEDY = Sampling()
 # By dtype: the largest difference of a logit, relative to the largest logit, that is taken for rounding.
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Share of the rows within that tolerance. In low precision a router may choose another expert for some rows.

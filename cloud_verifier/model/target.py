@@ -29,7 +29,7 @@ from cloud_verifier.model.pretrained import (
 )
 from cloud_verifier.model.quantization import quantize_layers
 from cloud_verifier.model.runner import TargetRunner
-from cloud_verifier.model.sampling import SampledTokens
+from cloud_verifier.model.sampling import GREEDY, SampledTokens
 from cloud_verifier.model.self_test import SelfTest
 from cloud_verifier.model.tree import TokenTree
 from cloud_verifier.registry.adapter import is_plain_lora
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from cloud_verifier.model.tensor_parallel import TensorParallelGroup
 
 log = logging.getLogger(__name__)
-
-GREEDY = Sampling()
 
 
 class Target:

@@ -22,7 +22,8 @@ from cloud_verifier.model import kernels
 from cloud_verifier.model.attention import explicit_attention
 from cloud_verifier.model.batch import AttentionSpan, ForwardBatch, Segment
 from cloud_verifier.model.chunk_attention import MIN_CHUNK_ROWS, find_chunks
-from cloud_verifier.model.cuda_graphs import GraphContext, GraphInputs
+from cloud_verifier.model.graph_attention import GraphContext
+from cloud_verifier.model.graph_inputs import GraphInputs
 from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.sampling import Sampling

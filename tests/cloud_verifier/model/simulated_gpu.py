@@ -22,10 +22,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from transformers import AttentionInterface
 
-from cloud_verifier.model import attention, cuda_graphs, fast_tier, self_test
+from cloud_verifier.model import attention, fast_tier, graph_attention, self_test
 from cloud_verifier.model.batch import Segment
-from cloud_verifier.model.cuda_graphs import GraphContext, GraphRunner
+from cloud_verifier.model.cuda_graphs import GraphRunner
 from cloud_verifier.model.fused_projections import ProjectionFusion
+from cloud_verifier.model.graph_attention import GraphContext
 from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCachePool, KVCacheShape
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SamplingBatch, sample_tokens
@@ -65,7 +66,7 @@ def simulate() -> None:
     cuda.current_stream = lambda *_: SimpleNamespace(synchronize=lambda: None)
     tensor_class: Any = torch.Tensor
     tensor_class.pin_memory = lambda tensor, *_: tensor
-    torch.library.impl(cuda_graphs._OPERATORS, "attend", "CPU")(cuda_graphs._attend)
+    torch.library.impl(graph_attention._OPERATORS, "attend", "CPU")(graph_attention._attend)
     attend_on_cpu: Callable[..., Any] = attention.attend
 
     def attend(layer: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
