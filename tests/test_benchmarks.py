@@ -12,7 +12,7 @@ import pytest
 from edge_runtime.protocol.errors import InputError
 from tests.benchmarks import __main__ as command
 from tests.benchmarks.harness import report, samples
-from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Overview, Quantity, RatioGoal, Scenario, Values
 from tests.benchmarks.harness.intervals import median_interval, paired_ratio_interval, quantile_interval, ratio_interval
 from tests.benchmarks.harness.run import take_samples
 from tests.benchmarks.harness.samples import RunInfo, Sample, SampleFile
@@ -119,6 +119,32 @@ def test_a_benchmark_has_tables_quantiles_and_goals_relative_to_others(tmp_path:
     assert lines[-1] == "| here | ours / theirs | **0.554 (0.550 to 0.559)** | at most 0.5 |"
     report.save_chart(toy, file, tmp_path / "toy.png")
     assert [change.quantity for change in report.compare(toy, file, file)] == [DELAY] * 4
+
+
+def test_a_readme_has_an_overview_of_several_tables(tmp_path: Path) -> None:
+    scenarios = [
+        Scenario({"system": system}, (SPEED,), f"on a link of {link} Mbit/s")
+        for link in (1, 10, 100)
+        for system in ("ours", "theirs")
+    ]
+    overview = Overview("Links", {f"on a link of {link} Mbit/s": f"{link}" for link in (1, 10, 100)}, (DELAY, SPEED))
+    goals = {
+        scenario.table: [RatioGoal("delay / theirs", DELAY.name, scenario.key, (f"{scenario.table}, theirs",), 0.5)]
+        for scenario in scenarios[::2]
+    }
+    several = replace(benchmark([]), scenarios=tuple(scenarios), overviews=[overview], ratio_goals=goals)
+    file = SampleFile.create(tmp_path / "toy.jsonl", INFO)
+    for scenario, delay in zip(scenarios[:3], (10.0, 20.0, 40.0), strict=True):
+        file.add(Sample(scenario.key, 0, {DELAY.name: delay, SPEED.name: 5.0}))
+    # What was not measured is left out, or said.
+    assert report.format_readme(several, file) == (
+        "**Links: delay (ms) / speed (tokens/s)**\n\n"
+        "| system | 1 | 10 |\n| --- | --- | --- |\n"
+        "| ours | 10 / 5.0 | **40** / 5.0 |\n| theirs | 20 / 5.0 | not measured |\n\n"
+        "| ratio of means | 1 | 10 | goal |\n| --- | --- | --- | --- |\n"
+        "| delay / theirs | 0.500 (0.500 to 0.500) | not measured | at most 0.5 |"
+    )
+    assert report.format_readme(benchmark([]), file) == report.format_table(benchmark([]), file)
 
 
 def test_a_quick_run_takes_the_quick_scenarios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from edge_runtime.draft.prefix_cache import DraftPrefixCache
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.protocol.sampling import Sampling
 from tests.benchmarks import systems
+from tests.benchmarks.comparison import links, texts
 from tests.benchmarks.comparison.board import (
     MAX_FIXED_DRAFT,
     AnswerCommand,
@@ -178,11 +179,11 @@ def test_a_sample_begins_with_nothing_that_another_left(monkeypatch: pytest.Monk
 
 
 def test_a_conversation_has_a_question_and_what_follows_it() -> None:
-    assert systems.make_turns("questions", 9) == [systems.QUESTIONS[1]]
-    assert systems.make_turns("conversations", 1) == [systems.QUESTIONS[1], *systems.FURTHER_TURNS]
-    documents = {systems.make_turns("documents", repetition)[0] for repetition in range(len(systems.QUESTIONS))}
-    assert len(documents) == len(systems.QUESTIONS)
-    assert min(map(len, documents)) > systems.DOCUMENT_CHARACTERS
+    assert texts.make_turns("questions", 9) == [texts.QUESTIONS[1]]
+    assert texts.make_turns("conversations", 1) == [texts.QUESTIONS[1], *texts.FURTHER_TURNS]
+    documents = {texts.make_turns("documents", repetition)[0] for repetition in range(len(texts.QUESTIONS))}
+    assert len(documents) == len(texts.QUESTIONS)
+    assert min(map(len, documents)) > texts.DOCUMENT_CHARACTERS
 
 
 def test_the_best_draft_length_follows_delay_and_bytes() -> None:
@@ -222,11 +223,11 @@ def test_a_draft_runs_at_the_speed_of_a_board() -> None:
 def test_a_recorded_link_is_read_by_path(tmp_path: Path) -> None:
     (tmp_path / "train.up").write_text("0\n500\n1000\n")
     (tmp_path / "train.down").write_text("100\n200\n300\n1000\n")
-    [conditions] = systems.link_conditions(str(tmp_path / "train"))
+    [conditions] = links.link_conditions(str(tmp_path / "train"))
     assert (conditions.up_trace, conditions.down_trace) == ([0, 500, 1000], [100, 200, 300, 1000])
-    assert systems.mean_rate(conditions.up_trace) == 3 * 1500 * 8
+    assert links.mean_rate(conditions.up_trace) == 3 * 1500 * 8
     # 0.1, 0.2, 0.3 and 1.0 s, and 1.1 s of the repetition.
-    assert systems.mean_rate(conditions.down_trace, (0.0, 1.15)) == pytest.approx(5 * 1500 * 8 / 1.15)
+    assert links.mean_rate(conditions.down_trace, (0.0, 1.15)) == pytest.approx(5 * 1500 * 8 / 1.15)
 
 
 def test_every_place_has_all_systems_and_goals_about_scenarios_that_exist() -> None:

@@ -74,7 +74,7 @@ def update_readmes(options: argparse.Namespace) -> int:
         path = options.directory / f"{name}.jsonl"
         if path.is_file():
             file = SampleFile.load(path)
-            tables[name] = f"{report.format_table(load_benchmark(name), file)}\n\n{report.describe_run(file)}"
+            tables[name] = f"{report.format_readme(load_benchmark(name), file)}\n\n{report.describe_run(file)}"
     for path in READMES:
         text = path.read_text(encoding="utf-8")
         path.write_text(report.update_readme(text, tables, options.names), encoding="utf-8")

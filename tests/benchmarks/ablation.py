@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 
 from tests.benchmarks.comparison.board import PLAN_PARTS, System
+from tests.benchmarks.comparison.texts import TOKENS
 from tests.benchmarks.harness.benchmark import Benchmark
-from tests.benchmarks.systems import TOKENS, ComparedPlace, make_cases, running
+from tests.benchmarks.systems import LINKS, ComparedPlace, make_cases, make_overviews, running
 
 
 def make_systems(objective: str) -> list[System]:
@@ -31,8 +32,8 @@ def make_systems(objective: str) -> list[System]:
 
 
 SYSTEMS = tuple(itertools.chain.from_iterable(map(make_systems, ("latency", "cloud"))))
-PLACES = (ComparedPlace("wifi"), ComparedPlace("4g"), ComparedPlace("5g"), ComparedPlace("weak-4g"))
-CASES = make_cases(PLACES, SYSTEMS, quick_places=0)
+PLACES = {ComparedPlace(link): link for link in LINKS}
+CASES = make_cases(tuple(PLACES), SYSTEMS, quick_places=0)
 
 BENCHMARK = Benchmark(
     name="ablation",
@@ -40,4 +41,5 @@ BENCHMARK = Benchmark(
     scenarios=tuple(scenario for scenario, _ in CASES.values()),
     running=lambda: running(CASES),
     repetitions=8,
+    overviews=make_overviews({"Links": PLACES}),
 )

@@ -34,9 +34,9 @@ from edge_runtime.verifier.client import VerifierClient
 from edge_runtime.verifier.session import VerifierSession
 from export.example_family.prepare import prepare_family
 from tests.benchmarks.comparison.board import make_device
+from tests.benchmarks.comparison.texts import QUESTIONS
 from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, Scenario, Values
 from tests.benchmarks.speed import run_verifier
-from tests.benchmarks.systems import QUESTIONS
 
 TOKENS, TEMPERATURE, DRAFT_LENGTH = 48, 0.7, 4
 LINK, BOARD = "4g", "raspberry-pi-5"

@@ -17,62 +17,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import httpx
 import msgspec
-import numpy as np
 
 from edge_runtime.protocol.bundle import Bundle, read_bundle, read_chat_format
 from edge_runtime.protocol.sampling import common_prefix_length
 from edge_runtime.service.chat_template import ChatTemplate
-from edge_runtime.simulation.links import PACKET_BYTES
 from export.example_family.prepare import prepare_family
 from tests.benchmarks.comparison.board import AnswerCommand, AnswerReport, Costs, Prepare, System, make_device
 from tests.benchmarks.comparison.cloud import SetPace
+from tests.benchmarks.comparison.links import LINK_COLUMNS, link_conditions, mean_rate, measure_link
 from tests.benchmarks.comparison.pacing import PaceCounts
-from tests.benchmarks.harness.benchmark import Benchmark, Measure, Quantity, RatioGoal, Scenario, Values
+from tests.benchmarks.comparison.texts import (
+    TEXT_TITLES,
+    TOKENS,
+    TURN_TOKENS,
+    References,
+    TextKind,
+    make_turns,
+)
+from tests.benchmarks.harness.benchmark import Benchmark, Measure, Overview, Quantity, RatioGoal, Scenario, Values
 from tests.benchmarks.harness.samples import ROOT
 from tests.emulator.control import ControlledProcess
-from tests.emulator.link_conditions import LinkConditions, preset_conditions, recorded_conditions
-from tests.emulator.measurement import measure_packet_rate, measure_round_trips, measure_throughput
-from tests.emulator.network import ADDRESSES, Network, Side, missing_requirement
+from tests.emulator.network import ADDRESSES, Network, missing_requirement
 
-# Tokens of an answer, and of each answer in a conversation.
-TOKENS, TURN_TOKENS = 64, 32
-QUESTIONS = (
-    "Why is the sky blue?",
-    "Write a short poem about the sea.",
-    "How do I boil an egg?",
-    "What is the capital of France, and what is it known for?",
-    "Explain recursion to a child.",
-    "Give me three tips for better sleep.",
-    "What is the difference between a list and a tuple in Python?",
-    "Write an email that asks for a day off.",
-)
-# What follows the question in a conversation.
-FURTHER_TURNS = (
-    "Can you explain that in more detail?",
-    "Give me an example.",
-    "Why is that so?",
-    "What do people often get wrong about it?",
-    "Say it in one short sentence.",
-    "What would an expert add?",
-    "How could I learn more about it?",
-    "Is there anything that I should avoid?",
-    "Thank you. Summarize what we talked about.",
-)
-# Characters of a document, about 1,000 tokens of the example family.
-DOCUMENT_CHARACTERS = 4000
-DOCUMENT_SOURCE = ROOT / "edge_runtime" / "README.md"
 # What a planner and the choice of K learn from before the first sample.
 TRIAL_QUESTION = "Tell me something about cats."
 
@@ -99,17 +74,13 @@ DRAIN_ROUND_TRIPS = 2
 START_SECONDS = 300.0
 # Where the processes in the cloud listen.
 PORTS = {"plain": 8500, "speculating": 8501, "probabilities": 8502}
-MEASURED_PINGS, MEASURED_SECONDS = 60, 3.0
-# More than the recorded links let pass, and what is more than that in some seconds.
-PACKETS_PER_SECOND, UNLIMITED_QUEUE_BYTES = 5000.0, 1 << 26
-
 PER_TOKEN = Quantity("answer, per token", "ms", digits=1)
 PER_TOKEN_95 = Quantity("95 % of answers", "ms", digits=1, quantile=0.95, source=PER_TOKEN.name)
 FIRST = Quantity("first token", "ms", digits=0)
 UP = Quantity("IP bytes up per 100 tokens", digits=0)
 DOWN = Quantity("down", digits=0)
 PAYLOAD = Quantity("TCP payload", digits=0)
-BYTES = "IP bytes per 100 tokens"
+BYTES = Quantity("IP bytes per 100 tokens", digits=0)
 FORWARDS = Quantity("target forwards per token")
 VERIFIER = Quantity("verifier per token", "ms", digits=1)
 ACCEPTED = Quantity("draft tokens accepted", "%", digits=0)
@@ -133,31 +104,6 @@ COLUMNS: tuple[Quantity, ...] = (
     LATE,
 )
 EXACT = Quantity(SAME.name, SAME.unit, digits=0, goal=100, higher_is_better=True)
-
-RTT = Quantity("RTT set", "ms", digits=1)
-MEASURED_RTT = Quantity("measured", "ms", digits=1)
-RTT_ERROR = Quantity("error / max(1 ms, 3 %)", goal=1.0)
-UP_RATE, DOWN_RATE = Quantity("up set", "Mbit/s"), Quantity("down set", "Mbit/s")
-MEASURED_UP, MEASURED_DOWN = Quantity("up measured", "Mbit/s"), Quantity("down measured", "Mbit/s")
-RATE_ERROR = Quantity("larger error / 5 %", goal=1.0)
-LINK_COLUMNS: tuple[Quantity, ...] = (
-    RTT,
-    MEASURED_RTT,
-    RTT_ERROR,
-    UP_RATE,
-    MEASURED_UP,
-    DOWN_RATE,
-    MEASURED_DOWN,
-    RATE_ERROR,
-)
-
-
-TextKind: TypeAlias = Literal["questions", "documents", "conversations"]
-TEXT_TITLES: dict[TextKind, str] = {
-    "questions": "",
-    "documents": "questions about documents of about 1,000 tokens",
-    "conversations": f"conversations of {1 + len(FURTHER_TURNS)} turns",
-}
 
 
 class ComparedPlace(NamedTuple):
@@ -191,16 +137,29 @@ def find_recordings() -> list[str]:
     return sorted(str(path.with_suffix("")) for path in Path(directory).glob("*.up")) if directory else []
 
 
+LINKS = ("4g", "wifi", "5g", "weak-4g")
+BOARDS = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2w", "jetson-orin-nano")
+VERSIONS = ("target-v1", "target-v2", "target-v3", "target-v4")
+# What is compared in one table of a README: places, with their headings.
+COMPARISONS: Mapping[str, Mapping[ComparedPlace, str]] = {
+    "Links": {ComparedPlace(link): link for link in LINKS}
+    | {ComparedPlace(link): Path(link).name for link in find_recordings()},
+    "Temperature 0": {ComparedPlace(link, temperature=0.0): link for link in LINKS[:2]},
+    "Boards, on 4g": {ComparedPlace("4g", board=board): board for board in BOARDS},
+    "Versions of the target, on 4g": {ComparedPlace("4g", version=version): version for version in VERSIONS},
+    "Texts, on 4g": {ComparedPlace("4g", text=text): TEXT_TITLES[text] or text for text in TEXT_TITLES},
+}
 # The quick one first.
-PLACES = (
-    ComparedPlace("4g"),
-    *(ComparedPlace(link) for link in ("wifi", "5g", "weak-4g", *find_recordings())),
-    *(ComparedPlace(link, temperature=0.0) for link in ("wifi", "4g")),
-    *(ComparedPlace("4g", board=board) for board in ("raspberry-pi-zero-2w", "raspberry-pi-4", "jetson-orin-nano")),
-    *(ComparedPlace("4g", version=version) for version in ("target-v2", "target-v3", "target-v4")),
-    *(ComparedPlace("4g", text=text) for text in ("documents", "conversations")),
-)
+PLACES = tuple(dict.fromkeys(place for headings in COMPARISONS.values() for place in headings))
 QUICK_PLACES = 1
+
+
+def make_overviews(comparisons: Mapping[str, Mapping[ComparedPlace, str]]) -> list[Overview]:
+    """What READMEs show of the tables of all places."""
+    return [
+        Overview(title, {place.title: heading for place, heading in headings.items()}, (PER_TOKEN, BYTES, JOULES))
+        for title, headings in comparisons.items()
+    ]
 
 
 class Case(NamedTuple):
@@ -250,7 +209,7 @@ def make_goals(place: ComparedPlace) -> list[RatioGoal]:
     traditional = "traditional SD"
     return [
         goal("latency / traditional SD", PER_TOKEN.name, latency, [traditional], 0.5),
-        goal("bytes / traditional SD", BYTES, latency, [traditional], 0.01),
+        goal("bytes / traditional SD", BYTES.name, latency, [traditional], 0.01),
         goal("energy / traditional SD", JOULES.name, latency, [traditional], 0.65),
         goal(
             "latency / best of streaming, speculating in the cloud, one token per request, fixed K",
@@ -262,85 +221,6 @@ def make_goals(place: ComparedPlace) -> list[RatioGoal]:
         goal("objective cloud: forwards / streaming", FORWARDS.name, cloud, [streaming], 0.4),
         goal("objective cloud: verifier time / speculating in the cloud", VERIFIER.name, cloud, [speculating], 0.75),
     ]
-
-
-def link_conditions(link: str) -> list[LinkConditions]:
-    """Conditions of a preset, or of a recorded link on top of the delay of 4g."""
-    path = Path(link)
-    if path.is_absolute() or path.with_suffix(".up").is_file():
-        delay = preset_conditions("4g")[0].link.rtt_seconds
-        return [recorded_conditions(path.with_suffix(".up"), path.with_suffix(".down"), delay)]
-    return preset_conditions(link)
-
-
-def mean_rate(opportunities: Sequence[int], seconds: tuple[float, float] | None = None) -> float:
-    """Bits per second of a recorded link that repeats: in the long run, or between two times after its beginning."""
-    period = opportunities[-1] / 1e3
-    if seconds is None:
-        return 8 * PACKET_BYTES * len(opportunities) / period
-    start, end = seconds
-    cycles = range(int(start // period), int(end // period) + 1)
-    times = np.add.outer([cycle * period for cycle in cycles], np.asarray(opportunities) / 1e3)
-    return 8 * PACKET_BYTES * int(((times >= start) & (times < end)).sum()) / (end - start)
-
-
-def measure_link(network: Network, link: str) -> Values:
-    """Compare the delay and the rates of an emulated link with its conditions.
-
-    Without losses, which TCP would measure instead of the rate, and without jitter, of which few echoes give no median.
-    """
-    [conditions] = link_conditions(link)
-    parameters = msgspec.structs.replace(conditions.link, loss=0.0, jitter_seconds=0.0)
-    conditions = msgspec.structs.replace(conditions, link=parameters)
-    network.set_conditions(conditions)
-    trips = measure_round_trips(network, MEASURED_PINGS)
-    values = {RTT.name: 1e3 * parameters.rtt_seconds, MEASURED_RTT.name: 1e3 * trips.median}
-    if not conditions.up_trace:
-        tolerance = max(0.001, 0.03 * parameters.rtt_seconds)
-        values[RTT_ERROR.name] = abs(trips.median - parameters.rtt_seconds) / tolerance
-    errors = []
-    sides: tuple[tuple[Side, tuple[Quantity, Quantity], list[int], float], ...] = (
-        ("board", (UP_RATE, MEASURED_UP), conditions.up_trace, parameters.up_rate),
-        ("cloud", (DOWN_RATE, MEASURED_DOWN), conditions.down_trace, parameters.down_rate),
-    )
-    for side, quantities, trace, expected in sides:
-        # A queue that never runs empty uses every opportunity of a recorded link.
-        queue_bytes = UNLIMITED_QUEUE_BYTES if trace else conditions.queue_bytes
-        network.set_conditions(msgspec.structs.replace(conditions, queue_bytes=queue_bytes))
-        if trace:
-            began, travel = time.monotonic(), parameters.rtt_seconds / 2
-            start, end = began + 1, began + 1 + MEASURED_SECONDS
-            expected = mean_rate(trace, (1 - travel, 1 + MEASURED_SECONDS - travel))
-            per_second = measure_packet_rate(network, side, start, end, PACKETS_PER_SECOND)
-            rate = 8 * PACKET_BYTES * per_second
-            # What is still queued must not delay what comes.
-            network.unplug()
-        else:
-            # TCP's slow start takes several round trips.
-            rate = measure_throughput(network, side, MEASURED_SECONDS, warm_up=1 + 15 * parameters.rtt_seconds)
-        values |= {quantities[0].name: expected / 1e6, quantities[1].name: rate / 1e6}
-        errors.append(abs(rate / expected - 1) / 0.05)
-    return values | {RATE_ERROR.name: max(errors)}
-
-
-class References:
-    """Texts of transformers' own `generate`, kept on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._texts: dict[str, list[int]] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def get(self, target: Path, wanted: Sequence[AnswerCommand]) -> list[list[int]]:
-        """Return the texts, generating those that are missing in a process of its own."""
-        keys = [hashlib.sha256(msgspec.json.encode([str(target.resolve()), each])).hexdigest() for each in wanted]
-        if missing := [index for index, key in enumerate(keys) if key not in self._texts]:
-            command = [sys.executable, "-m", "tests.benchmarks.comparison.reference", str(target)]
-            requests = msgspec.json.encode([wanted[index] for index in missing])
-            done = subprocess.run(command, input=requests, stdout=subprocess.PIPE, check=True)
-            self._texts |= zip((keys[index] for index in missing), json.loads(done.stdout), strict=True)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._texts))
-        return [self._texts[key] for key in keys]
 
 
 class Comparison:
@@ -466,7 +346,7 @@ class Comparison:
             FIRST.name: 1e3 * sum(report.arrivals[0] for report in reports) / len(reports),
             UP.name: 100 * up / tokens,
             DOWN.name: 100 * down / tokens,
-            BYTES: 100 * (up + down) / tokens,
+            BYTES.name: 100 * (up + down) / tokens,
             FORWARDS.name: costs.forwards / tokens,
             VERIFIER.name: 1e3 * costs.verifier_seconds / tokens,
             JOULES.name: 100 * joules / tokens,
@@ -476,18 +356,6 @@ class Comparison:
         if reports[0].draft_length:
             values[LENGTH.name] = reports[0].draft_length
         return values
-
-
-def make_turns(text: TextKind, repetition: int) -> list[str]:
-    """Return what the user says in the sample `repetition`."""
-    question = QUESTIONS[repetition % len(QUESTIONS)]
-    if text == "conversations":
-        return [question, *FURTHER_TURNS]
-    if text == "documents":
-        source = DOCUMENT_SOURCE.read_text()
-        start = repetition % len(QUESTIONS) * (len(source) - DOCUMENT_CHARACTERS) // len(QUESTIONS)
-        return [f"Summarize this text.\n\n{source[start : start + DOCUMENT_CHARACTERS]}"]
-    return [question]
 
 
 @contextlib.asynccontextmanager
@@ -514,4 +382,5 @@ BENCHMARK = Benchmark(
     repetitions=8,
     quick_repetitions=2,
     ratio_goals={place.title: make_goals(place) for place in PLACES},
+    overviews=make_overviews(COMPARISONS),
 )

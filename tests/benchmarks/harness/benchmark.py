@@ -94,6 +94,21 @@ class RatioGoal:
     most: float
 
 
+@dataclass(frozen=True)
+class Overview:
+    """Several tables in one, for a README: their rows have one cell each, their titles become columns.
+
+    Attributes:
+        title: of what the tables differ in.
+        columns: short headings, by the title of the table.
+        quantities: what a cell shows, the first one with its interval.
+    """
+
+    title: str
+    columns: Mapping[str, str]
+    quantities: tuple[Quantity, ...]
+
+
 # Takes one sample of a scenario; the number of the repetition, from 0, may serve as a seed.
 Measure = Callable[[Scenario, int], Awaitable[Values]]
 
@@ -108,7 +123,8 @@ class Benchmark:
         scenarios: its rows; unique keys.
         running: starts what the scenarios share (servers, models), and yields the function that takes samples.
         repetitions, quick_repetitions: samples of each scenario.
-        ratio_goals: shown in a table of their own, by its heading.
+        ratio_goals: shown in a table of their own, by the title of the table that they are about.
+        overviews: what READMEs show of tables that are too many or too large for them.
     """
 
     name: str
@@ -118,3 +134,4 @@ class Benchmark:
     repetitions: int = 7
     quick_repetitions: int = 3
     ratio_goals: Mapping[str, Sequence[RatioGoal]] = field(default_factory=dict)
+    overviews: Sequence[Overview] = ()

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from cloud_verifier.acceptance.bootstrap import Interval
 from edge_runtime.protocol.errors import InputError
-from tests.benchmarks.harness.benchmark import Benchmark, Quantity, Scenario
+from tests.benchmarks.harness.benchmark import Benchmark, Overview, Quantity, RatioGoal, Scenario
 from tests.benchmarks.harness.intervals import (
     median_interval,
     paired_ratio_interval,
@@ -36,18 +36,83 @@ def format_table(benchmark: Benchmark, file: SampleFile) -> str:
     quantity has a row of its own. With several tables, scenarios that were not measured are left out.
     """
     values = file.values()
+    parts = [
+        (f"**{title}**\n\n" if title else "") + _format_scenarios(scenarios, values)
+        for title, scenarios in _measured_tables(benchmark, values).items()
+    ]
+    if benchmark.ratio_goals:
+        parts.append(_format_goals(benchmark, values))
+    return "\n\n".join(parts)
+
+
+def format_readme(benchmark: Benchmark, file: SampleFile) -> str:
+    """Return the Markdown tables for a README: those of `format_table`, or its overviews where there are any."""
+    if not benchmark.overviews:
+        return format_table(benchmark, file)
+    values = file.values()
+    tables = _measured_tables(benchmark, values)
+    shown = {title for overview in benchmark.overviews for title in overview.columns}
+    parts = [
+        f"**{title}**\n\n{_format_scenarios(scenarios, values)}"
+        for title, scenarios in tables.items()
+        if title not in shown
+    ]
+    for overview in benchmark.overviews:
+        columns = {title: heading for title, heading in overview.columns.items() if title in tables}
+        if len(columns) > 1:
+            parts.append(_format_overview(overview, columns, tables, values))
+            goals = {title: benchmark.ratio_goals[title] for title in columns if title in benchmark.ratio_goals}
+            parts += [_format_goals_by_column(goals, columns, values)] * bool(goals)
+    return "\n\n".join(parts)
+
+
+def _measured_tables(benchmark: Benchmark, values: SampleValues) -> dict[str, list[Scenario]]:
+    """The scenarios of each table; if there are several, those that were measured."""
     measured = {key for key, _ in values}
     tables: dict[str, list[Scenario]] = {}
     for scenario in benchmark.scenarios:
         if not scenario.table or scenario.key in measured:
             tables.setdefault(scenario.table, []).append(scenario)
-    parts = [
-        (f"**{title}**\n\n" if title else "") + _format_scenarios(scenarios, values)
-        for title, scenarios in tables.items()
+    return tables
+
+
+def _format_overview(
+    overview: Overview, columns: Mapping[str, str], tables: Mapping[str, Sequence[Scenario]], values: SampleValues
+) -> str:
+    """A table with a column for each of several tables, by their titles."""
+    scenarios = {(title, *scenario.labels.values()): scenario for title in columns for scenario in tables[title]}
+    labels = dict.fromkeys(key[1:] for key in scenarios)
+    first, *others = overview.quantities
+
+    def cell(scenario: Scenario | None) -> str:
+        if scenario is None:
+            return "not measured"
+        medians = (values.get((scenario.key, quantity.value_name)) for quantity in others)
+        figures = (
+            quantity.format(median_interval(found).value) if found else "-"
+            for quantity, found in zip(others, medians, strict=True)
+        )
+        return " / ".join([_cell(scenario, first, values), *figures])
+
+    rows = [[*label, *(cell(scenarios.get((title, *label))) for title in columns)] for label in labels]
+    headings = " / ".join(quantity.heading for quantity in overview.quantities)
+    header = [*next(iter(scenarios.values())).labels, *columns.values()]
+    return f"**{overview.title}: {headings}**\n\n{_markdown(header, rows)}"
+
+
+def _format_goals_by_column(
+    goals: Mapping[str, Sequence[RatioGoal]], columns: Mapping[str, str], values: SampleValues
+) -> str:
+    """A table of goals with a column for each table that they are about."""
+    claims: dict[tuple[str, float], dict[str, str]] = {}
+    for title, each in goals.items():
+        for goal in each:
+            claims.setdefault((goal.claim, goal.most), {})[title] = _format_ratio(goal, values) or "not measured"
+    rows = [
+        [claim, *(cells.get(title, "-") for title in columns), f"at most {most:g}"]
+        for (claim, most), cells in claims.items()
     ]
-    if benchmark.ratio_goals:
-        parts.append(_format_goals(benchmark, values))
-    return "\n\n".join(parts)
+    return _markdown(["ratio of means", *columns.values(), "goal"], rows)
 
 
 def _format_scenarios(scenarios: Sequence[Scenario], values: SampleValues) -> str:
@@ -72,21 +137,27 @@ def _format_scenarios(scenarios: Sequence[Scenario], values: SampleValues) -> st
 
 def _format_goals(benchmark: Benchmark, values: SampleValues) -> str:
     """A table of the goals that compare scenarios."""
-    rows = []
-    for title, goals in benchmark.ratio_goals.items():
-        for goal in goals:
-            new = values.get((goal.scenario, goal.value_name))
-            baselines = [values[key, goal.value_name] for key in goal.baselines if (key, goal.value_name) in values]
-            # A run in progress has samples of some scenarios that others lack.
-            counts = [len(each) for each in (new or (), *baselines)]
-            if not min(counts) or not baselines:
-                continue
-            old = min((each[: min(counts)] for each in baselines), key=sum)
-            interval = paired_ratio_interval((new or ())[: min(counts)], old)
-            shown = f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-            reached = interval.value <= goal.most
-            rows.append([title, goal.claim, shown if reached else f"**{shown}**", f"at most {goal.most:g}"])
+    rows = [
+        [title, goal.claim, shown, f"at most {goal.most:g}"]
+        for title, goals in benchmark.ratio_goals.items()
+        for goal in goals
+        if (shown := _format_ratio(goal, values))
+    ]
     return _markdown(["where", "ratio of means", "measured", "goal"], rows)
+
+
+def _format_ratio(goal: RatioGoal, values: SampleValues) -> str | None:
+    """A ratio with its interval, marked if the goal is missed; None if it was not measured."""
+    new = values.get((goal.scenario, goal.value_name), ())
+    baselines = [values[key, goal.value_name] for key in goal.baselines if (key, goal.value_name) in values]
+    # A run in progress has samples of some scenarios that others lack.
+    count = min((len(each) for each in (new, *baselines)), default=0)
+    if not count or not baselines:
+        return None
+    old = min((each[:count] for each in baselines), key=sum)
+    interval = paired_ratio_interval(new[:count], old)
+    shown = f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+    return shown if interval.value <= goal.most else f"**{shown}**"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
