@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.clients_environment import NODE_MODULES, require_python
 from tests.edge_runtime.service.conftest import board_process
 
 SCRIPTS = Path(__file__).parent
-ENVIRONMENT = Path(__file__).resolve().parents[4] / ".venv-clients"
-MODULES = ENVIRONMENT / "node_modules"
 ALL = {"list", "chat", "stream", "tools", "structured", "logprobs", "cancel", "history", "errors", "responses"}
 # What each client can do: most list no models, instructor is for structured output, llm gives no log-probabilities.
 CHECKS = {
@@ -54,17 +53,14 @@ def run_client(command: list[str | Path], service: str, directory: Path) -> set[
 
 @pytest.mark.parametrize("client", CHECKS)
 def test_a_client_gets_what_it_asks_for(client: str, service: str, tmp_path: Path) -> None:
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        pytest.skip("the clients are not installed: make clients")
-    assert run_client([python, SCRIPTS / f"client_{client}.py"], service, tmp_path) == CHECKS[client]
+    assert run_client([require_python(), SCRIPTS / f"client_{client}.py"], service, tmp_path) == CHECKS[client]
 
 
 # Not skipped without Node.js: it is no part of what CI needs.
-if MODULES.is_dir() and shutil.which("node"):
+if NODE_MODULES.is_dir() and shutil.which("node"):
 
     def test_javascript_clients_get_what_they_ask_for(service: str, tmp_path: Path) -> None:
         # An import of JavaScript is looked for beside the script.
-        (tmp_path / "node_modules").symlink_to(MODULES)
+        (tmp_path / "node_modules").symlink_to(NODE_MODULES)
         script = Path(shutil.copy(SCRIPTS / "client_javascript.mjs", tmp_path))
         assert run_client(["node", script], service, tmp_path) == ALL
