@@ -122,8 +122,9 @@ class Rollout:
         self._active_splits: dict[str, TrafficSplit] = {}
         # Why versions did not load. A version that is added again is another key.
         self._failures: dict[TargetVersion, str] = {}
-        # Loaded versions that are to be unloaded.
+        # Loaded versions that are to be unloaded, and the one that is being unloaded.
         self._retirements: dict[str, _Retirement] = {}
+        self._unloading: str | None = None
         self._loading: asyncio.Task[None] | None = None
         self._refresh_requested = asyncio.Event()
         self._refresh_lock = asyncio.Lock()
@@ -149,7 +150,7 @@ class Rollout:
         """The target for sessions that request no model, apart from canaries. Raises VerifierRefused (`starting`)."""
         if not self.ready:
             raise VerifierRefused(ErrorCode.STARTING, "the target is still loading; try again shortly")
-        return self._scheduler.versions[self._active_splits[self.catalog.default].version]
+        return self._loaded[self._active_splits[self.catalog.default].version]
 
     @property
     def active_aliases(self) -> dict[str, str]:
@@ -162,7 +163,7 @@ class Rollout:
         Raises:
             VerifierRefused: `unknown_model`, or `starting` while the version is being loaded.
         """
-        loaded, name = self._scheduler.versions, model or self.catalog.default
+        loaded, name = self._loaded, model or self.catalog.default
         split = self._active_splits.get(name)
         if split is not None:
             version = split.choose_version(name, key)
@@ -195,7 +196,7 @@ class Rollout:
 
         These are aliases, names of versions, and exact versions if the name belongs to a newer one.
         """
-        loaded = self._scheduler.versions
+        loaded = self._loaded
         aliases = sorted(self._active_splits, key=lambda alias: (alias != self.catalog.default, alias))
         models = {alias: loaded[self._active_splits[alias].version] for alias in aliases}
         for entry in sorted(self.catalog.targets, key=lambda entry: entry.added, reverse=True):
@@ -205,7 +206,7 @@ class Rollout:
 
     def list_versions(self) -> list[ServedVersion]:
         """All versions of the registry, with their state in this process."""
-        loaded = self._scheduler.versions
+        loaded = self._loaded
         served = []
         for listed in self.registry.list_versions(self.catalog):
             failure = self._failures.get(self.catalog.find_exact(listed.version), "")
@@ -261,7 +262,7 @@ class Rollout:
 
     def _apply_catalog(self) -> None:
         """Update the aliases, and start to load a missing version unless one is being loaded."""
-        loaded, catalog = self._scheduler.versions, self.catalog
+        loaded, catalog = self._loaded, self.catalog
         splits = {}
         for name, alias in catalog.aliases.items():
             previous = self._active_splits.get(name)
@@ -277,10 +278,15 @@ class Rollout:
         missing = [
             entry
             for entry in catalog.targets
-            if not entry.retired and entry.version not in loaded and entry not in self._failures
+            if not entry.retired and entry.version not in self._scheduler.versions and entry not in self._failures
         ]
         if missing and self._initial_loaded and (self._loading is None or self._loading.done()):
             self._loading = asyncio.create_task(self._load(min(missing, key=self._load_order)))
+
+    @property
+    def _loaded(self) -> dict[str, Target]:
+        """The versions that new sessions can get. One that is being unloaded has to be loaded again first."""
+        return {version: target for version, target in self._scheduler.versions.items() if version != self._unloading}
 
     @property
     def _initial_loaded(self) -> bool:
@@ -328,13 +334,19 @@ class Rollout:
                 for session in sessions:
                     self._sessions.remove(session)
             if expired or (not sessions and now - retirement.last_used_at > self._policy.linger_seconds):
-                await self._scheduler.unload(version)
+                self._unloading = version
+                try:
+                    await self._scheduler.unload(version)
+                finally:
+                    self._unloading = None
                 del self._retirements[version]
                 log.info("%s was unloaded", version)
+                # It may have been added again meanwhile.
+                self.request_refresh()
 
     def _unknown_model_error(self, name: str, why: str) -> VerifierRefused:
         active = {entry.version for entry in self.catalog.targets if not entry.retired}
-        available = [*self._active_splits, *sorted(active & self._scheduler.versions.keys())]
+        available = [*self._active_splits, *sorted(active & self._loaded.keys())]
         return VerifierRefused(
             ErrorCode.UNKNOWN_MODEL,
             f"the model {name[:100]!r} {why}; available: {', '.join(available) or 'none yet'}",

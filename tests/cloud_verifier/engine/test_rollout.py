@@ -24,13 +24,16 @@ UNLOAD_AT_ONCE = RetirementPolicy(linger_seconds=0, grace_seconds=3600)
 
 
 class FakeHost:
-    """Holds targets and sessions, as scheduler and session store do. Loading waits until `gate` is set."""
+    """Holds targets and sessions, as scheduler and session store do. Loading and unloading wait for their gates."""
 
     def __init__(self) -> None:
         self.versions: dict[str, Target] = {}
         self.target: object = "not None: the initial target counts as loaded"
         self.gate = asyncio.Event()
         self.gate.set()
+        self.unload_gate = asyncio.Event()
+        self.unload_gate.set()
+        self.unloading = False
         self.sessions: dict[str, str] = {}
         self.loads = 0
 
@@ -42,6 +45,8 @@ class FakeHost:
         return target
 
     async def unload(self, version: str) -> None:
+        self.unloading = True
+        await self.unload_gate.wait()
         del self.versions[version]
 
     def ids_of_version(self, version: str) -> list[str]:
@@ -271,3 +276,29 @@ async def test_a_refresh_waits_for_the_one_that_is_reading(
     await asyncio.gather(first, second)
     assert not finished
     assert rollout.active_aliases["latest"].startswith("v1@")
+
+
+async def test_a_version_that_returns_while_it_is_unloaded_is_loaded_again(
+    registry: Registry, host: FakeHost, models: Path
+) -> None:
+    rollout = Rollout(registry, host, host, UNLOAD_AT_ONCE)
+    await refresh_until(lambda: len(host.versions) == 2, rollout)
+    registry.retire("v1")
+    host.unload_gate.clear()
+    running = asyncio.create_task(rollout.run())
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not host.unloading:
+            rollout.request_refresh()
+            await asyncio.sleep(0.01)
+    registry.add(str(models / "v1"))
+    registry.promote("latest", "v1")
+    await rollout.refresh()
+    # It is still there, but not for long.
+    assert len(host.versions) == 2
+    assert rollout.resolve("", "key").name == "v0"
+    with pytest.raises(VerifierRefused, match="still loading"):
+        rollout.resolve("v1", "key")
+    host.unload_gate.set()
+    await refresh_until(lambda: rollout.resolve("", "key").name == "v1", rollout)
+    assert (host.loads, set(rollout.models())) == (3, {"latest", "v0", "v1"})
+    running.cancel()
