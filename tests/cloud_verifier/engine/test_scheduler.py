@@ -164,13 +164,17 @@ async def test_a_forward_waits_for_sessions_that_are_expected(tiny: Target) -> N
             scheduler.submit(session, reply)
             await reply.result()
 
-        for number in (1, 2, 3):
+        # The scheduler learns that the rounds arrive 50 ms apart; a busy machine makes some of them later.
+        for number in range(1, 50):
             before = len(target.forwards)
             await asyncio.gather(*(run_round(session, number, 0.05 * i) for i, (session, _) in enumerate(sessions)))
-        # The scheduler has learned that the rounds arrive 50 ms apart: without waiting there would be three forwards.
-        assert len(target.forwards) - before < 3
+            # Without waiting there would be three.
+            if len(target.forwards) - before < 3:
+                break
+        else:
+            pytest.fail("no rounds share a forward")
         # A session that does not come back is waited for once, and only until it is late.
-        await asyncio.wait_for(run_round(sessions[0][0], 4, 0.0), TIMEOUT_SECONDS)
+        await asyncio.wait_for(run_round(sessions[0][0], number + 1, 0.0), TIMEOUT_SECONDS)
 
 
 async def test_a_failing_round_does_not_harm_others_in_its_forward(tiny: Target, reference_text: ReferenceText) -> None:
@@ -220,19 +224,14 @@ async def test_rounds_on_a_lost_device_are_answered_and_the_engine_ends(
     target = RecordingTarget(tiny)
     monkeypatch.setattr(scheduler_module, "device_responds", lambda device: False)
     async with running_scheduler(target) as scheduler:
-        target.may_run.clear()
         target.fails = lambda piece: 13 in piece.ids
-        replies = [submit_opening(scheduler, target, draft=[k])[1] for k in (3, 13, 4)]
-        target.may_run.set()
-        failed = 0
+        # Two that are long under way when the third one fails, whatever is computed first.
+        replies = [submit_opening(scheduler, target, sampling=ENDLESS, n=100)[1] for _ in range(2)]
+        replies.append(submit_opening(scheduler, target, draft=[13])[1])
         for reply in replies:
-            try:
+            with pytest.raises(VerifierRefused, match="it is going to restart") as refused:
                 await reply.result()
-            except VerifierRefused as refused:
-                assert (refused.code, "it is going to restart" in str(refused)) == (ErrorCode.INTERNAL, True)
-                failed += 1
-        # The first forward may have started before the others were submitted.
-        assert failed >= 2
+            assert refused.value.code == ErrorCode.INTERNAL
         assert isinstance(scheduler.failure, scheduler_module.DeviceLostError)
         scheduler._thread.join(TIMEOUT_SECONDS)
         assert scheduler.stalled_seconds == float("inf")
