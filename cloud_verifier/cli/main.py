@@ -48,7 +48,7 @@ examples, with your own model and GPUs:
   cloud-verifier serve Llama-3.2-3B-Instruct-Q4_K_M.gguf                     # converted once, into a cache
   cloud-verifier serve --registry /var/lib/flexspec-verifier/targets         # see `cloud-verifier targets --help`
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --replicas 2-8 # Ray Serve: one GPU per replica
-  torchrun --nproc-per-node 2 -m cloud_verifier.cli serve /srv/models/Qwen2.5-32B --device cuda --dtype bfloat16
+  cloud-verifier serve /srv/models/Qwen2.5-32B --device cuda --dtype bfloat16 --gpus 2
   cloud-verifier service install --now /srv/models/Llama-3.1-8B -- --device cuda --dtype bfloat16
 """
 

@@ -9,9 +9,11 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud_verifier.cli import gpu_processes
 from cloud_verifier.registry.catalog import NAME
 from edge_runtime.common.connections import DEFAULT_CONNECTIONS, ConnectionLimits
 from edge_runtime.common.credentials import find_credential
@@ -77,7 +79,7 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--batch-window MS", text, default=2.0, type=_milliseconds)
     text = (
         "on CUDA: let torch fuse layers, which makes rounds a third faster; takes a while at the first start, after "
-        "that the code is in the cache (default: on CUDA, but not with torchrun; layers that cannot be compiled, or "
+        "that the code is in the cache (default: on CUDA, but not with --gpus; layers that cannot be compiled, or "
         "then compute something else, run as they are)"
     )
     serve.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
@@ -105,7 +107,7 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     option("--max-sessions", "concurrent sessions", default=256, type=positive)
     text = (
         "KV cache capacity in tokens, all sessions together (default, printed at start: what the GPU's free memory has "
-        "room for; on a CPU half of the available memory, at most 262,144; with torchrun 262,144)"
+        "room for; on a CPU half of the available memory, at most 262,144; with --gpus 262,144)"
     )
     option("--max-tokens N", text, type=positive)
     text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
@@ -126,6 +128,8 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     serve.add_argument("--draft-threads", type=int, default=0, help=text)
     text = "leave drafting to the boards while more than N rounds are running"
     option("--draft-rounds N", text, default=4, type=positive)
+    text = "split the target over N GPUs of this machine (tensor parallelism), with a process for each"
+    option("--gpus N", text, default=1, type=positive)
     scale = serve.add_argument_group("replicas, with Ray Serve")
     text = (
         "number of replicas, or a range that is scaled with the load; each has its own copy of the target (and its own "
@@ -212,6 +216,10 @@ def _serve(options: argparse.Namespace) -> int:
         raise InputError("--name is for a TARGET; the versions of a registry have their names")
     if options.quantize and options.registry:
         raise InputError("--quantize is for a TARGET; a registry's versions are as in their files, quantized or not")
+    if options.gpus > 1 and not options.device.startswith("cuda"):
+        raise InputError("--gpus splits a target over GPUs: give --device cuda")
+    if options.gpus > 1 and (options.registry or options.replicas):
+        raise InputError("--gpus is for a single TARGET, neither for a registry's versions nor for replicas")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key must be given together")
     if options.client_ca and not options.certificate:
@@ -242,7 +250,10 @@ def _serve(options: argparse.Namespace) -> int:
     if options.replicas is not None:
         return _serve_replicas(options, listening, authenticator)
     loader = _target_loader(options)
+    if options.gpus > 1 and not loader.is_tensor_parallel:
+        return gpu_processes.run_group([sys.executable, "-m", "cloud_verifier.cli", *sys.argv[1:]], options.gpus)
     if options.registry is None and loader.is_tensor_parallel and int(os.environ["RANK"]):
+        gpu_processes.ignore_signals()
         loader.follow_leader(options.target, _limits(options).max_tokens)
         return 0
     # The service answers while the target loads: clients get `starting` instead of a refused connection.

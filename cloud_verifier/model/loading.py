@@ -48,7 +48,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
         if not cuda and (self.exact or self.compiled):
             raise InputError("--exact and --compile need --device cuda; a CPU needs neither")
         if self.is_tensor_parallel and self.quantize:
-            raise InputError("--quantize is for one GPU; torchrun splits a target over several")
+            raise InputError("--quantize is for one GPU; --gpus and torchrun split a target over several")
         if self.is_tensor_parallel and not cuda:
             raise InputError("torchrun is for several GPUs: give --device cuda")
 
