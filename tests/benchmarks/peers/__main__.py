@@ -50,9 +50,9 @@ from tests.benchmarks.peers.stopwatch import (
 )
 
 PROMPT = "The engineers who built the first bridges over this river had neither steel nor concrete. They began with"
-# The module that an engine's name begins with, if it needs one.
+# The module that engines of a family need.
 MODULES = {"vLLM": "vllm", "SGLang": "sglang", "onnxruntime-genai": "onnxruntime_genai"}
-# The engines that have a time for one forward.
+# What the child processes of each engine printed, one for each repetition.
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -118,7 +118,7 @@ def measure(name: str, prompts: list[list[int]], options: argparse.Namespace) ->
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT)}
     program: list[str] = [sys.executable, "-m", engines.__name__]
     if interpreter:
-        # Without the project, which that interpreter may lack what it needs for.
+        # As a script, without the project: that interpreter may lack what it imports.
         environment["PYTHONPATH"], program = "", [interpreter, engines.__file__]
     done = subprocess.run([*program, name, json.dumps(given)], env=environment, stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """The engines of `peers`, each run in a process of its own: `python engines.py NAME JSON` prints what it measured.
 
-Several of them do not fit into one environment, so that this file runs in other interpreters, too: at its top, it only
-imports the standard library and its neighbors.
+Not all of them fit into one environment, so this file also runs in other interpreters: at its top, it imports only the
+standard library and `stopwatch`.
 """
 
 from __future__ import annotations
