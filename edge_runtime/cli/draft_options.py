@@ -76,7 +76,7 @@ def open_ngram_cache(draft: DraftSettings, manifest: Manifest, default_directory
     """
     from edge_runtime.ngram_cache import NgramCache, NgramStore
 
-    if not draft.ngram_cache:
+    if not (draft.ngram_cache_directory if draft.ngram_cache is None else draft.ngram_cache):
         return None
     directory = draft.ngram_cache_directory or default_directory
     store = NgramStore(directory, manifest.vocabulary.hash) if directory else None

@@ -14,10 +14,10 @@ from edge_runtime.protocol.errors import InputError
 SERVICE_DIRECTORY = Path("/var/lib/flexspec") / NGRAM_CACHE_DIRECTORY_NAME
 HELP = "show or erase the cache of verified text that improves the draft"
 DESCRIPTION = f"""\
-`edge-runtime serve` caches verified text, prompts included, as token ids. The cache improves the acceptance of the
-frozen draft and changes no answer. On disk it takes at most half a MB per vocabulary, readable by its owner only.
-`serve --no-ngram-cache`, or ngram_cache = false under [draft] in the configuration, switches it off;
-`serve --ngram-cache DIR`, or ngram_cache_directory, chooses the directory.
+With `serve --ngram-cache DIR`, or ngram_cache_directory or ngram_cache = true under [draft] in the configuration,
+`edge-runtime serve` caches verified text, prompts included, as token ids. The cache improves the acceptance of a draft
+that is not trained for what its target writes by now, and changes no answer. On disk it takes at most half a MB per
+vocabulary, readable by its owner only.
 
 The directory is the one given, else the configured one, else $STATE_DIRECTORY/{NGRAM_CACHE_DIRECTORY_NAME}, else \
 {SERVICE_DIRECTORY}.

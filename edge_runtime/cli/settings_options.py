@@ -75,7 +75,7 @@ def _value_arguments(entry: SettingEntry) -> dict[str, Any]:
     """Return the arguments of `add_argument` that follow from a setting's type."""
     match bare_type(entry.type):
         case inspect.BoolType():
-            return {"action": "store_const", "const": not entry.value}
+            return {"action": "store_const", "const": not entry.spec.option.startswith("--no-")}
         case inspect.LiteralType(values=values):
             return {"choices": [value for value in values if value]}
         case other:

@@ -162,21 +162,22 @@ class DraftSettings(SettingsTable, frozen=True):
         ),
     ] = 64
     ngram_cache: Annotated[
-        bool,
+        bool | None,
         SettingSpec(
             "--no-ngram-cache",
-            "cache verified text, prompts included, to improve the draft",
-            flag_help="draft without the n-gram cache of verified text",
+            "cache verified text, prompts included, for a draft that is not trained for what the target writes by now",
+            flag_help="draft without an n-gram cache of verified text, even if there is a directory for it",
+            default="true if there is a directory for it, else false",
             deprecated_names=("memory",),
             deprecated_flags=("--no-memory",),
         ),
-    ] = True
+    ] = None
     ngram_cache_directory: Annotated[
         Path | None,
         SettingSpec(
             "--ngram-cache DIR",
-            "keep the n-gram cache here across restarts; its files hold what users wrote, as token ids",
-            default="the state directory of a systemd service, else not kept",
+            "use an n-gram cache and keep it here across restarts; its files hold what users wrote, as token ids",
+            default="with an n-gram cache, the state directory of a systemd service, else not kept",
             validate=validators.path,
             deprecated_names=("memory_directory",),
             deprecated_flags=("--memory",),

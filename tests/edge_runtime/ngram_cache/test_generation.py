@@ -42,8 +42,10 @@ def test_the_cache_survives_a_restart_until_it_is_erased(
 ) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     options = ("--policy", "fixed", "--threads", "1")
+    enabled = tmp_path / "enabled.toml"
+    enabled.write_text("[draft]\nngram_cache = true\n")
     with running(target_v1) as verifier:
-        with board_process(verifier, *options) as (process, url):
+        with board_process(verifier, *options, "--config", str(enabled)) as (process, url):
             assert cached_tokens(url) == 0
             texts = [ask(url)]
             # A text that is being stored at shutdown is still written.
@@ -53,7 +55,7 @@ def test_the_cache_survives_a_restart_until_it_is_erased(
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         (record,) = NgramStore(file.parent, file.stem).read()
         assert record.version.startswith("target-v1@")
-        with board_process(verifier, *options) as (_, url):
+        with board_process(verifier, *options, "--config", str(enabled)) as (_, url):
             assert cached_tokens(url) == len(record.ids) + 1
             texts.append(ask(url))
         assert main(["ngram-cache", "show"]) == 0
@@ -62,8 +64,8 @@ def test_the_cache_survives_a_restart_until_it_is_erased(
         assert "password" not in shown
         assert main(["ngram-cache", "erase"]) == 0
         config = tmp_path / "config.toml"
-        config.write_text("[draft]\nngram_cache = false\n")
-        for disabled in (("--no-ngram-cache",), ("--config", str(config))):
+        config.write_text("[draft]\nngram_cache = false\nngram_cache_directory = 'kept'\n")
+        for disabled in ((), ("--no-ngram-cache", "--config", str(enabled)), ("--config", str(config))):
             with board_process(verifier, *options, *disabled) as (_, url):
                 assert cached_tokens(url) is None
                 texts.append(ask(url))
