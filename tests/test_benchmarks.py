@@ -204,6 +204,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert command.main(["run", *options]) == 0
     assert "| 4G | 5 | 11.0 (10.0 to 12.0) | **40** |" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.glob("toy.*")} == {".jsonl", ".md", ".png"}
+    assert command.main(["run", *options, "--again", "--repetitions", "1"]) == 0
+    assert "| 4G | 5 | 10.0 | **40** |" in capsys.readouterr().out
     path = str(tmp_path / "toy.jsonl")
     assert command.main(["compare", path, path]) == 0
     assert "noise" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 examples:
   python -m tests.benchmarks run                            # all; goes on where a killed run stopped
   python -m tests.benchmarks run wire speed --quick         # few samples
-  python -m tests.benchmarks run systems --only 4g          # some scenarios
+  python -m tests.benchmarks run systems --only 4g --repetitions 3   # some scenarios
   python -m tests.benchmarks report wire                    # Markdown and a chart, from the files
   python -m tests.benchmarks compare before/wire.jsonl build/benchmarks/wire.jsonl
   python -m tests.benchmarks readme                         # tables of READMEs, from the files
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -43,6 +45,10 @@ def load_benchmark(name: str) -> Benchmark:
 
 def run(options: argparse.Namespace) -> int:
     benchmarks = [load_benchmark(name) for name in options.names or NAMES]
+    if options.repetitions:
+        benchmarks = [
+            replace(each, repetitions=options.repetitions, quick_repetitions=options.repetitions) for each in benchmarks
+        ]
     take_samples(benchmarks, options.directory, quick=options.quick, again=options.again, only=options.only)
     return write_reports(options)
 
@@ -98,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--quick", action="store_true", help="few samples")
             text = "take samples of scenarios with this text in their names"
             command.add_argument("--only", default="", metavar="TEXT", help=text)
+            text = "samples of each scenario (default: as many as the benchmark says)"
+            command.add_argument("--repetitions", type=int, metavar="N", help=text)
             command.add_argument("--again", action="store_true", help="do not go on with samples of an earlier run")
     comparison = commands.add_parser("compare", help="tell regressions from noise")
     comparison.add_argument("old", type=Path)
@@ -115,4 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The processes that a run has started end with it; a shell's background job ignores SIGINT.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
