@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # The leader tells the followers to end before it ends itself. Chosen: freeing a GPU's memory takes seconds.
 LAST_SECONDS = 30.0
+# More than a message to systemd has.
+NOTIFICATION_BYTES = 4096
 # Of Linux's prctl(2): the signal that a process gets when its parent ends.
 PR_SET_PDEATHSIG = 1
 
@@ -32,14 +34,14 @@ def run_group(command: Sequence[str], size: int) -> int:
 
     Returns the leader's exit code, or 1 if another process failed before.
     """
-    port = _find_port()
+    port, notifications = _find_port(), _relay_notifications()
     processes: list[subprocess.Popen[bytes]] = []
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
         for rank in range(size):
             process = subprocess.Popen(
                 command,
-                env=_make_environment(rank, size, port),
+                env=_make_environment(rank, size, port, notifications),
                 # Of a session of its own, so that Ctrl-C in a terminal reaches the leader through us only.
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
@@ -86,13 +88,40 @@ def _find_port() -> int:
         return port
 
 
-def _make_environment(rank: int, size: int, port: int) -> dict[str, str]:
+def _relay_notifications() -> str | None:
+    """Pass on to systemd what the leader tells it: it listens to the process that it has started.
+
+    Returns the address of the leader's socket; None without systemd.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return None
+    inside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    # The kernel chooses an abstract name.
+    inside.bind("")
+
+    def relay() -> None:
+        with inside, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
+            manager = f"\0{address[1:]}" if address.startswith("@") else address
+            while True:
+                message = inside.recv(NOTIFICATION_BYTES)
+                # systemd does not listen while it restarts itself.
+                with contextlib.suppress(OSError):
+                    outside.sendto(message, manager)
+
+    threading.Thread(target=relay, daemon=True).start()
+    name: bytes = inside.getsockname()
+    return name.decode().replace("\0", "@", 1)
+
+
+def _make_environment(rank: int, size: int, port: int, notifications: str | None) -> dict[str, str]:
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     environment = os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    # systemd expects its watchdog to be served by the process that it started: the leader does so in its place.
-    environment.pop("WATCHDOG_PID", None)
-    if rank:
-        environment.pop("NOTIFY_SOCKET", None)
+    # systemd names the process that it started: the leader serves its watchdog in that one's place.
+    for name in ("WATCHDOG_PID", "NOTIFY_SOCKET"):
+        environment.pop(name, None)
+    if notifications and not rank:
+        environment["NOTIFY_SOCKET"] = notifications
     return environment
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,10 @@ if rank:
 
     ignore_signals()
 else:
+    from edge_runtime.common.sd_notify import Notifier
+
+    Notifier().ready("serving")
+
     def drain(*_):
         time.sleep(0.2)
         (directory / "stop").touch()
@@ -54,10 +59,20 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> subprocess.Popen[bytes]:
+def service_manager(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket on which a service manager listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(TIMEOUT_SECONDS)
+        yield manager
+
+
+@pytest.fixture
+def group(service_manager: socket.socket, tmp_path: Path) -> subprocess.Popen[bytes]:
     """The launcher of a group of three that has started."""
     command = [sys.executable, "-c", LAUNCHER, sys.executable, "-c", MEMBER, str(tmp_path)]
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE)
+    environment = os.environ | {"NOTIFY_SOCKET": service_manager.getsockname()}
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     wait_until(lambda: len(list(tmp_path.glob("*.member"))) == 3)
     return launcher
 
@@ -66,8 +81,11 @@ def members(directory: Path) -> list[list[str]]:
     return [(directory / f"{rank}.member").read_text().split() for rank in range(3)]
 
 
-def test_a_group_ends_as_its_leader_ends(group: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_a_group_ends_as_its_leader_ends(
+    group: subprocess.Popen[bytes], service_manager: socket.socket, tmp_path: Path
+) -> None:
     started = members(tmp_path)
+    assert b"READY=1" in service_manager.recv(4096)
     assert [each[1:4] for each in started] == [["3", str(rank), "127.0.0.1"] for rank in range(3)]
     assert len({each[4] for each in started}) == 1
     # As a service manager and a terminal do, to all processes.
