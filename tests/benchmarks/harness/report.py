@@ -156,7 +156,8 @@ def _format_ratio(goal: RatioGoal, values: SampleValues) -> str | None:
         return None
     old = min((each[:count] for each in baselines), key=sum)
     interval = paired_ratio_interval(new[:count], old)
-    shown = f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+    low, value, high = (f"{each:.3f}" for each in (interval.low, interval.value, interval.high))
+    shown = value if low == high else f"{value} ({low} to {high})"
     return shown if interval.value <= goal.most else f"**{shown}**"
 
 
