@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -156,8 +156,7 @@ def _format_ratio(goal: RatioGoal, values: SampleValues) -> str | None:
         return None
     old = min((each[:count] for each in baselines), key=sum)
     interval = paired_ratio_interval(new[:count], old)
-    low, value, high = (f"{each:.3f}" for each in (interval.low, interval.value, interval.high))
-    shown = value if low == high else f"{value} ({low} to {high})"
+    shown = _format_interval(interval, "{:.3f}".format)
     return shown if interval.value <= goal.most else f"**{shown}**"
 
 
@@ -320,6 +319,11 @@ def _cell(scenario: Scenario, quantity: Quantity, values: SampleValues) -> str:
     if not samples:
         return "-" if any(key == scenario.key for key, _ in values) else "not measured"
     interval = quantile_interval(samples, quantity.quantile)
-    low, value, high = (quantity.format(each) for each in (interval.low, interval.value, interval.high))
-    shown = value if low == high else f"{value} ({low} to {high})"
+    shown = _format_interval(interval, quantity.format)
     return shown if quantity.is_reached(interval.value) else f"**{shown}**"
+
+
+def _format_interval(interval: Interval, format_number: Callable[[float], str]) -> str:
+    """A value with its interval, unless both ends look like it."""
+    low, value, high = map(format_number, (interval.low, interval.value, interval.high))
+    return value if low == high else f"{value} ({low} to {high})"
