@@ -74,6 +74,19 @@ def test_repetitions_are_interleaved_and_a_killed_run_goes_on(tmp_path: Path, mo
     assert len(taken) == 10
 
 
+def test_processes_share_the_samples_of_a_benchmark(tmp_path: Path) -> None:
+    storm = command.load_benchmark("update_storm")
+    (alone,) = take_samples([storm], tmp_path / "alone", quick=False)
+    (shared,) = take_samples([storm], tmp_path / "shared", quick=False, processes=2)
+    assert SampleFile.load(shared).values() == SampleFile.load(alone).values()
+
+
+def test_a_process_that_fails_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        # There is no module of this name that another process could import.
+        take_samples([benchmark([])], tmp_path, quick=False, processes=2)
+
+
 def test_a_table_has_medians_with_intervals_and_marks_missed_goals(tmp_path: Path) -> None:
     file = file_of(tmp_path, speed=[10.0, 12.0, 11.0], delay=[40.0, 40.0, 40.0])
     assert report.format_table(benchmark([]), file).splitlines() == [

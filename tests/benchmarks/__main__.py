@@ -49,7 +49,14 @@ def run(options: argparse.Namespace) -> int:
         benchmarks = [
             replace(each, repetitions=options.repetitions, quick_repetitions=options.repetitions) for each in benchmarks
         ]
-    take_samples(benchmarks, options.directory, quick=options.quick, again=options.again, only=options.only)
+    take_samples(
+        benchmarks,
+        options.directory,
+        quick=options.quick,
+        again=options.again,
+        only=options.only,
+        processes=options.processes,
+    )
     return write_reports(options)
 
 
@@ -106,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--only", default="", metavar="TEXT", help=text)
             text = "samples of each scenario (default: as many as the benchmark says)"
             command.add_argument("--repetitions", type=int, metavar="N", help=text)
+            text = "processes that take samples at once, where they do not disturb each other (default: %(default)s)"
+            command.add_argument("--processes", type=int, default=1, metavar="N", help=text)
             command.add_argument("--again", action="store_true", help="do not go on with samples of an earlier run")
     comparison = commands.add_parser("compare", help="tell regressions from noise")
     comparison.add_argument("old", type=Path)

@@ -11,6 +11,7 @@ time, it counts as late: figures are then too high. Joules are computed from the
 one text before the first sample, and the fixed K of a baseline is the best one for what it measures on such a text.
 
 BENCHMARK_TRACES=DIRECTORY adds recorded links: every pair of NAME.up and NAME.down in Mahimahi's format.
+BENCHMARK_DEVICE=cuda runs the target on a GPU, where forwards are fast enough for the faster verifiers, too.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ SYSTEMS = (
 # How long packets under way are waited for, in round-trip times, before bytes are read.
 DRAIN_ROUND_TRIPS = 2
 START_SECONDS = 300.0
+# KV cache of a verifier, and threads of the draft beside it: as many as leave other processes theirs. Chosen.
+POOL_TOKENS, DRAFT_THREADS = 1 << 15, min(4, max(1, (os.cpu_count() or 1) // 4))
 # Where the processes in the cloud listen.
 PORTS = {"plain": 8500, "speculating": 8501, "probabilities": 8502}
 PER_TOKEN = Quantity("answer, per token", "ms", digits=1)
@@ -137,6 +140,9 @@ def find_recordings() -> list[str]:
     return sorted(str(path.with_suffix("")) for path in Path(directory).glob("*.up")) if directory else []
 
 
+# Where the target runs. On a CPU a forward takes longer than those of the faster modeled verifiers.
+DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")
+FASTER_VERIFIERS = {"32b": "a 32B target on an H200", "7b": "a 7B target on an H200"}
 LINKS = ("4g", "wifi", "5g", "weak-4g")
 BOARDS = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2w", "jetson-orin-nano")
 VERSIONS = ("target-v1", "target-v2", "target-v3", "target-v4")
@@ -144,6 +150,10 @@ VERSIONS = ("target-v1", "target-v2", "target-v3", "target-v4")
 COMPARISONS: Mapping[str, Mapping[ComparedPlace, str]] = {
     "Links": {ComparedPlace(link): link for link in LINKS}
     | {ComparedPlace(link): Path(link).name for link in find_recordings()},
+    **{
+        f"Links, {description} (forwards modeled)": {ComparedPlace(link, verifier): link for link in LINKS}
+        for verifier, description in FASTER_VERIFIERS.items()
+    },
     "Temperature 0": {ComparedPlace(link, temperature=0.0): link for link in LINKS[:2]},
     "Boards, on 4g": {ComparedPlace("4g", board=board): board for board in BOARDS},
     "Versions of the target, on 4g": {ComparedPlace("4g", version=version): version for version in VERSIONS},
@@ -188,7 +198,8 @@ def make_cases(places: Sequence[ComparedPlace], systems: Sequence[System], *, qu
                 scenario = Scenario({"link": Path(place.link).name}, LINK_COLUMNS, "The links, measured", quick)
             else:
                 columns = tuple(EXACT if each is SAME and system.exact else each for each in COLUMNS)
-                scenario = Scenario({"system": system.name}, columns, place.title, quick)
+                samples = 0 if DEVICE == "cpu" and place.verifier in FASTER_VERIFIERS else None
+                scenario = Scenario({"system": system.name}, columns, place.title, quick, samples)
             cases[scenario.key] = scenario, Case(place, system)
         measured.add(place.link)
     return cases
@@ -247,11 +258,12 @@ class Comparison:
         self._clouds, self._version = {}, version
         target, host = self._family / version, ADDRESSES["cloud"]
         for name, port in PORTS.items():
-            options = ["probabilities", str(target), host, str(port)]
+            options = ["probabilities", str(target), host, str(port), DEVICE]
             if name != "probabilities":
                 options = ["verifier", str(target), "--host", host, "--port", str(port), "--threads", "1"]
+                options += ["--device", DEVICE, "--max-tokens", str(POOL_TOKENS), "--no-compile"]
             if name == "speculating":
-                options += ["--draft", str(self._bundle.path), "--draft-threads", "1"]
+                options += ["--draft", str(self._bundle.path), "--draft-threads", str(DRAFT_THREADS)]
             command = [sys.executable, "-m", "tests.benchmarks.comparison.cloud", *options]
             with (ROOT / "build" / "benchmarks" / f"{name}.log").open("wb") as log:
                 process = ControlledProcess(self._network.command("cloud", command), cwd=ROOT, stderr=log)

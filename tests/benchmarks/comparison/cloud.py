@@ -1,7 +1,7 @@
 """The process in the cloud: `python -m tests.benchmarks.comparison.cloud KIND [OPTION ...]`.
 
     verifier       `cloud-verifier` with these options
-    probabilities  the same target and runner behind the wire format of `distributions`: TARGET HOST PORT
+    probabilities  the same target and runner behind the wire format of `distributions`: TARGET HOST PORT DEVICE
 
 Its forwards take the time of the verifier named by the last `SetPace` on its standard input. What it prints, except for
 the replies to that, goes to its standard error. `/readyz` says when it serves.
@@ -44,7 +44,8 @@ from tests.benchmarks.comparison.distributions import (
     warp,
 )
 from tests.benchmarks.comparison.isolation import SampleIsolation
-from tests.benchmarks.comparison.pacing import PaceCounts, VerifierPace
+from tests.benchmarks.comparison.pacing import PaceCounts
+from tests.benchmarks.comparison.verifier_pacing import VerifierPace
 from tests.emulator.control import claim_standard_output
 
 POOL_TOKENS = 1 << 15
@@ -169,17 +170,17 @@ def make_app(verifier: ProbabilityVerifier) -> Starlette:
     )
 
 
-async def serve_probabilities(target_path: Path, host: str, port: int) -> None:
+async def serve_probabilities(target_path: Path, host: str, port: int, device: str) -> None:
     """Serve until the process ends."""
     torch.set_num_threads(1)
-    app = make_app(ProbabilityVerifier(Target(target_path, device="cpu", dtype=torch.float32)))
+    app = make_app(ProbabilityVerifier(Target(target_path, device=device, dtype=torch.float32)))
     await HttpServer(app, ListenOptions(host=host, port=port)).start()
     await asyncio.Event().wait()
 
 
 def main() -> None:
     pace, isolation = VerifierPace(), SampleIsolation()
-    pace.install(TargetRunner)
+    pace.install()
     isolation.install()
     replies = claim_standard_output()
 
@@ -194,8 +195,8 @@ def main() -> None:
     threading.Thread(target=obey, daemon=True).start()
     if kind == "verifier":
         sys.exit(run_cloud_verifier(["serve", *arguments]))
-    target, host, port = arguments
-    asyncio.run(serve_probabilities(Path(target), host, int(port)))
+    target, host, port, device = arguments
+    asyncio.run(serve_probabilities(Path(target), host, int(port), device))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -12,6 +13,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from cloud_verifier.registry.checkpoint import base_directory
+from cloud_verifier.registry.version_files import version_hash
+from edge_runtime.common.files import write_atomically
 from tests.benchmarks.comparison.board import AnswerCommand
 from tests.benchmarks.harness.samples import ROOT
 
@@ -68,16 +72,26 @@ class References:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._texts: dict[str, list[int]] = json.loads(path.read_text()) if path.is_file() else {}
+        self._texts = self._read()
 
     def get(self, target: Path, wanted: Sequence[AnswerCommand]) -> list[list[int]]:
         """Return the texts, generating those that are missing in a process of its own."""
-        keys = [hashlib.sha256(msgspec.json.encode([str(target.resolve()), each])).hexdigest() for each in wanted]
+        version = _version_hash(target.resolve())
+        keys = [hashlib.sha256(msgspec.json.encode([version, each])).hexdigest() for each in wanted]
         if missing := [index for index, key in enumerate(keys) if key not in self._texts]:
             command = [sys.executable, "-m", "tests.benchmarks.comparison.reference", str(target)]
             requests = msgspec.json.encode([wanted[index] for index in missing])
             done = subprocess.run(command, input=requests, stdout=subprocess.PIPE, check=True)
             self._texts |= zip((keys[index] for index in missing), json.loads(done.stdout), strict=True)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._texts))
+            # Another process may have added texts in the meantime.
+            write_atomically(self._path, json.dumps(self._read() | self._texts).encode())
         return [self._texts[key] for key in keys]
+
+    def _read(self) -> dict[str, list[int]]:
+        texts: dict[str, list[int]] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        return texts
+
+
+@functools.cache
+def _version_hash(target: Path) -> str:
+    return version_hash(target, base_directory(target))

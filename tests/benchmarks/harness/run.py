@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import importlib
+import itertools
+import multiprocessing
+import queue
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edge_runtime.protocol.errors import InputError
-from tests.benchmarks.harness.benchmark import Benchmark
+from tests.benchmarks.harness.benchmark import Benchmark, Scenario
 from tests.benchmarks.harness.samples import RunInfo, Sample, SampleFile
+
+# Scenarios and numbers of their repetitions, in the order in which samples are taken.
+SampleList: TypeAlias = Sequence[tuple[Scenario, int]]
+# How often it is noticed that a process has ended without its samples.
+WATCH_SECONDS = 1.0
 
 
 def take_samples(
-    benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool, again: bool = False, only: str = ""
+    benchmarks: Sequence[Benchmark],
+    directory: Path,
+    *,
+    quick: bool,
+    again: bool = False,
+    only: str = "",
+    processes: int = 1,
 ) -> list[Path]:
     """Run benchmarks one after the other. Returns the files of their samples.
 
@@ -28,6 +44,11 @@ def take_samples(
         quick: take few samples.
         again: start over.
         only: take samples of scenarios with this text in their key.
+        processes: how many processes take samples of a benchmark at once, those of one table always in the same. Only
+            for machines on which they do not disturb each other.
+
+    Raises:
+        RuntimeError: one of several processes has failed.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -42,7 +63,17 @@ def take_samples(
         for benchmark in benchmarks:
             path = directory / f"{benchmark.name}.jsonl"
             file = open_samples(benchmark, path, again=again)
-            asyncio.run(_take(benchmark, file, progress, quick=quick, only=only))
+            missing = _missing_samples(benchmark, file, quick=quick, only=only)
+            task = progress.add_task(benchmark.name, total=len(missing))
+
+            def keep(sample: Sample, file: SampleFile = file, task: Any = task) -> None:
+                file.add(sample)
+                progress.update(task, advance=1, description=f"{file.info.benchmark}: {sample.scenario}")
+
+            if processes > 1:
+                _take_in_processes(benchmark, missing, processes, keep)
+            elif missing:
+                asyncio.run(_take(benchmark, missing, keep))
             paths.append(path)
     return paths
 
@@ -62,23 +93,62 @@ def open_samples(benchmark: Benchmark, path: Path, *, again: bool) -> SampleFile
     return SampleFile.create(path, info)
 
 
-async def _take(benchmark: Benchmark, file: SampleFile, progress: Progress, *, quick: bool, only: str) -> None:
+def _missing_samples(benchmark: Benchmark, file: SampleFile, *, quick: bool, only: str) -> SampleList:
     repetitions = benchmark.quick_repetitions if quick else benchmark.repetitions
     taken = {(sample.scenario, sample.repetition) for sample in file.samples}
-    missing = [
+    return [
         (scenario, repetition)
         for repetition in range(repetitions)
         for scenario in benchmark.scenarios
         if (scenario.key, repetition) not in taken and only in scenario.key and (scenario.quick or not quick)
         if scenario.samples is None or repetition < scenario.samples
     ]
-    task = progress.add_task(benchmark.name, total=len(missing))
-    if not missing:
-        return
+
+
+async def _take(benchmark: Benchmark, samples: SampleList, keep: Callable[[Sample], object]) -> None:
     async with benchmark.running() as measure:
-        for scenario, repetition in missing:
-            progress.update(task, description=f"{benchmark.name}: {scenario.key}")
+        for scenario, repetition in samples:
             values = await measure(scenario, repetition)
-            file.add(Sample(scenario.key, repetition, dict(values)))
-            progress.advance(task)
-    progress.update(task, description=benchmark.name)
+            keep(Sample(scenario.key, repetition, dict(values)))
+
+
+def _take_in_processes(
+    benchmark: Benchmark, samples: SampleList, processes: int, keep: Callable[[Sample], object]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[Sample] = context.Queue()
+    children = [
+        context.Process(target=_take_share, args=(benchmark.name, share, results), daemon=True)
+        for share in _split_by_table(samples, processes)
+    ]
+    for child in children:
+        child.start()
+    for _ in samples:
+        while True:
+            try:
+                keep(results.get(timeout=WATCH_SECONDS))
+                break
+            except queue.Empty:
+                if failed := [child.exitcode for child in children if child.exitcode]:
+                    raise RuntimeError(f"a process of the benchmark ended with exit code {failed[0]}") from None
+    for child in children:
+        child.join()
+
+
+def _split_by_table(samples: SampleList, processes: int) -> list[list[tuple[str, int]]]:
+    """Keys of scenarios and numbers of repetitions, for each of at most `processes` processes."""
+    tables: dict[str, list[tuple[str, int]]] = {}
+    for scenario, repetition in samples:
+        tables.setdefault(scenario.table, []).append((scenario.key, repetition))
+    shares: list[list[list[tuple[str, int]]]] = [[] for _ in range(min(processes, len(tables)))]
+    for table in sorted(tables.values(), key=len, reverse=True):
+        min(shares, key=lambda share: sum(map(len, share))).append(table)
+    # One repetition of all tables after the other.
+    return [sorted(itertools.chain.from_iterable(share), key=lambda sample: sample[1]) for share in shares]
+
+
+def _take_share(name: str, samples: Sequence[tuple[str, int]], results: multiprocessing.Queue[Sample]) -> None:
+    """Take samples of the benchmark `name`, in a process of its own."""
+    benchmark: Benchmark = importlib.import_module(f"tests.benchmarks.{name}").BENCHMARK
+    scenarios: Mapping[str, Scenario] = {scenario.key: scenario for scenario in benchmark.scenarios}
+    asyncio.run(_take(benchmark, [(scenarios[key], repetition) for key, repetition in samples], results.put))

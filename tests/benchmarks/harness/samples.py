@@ -36,7 +36,7 @@ class RunInfo(msgspec.Struct, frozen=True):
 
     Attributes:
         commit: of the working tree; ends with `+` if it has changes.
-        machine: processor, cores and system.
+        machine: processor, cores, GPUs and system.
     """
 
     benchmark: str
@@ -51,7 +51,7 @@ class RunInfo(msgspec.Struct, frozen=True):
         return cls(
             benchmark,
             _commit(),
-            f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+            ", ".join([_processor(), f"{os.cpu_count()} cores", *_gpus(), platform.system()]),
             platform.python_version(),
             {name: importlib.metadata.version(name) for name in PACKAGES},
         )
@@ -126,6 +126,9 @@ def _complete(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _commit() -> str:
+    # A copy of the tree on another machine may lack its history.
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -137,6 +140,15 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def _gpus() -> list[str]:
+    """Names of this machine's NVIDIA GPUs."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def _processor() -> str:
