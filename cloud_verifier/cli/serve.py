@@ -123,7 +123,11 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         "checkpoint (a directory with draft.json), on the target's device"
     )
     option("--draft DRAFT", text, type=Path)
-    option("--draft-tokens K", "tokens to draft per forward", default=5, type=positive)
+    text = (
+        "most tokens to draft per forward; fewer or none where measured times and acceptance say that they cost more "
+    )
+    text += "than they save"
+    option("--draft-tokens K", text, default=5, type=positive)
     text = "CPU threads of the draft (default: one per core, at most 4)"
     serve.add_argument("--draft-threads", type=int, default=0, help=text)
     text = "leave drafting to the boards while more than N rounds are running"

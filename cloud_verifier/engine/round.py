@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
+from typing import NamedTuple
 
+from cloud_verifier.engine.draft_lengths import DraftLengths
 from cloud_verifier.engine.outbox import Outbox
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
@@ -21,6 +23,17 @@ from edge_runtime.protocol.errors import GrammarError, VerifierRefused
 from edge_runtime.protocol.messages import MAX_TREE_NODES, PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
 
+class OwnDraft(NamedTuple):
+    """Tokens that the verifier drafted for itself.
+
+    Attributes:
+        seconds: how long its draft model took; None if it was not asked.
+    """
+
+    tokens: list[int]
+    seconds: float | None = None
+
+
 class ActiveRound:
     """One round in progress.
 
@@ -30,6 +43,7 @@ class ActiveRound:
             otherwise a longer prefix is about to be cached, and the round tries again.
         current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
             depends on the load.
+        draft_lengths: chooses how many tokens that drafts.
         session_load: returns the percentage of session slots in use, which every frame reports.
         outbox: takes frames and errors for the event loop.
 
@@ -49,6 +63,7 @@ class ActiveRound:
         keep_rows: Callable[[Session, list[int]], None],
         reuse_prefix: Callable[[Session], bool],
         current_speculation: Callable[[], Speculation | None],
+        draft_lengths: DraftLengths,
         session_load: Callable[[], int],
         outbox: Outbox,
     ) -> None:
@@ -61,6 +76,7 @@ class ActiveRound:
         self._keep_rows = keep_rows
         self._reuse_prefix = reuse_prefix
         self._current_speculation = current_speculation
+        self._draft_lengths = draft_lengths
         self._session_load = session_load
         self._outbox = outbox
         self._last_frame_at = 0.0
@@ -114,12 +130,23 @@ class ActiveRound:
         if session.target.runner.exact:
             siblings = {}
         accepted, tokens = yield from self._verify(draft, siblings)
+        if not siblings:
+            self._draft_lengths.record_forward(len(draft), self.forward_seconds)
         remaining = request.n - len(tokens)
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
         while not session.finish and remaining > 0:
-            draft = yield from self._draft(min(remaining - 1, self._max_draft_length()))
+            draft, draft_seconds = yield from self._draft(min(remaining - 1, self._max_draft_length()))
+            before = self.forward_seconds
             accepted, tokens = yield from self._verify(draft, {})
             self._further_forwards += 1
+            if draft_seconds is not None:
+                self._draft_lengths.record(
+                    session.own_draft_evidence,
+                    len(draft),
+                    accepted,
+                    draft_seconds=draft_seconds,
+                    forward_seconds=self.forward_seconds - before,
+                )
             tokens = draft[:accepted] + tokens
             remaining -= len(tokens)
             self._emit(0, tokens, more=not session.finish and remaining > 0)
@@ -134,22 +161,26 @@ class ActiveRound:
     def _max_draft_length(self) -> int:
         return self.session.target.draft_limit(len(self.session.ids))
 
-    def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+    def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, OwnDraft]:
         """Draft up to `count` tokens: those that the grammar forces, else with the verifier's own draft model.
 
-        Returns none if neither can.
+        Returns none if neither can, or if that would take longer than it saves.
         """
         session, speculation = self.session, self._current_speculation()
         # A forward takes no more nodes than the tree of a board.
         forced_limit = min(count, MAX_TREE_NODES - 1)
         if session.processor and (forced := session.processor.forced_after(session.ids, forced_limit)):
-            return forced
+            return OwnDraft(forced)
         # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
-            return []
+            return OwnDraft([])
+        limit = min(count, speculation.max_draft_tokens)
+        count = self._draft_lengths.choose(session.own_draft_evidence, limit)
+        if not count:
+            return OwnDraft([], seconds=0.0)
         if session.draft is None:
             session.draft = speculation.new_session_draft(session.owner)
-        count = min(count, speculation.max_draft_tokens)
+        begun = time.perf_counter()
         steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
         sampled: SampledTokens | None = None
         while True:
@@ -158,10 +189,10 @@ class ActiveRound:
                 work = steps.send(sampled)
             except StopIteration as end:
                 tokens: list[int] = end.value
-                return tokens
+                return OwnDraft(tokens, time.perf_counter() - begun)
             except GrammarError:
                 # On the draft's path; the target's own may be another.
-                return []
+                return OwnDraft([])
             finally:
                 self.forward_seconds += time.perf_counter() - started
             sampled = yield work

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from cloud_verifier.engine.draft_lengths import DraftLengths
 from cloud_verifier.engine.fairness import TurnOrder
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.outbox import Outbox
@@ -133,6 +134,8 @@ class Scheduler:
         self._expected: list[tuple[float, int, Session]] = []
         # By shape of the KV cache, and whether the pool is the draft model's.
         self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
+        # By shape as well: what takes as long.
+        self._draft_lengths: dict[CacheShape, DraftLengths] = {}
         # Of the targets' pools; empty if prefixes are not reused.
         self._prefix_caches: dict[CacheShape, PrefixCache] = {}
         self._wake = threading.Condition()
@@ -180,6 +183,7 @@ class Scheduler:
             keep_rows=self._keep_rows,
             reuse_prefix=self._reuse_prefix,
             current_speculation=self._current_speculation,
+            draft_lengths=self._draft_lengths.setdefault(session.target.runner.shape, DraftLengths()),
             session_load=self._session_load,
             outbox=self._outbox,
         )

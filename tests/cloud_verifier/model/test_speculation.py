@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.cli.main import main
+from cloud_verifier.engine.draft_lengths import AcceptanceEvidence, DraftLengths
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.speculation import Speculation
@@ -53,6 +55,12 @@ VARIED = Sampling(1.5, seed=5, ignore_eos=True)
 CALIBRATION_TEXT = "the quick brown fox jumps over the lazy dog"
 
 MakeBundle = Callable[[Path], Path]
+
+
+@pytest.fixture(autouse=True)
+def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft as many tokens as possible: beside a target as small as these, a draft costs more than it saves."""
+    monkeypatch.setattr(DraftLengths, "choose", lambda _, text, limit: limit)
 
 
 class SpeculatingVerifier:
@@ -179,6 +187,23 @@ def test_the_text_equals_reference_decoding(
         further += frame.further
     assert session.ids[len(PROMPT) :] == reference[: len(session.ids) - len(PROMPT)]
     assert verifier.target.forwards == rounds + further < rounds * n
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_the_text_does_not_depend_on_the_lengths_of_drafts(
+    verifier: SpeculatingVerifier, reference_text: ReferenceText, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, chosen = Random(7), set[int]()
+
+    def choose(_: DraftLengths, _text: AcceptanceEvidence, limit: int) -> int:
+        length = random.randint(0, limit)
+        chosen.add(length)
+        return length
+
+    monkeypatch.setattr(DraftLengths, "choose", choose)
+    session = verifier.client.open(sampling=sampling, n=60)
+    assert session.ids == PROMPT + reference_text(PROMPT, 60, sampling)
+    assert len(chosen) > 2
 
 
 @pytest.mark.slow

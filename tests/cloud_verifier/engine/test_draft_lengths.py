@@ -1,0 +1,94 @@
+"""How many tokens the verifier drafts for itself."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud_verifier.engine.draft_lengths import TEXT_DECAY, AcceptanceEvidence, DraftLengths
+
+LIMIT = 5
+FORWARD, ROW = 0.008, 0.0002
+
+
+def speed(length: int, acceptance: float, draft_seconds: float) -> float:
+    """Tokens per second with drafts of a fixed length."""
+    tokens = sum(acceptance**index for index in range(length + 1))
+    return tokens / (length * draft_seconds + FORWARD + ROW * length)
+
+
+class SimulatedText:
+    """A text on a simulated clock, whose draft tokens are each accepted with a set probability."""
+
+    def __init__(self, lengths: DraftLengths, seed: int, draft_seconds: float) -> None:
+        self.acceptance = 0.0
+        self._lengths, self._random, self._draft_seconds = lengths, Random(seed), draft_seconds
+        self._evidence = AcceptanceEvidence(TEXT_DECAY)
+        lengths.record_forward(0, FORWARD)
+
+    def generate(self, forwards: int) -> tuple[float, list[int]]:
+        """Run forwards; return tokens per second, and the lengths of their drafts."""
+        tokens, seconds, chosen = 0, 0.0, []
+        for _ in range(forwards):
+            length = self._lengths.choose(self._evidence, LIMIT)
+            accepted = next((i for i in range(length) if self._random.random() >= self.acceptance), length)
+            draft, forward = length * self._draft_seconds, FORWARD + ROW * length
+            self._lengths.record(self._evidence, length, accepted, draft_seconds=draft, forward_seconds=forward)
+            tokens, seconds = tokens + accepted + 1, seconds + draft + forward
+            chosen.append(length)
+        return tokens / seconds, chosen
+
+
+@pytest.mark.parametrize("draft_seconds", [0.0003, 0.001, 0.004, 0.012])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.9])
+def test_a_text_is_nearly_as_fast_as_with_the_best_length(acceptance: float, draft_seconds: float) -> None:
+    text = SimulatedText(DraftLengths(), 1, draft_seconds)
+    text.acceptance = acceptance
+    text.generate(100)
+    reached, _ = text.generate(2000)
+    assert reached > 0.93 * max(speed(length, acceptance, draft_seconds) for length in range(LIMIT + 1))
+
+
+def test_drafting_begins_again_when_it_pays_again() -> None:
+    text = SimulatedText(DraftLengths(), 2, 0.002)
+    text.generate(400)
+    _, without = text.generate(100)
+    text.acceptance = 0.95
+    text.generate(400)
+    _, later = text.generate(100)
+    assert sum(without) < 30 and sum(later) > 300
+
+
+def test_a_new_text_begins_with_what_others_showed() -> None:
+    lengths = DraftLengths()
+    for seed in range(5):
+        text = SimulatedText(lengths, seed, 0.006)
+        text.acceptance = 0.1
+        text.generate(100)
+    _, chosen = SimulatedText(lengths, 9, 0.006).generate(5)
+    assert sum(chosen) <= 1
+
+
+def test_one_slow_forward_changes_little() -> None:
+    lengths, evidence = DraftLengths(), AcceptanceEvidence(TEXT_DECAY)
+    for _ in range(50):
+        lengths.record(evidence, LIMIT, LIMIT, draft_seconds=0.005, forward_seconds=FORWARD)
+        lengths.record_forward(0, FORWARD)
+    lengths.record(evidence, LIMIT, LIMIT, draft_seconds=0.005, forward_seconds=1.0)
+    assert lengths.choose(evidence, LIMIT) == LIMIT
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16), st.floats(0, 10), st.floats(0, 10))),
+    st.integers(0, 16),
+)
+def test_a_length_is_always_possible(forwards: list[tuple[int, int, float, float]], limit: int) -> None:
+    lengths, evidence = DraftLengths(), AcceptanceEvidence(TEXT_DECAY)
+    for drafted, accepted, draft_seconds, forward_seconds in forwards:
+        lengths.record(
+            evidence, drafted, min(drafted, accepted), draft_seconds=draft_seconds, forward_seconds=forward_seconds
+        )
+        assert 0 <= lengths.choose(evidence, limit) <= limit
