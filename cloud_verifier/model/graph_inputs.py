@@ -16,7 +16,9 @@ from cloud_verifier.model.kv_cache import PAGE_TOKENS
 from cloud_verifier.model.rope import LengthScaledRope
 from cloud_verifier.model.sampling import GREEDY, as_int64
 
-MAX_SEGMENTS = 128
+# As many as a forward of the largest size has rows, so that all streams are in one forward: eight forwards of 128 rows
+# take three times as long as one of 1,024.
+MAX_SEGMENTS = 1024
 # Rows that attend together: so many, if their query heads of one KV head are not fewer or more than these. Chosen:
 # tl.dot takes no fewer, and the keys of a round with few tokens are read only once.
 MIN_BLOCK_QUERIES, MAX_BLOCK_QUERIES, BLOCK_ROWS = 16, 64, 8
@@ -105,16 +107,17 @@ class GraphInputs:
             "row_spans": (rows,),
             "blocks": (blocks, 3),
             "segments": (max_segments, 4),
-            "page_table": (max_segments, columns),
             "moves": (max_segments, 4),
             "work_counts": (2,),
-            # Last, because only its used part is copied.
+            # Last, because only their used parts are copied.
+            "page_table": (max_segments, columns),
             "work": (blocks * self.max_spans, 2),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
         self._host: dict[str, npt.NDArray[Any]] = {}
+        self._starts: dict[str, int] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
@@ -122,6 +125,7 @@ class GraphInputs:
             on_host, on_device = (part.view(wide[name]) if name in wide else part.view(shape) for part in parts)
             self._host[name] = on_host.numpy()
             setattr(self, name, on_device)
+            self._starts[name] = start
             start = stop
 
     def fill(
@@ -177,8 +181,12 @@ class GraphInputs:
         # Padding rows are written to page 0, which is never read.
         host["row_spans"][row:], host["pages"][row:] = 0, 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
-        used = self._pinned.numel() - host["work"].size + 2 * len(block)
-        self.buffer[:used].copy_(self._pinned[:used], non_blocking=True)
+        columns = host["page_table"].shape[1]
+        self._copy(0, self._starts["page_table"] + len(segments) * columns)
+        self._copy(self._starts["work"], self._starts["work"] + 2 * len(block))
+
+    def _copy(self, start: int, stop: int) -> None:
+        self.buffer[start:stop].copy_(self._pinned[start:stop], non_blocking=True)
 
 
 def _write(field: npt.NDArray[Any], values: Sequence[Any] | npt.NDArray[Any]) -> None:

@@ -38,6 +38,7 @@ from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
 from cloud_verifier.model.quantization import METHODS, quantize_layers
 from cloud_verifier.model.target import Target, make_runner
 from cloud_verifier.model.tree import TokenTree
+from edge_runtime.common.memory import freeze_objects
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.toy_family import FAMILY
@@ -325,6 +326,8 @@ async def start_engine(engine: Scheduler) -> None:
         if engine.failure:
             raise engine.failure
         await asyncio.sleep(0.01)
+    # As `cloud-verifier serve` does.
+    freeze_objects()
 
 
 async def stream_text(engine: Scheduler, target: Target, prompt: list[int], tokens: int, gaps: list[float]) -> float:
