@@ -169,8 +169,8 @@ def test_a_quick_run_takes_the_quick_scenarios(tmp_path: Path, monkeypatch: pyte
     assert {key for key, _ in taken} == {"4G, 5"}
     take_samples([slow], tmp_path, quick=False, only="4G")
     assert len(taken) == 3
-    take_samples([slow], tmp_path, quick=False)
-    assert len(taken) == 6
+    take_samples([slow], tmp_path, quick=False, without="4G")
+    assert len(taken) == 6 and {key for key, _ in taken[3:]} == {"Wi-Fi, 5"}
 
 
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:

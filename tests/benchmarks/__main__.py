@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         quick=options.quick,
         again=options.again,
         only=options.only,
+        without=options.without,
         processes=options.processes,
     )
     return write_reports(options)
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--quick", action="store_true", help="few samples")
             text = "take samples of scenarios with this text in their names"
             command.add_argument("--only", default="", metavar="TEXT", help=text)
+            command.add_argument("--without", metavar="TEXT", help="leave out those with this text in their names")
             text = "samples of each scenario (default: as many as the benchmark says)"
             command.add_argument("--repetitions", type=int, metavar="N", help=text)
             text = "processes that take samples at once, where they do not disturb each other (default: %(default)s)"

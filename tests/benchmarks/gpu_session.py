@@ -75,6 +75,8 @@ PARTS = {
         tables=False,
     ),
     "http": Part(120, (HTTP, "--http", "cuda"), (HTTP, "--http", "cpu"), tables=False),
+    # On a machine with two GPUs.
+    "two-gpus": Part(150, (HTTP, "--http", "cuda", "--gpus", "2"), (HTTP, "--http", "cpu"), tables=False),
     "contexts": Part(
         150,
         (*VERIFIER, "forwards", "--compiled", "--shape", "8B", "--draft", "5", "--context", "512", "4096", "16384"),
@@ -116,14 +118,14 @@ PARTS = {
 }  # fmt: skip
 
 
-def verify_over_http(device: str) -> int:
-    """Serve the example family on `device`, compare its texts under several plans, and stop it with SIGTERM."""
+def verify_over_http(device: str, gpus: int) -> int:
+    """Serve the toy family on `device`, compare its texts under several plans, and stop it with SIGTERM."""
     import httpx
 
     from tests.toy_family import FAMILY
 
     command = [sys.executable, "-m", "cloud_verifier.cli", "--log-level", "info", "serve", str(FAMILY / "target-v1")]
-    command += ["--device", device, "--port", "0"]
+    command += ["--device", device, "--port", "0"] + ["--gpus", str(gpus)] * (gpus > 1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         started = time.monotonic()
@@ -176,12 +178,13 @@ def main() -> int:
     parser.add_argument("--packages", action="store_true", help="print the packages that may be needed as wheels")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--http", metavar="DEVICE", help=argparse.SUPPRESS)
+    parser.add_argument("--gpus", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.packages:
         print(*PACKAGES.values())
         return 0
     if options.http:
-        return verify_over_http(options.http)
+        return verify_over_http(options.http, options.gpus)
     if options.out is None:
         parser.error("OUT is required")
     started = time.monotonic()

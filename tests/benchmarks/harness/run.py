@@ -31,6 +31,7 @@ def take_samples(
     quick: bool,
     again: bool = False,
     only: str = "",
+    without: str | None = None,
     processes: int = 1,
 ) -> list[Path]:
     """Run benchmarks one after the other. Returns the files of their samples.
@@ -43,7 +44,7 @@ def take_samples(
         directory: of the files.
         quick: take few samples.
         again: start over.
-        only: take samples of scenarios with this text in their key.
+        only, without: take samples of scenarios with this text in their key, and not of those with that one.
         processes: how many processes take samples of a benchmark at once, those of one table always in the same. Only
             for machines on which they do not disturb each other.
 
@@ -63,7 +64,7 @@ def take_samples(
         for benchmark in benchmarks:
             path = directory / f"{benchmark.name}.jsonl"
             file = open_samples(benchmark, path, again=again)
-            missing = _missing_samples(benchmark, file, quick=quick, only=only)
+            missing = _missing_samples(benchmark, file, quick=quick, only=only, without=without)
             task = progress.add_task(benchmark.name, total=len(missing))
 
             def keep(sample: Sample, file: SampleFile = file, task: Any = task) -> None:
@@ -93,14 +94,17 @@ def open_samples(benchmark: Benchmark, path: Path, *, again: bool) -> SampleFile
     return SampleFile.create(path, info)
 
 
-def _missing_samples(benchmark: Benchmark, file: SampleFile, *, quick: bool, only: str) -> SampleList:
+def _missing_samples(
+    benchmark: Benchmark, file: SampleFile, *, quick: bool, only: str, without: str | None
+) -> SampleList:
     repetitions = benchmark.quick_repetitions if quick else benchmark.repetitions
     taken = {(sample.scenario, sample.repetition) for sample in file.samples}
     return [
         (scenario, repetition)
         for repetition in range(repetitions)
         for scenario in benchmark.scenarios
-        if (scenario.key, repetition) not in taken and only in scenario.key and (scenario.quick or not quick)
+        if (scenario.key, repetition) not in taken and (scenario.quick or not quick)
+        if only in scenario.key and (without is None or without not in scenario.key)
         if scenario.samples is None or repetition < scenario.samples
     ]
 
