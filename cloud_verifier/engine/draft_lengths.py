@@ -6,14 +6,19 @@ target on a GPU costs more than it saves. So both are measured. The text is the 
 
 from __future__ import annotations
 
+from collections import Counter
+
 # By how much older evidence counts less with every forward of a text, and of all texts.
 TEXT_DECAY, SHARED_DECAY = 0.97, 0.995
 # Acceptance rate of a draft that nothing is known about yet, and how many tested tokens that counts for; likewise what
 # is known of all texts for a new one. Chosen: so optimistic that drafts are tried, and from time to time tried again.
 UNKNOWN_ACCEPTANCE, UNKNOWN_WEIGHT, SHARED_WEIGHT = 0.7, 4.0, 8.0
-# Weight of the latest time in its moving average, and how many times the average it counts for at most: a forward may
-# have had a chunk of another text's prompt in it.
+# Least weight of the latest time in its moving average, and how many times the average it counts for at most: in a
+# forward there may be a chunk of another text's prompt.
 LATEST_WEIGHT, MAX_EXCESS = 0.1, 2.0
+# By how much the times of other lengths are taken to fall with every step, so that each is tried again: the load may
+# have changed. Chosen: a length that takes a tenth longer is tried once in 200 steps.
+OPTIMISM = 0.0005
 
 
 class AcceptanceEvidence:
@@ -34,58 +39,60 @@ class AcceptanceEvidence:
         return (self.accepted + weight * prior) / (self.tested + weight)
 
 
+class StepTimes:
+    """Seconds from one forward's tokens to the next one's, by draft length: scheduling, drafting and the forward."""
+
+    def __init__(self) -> None:
+        # Mean seconds, and the number of steps.
+        self._means: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()
+
+    def record(self, length: int, seconds: float) -> None:
+        for other in self._means.keys() - {length}:
+            self._means[other] *= 1 - OPTIMISM
+        self._counts[length] += 1
+        mean = self._means.setdefault(length, seconds)
+        weight = max(LATEST_WEIGHT, 1 / self._counts[length])
+        self._means[length] += weight * (min(seconds, MAX_EXCESS * mean) - mean)
+
+    def expect(self, length: int) -> float | None:
+        """The time with drafts of `length` tokens; None if nothing is known."""
+        if length in self._means:
+            return self._means[length]
+        if not self._means:
+            return None
+        nearest, *others = sorted(self._means, key=lambda known: abs(known - length))
+        seconds = self._means[nearest]
+        if not others:
+            # Too low for a shorter draft, which is therefore tried next.
+            return seconds * (1 + min(length, nearest)) / (1 + nearest)
+        slope = (self._means[others[0]] - seconds) / (others[0] - nearest)
+        return max(0.0, seconds + slope * (length - nearest))
+
+
 class DraftLengths:
-    """Chooses draft lengths from the times of forwards and drafts on one target, and from acceptance."""
+    """Chooses draft lengths on one target from the times of steps and from acceptance."""
 
     def __init__(self) -> None:
         self._shared = AcceptanceEvidence(SHARED_DECAY)
-        # Mean seconds of a forward by draft length, and of drafting a token.
-        self._forward_seconds: dict[int, float] = {}
-        self._draft_seconds: float | None = None
+        self._times = StepTimes()
 
     def choose(self, text: AcceptanceEvidence, limit: int) -> int:
-        """The number of tokens from 0 to `limit` whose draft and forward give most tokens per second."""
-        shared = self._shared.rate(UNKNOWN_ACCEPTANCE, UNKNOWN_WEIGHT)
-        rate = text.rate(shared, SHARED_WEIGHT)
+        """The number of tokens from 0 to `limit` with which a step brings most tokens per second."""
+        rate = text.rate(self._shared.rate(UNKNOWN_ACCEPTANCE, UNKNOWN_WEIGHT), SHARED_WEIGHT)
         best, best_speed = 0, 0.0
         tokens, reached = 1.0, 1.0
         for length in range(limit + 1):
             if length:
                 reached *= rate
                 tokens += reached
-            seconds = length * (self._draft_seconds or 0.0) + self._expected_forward(length)
-            # Of equal ones the longest: while nothing is known, everything is tried.
-            if seconds <= 0 or tokens / seconds >= best_speed:
-                best, best_speed = length, tokens / max(seconds, 1e-9)
+            speed = tokens / (self._times.expect(length) or 1e-9)
+            if speed >= best_speed:
+                best, best_speed = length, speed
         return best
 
-    def record(
-        self, text: AcceptanceEvidence, drafted: int, accepted: int, *, draft_seconds: float, forward_seconds: float
-    ) -> None:
-        """Record a forward of a text.
-
-        Args:
-            drafted: tokens drafted by the verifier's own model for this forward.
-            draft_seconds: from the first step of that to the last; others' drafts in between count.
-        """
+    def record(self, text: AcceptanceEvidence, drafted: int, accepted: int, seconds: float) -> None:
+        """Record a step of a text, in which the verifier's own model drafted `drafted` tokens."""
         for evidence in (text, self._shared):
             evidence.record(drafted, accepted)
-        self.record_forward(drafted, forward_seconds)
-        if drafted:
-            self._draft_seconds = _updated(self._draft_seconds, draft_seconds / drafted)
-
-    def record_forward(self, length: int, seconds: float) -> None:
-        """Record the time of a forward that verified a draft of `length` tokens, whoever drafted them."""
-        self._forward_seconds[length] = _updated(self._forward_seconds.get(length), seconds)
-
-    def _expected_forward(self, length: int) -> float:
-        """Seconds of a forward: those of the nearest length that is known; 0 if none is."""
-        if not self._forward_seconds:
-            return 0.0
-        return self._forward_seconds[min(self._forward_seconds, key=lambda known: abs(known - length))]
-
-
-def _updated(mean: float | None, latest: float) -> float:
-    if mean is None:
-        return latest
-    return mean + LATEST_WEIGHT * (min(latest, MAX_EXCESS * mean) - mean)
+        self._times.record(drafted, seconds)

@@ -27,11 +27,11 @@ class OwnDraft(NamedTuple):
     """Tokens that the verifier drafted for itself.
 
     Attributes:
-        seconds: how long its draft model took; None if it was not asked.
+        by_model: its draft model could be asked; it may have been faster not to.
     """
 
     tokens: list[int]
-    seconds: float | None = None
+    by_model: bool = False
 
 
 class ActiveRound:
@@ -130,23 +130,16 @@ class ActiveRound:
         if session.target.runner.exact:
             siblings = {}
         accepted, tokens = yield from self._verify(draft, siblings)
-        if not siblings:
-            self._draft_lengths.record_forward(len(draft), self.forward_seconds)
         remaining = request.n - len(tokens)
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
         while not session.finish and remaining > 0:
-            draft, draft_seconds = yield from self._draft(min(remaining - 1, self._max_draft_length()))
-            before = self.forward_seconds
+            started = time.perf_counter()
+            draft, by_model = yield from self._draft(min(remaining - 1, self._max_draft_length()))
             accepted, tokens = yield from self._verify(draft, {})
             self._further_forwards += 1
-            if draft_seconds is not None:
-                self._draft_lengths.record(
-                    session.own_draft_evidence,
-                    len(draft),
-                    accepted,
-                    draft_seconds=draft_seconds,
-                    forward_seconds=self.forward_seconds - before,
-                )
+            if by_model:
+                seconds = time.perf_counter() - started
+                self._draft_lengths.record(session.own_draft_evidence, len(draft), accepted, seconds)
             tokens = draft[:accepted] + tokens
             remaining -= len(tokens)
             self._emit(0, tokens, more=not session.finish and remaining > 0)
@@ -177,10 +170,9 @@ class ActiveRound:
         limit = min(count, speculation.max_draft_tokens)
         count = self._draft_lengths.choose(session.own_draft_evidence, limit)
         if not count:
-            return OwnDraft([], seconds=0.0)
+            return OwnDraft([], by_model=True)
         if session.draft is None:
             session.draft = speculation.new_session_draft(session.owner)
-        begun = time.perf_counter()
         steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
         sampled: SampledTokens | None = None
         while True:
@@ -189,7 +181,7 @@ class ActiveRound:
                 work = steps.send(sampled)
             except StopIteration as end:
                 tokens: list[int] = end.value
-                return OwnDraft(tokens, time.perf_counter() - begun)
+                return OwnDraft(tokens, by_model=True)
             except GrammarError:
                 # On the draft's path; the target's own may be another.
                 return OwnDraft([])
