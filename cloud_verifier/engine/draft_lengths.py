@@ -6,19 +6,17 @@ target on a GPU costs more than it saves. So both are measured. The text is the 
 
 from __future__ import annotations
 
-from collections import Counter
-
 # By how much older evidence counts less with every forward of a text, and of all texts.
 TEXT_DECAY, SHARED_DECAY = 0.97, 0.995
 # Acceptance rate of a draft that nothing is known about yet, and how many tested tokens that counts for; likewise what
 # is known of all texts for a new one. Chosen: so optimistic that drafts are tried, and from time to time tried again.
 UNKNOWN_ACCEPTANCE, UNKNOWN_WEIGHT, SHARED_WEIGHT = 0.7, 4.0, 8.0
-# Least weight of the latest time in its moving average, and how many times the average it counts for at most: in a
-# forward there may be a chunk of another text's prompt.
-LATEST_WEIGHT, MAX_EXCESS = 0.1, 2.0
-# By how much the times of other lengths are taken to fall with every step, so that each is tried again: the load may
-# have changed. Chosen: a length that takes a tenth longer is tried once in 200 steps.
-OPTIMISM = 0.0005
+# A moving average weighs the latest time as if there had been at most so many before, and at most so many times the
+# average: in a forward there may be a chunk of another text's prompt.
+MAX_WEIGHT, MAX_EXCESS = 10.0, 2.0
+# An average of n times is taken to be this much too high, divided by n: each length is tried a few times. And by how
+# much n falls with every step of another length, so that it is tried again: the load may have changed. Chosen.
+OPTIMISM, FADING = 0.5, 0.0005
 
 
 class AcceptanceEvidence:
@@ -43,22 +41,21 @@ class StepTimes:
     """Seconds from one forward's tokens to the next one's, by draft length: scheduling, drafting and the forward."""
 
     def __init__(self) -> None:
-        # Mean seconds, and the number of steps.
+        # Mean seconds, and how many steps they are worth.
         self._means: dict[int, float] = {}
-        self._counts: Counter[int] = Counter()
+        self._weights: dict[int, float] = {}
 
     def record(self, length: int, seconds: float) -> None:
         for other in self._means.keys() - {length}:
-            self._means[other] *= 1 - OPTIMISM
-        self._counts[length] += 1
+            self._weights[other] = max(OPTIMISM, self._weights[other] * (1 - FADING))
         mean = self._means.setdefault(length, seconds)
-        weight = max(LATEST_WEIGHT, 1 / self._counts[length])
-        self._means[length] += weight * (min(seconds, MAX_EXCESS * mean) - mean)
+        weight = self._weights[length] = min(MAX_WEIGHT, self._weights.get(length, 0.0) + 1)
+        self._means[length] += (min(seconds, MAX_EXCESS * mean) - mean) / weight
 
     def expect(self, length: int) -> float | None:
         """The time with drafts of `length` tokens; None if nothing is known."""
         if length in self._means:
-            return self._means[length]
+            return self._means[length] * (1 - OPTIMISM / self._weights[length])
         if not self._means:
             return None
         nearest, *others = sorted(self._means, key=lambda known: abs(known - length))

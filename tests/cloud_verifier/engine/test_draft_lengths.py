@@ -87,7 +87,7 @@ def test_a_length_that_was_slow_once_is_tried_again() -> None:
     for _ in range(3000):
         times.record(5, 0.012)
     slow = times.expect(0)
-    assert slow and slow < 0.012
+    assert slow is not None and slow < 0.012
 
 
 @given(
