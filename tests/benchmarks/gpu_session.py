@@ -15,8 +15,10 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -118,27 +120,51 @@ PARTS = {
 }  # fmt: skip
 
 
+def save_divisible_family(path: Path) -> Path:
+    """Save a random target whose heads can be split over several GPUs, and the toy family's draft as one for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from edge_runtime.protocol.bundle import MANIFEST_NAME
+    from tests.toy_family import FAMILY
+
+    heads = {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 32}
+    config = AutoConfig.from_pretrained(FAMILY / "target-v1", **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path / "target-v1")
+    AutoTokenizer.from_pretrained(FAMILY / "target-v1").save_pretrained(path / "target-v1")
+    shutil.copytree(FAMILY / "bundle", path / "bundle")
+    manifest = json.loads((path / "bundle" / MANIFEST_NAME).read_text())
+    manifest["shared"] = {"layout": "standalone", "blocks": 0, "fingerprints": {}}
+    (path / "bundle" / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return path
+
+
 def verify_over_http(device: str, gpus: int) -> int:
-    """Serve the toy family on `device`, compare its texts under several plans, and stop it with SIGTERM."""
+    """Serve a small target on `device`, compare its texts under several plans, and stop it with SIGTERM."""
     import httpx
 
     from tests.toy_family import FAMILY
 
-    command = [sys.executable, "-m", "cloud_verifier.cli", "--log-level", "info", "serve", str(FAMILY / "target-v1")]
-    command += ["--device", device, "--port", "0"] + ["--gpus", str(gpus)] * (gpus > 1)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        started = time.monotonic()
-        try:
-            url = server.stdout.readline().split()[-1]
-            print(f"ready in {time.monotonic() - started:.1f} s: {server.stdout.readline().strip()}", flush=True)
-            assert httpx.get(f"{url}/readyz").status_code == 200
-            plans = [sys.executable, "-m", "tests.benchmarks.plans", url, "--tokens", "48"]
-            plans += ["--bundle", str(FAMILY / "bundle")]
-            differing = subprocess.run(plans, check=False).returncode
-        finally:
-            server.terminate()
-        code = server.wait(60)
+    with tempfile.TemporaryDirectory() as directory:
+        family = save_divisible_family(Path(directory)) if gpus > 1 else FAMILY
+        command = [sys.executable, "-m", "cloud_verifier.cli", "--log-level", "info", "serve"]
+        command.append(str(family / "target-v1"))
+        command += ["--device", device, "--port", "0"] + ["--gpus", str(gpus)] * (gpus > 1)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            started = time.monotonic()
+            try:
+                # It ends without an output if it cannot serve.
+                words = server.stdout.readline().split()
+                if not words:
+                    return server.wait(60) or 1
+                print(f"ready in {time.monotonic() - started:.1f} s: {server.stdout.readline().strip()}", flush=True)
+                assert httpx.get(f"{words[-1]}/readyz").status_code == 200
+                plans = [sys.executable, "-m", "tests.benchmarks.plans", words[-1], "--tokens", "48"]
+                plans += ["--bundle", str(family / "bundle")]
+                differing = subprocess.run(plans, check=False).returncode
+            finally:
+                server.terminate()
+            code = server.wait(60)
     print(f"plans: exit code {differing}; the verifier after SIGTERM: {code}")
     return differing or code
 
