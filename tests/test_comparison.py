@@ -201,7 +201,8 @@ def test_a_forward_takes_at_least_the_modeled_time() -> None:
     counts.sleep_rest(started, 0.02)
     assert time.perf_counter() - started >= 0.02
     counts.sleep_rest(started, 0.01)
-    assert (counts.forwards, counts.late) == (2, 1)
+    assert counts.forwards == 2
+    assert counts.late_seconds >= 0.01
 
 
 def test_a_draft_runs_at_the_speed_of_a_board() -> None:

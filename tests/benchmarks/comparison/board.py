@@ -145,14 +145,14 @@ class AnswerReport(msgspec.Struct):
         ids: its tokens.
         arrivals: seconds from the start at which each token was there.
         draft_length: the fixed K; 0 if there is none.
-        late: share of the draft's steps that took longer than the board's.
+        late_seconds: by which the draft's steps took longer than the board's.
     """
 
     ids: list[int] = []
     arrivals: list[float] = []
     costs: Costs = msgspec.field(default_factory=Costs)
     draft_length: int = 0
-    late: float = 0.0
+    late_seconds: float = 0.0
 
 
 class RoundTrial(NamedTuple):
@@ -439,10 +439,9 @@ class Board:
         if isinstance(command, Prepare):
             await self._prepare(command)
             return AnswerReport()
-        before = self._pace.counts.forwards, self._pace.counts.late
+        before = self._pace.counts.late_seconds
         report = await self._current.answer(command)
-        steps, late = self._pace.counts.forwards - before[0], self._pace.counts.late - before[1]
-        report.late = late / steps if steps else 0.0
+        report.late_seconds = self._pace.counts.late_seconds - before
         return report
 
     async def _prepare(self, command: Prepare) -> None:

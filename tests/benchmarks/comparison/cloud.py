@@ -84,6 +84,9 @@ class ProbabilityVerifier:
         self._target = target
         assert isinstance(target.runner, TargetRunner), "the general tier gives no logits"
         self._runner = target.runner
+        if replay := getattr(self._runner, "replay", None):
+            # On a GPU, forwards for logits are CUDA graphs here, as those are that sample in them.
+            self._runner.forward = replay  # type: ignore[method-assign]
         self._pool = target.runner.shape.make_pool(POOL_TOKENS)
         self._prefixes = PrefixCache(self._pool)
         self._sessions: dict[int, ProbabilitySession] = {}

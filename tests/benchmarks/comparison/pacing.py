@@ -2,7 +2,7 @@
 
 Here those of drafts; those of targets are in `verifier_pacing`.
 
-Where the real forward takes longer than the modeled one, nothing can be slept; such forwards are counted as late.
+Where the real forward takes longer than the modeled one, nothing can be slept; what it takes longer is counted as late.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from edge_runtime.draft.onnx_runner import Logits, OnnxRunner, make_runner
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.protocol.bundle import Architecture
 
-# A forward is late if it takes this much longer than modeled. Chosen: what moves a median is more.
-TOLERANCE = 1.05
-
 
 class PaceCounts(msgspec.Struct):
-    """Forwards so far, and how many of them took longer than modeled."""
+    """Forwards so far, and by how much they took longer than modeled, all together."""
 
     forwards: int = 0
-    late: int = 0
+    late_seconds: float = 0.0
 
     def sleep_rest(self, started: float, seconds: float) -> None:
         """Sleep until `seconds` have passed since `started` (`time.perf_counter`); count a forward if any are due."""
@@ -33,7 +30,7 @@ class PaceCounts(msgspec.Struct):
             return
         rest = started + seconds - time.perf_counter()
         self.forwards += 1
-        self.late += rest < seconds * (1 - TOLERANCE)
+        self.late_seconds += max(0.0, -rest)
         if rest > 0:
             time.sleep(rest)
 
