@@ -240,18 +240,8 @@ def _serve(options: argparse.Namespace) -> int:
         allowed_hosts=tuple(options.allowed_hosts or ()),
     )
     authenticator = Authenticator(options.tokens)
-    if not is_loopback(options.host):
-        if options.tokens is None and client_ca is None:
-            log.warning("anyone who can reach %s can use this verifier: --tokens requires tokens", options.host)
-        if options.certificate is None:
-            log.warning(
-                "prompts and tokens are sent to %s unencrypted: give --certificate and --key, unless a proxy in front "
-                "of it terminates TLS",
-                options.host,
-            )
-    if options.tokens and not len(authenticator):
-        log.warning("%s has no tokens, so every request is refused", options.tokens)
     if options.replicas is not None:
+        _warn_of_access(options, authenticator)
         return _serve_replicas(options, listening, authenticator)
     loader = _target_loader(options)
     if options.gpus > 1 and not loader.is_tensor_parallel:
@@ -260,6 +250,8 @@ def _serve(options: argparse.Namespace) -> int:
         gpu_processes.ignore_signals()
         loader.follow_leader(options.target, _limits(options).max_tokens)
         return 0
+    # In a tensor-parallel group, only by the process that serves.
+    _warn_of_access(options, authenticator)
     # The service answers while the target loads: clients get `starting` instead of a refused connection.
     service = _build_service(options, loader, authenticator)
 
@@ -272,6 +264,21 @@ def _serve(options: argparse.Namespace) -> int:
 
     uvloop.run(serve(service, listening, announce, options.grace))
     return 0
+
+
+def _warn_of_access(options: argparse.Namespace, authenticator: Authenticator) -> None:
+    """Say in the log who can use the verifier, and read what is sent to it, if that may not be meant."""
+    if not is_loopback(options.host):
+        if options.tokens is None and options.client_ca is None:
+            log.warning("anyone who can reach %s can use this verifier: --tokens requires tokens", options.host)
+        if options.certificate is None:
+            log.warning(
+                "prompts and tokens are sent to %s unencrypted: give --certificate and --key, unless a proxy in front "
+                "of it terminates TLS",
+                options.host,
+            )
+    if options.tokens and not len(authenticator):
+        log.warning("%s has no tokens, so every request is refused", options.tokens)
 
 
 def _serve_replicas(options: argparse.Namespace, listening: ListenOptions, authenticator: Authenticator) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class KnownModels:
         """
         self._client = client
         self._file = file
+        self._save_lock = threading.Lock()
         self._urls = [endpoint.url for endpoint in client.endpoints]
         self._models = self._load()
         # The verifier's list that `_models` was made from, and when `fetch` last asked for it.
@@ -136,7 +138,9 @@ class KnownModels:
         if self._file is None:
             return
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, msgspec.json.encode(StoredModels(self._urls, self._models)))
+            # Whoever writes last writes the newest.
+            with self._save_lock:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file, msgspec.json.encode(StoredModels(self._urls, self._models)))
         except OSError as error:
             log.warning("cannot keep the list of models in %s: %s", self._file, error.strerror)
