@@ -220,6 +220,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise InputError("--name is for a TARGET; the versions of a registry have their names")
     if options.quantize and options.registry:
         raise InputError("--quantize is for a TARGET; a registry's versions are as in their files, quantized or not")
+    if options.kv_cache_dtype and options.registry:
+        raise InputError("--kv-cache-dtype is for a TARGET; a registry's versions have caches of their own dtype")
     if options.gpus > 1 and not options.device.startswith("cuda"):
         raise InputError("--gpus splits a target over GPUs: give --device cuda")
     if options.gpus > 1 and (options.registry or options.replicas):
@@ -382,6 +384,7 @@ def _target_loader(options: argparse.Namespace) -> TargetLoader:
         exact=options.exact,
         compiled=options.compile,
         quantize=options.quantize or "",
+        cache_format=options.kv_cache_dtype or "",
     )
     loader.validate()
     return loader

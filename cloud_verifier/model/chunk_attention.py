@@ -80,7 +80,7 @@ def attend_chunk(
 
     Args:
         query: (1, query heads, rows of the forward, size).
-        key, value: (1, KV heads, rows of the forward, size).
+        key, value: (1, KV heads, rows of the forward, size), of the slab's dtype.
         slab: see `KVCachePool.slabs`.
         layer: the layer's number, a tensor on the device.
 
@@ -88,11 +88,14 @@ def attend_chunk(
     """
     own = slice(chunk.first, chunk.first + chunk.rows)
     queries = query[:, :, own]
-    if chunk.past:
+    if chunk.past or slab.dtype != query.dtype:
         _, heads, _, size = key.shape
+        # As bytes, if they are rounded: torch gathers no numbers of 8 bits.
+        stored = slab.view(torch.uint8) if slab.dtype.itemsize == 1 else slab
         # (pages, 2, heads, page, size) -> (2, heads, tokens, size)
-        cached = slab[chunk.pages, layer.long()][:, :, :heads, :, :size].permute(1, 2, 0, 3, 4)
-        keys, values = cached.reshape(2, 1, heads, -1, size)[:, :, :, : chunk.past + chunk.rows].unbind(0)
+        cached = stored[chunk.pages, layer.long()][:, :, :heads, :, :size].permute(1, 2, 0, 3, 4)
+        tokens = cached.reshape(2, 1, heads, -1, size)[:, :, :, : chunk.past + chunk.rows]
+        keys, values = tokens.view(slab.dtype).to(query.dtype).unbind(0)
     else:
         keys, values = key[:, :, own], value[:, :, own]
     mask = causal_lower_right(chunk.rows, chunk.past + chunk.rows)

@@ -15,6 +15,7 @@ from cloud_verifier.model.attention import get_forward_context
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.chunk_attention import PrefillChunk, attend_chunk, flash_takes
 from cloud_verifier.model.graph_inputs import GraphInputs
+from cloud_verifier.model.kv_cache import round_to
 
 
 class GraphContext(NamedTuple):
@@ -38,6 +39,7 @@ class GraphContext(NamedTuple):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         """Attention of one layer; see `kernels.attend` for `options`."""
+        key, value = round_to(key, self.slab.dtype), round_to(value, self.slab.dtype)
         kernels.store(key, value, self.slab, layer, self.inputs)
         flash = bool(self.chunks) and flash_takes(query, value, options["span"], options["softcap"], options["sinks"])
         rows = self.chunks[0].first if flash else self.rows

@@ -125,6 +125,7 @@ def _attend(
     HAS_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     index = tl.arange(0, TILE)
     lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
@@ -165,8 +166,10 @@ def _attend(
             key_index = number * PAGE + page_rows
             is_key = (key_index < total)[:, None]
             keys = tl.load(
-                page + page_rows[:, None] * SIZE + lanes[None, :], mask=is_key & (lanes < KEY_SIZE)[None, :], other=0.0
+                page + page_rows[:, None] * SIZE + lanes[None, :], mask=is_key & (lanes < KEY_SIZE)[None, :], other=0
             )
+            if FP8:
+                keys = keys.to(tl.float8e4nv, bitcast=True).to(queries.dtype)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
             if CAP > 0:
                 # CAP * tanh(scores)
@@ -185,8 +188,10 @@ def _attend(
             values = tl.load(
                 page + kind_stride + page_rows[:, None] * SIZE + value_lanes[None, :],
                 mask=is_key & (value_lanes < VALUE_SIZE)[None, :],
-                other=0.0,
+                other=0,
             )
+            if FP8:
+                values = values.to(tl.float8e4nv, bitcast=True).to(queries.dtype)
             accumulator = accumulator * rescale[:, None] + tl.dot(
                 weights.to(values.dtype), values, input_precision=PRECISION
             )
@@ -291,6 +296,11 @@ def _move(
         tl.store(base + to_page * page_stride + head * head_stride + to_row * SIZE, row, mask=lanes < SIZE)
 
 
+def _as_stored(values: torch.Tensor) -> torch.Tensor:
+    """Numbers of 8 bits as bytes: Triton's interpreter converts few of them right."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+
+
 def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
     """Move rows of all layers within the pool.
 
@@ -299,6 +309,7 @@ def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
         moves: (moves, 4) source page and row, destination page and row. A move of a row to itself is skipped. No
             row may occur twice.
     """
+    slab = _as_stored(slab)
     _, layers, _, heads, _, size = slab.shape
     page_stride, layer_stride, _, head_stride, *_ = slab.stride()
     _move[(moves.shape[0], layers)](
@@ -317,7 +328,11 @@ def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
 def store(
     key: torch.Tensor, value: torch.Tensor, slab: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
 ) -> None:
-    """Write keys and values (1, heads, rows, size) of one layer to the pages that `inputs` assigns to the rows."""
+    """Write keys and values (1, heads, rows, size) of one layer to the pages that `inputs` assigns to the rows.
+
+    They are of the slab's dtype.
+    """
+    key, value, slab = map(_as_stored, (key, value, slab))
     _, heads, rows, key_size = key.shape
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     _store[(rows, heads)](
@@ -398,6 +413,7 @@ def attend(
         without_chunks: `query` has only the rows before the long prefill chunks.
     """
     _, query_heads, rows, key_size = query.shape
+    is_fp8, slab = slab.dtype == torch.float8_e4m3fn, _as_stored(slab)
     page, size = slab.shape[4:]
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     out = torch.empty(1, rows, query_heads, value_size, dtype=query.dtype, device=query.device)
@@ -450,6 +466,7 @@ def attend(
         HAS_PARTS=inputs.max_spans > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=_stages(query, tile_elements),
+        FP8=is_fp8,
         num_warps=WARPS,
     )
     if inputs.max_spans > 1:

@@ -20,6 +20,9 @@ from typing import NamedTuple, Protocol
 import psutil
 import torch
 
+# Formats of keys and values that take fewer bytes than the model's dtype, by name. Rounding is a part of the target's
+# version: every key and value is rounded before anything attends to it.
+CACHE_FORMATS = {"fp8": torch.float8_e4m3fn}
 # Tokens per page by device type; see the module docstring for the trade-off.
 PAGE_TOKENS = {"cuda": 64, "cpu": 512}
 # Pages beyond those for the sequences' tokens: the drafts and siblings of a round occupy the cache until verified.
@@ -68,6 +71,15 @@ def affordable_tokens(shapes: Sequence[CacheShape], *, workspace: int = 0, sever
 def allocation_granularity(device: str) -> int:
     """Tokens by which a sequence's memory grows on `device`: a page, or 1 on a CPU, where memory is taken on write."""
     return 1 if torch.device(device).type == "cpu" else PAGE_TOKENS["cuda"]
+
+
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values in the dtype of the cache: the nearest numbers that it has."""
+    if values.dtype == dtype:
+        return values
+    # torch makes NaN of what is larger.
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
 
 
 class KVCacheFull(Exception):
@@ -126,6 +138,7 @@ class KVCacheShape(NamedTuple):
     Attributes:
         heads: most KV heads of a layer.
         head_size: size of the largest key or value.
+        dtype: of the cached keys and values, which may be smaller than the model's.
     """
 
     layers: int

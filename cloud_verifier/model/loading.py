@@ -27,7 +27,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
         context: longest text to serve, in tokens; None for the length that each model was trained for.
         threads: torch's CPU threads; 0 leaves the number to torch.
         name: of a single target; empty for that of its directory.
-        quantize: see `Target`; of a single target.
+        quantize, cache_format: see `Target`; of a single target.
         exact, compiled: on CUDA, see `cuda_graphs.GraphRunner`; None compiles on CUDA, without a group.
     """
 
@@ -39,6 +39,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool = False
     compiled: bool | None = None
     quantize: str = ""
+    cache_format: str = ""
 
     def validate(self) -> None:
         """Raise InputError if this machine cannot load targets with these options."""
@@ -98,7 +99,9 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             context=self.context,
             name=name or path.stem if directory != path else name,
             quantize=self.quantize,
-            exact=self.exact,
+            cache_format=self.cache_format,
+            # In a batch of another size a key may be another number of the cache.
+            exact=self.exact or (is_cuda and bool(self.cache_format)),
             compiled=is_cuda and group is None if self.compiled is None else self.compiled,
             share_with=others,
             group=group,

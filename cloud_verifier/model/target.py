@@ -17,7 +17,7 @@ from cloud_verifier.model.cpu_layers import CpuLayers, dense_weight
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.general_tier import GeneralRunner
-from cloud_verifier.model.kv_cache import CachedSequence
+from cloud_verifier.model.kv_cache import CACHE_FORMATS, CachedSequence
 from cloud_verifier.model.lora import LoRAAdapters, LoRAWeights
 from cloud_verifier.model.merged_adapter import merge_adapter
 from cloud_verifier.model.pretrained import (
@@ -89,6 +89,7 @@ class Target:
         exact: bool = False,
         compiled: bool = False,
         quantize: str = "",
+        cache_format: str = "",
         group: TensorParallelGroup | None = None,
         share_with: Sequence[Target] | None = None,
     ) -> None:
@@ -101,6 +102,7 @@ class Target:
             name: name of the target; empty for the directory's name.
             exact, compiled, group: on CUDA, see `cuda_graphs.GraphRunner`.
             quantize: one of `quantization.METHODS`, which is a part of the version; empty to compute in `dtype`.
+            cache_format: one of `kv_cache.CACHE_FORMATS`, likewise; empty for `dtype`.
             share_with: loaded targets to share memory with. Versions of one base run through one model, to which
                 `attach_adapter` adds an adapter; any other version keeps only the tensors in which it differs from a
                 loaded target of the same shape. None: this is the only target, and an adapter is merged into its base.
@@ -114,7 +116,8 @@ class Target:
         config = load_text_config(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int, int | None], str] = {}
-        self.version = f"{self.name}@{version_hash(path, base)}" + (f"-{quantize}" if quantize else "")
+        suffixes = [f"-{quantize}"] * bool(quantize) + [f"-kv-{cache_format}"] * bool(cache_format)
+        self.version = f"{self.name}@{version_hash(path, base)}" + "".join(suffixes)
         self.context = usable_context(config, context, path)
         self.vocabulary_size = config.vocab_size
         tokenizer = load_tokenizer(path, base)
@@ -138,8 +141,18 @@ class Target:
             model, _, self.end_ids = load_model(base if unmerged else path, device, dtype, quantize)
             structure = _structure(model)
             try:
-                self.runner = make_runner(model, self.context, exact=exact, compiled=compiled, group=group, tested=True)
+                self.runner = make_runner(
+                    model,
+                    self.context,
+                    exact=exact,
+                    compiled=compiled,
+                    group=group,
+                    cache_dtype=CACHE_FORMATS[cache_format] if cache_format else None,
+                    tested=True,
+                )
             except TargetError as obstacle:
+                if cache_format:
+                    raise TargetError(f"{path} has no KV cache in {cache_format}: {obstacle}") from None
                 if group:
                     raise TargetError(f"{path} cannot be split over several GPUs: {obstacle}") from None
                 if unmerged or _structure(model) != structure:
@@ -277,11 +290,13 @@ def make_runner(
     exact: bool = False,
     compiled: bool = False,
     group: TensorParallelGroup | None = None,
+    cache_dtype: torch.dtype | None = None,
     tested: bool = False,
 ) -> TargetRunner:
     """The runner for the device of `model` on the paged KV cache; with a group, the model is sharded.
 
     Args:
+        cache_dtype: of the KV cache; None for that of the model.
         tested: run the self-test, on the leader of a group.
 
     Raises:
@@ -294,7 +309,7 @@ def make_runner(
     layers: CpuLayers | None = None
     fusion: ProjectionFusion | None = None
     try:
-        attention = PagedAttention(model, group.size if group else 1)
+        attention = PagedAttention(model, group.size if group else 1, cache_dtype=cache_dtype)
         test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None
         runner: TargetRunner
         if model.device.type == "cuda":

@@ -84,6 +84,11 @@ PARTS = {
         (*VERIFIER, "forwards", "--compiled", "--shape", "8B", "--draft", "5", "--context", "512", "4096", "16384"),
         (*VERIFIER, "forwards", *SMALL, "--context", "32", "64"),
     ),
+    "cache": Part(
+        120,
+        (*VERIFIER, "forwards", "--compiled", "--exact", "--kv-cache-dtype", "fp8", *SHAPE),
+        (*VERIFIER, "forwards", *SMALL, "--kv-cache-dtype", "fp8"),
+    ),
     "fp8": Part(
         90,
         (*VERIFIER, "forwards", "--compiled", *SHAPE, "--quantize", "fp8"),

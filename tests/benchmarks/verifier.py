@@ -34,7 +34,7 @@ from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model import layer_compilation
 from cloud_verifier.model.batch import Segment
-from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.kv_cache import CACHE_FORMATS, CachedSequence, KVCachePool
 from cloud_verifier.model.quantization import METHODS, quantize_layers
 from cloud_verifier.model.target import Target, make_runner
 from cloud_verifier.model.tree import TokenTree
@@ -201,6 +201,8 @@ def forwards(options: argparse.Namespace) -> None:
         variant += ", for each size"
     if options.quantize:
         variant += f", {options.quantize}"
+    if options.kv_cache_dtype:
+        variant += f", {options.kv_cache_dtype} cache"
     for each in options.inductor:
         name, _, value = each.partition("=")
         layer_compilation.INDUCTOR_OPTIONS[name] = bool(int(value))
@@ -224,7 +226,12 @@ def forwards(options: argparse.Namespace) -> None:
         if options.quantize:
             quantize_layers(model, options.quantize)
         runner = make_runner(
-            model, max(options.context) + 160, exact=options.exact, compiled=options.compiled, group=group
+            model,
+            max(options.context) + 160,
+            exact=options.exact,
+            compiled=options.compiled,
+            group=group,
+            cache_dtype=CACHE_FORMATS.get(options.kv_cache_dtype),
         )
         local = [value._local_tensor if hasattr(value, "_local_tensor") else value for value in model.parameters()]
         # Those of fused layers are twice among the parameters.
@@ -507,16 +514,29 @@ def sharing(options: argparse.Namespace) -> None:
     report(table, options)
 
 
+# Of the targets whose texts are compared: dtype and further options, by device.
+TEXT_TARGETS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "cpu": [("float32", {}), ("bfloat16", {}), ("float32", {"quantize": "int8"}), ("float32", {"cache_format": "fp8"})],
+    "cuda": [
+        ("float32", {}),
+        *(
+            ("bfloat16", quantization | exact)
+            for quantization in ({}, {"quantize": "fp8"})
+            for exact in ({}, {"exact": True})
+        ),
+        ("bfloat16", {"cache_format": "fp8", "exact": True}),
+    ],
+}
+
+
 def texts(options: argparse.Namespace) -> None:
     table = Table(
         title=f"texts of {options.tokens} tokens on {options.device}: one by one, and in a batch of 16 with drafts"
     )
     for column in ("dtype", "T", "texts", "differ", "margin at first difference", "close calls per text", "seconds"):
         table.add_column(column, justify="right")
-    for dtype, exact in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
-        if exact and options.device == "cpu":
-            continue
-        target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, dtype), exact=exact)
+    for dtype, further in TEXT_TARGETS[torch.device(options.device).type]:
+        target = Target(FAMILY / "target-v1", device=options.device, dtype=getattr(torch, dtype), **further)
         for temperature in (0.0, 1.0):
             jobs = make_family_jobs(5, temperature)
             reference = [new for new, _ in asyncio.run(generate_texts(target, jobs, options.tokens, 0, 1))[0]]
@@ -528,7 +548,7 @@ def texts(options: argparse.Namespace) -> None:
                     margins.append(dict(calls).get(len(prompt) + index, float("inf")))
             shown = f"{min(margins):.3f} to {max(margins):.3f}" if margins else ""
             close = sum(len(calls) for _, calls in results) / len(results)
-            name = f"{dtype}, exact" if exact else dtype
+            name = ", ".join([dtype, *(f"{option}={value}" for option, value in further.items())])
             table.add_row(
                 name, f"{temperature:g}", str(len(jobs)), str(len(margins)), shown, f"{close:.1f}", f"{seconds:.1f}"
             )
@@ -551,6 +571,7 @@ def main() -> None:
     command.add_argument("--exact", action="store_true")
     command.add_argument("--compiled", action="store_true")
     command.add_argument("--quantize", choices=METHODS, help="the floor is still that of bfloat16")
+    command.add_argument("--kv-cache-dtype", choices=CACHE_FORMATS, help="the floor is that of this cache")
     command.add_argument("--static", action="store_true", help="compile each number of rows for itself")
     text = "an option of torch's compiler, such as coordinate_descent_tuning=1"
     command.add_argument("--inductor", nargs="+", default=[], metavar="NAME=0|1", help=text)

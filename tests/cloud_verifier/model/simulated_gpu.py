@@ -27,7 +27,7 @@ from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.cuda_graphs import GraphRunner
 from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.graph_attention import GraphContext
-from cloud_verifier.model.kv_cache import PAGE_TOKENS, CachedSequence, KVCachePool, KVCacheShape
+from cloud_verifier.model.kv_cache import CACHE_FORMATS, PAGE_TOKENS, CachedSequence, KVCachePool, KVCacheShape
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import SamplingBatch, sample_tokens
 from cloud_verifier.model.sampling_kernel import sample_plain
@@ -84,10 +84,10 @@ def simulate() -> None:
         setattr(module, name, value)
 
 
-def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False) -> GraphRunner:
+def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False, cache_format: str = "") -> GraphRunner:
     """The GPU's runner of the checkpoint at `path`, after its self-test."""
     model = load_model(path, "cpu", dtype)[0]
-    paged = fast_tier.PagedAttention(model)
+    paged = fast_tier.PagedAttention(model, cache_dtype=CACHE_FORMATS.get(cache_format))
     self_test.TEXT_TOKENS = TEXT_TOKENS[dtype]
     test = self_test.SelfTest(model, paged, CONTEXT)
     with paged.suspended():
@@ -98,10 +98,10 @@ def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False) -> Gra
     return runner
 
 
-def check_self_test(directory: Path, model_type: str, dtype: str, exact: str = "") -> None:
-    """The runner's logits are those of transformers."""
+def check_self_test(directory: Path, model_type: str, dtype: str, option: str = "") -> None:
+    """The runner's logits are those of transformers; `option` is `exact` or a format of the KV cache."""
     path = save_architecture(directory / "model", model_type, max_position_embeddings=CONTEXT, **SMALL)
-    make_simulated_runner(path, dtype, exact=bool(exact))
+    make_simulated_runner(path, dtype, exact=bool(option), cache_format=option if option in CACHE_FORMATS else "")
 
 
 def check_tokens(directory: Path) -> None:
