@@ -6,6 +6,8 @@ target on a GPU costs more than it saves. So both are measured. The text is the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 # By how much older evidence counts less with every forward of a text, and of all texts.
 TEXT_DECAY, SHARED_DECAY = 0.97, 0.995
 # Acceptance rate of a draft that nothing is known about yet, and how many tested tokens that counts for; likewise what
@@ -68,9 +70,14 @@ class StepTimes:
 
 
 class DraftLengths:
-    """Chooses draft lengths on one target from the times of steps and from acceptance."""
+    """Chooses draft lengths on one target from the times of steps and from acceptance.
 
-    def __init__(self) -> None:
+    Args:
+        observe: called with the length and the accepted tokens of each draft.
+    """
+
+    def __init__(self, observe: Callable[[int, int], object] = lambda drafted, accepted: None) -> None:
+        self._observe = observe
         self._shared = AcceptanceEvidence(SHARED_DECAY)
         self._times = StepTimes()
 
@@ -93,3 +100,4 @@ class DraftLengths:
         for evidence in (text, self._shared):
             evidence.record(drafted, accepted)
         self._times.record(drafted, seconds)
+        self._observe(drafted, accepted)

@@ -13,7 +13,7 @@ import heapq
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -135,7 +135,9 @@ class Scheduler:
         # By shape of the KV cache, and whether the pool is the draft model's.
         self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
         # By shape as well: what takes as long.
-        self._draft_lengths: dict[CacheShape, DraftLengths] = {}
+        self._draft_lengths: dict[CacheShape, DraftLengths] = defaultdict(
+            lambda: DraftLengths(self._metrics.observe_own_draft)
+        )
         # Of the targets' pools; empty if prefixes are not reused.
         self._prefix_caches: dict[CacheShape, PrefixCache] = {}
         self._wake = threading.Condition()
@@ -183,7 +185,7 @@ class Scheduler:
             keep_rows=self._keep_rows,
             reuse_prefix=self._reuse_prefix,
             current_speculation=self._current_speculation,
-            draft_lengths=self._draft_lengths.setdefault(session.target.runner.shape, DraftLengths()),
+            draft_lengths=self._draft_lengths[session.target.runner.shape],
             session_load=self._session_load,
             outbox=self._outbox,
         )

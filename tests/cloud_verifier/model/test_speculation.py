@@ -420,6 +420,10 @@ def test_serve_with_the_shipped_draft_in_torch(family: Path) -> None:
         metrics = client.http.get("/metrics").text
     counted = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
     assert float(counted["flexspec_forward_seconds_count"]) > 0
+    drafts, drafted, accepted = (
+        float(counted[f"flexspec_own_draft_{name}"]) for name in ("length_count", "length_sum", "accepted_tokens_total")
+    )
+    assert drafts > 0 and accepted <= drafted
 
 
 @pytest.mark.slow
