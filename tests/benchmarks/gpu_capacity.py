@@ -22,7 +22,8 @@ from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, Frame, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.benchmarks.verifier import SHAPES, RandomTarget, percentile, report, start_engine
+from tests.benchmarks.verifier.measuring import percentile, report
+from tests.benchmarks.verifier.random_models import SHAPES, RandomTarget, start_engine
 
 # So high that hardly a logit counts beside the noise.
 TEMPERATURE = 100.0

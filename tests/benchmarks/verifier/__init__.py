@@ -1,0 +1,1 @@
+"""Cost of verification; see `__main__`."""
