@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from cloud_verifier.cli.main import main
 from cloud_verifier.model.kv_cache import CACHE_FORMATS, round_to
-from cloud_verifier.model.loading import TargetLoader
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError
+from edge_runtime.protocol.messages import ModelList
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.engine.test_scheduler import running_scheduler, submit_opening
 from tests.cloud_verifier.model.architectures import save_architecture
+from tests.cloud_verifier.protocol_client import ProtocolClient, command_service, running_service
 
 # Longer than a chunk of a prompt.
 PROMPT, TOKENS = [(17 * index + index * index) % 250 + 3 for index in range(140)], 32
@@ -81,6 +84,17 @@ def test_a_registry_has_no_such_option(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--kv-cache-dtype is for a TARGET" in capsys.readouterr().err
 
 
-def test_the_loader_passes_the_format_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_serve_and_generate_give_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_architecture(tmp_path / "model", "llama")
-    assert TargetLoader(cache_format="fp8").load_single(path).version.endswith("-kv-fp8")
+    jobs = tmp_path / "jobs.jsonl"
+    sampling = Sampling(1.0, seed=6, ignore_eos=True)
+    jobs.write_bytes(msgspec.json.encode({"ids": PROMPT, "max_new_tokens": TOKENS, "sampling": sampling}))
+    options = ["--threads", "1", "--kv-cache-dtype", "fp8"]
+    assert main(["generate", str(path), "--jobs", str(jobs), *options]) == 0
+    reference = json.loads(capsys.readouterr().out)
+    with running_service(command_service(path, *options)) as url, ProtocolClient(url) as client:
+        session = client.open(list(PROMPT), sampling, n=TOKENS)
+        assert session.ids == PROMPT + reference
+        [model] = client.decode_reply(client.http.get("/v1/models"), ModelList).data
+        assert model.version.endswith("-kv-fp8")
