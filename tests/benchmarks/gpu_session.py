@@ -99,6 +99,12 @@ PARTS = {
         ("tests.benchmarks.gpu_capacity",),
         ("tests.benchmarks.gpu_capacity", "--shape", "tiny", "--boards", "2", "4", "--tokens", "16"),
     ),
+    "peers": Part(
+        400,
+        ("tests.benchmarks.peers", "--shape", "7B", "--device", "cuda", "--dtype", "bfloat16", "--repeats", "1"),
+        ("tests.benchmarks.peers", "--shape", "tiny", "--repeats", "1", "--tokens", "8", "--streams", "1", "2"),
+        tables=False,
+    ),
     "eager": Part(90, (*VERIFIER, "forwards", *SHAPE), (*VERIFIER, "forwards", *SMALL)),
     "static": Part(
         200, (*VERIFIER, "forwards", "--compiled", "--static", *SHAPE), (*VERIFIER, "forwards", "--static", *SMALL)

@@ -1,8 +1,8 @@
 """FlexSpec's verifier beside other engines: `python -m tests.benchmarks.peers [TARGET]`.
 
-All engines continue the same prompts greedily, in float32, with as many threads; each in a process of its own, in turn,
-`--repeats` times; the tables have the best of each figure. Engines that are not installed are left out, with a line
-that says so:
+All engines continue the same prompts greedily, in one dtype, with as many threads; each in a process of its own, in
+turn, `--repeats` times; the tables have the best of each figure. Engines that are not installed, or do not run on
+`--device`, are left out, with a line that says so. On a GPU, `--shape` measures targets of real shapes.
 
     transformers         `generate`: eager, with a static cache, with that compiled (which needs a C++ compiler), with a
                          draft; and its continuous batching (on a GPU)
@@ -16,9 +16,10 @@ that says so:
 
 Drafts are those of --bundle, dequantized where an engine cannot read them, and always --draft-tokens long.
 
-For one stream: time to the first token and tokens per second by the clock; processor time per token, and of one forward
-of 2 to 8 rows after the prompt, which is what a round with K = 1 to 7 draft tokens takes. For several: tokens per
-second of all, time to the first token, and the time before each further one; all streams begin at once.
+For one stream: time to the first token and tokens per second by the clock; processor time (on a GPU the clock's) per
+token, and of one forward of 2 to 8 rows after the prompt, which is what a round with K = 1 to 7 draft tokens takes. For
+several: tokens per second of all, time to the first token, and the time before each further one; all streams begin at
+once.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from tests.benchmarks.peers.stopwatch import (
     seconds_per_token,
     tokens_per_second,
 )
+from tests.benchmarks.verifier.random_models import SHAPES
 
 PROMPT = "The engineers who built the first bridges over this river had neither steel nor concrete. They began with"
 # The module that engines of a family need.
@@ -70,6 +72,10 @@ def find_obstacle(name: str, options: argparse.Namespace) -> str | None:
     """Why an engine cannot run here; None if it can."""
     family = name.partition(",")[0]
     module = MODULES.get(family)
+    if options.shape and name.endswith("drafting"):
+        return "there is no draft for a target with random weights"
+    if (options.shape or options.device != "cpu") and family in ("onnxruntime-genai", "llama.cpp", "llama.cpp server"):
+        return "it is measured with a TARGET, on a CPU"
     if module and family not in options.interpreters and importlib.util.find_spec(module) is None:
         return f"the package {module} is not installed"
     if name.startswith("llama.cpp") and options.gguf is None:
@@ -96,6 +102,10 @@ def prepare_models(options: argparse.Namespace, names: list[str]) -> None:
             print(f"converting: {path.name}", file=sys.stderr)
             convert()
 
+    if options.shape:
+        once(options.target, lambda: conversion.write_random_target(options.shape, options.target, options.device))
+        options.bundle = options.target
+        return
     bundle = read_bundle(options.bundle, verify=False)
     if any(name.startswith("onnxruntime-genai") for name in names):
         target, scratch = options.target, options.work / "cache"
@@ -150,7 +160,8 @@ def _table(title: str, *columns: str) -> Table:
 def tabulate_single(results: Results, options: argparse.Namespace) -> Table:
     """The table of one stream."""
     rows = [f"{count} rows" for count in ROWS]
-    title = f"one stream, {options.tokens} tokens, {options.threads} thread(s); ms of CPU time"
+    title = f"one stream, {options.tokens} tokens, {options.device}, {options.threads} thread(s); ms"
+    title += " of CPU time" * (options.device == "cpu")
     table = _table(title, "first token, s", "tokens/s", "a token", *rows, "text")
     reference = results["transformers"][0]["texts"][0] if "transformers" in results else None
     for name, runs in results.items():
@@ -191,6 +202,7 @@ def make_prompts(prompt: list[int], count: int) -> list[list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", type=Path, help="a checkpoint (default: the example family's target)")
+    parser.add_argument("--shape", choices=SHAPES, help="a target of this shape with random weights instead of TARGET")
     parser.add_argument("--bundle", type=Path, help="the draft (default: the example family's)")
     parser.add_argument("--gguf", type=Path, help="GGUF file that TARGET was converted from (default: the example's)")
     names = list(dict.fromkeys([*SINGLE_STREAM, *SEVERAL_STREAMS]))
@@ -200,8 +212,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="(default: 4)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", help="of FlexSpec; the others compute in float32")
-    parser.add_argument("--device", default="cpu", help="of FlexSpec over HTTP and of continuous batching")
+    parser.add_argument("--dtype", default="float32", help="of what runs in PyTorch; the others compute in float32")
+    parser.add_argument("--device", default="cpu", help="of what runs in PyTorch, such as cuda")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="directory of converted models")
     parser.add_argument("--node", type=Path, default=Path(), help="directory with node-llama-cpp in its node_modules")
     parser.add_argument(
@@ -214,7 +226,9 @@ def main() -> None:
     options = parser.parse_args()
     options.interpreters = dict(each.split("=", 1) for each in options.interpreter)
     options.llama_server = find_llama_server()
-    if options.target is None or options.bundle is None:
+    if options.shape:
+        options.target = options.work / options.shape
+    elif options.target is None or options.bundle is None:
         from export.example_family.prepare import find_gguf, prepare_family
 
         family = prepare_family()
@@ -223,7 +237,6 @@ def main() -> None:
             options.target, options.gguf = family / "target-v1", options.gguf or find_gguf()
     from tokenizers import Tokenizer
 
-    prompt: list[int] = Tokenizer.from_file(str(options.target / "tokenizer.json")).encode(PROMPT).ids
     available = []
     for name in options.engines:
         if obstacle := find_obstacle(name, options):
@@ -231,6 +244,7 @@ def main() -> None:
         else:
             available.append(name)
     prepare_models(options, available)
+    prompt: list[int] = Tokenizer.from_file(str(options.target / "tokenizer.json")).encode(PROMPT).ids
     for streams in options.streams:
         known = SINGLE_STREAM if streams == 1 else SEVERAL_STREAMS
         chosen = [name for name in available if name in known]

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from transformers import AutoTokenizer
 
 from edge_runtime.protocol.bundle import Bundle
+from tests.benchmarks.verifier.random_models import make_random_model
+from tests.toy_family import FAMILY
 
 # Names of genai's configuration that bundles' graphs have, too.
 GENAI_NAMES = {
@@ -41,6 +44,14 @@ LINEAR_LAYERS = {
     "mlp.down_proj": "ffn_down",
 }
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def write_random_target(shape: str, directory: Path, device: str) -> None:
+    """Save a target of a real shape with random weights, with the tokenizer of the toy family, of fewer tokens."""
+    model = make_random_model(shape, device)
+    AutoTokenizer.from_pretrained(FAMILY / "target-v1").save_pretrained(directory)
+    # Last: a directory with it is complete.
+    model.save_pretrained(directory)
 
 
 def build_genai_target(target: Path, directory: Path, scratch: Path) -> None:

@@ -77,15 +77,20 @@ process.stdout.write(JSON.stringify(result), () => process.exit(0));
 """
 
 
-def time_forwards(forward: Callable[[int], object]) -> dict[int, float]:
-    """Processor time of `forward(rows)` by rows."""
+def find_clock(options: argparse.Namespace) -> Callable[[], float]:
+    """What time is measured by: processor time, which other programs change little; beside a GPU, the clock's."""
+    return time.process_time if options.device == "cpu" else time.perf_counter
+
+
+def time_forwards(forward: Callable[[int], object], clock: Callable[[], float] = time.process_time) -> dict[int, float]:
+    """The time of `forward(rows)` by rows, which returns once the device has computed it."""
     seconds = {}
     for rows in ROWS:
         forward(rows)
-        started = time.process_time()
+        started = clock()
         for _ in range(FORWARDS):
             forward(rows)
-        seconds[rows] = (time.process_time() - started) / FORWARDS
+        seconds[rows] = (clock() - started) / FORWARDS
     return seconds
 
 
@@ -96,17 +101,17 @@ def run_transformers(options: argparse.Namespace, **generation: Any) -> dict[str
         generation: further arguments of `generate`; without any, forwards are timed, too.
     """
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
     from transformers.generation.streamers import BaseStreamer
 
     torch.set_num_threads(options.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32).eval()
-    prompt = torch.tensor(options.prompts)
+    model = load_in_torch(options.target, options)
+    prompt = torch.tensor(options.prompts, device=options.device)
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **generation}
     for _ in range(2):
         # What is compiled is compiled by two texts: one does not tell what changes.
         model.generate(prompt, max_new_tokens=options.tokens, **greedy)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(used_cpu=find_clock(options))
 
     class Tokens(BaseStreamer):  # type: ignore[misc]  # transformers has no types here
         def __init__(self) -> None:
@@ -128,11 +133,20 @@ def run_transformers(options: argparse.Namespace, **generation: Any) -> dict[str
         model(input_ids=prompt, past_key_values=past)
 
         def forward(rows: int) -> None:
-            logits = model(input_ids=torch.tensor([stopwatch.text[:rows]]), past_key_values=past).logits
-            logits.argmax(-1)
+            ids = torch.tensor([stopwatch.text[:rows]], device=options.device)
+            model(input_ids=ids, past_key_values=past).logits.argmax(-1).cpu()
             past.crop(-rows)
 
-        return stopwatch.result(time_forwards(forward))
+        return stopwatch.result(time_forwards(forward, find_clock(options)))
+
+
+def load_in_torch(path: Path, options: argparse.Namespace) -> Any:
+    """The model at `path` in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
+    return model.to(options.device).eval()
 
 
 def run_static_cache(options: argparse.Namespace) -> dict[str, Any]:
@@ -149,10 +163,7 @@ def run_compiled(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_assisted(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    draft: Any = AutoModelForCausalLM.from_pretrained(options.draft, dtype=torch.float32).eval()
+    draft = load_in_torch(options.draft, options)
     draft.generation_config.num_assistant_tokens = options.draft_tokens
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0
@@ -160,11 +171,9 @@ def run_assisted(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_continuous_batching(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    dtype = getattr(torch, options.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype).to(options.device).eval()
+    model = load_in_torch(options.target, options)
     # No token has this number.
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     # Where it is asked to stream depends on the version.
@@ -429,8 +438,10 @@ def run_verifier(options: argparse.Namespace) -> dict[str, Any]:
     from cloud_verifier.model.tree import TokenTree
 
     torch.set_num_threads(options.threads)
-    target = Target(options.target, device="cpu", dtype=getattr(torch, options.dtype))
-    pool = target.runner.shape.make_pool(4096)
+    gpu = options.device != "cpu"
+    target = Target(options.target, device=options.device, dtype=getattr(torch, options.dtype), compiled=gpu)
+    pool: Any = target.runner.shape.make_pool(4096)
+    target.runner.warm_up(pool)
     sequence = CachedSequence()
     [prompt] = options.prompts
 
@@ -442,13 +453,13 @@ def run_verifier(options: argparse.Namespace) -> dict[str, Any]:
         pool.keep(sequence, [0] if keep else [])
         return [sampled[row].token for row in range(len(tokens))]
 
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(used_cpu=find_clock(options))
     target.run(pool, [target.prefill_segment(sequence, prompt[:-1])])
     pool.keep(sequence, list(range(len(prompt) - 1)))
     stopwatch.add(*verify(prompt[-1:], keep=True))
     while len(stopwatch.text) < options.tokens:
         stopwatch.add(*verify(stopwatch.text[-1:], keep=True))
-    return stopwatch.result(time_forwards(lambda rows: verify(stopwatch.text[:rows], keep=False)))
+    return stopwatch.result(time_forwards(lambda rows: verify(stopwatch.text[:rows], keep=False), find_clock(options)))
 
 
 def run_verifier_http(options: argparse.Namespace, *, drafting: bool = False) -> dict[str, Any]:

@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 512,
+        "vocab_size": 2048,
     },
     "7B": {
         "hidden_size": 4096,
