@@ -49,6 +49,7 @@ def expected_text() -> list[int]:
 def make_options(**fields: Any) -> argparse.Namespace:
     """Options for an engine, as `peers` gives them, for one stream."""
     options = {"prompts": [PROMPT], "tokens": TOKENS, "threads": 1, "draft_tokens": 4, "target": TARGET}
+    options |= {"device": "cpu", "dtype": "float32"}
     return argparse.Namespace(**dict.fromkeys(engines.PATHS, Path()) | options | fields)
 
 
