@@ -84,6 +84,11 @@ PARTS = {
         (*VERIFIER, "forwards", "--compiled", "--shape", "8B", "--draft", "5", "--context", "512", "4096", "16384"),
         (*VERIFIER, "forwards", *SMALL, "--context", "32", "64"),
     ),
+    "promotion": Part(
+        100,
+        (*VERIFIER, "promotion", "--compiled"),
+        (*VERIFIER, "promotion", *SMALL[:2], "--adapters", "2", "--streams", "2", "--prompt", "40"),
+    ),
     "cache": Part(
         120,
         (*VERIFIER, "forwards", "--compiled", "--exact", "--kv-cache-dtype", "fp8", *SHAPE),

@@ -1,10 +1,11 @@
-"""Cost of verification: `python -m tests.benchmarks.verifier forwards|prefill|serving|sharing|texts`.
+"""Cost of verification: `python -m tests.benchmarks.verifier forwards|prefill|serving|promotion|sharing|texts`.
 
 forwards   one round of many sessions on models of real shapes with random weights, relative to the floor of reading
            weights and KV cache once
 prefill    prompts on the same models, relative to the device's rate for matrices of their dtype
 serving    the engine with such a model: streams, boards' drafts, and streams beside prompts of 8,192 tokens that arrive
            without end
+promotion  what rounds wait for while adapters are loaded beside them
 sharing    tokens per second of the shipped family with 16 sessions in one batch, and one by one
 texts      how often a text depends on the batch, the margins at the first difference, and the cost of `exact`
 """
@@ -20,6 +21,7 @@ from cloud_verifier.model.kv_cache import CACHE_FORMATS
 from cloud_verifier.model.quantization import METHODS
 from tests.benchmarks.verifier.forwards import forwards
 from tests.benchmarks.verifier.prefill import prefill
+from tests.benchmarks.verifier.promotion import promotion
 from tests.benchmarks.verifier.random_models import SHAPES
 from tests.benchmarks.verifier.serving import serving
 from tests.benchmarks.verifier.texts import sharing, texts
@@ -65,6 +67,14 @@ def main() -> None:
     command.add_argument("--prompt", type=int, default=STREAM_PROMPT)
     command.add_argument("--long-prompt", type=int, default=LONG_PROMPT)
     command.set_defaults(run=serving)
+    command = commands.add_parser("promotion")
+    command.add_argument("--shape", nargs=1, default=["7B"], choices=SHAPES)
+    command.add_argument("--compiled", action="store_true")
+    command.add_argument("--streams", type=int, default=16)
+    command.add_argument("--adapters", type=int, default=9)
+    command.add_argument("--prompt", type=int, default=STREAM_PROMPT)
+    command.add_argument("--tokens", type=int, default=STREAM_TOKENS)
+    command.set_defaults(run=promotion)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="add the table, as one JSON line, to this file")
     for name, run in (("sharing", sharing), ("texts", texts)):
