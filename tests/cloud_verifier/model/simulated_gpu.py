@@ -39,6 +39,8 @@ from tests.cloud_verifier.model.architectures import save_architecture
 from tests.models import save_target
 
 CONTEXT = 1024
+# Of one forward.
+MANY_TEXTS = 150
 # The interpreter takes as long as there are heads.
 SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1}
 # Text of the self-test: in float16 long enough for two chunks of a prompt through the flash kernel's path, else for
@@ -145,6 +147,24 @@ def check_tokens(directory: Path) -> None:
         assert abs(actual[1] - expected[1]) < 0.2, (actual, expected)
 
 
+def check_many_texts(directory: Path) -> None:
+    """More texts than a forward had room for once get the tokens of the CPU's runner in one forward."""
+    sizes = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    path = save_target(directory / "model", "llama", max_position_embeddings=CONTEXT, **sizes)
+    runners = make_simulated_runner(path, "float32"), make_runner(load_model(path, "cpu", "float32")[0], CONTEXT)
+    results = []
+    for runner in runners:
+        pool = (SimulatedPool if isinstance(runner, GraphRunner) else KVCachePool)(runner.shape, 64 * MANY_TEXTS)
+        sequences = [CachedSequence() for _ in range(MANY_TEXTS)]
+        run(runner, pool, [Segment.from_tokens(each, [index, 7]) for index, each in enumerate(sequences)])
+        trees = [TokenTree(9, 3, [index % 5] * (index % 2), {}) for index in range(MANY_TEXTS)]
+        pairs = zip(sequences, trees, strict=True)
+        segments = [Segment.from_tree(*pair, Sampling(0.7, seed=index)) for index, pair in enumerate(pairs)]
+        assert len(segments) <= runner.max_segments
+        results.append(run(runner, pool, segments))
+    assert [token for token, _ in results[0]] == [token for token, _ in results[1]]
+
+
 def run(runner: TargetRunner, pool: KVCachePool, segments: Sequence[Segment]) -> list[tuple[int, float]]:
     """Tokens and margins after the rows of sampled segments: in one forward on the simulated GPU, else one by one."""
     parts = [segments] if isinstance(runner, GraphRunner) else [[segment] for segment in segments]
@@ -193,12 +213,13 @@ def check_attention(_: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "tokens, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact]"
+    text = "tokens, many-texts, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact|:fp8]"
     parser.add_argument("cases", nargs="+", metavar="CASE", help=text)
     options = parser.parse_args()
     checks: dict[str, Callable[..., None]] = {
         "self-test": check_self_test,
         "tokens": check_tokens,
+        "many-texts": check_many_texts,
         "sampling": check_sampling,
         "attention": check_attention,
     }
