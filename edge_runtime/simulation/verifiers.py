@@ -17,7 +17,8 @@ import msgspec
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.messages import MAX_TREE_NODES
 
-# Draft tokens per forward of a verifier that speculates on the server.
+# Draft tokens per forward of a verifier that speculates on the server. The real one chooses their number, at most so
+# many by default, by what it measures.
 SERVER_DRAFT_TOKENS = 5
 
 
