@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.model.target import Target, make_runner
+from edge_runtime.common.http_server import SWITCH_SECONDS
 from edge_runtime.common.memory import freeze_objects
 from tests.benchmarks.verifier.measuring import DEVICE
 
@@ -90,3 +92,4 @@ async def start_engine(engine: Scheduler) -> None:
         await asyncio.sleep(0.01)
     # As `cloud-verifier serve` does.
     freeze_objects()
+    sys.setswitchinterval(SWITCH_SECONDS)
