@@ -19,7 +19,7 @@ from edge_runtime.common.grammar_options import add_grammar_options, read_gramma
 from edge_runtime.common.options import add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError, InputError
+from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
 
@@ -154,6 +154,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
+    from cloud_verifier.model.fast_tier import PagedAttention
     from cloud_verifier.model.gguf import resolve_checkpoint
     from cloud_verifier.model.reference import generate_reference
     from cloud_verifier.model.target import load_model
@@ -165,6 +166,11 @@ def _generate(options: argparse.Namespace) -> int:
     model, base, end_ids = load_model(
         resolve_checkpoint(options.target), options.device, options.dtype, options.quantize or ""
     )
+    if cache_format:
+        try:
+            PagedAttention(model).remove()
+        except TargetError as obstacle:
+            raise TargetError(f"{options.target} has no KV cache in {cache_format}: {obstacle}") from None
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     if options.jobs:

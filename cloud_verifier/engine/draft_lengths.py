@@ -47,12 +47,16 @@ class StepTimes:
         self._means: dict[int, float] = {}
         self._weights: dict[int, float] = {}
 
-    def record(self, length: int, seconds: float) -> None:
+    def record(self, length: int, seconds: float | None) -> None:
+        """Record a step; one whose time tells nothing still counts as a try."""
         for other in self._means.keys() - {length}:
             self._weights[other] = max(OPTIMISM, self._weights[other] * (1 - FADING))
-        mean = self._means.setdefault(length, seconds)
+        if seconds is None and length not in self._means:
+            return
+        mean = self._means.setdefault(length, seconds or 0.0)
         weight = self._weights[length] = min(MAX_WEIGHT, self._weights.get(length, 0.0) + 1)
-        self._means[length] += (min(seconds, MAX_EXCESS * mean) - mean) / weight
+        if seconds is not None:
+            self._means[length] += (min(seconds, MAX_EXCESS * mean) - mean) / weight
 
     def expect(self, length: int) -> float | None:
         """The time with drafts of `length` tokens; None if nothing is known."""
@@ -95,8 +99,12 @@ class DraftLengths:
                 best, best_speed = length, speed
         return best
 
-    def record(self, text: AcceptanceEvidence, drafted: int, accepted: int, seconds: float) -> None:
-        """Record a step of a text, in which the verifier's own model drafted `drafted` tokens."""
+    def record(self, text: AcceptanceEvidence, drafted: int, accepted: int, seconds: float | None) -> None:
+        """Record a step of a text, in which the verifier's own model drafted `drafted` tokens.
+
+        Args:
+            seconds: None if they do not tell how long such steps take.
+        """
         for evidence in (text, self._shared):
             evidence.record(drafted, accepted)
         self._times.record(drafted, seconds)

@@ -13,7 +13,7 @@ SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5,
 ROUND_SECONDS_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 DRAFT_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-SESSIONS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SESSIONS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 # Distinct label values, chosen: more than a fleet normally has, few enough for one page.
 MAX_VERSIONS, MAX_DRAFTS, MAX_PRINCIPALS = 32, 32, 256

@@ -18,7 +18,7 @@ from cloud_verifier.model.batch import Segment, SegmentRunner
 from cloud_verifier.model.runner import PendingPrefill, RoundWork
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
-from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
+from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.errors import GrammarError, VerifierRefused
 from edge_runtime.protocol.messages import MAX_TREE_NODES, PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
@@ -28,10 +28,12 @@ class OwnDraft(NamedTuple):
 
     Attributes:
         by_model: its draft model could be asked; it may have been faster not to.
+        read_on: the draft model first had to read a prompt, or what was generated without it.
     """
 
     tokens: list[int]
     by_model: bool = False
+    read_on: bool = False
 
 
 class ActiveRound:
@@ -134,11 +136,13 @@ class ActiveRound:
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
         while not session.finish and remaining > 0:
             started = time.perf_counter()
-            draft, by_model = yield from self._draft(min(remaining - 1, self._max_draft_length()))
+            own = yield from self._draft(min(remaining - 1, self._max_draft_length()))
+            draft = own.tokens
             accepted, tokens = yield from self._verify(draft, {})
             self._further_forwards += 1
-            if by_model:
-                seconds = time.perf_counter() - started
+            if own.by_model:
+                # Reading on is not what further drafts take.
+                seconds = None if own.read_on else time.perf_counter() - started
                 self._draft_lengths.record(session.own_draft_evidence, len(draft), accepted, seconds)
             tokens = draft[:accepted] + tokens
             remaining -= len(tokens)
@@ -173,6 +177,8 @@ class ActiveRound:
             return OwnDraft([], by_model=True)
         if session.draft is None:
             session.draft = speculation.new_session_draft(session.owner)
+        # A step leaves at most the accepted tokens and one of the target's own.
+        read_on = session.draft.unread_tokens(session.ids) > speculation.max_draft_tokens + 1
         steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
         sampled: SampledTokens | None = None
         while True:
@@ -181,7 +187,7 @@ class ActiveRound:
                 work = steps.send(sampled)
             except StopIteration as end:
                 tokens: list[int] = end.value
-                return OwnDraft(tokens, by_model=True)
+                return OwnDraft(tokens, by_model=True, read_on=read_on)
             except GrammarError:
                 # On the draft's path; the target's own may be another.
                 return OwnDraft([])
@@ -216,7 +222,7 @@ class ActiveRound:
             session.finish = "stop"
         elif len(session.ids) == target.context:
             session.finish = "length"
-        threshold = CLOSE_CALL_MARGIN[str(target.dtype).removeprefix("torch.")]
+        threshold = target.close_call_margin
         self._unsent_close_calls += [
             (position, round(margin, 9)) for position, margin in verification.margins if margin < threshold
         ]

@@ -406,7 +406,9 @@ class Scheduler:
                 continue
             if isinstance(running.work, PendingPrefill):
                 prefilling.append(running)
-            elif rows + len(running.work) <= runner.max_rows and len(batch) < runner.max_segments:
+            elif len(batch) < runner.max_segments and (
+                rows + len(running.work) <= (runner.max_round_rows if batch else runner.max_rows)
+            ):
                 batch.append(ScheduledSegment(running, running.work))
                 rows += len(running.work)
         if runner is None:
@@ -433,7 +435,7 @@ class Scheduler:
         return batch
 
     def _run_forward(self, batch: list[ScheduledSegment]) -> bool:
-        """Run the batch in one forward. If that fails, run each segment alone, so that only the faulty round fails.
+        """Run the batch in one forward. If that fails, run its halves, until only the faulty round fails.
 
         Returns whether anything was done. Rounds for which the KV cache has no memory left are left as they are.
         """
@@ -452,7 +454,8 @@ class Scheduler:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             if len(batch) > 1:
-                return sum(self._run_forward([member]) for member in batch) > 0
+                middle = len(batch) // 2
+                return sum(self._run_forward(half) for half in (batch[:middle], batch[middle:])) > 0
             if isinstance(error, KVCacheFull) and first.round.may_wait_for_memory(CACHE_WAIT_SECONDS):
                 return False
             self._fail(first.round, error)

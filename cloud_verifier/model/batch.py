@@ -26,6 +26,7 @@ class SegmentRunner(Protocol):
     def shape(self) -> CacheShape: ...
 
     max_rows: int
+    max_round_rows: int
     max_segments: int
     max_prefill_rows: int
     exact: bool

@@ -116,7 +116,9 @@ class GraphRunner(TargetRunner):
         self._fusion = fusion
         self.exact = exact
         self._sizes = (EXACT_ROWS,) if exact else FORWARD_ROWS
-        self.max_rows, self.max_segments = self._sizes[-1], min(MAX_SEGMENTS, self._sizes[-1])
+        # More sampled rows would take more memory than `measure_workspace` measures.
+        self.max_rows = self.max_round_rows = self._sizes[-1]
+        self.max_segments = min(MAX_SEGMENTS, self._sizes[-1])
         self.max_prefill_rows = EXACT_ROWS if exact else MAX_CAPTURED_PREFILL_ROWS
 
         def make_inputs(rows: int) -> GraphInputs:
@@ -171,6 +173,11 @@ class GraphRunner(TargetRunner):
     def simplify(self) -> bool:
         """See `TargetRunner.simplify`."""
         return self._leave_uncompiled() or self._leave_unfused()
+
+    def round_cache(self, dtype: torch.dtype) -> None:
+        """See `TargetRunner.round_cache`."""
+        super().round_cache(dtype)
+        self._forget_graphs()
 
     def _leave_uncompiled(self) -> bool:
         """Run the layers as transformers made them from now on; return whether they were compiled."""

@@ -65,13 +65,12 @@ class PagedAttention:
         rope: the rotary embeddings of the model.
     """
 
-    def __init__(self, model: Any, shards: int = 1, *, cache_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, shards: int = 1) -> None:
         """Prepare `model`.
 
         Args:
             model: a transformers causal language model, as transformers loads it.
             shards: number of tensor-parallel processes that are going to share the heads.
-            cache_dtype: of the KV cache; None for that of the model.
 
         Raises:
             TargetError: it cannot run on the paged cache; it is left unchanged.
@@ -83,7 +82,7 @@ class PagedAttention:
         self._configs = [] if routed else [(config, config._attn_implementation) for config in _configs(model)]
         self.group = max(call.query_heads // call.kv_heads for call in calls)
         heads, size = (max(getattr(call, name) for call in calls) for name in ("kv_heads", "head_size"))
-        self.shape = KVCacheShape(len(calls), heads // shards, size, cache_dtype or model.dtype, model.device)
+        self.shape = KVCacheShape(len(calls), heads // shards, size, model.dtype, model.device)
         for call in calls:
             call.layer.attention_span = call.span
             if routed:

@@ -229,13 +229,13 @@ class GeneralRunner:
 
     Attributes:
         shape: shape of the pools that it runs with.
-        max_rows, max_segments, max_prefill_rows, exact: see `runner.TargetRunner`.
+        max_rows, max_round_rows, max_segments, max_prefill_rows, exact: see `runner.TargetRunner`.
         chunk_limit: up to this length of a text, several tokens of it are read in one forward.
         prompt_limit: tokens of a prompt that are read in the first forward: all of them, unless transformers fails.
         is_consistent: logits do not depend on where the prompt ends, so that any part of a text may be read as one.
     """
 
-    max_rows = UNBOUNDED
+    max_rows = max_round_rows = UNBOUNDED
     max_segments = UNBOUNDED
     exact = False
 

@@ -17,6 +17,9 @@ from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.errors import InputError, TargetError
 
+# NVIDIA's compute capability from which on GPUs convert 8-bit floating point.
+FP8_CAPABILITY = (8, 9)
+
 
 class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
     """Loads targets, all with the same options. A target may be a GGUF file, which is converted first.
@@ -48,6 +51,8 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError("--device cuda: torch finds no GPU; install torch with CUDA, or use --device cpu")
         if not cuda and (self.exact or self.compiled):
             raise InputError("--exact and --compile need --device cuda; a CPU needs neither")
+        if cuda and self.cache_format and torch.cuda.get_device_capability(self.device) < FP8_CAPABILITY:
+            raise InputError(f"--kv-cache-dtype {self.cache_format}: this GPU has no such numbers; leave it out")
         if self.is_tensor_parallel and self.quantize:
             raise InputError("--quantize is for one GPU; --gpus and torchrun split a target over several")
         if self.is_tensor_parallel and not cuda:

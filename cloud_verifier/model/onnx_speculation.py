@@ -76,6 +76,10 @@ class OnnxSessionDraft:
         self._owner = owner
         self._begun = self._failed = False
 
+    def unread_tokens(self, ids: list[int]) -> int:
+        """See `SessionDraft.unread_tokens`."""
+        return self._context.tokens_to_prefill(ids)
+
     def propose(
         self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:

@@ -39,6 +39,7 @@ class TargetRunner:
         shape: KV cache shape of the pools that it runs with.
         adapters: the LoRA adapters of the model.
         max_rows, max_segments: limits of one forward.
+        max_round_rows: most rows of several rounds, all of which are sampled, in one forward.
         min_rows: rows to which a forward on a CPU is padded, see `cpu_layers`.
         max_prefill_rows: rows of one forward that the scheduler should use for prefill, so that rounds in the same
             forward do not wait long.
@@ -46,7 +47,7 @@ class TargetRunner:
             be scored then.
     """
 
-    max_rows = 256
+    max_rows = max_round_rows = 256
     min_rows = 1
     max_segments = 1 << 16
     max_prefill_rows = 128
@@ -85,6 +86,10 @@ class TargetRunner:
     def measure_workspace(self) -> int:
         """Bytes that forwards take beside the weights and the pool, where a pool is to use all memory that is left."""
         return 0
+
+    def round_cache(self, dtype: torch.dtype) -> None:
+        """Round keys and values to `dtype` from now on, in pools that are made later."""
+        self.shape = self.shape._replace(dtype=dtype)
 
     def simplify(self) -> bool:
         """Give up one of the changes that make the model's layers faster; return whether there was one."""

@@ -51,12 +51,17 @@ class SelfTest:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, attention: PagedAttention, context: int) -> None:
+    def __init__(
+        self, model: Any, attention: PagedAttention, context: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
         """
         Args:
             context: longest text that is going to be served, in tokens.
+            cache_dtype: of a cache that rounds keys and values; None for that of the model.
         """
-        self._attention, self._dtype = attention, model.dtype
+        self._attention = attention
+        self._tolerance = ROUNDED_TOLERANCE if cache_dtype else TOLERANCE[model.dtype]
+        self._equal_rows = EQUAL_ROWS[model.dtype]
         self._longest_span = LONGEST_SPAN[model.device.type]
         length = attention.longest_span(self._longest_span) + TEXT_TOKENS
         if model.device.type == "cuda":
@@ -76,10 +81,9 @@ class SelfTest:
         branch = [*self._text[:-2], self._sibling, self._text[-1]]
         with attention.suspended(), attention.shortened_spans(self._longest_span):
             # As `generate` does: a prompt, and the rest token by token.
-            cache_dtype = attention.shape.dtype
 
             def expect(ids: list[int], *, steps: int = 0, rows: int | None = None) -> torch.Tensor:
-                cache = None if cache_dtype == model.dtype else RoundingCache(model, cache_dtype)
+                cache = RoundingCache(model, cache_dtype) if cache_dtype else None
                 return _transformers_logits(model, ids, cache, steps=steps, rows=rows)
 
             self._expected_text = expect(self._text[:-1], steps=3, rows=3 + sum(LAST_CHUNKS))
@@ -102,12 +106,11 @@ class SelfTest:
         with self._attention.shortened_spans(self._longest_span):
             rows = self._paged_logits(runner)
         actual, expected = (torch.stack(side) for side in zip(*rows, strict=True))
-        rounded = runner.shape.dtype != self._dtype
-        tolerance = (ROUNDED_TOLERANCE if rounded else TOLERANCE[self._dtype]) * expected.abs().max()
+        tolerance = self._tolerance * expected.abs().max()
         differences = (actual - expected).abs().amax(1)
         share = float((differences <= tolerance).float().mean())
         log.info("self-test: the largest difference of a logit from transformers' is %.2g", float(differences.max()))
-        if share < EQUAL_ROWS[self._dtype]:
+        if share < self._equal_rows:
             raise TargetError(
                 f"its logits over the paged KV cache differ by {float(differences.max()):.3g} from those of its own "
                 f"forward in transformers, at {1 - share:.0%} of the tested positions"

@@ -32,6 +32,9 @@ class SessionDraft(Protocol):
     def cached_sequence(self) -> CachedSequence | None:
         """What it holds of the draft model's KV cache pool; None if it uses none."""
 
+    def unread_tokens(self, ids: list[int]) -> int:
+        """How many of `ids` the draft model would have to read before it could draft after them, at most."""
+
     def propose(
         self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:

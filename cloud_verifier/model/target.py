@@ -31,7 +31,7 @@ from cloud_verifier.model.quantization import quantize_layers
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import GREEDY, SampledTokens
 from cloud_verifier.model.self_test import SelfTest
-from cloud_verifier.model.tree import TokenTree
+from cloud_verifier.model.tree import CLOSE_CALL_MARGIN, TokenTree
 from cloud_verifier.registry.adapter import is_plain_lora
 from cloud_verifier.registry.checkpoint import (
     accepted_vocabularies,
@@ -72,11 +72,13 @@ class Target:
         runner: the runner of its model; versions that are adapters of one base share it.
         general_tier_reason: why the model runs on the slower general tier; empty if it runs on the fast one.
         grammars: compiles grammars for the target.
+        rounds_activations: what layers compute, or keys and values, are rounded to 8 bits.
         adapter_slot: slot of the version's LoRA adapter in the runner; 0 is none.
     """
 
     runner: TargetRunner | GeneralRunner
     end_ids: frozenset[int]
+    rounds_activations = False
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class Target:
         config = load_text_config(base)
         self._path, self._base = path, base
         self._identities: dict[tuple[str, int, int | None], str] = {}
+        self.rounds_activations = quantize == "fp8" or bool(cache_format)
         suffixes = [f"-{quantize}"] * bool(quantize) + [f"-kv-{cache_format}"] * bool(cache_format)
         self.version = f"{self.name}@{version_hash(path, base)}" + "".join(suffixes)
         self.context = usable_context(config, context, path)
@@ -197,6 +200,13 @@ class Target:
             fingerprints = shared_fingerprints(self._path, self._base, layout, blocks, self._layers, rows=rows)
             known = self._identities[layout, blocks, rows] = draft_identity(layout, blocks, fingerprints)
         return known
+
+    @property
+    def close_call_margin(self) -> float:
+        """Two scores that are closer could change places in a batch of another size."""
+        name = str(self.dtype).removeprefix("torch.")
+        # As large as the rounding, where that can make a step of a last bit.
+        return max(CLOSE_CALL_MARGIN[name], CLOSE_CALL_MARGIN["bfloat16"] if self.rounds_activations else 0.0)
 
     @property
     def replays_prompt(self) -> bool:
@@ -309,8 +319,10 @@ def make_runner(
     layers: CpuLayers | None = None
     fusion: ProjectionFusion | None = None
     try:
-        attention = PagedAttention(model, group.size if group else 1, cache_dtype=cache_dtype)
-        test = SelfTest(model, attention, context) if tested and (group is None or group.rank == 0) else None
+        attention = PagedAttention(model, group.size if group else 1)
+        leads = group is None or group.rank == 0
+        test = SelfTest(model, attention, context) if tested and leads else None
+        rounded_test = SelfTest(model, attention, context, cache_dtype) if tested and leads and cache_dtype else None
         runner: TargetRunner
         if model.device.type == "cuda":
             from cloud_verifier.model.cuda_graphs import GraphRunner
@@ -336,6 +348,11 @@ def make_runner(
                 if group or not runner.simplify():
                     raise
                 log.warning("changed layers of this model are wrong, and run more as they are: %s", error)
+        if cache_dtype:
+            # After the layers were compared, for which rounding would leave too much room.
+            runner.round_cache(cache_dtype)
+        if rounded_test:
+            rounded_test.run(runner, runner.min_rows)
     except Exception as error:
         if layers:
             layers.restore()

@@ -18,7 +18,7 @@ from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tok
 from cloud_verifier.model.target import Target, make_runner
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.logits_processing import SequenceProcessor
-from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.protocol.sampling import Sampling, common_prefix_length
 
 
 class TorchSpeculation:
@@ -71,6 +71,10 @@ class TorchSessionDraft:
     def close(self) -> None:
         """Keep nothing: the scheduler releases `cached_sequence`."""
 
+    def unread_tokens(self, ids: list[int]) -> int:
+        """See `SessionDraft.unread_tokens`."""
+        return len(ids) - common_prefix_length(self._ids[: self._sequence.length], ids)
+
     def propose(
         self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
     ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
@@ -79,9 +83,7 @@ class TorchSessionDraft:
         if count < 1:
             return []
         # Roll back to the longest cached prefix of `ids`, and leave at least one token to score.
-        cached = min(self._sequence.length, len(ids) - 1)
-        while self._ids[:cached] != ids[:cached]:
-            cached -= 1
+        cached = min(len(ids) - self.unread_tokens(ids), len(ids) - 1)
         self._sequence.length = cached
         self._ids = ids[:cached]
         unread = ids[cached:]

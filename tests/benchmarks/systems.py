@@ -266,7 +266,7 @@ class Comparison:
             if name == "speculating":
                 options += ["--draft", str(self._bundle.path), "--draft-threads", str(DRAFT_THREADS)]
             command = [sys.executable, "-m", "tests.benchmarks.comparison.cloud", *options]
-            with (ROOT / "build" / "benchmarks" / f"{name}.log").open("wb") as log:
+            with _log_path(name).open("wb") as log:
                 process = ControlledProcess(self._network.command("cloud", command), cwd=ROOT, stderr=log)
             self._stack.callback(process.stop)
             self._clouds[name] = process
@@ -282,7 +282,7 @@ class Comparison:
                 if httpx.get(url).is_success:
                     return
             time.sleep(0.2)
-        raise RuntimeError(f"the process {name!r} does not serve: see its log in build/benchmarks")
+        raise RuntimeError(f"the process {name!r} does not serve: see {_log_path(name)}")
 
     async def measure(self, case: Case, repetition: int) -> Values:
         place, system = case
@@ -369,6 +369,11 @@ class Comparison:
         if reports[0].draft_length:
             values[LENGTH.name] = reports[0].draft_length
         return values
+
+
+def _log_path(name: str) -> Path:
+    """The log of a process in the cloud; several processes may take samples at once."""
+    return ROOT / "build" / "benchmarks" / f"{name}-{os.getpid()}.log"
 
 
 @contextlib.asynccontextmanager

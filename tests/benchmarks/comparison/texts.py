@@ -15,7 +15,7 @@ import msgspec
 
 from cloud_verifier.registry.checkpoint import base_directory
 from cloud_verifier.registry.version_files import version_hash
-from edge_runtime.common.files import write_atomically
+from edge_runtime.common.files import lock_directory, write_atomically
 from tests.benchmarks.comparison.board import AnswerCommand
 from tests.benchmarks.harness.samples import ROOT
 
@@ -84,7 +84,8 @@ class References:
             done = subprocess.run(command, input=requests, stdout=subprocess.PIPE, check=True)
             self._texts |= zip((keys[index] for index in missing), json.loads(done.stdout), strict=True)
             # Another process may have added texts in the meantime.
-            write_atomically(self._path, json.dumps(self._read() | self._texts).encode())
+            with lock_directory(self._path.parent):
+                write_atomically(self._path, json.dumps(self._read() | self._texts).encode())
         return [self._texts[key] for key in keys]
 
     def _read(self) -> dict[str, list[int]]:

@@ -12,6 +12,8 @@ from cloud_verifier.engine.draft_lengths import TEXT_DECAY, AcceptanceEvidence, 
 
 LIMIT = 5
 FORWARD, ROW = 0.008, 0.0002
+# For the draft model to read a token of a prompt.
+READ_SECONDS = 0.0005
 
 
 def speed(length: int, acceptance: float, draft_seconds: float) -> float:
@@ -21,10 +23,14 @@ def speed(length: int, acceptance: float, draft_seconds: float) -> float:
 
 
 class SimulatedText:
-    """A text on a simulated clock, whose draft tokens are each accepted with a set probability."""
+    """A text on a simulated clock, whose draft tokens are each accepted with a set probability.
 
-    def __init__(self, lengths: DraftLengths, seed: int, draft_seconds: float) -> None:
+    The draft model first reads the prompt, and later what was generated without it.
+    """
+
+    def __init__(self, lengths: DraftLengths, seed: int, draft_seconds: float, prompt: int = 0) -> None:
         self.acceptance = 0.0
+        self._unread = prompt
         self.lengths, self._random, self._draft_seconds = lengths, Random(seed), draft_seconds
         self.evidence = AcceptanceEvidence(TEXT_DECAY)
 
@@ -35,7 +41,11 @@ class SimulatedText:
             length = self.lengths.choose(self.evidence, LIMIT)
             accepted = next((i for i in range(length) if self._random.random() >= self.acceptance), length)
             step = length * self._draft_seconds + FORWARD + ROW * length
-            self.lengths.record(self.evidence, length, accepted, step)
+            read_on = bool(length) and self._unread > LIMIT + 1
+            if read_on:
+                step += self._unread * READ_SECONDS
+            self._unread = 1 if length else self._unread + 1
+            self.lengths.record(self.evidence, length, accepted, None if read_on else step)
             tokens, seconds = tokens + accepted + 1, seconds + step
             chosen.append(length)
         return tokens / seconds, chosen
@@ -69,6 +79,16 @@ def test_a_new_text_begins_with_what_others_showed() -> None:
         text.generate(100)
     _, chosen = SimulatedText(lengths, 9, 0.006).generate(5)
     assert sum(chosen) <= 1
+
+
+@pytest.mark.parametrize("prompt", [0, 300, 5000])
+def test_what_the_draft_model_reads_first_keeps_no_text_from_drafting(prompt: int) -> None:
+    lengths = DraftLengths()
+    for seed in range(20):
+        text = SimulatedText(lengths, seed, 0.001, prompt)
+        text.acceptance = 0.9
+        _, chosen = text.generate(200)
+    assert sum(chosen) > 4 * len(chosen)
 
 
 def test_one_slow_step_changes_little() -> None:

@@ -89,13 +89,16 @@ def simulate() -> None:
 def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False, cache_format: str = "") -> GraphRunner:
     """The GPU's runner of the checkpoint at `path`, after its self-test."""
     model = load_model(path, "cpu", dtype)[0]
-    paged = fast_tier.PagedAttention(model, cache_dtype=CACHE_FORMATS.get(cache_format))
+    paged = fast_tier.PagedAttention(model)
     self_test.TEXT_TOKENS = TEXT_TOKENS[dtype]
-    test = self_test.SelfTest(model, paged, CONTEXT)
+    dtype_of_cache = CACHE_FORMATS.get(cache_format)
+    test = self_test.SelfTest(model, paged, CONTEXT, dtype_of_cache)
     with paged.suspended():
         fusion = ProjectionFusion(model)
     runner = GraphRunner(model, paged, CONTEXT, exact=exact, fusion=fusion)
     runner._mode = "forward"
+    if dtype_of_cache:
+        runner.round_cache(dtype_of_cache)
     test.run(runner)
     return runner
 

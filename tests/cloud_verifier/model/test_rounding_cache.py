@@ -64,11 +64,16 @@ def test_the_format_is_a_part_of_the_version_and_takes_less_memory(tmp_path: Pat
     rounded, plain = make_target(path), make_target(path, "")
     assert rounded.version == f"{plain.version}-kv-fp8"
     assert 4 * rounded.runner.shape.bytes_per_token == plain.runner.shape.bytes_per_token
+    # Rounding makes larger differences of what differs in the last bit.
+    assert rounded.close_call_margin > plain.close_call_margin
 
 
-def test_a_target_of_the_general_tier_has_no_such_cache(tmp_path: Path) -> None:
+def test_a_target_of_the_general_tier_has_no_such_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_architecture(tmp_path / "model", "mamba")
     with pytest.raises(TargetError, match="no KV cache in fp8"):
-        make_target(save_architecture(tmp_path / "model", "mamba"))
+        make_target(path)
+    assert main(["generate", str(path), "text", "--kv-cache-dtype", "fp8"]) != 0
+    assert "no KV cache in fp8" in capsys.readouterr().err
 
 
 def test_large_numbers_become_the_largest() -> None:

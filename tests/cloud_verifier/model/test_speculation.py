@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -204,6 +205,22 @@ def test_the_text_does_not_depend_on_the_lengths_of_drafts(
     session = verifier.client.open(sampling=sampling, n=60)
     assert session.ids == PROMPT + reference_text(PROMPT, 60, sampling)
     assert len(chosen) > 2
+
+
+def test_the_time_in_which_the_draft_reads_the_prompt_is_not_taken_for_that_of_drafting(
+    verifier: SpeculatingVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[float | None] = []
+    record = DraftLengths.record
+
+    def spy(lengths: DraftLengths, text: AcceptanceEvidence, drafted: int, accepted: int, seconds: Any) -> None:
+        recorded.append(seconds)
+        record(lengths, text, drafted, accepted, seconds)
+
+    monkeypatch.setattr(DraftLengths, "record", spy)
+    verifier.client.open([*PROMPT, *range(20, 40)], ENDLESS, n=30)
+    assert recorded[0] is None
+    assert len(recorded) > 2 and None not in recorded[1:]
 
 
 @pytest.mark.slow
