@@ -19,7 +19,7 @@ from edge_runtime.common.grammar_options import add_grammar_options, read_gramma
 from edge_runtime.common.options import add_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError, InputError, TargetError
+from edge_runtime.protocol.errors import FlexSpecError, InputError
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
 
@@ -107,11 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
         "are then those of the quantized target, whose version ends with the method"
     )
     add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))
-    text = (
-        "round keys and values in the KV cache to fp8, which takes half the memory of 16 bits, a quarter of float32; "
-        "texts are then those of the target with these, whose version ends with -kv-fp8; on a GPU with --exact"
-    )
-    add_option(model_options, "--kv-cache-dtype DTYPE", text, choices=("fp8",))
     model_options.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: torch's choice)")
 
     serve.add_parser(commands, model_options)
@@ -154,7 +149,6 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
-    from cloud_verifier.model.fast_tier import PagedAttention
     from cloud_verifier.model.gguf import resolve_checkpoint
     from cloud_verifier.model.reference import generate_reference
     from cloud_verifier.model.target import load_model
@@ -162,15 +156,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    cache_format = options.kv_cache_dtype or ""
     model, base, end_ids = load_model(
         resolve_checkpoint(options.target), options.device, options.dtype, options.quantize or ""
     )
-    if cache_format:
-        try:
-            PagedAttention(model).remove()
-        except TargetError as obstacle:
-            raise TargetError(f"{options.target} has no KV cache in {cache_format}: {obstacle}") from None
     vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     if options.jobs:
@@ -186,17 +174,13 @@ def _generate(options: argparse.Namespace) -> int:
                 max_new_tokens = int(job["max_new_tokens"])
             except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
                 raise InputError(f"not a job: {line.strip()[:80]} ({error})") from None
-            new_ids = generate_reference(
-                model, job["ids"], sampling, max_new_tokens, end_ids, tokenizer=tokenizer, cache_format=cache_format
-            )
+            new_ids = generate_reference(model, job["ids"], sampling, max_new_tokens, end_ids, tokenizer=tokenizer)
             print(json.dumps(new_ids), flush=True)
         return 0
     sampling = read_sampling(options, grammar=read_grammar(options))
     for prompt in options.prompt or [sys.stdin.read()]:
         ids = tokenizer.encode(prompt).ids
         validate_prompt(ids, vocabulary_size)
-        new_ids = generate_reference(
-            model, ids, sampling, options.max_new_tokens, end_ids, tokenizer=tokenizer, cache_format=cache_format
-        )
+        new_ids = generate_reference(model, ids, sampling, options.max_new_tokens, end_ids, tokenizer=tokenizer)
         print(prompt + tokenizer.decode(new_ids))
     return 0

@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cloud_verifier.model.batch import AttentionSpan, ForwardBatch, SegmentCache
-from cloud_verifier.model.kv_cache import round_to
 from cloud_verifier.model.torchscript import scripted
 
 IMPLEMENTATION_NAME = "flexspec"
@@ -81,8 +80,7 @@ def attend(
     for index, (first_key, mask) in enumerate(batch.grouped_masks(span, group, None if explicit else query.dtype)):
         start, count, cache = batch.starts[index], len(batch.segments[index]), batch.caches[index]
         own = queries[:, :, start : start + count], key[0, :, start : start + count], value[0, :, start : start + count]
-        rounded = cache.dtype != key.dtype
-        if len(cache.pages) == 1 and not (first_key or explicit or rounded):
+        if len(cache.pages) == 1 and not (first_key or explicit):
             outputs.append(attend_page(*own, cache.pages[0][layer], cache.new_rows[0][layer], mask, scaling))
             continue
         keys, values = _store(cache, layer, *own[1:], first=first_key)
@@ -185,8 +183,7 @@ def _store(
     cache: SegmentCache, layer: int, key: torch.Tensor, value: torch.Tensor, *, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write rows (heads, rows, size) after the sequence; return its keys and values from `first` on, rows included."""
-    start, dtype = 0, key.dtype
-    key, value = round_to(key, cache.dtype), round_to(value, cache.dtype)
+    start = 0
     for new_rows in cache.new_rows:
         page_keys, page_values = new_rows[layer].unbind(0)
         stop = start + page_keys.shape[1]
@@ -194,8 +191,7 @@ def _store(
         _part(page_values, value).copy_(value[:, start:stop])
         start = stop
     pages = cache.pages[first // cache.page_tokens :]
-    parts = [page[layer].to(dtype) for page in pages]
-    cached = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    cached = pages[0][layer] if len(pages) == 1 else torch.cat([page[layer] for page in pages], dim=2)
     keys, values = cached.unbind(0)
     if skipped := first % cache.page_tokens:
         keys, values = keys[:, skipped:], values[:, skipped:]

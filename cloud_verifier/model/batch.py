@@ -178,11 +178,6 @@ class SegmentCache(NamedTuple):
     pages: list[tuple[torch.Tensor, ...]]
     new_rows: list[tuple[torch.Tensor, ...]]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the cached keys and values."""
-        return self.pages[0][0].dtype
-
     @classmethod
     def of(cls, pool: KVCachePool, segment: Segment) -> SegmentCache:
         page_tokens, past = pool.page_tokens, segment.sequence.length

@@ -176,7 +176,7 @@ class GraphRunner(TargetRunner):
 
     def round_cache(self, dtype: torch.dtype) -> None:
         """See `TargetRunner.round_cache`."""
-        super().round_cache(dtype)
+        self.shape = self.shape._replace(dtype=dtype)
         self._forget_graphs()
 
     def _leave_uncompiled(self) -> bool:

@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 import psutil
 import torch
 
-# Formats of keys and values that take fewer bytes than the model's dtype, by name. Rounding is a part of the target's
-# version: every key and value is rounded before anything attends to it.
+# Formats of keys and values that take fewer bytes than the model's dtype, by name; on a GPU. Rounding is a part of the
+# target's version: every key and value is rounded before anything attends to it.
 CACHE_FORMATS = {"fp8": torch.float8_e4m3fn}
 # Tokens per page by device type; see the module docstring for the trade-off.
 PAGE_TOKENS = {"cuda": 64, "cpu": 512}

@@ -51,7 +51,12 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError("--device cuda: torch finds no GPU; install torch with CUDA, or use --device cpu")
         if not cuda and (self.exact or self.compiled):
             raise InputError("--exact and --compile need --device cuda; a CPU needs neither")
-        if cuda and self.cache_format and torch.cuda.get_device_capability(self.device) < FP8_CAPABILITY:
+        if self.cache_format and not cuda:
+            raise InputError(
+                f"--kv-cache-dtype {self.cache_format} needs --device cuda: on a CPU the last bit of a key depends "
+                "on the batch, and rounding would make texts depend on it"
+            )
+        if self.cache_format and torch.cuda.get_device_capability(self.device) < FP8_CAPABILITY:
             raise InputError(f"--kv-cache-dtype {self.cache_format}: this GPU has no such numbers; leave it out")
         if self.is_tensor_parallel and self.quantize:
             raise InputError("--quantize is for one GPU; --gpus and torchrun split a target over several")
@@ -106,7 +111,7 @@ class TargetLoader(msgspec.Struct, frozen=True, kw_only=True):
             quantize=self.quantize,
             cache_format=self.cache_format,
             # In a batch of another size a key may be another number of the cache.
-            exact=self.exact or (is_cuda and bool(self.cache_format)),
+            exact=self.exact or bool(self.cache_format),
             compiled=is_cuda and group is None if self.compiled is None else self.compiled,
             share_with=others,
             group=group,

@@ -21,8 +21,6 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from cloud_verifier.model.kv_cache import CACHE_FORMATS
-from cloud_verifier.model.rounding_cache import RoundingCache
 from edge_runtime.protocol.errors import GrammarError
 from edge_runtime.protocol.logits_processing import end_ids_of
 from edge_runtime.protocol.sampling import CoupledSampler, Sampling
@@ -146,7 +144,6 @@ def generate_reference(
     end_ids: frozenset[int],
     *,
     tokenizer: Tokenizer | None = None,
-    cache_format: str = "",
 ) -> list[int]:
     """Generate the text of `model` token by token.
 
@@ -156,7 +153,6 @@ def generate_reference(
         sampling: sampling parameters and seed.
         max_new_tokens: upper bound.
         end_ids, tokenizer: see `make_logits_processors`.
-        cache_format: see `Target`.
 
     Returns the new token ids, the end token included.
     """
@@ -180,7 +176,6 @@ def generate_reference(
                 max_new_tokens=max_new_tokens, eos_token_id=sorted(end) or None, pad_token_id=0
             ),
             logits_processor=processors,
-            **({"past_key_values": RoundingCache(model, CACHE_FORMATS[cache_format])} if cache_format else {}),
         )
     finally:
         model.generation_config = model_config

@@ -18,6 +18,7 @@ from cloud_verifier.model.fast_tier import PagedAttention, forward_arguments
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.lora import LoRAAdapters
 from cloud_verifier.model.sampling import LazySampledTokens, SampledTokens
+from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import CoupledSampler
 
 
@@ -88,8 +89,8 @@ class TargetRunner:
         return 0
 
     def round_cache(self, dtype: torch.dtype) -> None:
-        """Round keys and values to `dtype` from now on, in pools that are made later."""
-        self.shape = self.shape._replace(dtype=dtype)
+        """Round keys and values to `dtype` from now on, in pools that are made later. CUDA only; see `cuda_graphs`."""
+        raise TargetError("only a GPU has a KV cache in another dtype than the model's")
 
     def simplify(self) -> bool:
         """Give up one of the changes that make the model's layers faster; return whether there was one."""

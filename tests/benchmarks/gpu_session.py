@@ -92,7 +92,7 @@ PARTS = {
     "cache": Part(
         120,
         (*VERIFIER, "forwards", "--compiled", "--exact", "--kv-cache-dtype", "fp8", *SHAPE),
-        (*VERIFIER, "forwards", *SMALL, "--kv-cache-dtype", "fp8"),
+        (*VERIFIER, "forwards", *SMALL),
     ),
     "fp8": Part(
         90,

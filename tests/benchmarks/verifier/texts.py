@@ -22,7 +22,7 @@ from tests.toy_family import FAMILY
 
 # Of the targets whose texts are compared: dtype and further options, by device.
 TEXT_TARGETS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "cpu": [("float32", {}), ("bfloat16", {}), ("float32", {"quantize": "int8"}), ("float32", {"cache_format": "fp8"})],
+    "cpu": [("float32", {}), ("bfloat16", {}), ("float32", {"quantize": "int8"})],
     "cuda": [
         ("float32", {}),
         *(
