@@ -51,12 +51,12 @@ class StepTimes:
         """Record a step; one whose time tells nothing still counts as a try."""
         for other in self._means.keys() - {length}:
             self._weights[other] = max(OPTIMISM, self._weights[other] * (1 - FADING))
-        if seconds is None and length not in self._means:
+        mean = self._means.get(length, seconds)
+        if mean is None:
             return
-        mean = self._means.setdefault(length, seconds or 0.0)
         weight = self._weights[length] = min(MAX_WEIGHT, self._weights.get(length, 0.0) + 1)
-        if seconds is not None:
-            self._means[length] += (min(seconds, MAX_EXCESS * mean) - mean) / weight
+        latest = mean if seconds is None else min(seconds, MAX_EXCESS * mean)
+        self._means[length] = mean + (latest - mean) / weight
 
     def expect(self, length: int) -> float | None:
         """The time with drafts of `length` tokens; None if nothing is known."""

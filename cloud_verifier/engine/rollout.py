@@ -21,7 +21,6 @@ from cloud_verifier.engine.sessions import SessionStore
 from cloud_verifier.model.target import Target
 from cloud_verifier.registry.catalog import TargetVersion, TrafficSplit, UnknownVersion
 from cloud_verifier.registry.registry import ListedVersion, Registry, RegistryError
-from edge_runtime.common.memory import collect_garbage
 from edge_runtime.protocol.errors import FlexSpecError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
@@ -341,7 +340,6 @@ class Rollout:
                 finally:
                     self._unloading = None
                 del self._retirements[version]
-                await asyncio.to_thread(collect_garbage)
                 log.info("%s was unloaded", version)
                 # It may have been added again meanwhile.
                 self.request_refresh()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import heapq
 import logging
 import threading
@@ -222,6 +223,8 @@ class Scheduler:
         """Unload a version that no session is pinned to any more, once its last round has ended."""
         while True:
             if await self._run_between_steps(lambda: self._try_unload(version)):
+                # A model refers to itself, and the collector rarely looks for such garbage.
+                await asyncio.to_thread(gc.collect)
                 return
             await asyncio.sleep(UNLOAD_RETRY_SECONDS)
 

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import as_stored
 
 # Shorter chunks go through the paged kernel. Chosen: below this the gathering and a launch for each segment cost more.
 MIN_CHUNK_ROWS = 256
@@ -90,10 +91,8 @@ def attend_chunk(
     queries = query[:, :, own]
     if chunk.past or slab.dtype != query.dtype:
         _, heads, _, size = key.shape
-        # As bytes, if they are rounded: torch gathers no numbers of 8 bits.
-        stored = slab.view(torch.uint8) if slab.dtype.itemsize == 1 else slab
         # (pages, 2, heads, page, size) -> (2, heads, tokens, size)
-        cached = stored[chunk.pages, layer.long()][:, :, :heads, :, :size].permute(1, 2, 0, 3, 4)
+        cached = as_stored(slab)[chunk.pages, layer.long()][:, :, :heads, :, :size].permute(1, 2, 0, 3, 4)
         tokens = cached.reshape(2, 1, heads, -1, size)[:, :, :, : chunk.past + chunk.rows]
         keys, values = tokens.view(slab.dtype).to(query.dtype).unbind(0)
     else:

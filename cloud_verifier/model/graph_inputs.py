@@ -117,7 +117,6 @@ class GraphInputs:
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
         self._host: dict[str, npt.NDArray[Any]] = {}
-        self._starts: dict[str, int] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
@@ -125,7 +124,6 @@ class GraphInputs:
             on_host, on_device = (part.view(wide[name]) if name in wide else part.view(shape) for part in parts)
             self._host[name] = on_host.numpy()
             setattr(self, name, on_device)
-            self._starts[name] = start
             start = stop
 
     def fill(
@@ -181,9 +179,10 @@ class GraphInputs:
         # Padding rows are written to page 0, which is never read.
         host["row_spans"][row:], host["pages"][row:] = 0, 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
-        columns = host["page_table"].shape[1]
-        self._copy(0, self._starts["page_table"] + len(segments) * columns)
-        self._copy(self._starts["work"], self._starts["work"] + 2 * len(block))
+        work_start = self._pinned.numel() - host["work"].size
+        page_table_start = work_start - host["page_table"].size
+        self._copy(0, page_table_start + len(segments) * host["page_table"].shape[1])
+        self._copy(work_start, work_start + 2 * len(block))
 
     def _copy(self, start: int, stop: int) -> None:
         self.buffer[start:stop].copy_(self._pinned[start:stop], non_blocking=True)

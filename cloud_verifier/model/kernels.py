@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cloud_verifier.model.kv_cache import as_stored
+
 # Keys of one span: at least so many for each row of the forward, between these bounds; more where a sequence would have
 # more spans than that. Chosen: a forward of a few rows has few sequences, whose spans must occupy the GPU; one of many
 # rows has enough work. Combining takes a microsecond for a few spans.
@@ -296,11 +298,6 @@ def _move(
         tl.store(base + to_page * page_stride + head * head_stride + to_row * SIZE, row, mask=lanes < SIZE)
 
 
-def _as_stored(values: torch.Tensor) -> torch.Tensor:
-    """Numbers of 8 bits as bytes: Triton's interpreter converts few of them right."""
-    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
-
-
 def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
     """Move rows of all layers within the pool.
 
@@ -309,7 +306,7 @@ def move(slab: torch.Tensor, moves: torch.Tensor) -> None:
         moves: (moves, 4) source page and row, destination page and row. A move of a row to itself is skipped. No
             row may occur twice.
     """
-    slab = _as_stored(slab)
+    slab = as_stored(slab)
     _, layers, _, heads, _, size = slab.shape
     page_stride, layer_stride, _, head_stride, *_ = slab.stride()
     _move[(moves.shape[0], layers)](
@@ -332,7 +329,7 @@ def store(
 
     They are of the slab's dtype.
     """
-    key, value, slab = map(_as_stored, (key, value, slab))
+    key, value, slab = map(as_stored, (key, value, slab))
     _, heads, rows, key_size = key.shape
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     _store[(rows, heads)](
@@ -413,7 +410,7 @@ def attend(
         without_chunks: `query` has only the rows before the long prefill chunks.
     """
     _, query_heads, rows, key_size = query.shape
-    is_fp8, slab = slab.dtype == torch.float8_e4m3fn, _as_stored(slab)
+    is_fp8, slab = slab.dtype == torch.float8_e4m3fn, as_stored(slab)
     page, size = slab.shape[4:]
     page_stride, layer_stride, kind_stride, head_stride, *_ = slab.stride()
     out = torch.empty(1, rows, query_heads, value_size, dtype=query.dtype, device=query.device)

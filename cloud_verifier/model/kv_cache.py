@@ -82,6 +82,11 @@ def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.clamp(-largest, largest).to(dtype)
 
 
+def as_stored(values: torch.Tensor) -> torch.Tensor:
+    """Numbers of 8 bits as bytes: torch gathers none of them, and Triton's interpreter converts few of them right."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+
+
 class KVCacheFull(Exception):
     """The pool has too few free pages."""
 

@@ -201,7 +201,7 @@ class Target:
             known = self._identities[layout, blocks, rows] = draft_identity(layout, blocks, fingerprints)
         return known
 
-    @property
+    @functools.cached_property
     def close_call_margin(self) -> float:
         """Two scores that are closer could change places in a batch of another size."""
         name = str(self.dtype).removeprefix("torch.")

@@ -54,11 +54,6 @@ def freeze_objects() -> None:
     gc.set_threshold(COLLECTED_OBJECTS, *gc.get_threshold()[1:])
 
 
-def collect_garbage() -> None:
-    """Free what only refers to itself, such as an unloaded model, without waiting for the collector to look for it."""
-    gc.collect()
-
-
 def release_freed_memory() -> None:
     """Return memory that was freed to the system, where the C library can (glibc keeps it for later).
 

@@ -104,7 +104,6 @@ def prepare_models(options: argparse.Namespace, names: list[str]) -> None:
 
     if options.shape:
         once(options.target, lambda: conversion.write_random_target(options.shape, options.target, options.device))
-        options.bundle = options.target
         return
     bundle = read_bundle(options.bundle, verify=False)
     if any(name.startswith("onnxruntime-genai") for name in names):
