@@ -129,10 +129,10 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     )
     option("--draft DRAFT", text, type=Path)
     text = (
-        "most tokens to draft per forward; fewer or none where measured times and acceptance say that they cost more "
-        "than they save"
+        "most tokens to draft per forward; fewer where the draft is unsure, and none where measured times and "
+        "acceptance say that they cost more than they save"
     )
-    option("--draft-tokens K", text, default=5, type=positive)
+    option("--draft-tokens K", text, default=12, type=positive)
     text = "CPU threads of the draft (default: one per core, at most 4)"
     serve.add_argument("--draft-threads", type=int, default=0, help=text)
     text = "leave drafting to the boards while more than N rounds are running"

@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
-from cloud_verifier.engine.draft_lengths import DraftLengths
+import msgspec
+
 from cloud_verifier.engine.outbox import Outbox
+from cloud_verifier.engine.own_drafts import OwnDraftPlanner
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
 from cloud_verifier.model.runner import PendingPrefill, RoundWork
 from cloud_verifier.model.sampling import SampledTokens
-from cloud_verifier.model.speculation import Speculation
+from cloud_verifier.model.speculation import OwnDraft, Speculation
 from cloud_verifier.model.tree import TokenTree
 from edge_runtime.protocol.errors import GrammarError, VerifierRefused
 from edge_runtime.protocol.messages import MAX_TREE_NODES, PROTOCOL_VERSION, STREAM_FRAME_SECONDS, Frame, TokenLogprobs
 
 
-class OwnDraft(NamedTuple):
-    """Tokens that the verifier drafted for itself.
+class TimedDraft(NamedTuple):
+    """What the verifier drafted for itself.
 
     Attributes:
-        by_model: its draft model could be asked; it may have been faster not to.
-        read_on: the draft model first had to read a prompt, or what was generated without it.
+        by_model: its draft model drafted it.
+        unread, seconds: tokens that this model read for it, and its time.
     """
 
-    tokens: list[int]
+    draft: OwnDraft
     by_model: bool = False
-    read_on: bool = False
+    unread: int = 0
+    seconds: float = 0.0
+
+
+NO_DRAFT = TimedDraft(OwnDraft([]))
 
 
 class ActiveRound:
@@ -45,7 +51,7 @@ class ActiveRound:
             otherwise a longer prefix is about to be cached, and the round tries again.
         current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
             depends on the load.
-        draft_lengths: chooses how many tokens that drafts.
+        own_drafts: plans what that drafts.
         session_load: returns the percentage of session slots in use, which every frame reports.
         outbox: takes frames and errors for the event loop.
 
@@ -65,7 +71,7 @@ class ActiveRound:
         keep_rows: Callable[[Session, list[int]], None],
         reuse_prefix: Callable[[Session], bool],
         current_speculation: Callable[[], Speculation | None],
-        draft_lengths: DraftLengths,
+        own_drafts: OwnDraftPlanner,
         session_load: Callable[[], int],
         outbox: Outbox,
     ) -> None:
@@ -78,7 +84,7 @@ class ActiveRound:
         self._keep_rows = keep_rows
         self._reuse_prefix = reuse_prefix
         self._current_speculation = current_speculation
-        self._draft_lengths = draft_lengths
+        self._own_drafts = own_drafts
         self._session_load = session_load
         self._outbox = outbox
         self._last_frame_at = 0.0
@@ -129,21 +135,15 @@ class ActiveRound:
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
-        if session.target.runner.exact:
-            siblings = {}
         accepted, tokens = yield from self._verify(draft, siblings)
         remaining = request.n - len(tokens)
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
         while not session.finish and remaining > 0:
-            started = time.perf_counter()
-            own = yield from self._draft(min(remaining - 1, self._max_draft_length()))
-            draft = own.tokens
-            accepted, tokens = yield from self._verify(draft, {})
+            own = yield from self._draft(min(remaining - 1, self._max_draft_length()), remaining)
+            draft, started = own.draft.tokens, time.perf_counter()
+            accepted, tokens = yield from self._verify(draft, own.draft.siblings)
             self._further_forwards += 1
-            if own.by_model:
-                # Reading on is not what further drafts take.
-                seconds = None if own.read_on else time.perf_counter() - started
-                self._draft_lengths.record(session.own_draft_evidence, len(draft), accepted, seconds)
+            self._learn(own, time.perf_counter() - started, accepted, tokens)
             tokens = draft[:accepted] + tokens
             remaining -= len(tokens)
             self._emit(0, tokens, more=not session.finish and remaining > 0)
@@ -158,45 +158,69 @@ class ActiveRound:
     def _max_draft_length(self) -> int:
         return self.session.target.draft_limit(len(self.session.ids))
 
-    def _draft(self, count: int) -> Generator[RoundWork, SampledTokens | None, OwnDraft]:
+    def _draft(self, count: int, left: int) -> Generator[RoundWork, SampledTokens | None, TimedDraft]:
         """Draft up to `count` tokens: those that the grammar forces, else with the verifier's own draft model.
 
-        Returns none if neither can, or if that would take longer than it saves.
+        Returns none if neither can, or if that would take longer than it saves in the `left` tokens of the round.
         """
         session, speculation = self.session, self._current_speculation()
         # A forward takes no more nodes than the tree of a board.
         forced_limit = min(count, MAX_TREE_NODES - 1)
         if session.processor and (forced := session.processor.forced_after(session.ids, forced_limit)):
-            return OwnDraft(forced)
+            return TimedDraft(OwnDraft(forced))
         # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
-            return OwnDraft([])
-        limit = min(count, speculation.max_draft_tokens)
-        count = self._draft_lengths.choose(session.own_draft_evidence, limit)
-        if not count:
-            return OwnDraft([], by_model=True)
+            return NO_DRAFT
+        unread = session.draft.unread_tokens(session.ids) if session.draft else len(session.ids)
+        plan = self._own_drafts.plan(
+            session.target.version,
+            session.sampling,
+            session.own_draft_streak,
+            longest=speculation.max_draft_tokens,
+            unread=unread,
+            left=left,
+        )
+        if not plan.draft:
+            return NO_DRAFT
+        plan = msgspec.structs.replace(plan, draft=min(plan.draft, count))
         if session.draft is None:
             session.draft = speculation.new_session_draft(session.owner)
-        # A step leaves at most the accepted tokens and one of the target's own.
-        read_on = session.draft.unread_tokens(session.ids) > speculation.max_draft_tokens + 1
-        steps = session.draft.propose(session.ids, count, session.sampling, session.processor)
+        began = time.perf_counter()
+        steps = session.draft.propose(session.ids, plan, session.sampling, session.processor)
         sampled: SampledTokens | None = None
         while True:
             started = time.perf_counter()
             try:
                 work = steps.send(sampled)
             except StopIteration as end:
-                tokens: list[int] = end.value
-                return OwnDraft(tokens, by_model=True, read_on=read_on)
+                draft: OwnDraft = end.value
+                return TimedDraft(draft, by_model=True, unread=unread, seconds=time.perf_counter() - began)
             except GrammarError:
                 # On the draft's path; the target's own may be another.
-                return OwnDraft([])
+                return NO_DRAFT
             finally:
                 self.forward_seconds += time.perf_counter() - started
             sampled = yield work
 
+    def _learn(self, own: TimedDraft, verify_seconds: float, accepted: int, tokens: list[int]) -> None:
+        """Let later drafts follow from this one, its verification, and the target's tokens after the accepted ones."""
+        session = self.session
+        if self._current_speculation():
+            self._own_drafts.learn_verification(own.draft, verify_seconds)
+        if own.by_model:
+            session.own_draft_streak = self._own_drafts.learn_draft(
+                session.target.version,
+                session.sampling,
+                session.own_draft_streak,
+                own.draft,
+                unread=own.unread,
+                seconds=own.seconds,
+                accepted=accepted,
+                tokens=tokens,
+            )
+
     def _verify(
-        self, draft: list[int], siblings: dict[int, list[int]]
+        self, draft: list[int], siblings: Mapping[int, list[int]]
     ) -> Generator[RoundWork, SampledTokens | None, tuple[int, list[int]]]:
         """Verify `draft` in one forward, extend the text by the target's tokens, and roll the KV cache back.
 
@@ -204,6 +228,8 @@ class ActiveRound:
         """
         session, target = self.session, self.session.target
         yield from self._prefill()
+        if target.runner.exact:
+            siblings = {}
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
         if session.processor:
             session.processor.sync_to(session.ids)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from cloud_verifier.engine.draft_lengths import DraftLengths
 from cloud_verifier.engine.fairness import TurnOrder
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.outbox import Outbox
+from cloud_verifier.engine.own_drafts import OwnDraftPlanner
 from cloud_verifier.engine.prefill_pacing import PrefillPacer
 from cloud_verifier.engine.round import ActiveRound
 from cloud_verifier.engine.sessions import RoundReply, Session
@@ -136,8 +136,10 @@ class Scheduler:
         # By shape of the KV cache, and whether the pool is the draft model's.
         self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
         # By shape as well: what takes as long.
-        self._draft_lengths: dict[CacheShape, DraftLengths] = defaultdict(
-            lambda: DraftLengths(self._metrics.observe_own_draft)
+        self._own_drafts: dict[CacheShape, OwnDraftPlanner] = defaultdict(
+            lambda: OwnDraftPlanner(
+                self.speculation.acceptance if self.speculation else {}, self._metrics.observe_own_draft
+            )
         )
         # Of the targets' pools; empty if prefixes are not reused.
         self._prefix_caches: dict[CacheShape, PrefixCache] = {}
@@ -186,7 +188,7 @@ class Scheduler:
             keep_rows=self._keep_rows,
             reuse_prefix=self._reuse_prefix,
             current_speculation=self._current_speculation,
-            draft_lengths=self._draft_lengths[session.target.runner.shape],
+            own_drafts=self._own_drafts[session.target.runner.shape],
             session_load=self._session_load,
             outbox=self._outbox,
         )

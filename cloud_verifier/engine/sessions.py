@@ -12,7 +12,6 @@ from typing import NamedTuple
 import msgspec
 
 from cloud_verifier.engine.draft_breaker import DraftCircuitBreaker
-from cloud_verifier.engine.draft_lengths import TEXT_DECAY, AcceptanceEvidence
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.limits import VerifierLimits
 from cloud_verifier.model.speculation import SessionDraft
@@ -125,7 +124,7 @@ class RoundReply:
 class Session:
     """One text and its KV cache, pinned to one target version.
 
-    Belongs to the event loop, except `ids`, `cache`, `draft`, `own_draft_evidence` and `processor`, which belong to the
+    Belongs to the event loop, except `ids`, `cache`, `draft`, `own_draft_streak` and `processor`, which belong to the
     scheduler's thread while a round is running.
 
     Attributes:
@@ -141,7 +140,7 @@ class Session:
         cache: keys and values of all ids except the last.
         cached_tokens: how many ids of the prompt were in a KV cache before; see `PrefixCache`.
         draft: state of the verifier's own draft for this text; None until it first drafts.
-        own_draft_evidence: how many of its tokens the target accepted.
+        own_draft_streak: how many of its latest tokens in a row the target accepted.
         reply: the latest round; a repeated request gets it again.
         previous_reply: the round before it, kept while the latest was sent ahead, since it may be requested again.
         finish: why the text has ended, or empty.
@@ -183,7 +182,7 @@ class Session:
         self.cache = CachedSequence()
         self.cached_tokens = 0
         self.draft: SessionDraft | None = None
-        self.own_draft_evidence = AcceptanceEvidence(TEXT_DECAY)
+        self.own_draft_streak = 0
         self.reply = reply
         self.previous_reply: RoundReply | None = None
         self.finish = ""

@@ -7,20 +7,24 @@ verifier imports from the board, because a second runner of the same graph would
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
-from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
+from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, OwnDraft, check_draft_tokens
 from cloud_verifier.model.target import Target
 from edge_runtime.draft import DEFAULT_PREFIX_CACHE_BYTES, PREFILL_CHUNK_TOKENS, OnnxDraft
+from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol.bundle import read_bundle
 from edge_runtime.protocol.errors import DraftError, TargetError
 from edge_runtime.protocol.logits_processing import SequenceProcessor
+from edge_runtime.protocol.messages import MAX_TREE_NODES
 from edge_runtime.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
+
+NOTHING = OwnDraft([])
 
 
 class OnnxSpeculation:
@@ -58,6 +62,7 @@ class OnnxSpeculation:
                 f"{target.vocabulary} of {target.vocabulary_size}; export a draft from this target or leave out --draft"
             )
         self.vocabulary = vocabulary
+        self.acceptance: Mapping[str, float] = found.manifest.acceptance
         self.max_draft_tokens = max_draft_tokens
         self.max_rounds = max_rounds
         self._draft = OnnxDraft(found, threads, prefix_cache_bytes)
@@ -81,14 +86,14 @@ class OnnxSessionDraft:
         return self._context.tokens_to_prefill(ids)
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
-    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
+        self, ids: list[int], plan: Plan, sampling: Sampling, processor: SequenceProcessor | None = None
+    ) -> Generator[RoundWork, SampledTokens | None, OwnDraft]:
         """See `SessionDraft.propose`. Yields None after every chunk of a long prefill.
 
         Returns nothing if the draft's context is full or the draft has failed: the target then continues without it.
         """
         if self._failed or len(ids) > self._context.limit:
-            return []
+            return NOTHING
         if not self._begun:
             self._begun = True
             self._context.reuse_prefix(ids, self._owner)
@@ -96,11 +101,14 @@ class OnnxSessionDraft:
             while (unread := self._context.tokens_to_prefill(ids)) > PREFILL_CHUNK_TOKENS:
                 self._context.sync_to(ids[: len(ids) - unread + PREFILL_CHUNK_TOKENS])
                 yield None
-            return self._context.propose(ids, count, sampling, processor=processor).tokens
+            proposal = self._context.propose(ids, plan.draft, sampling, plan, processor=processor)
+            # The text's last token is a node as well.
+            proposal = proposal.limit_nodes(MAX_TREE_NODES - 1)
+            return OwnDraft(proposal.tokens, proposal.siblings, proposal.confidences)
         except DraftError:
             log.exception("drafting failed; this session continues without server-side speculation")
             self._failed = True
-            return []
+            return NOTHING
 
     def close(self) -> None:
         if not self._failed:

@@ -9,13 +9,14 @@ the one for a board's drafts, so the text is the same.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Protocol
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from cloud_verifier.model.batch import SegmentRunner
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
+from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.messages import MAX_TREE_NODES
@@ -23,6 +24,25 @@ from edge_runtime.protocol.sampling import Sampling
 
 # Default of `Speculation.max_rounds`.
 DEFAULT_MAX_ROUNDS = 4
+
+
+class OwnDraft(NamedTuple):
+    """What the verifier drafted for itself after a text.
+
+    Attributes:
+        tokens: draft tokens for consecutive positions.
+        siblings: alternatives to them, by index into `tokens`.
+        confidences: for each how sure the draft is of it, from 0 to 1; none for tokens that no model drafted.
+    """
+
+    tokens: list[int]
+    siblings: Mapping[int, list[int]] = {}
+    confidences: Sequence[float] = ()
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the tree that verifies it: these, and the text's last token."""
+        return 1 + len(self.tokens) + sum(map(len, self.siblings.values()))
 
 
 class SessionDraft(Protocol):
@@ -36,12 +56,13 @@ class SessionDraft(Protocol):
         """How many of `ids` the draft model would have to read before it could draft after them, at most."""
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
-    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
-        """Draft up to `count` tokens after `ids`, with the logits processed by `processor` as the target's are.
+        self, ids: list[int], plan: Plan, sampling: Sampling, processor: SequenceProcessor | None = None
+    ) -> Generator[RoundWork, SampledTokens | None, OwnDraft]:
+        """Draft up to `plan.draft` tokens after `ids`, with the logits processed by `processor` as the target's are.
 
         A generator: it yields the forwards that it needs and is sent the tokens sampled in them, or yields None to let
-        other rounds proceed. It returns the drafted tokens, fewer than `count` if the draft's context ends.
+        other rounds proceed. It returns fewer tokens if the plan's stop rule or the draft's context ends the draft, and
+        no siblings if the draft has none.
         """
 
     def close(self) -> None:
@@ -53,12 +74,14 @@ class Speculation(Protocol):
 
     Attributes:
         vocabulary: hash of the draft's vocabulary.
+        acceptance: its measured acceptance rates, as in a bundle's manifest; may be empty.
         max_draft_tokens: K, the most tokens to draft for one forward.
         max_rounds: with more concurrent rounds than this nothing is drafted. Each forward is then shared by many rounds
             and would have to wait while drafts are computed for one round after the other.
     """
 
     vocabulary: str
+    acceptance: Mapping[str, float]
     max_draft_tokens: int
     max_rounds: int
 

@@ -2,20 +2,22 @@
 
 The draft is a model like any target, with a runner and a KV cache pool of its own. Each of its forwards extends the
 drafts of all sessions that are drafting at that moment by one token. Its tokens may differ from those of a board's
-quantized graph; the text does not.
+quantized graph; the text does not. It has no siblings: of a row only the best token leaves the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.kv_cache import CachedSequence
 from cloud_verifier.model.runner import RoundWork
 from cloud_verifier.model.sampling import SampledTokens
-from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, check_draft_tokens
+from cloud_verifier.model.speculation import DEFAULT_MAX_ROUNDS, OwnDraft, check_draft_tokens
 from cloud_verifier.model.target import Target, make_runner
+from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling, common_prefix_length
@@ -45,6 +47,7 @@ class TorchSpeculation:
         if size != target.vocabulary_size:
             raise TargetError(f"the draft has {size} tokens, {target.version} has {target.vocabulary_size}")
         self.vocabulary = target.vocabulary
+        self.acceptance: Mapping[str, float] = {}
         self.max_draft_tokens = max_draft_tokens
         self.max_rounds = max_rounds
         self.context = min(target.context, model.config.max_position_embeddings)
@@ -76,12 +79,16 @@ class TorchSessionDraft:
         return len(ids) - common_prefix_length(self._ids[: self._sequence.length], ids)
 
     def propose(
-        self, ids: list[int], count: int, sampling: Sampling, processor: SequenceProcessor | None = None
-    ) -> Generator[RoundWork, SampledTokens | None, list[int]]:
-        """See `SessionDraft.propose`."""
-        count = min(count, self._speculation.context - len(ids))
+        self, ids: list[int], plan: Plan, sampling: Sampling, processor: SequenceProcessor | None = None
+    ) -> Generator[RoundWork, SampledTokens | None, OwnDraft]:
+        """See `SessionDraft.propose`.
+
+        What a token's probability is on a board, 1 - exp(-margin) is here: it grows with how likely the token is
+        accepted, and the sampler on the device gives it at no cost.
+        """
+        count = min(plan.draft, self._speculation.context - len(ids))
         if count < 1:
-            return []
+            return OwnDraft([])
         # Roll back to the longest cached prefix of `ids`, and leave at least one token to score.
         cached = min(len(ids) - self.unread_tokens(ids), len(ids) - 1)
         self._sequence.length = cached
@@ -92,14 +99,19 @@ class TorchSessionDraft:
             yield from self._extend(unread[:chunk], None)
             unread = unread[chunk:]
         draft: list[int] = []
-        while len(draft) < count:
+        confidences: list[float] = []
+        survival, stop = 1.0, False
+        while len(draft) < count and not stop:
             if processor:
                 processor.sync_to(ids + draft)
             sampled = yield from self._extend(unread, sampling, processor)
             assert sampled is not None
-            draft.append(sampled[len(unread) - 1].token)
+            token, margin, _ = sampled[len(unread) - 1]
+            draft.append(token)
+            confidences.append(-math.expm1(-margin))
+            survival, stop = apply_stop_rule(plan, survival, confidences[-1])
             unread = draft[-1:]
-        return draft
+        return OwnDraft(draft, {}, confidences)
 
     def _extend(
         self, ids: list[int], sampling: Sampling | None, processor: SequenceProcessor | None = None

@@ -7,7 +7,7 @@ nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cloud_verifier.model.sampling import SampledToken
@@ -51,7 +51,7 @@ class TokenTree:
         visible_prefix: how many nodes, from the first, each node attends to in addition to itself.
     """
 
-    def __init__(self, last: int, position: int, draft: list[int], siblings: dict[int, list[int]]) -> None:
+    def __init__(self, last: int, position: int, draft: list[int], siblings: Mapping[int, list[int]]) -> None:
         self.position = position
         self.draft = draft
         self.ids = [last, *draft]

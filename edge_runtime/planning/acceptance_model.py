@@ -113,11 +113,15 @@ class _Evidence:
         self._offered = [0.0] * MAX_SIBLINGS
         self._sibling_hits = [0.0] * MAX_SIBLINGS
 
-    def add_judged(self, confidence: float, accepted: bool, streak: int) -> None:
-        """Count a judged guess that follows `streak` consecutive correct ones."""
-        self._weight /= EVIDENCE_DECAY
+    def fade(self, tokens: float) -> None:
+        """Let all evidence count as little as if `tokens` had been judged since."""
+        self._weight /= EVIDENCE_DECAY**tokens
         if self._weight > 1e100:
             self._rescale(1.0 / self._weight)
+
+    def add_judged(self, confidence: float, accepted: bool, streak: int) -> None:
+        """Count a judged guess that follows `streak` consecutive correct ones."""
+        self.fade(1.0)
         weight, stage = self._weight, stage_index(streak)
         bin_ = int(confidence * CONFIDENCE_BINS)
         if bin_ >= CONFIDENCE_BINS:
@@ -296,26 +300,48 @@ class AcceptanceModel:
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round's judged tokens, or from the shadow guesses for streamed tokens."""
         self._done = outcome.conditions.position + outcome.tokens
-        evidence, streak, accepted = self._evidence, self.streak, outcome.accepted
-        judged = min(accepted + 1, outcome.drafted)
-        for index in range(judged):
-            evidence.add_judged(outcome.confidences[index], index < accepted, streak + index)
-        if judged and self._in_last_stage:
-            evidence.add_last_stage(judged)
-        if accepted < min(outcome.drafted, len(outcome.offered)):
-            evidence.add_siblings(outcome.offered[accepted], outcome.sibling)
-        # Whether the draft would have guessed the target's own token is unknown; that does not end a streak.
-        self.streak = streak + judged if judged and accepted == outcome.drafted else 0
+        streak = self.streak
+        self.streak = self.learn_draft(
+            streak,
+            outcome.confidences,
+            accepted=outcome.accepted,
+            offered=outcome.offered,
+            sibling=outcome.sibling,
+        )
         for confidence, rank in outcome.shadow_guesses:
-            evidence.add_judged(confidence, not rank, streak)
+            self._evidence.add_judged(confidence, not rank, streak)
             if rank:
-                evidence.add_siblings(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
+                self._evidence.add_siblings(outcome.plan.siblings, rank if rank <= outcome.plan.siblings else 0)
             streak = 0 if rank else streak + 1
         if outcome.shadow_guesses and len(outcome.shadow_guesses) == outcome.own_tokens:
             self.streak = streak
-        self._fresh += judged + len(outcome.shadow_guesses)
-        if self._fresh > REFRESH_TOKENS + REFRESH_SHARE * self.judged:
-            self._refresh()
+        self._count_judged(len(outcome.shadow_guesses))
+
+    def learn_draft(
+        self, streak: int, confidences: Sequence[float], *, accepted: int, offered: Sequence[int], sibling: int
+    ) -> int:
+        """Learn from a verified draft; return the streak after it.
+
+        Args:
+            streak: consecutive correct guesses before it.
+            confidences, accepted, offered, sibling: see `Outcome`.
+        """
+        evidence, drafted = self._evidence, len(confidences)
+        judged = min(accepted + 1, drafted)
+        for index in range(judged):
+            evidence.add_judged(confidences[index], index < accepted, streak + index)
+        if judged and streak >= STAGE_STREAKS[-1]:
+            evidence.add_last_stage(judged)
+        if accepted < min(drafted, len(offered)):
+            evidence.add_siblings(offered[accepted], sibling)
+        self._count_judged(judged)
+        # Whether the draft would have guessed the target's own token is unknown; that does not end a streak.
+        return streak + judged if judged and accepted == drafted else 0
+
+    def fade(self, tokens: float) -> None:
+        """Let evidence count less, because `tokens` were generated of which nothing is known."""
+        self._evidence.fade(tokens)
+        self._count_judged(tokens)
 
     def add_last_stage(self, tokens: float) -> None:
         """Count `tokens` of the shadow guesses as belonging to drafts that would have begun in the last stage."""
@@ -323,7 +349,11 @@ class AcceptanceModel:
 
     def table(self) -> AcceptanceTable:
         """Return the table of drafts that begin at the text's current position."""
-        return self._table(STAGE_STREAKS[-1] if self._in_last_stage else 0)
+        return self.table_after(self.streak)
+
+    def table_after(self, streak: int) -> AcceptanceTable:
+        """Return the table of drafts that follow `streak` consecutive correct guesses."""
+        return self._table(STAGE_STREAKS[-1] if streak >= STAGE_STREAKS[-1] else 0)
 
     def first_stage_table(self) -> AcceptanceTable:
         """Return the table of drafts that begin after a rejection."""
@@ -387,8 +417,13 @@ class AcceptanceModel:
             table = self._tables[streak] = self._curves.table(streak)
         return table
 
+    def _count_judged(self, tokens: float) -> None:
+        self._fresh += tokens
+        if self._fresh > REFRESH_TOKENS + REFRESH_SHARE * self.judged:
+            self._refresh()
+
     def _refresh(self) -> None:
-        self._curves, self._fresh = self._evidence.posterior(self._prior), 0
+        self._curves, self._fresh = self._evidence.posterior(self._prior), 0.0
         self._tables: dict[int, AcceptanceTable] = {}
         self._last_stage_share = self._evidence.last_stage_share(self._prior_last_stage_share)
 

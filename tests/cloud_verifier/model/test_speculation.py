@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from cloud_verifier.api.app import VerifierLimits, VerifierService
 from cloud_verifier.cli.main import main
-from cloud_verifier.engine.draft_lengths import AcceptanceEvidence, DraftLengths
+from cloud_verifier.engine.own_drafts import OwnDraftPlanner
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.model.torch_speculation import TorchSpeculation
+from edge_runtime.planning.plan import Plan
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.bundle import MANIFEST_NAME, Manifest
 from edge_runtime.protocol.errors import BundleMissing, FlexSpecError, InputError, TargetError
@@ -61,7 +62,7 @@ MakeBundle = Callable[[Path], Path]
 @pytest.fixture(autouse=True)
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as many tokens as possible: beside a target as small as these, a draft costs more than it saves."""
-    monkeypatch.setattr(DraftLengths, "choose", lambda _, text, limit: limit)
+    monkeypatch.setattr(OwnDraftPlanner, "plan", lambda *_, longest, **__: Plan(longest))
 
 
 class SpeculatingVerifier:
@@ -191,36 +192,45 @@ def test_the_text_equals_reference_decoding(
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
-def test_the_text_does_not_depend_on_the_lengths_of_drafts(
+def test_the_text_does_not_depend_on_the_plans(
     verifier: SpeculatingVerifier, reference_text: ReferenceText, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, chosen = Random(7), set[int]()
+    random, chances, hits = Random(7), 0, 0
+    learn = OwnDraftPlanner.learn_draft
 
-    def choose(_: DraftLengths, _text: AcceptanceEvidence, limit: int) -> int:
-        length = random.randint(0, limit)
-        chosen.add(length)
-        return length
+    def plan(*_: Any, longest: int, **__: Any) -> Plan:
+        siblings, confidence, survival = random.randint(0, 7), random.random(), random.random() ** 3
+        return Plan(random.randint(0, longest), siblings=siblings, sibling_confidence=confidence, min_survival=survival)
 
-    monkeypatch.setattr(DraftLengths, "choose", choose)
-    session = verifier.client.open(sampling=sampling, n=60)
-    assert session.ids == PROMPT + reference_text(PROMPT, 60, sampling)
-    assert len(chosen) > 2
+    def spy(planner: OwnDraftPlanner, *arguments: Any, accepted: int, tokens: list[int], **named: Any) -> int:
+        nonlocal chances, hits
+        chances += accepted in arguments[-1].siblings
+        hits += len(tokens) > 1
+        return learn(planner, *arguments, accepted=accepted, tokens=tokens, **named)
+
+    monkeypatch.setattr(OwnDraftPlanner, "plan", plan)
+    monkeypatch.setattr(OwnDraftPlanner, "learn_draft", spy)
+    session = verifier.client.open(sampling=sampling, n=100)
+    assert session.ids == PROMPT + reference_text(PROMPT, 100, sampling)
+    assert hits or chances < 5
 
 
-def test_the_time_in_which_the_draft_reads_the_prompt_is_not_taken_for_that_of_drafting(
+def test_the_planner_learns_how_much_the_draft_had_to_read(
     verifier: SpeculatingVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded: list[float | None] = []
-    record = DraftLengths.record
+    read: list[int] = []
+    learn = OwnDraftPlanner.learn_draft
 
-    def spy(lengths: DraftLengths, text: AcceptanceEvidence, drafted: int, accepted: int, seconds: Any) -> None:
-        recorded.append(seconds)
-        record(lengths, text, drafted, accepted, seconds)
+    def spy(planner: OwnDraftPlanner, *arguments: Any, unread: int, **named: Any) -> int:
+        read.append(unread)
+        return learn(planner, *arguments, unread=unread, **named)
 
-    monkeypatch.setattr(DraftLengths, "record", spy)
-    verifier.client.open([*PROMPT, *range(20, 40)], ENDLESS, n=30)
-    assert recorded[0] is None
-    assert len(recorded) > 2 and None not in recorded[1:]
+    monkeypatch.setattr(OwnDraftPlanner, "learn_draft", spy)
+    prompt = [*PROMPT, *range(20, 40)]
+    verifier.client.open(prompt, ENDLESS, n=30)
+    # The first forward has generated a token.
+    assert read[0] == len(prompt) + 1
+    assert len(read) > 2 and max(read[1:]) <= 6
 
 
 @pytest.mark.slow

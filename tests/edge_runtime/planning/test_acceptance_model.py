@@ -134,7 +134,8 @@ def test_fully_shadowed_stream_continues_the_streak() -> None:
     stream = make_outcome([], 0, own=40, planned_own=40, left=150)
     correct = [(0.9, 0)] * 40
     model.observe(msgspec.structs.replace(stream, shadow_guesses=correct))
-    assert model.streak == 40
+    model.observe(msgspec.structs.replace(stream, shadow_guesses=correct))
+    assert model.streak == 80
     # The guess for the last token is unknown, so the streak ends.
     model.observe(msgspec.structs.replace(stream, shadow_guesses=correct[:39]))
     assert model.streak == 0
