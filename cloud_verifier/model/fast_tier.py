@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from cloud_verifier.model.attention import IMPLEMENTATION_NAME, attend, get_forward_context
 from cloud_verifier.model.batch import FULL_SPAN, AttentionSpan
 from cloud_verifier.model.kv_cache import KVCacheShape
+from cloud_verifier.model.quantization import unrounded_inputs
 from cloud_verifier.model.rope import LengthScaledRope
 from edge_runtime.protocol.errors import TargetError
 
@@ -210,7 +211,8 @@ def _probe(model: Any) -> tuple[list[AttentionCall], bool]:
                 with _recording(model, None, record):
                     model(input_ids=ids, use_cache=False)
         _check_layers(model, calls)
-        _check_positions(model, None if routed else PROBE_NAME)
+        with unrounded_inputs():
+            _check_positions(model, None if routed else PROBE_NAME)
     except TargetError:
         raise
     except Exception as error:

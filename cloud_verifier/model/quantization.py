@@ -7,6 +7,8 @@ tests/benchmarks/README.md); int8 and int4 save memory.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ class QuantizedLinear(torch.nn.Module):
     def rounded(cls, values: torch.Tensor) -> torch.Tensor:
         return values.to(cls.FORMAT)
 
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out), with weights converted to the dtype of the inputs, which are not rounded."""
+        output = torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype)) * self.scale
+        return output if self.bias is None else output + self.bias
+
 
 class Int8Linear(QuantizedLinear):
     """Weights of 8-bit integers.
@@ -65,11 +72,6 @@ class Int8Linear(QuantizedLinear):
     def rounded(cls, values: torch.Tensor) -> torch.Tensor:
         return torch.round(values).to(cls.FORMAT)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        output = torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype)) * self.scale
-        return output if self.bias is None else output + self.bias
-
 
 class Fp8Linear(QuantizedLinear):
     """Weights and activations of 8-bit floating point (e4m3), the latter with a scale for each row; on a GPU.
@@ -79,6 +81,8 @@ class Fp8Linear(QuantizedLinear):
 
     one: torch.Tensor
     FORMAT, LARGEST = torch.float8_e4m3fn, 448
+    # Of all layers; see `unrounded_inputs`.
+    rounds_inputs = True
     # The product takes a multiple of so many rows.
     ROWS = 16
 
@@ -88,6 +92,8 @@ class Fp8Linear(QuantizedLinear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
+        if not Fp8Linear.rounds_inputs:
+            return super().forward(inputs)
         rows = inputs.flatten(0, -2).float()
         scale = _row_scale(rows, self.LARGEST)
         small = torch.nn.functional.pad((rows / scale).to(self.FORMAT), (0, 0, 0, -rows.shape[0] % self.ROWS))
@@ -95,6 +101,19 @@ class Fp8Linear(QuantizedLinear):
         scaled = (product[: rows.shape[0]].float() * scale * self.scale).to(inputs.dtype)
         output = scaled.view(*inputs.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
+
+
+@contextlib.contextmanager
+def unrounded_inputs() -> Iterator[None]:
+    """Let fp8 layers round their weights only, so that forwards can be compared.
+
+    Rounding makes steps of last bits: after some layers, two correct forwards of one text are far apart.
+    """
+    Fp8Linear.rounds_inputs = False
+    try:
+        yield
+    finally:
+        Fp8Linear.rounds_inputs = True
 
 
 def _row_scale(values: torch.Tensor, largest: float) -> torch.Tensor:
@@ -116,6 +135,8 @@ def quantize_layers(model: Any, method: str) -> None:
         raise TargetError("it has no list of decoder layers with linear layers, which --quantize is for")
     if method == "fp8":
         _check_device(model, method)
+        if model.dtype == torch.float16:
+            raise TargetError("the products of fp8 numbers exceed float16; use --dtype bfloat16")
     if quantized := {"int8": Int8Linear, "fp8": Fp8Linear}.get(method):
         for layer in layers:
             for module in list(layer.modules()):

@@ -15,6 +15,7 @@ import torch
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import CachedSequence, KVCachePool
+from cloud_verifier.model.quantization import unrounded_inputs
 from cloud_verifier.model.rounding_cache import RoundingCache
 from cloud_verifier.model.runner import TargetRunner
 from cloud_verifier.model.sampling import GREEDY
@@ -79,7 +80,7 @@ class SelfTest:
         self._text, self._sibling = ids[:length], ids[length]
         self._other = ids[length + 1 :][: context - 1]
         branch = [*self._text[:-2], self._sibling, self._text[-1]]
-        with attention.suspended(), attention.shortened_spans(self._longest_span):
+        with attention.suspended(), attention.shortened_spans(self._longest_span), unrounded_inputs():
             # As `generate` does: a prompt, and the rest token by token.
 
             def expect(ids: list[int], *, steps: int = 0, rows: int | None = None) -> torch.Tensor:
@@ -103,7 +104,7 @@ class SelfTest:
         runner.min_rows = min_rows
         # `logits` uses no CUDA graph: one of this temporary pool would stay, and only the leader of a tensor-parallel
         # group has this pool.
-        with self._attention.shortened_spans(self._longest_span):
+        with self._attention.shortened_spans(self._longest_span), unrounded_inputs():
             rows = self._paged_logits(runner)
         actual, expected = (torch.stack(side) for side in zip(*rows, strict=True))
         tolerance = self._tolerance * expected.abs().max()

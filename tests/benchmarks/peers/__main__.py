@@ -124,7 +124,8 @@ def measure(name: str, prompts: list[list[int]], options: argparse.Namespace) ->
     given |= {key: getattr(options, key) for key in ("tokens", "threads", "dtype", "device", "draft_tokens")}
     given |= {"prompts": prompts, "llama_server": options.llama_server}
     interpreter = options.interpreters.get(name.partition(",")[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": paths}
     program: list[str] = [sys.executable, "-m", engines.__name__]
     if interpreter:
         # As a script, without the project: that interpreter may lack what it imports.

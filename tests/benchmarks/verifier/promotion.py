@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import itertools
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,19 +49,13 @@ def make_version(target: Target, name: str) -> Target:
 
 def promotion(options: argparse.Namespace) -> None:
     target = RandomTarget(options.shape[0], compiled=options.compiled)
-    ends: list[float] = []
-    run_forward = target.runner.run
-
-    def run(*arguments: Any) -> Any:
-        result = run_forward(*arguments)
-        ends.append(time.perf_counter())
-        return result
+    gaps: list[float] = []
 
     def load(_path: Path, name: str, _others: Sequence[Target]) -> Target:
         return make_version(target, name)
 
-    table = Table(title=f"adapters beside {options.streams} streams, {options.shape[0]}, bfloat16")
-    for column in ("adapters", "load, ms", "longest pause between forwards, ms", "first token of the new version, ms"):
+    table = Table(title=f"adapters beside {options.streams} streams, {options.shape[0]}, bfloat16; ms")
+    for column in ("adapters", "load", "between tokens, median", "longest", "first token of the new version"):
         table.add_column(column, justify="right")
     random = Random(1)
 
@@ -73,25 +67,27 @@ def promotion(options: argparse.Namespace) -> None:
             lambda: target, lambda _: None, lambda: 0, cache_tokens=0, target_factory=load, reuse_prefixes=False
         )
         await start_engine(engine)
-        target.runner.run = run  # type: ignore[method-assign]
 
         async def keep_streaming() -> None:
             while True:
-                await stream_text(engine, target, make_prompt(), options.tokens, [])
+                # Of different lengths, so that not all streams begin anew at once.
+                await stream_text(
+                    engine, target, make_prompt(), random.randint(options.tokens // 2, options.tokens), gaps
+                )
 
         streams = [asyncio.create_task(keep_streaming()) for _ in range(options.streams)]
         await asyncio.sleep(2 * WATCHED_SECONDS)
         for count in range(options.adapters + 1):
-            ends.clear()
-            started = time.perf_counter()
+            gaps.clear()
             seconds = first = 0.0
             if count:
+                started = time.perf_counter()
                 version = await engine.load(Path(), f"version-{count}")
                 seconds = time.perf_counter() - started
                 first = await stream_text(engine, version, make_prompt(), 8, [])
             await asyncio.sleep(WATCHED_SECONDS)
-            pause = max(after - before for before, after in itertools.pairwise(ends))
-            table.add_row(str(count), *(f"{1e3 * each:.0f}" for each in (seconds, pause, first)))
+            figures = (seconds, statistics.median(gaps), max(gaps), first)
+            table.add_row(str(count), *(f"{1e3 * each:.0f}" for each in figures))
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)

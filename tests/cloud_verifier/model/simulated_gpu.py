@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from transformers import AttentionInterface
 
-from cloud_verifier.model import attention, fast_tier, graph_attention, self_test
+from cloud_verifier.model import attention, fast_tier, graph_attention, quantization, self_test
 from cloud_verifier.model.batch import Segment
 from cloud_verifier.model.cuda_graphs import GraphRunner
 from cloud_verifier.model.fused_projections import ProjectionFusion
@@ -86,9 +87,14 @@ def simulate() -> None:
         setattr(module, name, value)
 
 
-def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False, cache_format: str = "") -> GraphRunner:
+def make_simulated_runner(
+    path: Path, dtype: str, *, exact: bool = False, cache_format: str = "", quantized: bool = False
+) -> GraphRunner:
     """The GPU's runner of the checkpoint at `path`, after its self-test."""
     model = load_model(path, "cpu", dtype)[0]
+    if quantized:
+        with patch.object(quantization, "_check_device"):
+            quantization.quantize_layers(model, "fp8")
     paged = fast_tier.PagedAttention(model)
     self_test.TEXT_TOKENS = TEXT_TOKENS[dtype]
     dtype_of_cache = CACHE_FORMATS.get(cache_format)
@@ -104,9 +110,17 @@ def make_simulated_runner(path: Path, dtype: str, *, exact: bool = False, cache_
 
 
 def check_self_test(directory: Path, model_type: str, dtype: str, option: str = "") -> None:
-    """The runner's logits are those of transformers; `option` is `exact` or a format of the KV cache."""
+    """The runner's logits are those of transformers.
+
+    Args:
+        option: `exact`, a format of the KV cache, or `quantized` to fp8.
+    """
     path = save_architecture(directory / "model", model_type, max_position_embeddings=CONTEXT, **SMALL)
-    make_simulated_runner(path, dtype, exact=bool(option), cache_format=option if option in CACHE_FORMATS else "")
+    cache_format = option if option in CACHE_FORMATS else ""
+    quantized = option == "quantized"
+    make_simulated_runner(
+        path, dtype, exact=bool(option) and not quantized, cache_format=cache_format, quantized=quantized
+    )
 
 
 def check_tokens(directory: Path) -> None:
@@ -216,7 +230,7 @@ def check_attention(_: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "tokens, many-texts, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact|:fp8]"
+    text = "tokens, many-texts, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact|:fp8|:quantized]"
     parser.add_argument("cases", nargs="+", metavar="CASE", help=text)
     options = parser.parse_args()
     checks: dict[str, Callable[..., None]] = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cloud_verifier.cli.main import build_parser
-from cloud_verifier.model.quantization import METHODS, Fp8Linear, Int8Linear, QuantizedLinear
+from cloud_verifier.model import quantization
+from cloud_verifier.model.quantization import METHODS, Fp8Linear, Int8Linear, QuantizedLinear, unrounded_inputs
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError
@@ -64,6 +65,12 @@ def test_a_cpu_refuses_fp8(path: Path) -> None:
         load_model(path, "cpu", "bfloat16", "fp8")
 
 
+def test_float16_has_no_room_for_fp8_products(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_check_device", lambda model, method: None)
+    with pytest.raises(TargetError, match="--dtype bfloat16"):
+        load_model(path, "cpu", "float16", "fp8")
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layer_class", [Int8Linear, Fp8Linear])
 def test_rows_of_a_quantized_layer_are_close_and_independent(layer_class: type[QuantizedLinear], bias: bool) -> None:
@@ -78,6 +85,18 @@ def test_rows_of_a_quantized_layer_are_close_and_independent(layer_class: type[Q
         tolerance = {Int8Linear: 0.01, Fp8Linear: 0.1}[layer_class] * expected.abs().amax(-1, keepdim=True)
         assert bool(((actual - expected).abs() <= tolerance + 1e-6).all())
         torch.testing.assert_close(actual[1, 2], layer(inputs[1, 2:3])[0])
+
+
+def test_an_fp8_layer_can_leave_its_inputs_unrounded() -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.inference_mode():
+        layer, inputs = Fp8Linear(torch.nn.Linear(64, 48)), torch.randn(7, 64, generator=generator)
+        weight = layer.weight.float() * layer.scale[:, None]
+        expected = torch.nn.functional.linear(inputs, weight, layer.bias)
+        rounded = layer(inputs)
+        with unrounded_inputs():
+            torch.testing.assert_close(layer(inputs), expected)
+        assert torch.equal(layer(inputs), rounded) and not torch.allclose(rounded, expected, atol=1e-3)
 
 
 def test_the_command_line_has_all_methods() -> None:
