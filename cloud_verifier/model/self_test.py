@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # The same where keys and values are rounded: one that is between two of the cache's numbers may become either.
 ROUNDED_TOLERANCE = 5e-2
+# A model in which rounding adds up over many layers gets a wider tolerance: this many times what two of transformers'
+# own forwards differ by, at most so many times the above. On an H200 the logits of a text of a random 7B model in
+# bfloat16, read at once and in two parts, differ by up to 4.7 % of the largest logit; those of its compiled layers by
+# 6 %. An error of masks or positions is about as large as the logits.
+SPREAD_FACTOR, MOST_WIDENING = 2.0, 4.0
 # Share of the rows within that tolerance. In low precision a router may choose another expert for some rows.
 EQUAL_ROWS = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.9}
 # Windows and chunks that are longer are shortened to this for the test, so that it takes well under a second for a
@@ -88,6 +93,8 @@ class SelfTest:
                 return _transformers_logits(model, ids, cache, steps=steps, rows=rows)
 
             self._expected_text = expect(self._text[:-1], steps=3, rows=3 + sum(LAST_CHUNKS))
+            at_once = expect(self._text[:-1], rows=3)
+            self._spread = float((self._expected_text[-3:] - at_once).abs().max())
             self._expected_branch = expect(branch, rows=2)
             self._expected_other = expect(self._other)
 
@@ -107,10 +114,15 @@ class SelfTest:
         with self._attention.shortened_spans(self._longest_span), unrounded_inputs():
             rows = self._paged_logits(runner)
         actual, expected = (torch.stack(side) for side in zip(*rows, strict=True))
-        tolerance = self._tolerance * expected.abs().max()
+        tolerance = self._tolerance * float(expected.abs().max())
+        tolerance = min(max(tolerance, SPREAD_FACTOR * self._spread), MOST_WIDENING * tolerance)
         differences = (actual - expected).abs().amax(1)
         share = float((differences <= tolerance).float().mean())
-        log.info("self-test: the largest difference of a logit from transformers' is %.2g", float(differences.max()))
+        log.info(
+            "self-test: the largest difference of a logit from transformers' is %.2g, among its own %.2g",
+            float(differences.max()),
+            self._spread,
+        )
         if share < self._equal_rows:
             raise TargetError(
                 f"its logits over the paged KV cache differ by {float(differences.max()):.3g} from those of its own "

@@ -31,7 +31,7 @@ def make_adapter(target: Target) -> LoRAWeights:
     model: Any = target.runner.model
     return {
         name: tuple(
-            torch.randn(size, device=target.device, dtype=target.dtype) / 100
+            (torch.randn(size) / 100).to(target.device, target.dtype)
             for size in ((RANK, linear.in_features), (linear.out_features, RANK))
         )
         for name, linear in model.named_modules()

@@ -13,7 +13,7 @@ from cloud_verifier.model.batch import FULL_SPAN, AttentionSpan
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.kv_cache import KVCacheShape
 from cloud_verifier.model.runner import TargetRunner
-from cloud_verifier.model.self_test import SelfTest
+from cloud_verifier.model.self_test import TOLERANCE, SelfTest
 from cloud_verifier.model.target import load_model, make_runner
 from edge_runtime.protocol.errors import TargetError
 from tests.models import save_target
@@ -157,6 +157,24 @@ def test_the_self_test_passes_with_long_windows(tmp_path: Path) -> None:
     model = load(tmp_path, "mistral", sliding_window=4096, max_position_embeddings=8192)
     run_self_test(model, lambda: None)
     assert model.model.layers[0].self_attn.attention_span == AttentionSpan(4096)
+
+
+def test_the_self_test_allows_for_what_forwards_of_transformers_differ_by(tmp_path: Path) -> None:
+    model = load(tmp_path, "llama")
+    attention = PagedAttention(model)
+    test = SelfTest(model, attention, CONTEXT)
+    tolerance = TOLERANCE[torch.float32] * float(test._expected_text.abs().max())
+    known = [test._expected_text, test._expected_branch, test._expected_other]
+
+    def run(difference: float, spread: float) -> None:
+        test._expected_text, test._expected_branch, test._expected_other = (each + difference for each in known)
+        test._spread = spread
+        test.run(TargetRunner(model, attention))
+
+    run(2 * tolerance, spread=1.2 * tolerance)
+    for difference, spread in ((2 * tolerance, 0.5 * tolerance), (6 * tolerance, 100 * tolerance)):
+        with pytest.raises(TargetError, match="differ by"):
+            run(difference, spread)
 
 
 def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:
