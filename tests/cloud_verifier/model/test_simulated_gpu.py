@@ -23,7 +23,7 @@ LIMIT_SECONDS = 900
         ("self-test:gemma2:float32", "self-test:gpt_oss:float32", "self-test:llama4_text:float32"),
         ("self-test:llama:float32:exact", "sampling", "many-texts"),
         ("self-test:llama:float16", "tokens"),
-        ("self-test:llama:float32:fp8", "self-test:llama:float16:fp8", "self-test:llama:float32:quantized"),
+        ("self-test:llama:float32:fp8", "self-test:llama:float32:quantized"),
         ("attention",),
     ],
     ids=lambda cases: cases[0],
