@@ -62,7 +62,7 @@ MakeBundle = Callable[[Path], Path]
 @pytest.fixture(autouse=True)
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as many tokens as possible: beside a target as small as these, a draft costs more than it saves."""
-    monkeypatch.setattr(OwnDraftPlanner, "plan", lambda *_, longest, **__: Plan(longest))
+    monkeypatch.setattr(OwnDraftPlanner, "plan", lambda *_, longest, **__: Plan(longest, siblings=3, sibling_confidence=1))
 
 
 class SpeculatingVerifier:
