@@ -78,10 +78,11 @@ class OwnDraftPlanner:
         """
         acceptance = self._acceptance.get(version, sampling.temperature)
         best = self._search(acceptance.table_after(streak), longest)
+        # In seconds: of reading first, of a token without drafts, and what a draft may cost more than it saves.
         reading = unread * self._read_seconds.value
-        without = self._verify_seconds.at(1)
-        trial = reading + max(0.0, best.cost - without) * best.tokens
-        if reading + best.cost * left < without * left or trial <= EXPLORATION_SHARE * self._seconds_without:
+        undrafted = self._verify_seconds.at(1)
+        loss = reading + max(0.0, best.cost - undrafted) * best.tokens
+        if reading + best.cost * left < undrafted * left or loss <= EXPLORATION_SHARE * self._seconds_without:
             self._seconds_without = 0.0
             return best.plan
         # Texts change: what is known of earlier ones must not keep drafts from later ones forever.

@@ -62,7 +62,11 @@ MakeBundle = Callable[[Path], Path]
 @pytest.fixture(autouse=True)
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as many tokens as possible: beside a target as small as these, a draft costs more than it saves."""
-    monkeypatch.setattr(OwnDraftPlanner, "plan", lambda *_, longest, **__: Plan(longest, siblings=3, sibling_confidence=1))
+
+    def plan(*_: Any, longest: int, **__: Any) -> Plan:
+        return Plan(longest, siblings=3, sibling_confidence=1)
+
+    monkeypatch.setattr(OwnDraftPlanner, "plan", plan)
 
 
 class SpeculatingVerifier:
