@@ -29,7 +29,7 @@ DOCUMENTS += [ROOT / name / "README.md" for name in PACKAGES]
 DOCUMENTS += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "export" / "example_family" / "README.md"]
 # Packages whose `__init__` offers what others may use, and the one module beside it that is slow to import.
 FRONT_DOORS = [
-    *(f"edge_runtime.{name}" for name in ("verifier", "decoding", "draft", "ngram_cache", "simulation", "probes")),
+    *(f"edge_runtime.{name}" for name in ("verifier", "decoding", "draft", "simulation", "probes")),
     "edge_runtime.settings",
     "edge_runtime.settings.loading",
 ]

@@ -76,25 +76,15 @@ class RankedTokens:
     confidences: list[float]
 
 
-def propose_tokens(
-    context: DraftContext, passage: Passage, *, siblings: int = 0, version: str = ""
-) -> Iterator[Proposal]:
+def propose_tokens(context: DraftContext, passage: Passage, *, siblings: int = 0) -> Iterator[Proposal]:
     """Draft one token for each judged position with the board's runner, given the true ids before it.
 
     Args:
-        context: empty. If it has n-gram lookup, every judged token is appended as verified once its position is done.
+        context: empty.
         siblings: number of alternatives to each draft token.
-        version: target version under which the n-gram cache stores the judged tokens.
     """
-    lookup = context.ngram_lookup
-    if lookup:
-        lookup.append(passage.ids[: passage.start])
     for position in passage.positions:
         yield context.propose_next(passage.ids[:position], passage.sampling, siblings)
-        if lookup:
-            lookup.append([passage.ids[position]], version)
-    if lookup:
-        lookup.finish()
 
 
 def judged_logits(model: Any, passages: Sequence[Passage]) -> Iterator[torch.Tensor]:

@@ -69,7 +69,6 @@ def _markdown_row(entry: SettingEntry) -> str:
     variables = ", ".join(f"`{name}`" for name in (spec.variable, entry.variable) if name)
     notes = [
         *([f"Credential `{spec.credential}`."] if spec.credential else []),
-        *([f"Formerly {', '.join(f'`{name}`' for name in spec.deprecated_names)}."] if spec.deprecated_names else []),
         *(["Applied on reload."] if spec.reloadable else []),
     ]
     meaning = " ".join([f"{spec.help[0].upper()}{spec.help[1:]}.", *notes])

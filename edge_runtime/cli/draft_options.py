@@ -1,4 +1,4 @@
-"""Options of the draft model and its n-gram cache, and the objects that are made from them."""
+"""The draft model that the options and settings of a command name."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.settings_options import add_settings
 from edge_runtime.settings import DraftSettings, Settings
 
-# Imported by every command; these are slow to import.
+# Imported by every command; this is slow to import.
 if TYPE_CHECKING:
     from edge_runtime.draft import OnnxDraft
-    from edge_runtime.ngram_cache import NgramCache
-    from edge_runtime.protocol.bundle import Manifest
 
 # Part of a source checkout only, not of an installed package.
 EXAMPLE_FAMILY = Path(__file__).resolve().parents[2] / "export" / "example_family"
-# Below systemd's $STATE_DIRECTORY. The name is older than the term n-gram cache; existing boards have data there.
-NGRAM_CACHE_DIRECTORY_NAME = "memory"
-
-
-def add_ngram_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `open_ngram_cache` reads."""
-    group = parser.add_argument_group("n-gram cache")
-    add_settings(group, "draft.ngram_cache_directory", "draft.ngram_cache")
 
 
 def resolve_bundle(options: argparse.Namespace, draft: DraftSettings) -> Path:
@@ -60,24 +49,3 @@ def _calibrated_threads(bundle: Path, profile: str) -> int:
 
     measured = find_profile(profile).steady_measurement(read_bundle(bundle, verify=False).manifest) if profile else None
     return measured.threads if measured else 0
-
-
-def ngram_cache_state_directory() -> Path | None:
-    """Return where a systemd service keeps its n-gram cache; None for other processes."""
-    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    return Path(state) / NGRAM_CACHE_DIRECTORY_NAME if state else None
-
-
-def open_ngram_cache(draft: DraftSettings, manifest: Manifest, default_directory: Path | None) -> NgramCache | None:
-    """Open the n-gram cache; None if it is switched off. A disk that fails is logged, and the cache works without it.
-
-    Args:
-        default_directory: where to keep it if the settings name no directory; None keeps it in memory only.
-    """
-    from edge_runtime.ngram_cache import NgramCache, NgramStore
-
-    if not (draft.ngram_cache_directory if draft.ngram_cache is None else draft.ngram_cache):
-        return None
-    directory = draft.ngram_cache_directory or default_directory
-    store = NgramStore(directory, manifest.vocabulary.hash) if directory else None
-    return NgramCache(manifest.architecture.vocabulary_size, store)

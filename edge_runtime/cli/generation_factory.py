@@ -6,7 +6,6 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.draft_options import add_ngram_cache_options, open_ngram_cache
 from edge_runtime.cli.planner_options import (
     add_planner_options,
     add_planner_state_option,
@@ -14,7 +13,7 @@ from edge_runtime.cli.planner_options import (
     open_planner_state,
     run_probes,
 )
-from edge_runtime.cli.settings_options import add_config_option
+from edge_runtime.cli.settings_options import add_config_option, add_removed_options
 from edge_runtime.cli.verifier_client import add_verifier_options, make_client
 
 # Imported by every command; these are slow to import.
@@ -29,16 +28,16 @@ if TYPE_CHECKING:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of verifier, n-gram cache and planner."""
+    """Add the options of verifier and planner."""
     add_config_option(parser)
     add_verifier_options(parser)
-    add_ngram_cache_options(parser)
     add_planner_options(parser)
     add_planner_state_option(parser)
+    add_removed_options(parser)
 
 
 class GenerationFactory:
-    """Makes generations with one draft, planner and n-gram cache.
+    """Makes generations with one draft and planner.
 
     Args:
         options: the parsed options of `add_generation_options`, with `max_new_tokens`.
@@ -54,7 +53,6 @@ class GenerationFactory:
         self._planner = make_planner(options, settings.planner, draft)
         self._planner_state = open_planner_state(settings.planner, draft.manifest)
         self._planner_state.restore(self._planner)
-        self._ngram_cache = open_ngram_cache(settings.draft, draft.manifest, default_directory=None)
 
     @contextlib.asynccontextmanager
     async def connect(
@@ -79,7 +77,6 @@ class GenerationFactory:
                     model=settings.verifier.model,
                     surroundings=surroundings,
                     on_link_loss=settings.service.on_link_loss,
-                    ngram_cache=self._ngram_cache,
                 )
 
             yield client, generate

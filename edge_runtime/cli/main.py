@@ -11,8 +11,7 @@ import asyncio
 import os
 import sys
 
-from edge_runtime.cli import bundle, chat, config, demo, generate, ngram_cache, probe, serve, simulate, top, update
-from edge_runtime.cli.settings_options import warn
+from edge_runtime.cli import bundle, chat, config, demo, generate, probe, serve, simulate, top, update
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.systemd import actions
@@ -30,7 +29,6 @@ examples:
   edge-runtime chat --verifier http://127.0.0.1:8500
   edge-runtime serve --verifier http://127.0.0.1:8500
   edge-runtime probe --once
-  edge-runtime ngram-cache show
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier 32b
   edge-runtime service install --now
 
@@ -48,11 +46,8 @@ COMMANDS = {
     "simulate": simulate,
     "bundle": bundle,
     "config": config,
-    "ngram-cache": ngram_cache,
     "update": update,
 }
-# Former name of a command, and its name now.
-DEPRECATED_COMMANDS = {"memory": "ngram-cache"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,9 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    if arguments and (command := DEPRECATED_COMMANDS.get(arguments[0])):
-        warn(f"`edge-runtime {arguments[0]}` is deprecated; use `edge-runtime {command}`")
-        arguments = [command, *arguments[1:]]
     return build_parser().parse_args(arguments)
 
 

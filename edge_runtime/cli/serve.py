@@ -11,12 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.cli.draft_options import (
-    add_ngram_cache_options,
-    load_draft,
-    ngram_cache_state_directory,
-    open_ngram_cache,
-)
+from edge_runtime.cli.draft_options import load_draft
 from edge_runtime.cli.planner_options import (
     add_planner_options,
     add_planner_state_option,
@@ -25,7 +20,7 @@ from edge_runtime.cli.planner_options import (
     read_board_power,
     run_probes,
 )
-from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
+from edge_runtime.cli.settings_options import add_config_option, add_removed_options, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options
 from edge_runtime.common import logs
 from edge_runtime.common.options import add_option
@@ -65,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "draft.bundle", "draft.threads", "draft.prefix_cache_mib")
     add_config_option(parser)
     add_verifier_options(parser)
-    add_ngram_cache_options(parser)
+    add_removed_options(parser)
 
     listening = parser.add_argument_group("listening")
     add_settings(listening, "service.host", "service.port")
@@ -184,9 +179,6 @@ async def _load_board(
         tool_call_form=settings.service.tool_call_form,
         reasoning_form=settings.service.reasoning_form,
         sampling=chat.sampling,
-        ngram_cache=await asyncio.to_thread(
-            open_ngram_cache, settings.draft, draft.manifest, ngram_cache_state_directory()
-        ),
     )
     service.activate(board)
 

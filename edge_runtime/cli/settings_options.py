@@ -6,7 +6,6 @@ Precedence: command line over environment over configuration file over credentia
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from msgspec import inspect
 
-from edge_runtime.common.options import ArgumentContainer, DeprecatedOption, add_option
+from edge_runtime.common.options import ArgumentContainer, add_option, add_removed_option
 from edge_runtime.common.terminal import print_note
-from edge_runtime.settings import SETTINGS, SettingEntry, Settings, bare_type
+from edge_runtime.settings import REMOVED_FEATURES, SETTINGS, SettingEntry, Settings, bare_type
 
 # How an option's text becomes the value of its setting, by the setting's type; text that is not here stays as it is.
 VALUE_PARSERS: dict[type[inspect.Type], Callable[[str], Any]] = {
@@ -44,9 +43,13 @@ def add_settings(parser: ArgumentContainer, *keys: str, default: str = "") -> No
         if not isinstance(entry.value, bool):
             text += f" (default: {default or entry.default})"
         parser.add_argument(spec.flag, help=text.replace("%", "%%"), **arguments)
-        for flag in spec.deprecated_flags:
-            action = functools.partial(DeprecatedOption, replacement=spec.flag, warn=warn)
-            parser.add_argument(flag, help=argparse.SUPPRESS, **{**arguments, "action": action})
+
+
+def add_removed_options(parser: ArgumentContainer) -> None:
+    """Accept the options of removed features."""
+    for feature in REMOVED_FEATURES:
+        for option in feature.options:
+            add_removed_option(parser, option, feature.name, warn)
 
 
 def add_config_option(parser: ArgumentContainer) -> None:

@@ -38,8 +38,52 @@ def add_action(
     return action
 
 
+def add_removed_option(parser: ArgumentContainer, option: str, feature: str, warn: Callable[[str], None]) -> None:
+    """Accept an option that does nothing, because its feature was removed; a use of it is a warning.
+
+    Args:
+        option: the option and the placeholder of its value, if it takes one, such as `--threads N`.
+        feature: in words.
+    """
+    flag, _, metavar = option.partition(" ")
+    parser.add_argument(
+        flag,
+        action=RemovedOption,
+        nargs=None if metavar else 0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+        feature=feature,
+        warn=warn,
+    )
+
+
+def describe_removal(name: str, feature: str) -> str:
+    """Return the warning for an option or a setting that does nothing, because its feature was removed."""
+    return f"{name} does nothing: the {feature} was removed; leave it out"
+
+
+class RemovedOption(argparse.Action):
+    """Ignores an option and its value, with a warning; see `add_removed_option`."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, feature: str, warn: Callable[[str], None], **keywords: Any
+    ) -> None:
+        super().__init__(option_strings, dest, **keywords)
+        self._feature, self._warn = feature, warn
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        self._warn(describe_removal(str(option_string), self._feature))
+
+
 class DeprecatedOption(argparse.Action):
-    """Stores an option's value, or `const`, under a former name of the option, with a warning."""
+    """Stores an option's value under a former name of the option, with a warning."""
 
     def __init__(
         self,
@@ -48,10 +92,9 @@ class DeprecatedOption(argparse.Action):
         *,
         replacement: str,
         warn: Callable[[str], None],
-        const: Any = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(option_strings, dest, nargs=None if const is None else 0, const=const, **keywords)
+        super().__init__(option_strings, dest, **keywords)
         self._replacement, self._warn = replacement, warn
 
     def __call__(
@@ -62,4 +105,4 @@ class DeprecatedOption(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         self._warn(f"{option_string} is deprecated; use {self._replacement}")
-        setattr(namespace, self.dest, values if self.const is None else self.const)
+        setattr(namespace, self.dest, values)

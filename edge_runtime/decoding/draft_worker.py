@@ -16,7 +16,6 @@ from typing import TypeVar
 import msgspec
 
 from edge_runtime.draft import EMPTY_PROPOSAL, DraftContext, OnnxDraft, Proposal
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import UNRANKED, Plan, ShadowGuess
 from edge_runtime.planning.round_rules import limit_ahead
 from edge_runtime.protocol.errors import DraftError
@@ -82,10 +81,7 @@ class DraftWorker:
         """Prefill `ids` while the target generates; predict its tokens as well if the plan says `shadow`."""
 
     def shadow(self, ids: list[int], tokens: list[int]) -> None:
-        """Predict `tokens`, which the target generated after `ids`, if `start_shadow` asked for it.
-
-        Call this before `append_verified` with the same tokens, so that the n-gram cache does not know them yet.
-        """
+        """Predict `tokens`, which the target generated after `ids`, if `start_shadow` asked for it."""
 
     def stop_shadow(self) -> tuple[list[ShadowGuess], float]:
         """End shadow drafting at the draft's next step.
@@ -101,11 +97,8 @@ class DraftWorker:
     def precompute_noise(self, start: int, count: int) -> None:
         """Compute the noise of `count` positions from `start` on in the background."""
 
-    def append_verified(self, ids: list[int], version: str = "") -> None:
-        """Append `ids` to the n-gram cache in the background: the prompt, or tokens verified by target `version`."""
-
     def close(self) -> None:
-        """End the thread at its next step, once the n-gram cache has the text."""
+        """End the thread at its next step."""
 
 
 class ShadowRun(msgspec.Struct):
@@ -133,7 +126,6 @@ class ThreadedDraftWorker(DraftWorker):
         draft: OnnxDraft,
         prompt: list[int],
         sampling: Sampling,
-        ngram_cache: NgramCache | None = None,
         *,
         processor: SequenceProcessor | None = None,
     ) -> None:
@@ -141,7 +133,7 @@ class ThreadedDraftWorker(DraftWorker):
         Args:
             processor: see `DraftContext.propose`; from now on used in the draft's thread only.
         """
-        self._context: DraftContext = draft.new_context(ngram_cache)
+        self._context: DraftContext = draft.new_context()
         self._context.reuse_prefix(prompt)
         self._sampling = sampling
         self._processor = processor
@@ -201,15 +193,9 @@ class ThreadedDraftWorker(DraftWorker):
         if self._sampling.temperature > 0.0:
             self._thread.submit(self._context.precompute_noise, start, count, self._sampling)
 
-    def append_verified(self, ids: list[int], version: str = "") -> None:
-        if self._context.ngram_lookup:
-            self._thread.submit(self._context.ngram_lookup.append, ids, version)
-
     def close(self) -> None:
         self.cancel_ahead()
         self.stop_shadow()
-        if self._context.ngram_lookup:
-            self._thread.submit(self._context.ngram_lookup.finish)
         self._thread.submit(self._context.close)
         self._thread.shutdown(wait=False)
 

@@ -24,7 +24,6 @@ from edge_runtime.draft.onnx_files import check_external_files
 from edge_runtime.draft.onnx_runner import Logits, detect_graph_kind, logits_width, make_runner
 from edge_runtime.draft.prefix_cache import DEFAULT_PREFIX_CACHE_BYTES, DraftPrefixCache
 from edge_runtime.draft.sampler import DraftSampler
-from edge_runtime.ngram_cache import NgramCache, NgramLookup
 from edge_runtime.planning.plan import Plan, apply_stop_rule
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
 from edge_runtime.protocol.bundle import Bundle, Manifest, read_bundle, read_chat_format, read_head_ids
@@ -196,10 +195,9 @@ class OnnxDraft:
             times.append(time.perf_counter() - started)
         return statistics.median(times[2:]), times[1] / MEASURED_PREFILL_TOKENS
 
-    def new_context(self, ngram_cache: NgramCache | None = None) -> DraftContext:
-        """Create an empty context for one text; `ngram_cache` adjusts its drafts."""
-        lookup = NgramLookup(ngram_cache, self.manifest.architecture.context) if ngram_cache else None
-        return DraftContext(self, DraftSampler(self._hash_counters, self._head_ids), lookup)
+    def new_context(self) -> DraftContext:
+        """Create an empty context for one text."""
+        return DraftContext(self, DraftSampler(self._hash_counters, self._head_ids))
 
 
 class DraftContext:
@@ -210,13 +208,11 @@ class DraftContext:
 
     Attributes:
         limit: longest text in tokens.
-        ngram_lookup: n-gram proposals for this text, or None. The owner of the context appends the verified text to it.
     """
 
-    def __init__(self, draft: OnnxDraft, sampler: DraftSampler, ngram_lookup: NgramLookup | None = None) -> None:
+    def __init__(self, draft: OnnxDraft, sampler: DraftSampler) -> None:
         self._draft = draft
         self._sampler = sampler
-        self.ngram_lookup = ngram_lookup
         self.limit = draft.manifest.architecture.context
         self._owner = ""
         self._runner = make_runner(draft.session, draft.manifest.architecture)
@@ -384,10 +380,9 @@ class DraftContext:
             self.rollback(position - 1)
             self._forward([last])
         assert self._logits is not None
-        ngram = self.ngram_lookup.propose(self._ids) if self.ngram_lookup else None
         changes = processor.changes_after(self._ids) if processor else None
         (token, *others), confidence = self._sampler.sample(
-            self._logits, sampling, position, 1 + siblings, ngram, changes=changes
+            self._logits, sampling, position, 1 + siblings, changes=changes
         )
         return DraftToken(token, others, confidence)
 

@@ -5,8 +5,6 @@ do not lower acceptance. The verifier's choice must be exact; the draft's is a p
 less than about 0.001, this sampler may take the other token than `CoupledSampler` would. That costs an acceptance now
 and then, and never correctness. In exchange, after `precompute_noise`, no hash and no logarithm is computed between two
 steps of the draft.
-
-An n-gram proposal (`ngram_cache`) may be mixed into the draft's distribution first; it, too, changes only the drafts.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.ngram_cache import NgramProposal
 from edge_runtime.protocol.logits_processing import LogitChanges
 from edge_runtime.protocol.sampling import Sampling, noise_bits, position_key
 
@@ -60,7 +57,6 @@ class DraftSampler:
         sampling: Sampling,
         position: int,
         count: int,
-        ngram: NgramProposal | None = None,
         *,
         changes: LogitChanges | None = None,
     ) -> tuple[list[int], float]:
@@ -70,7 +66,6 @@ class DraftSampler:
             logits: (n,) float32, finite.
             position: absolute position of the token to draft, 0 being the first prompt token.
             count: at least 1; fewer ids are returned if grammar, top-k, top-p or min-p exclude the others.
-            ngram: mixed into the distribution if it is more confident of its token than the draft.
             changes: how the target's logits are processed at this position, and therefore the draft's; None: not.
         """
         if changes is not None:
@@ -82,10 +77,6 @@ class DraftSampler:
         scores = logits * scale
         mass = np.exp(scores - scores.max())
         total = float(mass.sum())
-        max_mass = 1.0
-        if ngram is not None:
-            total = self._mix_in(scores, mass, total, ngram)
-            max_mass = float(mass.max())
         kept_mass, top_k, top_p = total, sampling.top_k, sampling.top_p
         if sampling.temperature == 0.0:
             top_k, top_p = 0, 1.0
@@ -95,9 +86,9 @@ class DraftSampler:
             kept_mass -= float(mass[excluded].sum())
         if sampling.min_p and sampling.temperature > 0.0:
             scores[scores < scores.max() + math.log(sampling.min_p)] = -np.inf
-        if top_p < 1.0 and top_p * kept_mass <= max_mass:
-            # The nucleus is the most probable token alone.
-            return self._to_ids([int(mass.argmax())]), max_mass / total
+        if top_p < 1.0 and top_p * kept_mass <= 1.0:
+            # The nucleus is the most probable token alone, whose mass is 1.
+            return self._to_ids([int(mass.argmax())]), 1.0 / total
         if sampling.temperature > 0.0:
             scores += self._noise_at(sampling.seed, position)
         # Nearly all candidates are heavier than HEAVY_MASS, and few tokens are: for those, the sum over the heavy
@@ -120,28 +111,6 @@ class DraftSampler:
         # The draft always proposes something.
         rows = rows or [int(mass.argmax())]
         return self._to_ids(rows), float(mass[rows[0]]) / total
-
-    def _mix_in(self, scores: Row, mass: Row, total: float, ngram: NgramProposal) -> float:
-        """Raise the n-gram's token to its estimated probability in `scores` and `mass`, both (n,), in place.
-
-        Returns the new sum of `mass`; the other tokens keep their mass.
-        """
-        row = ngram.token if self._ids is None else int(self._ids.searchsorted(ngram.token))
-        if row >= mass.size or (self._ids is not None and self._ids[row] != ngram.token):
-            return total
-        if scores[row] == -np.inf:
-            # The grammar or the minimum length excludes it.
-            return total
-        old_mass = float(mass[row])
-        probability = ngram.estimate_acceptance(old_mass / total)
-        if probability * total <= old_mass:
-            return total
-        others = total - old_mass
-        new_mass = others * probability / (1.0 - probability)
-        # Masses are relative to the best score, whose mass is 1.
-        scores[row] = float(scores.max()) + math.log(new_mass)
-        mass[row] = new_mass
-        return others + new_mass
 
     def _to_ids(self, rows: list[int]) -> list[int]:
         """The token ids of these indices of the logits."""

@@ -161,7 +161,6 @@ class AnswerRunner:
             model=request.model,
             surroundings=board.surroundings,
             on_link_loss=request.on_link_loss,
-            ngram_cache=board.ngram_cache,
             generated=generated,
             logprobs=request.logprobs,
         )

@@ -44,8 +44,6 @@ class Service:
         self.state.board = board
         self.monitoring.start(board.surroundings, board.power)
         self.metrics.add_prefix_cache(board.draft.prefix_cache)
-        if board.ngram_cache:
-            self.metrics.add_ngram_cache(board.ngram_cache)
 
     def reconfigure(self, limits: ServiceLimits, access: AccessRules, board: BoardRuntime) -> None:
         """Apply new limits, rules and board to all further requests; running answers continue with the old ones."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import BoardPower
 from edge_runtime.planning.plan import OnLinkLoss, Planner, Surroundings
 from edge_runtime.protocol.bundle import SamplingDefaults
@@ -51,7 +50,6 @@ class BoardRuntime(msgspec.Struct, frozen=True):
         on_link_loss: default of requests that do not say what to do without a verifier; see `Generation`.
         sampling: sampling parameters of requests that name none.
         tool_call_form, reasoning_form: how the target writes calls and reasoning; see `find_forms`.
-        ngram_cache: verified text that improves the drafts; None for none.
     """
 
     draft: OnnxDraft
@@ -62,7 +60,6 @@ class BoardRuntime(msgspec.Struct, frozen=True):
     power: BoardPower | None = None
     on_link_loss: OnLinkLoss = "wait"
     sampling: SamplingDefaults = SamplingDefaults()
-    ngram_cache: NgramCache | None = None
     tool_call_form: str = "auto"
     reasoning_form: str = "auto"
 

@@ -4,6 +4,7 @@ Reading is in `loading`, which is imported by itself because its TOML library is
 """
 
 from edge_runtime.settings.table import (
+    REMOVED_FEATURES,
     SETTINGS,
     TABLES,
     DraftSettings,
@@ -22,6 +23,7 @@ from edge_runtime.settings.validators import bare_type, describe_type, from_text
 from edge_runtime.settings.verifier_checks import check_encryption, check_verifier_settings
 
 __all__ = [
+    "REMOVED_FEATURES",
     "SETTINGS",
     "TABLES",
     "DraftSettings",

@@ -27,10 +27,12 @@ import msgspec
 
 from edge_runtime.common.credentials import find_credential
 from edge_runtime.common.network import is_loopback
+from edge_runtime.common.options import describe_removal
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import toml_positions, validators
 from edge_runtime.settings.table import (
     ENVIRONMENT_PREFIX,
+    REMOVED_FEATURES,
     SETTINGS,
     TABLES,
     Settings,
@@ -42,10 +44,8 @@ logger = logging.getLogger(__name__)
 
 SYSTEM_FILE = Path("/etc/flexspec/config.toml")
 SHORT_VARIABLES = {entry.spec.variable: entry for entry in SETTINGS.values() if entry.spec.variable}
-# Former keys, such as `draft.memory`, of settings that have been renamed.
-DEPRECATED_KEYS = {
-    f"{entry.table}.{name}": entry for entry in SETTINGS.values() for name in entry.spec.deprecated_names
-}
+# Keys of what was removed, and its name.
+REMOVED_KEYS = {key: feature.name for feature in REMOVED_FEATURES for key in feature.keys}
 # What people call a secret, and the setting that names the file where it belongs.
 MISTAKEN_NAMES = {name: entry for entry in SETTINGS.values() for name in entry.spec.mistaken_names}
 
@@ -124,13 +124,12 @@ class _Source:
         self._warnings = warnings
 
     def add(self, table: str, name: str, value: Any, origin: Origin, folder: Path) -> None:
-        """Add a value; if there is no such setting, add a problem instead."""
+        """Add a value; if there is no such setting, add a problem instead, or a warning if there used to be."""
         key = f"{table}.{name}"
         if key in SETTINGS:
             self.values[key] = _SourceValue(value, origin, folder)
-        elif entry := DEPRECATED_KEYS.get(key):
-            self._warnings.append(f"{origin}: {key} is deprecated; use {entry.key}")
-            self.values.setdefault(entry.key, _SourceValue(value, origin, folder))
+        elif key in REMOVED_KEYS:
+            self._warnings.append(f"{origin}: {describe_removal(key, REMOVED_KEYS[key])}")
         else:
             self.report(origin, _describe_unknown_field(table, name))
 
@@ -242,13 +241,11 @@ def _read_environment(environ: Mapping[str, str], source: _Source) -> dict[str, 
             if not (variable.startswith(ENVIRONMENT_PREFIX) and separator):
                 continue
         key = f"{table}.{name}"
-        known = SETTINGS.get(key) or DEPRECATED_KEYS.get(key)
         if table not in TABLES:
             source.report(origin, _describe_unknown_table(table))
-        elif known is None:
-            source.report(origin, _describe_unknown_field(table, name))
-        elif text:
-            source.add(table, name, validators.from_text(text, known.type), origin, Path())
+        elif text or key not in SETTINGS.keys() | REMOVED_KEYS.keys():
+            value = validators.from_text(text, SETTINGS[key].type) if key in SETTINGS else text
+            source.add(table, name, value, origin, Path())
     return source.values
 
 

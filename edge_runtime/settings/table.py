@@ -1,7 +1,7 @@
 """The settings of a board, each declared once, as an annotated field of one of the tables below.
 
 A field's name is its TOML key, its type and constraints are what a value is checked against, its value is the default,
-and its `SettingSpec` holds the rest: help, command-line option, environment variable, validator, former names.
+and its `SettingSpec` holds the rest: help, command-line option, environment variable, validator.
 Everything else is derived from that: configuration files and the environment (`settings.loading`), the options of the
 commands (`cli.settings_options`), `edge-runtime config show`, and the reference that `edge-runtime config reference`
 prints. To add a setting, add a field.
@@ -59,8 +59,6 @@ class SettingSpec(NamedTuple):
         credential: systemd credential (LoadCredential=) that is used if nothing else sets the value.
         validate: checks and normalizes a value of the right type, given the directory of relative paths.
         mistaken_names: keys that people write for the secret itself, which must never be in a configuration.
-        deprecated_names: former TOML keys (and environment variables made from them), which still work.
-        deprecated_flags: former options, which still work.
         reloadable: whether a running service applies a change on SIGHUP, without a restart.
     """
 
@@ -72,8 +70,6 @@ class SettingSpec(NamedTuple):
     credential: str = ""
     validate: Callable[[Any, Path], Any] | None = None
     mistaken_names: tuple[str, ...] = ()
-    deprecated_names: tuple[str, ...] = ()
-    deprecated_flags: tuple[str, ...] = ()
     reloadable: bool = False
 
     @property
@@ -85,6 +81,20 @@ class SettingSpec(NamedTuple):
     def metavar(self) -> str | None:
         """The placeholder of the option's value; None without one."""
         return self.option.partition(" ")[2] or None
+
+
+class RemovedFeature(NamedTuple):
+    """A feature that is gone. What used to set it is accepted, does nothing and warns.
+
+    Attributes:
+        name: in words.
+        keys: TOML keys, such as `draft.threads`, from which environment variables were made.
+        options: command-line options, such as `--threads N`.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    options: tuple[str, ...]
 
 
 class SettingsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,28 +171,6 @@ class DraftSettings(SettingsTable, frozen=True):
             "0 keeps none",
         ),
     ] = 64
-    ngram_cache: Annotated[
-        bool | None,
-        SettingSpec(
-            "--no-ngram-cache",
-            "cache verified text, prompts included, for a draft that is not trained for what the target writes by now",
-            flag_help="draft without an n-gram cache of verified text, even if there is a directory for it",
-            default="true if there is a directory for it, else false",
-            deprecated_names=("memory",),
-            deprecated_flags=("--no-memory",),
-        ),
-    ] = None
-    ngram_cache_directory: Annotated[
-        Path | None,
-        SettingSpec(
-            "--ngram-cache DIR",
-            "use an n-gram cache and keep it here across restarts; its files hold what users wrote, as token ids",
-            default="with an n-gram cache, the state directory of a systemd service, else not kept",
-            validate=validators.path,
-            deprecated_names=("memory_directory",),
-            deprecated_flags=("--memory",),
-        ),
-    ] = None
 
 
 class VerifierSettings(SettingsTable, frozen=True):
@@ -522,6 +510,13 @@ def _entries() -> list[SettingEntry]:
     return entries
 
 
+REMOVED_FEATURES = (
+    RemovedFeature(
+        "n-gram cache",
+        ("draft.ngram_cache", "draft.ngram_cache_directory", "draft.memory", "draft.memory_directory"),
+        ("--ngram-cache DIR", "--no-ngram-cache", "--memory DIR", "--no-memory"),
+    ),
+)
 # All settings by key, in the order of the tables.
 SETTINGS = {entry.key: entry for entry in _entries()}
 TABLES: dict[str, type[SettingsTable]] = {field.name: field.type for field in msgspec.structs.fields(Settings)}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_option
 from edge_runtime.protocol.errors import InputError
-from export.cli.former_options import add_former_memory_option
+from export.cli.former_options import add_removed_ngram_cache_options
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,7 +34,7 @@ examples:
   draft-export evaluate tests/toy_family/draft-anchor --target target-v1 target-v2 \\
       --retrained target-v2=/tmp/draft-v2
   draft-export evaluate bundle --target /models/Llama-3.1-8B --text prose.txt code.py --temperature 0 --texts 16
-  draft-export evaluate bundle --target v1 v2 --ngram-cache --profile jetson-orin-nano --link 4g --verifier 32b
+  draft-export evaluate bundle --target v1 v2 --profile jetson-orin-nano --link 4g --verifier 32b
 """
 
 JSON_FILE, MARKDOWN_FILE, CHART_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
@@ -60,8 +60,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--retrained", nargs="+", default=[], metavar="VERSION=DRAFT", help="drafts or bundles made for one version"
     )
-    add_flag(parser, "--ngram-cache", "also measure with the board's n-gram cache")
-    add_former_memory_option(parser)
+    add_removed_ngram_cache_options(parser)
     add_option(parser, "--profile", "board of the modeled speed", default="raspberry-pi-5")
     add_option(parser, "--link", "link, as in `edge-runtime simulate`", default="wifi")
     add_option(parser, "--verifier", "verifier, as in `edge-runtime simulate`", default="loaded")
@@ -124,10 +123,6 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
     draft, tokenizer = open_draft(options.draft, base_directory(first), options.device, options.threads)
     for path in versions.values():
         _check_tokenizer(options.draft, tokenizer, path)
-    draft_name = options.draft.resolve().name
-    drafts = {draft_name: draft}
-    if options.ngram_cache:
-        drafts[f"{draft_name} + memory"] = _open_with_ngram_cache(options.draft, options.threads)
     retrained = {}
     for version, path in _parse_retrained(options.retrained, versions).items():
         base = base_directory(versions[version])
@@ -140,7 +135,9 @@ def _evaluate(options: argparse.Namespace, versions: dict[str, Path]) -> Evaluat
         return lambda: load_model(path, options.device, torch.float32)[0]
 
     targets = {version: make_loader(path) for version, path in versions.items()}
-    return evaluate(drafts, targets, texts, retrained=retrained, config=config, deployment=deployment)
+    return evaluate(
+        {options.draft.resolve().name: draft}, targets, texts, retrained=retrained, config=config, deployment=deployment
+    )
 
 
 def _save(evaluation: Evaluation, directory: Path, sources: dict[str, Any]) -> None:
@@ -179,19 +176,6 @@ def open_draft(path: Path, target: Path, device: str = "cpu", threads: int = 1) 
     model.to(device)
     size = estimate_size(model.config)
     return TorchProposer(model, size.weight_bytes, size.cache_bytes), load_tokenizer(target, target)
-
-
-def _open_with_ngram_cache(path: Path, threads: int) -> Proposer:
-    """The bundle at `path` with an n-gram cache."""
-    from edge_runtime.draft import OnnxDraft
-    from edge_runtime.protocol.bundle import MANIFEST_NAME
-    from export.evaluate.proposers import OnnxProposer
-
-    if not (path / MANIFEST_NAME).exists():
-        raise InputError(
-            f"--ngram-cache: {path} is not a bundle, and only boards have an n-gram cache; run draft-export onnx"
-        )
-    return OnnxProposer(OnnxDraft.load(path, threads=threads), with_ngram_cache=True)
 
 
 def _find_versions(names: list[str], draft: Path) -> dict[str, Path]:

@@ -232,7 +232,6 @@ def evaluate(
             for texts in _judged_texts(target, pieces, config):
                 traces: dict[str, list[AcceptanceTrace]] = {}
                 for name, draft in proposers.items():
-                    draft.start_pass(version)
                     tokens = zip(texts.passages, texts.chosen, draft.propose(texts.passages), strict=True)
                     traces[name] = [AcceptanceTrace.from_tokens(*parts) for parts in tokens]
                     done += 1

@@ -21,7 +21,6 @@ from cloud_verifier.acceptance.measure import (
 )
 from cloud_verifier.model.pretrained import generation_end_ids
 from edge_runtime.draft import OnnxDraft
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import cache_bytes, weight_bytes
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.simulation import MAX_SIBLINGS
@@ -45,41 +44,25 @@ class Proposer(Protocol):
     weight_bytes: int
     cache_bytes: int
 
-    def start_pass(self, version: str) -> None:
-        """Start a pass over passages of a target version; drop everything learned from earlier passes."""
-
     def propose(self, passages: Sequence[Passage]) -> list[RankedTokens]:
-        """Propose tokens for every passage, in order; later passages may use what earlier ones taught."""
+        """Propose tokens for every passage."""
 
 
 class OnnxProposer:
-    """A bundle on the board's runner, one token at a time.
+    """A bundle on the board's runner, one token at a time."""
 
-    Args:
-        with_ngram_cache: use the board's n-gram cache of verified text. It is empty at the start of each pass, and the
-            tokens of every passage are added to it as they are judged.
-    """
-
-    def __init__(self, draft: OnnxDraft, *, with_ngram_cache: bool = False) -> None:
-        self._draft, self._with_ngram_cache = draft, with_ngram_cache
-        self._ngram_cache: NgramCache | None = None
-        self._version = ""
+    def __init__(self, draft: OnnxDraft) -> None:
+        self._draft = draft
         manifest = draft.manifest
         self.vocabulary_size = manifest.architecture.vocabulary_size
         self.context = manifest.architecture.context
         self.weight_bytes, self.cache_bytes = weight_bytes(manifest), cache_bytes(manifest)
 
-    def start_pass(self, version: str) -> None:
-        """See `Proposer`."""
-        self._version = version
-        self._ngram_cache = NgramCache(self.vocabulary_size) if self._with_ngram_cache else None
-
     def propose(self, passages: Sequence[Passage]) -> list[RankedTokens]:
         """See `Proposer`."""
         ranked = []
         for passage in passages:
-            context = self._draft.new_context(self._ngram_cache)
-            proposals = list(propose_tokens(context, passage, siblings=MAX_SIBLINGS, version=self._version))
+            proposals = list(propose_tokens(self._draft.new_context(), passage, siblings=MAX_SIBLINGS))
             candidates = [proposal.tokens + proposal.siblings.get(0, []) for proposal in proposals]
             ranked.append(RankedTokens(candidates, [proposal.confidences[0] for proposal in proposals]))
         return ranked
@@ -98,9 +81,6 @@ class TorchProposer:
         self.vocabulary_size = model.config.vocab_size
         self.context = model.config.max_position_embeddings
         self.weight_bytes, self.cache_bytes = weight_bytes, cache_bytes
-
-    def start_pass(self, version: str) -> None:
-        """See `Proposer`; a frozen model keeps no state between passes."""
 
     def propose(self, passages: Sequence[Passage]) -> list[RankedTokens]:
         """See `Proposer`."""

@@ -28,8 +28,7 @@ from tests.benchmarks.harness.samples import ROOT, SampleFile
 
 # Modules of this package that define a BENCHMARK.
 NAMES = (
-    *("systems", "ablation", "capacity", "update_storm", "energy", "speed", "wire", "service"),
-    *("probes", "planning", "ngram_cache"),
+    *("systems", "ablation", "capacity", "update_storm", "energy", "speed", "wire", "service", "probes", "planning"),
 )
 DIRECTORY = ROOT / "build" / "benchmarks"
 READMES = (Path(__file__).parent / "README.md",)

@@ -18,7 +18,7 @@ from tests.benchmarks.systems import LINKS, ComparedPlace, make_cases, make_over
 def make_systems(objective: str) -> list[System]:
     """The whole at one objective, and the whole without each of its parts."""
 
-    def system(change: str, **fields: str | bool) -> System:
+    def system(change: str, **fields: str) -> System:
         options = {"kind": "planner", "cloud": "plain", "objective": objective, **fields}
         return System(f"{objective}: {change}", **options)  # type: ignore[arg-type]
 
@@ -26,7 +26,6 @@ def make_systems(objective: str) -> list[System]:
         system("all"),
         *(system(f"without {part}", off=part) for part in (*PLAN_PARTS, "HTTP/2")),
         system("without a planner: best fixed K", kind="fixed", objective=""),
-        system("with an n-gram cache", ngram_cache=True),
         system("with a draft in the cloud", cloud="speculating"),
     ]
 

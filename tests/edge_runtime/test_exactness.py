@@ -31,7 +31,6 @@ from cloud_verifier.model.reference import make_logits_processors
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol.messages import LOGPROB_UNITS, TokenLogprobs
 from edge_runtime.protocol.sampling import Sampling
@@ -86,9 +85,6 @@ COVERING_PLANS = [
     ("shipped", AHEAD),
 ]
 PLANS = ALL_PLANS if FULL else COVERING_PLANS
-
-# Shared by all generations: it improves their drafts and must not change any text.
-NGRAM_CACHE = NgramCache(8192)
 
 pytestmark = pytest.mark.slow
 
@@ -188,9 +184,7 @@ async def generate(
     planner: Planner,
     new_tokens: int = NEW_TOKENS,
 ) -> Generation:
-    generation = Generation(
-        draft, client, prompt, SAMPLINGS[sampling], max_new_tokens=new_tokens, planner=planner, ngram_cache=NGRAM_CACHE
-    )
+    generation = Generation(draft, client, prompt, SAMPLINGS[sampling], max_new_tokens=new_tokens, planner=planner)
     async for _ in generation:
         pass
     return generation

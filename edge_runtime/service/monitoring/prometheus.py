@@ -10,7 +10,6 @@ from prometheus_client.registry import Collector
 from edge_runtime.common.metrics import PrometheusMetrics, SpeculationCounters
 from edge_runtime.decoding import GenerationStatistics
 from edge_runtime.draft import DraftPrefixCache
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.plan import Conditions, Outcome, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import VerifierUnreachable
 from edge_runtime.service.admission import AdmissionQueue
@@ -160,15 +159,6 @@ class ServiceMetrics(PrometheusMetrics):
         """Add the gauge of the draft's prefix cache."""
         self.add_gauge(
             "draft_prefix_cache_bytes", "Memory of the draft's KV caches of ended texts.", lambda: cache.used_bytes
-        )
-
-    def add_ngram_cache(self, cache: NgramCache) -> None:
-        """Add the gauges of the n-gram cache."""
-        self.add_gauge("memory_tokens", "Tokens of verified text in the n-gram cache.", lambda: cache.tokens)
-        self.add_gauge(
-            "memory_failures",
-            "Failed reads and writes of the n-gram cache on disk, damaged files included.",
-            lambda: cache.failures,
         )
 
 

@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from edge_runtime.decoding.generation import Generation
 from edge_runtime.draft.model import OnnxDraft
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.board_profile import cache_bytes, find_profile, weight_bytes
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.factory import DEFAULT_POLICY, make_planner
@@ -78,7 +77,6 @@ class System(msgspec.Struct, frozen=True):
         draft_ahead: draft the next round's tokens while one is in flight.
         exact: claims the text that transformers generates for this prompt, sampling and seed.
         off: a part that is switched off, of PLAN_PARTS, or `HTTP/2`.
-        ngram_cache: with an n-gram cache of the answers before.
     """
 
     name: str
@@ -89,7 +87,6 @@ class System(msgspec.Struct, frozen=True):
     draft_ahead: bool = False
     exact: bool = True
     off: str = ""
-    ngram_cache: bool = False
 
 
 class Prepare(msgspec.Struct, tag=True):
@@ -229,8 +226,6 @@ class IdsContestant:
         self.draft_length = 0
         self._draft, self._system = draft, command.system
         self._client = VerifierClient(command.url, deadline=DEADLINE_SECONDS, http2=command.system.off != "HTTP/2")
-        vocabulary_size = draft.manifest.architecture.vocabulary_size
-        self._ngram_cache = NgramCache(vocabulary_size) if command.system.ngram_cache else None
         planner: Planner = FixedPlanner(Plan(0, continuation=command.system.continuation or 1 << 12))
         if command.system.kind == "planner":
             objective = parse_objective(command.system.objective)
@@ -253,7 +248,6 @@ class IdsContestant:
             sampling,
             max_new_tokens=command.tokens,
             planner=self._planner,
-            ngram_cache=self._ngram_cache,
         )
         started, arrivals = time.perf_counter(), []
         async for piece in generation:

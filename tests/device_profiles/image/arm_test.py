@@ -101,7 +101,7 @@ def check_answers(root: ArmRoot, version: str, cases: list[AnswerCase]) -> bool:
     """Ask the service, which runs in the root, through a verifier on this machine; compare with the target's text."""
     with verifier() as port:
         serve = ["-m", "edge_runtime.cli", "serve", "--port", "0", "--verifier", f"http://127.0.0.1:{port}"]
-        serve += ["--bundle", "tests/toy_family/bundle", "--policy", "fixed", "--no-ngram-cache", "--threads", "1"]
+        serve += ["--bundle", "tests/toy_family/bundle", "--policy", "fixed", "--threads", "1"]
         with subprocess.Popen(root.command(version, *serve), stdout=subprocess.PIPE, text=True) as service:
             try:
                 assert service.stdout is not None

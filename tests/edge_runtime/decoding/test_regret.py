@@ -19,7 +19,6 @@ from cloud_verifier.model.target import Target
 from edge_runtime.cli.planner_state import PlannerStateStore
 from edge_runtime.decoding import Generation
 from edge_runtime.draft.model import DraftContext, OnnxDraft
-from edge_runtime.ngram_cache import NgramCache
 from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.objective import Objective
@@ -41,8 +40,8 @@ class CorruptedDraft(OnnxDraft):
         vars(self).update(vars(draft))
         self.share = share
 
-    def new_context(self, ngram_cache: NgramCache | None = None) -> DraftContext:
-        context, random = super().new_context(ngram_cache), Random(0)
+    def new_context(self) -> DraftContext:
+        context, random = super().new_context(), Random(0)
         draft_token, vocabulary = context._draft_token, self.manifest.architecture.vocabulary_size
 
         def corrupted(*arguments: Any) -> object:

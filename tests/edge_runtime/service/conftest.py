@@ -70,8 +70,7 @@ def board_process(verifier: str, *options: str) -> Iterator[tuple[subprocess.Pop
 @pytest.fixture(scope="session")
 def url(verifier: str) -> Iterator[str]:
     """URL of a service process with a plan that drafts."""
-    # Without the n-gram cache, drafts do not depend on earlier tests.
-    options = ("--policy", "fixed", "--no-ngram-cache", "--threads", "1", "--max-new-tokens", "32")
+    options = ("--policy", "fixed", "--threads", "1", "--max-new-tokens", "32")
     with board_process(verifier, *options) as (_, address):
         yield address
 

@@ -110,7 +110,7 @@ async def test_a_prompt_that_cannot_fit_takes_no_place_in_the_queue(target: Targ
 
 @pytest.mark.slow
 def test_the_memory_of_large_prompts_goes_back(verifier: str) -> None:
-    options = ("--threads", "1", "--no-ngram-cache", "--draft-prefix-cache", "0", "--max-waiting", "8")
+    options = ("--threads", "1", "--draft-prefix-cache", "0", "--max-waiting", "8")
     with board_process(verifier, *options) as (process, url), httpx.Client(base_url=url, timeout=300) as client:
         board = psutil.Process(process.pid)
         assert client.post("/v1/completions", json=SHORT).status_code == 200

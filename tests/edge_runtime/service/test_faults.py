@@ -13,7 +13,6 @@ import pytest
 
 from cloud_verifier.model.target import Target
 from edge_runtime.draft.model import DraftContext, OnnxDraft
-from edge_runtime.ngram_cache.lookup import NgramCache
 from edge_runtime.planning.plan import FixedPlanner, Plan
 from edge_runtime.protocol.bundle import ChatFormat
 from edge_runtime.protocol.errors import DraftError
@@ -122,8 +121,8 @@ class FailingDraft(OnnxDraft):
         vars(self).update(vars(draft))
         self.tokens_left = tokens_left
 
-    def new_context(self, memory: NgramCache | None = None) -> DraftContext:
-        context = super().new_context(memory)
+    def new_context(self) -> DraftContext:
+        context = super().new_context()
         draft_token = context._draft_token
 
         def failing(*arguments: object) -> object:

@@ -55,7 +55,7 @@ def read_calls(calls: Any) -> list[tuple[str, Any]]:
 @pytest.fixture(scope="module")
 def url(verifier: str) -> Iterator[str]:
     """URL of a service whose answers have no limit but the request's."""
-    with board_process(verifier, "--policy", "fixed", "--no-ngram-cache", "--threads", "1") as (_, address):
+    with board_process(verifier, "--policy", "fixed", "--threads", "1") as (_, address):
         yield address
 
 

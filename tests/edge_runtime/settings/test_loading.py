@@ -29,8 +29,6 @@ store = "bundles"
 public_key_file = "key.pub"
 threads = 2
 prefix_cache_mib = 16
-ngram_cache = false
-ngram_cache_directory = "ngrams"
 
 [verifier]
 urls = ["https://a.example/", "http://127.0.0.1:8500"]
@@ -112,7 +110,6 @@ def test_a_file_can_set_everything_and_paths_are_relative_to_it(folder: Path) ->
     effective = read_effective_settings(path, {})
     settings = effective.settings
     assert (settings.draft.bundle, settings.draft.store) == (folder / "bundle", folder / "bundles")
-    assert (settings.draft.ngram_cache, settings.draft.ngram_cache_directory) == (False, folder / "ngrams")
     assert settings.verifier.urls == ["https://a.example", "http://127.0.0.1:8500"]
     assert settings.verifier.deadline_seconds == 7.0
     assert settings.verifier.token_file is not None
@@ -330,26 +327,17 @@ def test_risky_settings_are_logged_as_warnings(folder: Path, caplog: pytest.LogC
     assert "service.api_key_file" in host
 
 
-def test_deprecated_keys_and_variables_work_with_a_warning(folder: Path) -> None:
-    path = write(folder, "[draft]\nmemory = false\nmemory_directory = 'ngrams'\n")
-    effective = read_effective_settings(path, {})
-    assert not effective.settings.draft.ngram_cache
-    assert effective.settings.draft.ngram_cache_directory == folder / "ngrams"
-    assert effective.origins["draft.ngram_cache"].line == 2
-    assert effective.warnings == [
-        f"{path}:2:1: draft.memory is deprecated; use draft.ngram_cache",
-        f"{path}:3:1: draft.memory_directory is deprecated; use draft.ngram_cache_directory",
-    ]
-    environ = {"FLEXSPEC_DRAFT__MEMORY": "true", "FLEXSPEC_DRAFT__MEMORY_DIRECTORY": "/srv/ngrams"}
+def test_removed_keys_and_variables_do_nothing_but_warn(folder: Path) -> None:
+    path = write(folder, "[draft]\nngram_cache = true\nmemory_directory = 'ngrams'\nthreads = 2\n")
+    environ = {"FLEXSPEC_DRAFT__NGRAM_CACHE_DIRECTORY": "/srv/ngrams", "FLEXSPEC_DRAFT__MEMORY": ""}
     effective = read_effective_settings(path, environ)
-    assert effective.settings.draft.ngram_cache
-    assert effective.settings.draft.ngram_cache_directory == Path("/srv/ngrams")
-    assert "$FLEXSPEC_DRAFT__MEMORY: draft.memory is deprecated; use draft.ngram_cache" in effective.warnings
-
-
-@pytest.mark.parametrize("lines", ["memory = true\nngram_cache = false\n", "ngram_cache = false\nmemory = true\n"])
-def test_a_new_key_overrides_a_deprecated_one(folder: Path, lines: str) -> None:
-    assert not read_effective_settings(write(folder, f"[draft]\n{lines}"), {}).settings.draft.ngram_cache
+    assert effective.settings == read_settings(write(folder, "[draft]\nthreads = 2\n"), {})
+    reason = "does nothing: the n-gram cache was removed; leave it out"
+    assert effective.warnings == [
+        f"{path}:2:1: draft.ngram_cache {reason}",
+        f"{path}:3:1: draft.memory_directory {reason}",
+        f"$FLEXSPEC_DRAFT__NGRAM_CACHE_DIRECTORY: draft.ngram_cache_directory {reason}",
+    ]
 
 
 # edge-runtime config
@@ -388,7 +376,7 @@ def test_show_prints_equivalent_toml_with_origins(folder: Path) -> None:
     assert report["file"] == str(path)
     token = report["values"]["verifier"]["token_file"]
     assert token["value"] == str(folder / "token")
-    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 15)
+    assert (token["origin"]["kind"], token["origin"]["line"]) == ("file", 13)
 
 
 # TOML positions

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from edge_runtime.cli import config, planner_options
-from edge_runtime.cli.main import main
+from edge_runtime.cli.main import build_parser, main
 from edge_runtime.cli.settings_options import add_config_option, add_settings, read_settings
 from edge_runtime.common import logs
 from edge_runtime.planning import factory
@@ -56,7 +56,7 @@ def test_names_are_unique() -> None:
         if name
     ]
     assert len(names) == len(set(names))
-    assert not loading.DEPRECATED_KEYS.keys() & SETTINGS.keys()
+    assert not loading.REMOVED_KEYS.keys() & SETTINGS.keys()
 
 
 def test_an_option_overrides_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,36 +74,29 @@ def test_an_option_overrides_environment_and_file(tmp_path: Path, monkeypatch: p
 def test_options_set_values_of_every_type() -> None:
     options = ["--verifier", "https://a, https://b", "--deadline", "1.5", "--no-http2", "--insecure", "--radio", "wifi"]
     settings = Settings().replace(
-        {key: value for key, value in vars(parse(*options, "--ngram-cache", "dir")).items() if key in SETTINGS}
+        {key: value for key, value in vars(parse(*options, "--store", "dir")).items() if key in SETTINGS}
     )
     verifier = settings.verifier
     assert verifier.urls == ["https://a", "https://b"]
     assert (verifier.deadline_seconds, verifier.http2, verifier.insecure) == (1.5, False, True)
-    assert (settings.planner.radio, settings.draft.ngram_cache_directory) == ("wifi", Path("dir"))
+    assert (settings.planner.radio, settings.draft.store) == ("wifi", Path("dir"))
 
 
 def test_an_option_that_is_not_given_changes_nothing() -> None:
     assert not [key for key in vars(parse()) if key in SETTINGS]
 
 
+@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
 @pytest.mark.parametrize(
-    ("deprecated", "replacement"),
-    [(["--memory", "dir"], ["--ngram-cache", "dir"]), (["--no-memory"], ["--no-ngram-cache"])],
+    "removed", [["--ngram-cache", "dir"], ["--no-ngram-cache"], ["--memory", "dir"], ["--no-memory"]]
 )
-def test_deprecated_options_work_with_a_warning(
-    deprecated: list[str], replacement: list[str], capsys: pytest.CaptureFixture[str]
+def test_removed_options_do_nothing_but_warn(
+    command: str, removed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert parse(*replacement) == parse(*deprecated)
-    warning = f"edge-runtime: warning: {deprecated[0]} is deprecated; use {replacement[0]}\n"
-    assert capsys.readouterr().err == warning
-
-
-def test_the_deprecated_command_works_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["memory", "erase", str(tmp_path / "none")]) == 0
-    captured = capsys.readouterr()
-    assert "0 files erased" in captured.out
-    assert (
-        captured.err == "edge-runtime: warning: `edge-runtime memory` is deprecated; use `edge-runtime ngram-cache`\n"
+    arguments = [command, "--threads", "2"]
+    assert build_parser().parse_args([*arguments, *removed]) == build_parser().parse_args(arguments)
+    assert capsys.readouterr().err == (
+        f"edge-runtime: warning: {removed[0]} does nothing: the n-gram cache was removed; leave it out\n"
     )
 
 

@@ -22,23 +22,25 @@ SMALL = ["--text", TEXT, "--texts", "2", "--prompt", "8", "--tokens", "16", "--t
 def test_a_bundle_with_two_versions(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "evaluation"
     arguments = ["evaluate", str(family / "bundle"), "--target", "target-v1", str(family / "target-v2"), *SMALL]
-    arguments += ["--retrained", f"target-v2={family / 'draft-anchor'}", "--ngram-cache", "--output", str(output)]
+    arguments += ["--retrained", f"target-v2={family / 'draft-anchor'}", "--output", str(output)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| bundle | target-v1 | 0 |" in printed and "| retrained | target-v2 | 0 |" in printed
-    assert "| bundle + memory | target-v2 | 0 |" in printed and "raspberry-pi-5, wifi, loaded" in printed
+    assert "| bundle | target-v2 | 0 |" in printed and "raspberry-pi-5, wifi, loaded" in printed
     assert sorted(path.name for path in output.iterdir()) == sorted(OUTPUT_FILES)
     record = json.loads((output / JSON_FILE).read_text())
     rows = {(row["draft"], row["version"]) for row in record["rows"]}
-    assert len(rows) == 5 and all(row["positions"] <= 32 for row in record["rows"])
+    assert len(rows) == 3 and all(row["positions"] <= 32 for row in record["rows"])
     # Existing output is not overwritten; the check comes before the measurement.
     assert main(arguments) == InputError.exit_code
     assert "exists already" in capsys.readouterr().err
 
 
 def test_a_draft_directory_runs_in_pytorch(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(family / "draft-anchor"), "--target", "target-v2", *SMALL]) == 0
-    assert "| draft-anchor | target-v2 | 0 |" in capsys.readouterr().out
+    assert main(["evaluate", str(family / "draft-anchor"), "--target", "target-v2", *SMALL, "--ngram-cache"]) == 0
+    captured = capsys.readouterr()
+    assert "| draft-anchor | target-v2 | 0 |" in captured.out
+    assert "draft-export: --ngram-cache does nothing: the n-gram cache was removed; leave it out\n" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -74,13 +76,9 @@ def test_different_tokenizers_are_an_error(family: Path, tmp_path: Path, capsys:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_damaged_bundle_is_an_error(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_bundle_is_an_error(family: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(family / "bundle", tmp_path / "bundle")
     (bundle / "model.onnx").write_bytes(b"")
     target = str(family / "target-v1")
     assert main(["evaluate", str(bundle), "--target", target, *SMALL]) == BundleError.exit_code
     assert main(["evaluate", str(tmp_path), "--target", target, *SMALL]) == InputError.exit_code
-    assert main(["evaluate", str(family / "draft-anchor"), "--target", target, *SMALL, "--memory"]) == 2
-    errors = capsys.readouterr().err
-    assert "--memory is deprecated; use --ngram-cache" in errors
-    assert "--ngram-cache: " in errors

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def service(verifier: str) -> Iterator[str]:
     """The argument of the scripts: a service whose answers have no limit but the request's."""
-    with board_process(verifier, "--policy", "fixed", "--no-ngram-cache", "--threads", "1") as (_, url):
+    with board_process(verifier, "--policy", "fixed", "--threads", "1") as (_, url):
         # What the target says without speculation.
         body = {"messages": [{"role": "user", "content": "import os"}], "max_tokens": 16, "temperature": 0}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"speculation": False}, timeout=None).json()
