@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from cloud_verifier.model.speculation import OwnDraft
 from edge_runtime.planning.acceptance_model import AcceptanceModels
-from edge_runtime.planning.acceptance_table import AcceptanceTable
+from edge_runtime.planning.acceptance_table import MAX_SIBLINGS, AcceptanceTable
 from edge_runtime.planning.estimators import MonotoneCurve, RobustMean
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
@@ -29,8 +29,6 @@ MIN_SECONDS = 1e-6
 MANY_UNREAD = 16
 # Share of the time without drafts that trying one again may cost. Load and texts change. Chosen.
 EXPLORATION_SHARE = 0.02
-# Tokens generated without a draft after which evidence fades by as many: a new table takes some 0.5 ms. Chosen.
-FADED_AT_ONCE = 64
 # Prices that have changed by less do not start a new search.
 PRICE_TOLERANCE = 0.04
 NO_DRAFT = Plan(0)
@@ -61,35 +59,44 @@ class OwnDraftPlanner:
         self._draft_seconds, self._read_seconds = RobustMean(DRAFT_SECONDS), RobustMean(READ_SECONDS)
         # Since the latest draft.
         self._seconds_without = 0.0
-        self._unfaded_tokens = 0
         # The prices of the latest searches, and what they found.
         self._prices: RoundPrices | None = None
         self._found = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
 
-    def plan(self, version: str, sampling: Sampling, streak: int, *, longest: int, unread: int, left: int) -> Plan:
+    def plan(
+        self,
+        version: str,
+        sampling: Sampling,
+        streak: int,
+        *,
+        longest: int,
+        siblings: bool,
+        unread: int,
+        left: int,
+    ) -> Plan:
         """Plan the next draft of a text; `Plan.draft` is 0 where a draft would cost more than it saves.
 
         Args:
             version: of the target.
             streak: consecutive correct guesses so far.
             longest: most tokens to draft, at least 1.
+            siblings: whether the draft has siblings and the target verifies them.
             unread: tokens that the draft model would have to read first.
             left: tokens that may still be generated.
         """
         acceptance = self._acceptance.get(version, sampling.temperature)
-        best = self._search(acceptance.table_after(streak), longest)
+        best = self._search(acceptance.table_after(streak), longest, siblings)
         # In seconds: of reading first, of a token without drafts, and what a draft may cost more than it saves.
         reading = unread * self._read_seconds.value
         undrafted = self._verify_seconds.at(1)
         loss = reading + max(0.0, best.cost - undrafted) * best.tokens
         if reading + best.cost * left < undrafted * left or loss <= EXPLORATION_SHARE * self._seconds_without:
-            self._seconds_without = 0.0
+            if unread <= MANY_UNREAD:
+                # A draft after much reading tells nothing of how long drafting takes: the next one is a trial as well.
+                self._seconds_without = 0.0
             return best.plan
         # Texts change: what is known of earlier ones must not keep drafts from later ones forever.
-        self._unfaded_tokens += 1
-        if self._unfaded_tokens == FADED_AT_ONCE:
-            acceptance.fade(FADED_AT_ONCE)
-            self._unfaded_tokens = 0
+        acceptance.fade()
         self._observe(0, 0)
         return NO_DRAFT
 
@@ -100,7 +107,6 @@ class OwnDraftPlanner:
         streak: int,
         draft: OwnDraft,
         *,
-        unread: int,
         seconds: float,
         accepted: int,
         tokens: Sequence[int],
@@ -108,12 +114,12 @@ class OwnDraftPlanner:
         """Learn from a verified draft of a model; return the text's streak after it.
 
         Args:
-            unread, seconds: tokens read for it, and its time.
+            seconds: that it took, reading included.
             accepted, tokens: accepted tokens, and the target's own after them.
         """
         drafted = len(draft.tokens)
-        if unread > MANY_UNREAD:
-            self._read_seconds.observe(max(0.0, seconds - drafted * self._draft_seconds.value) / unread)
+        if draft.read > MANY_UNREAD:
+            self._read_seconds.observe(max(0.0, seconds - drafted * self._draft_seconds.value) / draft.read)
         elif drafted:
             self._draft_seconds.observe(seconds / drafted)
         self._observe(drafted, accepted)
@@ -126,13 +132,17 @@ class OwnDraftPlanner:
             sibling=siblings.index(tokens[0]) + 1 if tokens and tokens[0] in siblings else 0,
         )
 
-    def learn_verification(self, draft: OwnDraft, seconds: float) -> None:
-        """Learn how long the verification of a draft took, the wait for other texts' forwards included."""
+    def learn_verification(self, draft: OwnDraft, seconds: float, *, left_out: bool = False) -> None:
+        """Learn how long the verification of a draft took, the wait for other texts' forwards included.
+
+        Args:
+            left_out: the plan was to draft nothing.
+        """
         self._verify_seconds.observe(draft.nodes, seconds)
-        if not draft.tokens:
+        if left_out:
             self._seconds_without += seconds
 
-    def _search(self, table: AcceptanceTable, longest: int) -> DraftedRound:
+    def _search(self, table: AcceptanceTable, longest: int, siblings: bool) -> DraftedRound:
         nodes, seconds = self._verify_seconds.knots
         draft_seconds = max(MIN_SECONDS, self._draft_seconds.value)
         # Of what the search can price, a verifier has no link, and pays by time alone.
@@ -151,10 +161,12 @@ class OwnDraftPlanner:
             forward_nodes=nodes,
             forward_seconds=seconds,
             max_length=longest,
+            max_siblings=MAX_SIBLINGS if siblings else 0,
         )
-        if self._prices is None or not prices.close_to(self._prices, PRICE_TOLERANCE):
+        known = self._prices
+        if known is None or known.max_siblings != prices.max_siblings or not prices.close_to(known, PRICE_TOLERANCE):
             self._prices = prices
             self._found.clear()
         if table not in self._found:
-            self._found[table] = best_drafted_round(table, self._prices)
+            self._found[table] = best_drafted_round(table, self._prices or prices)
         return self._found[table]

@@ -29,14 +29,14 @@ class TimedDraft(NamedTuple):
     """What the verifier drafted for itself.
 
     Attributes:
-        by_model: its draft model drafted it.
-        unread, seconds: tokens that this model read for it, and its time.
+        by_model: its draft model drafted it, in `seconds`.
+        left_out: that could have drafted, but it would not have paid.
     """
 
     draft: OwnDraft
     by_model: bool = False
-    unread: int = 0
     seconds: float = 0.0
+    left_out: bool = False
 
 
 NO_DRAFT = TimedDraft(OwnDraft([]))
@@ -135,6 +135,8 @@ class ActiveRound:
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
+        if session.target.runner.exact:
+            siblings = {}
         accepted, tokens = yield from self._verify(draft, siblings)
         remaining = request.n - len(tokens)
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
@@ -171,17 +173,19 @@ class ActiveRound:
         # A version may have another vocabulary than the one that the draft was loaded for.
         if speculation is None or speculation.vocabulary != session.target.vocabulary or count < 1:
             return NO_DRAFT
-        unread = session.draft.unread_tokens(session.ids) if session.draft else len(session.ids)
+        if session.draft and not session.draft.can_draft(session.ids):
+            return NO_DRAFT
         plan = self._own_drafts.plan(
             session.target.version,
             session.sampling,
             session.own_draft_streak,
             longest=speculation.max_draft_tokens,
-            unread=unread,
+            siblings=speculation.has_siblings and not session.target.runner.exact,
+            unread=session.draft.unread_tokens(session.ids) if session.draft else len(session.ids),
             left=left,
         )
         if not plan.draft:
-            return NO_DRAFT
+            return TimedDraft(OwnDraft([]), left_out=True)
         plan = msgspec.structs.replace(plan, draft=min(plan.draft, count))
         if session.draft is None:
             session.draft = speculation.new_session_draft(session.owner)
@@ -194,7 +198,7 @@ class ActiveRound:
                 work = steps.send(sampled)
             except StopIteration as end:
                 draft: OwnDraft = end.value
-                return TimedDraft(draft, by_model=True, unread=unread, seconds=time.perf_counter() - began)
+                return TimedDraft(draft, by_model=True, seconds=time.perf_counter() - began)
             except GrammarError:
                 # On the draft's path; the target's own may be another.
                 return NO_DRAFT
@@ -206,14 +210,13 @@ class ActiveRound:
         """Let later drafts follow from this one, its verification, and the target's tokens after the accepted ones."""
         session = self.session
         if self._current_speculation():
-            self._own_drafts.learn_verification(own.draft, verify_seconds)
+            self._own_drafts.learn_verification(own.draft, verify_seconds, left_out=own.left_out)
         if own.by_model:
             session.own_draft_streak = self._own_drafts.learn_draft(
                 session.target.version,
                 session.sampling,
                 session.own_draft_streak,
                 own.draft,
-                unread=own.unread,
                 seconds=own.seconds,
                 accepted=accepted,
                 tokens=tokens,
@@ -228,8 +231,6 @@ class ActiveRound:
         """
         session, target = self.session, self.session.target
         yield from self._prefill()
-        if target.runner.exact:
-            siblings = {}
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
         if session.processor:
             session.processor.sync_to(session.ids)

@@ -1,7 +1,6 @@
 """Server-side speculation with a board's bundle, run by onnxruntime on the CPU.
 
-The board's own runner is reused: `edge_runtime.draft` is the one package besides `edge_runtime.protocol` that the
-verifier imports from the board, because a second runner of the same graph would be a second definition of its output.
+The board's own runner is reused: a second runner of the same graph would be a second definition of its output.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class OnnxSpeculation:
     """A bundle as the draft of a target; implements `speculation.Speculation`."""
 
     runner = None
+    has_siblings = True
 
     def __init__(
         self,
@@ -81,6 +81,10 @@ class OnnxSessionDraft:
         self._owner = owner
         self._begun = self._failed = False
 
+    def can_draft(self, ids: list[int]) -> bool:
+        """See `SessionDraft.can_draft`."""
+        return not self._failed and len(ids) <= self._context.limit
+
     def unread_tokens(self, ids: list[int]) -> int:
         """See `SessionDraft.unread_tokens`."""
         return self._context.tokens_to_prefill(ids)
@@ -92,11 +96,12 @@ class OnnxSessionDraft:
 
         Returns nothing if the draft's context is full or the draft has failed: the target then continues without it.
         """
-        if self._failed or len(ids) > self._context.limit:
+        if not self.can_draft(ids):
             return NOTHING
         if not self._begun:
             self._begun = True
             self._context.reuse_prefix(ids, self._owner)
+        read = self._context.tokens_to_prefill(ids)
         try:
             while (unread := self._context.tokens_to_prefill(ids)) > PREFILL_CHUNK_TOKENS:
                 self._context.sync_to(ids[: len(ids) - unread + PREFILL_CHUNK_TOKENS])
@@ -104,7 +109,7 @@ class OnnxSessionDraft:
             proposal = self._context.propose(ids, plan.draft, sampling, plan, processor=processor)
             # The text's last token is a node as well.
             proposal = proposal.limit_nodes(MAX_TREE_NODES - 1)
-            return OwnDraft(proposal.tokens, proposal.siblings, proposal.confidences)
+            return OwnDraft(proposal.tokens, proposal.siblings, proposal.confidences, read)
         except DraftError:
             log.exception("drafting failed; this session continues without server-side speculation")
             self._failed = True

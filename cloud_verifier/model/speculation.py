@@ -33,11 +33,13 @@ class OwnDraft(NamedTuple):
         tokens: draft tokens for consecutive positions.
         siblings: alternatives to them, by index into `tokens`.
         confidences: for each how sure the draft is of it, from 0 to 1; none for tokens that no model drafted.
+        read: tokens of the text that the draft model read first.
     """
 
     tokens: list[int]
     siblings: Mapping[int, list[int]] = {}
     confidences: Sequence[float] = ()
+    read: int = 0
 
     @property
     def nodes(self) -> int:
@@ -51,6 +53,9 @@ class SessionDraft(Protocol):
     @property
     def cached_sequence(self) -> CachedSequence | None:
         """What it holds of the draft model's KV cache pool; None if it uses none."""
+
+    def can_draft(self, ids: list[int]) -> bool:
+        """Whether there can be drafts after `ids`: the context has room, and the draft has not failed."""
 
     def unread_tokens(self, ids: list[int]) -> int:
         """How many of `ids` the draft model would have to read before it could draft after them, at most."""
@@ -75,6 +80,7 @@ class Speculation(Protocol):
     Attributes:
         vocabulary: hash of the draft's vocabulary.
         acceptance: its measured acceptance rates, as in a bundle's manifest; may be empty.
+        has_siblings: whether its drafts have siblings.
         max_draft_tokens: K, the most tokens to draft for one forward.
         max_rounds: with more concurrent rounds than this nothing is drafted. Each forward is then shared by many rounds
             and would have to wait while drafts are computed for one round after the other.
@@ -82,6 +88,7 @@ class Speculation(Protocol):
 
     vocabulary: str
     acceptance: Mapping[str, float]
+    has_siblings: bool
     max_draft_tokens: int
     max_rounds: int
 

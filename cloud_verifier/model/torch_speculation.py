@@ -30,6 +30,8 @@ class TorchSpeculation:
         context: longest text that can be drafted for, in tokens.
     """
 
+    has_siblings = False
+
     def __init__(
         self, model: Any, target: Target, *, max_draft_tokens: int, max_rounds: int = DEFAULT_MAX_ROUNDS
     ) -> None:
@@ -50,7 +52,7 @@ class TorchSpeculation:
         self.acceptance: Mapping[str, float] = {}
         self.max_draft_tokens = max_draft_tokens
         self.max_rounds = max_rounds
-        self.context = min(target.context, model.config.max_position_embeddings)
+        self.context: int = min(target.context, model.config.max_position_embeddings)
         model = model.to(device=target.device, dtype=target.dtype).eval()
         self.runner = make_runner(model, self.context)
 
@@ -74,6 +76,10 @@ class TorchSessionDraft:
     def close(self) -> None:
         """Keep nothing: the scheduler releases `cached_sequence`."""
 
+    def can_draft(self, ids: list[int]) -> bool:
+        """See `SessionDraft.can_draft`."""
+        return len(ids) < self._speculation.context
+
     def unread_tokens(self, ids: list[int]) -> int:
         """See `SessionDraft.unread_tokens`."""
         return len(ids) - common_prefix_length(self._ids[: self._sequence.length], ids)
@@ -87,13 +93,14 @@ class TorchSessionDraft:
         accepted, and the sampler on the device gives it at no cost.
         """
         count = min(plan.draft, self._speculation.context - len(ids))
-        if count < 1:
+        if not self.can_draft(ids):
             return OwnDraft([])
         # Roll back to the longest cached prefix of `ids`, and leave at least one token to score.
         cached = min(len(ids) - self.unread_tokens(ids), len(ids) - 1)
         self._sequence.length = cached
         self._ids = ids[:cached]
         unread = ids[cached:]
+        read = len(unread)
         chunk = self._speculation.runner.max_prefill_rows
         while len(unread) > chunk:
             yield from self._extend(unread[:chunk], None)
@@ -111,7 +118,7 @@ class TorchSessionDraft:
             confidences.append(-math.expm1(-margin))
             survival, stop = apply_stop_rule(plan, survival, confidences[-1])
             unread = draft[-1:]
-        return OwnDraft(draft, {}, confidences)
+        return OwnDraft(draft, {}, confidences, read)
 
     def _extend(
         self, ids: list[int], sampling: Sampling | None, processor: SequenceProcessor | None = None

@@ -60,7 +60,7 @@ def add_removed_option(parser: ArgumentContainer, option: str, feature: str, war
 
 def describe_removal(name: str, feature: str) -> str:
     """Return the warning for an option or a setting that does nothing, because its feature was removed."""
-    return f"{name} does nothing: the {feature} was removed; leave it out"
+    return f"{name} does nothing: the {feature} was removed; leave it out and delete its files"
 
 
 class RemovedOption(argparse.Action):

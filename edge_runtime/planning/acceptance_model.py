@@ -66,6 +66,11 @@ ERROR_HALVING_TOKENS = 100.0
 # The tables are recomputed once the number of new judged tokens exceeds REFRESH_TOKENS + REFRESH_SHARE * all evidence.
 REFRESH_TOKENS, REFRESH_SHARE = 4.0, 0.1
 
+# Tokens without a guess after which evidence fades by as many: new tables take some 0.5 ms. Chosen.
+FADED_AT_ONCE = 64
+# Models that are kept, by version and temperature class; those made first go first. Chosen: some 40 MB.
+MAX_MODELS = 512
+
 # Temperatures at which a bundle's evaluation reports acceptance, by class.
 EVALUATED_TEMPERATURES = (0.0, 0.7, 1.0)
 # Points of the quintiles' interpolated distribution that are counted by bin.
@@ -282,6 +287,8 @@ class AcceptanceModel:
         self._prior = AcceptanceCurves(stages, SIBLING_HAZARDS)
         self._prior_last_stage_share = LAST_STAGE_SHARES[temperature_class]
         self._evidence = _Evidence()
+        # Tokens without a guess that evidence has yet to fade by.
+        self._unguessed = 0
         self._refresh()
         self.streak = 0
         self._begin_text(0)
@@ -338,10 +345,13 @@ class AcceptanceModel:
         # Whether the draft would have guessed the target's own token is unknown; that does not end a streak.
         return streak + judged if judged and accepted == drafted else 0
 
-    def fade(self, tokens: float) -> None:
-        """Let evidence count less, because `tokens` were generated of which nothing is known."""
-        self._evidence.fade(tokens)
-        self._count_judged(tokens)
+    def fade(self) -> None:
+        """Let evidence count less, because a token was generated without a guess."""
+        self._unguessed += 1
+        if self._unguessed == FADED_AT_ONCE:
+            self._unguessed = 0
+            self._evidence.fade(FADED_AT_ONCE)
+            self._count_judged(FADED_AT_ONCE)
 
     def add_last_stage(self, tokens: float) -> None:
         """Count `tokens` of the shadow guesses as belonging to drafts that would have begun in the last stage."""
@@ -453,6 +463,8 @@ class AcceptanceModels:
             self._latest[kind] = model
             if version:
                 self._models[version, kind] = model
+                if len(self._models) > MAX_MODELS:
+                    del self._models[next(iter(self._models))]
         return model
 
     def records(self) -> list[AcceptanceRecord]:

@@ -62,7 +62,7 @@ class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
         overhead_seconds: the board's own work per round.
         queue_seconds: a round's wait at the verifier, early rounds included.
         forward_nodes, forward_seconds: knots of the verifier's forward time by tree nodes, piecewise linear.
-        max_length: maximum draft length.
+        max_length, max_siblings: maximum draft length, and siblings per draft token.
     """
 
     exchange: float
@@ -79,6 +79,7 @@ class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
     forward_nodes: list[float]
     forward_seconds: list[float]
     max_length: int = MAX_DRAFT_LENGTH
+    max_siblings: int = MAX_SIBLINGS
 
     def forward(self, nodes: FloatArray | int) -> FloatArray:
         """Return the seconds of the verifier's forward over `nodes` tree nodes."""
@@ -179,6 +180,8 @@ def _best_siblings(
         token_value: cost per token, which is what one more token is worth.
         drafted, accepted: expected tokens of the round without siblings.
     """
+    if not prices.max_siblings:
+        return _SiblingChoice()
     # Mean probability that a draft token's prefix is accepted.
     prefix = min(1.0, accepted / drafted / table.acceptance)
     # Marginal cost of a tree node, where the siblings would be added.
@@ -187,7 +190,7 @@ def _best_siblings(
     # Rejections are rarer the more confident the draft is, so the bins worth it are the lowest ones: the gains are
     # cumulated over bins. Shape: (siblings, bins).
     values = prefix * token_value * table.rejected_shares * table.sibling_hits[1:, None]
-    gains = (values - node * _SIBLING_COUNTS * table.confidence_shares).cumsum(1)
+    gains = (values - node * _SIBLING_COUNTS * table.confidence_shares).cumsum(1)[: prices.max_siblings]
     row, last = divmod(int(gains.argmax()), CONFIDENCE_BINS)
     if gains[row, last] <= 0.0:
         return _SiblingChoice()

@@ -50,12 +50,19 @@ def make_version(target: Target, name: str) -> Target:
 def promotion(options: argparse.Namespace) -> None:
     target = RandomTarget(options.shape[0], compiled=options.compiled)
     gaps: list[float] = []
+    waits: list[float] = []
 
     def load(_path: Path, name: str, _others: Sequence[Target]) -> Target:
         return make_version(target, name)
 
     table = Table(title=f"adapters beside {options.streams} streams, {options.shape[0]}, bfloat16; ms")
-    for column in ("adapters", "load", "between tokens, median", "longest", "first token of the new version"):
+    for column in (
+        "adapters",
+        "load",
+        "between tokens, median",
+        "longest between frames",
+        "first token of the new version",
+    ):
         table.add_column(column, justify="right")
     random = Random(1)
 
@@ -72,13 +79,14 @@ def promotion(options: argparse.Namespace) -> None:
             while True:
                 # Of different lengths, so that not all streams begin anew at once.
                 await stream_text(
-                    engine, target, make_prompt(), random.randint(options.tokens // 2, options.tokens), gaps
+                    engine, target, make_prompt(), random.randint(options.tokens // 2, options.tokens), gaps, waits
                 )
 
         streams = [asyncio.create_task(keep_streaming()) for _ in range(options.streams)]
         await asyncio.sleep(2 * WATCHED_SECONDS)
         for count in range(options.adapters + 1):
             gaps.clear()
+            waits.clear()
             seconds = first = 0.0
             if count:
                 started = time.perf_counter()
@@ -86,7 +94,7 @@ def promotion(options: argparse.Namespace) -> None:
                 seconds = time.perf_counter() - started
                 first = await stream_text(engine, version, make_prompt(), 8, [])
             await asyncio.sleep(WATCHED_SECONDS)
-            figures = (seconds, statistics.median(gaps), max(gaps), first)
+            figures = (seconds, statistics.median(gaps), max(waits), first)
             table.add_row(str(count), *(f"{1e3 * each:.0f}" for each in figures))
         for stream in streams:
             stream.cancel()

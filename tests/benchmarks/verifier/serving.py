@@ -20,8 +20,20 @@ from tests.benchmarks.verifier.measuring import percentile, report
 from tests.benchmarks.verifier.random_models import RandomTarget, start_engine
 
 
-async def stream_text(engine: Scheduler, target: Target, prompt: list[int], tokens: int, gaps: list[float]) -> float:
-    """Stream a text; returns the seconds to its first token, and adds those between frames per token to `gaps`."""
+async def stream_text(
+    engine: Scheduler,
+    target: Target,
+    prompt: list[int],
+    tokens: int,
+    gaps: list[float],
+    waits: list[float] | None = None,
+) -> float:
+    """Stream a text; returns the seconds to its first token.
+
+    Args:
+        gaps: gets the seconds between frames, divided by the tokens of the later one.
+        waits: gets the same, undivided.
+    """
     request = RoundRequest(PROTOCOL_VERSION, 0, len(prompt), n=tokens, stream=True)
     reply = RoundReply(request)
     started = time.perf_counter()
@@ -34,6 +46,8 @@ async def stream_text(engine: Scheduler, target: Target, prompt: list[int], toke
             first = now - started
         else:
             gaps += [(now - last) / len(frame.tokens)] * len(frame.tokens)
+            if waits is not None:
+                waits.append(now - last)
         last = now
     engine.release(session)
     return first

@@ -36,12 +36,14 @@ class SimulatedText:
     Attributes:
         unsure, sure: how often tokens are accepted that the draft is unsure and sure of.
         sibling: how often the first sibling is the token in a rejected one's place.
+        has_siblings: whether drafts have any.
     """
 
     def __init__(
         self, planner: OwnDraftPlanner, seed: int, draft_seconds: float, *, prompt: int = 1, node: float = NODE
     ) -> None:
         self.unsure = self.sure = self.sibling = 0.0
+        self.has_siblings = True
         self._unread = prompt
         self._planner, self._random, self._draft_seconds = planner, Random(seed), draft_seconds
         self._streak, self._node = 0, node
@@ -58,7 +60,15 @@ class SimulatedText:
         """Run forwards; return tokens per second, and the drafts."""
         total, elapsed, drafts = 0, 0.0, []
         for left in range(forwards, 0, -1):
-            plan = self._planner.plan("v1", SAMPLING, self._streak, longest=LONGEST, unread=self._unread, left=left)
+            plan = self._planner.plan(
+                "v1",
+                SAMPLING,
+                self._streak,
+                longest=LONGEST,
+                siblings=self.has_siblings,
+                unread=self._unread,
+                left=left,
+            )
             draft = self._draft(plan)
             accepted = next((i for i in range(len(draft.tokens)) if not self._hits(draft, i)), len(draft.tokens))
             tokens = [1]
@@ -72,14 +82,13 @@ class SimulatedText:
                     SAMPLING,
                     self._streak,
                     draft,
-                    unread=self._unread,
                     seconds=seconds,
                     accepted=accepted,
                     tokens=tokens,
                 )
             self._unread = 1 if draft.tokens else self._unread + 1
             verification = FORWARD + self._node * draft.nodes
-            self._planner.learn_verification(draft, verification)
+            self._planner.learn_verification(draft, verification, left_out=not draft.tokens)
             total, elapsed = total + accepted + len(tokens), elapsed + seconds + verification
             drafts.append(draft)
         return total / elapsed, drafts
@@ -95,7 +104,7 @@ class SimulatedText:
             for index, confidence in enumerate(confidences)
             if plan.siblings and confidence <= plan.sibling_confidence
         }
-        return OwnDraft([0] * len(confidences), siblings, confidences)
+        return OwnDraft([0] * len(confidences), siblings, confidences, self._unread)
 
     def _hits(self, draft: OwnDraft, index: int) -> bool:
         return self._random.random() < (self.sure if draft.confidences[index] == SURE else self.unsure)
@@ -164,23 +173,36 @@ def test_one_slow_step_changes_little() -> None:
     text = SimulatedText(planner, 3, 0.001)
     text.acceptance = 0.9
     text.generate(200)
-    draft = OwnDraft([0], {}, [SURE])
+    draft = OwnDraft([0], {}, [SURE], 1)
     planner.learn_verification(draft, 1.0)
-    planner.learn_draft("v1", SAMPLING, 0, draft, unread=1, seconds=1.0, accepted=1, tokens=[1])
+    planner.learn_draft("v1", SAMPLING, 0, draft, seconds=1.0, accepted=1, tokens=[1])
     _, drafts = text.generate(20)
     assert drafted_tokens(drafts) > 3 * len(drafts)
 
 
-def test_a_draft_that_was_slow_once_is_tried_again() -> None:
+@pytest.mark.parametrize("prompt", [1, 100])
+@pytest.mark.parametrize("slow_seconds", [0.012, 0.1])
+def test_a_draft_that_was_slow_once_is_tried_again(slow_seconds: float, prompt: int) -> None:
     planner = OwnDraftPlanner()
-    slow = SimulatedText(planner, 5, 0.1)
-    slow.acceptance = 0.9
-    slow.generate(20)
-    for seed in range(10):
-        text = SimulatedText(planner, seed, 0.0003)
+    for seed, draft_seconds in ((5, 0.001), (6, slow_seconds)):
+        text = SimulatedText(planner, seed, draft_seconds)
+        text.acceptance = 0.9
+        text.generate(40)
+    for seed in range(12):
+        text = SimulatedText(planner, seed, 0.001, prompt=prompt)
         text.acceptance = 0.9
         _, drafts = text.generate(300)
     assert drafted_tokens(drafts) > 900
+
+
+@pytest.mark.parametrize(("acceptance", "draft_seconds"), [(0.5, 0.0045), (0.3, 0.0035), (0.2, 0.004), (0.05, 0.003)])
+def test_siblings_that_a_draft_does_not_have_are_not_counted_on(acceptance: float, draft_seconds: float) -> None:
+    text = SimulatedText(OwnDraftPlanner(), 7, draft_seconds)
+    text.acceptance, text.sibling, text.has_siblings = acceptance, 0.9, False
+    text.generate(500)
+    reached, drafts = text.generate(1000)
+    assert not any(draft.siblings for draft in drafts)
+    assert reached > 0.97 * max(speed(length, acceptance, draft_seconds) for length in range(LONGEST + 1))
 
 
 def test_no_long_prompt_is_read_for_a_trial() -> None:
@@ -207,17 +229,18 @@ def test_a_plan_is_always_possible(
 ) -> None:
     planner, streak = OwnDraftPlanner(), 0
     for drafted, accepted, confidence, seconds, siblings in steps:
-        draft = OwnDraft([0] * drafted, {0: siblings} if drafted else {}, [confidence] * drafted)
-        planner.learn_verification(draft, seconds)
+        draft = OwnDraft([0] * drafted, {0: siblings} if drafted else {}, [confidence] * drafted, unread)
+        planner.learn_verification(draft, seconds, left_out=not drafted)
         streak = planner.learn_draft(
             "v1",
             SAMPLING,
             streak,
             draft,
-            unread=unread,
             seconds=seconds,
             accepted=min(drafted, accepted),
             tokens=siblings[-1:],
         )
-        plan = planner.plan("v1", SAMPLING, streak, longest=longest, unread=unread, left=left)
+        has_siblings = accepted % 2 == 0
+        plan = planner.plan("v1", SAMPLING, streak, longest=longest, siblings=has_siblings, unread=unread, left=left)
         assert 0 <= plan.draft <= longest
+        assert has_siblings or not plan.siblings

@@ -99,6 +99,15 @@ def test_an_fp8_layer_can_leave_its_inputs_unrounded() -> None:
         assert torch.equal(layer(inputs), rounded) and not torch.allclose(rounded, expected, atol=1e-3)
 
 
+def test_wrong_products_of_fp8_numbers_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_check_device", lambda model, method: None)
+    load_model(path, "cpu", "bfloat16", "fp8")
+    product = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, **named: 1.5 * product(*given, **named))
+    with pytest.raises(TargetError, match="products of fp8 numbers are wrong on cpu"):
+        load_model(path, "cpu", "bfloat16", "fp8")
+
+
 def test_the_command_line_has_all_methods() -> None:
     parser = build_parser()
     for method in METHODS:

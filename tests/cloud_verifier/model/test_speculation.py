@@ -21,7 +21,7 @@ from cloud_verifier.cli.main import main
 from cloud_verifier.engine.own_drafts import OwnDraftPlanner
 from cloud_verifier.model.onnx_speculation import OnnxSpeculation
 from cloud_verifier.model.reference import generate_reference
-from cloud_verifier.model.speculation import Speculation
+from cloud_verifier.model.speculation import OwnDraft, Speculation
 from cloud_verifier.model.target import Target, load_model
 from cloud_verifier.model.torch_speculation import TorchSpeculation
 from edge_runtime.planning.plan import Plan
@@ -67,6 +67,20 @@ def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plan(longest, siblings=3, sibling_confidence=1)
 
     monkeypatch.setattr(OwnDraftPlanner, "plan", plan)
+
+
+@pytest.fixture
+def learned_drafts(monkeypatch: pytest.MonkeyPatch) -> list[OwnDraft]:
+    """The drafts that planners have learned from."""
+    drafts: list[OwnDraft] = []
+    learn = OwnDraftPlanner.learn_draft
+
+    def spy(planner: OwnDraftPlanner, *arguments: Any, **named: Any) -> int:
+        drafts.append(arguments[-1])
+        return learn(planner, *arguments, **named)
+
+    monkeypatch.setattr(OwnDraftPlanner, "learn_draft", spy)
+    return drafts
 
 
 class SpeculatingVerifier:
@@ -199,42 +213,54 @@ def test_the_text_equals_reference_decoding(
 def test_the_text_does_not_depend_on_the_plans(
     verifier: SpeculatingVerifier, reference_text: ReferenceText, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, chances, hits = Random(7), 0, 0
-    learn = OwnDraftPlanner.learn_draft
+    random = Random(7)
 
     def plan(*_: Any, longest: int, **__: Any) -> Plan:
         siblings, confidence, survival = random.randint(0, 7), random.random(), random.random() ** 3
         return Plan(random.randint(0, longest), siblings=siblings, sibling_confidence=confidence, min_survival=survival)
 
-    def spy(planner: OwnDraftPlanner, *arguments: Any, accepted: int, tokens: list[int], **named: Any) -> int:
-        nonlocal chances, hits
-        chances += accepted in arguments[-1].siblings
-        hits += len(tokens) > 1
-        return learn(planner, *arguments, accepted=accepted, tokens=tokens, **named)
-
     monkeypatch.setattr(OwnDraftPlanner, "plan", plan)
-    monkeypatch.setattr(OwnDraftPlanner, "learn_draft", spy)
     session = verifier.client.open(sampling=sampling, n=100)
     assert session.ids == PROMPT + reference_text(PROMPT, 100, sampling)
-    assert hits or chances < 5
 
 
 def test_the_planner_learns_how_much_the_draft_had_to_read(
-    verifier: SpeculatingVerifier, monkeypatch: pytest.MonkeyPatch
+    verifier: SpeculatingVerifier, learned_drafts: list[OwnDraft]
 ) -> None:
-    read: list[int] = []
-    learn = OwnDraftPlanner.learn_draft
-
-    def spy(planner: OwnDraftPlanner, *arguments: Any, unread: int, **named: Any) -> int:
-        read.append(unread)
-        return learn(planner, *arguments, unread=unread, **named)
-
-    monkeypatch.setattr(OwnDraftPlanner, "learn_draft", spy)
     prompt = [*PROMPT, *range(20, 40)]
     verifier.client.open(prompt, ENDLESS, n=30)
     # The first forward has generated a token.
-    assert read[0] == len(prompt) + 1
-    assert len(read) > 2 and max(read[1:]) <= 6
+    assert learned_drafts[0].read == len(prompt) + 1
+    assert len(learned_drafts) > 2 and max(draft.read for draft in learned_drafts[1:]) <= 6
+
+
+def test_the_next_turn_reads_only_what_is_new(
+    tiny: Target, perfect_bundle: Path, learned_drafts: list[OwnDraft]
+) -> None:
+    with serve_with_bundle(tiny, perfect_bundle) as verifier:
+        prompt = list(range(20, 60))
+        for _ in range(2):
+            session = verifier.client.open(prompt, ENDLESS, n=12)
+            verifier.client.http.delete(f"/v1/sessions/{session.id}")
+            prompt = [*session.ids, 7, 8]
+    assert [draft.read for draft in learned_drafts if draft.read > 6] == [41]
+
+
+def test_siblings_of_its_own_save_forwards(
+    tiny: Target, imperfect_bundle: Path, reference_text: ReferenceText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, forwards = SAMPLINGS["T=0.7"], []
+    for count in (0, 7):
+
+        def plan(*_: Any, longest: int, count: int = count, **__: Any) -> Plan:
+            return Plan(longest, siblings=count, sibling_confidence=1)
+
+        monkeypatch.setattr(OwnDraftPlanner, "plan", plan)
+        with serve_with_bundle(tiny, imperfect_bundle) as verifier:
+            session = verifier.client.open(sampling=sampling, n=100)
+            assert session.ids == PROMPT + reference_text(PROMPT, 100, sampling)
+            forwards.append(verifier.target.forwards)
+    assert forwards[1] < forwards[0]
 
 
 @pytest.mark.slow
@@ -339,13 +365,18 @@ def test_short_rounds_create_no_session_draft(verifier: SpeculatingVerifier) -> 
 
 @pytest.mark.slow
 def test_the_target_continues_alone_past_the_drafts_context(
-    tiny: Target, make_tiny_bundle: MakeBundle, reference_text: ReferenceText, tmp_path: Path
+    tiny: Target,
+    make_tiny_bundle: MakeBundle,
+    reference_text: ReferenceText,
+    tmp_path: Path,
+    learned_drafts: list[OwnDraft],
 ) -> None:
     short = save_target(tmp_path / "short", max_position_embeddings=64)
     with serve_with_bundle(tiny, make_tiny_bundle(short)) as verifier:
         session = verifier.client.open(sampling=ENDLESS, n=100)
         assert session.ids == PROMPT + reference_text(PROMPT, 100, ENDLESS)
         assert 44 < verifier.target.forwards < 100
+        assert all(draft.tokens for draft in learned_drafts)
         long = [(7 * index) % 299 + 1 for index in range(300)]
         assert verifier.client.open(long, ENDLESS, n=20).ids == long + reference_text(long, 20, ENDLESS)
 
@@ -357,6 +388,7 @@ def test_the_target_continues_alone_after_a_draft_failure(
     reference_text: ReferenceText,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    learned_drafts: list[OwnDraft],
 ) -> None:
     """The manifest claims a longer context than the graph has positions, so that onnxruntime refuses a step."""
     bundle = make_tiny_bundle(save_target(tmp_path / "short", max_position_embeddings=64))
@@ -370,6 +402,8 @@ def test_the_target_continues_alone_after_a_draft_failure(
     assert [record.message for record in caplog.records if record.name == "cloud_verifier.model.onnx_speculation"] == [
         "drafting failed; this session continues without server-side speculation"
     ]
+    # The failed one, and none after it.
+    assert [bool(draft.tokens) for draft in learned_drafts].count(False) == 1
 
 
 def test_the_model_list_reports_server_side_speculation(verifier: SpeculatingVerifier, client: ProtocolClient) -> None:

@@ -141,6 +141,17 @@ def test_fully_shadowed_stream_continues_the_streak() -> None:
     assert model.streak == 0
 
 
+def test_evidence_fades_while_nothing_is_guessed() -> None:
+    model = AcceptanceModel(0)
+    for _ in range(60):
+        model.observe(make_outcome([0.9, 0.8, 0.3], 0))
+    judged, accepted = model.judged, model.table().acceptance
+    for _ in range(3200):
+        model.fade()
+    assert model.judged == pytest.approx(judged * 0.9997**3200)
+    assert model.table().acceptance > accepted
+
+
 def test_stages_are_learned_separately() -> None:
     """After a long streak the next guess is correct far more often than after a rejection."""
     model = AcceptanceModel(1)

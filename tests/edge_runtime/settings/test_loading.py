@@ -332,7 +332,7 @@ def test_removed_keys_and_variables_do_nothing_but_warn(folder: Path) -> None:
     environ = {"FLEXSPEC_DRAFT__NGRAM_CACHE_DIRECTORY": "/srv/ngrams", "FLEXSPEC_DRAFT__MEMORY": ""}
     effective = read_effective_settings(path, environ)
     assert effective.settings == read_settings(write(folder, "[draft]\nthreads = 2\n"), {})
-    reason = "does nothing: the n-gram cache was removed; leave it out"
+    reason = "does nothing: the n-gram cache was removed; leave it out and delete its files"
     assert effective.warnings == [
         f"{path}:2:1: draft.ngram_cache {reason}",
         f"{path}:3:1: draft.memory_directory {reason}",

@@ -95,9 +95,8 @@ def test_removed_options_do_nothing_but_warn(
 ) -> None:
     arguments = [command, "--threads", "2"]
     assert build_parser().parse_args([*arguments, *removed]) == build_parser().parse_args(arguments)
-    assert capsys.readouterr().err == (
-        f"edge-runtime: warning: {removed[0]} does nothing: the n-gram cache was removed; leave it out\n"
-    )
+    reason = "the n-gram cache was removed; leave it out and delete its files"
+    assert capsys.readouterr().err == f"edge-runtime: warning: {removed[0]} does nothing: {reason}\n"
 
 
 def test_the_reference_lists_every_setting_and_is_part_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
