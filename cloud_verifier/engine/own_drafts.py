@@ -27,6 +27,9 @@ MIN_SECONDS = 1e-6
 # With more unread tokens than this the time of a draft tells how long reading takes, not drafting. Chosen: more than a
 # verification adds to a text.
 MANY_UNREAD = 16
+# Verifications after which a width that none of them had is taken to cost what its neighbors suggest, so that it is
+# tried again: how much more wide forwards cost changes with the load. Chosen.
+FORGOTTEN_AFTER = 64
 # Share of the time without drafts that trying one again may cost. Load and texts change. Chosen.
 EXPLORATION_SHARE = 0.02
 # Prices that have changed by less do not start a new search.
@@ -55,7 +58,7 @@ class OwnDraftPlanner:
         self._acceptance = AcceptanceModels(acceptance or {})
         # Seconds of a verification by nodes, from the end of drafting to the sampled tokens; of drafting a token; of
         # reading one before.
-        self._verify_seconds = MonotoneCurve(VERIFY_SECONDS, VERIFY_SLOPE)
+        self._verify_seconds = MonotoneCurve(VERIFY_SECONDS, VERIFY_SLOPE, forget_after=FORGOTTEN_AFTER)
         self._draft_seconds, self._read_seconds = RobustMean(DRAFT_SECONDS), RobustMean(READ_SECONDS)
         # Since the latest draft.
         self._seconds_without = 0.0

@@ -273,14 +273,18 @@ class MonotoneCurve:
         knots: (x, y) of the observed pieces and of both ends.
     """
 
-    def __init__(self, guess: float, slope: float) -> None:
+    def __init__(self, guess: float, slope: float, *, forget_after: int = 0) -> None:
         """
         Args:
             guess: the height before the first point.
             slope: assumed increase per unit of x, as a share of the height, outside of the observed pieces.
+            forget_after: points after which a piece that got none of them is not observed any more, so that whoever
+                chooses x by the curve tries it again; 0 for never.
         """
-        self._slope = slope
+        self._guess, self._slope, self._forget_after = guess, slope, forget_after
         self._means = [RobustMean(guess) for _ in PIECE_CENTERS]
+        # Points since the latest one of each piece.
+        self._ages = [0] * len(PIECE_CENTERS)
         self.known = False
         self.changes = 0
         self.change_factor = 1.0
@@ -302,6 +306,13 @@ class MonotoneCurve:
         before, changes = mean.value, mean.changes
         mean.observe(y * self.at(PIECE_CENTERS[piece]) / self.at(x) if mean.known else y)
         self.known = True
+        self._ages = [age + 1 for age in self._ages]
+        self._ages[piece] = 0
+        if self._forget_after:
+            self._means = [
+                RobustMean(self._guess) if age > self._forget_after else each
+                for each, age in zip(self._means, self._ages, strict=True)
+            ]
         if mean.changes > changes:
             self.changes += 1
             self.change_factor = min(max(mean.value / before, 1.0 / MAX_LOAD_FACTOR), MAX_LOAD_FACTOR)

@@ -195,6 +195,18 @@ def test_a_draft_that_was_slow_once_is_tried_again(slow_seconds: float, prompt: 
     assert drafted_tokens(drafts) > 900
 
 
+def test_siblings_are_tried_again_when_wide_forwards_have_become_cheap() -> None:
+    planner = OwnDraftPlanner()
+    wide = SimulatedText(planner, 8, 0.001, node=0.003)
+    wide.acceptance, wide.sibling = 0.5, 0.5
+    wide.generate(50)
+    text = SimulatedText(planner, 9, 0.001, node=0.00005)
+    text.acceptance, text.sibling = 0.5, 0.5
+    text.generate(300)
+    _, drafts = text.generate(100)
+    assert sum(bool(draft.siblings) for draft in drafts) > 90
+
+
 @pytest.mark.parametrize(("acceptance", "draft_seconds"), [(0.5, 0.0045), (0.3, 0.0035), (0.2, 0.004), (0.05, 0.003)])
 def test_siblings_that_a_draft_does_not_have_are_not_counted_on(acceptance: float, draft_seconds: float) -> None:
     text = SimulatedText(OwnDraftPlanner(), 7, draft_seconds)
