@@ -29,6 +29,8 @@ PIECE_CENTERS = (1.0, 2.5, 5.0, 8.0, 13.0, 22.0, 44.0)
 MAX_X = PIECE_EDGES[-1]
 # Minimum height of a curve, so that ratios of heights are defined.
 MIN_HEIGHT = 1e-6
+# A change of load by more than this factor, either way, may have changed the slope as well.
+LARGE_CHANGE = 1.5
 # Bound of the factor by which one change of load scales a curve, either way.
 MAX_LOAD_FACTOR = 100.0
 
@@ -279,7 +281,7 @@ class MonotoneCurve:
             guess: the height before the first point.
             slope: assumed increase per unit of x, as a share of the height, outside of the observed pieces.
             forget_after: points after which a piece that got none of them is not observed any more, so that whoever
-                chooses x by the curve tries it again; 0 for never.
+                chooses x by the curve tries it again; likewise all others after a large change of one. 0 for never.
         """
         self._guess, self._slope, self._forget_after = guess, slope, forget_after
         self._means = [RobustMean(guess) for _ in PIECE_CENTERS]
@@ -316,8 +318,13 @@ class MonotoneCurve:
         if mean.changes > changes:
             self.changes += 1
             self.change_factor = min(max(mean.value / before, 1.0 / MAX_LOAD_FACTOR), MAX_LOAD_FACTOR)
-            for other in self._means:
-                if other is not mean:
+            is_large = not 1.0 / LARGE_CHANGE < self.change_factor < LARGE_CHANGE
+            for index, other in enumerate(self._means):
+                if other is mean:
+                    continue
+                if self._forget_after and is_large:
+                    self._means[index] = RobustMean(self._guess)
+                else:
                     other.scale(self.change_factor)
         self._update_knots()
 

@@ -202,7 +202,7 @@ def test_siblings_are_tried_again_when_wide_forwards_have_become_cheap() -> None
     wide.generate(50)
     text = SimulatedText(planner, 9, 0.001, node=0.00005)
     text.acceptance, text.sibling = 0.5, 0.5
-    text.generate(300)
+    text.generate(100)
     _, drafts = text.generate(100)
     assert sum(bool(draft.siblings) for draft in drafts) > 90
 
