@@ -30,7 +30,7 @@ MAX_X = PIECE_EDGES[-1]
 # Minimum height of a curve, so that ratios of heights are defined.
 MIN_HEIGHT = 1e-6
 # A change of load by more than this factor, either way, may have changed the slope as well.
-LARGE_CHANGE = 1.5
+LARGE_CHANGE = 1.25
 # Bound of the factor by which one change of load scales a curve, either way.
 MAX_LOAD_FACTOR = 100.0
 
