@@ -9,14 +9,13 @@ without a link. The text is the same whatever is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 from cloud_verifier.model.speculation import OwnDraft
 from edge_runtime.planning.acceptance_model import AcceptanceModels
 from edge_runtime.planning.acceptance_table import MAX_SIBLINGS, AcceptanceTable
 from edge_runtime.planning.estimators import MonotoneCurve, RobustMean
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
+from edge_runtime.planning.search import DraftedRound, RoundPrices, RoundSearch
 from edge_runtime.protocol.sampling import Sampling
 
 # Before anything is measured: seconds of a verification, its increase per node as a share, seconds of drafting a token,
@@ -62,9 +61,7 @@ class OwnDraftPlanner:
         self._draft_seconds, self._read_seconds = RobustMean(DRAFT_SECONDS), RobustMean(READ_SECONDS)
         # Since the latest draft.
         self._seconds_without = 0.0
-        # The prices of the latest searches, and what they found.
-        self._prices: RoundPrices | None = None
-        self._found = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
+        self._rounds = RoundSearch(PRICE_TOLERANCE)
 
     def plan(
         self,
@@ -166,10 +163,5 @@ class OwnDraftPlanner:
             max_length=longest,
             max_siblings=MAX_SIBLINGS if siblings else 0,
         )
-        known = self._prices
-        if known is None or known.max_siblings != prices.max_siblings or not prices.close_to(known, PRICE_TOLERANCE):
-            self._prices = prices
-            self._found.clear()
-        if table not in self._found:
-            self._found[table] = best_drafted_round(table, self._prices or prices)
-        return self._found[table]
+        self._rounds.update(prices)
+        return self._rounds.best(table, prices)

@@ -48,29 +48,29 @@ def add_removed_option(parser: ArgumentContainer, option: str, feature: str, war
     flag, _, metavar = option.partition(" ")
     parser.add_argument(
         flag,
-        action=RemovedOption,
+        action=FormerOption,
         nargs=None if metavar else 0,
         dest=argparse.SUPPRESS,
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
-        feature=feature,
+        advice=describe_removal(feature),
         warn=warn,
     )
 
 
-def describe_removal(name: str, feature: str) -> str:
-    """Return the warning for an option or a setting that does nothing, because its feature was removed."""
-    return f"{name} does nothing: the {feature} was removed; leave it out and delete its files"
+def describe_removal(feature: str) -> str:
+    """Return what to say after the name of an option or setting that does nothing: its feature was removed."""
+    return f"does nothing: the {feature} was removed; leave it out and delete its files"
 
 
-class RemovedOption(argparse.Action):
-    """Ignores an option and its value, with a warning; see `add_removed_option`."""
+class FormerOption(argparse.Action):
+    """An option that is not to be used any more: warns with `advice`, and stores its value if it has a destination."""
 
     def __init__(
-        self, option_strings: Sequence[str], dest: str, *, feature: str, warn: Callable[[str], None], **keywords: Any
+        self, option_strings: Sequence[str], dest: str, *, advice: str, warn: Callable[[str], None], **keywords: Any
     ) -> None:
         super().__init__(option_strings, dest, **keywords)
-        self._feature, self._warn = feature, warn
+        self._advice, self._warn = advice, warn
 
     def __call__(
         self,
@@ -79,30 +79,6 @@ class RemovedOption(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        self._warn(describe_removal(str(option_string), self._feature))
-
-
-class DeprecatedOption(argparse.Action):
-    """Stores an option's value under a former name of the option, with a warning."""
-
-    def __init__(
-        self,
-        option_strings: Sequence[str],
-        dest: str,
-        *,
-        replacement: str,
-        warn: Callable[[str], None],
-        **keywords: Any,
-    ) -> None:
-        super().__init__(option_strings, dest, **keywords)
-        self._replacement, self._warn = replacement, warn
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        self._warn(f"{option_string} is deprecated; use {self._replacement}")
-        setattr(namespace, self.dest, values)
+        self._warn(f"{option_string} {self._advice}")
+        if self.dest != argparse.SUPPRESS:
+            setattr(namespace, self.dest, values)

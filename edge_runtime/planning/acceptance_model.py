@@ -337,7 +337,7 @@ class AcceptanceModel:
         judged = min(accepted + 1, drafted)
         for index in range(judged):
             evidence.add_judged(confidences[index], index < accepted, streak + index)
-        if judged and streak >= STAGE_STREAKS[-1]:
+        if judged and _in_last_stage(streak):
             evidence.add_last_stage(judged)
         if accepted < min(drafted, len(offered)):
             evidence.add_siblings(offered[accepted], sibling)
@@ -363,7 +363,7 @@ class AcceptanceModel:
 
     def table_after(self, streak: int) -> AcceptanceTable:
         """Return the table of drafts that follow `streak` consecutive correct guesses."""
-        return self._table(STAGE_STREAKS[-1] if streak >= STAGE_STREAKS[-1] else 0)
+        return self.last_stage_table() if _in_last_stage(streak) else self.first_stage_table()
 
     def first_stage_table(self) -> AcceptanceTable:
         """Return the table of drafts that begin after a rejection."""
@@ -375,7 +375,7 @@ class AcceptanceModel:
 
     def last_stage_share(self, left: int) -> float:
         """Return the expected share of the text's next `left` tokens whose drafts begin in the last stage."""
-        if not self._in_last_stage:
+        if not _in_last_stage(self.streak):
             return self._last_stage_share
         leave = 1.0 - self.last_stage_table().acceptance
         stay = (1.0 - (1.0 - leave) ** left) / (leave * left)
@@ -416,10 +416,6 @@ class AcceptanceModel:
         """Replace the evidence."""
         self._evidence = _Evidence.from_record(record)
         self._refresh()
-
-    @property
-    def _in_last_stage(self) -> bool:
-        return self.streak >= STAGE_STREAKS[-1]
 
     def _table(self, streak: int) -> AcceptanceTable:
         table = self._tables.get(streak)
@@ -482,6 +478,11 @@ class AcceptanceModels:
 
     def _make(self, kind: int) -> AcceptanceModel:
         return AcceptanceModel(kind, self._acceptance.get(f"T={EVALUATED_TEMPERATURES[kind]:g}"))
+
+
+def _in_last_stage(streak: int) -> bool:
+    """Return whether a token that follows `streak` consecutive correct guesses belongs to the last stage."""
+    return streak >= STAGE_STREAKS[-1]
 
 
 def _prior_stage(quintiles: tuple[tuple[float, float], ...], odds_ratio: float) -> StageAcceptance:

@@ -19,7 +19,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -36,7 +35,7 @@ from edge_runtime.planning.plan import Conditions, Outcome, Plan
 from edge_runtime.planning.planner_state import PlannerState
 from edge_runtime.planning.regret_budget import RegretBudget, RoundReservation
 from edge_runtime.planning.round_rules import PREFILL_CHUNK_TOKENS
-from edge_runtime.planning.search import DraftedRound, RoundPrices, best_drafted_round
+from edge_runtime.planning.search import DraftedRound, RoundPrices, RoundSearch
 from edge_runtime.protocol.messages import MAX_CONTINUATION_TOKENS, MAX_TREE_NODES, STREAM_FRAME_SECONDS
 
 log = logging.getLogger("edge_runtime.planning")
@@ -171,9 +170,9 @@ class AnalyticPlanner:
         # has changed.
         self._pending: list[tuple[Outcome, RoundPrices, CostComparison]] = []
         self._link_changes = 0
-        # The prices of the last search, and its results by table.
+        # The prices that searches were last made for, and what they found.
         self._prices: RoundPrices | None = None
-        self._rounds = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
+        self._search = RoundSearch(PRICE_TOLERANCE)
         self._comparison: CostComparison | None = None
         self._unit = _UnitPrices(1.0, 1.0, 1.0, 1.0, 0.0)
         # End position of the text in which streaming was last tried.
@@ -279,14 +278,12 @@ class AnalyticPlanner:
         unit = self._unit = self._unit_prices(conditions)
         link = costs.link.forecast(now)
         prices = self._round_prices(conditions, unit, link)
-        if self._prices is None or not prices.close_to(self._prices, PRICE_TOLERANCE):
-            self._rounds.clear()
-            self._prices = prices
-        best = self._best_round(table, prices)
+        self._prices = self._search.update(prices)
+        best = self._search.best(table, prices)
         # A part of the remaining text will be in the last stage.
         share = acceptance.last_stage_share(left)
-        in_first_stage = self._best_round(acceptance.first_stage_table(), prices).cost
-        in_last_stage = self._best_round(acceptance.last_stage_table(), prices).cost
+        in_first_stage = self._search.best(acceptance.first_stage_table(), prices).cost
+        in_last_stage = self._search.best(acceptance.last_stage_table(), prices).cost
         predicted = share * in_last_stage + (1.0 - share) * in_first_stage
         if costs.verifier_speculates:
             # As long as the board has little evidence of its own, the yield of a verifier with the same draft is
@@ -356,20 +353,13 @@ class AnalyticPlanner:
         replayed = replay_rounds(
             outcome.shadow_guesses,
             streak=acceptance.streak,
-            first_stage=self._best_round(acceptance.first_stage_table(), prices),
-            last_stage=self._best_round(acceptance.last_stage_table(), prices),
+            first_stage=self._search.best(acceptance.first_stage_table(), prices),
+            last_stage=self._search.best(acceptance.last_stage_table(), prices),
             prices=prices,
         )
         if replayed.tokens:
             acceptance.add_last_stage(replayed.last_stage_tokens * len(outcome.shadow_guesses) / replayed.tokens)
             self._calibration.observe_counterfactual(replayed.tokens, replayed.cost, replayed.predicted_cost)
-
-    def _best_round(self, table: AcceptanceTable, prices: RoundPrices) -> DraftedRound:
-        """Return the best drafted round, from the cache of the last search if there is one."""
-        found = self._rounds.get(table)
-        if found is None:
-            found = self._rounds[table] = best_drafted_round(table, prices)
-        return found
 
     def _decide(
         self, conditions: Conditions, comparison: CostComparison, table: AcceptanceTable, acceptance: AcceptanceModel

@@ -20,6 +20,7 @@ guess of the bonus token holds, early rounds, whose draft is ready or whose requ
 from __future__ import annotations
 
 from bisect import bisect_right
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -89,6 +90,8 @@ class RoundPrices(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether the prices that matter most to the search differ by at most the share `tolerance`."""
         if self.forward_nodes != other.forward_nodes:
             return False
+        if (self.max_length, self.max_siblings) != (other.max_length, other.max_siblings):
+            return False
         forwards = sum(other.forward_seconds)
         moved = sum(abs(a - b) for a, b in zip(self.forward_seconds, other.forward_seconds, strict=True))
         round_ = other.exchange + other.forward_second * other.forward_seconds[0]
@@ -114,6 +117,29 @@ class DraftedRound(msgspec.Struct, frozen=True):
     plan: Plan
     tokens: float = 1.0
     chain_tokens: float = 1.0
+
+
+class RoundSearch:
+    """The best rounds by acceptance table, searched for anew once prices have changed by more than a share of them."""
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._prices: RoundPrices | None = None
+        self._found = WeakKeyDictionary[AcceptanceTable, DraftedRound]()
+
+    def update(self, prices: RoundPrices) -> RoundPrices:
+        """Take new prices into account; return the first ones that are close to them."""
+        if self._prices is None or not prices.close_to(self._prices, self._tolerance):
+            self._found.clear()
+            self._prices = prices
+        return self._prices
+
+    def best(self, table: AcceptanceTable, prices: RoundPrices) -> DraftedRound:
+        """Return the best drafted round, at prices close to those of the latest `update`."""
+        found = self._found.get(table)
+        if found is None:
+            found = self._found[table] = best_drafted_round(table, prices)
+        return found
 
 
 class _SiblingChoice(msgspec.Struct, frozen=True):

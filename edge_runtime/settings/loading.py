@@ -129,7 +129,7 @@ class _Source:
         if key in SETTINGS:
             self.values[key] = _SourceValue(value, origin, folder)
         elif key in REMOVED_KEYS:
-            self._warnings.append(f"{origin}: {describe_removal(key, REMOVED_KEYS[key])}")
+            self._warnings.append(f"{origin}: {key} {describe_removal(REMOVED_KEYS[key])}")
         else:
             self.report(origin, _describe_unknown_field(table, name))
 

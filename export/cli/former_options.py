@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edge_runtime.common.options import DeprecatedOption, add_removed_option
+from edge_runtime.common.options import FormerOption, add_removed_option
 from edge_runtime.common.terminal import print_note
 
 
@@ -18,8 +18,8 @@ def add_former_start_option(parser: argparse.ArgumentParser) -> None:
     """Accept --start for --from-draft. torchrun takes it for an abbreviation of an option of its own."""
     parser.add_argument(
         "--start",
-        action=DeprecatedOption,
-        replacement="--from-draft",
+        action=FormerOption,
+        advice="is deprecated; use --from-draft",
         warn=warn,
         # That of --from-draft applies.
         default=argparse.SUPPRESS,
