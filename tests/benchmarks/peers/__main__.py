@@ -44,7 +44,7 @@ from tests.benchmarks.harness.samples import ROOT
 from tests.benchmarks.peers import conversion, engines
 from tests.benchmarks.peers.engines import ROWS, SEVERAL_STREAMS, SINGLE_STREAM
 from tests.benchmarks.peers.stopwatch import (
-    cpu_seconds_per_token,
+    engine_seconds_per_token,
     first_token_seconds,
     seconds_per_token,
     tokens_per_second,
@@ -175,7 +175,7 @@ def tabulate_single(results: Results, options: argparse.Namespace) -> Table:
             name,
             f"{min(first_token_seconds(each)[0] for each in arrivals):.2f}",
             f"{max(map(tokens_per_second, arrivals)):.1f}",
-            f"{1e3 * min(map(cpu_seconds_per_token, arrivals)):.1f}",
+            f"{1e3 * min(map(engine_seconds_per_token, arrivals)):.1f}",
             *("" if seconds is None else f"{1e3 * seconds:.1f}" for seconds in forwards),
             same,
         )

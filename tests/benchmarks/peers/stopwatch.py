@@ -10,16 +10,16 @@ from typing import Any
 
 
 class Stopwatch:
-    """Collects the tokens of streams, with the time of each arrival and the processor time until then."""
+    """Collects the tokens of streams, with the time of each arrival and what the engine's own clock shows then."""
 
-    def __init__(self, streams: int = 1, used_cpu: Callable[[], float] = time.process_time) -> None:
+    def __init__(self, streams: int = 1, engine_clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
-            used_cpu: returns the processor time of the engine in seconds.
+            engine_clock: returns, in seconds, what the engine's time is measured by. Read at each arrival.
         """
-        self._used_cpu = used_cpu
+        self._engine_clock = engine_clock
         self._started = time.perf_counter()
-        # (seconds, processor seconds, tokens) of each arrival.
+        # (seconds, engine seconds, tokens) of each arrival.
         self._arrivals: list[list[tuple[float, float, int]]] = [[] for _ in range(streams)]
         self.texts: list[list[int]] = [[] for _ in range(streams)]
 
@@ -33,14 +33,14 @@ class Stopwatch:
         """Note that tokens of a stream have arrived, together."""
         if tokens:
             elapsed = time.perf_counter() - self._started
-            self._arrivals[stream].append((elapsed, self._used_cpu(), len(tokens)))
+            self._arrivals[stream].append((elapsed, self._engine_clock(), len(tokens)))
             self.texts[stream] += tokens
 
     def result(self, rows: dict[int, float] | None = None) -> dict[str, Any]:
         """What a child process prints.
 
         Args:
-            rows: processor time of a forward, by rows.
+            rows: the engine's time for a forward, by rows.
         """
         return {"arrivals": self._arrivals, "texts": self.texts, "rows": rows or {}}
 
@@ -66,7 +66,7 @@ def tokens_per_second(arrivals: Sequence[Sequence[tuple[float, float, int]]]) ->
     return tokens / (max(stream[-1][0] for stream in arrivals) - min(stream[0][0] for stream in arrivals))
 
 
-def cpu_seconds_per_token(arrivals: Sequence[Sequence[tuple[float, float, int]]]) -> float:
-    """Processor time after the first token of a single stream, by its tokens."""
+def engine_seconds_per_token(arrivals: Sequence[Sequence[tuple[float, float, int]]]) -> float:
+    """The engine's time after the first token of a single stream, by its tokens."""
     [stream] = arrivals
     return (stream[-1][1] - stream[0][1]) / sum(count for _, _, count in stream[1:])
