@@ -47,9 +47,16 @@ NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 def write_random_target(shape: str, directory: Path, device: str) -> None:
-    """Save a target of a real shape with random weights, with the tokenizer of the toy family, of fewer tokens."""
+    """Save a target of a real shape with random weights, with the tokenizer of the toy family.
+
+    The tokens that this lacks get a text of their own: some servers fail on tokens that their tokenizer does not know.
+    """
     model = make_random_model(shape, device)
     AutoTokenizer.from_pretrained(FAMILY / "target-v1").save_pretrained(directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"token{number}": number for number in range(len(vocabulary), model.config.vocab_size)}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     # Last: a directory with it is complete.
     model.save_pretrained(directory)
 
