@@ -9,7 +9,7 @@ Modeled, by a real forward and a pause: the forwards of the verifier (a row of `
 H200) and the steps of the board's draft (its profile). By what real ones take longer than modeled ones, in all, figures
 may be too high: it is shown as a share of the answer's time. Joules are computed from the board's profile. A planner
 generates one text before the first sample, and the fixed K of a baseline is the best one for what it measures on such a
-text.
+text. A verifier that speculates generates eight texts when it has started.
 
 BENCHMARK_TRACES=DIRECTORY adds recorded links: every pair of NAME.up and NAME.down in Mahimahi's format.
 BENCHMARK_DEVICE=cuda runs the target on a GPU, where forwards are fast enough for the faster verifiers, too.
@@ -38,6 +38,7 @@ from tests.benchmarks.comparison.cloud import SetPace
 from tests.benchmarks.comparison.links import LINK_COLUMNS, link_conditions, mean_rate, measure_link
 from tests.benchmarks.comparison.pacing import PaceCounts
 from tests.benchmarks.comparison.texts import (
+    QUESTIONS,
     TEXT_TITLES,
     TOKENS,
     TURN_TOKENS,
@@ -52,6 +53,9 @@ from tests.emulator.network import ADDRESSES, Network, missing_requirement
 
 # What a planner and the choice of K learn from before the first sample.
 TRIAL_QUESTION = "Tell me something about cats."
+# A verifier that has just started learns what its own drafts are worth from an answer to each question, with seeds that
+# no sample has: otherwise the first systems would pay for what the later ones profit from.
+WARM_UP_SEED = 1000
 
 SYSTEMS = (
     *(
@@ -288,26 +292,16 @@ class Comparison:
         place, system = case
         if system is None:
             return await asyncio.to_thread(measure_link, self._network, place.link)
-        if place.version != self._version:
+        restarted = place.version != self._version
+        if restarted:
             self._start_clouds(place.version)
         conditions = link_conditions(place.link)
         link = conditions[0].link
         self._network.set_conditions(*conditions)
+        if restarted:
+            self._warm_up(place)
+        self._prepare(place, system)
         cloud = self._clouds.get(system.cloud)
-        if cloud:
-            cloud.send(SetPace(place.verifier), PaceCounts)
-        trace = conditions[0].up_trace
-        prepare = Prepare(
-            system,
-            place.title,
-            f"http://{ADDRESSES['cloud']}:{PORTS[system.cloud]}" if cloud else "",
-            place.board,
-            link.radio,
-            mean_rate(trace) if trace else link.up_rate,
-            self._encode([{"role": "user", "content": TRIAL_QUESTION}]),
-            place.temperature,
-        )
-        self._board.send(prepare, AnswerReport)
         if cloud:
             cloud.send(SetPace(place.verifier), PaceCounts)
         # Let what the preparation left arrive.
@@ -328,6 +322,33 @@ class Comparison:
         late = counts.late_seconds + sum(report.late_seconds for _, report in answers)
         values[LATE.name] = 100 * late / sum(report.arrivals[-1] for _, report in answers)
         return values
+
+    def _prepare(self, place: ComparedPlace, system: System) -> None:
+        """Let the board get ready for answers of a system, and the cloud take a modeled verifier's time."""
+        conditions = link_conditions(place.link)
+        link, trace = conditions[0].link, conditions[0].up_trace
+        cloud = self._clouds.get(system.cloud)
+        if cloud:
+            cloud.send(SetPace(place.verifier), PaceCounts)
+        prepare = Prepare(
+            system,
+            place.title,
+            f"http://{ADDRESSES['cloud']}:{PORTS[system.cloud]}" if cloud else "",
+            place.board,
+            link.radio,
+            mean_rate(trace) if trace else link.up_rate,
+            self._encode([{"role": "user", "content": TRIAL_QUESTION}]),
+            place.temperature,
+        )
+        self._board.send(prepare, AnswerReport)
+
+    def _warm_up(self, place: ComparedPlace) -> None:
+        """Let the verifier that speculates learn, as one that has run for days has."""
+        [system] = (each for each in SYSTEMS if each.kind == "streaming" and each.cloud == "speculating")
+        self._prepare(place, system)
+        for index, question in enumerate(QUESTIONS):
+            prompt = self._encode([{"role": "user", "content": question}])
+            self._board.send(AnswerCommand(prompt, place.temperature, WARM_UP_SEED + index, TOKENS), AnswerReport)
 
     def _converse(self, place: ComparedPlace, repetition: int) -> list[tuple[AnswerCommand, AnswerReport]]:
         """Ask the board what a sample asks; every answer of a conversation becomes part of the next prompt."""
