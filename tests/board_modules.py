@@ -16,7 +16,8 @@ from device_profiles.image.runtime import CHECKOUT, read_lock
 DIRECTORIES = ("tests/edge_runtime", "tests/device_profiles")
 OWN_PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles", "tests")
 # What these tests need in addition to the board's install.
-REQUIREMENTS = ("hypothesis", "jsonschema", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "scipy")
+PYTEST = ("pytest", "pytest-asyncio", "pytest-rerunfailures", "pytest-timeout", "pytest-xdist")
+REQUIREMENTS = (*PYTEST, "hypothesis", "jsonschema", "scipy")
 
 
 def board_test_modules() -> list[str]:

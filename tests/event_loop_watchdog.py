@@ -184,7 +184,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def watch_event_loops() -> Iterator[None]:
-    """Fail the test during which something held an event loop."""
+    """Fail the test during which something held an event loop; it is then run once more (`pyproject.toml`)."""
     WATCHDOG.holds.clear()
     yield
     holds = [str(hold) for hold in WATCHDOG.holds]
