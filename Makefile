@@ -11,8 +11,8 @@ CLIENTS_DIR := tests/edge_runtime/service/clients
 # Triton, in whose interpreter the tests run the kernels for GPUs. Not in the environment of torch, which would find it.
 TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.installed
-# Parallel tests, each with one torch thread. Many wait for other processes, so one more than there are cores.
-JOBS ?= $(shell echo $$(($$(nproc) + 1)))
+# Parallel tests, each with one torch thread. Many wait for other processes, so two more than there are cores.
+JOBS ?= $(shell echo $$(($$(nproc) + 2)))
 
 .PHONY: image boot-test test-arm release lock-wheels demo test test-quick lint lint-quick bench bench-quick clean setup clients triton
 
