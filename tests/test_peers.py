@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_a_draft_for_transformers_is_that_of_the_bundle(bundle: Bundle, draft_ch
 def test_transformers_writes_the_same_text(name: str, draft_checkpoint: Path, expected_text: list[int]) -> None:
     [text] = engines.SINGLE_STREAM[name](make_options(draft=draft_checkpoint))["texts"]
     assert text[:TOKENS] == expected_text
+
+
+def test_processor_time_is_read_of_one_stream_on_a_cpu_alone() -> None:
+    def processor_time() -> float:
+        return 0.0
+
+    assert engines.find_clock(make_options(), processor_time) is processor_time
+    assert engines.find_clock(make_options(device="cuda"), processor_time) is time.perf_counter
+    assert engines.find_clock(make_options(prompts=[PROMPT, PROMPT]), processor_time) is time.perf_counter
 
 
 def test_figures_of_streams() -> None:
