@@ -149,7 +149,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
-    from cloud_verifier.model.gguf import resolve_checkpoint
+    from cloud_verifier.model.converted_checkpoints import resolve_checkpoint
     from cloud_verifier.model.reference import generate_reference
     from cloud_verifier.model.target import load_model
     from edge_runtime.protocol.sampling import Sampling, validate_prompt

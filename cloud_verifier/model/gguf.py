@@ -1,4 +1,4 @@
-"""Converts GGUF files into Hugging Face directories, once, in a cache.
+"""Converts GGUF files into Hugging Face directories.
 
 transformers can load a GGUF file, but not all of it: RoPE scaling is ignored, tensors that it does not know are left
 out, the tokenizer is rebuilt from a few fixed patterns, and end tokens get lost. So the configuration is completed here
@@ -12,15 +12,10 @@ their type.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
-import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +28,6 @@ from cloud_verifier.model.gguf_tokenizer import CONTROL, GgufTokenizer
 from cloud_verifier.registry.model_settings import check_model_settings
 from edge_runtime.protocol.errors import TargetError
 
-log = logging.getLogger(__name__)
-
-MAGIC = b"GGUF"
-# Part of the cached directory's name: raise it when the conversion changes.
-CONVERTER_VERSION = 1
 # Settings of an architecture that are understood in addition to those that transformers maps; see `_complete_config`.
 EXTRA_SETTINGS = frozenset(
     {
@@ -84,54 +74,6 @@ SHARD_BYTES = 2_000_000_000
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>")
 # Sampling defaults by their GGUF name.
 SAMPLING_DEFAULTS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether there is a GGUF file at `path`."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The directory of the checkpoint at `path`: the path itself, or that of a converted GGUF file.
-
-    A GGUF file is converted at the first call; the directory's name contains the hash of the file.
-
-    Raises:
-        TargetError: the file cannot be converted.
-    """
-    if not is_gguf(path):
-        return path
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    directory = cache_directory(os.environ) / f"{path.stem}-{digest[:12]}-{CONVERTER_VERSION}"
-    with _locked(directory):
-        if not directory.is_dir():
-            log.warning("converting %s into %s, once", path, directory)
-            convert_gguf(path, directory)
-    return directory
-
-
-def cache_directory(environ: Mapping[str, str], name: str = "gguf") -> Path:
-    """A directory of files that can be made again, converted ones by default.
-
-    It is in systemd's $CACHE_DIRECTORY, else in $XDG_CACHE_HOME (default: ~/.cache).
-
-    Raises:
-        TargetError: none of them is set.
-    """
-    service = environ.get("CACHE_DIRECTORY", "").split(":")[0]
-    if service:
-        return Path(service) / name
-    base = Path(environ.get("XDG_CACHE_HOME", ""))
-    if base.is_absolute():
-        return base / "flexspec" / name
-    if not environ.get("HOME"):
-        raise TargetError("there is no place for converted GGUF files: set $XDG_CACHE_HOME")
-    return Path(environ["HOME"], ".cache", "flexspec", name)
 
 
 def convert_gguf(path: Path, directory: Path) -> None:
@@ -434,18 +376,3 @@ class ShardWriter:
 def _shortest(number: float) -> float:
     """The shortest decimal that is `number` in float32."""
     return float(str(np.float32(number)))
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a lock of `directory`'s name, so that of several processes one converts and the others wait."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory.with_name(f".{directory.name}.lock"), os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise TargetError(f"cannot write the cache of converted GGUF files: {error}; set $XDG_CACHE_HOME") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES
+from cloud_verifier.model.converted_checkpoints import resolve_checkpoint
 from cloud_verifier.model.general_tier import GeneralRunner
-from cloud_verifier.model.gguf import resolve_checkpoint
 from cloud_verifier.model.pretrained import (
     QUANTIZATION_PACKAGES,
     load_text_config,

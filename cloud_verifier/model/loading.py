@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cloud_verifier.model.gguf import cache_directory, resolve_checkpoint
+from cloud_verifier.model.converted_checkpoints import cache_directory, resolve_checkpoint
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.layer_compilation import keep_compiled_code
 from cloud_verifier.model.runner import TargetRunner

@@ -69,7 +69,7 @@ def _convert_gguf_files(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         # A directory or bundle needs no PyTorch to be recognized.
         if isinstance(value, Path) and value.is_file():
-            from cloud_verifier.model.gguf import resolve_checkpoint
+            from cloud_verifier.model.converted_checkpoints import resolve_checkpoint
 
             setattr(options, name, resolve_checkpoint(value))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from cloud_verifier.draft_models.layouts import SUPPORTED_MODEL_TYPES, DraftPlan, draft_config, plan_draft
-from cloud_verifier.model.gguf import resolve_checkpoint
+from cloud_verifier.model.converted_checkpoints import resolve_checkpoint
 from cloud_verifier.model.inspection import Finding, format_bytes, inspect_target
 from cloud_verifier.registry.checkpoint import base_directory, load_config
 from cloud_verifier.registry.version_files import find_tensor_files

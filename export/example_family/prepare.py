@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cloud_verifier.model.gguf import cache_directory, resolve_checkpoint
+from cloud_verifier.model.converted_checkpoints import cache_directory, resolve_checkpoint
 from edge_runtime.protocol.errors import TargetError
 
 SHIPPED = Path(__file__).resolve().parent

@@ -22,7 +22,8 @@ from transformers.convert_slow_tokenizer import GPT2Converter, Qwen2Converter, T
 from cloud_verifier.cli.main import main
 from cloud_verifier.model import gguf as gguf_conversion
 from cloud_verifier.model import gguf_tokenizer
-from cloud_verifier.model.gguf import cache_directory, convert_gguf, is_gguf, resolve_checkpoint
+from cloud_verifier.model.converted_checkpoints import is_gguf, resolve_checkpoint
+from cloud_verifier.model.gguf import convert_gguf
 from cloud_verifier.model.loading import TargetLoader
 from edge_runtime.protocol.errors import TargetError
 from export.cli.main import main as export_main
@@ -355,14 +356,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"damaged.gguf cannot be converted: it is damaged"):
         convert_gguf(path, tmp_path / "converted")
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_cache_follows_the_standard(tmp_path: Path) -> None:
-    assert cache_directory({"XDG_CACHE_HOME": "/cache", "HOME": "/home/me"}) == Path("/cache/flexspec/gguf")
-    assert cache_directory({"XDG_CACHE_HOME": "relative", "HOME": "/home/me"}) == Path("/home/me/.cache/flexspec/gguf")
-    assert cache_directory({"CACHE_DIRECTORY": "/var/cache/verifier", "HOME": "/"}) == Path("/var/cache/verifier/gguf")
-    with pytest.raises(TargetError, match="XDG_CACHE_HOME"):
-        cache_directory({})
 
 
 @pytest.mark.slow
