@@ -39,10 +39,13 @@ class TurnOrder:
 
     def sort(self, rounds: Iterable[R]) -> list[R]:
         """Order rounds: by their number among those of their owner, then by how long ago the owner had a turn."""
+        rounds = list(rounds)
+        owners = [running.session.owner for running in rounds]
+        if len(set(owners)) < 2:
+            return rounds
         numbers: Counter[str] = Counter()
         keyed: list[tuple[int, int, int, R]] = []
-        for index, running in enumerate(rounds):
-            owner = running.session.owner
+        for index, (running, owner) in enumerate(zip(rounds, owners, strict=True)):
             keyed.append((numbers[owner], self._latest.get(owner, 0), index, running))
             numbers[owner] += 1
         keyed.sort(key=lambda entry: entry[:3])
@@ -52,7 +55,7 @@ class TurnOrder:
         """Record that the owners of these rounds had a turn, together."""
         if rounds:
             self._turns += 1
-            self._latest.update((running.session.owner, self._turns) for running in rounds)
+            self._latest.update(dict.fromkeys({running.session.owner for running in rounds}, self._turns))
 
 
 class _Waiting:

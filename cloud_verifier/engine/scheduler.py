@@ -289,6 +289,7 @@ class Scheduler:
             with self._wake:
                 self._wake.wait_for(lambda: self._submitted or self._running or self._tasks or self._stopping)
                 while not self._stopping and (seconds := self._batching_delay()) > 0:
+                    self._outbox.flush()
                     self._wake.wait(seconds)
             self._step_started_at = time.perf_counter()
             try:
@@ -297,6 +298,7 @@ class Scheduler:
                 self._abandon(error)
                 return
             self._step_started_at = None
+        self._outbox.flush()
         for runner in {id(target.runner): target.runner for target in self.versions.values()}.values():
             runner.shut_down()
 
@@ -348,7 +350,7 @@ class Scheduler:
 
     def _batching_delay(self) -> float:
         """Seconds to wait for sessions whose next round is expected soon, within the window of the oldest round."""
-        if not self._submitted and not self._running:
+        if not self._expected or not (self._submitted or self._running):
             return 0.0
         now = time.perf_counter()
         oldest = min(waiting.submitted_at for waiting in (*self._submitted, *self._running))
@@ -363,7 +365,13 @@ class Scheduler:
         return min(max(arrivals) + LATE_ARRIVAL_SECONDS, window_end) - now if arrivals else 0.0
 
     def _step(self) -> None:
-        """Run pending tasks, admit submitted rounds, run one forward, and advance the rounds in it."""
+        """Run pending tasks, admit submitted rounds, run one forward, and advance the rounds in it.
+
+        Their frames are handed over when the next forward runs, if there is one: until then this thread needs the
+        interpreter, which the event loop would take from it.
+        """
+        if self._tasks:
+            self._outbox.flush()
         while self._tasks:
             task, future = self._tasks.popleft()
             if future.set_running_or_notify_cancel():
@@ -385,14 +393,14 @@ class Scheduler:
         for running in self._running:
             if running.work is None and not running.done:
                 self._advance(running, None, 0.0)
-        # What does not depend on the forward need not wait for it.
-        self._outbox.flush()
-        if batch and not self._run_forward(batch):
+        waits = bool(batch) and not self._run_forward(batch)
+        self._running = [running for running in self._running if not running.done]
+        if waits or not batch or not self._running:
+            self._outbox.flush()
+        if waits:
             # From here on, only the end of a session frees memory.
             with self._wake:
                 self._wake.wait(CACHE_RETRY_SECONDS)
-        self._outbox.flush()
-        self._running = [running for running in self._running if not running.done]
 
     def _schedule_batch(self) -> list[ScheduledSegment]:
         """Select the segments of the next forward: everything pending for the runner of the round whose turn it is.
@@ -404,18 +412,19 @@ class Scheduler:
         prefilling: list[ActiveRound] = []
         rows = 0
         for running in self._turns.sort(self._running):
-            if running.work is None:
+            work = running.work
+            if work is None:
                 continue
             runner = runner or running.runner
             if running.runner is not runner:
                 continue
-            if isinstance(running.work, PendingPrefill):
+            if isinstance(work, PendingPrefill):
                 prefilling.append(running)
             elif len(batch) < runner.max_segments and (
-                rows + len(running.work) <= (runner.max_round_rows if batch else runner.max_rows)
+                rows + len(work.ids) <= (runner.max_round_rows if batch else runner.max_rows)
             ):
-                batch.append(ScheduledSegment(running, running.work))
-                rows += len(running.work)
+                batch.append(ScheduledSegment(running, work))
+                rows += len(work.ids)
         if runner is None:
             return []
         alone = not batch and not self._expected
@@ -434,9 +443,10 @@ class Scheduler:
             prefill_rows -= len(chunk)
         self._prefill_turns.record(prefilled)
         self._turns.record([member.round for member in batch])
-        # The list is ordered by waiting time: rounds of this forward go to its end.
-        scheduled = {id(member.round) for member in batch}
-        self._running.sort(key=lambda running: id(running) in scheduled)
+        if len(batch) < len(self._running):
+            # The list is ordered by waiting time: rounds of this forward go to its end.
+            scheduled = {id(member.round) for member in batch}
+            self._running.sort(key=lambda running: id(running) in scheduled)
         return batch
 
     def _run_forward(self, batch: list[ScheduledSegment]) -> bool:
@@ -451,7 +461,7 @@ class Scheduler:
         try:
             is_draft = first.round.runner is not first.round.session.target.runner
             pool = self._pool(first.round.runner.shape, for_draft=is_draft)
-            sampled_by_segment = runner.run(pool, [member.segment for member in batch])
+            sampled_by_segment = runner.run(pool, [member.segment for member in batch], self._outbox.flush)
         except Exception as error:
             device = first.round.runner.shape.device
             if not device_responds(device):
@@ -466,10 +476,10 @@ class Scheduler:
             self._fail(first.round, error)
             return True
         seconds = time.perf_counter() - started
-        prefilled = sum(len(segment) for running, segment in batch if isinstance(running.work, PendingPrefill))
+        prefilled = sum(len(segment.ids) for running, segment in batch if isinstance(running.work, PendingPrefill))
         self._pacer.observe(first.round.runner, prefilled, seconds)
         if first.segment.runner is None:
-            self._metrics.observe_forward(sum(len(member.segment) for member in batch), len(batch), seconds)
+            self._metrics.observe_forward(sum(len(segment.ids) for _, segment in batch), len(batch), seconds)
         for (running, segment), sampled in zip(batch, sampled_by_segment, strict=True):
             if segment.keep_all:
                 pool.keep(segment.sequence, list(range(len(segment))))
@@ -547,6 +557,8 @@ class Scheduler:
 
     def _free_released_sessions(self) -> None:
         """Free the pages of closed sessions, except those that still have a round running."""
+        if not self._released:
+            return
         busy = {id(running.session) for running in self._running if not running.done}
         for _ in range(len(self._released)):
             session = self._released.popleft()

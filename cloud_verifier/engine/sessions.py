@@ -137,6 +137,7 @@ class Session:
         logprobs: see `OpenRequest`.
         processor: processes the logits of this text; None if the sampling parameters leave them as they are.
         target: the target version that the session is pinned to.
+        end_ids: tokens that end the text.
         cache: keys and values of all ids except the last.
         cached_tokens: how many ids of the prompt were in a KV cache before; see `PrefixCache`.
         draft: state of the verifier's own draft for this text; None until it first drafts.
@@ -179,6 +180,7 @@ class Session:
         self.logprobs = logprobs
         self.processor = make_processor(sampling, len(prompt) - generated, target.end_ids, constraint)
         self.target = target
+        self.end_ids = end_ids_of(sampling, target.end_ids)
         self.cache = CachedSequence()
         self.cached_tokens = 0
         self.draft: SessionDraft | None = None
@@ -191,11 +193,6 @@ class Session:
         self.last_used_at = time.monotonic()
         self.replied_at: float | None = None
         self.pause_seconds: float | None = None
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end the text."""
-        return end_ids_of(self.sampling, self.target.end_ids)
 
     def begin_round(self, request: RoundRequest, *, verify_draft: bool = True) -> RoundReply:
         """Record `request` as the latest round, which the caller submits now, and return its reply."""

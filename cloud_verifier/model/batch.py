@@ -19,6 +19,10 @@ from edge_runtime.protocol.logits_processing import SequenceProcessor
 from edge_runtime.protocol.sampling import Sampling
 
 
+def do_nothing() -> None:
+    """What the host does while a forward runs, if there is nothing to do."""
+
+
 class SegmentRunner(Protocol):
     """What the scheduler needs of a model runner; see `runner.TargetRunner`. Pools are made by `shape.make_pool`."""
 
@@ -31,7 +35,9 @@ class SegmentRunner(Protocol):
     max_prefill_rows: int
     exact: bool
 
-    def run(self, pool: Any, segments: Sequence[Segment]) -> Sequence[SampledTokens | None]: ...
+    def run(
+        self, pool: Any, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> Sequence[SampledTokens | None]: ...
 
     def warm_up(self, pool: Any) -> None: ...
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from cloud_verifier.model import kernels
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.chunk_attention import PrefillChunk, find_chunks, is_chunk
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.fused_projections import ProjectionFusion
@@ -260,44 +260,45 @@ class GraphRunner(TargetRunner):
 
     @_on_own_gpu
     @torch.inference_mode()
-    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
-        rows = _sampled_rows(segments)
+    def run(
+        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
         if self._is_long(segments, MAX_CAPTURED_PREFILL_ROWS):
             result = self._run_long(pool, segments)
-            rows = list(range(len(rows)))
+            counts = [len(segment.ids) if segment.sampling else 0 for segment in segments]
         else:
             size = self._fill_inputs(pool, segments, self._mode)
             result = getattr(self, self._mode)(pool, size)
-        if not rows:
+            counts = [len(segment.ids) for segment in segments]
+        meanwhile()
+        if not any(segment.sampling for segment in segments):
             # The pinned inputs may be overwritten only after the device has read them; and whoever comes next is not to
             # wait for more than one forward.
             torch.cuda.current_stream().synchronize()
             return [None] * len(segments)
-        return self._read_tokens(result, segments, rows)
+        return self._read_tokens(result, segments, itertools.accumulate(counts, initial=0))
 
     def _read_tokens(
-        self, result: ForwardResult, segments: Sequence[Segment], rows: list[int]
+        self, result: ForwardResult, segments: Sequence[Segment], first_rows: Iterable[int]
     ) -> list[SampledTokens | None]:
-        """The tokens after the rows of all sampled segments, which are `rows` of `result`."""
-        counts = [len(segment) if segment.sampling else 0 for segment in segments]
-        parts = list(zip(segments, itertools.accumulate(counts, initial=0), counts, strict=False))
+        """The tokens after the rows of all sampled segments, each of which begins at a row of `result`."""
+        parts = list(zip(segments, first_rows, strict=False))
         others = [part for part in parts if part[0].sampling and not part[0].sampling.is_plain]
         other_tokens: Iterator[SampledTokens | None] = iter(())
         if others:
-            own = [row for _, start, count in others for row in rows[start : start + count]]
+            own = [row for segment, first in others for row in range(first, first + len(segment))]
             sampled = sample_segments(
-                result.logits[self._to_device(own)], [(segment.sampling, count) for segment, _, count in others]
+                result.logits[self._to_device(own)], [(segment.sampling, len(segment)) for segment, _ in others]
             )
             other_tokens = iter(sampled)
         ids, margins = result.chosen.tolist()
         return [
             None
             if segment.sampling is None
-            # The rows of a segment follow each other.
-            else PlainSampledTokens(ids, margins, rows[start])
+            else PlainSampledTokens(ids, margins, first)
             if segment.sampling.is_plain
             else next(other_tokens)
-            for segment, start, _ in parts
+            for segment, first in parts
         ]
 
     @_on_own_gpu
@@ -316,7 +317,7 @@ class GraphRunner(TargetRunner):
         """Whether segments need a forward that is not captured: those with long chunks and more than `rows` rows."""
         if self._long_inputs is None:
             return False
-        total = sum(map(len, segments))
+        total = sum(len(segment.ids) for segment in segments)
         return total > self._sizes[-1] or (total > rows and any(map(is_chunk, segments)))
 
     def _run_long(self, pool: KVCachePool, segments: Sequence[Segment]) -> ForwardResult:
@@ -349,7 +350,7 @@ class GraphRunner(TargetRunner):
     def _reserve(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[tuple[int, int, int, int]]:
         """Take pages for the segments; return the pending row moves of the pool."""
         for segment in segments:
-            pool.reserve(segment.sequence, segment.sequence.length + len(segment))
+            pool.reserve(segment.sequence, segment.sequence.length + len(segment.ids))
         return pool.take_moves()
 
     def _fill_inputs(self, pool: KVCachePool, segments: Sequence[Segment], mode: ForwardMode) -> int:
@@ -359,7 +360,7 @@ class GraphRunner(TargetRunner):
         """
         moves = self._reserve(pool, segments)
         # Moves may also belong to sequences that are not in this forward.
-        needed = max(sum(map(len, segments)), len(moves))
+        needed = max(sum(len(segment.ids) for segment in segments), len(moves))
         rows = next(size for size in self._sizes if size >= needed)
         self._inputs[rows].fill(segments, moves)
         if self._group:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.generation_state import CacheSnapshot, GenerationModel, GenerationState
 from cloud_verifier.model.kv_cache import CachedSequence, KVCacheFull, reclaim_nothing
 from cloud_verifier.model.sampling import RowSampling, SampledToken, SampledTokens
@@ -264,7 +264,9 @@ class GeneralRunner:
         self.shape = self.shape._replace(shares_prefixes=self._prefills_in_chunks)
         self.max_prefill_rows = PREFILL_CHUNK_ROWS if self._prefills_in_chunks else UNBOUNDED
 
-    def run(self, pool: GeneralCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(
+        self, pool: GeneralCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
         """Run the segments one after the other; see `TargetRunner.run`.
 
         Of a token tree, only the rows on the target's path are sampled.
@@ -272,6 +274,7 @@ class GeneralRunner:
         Raises:
             KVCacheFull: the cache of one text alone exceeds the pool.
         """
+        meanwhile()
         with self._lock, torch.inference_mode():
             return [self._run_segment(pool, segment) for segment in segments]
 

@@ -150,8 +150,10 @@ class GraphInputs:
             _write(host[name], np.repeat(values, lengths))
         if self._rope and self._rope.switch:
             _write(host["long_rope"], [is_long for segment in segments for is_long in self._rope.long_rows(segment)])
-        for index, segment in enumerate(segments):
-            host["page_table"][index, : len(segment.sequence.pages)] = segment.sequence.pages
+        pages_of = [segment.sequence.pages for segment in segments]
+        host["page_table"][_enumerated(np.array([len(pages) for pages in pages_of], dtype=np.int32))] = list(
+            itertools.chain.from_iterable(pages_of)
+        )
         extent = np.zeros((len(segments), 3), dtype=np.int32)
         extent[:, 0] = [segment.sequence.length for segment in segments]
         extent[:, 1], extent[:, 2] = np.cumsum(lengths) - lengths, lengths

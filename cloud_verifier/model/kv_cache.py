@@ -232,9 +232,12 @@ class KVCachePool:
         Raises:
             KVCacheFull: too few pages are free; nothing changed.
         """
+        first, stop = sequence.length // self.page_tokens, -(-length // self.page_tokens)
+        if stop <= len(sequence.pages) and all(self._holders[page] == 1 for page in sequence.pages[first:stop]):
+            return
         while True:
             shared = self._shared_pages(sequence, length)
-            missing = len(shared) + max(0, -(-length // self.page_tokens) - len(sequence.pages))
+            missing = len(shared) + max(0, stop - len(sequence.pages))
             if self.used_pages + missing <= self.capacity_pages or not missing or not self.reclaim():
                 break
         if self.preallocated and missing > len(self._free):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from cloud_verifier.model.attention import set_forward_context
-from cloud_verifier.model.batch import ForwardBatch, Segment
+from cloud_verifier.model.batch import ForwardBatch, Segment, do_nothing
 from cloud_verifier.model.fast_tier import PagedAttention, forward_arguments
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.lora import LoRAAdapters
@@ -67,14 +67,20 @@ class TargetRunner:
         self.adapters = LoRAAdapters(model)
         self._sampler = CoupledSampler(model.config.vocab_size)
 
-    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(
+        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
         """Run one forward and sample after every row of each segment; None for segments without `sampling`.
 
         Keys and values of all rows are written after their sequences; `KVCachePool.keep` decides which stay.
 
+        Args:
+            meanwhile: called once an accelerator computes, or before a CPU does; perhaps not, if there is an error.
+
         Raises:
             KVCacheFull: nothing was run.
         """
+        meanwhile()
         logits = iter(self.logits(pool, segments))
         return [
             LazySampledTokens(next(logits), segment.sampling, self._sampler) if segment.sampling else None

@@ -79,15 +79,12 @@ class RowSampling:
         self.parameters = parameters
         self.positions = positions
         self.logprobs = logprobs
+        # Whether the tokens follow from logits, temperature and seed alone, and nothing else is asked for.
+        self.is_plain = processor is None and not logprobs and not parameters.truncates
         self._processor = processor
         self._base = processor.length if processor else 0
         self._paths = paths
         self._errors: dict[int, GrammarError] = {}
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the tokens follow from logits, temperature and seed alone, and nothing else is asked for."""
-        return self._processor is None and not self.logprobs and not self.parameters.truncates
 
     def changes(self, row: int) -> LogitChanges | None:
         """How the logits after `row` are changed; None if they are not."""

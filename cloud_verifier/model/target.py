@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.cpu_layers import CpuLayers, dense_weight
 from cloud_verifier.model.fast_tier import PagedAttention
 from cloud_verifier.model.fused_projections import ProjectionFusion
@@ -272,9 +272,11 @@ class Target:
             return False
         return sequence.long_rope if self._rope.recomputes else self._rope.is_long(sequence.prompt_length)
 
-    def run(self, pool: Any, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(
+        self, pool: Any, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
         """Run one forward of segments of this version, and of others on the same runner; see `TargetRunner.run`."""
-        return self.runner.run(pool, segments)
+        return self.runner.run(pool, segments, meanwhile)
 
     def tree_segment(
         self,

@@ -79,6 +79,13 @@ class TokenTree:
             sampled_after: returns the token that the target samples after a node, given its row.
             end_ids: tokens that end the text; empty to continue past them.
         """
+        if not self.draft:
+            # Most forwards of a stream have no draft, and with hundreds of streams this is called as often for each.
+            token, margin, own_logprobs = sampled_after(0)
+            position = self.positions[0] + 1
+            return Verification(
+                0, [token], [0], token in end_ids, [(position, margin)], (own_logprobs,) if own_logprobs else ()
+            )
         row, rows = 0, [0]
         margins: list[tuple[int, float]] = []
         logprobs: list[TokenLogprobs] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -16,7 +16,7 @@ from cloud_verifier.api.server import VerifierServer
 from cloud_verifier.cli import serve
 from cloud_verifier.cli.main import build_parser
 from cloud_verifier.engine.auth import Authenticator
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.kv_cache import KVCachePool
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target
@@ -122,7 +122,10 @@ class ObservedTarget(Target):
     def release(self) -> None:
         self._released.set()
 
-    def run(self, pool: KVCachePool, segments: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(
+        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
+        meanwhile()
         if not self._released.is_set():
             self.reached.set()
             self._released.wait(TIMEOUT_SECONDS)

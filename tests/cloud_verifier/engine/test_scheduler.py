@@ -16,7 +16,7 @@ import torch
 from cloud_verifier.engine import scheduler as scheduler_module
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import RoundReply, Session
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.kv_cache import KVCacheFull, KVCachePool
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.sampling import SampledTokens
@@ -44,7 +44,10 @@ class RecordingTarget(Target):
         self.fails_together = False
         self.failure: Exception = RuntimeError("injected failure")
 
-    def run(self, pool: KVCachePool, pieces: Sequence[Segment]) -> list[SampledTokens | None]:
+    def run(
+        self, pool: KVCachePool, pieces: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+    ) -> list[SampledTokens | None]:
+        meanwhile()
         self.may_run.wait(TIMEOUT_SECONDS)
         if any(map(self.fails, pieces)) or (self.fails_together and len(pieces) > 1):
             raise self.failure
@@ -95,6 +98,26 @@ async def test_waiting_rounds_share_a_forward(tiny: Target) -> None:
         # The first forward may have started before the others were submitted.
         assert len(target.forwards) <= 2
         assert sorted(rows for forward in target.forwards for rows in forward) == [1, 3, 4, 5, 6]
+
+
+async def test_frames_are_handed_over_while_the_next_forward_runs(tiny: Target) -> None:
+    target = RecordingTarget(tiny)
+
+    def hold_the_next_forward(_: Segment) -> bool:
+        target.may_run.clear()
+        return False
+
+    async with running_scheduler(target) as scheduler:
+        target.may_run.clear()
+        _, short = submit_opening(scheduler, target, prompt=[7])
+        _, long = submit_opening(scheduler, target, prompt=[9], n=3)
+        target.fails = hold_the_next_forward
+        target.may_run.set()
+        await asyncio.wait_for(short.result(), TIMEOUT_SECONDS)
+        assert not long.done
+        target.fails = lambda piece: False
+        target.may_run.set()
+        await long.result()
 
 
 async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference_text: ReferenceText) -> None:
