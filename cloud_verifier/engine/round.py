@@ -58,6 +58,8 @@ class ActiveRound:
     Attributes:
         work: what has to run before the next `advance`; None if the round only yielded.
         done: the round has ended.
+        continues: `work` is a single token, and the one that the target samples after it is going to be the next work,
+            unless it ends the text.
         forward_seconds: duration of its forwards, also of those that ran only a part of `work`; without the prefill,
             once that has ended.
         submitted_at: time of construction, by `time.perf_counter`.
@@ -79,6 +81,7 @@ class ActiveRound:
         self.reply = reply
         self.work: RoundWork = None
         self.done = False
+        self.continues = False
         self.submitted_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._keep_rows = keep_rows
@@ -138,7 +141,7 @@ class ActiveRound:
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
         if session.target.runner.exact:
             siblings = {}
-        accepted, tokens = yield from self._verify(draft, siblings)
+        accepted, tokens = yield from self._verify(draft, siblings, left=request.n)
         remaining = request.n - len(tokens)
         self._emit(accepted, tokens, more=not session.finish and remaining > 0)
         while not session.finish and remaining > 0:
@@ -146,7 +149,7 @@ class ActiveRound:
             if session.processor or self._current_speculation():
                 own = yield from self._draft(min(remaining - 1, self._max_draft_length()), remaining)
             draft, started = own.draft.tokens, time.perf_counter()
-            accepted, tokens = yield from self._verify(draft, own.draft.siblings)
+            accepted, tokens = yield from self._verify(draft, own.draft.siblings, left=remaining)
             self._further_forwards += 1
             if own.by_model or self._current_speculation():
                 self._learn(own, time.perf_counter() - started, accepted, tokens)
@@ -226,9 +229,12 @@ class ActiveRound:
             )
 
     def _verify(
-        self, draft: list[int], siblings: Mapping[int, list[int]]
+        self, draft: list[int], siblings: Mapping[int, list[int]], *, left: int
     ) -> Generator[RoundWork, SampledTokens | None, tuple[int, list[int]]]:
         """Verify `draft` in one forward, extend the text by the target's tokens, and roll the KV cache back.
+
+        Args:
+            left: the target's own tokens that the round still needs.
 
         Returns the accepted length, and the target's own tokens after the accepted ones.
         """
@@ -238,9 +244,12 @@ class ActiveRound:
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
         if session.processor:
             session.processor.sync_to(session.ids)
+        streams = not (draft or session.processor or self._current_speculation())
+        self.continues = streams and left > 1 and self._max_draft_length() > 0
         sampled = yield target.tree_segment(
             session.cache, tree, session.sampling, processor=session.processor, logprobs=session.logprobs
         )
+        self.continues = False
         assert sampled is not None
         accepted, tokens, rows, ended, margins, logprobs = tree.verify(sampled.__getitem__, session.end_ids)
         self._keep_rows(session, rows)

@@ -128,6 +128,8 @@ class Scheduler:
         self._released: deque[Session] = deque()
         self._tasks: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: list[ActiveRound] = []
+        # Those whose next tokens the device computes already.
+        self._ahead: list[ActiveRound] = []
         self._turns, self._prefill_turns = TurnOrder(), TurnOrder()
         self._pacer = PrefillPacer()
         self._outbox = Outbox()
@@ -370,9 +372,11 @@ class Scheduler:
         Their frames are handed over when the next forward runs, if there is one: until then this thread needs the
         interpreter, which the event loop would take from it.
         """
-        if self._tasks:
+        self._ahead = [running for running in self._ahead if not running.done]
+        # Tasks change what forwards use, and none may run then.
+        if self._tasks and not self._ahead:
             self._outbox.flush()
-        while self._tasks:
+        while self._tasks and not self._ahead:
             task, future = self._tasks.popleft()
             if future.set_running_or_notify_cancel():
                 try:
@@ -411,7 +415,9 @@ class Scheduler:
         batch: list[ScheduledSegment] = []
         prefilling: list[ActiveRound] = []
         rows = 0
-        for running in self._turns.sort(self._running):
+        # What is computed already comes first, and what is new joins the forward after it.
+        candidates = [running for running in self._ahead if running.work is not None] or self._running
+        for running in self._turns.sort(candidates):
             work = running.work
             if work is None:
                 continue
@@ -457,11 +463,14 @@ class Scheduler:
         # A segment of the draft model names its runner; segments of the target are run by one of its versions.
         first = batch[0]
         runner = first.segment.runner or first.round.session.target
+        continues = self._continues(batch)
+        self._ahead = []
         started = time.perf_counter()
         try:
             is_draft = first.round.runner is not first.round.session.target.runner
             pool = self._pool(first.round.runner.shape, for_draft=is_draft)
-            sampled_by_segment = runner.run(pool, [member.segment for member in batch], self._outbox.flush)
+            segments = [member.segment for member in batch]
+            sampled_by_segment = runner.run(pool, segments, self._outbox.flush, continues)
         except Exception as error:
             device = first.round.runner.shape.device
             if not device_responds(device):
@@ -475,6 +484,8 @@ class Scheduler:
                 return False
             self._fail(first.round, error)
             return True
+        if continues:
+            self._ahead = [member.round for member in batch]
         seconds = time.perf_counter() - started
         prefilled = sum(len(segment.ids) for running, segment in batch if isinstance(running.work, PendingPrefill))
         self._pacer.observe(first.round.runner, prefilled, seconds)
@@ -491,6 +502,13 @@ class Scheduler:
                     continue
             self._advance(running, sampled, seconds)
         return True
+
+    def _continues(self, batch: list[ScheduledSegment]) -> bool:
+        """Whether the next forward will be of the tokens after this one's, as far as is known now."""
+        others = self._submitted or self._tasks or self._expected or self._stopping
+        if others or len(batch) < len(self._running) or not batch[0].round.runner.runs_ahead:
+            return False
+        return all(member.round.continues for member in batch)
 
     def _advance(self, running: ActiveRound, sampled: SampledTokens | None, seconds: float) -> None:
         session = running.session

@@ -33,10 +33,15 @@ class SegmentRunner(Protocol):
     max_round_rows: int
     max_segments: int
     max_prefill_rows: int
+    runs_ahead: bool
     exact: bool
 
     def run(
-        self, pool: Any, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: Any,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> Sequence[SampledTokens | None]: ...
 
     def warm_up(self, pool: Any) -> None: ...

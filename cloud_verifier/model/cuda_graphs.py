@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from cloud_verifier.model import kernels
 from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.chunk_attention import PrefillChunk, find_chunks, is_chunk
 from cloud_verifier.model.fast_tier import PagedAttention
+from cloud_verifier.model.forward_ahead import ForwardAhead, PendingTokens, can_go_ahead
 from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.graph_attention import GraphContext
 from cloud_verifier.model.graph_inputs import MAX_SEGMENTS, GraphInputs
@@ -138,6 +139,9 @@ class GraphRunner(TargetRunner):
         self._graph_memory: Any = None
         self._mode: ForwardMode = "replay"
         self._lora_layout_version = -1
+        # Followers get whole inputs from the host, and RoPE frequencies that change do so by the text's length.
+        self.runs_ahead = group is None and not (self.rope and self.rope.switch)
+        self._ahead: ForwardAhead | None = None
         for module in model.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 # A tensor on the device instead of a constant, so that the compiled code of all layers is the same.
@@ -261,37 +265,87 @@ class GraphRunner(TargetRunner):
     @_on_own_gpu
     @torch.inference_mode()
     def run(
-        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: KVCachePool,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
-        if self._is_long(segments, MAX_CAPTURED_PREFILL_ROWS):
-            result = self._run_long(pool, segments)
-            counts = [len(segment.ids) if segment.sampling else 0 for segment in segments]
+        ahead, self._ahead = self._ahead, None
+        first_rows = ahead.rows_of(pool, segments) if ahead else None
+        if ahead and first_rows is not None:
+            tokens, chosen, logits = ahead.tokens, ahead.chosen, None
         else:
-            size = self._fill_inputs(pool, segments, self._mode)
-            result = getattr(self, self._mode)(pool, size)
-            counts = [len(segment.ids) for segment in segments]
+            if ahead:
+                # Its inputs are to be overwritten.
+                ahead.tokens.read()
+            if self._is_long(segments, MAX_CAPTURED_PREFILL_ROWS):
+                logits, chosen = self._run_long(pool, segments)
+                counts = [len(segment.ids) if segment.sampling else 0 for segment in segments]
+            else:
+                size = self._fill_inputs(pool, segments, self._mode)
+                logits, chosen = getattr(self, self._mode)(pool, size)
+                counts = [len(segment.ids) for segment in segments]
+            first_rows = list(itertools.accumulate(counts, initial=0))[:-1]
+            tokens = PendingTokens(chosen)
+        if continues and self.runs_ahead and can_go_ahead(segments):
+            self._ahead = self._go_ahead(pool, segments, first_rows, tokens, chosen)
         meanwhile()
         if not any(segment.sampling for segment in segments):
             # The pinned inputs may be overwritten only after the device has read them; and whoever comes next is not to
             # wait for more than one forward.
             torch.cuda.current_stream().synchronize()
             return [None] * len(segments)
-        return self._read_tokens(result, segments, itertools.accumulate(counts, initial=0))
+        return self._read_tokens(tokens, logits, segments, first_rows)
+
+    def _go_ahead(
+        self,
+        pool: KVCachePool,
+        segments: Sequence[Segment],
+        rows: list[int],
+        tokens: PendingTokens,
+        chosen: torch.Tensor,
+    ) -> ForwardAhead | None:
+        """Launch the forward of the tokens after `segments`, if the KV cache has room for them.
+
+        Args:
+            rows, tokens, chosen: where these tokens are: rows of what the forward of the segments samples.
+        """
+        try:
+            for segment in segments:
+                pool.reserve(segment.sequence, segment.sequence.length + 2)
+        except KVCacheFull:
+            return None
+        size = next(size for size in self._sizes if size >= len(segments))
+        inputs = self._inputs[size]
+        inputs.fill(segments, ahead=1)
+        following = chosen[0, : len(rows)] if rows == list(range(len(rows))) else chosen[0, self._to_device(rows)]
+        inputs.ids[: len(rows)].copy_(following)
+        return ForwardAhead(pool, segments, rows, tokens, getattr(self, self._mode)(pool, size).chosen)
 
     def _read_tokens(
-        self, result: ForwardResult, segments: Sequence[Segment], first_rows: Iterable[int]
+        self,
+        tokens: PendingTokens,
+        logits: torch.Tensor | None,
+        segments: Sequence[Segment],
+        first_rows: list[int],
     ) -> list[SampledTokens | None]:
-        """The tokens after the rows of all sampled segments, each of which begins at a row of `result`."""
-        parts = list(zip(segments, first_rows, strict=False))
+        """The tokens after the rows of all sampled segments, each of which begins at a row of `tokens` and `logits`.
+
+        Args:
+            logits: may be None if all are sampled in the forward.
+        """
+        parts = list(zip(segments, first_rows, strict=True))
         others = [part for part in parts if part[0].sampling and not part[0].sampling.is_plain]
         other_tokens: Iterator[SampledTokens | None] = iter(())
         if others:
+            assert logits is not None
             own = [row for segment, first in others for row in range(first, first + len(segment))]
             sampled = sample_segments(
-                result.logits[self._to_device(own)], [(segment.sampling, len(segment)) for segment, _ in others]
+                logits[self._to_device(own)], [(segment.sampling, len(segment)) for segment, _ in others]
             )
             other_tokens = iter(sampled)
-        ids, margins = result.chosen.tolist()
+        ids, margins = tokens.read()
         return [
             None
             if segment.sampling is None

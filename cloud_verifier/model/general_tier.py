@@ -229,7 +229,7 @@ class GeneralRunner:
 
     Attributes:
         shape: shape of the pools that it runs with.
-        max_rows, max_round_rows, max_segments, max_prefill_rows, exact: see `runner.TargetRunner`.
+        max_rows, max_round_rows, max_segments, max_prefill_rows, runs_ahead, exact: see `runner.TargetRunner`.
         chunk_limit: up to this length of a text, several tokens of it are read in one forward.
         prompt_limit: tokens of a prompt that are read in the first forward: all of them, unless transformers fails.
         is_consistent: logits do not depend on where the prompt ends, so that any part of a text may be read as one.
@@ -237,6 +237,7 @@ class GeneralRunner:
 
     max_rows = max_round_rows = UNBOUNDED
     max_segments = UNBOUNDED
+    runs_ahead = False
     exact = False
 
     def __init__(self, model: Any, context: int, *, exact: bool = False) -> None:
@@ -265,7 +266,11 @@ class GeneralRunner:
         self.max_prefill_rows = PREFILL_CHUNK_ROWS if self._prefills_in_chunks else UNBOUNDED
 
     def run(
-        self, pool: GeneralCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: GeneralCachePool,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
         """Run the segments one after the other; see `TargetRunner.run`.
 

@@ -114,28 +114,41 @@ class GraphInputs:
             "work": (blocks * self.max_spans, 2),
         }
         total = sum(int(np.prod(shape)) for shape in shapes.values())
-        self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host: dict[str, npt.NDArray[Any]] = {}
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + int(np.prod(shape))
-            parts = self._pinned[start:stop], self.buffer[start:stop]
-            on_host, on_device = (part.view(wide[name]) if name in wide else part.view(shape) for part in parts)
-            self._host[name] = on_host.numpy()
-            setattr(self, name, on_device)
-            start = stop
+        # Two, because the device may not have read the inputs of one forward when those of the next are written.
+        self._staged = [torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
+        views: list[dict[str, Any]] = []
+        for buffer in (self.buffer, *self._staged):
+            parts = torch.split(buffer, [int(np.prod(shape)) for shape in shapes.values()])
+            views.append(
+                {
+                    name: part.view(wide[name]) if name in wide else part.view(shape)
+                    for (name, shape), part in zip(shapes.items(), parts, strict=True)
+                }
+            )
+        vars(self).update(views[0])
+        self._host: list[dict[str, npt.NDArray[Any]]] = [
+            {name: view.numpy() for name, view in staged.items()} for staged in views[1:]
+        ]
 
     def fill(
-        self, segments: Sequence[Segment], moves: Sequence[tuple[int, int, int, int]] = (), chunks: int = 0
+        self,
+        segments: Sequence[Segment],
+        moves: Sequence[tuple[int, int, int, int]] = (),
+        chunks: int = 0,
+        *,
+        ahead: int = 0,
     ) -> None:
         """Write the inputs of a forward of `segments` and start their copy to the device.
 
         Args:
             moves: rows to move in the pool before.
             chunks: how many of the last segments are long prefill chunks.
+            ahead: by how many tokens the sequences will be longer than they are now, and the positions higher.
         """
-        host = self._host
+        self._staged.reverse()
+        self._host.reverse()
+        host = self._host[0]
         lengths = np.array([len(segment.ids) for segment in segments], dtype=np.int32)
         row = int(lengths.sum())
         # Written at once: numpy takes a microsecond for each assignment.
@@ -148,6 +161,7 @@ class GraphInputs:
             ("temperatures", [parameters.temperature for parameters in plain]),
         ):
             _write(host[name], np.repeat(values, lengths))
+        host["positions"][:row] += ahead
         if self._rope and self._rope.switch:
             _write(host["long_rope"], [is_long for segment in segments for is_long in self._rope.long_rows(segment)])
         pages_of = [segment.sequence.pages for segment in segments]
@@ -155,7 +169,7 @@ class GraphInputs:
             itertools.chain.from_iterable(pages_of)
         )
         extent = np.zeros((len(segments), 3), dtype=np.int32)
-        extent[:, 0] = [segment.sequence.length for segment in segments]
+        extent[:, 0] = [segment.sequence.length + ahead for segment in segments]
         extent[:, 1], extent[:, 2] = np.cumsum(lengths) - lengths, lengths
         host["moves"][: len(moves)] = np.array(moves, dtype=np.int32).reshape(-1, 4)
         host["moves"][len(moves) :] = 0
@@ -181,13 +195,13 @@ class GraphInputs:
         # Padding rows are written to page 0, which is never read.
         host["row_spans"][row:], host["pages"][row:] = 0, 0
         host["offsets"][row:] = np.arange(self.rows - row) % self._page_tokens
-        work_start = self._pinned.numel() - host["work"].size
+        work_start = self.buffer.numel() - host["work"].size
         page_table_start = work_start - host["page_table"].size
         self._copy(0, page_table_start + len(segments) * host["page_table"].shape[1])
         self._copy(work_start, work_start + 2 * len(block))
 
     def _copy(self, start: int, stop: int) -> None:
-        self.buffer[start:stop].copy_(self._pinned[start:stop], non_blocking=True)
+        self.buffer[start:stop].copy_(self._staged[0][start:stop], non_blocking=True)
 
 
 def _write(field: npt.NDArray[Any], values: Sequence[Any] | npt.NDArray[Any]) -> None:

@@ -44,6 +44,7 @@ class TargetRunner:
         min_rows: rows to which a forward on a CPU is padded, see `cpu_layers`.
         max_prefill_rows: rows of one forward that the scheduler should use for prefill, so that rounds in the same
             forward do not wait long.
+        runs_ahead: it uses the hint `continues` of `run`.
         exact: the result of a row does not depend on the batch composition, not even in the last bit. Siblings must not
             be scored then.
     """
@@ -52,6 +53,7 @@ class TargetRunner:
     min_rows = 1
     max_segments = 1 << 16
     max_prefill_rows = 128
+    runs_ahead = False
     exact = False
 
     def __init__(self, model: Any, attention: PagedAttention) -> None:
@@ -68,7 +70,11 @@ class TargetRunner:
         self._sampler = CoupledSampler(model.config.vocab_size)
 
     def run(
-        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: KVCachePool,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
         """Run one forward and sample after every row of each segment; None for segments without `sampling`.
 
@@ -76,6 +82,9 @@ class TargetRunner:
 
         Args:
             meanwhile: called once an accelerator computes, or before a CPU does; perhaps not, if there is an error.
+            continues: the token after each segment is going to be the next segment of its sequence, unless the text
+                ends; then an accelerator need not wait for the host in between, see `forward_ahead`. A hint: the next
+                call may have other segments.
 
         Raises:
             KVCacheFull: nothing was run.

@@ -273,10 +273,14 @@ class Target:
         return sequence.long_rope if self._rope.recomputes else self._rope.is_long(sequence.prompt_length)
 
     def run(
-        self, pool: Any, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: Any,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
         """Run one forward of segments of this version, and of others on the same runner; see `TargetRunner.run`."""
-        return self.runner.run(pool, segments, meanwhile)
+        return self.runner.run(pool, segments, meanwhile, continues)
 
     def tree_segment(
         self,

@@ -123,7 +123,11 @@ class ObservedTarget(Target):
         self._released.set()
 
     def run(
-        self, pool: KVCachePool, segments: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: KVCachePool,
+        segments: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
         meanwhile()
         if not self._released.is_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ class RecordingTarget(Target):
     def __init__(self, target: Target) -> None:
         vars(self).update(vars(target))
         self.forwards: list[list[int]] = []
+        self.continued: list[bool] = []
         self.may_run = threading.Event()
         self.may_run.set()
         self.fails: Callable[[Segment], bool] = lambda piece: False
@@ -45,13 +47,18 @@ class RecordingTarget(Target):
         self.failure: Exception = RuntimeError("injected failure")
 
     def run(
-        self, pool: KVCachePool, pieces: Sequence[Segment], meanwhile: Callable[[], object] = do_nothing
+        self,
+        pool: KVCachePool,
+        pieces: Sequence[Segment],
+        meanwhile: Callable[[], object] = do_nothing,
+        continues: bool = False,
     ) -> list[SampledTokens | None]:
         meanwhile()
         self.may_run.wait(TIMEOUT_SECONDS)
         if any(map(self.fails, pieces)) or (self.fails_together and len(pieces) > 1):
             raise self.failure
         self.forwards.append([len(piece) for piece in pieces])
+        self.continued.append(continues)
         return super().run(pool, pieces)
 
 
@@ -118,6 +125,37 @@ async def test_frames_are_handed_over_while_the_next_forward_runs(tiny: Target) 
         target.fails = lambda piece: False
         target.may_run.set()
         await long.result()
+
+
+async def test_new_rounds_and_tasks_wait_for_the_forward_that_is_computed_ahead(
+    tiny: Target, reference_text: ReferenceText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.runner, "runs_ahead", True)
+    target = RecordingTarget(tiny)
+
+    def arrive(_: Segment) -> bool:
+        """Submit a round, and a task, during the third forward."""
+        if len(target.forwards) == 2 and not later:
+            loop.call_soon_threadsafe(lambda: later.append(submit_opening(scheduler, target, prompt=[3], n=2)[1]))
+            tasks.append(asyncio.run_coroutine_threadsafe(scheduler.unload("another version"), loop))
+            while not later or not scheduler._tasks:
+                time.sleep(0.001)
+        return False
+
+    loop, later, tasks = asyncio.get_running_loop(), list[RoundReply](), list[Any]()
+    async with running_scheduler(target) as scheduler:
+        target.may_run.clear()
+        streams = [submit_opening(scheduler, target, prompt=[token], n=8)[1] for token in (7, 9)]
+        target.fails = arrive
+        target.may_run.set()
+        for token, stream in zip((7, 9), streams, strict=True):
+            assert (await stream.result()).tokens == reference_text([token], 8)
+        assert (await later[0].result()).tokens == reference_text([3], 2)
+        await asyncio.wrap_future(tasks[0])
+    # The third forward was launched with the fourth, for which the arrivals wait.
+    assert [len(forward) for forward in target.forwards[2:5]] == [2, 2, 3]
+    assert target.continued[2:4] == [True, False]
+    assert target.continued[-2:] == [True, False]
 
 
 async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference_text: ReferenceText) -> None:

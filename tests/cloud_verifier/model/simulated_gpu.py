@@ -24,7 +24,7 @@ import torch
 from transformers import AttentionInterface
 
 from cloud_verifier.model import attention, cuda_graphs, fast_tier, graph_attention, quantization, self_test
-from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.batch import Segment, do_nothing
 from cloud_verifier.model.cuda_graphs import GraphRunner
 from cloud_verifier.model.fused_projections import ProjectionFusion
 from cloud_verifier.model.graph_attention import GraphContext
@@ -66,6 +66,7 @@ def simulate() -> None:
     cuda: Any = torch.cuda
     cuda.device = lambda _: contextlib.nullcontext()
     cuda.synchronize = lambda *_: None
+    cuda.Event = lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     cuda.current_stream = lambda *_: SimpleNamespace(synchronize=lambda: None)
     tensor_class: Any = torch.Tensor
     tensor_class.pin_memory = lambda tensor, *_: tensor
@@ -166,6 +167,46 @@ def check_tokens(directory: Path) -> None:
         assert abs(actual[1] - expected[1]) < 0.2, (actual, expected)
 
 
+def check_ahead(directory: Path) -> None:
+    """Streams have the tokens of the CPU's runner where forwards are launched before their tokens are known."""
+    path = save_target(directory / "model", "llama", max_position_embeddings=CONTEXT, num_hidden_layers=1, **SMALL)
+    gpu = make_simulated_runner(path, "float32")
+    cpu = make_runner(load_model(path, "cpu", "float32")[0], CONTEXT)
+    assert gpu.runs_ahead and not cpu.runs_ahead
+    # By forward: the streams in it, and whether all go on. One ends, one joins, one gets another sampling.
+    forwards = [((0, 1, 2), True)] * 3 + [((0, 2), True), ((2, 0), True), ((0, 1, 2), True), ((0, 2), False)] * 2
+    # The second text fills its page, and the next one begins within a forward that was launched ahead.
+    prompts = [[5, 9], list(range(1, 63)), [7]]
+    reused = []
+    texts: list[list[list[int]]] = []
+    for runner in (gpu, cpu):
+        pool = (SimulatedPool if runner is gpu else KVCachePool)(runner.shape, 2000)
+        texts.append([list(prompt) for prompt in prompts])
+        samplings = [Sampling(0.7, seed=seed) for seed in range(3)]
+        sequences = [CachedSequence() for _ in prompts]
+        run(runner, pool, [Segment.from_tokens(sequences[i], prompts[i][:-1]) for i in (0, 1)])
+        for number, (streams, continues) in enumerate(forwards):
+            if number == 8:
+                samplings[0] = Sampling(0.9, seed=1)
+            trees = [TokenTree(texts[-1][i][-1], len(texts[-1][i]), [], {}) for i in streams]
+            segments = [
+                Segment.from_tree(sequences[i], tree, samplings[i]) for i, tree in zip(streams, trees, strict=True)
+            ]
+            if runner is gpu:
+                launched = gpu._ahead
+                sampled = gpu.run(pool, segments, do_nothing, continues)
+                assert (gpu._ahead is not None) == continues
+                reused.append(launched is not None and launched.rows_of(pool, segments) is not None)
+            else:
+                sampled = [tokens for segment in segments for tokens in cpu.run(pool, [segment])]
+            for i, tokens in zip(streams, sampled, strict=True):
+                assert tokens is not None
+                texts[-1][i].append(tokens[0].token)
+                pool.keep(sequences[i], [0])
+    assert texts[0] == texts[1]
+    assert reused == [False, True, True, True, True, False, True, False, False, False, True]
+
+
 def check_many_texts(directory: Path) -> None:
     """More texts than a forward had room for once get the tokens of the CPU's runner in one forward."""
     sizes = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -232,12 +273,13 @@ def check_attention(_: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "tokens, many-texts, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact|:fp8|:quantized]"
+    text = "tokens, ahead, many-texts, sampling, attention, or self-test:MODEL_TYPE:DTYPE[:exact|:fp8|:quantized]"
     parser.add_argument("cases", nargs="+", metavar="CASE", help=text)
     options = parser.parse_args()
     checks: dict[str, Callable[..., None]] = {
         "self-test": check_self_test,
         "tokens": check_tokens,
+        "ahead": check_ahead,
         "many-texts": check_many_texts,
         "sampling": check_sampling,
         "attention": check_attention,

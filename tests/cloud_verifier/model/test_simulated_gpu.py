@@ -22,7 +22,7 @@ LIMIT_SECONDS = 900
         # In few processes: each takes five seconds to start.
         ("self-test:gemma2:float32", "self-test:gpt_oss:float32", "self-test:llama4_text:float32", "attention"),
         ("self-test:llama:float32:exact", "self-test:llama:float32:fp8", "sampling", "many-texts"),
-        ("self-test:llama:float32:quantized", "self-test:llama:float16", "tokens"),
+        ("self-test:llama:float32:quantized", "self-test:llama:float16", "tokens", "ahead"),
     ],
     ids=lambda cases: cases[0],
 )
