@@ -80,15 +80,14 @@ class TokenTree:
             end_ids: tokens that end the text; empty to continue past them.
         """
         if not self.draft:
-            # Most forwards of a stream have no draft, and with hundreds of streams this is called as often for each.
+            # A stream's forwards have no draft, and a busy GPU has hundreds of them at a time: the short way.
             token, margin, own_logprobs = sampled_after(0)
-            position = self.positions[0] + 1
-            return Verification(
-                0, [token], [0], token in end_ids, [(position, margin)], (own_logprobs,) if own_logprobs else ()
-            )
+            margins = [(self.positions[0] + 1, margin)]
+            logprobs = [own_logprobs] if own_logprobs else []
+            return Verification(0, [token], [0], token in end_ids, margins, logprobs=logprobs)
         row, rows = 0, [0]
-        margins: list[tuple[int, float]] = []
-        logprobs: list[TokenLogprobs] = []
+        margins = []
+        logprobs = []
 
         def sample() -> int:
             sampled = sampled_after(row)
