@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import AutoTokenizer
 
 from edge_runtime.protocol.bundle import Bundle
@@ -59,6 +60,9 @@ def write_random_target(shape: str, directory: Path, device: str) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     # Last: a directory with it is complete.
     model.save_pretrained(directory)
+    del model
+    # vLLM does not start where another process has much of the GPU's memory.
+    torch.cuda.empty_cache()
 
 
 def build_genai_target(target: Path, directory: Path, scratch: Path) -> None:
