@@ -17,7 +17,7 @@ DIRECTORIES = ("tests/edge_runtime", "tests/device_profiles")
 OWN_PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles", "tests")
 # What these tests need in addition to the board's install.
 PYTEST = ("pytest", "pytest-asyncio", "pytest-rerunfailures", "pytest-timeout", "pytest-xdist")
-REQUIREMENTS = (*PYTEST, "hypothesis", "jsonschema", "scipy")
+REQUIREMENTS = (*PYTEST, "hypothesis", "jsonschema")
 
 
 def board_test_modules() -> list[str]:

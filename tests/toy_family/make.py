@@ -3,7 +3,7 @@
     python -m tests.toy_family.make WORK --out tests/toy_family        # one GPU, ten minutes
 
 WORK keeps text, tokenizer and intermediate models; give the same command again after an interruption. The corpus is
-source text of the packages installed for the interpreter. The text stage needs only a CPU.
+source text of the packages installed for the interpreter, scipy among them. The text stage needs only a CPU.
 """
 
 from __future__ import annotations
