@@ -32,7 +32,7 @@ test: $(STAMP)
 # For the loop of daily work: without the tests marked slow, and without types, which `make lint` checks.
 test-quick: $(STAMP)
 	$(BIN)/ruff check --quiet .
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -q --hypothesis-profile=quick
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" -q --hypothesis-profile=quick
 
 lint: $(STAMP) lint-quick
 	$(BIN)/mypy

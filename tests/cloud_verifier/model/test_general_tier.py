@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from cloud_verifier.engine import scheduler as scheduler_module
 from cloud_verifier.engine.scheduler import Scheduler
 from cloud_verifier.engine.sessions import Session
 from cloud_verifier.model.batch import Segment
@@ -139,7 +140,10 @@ async def test_caches_beyond_the_bound_are_dropped_and_computed_again(loaded: Lo
         assert 0 <= pool.used_bytes <= pool.capacity_bytes
 
 
-async def test_a_text_that_exceeds_the_bound_alone_is_refused(loaded: LoadedModel) -> None:
+async def test_a_text_that_exceeds_the_bound_alone_is_refused(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "CACHE_WAIT_SECONDS", 0.05)
     async with running_scheduler(loaded.target) as scheduler:
         pool_of(scheduler).capacity_bytes = 10
         session, reply = submit_opening(scheduler, loaded.target, PROMPT)
