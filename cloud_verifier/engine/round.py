@@ -134,8 +134,7 @@ class ActiveRound:
         session, request = self.session, self.reply.executed_request
         while request.round == 0 and not self._reuse_prefix(session):
             yield None
-        if unread := self._unread_ids():
-            yield PendingPrefill(unread)
+        yield from self._prefill()
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
         draft = request.draft[: self._max_draft_length()]
         siblings = {index: ids for index, ids in request.siblings.items() if index < len(draft)}
@@ -151,17 +150,17 @@ class ActiveRound:
             draft, started = own.draft.tokens, time.perf_counter()
             accepted, tokens = yield from self._verify(draft, own.draft.siblings, left=remaining)
             self._further_forwards += 1
-            if own.by_model or self._current_speculation():
-                self._learn(own, time.perf_counter() - started, accepted, tokens)
+            self._learn(own, time.perf_counter() - started, accepted, tokens)
             tokens = draft[:accepted] + tokens
             remaining -= len(tokens)
             self._emit(0, tokens, more=not session.finish and remaining > 0)
 
-    def _unread_ids(self) -> list[int]:
-        """The ids, except the last, that the KV cache has to be extended by before the next verification."""
+    def _prefill(self) -> Generator[RoundWork, SampledTokens | None, None]:
+        """Extend the KV cache to all ids except the last."""
         session = self.session
         session.target.prepare_cache(session.cache, len(session.ids))
-        return session.ids[session.cache.length : -1]
+        if uncached := session.ids[session.cache.length : -1]:
+            yield PendingPrefill(uncached)
 
     def _max_draft_length(self) -> int:
         return self.session.target.draft_limit(len(self.session.ids))
@@ -239,8 +238,7 @@ class ActiveRound:
         Returns the accepted length, and the target's own tokens after the accepted ones.
         """
         session, target = self.session, self.session.target
-        if unread := self._unread_ids():
-            yield PendingPrefill(unread)
+        yield from self._prefill()
         tree = TokenTree(session.ids[-1], len(session.ids), draft, siblings)
         if session.processor:
             session.processor.sync_to(session.ids)
@@ -251,21 +249,23 @@ class ActiveRound:
         )
         self.continues = False
         assert sampled is not None
-        accepted, tokens, rows, ended, margins, logprobs = tree.verify(sampled.__getitem__, session.end_ids)
-        self._keep_rows(session, rows)
-        session.ids += draft[:accepted] + tokens
+        verification = tree.verify(sampled.__getitem__, session.end_ids)
+        self._keep_rows(session, verification.rows)
+        session.ids += draft[: verification.accepted] + verification.tokens
         # At most one token exceeds the context: the bonus token after a sibling.
         excess = max(0, len(session.ids) - target.context)
         if excess:
             del session.ids[-excess:]
-        if ended and not excess:
+        if verification.ended and not excess:
             session.finish = "stop"
         elif len(session.ids) == target.context:
             session.finish = "length"
         threshold = target.close_call_margin
-        self._unsent_close_calls += [(position, round(margin, 9)) for position, margin in margins if margin < threshold]
-        self._unsent_logprobs += logprobs[: len(logprobs) - excess]
-        return accepted, tokens[: len(tokens) - excess]
+        self._unsent_close_calls += [
+            (position, round(margin, 9)) for position, margin in verification.margins if margin < threshold
+        ]
+        self._unsent_logprobs += verification.logprobs[: len(verification.logprobs) - excess]
+        return verification.accepted, verification.tokens[: len(verification.tokens) - excess]
 
     def _emit(self, accepted: int, tokens: list[int], more: bool) -> None:
         """Push a frame with all unsent tokens: the first and the last at once, others at `STREAM_FRAME_SECONDS`."""

@@ -80,15 +80,12 @@ class ForwardAhead:
         rows = []
         for segment in segments:
             own_row, row, length, before = self._expected.get(id(segment.sequence), (0, 0, -1, segment))
-            if (segment.sequence.length, segment.ids[0]) != (length, int(ids[row])):
+            assert segment.sampling and before.sampling
+            expected = length, int(ids[row]), before.adapter_slot
+            if (segment.sequence.length, segment.ids[0], segment.adapter_slot) != expected:
                 return None
-            if segment.adapter_slot != before.adapter_slot or not _same_sampling(segment, before):
+            # Those of a session are one object, which does not change.
+            if segment.sampling.parameters is not before.sampling.parameters:
                 return None
             rows.append(own_row)
         return rows
-
-
-def _same_sampling(segment: Segment, before: Segment) -> bool:
-    assert segment.sampling and before.sampling
-    # Of one session, whose parameters do not change.
-    return segment.sampling.parameters is before.sampling.parameters
