@@ -23,6 +23,7 @@ from edge_runtime.planning.analytic import AnalyticPlanner
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.objective import Objective
 from edge_runtime.planning.plan import Conditions, Outcome, Plan
+from edge_runtime.planning.planner_state import PlannerState
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier import VerifierClient
 from tests.conftest import serving
@@ -110,22 +111,23 @@ async def test_every_drafted_round_is_covered_by_the_budget(
     draft = CorruptedDraft(shipped_draft, share)
     step, prefill = shipped_draft.measure_speed()
     device = DeviceModel(step_seconds=step, prefill_seconds=prefill, overhead_seconds=0.0)
-    texts, budgets = [], []
+    texts: list[list[list[int]]] = []
+    states: list[PlannerState] = []
+    estimates = []
     for _ in range(2):
         planner = AnalyticPlanner(Objective(), device, acceptance={"T=0.7": 0.7})
         store = PlannerStateStore(tmp_path, "draft")
         assert store.restore(planner) == bool(texts)
-        if texts and share > 0.9:
-            # The restart has not forgotten that the draft is poor.
-            assert planner.state().acceptance
-            # A fast verifier may leave it nothing to judge: streaming is then cheaper whatever the draft is worth.
-            assert estimated_acceptance(planner) < (0.3 if seconds == SLOW else 0.7)
-        budgets.append(planner.regret.tokens)
+        if states:
+            # The second process continues with the evidence and the budget that the first one left.
+            assert planner.state() == states[0]
+        estimates.append(estimated_acceptance(planner))
         watched = WatchedPlanner(planner)
         texts.append(await generate(slowed(target_v1, seconds), draft, watched))
         assert watched.uncovered == 0.0
-        budgets.append(planner.regret.tokens)
+        states.append(planner.state())
         store.save(planner)
     assert texts[0] == texts[1] == await generate(target_v1, shipped_draft, None)
-    # The second process continues with the budget that the first one left.
-    assert budgets[2] == budgets[1]
+    if share == 1.0:
+        # How much of a draft is judged, and so learned, depends on the clock; that it is poor is noticed in any case.
+        assert estimates[1] < estimates[0]
