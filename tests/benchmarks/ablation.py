@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 
-from tests.benchmarks.comparison.board import PLAN_PARTS, System
+from tests.benchmarks.comparison.board import System
 from tests.benchmarks.comparison.texts import TOKENS
 from tests.benchmarks.harness.benchmark import Benchmark
+from tests.benchmarks.plan_parts import PLAN_PARTS
 from tests.benchmarks.systems import LINKS, ComparedPlace, make_cases, make_overviews, running
 
 

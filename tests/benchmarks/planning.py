@@ -1,8 +1,8 @@
 """Quality of the planner's policies in simulation: `python -m tests.benchmarks run planning`.
 
-    cells       every link preset x board x verifier: cost per token of each policy against the best single plan in
-                hindsight, and of fixed K, streaming, edge-drafted and per-token decoding; a sample is a seventh of the
-                cells
+    cells       every link preset x board x verifier: cost per token of each policy, of the default one with one part
+                left out, and of fixed K, streaming, edge-drafted and per-token decoding, against the best single plan
+                in hindsight; a sample is a seventh of the cells
     steps       rounds after a change of the link until the plan for a new text has settled
     energy      a budget of 70 % of the power that the unconstrained planner draws: how well it is kept, and its cost
     siblings    tokens per round with siblings for every draft token, or only where the draft is uncertain
@@ -34,7 +34,7 @@ import msgspec
 
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.energy_budget import EnergyBudget
-from edge_runtime.planning.factory import POLICY_NAMES, make_planner
+from edge_runtime.planning.factory import DEFAULT_POLICY, POLICY_NAMES, make_planner
 from edge_runtime.planning.objective import PRESETS, parse_objective
 from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol.bundle import read_bundle
@@ -47,6 +47,7 @@ from edge_runtime.simulation.verifiers import VERIFIERS
 from edge_runtime.simulation.world import ANCHOR_DRAFT_BYTES, SMALL_DRAFT_BYTES, World, make_world
 from tests.benchmarks.harness.benchmark import Benchmark, Quantity, Scenario, Values
 from tests.benchmarks.lower_bound import compute_lower_bound
+from tests.benchmarks.plan_parts import PLAN_PARTS, ChangedPlanner
 
 FAMILY = Path(__file__).parent.parent.parent / "export" / "example_family"
 LINKS = (*LINK_PRESETS, "bursty")
@@ -205,10 +206,17 @@ def measure_cell(cell: Cell, footprints: TextFootprints) -> dict[str, float]:
     }
     for name, plan in BASELINES.items():
         costs[name] = simulate(footprints.texts, FixedPlanner(plan), cell.world()).cost(OBJECTIVE)
-    for name in POLICY_NAMES:
-        results = Simulator(cell.world(), make_policy(name, cell.profiled_device())).run_all(footprints.texts)
-        costs[name] = _sum(results).cost(OBJECTIVE)
+    planners = {name: make_policy(name, cell.profiled_device()) for name in POLICY_NAMES}
+    for part, changes in PLAN_PARTS.items():
+        planners[without(part)] = ChangedPlanner(make_policy(DEFAULT_POLICY, cell.profiled_device()), changes)
+    for name, planner in planners.items():
+        costs[name] = _sum(Simulator(cell.world(), planner).run_all(footprints.texts)).cost(OBJECTIVE)
     return costs
+
+
+def without(part: str) -> str:
+    """Name in the table of the planner without one of PLAN_PARTS."""
+    return f"{DEFAULT_POLICY} without {part}"
 
 
 def describe_costs(cells: Sequence[dict[str, float]], name: str) -> Values:
@@ -371,7 +379,7 @@ def _costs_of_part(part: int) -> list[dict[str, float]]:
         return list(itertools.chain.from_iterable(pool.map(measure_cells, [part] * len(TEXT_KINDS), TEXT_KINDS)))
 
 
-for _name in ("clairvoyant", "best fixed K in hindsight", *BASELINES, *POLICY_NAMES):
+for _name in ("clairvoyant", "best fixed K in hindsight", *BASELINES, *POLICY_NAMES, *map(without, PLAN_PARTS)):
     _add(
         CELLS,
         {"policy": _name},

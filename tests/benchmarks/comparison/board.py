@@ -11,6 +11,7 @@ import asyncio
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ from edge_runtime.planning.board_profile import cache_bytes, find_profile, weigh
 from edge_runtime.planning.device_model import DeviceModel
 from edge_runtime.planning.factory import DEFAULT_POLICY, make_planner
 from edge_runtime.planning.objective import parse_objective
-from edge_runtime.planning.plan import Conditions, FixedPlanner, Outcome, Plan, Planner
+from edge_runtime.planning.plan import FixedPlanner, Outcome, Plan, Planner
 from edge_runtime.protocol.bundle import Manifest, read_bundle, read_head_ids
 from edge_runtime.protocol.sampling import Sampling, common_prefix_length
 from edge_runtime.verifier.client import VerifierClient
@@ -42,6 +43,7 @@ from tests.benchmarks.comparison.distributions import (
 )
 from tests.benchmarks.comparison.isolation import SampleIsolation
 from tests.benchmarks.comparison.pacing import DraftPace
+from tests.benchmarks.plan_parts import PLAN_PARTS, ChangedPlanner
 from tests.emulator.control import claim_standard_output
 
 # Longest draft that is tried when the best fixed length is looked for, and tokens of the text that is generated for
@@ -50,14 +52,6 @@ MAX_FIXED_DRAFT, TRIAL_TOKENS = 8, 48
 
 # Longer than any pause of a machine that is busy with other things. Chosen.
 DEADLINE_SECONDS = 120.0
-
-# Fields of a plan without a part that plans have.
-PLAN_PARTS: dict[str, dict[str, Any]] = {
-    "siblings": {"siblings": 0},
-    "drafting ahead": {"draft_ahead": 0, "in_flight": 1},
-    "guessing along with streams": {"shadow": False},
-    "confidence stop": {"min_confidence": 0.0, "min_survival": 0.0},
-}
 
 HeadIds = npt.NDArray[np.int32]
 
@@ -199,24 +193,16 @@ class Contestant(Protocol):
         """The rounds of the last answer."""
 
 
-class RecordingPlanner:
-    """Hands on to a planner, and records the outcomes.
+class RecordingPlanner(ChangedPlanner):
+    """Also records the outcomes."""
 
-    Args:
-        changes: fields of plans that are replaced.
-    """
-
-    def __init__(self, planner: Planner, changes: dict[str, Any]) -> None:
-        self.planner = planner
+    def __init__(self, planner: Planner, changes: Mapping[str, Any]) -> None:
+        super().__init__(planner, changes)
         self.outcomes: list[Outcome] = []
-        self._changes = changes
-
-    def plan(self, conditions: Conditions) -> Plan:
-        return msgspec.structs.replace(self.planner.plan(conditions), **self._changes)
 
     def observe(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        self.planner.observe(outcome)
+        super().observe(outcome)
 
 
 class IdsContestant:
