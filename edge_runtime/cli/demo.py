@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import os
 import re
 import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,13 +98,16 @@ class DemoFamily(NamedTuple):
 
 
 class DemoText(NamedTuple):
-    """One generated text."""
+    """One generated text.
+
+    Attributes:
+        reference: what the target alone generates, see `_read_references`.
+    """
 
     label: str
-    prompt_ids: list[int]
     new_ids: list[int]
+    reference: list[int]
     generation: Generation
-    sampling: Sampling
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -152,10 +157,8 @@ async def _run(options: argparse.Namespace) -> int:
         texts = await _answer_all(
             family, target, draft, planner, max_new_tokens=options.max_new_tokens, console=console, first=index == 0
         )
-        with console.status(f"{target.name} decodes alone, token by token, for comparison"):
-            references = await _decode_alone(target, texts, options.max_new_tokens)
-        for text, reference in zip(texts, references, strict=True):
-            exact = text.new_ids == reference
+        for text in texts:
+            exact = text.new_ids == text.reference
             all_exact = all_exact and exact
             _add_row(table, target.name, text, exact)
     console.print(table)
@@ -216,30 +219,66 @@ async def _answer_all(
     from edge_runtime.verifier import VerifierClient
 
     texts = []
+    prompts = [_encode_prompt(family, draft, prompt) for prompt in family.prompts]
+    labels, parameters = zip(*itertools.islice(itertools.cycle(SAMPLINGS), len(prompts)), strict=True)
+    samplings = [Sampling(**each) for each in parameters]
     started = time.monotonic()
-    async with run_verifier(target) as url, VerifierClient(url, deadline=VERIFIER_START_SECONDS) as client:
-        with console.status(f"starting a verifier for {target.name} in a process of its own"):
+    async with contextlib.AsyncExitStack() as stack:
+        with console.status(f"{target.name}: a verifier starts, and another process decodes alone, for comparison"):
+            alone = await stack.enter_async_context(cloud_verifier_process("generate", str(target), "--jobs", "-"))
+            _send_jobs(alone, prompts, samplings, max_new_tokens)
+            url = await stack.enter_async_context(run_verifier(target))
+            client = await stack.enter_async_context(VerifierClient(url, deadline=VERIFIER_START_SECONDS))
             await client.models()
+            seconds = time.monotonic() - started
+            # Before the first text, whose time per token is shown.
+            references = await _read_references(alone, target)
         console.print(
-            f"cloud: a verifier for {target.name}, ready after {time.monotonic() - started:.1f} s"
+            f"cloud: a verifier for {target.name}, ready after {seconds:.1f} s"
             + ("" if first else "; nothing on the board has changed"),
             soft_wrap=True,
         )
-        for index, prompt in enumerate(family.prompts):
-            label, parameters = SAMPLINGS[index % len(SAMPLINGS)]
-            sampling = Sampling(**parameters)
-            ids = _encode_prompt(family, draft, prompt)
-            generation = Generation(draft, client, ids, sampling, max_new_tokens=max_new_tokens, planner=planner)
+        for index, (prompt, ids) in enumerate(zip(family.prompts, prompts, strict=True)):
+            generation = Generation(
+                draft, client, ids, samplings[index], max_new_tokens=max_new_tokens, planner=planner
+            )
             stream = TextStream(draft.tokenizer, sys.stdout, prompt=ids)
-            console.rule(f"{target.name}, {label}", align="left")
+            console.rule(f"{target.name}, {labels[index]}", align="left")
             if not index:
                 stream.write_legend()
             stream.write_prompt(f"{prompt}\n" if family.chat else prompt)
             async for verified in generation:
                 stream.write(verified)
             stream.end()
-            texts.append(DemoText(label, ids, generation.ids[len(ids) :], generation, sampling))
+            texts.append(DemoText(labels[index], generation.ids[len(ids) :], references[index], generation))
     return texts
+
+
+def _send_jobs(
+    process: Process, prompts: Sequence[list[int]], samplings: Sequence[Sampling], max_new_tokens: int
+) -> None:
+    """Ask `cloud-verifier generate --jobs -` for the texts that a target generates alone."""
+    import msgspec
+
+    assert process.stdin is not None
+    for ids, sampling in zip(prompts, samplings, strict=True):
+        job = {"ids": ids, "max_new_tokens": max_new_tokens, "sampling": sampling}
+        process.stdin.write(msgspec.json.encode(job) + b"\n")
+    process.stdin.close()
+
+
+async def _read_references(process: Process, target: Path) -> list[list[int]]:
+    """Return what transformers' `generate` makes of the prompts, in a process without sessions, trees or drafts.
+
+    Raises:
+        FlexSpecError: the process failed.
+    """
+    import msgspec
+
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise FlexSpecError(f"{target} does not decode alone; run `cloud-verifier generate {target} Hello`")
+    return [msgspec.json.decode(line, type=list[int]) for line in output.splitlines()]
 
 
 def _encode_prompt(family: DemoFamily, draft: OnnxDraft, prompt: str) -> list[int]:
@@ -279,19 +318,3 @@ def _peak_megabytes() -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     return int(peak[1]) * 1024 / 1e6 if peak else float("nan")
-
-
-async def _decode_alone(target: Path, texts: list[DemoText], max_new_tokens: int) -> list[list[int]]:
-    """Return what transformers' `generate` makes of the same prompts, in a process without sessions, trees or drafts.
-
-    Raises:
-        FlexSpecError: the process failed.
-    """
-    import msgspec
-
-    jobs = [{"ids": text.prompt_ids, "max_new_tokens": max_new_tokens, "sampling": text.sampling} for text in texts]
-    async with cloud_verifier_process("generate", str(target), "--jobs", "-") as process:
-        output, _ = await process.communicate(b"".join(msgspec.json.encode(job) + b"\n" for job in jobs))
-    if process.returncode:
-        raise FlexSpecError(f"{target} does not decode alone; run `cloud-verifier generate {target} Hello`")
-    return [msgspec.json.decode(line, type=list[int]) for line in output.splitlines()]
