@@ -32,11 +32,12 @@ from cloud_verifier.api.codec import (
 from cloud_verifier.api.openapi import build_document
 from cloud_verifier.engine.admission import OPENING_SHARE, AdmissionController, InFlightMiddleware
 from cloud_verifier.engine.auth import Authenticator
+from cloud_verifier.engine.batching import BATCH_WINDOW_SECONDS
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.principals import Principal, Role
 from cloud_verifier.engine.rate_limits import check_prompt_length
 from cloud_verifier.engine.rollout import Rollout
-from cloud_verifier.engine.scheduler import BATCH_WINDOW_SECONDS, Scheduler, TargetFactory
+from cloud_verifier.engine.scheduler import Scheduler, TargetFactory
 from cloud_verifier.engine.sessions import RoundReply, Session, SessionStore, StoreFull
 from cloud_verifier.engine.submitter import RoundSubmitter
 from cloud_verifier.model.limits import VerifierLimits, check_opening, check_round, make_constraint

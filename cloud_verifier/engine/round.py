@@ -15,6 +15,7 @@ import msgspec
 
 from cloud_verifier.engine.outbox import Outbox
 from cloud_verifier.engine.own_drafts import OwnDraftPlanner
+from cloud_verifier.engine.session_caches import SessionCaches
 from cloud_verifier.engine.sessions import RoundReply, Session
 from cloud_verifier.model.batch import Segment, SegmentRunner
 from cloud_verifier.model.runner import PendingPrefill, RoundWork
@@ -46,9 +47,7 @@ class ActiveRound:
     """One round in progress.
 
     Args:
-        keep_rows: `KVCachePool.keep` for the cache of a session.
-        reuse_prefix: lets the cache of a new session begin with a cached prefix. Returns whether the round may go on;
-            otherwise a longer prefix is about to be cached, and the round tries again.
+        caches: the KV caches of all sessions.
         current_speculation: returns the verifier's own draft model, or None; called before every forward, because it
             depends on the load.
         own_drafts: plans what that drafts.
@@ -70,8 +69,7 @@ class ActiveRound:
         session: Session,
         reply: RoundReply,
         *,
-        keep_rows: Callable[[Session, list[int]], None],
-        reuse_prefix: Callable[[Session], bool],
+        caches: SessionCaches,
         current_speculation: Callable[[], Speculation | None],
         own_drafts: OwnDraftPlanner,
         session_load: Callable[[], int],
@@ -84,8 +82,7 @@ class ActiveRound:
         self.continues = False
         self.submitted_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
-        self._keep_rows = keep_rows
-        self._reuse_prefix = reuse_prefix
+        self._caches = caches
         self._current_speculation = current_speculation
         self._own_drafts = own_drafts
         self._session_load = session_load
@@ -132,7 +129,7 @@ class ActiveRound:
 
     def _execute(self) -> Generator[RoundWork, SampledTokens | None, None]:
         session, request = self.session, self.reply.executed_request
-        while request.round == 0 and not self._reuse_prefix(session):
+        while request.round == 0 and not self._caches.begin(session):
             yield None
         yield from self._prefill()
         self._prefill_seconds, self.forward_seconds = self.forward_seconds, 0.0
@@ -250,7 +247,7 @@ class ActiveRound:
         self.continues = False
         assert sampled is not None
         verification = tree.verify(sampled.__getitem__, session.end_ids)
-        self._keep_rows(session, verification.rows)
+        self._caches.keep(session, verification.rows)
         session.ids += draft[: verification.accepted] + verification.tokens
         # At most one token exceeds the context: the bonus token after a sibling.
         excess = max(0, len(session.ids) - target.context)

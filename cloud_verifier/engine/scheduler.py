@@ -1,8 +1,6 @@
 """The batch scheduler: one thread that owns the KV cache pools and runs the rounds of all sessions.
 
-Continuous batching: every round that has something to be scored joins the next forward, whatever its draft length, its
-siblings, and its version among the adapters of one base model. Prompts are prefilled in chunks that share a forward
-with verification, so that no round waits for a whole prompt. Everything else of the verifier runs on the event loop.
+Which rounds join a forward, `batching` says. Everything else of the verifier runs on the event loop.
 """
 
 from __future__ import annotations
@@ -10,25 +8,24 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
-import heapq
 import logging
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from cloud_verifier.engine.fairness import TurnOrder
+from cloud_verifier.engine.batching import BATCH_WINDOW_SECONDS, BatchSelector, ExpectedRounds, ScheduledSegment
 from cloud_verifier.engine.metrics import VerifierMetrics
 from cloud_verifier.engine.outbox import Outbox
 from cloud_verifier.engine.own_drafts import OwnDraftPlanner
-from cloud_verifier.engine.prefill_pacing import PrefillPacer
 from cloud_verifier.engine.round import ActiveRound
+from cloud_verifier.engine.session_caches import SessionCaches
 from cloud_verifier.engine.sessions import RoundReply, Session
-from cloud_verifier.model.batch import Segment, SegmentRunner
+from cloud_verifier.model.batch import SegmentRunner
 from cloud_verifier.model.kv_cache import (
     CACHE_TOKENS,
     CachedSequence,
@@ -37,12 +34,10 @@ from cloud_verifier.model.kv_cache import (
     KVCacheFull,
     affordable_tokens,
 )
-from cloud_verifier.model.prefix_cache import CacheScope, PrefixCache
 from cloud_verifier.model.runner import PendingPrefill, device_responds
 from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.speculation import Speculation
 from cloud_verifier.model.target import Target
-from edge_runtime.common.memory import release_freed_memory
 from edge_runtime.protocol.errors import GrammarError, TargetError, VerifierRefused
 from edge_runtime.protocol.messages import ErrorCode
 
@@ -53,10 +48,6 @@ T = TypeVar("T")
 # Makes a target from its path, its name, and the targets that are loaded, with which it may share memory.
 TargetFactory: TypeAlias = Callable[[Path, str, list[Target]], Target]
 
-# Default of how long a forward waits for sessions whose next round is expected soon.
-BATCH_WINDOW_SECONDS = 0.002
-# A session that is this much later than its usual pause is no longer waited for.
-LATE_ARRIVAL_SECONDS = 0.0005
 # Pause between attempts to unload a version while rounds of its closed sessions are still running.
 UNLOAD_RETRY_SECONDS = 0.01
 # How long a round waits for memory of the KV cache, and the pause between attempts while nothing else runs. Chosen.
@@ -69,13 +60,6 @@ class DeviceLostError(TargetError):
 
 def _device_lost() -> VerifierRefused:
     return VerifierRefused(ErrorCode.INTERNAL, "the verifier's device failed; it is going to restart")
-
-
-class ScheduledSegment(NamedTuple):
-    """A segment of the next forward and the round that it belongs to."""
-
-    round: ActiveRound
-    segment: Segment
 
 
 class Scheduler:
@@ -118,33 +102,24 @@ class Scheduler:
         self._target_factory = target_factory
         self._load_speculation = load_speculation
         self._session_load = session_load
-        self._reuse_prefixes = reuse_prefixes
-        self._cache_tokens = cache_tokens
         self._on_capacity = on_capacity
         self._several = several
         self._metrics = metrics or VerifierMetrics()
-        self._window = window
         self._submitted: deque[ActiveRound] = deque()
-        self._released: deque[Session] = deque()
         self._tasks: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: list[ActiveRound] = []
         # Those whose next tokens the device computes already.
         self._ahead: list[ActiveRound] = []
-        self._turns, self._prefill_turns = TurnOrder(), TurnOrder()
-        self._pacer = PrefillPacer()
+        self._selector = BatchSelector()
+        self._expected = ExpectedRounds(window)
+        self._caches = SessionCaches(cache_tokens, reuse_prefixes=reuse_prefixes)
         self._outbox = Outbox()
-        # Heap of (expected arrival of the next round, tie-breaker, session).
-        self._expected: list[tuple[float, int, Session]] = []
-        # By shape of the KV cache, and whether the pool is the draft model's.
-        self._pools: dict[tuple[CacheShape, bool], CachePool] = {}
-        # By shape as well: what takes as long.
+        # By shape of the KV cache: what takes as long.
         self._own_drafts: dict[CacheShape, OwnDraftPlanner] = defaultdict(
             lambda: OwnDraftPlanner(
                 self.speculation.acceptance if self.speculation else {}, self._metrics.observe_own_draft
             )
         )
-        # Of the targets' pools; empty if prefixes are not reused.
-        self._prefix_caches: dict[CacheShape, PrefixCache] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -165,12 +140,12 @@ class Scheduler:
     @property
     def retained_tokens(self) -> int:
         """Tokens of closed sessions that are kept in KV caches for reuse."""
-        return sum(cache.retained_tokens for cache in list(self._prefix_caches.values()))
+        return self._caches.retained_tokens
 
     @property
     def prefix_cache_evictions(self) -> int:
         """Closed sessions whose caches were given up because a pool needed the memory."""
-        return sum(cache.evictions for cache in list(self._prefix_caches.values()))
+        return self._caches.evictions
 
     def start(self) -> None:
         self._thread.start()
@@ -187,8 +162,7 @@ class Scheduler:
         active_round = ActiveRound(
             session,
             reply,
-            keep_rows=self._keep_rows,
-            reuse_prefix=self._reuse_prefix,
+            caches=self._caches,
             current_speculation=self._current_speculation,
             own_drafts=self._own_drafts[session.target.runner.shape],
             session_load=self._session_load,
@@ -204,7 +178,7 @@ class Scheduler:
 
     def release(self, session: Session) -> None:
         """Free the KV cache of a closed session, or keep it for reuse, once its round in progress has ended."""
-        self._released.append(session)
+        self._caches.release(session)
 
     async def load(self, path: Path, name: str) -> Target:
         """Load the version at `path` while the others are served. It shares memory with them if it can.
@@ -216,7 +190,7 @@ class Scheduler:
         target = await asyncio.to_thread(self._target_factory, path, name, list(self.versions.values()))
 
         def install() -> Target:
-            self._pool(target.runner.shape)
+            self._caches.pool(target.runner.shape)
             target.attach_adapter()
             self.versions[target.version] = target
             return target
@@ -240,13 +214,9 @@ class Scheduler:
         self._free_released_sessions()
         target = self.versions.pop(version, None)
         if target is not None:
-            shape = target.runner.shape
-            if shape in self._prefix_caches:
-                self._prefix_caches[shape].purge(target)
+            shapes = {other.runner.shape for other in self.versions.values()}
+            self._caches.remove(target, last_of_shape=target.runner.shape not in shapes)
             target.detach_adapter()
-            if not any(other.runner.shape == shape for other in self.versions.values()):
-                self._pools.pop((shape, False), None)
-                self._prefix_caches.pop(shape, None)
             if self.target is target:
                 self.target = None
         return True
@@ -260,11 +230,7 @@ class Scheduler:
 
         def release() -> None:
             self._free_released_sessions()
-            for prefix_cache in self._prefix_caches.values():
-                prefix_cache.expire(idle_seconds)
-            for pool in self._pools.values():
-                pool.trim()
-            release_freed_memory()
+            self._caches.shrink(idle_seconds)
 
         await self._run_between_steps(release)
 
@@ -290,7 +256,7 @@ class Scheduler:
         while not self._stopping:
             with self._wake:
                 self._wake.wait_for(lambda: self._submitted or self._running or self._tasks or self._stopping)
-                while not self._stopping and (seconds := self._batching_delay()) > 0:
+                while not self._stopping and (seconds := self._expected.delay([*self._submitted, *self._running])) > 0:
                     self._outbox.flush()
                     self._wake.wait(seconds)
             self._step_started_at = time.perf_counter()
@@ -320,27 +286,27 @@ class Scheduler:
         self.speculation = self._load_speculation(target)
         target.attach_adapter()
         runner: SegmentRunner = target.runner
-        if not self._cache_tokens:
+        if not self._caches.capacity_tokens:
             draft = self.speculation.runner if self.speculation else None
-            self._cache_tokens = affordable_tokens(
+            self._caches.capacity_tokens = affordable_tokens(
                 [runner.shape, *([draft.shape] if draft else [])],
                 workspace=runner.measure_workspace() + (draft.measure_workspace() if draft else 0),
                 several=self._several,
             )
-        self._on_capacity(self._cache_tokens)
-        pool = self._pool(runner.shape)
+        self._on_capacity(self._caches.capacity_tokens)
+        pool = self._caches.pool(runner.shape)
         runner.warm_up(pool)
         if pool.preallocated:
             self._calibrate(target, pool)
         if self.speculation and self.speculation.runner:
-            self.speculation.runner.warm_up(self._pool(self.speculation.runner.shape, for_draft=True))
+            self.speculation.runner.warm_up(self._caches.pool(self.speculation.runner.shape, for_draft=True))
         self.versions[target.version] = target
         # Last: it makes the verifier ready.
         self.target = target
 
     def _calibrate(self, target: Target, pool: CachePool) -> None:
         """Measure how long prefill takes on an accelerator, so that even the first prompt delays no round for long."""
-        rows = min(target.runner.max_prefill_rows, target.context - 1, self._cache_tokens)
+        rows = min(target.runner.max_prefill_rows, target.context - 1, self._caches.capacity_tokens)
         sequence = CachedSequence()
         # Twice: the first forward of its kind also loads kernels.
         for _ in range(2):
@@ -348,23 +314,7 @@ class Scheduler:
             target.run(pool, [target.prefill_segment(sequence, [0] * rows)])
             seconds = time.perf_counter() - started
         pool.release(sequence)
-        self._pacer.calibrate(target.runner, rows, seconds)
-
-    def _batching_delay(self) -> float:
-        """Seconds to wait for sessions whose next round is expected soon, within the window of the oldest round."""
-        if not self._expected or not (self._submitted or self._running):
-            return 0.0
-        now = time.perf_counter()
-        oldest = min(waiting.submitted_at for waiting in (*self._submitted, *self._running))
-        window_end = min(oldest, now) + self._window
-        while self._expected and self._expected[0][0] < now - LATE_ARRIVAL_SECONDS:
-            heapq.heappop(self._expected)
-        arrivals = [
-            arrival
-            for arrival, _, session in self._expected
-            if arrival < window_end and session.reply.done and not session.closed
-        ]
-        return min(max(arrivals) + LATE_ARRIVAL_SECONDS, window_end) - now if arrivals else 0.0
+        self._selector.pacer.calibrate(target.runner, rows, seconds)
 
     def _step(self) -> None:
         """Run pending tasks, admit submitted rounds, run one forward, and advance the rounds in it.
@@ -393,7 +343,7 @@ class Scheduler:
                 submitted.session.closed = True
             self._advance(submitted, None, 0.0)
         self._free_released_sessions()
-        batch = self._schedule_batch()
+        batch = self._select_batch()
         for running in self._running:
             if running.work is None and not running.done:
                 self._advance(running, None, 0.0)
@@ -406,50 +356,11 @@ class Scheduler:
             with self._wake:
                 self._wake.wait(CACHE_RETRY_SECONDS)
 
-    def _schedule_batch(self) -> list[ScheduledSegment]:
-        """Select the segments of the next forward: everything pending for the runner of the round whose turn it is.
-
-        Principals take turns where a forward has no room for all, and in prefilling; see `TurnOrder`.
-        """
-        runner: SegmentRunner | None = None
-        batch: list[ScheduledSegment] = []
-        prefilling: list[ActiveRound] = []
-        rows = 0
+    def _select_batch(self) -> list[ScheduledSegment]:
         # What is computed already comes first, and what is new joins the forward after it.
-        candidates = [running for running in self._ahead if running.work is not None] or self._running
-        for running in self._turns.sort(candidates):
-            work = running.work
-            if work is None:
-                continue
-            runner = runner or running.runner
-            if running.runner is not runner:
-                continue
-            if isinstance(work, PendingPrefill):
-                prefilling.append(running)
-            elif len(batch) < runner.max_segments and (
-                rows + len(work.ids) <= (runner.max_round_rows if batch else runner.max_rows)
-            ):
-                batch.append(ScheduledSegment(running, work))
-                rows += len(work.ids)
-        if runner is None:
-            return []
-        alone = not batch and not self._expected
-        prefill_rows = min(self._pacer.limit(runner, alone=alone), runner.max_rows - rows)
-        prefilled: list[ActiveRound] = []
-        for running in self._prefill_turns.sort(prefilling)[: runner.max_segments - len(batch)]:
-            prefill = running.work
-            assert isinstance(prefill, PendingPrefill)
-            if prefill_rows < 1:
-                break
-            session = running.session
-            chunk = session.target.prefill_segment(session.cache, prefill.ids[:prefill_rows])
-            chunk.next_id = session.ids[session.cache.length + len(chunk)]
-            batch.append(ScheduledSegment(running, chunk))
-            prefilled.append(running)
-            prefill_rows -= len(chunk)
-        self._prefill_turns.record(prefilled)
-        self._turns.record([member.round for member in batch])
-        if len(batch) < len(self._running):
+        ahead = [running for running in self._ahead if running.work is not None]
+        batch = self._selector.select(ahead or self._running, expecting=bool(self._expected))
+        if 0 < len(batch) < len(self._running):
             # The list is ordered by waiting time: rounds of this forward go to its end.
             scheduled = {id(member.round) for member in batch}
             self._running.sort(key=lambda running: id(running) in scheduled)
@@ -468,7 +379,7 @@ class Scheduler:
         started = time.perf_counter()
         try:
             is_draft = first.round.runner is not first.round.session.target.runner
-            pool = self._pool(first.round.runner.shape, for_draft=is_draft)
+            pool = self._caches.pool(first.round.runner.shape, for_draft=is_draft)
             segments = [member.segment for member in batch]
             sampled_by_segment = runner.run(pool, segments, self._outbox.flush, continues)
         except Exception as error:
@@ -488,7 +399,7 @@ class Scheduler:
             self._ahead = [member.round for member in batch]
         seconds = time.perf_counter() - started
         prefilled = sum(len(segment.ids) for running, segment in batch if isinstance(running.work, PendingPrefill))
-        self._pacer.observe(first.round.runner, prefilled, seconds)
+        self._selector.pacer.observe(first.round.runner, prefilled, seconds)
         if first.segment.runner is None:
             self._metrics.observe_forward(sum(len(segment.ids) for _, segment in batch), len(batch), seconds)
         for (running, segment), sampled in zip(batch, sampled_by_segment, strict=True):
@@ -520,15 +431,12 @@ class Scheduler:
         except Exception as error:
             self._fail(running, error)
         if running.done:
-            session.replied_at = time.perf_counter()
-            if session.pause_seconds is not None:
-                heapq.heappush(self._expected, (session.replied_at + session.pause_seconds, id(session), session))
+            self._expected.expect(session)
 
     def _fail(self, running: ActiveRound, error: Exception) -> None:
         # The cache may hold an incomplete round, so the session is lost and its client opens another.
         running.session.closed = True
-        if prefix_cache := self._prefix_caches.get(running.session.target.runner.shape):
-            prefix_cache.forget(running.session.cache)
+        self._caches.forget(running.session)
         self.release(running.session)
         if isinstance(error, KVCacheFull):
             running.fail(VerifierRefused(ErrorCode.OVERLOADED, "the KV cache is full; try again shortly"))
@@ -543,52 +451,8 @@ class Scheduler:
         log.error("a round failed", exc_info=error)
         running.fail(VerifierRefused(ErrorCode.INTERNAL, "the round failed; see the verifier's log"))
 
-    def _pool(self, shape: CacheShape, for_draft: bool = False) -> CachePool:
-        if (shape, for_draft) not in self._pools:
-            try:
-                self._pools[shape, for_draft] = shape.make_pool(self._cache_tokens)
-            except torch.OutOfMemoryError:
-                gibibytes = self._cache_tokens * shape.bytes_per_token / 2**30
-                raise TargetError(
-                    f"the KV cache of {self._cache_tokens} tokens takes {gibibytes:.1f} GiB, which {shape.device} does "
-                    "not have in addition to the target; lower --max-tokens"
-                ) from None
-            if self._reuse_prefixes and not for_draft:
-                self._prefix_caches[shape] = PrefixCache(self._pools[shape, for_draft])
-        return self._pools[shape, for_draft]
-
-    def _keep_rows(self, session: Session, rows: list[int]) -> None:
-        self._pool(session.target.runner.shape).keep(session.cache, rows)
-
-    def _reuse_prefix(self, session: Session) -> bool:
-        """See `ActiveRound`."""
-        target = session.target
-        # The pool may have to be made first, and the prefix cache with it.
-        self._pool(target.runner.shape)
-        prefix_cache = self._prefix_caches.get(target.runner.shape)
-        if prefix_cache is None:
-            return True
-        target.prepare_cache(session.cache, len(session.ids))
-        length = prefix_cache.open(CacheScope(session.owner, target), session.ids, session.cache)
-        session.cached_tokens = length or 0
-        return length is not None
-
     def _free_released_sessions(self) -> None:
-        """Free the pages of closed sessions, except those that still have a round running."""
-        if not self._released:
+        if not self._caches.has_released:
             return
-        busy = {id(running.session) for running in self._running if not running.done}
-        for _ in range(len(self._released)):
-            session = self._released.popleft()
-            if id(session) in busy:
-                self._released.append(session)
-                continue
-            pool = self._pool(session.target.runner.shape)
-            prefix_cache = self._prefix_caches.get(session.target.runner.shape)
-            (prefix_cache.close if prefix_cache else pool.release)(session.cache)
-            draft, speculation = session.draft, self.speculation
-            session.draft = None
-            if draft:
-                draft.close()
-            if draft and draft.cached_sequence and speculation and speculation.runner:
-                self._pool(speculation.runner.shape, for_draft=True).release(draft.cached_sequence)
+        busy = {running.session for running in self._running if not running.done}
+        self._caches.free_released(busy, self.speculation)

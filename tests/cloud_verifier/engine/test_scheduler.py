@@ -306,7 +306,7 @@ async def test_cache_pages_of_closed_sessions_are_reused(tiny: Target) -> None:
             session, reply = submit_opening(scheduler, tiny)
             await reply.result()
             scheduler.release(session)
-        (pool,) = scheduler._pools.values()
+        (pool,) = scheduler._caches.pools
         assert len(pool.slabs) <= 2
 
 
@@ -317,7 +317,7 @@ async def test_memory_of_closed_sessions_goes_back(tiny: Target, reference_text:
             for session, reply in opened:
                 await reply.result()
                 scheduler.release(session)
-            (pool,) = scheduler._pools.values()
+            (pool,) = scheduler._caches.pools
             await scheduler.release_unused_memory(300.0)
             assert scheduler.retained_tokens and any(slab.numel() for slab in pool.slabs)
             # The pages that become free by the first call were not needed until the second.

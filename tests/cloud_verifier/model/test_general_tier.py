@@ -68,7 +68,7 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 def pool_of(scheduler: Scheduler) -> GeneralCachePool:
-    (pool,) = scheduler._pools.values()
+    (pool,) = scheduler._caches.pools
     assert isinstance(pool, GeneralCachePool)
     return pool
 
