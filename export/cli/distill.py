@@ -135,6 +135,13 @@ def add_parser(commands: Any) -> None:
         "--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts, to save memory (1)"
     )
     training.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="default: %(default)s")
+    training.add_argument(
+        "--held-out-chats",
+        type=int,
+        default=192,
+        metavar="N",
+        help="chats for each temperature that the draft is evaluated on, if there are chats (default: %(default)s)",
+    )
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     training.add_argument(
         "--compile",
@@ -153,8 +160,8 @@ def run(options: argparse.Namespace) -> int:
     from export.draft.training import TrainingSchedule
     from export.draft.training_group import TrainingGroup, worker_device
 
-    if min(options.siblings, options.samples, options.chats, options.add_blocks) < 0:
-        raise InputError("--siblings, --samples, --chats and --add-blocks must be at least 0")
+    if min(options.siblings, options.samples, options.chats, options.held_out_chats, options.add_blocks) < 0:
+        raise InputError("--siblings, --samples, --chats, --held-out-chats and --add-blocks must be at least 0")
     if not 0 < options.text_share < 1:
         raise InputError(f"--text-share is between 0 and 1, not {options.text_share:g}: without --text, it is not used")
     if options.add_blocks and options.start is None:
@@ -174,6 +181,7 @@ def run(options: argparse.Namespace) -> int:
         chats=options.chats,
         text_share=options.text_share,
         chats_directory=options.keep_chats,
+        evaluated_chats=options.held_out_chats,
         layout=options.layout,
         new_blocks=options.new_blocks,
         shared_blocks=options.shared_blocks,
@@ -195,8 +203,8 @@ def run(options: argparse.Namespace) -> int:
     result = distill(config, options.output, device, group)
     if not group.is_first:
         return 0
-    print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text")
     own_chats = [(agreement, temperature) for temperature, agreement in result.chats.items()]
+    rows = []
     for name, agreements in (
         ("given text", _by_temperature(result.text)),
         ("chats, each written and judged at one temperature", own_chats),
@@ -204,7 +212,9 @@ def run(options: argparse.Namespace) -> int:
     ):
         cells = [f"{a.accepted[t]:.1%} ({a.round_tokens[t]:.2f}) at {t}" for a, t in agreements]
         if cells:
-            print(f"  {name}: {', '.join(cells)}")
+            rows.append(f"  {name}: {', '.join(cells)}")
+    if rows:
+        print(f"{options.output}: acceptance (tokens per round at K=4) on held-out text", *rows, sep="\n")
     if result.doubling_gain is not None:
         print(
             f"  twice the steps would bring about {result.doubling_gain:+.1%} at T={MONITORED_TEMPERATURE:g} (estimate)"

@@ -28,6 +28,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_two_processes_train_the_draft_of_one(tmp_path: Path) -> None:
     target = save_chat_target(tmp_path / "target", num_hidden_layers=2)
     options = ["--chats", "16", "--steps", "4", "--rows", "4", "--accumulate", "2", "--length", "48"]
+    options += ["--held-out-chats", "6"]
     command = ["distill", str(target), *options, "--new-blocks", "1", "--warm-up", "1", "--device", "cpu"]
     assert main([*command, "--output", str(tmp_path / "alone")]) == 0
     done = subprocess.run([*TORCHRUN, *command, "--output", tmp_path / "together"], capture_output=True, text=True)
