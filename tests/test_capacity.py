@@ -27,7 +27,8 @@ def test_draft_tokens_are_accepted_up_to_the_first_wrong_one() -> None:
 
 
 async def test_boards_that_draft_and_boards_that_do_not_get_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "MIN_ANSWERS", 9)
+    monkeypatch.setattr(capacity, "MIN_ANSWERS", 4)
+    monkeypatch.setattr(capacity, "TOKENS", 16)
     draft = OnnxDraft.load(FAMILY / "bundle", threads=1)
     async with serving(Target(FAMILY / "target-v1", device="cpu", dtype=torch.float32)) as server:
         async with VerifierClient(server.url) as client:
