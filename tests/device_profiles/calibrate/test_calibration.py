@@ -74,7 +74,7 @@ def test_the_profile_is_valid_and_measured(calibrated: Path, family: Path) -> No
     for speed in profile.draft:
         assert speed.weight_bytes == weight_bytes(manifest)
         assert 16 in speed.milliseconds and max(speed.milliseconds) <= manifest.architecture.context
-        assert speed.prefill_tokens_per_second * speed.seconds(0) > 1
+        assert speed.prefill_tokens_per_second > 0 and speed.seconds(0) > 0
         assert speed.watts is None
     assert profile.find_measurement(weight_bytes(manifest), 100) is not None
     assert profile.draft_seconds(weight_bytes(manifest), 100) < 1
