@@ -83,7 +83,7 @@ image: $(STAMP)
 	$(BIN)/device-profile image build --board $(BOARD) $(IMAGE_OPTIONS)
 
 # Boots images in emulated boards, of a Zero 2 W's and of a Raspberry Pi 5's kind, and uses them; then a system like stock
-# Raspberry Pi OS, customised, and by the README: an hour or more.
+# Raspberry Pi OS, customised, and by the README: half an hour, or an hour where nothing is cached.
 boot-test: $(STAMP)
 	$(BIN)/python -m tests.device_profiles.image.guest
 	$(BIN)/device-profile image build --board generic-arm64 --bundle tests/toy_family/bundle --no-compress \

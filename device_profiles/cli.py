@@ -18,7 +18,7 @@ import msgspec
 from device_profiles.first_boot import command as first_boot
 from device_profiles.flash import command as flash
 from device_profiles.image import command as image
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, add_version_option
 from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
 from edge_runtime.protocol.errors import FlexSpecError
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="device-profile", description=DESCRIPTION, formatter_class=raw)
+    add_version_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     output = argparse.ArgumentParser(add_help=False)
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=bundle and Path(bundle),
         required=not bundle,
         metavar="DIR",
-        help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE)",
+        help="draft bundle to measure with (default: $FLEXSPEC_BUNDLE, if that is set)",
     )
     calibrate.add_argument("--verifier", default="", metavar="URL", help="also judge the link to this verifier")
     add_option(calibrate, "--output FILE", "profile to write (default: NAME.toml in the current directory)", type=Path)

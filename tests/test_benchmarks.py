@@ -95,7 +95,10 @@ def test_a_table_has_medians_with_intervals_and_marks_missed_goals(tmp_path: Pat
         "| 4G | 5 | 11.0 (10.0 to 12.0) | **40** |",
         "| Wi-Fi | 5 | 11.0 (10.0 to 12.0) | **40** |",
     ]
-    assert "Medians of 3 repetitions with 95 % intervals; commit abc" in report.describe_run(file)
+    assert (
+        "Medians of 3 repetitions, with 95 % intervals (of fewer than five: the range); commit abc"
+        in report.describe_run(file)
+    )
     report.save_chart(benchmark([]), file, tmp_path / "charts" / "toy.png")
     assert (tmp_path / "charts" / "toy.png").stat().st_size > 1000
 

@@ -1,4 +1,4 @@
-"""The access log: one line per request. It never contains tokens of a text."""
+"""The access log: openings and errors at level info, all other requests at debug. It has no tokens of a text."""
 
 from __future__ import annotations
 

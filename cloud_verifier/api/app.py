@@ -1,6 +1,7 @@
 """The verifier as an ASGI application: the routes of the protocol over one scheduler.
 
-Every response other than 2xx is an `ErrorReply` with a typed code (see `messages.ErrorCode`), in the client's encoding.
+Every response other than 2xx is an `ErrorReply` with a typed code (see `messages.ErrorCode`), in the client's encoding;
+only a client that has left gets none.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class VerifierService:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the target did not load."""
+        """Why the target did not load, or why the scheduler has ended."""
         return self.scheduler.failure or (self.rollout.failure if self.rollout is not None else None)
 
     @property
@@ -433,14 +434,18 @@ def _build_metrics(service: VerifierService) -> VerifierMetrics:
             "Tokens of closed sessions, kept for reuse.",
             lambda: service.scheduler.retained_tokens,
         ),
-        ("rounds_playing", "Rounds from their arrival to their end.", lambda: len(service.admission)),
-        ("rounds_waiting", "Of these, rounds that have no token yet.", lambda: service.admission.waiting),
+        ("rounds_running", "Rounds from their arrival to their end.", lambda: len(service.admission)),
+        ("rounds_waiting", "Rounds in progress that have no token yet.", lambda: service.admission.waiting),
         (
             "requests_waiting_for_room",
             "Requests that wait until the sessions of others end.",
             lambda: service.requests_waiting_for_room,
         ),
-        ("queue_oldest_seconds", "Longest time that one of them has waited.", lambda: service.admission.queue_seconds),
+        (
+            "queue_oldest_seconds",
+            "Longest time that a round without a token has waited.",
+            lambda: service.admission.queue_seconds,
+        ),
         ("draining", "1 while the verifier drains before it stops.", lambda: service.admission.draining),
     ):
         metrics.add_gauge(name, text, value)

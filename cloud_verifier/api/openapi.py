@@ -102,7 +102,7 @@ def build_document(
             "version": importlib.metadata.version("flexspec"),
             "summary": "Verifies drafted tokens with the target model and generates the tokens that follow.",
             "description": f"Bodies have at most {max_body} bytes. The header x-request-id of a request is returned "
-            "with the response and appears in the log.",
+            "with the response, and logged where the verifier logs requests.",
         },
         "paths": paths,
         "components": components,

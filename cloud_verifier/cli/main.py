@@ -16,7 +16,7 @@ from cloud_verifier.cli.serve import positive
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, add_version_option
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError, InputError
@@ -50,6 +50,16 @@ examples, with your own model and GPUs:
   cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --replicas 2-8 # Ray Serve: one GPU per replica
   cloud-verifier serve /srv/models/Qwen2.5-32B --device cuda --dtype bfloat16 --gpus 2
   cloud-verifier service install --now /srv/models/Llama-3.1-8B -- --device cuda --dtype bfloat16
+"""
+
+GENERATE_DESCRIPTION = """\
+Decodes with the target alone, by transformers' own `generate` and the rule of sampling: the reference for every text
+that a board gets.
+
+examples:
+  cloud-verifier generate family/target-v1 "def main(" --max-new-tokens 32
+  cloud-verifier generate family/target-v1 "The sea is" --temperature 0.7 --seed 1
+  echo '{"ids": [1, 2, 3], "max_new_tokens": 8}' | cloud-verifier generate family/target-v1 --jobs -
 """
 
 SERVICE_DESCRIPTION = """\
@@ -92,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", default="warning", choices=logs.LEVELS, help="default: %(default)s")
     add_option(parser, "--log-format", "json: one JSON object per line", default="text", choices=logs.FORMATS)
+    add_version_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     device_options = argparse.ArgumentParser(add_help=False)
@@ -107,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         "are then those of the quantized target, whose version ends with the method"
     )
     add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))
-    model_options.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: torch's choice)")
+    model_options.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads of torch (default: torch's choice)"
+    )
 
     serve.add_parser(commands, model_options)
 
@@ -115,6 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         "generate",
         parents=[model_options],
         help="decode with the target alone, without a board: the reference for every other text",
+        description=GENERATE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_argument(
         "target",

@@ -19,6 +19,7 @@ from edge_runtime.common.connections import DEFAULT_CONNECTIONS, ConnectionLimit
 from edge_runtime.common.credentials import find_credential
 from edge_runtime.common.network import check_ca_file, check_host_name, is_loopback
 from edge_runtime.common.options import add_option
+from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
 # Imports that need the extras are inside the functions; see `cli.main`.
@@ -34,9 +35,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+DESCRIPTION = """\
+Verifies what boards draft, and generates with a target, over HTTP: one target, or every version in a registry. Rounds
+of all boards share forwards. Ready once it prints its address; until then requests get 503 `starting`. SIGHUP rereads
+tokens and certificate, SIGTERM lets running rounds end.
+
+examples:
+  cloud-verifier serve family/target-v1 --draft family/bundle            # speculate here too, with that draft
+  cloud-verifier serve /srv/models/Llama-3.1-8B --device cuda --dtype bfloat16 --host 0.0.0.0 \\
+      --certificate server.pem --key server.key --tokens tokens.toml
+  cloud-verifier serve --registry /var/lib/flexspec-verifier/targets     # see `cloud-verifier targets --help`
+  curl http://127.0.0.1:8500/v1/models
+"""
+
+
 def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     """Add `serve` to argparse's subparsers. `model_options` has the options of how targets are loaded."""
-    serve = commands.add_parser("serve", parents=[model_options], help="serve a target, or several, over HTTP")
+    serve = commands.add_parser(
+        "serve",
+        parents=[model_options],
+        help="serve a target, or several, over HTTP",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     serve.add_argument(
         "target",
         type=Path,
@@ -267,8 +288,10 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"cloud-verifier: {service.target.version} on {url}", flush=True)
         if options.max_tokens is None:
             tokens, size = service.sessions.max_tokens, service.target.runner.shape.bytes_per_token
-            print(f"cloud-verifier: KV cache of {tokens} tokens, {tokens * size / 2**30:.2f} GiB", flush=True)
+            print(f"cloud-verifier: KV cache of at most {tokens} tokens, {tokens * size / 2**30:.2f} GiB", flush=True)
 
+    if sys.stderr.isatty():
+        print_note(f"cloud-verifier: loading {options.target or options.registry}")
     uvloop.run(serve(service, listening, announce, options.grace))
     return 0
 

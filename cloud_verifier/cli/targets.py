@@ -73,7 +73,7 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     add_action(actions, "list", _list, "list versions and aliases", parents=[registry, as_json])
     text = "add a version, if the deployed drafts are compatible with it"
     add = add_action(actions, "add", _add, text, parents=[registry])
-    text = "a directory, or the name of one in the registry's `roots`"
+    text = "a directory, or the name of one in the registry's `roots`; without it, only --draft is registered"
     add.add_argument("version", nargs="?", metavar="VERSION", help=text)
     text = "register a bundle that is deployed on boards"
     add.add_argument("--draft", type=Path, action="append", default=[], metavar="BUNDLE", help=text)

@@ -1,7 +1,8 @@
 """A round in progress: which forward it needs next, and what it does with the sampled tokens.
 
 A round is a generator. It yields the work that it needs run and is sent the tokens that the model sampled. It yields
-None to let other rounds proceed while it works on the CPU. Everything here runs in the scheduler's thread.
+None to let other rounds proceed while it works on the CPU. Everything but its construction runs in the scheduler's
+thread.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class ActiveRound:
         done: the round has ended.
         continues: `work` is a single token, and the one that the target samples after it is going to be the next work,
             unless it ends the text.
-        forward_seconds: duration of its forwards, also of those that ran only a part of `work`; without the prefill,
-            once that has ended.
+        forward_seconds: duration of its forwards, also of those that ran only a part of `work`, and of drafting between
+            them; without the prefill, once that has ended.
         submitted_at: time of construction, by `time.perf_counter`.
     """
 
@@ -165,7 +166,8 @@ class ActiveRound:
     def _draft(self, count: int, left: int) -> Generator[RoundWork, SampledTokens | None, TimedDraft]:
         """Draft up to `count` tokens: those that the grammar forces, else with the verifier's own draft model.
 
-        Returns none if neither can, or if that would take longer than it saves in the `left` tokens of the round.
+        Returns an empty draft if neither can, or if that would take longer than it saves in the `left` tokens of the
+        round.
         """
         session, speculation = self.session, self._current_speculation()
         # A forward takes no more nodes than the tree of a board.

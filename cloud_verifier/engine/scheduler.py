@@ -1,6 +1,6 @@
 """The batch scheduler: one thread that owns the KV cache pools and runs the rounds of all sessions.
 
-Which rounds join a forward, `batching` says. Everything else of the verifier runs on the event loop.
+Which rounds join a forward, `batching` says. The rest of the verifier runs on the event loop and its worker threads.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class DeviceLostError(TargetError):
     """The device of a target computes nothing any more, and only a new process can use it again."""
 
 
-def _device_lost() -> VerifierRefused:
-    return VerifierRefused(ErrorCode.INTERNAL, "the verifier's device failed; it is going to restart")
+def _refusal_after(failure: BaseException) -> VerifierRefused:
+    if isinstance(failure, DeviceLostError):
+        return VerifierRefused(ErrorCode.INTERNAL, "the verifier's device failed; it is going to restart")
+    return VerifierRefused(ErrorCode.INTERNAL, "the target could not be loaded; see the verifier's log")
 
 
 class Scheduler:
@@ -73,6 +75,7 @@ class Scheduler:
             `kv_cache.affordable_tokens`.
         on_capacity: called with that capacity in the scheduler's thread, once, before the initial target is ready.
         several: further versions are going to be loaded, so some memory is left to them.
+        metrics: observes rounds and forwards.
         window: seconds that a forward may wait for sessions whose next round is expected within them; 0 never waits.
         target_factory: makes the targets of `load`; None if the scheduler serves only the initial target.
         reuse_prefixes: let new sessions begin with the KV caches of others that have a prefix in common with them.
@@ -169,12 +172,13 @@ class Scheduler:
             outbox=self._outbox,
         )
         with self._wake:
-            if not self.failure:
+            failure = self.failure
+            if failure is None:
                 self._submitted.append(active_round)
                 self._wake.notify()
                 return
         session.closed = True
-        reply.fail(_device_lost())
+        reply.fail(_refusal_after(failure))
 
     def release(self, session: Session) -> None:
         """Free the KV cache of a closed session, or keep it for reuse, once its round in progress has ended."""
@@ -279,7 +283,7 @@ class Scheduler:
         for running in rounds:
             if not running.done:
                 running.session.closed = True
-                running.fail(_device_lost())
+                running.fail(_refusal_after(error))
         self._outbox.flush()
 
     def _install_initial_target(self, target: Target) -> None:

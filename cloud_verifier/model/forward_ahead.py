@@ -24,7 +24,7 @@ class PendingTokens:
     """
 
     def __init__(self, chosen: torch.Tensor) -> None:
-        # Into pinned memory.
+        # With `non_blocking`, a copy to the host goes into pinned memory, which PyTorch keeps for the next ones.
         self._on_host = chosen.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # annotated partly
         self._copied.record()
@@ -50,6 +50,7 @@ class ForwardAhead:
     """A launched forward of the tokens that follow some segments.
 
     Args:
+        pool: the pool that it writes to.
         segments: single rows, whose tokens the forward takes as its own rows.
         rows, tokens: where the tokens after the segments are, in the forward before.
         chosen: (2, rows), what this forward samples.
@@ -66,7 +67,7 @@ class ForwardAhead:
         self.chosen = chosen
         self.tokens = PendingTokens(chosen)
         self._pool = pool
-        self._before = tokens
+        self._previous_tokens = tokens
         self._expected = {
             id(segment.sequence): (own_row, row, segment.sequence.length + 1, segment)
             for own_row, (segment, row) in enumerate(zip(segments, rows, strict=True))
@@ -76,16 +77,16 @@ class ForwardAhead:
         """The rows of this forward that are `segments`; None if it has not computed all of them."""
         if pool is not self._pool or not can_go_ahead(segments):
             return None
-        ids, _ = self._before.read()
+        ids, _ = self._previous_tokens.read()
         rows = []
         for segment in segments:
-            own_row, row, length, before = self._expected.get(id(segment.sequence), (0, 0, -1, segment))
-            assert segment.sampling and before.sampling
-            expected = length, int(ids[row]), before.adapter_slot
+            own_row, row, length, previous = self._expected.get(id(segment.sequence), (0, 0, -1, segment))
+            assert segment.sampling and previous.sampling
+            expected = length, int(ids[row]), previous.adapter_slot
             if (segment.sequence.length, segment.ids[0], segment.adapter_slot) != expected:
                 return None
             # Those of a session are one object, which does not change.
-            if segment.sampling.parameters is not before.sampling.parameters:
+            if segment.sampling.parameters is not previous.sampling.parameters:
                 return None
             rows.append(own_row)
         return rows

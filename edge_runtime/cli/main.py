@@ -12,6 +12,7 @@ import os
 import sys
 
 from edge_runtime.cli import bundle, chat, config, demo, generate, probe, serve, simulate, top, update
+from edge_runtime.common.options import add_version_option
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError
 from edge_runtime.systemd import actions
@@ -32,7 +33,8 @@ examples:
   edge-runtime simulate --link 4g --profile raspberry-pi-5 --verifier 32b
   edge-runtime service install --now
 
-exit codes: 0 success, 2 bad input, 3 the draft bundle is unusable, 4 the verifier refused or cannot be reached
+exit codes: 0 success, 2 bad input, 3 an unusable bundle or target, 4 a verifier that refused or cannot be reached,
+1 anything else
 """
 
 # Each module has HELP, DESCRIPTION and add_options(), which sets the default `run`.
@@ -74,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-runtime", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(

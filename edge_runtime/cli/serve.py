@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 
 HELP = "run the OpenAI-compatible service of this board"
 DESCRIPTION = """\
-Serves an OpenAI-compatible HTTP API on this board, with streaming: /v1/completions, /v1/chat/completions, /v1/models.
-The draft model runs here, the target model on a verifier. Also served: a page to chat with (/), its events
-(/events), Prometheus metrics (/metrics), an OpenAPI document (/openapi.json) and readiness (/readyz). `edge-runtime
-top` shows the live view of the page in a terminal, and `edge-runtime service` installs a systemd service.
+Serves an OpenAI-compatible HTTP API on this board, with streaming: /v1/chat/completions, /v1/completions,
+/v1/responses and /v1/models. The draft model runs here, the target model on a verifier. Also served: a page to chat
+with (/), its events (/events), Prometheus metrics (/metrics), an OpenAPI document (/openapi.json) and readiness
+(/readyz). `edge-runtime top` shows the live view of the page in a terminal, and `edge-runtime service` installs a
+systemd service.
 
 SIGHUP reloads the configuration; one with errors changes nothing.
 
@@ -137,7 +138,7 @@ async def _run(options: argparse.Namespace) -> int:
         if notifier.enabled and not accounts_for_services():
             log.info("the kernel does not account for memory: bounded to %d MB by itself", limit_own_memory() >> 20)
         if not stop.is_set():
-            print(f"edge-runtime: serving {','.join(settings.verifier.urls)} on {server.url}", flush=True)
+            print(f"edge-runtime: verifier {', '.join(settings.verifier.urls)}; listening on {server.url}", flush=True)
             notifier.ready(reloader.status())
         feeding = notifier.run(reloader.status, lambda: board.draft.step_seconds, reloader.errno)
         for coroutine in (feeding, reloader.run(board), LinkMonitor(client).run(), keep_releasing_memory()):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from edge_runtime.common.options import add_flag, add_option
 from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import InputError
+from edge_runtime.settings import PolicyName
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -51,10 +52,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--link", "link, see above", default="4g")
     add_option(parser, "--profile", "shipped device profile, or a .toml file", default="raspberry-pi-5")
     add_option(parser, "--verifier NAME", "verifier, see above", default="32b")
-    parser.add_argument("--policy", default="", metavar="NAME", help="policy of the planner (default: analytic)")
+    parser.add_argument(
+        "--policy", default="", metavar="NAME", help=f"{', '.join(get_args(PolicyName))} (default: analytic)"
+    )
     text = "what to minimize: latency, cloud, energy, balanced, or prices such as verifier=2,joule=0.05"
     add_option(parser, "--objective", text, default="latency")
-    add_option(parser, "--weights BYTES", "size of the draft's weights", default=40e6)
+    parser.add_argument(
+        "--weights", type=float, default=40e6, metavar="BYTES", help="size of the draft's weights (default: 40e6)"
+    )
     add_option(parser, "--temperature", "recorded temperature to use", default=0.0)
     add_option(parser, "--target", "recorded target to use", default="target-v1")
     add_option(parser, "--texts", "number of texts, one after the other", default=8)

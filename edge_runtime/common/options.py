@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -21,12 +21,29 @@ def add_option(parser: ArgumentContainer, option: str, help_text: str, *, defaul
     if default is not None:
         keywords = {"type": type(default), "default": default, **keywords}
         help_text += f" (default: %(default){'g' if isinstance(default, float) else 's'})"
+    if not metavar and keywords.get("type") is int:
+        metavar = "N"
     parser.add_argument(flag, metavar=metavar or None, help=help_text, **keywords)
 
 
 def add_flag(parser: ArgumentContainer | argparse._MutuallyExclusiveGroup, option: str, help_text: str) -> None:
     """Add an option without a value, which is off unless it is given."""
     parser.add_argument(option, action="store_true", help=help_text)
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for, which takes longer than parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import importlib.metadata
+
+        print(parser.prog, importlib.metadata.version("flexspec"))
+        parser.exit()
+
+
+def add_version_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--version` to the parser of a program."""
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version and exit")
 
 
 def add_action(

@@ -212,9 +212,9 @@ class Generation:
         draft_seconds = time.perf_counter() - started
         return _make_round(plan, conditions, proposal, wait_seconds=wait_seconds, draft_seconds=draft_seconds)
 
-    async def _run_round(self, round: ProposedRound) -> AsyncIterator[VerifiedTokens]:
+    async def _run_round(self, proposed: ProposedRound) -> AsyncIterator[VerifiedTokens]:
         """Have one round verified; yield its tokens and let the planner learn from the outcome."""
-        plan, proposal = round.outcome.plan, round.proposal
+        plan, proposal = proposed.outcome.plan, proposed.proposal
         attempts = self._count_attempts()
         accepted = own = sibling = 0
         first_seconds = ahead_seconds = 0.0
@@ -229,7 +229,7 @@ class Generation:
             self._worker.precompute_noise(len(self.ids) + 1, 2 * plan.draft + 1)
         try:
             update: RoundUpdate | None = None
-            async for news in self._verify(round, n):
+            async for news in self._verify(proposed, n):
                 if news is None:
                     if ahead:
                         self._worker.cancel_ahead()
@@ -241,7 +241,7 @@ class Generation:
                         return
                     continue
                 update = news
-                first_seconds = first_seconds or time.perf_counter() - round.sent
+                first_seconds = first_seconds or time.perf_counter() - proposed.sent
                 accepted += len(update.accepted)
                 if update.own and not own:
                     siblings = proposal.siblings.get(accepted, [])
@@ -255,14 +255,14 @@ class Generation:
                 self._worker.cancel_ahead()
                 ahead_seconds = await ahead
         assert update is not None
-        watched: list[ShadowGuess] = []
+        shadow_guesses: list[ShadowGuess] = []
         if not plan.draft:
-            watched, ahead_seconds = self._worker.stop_shadow()
-        exchange_seconds = time.perf_counter() - round.sent
+            shadow_guesses, ahead_seconds = self._worker.stop_shadow()
+        exchange_seconds = time.perf_counter() - proposed.sent
         sent, received = self._count_bytes()
         frame = update.frame
         outcome = msgspec.structs.replace(
-            round.outcome,
+            proposed.outcome,
             accepted=accepted,
             own_tokens=own,
             sibling=sibling,
@@ -273,7 +273,7 @@ class Generation:
             prefill_seconds=frame.prefill_100us / 1e4,
             further_forwards=frame.further,
             ahead_seconds=ahead_seconds,
-            shadow_guesses=watched,
+            shadow_guesses=shadow_guesses,
             sent=sent,
             received=received,
             repeated=self._count_attempts() > attempts,
@@ -283,11 +283,11 @@ class Generation:
         self._planner.observe(outcome)
         self.finish = self.finish or self._session.finish
 
-    async def _verify(self, round: ProposedRound, n: int) -> AsyncGenerator[RoundUpdate | None, None]:
+    async def _verify(self, proposed: ProposedRound, n: int) -> AsyncGenerator[RoundUpdate | None, None]:
         """Yield the verifier's replies to a round, and None repeatedly while the draft has to continue offline."""
-        proposal = round.proposal
+        proposal = proposed.proposal
         replies = self._session.run_round(
-            proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=round.request
+            proposal.tokens, siblings=proposal.siblings, n=n, stream=n > 1, early=proposed.request
         )
         polled = poll_link_loss(replies, make_loss_detector(self._client)) if self._drafts_offline else replies
         async with aclosing(polled) as updates:
@@ -331,7 +331,8 @@ class Generation:
 
     def _plan(self, conditions: Conditions) -> Plan:
         plan = self._planner.plan(conditions)
-        log.debug("position %d: K=%d n=%d, %s", conditions.position, plan.draft, plan.continuation, plan.reason)
+        draft = limit_draft(plan, conditions.left)
+        log.debug("position %d: K=%d n=%d, %s", conditions.position, draft, plan.continuation, plan.reason)
         return plan
 
     def _conditions(self, text: list[int], left: int) -> Conditions:

@@ -157,7 +157,7 @@ class AnalyticPlanner:
             acceptance: acceptance rates by evaluation, as in the bundle's manifest.
             budget: energy budget.
         """
-        self._queue = EnergyQueue(budget, device) if budget else None
+        self._energy_queue = EnergyQueue(budget, device) if budget else None
         self._objective = objective
         self._device = device
         self._costs = CostModel(device)
@@ -186,8 +186,8 @@ class AnalyticPlanner:
     def plan(self, conditions: Conditions) -> Plan:
         """Return the cheapest plan for the rest of the text according to the current estimates."""
         self._costs.use_kernel_rtt(conditions)
-        if self._queue:
-            self._queue.advance(conditions.now, conditions.surroundings)
+        if self._energy_queue:
+            self._energy_queue.advance(conditions.now, conditions.surroundings)
         acceptance = self._acceptance.get(conditions.version, conditions.temperature)
         acceptance.follow(conditions)
         table = acceptance.table()
@@ -196,8 +196,8 @@ class AnalyticPlanner:
         if log.isEnabledFor(logging.DEBUG):
             drafted, streamed = (1e3 * cost / comparison.left for cost in (comparison.drafted, comparison.streamed))
             log.debug(
-                f"K={plan.draft} n={plan.continuation}: {drafted:.1f} ms/token drafted, {streamed:.1f} streamed, "
-                f"{comparison.left} left, regret budget {self.regret.tokens:.0f} tokens: {plan.reason}"
+                f"{drafted:.1f} ms/token drafted, {streamed:.1f} streamed, {comparison.left} left, regret budget "
+                f"{self.regret.tokens:.0f} tokens"
             )
         return plan
 
@@ -206,8 +206,8 @@ class AnalyticPlanner:
         conditions = outcome.conditions
         acceptance = self._acceptance.get(conditions.version, conditions.temperature)
         self._costs.observe(outcome, acceptance.tokens_per_forward(conditions.left))
-        if self._queue:
-            self._queue.observe(outcome, self._costs.round_joules(outcome))
+        if self._energy_queue:
+            self._energy_queue.observe(outcome, self._costs.round_joules(outcome))
         if outcome.shadow_guesses and self._prices is not None:
             self._observe_shadow(outcome, acceptance, self._prices)
         acceptance.observe(outcome)
@@ -236,8 +236,8 @@ class AnalyticPlanner:
         device, objective = self._device, self._objective
         waiting = objective.latency + objective.joule * device.idle_watts
         joule = objective.joule
-        if self._queue:
-            waiting, budget_joule = self._queue.prices(waiting)
+        if self._energy_queue:
+            waiting, budget_joule = self._energy_queue.prices(waiting)
             joule += budget_joule
         flight = waiting + joule * device.radio_watts
         heat = heat_factor(conditions.surroundings)
@@ -331,7 +331,7 @@ class AnalyticPlanner:
         )
 
     def _observe_cost(self, outcome: Outcome, prices: RoundPrices, comparison: CostComparison) -> None:
-        """Compare a round's measured cost with its prediction and with that of streaming."""
+        """Calibrate the predicted costs of drafted rounds by a measured one, once the link is known to be the same."""
         link = self._costs.link.now
         if link.changes > self._link_changes:
             # The predictions for the pending outcomes were for another link.
@@ -369,7 +369,9 @@ class AnalyticPlanner:
         costs = f"{1e3 * drafted / left:.0f} ms/token drafted, {1e3 * streamed / left:.0f} streamed"
         if not self._costs.forward.known:
             if left <= FIRST_ROUND_TOKENS or streamed < drafted:
-                return Plan(0, continuation=left, reason="streaming: drafting would not pay off with any verifier")
+                milliseconds = 1e3 * UNKNOWN_FORWARD_SECONDS
+                reason = f"streaming: drafting would not pay off with forwards of up to {milliseconds:.0f} ms"
+                return Plan(0, continuation=left, reason=reason)
             return Plan(
                 0, continuation=FIRST_ROUND_TOKENS, reason="streaming: link and verifier have not been measured yet"
             )
@@ -396,9 +398,10 @@ class AnalyticPlanner:
                 reason=f"streaming during draft prefill: {costs}",
             )
         plan = best.plan
-        siblings = f" with {plan.siblings} siblings where unsure" if plan.siblings else ""
+        number = f"{plan.siblings} sibling{'s' if plan.siblings > 1 else ''}"
+        siblings = f" with {number} where unsure" if plan.siblings else ""
         ahead = f", {plan.draft_ahead} ahead" if plan.draft_ahead else ""
-        return drafting_plan(conditions, plan, f"drafting {plan.draft} tokens{siblings}{ahead}: {costs}")
+        return drafting_plan(conditions, plan, f"drafting up to {plan.draft} tokens{siblings}{ahead}: {costs}")
 
     def _limit_regret(self, plan: Plan, conditions: Conditions, comparison: CostComparison) -> Plan:
         """Return `plan` if what it may lose against streaming fits into the regret budget, else a cheaper one.

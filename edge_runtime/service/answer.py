@@ -122,6 +122,7 @@ class Answer:
         error: why the answer failed; None if it did not.
         done: no more text comes.
         abandoned: set to end the answer at the next tokens.
+        given_up: why the answer is to end before it is complete; None if its client left.
     """
 
     def __init__(self, request: AnswerRequest, tokenizer: Tokenizer, changed: asyncio.Event | None = None) -> None:
@@ -136,6 +137,7 @@ class Answer:
         self.opened = asyncio.Event()
         self.error: Exception | None = None
         self.done = self.abandoned = False
+        self.given_up: Exception | None = None
         # More than one if the draft model failed and the target continued alone.
         self._generations: list[Generation] = []
         hidden = () if request.include_stop else request.sampling.stop_ids

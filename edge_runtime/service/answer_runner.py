@@ -101,6 +101,8 @@ class AnswerRunner:
         except (asyncio.CancelledError, AnswerAbandoned):
             if self._state.stopping:
                 error = ApiError(503, "the service was stopped", code="stopping")
+            elif answer.given_up:
+                error, outcome = answer.given_up, to_api_error(answer.given_up).body.error.code
         except Exception as problem:
             if not isinstance(problem, (FlexSpecError, ApiError)):
                 log.exception("an answer failed")

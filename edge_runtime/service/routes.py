@@ -254,7 +254,7 @@ class Routes:
     async def _get_readiness(self, request: Request) -> Response:
         """GET /readyz: the draft model is loaded, and a verifier answers or the draft may go on alone.
 
-        The units of a board that has no verifier at the moment are active all the same; /healthz and systemd say that.
+        Without a verifier the systemd unit stays active and /healthz succeeds: the process works. Only this fails.
         """
         # Errors are returned and not raised, because a raised one is logged, and this is polled.
         try:
@@ -459,7 +459,10 @@ class Routes:
             if state.problem is not None and group.answers[0].request.on_link_loss == "wait":
                 waited = time.time() - max(begun, state.problem.since)
                 if waited >= self._state.limits.unreachable_seconds:
-                    raise VerifierUnreachable(state.reason, state.problem.code)
+                    error = VerifierUnreachable(state.reason, state.problem.code)
+                    for answer in group.answers:
+                        answer.given_up = error
+                    raise error
             with contextlib.suppress(TimeoutError):
                 return await group.wait_until_done(LINK_POLL_SECONDS)
 

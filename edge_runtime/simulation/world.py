@@ -109,5 +109,5 @@ def make_world(
     parsed_link = parse_link(link, seed)
     board = find_profile(str(profile))
     device = DeviceModel.from_profile(board, int(weight_bytes * slower), radio=parsed_link.radio)
-    name = f"{link}, {board.name} with {weight_bytes / 1e6:.0f} MB, {verifier_name}"
+    name = f"{link}, {board.name} with a draft of {weight_bytes / 1e6:.0f} MB, {verifier_name}"
     return World(name, device, parsed_link, make_verifier(verifier_name, seed + 1), seed + 2)

@@ -85,7 +85,7 @@ def add_service_parser(
     status = actions.add_parser(
         "status",
         parents=[shared],
-        help="print the state; exit code 0: it works, 3: not running, 4: running without a verifier",
+        help="print the state, and exit with a code for it",
     )
     add_flag(status, "--json", "print one JSON object")
     status.set_defaults(action=_status)

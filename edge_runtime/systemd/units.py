@@ -175,6 +175,8 @@ def systemctl(*arguments: str, check: bool = True) -> str:
         ) from None
     if check and done.returncode:
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        if "has not been booted with systemd" in message:
+            raise ServiceError("systemd is not the init system of this machine, so it has no services to ask about")
         raise ServiceError(f"`systemctl {' '.join(arguments)}` failed: {message}")
     return done.stdout
 

@@ -13,6 +13,8 @@ WEIGHT_TYPES = (
 )
 # cloud_verifier.draft_models.layouts
 LAYOUTS = ("anchor", "prefix", "standalone")
+# export.draft.distillation_config and export.evaluate.doctor
+DEFAULT_NEW_BLOCKS, DEFAULT_SHARED_BLOCKS = 3, 0
 # export.draft.distill
 OBJECTIVES = ("kl", "lk", "mixed")
 # export.example_family.sizes

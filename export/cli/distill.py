@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.protocol.errors import InputError
-from export.cli.choices import LAYOUTS, OBJECTIVES
+from export.cli.choices import DEFAULT_NEW_BLOCKS, DEFAULT_SHARED_BLOCKS, LAYOUTS, OBJECTIVES
 from export.cli.former_options import add_former_start_option
 
 if TYPE_CHECKING:
@@ -59,9 +59,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help="UTF-8 files, or folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: that of --from-draft, or anchor")
-    parser.add_argument("--new-blocks", type=int, default=3, metavar="N", help="trained blocks (default: %(default)s)")
     parser.add_argument(
-        "--shared-blocks", type=int, default=0, metavar="N", help="blocks of the target's own (default: %(default)s)"
+        "--new-blocks", type=int, default=DEFAULT_NEW_BLOCKS, metavar="N", help="trained blocks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shared-blocks",
+        type=int,
+        default=DEFAULT_SHARED_BLOCKS,
+        metavar="N",
+        help="blocks of the target's own (default: %(default)s)",
     )
     parser.add_argument(
         "--from-draft",
@@ -105,19 +111,32 @@ def add_parser(commands: Any) -> None:
         help="perturbed copies of TARGET that teach along, in memory too (default: %(default)s)",
     )
     teachers.add_argument(
-        "--strength", type=float, default=0.1, help="size of the perturbation relative to each matrix (%(default)s)"
+        "--strength",
+        type=float,
+        default=0.1,
+        help="size of the perturbation relative to each matrix (default: %(default)s)",
     )
     teachers.add_argument(
-        "--future-share", type=float, default=0.3, help="share of versions and siblings in a batch (%(default)s)"
+        "--future-share",
+        type=float,
+        default=0.3,
+        help="share of versions and siblings in a batch (default: %(default)s)",
     )
     teachers.add_argument(
-        "--text-share", type=float, default=0.25, help="share of --text in a batch if there are chats too (%(default)s)"
+        "--text-share",
+        type=float,
+        default=0.25,
+        help="share of --text in a batch if there are chats too (default: %(default)s)",
     )
     teachers.add_argument(
         "--keep-chats", type=Path, metavar="DIR", help="keep the chats there, and reuse those of an earlier training"
     )
     teachers.add_argument(
-        "--samples", type=int, default=0, metavar="TOKENS", help="tokens that TARGET writes after pieces of --text (0)"
+        "--samples",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="tokens that TARGET writes after pieces of --text (default: 0)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--objective", choices=OBJECTIVES, default="mixed", help="loss (default: %(default)s)")
@@ -132,7 +151,7 @@ def add_parser(commands: Any) -> None:
     training.add_argument("--rows", type=int, default=64, help="texts in a batch (default: %(default)s)")
     training.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
     training.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts, to save memory (1)"
+        "--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts, to save memory (default: 1)"
     )
     training.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="default: %(default)s")
     training.add_argument(

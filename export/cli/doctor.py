@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.common.options import add_flag, add_option
-from export.cli.choices import LAYOUTS
+from export.cli.choices import DEFAULT_NEW_BLOCKS, DEFAULT_SHARED_BLOCKS, LAYOUTS
 
 DESCRIPTION = """\
 Reports what `cloud-verifier check` says of the target, whether a draft can be made for it, whether an existing bundle
@@ -18,7 +18,7 @@ exit codes: 0 no fault; 2 bad input; 3 a fault
 
 examples:
   draft-export doctor /models/Llama-3.1-8B
-  draft-export doctor /models/Llama-3.1-8B --layout prefix --new-blocks 1 --weights int4 --profile raspberry-pi-5
+  draft-export doctor /models/Llama-3.1-8B --layout prefix --new-blocks 1 --shared-blocks 1 --profile raspberry-pi-5
   draft-export doctor family/target-v2 --bundle family/bundle --json
 """
 
@@ -33,8 +33,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("target", type=Path, help="directory of a Hugging Face checkpoint, or of a version of one")
     parser.add_argument("--layout", default="anchor", help=f"{', '.join(LAYOUTS)} (default: %(default)s)")
-    parser.add_argument("--new-blocks", type=int, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument("--shared-blocks", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--new-blocks", type=int, default=DEFAULT_NEW_BLOCKS, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--shared-blocks", type=int, default=DEFAULT_SHARED_BLOCKS, metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--weights", default="int8", choices=["int4", "int8"], help="default: %(default)s")
     add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
     parser.add_argument(

@@ -20,9 +20,9 @@ DESCRIPTION = """\
 Makes the example family from SOURCE, the Hugging Face directory or GGUF file of a chat model: later versions of it, a
 frozen draft, its bundle, the drafts that it is compared with, and the comparison.
 
-  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family               # one H200, half an hour
-  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage bundle
-  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage distill --from-draft bundle --minutes 10
+  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --output family               # one H200, half an hour
+  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --output family --stage bundle
+  draft-export family SmolLM2-135M-Instruct.Q4_1.gguf --output family --stage distill --from-draft bundle --minutes 10
 
 The stages target, corpus and bundle need only a CPU; the others take minutes on one GPU. A stage whose result exists is
 skipped, and an interrupted stage resumes, so that the same command can be given again. Stand-ins for future versions
@@ -32,7 +32,7 @@ retrained drafts are not shipped.
 With several GPUs, run the stages futures, chats and retrain once for each, with `--only NAME`, or let the GPUs share a
 stage (chats, blocks, distill, retrain):
 
-  torchrun --nproc-per-node 2 -m export.cli family SmolLM2-135M-Instruct.Q4_1.gguf --out family --stage chats distill
+  torchrun --nproc-per-node 2 -m export.cli family SmolLM2-135M-Instruct.Q4_1.gguf --output family --stage chats distill
 """
 
 STAGES = (
@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="Hugging Face directory, or GGUF file, of target v1")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the models")
+    parser.add_argument("--output", dest="out", type=Path, required=True, metavar="DIR", help="directory of the models")
     parser.add_argument("--size", choices=FAMILY_SIZES, default="full", help="default: %(default)s")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES, help="default: all")
     parser.add_argument("--device", help="of PyTorch (default: cuda if available, else cpu)")

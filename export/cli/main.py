@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
+from edge_runtime.common.options import add_version_option
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import FlexSpecError, InputError
 from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, prior, quick, record, sign
@@ -25,7 +26,7 @@ examples:
   draft-export forms tests/toy_family/target-v1 tests/toy_family/draft-anchor --output /tmp/forms
   draft-export distill family/target-v1 --chats 12000 --output draft
   draft-export example family
-  draft-export family family/target-v1 --out /tmp/family
+  draft-export family family/target-v1 --output /tmp/family
   draft-export evaluate family/bundle --target target-v1 target-v2 --output /tmp/evaluation
   draft-export doctor /models/Llama-3.1-8B --layout anchor
   draft-export record family/bundle --target family/target-v1 --output acceptance.npz
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="draft-export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)

@@ -43,8 +43,8 @@ class DraftQuery:
 
     target: Path
     layout: str = "anchor"
-    new_blocks: int = 2
-    shared_blocks: int = 1
+    new_blocks: int = 3
+    shared_blocks: int = 0
     weights: str = "int8"
     context: int | None = None
     profiles: tuple[BoardProfile, ...] = ()

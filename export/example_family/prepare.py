@@ -29,9 +29,8 @@ def prepare_family() -> Path:
     family = cache_directory(os.environ) / "example_family"
     family.mkdir(parents=True, exist_ok=True)
     _link(family / TARGET, converted)
-    _link(family / "bundle", SHIPPED / "bundle")
-    for version in VERSIONS:
-        _copy_if_changed(SHIPPED / version, family / version)
+    for name in ("bundle", *VERSIONS):
+        _copy_if_changed(SHIPPED / name, family / name)
     return family
 
 
@@ -60,6 +59,9 @@ def _link(link: Path, target: Path) -> None:
 
 def _copy_if_changed(source: Path, destination: Path) -> None:
     """Copy a directory of files that never change in place; equal sizes and times mean equal contents."""
+    # What signs or packs a bundle must not reach the source through a link, which an earlier version made.
+    if destination.is_symlink():
+        destination.unlink()
     for path in source.iterdir():
         copy, facts = destination / path.name, path.stat()
         if copy.is_file() and (copy.stat().st_size, int(copy.stat().st_mtime)) == (facts.st_size, int(facts.st_mtime)):

@@ -1,8 +1,8 @@
 """Quality of the planner's policies in simulation: `python -m tests.benchmarks run planning`.
 
     cells       every link preset x board x verifier: cost per token of each policy, of the default one with one part
-                left out, and of fixed K, streaming, edge-drafted and per-token decoding, against the best single plan
-                in hindsight; a sample is a seventh of the cells
+                left out or a draft twice as good as its bundle says, and of fixed K, streaming, edge-drafted and
+                per-token decoding, against the best single plan in hindsight; a sample is a seventh of the cells
     steps       rounds after a change of the link until the plan for a new text has settled
     energy      a budget of 70 % of the power that the unconstrained planner draws: how well it is kept, and its cost
     siblings    tokens per round with siblings for every draft token, or only where the draft is uncertain
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -209,6 +209,9 @@ def measure_cell(cell: Cell, footprints: TextFootprints) -> dict[str, float]:
     planners = {name: make_policy(name, cell.profiled_device()) for name in POLICY_NAMES}
     for part, changes in PLAN_PARTS.items():
         planners[without(part)] = ChangedPlanner(make_policy(DEFAULT_POLICY, cell.profiled_device()), changes)
+    for name, changes in UNDERRATING.items():
+        planner = make_planner(DEFAULT_POLICY, OBJECTIVE, cell.profiled_device(), acceptance=HALF_AS_GOOD)
+        planners[name] = ChangedPlanner(planner, changes)
     for name, planner in planners.items():
         costs[name] = _sum(Simulator(cell.world(), planner).run_all(footprints.texts)).cost(OBJECTIVE)
     return costs
@@ -217,6 +220,14 @@ def measure_cell(cell: Cell, footprints: TextFootprints) -> dict[str, float]:
 def without(part: str) -> str:
     """Name in the table of the planner without one of PLAN_PARTS."""
     return f"{DEFAULT_POLICY} without {part}"
+
+
+# What a bundle says that underrates the shipped draft by half, and planners that begin with that.
+HALF_AS_GOOD = dict.fromkeys(("T=0", "T=0.7", "T=1"), 0.3)
+UNDERRATING: dict[str, Mapping[str, Any]] = {
+    f"{DEFAULT_POLICY}, draft underrated": {},
+    f"{without('guessing along with streams')}, draft underrated": PLAN_PARTS["guessing along with streams"],
+}
 
 
 def describe_costs(cells: Sequence[dict[str, float]], name: str) -> Values:
@@ -379,7 +390,14 @@ def _costs_of_part(part: int) -> list[dict[str, float]]:
         return list(itertools.chain.from_iterable(pool.map(measure_cells, [part] * len(TEXT_KINDS), TEXT_KINDS)))
 
 
-for _name in ("clairvoyant", "best fixed K in hindsight", *BASELINES, *POLICY_NAMES, *map(without, PLAN_PARTS)):
+for _name in (
+    "clairvoyant",
+    "best fixed K in hindsight",
+    *BASELINES,
+    *POLICY_NAMES,
+    *map(without, PLAN_PARTS),
+    *UNDERRATING,
+):
     _add(
         CELLS,
         {"policy": _name},

@@ -170,8 +170,8 @@ def describe_run(file: SampleFile) -> str:
     repetitions = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(file.info.packages.items()))
     return (
-        f"Medians of {repetitions} repetitions with 95 % intervals; commit {file.info.commit}, {file.started}, "
-        f"{file.info.machine}, Python {file.info.python}, {versions}."
+        f"Medians of {repetitions} repetitions, with 95 % intervals (of fewer than five: the range); commit "
+        f"{file.info.commit}, {file.started}, {file.info.machine}, Python {file.info.python}, {versions}."
     )
 
 

@@ -179,4 +179,4 @@ def test_errors_on_a_machine_without_systemd(capsys: pytest.CaptureFixture[str])
     assert edge_runtime(["service", "install"]) == 2
     assert "run this with sudo" in (error := capsys.readouterr().err) or "systemd is not the init system" in error
     assert edge_runtime(["service", "status"]) == 1
-    assert "systemctl" in capsys.readouterr().err
+    assert re.search("systemd is not the init system|systemctl is not installed", capsys.readouterr().err)

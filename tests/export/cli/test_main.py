@@ -16,6 +16,8 @@ from export.bundle.onnx_graph import GRAPH_KINDS, WEIGHT_TYPES
 from export.cli import choices
 from export.cli.family import STAGES
 from export.draft.distill import Objective
+from export.draft.distillation_config import DistillationConfig
+from export.evaluate.doctor import DraftQuery
 from export.example_family.prepare import PACKAGE
 from export.example_family.sizes import SIZES
 
@@ -42,6 +44,9 @@ def test_choices_match_their_definitions() -> None:
     assert tuple(LAYOUTS) == choices.LAYOUTS
     assert get_args(Objective) == choices.OBJECTIVES
     assert tuple(SIZES) == choices.FAMILY_SIZES
+    defaults = choices.DEFAULT_NEW_BLOCKS, choices.DEFAULT_SHARED_BLOCKS
+    for config in (DistillationConfig, DraftQuery):
+        assert (config.new_blocks, config.shared_blocks) == defaults
     assert len(set(STAGES)) == len(STAGES)
 
 

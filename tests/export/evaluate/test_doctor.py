@@ -58,7 +58,8 @@ def modify_target(tiny_path: Path, tmp_path: Path) -> Rewrite:
 def test_every_architecture_is_healthy(tmp_path: Path, model_type: str, tied: bool, layout: str) -> None:
     # Mistral's default window of 4096 tokens, for example, is served.
     target = save_target(tmp_path / "t", model_type, num_hidden_layers=4, tie_word_embeddings=tied)
-    found = findings_by_subject(target, layout=layout, profiles=tuple(shipped_profiles()))
+    shared = 1 if layout == "prefix" else 0
+    found = findings_by_subject(target, layout=layout, shared_blocks=shared, profiles=tuple(shipped_profiles()))
     # Byte-level test models have no chat template.
     assert {subject for subject, finding in found.items() if finding.state != "ok"} == {"chat template"}, found
     assert found["head"].found.startswith("tied" if tied else "untied")

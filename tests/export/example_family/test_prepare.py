@@ -63,13 +63,25 @@ def test_the_directory_holds_all_members(package: Path) -> None:
     assert {path.name for path in family.iterdir()} == {"target-v1", "bundle", *VERSIONS}
     config = json.loads((family / "target-v1" / "config.json").read_text())
     assert config["vocab_size"] == 3 + 256 + 1
-    assert (family / "bundle").resolve() == SHIPPED / "bundle"
+    for name in ("bundle", *VERSIONS):
+        # Copies: a signature goes into the bundle, and an archive of it may hold no links.
+        assert {path.name: path.read_bytes() for path in (family / name).iterdir()} == {
+            path.name: path.read_bytes() for path in (SHIPPED / name).iterdir()
+        }
+        assert (family / name).resolve() == family.resolve() / name
     for version in VERSIONS:
         # Adapters and changed tensors find their base by a relative path.
         assert base_directory(family / version).resolve() == (family / "target-v1").resolve()
-        assert {path.name: path.read_bytes() for path in (family / version).iterdir()} == {
-            path.name: path.read_bytes() for path in (SHIPPED / version).iterdir()
-        }
+
+
+def test_a_link_of_an_earlier_version_becomes_a_copy(package: Path, tmp_path: Path) -> None:
+    family = prepare_family()
+    elsewhere = (family / "bundle").rename(tmp_path / "elsewhere")
+    (elsewhere / "manifest.json").write_text("")
+    (family / "bundle").symlink_to(elsewhere)
+    prepare_family()
+    assert (family / "bundle" / "manifest.json").read_bytes() == (SHIPPED / "bundle" / "manifest.json").read_bytes()
+    assert (elsewhere / "manifest.json").read_text() == ""
 
 
 def test_nothing_is_done_twice_and_what_changed_is_done_again(package: Path) -> None:
