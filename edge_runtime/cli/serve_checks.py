@@ -16,7 +16,7 @@ from edge_runtime.cli.settings_options import read_settings
 from edge_runtime.cli.verifier_client import make_client
 from edge_runtime.common.network import is_loopback
 from edge_runtime.protocol.errors import InputError
-from edge_runtime.settings import ServiceSettings, Settings, check_verifier_settings
+from edge_runtime.settings import ServiceSettings, Settings, check_verifier_settings, read_api_keys
 
 # `serve` checks its options before it loads what takes long.
 if TYPE_CHECKING:
@@ -69,12 +69,10 @@ def check_installed(options: argparse.Namespace) -> None:
 
 def check_limits(options: argparse.Namespace, settings: Settings) -> tuple[ServiceLimits, frozenset[str]]:
     """Check what a reload may change. Returns the limits and the API keys. Raises InputError."""
-    limits, keys = make_limits(options, settings), read_api_keys(settings.service.api_key_file)
+    limits, file = make_limits(options, settings), settings.service.api_key_file
+    keys = read_api_keys(file) if file else frozenset()
     check_verifier_settings(settings.verifier)
     parse_fixed_plan(options, settings.planner)
-    port = settings.service.port
-    if not 0 <= port < 1 << 16:
-        raise InputError(f"--port {port}: must be in [0, 65535]")
     if bool(options.certificate) != bool(options.key):
         raise InputError("--certificate and --key go together")
     return limits, keys
@@ -86,11 +84,8 @@ def make_limits(options: argparse.Namespace, settings: Settings) -> ServiceLimit
 
     service = settings.service
     for flag, value, minimum in (
-        ("--max-concurrent", service.max_concurrent, 1),
-        ("--max-waiting", service.max_waiting, 0),
         ("--max-new-tokens", options.max_new_tokens, 0),
         ("--max-body", options.max_body, 1),
-        ("--threads", settings.draft.threads, 0),
         ("--grace", options.grace, 0),
     ):
         if value < minimum:
@@ -103,24 +98,6 @@ def make_access(service: ServiceSettings, keys: frozenset[str]) -> AccessRules:
     from edge_runtime.service.auth import AccessRules
 
     return AccessRules(keys, is_loopback(service.host), tuple(service.allowed_hosts), tuple(service.cors_origins))
-
-
-def read_api_keys(path: Path | None) -> frozenset[str]:
-    """Read API keys, one per line; blank lines and lines that begin with # are skipped. None yields no keys.
-
-    Raises:
-        InputError: the file cannot be read or has no key.
-    """
-    if path is None:
-        return frozenset()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the API keys in {path}: {error}") from None
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise InputError(f"{path} has no API key: write one per line")
-    return keys
 
 
 def check_memory(manifest: Manifest, answers: int, prefix_cache_mib: int = 0) -> None:

@@ -15,6 +15,7 @@ from msgspec import inspect
 
 from edge_runtime.common.options import ArgumentContainer, add_option, add_removed_option
 from edge_runtime.common.terminal import print_note
+from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import REMOVED_FEATURES, SETTINGS, SettingEntry, Settings, bare_type
 
 # How an option's text becomes the value of its setting, by the setting's type; text that is not here stays as it is.
@@ -61,17 +62,29 @@ def add_config_option(parser: ArgumentContainer) -> None:
 def read_settings(options: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings from the configuration, if the command reads it (--config), and the command line.
 
-    Raises ConfigurationError. Warnings are logged.
+    Warnings are logged.
+
+    Raises:
+        ConfigurationError: the configuration has errors.
+        InputError: an option has a value that its setting may not have.
     """
     from edge_runtime.settings import loading
 
     configured = loading.read_settings(options.config, environ) if hasattr(options, "config") else Settings()
-    return configured.replace({key: value for key, value in vars(options).items() if key in SETTINGS})
+    given = {key: value for key, value in vars(options).items() if key in SETTINGS}
+    return configured.replace({key: _check(SETTINGS[key], value) for key, value in given.items()})
 
 
 def warn(message: str) -> None:
     """Print a warning to standard error."""
     print_note(f"edge-runtime: warning: {message}")
+
+
+def _check(entry: SettingEntry, value: Any) -> Any:
+    try:
+        return entry.check(str(value) if isinstance(value, Path) else value, Path())
+    except InputError as error:
+        raise InputError(f"{entry.spec.flag}: {error}") from None
 
 
 def _value_arguments(entry: SettingEntry) -> dict[str, Any]:

@@ -182,14 +182,15 @@ def _client(options: argparse.Namespace) -> httpx.AsyncClient:
 
     import httpx
 
+    from edge_runtime.common.network import is_http_url
     from edge_runtime.settings import is_in_clear, read_secret
 
     key = read_secret(options.api_key_file) if options.api_key_file else ""
     try:
-        url = httpx.URL(options.url)
+        httpx.URL(options.url)
     except httpx.InvalidURL as error:
         raise InputError(f"--url {options.url}: {error}") from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if not is_http_url(options.url):
         raise InputError(f"--url {options.url}: not the URL of a service; write for instance http://127.0.0.1:8400")
     if key and is_in_clear(options.url):
         raise InputError(

@@ -52,15 +52,21 @@ class HostNames:
         return None if is_own else name
 
 
-def check_proxy(url: str) -> str:
-    """Return `url` if it can be the URL of an HTTP proxy. Raises InputError."""
+def is_http_url(url: str) -> bool:
+    """Return whether `url` names a server of HTTP: its scheme, a host, and a port that exists, if it has one."""
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        valid = valid and parts.path in ("", "/") and not parts.query and not parts.fragment
+        # The property raises ValueError for what is no number below 65536.
+        named = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        valid = False
-    if not valid:
+        return False
+    return parts.scheme in ("http", "https") and named and not re.search(r"\s", url)
+
+
+def check_proxy(url: str) -> str:
+    """Return `url` if it can be the URL of an HTTP proxy. Raises InputError."""
+    parts = urlsplit(url) if is_http_url(url) else None
+    if parts is None or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise InputError(
             f"{hide_password(url)!r} is not the URL of an HTTP proxy; write for instance http://proxy.example:3128"
         )

@@ -19,7 +19,14 @@ from edge_runtime.settings.table import (
     state_directory,
     xdg_directory,
 )
-from edge_runtime.settings.validators import bare_type, describe_type, from_text, is_in_clear, read_secret
+from edge_runtime.settings.validators import (
+    bare_type,
+    describe_type,
+    from_text,
+    is_in_clear,
+    read_api_keys,
+    read_secret,
+)
 from edge_runtime.settings.verifier_checks import check_encryption, check_verifier_settings
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "describe_type",
     "from_text",
     "is_in_clear",
+    "read_api_keys",
     "read_secret",
     "state_directory",
     "xdg_directory",

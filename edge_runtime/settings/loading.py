@@ -169,9 +169,7 @@ def read_effective_settings(
         origins[key] = origin
         entry = SETTINGS[key]
         try:
-            values[key] = validators.convert(value, entry.type)
-            if entry.spec.validate:
-                values[key] = entry.spec.validate(values[key], folder)
+            values[key] = entry.check(value, folder)
         except InputError as error:
             problems.append(Problem(origin, f"{key}: {error}"))
     if problems:

@@ -374,11 +374,10 @@ class ServiceSettings(SettingsTable, frozen=True):
         Path | None,
         SettingSpec(
             "--api-key-file FILE",
-            "file with the API key that clients must present",
-            flag_help="file of API keys, one per line, one of which clients must present",
+            "file of API keys, one per line, one of which clients must present",
             default="no key required",
             credential="api-key",
-            validate=validators.secret_file,
+            validate=validators.api_key_file,
             mistaken_names=("api_key", "key"),
             reloadable=True,
         ),
@@ -484,6 +483,18 @@ class SettingEntry(NamedTuple):
     def key(self) -> str:
         """Table and field, such as `draft.threads`."""
         return f"{self.table}.{self.name}"
+
+    def check(self, value: Any, folder: Path) -> Any:
+        """Return a value from TOML, the environment or the command line as the setting has it.
+
+        Args:
+            folder: directory that relative paths start at.
+
+        Raises:
+            InputError: it is wrong; the message follows the setting's name.
+        """
+        converted = validators.convert(value, self.type)
+        return self.spec.validate(converted, folder) if self.spec.validate else converted
 
     @property
     def variable(self) -> str:

@@ -19,13 +19,15 @@ import msgspec
 from msgspec import inspect
 
 from edge_runtime.common.files import os_errors_as_input_errors
-from edge_runtime.common.network import check_ca_file, hide_password, is_loopback
+from edge_runtime.common.network import check_ca_file, hide_password, is_http_url, is_loopback
 from edge_runtime.protocol.errors import InputError
 
 # Chosen: a message repeats this much of a wrong value.
 MAX_QUOTED_CHARACTERS = 40
 # Chosen: more than any token needs; a larger file was named by mistake.
 MAX_SECRET_BYTES = 16384
+# Chosen: more than the keys of all who could use one board.
+MAX_KEYS_BYTES = 1 << 20
 SCALAR_TYPES: dict[type[inspect.Type], Any] = {inspect.BoolType: bool, inspect.IntType: int, inspect.FloatType: float}
 
 
@@ -107,11 +109,15 @@ def file(value: Path, folder: Path) -> Path:
 
 def secret_file(value: Path, folder: Path) -> Path:
     """Accept a file that holds a secret."""
-    absolute = path(value, folder)
-    if not _examine(absolute, Path.is_file):
-        # The message does not repeat the value: it may be the secret itself, written here by mistake.
-        raise InputError("the file that it names does not exist; name a file, and put the secret into it")
+    absolute = _existing_secret(value, folder)
     read_secret(absolute)
+    return absolute
+
+
+def api_key_file(value: Path, folder: Path) -> Path:
+    """Accept a file of API keys."""
+    absolute = _existing_secret(value, folder)
+    read_api_keys(absolute)
     return absolute
 
 
@@ -127,6 +133,22 @@ def read_secret(source: Path) -> str:
     return secret.decode("ascii")
 
 
+def read_api_keys(source: Path) -> frozenset[str]:
+    """Read API keys, one per line; blank lines and lines that begin with # are skipped.
+
+    Raises:
+        InputError: the file cannot be read, has no key, or one that no HTTP header can hold.
+    """
+    content = _read(source, MAX_KEYS_BYTES + 1)
+    lines = [line.strip() for line in content.splitlines()]
+    keys = [line for line in lines if line and not line.startswith(b"#")]
+    if not keys:
+        raise InputError(f"{source} has no API key: write one per line")
+    if len(content) > MAX_KEYS_BYTES or not all(re.fullmatch(rb"[\x21-\x7e]+", key) for key in keys):
+        raise InputError(f"{source} must hold API keys and nothing else: each a line of ASCII without blanks")
+    return frozenset(key.decode("ascii") for key in keys)
+
+
 def authorities(value: Path, folder: Path) -> Path:
     """Accept a PEM file of certificates."""
     return check_ca_file(path(value, folder))
@@ -135,13 +157,9 @@ def authorities(value: Path, folder: Path) -> Path:
 def urls(values: list[str], folder: Path) -> list[str]:
     """Accept base URLs of verifiers; remove trailing slashes."""
     for url in values:
-        try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            valid = False
-        if not valid or re.search(r"\s", url):
+        if not is_http_url(url):
             raise InputError(f"{hide_password(url)!r} is not a URL; write for instance https://verifier.example")
+        parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:
             raise InputError(f"{hide_password(url)!r} holds a user or password; use verifier.token_file instead")
         if parts.query or parts.fragment:
@@ -215,6 +233,14 @@ def is_in_clear(url: str) -> bool:
         return parts.scheme == "http" and not is_loopback(parts.hostname or "")
     except ValueError:
         return False
+
+
+def _existing_secret(value: Path, folder: Path) -> Path:
+    absolute = path(value, folder)
+    if not _examine(absolute, Path.is_file):
+        # The message does not repeat the value: it may be the secret itself, written here by mistake.
+        raise InputError("the file that it names does not exist; name a file, and put the secret into it")
+    return absolute
 
 
 def _examine(source: Path, test: Callable[[Path], bool]) -> bool:

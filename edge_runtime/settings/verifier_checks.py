@@ -9,8 +9,6 @@ from edge_runtime.settings.validators import is_in_clear
 
 def check_verifier_settings(verifier: VerifierSettings) -> None:
     """Raise InputError if the client would refuse these settings."""
-    if verifier.deadline_seconds <= 0:
-        raise InputError(f"--deadline {verifier.deadline_seconds:g}: must be more than 0 seconds")
     if bool(verifier.certificate_file) != bool(verifier.key_file):
         raise InputError("--client-certificate and --client-key go together (verifier.certificate_file and .key_file)")
     check_encryption(verifier.urls, has_token=verifier.token_file is not None, insecure=verifier.insecure)

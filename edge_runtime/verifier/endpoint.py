@@ -16,7 +16,7 @@ from hpack.exceptions import HPACKError
 from hyperframe.exceptions import HyperframeError
 
 from edge_runtime.common.http_client import UNCOMPRESSED, UnusableAnswer, read_answer
-from edge_runtime.common.network import check_proxy
+from edge_runtime.common.network import check_proxy, is_http_url
 from edge_runtime.probes import ByteMeter
 from edge_runtime.protocol import messages
 from edge_runtime.protocol.errors import InputError, VerifierRefused
@@ -105,7 +105,7 @@ class Endpoint:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise InputError(f"{url!r} is not a URL: {error}") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host:
+        if not is_http_url(url):
             raise InputError(f"{url!r} is not the URL of a verifier; write for instance http://127.0.0.1:8500")
         self.url = url.rstrip("/")
         self.trouble: LinkFailure | None = None

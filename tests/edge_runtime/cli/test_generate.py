@@ -150,7 +150,9 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
         (["generate", "x", "--profile", "/nowhere.toml"], 2, "cannot read the profile /nowhere.toml"),
         (["generate", "x", "--energy-budget", "plenty"], 2, "is not an energy budget"),
         (["generate", "x", "--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
-        (["generate", "x", "--verifier", "nonsense"], 2, "is not the URL of a verifier"),
+        (["generate", "x", "--verifier", "nonsense"], 2, "--verifier: 'nonsense' is not a URL"),
+        (["generate", "x", "--verifier", "http://127.0.0.1:99999"], 2, "'http://127.0.0.1:99999' is not a URL"),
+        (["generate", "x", "--deadline", "999999"], 2, "--deadline: must be a number above 0 and at most 3600"),
         (["generate", "x", "--verifier", "http://127.0.0.1:9", "--deadline", "0.3"], 4, "is it running"),
     ],
 )

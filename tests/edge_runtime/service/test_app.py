@@ -352,15 +352,21 @@ def test_keys_memory_and_shutdown_of_a_service_process(verifier: str, keys: Path
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
-        (["--max-concurrent", "0"], 2, "--max-concurrent 0: must be at least 1"),
-        (["--max-concurrent", "999999999"], 2, "take"),
-        (["--port", "65536"], 2, "--port 65536"),
+        (["--bundle", "/nowhere"], 2, "--bundle: there is no directory /nowhere"),
+        (["--bundle", "/"], 3, "no draft bundle at /"),
+        (["--max-concurrent", "0"], 2, "--max-concurrent: must be a whole number from 1 to 64, and is 0"),
+        (["--draft-prefix-cache", "1048576"], 2, "take"),
+        (["--port", "65536"], 2, "--port: must be a whole number from 0 to 65535"),
         (["--certificate", "x"], 2, "--certificate and --key go together"),
-        (["--api-key-file", "/nowhere"], 2, "cannot read the API keys"),
-        (["--api-key-file", "/dev/null"], 2, "has no API key"),
+        (["--api-key-file", "/nowhere"], 2, "the file that it names does not exist"),
+        (["--api-key-file", "/dev"], 2, "the file that it names does not exist"),
         (["--host", "192.0.2.1"], 1, "could not listen on 192.0.2.1"),
-        (["--verifier", "nonsense"], 2, "is not the URL of a verifier"),
+        (["--verifier", "nonsense"], 2, "--verifier: 'nonsense' is not a URL"),
+        (["--verifier", "http://127.0.0.1:99999"], 2, "--verifier: 'http://127.0.0.1:99999' is not a URL"),
+        (["--deadline", "nan"], 2, "--deadline: must be a number above 0 and at most 3600, and is NaN"),
+        (["--threads", "-3"], 2, "--threads: must be a whole number from 0"),
+        (["--max-connections", "0"], 2, "--max-connections: must be a whole number from 16"),
+        (["--cors-origins", "nonsense,https://a.example"], 2, "--cors-origins: 'nonsense' is not an origin"),
     ],
 )
 def test_startup_errors_are_one_message_and_an_exit_code(

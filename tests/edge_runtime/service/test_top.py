@@ -162,6 +162,7 @@ def test_api_key(verifier: str, tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1"], 4, "no service answers at http://127.0.0.1:1"),
         (["--url", "http://127.0.0.1:1", "--json"], 4, "is `edge-runtime serve` running"),
         (["--url", "nonsense"], 2, "not the URL of a service"),
+        (["--url", "http://127.0.0.1:99999"], 2, "not the URL of a service"),
         (["--url", "http://a:x"], 2, "--url http://a:x: "),
         (["--api-key-file", "/nowhere"], 2, "cannot read /nowhere"),
         (["--ca-file", "/nowhere", "--url", "https://127.0.0.1:1"], 2, "cannot trust the authorities"),
